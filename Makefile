@@ -1,0 +1,45 @@
+# make demo   train a small network with the hook and choose the length of its average afterwards
+# make test   lint, type check and test
+# make bench  the measurements that the README quotes
+#
+# Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
+
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+JOBS ?= auto
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint types unit bench clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(READY): pyproject.toml Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]" "$(TORCH)"
+	@touch $(READY)
+
+demo: $(READY)
+	$(BIN)/ema demo --out ema-demo --force
+
+test: lint types unit
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(READY)
+	$(BIN)/mypy --strict posthoc_cli
+
+unit: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+
+bench: $(READY)
+	$(BIN)/python scripts/compare_peers.py
+
+clean:
+	rm -rf $(VENV) ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,53 @@
+"""Choose the length of a model's weight average after training.
+
+`PostHocEMA` tracks averages while a network trains; the `ema` command, or the functions here, turn its snapshots
+into the average of any length. Names are loaded on first use, so that importing the package is cheap.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from posthoc_cli.errors import PostHocError as PostHocError
+    from posthoc_cli.export import export_file as export_file
+    from posthoc_cli.planning import Schedule as Schedule
+    from posthoc_cli.planning import error_curve as error_curve
+    from posthoc_cli.profiles import PowerFunction as PowerFunction
+    from posthoc_cli.profiles import gamma_from_sigma_rel as gamma_from_sigma_rel
+    from posthoc_cli.profiles import sigma_rel_from_gamma as sigma_rel_from_gamma
+    from posthoc_cli.reconstruction import reconstruct as reconstruct
+    from posthoc_cli.synthesis import disk_sources as disk_sources
+    from posthoc_cli.synthesis import plan_synthesis as plan_synthesis
+    from posthoc_cli.synthesis import synthesize as synthesize
+    from posthoc_cli.tracker import PostHocEMA as PostHocEMA
+
+_HOMES = {
+    "PostHocEMA": "tracker",
+    "PostHocError": "errors",
+    "PowerFunction": "profiles",
+    "Schedule": "planning",
+    "disk_sources": "synthesis",
+    "error_curve": "planning",
+    "export_file": "export",
+    "gamma_from_sigma_rel": "profiles",
+    "plan_synthesis": "synthesis",
+    "reconstruct": "reconstruction",
+    "sigma_rel_from_gamma": "profiles",
+    "synthesize": "synthesis",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

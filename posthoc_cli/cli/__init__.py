@@ -1,0 +1,123 @@
+"""The command `ema`: a file a command, each of which parses, calls and prints.
+
+Nothing here loads torch or matplotlib before a command needs it, so that help is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+import warnings
+from types import FrameType
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+import posthoc_cli
+from posthoc_cli.cli import demo, error_plot, export, info, profile, synthesize
+from posthoc_cli.errors import InvalidValueError, PostHocError
+
+# typer brings its own click or uses the installed one, depending on its release; this is the base class of all
+# mistakes on the command line in either.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
+_DEBUG = "--debug"
+
+app = typer.Typer(
+    name="ema",
+    help="Choose the length of a model's weight average after training.",
+    epilog="Example:  ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _module in (synthesize, error_plot, info, export, profile, demo):
+    app.command(epilog=_module.EPILOG)(_module.COMMAND)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"ema {posthoc_cli.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+    ] = False,
+    debug: Annotated[bool, typer.Option(_DEBUG, help="Show a traceback when something goes wrong.")] = False,
+) -> None:
+    """Choose the length of a model's weight average after training."""
+
+
+def main() -> NoReturn:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    arguments = sys.argv[1:] or ["--help"]
+    debug = _DEBUG in arguments
+    if not debug:
+        sys.excepthook = _report_unexpected
+    warnings.showwarning = _show_warning
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        code = app([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = 130
+    except PostHocError as error:
+        if debug:
+            raise
+        code = _fail(_as_option(str(error)) if isinstance(error, InvalidValueError) else str(error), error.exit_code)
+    except BrokenPipeError:
+        # The reader of our output has gone; say nothing, and let the interpreter close a stream that works.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except typer.Abort:
+        code = 130
+    except _USAGE_ERROR as error:
+        code = _fail(f"{error.format_message()}{_see_help(error)}", 2)
+    if code == 130:
+        print("ema: interrupted; nothing was written", file=sys.stderr)  # noqa: T201
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(message: str, code: int) -> int:
+    line = " ".join(message.split())
+    print(f"ema: error: {line}", file=sys.stderr)  # noqa: T201
+    return code
+
+
+def _report_unexpected(kind: type[BaseException], error: BaseException, _: object) -> None:
+    _fail(f"unexpected {kind.__name__}: {error}; run again with {_DEBUG} to see where, and report it", 1)
+
+
+def _see_help(error: Any) -> str:
+    context = getattr(error, "ctx", None)
+    return "" if context is None else f" (see {context.command_path} --help)"
+
+
+def _as_option(message: str) -> str:
+    """A message about an argument, "sigma_rel 0.4: ...", said of the option of that name."""
+    match = re.match(r"[a-z_]+\b", message)
+    if match is None or match[0] not in _option_names():
+        return message
+    return f"--{match[0].replace('_', '-')}{message[match.end() :]}"
+
+
+def _option_names() -> set[str]:
+    root: Any = typer.main.get_command(app)
+    return {
+        parameter.name
+        for command in root.commands.values()
+        for parameter in command.params
+        if parameter.param_type_name == "option"
+    }
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"ema: warning: {' '.join(str(message).split())}", file=sys.stderr)  # noqa: T201
+
+
+def _terminate(number: int, _: FrameType | None) -> None:
+    sys.exit(128 + number)

@@ -1,0 +1,68 @@
+"""`ema export`: a synthesized file in the layout that a consumer wants."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from posthoc_cli.cli import output
+
+EPILOG = (
+    "Example:  ema export model.safetensors --out model.pt   or   "
+    "ema export avg.safetensors --base full.safetensors --out folder/"
+)
+
+
+def export(
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="An output of ema synthesize, a snapshot, or any safetensors file."),
+    ],
+    out: Annotated[Path, typer.Option(help="The output: .safetensors, .pt, or a folder for shards.")],
+    layout: Annotated[
+        str | None,
+        typer.Option("--format", help="safetensors, sharded (a folder) or pt. [default: what the output's name says]"),
+    ] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own."),
+    ] = "keep",
+    base: Annotated[
+        Path | None,
+        typer.Option(help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."),
+    ] = None,
+    prefix: Annotated[str, typer.Option(help="Put this in front of every name in FILE.")] = "",
+    strip_prefix: Annotated[str, typer.Option(help="Take this from the front of the names in FILE.")] = "",
+    max_shard_size: Annotated[str, typer.Option(help="Of a sharded output.")] = "5GB",
+    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and warnings.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Write averaged weights in another layout or dtype.
+
+    Names can be changed, and a full model can fill in what was not tracked.
+
+    Layouts: one safetensors file; shards with an index, named as the Hugging Face libraries look for them (one
+    file when it fits); a .pt state dict for torch.load(weights_only=True).
+    """
+    from posthoc_cli.export import export_file
+    from posthoc_cli.snapshots.reader import read_header
+
+    output.log_to_stderr(False)
+    started = time.perf_counter()
+    with output.progress_bar("exporting", read_header(file).file_bytes, quiet) as progress:
+        made = export_file(file, out, layout, dtype, base, prefix, strip_prefix, force, max_shard_size, progress)
+    seconds = time.perf_counter() - started
+    if as_json:
+        output.print_json({"output": str(out), **vars(made), "seconds": seconds})
+    elif not quiet:
+        added = f", {made.from_base} of them from {base}" if base is not None else ""
+        output.print_line(
+            f"wrote {made.tensors} tensors{added}, {output.size_text(made.nbytes)}, in {seconds:.1f} s: {out}"
+        )
+
+
+COMMAND = export

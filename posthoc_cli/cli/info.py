@@ -1,0 +1,213 @@
+"""`ema info`: what a directory or a file holds, and what is wrong with it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import output
+from posthoc_cli.errors import DirectoryError
+
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.format import FileHeader, OutputInfo
+    from posthoc_cli.snapshots.reader import Snapshot
+    from posthoc_cli.snapshots.store import Inspection
+
+EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
+
+
+def info(
+    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A snapshot directory, a snapshot, or an output.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Say what a directory or a file holds.
+
+    Reads headers only. Exit code 1 when something is wrong with a directory: mixed runs, gaps, damaged headers.
+    """
+    report = describe_directory(path) if path.is_dir() else describe_file(path)
+    if as_json:
+        output.print_json(report)
+    else:
+        _print(report)
+    if report.get("problems"):
+        raise typer.Exit(1)
+
+
+# --- as data ---------------------------------------------------------------------------------------
+
+
+def describe_directory(path: Path) -> dict[str, Any]:
+    """What a snapshot directory holds: the object that --json prints."""
+    from posthoc_cli.snapshots.store import inspect_directory
+
+    found = inspect_directory(path)
+    if not found.snapshots and not found.problems:
+        raise DirectoryError(f"{path}: no snapshots here; name the directory that a tracker writes its snapshots to")
+    report: dict[str, Any] = {"kind": "directory", "path": str(path)}
+    if found.snapshots:
+        report |= _describe_run(found)
+    report["superseded"] = found.superseded
+    report["leftovers"] = [leftover.name for leftover in found.leftovers]
+    report["problems"] = list(found.problems)
+    return report
+
+
+def _describe_run(found: Inspection) -> dict[str, Any]:
+    newest = found.snapshots[-1]
+    runs = sorted({snapshot.info.run_id for snapshot in found.snapshots})
+    profiles: dict[float, list[Snapshot]] = {}
+    for snapshot in found.snapshots:
+        profiles.setdefault(snapshot.info.sigma_rel, []).append(snapshot)
+    return {
+        "run": runs[0] if len(runs) == 1 else runs,
+        "t_unit": newest.info.t_unit,
+        "step": newest.info.step,
+        "schedule": dict(vars(newest.info.schedule)),
+        **_describe_tensors(newest),
+        "snapshots": len(found.snapshots),
+        "bytes": sum(snapshot.header.file_bytes for snapshot in found.snapshots),
+        "profiles": [_describe_profile(sigma_rel, group) for sigma_rel, group in sorted(profiles.items())],
+    }
+
+
+def _describe_profile(sigma_rel: float, group: list[Snapshot]) -> dict[str, Any]:
+    return {
+        "sigma_rel": sigma_rel,
+        "gamma": group[0].info.gamma,
+        "times": [snapshot.info.t for snapshot in group],
+        "t_first": group[-1].info.t_first,
+        "max_interval": group[-1].info.max_interval,
+        "bytes": sum(snapshot.header.file_bytes for snapshot in group),
+    }
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """What a file holds: the object that --json prints."""
+    from posthoc_cli.snapshots.decoding import decode_output, decode_snapshot, file_kind
+    from posthoc_cli.snapshots.reader import Snapshot, read_header
+
+    header = read_header(path)
+    kind = file_kind(header)
+    if kind == "output":
+        return _describe_output(path, header, decode_output(path, header))
+    if kind == "snapshot":
+        return _describe_snapshot(Snapshot(path, header, decode_snapshot(path, header)))
+    return {"kind": "safetensors", "path": str(path), **_counts(header), "bytes": header.file_bytes}
+
+
+def _describe_snapshot(snapshot: Snapshot) -> dict[str, Any]:
+    info = snapshot.info
+    return {
+        "kind": "snapshot",
+        "path": str(snapshot.path),
+        "run": info.run_id,
+        "sigma_rel": info.sigma_rel,
+        "gamma": info.gamma,
+        "t": info.t,
+        "t_unit": info.t_unit,
+        "step": info.step,
+        "t_first": info.t_first,
+        "max_interval": info.max_interval,
+        "schedule": dict(vars(info.schedule)),
+        **_describe_tensors(snapshot),
+        "bytes": snapshot.header.file_bytes,
+    }
+
+
+def _describe_output(path: Path, header: FileHeader, info: OutputInfo) -> dict[str, Any]:
+    return {
+        "kind": "output",
+        "path": str(path),
+        "run": info.run_id,
+        "sigma_rel": info.sigma_rel,
+        "gamma": info.gamma,
+        "t": info.t,
+        "t_unit": info.t_unit,
+        "method": info.method,
+        "profile_error": info.profile_error,
+        "predicted_error": info.predicted_error,
+        "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
+        **_counts(header),
+        "bytes": header.file_bytes,
+    }
+
+
+def _describe_tensors(snapshot: Snapshot) -> dict[str, Any]:
+    tensors = snapshot.info.tensors
+    own = sorted({tensor.dtype for tensor in tensors.values() if tensor.role == "average"})
+    return {
+        **_counts(snapshot.header),
+        "averaged": sum(tensor.role == "average" for tensor in tensors.values()),
+        "copied": sum(tensor.role == "copy" for tensor in tensors.values()),
+        "aliases": len(snapshot.info.aliases),
+        "left_out": list(snapshot.info.left_out),
+        "model_dtypes": own,
+    }
+
+
+def _counts(header: FileHeader) -> dict[str, Any]:
+    dtypes: dict[str, int] = {}
+    for entry in header.tensors.values():
+        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
+    return {
+        "tensors": len(header.tensors),
+        "parameters": sum(dtypes.values()),
+        "dtypes": dict(sorted(dtypes.items())),
+    }
+
+
+# --- as text ---------------------------------------------------------------------------------------
+
+
+def _print(report: dict[str, Any]) -> None:
+    pairs = [
+        (key.replace("_", " "), _text(key, value))
+        for key, value in report.items()
+        if key not in ("problems", "profiles")
+    ]
+    output.print_pairs([(name, text) for name, text in pairs if text])
+    if "profiles" in report:
+        output.print_line("")
+        _print_profiles(report["profiles"])
+    for problem in report.get("problems", ()):
+        output.print_line(f"problem: {problem}")
+
+
+def _print_profiles(profiles: list[dict[str, Any]]) -> None:
+    columns = ["sigma_rel", "gamma", "snapshots", "first t", "last t", "size"]
+    rows = [
+        [
+            f"{p['sigma_rel']:g}",
+            f"{p['gamma']:.4g}",
+            str(len(p["times"])),
+            f"{p['times'][0]:,.12g}",
+            f"{p['times'][-1]:,.12g}",
+            output.size_text(p["bytes"]),
+        ]
+        for p in profiles
+    ]
+    output.print_table(columns, rows)
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "bytes":
+        return output.size_text(value)
+    if key == "snapshots" and isinstance(value, list):
+        return "; ".join(f"{item['file']} x {item['coefficient']:+.6f}" for item in value)
+    if key == "profile_error":
+        return output.percent(value)
+    if isinstance(value, dict):
+        return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(map(str, value[:5])) + (f" and {len(value) - 5} more" if len(value) > 5 else "")
+    if isinstance(value, float):
+        return f"{value:,.12g}"
+    if value is None:
+        return "none"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+COMMAND = info

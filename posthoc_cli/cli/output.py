@@ -1,0 +1,104 @@
+"""What commands print: tables and JSON on stdout, progress and messages on stderr."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
+    """An aligned table without rules; columns named in `left` are text, the others numbers."""
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for column in columns:
+        side = "left" if column in left else "right"
+        table.add_column(column, justify=side, no_wrap=True, overflow="ignore")  # type: ignore[arg-type]
+    for row in rows:
+        table.add_row(*(printable(cell).replace("[", "\\[") for cell in row))
+    console = _console()
+    with console.capture() as capture:
+        console.print(table, crop=False)
+    sys.stdout.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
+
+
+def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    """Names and values, aligned."""
+    width = max(len(name) for name, _ in pairs)
+    for name, value in pairs:
+        print_line(f"{name:<{width}}  {value}")
+
+
+def print_line(text: str) -> None:
+    """One line on stdout, as it is."""
+    sys.stdout.write(printable(text) + "\n")
+
+
+def print_note(text: str) -> None:
+    """One line on stderr."""
+    sys.stderr.write(printable(text) + "\n")
+
+
+def print_json(value: Any) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def printable(text: str) -> str:
+    """`text` with control characters escaped, so that a name from a file cannot steer a terminal."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def size_text(nbytes: float) -> str:
+    """Bytes for people, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if nbytes < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.3g} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.3g} TB"
+
+
+def percent(error: float) -> str:
+    """A relative error for people; below what rounding allows it is shown as that bound."""
+    return f"{100 * error:.2g} %" if error >= 1e-7 else "< 1e-5 %"
+
+
+def log_to_stderr(verbose: bool) -> None:
+    """Show the library's messages: warnings always, what it does with `verbose`."""
+    logging.basicConfig(
+        level=logging.INFO if verbose else logging.WARNING,
+        stream=sys.stderr,
+        format="ema: %(message)s",
+        force=True,
+    )
+
+
+@contextmanager
+def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
+    """A bar of bytes on stderr when it is a terminal; yields a function that advances it."""
+    console = Console(stderr=True)
+    bar = Progress(
+        TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+        console=console, transient=True, disable=quiet or not console.is_terminal,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda count: bar.advance(task, count)
+
+
+def _console() -> Console:
+    # In a pipe a line is as long as it has to be.
+    return Console() if sys.stdout.isatty() else Console(width=10_000, no_color=True)

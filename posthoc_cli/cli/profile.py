@@ -1,0 +1,71 @@
+"""`ema profile`: sigma_rel, gamma, mean age and the classical beta, both ways."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import output
+from posthoc_cli.cli.values import parse_numbers, parse_sigma_rels
+from posthoc_cli.errors import InvalidValueError
+
+EPILOG = (
+    "Example:  ema profile --sigma-rel 0.05,0.10,0.28 --steps 100000   or   ema profile --beta 0.9999 --steps 100000"
+)
+
+_DEFAULT = "0.001,0.01,0.03,0.05,0.10,0.15,0.20,0.27"
+_COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g", "beta": ".8g"}
+
+
+def profile(
+    sigma_rel: Annotated[
+        str | None,
+        typer.Option(help=f"Widths: a number, list or range. [default: {_DEFAULT}]", show_default=False),
+    ] = None,
+    beta: Annotated[
+        str | None, typer.Option(help="The other way: decays of a classical EMA, a number, list or range.")
+    ] = None,
+    steps: Annotated[int, typer.Option(help="Length of training, in steps.")] = 1000,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Convert between sigma_rel and a classical beta.
+
+    A classical EMA, average <- beta average + (1 - beta) weights, counts as equal when the values in it are
+    equally old in the mean after that many steps: beta / (1 - beta) steps. sigma_rel ends at 0.2887, the
+    uniform average; tables that list a beta for sigma_rel 0.40 list something that does not exist.
+    """
+    from posthoc_cli import profiles
+
+    if sigma_rel is not None and beta is not None:
+        raise InvalidValueError("--sigma-rel and --beta: give one of them")
+    if not 1 <= steps <= 10**15:
+        raise InvalidValueError(f"--steps {steps}: must be from 1 to 1e15")
+    if beta is None:
+        widths = parse_sigma_rels(sigma_rel if sigma_rel is not None else _DEFAULT)
+        betas = [profiles.classical_beta(width, steps) for width in widths]
+    else:
+        betas = parse_numbers(beta, "--beta")
+        widths = [profiles.sigma_rel_from_classical_beta(value, steps) for value in betas]
+    rows = [_row(width, value, steps) for width, value in zip(widths, betas, strict=True)]
+    if as_json:
+        output.print_json({"steps": steps, "profiles": rows})
+    else:
+        output.print_table(list(_COLUMNS), [[format(row[key], spec) for key, spec in _COLUMNS.items()] for row in rows])
+        output.print_line(f"mean_age and std in steps, at step {steps:,}; beta: classical EMA with the same mean age")
+
+
+def _row(sigma_rel: float, beta: float, steps: int) -> dict[str, Any]:
+    from posthoc_cli.profiles import gamma_from_sigma_rel, mean_lag
+
+    gamma = gamma_from_sigma_rel(sigma_rel)
+    return {
+        "sigma_rel": sigma_rel,
+        "gamma": gamma,
+        "mean_age": mean_lag(gamma, steps),
+        "std": sigma_rel * steps,
+        "beta": beta,
+    }
+
+
+COMMAND = profile

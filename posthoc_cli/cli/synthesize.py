@@ -1,0 +1,218 @@
+"""`ema synthesize`: the average of any length, from the snapshots of a run."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import output
+from posthoc_cli.cli.values import parse_sigma_rels
+from posthoc_cli.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from posthoc_cli.synthesis import Plan
+
+EPILOG = (
+    "Example:  ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors   or   "
+    "ema synthesize run/ema --sigma-rel 0.05,0.06,...,0.25 --out averages/"
+)
+
+
+def synthesize(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory that the tracker wrote.")],
+    sigma_rel: Annotated[
+        str,
+        typer.Option(
+            help="Length of the average: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
+        ),
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(help="The output. For several targets a folder, or a name with {sigma_rel} in it."),
+    ] = None,
+    t: Annotated[
+        float | None, typer.Option(help="The average as it stood at this training time. [default: the last]")
+    ] = None,
+    step: Annotated[int | None, typer.Option(help="The same in steps (calls of update_).")] = None,
+    dtype: Annotated[
+        str,
+        typer.Option(help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each parameter's own."),
+    ] = "keep",
+    layout: Annotated[
+        str | None,
+        typer.Option("--format", help="safetensors, sharded (a folder) or pt. [default: what the output's name says]"),
+    ] = None,
+    max_shard_size: Annotated[str, typer.Option(help="With --format sharded.")] = "5GB",
+    device: Annotated[str, typer.Option(help="Where to make the sums: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    method: Annotated[str | None, typer.Option(help="The solver: paper. [default: paper]")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Replace outputs that are there.")] = False,
+    skip_existing: Annotated[
+        bool, typer.Option("--skip-existing", help="Leave outputs that are there as they are.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Coefficients, errors and sizes; read only headers, write nothing."),
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and warnings.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the coefficients too.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Make the average of any length from snapshots.
+
+    The snapshots are read once for all targets, each block is verified, and an output appears whole or not
+    at all.
+    """
+    from posthoc_cli.snapshots.format import parse_dtype_word
+    from posthoc_cli.synthesis import disk_sources, parse_device, plan_synthesis
+
+    output.log_to_stderr(verbose)
+    started = time.perf_counter()
+    widths = parse_sigma_rels(sigma_rel)
+    parse_dtype_word(dtype)
+    if force and skip_existing:
+        raise InvalidValueError("--force and --skip-existing: give one of them")
+    if out is None and not dry_run:
+        raise InvalidValueError("--out: where to write is missing; --dry-run needs no output")
+    paths = [] if out is None or dry_run else output_paths(widths, out, layout)
+    device = "cpu" if dry_run and device == "auto" else parse_device(device)
+    plan = plan_synthesis(disk_sources(directory), widths, t, step, method)
+    skipped = _existing(paths, layout) if skip_existing else set()
+    if paths:
+        _make_folder(paths)
+        wanted = [index for index in range(len(paths)) if index not in skipped]
+        _write(plan.only(wanted), [paths[i] for i in wanted], layout, dtype, device, force, max_shard_size, quiet)
+    seconds = time.perf_counter() - started
+    if as_json:
+        output.print_json(_report(plan, paths, skipped, seconds))
+    elif not quiet:
+        _print_coefficients(plan) if verbose or (dry_run and len(widths) == 1) else None
+        _print_targets(plan, paths, skipped, dtype, seconds)
+
+
+def output_paths(widths: list[float], out: str, layout: str | None) -> list[Path]:
+    """Where each target goes: the output itself, a pattern filled in, or a name in a folder.
+
+    Raises:
+        InvalidValueError: several targets, but the output is one file.
+    """
+    from posthoc_cli.export import layout_of
+
+    if not out:
+        raise InvalidValueError("--out: is empty; name a file, a folder, or a pattern with {sigma_rel}")
+    if "{sigma_rel}" in out:
+        return [Path(out.replace("{sigma_rel}", repr(width))).expanduser() for width in widths]
+    path = Path(out).expanduser()
+    if len(widths) == 1:
+        return [path]
+    if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+        raise InvalidValueError(
+            f"--out {out}: {len(widths)} targets need a folder, or a name with {{sigma_rel}} in it, such as "
+            f"{path.stem}-{{sigma_rel}}{path.suffix}"
+        )
+    suffix = {"safetensors": ".safetensors", "pt": ".pt", "sharded": ""}[layout_of(Path("x.safetensors"), layout)]
+    return [path / f"sigma_rel-{width!r}{suffix}" for width in widths]
+
+
+def _existing(paths: list[Path], layout: str | None) -> set[int]:
+    from posthoc_cli.export import layout_of, output_exists
+
+    return {i for i, path in enumerate(paths) if output_exists(path, layout_of(path, layout))}
+
+
+def _make_folder(paths: list[Path]) -> None:
+    """The folder for several outputs is made, beside what there is; a path of missing folders is a mistake."""
+    from posthoc_cli import files
+
+    folder = paths[0].parent
+    if len(paths) > 1 and not folder.exists() and folder.parent.is_dir():
+        with files.reported_as_write_error(folder):
+            files.make_directory(folder)
+
+
+def _write(
+    plan: Plan,
+    paths: list[Path],
+    layout: str | None,
+    dtype: str,
+    device: str,
+    force: bool,
+    shard: str,
+    quiet: bool,
+) -> None:
+    from posthoc_cli.export import write_synthesis
+
+    if paths:
+        with output.progress_bar("synthesizing", plan.read_bytes, quiet) as progress:
+            write_synthesis(plan, paths, layout, dtype, device, force, shard, progress)
+
+
+# --- what is printed -------------------------------------------------------------------------------
+
+
+def _report(plan: Plan, paths: list[Path], skipped: set[int], seconds: float) -> dict[str, Any]:
+    targets = []
+    for index in range(len(plan.sigma_rels)):
+        info = plan.output_info(index)
+        targets.append(
+            {
+                "sigma_rel": info.sigma_rel,
+                "t": info.t,
+                "method": info.method,
+                "profile_error": info.profile_error,
+                "predicted_error": info.predicted_error,
+                "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
+                "output": str(paths[index]) if paths else None,
+                "skipped": index in skipped,
+                "seconds": seconds,
+            }
+        )
+    return {"run": plan.newest.info.run_id, "targets": targets}
+
+
+def _print_coefficients(plan: Plan) -> None:
+    columns = ["snapshot", "t", "tracked", *(f"c({width:g})" for width in plan.sigma_rels)]
+    rows = [
+        [source.name, f"{source.info.t:,.12g}", f"{source.info.sigma_rel:g}", *(f"{c:+.6f}" for c in row)]
+        for source, row in zip(plan.sources, plan.reconstruction.coefficients, strict=True)
+    ]
+    output.print_table(columns, rows, left=["snapshot"])
+    output.print_line("")
+
+
+def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str, seconds: float) -> None:
+    size = sum(spec.nbytes for spec in plan.specs(dtype))
+    if len(plan.sigma_rels) > 1:
+        rows = [
+            [
+                f"{width:g}",
+                output.percent(error),
+                f"{paths[i]}{' (was there)' * (i in skipped)}" if paths else "-",
+            ]
+            for i, (width, error) in enumerate(zip(plan.sigma_rels, plan.reconstruction.profile_error, strict=True))
+        ]
+        output.print_table(["sigma_rel", "profile error", "output"], rows, left=["output"])
+        output.print_line("")
+    which = f"sigma_rel {plan.sigma_rels[0]:g}" if len(plan.sigma_rels) == 1 else f"{len(plan.sigma_rels)} averages"
+    worst = output.percent(float(plan.reconstruction.profile_error.max()))
+    what = f"{which} at t = {plan.t:,.12g} from {len(plan.sources)} snapshots, profile error {worst}"
+    if not paths:
+        read = output.size_text(plan.read_bytes)
+        output.print_line(f"would make {what}, {output.size_text(size)} each; would read {read}; nothing was written")
+        return
+    if len(skipped) == len(paths):
+        output.print_line("every output is there already; nothing was written")
+        return
+    target = paths[0] if len(paths) == 1 else f"{len(paths) - len(skipped)} outputs"
+    output.print_line(f"made {what}, {output.size_text(size)} each, in {seconds:.1f} s: {target}")
+    left_out = plan.newest.info.left_out
+    if left_out:
+        output.print_line(
+            f"{len(left_out)} tensors of the model were not tracked ({left_out[0]}, ...); "
+            "ema export --base FULL.safetensors completes them"
+        )
+
+
+COMMAND = synthesize

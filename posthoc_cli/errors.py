@@ -1,0 +1,67 @@
+"""Every error this package raises on purpose, and the exit code that `ema` ends with.
+
+    PostHocError                      1
+    ├── InvalidValueError (ValueError)     2   an argument or option outside what is accepted
+    ├── DirectoryError                1   a snapshot directory that is absent, empty or foreign
+    ├── FileFormatError               1   a file that is damaged, truncated or of another format
+    ├── MismatchError                 1   snapshots that do not belong together
+    ├── ModelMismatchError            1   a model that is not the one that was tracked
+    ├── NonFiniteError                1   nan or infinity where an average would take it in
+    ├── LockedError                   1   a directory that another writer holds
+    ├── OutputExistsError             1   an output that is there already
+    ├── WriteError (OSError)          1   the system refused a write; nothing partial is left
+    └── NotReadyError (RuntimeError)  1   an average that does not exist yet
+
+A message is one line. It names the file, the tensor or the option, and what would be accepted.
+"""
+
+
+class PostHocError(Exception):
+    """The root: catch it to catch everything that this package raises on purpose."""
+
+    exit_code = 1
+
+
+class InvalidValueError(PostHocError, ValueError):
+    """An argument or option outside what is accepted."""
+
+    exit_code = 2
+
+
+class DirectoryError(PostHocError):
+    """A snapshot directory that is absent, empty or foreign."""
+
+
+class FileFormatError(PostHocError):
+    """A file that is damaged, truncated or of another format."""
+
+
+class MismatchError(PostHocError):
+    """Snapshots of different runs, shapes, dtypes or names in one place."""
+
+
+class ModelMismatchError(PostHocError):
+    """A model whose tensors are not those that were tracked."""
+
+
+class NonFiniteError(PostHocError):
+    """A nan or an infinity where an average would take it in or a result would hold it."""
+
+
+class LockedError(PostHocError):
+    """A directory that another writer holds."""
+
+
+class OutputExistsError(PostHocError):
+    """An output that is there already and that nobody asked to replace."""
+
+
+class WriteError(PostHocError, OSError):
+    """A write that the system refused (disk full, no permission). Nothing partial is left."""
+
+    def __str__(self) -> str:
+        return str(self.strerror) if self.strerror else super().__str__()
+
+
+class NotReadyError(PostHocError, RuntimeError):
+    """An average that does not exist yet, because no update was made."""

@@ -1,0 +1,188 @@
+"""The few file operations that durability rests on, and the one way to make a file appear.
+
+Everything that writes (snapshots, outputs, pictures, tables) does it through `PendingFile`:
+
+1. the bytes go to a temporary file in the directory of the final name, made with O_EXCL and the umask's mode;
+2. it is flushed and fsynced;
+3. it is put under its final name in one step that either happens or does not;
+4. the directory is fsynced.
+
+So a name never leads to half a file, a reader that has the old file open keeps it, and a crash leaves at
+most a temporary, whose name begins with `.ema-`. The functions of this module are called through the module
+(`files.fsync(...)`), so that a test can put a fault in their place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+
+from posthoc_cli.errors import OutputExistsError, WriteError
+
+TEMPORARY_PREFIX = ".ema-"
+TEMPORARY_SUFFIX = ".tmp"
+
+
+# --- single operations -----------------------------------------------------------------------------
+
+
+def open_new(path: Path) -> int:
+    """A descriptor, for reading and writing, of a file that did not exist before."""
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+
+def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at `offset`."""
+    view = memoryview(data).cast("B")
+    while view:
+        written = os.pwrite(descriptor, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def fsync(descriptor: int) -> None:
+    """Return when the file's content is on the disk."""
+    os.fsync(descriptor)
+
+
+def fsync_directory(path: Path) -> None:
+    """Return when the directory's entries are on the disk, where the system can say so."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems cannot sync a directory and answer EINVAL; their rename is synchronous.
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Put `source` under the name `target`, replacing what is there, in one step."""
+    source.replace(target)
+
+
+def link(source: Path, target: Path) -> None:
+    """Give `source` the second name `target`; FileExistsError where that name is taken."""
+    os.link(source, target)
+
+
+def unlink(path: Path) -> None:
+    """Remove a name."""
+    path.unlink()
+
+
+def make_directory(path: Path) -> None:
+    """Make a directory and its parents, durably; no error where it is there."""
+    missing = [p for p in (path, *path.parents) if not p.exists()]
+    for directory in reversed(missing):
+        directory.mkdir(exist_ok=True)
+        fsync_directory(directory.parent)
+
+
+# --- a file that appears whole or not at all -------------------------------------------------------
+
+
+@contextmanager
+def reported_as_write_error(path: Path) -> Iterator[None]:
+    """Turn an OSError within the block into a WriteError that names `path` and the system's reason."""
+    try:
+        yield
+    except (WriteError, OutputExistsError):
+        raise
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise WriteError(
+            error.errno, f"{path}: cannot be written: {reason.lower()}; nothing was left behind"
+        ) from error
+
+
+class PendingFile:
+    """A file being written, which nobody sees under its name before `publish`.
+
+    Leaving the `with` block without `publish` removes it: an interrupted write leaves nothing.
+
+    Raises:
+        OutputExistsError: `path` is there and `overwrite` is False (checked at the start, and once more, free
+            of races, when publishing).
+        WriteError: the system refused.
+    """
+
+    def __init__(self, path: Path, overwrite: bool = False) -> None:
+        self.path = path
+        self._overwrite = overwrite
+        if path.is_dir():
+            raise OutputExistsError(f"{path}: is a directory; name a file")
+        if not overwrite and os.path.lexists(path):
+            raise _exists(path)
+        self.temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        with reported_as_write_error(path):
+            self.descriptor = open_new(self.temporary)
+        self._open = True
+
+    def write_at(self, data: bytes | memoryview, offset: int) -> None:
+        """Write all of `data` at `offset`."""
+        with reported_as_write_error(self.path):
+            write_at(self.descriptor, data, offset)
+
+    def publish(self) -> None:
+        """Make the content durable, then give it its name."""
+        with reported_as_write_error(self.path):
+            fsync(self.descriptor)
+            if self._overwrite:
+                rename(self.temporary, self.path)
+            else:
+                self._link_or_rename()
+            self._close()
+            fsync_directory(self.path.parent)
+
+    def discard(self) -> None:
+        """Remove the temporary, if it is still one."""
+        if self._open:
+            self._close()
+            self.temporary.unlink(missing_ok=True)
+
+    def _link_or_rename(self) -> None:
+        try:
+            link(self.temporary, self.path)
+        except FileExistsError as error:
+            raise _exists(self.path) from error
+        except OSError as error:
+            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+                raise
+            # A file system without hard links: the check and the rename are then two steps.
+            if os.path.lexists(self.path):
+                raise _exists(self.path) from error
+            rename(self.temporary, self.path)
+        else:
+            unlink(self.temporary)
+
+    def _close(self) -> None:
+        self._open = False
+        os.close(self.descriptor)
+
+    def __enter__(self) -> PendingFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.discard()
+
+
+def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
+    """Write a small file as a `PendingFile`."""
+    with PendingFile(path, overwrite) as pending:
+        pending.write_at(data, 0)
+        pending.publish()
+
+
+def _exists(path: Path) -> OutputExistsError:
+    return OutputExistsError(
+        f"{path}: is there already; choose another name, or --force (overwrite=True) to replace it"
+    )

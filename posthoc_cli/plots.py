@@ -1,0 +1,179 @@
+"""Pictures: arrays in, matplotlib figures out.
+
+Readable in print and by the colour-blind (Okabe and Ito's colours, each with its own line style), and on a dark
+page (the background is opaque white). No pyplot: a figure belongs to its caller and needs no display.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, NullFormatter
+
+FloatArray = npt.NDArray[np.float64]
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#56B4E9")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GOOD_ERROR = 0.01
+"""The error below which a range is called good, shaded, and named in the title."""
+
+_SIGMA_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28)
+
+
+class Curve(Protocol):
+    """Error against sigma_rel; `planning.ErrorCurve` is one."""
+
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def sigma_rels(self) -> FloatArray: ...  # noqa: D102
+    @property
+    def profile_error(self) -> FloatArray: ...  # noqa: D102
+    @property
+    def tracked(self) -> tuple[float, ...]: ...  # noqa: D102
+    def ranges_below(self, threshold: float) -> list[tuple[float, float]]: ...  # noqa: D102
+
+
+class Fit(Protocol):
+    """One target and what snapshots make of it over training time; `planning.ProfileFit` is one."""
+
+    @property
+    def title(self) -> str: ...  # noqa: D102
+    @property
+    def times(self) -> FloatArray: ...  # noqa: D102
+    @property
+    def target(self) -> FloatArray: ...  # noqa: D102
+    @property
+    def reconstructed(self) -> FloatArray: ...  # noqa: D102
+    @property
+    def snapshot_times(self) -> dict[str, FloatArray]: ...  # noqa: D102
+    @property
+    def coefficients(self) -> dict[str, FloatArray]: ...  # noqa: D102
+
+
+def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = (), t_unit: str = "steps") -> Figure:
+    """Reconstruction error against sigma_rel; below it, a row for each fit."""
+    rows = 1 + len(fits)
+    figure = Figure(figsize=(8, 4.6 + 3.2 * len(fits)), dpi=150, layout="constrained", facecolor="white")
+    grid = figure.add_gridspec(rows, 2, height_ratios=[1.4, *[1.0] * len(fits)])
+    _draw_errors(figure.add_subplot(grid[0, :]), curves)
+    for row, fit in enumerate(fits, start=1):
+        _draw_profile(figure.add_subplot(grid[row, 0]), fit, t_unit)
+        _draw_coefficients(figure.add_subplot(grid[row, 1]), fit, t_unit)
+    return figure
+
+
+def loss_figure(sigma_rels: FloatArray, losses: FloatArray, raw_loss: float, metric: str) -> Figure:
+    """A metric against sigma_rel, with the best marked and the raw weights as a line."""
+    figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    best = int(np.argmin(losses))
+    axes.plot(sigma_rels, losses, color=COLOURS[0], marker="o", markersize=4, label="averaged weights")
+    axes.axhline(raw_loss, color=COLOURS[1], linestyle="--", label=f"raw weights: {raw_loss:.5f}")
+    axes.plot(
+        sigma_rels[best], losses[best], color=COLOURS[4], marker="*", markersize=15, linestyle="none",
+        label=f"best: sigma_rel {sigma_rels[best]:g}, {losses[best]:.5f}",
+    )  # fmt: skip
+    axes.set_title("The length of the average, chosen after training")
+    axes.set_ylabel(metric)
+    _sigma_axis(axes, float(sigma_rels.min()), float(sigma_rels.max()))
+    _finish(axes)
+    return figure
+
+
+def samples_figure(groups: Sequence[tuple[str, npt.NDArray[Any]]]) -> Figure:
+    """Rows of small grey images side by side: for each group a title and an array [rows, columns, height, width]."""
+    figure = Figure(figsize=(4.2 * len(groups), 3.4), dpi=150, layout="constrained", facecolor="white")
+    for index, (title, images) in enumerate(groups):
+        axes = figure.add_subplot(1, len(groups), index + 1)
+        rows, columns, height, width = images.shape
+        framed = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=1.0)
+        axes.imshow(
+            framed.transpose(0, 2, 1, 3).reshape(rows * (height + 1), columns * (width + 1)),
+            cmap="gray_r",
+            vmin=0,
+            vmax=1,
+        )
+        axes.set_title(title, fontsize=10)
+        axes.set_axis_off()
+    return figure
+
+
+# --- parts -----------------------------------------------------------------------------------------
+
+
+def _draw_errors(axes: Axes, curves: Sequence[Curve]) -> None:
+    for index, curve in enumerate(curves):
+        colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+        label = f"{curve.label}: below {GOOD_ERROR:.0%} for {_ranges(curve)}" if len(curves) > 1 else curve.label
+        axes.plot(curve.sigma_rels, curve.profile_error, color=colour, linestyle=style, linewidth=1.8, label=label)
+        marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
+        floor = 1e-5
+        axes.plot(
+            marked, [floor] * len(marked), color=colour, marker=MARKERS[index % len(MARKERS)], linestyle="none",
+            clip_on=False, zorder=5, label=f"tracked: {', '.join(f'{s:g}' for s in curve.tracked)}",
+        )  # fmt: skip
+        for low, high in curve.ranges_below(GOOD_ERROR):
+            axes.axvspan(low, high, color=colour, alpha=0.10 if len(curves) == 1 else 0.05, linewidth=0)
+    axes.axhline(GOOD_ERROR, color="0.35", linewidth=0.8)
+    axes.set_yscale("log")
+    axes.set_ylim(1e-5, 2.0)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
+    axes.set_ylabel("relative L2 error of the profile")
+    title = "Reconstruction error"
+    if len(curves) == 1:
+        title += f": below {GOOD_ERROR:.0%} for sigma_rel {_ranges(curves[0])}"
+    axes.set_title(title)
+    _sigma_axis(axes, min(c.sigma_rels[0] for c in curves), max(c.sigma_rels[-1] for c in curves))
+    _finish(axes)
+
+
+def _ranges(curve: Curve) -> str:
+    ranges = curve.ranges_below(GOOD_ERROR)
+    return ", ".join(f"{low:.3f} to {high:.3f}" for low, high in ranges) or "no value"
+
+
+def _draw_profile(axes: Axes, fit: Fit, t_unit: str) -> None:
+    axes.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
+    axes.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
+    axes.set_title(fit.title, fontsize=10)
+    axes.set_xlabel(f"training time ({t_unit})")
+    axes.set_ylabel("density")
+    _finish(axes)
+
+
+def _draw_coefficients(axes: Axes, fit: Fit, t_unit: str) -> None:
+    times = np.unique(np.concatenate(list(fit.snapshot_times.values())))
+    spacing = float(np.min(np.diff(times))) if times.size > 1 else float(times[0])
+    width = 0.8 * spacing / len(fit.snapshot_times)
+    for index, (label, at) in enumerate(fit.snapshot_times.items()):
+        shift = (index - (len(fit.snapshot_times) - 1) / 2) * width
+        axes.bar(
+            at + shift, fit.coefficients[label], width, color=COLOURS[index % len(COLOURS)],
+            hatch=("", "////", "....")[index % 3], edgecolor="white", linewidth=0.3, label=label,
+        )  # fmt: skip
+    axes.axhline(0, color="0.35", linewidth=0.8)
+    axes.set_title("coefficients", fontsize=10)
+    axes.set_xlabel(f"training time ({t_unit})")
+    _finish(axes)
+
+
+def _sigma_axis(axes: Axes, low: float, high: float) -> None:
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    ticks = [tick for tick in _SIGMA_TICKS if low <= tick <= high]
+    axes.set_xticks(ticks or [low, high], [f"{tick:g}" for tick in ticks or [low, high]])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
+
+
+def _finish(axes: Axes) -> None:
+    axes.grid(True, color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, framealpha=0.9)

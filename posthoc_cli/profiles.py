@@ -1,0 +1,255 @@
+"""Averaging profiles: how much each moment of training counts in an average.
+
+The power function of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
+Models" (arXiv 2312.02696), section 3.1. Training time `t` runs from 0; any unit will do. An average
+taken at time `t` with exponent `gamma` weighs the network at time `s` by
+
+    density(s) = (gamma + 1) s**gamma / t**(gamma + 1),     0 < s <= t      (equation 121),
+
+whose mean is t (gamma + 1) / (gamma + 2) and whose standard deviation, divided by `t`, is
+
+    sigma_rel = sqrt((gamma + 1) / ((gamma + 2)**2 (gamma + 3)))          (equation 123).
+
+gamma = 0 is the uniform average, sigma_rel = 12**-0.5 = 0.2887: the longest there is.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+from scipy.optimize import brentq
+
+from posthoc_cli.errors import InvalidValueError
+
+FloatArray = npt.NDArray[np.float64]
+
+UNIFORM_SIGMA_REL = 12**-0.5
+"""sigma_rel of the uniform average over all of training; every power function is shorter."""
+
+_DIRECT_SUM_LIMIT = 1_000_000
+"""Steps up to which the mean lag is summed term by term."""
+
+
+class Profile(Protocol):
+    """What reconstruction needs to know of an average: its mass over training time."""
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at times `s`, any shape."""
+        ...
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass at times after `s`, any shape; 1 at the start of training, 0 at the end."""
+        ...
+
+
+# --- sigma_rel and gamma ---------------------------------------------------------------------------
+
+
+def check_sigma_rel(sigma_rel: float) -> float:
+    """`sigma_rel` as a float, or an InvalidValueError that names the range."""
+    value = float(sigma_rel)
+    if not 0 < value < UNIFORM_SIGMA_REL:
+        raise InvalidValueError(
+            f"sigma_rel {value:g}: must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
+        )
+    return value
+
+
+def gamma_from_sigma_rel(sigma_rel: float) -> float:
+    """The exponent whose profile has the width `sigma_rel`, to about 1e-15 relative in gamma + 1.
+
+    Inverts equation 123 (the paper's equation 126).
+    With x = gamma + 1 and T = sigma_rel**-2 the definition reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near
+    the uniform average f has *two* positive roots (x = 1 and x = 0.37 at T = 12): the wanted one is the
+    larger. f is convex for x > 0 and x = 1 / sigma_rel lies right of both roots, so that Newton's method
+    from there falls monotonically onto the larger root and cannot reach the other.
+    """
+    sigma_rel = check_sigma_rel(sigma_rel)
+    if sigma_rel < 1e-6:
+        # x = 1/sigma_rel - 2 - sigma_rel/2 + O(sigma_rel**2); beyond that, f overflows or loses digits.
+        return _checked_gamma(1 / sigma_rel - 3 - sigma_rel / 2, sigma_rel)
+    inverse_square = 1 / (sigma_rel * sigma_rel)
+    x = 1 / sigma_rel
+    while True:
+        value = (x + 1) ** 2 * (x + 2) - inverse_square * x
+        slope = (x + 1) * (3 * x + 5) - inverse_square
+        smaller = x - value / slope
+        if not smaller < x:
+            return x - 1
+        x = smaller
+
+
+def _checked_gamma(gamma: float, sigma_rel: float) -> float:
+    if not math.isfinite(gamma):
+        raise InvalidValueError(f"sigma_rel {sigma_rel:g}: too short to be told from no averaging; use 1e-6 or more")
+    return gamma
+
+
+def sigma_rel_from_gamma(gamma: float) -> float:
+    """The width of the profile with exponent `gamma` > 0, as a fraction of training time."""
+    if not (gamma > 0 and math.isfinite(gamma)):
+        raise InvalidValueError(f"gamma {gamma:g}: must be above 0, the uniform average, and finite")
+    return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
+
+
+# --- one update ------------------------------------------------------------------------------------
+
+
+def new_value_share(gamma: float, t_prev: float, t: float) -> float:
+    """1 - beta: the share that an update at time `t` gives to the new value.
+
+    beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain
+    of such updates leaves on each value exactly the mass that the power function has on the interval that the
+    update closes. `t_prev` = 0 is the first update: all of the average.
+    """
+    if not 0 <= t_prev < t:
+        raise InvalidValueError(f"an update at t = {t:g} after one at t = {t_prev:g}: time must grow")
+    if t_prev == 0:
+        return 1.0
+    return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
+
+
+def beta(gamma: float, t_prev: float, t: float) -> float:
+    """Decay of one update from time `t_prev` to `t`: (t_prev / t)**(gamma + 1)."""
+    return 1.0 - new_value_share(gamma, t_prev, t)
+
+
+# --- profiles --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PowerFunction:
+    """The power-function profile of an average taken at time `t` > 0, with exponent `gamma` >= 0."""
+
+    gamma: float
+    t: float
+
+    @classmethod
+    def from_sigma_rel(cls, sigma_rel: float, t: float) -> PowerFunction:
+        """The power function whose width is `sigma_rel`, at time `t`."""
+        return cls(gamma_from_sigma_rel(sigma_rel), float(t))
+
+    @property
+    def sigma_rel(self) -> float:
+        """Standard deviation as a fraction of `t`."""
+        return sigma_rel_from_gamma(self.gamma)
+
+    @property
+    def mean_age(self) -> float:
+        """Mean distance to `t`, in the unit of `t`: t / (gamma + 2)."""
+        return self.t / (self.gamma + 2)
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at `s`; 0 outside (0, t]."""
+        relative = np.asarray(s, dtype=np.float64) / self.t
+        inside = (relative > 0) & (relative <= 1)
+        return np.where(inside, np.power(np.where(inside, relative, 1.0), self.gamma), 0.0) * (self.gamma + 1) / self.t
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`: 1 - (s/t)**(gamma + 1) within (0, t]."""
+        relative = np.clip(np.asarray(s, dtype=np.float64) / self.t, 0.0, 1.0)
+        with np.errstate(divide="ignore"):
+            return np.asarray(-np.expm1((self.gamma + 1) * np.log(relative)), dtype=np.float64)
+
+    def discrete_weights(self, times: npt.ArrayLike) -> FloatArray:
+        """What updates at `times` (growing, the last one at `t`) leave on each value: shape [len(times)].
+
+        The update at t_k keeps (t_k/t)**(gamma+1) - (t_{k-1}/t)**(gamma+1), with t_0 = 0: they sum to 1.
+        """
+        grid = np.asarray(times, dtype=np.float64)
+        if grid.size == 0 or grid[0] <= 0 or np.any(np.diff(grid) <= 0) or grid[-1] != self.t:
+            raise InvalidValueError(f"update times must grow from above 0 and end at t = {self.t:g}")
+        return -np.diff(self.tail(np.concatenate(([0.0], grid))))
+
+
+@dataclass(frozen=True)
+class RecordedPowerFunction:
+    """A power function as a tracker really recorded it, from discrete updates.
+
+    The first update, at `t_first`, takes its value whole: the mass before it, (t_first / t)**(gamma + 1),
+    sits on that one value. Later updates are never further apart than `max_interval`, so that no part of the
+    profile is displaced by more. With `t_first` and `max_interval` small against `t` it is the pure function.
+    """
+
+    gamma: float
+    t: float
+    t_first: float
+    max_interval: float
+
+    @property
+    def pure(self) -> PowerFunction:
+        """The power function that the record stands for."""
+        return PowerFunction(self.gamma, self.t)
+
+    @property
+    def mass_on_first(self) -> float:
+        """The mass that sits on the value at `t_first`."""
+        return float((self.t_first / self.t) ** (self.gamma + 1))
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at `s` in (t_first, t]; the mass at `t_first` itself is `mass_on_first`."""
+        times = np.asarray(s, dtype=np.float64)
+        return np.where(times > self.t_first, self.pure.density(times), 0.0)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`: 1 before `t_first`, then that of the pure function."""
+        times = np.asarray(s, dtype=np.float64)
+        return np.where(times < self.t_first, 1.0, self.pure.tail(times))
+
+
+# --- the classical average -------------------------------------------------------------------------
+
+
+def mean_lag(gamma: float, steps: int) -> float:
+    """Mean age in steps of the values in an average updated at every step 1 .. `steps`.
+
+    sum_k w_k (T - k) with the discrete weights of the power function; by partial summation
+    sum_{j=1}^{T-1} (j/T)**(gamma+1).
+    """
+    if steps < 1:
+        raise InvalidValueError(f"steps {steps}: must be at least 1")
+    x = gamma + 1
+    if steps <= _DIRECT_SUM_LIMIT:
+        return float(np.sum(np.power(np.arange(1, steps) / steps, x)))
+    if x > 0.1 * steps:
+        # The terms fall by a factor exp(-x/T) each: 400 of them leave out less than e**-40.
+        return float(np.sum(np.exp(x * np.log1p(-np.arange(1, 401) / steps))))
+    # Euler-Maclaurin; the next terms are of order (x/T)**5 / 30240.
+    ratio = x / steps
+    return float(steps / (x + 1) - 0.5 + ratio / 12 - ratio * (x - 1) * (x - 2) / steps**2 / 720)
+
+
+def classical_beta(sigma_rel: float, steps: int) -> float:
+    """The constant decay whose average has the same mean lag after `steps` steps as the power function.
+
+    A classical EMA with decay beta has mean lag beta / (1 - beta) steps.
+    """
+    lag = mean_lag(gamma_from_sigma_rel(sigma_rel), steps)
+    return lag / (1 + lag)
+
+
+def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
+    """The inverse of `classical_beta`.
+
+    No power function has a longer mean lag than the uniform average, (steps - 1) / 2: a beta at or above
+    1 - 2 / (steps + 1) has no counterpart after that many steps, however its table may name one.
+    """
+    if steps < 2:
+        raise InvalidValueError(f"steps {steps}: must be at least 2")
+    longest = 1 - 2 / (steps + 1)
+    if not 0 < beta < longest:
+        raise InvalidValueError(
+            f"beta {beta:g}: after {steps:,} steps it must lie in (0, {longest:.7g}); "
+            f"{longest:.7g} has the mean lag of the uniform average, and no power function a longer one"
+        )
+    lag = beta / (1 - beta)
+    # Mean lag falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
+    largest = steps * (2 + max(0.0, -math.log(lag))) * 2
+    log_x = brentq(
+        lambda value: mean_lag(math.expm1(value), steps) - lag, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
+    )
+    return sigma_rel_from_gamma(math.expm1(log_x))

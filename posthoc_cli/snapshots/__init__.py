@@ -1,0 +1,1 @@
+"""Snapshot files: their format, reading and checking, durable writing, and the directory they live in."""

@@ -1,0 +1,270 @@
+"""Headers from bytes: parsed and checked, with nothing taken on trust.
+
+A file may come from a stranger or from a failing disk. Whatever is wrong becomes a FileFormatError that
+names the file and the tensor or key; what passes is consistent with itself and with the file's size.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from posthoc_cli.errors import FileFormatError, InvalidValueError
+from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.snapshots import format as fmt
+
+
+def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
+    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes.
+
+    Checks everything that can be checked without the payload: JSON without duplicate keys, known dtypes,
+    offsets that tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
+
+    Raises:
+        FileFormatError: naming the file, and the tensor where there is one.
+    """
+    raw = _parse_json(path, start[8:], "header")
+    if not isinstance(raw, dict):
+        raise FileFormatError(f"{path}: the header is not a JSON object; not a safetensors file")
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise FileFormatError(f"{path}: __metadata__ must map names to strings")
+    tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
+    _check_offsets(path, tensors)
+    header = fmt.FileHeader(metadata, tensors, len(start))
+    if header.file_bytes != file_bytes:
+        state = "truncated" if file_bytes < header.file_bytes else "longer than it should be"
+        raise FileFormatError(f"{path}: {state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
+    if "ema.checksum" in metadata or "ema.format" in metadata:
+        _check_header_checksum(path, start)
+    return header
+
+
+def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
+    """What a snapshot's metadata says, checked against itself and against the tensors.
+
+    Raises:
+        FileFormatError: naming the file and the key.
+    """
+    reader = _Metadata(path, header, "snapshot")
+    tensors = {
+        name: fmt.TrackedTensor(reader.one_of("ema.tensors", value, "role", ("average", "copy")),
+                            reader.one_of("ema.tensors", value, "dtype", tuple(fmt.ITEM_BYTES)))
+        for name, value in reader.json_object("ema.tensors").items()
+    }  # fmt: skip
+    aliases = reader.json_object("ema.aliases")
+    left_out = reader.json_list("ema.left_out")
+    if set(tensors) != set(header.tensors):
+        name = min(set(tensors) ^ set(header.tensors))
+        raise FileFormatError(f"{path}: tensor {name!r} is in the payload or in ema.tensors, but not in both")
+    for alias, name in aliases.items():
+        if name not in tensors or alias in tensors:
+            raise FileFormatError(f"{path}: ema.aliases: {alias!r} must be a further name of a stored tensor")
+    info = fmt.SnapshotInfo(
+        run_id=reader.text("ema.run_id"),
+        sigma_rel=reader.number("ema.sigma_rel"),
+        gamma=reader.number("ema.gamma"),
+        t=reader.number("ema.t"),
+        t_unit=reader.text("ema.t_unit"),
+        step=reader.integer("ema.step"),
+        t_first=reader.number("ema.t_first"),
+        max_interval=reader.number("ema.max_interval"),
+        schedule=_decode_schedule(reader),
+        tensors=tensors,
+        aliases=aliases,
+        left_out=tuple(left_out),
+    )
+    _check_profile(path, info)
+    return info
+
+
+def decode_output(path: Path, header: fmt.FileHeader) -> fmt.OutputInfo:
+    """What a synthesized file's metadata says.
+
+    Raises:
+        FileFormatError: naming the file and the key.
+    """
+    reader = _Metadata(path, header, "output")
+    predicted = reader.text("ema.predicted_error")
+    snapshots = []
+    for item in reader.json_list("ema.snapshots"):
+        if not (isinstance(item, dict) and isinstance(item.get("file"), str) and _is_number(item.get("coefficient"))):
+            raise FileFormatError(f"{path}: ema.snapshots must list files with their coefficients")
+        snapshots.append((item["file"], float(item["coefficient"])))
+    return fmt.OutputInfo(
+        run_id=reader.text("ema.run_id"),
+        sigma_rel=reader.number("ema.sigma_rel"),
+        gamma=reader.number("ema.gamma"),
+        t=reader.number("ema.t"),
+        t_unit=reader.text("ema.t_unit"),
+        method=reader.text("ema.method"),
+        profile_error=reader.number("ema.profile_error"),
+        predicted_error=None if predicted == "null" else reader.number("ema.predicted_error"),
+        snapshots=tuple(snapshots),
+        copies=tuple(reader.json_list("ema.copies")),
+    )
+
+
+def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
+    """Block checksums by tensor, of the right number each; empty for a file that has none.
+
+    Raises:
+        FileFormatError: naming the file and the tensor.
+    """
+    if "ema.checksums" not in header.metadata:
+        return {}
+    raw = _parse_json(path, header.metadata["ema.checksums"].encode(), "ema.checksums")
+    for name, entry in header.tensors.items():
+        value = raw.get(name) if isinstance(raw, dict) else None
+        if not isinstance(value, str) or len(value) != len(fmt.blank_checksums(entry.nbytes)):
+            raise FileFormatError(f"{path}: tensor {name!r}: ema.checksums does not hold one checksum a block")
+    return dict(raw)
+
+
+def file_kind(header: fmt.FileHeader) -> str | None:
+    """ "snapshot", "output", or None for a file that is neither."""
+    return header.metadata.get("ema.format")
+
+
+# --- in parts --------------------------------------------------------------------------------------
+
+
+def _parse_json(path: Path, data: bytes, what: str) -> Any:
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("the same key twice")
+        return result
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: damaged {what}: {str(error)[:200]}") from error
+
+
+def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
+    problem = FileFormatError(f"{path}: tensor {name!r}: its header entry is malformed")
+    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
+        raise problem
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in fmt.ITEM_BYTES:
+        raise FileFormatError(f"{path}: tensor {name!r}: dtype {dtype!r} is none of {', '.join(fmt.ITEM_BYTES)}")
+    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
+        raise problem
+    begin, end = offsets
+    if end - begin != math.prod(shape) * fmt.ITEM_BYTES[dtype]:
+        raise FileFormatError(f"{path}: tensor {name!r}: {end - begin:,} bytes do not make {dtype} of shape {shape}")
+    return fmt.TensorEntry(dtype, tuple(shape), begin, end - begin)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _check_offsets(path: Path, tensors: Mapping[str, fmt.TensorEntry]) -> None:
+    position = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if entry.begin != position:
+            raise FileFormatError(f"{path}: tensor {name!r}: begins at {entry.begin:,} where {position:,} was due")
+        position += entry.nbytes
+
+
+def _check_header_checksum(path: Path, start: bytes) -> None:
+    if start.count(fmt.CHECKSUM_MARK) != 1:
+        raise FileFormatError(f"{path}: the header has no checksum, or several")
+    begin = start.index(fmt.CHECKSUM_MARK) + len(fmt.CHECKSUM_MARK)
+    end = begin + fmt.CHECKSUM_DIGITS
+    blank = start[:begin] + b"0" * fmt.CHECKSUM_DIGITS + start[end:]
+    if start[begin:end] != xxhash.xxh3_64_hexdigest(blank).encode():
+        raise FileFormatError(f"{path}: damaged header: its checksum does not match")
+
+
+def _decode_schedule(reader: _Metadata) -> fmt.Schedule:
+    raw = reader.json_object("ema.schedule")
+    optional = {"max_checkpoints", "checkpoint_dtype"}
+    for name in fmt.Schedule.__dataclass_fields__:
+        value = raw.get(name)
+        fits = type(value) is int if name != "checkpoint_dtype" else value in fmt.ITEM_BYTES
+        if not fits and not (name in optional and value is None):
+            raise reader.bad("ema.schedule", f"{name} is {value!r}")
+    return fmt.Schedule(**{name: raw[name] for name in fmt.Schedule.__dataclass_fields__})
+
+
+def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
+    if not 0 < info.t_first <= info.t or info.step < 1 or info.max_interval < 0:
+        raise FileFormatError(
+            f"{path}: t {info.t:g}, first update {info.t_first:g}, step {info.step}: not a time of training"
+        )
+    try:
+        gamma = gamma_from_sigma_rel(info.sigma_rel)
+    except InvalidValueError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    if abs(info.gamma - gamma) > 1e-9 * (gamma + 1):
+        raise FileFormatError(f"{path}: gamma {info.gamma!r} is not that of sigma_rel {info.sigma_rel!r} ({gamma!r})")
+
+
+class _Metadata:
+    """Typed access to the metadata of one file, with errors that name the file and the key."""
+
+    def __init__(self, path: Path, header: fmt.FileHeader, expected: str) -> None:
+        self._path = path
+        self._metadata = header.metadata
+        found = file_kind(header)
+        if found != expected:
+            what = "has no ema.format" if found is None else f"is an EMA {found}"
+            raise FileFormatError(f"{path}: not a {expected} of this package: {what}")
+        if self.text("ema.version") != fmt.VERSION:
+            raise self.bad("ema.version", f"{self.text('ema.version')!r}; this release reads {fmt.VERSION}")
+
+    def bad(self, key: str, reason: str) -> FileFormatError:
+        return FileFormatError(f"{self._path}: {key}: {reason}")
+
+    def text(self, key: str) -> str:
+        if key not in self._metadata:
+            raise self.bad(key, "is missing")
+        return self._metadata[key]
+
+    def number(self, key: str) -> float:
+        try:
+            value = float(self.text(key))
+        except ValueError:
+            raise self.bad(key, f"{self.text(key)[:40]!r} is not a number") from None
+        if not math.isfinite(value):
+            raise self.bad(key, f"{value} is not finite")
+        return value
+
+    def integer(self, key: str) -> int:
+        text = self.text(key)
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise self.bad(key, f"{text[:40]!r} is not a whole number")
+        return int(text)
+
+    def json_object(self, key: str) -> dict[str, Any]:
+        value = _parse_json(self._path, self.text(key).encode(), key)
+        if not isinstance(value, dict):
+            raise self.bad(key, "is not a JSON object")
+        return value
+
+    def json_list(self, key: str) -> list[Any]:
+        value = _parse_json(self._path, self.text(key).encode(), key)
+        if not isinstance(value, list):
+            raise self.bad(key, "is not a JSON list")
+        return value
+
+    def one_of(self, key: str, value: Any, part: str, accepted: tuple[str, ...]) -> str:
+        found = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(found, str) or found not in accepted:
+            raise self.bad(key, f"{part} {found!r} is none of {', '.join(accepted)}")
+        return found

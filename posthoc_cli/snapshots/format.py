@@ -1,0 +1,289 @@
+"""What a snapshot file is: the specification of the format, and how its header is written.
+
+A snapshot holds one average of one run at one time. It is a safetensors file, so that any safetensors reader
+opens it:
+
+    8 bytes     N, the length of the header, unsigned little-endian
+    N bytes     the header: one JSON object in UTF-8, padded at the end with spaces to a multiple of 8
+    the rest    the payload: tensors in the order of their offsets, little-endian, row-major, without gaps
+
+The header maps each tensor's name to {"dtype", "shape", "data_offsets": [begin, end]} (offsets count from the
+start of the payload), and `__metadata__` to an object of strings. N is at most 100,000,000.
+
+Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; JSON values are compact.
+
+    key               value
+    format            "pt": what readers of PyTorch weights look for
+    ema.format        "snapshot"
+    ema.version       "1"
+    ema.run_id        32 hexadecimal digits; the same in every snapshot of a run, and in no other
+    ema.sigma_rel     width of the profile, as the user gave it
+    ema.gamma         exponent of the profile
+    ema.t             training time at which the average stood
+    ema.t_unit        what `t` counts: "steps", "images", ...
+    ema.step          calls of the hook up to `t`
+    ema.t_first       time of the first update: the profile's mass before it sits on the values of that time
+    ema.max_interval  the longest time between two updates since
+    ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
+                      checkpoint_dtype (null: each tensor's own)
+    ema.tensors       JSON object: name -> {"role": "average" or "copy", "dtype": the model's own dtype}. An
+                      average is the weighted mean of a parameter; a copy is a buffer as it was at `t`
+    ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
+    ema.left_out      JSON list: names of the model's state that the run does not track
+    ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
+    ema.checksum      checksum of the header, 16 hexadecimal digits
+
+A tensor's stored dtype may differ from its own: averages are stored in `checkpoint_dtype`, but in F32 where a
+value is too large for it.
+
+Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
+bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
+header's checksum is taken over the first 8 + N bytes of the file with the 16 digits after
+`"ema.checksum":"` replaced by zeros. That text occurs once: inside a JSON string its quotes would be escaped.
+
+An *output* (what a synthesis writes) is the same with ema.format "output": it has ema.version, run_id,
+sigma_rel, gamma, t, t_unit, checksums and checksum as above, and
+
+    ema.method           the solver
+    ema.profile_error    relative L2 error between the profiles
+    ema.predicted_error  expected relative L2 error of the weights, or "null"
+    ema.snapshots        JSON list of {"file", "coefficient"}
+    ema.copies           JSON list: names of the tensors that are copies (buffers), not averages
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import xxhash
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import RecordedPowerFunction
+
+VERSION = "1"
+BLOCK_BYTES = 4 * 1024 * 1024
+MAX_HEADER_BYTES = 100_000_000
+SUFFIX = ".safetensors"
+
+ITEM_BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
+}  # fmt: skip
+"""Bytes an element takes, by the dtype's name in safetensors."""
+
+DTYPE_WORDS = {
+    "float64": "F64", "fp64": "F64", "float32": "F32", "fp32": "F32", "float16": "F16", "fp16": "F16",
+    "bfloat16": "BF16", "bf16": "BF16",
+}  # fmt: skip
+"""What users call the dtypes of averages, and their names in safetensors."""
+
+CHECKSUM_DIGITS = 16
+CHECKSUM_MARK = b'"ema.checksum":"'
+"""What stands before the header's checksum, once in a header."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor to be written: its name, stored dtype (a safetensors name) and shape."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the payload."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """A tensor in a file: `begin` counts from the start of the payload."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """The header of any safetensors file: what is where."""
+
+    metadata: dict[str, str]
+    tensors: dict[str, TensorEntry]
+    payload_start: int
+
+    @property
+    def file_bytes(self) -> int:
+        """The size that the file must have."""
+        return self.payload_start + sum(entry.nbytes for entry in self.tensors.values())
+
+
+@dataclass(frozen=True)
+class TrackedTensor:
+    """What a run keeps of one tensor: `role` is "average" or "copy", `dtype` the model's own."""
+
+    role: str
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When a tracker updates and writes, and how it stores; see `PostHocEMA.from_model`."""
+
+    update_every: int = 10
+    checkpoint_every: int = 1000
+    update_after_step: int = 0
+    max_checkpoints: int | None = 20
+    checkpoint_dtype: str | None = "F16"
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """Everything that a snapshot says about itself, apart from where its bytes are."""
+
+    run_id: str
+    sigma_rel: float
+    gamma: float
+    t: float
+    t_unit: str
+    step: int
+    t_first: float
+    max_interval: float
+    schedule: Schedule
+    tensors: dict[str, TrackedTensor]
+    aliases: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def profile(self) -> RecordedPowerFunction:
+        """The profile of the average, as it was recorded."""
+        return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """Everything that a synthesized file says about itself."""
+
+    run_id: str
+    sigma_rel: float
+    gamma: float
+    t: float
+    t_unit: str
+    method: str
+    profile_error: float
+    predicted_error: float | None
+    snapshots: tuple[tuple[str, float], ...]
+    """File name and coefficient of each snapshot."""
+    copies: tuple[str, ...] = ()
+
+
+def parse_dtype_word(word: str) -> str | None:
+    """The safetensors name of a user's word for a dtype; None for "keep", each tensor's own.
+
+    Raises:
+        InvalidValueError: listing the accepted words.
+    """
+    if word == "keep":
+        return None
+    if word not in DTYPE_WORDS:
+        raise InvalidValueError(f"dtype {word}: must be one of {', '.join(DTYPE_WORDS)}, keep")
+    return DTYPE_WORDS[word]
+
+
+# --- writing ---------------------------------------------------------------------------------------
+
+
+def lay_out(specs: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
+    """Places for tensors: wide items first, so that every tensor is aligned to its own item size."""
+    entries: dict[str, TensorEntry] = {}
+    begin = 0
+    for spec in sorted(specs, key=lambda s: -ITEM_BYTES[s.dtype]):
+        if spec.name in entries or spec.name == "__metadata__":
+            raise InvalidValueError(f"tensor name {spec.name!r}: must be unique, and not __metadata__")
+        entries[spec.name] = TensorEntry(spec.dtype, spec.shape, begin, spec.nbytes)
+        begin += spec.nbytes
+    return entries
+
+
+def encode_header(
+    entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], checksums: Mapping[str, str]
+) -> bytes:
+    """The file's first bytes, up to the payload. Their number depends on the checksums' lengths only."""
+    full = dict(metadata)
+    full["ema.checksums"] = _compact(checksums)
+    full["ema.checksum"] = "0" * CHECKSUM_DIGITS
+    header: dict[str, Any] = {"__metadata__": full}
+    for name, entry in entries.items():
+        offsets = [entry.begin, entry.begin + entry.nbytes]
+        header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
+    try:
+        text = _compact(header).encode()
+    except UnicodeEncodeError as error:
+        raise InvalidValueError(f"a name or value cannot be written in UTF-8: {error.object!r}") from error
+    text += b" " * (-len(text) % 8)
+    if len(text) > MAX_HEADER_BYTES:
+        raise InvalidValueError(f"the header would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
+    blank = len(text).to_bytes(8, "little") + text
+    start = blank.index(CHECKSUM_MARK) + len(CHECKSUM_MARK)
+    return blank[:start] + xxhash.xxh3_64_hexdigest(blank).encode() + blank[start + CHECKSUM_DIGITS :]
+
+
+def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
+    """The metadata of a snapshot, without its checksums."""
+    return {
+        "format": "pt",
+        "ema.format": "snapshot",
+        "ema.version": VERSION,
+        "ema.run_id": info.run_id,
+        "ema.sigma_rel": repr(info.sigma_rel),
+        "ema.gamma": repr(info.gamma),
+        "ema.t": repr(info.t),
+        "ema.t_unit": info.t_unit,
+        "ema.step": str(info.step),
+        "ema.t_first": repr(info.t_first),
+        "ema.max_interval": repr(info.max_interval),
+        "ema.schedule": _compact(vars(info.schedule)),
+        "ema.tensors": _compact({name: vars(tensor) for name, tensor in info.tensors.items()}),
+        "ema.aliases": _compact(info.aliases),
+        "ema.left_out": _compact(list(info.left_out)),
+    }
+
+
+def output_metadata(info: OutputInfo) -> dict[str, str]:
+    """The metadata of a synthesized file, without its checksums."""
+    return {
+        "format": "pt",
+        "ema.format": "output",
+        "ema.version": VERSION,
+        "ema.run_id": info.run_id,
+        "ema.sigma_rel": repr(info.sigma_rel),
+        "ema.gamma": repr(info.gamma),
+        "ema.t": repr(info.t),
+        "ema.t_unit": info.t_unit,
+        "ema.method": info.method,
+        "ema.profile_error": repr(info.profile_error),
+        "ema.predicted_error": _compact(info.predicted_error),
+        "ema.snapshots": _compact([{"file": name, "coefficient": c} for name, c in info.snapshots]),
+        "ema.copies": _compact(list(info.copies)),
+    }
+
+
+def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:
+    """Checksums of the 4 MiB blocks of a tensor's bytes."""
+    view = memoryview(data)
+    return [xxhash.xxh3_64_hexdigest(view[begin : begin + BLOCK_BYTES]) for begin in range(0, len(view), BLOCK_BYTES)]
+
+
+def blank_checksums(nbytes: int) -> str:
+    """Zeros in the place of the checksums of a tensor of `nbytes` bytes."""
+    return "0" * (CHECKSUM_DIGITS * -(-nbytes // BLOCK_BYTES))
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,233 @@
+"""A snapshot directory: what is in it, whether it belongs together, and adding to it.
+
+Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers are believed. Any snapshot can be
+copied, moved or deleted on its own and the rest still works.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from decimal import Decimal
+from pathlib import Path
+
+from posthoc_cli import files
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
+from posthoc_cli.planning import snapshots_to_drop
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.reader import Snapshot, read_header
+
+log = logging.getLogger(__name__)
+
+SUPERSEDED = "superseded"
+"""The folder of a snapshot directory for snapshots later than the time that training went back to."""
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What is in a directory, good or bad.
+
+    Attributes:
+        snapshots: those that can be read, by time, then sigma_rel.
+        problems: one line for each thing that is wrong.
+        leftovers: temporaries of interrupted writes.
+        superseded: number of snapshots set aside.
+    """
+
+    snapshots: tuple[Snapshot, ...]
+    problems: tuple[str, ...]
+    leftovers: tuple[Path, ...]
+    superseded: int
+
+
+# --- reading a directory ---------------------------------------------------------------------------
+
+
+def read_directory(directory: Path) -> list[Snapshot]:
+    """The snapshots of one run, by time, then sigma_rel. Reads headers only.
+
+    Raises:
+        DirectoryError: the directory is absent, or holds no snapshot.
+        FileFormatError: a file in it is damaged, or no snapshot.
+        MismatchError: two files do not belong together; both are named.
+    """
+    found = [_open_candidate(path) for path in _candidates(directory)]
+    snapshots = sorted((s for s in found if s is not None), key=_order)
+    if not snapshots:
+        raise DirectoryError(
+            f"{directory}: no snapshots here; name the directory that a tracker writes its snapshots to"
+            f"{_hint(directory)}"
+        )
+    check_consistent(snapshots)
+    return snapshots
+
+
+def inspect_directory(directory: Path) -> Inspection:
+    """Everything about a directory, without stopping at what is wrong.
+
+    Raises:
+        DirectoryError: the directory is absent.
+    """
+    snapshots, problems = [], []
+    for path in _candidates(directory):
+        try:
+            snapshot = _open_candidate(path)
+            if snapshot is not None:
+                snapshots.append(snapshot)
+        except FileFormatError as error:
+            problems.append(str(error))
+    snapshots.sort(key=_order)
+    for other in snapshots[1:]:
+        try:
+            _check_pair(snapshots[0], other)
+        except MismatchError as error:
+            problems.append(str(error))
+    problems += _doubles(snapshots) + _gaps(snapshots)
+    aside = directory / SUPERSEDED
+    return Inspection(
+        snapshots=tuple(snapshots),
+        problems=tuple(problems),
+        leftovers=tuple(sorted(directory.glob(f"{files.TEMPORARY_PREFIX}*{files.TEMPORARY_SUFFIX}"))),
+        superseded=len(list(aside.glob(f"*{fmt.SUFFIX}"))) if aside.is_dir() else 0,
+    )
+
+
+def check_consistent(snapshots: Sequence[Snapshot]) -> None:
+    """Raise a MismatchError, naming two files and what differs, unless all are of one run and shape."""
+    for other in snapshots[1:]:
+        _check_pair(snapshots[0], other)
+    doubles = _doubles(snapshots)
+    if doubles:
+        raise MismatchError(doubles[0])
+
+
+def _candidates(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        state = "is not a directory" if directory.exists() else "no such directory"
+        raise DirectoryError(f"{directory}: {state}; name the directory that a tracker writes its snapshots to")
+    try:
+        entries = list(directory.iterdir())
+    except OSError as error:
+        raise DirectoryError(f"{directory}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    return sorted(p for p in entries if p.suffix == fmt.SUFFIX and not p.name.startswith("."))
+
+
+def _open_candidate(path: Path) -> Snapshot | None:
+    """The snapshot in a file; None for a synthesized file that someone keeps beside the snapshots."""
+    header = read_header(path)
+    if file_kind(header) == "output":
+        return None
+    return Snapshot(path, header, decode_snapshot(path, header))
+
+
+def _hint(directory: Path) -> str:
+    if any(directory.glob("*.pt")) or any(directory.glob("*.pkl")):
+        return " (the .pt and .pkl files of other libraries cannot be read)"
+    return ""
+
+
+def _order(snapshot: Snapshot) -> tuple[float, float, str]:
+    return snapshot.info.t, snapshot.info.sigma_rel, snapshot.path.name
+
+
+def _check_pair(first: Snapshot, other: Snapshot) -> None:
+    pair = f"{first.path} and {other.path}"
+    a, b = first.info, other.info
+    if a.run_id != b.run_id:
+        raise MismatchError(
+            f"{pair} are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
+        )
+    if a.t_unit != b.t_unit:
+        raise MismatchError(f"{pair} count time in {a.t_unit!r} and {b.t_unit!r}")
+    for name in sorted(a.tensors.keys() | b.tensors.keys()):
+        if name not in a.tensors or name not in b.tensors:
+            missing = other if name in a.tensors else first
+            raise MismatchError(f"{pair} do not match: tensor {name!r} is missing in {missing.path.name}")
+        shapes = [list(s.header.tensors[name].shape) for s in (first, other)]
+        if shapes[0] != shapes[1]:
+            raise MismatchError(f"{pair} do not match: tensor {name!r} has the shapes {shapes[0]} and {shapes[1]}")
+        if a.tensors[name] != b.tensors[name]:
+            raise MismatchError(
+                f"{pair} do not match: tensor {name!r} is {a.tensors[name].role} of {a.tensors[name].dtype} "
+                f"and {b.tensors[name].role} of {b.tensors[name].dtype}"
+            )
+    if a.aliases != b.aliases:
+        raise MismatchError(f"{pair} do not match: they tie different names together")
+
+
+def _doubles(snapshots: Sequence[Snapshot]) -> list[str]:
+    seen: dict[tuple[float, float], Snapshot] = {}
+    problems = []
+    for snapshot in snapshots:
+        key = (snapshot.info.t, snapshot.info.sigma_rel)
+        if key in seen:
+            problems.append(
+                f"{seen[key].path} and {snapshot.path} both hold sigma_rel {key[1]:g} at t = {key[0]:g}; remove one"
+            )
+        seen.setdefault(key, snapshot)
+    return problems
+
+
+def _gaps(snapshots: Sequence[Snapshot]) -> list[str]:
+    """Times at which some of the profiles are missing."""
+    profiles = {s.info.sigma_rel for s in snapshots}
+    by_time = defaultdict(set)
+    for snapshot in snapshots:
+        by_time[snapshot.info.t].add(snapshot.info.sigma_rel)
+    return [
+        f"t = {t:g}: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(profiles - found))}"
+        for t, found in sorted(by_time.items())
+        if found != profiles
+    ]
+
+
+# --- adding to a directory -------------------------------------------------------------------------
+
+
+def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
+    """Where a snapshot goes: names sort by time."""
+    whole, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
+    clock = f"{int(whole):012d}" + (f".{fraction}" if fraction.strip("0") else "")
+    return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
+
+
+def thin(directory: Path, max_checkpoints: int | None) -> None:
+    """Leave `max_checkpoints` snapshots a profile, spread evenly over time; see `planning`."""
+    if max_checkpoints is None:
+        return
+    profiles = defaultdict(list)
+    for snapshot in read_directory(directory):
+        profiles[snapshot.info.sigma_rel].append(snapshot)
+    for snapshots in profiles.values():
+        for index in snapshots_to_drop([s.info.t for s in snapshots], max_checkpoints):
+            log.debug("thinning: %s goes", snapshots[index].path)
+            files.unlink(snapshots[index].path)
+
+
+def set_aside_later(directory: Path, t: float) -> list[Path]:
+    """Move snapshots later than `t` to the folder `superseded`, never deleting one; returns where they went."""
+    later = [s for s in read_directory(directory) if s.info.t > t]
+    if not later:
+        return []
+    aside = directory / SUPERSEDED
+    with files.reported_as_write_error(aside):
+        files.make_directory(aside)
+        moved = []
+        for snapshot in later:
+            target = _free_name(aside / snapshot.path.name)
+            files.rename(snapshot.path, target)
+            moved.append(target)
+        files.fsync_directory(aside)
+        files.fsync_directory(directory)
+    return moved
+
+
+def _free_name(path: Path) -> Path:
+    candidate, number = path, 1
+    while candidate.exists():
+        candidate = path.with_name(f"{path.stem}.{number}{path.suffix}")
+        number += 1
+    return candidate

@@ -1,0 +1,58 @@
+"""Between torch tensors and the bytes and dtype names of safetensors. The one module here that needs torch."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.snapshots.format import parse_dtype_word
+
+_NAMES = {
+    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
+    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
+    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+
+
+def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
+    """The safetensors name of a dtype.
+
+    Raises:
+        InvalidValueError: safetensors has none; `tensor` is named.
+    """
+    if dtype not in _NAMES:
+        where = f"tensor {tensor!r}: " if tensor else ""
+        raise InvalidValueError(f"{where}dtype {dtype} cannot be stored; one of {', '.join(map(str, _NAMES))} can")
+    return _NAMES[dtype]
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The dtype that a safetensors name stands for."""
+    return _DTYPES[name]
+
+
+def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A dtype for averages, given as such or as a user's word; None for None and "keep", each tensor's own.
+
+    Raises:
+        InvalidValueError: listing the accepted words.
+    """
+    if dtype is None:
+        return None
+    name = parse_dtype_word(dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."))
+    return None if name is None else _DTYPES[name]
+
+
+def tensor_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a tensor, row-major; a view where it is contiguous and on the CPU."""
+    flat = tensor.detach().to("cpu").contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().data
+
+
+def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The tensor that these bytes are; it shares their memory."""
+    return torch.from_numpy(data).view(_DTYPES[dtype]).reshape(shape)

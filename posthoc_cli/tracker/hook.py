@@ -1,0 +1,471 @@
+"""`PostHocEMA`: the hook that a training loop calls, and the averages it can give at any time."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import types
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, overload
+
+import torch
+
+from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, NotReadyError
+from posthoc_cli.planning import Candidate, error_curve
+from posthoc_cli.planning import Schedule as PlannedSchedule
+from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.store import read_directory, snapshot_path
+from posthoc_cli.snapshots.tensors import parse_dtype
+from posthoc_cli.synthesis import DiskSource, Source, plan_synthesis, synthesize
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.live import LiveSource
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, collect_tensors, nonfinite_name
+from posthoc_cli.tracker.recorder import Recorder
+from posthoc_cli.tracker.settings import (
+    Settings,
+    check_sigma_rels,
+    make_schedule,
+    next_time,
+    override_schedule,
+)
+from posthoc_cli.tracker.state import load_averages, pack_state, unpack_state
+from posthoc_cli.tracker.weights import Weights, load_weights, swapped_in
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=torch.nn.Module)
+
+
+class PostHocEMA:
+    """Tracks power-function averages of a model and gives the average of any other length.
+
+    Make one with `from_model` or `from_path`. A context manager; closing it only lets another writer into the
+    directory: every snapshot that was due is on disk when the call of `update_` that it was due at returns.
+
+    Attributes:
+        checkpoint_dir: where the snapshots are.
+        run_id: 32 hexadecimal digits that all snapshots of this run carry.
+        settings: what was chosen.
+    """
+
+    def __init__(self, directory: Path, run_id: str, settings: Settings, tracked: TrackedModel) -> None:
+        self.checkpoint_dir = directory
+        self.run_id = run_id
+        self.settings = settings
+        self._tracked = tracked
+        self._averages = RunningAverages(settings.sigma_rels)
+        self._step = 0
+        self._t = 0.0
+        self._own_clock: bool | None = None
+        self._resumes_from_directory = False
+        self._recorder: Recorder | None = None
+        self._closed = False
+        self._model: weakref.ref[torch.nn.Module] | None = None
+
+    # --- making one ----------------------------------------------------------------------------------
+
+    @classmethod
+    def from_model(
+        cls,
+        model: torch.nn.Module,
+        checkpoint_dir: str | Path,
+        sigma_rels: Sequence[float] = (0.05, 0.28),
+        update_every: int = 10,
+        checkpoint_every: int = 1000,
+        update_after_step: int = 0,
+        max_checkpoints: int | None = 20,
+        checkpoint_dtype: torch.dtype | str | None = torch.float16,
+        t_unit: str = "steps",
+        only_trainable: bool = True,
+        on_nonfinite: str = "raise",
+    ) -> PostHocEMA:
+        """A tracker for a new run. Nothing is written before the first `update_`.
+
+        Arguments:
+            model: what will be tracked; its parameters are averaged, its buffers copied.
+            checkpoint_dir: the directory for the snapshots, made when it is missing. One run a directory.
+            sigma_rels: profiles to track; two reach almost everything, see `ema error-plot`.
+            update_every: averages are updated at the calls that are multiples of it.
+            checkpoint_every: snapshots are due at the calls that are multiples of it; a multiple of update_every.
+            update_after_step: no update up to this call.
+            max_checkpoints: snapshots kept a profile, spread evenly over training; None keeps all.
+            checkpoint_dtype: how averages are stored; None for each parameter's own dtype. A tensor with a
+                value too large for it is stored in float32.
+            t_unit: what `t` counts, when you pass a clock of your own to `update_`.
+            only_trainable: leave out parameters that do not require gradients.
+            on_nonfinite: what an update does when a parameter holds nan or infinity: "raise" an error, "skip" the
+                update, or skip it and "warn". No average takes the value in, ever.
+
+        Raises:
+            InvalidValueError: (a ValueError) naming the argument and what would be accepted.
+        """
+        schedule = make_schedule(update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype)
+        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, only_trainable, on_nonfinite)
+        tracked = TrackedModel.of_model(collect_tensors(model, only_trainable))
+        tracker = cls(Path(checkpoint_dir), secrets.token_hex(16), settings, tracked)
+        tracker._model = weakref.ref(model)
+        return tracker
+
+    @classmethod
+    def from_path(
+        cls,
+        checkpoint_dir: str | Path,
+        model: torch.nn.Module | None = None,
+        update_every: int | types.EllipsisType = ...,
+        checkpoint_every: int | types.EllipsisType = ...,
+        update_after_step: int | types.EllipsisType = ...,
+        max_checkpoints: int | types.EllipsisType | None = ...,
+        checkpoint_dtype: torch.dtype | str | types.EllipsisType | None = ...,
+        on_nonfinite: str = "raise",
+    ) -> PostHocEMA:
+        """The run in a directory: to synthesize from, and to go on tracking.
+
+        Tracking goes on at the first `update_` from the newest snapshots, with the schedule that they hold unless
+        an argument says otherwise. The averages then are those snapshots' values, rounded to their storage dtype
+        (float16: 2e-4 relative); to go on exactly, restore `state_dict()` with `load_state_dict`.
+
+        Arguments:
+            checkpoint_dir: a directory with snapshots.
+            model: the model to go on with; checked against the snapshots here and now.
+            others: as in `from_model`; what is left out stays as stored.
+
+        Raises:
+            DirectoryError, FileFormatError, MismatchError: what is wrong with the directory.
+            ModelMismatchError: the model is another one; names the tensor.
+        """
+        directory = Path(checkpoint_dir)
+        snapshots = read_directory(directory)
+        newest = snapshots[-1]
+        schedule = override_schedule(
+            newest.info.schedule,
+            update_every,
+            checkpoint_every,
+            update_after_step,
+            max_checkpoints,
+            checkpoint_dtype,
+        )
+        profiles = tuple(sorted({snapshot.info.sigma_rel for snapshot in snapshots}))
+        settings = Settings(profiles, schedule, newest.info.t_unit, on_nonfinite=on_nonfinite)
+        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(newest))
+        tracker._resumes_from_directory = True
+        tracker._step, tracker._t = newest.info.step, newest.info.t
+        if model is not None:
+            tracker._collect(model)
+            tracker._model = weakref.ref(model)
+        return tracker
+
+    # --- tracking ------------------------------------------------------------------------------------
+
+    @property
+    def step(self) -> int:
+        """Calls of `update_` so far in this run."""
+        return self._step
+
+    @property
+    def t(self) -> float:
+        """Training time of the last call."""
+        return self._t
+
+    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
+        """Tell the tracker that the model has made a step. Call it after every optimizer step.
+
+        Arguments:
+            model: the model, as it is now.
+            t: training time on a clock of your own (images, tokens), growing at every call; leave it out at
+                every call for steps.
+
+        Raises:
+            NonFiniteError: a parameter holds nan or infinity (`on_nonfinite="raise"`). No average is touched.
+            ModelMismatchError: names, shapes or dtypes have changed. No average is touched.
+            WriteError: a snapshot that was due could not be written. Nothing partial is left, and training
+                may go on.
+            LockedError, MismatchError: at the first call: another writer holds the directory, or it holds
+                another run.
+        """
+        self._begin()
+        step = self._step + 1
+        self._t = next_time(self.settings, self._own_clock, self._t, step, t)
+        self._own_clock = t is not None
+        self._step = step
+        if self.settings.update_is_due(step):
+            self._take_in(model)
+        if self.settings.snapshot_is_due(step) and self._averages.exist:
+            self._write_snapshots()
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+        """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
+
+        Returns:
+            A handle whose `remove()` undoes it.
+        """
+        if self._model is None:
+            raise InvalidValueError("attach: this tracker was made without a model; give it to from_model or from_path")
+        reference = self._model
+
+        def after_step(*_: object) -> None:
+            model = reference()
+            if model is None:
+                raise NotReadyError("attach: the model that this tracker was made with is gone")
+            self.update_(model)
+
+        return optimizer.register_step_post_hook(after_step)
+
+    def close(self) -> None:
+        """Give the directory free. Averages can still be read; there are no updates any more."""
+        self._closed = True
+        if self._recorder is not None:
+            self._recorder.close()
+
+    def __enter__(self) -> PostHocEMA:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        self.close()
+
+    # --- the average of any length -------------------------------------------------------------------
+
+    @contextmanager
+    def model(
+        self,
+        model: Module,
+        sigma_rel: float,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        method: str | None = None,
+    ) -> Iterator[Module]:
+        """The model itself with averaged weights, in eval mode, for the `with` block.
+
+        Afterwards weights, buffers, train or eval mode and device are as they were, also when the block raises.
+        Arguments as in `state_dict`.
+        """
+        weights = self._synthesized(sigma_rel, t, step, dtype, method)
+        with swapped_in(model, weights):
+            yield model
+
+    def load_into(
+        self,
+        model: torch.nn.Module,
+        sigma_rel: float,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        method: str | None = None,
+    ) -> None:
+        """Copy averaged weights into a model, for good. Arguments as in `state_dict`."""
+        load_weights(model, self._synthesized(sigma_rel, t, step, dtype, method))
+
+    @overload
+    def state_dict(self) -> dict[str, Any]: ...
+
+    @overload
+    def state_dict(
+        self,
+        sigma_rel: float,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        method: str | None = None,
+    ) -> Weights: ...
+
+    def state_dict(
+        self,
+        sigma_rel: float | None = None,
+        t: float | None = None,
+        step: int | None = None,
+        dtype: torch.dtype | str | None = None,
+        method: str | None = None,
+    ) -> Weights | dict[str, Any]:
+        """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
+
+        The tracker's own state (averages in full precision, clock, counters, schedule, run) goes with your
+        training checkpoint; `load_state_dict` continues from it exactly.
+
+        Arguments:
+            sigma_rel: length of the average, in (0, 0.2887).
+            t: its time; by default the current one of a live tracker, else that of the last snapshot.
+            step: the same in calls of `update_`.
+            dtype: of the averages; None for each parameter's own.
+            method: the solver; None for the default one.
+
+        Returns:
+            Tensors on the CPU by name. It may also stand in a `with` statement.
+
+        Raises:
+            InvalidValueError, NotReadyError, FileFormatError, MismatchError.
+        """
+        if sigma_rel is not None:
+            return self._synthesized(sigma_rel, t, step, dtype, method)
+        if self._resumes_from_directory:
+            self._load_newest()
+        return pack_state(self.run_id, self.settings, self._step, self._t, self._averages)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue exactly from a tracker's own state, as `state_dict()` gave it.
+
+        Snapshots in the directory that are later than the state are set aside in its folder `superseded`.
+
+        Raises:
+            InvalidValueError: not such a state, or of other profiles or another clock.
+            ModelMismatchError: of another model.
+            LockedError, MismatchError: another writer, or another run, has the directory.
+        """
+        unpacked = unpack_state(state, self.settings, self._tracked)
+        self._open_recorder(unpacked.run_id).set_aside_later(unpacked.t)
+        self.run_id = unpacked.run_id
+        self._averages = unpacked.averages
+        self._step, self._t = unpacked.step, unpacked.t
+        self._own_clock = None
+        self._resumes_from_directory = False
+
+    def reconstruction_error(
+        self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
+    ) -> Figure:
+        """Reconstruction error against sigma_rel, for what is there now; for the plan, where nothing is.
+
+        Arguments:
+            sigma_range: lowest and highest sigma_rel.
+            method: the solver; None for the default one.
+        """
+        from posthoc_cli import plots
+
+        sources = self._sources()
+        if sources:
+            profiles = [source.info.profile.pure for source in sources]
+            label = f"{len(profiles)} averages up to t = {max(p.t for p in profiles):,.12g}"
+            candidate = Candidate(label, profiles, self.settings.t_unit)
+        else:
+            candidate = Candidate.of_schedule(self._planned())
+        return plots.error_figure([error_curve(candidate, sigma_range, method=method)])
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _begin(self) -> None:
+        """At the first update: become the directory's writer and, in a resumed run, load its averages."""
+        if self._closed:
+            raise NotReadyError(f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path")
+        recorder = self._open_recorder(self.run_id)
+        if self._resumes_from_directory:
+            self._load_newest()
+            recorder.set_aside_later(self._t)
+
+    def _open_recorder(self, run_id: str) -> Recorder:
+        if self._recorder is None:
+            recorder = Recorder(self.checkpoint_dir)
+            try:
+                recorder.check_run(run_id)
+            except BaseException:
+                recorder.close()
+                raise
+            self._recorder = recorder
+        return self._recorder
+
+    def _load_newest(self) -> None:
+        """Take the averages over from the newest snapshots that hold every profile."""
+        self._averages = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
+        self._step, self._t = self._averages.step, self._averages.t
+        self._resumes_from_directory = False
+
+    def _collect(self, model: torch.nn.Module) -> ModelTensors:
+        """The model's tensors, after a check that they are those that are tracked."""
+        frozen_too = any(name in self._tracked.tensors for name, p in model.named_parameters() if not p.requires_grad)
+        tensors = collect_tensors(model, only_trainable=self.settings.only_trainable and not frozen_too)
+        self._tracked.check(TrackedModel.of_model(tensors))
+        return tensors
+
+    def _take_in(self, model: torch.nn.Module) -> None:
+        tensors = self._collect(model)
+        name = nonfinite_name(tensors.averaged)
+        if name is None:
+            self._averages.update_(tensors.averaged, tensors.copied, self._t, self._step)
+            return
+        message = f"parameter {name!r} holds nan or infinity at step {self._step}; no average has taken it in"
+        if self.settings.on_nonfinite == "raise":
+            raise NonFiniteError(message)
+        if self.settings.on_nonfinite == "warn":
+            warnings.warn(message, RuntimeWarning, stacklevel=3)
+        log.info("update skipped: %s", message)
+
+    def _write_snapshots(self) -> None:
+        recorder = self._open_recorder(self.run_id)
+        for source in self._live_sources():
+            if not snapshot_path(self.checkpoint_dir, source.info.t, source.info.sigma_rel).exists():
+                recorder.write(source.info, source.averages, source.copies)
+        recorder.thin(self.settings.schedule.max_checkpoints)
+
+    def _live_sources(self) -> list[LiveSource]:
+        averages = self._averages
+        return [
+            LiveSource(self._describe(sigma_rel, gamma), values, averages.copies)
+            for sigma_rel, gamma, values in zip(averages.sigma_rels, averages.gammas, averages.values, strict=True)
+            if averages.exist
+        ]
+
+    def _describe(self, sigma_rel: float, gamma: float) -> SnapshotInfo:
+        return SnapshotInfo(
+            run_id=self.run_id,
+            sigma_rel=sigma_rel,
+            gamma=gamma,
+            t=self._averages.t,
+            t_unit=self.settings.t_unit,
+            step=self._averages.step,
+            t_first=self._averages.t_first,
+            max_interval=self._averages.max_interval,
+            schedule=self.settings.schedule,
+            tensors=dict(self._tracked.tensors),
+            aliases=dict(self._tracked.aliases),
+            left_out=self._tracked.left_out,
+        )
+
+    def _sources(self) -> list[Source]:
+        """Snapshots on disk and, where they are newer, the live averages; none of them twice."""
+        live: list[Source] = list(self._live_sources())
+        held = {source.info.sigma_rel for source in live}
+        try:
+            snapshots = read_directory(self.checkpoint_dir)
+        except DirectoryError:
+            return live
+        if snapshots[0].info.run_id != self.run_id:
+            return live
+        now = self._averages.t if live else snapshots[-1].info.t
+        stored: list[Source] = [
+            DiskSource(snapshot)
+            for snapshot in snapshots
+            if snapshot.info.t < now or (snapshot.info.t == now and snapshot.info.sigma_rel not in held)
+        ]
+        return stored + live
+
+    def _synthesized(
+        self,
+        sigma_rel: float,
+        t: float | None,
+        step: int | None,
+        dtype: torch.dtype | str | None,
+        method: str | None,
+    ) -> Weights:
+        parse_dtype(dtype)
+        sources = self._sources()
+        if not sources:
+            schedule = self.settings.schedule
+            first = (schedule.update_after_step // schedule.update_every + 1) * schedule.update_every
+            raise NotReadyError(
+                f"no average yet: the first update is at call {first} of update_, this is after {self._step}"
+            )
+        plan = plan_synthesis(sources, [sigma_rel], t, step, method)
+        return Weights((name, tensors[0]) for name, tensors in synthesize(plan, dtype))
+
+    def _planned(self) -> PlannedSchedule:
+        schedule = self.settings.schedule
+        count = 20 if schedule.max_checkpoints is None else schedule.max_checkpoints
+        return PlannedSchedule(
+            self.settings.sigma_rels, count * schedule.checkpoint_every, schedule.checkpoint_every, count
+        )

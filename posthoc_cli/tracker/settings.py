@@ -1,0 +1,119 @@
+"""What the user chose for a tracker, checked."""
+
+from __future__ import annotations
+
+import math
+import types
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import check_sigma_rel
+from posthoc_cli.snapshots.format import Schedule
+from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, torch_dtype
+
+ON_NONFINITE = ("raise", "skip", "warn")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Checked settings of a tracker; the arguments of `PostHocEMA.from_model`."""
+
+    sigma_rels: tuple[float, ...]
+    schedule: Schedule
+    t_unit: str = "steps"
+    only_trainable: bool = True
+    on_nonfinite: str = "raise"
+
+    def __post_init__(self) -> None:
+        if not self.t_unit:
+            raise InvalidValueError("t_unit: must name what t counts, such as 'steps' or 'images'")
+        if self.on_nonfinite not in ON_NONFINITE:
+            raise InvalidValueError(f"on_nonfinite {self.on_nonfinite!r}: must be one of {', '.join(ON_NONFINITE)}")
+
+    def update_is_due(self, step: int) -> bool:
+        """Whether averages take in the model at this call."""
+        return step > self.schedule.update_after_step and step % self.schedule.update_every == 0
+
+    def snapshot_is_due(self, step: int) -> bool:
+        """Whether snapshots are written at this call, if averages exist."""
+        return step % self.schedule.checkpoint_every == 0
+
+
+def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
+    """Tracked profiles: at least one, each in range, none twice."""
+    checked = tuple(check_sigma_rel(sigma_rel) for sigma_rel in sigma_rels)
+    if not checked:
+        raise InvalidValueError("sigma_rels: at least one profile must be tracked, such as (0.05, 0.28)")
+    if len(set(checked)) < len(checked):
+        raise InvalidValueError(f"sigma_rels {checked}: each profile once")
+    return checked
+
+
+def make_schedule(
+    update_every: int,
+    checkpoint_every: int,
+    update_after_step: int,
+    max_checkpoints: int | None,
+    checkpoint_dtype: torch.dtype | str | None,
+) -> Schedule:
+    """A checked schedule.
+
+    Raises:
+        InvalidValueError: a ValueError that names the setting, and both where two do not fit.
+    """
+    counts = {"update_every": (update_every, 1), "checkpoint_every": (checkpoint_every, 1),
+              "update_after_step": (update_after_step, 0)}  # fmt: skip
+    if max_checkpoints is not None:
+        counts["max_checkpoints"] = (max_checkpoints, 1)
+    for name, (value, least) in counts.items():
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise InvalidValueError(f"{name} {value!r}: must be a whole number, at least {least}")
+    if checkpoint_every % update_every:
+        raise InvalidValueError(
+            f"checkpoint_every {checkpoint_every}: must be a multiple of update_every {update_every}, "
+            "so that a snapshot holds the average of its own time"
+        )
+    dtype = parse_dtype(checkpoint_dtype)
+    stored = None if dtype is None else stored_name(dtype)
+    return Schedule(update_every, checkpoint_every, update_after_step, max_checkpoints, stored)
+
+
+def override_schedule(
+    stored: Schedule,
+    update_every: int | types.EllipsisType,
+    checkpoint_every: int | types.EllipsisType,
+    update_after_step: int | types.EllipsisType,
+    max_checkpoints: int | types.EllipsisType | None,
+    checkpoint_dtype: torch.dtype | str | types.EllipsisType | None,
+) -> Schedule:
+    """A stored schedule with what a user says instead; `...` is what he did not say."""
+    name = stored.checkpoint_dtype
+    return make_schedule(
+        stored.update_every if update_every is ... else update_every,
+        stored.checkpoint_every if checkpoint_every is ... else checkpoint_every,
+        stored.update_after_step if update_after_step is ... else update_after_step,
+        stored.max_checkpoints if max_checkpoints is ... else max_checkpoints,
+        (None if name is None else torch_dtype(name)) if checkpoint_dtype is ... else checkpoint_dtype,
+    )
+
+
+def next_time(settings: Settings, own_clock: bool | None, last: float, step: int, t: float | None) -> float:
+    """The time of the call number `step`, checked against the last one.
+
+    Arguments:
+        own_clock: whether the run passes `t`; None while no call was made.
+        last: time of the last call.
+        t: what the caller passed.
+    """
+    if own_clock is not None and own_clock != (t is not None):
+        habit = "with t=" if own_clock else "without t="
+        raise InvalidValueError(f"t: this run's calls of update_ so far came {habit}; pass it at every call or at none")
+    time = float(step) if t is None else float(t)
+    if not math.isfinite(time) or not time > last:
+        raise InvalidValueError(
+            f"t {time:g}: must be finite and grow at every call; the last was {last:g} {settings.t_unit}"
+        )
+    return time

@@ -1,0 +1,123 @@
+"""Synthesized weights in Python: as a state dict, and swapped into a live model."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from posthoc_cli.errors import ModelMismatchError
+
+
+class Weights(OrderedDict[str, torch.Tensor]):
+    """A state dict that may also stand in a `with` statement. Pickles as a plain OrderedDict.
+
+    So `torch.save(weights, ...)` makes a file that loads with `weights_only=True`, without this package.
+    """
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return OrderedDict, (), None, None, iter(self.items())
+
+
+@torch.no_grad()
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Copy `weights` into a model's parameters and buffers, in place where the dtype allows it.
+
+    Raises:
+        ModelMismatchError: naming the tensor, before anything is changed.
+    """
+    targets = _targets(model, weights)
+    for name, target in targets.items():
+        value = weights[name]
+        if value.dtype == target.dtype:
+            target.data.copy_(value)
+        else:
+            target.data = value.to(target.device)
+
+
+@contextmanager
+def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """The model with `weights`, in eval mode, for the block; afterwards everything is as it was, also on error.
+
+    Restored are weights, buffers, train or eval mode module by module, and the device. The model's own values
+    wait on the host meanwhile, so that an accelerator holds no second copy.
+    """
+    targets = _targets(model, weights)
+    new_dtypes = {id(target): weights[name].dtype for name, target in targets.items()}
+    restore_parameters = [_SavedParameter(p, new_dtypes.get(id(p))) for p in model.parameters()]
+    restore_buffers = [_SavedBuffer(module, key) for module in model.modules() for key in module._buffers]
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        load_weights(model, weights)
+        model.eval()
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter in restore_parameters:
+                parameter.restore()
+            for buffer in restore_buffers:
+                buffer.restore()
+        for module, training in modes:
+            module.training = training
+
+
+def _targets(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
+    tensors.update(model.named_buffers(remove_duplicate=False))
+    for name, value in weights.items():
+        if name not in tensors:
+            raise ModelMismatchError(f"tensor {name!r}: is in the averaged weights, but the model has no such tensor")
+        if tensors[name].shape != value.shape:
+            raise ModelMismatchError(
+                f"tensor {name!r}: has the shape {list(tensors[name].shape)} in the model, "
+                f"{list(value.shape)} in the averaged weights"
+            )
+    return {name: tensors[name] for name in weights}
+
+
+class _SavedParameter:
+    """A parameter's storage and, where its values will change, a copy of them on the host."""
+
+    def __init__(self, parameter: torch.nn.Parameter, new_dtype: torch.dtype | None) -> None:
+        self._parameter = parameter
+        self._device = parameter.device
+        # The storage itself is kept, unless it is to be replaced by one of another dtype.
+        self._storage = parameter.data if new_dtype in (None, parameter.dtype) else None
+        self._values = None if new_dtype is None else parameter.data.to("cpu", copy=True)
+
+    def restore(self) -> None:
+        if self._storage is None and self._values is not None:
+            self._parameter.data = self._values.to(self._device)
+        elif self._storage is not None:
+            if self._values is not None:
+                self._storage.copy_(self._values)
+            self._parameter.data = self._storage
+
+
+class _SavedBuffer:
+    """A buffer and a copy of its values on the host."""
+
+    def __init__(self, module: torch.nn.Module, key: str) -> None:
+        self._module = module
+        self._key = key
+        self._buffer = module._buffers[key]
+        self._storage = None if self._buffer is None else self._buffer.data
+        self._values = None if self._storage is None else self._storage.to("cpu", copy=True)
+
+    def restore(self) -> None:
+        if self._buffer is not None and self._storage is not None and self._values is not None:
+            self._storage.copy_(self._values)
+            self._buffer.data = self._storage
+        self._module._buffers[self._key] = self._buffer
