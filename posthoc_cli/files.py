@@ -18,7 +18,7 @@ import errno
 import os
 import secrets
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -77,12 +77,26 @@ def unlink(path: Path) -> None:
     path.unlink()
 
 
-def make_directory(path: Path) -> None:
-    """Make a directory and its parents, durably; no error where it is there."""
+def make_directory(path: Path) -> list[Path]:
+    """Make a directory and its parents, durably; returns those that were missing, the outermost first."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
-    for directory in reversed(missing):
-        directory.mkdir(exist_ok=True)
-        fsync_directory(directory.parent)
+    made = []
+    try:
+        for directory in reversed(missing):
+            directory.mkdir(exist_ok=True)
+            made.append(directory)
+            fsync_directory(directory.parent)
+    except BaseException:
+        remove_directories(made)
+        raise
+    return made
+
+
+def remove_directories(made: list[Path]) -> None:
+    """Undo `make_directory`, as far as the directories are empty."""
+    with suppress(OSError):
+        for directory in reversed(made):
+            directory.rmdir()
 
 
 # --- a file that appears whole or not at all -------------------------------------------------------
@@ -98,7 +112,7 @@ def reported_as_write_error(path: Path) -> Iterator[None]:
     except OSError as error:
         reason = error.strerror or str(error)
         raise WriteError(
-            error.errno, f"{path}: cannot be written: {reason.lower()}; nothing was left behind"
+            error.errno, f"{path}: cannot be written: {reason.lower()}; nothing partial is left"
         ) from error
 
 
@@ -116,12 +130,9 @@ class PendingFile:
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path = path
         self._overwrite = overwrite
-        if path.is_dir():
-            raise OutputExistsError(f"{path}: is a directory; name a file")
-        if not overwrite and os.path.lexists(path):
-            raise _exists(path)
         self.temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
         with reported_as_write_error(path):
+            _check_free(path, overwrite)
             self.descriptor = open_new(self.temporary)
         self._open = True
 
@@ -131,23 +142,37 @@ class PendingFile:
             write_at(self.descriptor, data, offset)
 
     def publish(self) -> None:
-        """Make the content durable, then give it its name."""
+        """Make the content durable, then give it its name; a new name is taken back if what follows fails."""
         with reported_as_write_error(self.path):
             fsync(self.descriptor)
             if self._overwrite:
                 rename(self.temporary, self.path)
+                self._close()
+                fsync_directory(self.path.parent)
             else:
-                self._link_or_rename()
-            self._close()
-            fsync_directory(self.path.parent)
+                self._publish_new()
 
     def discard(self) -> None:
         """Remove the temporary, if it is still one."""
         if self._open:
             self._close()
-            self.temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                self.temporary.unlink(missing_ok=True)
 
-    def _link_or_rename(self) -> None:
+    def _publish_new(self) -> None:
+        linked = self._link_or_rename()
+        try:
+            if linked:
+                unlink(self.temporary)
+            self._close()
+            fsync_directory(self.path.parent)
+        except BaseException:
+            with suppress(OSError):
+                self.path.unlink()
+            raise
+
+    def _link_or_rename(self) -> bool:
+        """Take the name unless it is taken; returns whether the temporary's name is still there, too."""
         try:
             link(self.temporary, self.path)
         except FileExistsError as error:
@@ -159,8 +184,8 @@ class PendingFile:
             if os.path.lexists(self.path):
                 raise _exists(self.path) from error
             rename(self.temporary, self.path)
-        else:
-            unlink(self.temporary)
+            return False
+        return True
 
     def _close(self) -> None:
         self._open = False
@@ -180,6 +205,17 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
     with PendingFile(path, overwrite) as pending:
         pending.write_at(data, 0)
         pending.publish()
+
+
+def _check_free(path: Path, overwrite: bool) -> None:
+    try:
+        path.lstat()
+    except FileNotFoundError:
+        return
+    if path.is_dir():
+        raise OutputExistsError(f"{path}: is a directory; name a file")
+    if not overwrite:
+        raise _exists(path)
 
 
 def _exists(path: Path) -> OutputExistsError:

@@ -26,8 +26,8 @@ def snapshots_to_drop(times: Sequence[float], keep: int | None) -> list[int]:
 
     The first and the last time stay (the last, where `keep` is 1). Of the others the one goes first whose
     neighbours are closest together; between equals, the newest. Applied as snapshots arrive at even
-    distances this keeps the widest gap at most twice the even one and twice the narrowest, so that long
-    averages stay within reach; dropping the oldest would lose them.
+    distances this keeps the widest gap at most twice the even one, so that long averages stay within reach;
+    dropping the oldest would lose them.
     """
     if keep is None:
         return []
@@ -204,7 +204,7 @@ def profile_fit(
     for coefficient, profile in zip(column, usable, strict=True):
         groups.setdefault(f"sigma_rel {profile.sigma_rel:.4g}", []).append((profile.t, float(coefficient)))
     return ProfileFit(
-        title=f"sigma_rel {sigma_rel:g}; {candidate.label}",
+        title=f"sigma_rel {sigma_rel:g} from\n{candidate.label}",
         times=times,
         target=target.density(times),
         reconstructed=made,

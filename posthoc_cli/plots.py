@@ -111,7 +111,7 @@ def samples_figure(groups: Sequence[tuple[str, npt.NDArray[Any]]]) -> Figure:
 def _draw_errors(axes: Axes, curves: Sequence[Curve]) -> None:
     for index, curve in enumerate(curves):
         colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-        label = f"{curve.label}: below {GOOD_ERROR:.0%} for {_ranges(curve)}" if len(curves) > 1 else curve.label
+        label = f"{curve.label}: below 1 % for {_ranges(curve)}" if len(curves) > 1 else curve.label
         axes.plot(curve.sigma_rels, curve.profile_error, color=colour, linestyle=style, linewidth=1.8, label=label)
         marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
         floor = 1e-5
@@ -128,7 +128,7 @@ def _draw_errors(axes: Axes, curves: Sequence[Curve]) -> None:
     axes.set_ylabel("relative L2 error of the profile")
     title = "Reconstruction error"
     if len(curves) == 1:
-        title += f": below {GOOD_ERROR:.0%} for sigma_rel {_ranges(curves[0])}"
+        title += f": below 1 % for sigma_rel {_ranges(curves[0])}"
     axes.set_title(title)
     _sigma_axis(axes, min(c.sigma_rels[0] for c in curves), max(c.sigma_rels[-1] for c in curves))
     _finish(axes)
@@ -144,7 +144,7 @@ def _draw_profile(axes: Axes, fit: Fit, t_unit: str) -> None:
     axes.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
     axes.set_title(fit.title, fontsize=10)
     axes.set_xlabel(f"training time ({t_unit})")
-    axes.set_ylabel("density")
+    axes.set_ylabel(f"density (1 / {t_unit})")
     _finish(axes)
 
 

@@ -92,7 +92,13 @@ def solve_paper(snapshots: Sequence[PowerFunction], targets: Sequence[PowerFunct
     # What no combination reaches (outside the span of the basis), and how far this one is within it.
     unreachable = np.maximum(norm2 - np.sum(goal**2, axis=0), 0.0)
     missed = np.sum((factor @ coefficients - goal) ** 2, axis=0)
-    return Reconstruction(coefficients, np.sqrt((unreachable + missed) / norm2))
+    errors = np.sqrt((unreachable + missed) / norm2)
+    for index, target in enumerate(targets):
+        if target in snapshots:  # it is its own reconstruction: say so free of rounding
+            coefficients[:, index] = 0.0
+            coefficients[snapshots.index(target), index] = 1.0
+            errors[index] = 0.0
+    return Reconstruction(coefficients, errors)
 
 
 def inner_product(gamma_a: npt.ArrayLike, t_a: npt.ArrayLike, gamma_b: npt.ArrayLike, t_b: npt.ArrayLike) -> FloatArray:

@@ -7,7 +7,7 @@ snapshot and one tensor a target. Sums are float32 (float64 for float64 paramete
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -27,6 +27,8 @@ from posthoc_cli.snapshots.store import read_directory
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 POOR_PROFILE_ERROR = 0.1
 """Profile error above which a synthesis is made with a warning."""
@@ -232,7 +234,9 @@ def plan_synthesis(
         [PowerFunction.from_sigma_rel(sigma_rel, time) for sigma_rel in targets],
         method,
     )
-    plan = Plan(usable, targets, time, method, result)
+    used = np.flatnonzero(np.any(result.coefficients != 0, axis=1))
+    needed = Reconstruction(result.coefficients[used], result.profile_error)
+    plan = Plan(tuple(usable[i] for i in used), targets, time, method, needed)
     _warn_of_poor_targets(plan)
     return plan
 
@@ -274,10 +278,13 @@ def _warn_of_poor_targets(plan: Plan) -> None:
     ]
     if poor:
         worst = float(np.max(plan.reconstruction.profile_error))
-        warnings.warn(
-            f"sigma_rel {', '.join(f'{s:g}' for s in poor)}: the {len(plan.sources)} snapshots up to t = {plan.t:g} "
-            f"cannot make it well (profile error up to {100 * worst:.0f} %); `ema error-plot` shows what they can",
-            stacklevel=3,
+        log.warning(
+            "sigma_rel %s: the %d snapshots up to t = %g cannot make it well (profile error up to %.0f %%); "
+            "ema error-plot shows what they can",
+            ", ".join(f"{s:g}" for s in poor),
+            len(plan.sources),
+            plan.t,
+            100 * worst,
         )
 
 

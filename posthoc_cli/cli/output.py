@@ -78,10 +78,12 @@ def percent(error: float) -> str:
 
 def log_to_stderr(verbose: bool) -> None:
     """Show the library's messages: warnings always, what it does with `verbose`."""
+    logging.addLevelName(logging.WARNING, "warning")
+    logging.addLevelName(logging.INFO, "info")
     logging.basicConfig(
         level=logging.INFO if verbose else logging.WARNING,
         stream=sys.stderr,
-        format="ema: %(message)s",
+        format="ema: %(levelname)s: %(message)s",
         force=True,
     )
 

@@ -51,22 +51,30 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) ->
 def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
     """The model with `weights`, in eval mode, for the block; afterwards everything is as it was, also on error.
 
-    Restored are weights, buffers, train or eval mode module by module, and the device. The model's own values
-    wait on the host meanwhile, so that an accelerator holds no second copy.
+    Restored are weights, gradients, buffers, train or eval mode module by module, and the device. The model's
+    own values wait on the host meanwhile, so that an accelerator holds no second copy.
     """
     targets = _targets(model, weights)
     new_dtypes = {id(target): weights[name].dtype for name, target in targets.items()}
-    restore_parameters = [_SavedParameter(p, new_dtypes.get(id(p))) for p in model.parameters()]
+    restore_parameters = [
+        _SavedParameter(module, key, parameter, new_dtypes.get(id(parameter)))
+        for module in model.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None
+    ]
     restore_buffers = [_SavedBuffer(module, key) for module in model.modules() for key in module._buffers]
     modes = [(module, module.training) for module in model.modules()]
     try:
+        # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
+        for parameter in model.parameters():
+            parameter.grad = None
         load_weights(model, weights)
         model.eval()
         yield
     finally:
         with torch.no_grad():
-            for parameter in restore_parameters:
-                parameter.restore()
+            for saved in restore_parameters:
+                saved.restore()
             for buffer in restore_buffers:
                 buffer.restore()
         for module, training in modes:
@@ -90,20 +98,28 @@ def _targets(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dic
 class _SavedParameter:
     """A parameter's storage and, where its values will change, a copy of them on the host."""
 
-    def __init__(self, parameter: torch.nn.Parameter, new_dtype: torch.dtype | None) -> None:
+    def __init__(
+        self, module: torch.nn.Module, key: str, parameter: torch.nn.Parameter, new_dtype: torch.dtype | None
+    ) -> None:
+        self._module = module
+        self._key = key
         self._parameter = parameter
         self._device = parameter.device
+        self._grad = parameter.grad
         # The storage itself is kept, unless it is to be replaced by one of another dtype.
         self._storage = parameter.data if new_dtype in (None, parameter.dtype) else None
         self._values = None if new_dtype is None else parameter.data.to("cpu", copy=True)
 
     def restore(self) -> None:
+        # Moving a module between kinds of devices may replace the Parameter itself.
+        self._module._parameters[self._key] = self._parameter
         if self._storage is None and self._values is not None:
             self._parameter.data = self._values.to(self._device)
         elif self._storage is not None:
             if self._values is not None:
                 self._storage.copy_(self._values)
             self._parameter.data = self._storage
+        self._parameter.grad = self._grad
 
 
 class _SavedBuffer:

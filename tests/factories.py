@@ -1,0 +1,174 @@
+"""What tests are made of: snapshot files, directories of one run, a small model with every kind of tensor.
+
+The averages here are NumPy float64 straight from the formulas (DESIGN.md, 2), never this package's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from posthoc_cli.snapshots.format import Schedule, SnapshotInfo, TensorSpec, TrackedTensor, snapshot_metadata
+from posthoc_cli.snapshots.store import snapshot_path
+from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
+from posthoc_cli.snapshots.writer import TensorFileWriter
+
+FloatArray = npt.NDArray[np.float64]
+
+RUN_ID = "5eed" * 8
+OTHER_RUN_ID = "0ddd" * 8
+
+
+# --- the formulas, written a second time -----------------------------------------------------------
+
+
+def exact_gamma(sigma_rel: float) -> float:
+    """gamma of a power function: with x = gamma + 1, the largest root of (x + 1)**2 (x + 2) = x / sigma_rel**2."""
+    roots = np.roots([1.0, 4.0, 5.0 - sigma_rel**-2, 2.0])
+    return float(max(roots.real)) - 1.0
+
+
+def exact_weights(sigma_rel: float, times: Sequence[float]) -> FloatArray:
+    """Discrete weights of updates at `times`, the last of them the time of the average: shape [len(times)].
+
+    (t_k/T)**(gamma+1) - (t_{k-1}/T)**(gamma+1), where t_0 = 0.
+    """
+    grid = np.concatenate(([0.0], np.asarray(times, dtype=np.float64)))
+    return np.diff((grid / grid[-1]) ** (exact_gamma(sigma_rel) + 1))
+
+
+def exact_average(values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequence[float]) -> FloatArray:
+    """The power-function average of `values` taken at `times`, as it stands at the last of them."""
+    stacked = np.stack([np.asarray(value, dtype=np.float64) for value in values])
+    return np.tensordot(exact_weights(sigma_rel, times), stacked, axes=1)
+
+
+# --- snapshots -------------------------------------------------------------------------------------
+
+
+def make_info(
+    values: Mapping[str, torch.Tensor],
+    t: float = 10.0,
+    sigma_rel: float = 0.05,
+    run_id: str = RUN_ID,
+    **overrides: Any,
+) -> SnapshotInfo:
+    """What a snapshot of `values` says: floating-point tensors are averages of their own dtype, others copies.
+
+    `overrides` are fields of SnapshotInfo.
+    """
+    tensors = {
+        name: TrackedTensor("average" if value.is_floating_point() else "copy", stored_name(value.dtype))
+        for name, value in values.items()
+    }
+    info = SnapshotInfo(
+        run_id=run_id,
+        sigma_rel=sigma_rel,
+        gamma=exact_gamma(sigma_rel),
+        t=float(t),
+        t_unit="steps",
+        step=int(t),
+        t_first=min(1.0, float(t)),
+        max_interval=1.0,
+        schedule=Schedule(update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None),
+        tensors=tensors,
+    )
+    return replace(info, **overrides)
+
+
+def write_snapshot(
+    directory: Path,
+    t: float,
+    sigma_rel: float,
+    run_id: str,
+    values: Mapping[str, torch.Tensor],
+    name: str | None = None,
+    **overrides: Any,
+) -> Path:
+    """Write one snapshot file of `values`, as they are; returns its path.
+
+    `name` is the file's, in place of its usual one; `overrides` are fields of SnapshotInfo.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    info = make_info(values, t, sigma_rel, run_id, **overrides)
+    path = snapshot_path(directory, info.t, info.sigma_rel) if name is None else directory / name
+    specs = [TensorSpec(key, stored_name(value.dtype), tuple(value.shape)) for key, value in values.items()]
+    with TensorFileWriter(path, specs, snapshot_metadata(info)) as writer:
+        for key, value in values.items():
+            writer.write(key, tensor_bytes(value))
+        writer.commit()
+    return path
+
+
+def write_run(
+    directory: Path,
+    trajectory: Sequence[Mapping[str, npt.ArrayLike]],
+    snapshot_times: Sequence[int],
+    sigma_rels: Sequence[float] = (0.05, 0.28),
+    dtype: torch.dtype = torch.float32,
+    stored_dtype: torch.dtype | None = None,
+    run_id: str = RUN_ID,
+) -> list[Path]:
+    """Write the snapshots of a run that went through `trajectory`: one update at each of the steps 1, 2, ...
+
+    Arguments:
+        trajectory: the weights after each step, by name.
+        snapshot_times: steps with snapshots, one for each of `sigma_rels`.
+        dtype: what the averages are rounded to; `stored_dtype` the one in the file, where it is another.
+
+    Returns:
+        The paths, by time, then sigma_rel.
+    """
+    stored = stored_dtype or dtype
+    paths = []
+    for t in snapshot_times:
+        times = range(1, t + 1)
+        for sigma_rel in sorted(sigma_rels):
+            averages = {
+                name: torch.from_numpy(exact_average([step[name] for step in trajectory[:t]], sigma_rel, times))
+                for name in trajectory[0]
+            }
+            tensors = {name: TrackedTensor("average", stored_name(dtype)) for name in averages}
+            values = {name: average.to(stored) for name, average in averages.items()}
+            paths.append(write_snapshot(directory, t, sigma_rel, run_id, values, tensors=tensors))
+    return paths
+
+
+def random_walk(steps: int, shapes: Mapping[str, tuple[int, ...]], seed: int = 0) -> list[dict[str, FloatArray]]:
+    """Weights that wander as a network's do: after each step, by name, float64."""
+    generator = np.random.default_rng(seed)
+    walks = {name: np.cumsum(generator.normal(size=(steps, *shape)), axis=0) for name, shape in shapes.items()}
+    return [{name: walk[k] for name, walk in walks.items()} for k in range(steps)]
+
+
+# --- a model ---------------------------------------------------------------------------------------
+
+
+class TinyModel(torch.nn.Module):
+    """Every kind of tensor in little: see `tiny_model`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(5, 3)
+        self.norm = torch.nn.BatchNorm1d(3)
+        self.frozen = torch.nn.Parameter(torch.randn(3), requires_grad=False)
+        self.head = torch.nn.Linear(3, 5)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Logits, shape [batch, 5], of tokens 0 .. 4, shape [batch]."""
+        return self.head(self.norm(self.embed(tokens)) + self.frozen)
+
+
+def tiny_model(seed: int = 0) -> TinyModel:
+    """Tied parameters (`embed.weight`, `head.weight`), float parameters, BatchNorm buffers
+    (two of float, one of int64) and a frozen parameter."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return TinyModel()

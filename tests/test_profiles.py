@@ -1,0 +1,211 @@
+"""Profiles against mpmath and against sums and integrals written here."""
+
+from __future__ import annotations
+
+import math
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import (
+    UNIFORM_SIGMA_REL,
+    PowerFunction,
+    RecordedPowerFunction,
+    beta,
+    classical_beta,
+    gamma_from_sigma_rel,
+    mean_lag,
+    new_value_share,
+    sigma_rel_from_classical_beta,
+    sigma_rel_from_gamma,
+)
+
+# beta for sigma_rel after 1,000 steps, as users of another library know it.
+KNOWN_TABLE = {
+    0.001: 0.3700,
+    0.01: 0.9055,
+    0.03: 0.9680,
+    0.05: 0.9808,
+    0.10: 0.9911,
+    0.15: 0.9944,
+    0.20: 0.9962,
+    0.27: 0.9979,
+}
+
+
+def exact_gamma_plus_one(sigma_rel: float) -> mpmath.mpf:
+    """The largest root of x**3 + 4 x**2 + (5 - sigma_rel**-2) x + 2, to 50 digits."""
+    with mpmath.workdps(50):
+        roots = mpmath.polyroots([1, 4, 5 - 1 / mpmath.mpf(sigma_rel) ** 2, 2], maxsteps=500, extraprec=500)
+        return max(mpmath.re(root) for root in roots)
+
+
+# --- sigma_rel and gamma -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma_rel", [*np.geomspace(1e-4, 0.28867, 60), 0.288675, 1e-6, 0.999e-6, 1e-9, 0.28])
+def test_gamma_agrees_with_fifty_digits(sigma_rel: float) -> None:
+    exact = exact_gamma_plus_one(sigma_rel)
+    assert abs((gamma_from_sigma_rel(sigma_rel) + 1) - exact) <= 1e-12 * exact
+
+
+@given(st.floats(1e-4, 0.28867))
+def test_sigma_rel_survives_the_way_to_gamma_and_back(sigma_rel: float) -> None:
+    # d log(sigma_rel) / d log(gamma + 1) is at most 1, and rounding enters a few times.
+    assert sigma_rel_from_gamma(gamma_from_sigma_rel(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-13)
+
+
+def test_the_published_values_of_gamma() -> None:
+    assert gamma_from_sigma_rel(0.05) == pytest.approx(16.97, abs=5e-3)
+    assert gamma_from_sigma_rel(0.10) == pytest.approx(6.94, abs=5e-3)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.0, -1.0, 0.2887, UNIFORM_SIGMA_REL, 0.4, math.nan, math.inf, -math.inf])
+def test_an_impossible_sigma_rel_is_refused_with_the_range(sigma_rel: float) -> None:
+    with pytest.raises(InvalidValueError, match=r"must lie in \(0, 0\.2887\)"):
+        gamma_from_sigma_rel(sigma_rel)
+
+
+def test_a_sigma_rel_too_short_for_floats_is_refused() -> None:
+    with pytest.raises(InvalidValueError, match="too short"):
+        gamma_from_sigma_rel(5e-324)
+
+
+@pytest.mark.parametrize("gamma", [0.0, -0.5, math.nan, math.inf])
+def test_an_impossible_gamma_is_refused(gamma: float) -> None:
+    with pytest.raises(InvalidValueError, match="gamma"):
+        sigma_rel_from_gamma(gamma)
+
+
+# --- one update ----------------------------------------------------------------------------------
+
+
+def test_beta_follows_the_true_interval() -> None:
+    gamma = gamma_from_sigma_rel(0.05)
+    assert beta(gamma, 990, 1000) == pytest.approx(0.99 ** (gamma + 1), rel=1e-14)
+    assert beta(gamma, 990, 1000) < (1 - 1 / 1000) ** (gamma + 1)  # what an interval of 1 would give
+
+
+def test_the_share_of_a_new_value_keeps_its_digits_late_in_training() -> None:
+    gamma = gamma_from_sigma_rel(0.28)
+    with mpmath.workdps(50):
+        exact = 1 - (mpmath.mpf(10**12 - 1) / 10**12) ** (mpmath.mpf(gamma) + 1)
+    assert new_value_share(gamma, 10**12 - 1, 10**12) == pytest.approx(float(exact), rel=1e-14)
+
+
+def test_the_first_update_is_taken_whole() -> None:
+    assert new_value_share(16.97, 0, 10) == 1.0
+
+
+@pytest.mark.parametrize(("t_prev", "t"), [(5, 5), (6, 5), (-1, 5), (math.nan, 5), (1, math.nan)])
+def test_time_that_does_not_grow_is_refused(t_prev: float, t: float) -> None:
+    with pytest.raises(InvalidValueError, match="time must grow"):
+        new_value_share(6.94, t_prev, t)
+
+
+@given(
+    st.floats(0.01, 0.288),
+    st.lists(st.floats(0.01, 100), min_size=1, max_size=30),
+)
+def test_a_chain_of_updates_leaves_the_profiles_own_mass_on_each_value(sigma_rel: float, steps: list[float]) -> None:
+    gamma = gamma_from_sigma_rel(sigma_rel)
+    times = np.cumsum(steps)
+    left = np.zeros(len(times))
+    t_prev = 0.0
+    for index, t in enumerate(times):
+        share = new_value_share(gamma, t_prev, t)
+        left *= 1 - share
+        left[index] += share
+        t_prev = t
+    edges = np.concatenate(([0.0], times)) / times[-1]
+    by_definition = np.diff(edges ** (gamma + 1))
+    np.testing.assert_allclose(left, by_definition, atol=1e-12)
+    np.testing.assert_allclose(PowerFunction(gamma, times[-1]).discrete_weights(times), by_definition, atol=1e-12)
+
+
+# --- profiles ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.15, 0.28])
+def test_density_and_tail_are_those_of_one_distribution(sigma_rel: float) -> None:
+    profile = PowerFunction.from_sigma_rel(sigma_rel, 500.0)
+    for s in (1.0, 100.0, 450.0, 499.0):
+        assert profile.tail(s) == pytest.approx(integrate.quad(profile.density, s, 500)[0], rel=1e-9)
+    mean = integrate.quad(lambda s: s * profile.density(s), 0, 500)[0]
+    variance = integrate.quad(lambda s: (s - mean) ** 2 * profile.density(s), 0, 500)[0]
+    assert math.sqrt(variance) / 500 == pytest.approx(sigma_rel, rel=1e-8)
+    assert profile.mean_age == pytest.approx(500 - mean, rel=1e-8)
+    assert profile.sigma_rel == pytest.approx(sigma_rel, rel=1e-12)
+
+
+def test_there_is_no_mass_outside_training() -> None:
+    profile = PowerFunction.from_sigma_rel(0.1, 10.0)
+    np.testing.assert_array_equal(profile.density([-1.0, 0.0, 10.5]), [0, 0, 0])
+    np.testing.assert_array_equal(profile.tail([-1.0, 0.0, 10.0, 11.0]), [1, 1, 0, 0])
+
+
+@pytest.mark.parametrize("times", [[], [0.0, 5.0], [1.0, 1.0, 5.0], [1.0, 4.0]])
+def test_discrete_weights_need_growing_times_that_end_at_t(times: list[float]) -> None:
+    with pytest.raises(InvalidValueError, match="update times"):
+        PowerFunction(6.94, 5.0).discrete_weights(times)
+
+
+def test_a_late_start_puts_the_early_mass_on_the_first_value() -> None:
+    recorded = RecordedPowerFunction(gamma=2.0, t=100.0, t_first=50.0, max_interval=10.0)
+    assert recorded.mass_on_first == pytest.approx(0.5**3)
+    np.testing.assert_allclose(recorded.tail([0, 49, 50, 80, 100]), [1, 1, 1 - 0.5**3, 1 - 0.8**3, 0])
+    np.testing.assert_allclose(recorded.density([20, 80]), [0, 3 * 0.8**2 / 100])
+    assert recorded.pure == PowerFunction(2.0, 100.0)
+
+
+# --- the classical average -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("sigma_rel", "known"), KNOWN_TABLE.items())
+def test_the_table_that_users_know_follows_from_equal_mean_lag(sigma_rel: float, known: float) -> None:
+    gamma = gamma_from_sigma_rel(sigma_rel)
+    steps = np.arange(1, 1001)
+    weights = (steps / 1000) ** (gamma + 1) - ((steps - 1) / 1000) ** (gamma + 1)
+    lag = float(np.sum(weights * (1000 - steps)))
+    assert mean_lag(gamma, 1000) == pytest.approx(lag, rel=1e-9)
+    assert classical_beta(sigma_rel, 1000) == pytest.approx(lag / (1 + lag), rel=1e-12)
+    assert classical_beta(sigma_rel, 1000) == pytest.approx(known, abs=0.002)
+
+
+def test_the_last_row_of_that_table_is_impossible() -> None:
+    with pytest.raises(InvalidValueError, match=r"0\.2887"):
+        classical_beta(0.40, 1000)
+    with pytest.raises(InvalidValueError, match=r"must lie in \(0, 0\.998002\)"):
+        sigma_rel_from_classical_beta(0.9999, 1000)
+
+
+@given(st.floats(0.001, 0.2886), st.sampled_from([100, 1000, 54_321, 5_000_000]))
+def test_beta_and_back_gives_the_sigma_rel(sigma_rel: float, steps: int) -> None:
+    found = sigma_rel_from_classical_beta(classical_beta(sigma_rel, steps), steps)
+    assert found == pytest.approx(sigma_rel, rel=1e-9)
+
+
+@pytest.mark.parametrize("sigma_rel", [1e-8, 1e-7, 1e-6, 1e-3, 0.05, 0.28])
+def test_the_closed_form_for_long_runs_agrees_with_the_sum(sigma_rel: float) -> None:
+    steps = 1_000_001  # the first length that is not summed term by term
+    gamma = gamma_from_sigma_rel(sigma_rel)
+    direct = float(np.sum(np.exp((gamma + 1) * np.log(np.arange(1, steps) / steps))))
+    assert mean_lag(gamma, steps) == pytest.approx(direct, rel=1e-8)
+
+
+@pytest.mark.parametrize("beta_value", [0.0, 1.0, -0.5, 1.5, math.nan])
+def test_an_impossible_beta_is_refused(beta_value: float) -> None:
+    with pytest.raises(InvalidValueError, match="must lie in"):
+        sigma_rel_from_classical_beta(beta_value, 1000)
+
+
+def test_training_has_at_least_a_step() -> None:
+    with pytest.raises(InvalidValueError, match="steps"):
+        mean_lag(1.0, 0)
+    with pytest.raises(InvalidValueError, match="steps"):
+        sigma_rel_from_classical_beta(0.5, 1)

@@ -1,0 +1,186 @@
+"""The solver against high-precision solutions of the same least-squares problem, and against quadrature."""
+
+from __future__ import annotations
+
+import flint
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import check_method, inner_product, reconstruct
+
+T = 100_000.0
+TARGETS = (0.01, 0.05, 0.07, 0.15, 0.20, 0.28)
+
+
+def uniform_snapshots(count: int, sigma_rels: tuple[float, ...] = (0.05, 0.10)) -> list[PowerFunction]:
+    times = np.linspace(0, T, count // len(sigma_rels) + 1)[1:]
+    return [PowerFunction.from_sigma_rel(s, t) for t in times for s in sigma_rels]
+
+
+def gram(number, profiles: list[PowerFunction]):  # type: ignore[no-untyped-def]
+    """Inner products of power functions in a number type of high precision, from equation 151."""
+    rows = []
+    for a in profiles:
+        row = []
+        for b in profiles:
+            early, late = (a, b) if a.t <= b.t else (b, a)
+            g, h, s, t = (number(x) for x in (early.gamma, late.gamma, early.t, late.t))
+            row.append((g + 1) * (h + 1) / (g + h + 1) * (s / t) ** h / t)
+        rows.append(row)
+    return rows
+
+
+def distance_to_exact(snapshots: list[PowerFunction], target: PowerFunction) -> tuple[float, float, float]:
+    """(relative distance of the two reconstructed profiles, our stated error, the exact error), at 50 digits."""
+    ours = reconstruct(snapshots, [target])
+    flint.ctx.dps = 60
+    products = gram(flint.arb, [*snapshots, target])
+    n = len(snapshots)
+    matrix = flint.arb_mat(n, n, [products[i][j] for i in range(n) for j in range(n)])
+    right = flint.arb_mat(n, 1, [products[i][n] for i in range(n)])
+    solution = matrix.solve(right)
+    total = sum((solution[i, 0] for i in range(n)), flint.arb(0))
+    exact = flint.arb_mat(n, 1, [solution[i, 0] / total for i in range(n)])
+    gap = flint.arb_mat(n, 1, [flint.arb(float(c)) for c in ours.coefficients[:, 0]]) - exact
+    norm2 = products[n][n]
+    apart = (gap.transpose() * matrix * gap)[0, 0] / norm2
+    error = ((exact.transpose() * matrix * exact)[0, 0] - 2 * (exact.transpose() * right)[0, 0] + norm2) / norm2
+    root = lambda x: max(float(x.mid()), 0.0) ** 0.5  # noqa: E731
+    return root(apart), float(ours.profile_error[0]), root(error)
+
+
+@pytest.mark.parametrize("sigma_rel", TARGETS)
+@pytest.mark.parametrize("count", [8, 64])
+def test_agrees_with_fifty_digits(count: int, sigma_rel: float) -> None:
+    apart, stated, exact = distance_to_exact(uniform_snapshots(count), PowerFunction.from_sigma_rel(sigma_rel, T))
+    assert apart <= 1e-9
+    assert stated == pytest.approx(exact, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.07, 0.28])
+def test_agrees_with_fifty_digits_at_512_snapshots(sigma_rel: float) -> None:
+    apart, stated, exact = distance_to_exact(uniform_snapshots(512), PowerFunction.from_sigma_rel(sigma_rel, T))
+    assert apart <= 1e-9
+    assert stated == pytest.approx(exact, rel=1e-4, abs=1e-7)
+
+
+def test_the_two_high_precision_solutions_agree() -> None:
+    """The reference itself, checked by another library."""
+    snapshots = uniform_snapshots(8)
+    target = PowerFunction.from_sigma_rel(0.15, T)
+    with mpmath.workdps(50):
+        products = gram(mpmath.mpf, [*snapshots, target])
+        solution = mpmath.lu_solve(
+            mpmath.matrix([row[:-1] for row in products[:-1]]), mpmath.matrix([row[-1] for row in products[:-1]])
+        )
+        exact = [float(c / mpmath.fsum(solution)) for c in solution]
+    np.testing.assert_allclose(reconstruct(snapshots, [target]).coefficients[:, 0], exact, atol=1e-10)
+
+
+def test_the_stated_error_is_the_distance_of_the_profiles() -> None:
+    snapshots = uniform_snapshots(8)
+    target = PowerFunction.from_sigma_rel(0.15, T)
+    result = reconstruct(snapshots, [target])
+    edges = sorted({p.t for p in snapshots})
+
+    def squared(s: float) -> float:
+        made = sum(c * float(p.density(s)) for c, p in zip(result.coefficients[:, 0], snapshots, strict=True))
+        return (made - float(target.density(s))) ** 2
+
+    parts = zip([0.0, *edges[:-1]], edges, strict=True)
+    distance2 = sum(integrate.quad(squared, a, b, epsabs=0, epsrel=1e-9)[0] for a, b in parts)
+    norm2 = integrate.quad(lambda s: float(target.density(s)) ** 2, 0, T)[0]
+    assert result.profile_error[0] == pytest.approx((distance2 / norm2) ** 0.5, rel=1e-6)
+
+
+@given(st.floats(0, 60), st.floats(0, 60), st.floats(0.05, 1.0))
+@settings(max_examples=30)
+def test_the_inner_product_is_the_integral(gamma_a: float, gamma_b: float, ratio: float) -> None:
+    a, b = PowerFunction(gamma_a, ratio), PowerFunction(gamma_b, 1.0)
+    product = integrate.quad(lambda s: float(a.density(s) * b.density(s)), 0, ratio, epsabs=1e-13)[0]
+    assert inner_product(gamma_a, ratio, gamma_b, 1.0) == pytest.approx(product, rel=1e-6, abs=1e-10)
+    assert inner_product(gamma_b, 1.0, gamma_a, ratio) == inner_product(gamma_a, ratio, gamma_b, 1.0)
+
+
+@given(
+    st.lists(st.integers(1, 1000), min_size=1, max_size=12, unique=True),
+    st.sampled_from([(0.05,), (0.05, 0.10), (0.03, 0.10, 0.28)]),
+    st.floats(0.02, 0.288),
+    st.randoms(use_true_random=False),
+)
+def test_order_and_unit_of_time_change_nothing_and_coefficients_sum_to_one(times, sigma_rels, target, random) -> None:  # type: ignore[no-untyped-def]
+    snapshots = [PowerFunction.from_sigma_rel(s, t) for t in times for s in sigma_rels]
+    t = float(max(times))
+    result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(target, t)])
+    c = result.coefficients[:, 0]
+    scale = float(np.abs(c).sum())
+    assert c.sum() == pytest.approx(1.0, abs=1e-12 * scale)
+
+    order = list(range(len(snapshots)))
+    random.shuffle(order)
+    scaled = [PowerFunction(snapshots[i].gamma, snapshots[i].t * 512) for i in order]
+    other = reconstruct(scaled, [PowerFunction.from_sigma_rel(target, t * 512)])
+    # Neighbouring snapshots have nearly equal profiles: coefficients may differ where the profile does not.
+    gap = other.coefficients[:, 0] - c[order]
+    grid = np.linspace(0, t, 500)[1:]
+    made = np.sum([g * snapshots[i].density(grid) for g, i in zip(gap, order, strict=True)], axis=0)
+    assert np.abs(made).max() <= 1e-8 * scale * PowerFunction.from_sigma_rel(target, t).density(t)
+    assert other.profile_error[0] == pytest.approx(result.profile_error[0], rel=1e-6, abs=1e-6)
+
+
+def test_a_stored_profile_is_its_own_reconstruction() -> None:
+    snapshots = uniform_snapshots(40)
+    result = reconstruct(snapshots, [snapshots[-2]])
+    np.testing.assert_array_equal(result.coefficients[:, 0], np.eye(40)[-2])
+    assert result.profile_error[0] == 0.0
+    almost = PowerFunction(snapshots[-2].gamma * (1 + 1e-12), T)  # the same by way of the solver
+    solved = reconstruct(snapshots, [almost])
+    np.testing.assert_allclose(solved.coefficients[:, 0], np.eye(40)[-2], atol=1e-9)
+    assert solved.profile_error[0] < 1e-6
+
+
+def test_several_targets_are_the_single_ones() -> None:
+    snapshots = uniform_snapshots(16)
+    targets = [PowerFunction.from_sigma_rel(s, T) for s in TARGETS]
+    together = reconstruct(snapshots, targets)
+    for index, target in enumerate(targets):
+        alone = reconstruct(snapshots, [target])
+        np.testing.assert_allclose(together.coefficients[:, index], alone.coefficients[:, 0], atol=1e-11)
+
+
+def test_one_snapshot_gives_itself() -> None:
+    target = PowerFunction.from_sigma_rel(0.15, 10.0)
+    result = reconstruct([PowerFunction.from_sigma_rel(0.05, 10.0)], [target])
+    assert result.coefficients[0, 0] == pytest.approx(1.0)
+
+
+def test_equal_and_nearly_equal_profiles_are_no_trouble() -> None:
+    near = [PowerFunction.from_sigma_rel(s, t) for t in (50.0, 100.0) for s in (0.1, 0.1 + 1e-14, 0.1000001)]
+    result = reconstruct(near, [PowerFunction.from_sigma_rel(0.1, 100.0)])
+    assert np.isfinite(result.coefficients).all()
+    assert result.profile_error[0] < 1e-6
+
+
+def test_what_no_snapshot_covers_counts_as_error() -> None:
+    """A target half-way between the last snapshot and the next: its mass after the snapshot is out of reach."""
+    target = PowerFunction.from_sigma_rel(0.05, 110.0)
+    result = reconstruct([PowerFunction.from_sigma_rel(0.05, 100.0)], [target])
+    missing2 = integrate.quad(lambda s: float(target.density(s)) ** 2, 100, 110)[0]
+    norm2 = integrate.quad(lambda s: float(target.density(s)) ** 2, 0, 110)[0]
+    assert result.profile_error[0] >= (missing2 / norm2) ** 0.5
+
+
+def test_misuse_is_named() -> None:
+    target = PowerFunction.from_sigma_rel(0.05, 10.0)
+    with pytest.raises(InvalidValueError, match="no snapshots"):
+        reconstruct([], [target])
+    with pytest.raises(InvalidValueError, match="at or before"):
+        reconstruct([PowerFunction.from_sigma_rel(0.05, 11.0)], [target])
+    with pytest.raises(InvalidValueError, match="must be one of paper"):
+        check_method("magic")

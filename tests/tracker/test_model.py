@@ -1,0 +1,336 @@
+"""What is tracked of a model, and averaged weights in a live model."""
+
+from __future__ import annotations
+
+import pickle
+from collections import OrderedDict
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
+from posthoc_cli.snapshots.store import read_directory
+
+
+class Network(torch.nn.Module):
+    """Every kind of state: tied and frozen parameters, float and integer buffers, a transient buffer."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.embed = torch.nn.Embedding(7, 4, dtype=dtype)
+        self.norm = torch.nn.BatchNorm1d(4, dtype=dtype)
+        self.frozen = torch.nn.Linear(4, 4, dtype=dtype).requires_grad_(False)
+        self.head = torch.nn.Linear(4, 7, bias=False, dtype=dtype)
+        self.head.weight = self.embed.weight
+        self.drop = torch.nn.Dropout(0.5)
+        self.register_buffer("cache", torch.ones(2), persistent=False)
+        self.cache: torch.Tensor
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.norm(self.embed(x).mean(dim=1))
+        return self.head(self.drop(self.frozen(hidden)) + self.cache.sum())
+
+
+def trained(folder: Path, steps: int = 20, dtype: torch.dtype = torch.float32, **settings: object) -> tuple:
+    torch.manual_seed(0)
+    model = Network(dtype)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    defaults: dict = {"update_every": 1, "checkpoint_every": 5, "checkpoint_dtype": None}
+    tracker = PostHocEMA.from_model(model, folder, **(defaults | settings))
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randint(0, 7, (8, 3))).square().mean().backward()
+        optimizer.step()
+        tracker.update_(model)
+    return model, tracker, optimizer
+
+
+def snapshot_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    state = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    state |= {f"grad {name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return state | {f"buffer {name}": tensor.clone() for name, tensor in model.named_buffers()}
+
+
+def assert_same(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None:
+    after = snapshot_of(model)
+    assert after.keys() == before.keys()
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+        assert after[name].dtype == tensor.dtype
+
+
+# --- what is tracked -------------------------------------------------------------------------------
+
+
+def test_parameters_are_averaged_buffers_copied_tied_ones_stored_once(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path)
+    info = read_directory(tmp_path)[-1].info
+    roles = {name: tensor.role for name, tensor in info.tensors.items()}
+    assert roles == {
+        "embed.weight": "average",
+        "norm.weight": "average",
+        "norm.bias": "average",
+        "norm.running_mean": "copy",
+        "norm.running_var": "copy",
+        "norm.num_batches_tracked": "copy",
+    }
+    assert info.aliases == {"head.weight": "embed.weight"}
+    assert set(info.left_out) == {"frozen.weight", "frozen.bias"}
+
+    weights = tracker.state_dict(sigma_rel=0.28)
+    assert torch.equal(weights["head.weight"], weights["embed.weight"])
+    assert weights["norm.num_batches_tracked"] == 20
+    assert weights["norm.num_batches_tracked"].dtype == torch.int64
+    assert torch.equal(weights["norm.running_var"], model.norm.running_var)
+    missing = model.load_state_dict(weights, strict=False)
+    assert set(missing.missing_keys) == {"frozen.weight", "frozen.bias"}
+    assert not missing.unexpected_keys
+
+
+def test_everything_trainable_loads_strictly(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3))
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
+        tracker.update_(model)
+        deepcopy(model).load_state_dict(tracker.state_dict(sigma_rel=0.28))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_weights_come_in_the_parameters_own_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = torch.nn.Linear(3, 3, dtype=dtype)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+        assert tracker.state_dict(sigma_rel=0.28)["weight"].dtype == dtype
+        assert PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["weight"].dtype == dtype
+        assert tracker.state_dict(sigma_rel=0.28, dtype=torch.float64)["weight"].dtype == torch.float64
+        assert tracker.state_dict(sigma_rel=0.28, dtype="bf16")["weight"].dtype == torch.bfloat16
+
+
+def test_a_value_too_large_for_the_storage_dtype_keeps_its_tensor_in_float32(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        model.bias.fill_(1e6)
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+    header = read_directory(tmp_path)[0].header
+    assert (header.tensors["bias"].dtype, header.tensors["weight"].dtype) == ("F32", "F16")
+    assert torch.equal(PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["bias"], model.bias)
+
+
+def test_tying_that_changes_is_refused(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path)
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+    with pytest.raises(ModelMismatchError, match=r"'head\.weight'"):
+        tracker.update_(model)
+
+
+# --- the state dict --------------------------------------------------------------------------------
+
+
+def test_the_state_dict_is_a_dict_and_a_context_and_pickles_plainly(tmp_path: Path) -> None:
+    _model, tracker, _ = trained(tmp_path / "run")
+    with tracker.state_dict(sigma_rel=0.15) as weights:
+        assert isinstance(weights, dict)
+    assert type(pickle.loads(pickle.dumps(weights))) is OrderedDict
+    torch.save(weights, tmp_path / "w.pt")
+    loaded = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert type(loaded) is OrderedDict
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in weights.items())
+    assert list(loaded) == list(weights)
+
+
+def test_weights_do_not_share_memory_with_the_model_or_the_averages(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path)
+    before = snapshot_of(model)
+    for tensor in tracker.state_dict(sigma_rel=0.28).values():
+        tensor.zero_()
+    assert_same(model, before)
+    assert all(bool(tensor.ne(0).any()) for tensor in tracker.state_dict(sigma_rel=0.28).values())
+
+
+def test_an_earlier_time_uses_only_what_was_there_then(tmp_path: Path) -> None:
+    _, tracker, _ = trained(tmp_path / "long", steps=20)
+    _, early, _ = trained(tmp_path / "short", steps=10)
+    for name, tensor in early.state_dict(sigma_rel=0.28).items():
+        assert torch.equal(tracker.state_dict(sigma_rel=0.28, t=10)[name], tensor)
+        assert torch.equal(tracker.state_dict(sigma_rel=0.28, step=10)[name], tensor)
+    for wrong in ({"t": 4}, {"t": 21}, {"step": 4}, {"step": 21}, {"t": 10, "step": 10}):
+        with pytest.raises(InvalidValueError):
+            tracker.state_dict(sigma_rel=0.28, **wrong)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sigma_rel": 0.4}, {"sigma_rel": 0.1, "dtype": "int8"}, {"sigma_rel": 0.1, "method": "magic"}]
+)
+def test_bad_arguments_are_value_errors(tmp_path: Path, wrong: dict) -> None:
+    _, tracker, _ = trained(tmp_path)
+    with pytest.raises(ValueError, match="must"):
+        tracker.state_dict(**wrong)
+
+
+def test_a_live_tracker_gives_the_average_now_not_as_of_the_last_snapshot(tmp_path: Path) -> None:
+    _, tracker, _ = trained(tmp_path, steps=23)
+    live = tracker.state_dict(sigma_rel=0.28)["norm.weight"]
+    assert torch.equal(live, tracker._averages.values[1]["norm.weight"])
+    stored = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["norm.weight"]
+    assert not torch.equal(live, stored)
+
+
+# --- swapped into a model --------------------------------------------------------------------------
+
+
+class BodyError(Exception):
+    pass
+
+
+def use(model: torch.nn.Module) -> None:
+    model(torch.randint(0, 7, (8, 3)))
+
+
+def train_inside(model: torch.nn.Module) -> None:
+    model.train()
+    model(torch.randint(0, 7, (8, 3)))  # moves the batch statistics
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+
+
+def fail(model: torch.nn.Module) -> None:
+    raise BodyError
+
+
+def move(model: torch.nn.Module) -> None:
+    model.to("meta")
+
+
+def narrow(model: torch.nn.Module) -> None:
+    model.half()
+
+
+@pytest.mark.parametrize("body", [use, fail, move, narrow])
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+def test_afterwards_everything_is_as_it_was(tmp_path: Path, body, dtype: str | None) -> None:  # type: ignore[no-untyped-def]
+    model, tracker, _ = trained(tmp_path)
+    model.train()
+    model.norm.eval()
+    before = snapshot_of(model)
+    pointers = {name: p.data_ptr() for name, p in model.named_parameters()}
+    modes = {name: module.training for name, module in model.named_modules()}
+    identities = [id(p) for p in model.parameters()]
+    try:
+        with tracker.model(model, sigma_rel=0.15, dtype=dtype) as averaged:
+            assert averaged is model
+            assert not any(module.training for module in model.modules())
+            expected = tracker.state_dict(sigma_rel=0.15, dtype=dtype)
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                if name in expected:
+                    assert torch.equal(parameter, expected[name])
+            if dtype is None or body is not use:
+                body(model)
+    except BodyError:
+        pass
+    assert_same(model, before)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert [id(p) for p in model.parameters()] == identities
+    assert model.head.weight is model.embed.weight
+    if dtype is None:
+        assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
+
+
+def test_training_inside_the_block_is_undone_for_what_was_swapped(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path, only_trainable=False)
+    before = snapshot_of(model)
+    with tracker.model(model, sigma_rel=0.15):
+        train_inside(model)
+    assert_same(model, before)
+
+
+def test_training_goes_on_after_evaluating_as_if_nothing_had_been(tmp_path: Path) -> None:
+    plain, _, plain_optimizer = trained(tmp_path / "a")
+    model, tracker, optimizer = trained(tmp_path / "b")
+    with tracker.model(model, sigma_rel=0.15) as averaged:
+        averaged(torch.zeros(2, 3, dtype=torch.int64))
+    for network, updater in ((plain, plain_optimizer), (model, optimizer)):
+        torch.manual_seed(1)
+        updater.zero_grad()
+        network(torch.randint(0, 7, (8, 3))).square().mean().backward()
+        updater.step()
+    assert_same(model, snapshot_of(plain))
+
+
+def test_blocks_nest(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path)
+    before = snapshot_of(model)
+    with tracker.model(model, sigma_rel=0.05):
+        outer = snapshot_of(model)
+        with tracker.model(model, sigma_rel=0.28):
+            pass
+        assert_same(model, outer)
+    assert_same(model, before)
+
+
+def test_load_into_keeps_the_averaged_weights(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path)
+    expected = tracker.state_dict(sigma_rel=0.2)
+    tracker.load_into(model, sigma_rel=0.2)
+    for name, tensor in expected.items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (torch.nn.Linear(4, 7), "the model has no such tensor"),
+        (torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 3)}), r"'embed\.weight': has the shape"),
+    ],
+)
+def test_another_model_is_refused_before_anything_changes(tmp_path: Path, other, message: str) -> None:  # type: ignore[no-untyped-def]
+    _, tracker, _ = trained(tmp_path)
+    before = snapshot_of(other)
+    with pytest.raises(ModelMismatchError, match=message), tracker.model(other, sigma_rel=0.15):
+        pass
+    with pytest.raises(ModelMismatchError, match=message):
+        tracker.load_into(other, sigma_rel=0.15)
+    assert_same(other, before)
+
+
+# --- attach ----------------------------------------------------------------------------------------
+
+
+def test_attach_calls_update_after_every_step_of_the_optimizer(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    handle = tracker.attach(optimizer)
+    for _ in range(3):
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+    assert tracker.step == 3
+    handle.remove()
+    optimizer.step()
+    assert tracker.step == 3
+
+
+def test_attach_needs_a_model_that_is_there(tmp_path: Path) -> None:
+    trained(tmp_path)[1].close()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with pytest.raises(InvalidValueError, match="made without a model"):
+        PostHocEMA.from_path(tmp_path).attach(optimizer)
+    gone = PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path / "other")
+    gone.attach(optimizer)
+    with pytest.raises(NotReadyError, match="gone"):
+        optimizer.step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None:
+    model = torch.nn.Linear(4096, 4096, device="cuda")
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        with tracker.model(model, sigma_rel=0.15):
+            assert next(model.parameters()).is_cuda
+        assert torch.cuda.max_memory_allocated() - before < 0.1 * 4096 * 4096 * 4

@@ -1,0 +1,360 @@
+"""Going on: from the tracker's own state exactly, from snapshots as rounded as they are; whose directory it is."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import exact_average, exact_gamma
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import (
+    DirectoryError,
+    InvalidValueError,
+    LockedError,
+    MismatchError,
+    ModelMismatchError,
+    NotReadyError,
+    WriteError,
+)
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.store import read_directory
+
+SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+
+
+def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) -> None:
+    """Steps whose values depend on their number only, so that two runs can be compared."""
+    for step in range(first, last + 1):
+        generator = torch.Generator().manual_seed(step)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn(parameter.shape, generator=generator))
+            for buffer in model.buffers():
+                buffer.add_(1)
+        tracker.update_(model)
+
+
+def contents(folder: Path) -> dict[str, dict[str, bytes]]:
+    result = {}
+    for snapshot in read_directory(folder):
+        with TensorFile(snapshot.path) as file:
+            result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
+    return result
+
+
+# --- the tracker's own state -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 9, 10, 15, 20])
+def test_going_on_from_the_state_is_exact(tmp_path: Path, interrupted_at: int) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "whole", **SETTINGS) as tracker:
+        train(model, tracker, 1, 30)
+
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "parts", **SETTINGS) as tracker:
+        train(model, tracker, 1, interrupted_at)
+        torch.save({"model": model.state_dict(), "ema": tracker.state_dict()}, tmp_path / "checkpoint.pt")
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    model = network()
+    model.load_state_dict(checkpoint["model"])
+    with PostHocEMA.from_model(model, tmp_path / "parts", **SETTINGS) as tracker:
+        tracker.load_state_dict(checkpoint["ema"])
+        assert tracker.step == interrupted_at
+        train(model, tracker, interrupted_at + 1, 30)
+
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    first, second = (read_directory(tmp_path / name)[-1].info for name in ("whole", "parts"))
+    assert (first.t_first, first.max_interval, first.step) == (second.t_first, second.max_interval, second.step)
+
+
+def test_snapshots_later_than_the_state_are_set_aside_not_mixed_nor_lost(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 15)
+        state = tracker.state_dict()
+        train(model, tracker, 16, 35)
+    later = {name: data for name, data in contents(tmp_path).items() if not name.startswith("000000000010")}
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        tracker.load_state_dict(state)
+    assert {s.info.t for s in read_directory(tmp_path)} == {10}
+    assert contents(tmp_path / "superseded") == later
+
+
+def test_a_state_taken_from_a_directory_goes_on_too(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 20)
+    state = PostHocEMA.from_path(tmp_path).state_dict()
+    with PostHocEMA.from_path(tmp_path, model) as tracker:
+        tracker.load_state_dict(state)
+        assert (tracker.step, tracker.t) == (20, 20)
+
+
+def spoil_names(state: dict) -> None:
+    state["averages"][0]["other"] = state["averages"][0].pop("0.weight")
+
+
+def spoil_shape(state: dict) -> None:
+    state["averages"][0]["0.weight"] = torch.zeros(2)
+
+
+def spoil_dtype(state: dict) -> None:
+    state["averages"][0]["0.weight"] = state["averages"][0]["0.weight"].half()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (lambda s: s.pop("averages"), InvalidValueError, "is not a tracker's state"),
+        (lambda s: s.update(version=2), InvalidValueError, "version 2"),
+        (lambda s: s.update(sigma_rels=[0.1]), InvalidValueError, r"profiles \(0\.1,\)"),
+        (lambda s: s.update(t_unit="images"), InvalidValueError, "'images'"),
+        (spoil_names, ModelMismatchError, "'0.weight'"),
+        (spoil_shape, ModelMismatchError, "'0.weight'"),
+        (spoil_dtype, ModelMismatchError, "'0.weight'"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused(tmp_path: Path, spoil, error, message: str) -> None:  # type: ignore[no-untyped-def]
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "a", **SETTINGS) as tracker:
+        train(model, tracker, 1, 4)
+        state = tracker.state_dict()
+    spoil(state)
+    with PostHocEMA.from_model(model, tmp_path / "b", **SETTINGS) as tracker:
+        with pytest.raises(error, match=message):
+            tracker.load_state_dict(state)
+        assert tracker.step == 0
+    with pytest.raises(InvalidValueError, match="is not a tracker's state"):
+        tracker.load_state_dict([])  # type: ignore[arg-type]
+
+
+# --- from snapshots --------------------------------------------------------------------------------
+
+
+def test_going_on_from_snapshots_keeps_the_profile(tmp_path: Path) -> None:
+    """Stored in float32, nothing is rounded: the run then is the uninterrupted one."""
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "whole", **SETTINGS) as tracker:
+        train(model, tracker, 1, 30)
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "parts", **SETTINGS) as tracker:
+        train(model, tracker, 1, 20)
+    run_id = tracker.run_id
+    with PostHocEMA.from_path(tmp_path / "parts", model) as tracker:
+        assert (tracker.step, tracker.t, tracker.run_id) == (20, 20, run_id)
+        train(model, tracker, 21, 30)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+
+
+def test_half_precision_snapshots_cost_their_rounding_and_no_more(tmp_path: Path) -> None:
+    model = torch.nn.Linear(64, 64, bias=False)
+    values = [torch.randn(64, 64, generator=torch.Generator().manual_seed(k)) for k in range(40)]
+
+    def feed(tracker: PostHocEMA, first: int, last: int) -> None:
+        for k in range(first, last):
+            with torch.no_grad():
+                model.weight.copy_(values[k])
+            tracker.update_(model)
+
+    half = dict(SETTINGS, update_every=1, checkpoint_dtype=torch.float16, sigma_rels=(0.28,))
+    with PostHocEMA.from_model(model, tmp_path, **half) as tracker:
+        feed(tracker, 0, 20)
+    with PostHocEMA.from_path(tmp_path, model) as tracker:
+        feed(tracker, 20, 40)
+        result = tracker.state_dict(sigma_rel=0.28)["weight"].double().numpy()
+    exact = exact_average([v.numpy() for v in values], 0.28, range(1, 41))
+    kept = (20 / 40) ** (exact_gamma(0.28) + 1)  # share of what was rounded
+    # Rounding to nearest in float16: at most 2**-11 relative to each stored value, here below 3 in magnitude.
+    assert np.abs(result - exact).max() <= kept * 2**-11 * 3 + 1e-6
+    assert np.abs(result - exact).max() > 1e-6
+
+
+def test_settings_are_those_of_the_run_unless_said_otherwise(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=7) as tracker:
+        train(model, tracker, 1, 10)
+    stored = PostHocEMA.from_path(tmp_path).settings.schedule
+    assert (stored.update_every, stored.checkpoint_every, stored.max_checkpoints) == (2, 10, 7)
+    assert stored.checkpoint_dtype is None
+    changed = PostHocEMA.from_path(tmp_path, max_checkpoints=None, checkpoint_dtype="bf16", checkpoint_every=4)
+    schedule = changed.settings.schedule
+    assert (schedule.update_every, schedule.checkpoint_every, schedule.max_checkpoints) == (2, 4, None)
+    assert schedule.checkpoint_dtype == "BF16"
+    with pytest.raises(ValueError, match="multiple of update_every"):
+        PostHocEMA.from_path(tmp_path, checkpoint_every=5)
+
+
+def test_an_incomplete_last_time_is_not_gone_on_from(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 20)
+    read_directory(tmp_path)[-1].path.unlink()
+    with PostHocEMA.from_path(tmp_path, model) as tracker:
+        tracker.update_(model)
+        assert tracker.step == 11
+    assert [s.info.t for s in read_directory(tmp_path)] == [10, 10]
+    assert len(list((tmp_path / "superseded").iterdir())) == 1
+
+
+def test_another_model_is_refused_at_once(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+    with pytest.raises(ModelMismatchError, match=r"tensor '0\.weight'"):
+        PostHocEMA.from_path(tmp_path, torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4)))
+
+
+def test_frozen_parameters_of_the_run_stay_tracked(tmp_path: Path) -> None:
+    model = network()
+    model[0].bias.requires_grad_(False)
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, only_trainable=False) as tracker:
+        train(model, tracker, 1, 10)
+    with PostHocEMA.from_path(tmp_path, model) as tracker:
+        train(model, tracker, 11, 20)
+    assert "0.bias" in read_directory(tmp_path)[-1].info.tensors
+
+
+@pytest.mark.parametrize("name", ["absent", "empty"])
+def test_a_directory_without_snapshots_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DirectoryError, match=name):
+        PostHocEMA.from_path(tmp_path / name)
+
+
+# --- whose directory -------------------------------------------------------------------------------
+
+
+def test_a_directory_of_another_run_is_refused_at_the_first_update(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as first:
+        train(model, first, 1, 10)
+    before = contents(tmp_path)
+    second = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    with pytest.raises(MismatchError, match=f"{first.run_id[:8]}.*{second.run_id[:8]}.*from_path.*another directory"):
+        second.update_(model)
+    assert contents(tmp_path) == before
+    with PostHocEMA.from_path(tmp_path, model) as third:  # the refusal has not kept the lock
+        train(model, third, 11, 12)
+
+
+def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
+    model = network()
+    writer = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    train(model, writer, 1, 10)
+    reader = PostHocEMA.from_path(tmp_path, model)
+    assert set(reader.state_dict(sigma_rel=0.15)) == set(model.state_dict())
+    with pytest.raises(LockedError, match="another tracker of this process"):
+        reader.update_(model)
+    writer.close()
+    reader.update_(model)
+    reader.close()
+
+
+def test_making_a_tracker_takes_no_lock_and_writes_nothing(tmp_path: Path) -> None:
+    PostHocEMA.from_model(network(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_forgotten_tracker_gives_the_directory_free(tmp_path: Path) -> None:
+    model = network()
+    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    train(model, tracker, 1, 10)
+    del tracker
+    with PostHocEMA.from_path(tmp_path, model) as again:
+        train(model, again, 11, 20)
+
+
+def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
+    model = network()
+    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    train(model, tracker, 1, 10)
+    tracker.close()
+    tracker.close()
+    assert set(tracker.state_dict(sigma_rel=0.15)) == set(model.state_dict())
+    with pytest.raises(NotReadyError, match="was closed"):
+        tracker.update_(model)
+
+
+SCRIPT = """
+import sys, torch
+from posthoc_cli import PostHocEMA
+model = torch.nn.Linear(2, 2)
+tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=1)
+tracker.update_(model)
+print("ready", flush=True)
+if sys.argv[2] == "wait":
+    sys.stdin.read()
+"""
+
+
+def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), "end"], check=True)
+    assert {s.info.t for s in read_directory(tmp_path)} == {1}
+
+
+def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(tmp_path), "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == b"ready\n"
+        model = torch.nn.Linear(2, 2)
+        tracker = PostHocEMA.from_path(tmp_path, model)
+        with pytest.raises(LockedError, match=f"process {holder.pid} on "):
+            tracker.update_(model)
+        os.kill(holder.pid, signal.SIGKILL)
+        holder.wait()
+    with tracker:
+        tracker.update_(model)
+
+
+def test_a_write_that_fails_is_raised_and_training_may_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 9)
+        with monkeypatch.context() as fault:
+            fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            with pytest.raises(WriteError, match="no space left"):
+                train(model, tracker, 10, 10)
+        assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".ema.lock")]
+        train(model, tracker, 11, 20)
+    assert {s.info.t for s in read_directory(tmp_path)} == {20}
+
+
+def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    tracker = PostHocEMA.from_model(network(), tmp_path / "file" / "run", **SETTINGS)
+    with pytest.raises(WriteError, match="file/run"):
+        tracker.update_(network())
+
+
+# --- the picture -----------------------------------------------------------------------------------
+
+
+def test_the_error_figure_is_of_what_is_there_or_of_the_plan(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=5) as tracker:
+        planned = tracker.reconstruction_error()
+        assert "plan: 0.05, 0.28 at 5 times in 50 steps" in labels(planned)
+        train(model, tracker, 1, 20)
+        made = tracker.reconstruction_error(sigma_range=(0.1, 0.2))
+        assert "4 averages up to t = 20" in labels(made)
+        assert made.axes[0].get_xlim() == (0.1, 0.2)
+    assert "4 averages up to t = 20" in labels(PostHocEMA.from_path(tmp_path).reconstruction_error())
+
+
+def labels(figure) -> list[str]:  # type: ignore[no-untyped-def]
+    return figure.axes[0].get_legend_handles_labels()[1]

@@ -1,0 +1,341 @@
+"""The running averages hold exactly the profile, for any stride, warm-up and clock."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import exact_average, exact_gamma
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
+from posthoc_cli.snapshots.store import read_directory
+
+SIGMA_RELS = (0.05, 0.28)
+
+
+class Scalar(torch.nn.Module):
+    """One parameter, set from outside: the smallest model that can be tracked."""
+
+    def __init__(self, dtype: torch.dtype = torch.float64) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+
+    def set(self, values: np.ndarray) -> None:
+        with torch.no_grad():
+            self.weight.copy_(torch.from_numpy(values))
+
+
+def tracked(tracker: PostHocEMA, sigma_rel: float) -> np.ndarray:
+    return tracker.state_dict(sigma_rel=sigma_rel, dtype="float64")["weight"].numpy()
+
+
+def walk(steps: int, seed: int = 0) -> np.ndarray:
+    return np.cumsum(np.random.default_rng(seed).standard_normal((steps, 3)), axis=0)
+
+
+# --- exactness -------------------------------------------------------------------------------------
+
+
+@given(
+    update_every=st.integers(1, 12),
+    update_after_step=st.integers(0, 40),
+    more=st.integers(0, 60),
+    sigma_rel=st.sampled_from([0.02, 0.05, 0.15, 0.28]),
+    own_clock=st.booleans(),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_stride_warm_up_and_clock_give_the_exact_profile(
+    tmp_path_factory: pytest.TempPathFactory,
+    update_every: int,
+    update_after_step: int,
+    more: int,
+    sigma_rel: float,
+    own_clock: bool,
+) -> None:
+    first = (update_after_step // update_every + 1) * update_every
+    steps = first + more
+    values = walk(steps)
+    clock = np.cumsum(np.random.default_rng(1).uniform(0.5, 200, steps)) if own_clock else np.arange(1, steps + 1)
+    model = Scalar()
+    folder = tmp_path_factory.mktemp("run")
+    with PostHocEMA.from_model(
+        model,
+        folder,
+        sigma_rels=(sigma_rel,),
+        update_every=update_every,
+        update_after_step=update_after_step,
+        checkpoint_every=1000 * update_every,
+        t_unit="images" if own_clock else "steps",
+    ) as tracker:
+        for step in range(steps):
+            model.set(values[step])
+            tracker.update_(model, t=float(clock[step])) if own_clock else tracker.update_(model)
+        calls = [k for k in range(1, steps + 1) if k % update_every == 0 and k > update_after_step]
+        exact = exact_average([values[k - 1] for k in calls], sigma_rel, [float(clock[k - 1]) for k in calls])
+        # float64: a rounding of 1e-16 an update, of values up to about 100.
+        np.testing.assert_allclose(tracked(tracker, sigma_rel), exact, atol=1e-11)
+
+
+def test_a_beta_that_ignores_the_interval_fails_that_test() -> None:
+    """The test above can fail: the peers' beta at a stride of 10 is not near the bound."""
+    values, gamma = walk(500), exact_gamma(0.05)
+    average = values[9].copy()
+    for k in range(20, 501, 10):
+        average += (1 - (1 - 1 / k) ** (gamma + 1)) * (values[k - 1] - average)
+    exact = exact_average(values[9::10], 0.05, range(10, 501, 10))
+    assert np.abs(average - exact).max() > 0.1
+
+
+def test_all_profiles_are_tracked_side_by_side(tmp_path: Path) -> None:
+    values, model = walk(100), Scalar()
+    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, update_every=5, checkpoint_every=50) as tracker:
+        for value in values:
+            model.set(value)
+            tracker.update_(model)
+        for sigma_rel in SIGMA_RELS:
+            exact = exact_average(values[4::5], sigma_rel, range(5, 101, 5))
+            np.testing.assert_allclose(tracked(tracker, sigma_rel), exact, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_averages_of_half_precision_models_keep_moving(tmp_path: Path, dtype: torch.dtype) -> None:
+    """At a decay of 0.9999 an accumulator in half precision would stay where it began, at 1."""
+    model = Scalar(dtype)
+    model.set(np.ones(3))
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, update_after_step=4999) as tracker:
+        tracker._step, tracker._t = 4999, 4999.0
+        tracker.update_(model)
+        model.set(np.full(3, 2.0))
+        for _ in range(500):
+            tracker.update_(model)
+        exact = 2 - (5000 / 5500) ** (exact_gamma(0.28) + 1)
+        # 500 updates of a float32 near 1: half a unit in the last place each, at worst in one direction.
+        np.testing.assert_allclose(tracked(tracker, 0.28), exact, atol=500 * 2**-24)
+
+
+def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(
+        model, tmp_path, (0.10,), update_every=2, checkpoint_every=10, update_after_step=13, t_unit="images"
+    ) as tracker:
+        for k in range(1, 31):
+            model.set(np.ones(3))
+            tracker.update_(model, t=64.0 * k + (500 if k > 20 else 0))
+    snapshots = read_directory(tmp_path)
+    assert [s.info.t for s in snapshots] == [64 * 20, 64 * 30 + 500]
+    profile = snapshots[-1].info.profile
+    assert (profile.t_first, profile.max_interval) == (64 * 14, 64 * 2 + 500)
+    assert profile.mass_on_first == pytest.approx((64 * 14 / (64 * 30 + 500)) ** (exact_gamma(0.10) + 1))
+    assert snapshots[-1].info.t_unit == "images"
+    assert snapshots[-1].info.step == 30
+
+
+# --- when things are due ---------------------------------------------------------------------------
+
+
+def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
+    settings = PostHocEMA.from_model(Scalar(), tmp_path).settings
+    assert settings.sigma_rels == (0.05, 0.28)
+    schedule = settings.schedule
+    assert (schedule.update_every, schedule.checkpoint_every, schedule.update_after_step) == (10, 1000, 0)
+    assert (schedule.max_checkpoints, schedule.checkpoint_dtype, settings.t_unit) == (20, "F16", "steps")
+
+
+def test_snapshots_are_due_at_multiples_of_checkpoint_every(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, (0.05,), update_every=2, checkpoint_every=6) as tracker:
+        for _ in range(20):
+            tracker.update_(model)
+    assert [s.info.t for s in read_directory(tmp_path)] == [6, 12, 18]
+
+
+def test_snapshots_are_thinned_and_never_the_oldest_first(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(
+        model, tmp_path, SIGMA_RELS, update_every=1, checkpoint_every=1, max_checkpoints=4
+    ) as tracker:
+        for _ in range(21):
+            tracker.update_(model)
+    for sigma_rel in SIGMA_RELS:
+        times = [s.info.t for s in read_directory(tmp_path) if s.info.sigma_rel == sigma_rel]
+        assert len(times) == 4
+        assert (times[0], times[-1]) == (1, 21)
+        assert max(np.diff(times)) <= 2 * 20 / 3
+
+
+def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, update_after_step=25) as tracker:
+        for _ in range(29):
+            tracker.update_(model)
+        with pytest.raises(NotReadyError, match="first update is at call 30"):
+            tracker.state_dict(sigma_rel=0.15)
+        tracker.update_(model)
+        assert set(tracker.state_dict(sigma_rel=0.28)) == {"weight"}
+
+
+# --- refused ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 10"),
+        ({"update_every": 0}, "update_every 0"),
+        ({"update_every": 2.5}, "update_every 2.5"),
+        ({"update_every": True}, "update_every True"),
+        ({"update_after_step": -1}, "update_after_step -1"),
+        ({"max_checkpoints": 0}, "max_checkpoints 0"),
+        ({"sigma_rels": ()}, "at least one profile"),
+        ({"sigma_rels": (0.05, 0.05)}, "each profile once"),
+        ({"sigma_rels": (0.05, 0.3)}, "sigma_rel 0.3: must lie in"),
+        ({"checkpoint_dtype": "int8"}, "dtype int8: must be one of"),
+        ({"checkpoint_dtype": torch.int32}, "dtype int32: must be one of"),
+        ({"t_unit": ""}, "t_unit"),
+        ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
+    ],
+)
+def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path: Path, arguments: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message.replace(".", r"\.")) as caught:
+        PostHocEMA.from_model(Scalar(), tmp_path / "run", **arguments)
+    assert isinstance(caught.value, InvalidValueError)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
+        tracker.update_(model, t=64)
+        for bad in (64, 63, float("nan"), float("inf")):
+            with pytest.raises(InvalidValueError, match="must be finite and grow"):
+                tracker.update_(model, t=bad)
+        with pytest.raises(InvalidValueError, match="at every call or at none"):
+            tracker.update_(model)
+        tracker.update_(model, t=128)
+        assert (tracker.step, tracker.t) == (2, 128)
+
+
+def test_steps_and_a_clock_are_not_mixed(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path) as tracker:
+        tracker.update_(model)
+        with pytest.raises(InvalidValueError, match="without t="):
+            tracker.update_(model, t=100)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Path, bad: float) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, update_every=1) as tracker:
+        model.set(np.ones(3))
+        tracker.update_(model)
+        model.set(np.array([1.0, bad, 1.0]))
+        with pytest.raises(NonFiniteError, match=r"parameter 'weight' holds nan or infinity at step 2"):
+            tracker.update_(model)
+        for sigma_rel in SIGMA_RELS:
+            np.testing.assert_array_equal(tracked(tracker, sigma_rel), 1.0)
+
+
+def test_a_skipped_update_leaves_the_profile_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    values, model = walk(9), Scalar()
+    values[4] = np.nan
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, on_nonfinite="skip") as tracker:
+        with caplog.at_level(logging.INFO):
+            for value in values:
+                model.set(value)
+                tracker.update_(model)
+        finite = [k for k in range(1, 10) if k != 5]
+        exact = exact_average([values[k - 1] for k in finite], 0.28, finite)
+        np.testing.assert_allclose(tracked(tracker, 0.28), exact, atol=1e-13)
+    assert "update skipped" in caplog.text
+
+
+def test_warn_names_the_parameter_in_a_warning(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, on_nonfinite="warn") as tracker:
+        model.set(np.full(3, np.inf))
+        with pytest.warns(RuntimeWarning, match="parameter 'weight'"):
+            tracker.update_(model)
+
+
+def test_a_snapshot_due_at_a_skipped_update_holds_the_average_of_its_own_time(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(
+        model, tmp_path, (0.28,), update_every=1, checkpoint_every=5, on_nonfinite="skip"
+    ) as tracker:
+        for k in range(1, 11):
+            model.set(np.full(3, np.nan if k == 5 else k))
+            tracker.update_(model)
+    assert [s.info.t for s in read_directory(tmp_path)] == [4, 10]
+
+
+def grow(model: Scalar) -> None:
+    model.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+
+
+def add(model: Scalar) -> None:
+    model.extra = torch.nn.Parameter(torch.zeros(1))
+
+
+def remove(model: Scalar) -> None:
+    model.other = model.weight
+    del model.weight
+
+
+def halve(model: Scalar) -> None:
+    model.half()
+
+
+def freeze_another(model: Scalar) -> None:
+    model.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (grow, r"'weight': has the shape \[4\], tracked is \[3\]"),
+        (add, "'extra': is in the model, but was not"),
+        (remove, "'weight': is tracked, but the model has no such tensor"),
+        (halve, "'weight': is average of F16, tracked is average of F64"),
+        (freeze_another, "'count': is in the model, but was not"),
+    ],
+)
+def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=2) as tracker:
+        tracker.update_(model)
+        change(model)
+        with pytest.raises(ModelMismatchError, match=message):
+            tracker.update_(model)
+    assert not list(tmp_path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("parameter", "message"),
+    [
+        (torch.zeros(2, dtype=torch.complex64), "parameter 'p': dtype torch.complex64 cannot be averaged"),
+        (torch.zeros(2, device="meta"), "parameter 'p': is on the meta device"),
+        (torch.zeros(2, dtype=torch.float8_e4m3fn), "cannot be averaged"),
+    ],
+)
+def test_parameters_that_cannot_be_averaged_are_named(tmp_path: Path, parameter: torch.Tensor, message: str) -> None:
+    model = torch.nn.Module()
+    model.p = torch.nn.Parameter(parameter)
+    with pytest.raises(InvalidValueError, match=message):
+        PostHocEMA.from_model(model, tmp_path)
+
+
+def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2).requires_grad_(False)
+    with pytest.raises(InvalidValueError, match="only_trainable=False"):
+        PostHocEMA.from_model(model, tmp_path)
+    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, only_trainable=False)
+    with tracker:
+        tracker.update_(model)
+        assert set(tracker.state_dict(sigma_rel=0.28)) == {"weight", "bias"}
