@@ -70,37 +70,43 @@ def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = (), t_unit: str 
 
 
 def loss_figure(sigma_rels: FloatArray, losses: FloatArray, raw_loss: float, metric: str) -> Figure:
-    """A metric against sigma_rel, with the best marked and the raw weights as a line."""
-    figure = Figure(figsize=(8, 4.2), dpi=150, layout="constrained", facecolor="white")
+    """A metric, lower is better, against sigma_rel, with the best marked and the raw weights as a line.
+
+    The axis is linear and begins at 0, where an average is no more than the raw weights.
+    """
+    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot()
     best = int(np.argmin(losses))
-    axes.plot(sigma_rels, losses, color=COLOURS[0], marker="o", markersize=4, label="averaged weights")
-    axes.axhline(raw_loss, color=COLOURS[1], linestyle="--", label=f"raw weights: {raw_loss:.5f}")
+    axes.axhline(raw_loss, color=COLOURS[1], linestyle="--", linewidth=1.8, label=f"raw weights: {raw_loss:.5f}")
+    axes.plot(sigma_rels, losses, color=COLOURS[0], marker="o", markersize=5, linewidth=1.8, label="averaged weights")
     axes.plot(
-        sigma_rels[best], losses[best], color=COLOURS[4], marker="*", markersize=15, linestyle="none",
-        label=f"best: sigma_rel {sigma_rels[best]:g}, {losses[best]:.5f}",
+        sigma_rels[best], losses[best], color=COLOURS[4], marker="*", markersize=16, markeredgecolor="white",
+        linestyle="none", zorder=5, label=f"best: sigma_rel {sigma_rels[best]:g}, {losses[best]:.5f}",
     )  # fmt: skip
     axes.set_title("The length of the average, chosen after training")
+    axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
     axes.set_ylabel(metric)
-    _sigma_axis(axes, float(sigma_rels.min()), float(sigma_rels.max()))
+    axes.set_xlim(0, 1.04 * float(sigma_rels.max()))
+    axes.margins(y=0.1)
     _finish(axes)
     return figure
 
 
 def samples_figure(groups: Sequence[tuple[str, npt.NDArray[Any]]]) -> Figure:
-    """Rows of small grey images side by side: for each group a title and an array [rows, columns, height, width]."""
-    figure = Figure(figsize=(4.2 * len(groups), 3.4), dpi=150, layout="constrained", facecolor="white")
+    """Small grey images, the groups side by side: for each a title and an array [rows, columns, height, width].
+
+    Values run from 0, drawn white, to 1, drawn black.
+    """
+    rows, columns, height, width = groups[0][1].shape
+    panel_width = 4.4
+    panel_height = panel_width * rows * (height + 1) / (columns * (width + 1))
+    size = (1.08 * panel_width * len(groups), panel_height + 0.5)
+    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
+    grid = figure.add_gridspec(1, len(groups), wspace=0.08)
     for index, (title, images) in enumerate(groups):
-        axes = figure.add_subplot(1, len(groups), index + 1)
-        rows, columns, height, width = images.shape
-        framed = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=1.0)
-        axes.imshow(
-            framed.transpose(0, 2, 1, 3).reshape(rows * (height + 1), columns * (width + 1)),
-            cmap="gray_r",
-            vmin=0,
-            vmax=1,
-        )
-        axes.set_title(title, fontsize=10)
+        axes = figure.add_subplot(grid[0, index])
+        axes.imshow(_tiled(images), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+        axes.set_title(title, fontsize=11)
         axes.set_axis_off()
     return figure
 
@@ -162,6 +168,14 @@ def _draw_coefficients(axes: Axes, fit: Fit, t_unit: str) -> None:
     axes.set_title("coefficients", fontsize=10)
     axes.set_xlabel(f"training time ({t_unit})")
     _finish(axes)
+
+
+def _tiled(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """One picture of all images, [rows, columns, height, width], a white line between neighbours."""
+    spaced = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=0.0)
+    rows, columns, height, width = spaced.shape
+    tiled: npt.NDArray[Any] = spaced.transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
+    return tiled[:-1, :-1]
 
 
 def _sigma_axis(axes: Axes, low: float, high: float) -> None:

@@ -61,6 +61,7 @@ def main() -> NoReturn:
         sys.excepthook = _report_unexpected
     warnings.showwarning = _show_warning
     signal.signal(signal.SIGTERM, _terminate)
+    _allow_many_files()
     try:
         code = app([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
     except KeyboardInterrupt:
@@ -78,7 +79,7 @@ def main() -> NoReturn:
     except _USAGE_ERROR as error:
         code = _fail(f"{error.format_message()}{_see_help(error)}", 2)
     if code == 130:
-        print("ema: interrupted; nothing was written", file=sys.stderr)  # noqa: T201
+        print("ema: interrupted", file=sys.stderr)  # noqa: T201
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -117,6 +118,16 @@ def _option_names() -> set[str]:
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     print(f"ema: warning: {' '.join(str(message).split())}", file=sys.stderr)  # noqa: T201
+
+
+def _allow_many_files() -> None:
+    """As many open files as the system grants: a run may have more snapshots than the usual 1,024."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _terminate(number: int, _: FrameType | None) -> None:

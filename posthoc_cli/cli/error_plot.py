@@ -106,7 +106,7 @@ def _candidates(
         snapshots = read_directory(directory)
         profiles = [snapshot.info.profile.pure for snapshot in snapshots]
         unit = snapshots[0].info.t_unit
-        label = f"{directory.resolve().name}: {len(profiles)} snapshots up to {profiles[-1].t:,.12g} {unit}"
+        label = f"{directory}: {len(profiles)} snapshots up to {profiles[-1].t:,.12g} {unit}"
         candidates.append(Candidate(label, profiles, unit))
     for index, widths in enumerate(sigma_rels):
         schedule = Schedule(

@@ -26,7 +26,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for column in columns:
         side = "left" if column in left else "right"
-        table.add_column(column, justify=side, no_wrap=True, overflow="ignore")  # type: ignore[arg-type]
+        table.add_column(column, justify=side, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
         table.add_row(*(printable(cell).replace("[", "\\[") for cell in row))
     console = _console()
@@ -73,7 +73,7 @@ def size_text(nbytes: float) -> str:
 
 def percent(error: float) -> str:
     """A relative error for people; below what rounding allows it is shown as that bound."""
-    return f"{100 * error:.2g} %" if error >= 1e-7 else "< 1e-5 %"
+    return f"{100 * error:.2g} %" if error >= 1e-7 or error == 0 else "< 1e-5 %"
 
 
 def log_to_stderr(verbose: bool) -> None:
@@ -102,5 +102,5 @@ def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
 
 
 def _console() -> Console:
-    # In a pipe a line is as long as it has to be.
-    return Console() if sys.stdout.isatty() else Console(width=10_000, no_color=True)
+    # A line is as long as it has to be: a terminal wraps it, a pipe takes it whole.
+    return Console(width=10_000, no_color=not sys.stdout.isatty())

@@ -197,7 +197,8 @@ def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str,
         output.print_line("")
     which = f"sigma_rel {plan.sigma_rels[0]:g}" if len(plan.sigma_rels) == 1 else f"{len(plan.sigma_rels)} averages"
     worst = output.percent(float(plan.reconstruction.profile_error.max()))
-    what = f"{which} at t = {plan.t:,.12g} from {len(plan.sources)} snapshots, profile error {worst}"
+    up_to = "" if len(plan.sigma_rels) == 1 else "up to "
+    what = f"{which} at t = {plan.t:,.12g} from {len(plan.sources)} snapshots, profile error {up_to}{worst}"
     if not paths:
         read = output.size_text(plan.read_bytes)
         output.print_line(f"would make {what}, {output.size_text(size)} each; would read {read}; nothing was written")
@@ -205,14 +206,14 @@ def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str,
     if len(skipped) == len(paths):
         output.print_line("every output is there already; nothing was written")
         return
-    target = paths[0] if len(paths) == 1 else f"{len(paths) - len(skipped)} outputs"
-    output.print_line(f"made {what}, {output.size_text(size)} each, in {seconds:.1f} s: {target}")
     left_out = plan.newest.info.left_out
     if left_out:
         output.print_line(
-            f"{len(left_out)} tensors of the model were not tracked ({left_out[0]}, ...); "
+            f"not tracked, and not in the output: {len(left_out)} of the model's tensors ({left_out[0]}, ...); "
             "ema export --base FULL.safetensors completes them"
         )
+    target = paths[0] if len(paths) == 1 else f"{len(paths) - len(skipped)} outputs in {paths[0].parent}"
+    output.print_line(f"made {what}, {output.size_text(size)} each, in {seconds:.1f} s: {target}")
 
 
 COMMAND = synthesize

@@ -14,15 +14,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, InvalidValueError, NonFiniteError, NotReadyError
-from posthoc_cli.planning import Candidate, error_curve
-from posthoc_cli.planning import Schedule as PlannedSchedule
-from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
 from posthoc_cli.snapshots.store import read_directory, snapshot_path
-from posthoc_cli.snapshots.tensors import parse_dtype
-from posthoc_cli.synthesis import DiskSource, Source, plan_synthesis, synthesize
+from posthoc_cli.synthesis import Source, plan_synthesis, synthesize
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.live import LiveSource
+from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources, reconstruction_figure
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, collect_tensors, nonfinite_name
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.settings import (
@@ -336,16 +332,7 @@ class PostHocEMA:
             sigma_range: lowest and highest sigma_rel.
             method: the solver; None for the default one.
         """
-        from posthoc_cli import plots
-
-        sources = self._sources()
-        if sources:
-            profiles = [source.info.profile.pure for source in sources]
-            label = f"{len(profiles)} averages up to t = {max(p.t for p in profiles):,.12g}"
-            candidate = Candidate(label, profiles, self.settings.t_unit)
-        else:
-            candidate = Candidate.of_schedule(self._planned())
-        return plots.error_figure([error_curve(candidate, sigma_range, method=method)])
+        return reconstruction_figure(self._sources(), self.settings, sigma_range, method)
 
     # --- inside --------------------------------------------------------------------------------------
 
@@ -403,46 +390,10 @@ class PostHocEMA:
         recorder.thin(self.settings.schedule.max_checkpoints)
 
     def _live_sources(self) -> list[LiveSource]:
-        averages = self._averages
-        return [
-            LiveSource(self._describe(sigma_rel, gamma), values, averages.copies)
-            for sigma_rel, gamma, values in zip(averages.sigma_rels, averages.gammas, averages.values, strict=True)
-            if averages.exist
-        ]
-
-    def _describe(self, sigma_rel: float, gamma: float) -> SnapshotInfo:
-        return SnapshotInfo(
-            run_id=self.run_id,
-            sigma_rel=sigma_rel,
-            gamma=gamma,
-            t=self._averages.t,
-            t_unit=self.settings.t_unit,
-            step=self._averages.step,
-            t_first=self._averages.t_first,
-            max_interval=self._averages.max_interval,
-            schedule=self.settings.schedule,
-            tensors=dict(self._tracked.tensors),
-            aliases=dict(self._tracked.aliases),
-            left_out=self._tracked.left_out,
-        )
+        return live_sources(self.run_id, self.settings, self._tracked, self._averages)
 
     def _sources(self) -> list[Source]:
-        """Snapshots on disk and, where they are newer, the live averages; none of them twice."""
-        live: list[Source] = list(self._live_sources())
-        held = {source.info.sigma_rel for source in live}
-        try:
-            snapshots = read_directory(self.checkpoint_dir)
-        except DirectoryError:
-            return live
-        if snapshots[0].info.run_id != self.run_id:
-            return live
-        now = self._averages.t if live else snapshots[-1].info.t
-        stored: list[Source] = [
-            DiskSource(snapshot)
-            for snapshot in snapshots
-            if snapshot.info.t < now or (snapshot.info.t == now and snapshot.info.sigma_rel not in held)
-        ]
-        return stored + live
+        return current_sources(self.checkpoint_dir, self.run_id, self._live_sources())
 
     def _synthesized(
         self,
@@ -452,7 +403,6 @@ class PostHocEMA:
         dtype: torch.dtype | str | None,
         method: str | None,
     ) -> Weights:
-        parse_dtype(dtype)
         sources = self._sources()
         if not sources:
             schedule = self.settings.schedule
@@ -462,10 +412,3 @@ class PostHocEMA:
             )
         plan = plan_synthesis(sources, [sigma_rel], t, step, method)
         return Weights((name, tensors[0]) for name, tensors in synthesize(plan, dtype))
-
-    def _planned(self) -> PlannedSchedule:
-        schedule = self.settings.schedule
-        count = 20 if schedule.max_checkpoints is None else schedule.max_checkpoints
-        return PlannedSchedule(
-            self.settings.sigma_rels, count * schedule.checkpoint_every, schedule.checkpoint_every, count
-        )

@@ -1,14 +1,26 @@
-"""The running averages as a source of a synthesis, beside the snapshots on disk."""
+"""The running averages as sources of a synthesis, beside the snapshots on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 import torch
 
+from posthoc_cli.errors import DirectoryError
+from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.synthesis import DiskSource, Source
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.model_tensors import TrackedModel
+from posthoc_cli.tracker.settings import Settings
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -49,3 +61,62 @@ class LiveSource:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+
+def live_sources(run_id: str, settings: Settings, tracked: TrackedModel, averages: RunningAverages) -> list[LiveSource]:
+    """The running averages, each with the header that its snapshot would have; none before the first update."""
+    if not averages.exist:
+        return []
+    sources = []
+    for sigma_rel, gamma, values in zip(averages.sigma_rels, averages.gammas, averages.values, strict=True):
+        info = SnapshotInfo(
+            run_id=run_id,
+            sigma_rel=sigma_rel,
+            gamma=gamma,
+            t=averages.t,
+            t_unit=settings.t_unit,
+            step=averages.step,
+            t_first=averages.t_first,
+            max_interval=averages.max_interval,
+            schedule=settings.schedule,
+            tensors=dict(tracked.tensors),
+            aliases=dict(tracked.aliases),
+            left_out=tracked.left_out,
+        )
+        sources.append(LiveSource(info, values, averages.copies))
+    return sources
+
+
+def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
+    """Snapshots of a run on disk and, where they are newer, its live averages; none of them twice."""
+    sources: list[Source] = list(live)
+    try:
+        snapshots = read_directory(directory)
+    except DirectoryError:
+        return sources
+    if snapshots[0].info.run_id != run_id:
+        return sources
+    now = live[0].info.t if live else snapshots[-1].info.t
+    held = {source.info.sigma_rel for source in live}
+    for snapshot in snapshots:
+        info = snapshot.info
+        if info.t < now or (info.t == now and info.sigma_rel not in held):
+            sources.append(DiskSource(snapshot))
+    return sources
+
+
+def reconstruction_figure(
+    sources: Sequence[Source], settings: Settings, sigma_range: tuple[float, float], method: str | None
+) -> Figure:
+    """Reconstruction error of the sources; of the planned schedule, where there are none."""
+    from posthoc_cli import plots
+
+    if sources:
+        profiles = [source.info.profile.pure for source in sources]
+        label = f"{len(profiles)} averages up to t = {max(p.t for p in profiles):,.12g}"
+        candidate = Candidate(label, profiles, settings.t_unit)
+    else:
+        every = settings.schedule.checkpoint_every
+        count = settings.schedule.max_checkpoints or 20
+        candidate = Candidate.of_schedule(Schedule(settings.sigma_rels, count * every, every, count))
+    return plots.error_figure([error_curve(candidate, sigma_range, method=method)], t_unit=settings.t_unit)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -110,18 +110,18 @@ def collect_tensors(model: torch.nn.Module, only_trainable: bool) -> ModelTensor
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """The first tensor that holds a nan or an infinity; one device synchronisation if none does."""
-    filled = {name: tensor for name, tensor in tensors.items() if tensor.numel() > 0}
-    largest = [norm.cpu() for norm in _max_norms(list(filled.values()))]
-    for name, norm in zip(filled, largest, strict=True):
-        if not bool(torch.isfinite(norm)):
-            return name
-    return None
-
-
-def _max_norms(tensors: list[torch.Tensor]) -> Iterable[torch.Tensor]:
-    norms: tuple[torch.Tensor, ...] = torch._foreach_norm(tensors, float("inf")) if tensors else ()
-    return norms
+    """The first tensor that holds a nan or an infinity; while none does, one synchronisation a device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() > 0:
+            groups.setdefault((tensor.device, tensor.dtype), []).append(name)
+    bad: set[str] = set()
+    for names in groups.values():
+        largest = torch.stack(torch._foreach_norm([tensors[name] for name in names], float("inf")))
+        finite = torch.isfinite(largest)
+        if not bool(finite.all()):
+            bad.update(name for name, fine in zip(names, finite.tolist(), strict=True) if not fine)
+    return next((name for name in tensors if name in bad), None)
 
 
 def _state_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:

@@ -1,0 +1,43 @@
+"""The `ema` commands that a demo runs: told first, as a reader would type them, then run."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+
+from posthoc_cli.errors import PostHocError
+
+Say = Callable[[str], None]
+"""Takes a line that a reader should see."""
+
+
+class Commands:
+    """Runs `ema` in a process of its own, and remembers what was run.
+
+    Attributes:
+        lines: the commands so far, quoted for a shell; they hold in the current directory.
+    """
+
+    def __init__(self, say: Say) -> None:
+        self.lines: list[str] = []
+        self._say = say
+
+    def run(self, *arguments: str) -> None:
+        """Run `ema` with `arguments` and tell what it prints.
+
+        Raises:
+            PostHocError: it ended with an exit code other than 0.
+        """
+        line = shlex.join(["ema", *arguments])
+        self._say("")
+        self._say(f"$ {line}")
+        done = subprocess.run(
+            [sys.executable, "-m", "posthoc_cli", *arguments], capture_output=True, text=True, check=False
+        )
+        for printed in (done.stdout + done.stderr).splitlines():
+            self._say(printed)
+        if done.returncode != 0:
+            raise PostHocError(f"`{line}` ended with exit code {done.returncode}")
+        self.lines.append(line)

@@ -1,0 +1,146 @@
+"""A small diffusion model after Karras et al., "Elucidating the Design Space of Diffusion-Based Generative Models".
+
+arXiv 2206.00364, table 1: a network F with preconditioning is the denoiser
+
+    D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
+
+trained on images with noise of standard deviation `sigma` added. `sigma` here is always a noise level, never
+a width of an average.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import nn
+
+from posthoc_cli.demo.digits import CLASSES, PIXELS, STANDARD_DEVIATION, Digits
+
+LOG_NOISE_MEAN, LOG_NOISE_STD = -0.8, 1.2
+"""ln(sigma) in training and validation is normal with these."""
+
+_FREQUENCIES = 16
+_VARIANCE = STANDARD_DEVIATION**2
+
+
+class Denoiser(nn.Module):
+    """An MLP with residual blocks, told the noise level and which digit it is to find."""
+
+    frequencies: torch.Tensor
+
+    def __init__(self, width: int = 128, blocks: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(-0.5, 1, _FREQUENCIES))
+        self.noise = nn.Linear(2 * _FREQUENCIES, width)
+        self.label = nn.Embedding(CLASSES, width)
+        self.inward = nn.Linear(PIXELS, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
+        self.outward = nn.Linear(width, PIXELS)
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The denoised images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] -> [batch, 64]."""
+        total = (sigma**2 + _VARIANCE).sqrt()
+        angles = sigma.log() / 4 * self.frequencies
+        condition = self.noise(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label(labels)
+        hidden = self.inward(noisy / total)
+        for block in self.blocks:
+            hidden = block(hidden, nn.functional.silu(condition))
+        out: torch.Tensor = self.outward(hidden)
+        return noisy * _VARIANCE / total**2 + out * sigma * STANDARD_DEVIATION / total
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inward = nn.Linear(width, width)
+        self.scale = nn.Linear(width, width)
+        self.outward = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        inner = self.inward(self.norm(hidden)) * (1 + self.scale(condition))
+        out: torch.Tensor = hidden + self.outward(nn.functional.silu(inner))
+        return out
+
+
+def make_denoiser(seed: int) -> Denoiser:
+    """A denoiser with random weights; the global random state stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Denoiser()
+
+
+# --- loss ------------------------------------------------------------------------------------------
+
+
+def losses(model: nn.Module, digits: Digits, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The weighted squared error of each image, shape [images]; where F gives 0, about 1 in the mean.
+
+    Arguments:
+        sigma: noise levels, shape [images, 1].
+        noise: standard normal, shape [images, 64].
+    """
+    denoised = model(digits.images + sigma * noise, sigma, digits.labels)
+    weight = (sigma**2 + _VARIANCE) / (sigma**2 * _VARIANCE)
+    weighted: torch.Tensor = weight * (denoised - digits.images) ** 2
+    return weighted.mean(dim=-1)
+
+
+class Validation:
+    """The loss on images that training never saw.
+
+    Every call uses the same noise: `draws` of it an image, at noise levels that cut the distribution of the
+    training into parts of equal probability. So two sets of weights differ in nothing but the weights.
+    """
+
+    def __init__(self, digits: Digits, seed: int, draws: int = 32) -> None:
+        self._digits = digits
+        self._noise = torch.randn(draws, *digits.images.shape, generator=torch.Generator().manual_seed(seed))
+        middles = (torch.arange(draws) + 0.5) / draws
+        self._sigmas = (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)).exp()
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        """The loss of each image, the mean over its draws: float64, shape [images]."""
+        count = len(self._digits.images)
+        rows = [
+            losses(model, self._digits, sigma.expand(count, 1), noise)
+            for sigma, noise in zip(self._sigmas, self._noise, strict=True)
+        ]
+        return torch.stack(rows).double().mean(dim=0)
+
+
+# --- samples ---------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def sample(model: nn.Module, labels: torch.Tensor, seed: int, levels: int = 24) -> torch.Tensor:
+    """Draw one image for each of `labels`: shape [images, 64]. The same seed starts from the same noise.
+
+    Heun's method on the probability-flow ODE, algorithm 1 of arXiv 2206.00364, from noise of standard
+    deviation 20 down to 0.01 and to 0.
+    """
+    highest, lowest, rho = 20.0, 0.01, 7
+    ends = highest ** (1 / rho), lowest ** (1 / rho)
+    sigmas = [*(torch.linspace(*ends, levels, dtype=torch.float64) ** rho).tolist(), 0.0]
+    noise = torch.randn(len(labels), PIXELS, generator=torch.Generator().manual_seed(seed))
+    images = noise * highest
+    for now, after in itertools.pairwise(sigmas):
+        slope = _slope(model, images, now, labels)
+        ahead = images + (after - now) * slope
+        if after > 0:
+            slope = (slope + _slope(model, ahead, after, labels)) / 2
+            ahead = images + (after - now) * slope
+        images = ahead
+    return images
+
+
+def _slope(model: nn.Module, images: torch.Tensor, sigma: float, labels: torch.Tensor) -> torch.Tensor:
+    denoised: torch.Tensor = model(images, torch.full((len(images), 1), sigma), labels)
+    return (images - denoised) / sigma
+
+
+def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise levels as in training, shape [count, 1]."""
+    return (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)).exp()

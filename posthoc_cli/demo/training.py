@@ -1,0 +1,151 @@
+"""The training loop with the hook in it, and averages tracked directly beside it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from posthoc_cli.demo.denoiser import Denoiser, losses, make_denoiser, random_noise_levels
+from posthoc_cli.demo.digits import Digits
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.tracker import PostHocEMA
+
+UPDATE_EVERY = 10
+SNAPSHOTS = 40
+"""Kept a tracked profile, and where the number of steps allows it no more are taken."""
+
+_STEPS_UNIT = 100
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is trained, and how.
+
+    The learning rate is high and falls late: the network then circles around good weights, and the mean of
+    its circle is better than any point on it.
+    """
+
+    steps: int
+    batch: int = 64
+    learning_rate: float = 8e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < _STEPS_UNIT or self.steps % _STEPS_UNIT:
+            raise InvalidValueError(f"steps {self.steps}: must be a multiple of {_STEPS_UNIT}, from {_STEPS_UNIT}")
+
+    @property
+    def checkpoint_every(self) -> int:
+        """Steps between snapshots: a divisor of `steps`, so that the last step has one."""
+        updates = self.steps // UPDATE_EVERY
+        longest = max(1, updates // SNAPSHOTS)
+        return UPDATE_EVERY * next(count for count in range(longest, 0, -1) if updates % count == 0)
+
+    @property
+    def decay_start(self) -> int:
+        """The step from which the learning rate falls: t_ref of `learning_rate_at`."""
+        return self.steps * 3 // 10
+
+    def learning_rate_at(self, step: int) -> float:
+        """alpha_ref / sqrt(max(t / t_ref, 1)), the decay of arXiv 2312.02696."""
+        return self.learning_rate / math.sqrt(max(step / self.decay_start, 1.0))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What comes out of training: the network with its last weights, and the direct averages."""
+
+    model: Denoiser
+    direct: list[DirectAverage]
+
+
+class DirectAverage:
+    """The power-function average of one length, tracked the plain way, in float64.
+
+    It is what the synthesized weights are compared with, so nothing in it comes from the code that makes
+    those: gamma from the roots of equation 123, one vector of all parameters, the recursion written out.
+    """
+
+    def __init__(self, sigma_rel: float) -> None:
+        self.sigma_rel = sigma_rel
+        # (x + 1)**2 (x + 2) = x / sigma_rel**2 with x = gamma + 1: of the real roots the largest.
+        roots = np.roots([1, 4, 5 - sigma_rel**-2, 2])
+        self.gamma = float(max(root.real for root in roots if abs(root.imag) < 1e-9)) - 1
+        self._t = 0.0
+        self._value = torch.zeros(0, dtype=torch.float64)
+
+    def update_(self, weights: torch.Tensor, t: float) -> None:
+        """Take in all parameters, one vector, as they are at time `t`."""
+        if self._t == 0:
+            self._value = weights.double()
+        else:
+            beta = (self._t / t) ** (self.gamma + 1)
+            self._value = beta * self._value + (1 - beta) * weights.double()
+        self._t = t
+
+    def by_name(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """The average as tensors by name, float64."""
+        parameters = dict(model.named_parameters())
+        parts = torch.split(self._value, [parameter.numel() for parameter in parameters.values()])
+        return {name: part.reshape(parameters[name].shape) for name, part in zip(parameters, parts, strict=True)}
+
+
+def train(
+    settings: Settings,
+    digits: Digits,
+    directory: Path,
+    direct_widths: Sequence[float],
+    advance: Callable[[int], None],
+) -> Trained:
+    """Train a denoiser with the hook, and track averages directly at the same steps.
+
+    Arguments:
+        directory: for the snapshots.
+        direct_widths: sigma_rel of the averages to track directly.
+        advance: told the number of steps done since it was last called.
+    """
+    model = make_denoiser(settings.seed)
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    direct = [DirectAverage(width) for width in direct_widths]
+    ema = PostHocEMA.from_model(
+        model,
+        directory,
+        update_every=UPDATE_EVERY,
+        checkpoint_every=settings.checkpoint_every,
+        max_checkpoints=SNAPSHOTS,
+    )
+    generator = torch.Generator().manual_seed(settings.seed)
+    with ema:
+        for step in range(1, settings.steps + 1):
+            optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
+            _train_one_step(model, optimizer, digits, settings.batch, generator)
+            ema.update_(model)
+            if step % UPDATE_EVERY == 0:
+                weights = _flat_parameters(model)
+                for average in direct:
+                    average.update_(weights, step)
+                advance(UPDATE_EVERY)
+    return Trained(model, direct)
+
+
+def _train_one_step(
+    model: Denoiser, optimizer: torch.optim.Optimizer, digits: Digits, batch: int, generator: torch.Generator
+) -> None:
+    chosen = torch.randint(len(digits.images), (batch,), generator=generator)
+    images = Digits(digits.images[chosen], digits.labels[chosen])
+    sigma = random_noise_levels(batch, generator)
+    noise = torch.randn(images.images.shape, generator=generator)
+    loss = losses(model, images, sigma, noise).mean()
+    optimizer.zero_grad()
+    torch.autograd.backward(loss)
+    optimizer.step()
+
+
+def _flat_parameters(model: torch.nn.Module) -> torch.Tensor:
+    """All parameters as one vector, in the order of `model.parameters()`."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])

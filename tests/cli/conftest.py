@@ -1,0 +1,77 @@
+"""The command line in this process, and a run for it to work on."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.cli import main
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error; fails where there is not exactly one."""
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("ema: error: "), self.err
+        return lines[0].removeprefix("ema: error: ")
+
+
+Ema = Callable[..., Result]
+
+
+@pytest.fixture
+def ema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ema]:
+    """Run `ema` with these arguments."""
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    terminate = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> Result:
+        monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        captured = capsys.readouterr()
+        assert isinstance(ended.value.code, int)
+        return Result(ended.value.code, captured.out, captured.err)
+
+    yield run
+    signal.signal(signal.SIGTERM, terminate)
+
+
+@pytest.fixture(scope="session")
+def _recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 2).half())
+    model[2].bias.requires_grad_(False)
+    with PostHocEMA.from_model(model, folder, update_every=10, checkpoint_every=100, max_checkpoints=None) as tracker:
+        for _ in range(2000):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+            tracker.update_(model)
+    return folder
+
+
+@pytest.fixture
+def run(_recorded_run: Path, tmp_path: Path) -> Path:
+    """A directory of 20 times x 2 profiles, up to step 2,000; a copy that may be harmed."""
+    return Path(shutil.copytree(_recorded_run, tmp_path / "run"))

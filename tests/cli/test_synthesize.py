@@ -1,0 +1,181 @@
+"""`ema synthesize`, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Ema
+from safetensors.torch import load_file
+
+from posthoc_cli import PostHocEMA
+
+
+def states(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
+    assert result.code == 0
+    last = result.out.splitlines()[-1]
+    assert last.startswith("made sigma_rel 0.15 at t = 2,000 from 40 snapshots, profile error 0.58 %")
+    assert str(out) in last
+    assert "not in the output: 1 of the model's tensors (2.bias" in result.out
+    expected = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
+    found = load_file(out)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
+    assert found["2.weight"].dtype == torch.float16
+    assert found["1.num_batches_tracked"].dtype == torch.int64
+
+
+@pytest.mark.parametrize(
+    ("text", "widths"),
+    [
+        ("0.05,0.10", [0.05, 0.1]),
+        ("0.05:0.25:0.05", [0.05, 0.1, 0.15, 0.2, 0.25]),
+        ("0.05,0.06,...,0.09", [0.05, 0.06, 0.07, 0.08, 0.09]),
+        ("0.1,0.1", [0.1]),
+    ],
+)
+def test_lists_and_ranges(ema: Ema, run: Path, text: str, widths: list[float]) -> None:
+    report = json.loads(ema("synthesize", run, "--sigma-rel", text, "--dry-run", "--json").out)
+    assert [target["sigma_rel"] for target in report["targets"]] == widths
+
+
+def test_several_averages_into_a_folder_or_by_a_pattern(ema: Ema, run: Path, tmp_path: Path) -> None:
+    assert ema("synthesize", run, "--sigma-rel", "0.05,0.10", "--out", tmp_path / "averages").code == 0
+    names = {p.name for p in (tmp_path / "averages").iterdir()}
+    assert names == {"sigma_rel-0.05.safetensors", "sigma_rel-0.1.safetensors"}
+    pattern = tmp_path / "ema-{sigma_rel}.safetensors"
+    assert ema("synthesize", run, "--sigma-rel", "0.05,0.10", "--out", pattern).code == 0
+    for width in ("0.05", "0.1"):
+        alone = (tmp_path / "averages" / f"sigma_rel-{width}.safetensors").read_bytes()
+        assert (tmp_path / f"ema-{width}.safetensors").read_bytes() == alone
+
+
+def test_the_json_is_the_contract(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--json")
+    report = json.loads(result.out)
+    assert result.err == ""
+    assert report["run"] == PostHocEMA.from_path(run).run_id
+    (target,) = report["targets"]
+    assert {"sigma_rel", "t", "method", "profile_error", "predicted_error", "snapshots", "output", "seconds"} <= set(
+        target
+    )
+    assert (target["sigma_rel"], target["t"], target["method"]) == (0.15, 2000, "paper")
+    assert target["predicted_error"] is None
+    assert target["output"] == str(out)
+    assert len(target["snapshots"]) == 40
+    assert sum(s["coefficient"] for s in target["snapshots"]) == pytest.approx(1)
+    assert 0 < target["profile_error"] < 0.02
+    assert target["seconds"] > 0
+
+
+def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) -> None:
+    for path in run.glob("*.safetensors"):  # harm every payload: a dry run cannot notice
+        data = bytearray(path.read_bytes())
+        data[-1] ^= 1
+        path.write_bytes(data)
+    before = states(run)
+    result = ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run")
+    assert result.code == 0
+    assert "nothing was written" in result.out
+    assert result.out.count(".safetensors") == 40
+    assert (
+        json.loads(ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run", "--json").out)["targets"][0]["output"]
+        is None
+    )
+    assert states(run) == before
+
+
+@pytest.mark.parametrize("when", [("--t", "1000"), ("--step", "1000")])
+def test_an_earlier_time(ema: Ema, run: Path, tmp_path: Path, when: tuple[str, str]) -> None:
+    report = json.loads(ema("synthesize", run, "--sigma-rel", "0.15", *when, "--dry-run", "--json").out)
+    assert report["targets"][0]["t"] == 1000
+    assert all(int(s["file"].split("-")[0]) <= 1000 for s in report["targets"][0]["snapshots"])
+
+
+@pytest.mark.parametrize(
+    ("word", "dtype"),
+    [("fp32", torch.float32), ("bfloat16", torch.bfloat16), ("fp16", torch.float16), ("float64", torch.float64)],
+)
+def test_a_dtype_is_of_the_averages_not_of_the_copies(
+    ema: Ema, run: Path, tmp_path: Path, word: str, dtype: torch.dtype
+) -> None:
+    out = tmp_path / "m.safetensors"
+    assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--dtype", word).code == 0
+    found = load_file(out)
+    assert {found[name].dtype for name in ("0.weight", "2.weight")} == {dtype}
+    assert found["1.running_mean"].dtype == torch.float32
+
+
+def test_layouts_at_once(ema: Ema, run: Path, tmp_path: Path) -> None:
+    expected = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
+    assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.pt").code == 0
+    loaded = torch.load(tmp_path / "m.pt", weights_only=True)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in expected.items())
+    folder = tmp_path / "shards"
+    assert (
+        ema(
+            "synthesize", run, "--sigma-rel", "0.15", "--out", folder, "--format", "sharded", "--max-shard-size", "40"
+        ).code
+        == 0
+    )
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    for name, tensor in expected.items():
+        assert torch.equal(load_file(folder / index["weight_map"][name])[name], tensor)
+
+
+def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "m.safetensors"
+    out.write_text("precious")
+    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
+    assert result.code == 1
+    assert "is there already" in result.error
+    assert out.read_text() == "precious"
+    skipped = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--skip-existing")
+    assert (skipped.code, out.read_text()) == (0, "precious")
+    assert "there already" in skipped.out
+    assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--force").code == 0
+    assert load_file(out)
+
+
+def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "averages"
+    ema("synthesize", run, "--sigma-rel", "0.05,0.10", "--out", folder)
+    before = states(folder)
+    report = json.loads(
+        ema("synthesize", run, "--sigma-rel", "0.05,0.10,0.15", "--out", folder, "--skip-existing", "--json").out
+    )
+    assert [target["skipped"] for target in report["targets"]] == [True, True, False]
+    assert states(folder).items() > before.items()
+
+
+def test_quiet_says_nothing_and_verbose_the_coefficients(ema: Ema, run: Path, tmp_path: Path) -> None:
+    quiet = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "a.safetensors", "--quiet")
+    assert (quiet.out, quiet.err) == ("", "")
+    verbose = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "b.safetensors", "--verbose")
+    assert verbose.out.count(".safetensors") >= 40
+
+
+def test_a_stored_average_is_copied_from_its_snapshot(ema: Ema, run: Path, tmp_path: Path) -> None:
+    report = json.loads(
+        ema("synthesize", run, "--sigma-rel", "0.05", "--out", tmp_path / "m.safetensors", "--json").out
+    )
+    (target,) = report["targets"]
+    assert target["snapshots"] == [{"file": "000000002000-0.05.safetensors", "coefficient": 1.0}]
+    assert target["profile_error"] == 0
+
+
+def test_a_poor_target_is_made_with_a_warning(ema: Ema, run: Path, tmp_path: Path) -> None:
+    result = ema("synthesize", run, "--sigma-rel", "0.01", "--out", tmp_path / "m.safetensors")
+    assert result.code == 0
+    assert result.err.startswith("ema: warning: sigma_rel 0.01: the 40 snapshots up to t = 2000 cannot make it well")

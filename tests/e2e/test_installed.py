@@ -1,0 +1,181 @@
+"""The installed `ema` in a process of its own, and a training script as users write it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import RUN_ID, exact_average, write_snapshot
+from safetensors.torch import load_file
+
+EMA = Path(sys.executable).with_name("ema")
+
+# The usage example in the README of pytorch-posthoc-ema, with the import changed and the results checked.
+PEERS_EXAMPLE = """
+from copy import deepcopy
+import torch
+from posthoc_cli import PostHocEMA
+
+torch.manual_seed(0)
+model = torch.nn.Linear(512, 512)
+posthoc_ema = PostHocEMA.from_model(model, "posthoc-ema")
+for _ in range(1000):
+    with torch.no_grad():
+        model.weight.copy_(torch.randn_like(model.weight))
+        model.bias.copy_(torch.randn_like(model.bias))
+    posthoc_ema.update_(model)
+
+data = torch.randn(1, 512)
+predictions = model(data)
+raw = deepcopy(model.state_dict())
+with posthoc_ema.model(model, sigma_rel=0.15) as ema_model:
+    first = ema_model(data)
+assert all(torch.equal(raw[name], tensor) for name, tensor in model.state_dict().items())
+
+model.cpu()
+with posthoc_ema.state_dict(sigma_rel=0.15) as ema_state_dict:
+    ema_model = deepcopy(model)
+    ema_model.load_state_dict(ema_state_dict)
+    second = ema_model(data)
+    del ema_model
+assert torch.equal(first, second)
+
+reopened = PostHocEMA.from_path("posthoc-ema", model)
+with reopened.model(model, sigma_rel=0.15) as ema_model:
+    third = ema_model(data)
+without_model = PostHocEMA.from_path("posthoc-ema")
+with without_model.state_dict(sigma_rel=0.15) as ema_state_dict:
+    model.load_state_dict(ema_state_dict, strict=False)
+assert torch.equal(third, model(data))
+torch.save(without_model.state_dict(sigma_rel=0.15), "weights.pt")
+assert not torch.equal(first, predictions)
+# What the snapshots have lost to the live averages is the rounding of float16, 2**-11 a value.
+assert (third - first).norm() / first.norm() < 2**-10
+posthoc_ema.reconstruction_error().savefig("error.png")
+"""
+
+
+def test_the_peers_example_runs_with_only_its_import_changed(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-W", "error", "-c", PEERS_EXAMPLE], cwd=tmp_path, check=True)
+    names = {p.name for p in (tmp_path / "posthoc-ema").glob("*.safetensors")}
+    assert names == {"000000001000-0.05.safetensors", "000000001000-0.28.safetensors"}
+    assert (tmp_path / "error.png").stat().st_size > 10_000
+    torch.load(tmp_path / "weights.pt", weights_only=True)
+
+
+TRAINING = """
+import sys
+import numpy as np, torch
+from posthoc_cli import PostHocEMA
+torch.manual_seed(0)
+model = torch.nn.Linear(8, 8)
+optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+ema = PostHocEMA.from_model(model, "run/ema", checkpoint_every=100, checkpoint_dtype=torch.float32)
+ema.attach(optimizer)
+path = []
+for _ in range(2000):
+    x = torch.randn(16, 8)
+    optimizer.zero_grad()
+    (model(x) - x.roll(1, 1)).square().mean().backward()
+    optimizer.step()
+    path.append(model.weight.detach().double().numpy().copy())
+np.save("path.npy", np.stack(path))
+"""
+
+
+def ema(*arguments: object, cwd: Path, **more: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([EMA, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload, no-any-return]
+
+
+def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, "-c", TRAINING], cwd=tmp_path, check=True)
+    assert ema("info", "run/ema", cwd=tmp_path).returncode == 0
+    made = ema(
+        "synthesize", "run/ema", "--sigma-rel", "0.05,0.15", "--out", "ema-{sigma_rel}.safetensors", cwd=tmp_path
+    )
+    assert (made.returncode, made.stderr) == (0, "")
+    path = np.load(tmp_path / "path.npy")[9::10]
+    for width, bound in ((0.05, 1e-6), (0.15, 2e-3)):
+        found = load_file(tmp_path / f"ema-{width}.safetensors")["weight"].double().numpy()
+        exact = exact_average(list(path), width, range(10, 2001, 10))
+        assert np.linalg.norm(found - exact) <= bound * np.linalg.norm(exact)
+    assert ema("error-plot", "run/ema", "--out", "error.svg", cwd=tmp_path).returncode == 0
+    assert ema("export", "ema-0.15.safetensors", "--out", "ema.pt", cwd=tmp_path).returncode == 0
+    loaded = torch.load(tmp_path / "ema.pt", weights_only=True)
+    torch.nn.Linear(8, 8).load_state_dict(loaded)
+
+
+def test_the_module_is_the_command(tmp_path: Path) -> None:
+    as_module = subprocess.run(
+        [sys.executable, "-m", "posthoc_cli", "profile", "--json"], capture_output=True, text=True, check=True
+    )
+    assert json.loads(as_module.stdout) == json.loads(ema("profile", "--json", cwd=tmp_path).stdout)
+
+
+def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
+    failed = ema("synthesize", "nowhere", "--sigma-rel", "0.15", "--out", "x.safetensors", cwd=tmp_path)
+    assert (failed.returncode, failed.stdout) == (1, "")
+    assert failed.stderr.startswith("ema: error: nowhere: no such directory")
+    assert failed.stderr.count("\n") == 1
+    shown = ema("--debug", "info", "nowhere", cwd=tmp_path)
+    assert shown.returncode == 1
+    assert "Traceback" in shown.stderr
+
+
+def test_a_reader_that_goes_away_is_no_error_message(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [EMA, "profile", "--sigma-rel", "0.0001:0.28:0.0001"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+
+
+@pytest.fixture
+def large_run(tmp_path: Path) -> Path:
+    """40 snapshots of 2,000 small tensors: some seconds of work."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    values = {f"layer{index}": torch.full((4,), float(index)) for index in range(2000)}
+    first = write_snapshot(folder, 1.0, 0.05, RUN_ID, values)
+    for t in range(2, 41):
+        write_snapshot(folder, float(t), 0.05, RUN_ID, values)
+    assert first.exists()
+    return folder
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("out", ["out.safetensors", "folder"])
+def test_an_interruption_leaves_nothing(large_run: Path, number: signal.Signals, code: int, out: str) -> None:
+    target = large_run.parent / "target"
+    target.mkdir()
+    command = [EMA, "synthesize", large_run, "--sigma-rel", "0.12", "--out", target / out]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        started = threading.Event()
+
+        def watch() -> None:
+            while process.poll() is None and not list(target.rglob(".ema-*")):
+                os.sched_yield()
+            started.set()
+
+        threading.Thread(target=watch, daemon=True).start()
+        assert started.wait(60)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    assert process.returncode == code
+    assert "Traceback" not in errors
+    if number == signal.SIGINT:
+        assert errors == "ema: interrupted\n"
+    assert list(target.iterdir()) == []
+    shutil.rmtree(target)

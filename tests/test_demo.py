@@ -1,0 +1,325 @@
+"""`ema demo`: it is real, it says what it runs, and its numbers hold."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from posthoc_cli import plots
+from posthoc_cli.demo import denoiser, digits
+from posthoc_cli.demo.folder import Folder
+from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS
+from posthoc_cli.demo.measuring import compare, measure
+from posthoc_cli.demo.training import DirectAverage, Settings, train
+from posthoc_cli.errors import InvalidValueError, OutputExistsError
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.snapshots.store import read_directory
+
+PICTURES = ("loss.png", "error.png", "samples.png")
+
+
+def ema(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, check=False)
+
+
+# --- one short demo, looked at from all sides ------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The folder in which `ema demo` ran, and what it printed."""
+    base = tmp_path_factory.mktemp("demo")
+    done = ema("demo", "--steps", 300, cwd=base)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return base, done.stdout
+
+
+def test_a_demo_makes_snapshots_averages_and_pictures(demo: tuple[Path, str]) -> None:
+    base, printed = demo
+    out = base / "ema-demo"
+    assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 30
+    assert sorted((out / "averages").iterdir()) == sorted(Folder(out).average(width) for width in SIGMA_RELS)
+    for name in PICTURES:
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+        assert name in printed.partition("done in")[2]
+    weights = torch.load(out / "best.pt", weights_only=True)
+    assert denoiser.make_denoiser(seed=1).load_state_dict(weights)
+
+
+def test_the_marked_length_has_the_lowest_loss_of_the_table(demo: tuple[Path, str]) -> None:
+    _, printed = demo
+    rows = re.findall(r"^ *(raw weights|0\.\d+) +(0\.\d{5}) +([+-].*?%)?.*?(<- best)?$", printed, re.MULTILINE)
+    losses = {width: float(loss) for width, loss, _, _ in rows}
+    assert list(losses) == ["raw weights", *(f"{width:g}" for width in SIGMA_RELS)]
+    marked = [width for width, _, _, mark in rows if mark]
+    assert len(marked) == 1
+    assert losses[marked[0]] == min(loss for width, loss in losses.items() if width != "raw weights")
+    assert losses[marked[0]] < losses["raw weights"]
+
+
+def test_every_command_that_a_demo_prints_can_be_repeated(demo: tuple[Path, str]) -> None:
+    base, printed = demo
+    commands = re.findall(r"^\$ (ema .*)$", printed, re.MULTILINE)
+    assert [shlex.split(command)[1] for command in commands] == ["info", "error-plot", "synthesize", "export"]
+    average = Folder(base / "ema-demo").average(0.1)
+    before = load_file(average)
+    average.unlink()
+    for command in commands:
+        done = ema(*shlex.split(command)[1:], cwd=base)
+        assert done.returncode == 0, done.stderr
+    assert all(torch.equal(value, before[name]) for name, value in load_file(average).items())
+
+
+def test_what_a_demo_suggests_to_try_next_works(demo: tuple[Path, str]) -> None:
+    base, printed = demo
+    commands = re.findall(r"^  (ema .*)$", printed.partition("and try:")[2], re.MULTILINE)
+    assert len(commands) == 3
+    for command in commands:
+        done = ema(*shlex.split(command)[1:], cwd=base)
+        assert done.returncode == 0, done.stderr
+
+
+def test_synthesized_weights_are_the_tracked_averages_as_far_as_the_coefficients_allow(
+    demo: tuple[Path, str],
+) -> None:
+    base, printed = demo
+    folder = Folder(base / "ema-demo")
+    iterates = _training_path(folder)
+    for width in DIRECT_SIGMA_RELS:
+        synthesized, tracked = load_file(folder.average(width)), load_file(folder.tracked(width))
+        assert all(value.dtype == torch.float64 for value in tracked.values())
+        check = compare(width, synthesized, tracked, load_file(folder.raw))
+        assert check.relative_error <= _error_bound(folder, width, iterates)
+        assert check.relative_error < 0.1 * check.raw_distance
+        assert re.search(rf"^ *{width:g} +{check.relative_error:.1e} +{check.raw_distance:.1e}$", printed, re.MULTILINE)
+
+
+def _training_path(folder: Folder) -> torch.Tensor:
+    """The weights at every update, shape [updates, parameters], out of the snapshots of one profile.
+
+    This run writes a snapshot at every update, so that average_k = beta average_{k-1} + (1 - beta) weights_k
+    can be solved for weights_k. Rounding grows by at most k / (gamma + 1) in it.
+    """
+    names = list(load_file(folder.tracked(DIRECT_SIGMA_RELS[0])))
+    files = [s.path for s in read_directory(folder.snapshots) if s.info.sigma_rel == 0.28]
+    averages = [torch.cat([load_file(file)[name].double().reshape(-1) for name in names]) for file in files]
+    gamma = PowerFunction.from_sigma_rel(0.28, 1.0).gamma
+    path = [averages[0]]
+    for k, (before, now) in enumerate(itertools.pairwise(averages), start=2):
+        beta = ((k - 1) / k) ** (gamma + 1)
+        path.append((now - beta * before) / (1 - beta))
+    return torch.stack(path)
+
+
+def _error_bound(folder: Folder, width: float, path: torch.Tensor) -> float:
+    """|| synthesized - tracked || / || tracked || can be no more, by the triangle inequality.
+
+    Synthesized minus tracked is sum_k e_k weights_k, plus what rounding left in the snapshots. Both averages
+    have mass 1, so that sum_k e_k = 0 and weights_k may be counted from the last ones. Storage in float16
+    moves a snapshot by at most 2**-11 of its values, and below 2**-14 by at most 2**-25.
+    """
+    snapshots = _coefficients(folder, width)
+    times = np.arange(10, 301, 10)
+    wanted = PowerFunction.from_sigma_rel(width, 300).discrete_weights(times)
+    made = np.zeros(len(times))
+    for (t, stored_width), coefficient in snapshots.items():
+        count = round(t / 10)
+        made[:count] += coefficient * PowerFunction.from_sigma_rel(stored_width, t).discrete_weights(times[:count])
+    from_last = (path - path[-1]).norm(dim=1).numpy()
+    norm = float(torch.cat([v.reshape(-1) for v in load_file(folder.tracked(width)).values()]).norm())
+    largest = float(path.norm(dim=1).max())
+    rounding = 2**-11 * largest + 2**-25 * path.shape[1] ** 0.5
+    total = np.abs(made - wanted) @ from_last + sum(abs(c) for c in snapshots.values()) * rounding
+    # What made the bound, the path, is itself known to a few percent only.
+    return 1.1 * float(total) / norm
+
+
+def _coefficients(folder: Folder, width: float) -> dict[tuple[float, float], float]:
+    """(t, sigma_rel) of each snapshot in an average -> its coefficient, as `ema info` tells it."""
+    snapshots = {s.path.name: (s.info.t, s.info.sigma_rel) for s in read_directory(folder.snapshots)}
+    report = json.loads(ema("info", folder.average(width), "--json", cwd=Path.cwd()).stdout)
+    return {snapshots[item["file"]]: item["coefficient"] for item in report["snapshots"]}
+
+
+# --- the folder ------------------------------------------------------------------------------------
+
+
+def test_force_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_object(tmp_path: Path) -> None:
+    out = tmp_path / "my demo"
+    Folder(out).prepare(force=False)
+    stale = out / "averages" / "sigma_rel-0.01.safetensors"
+    for file in (stale, out / "loss.png", out / "notes.txt", out / "averages" / "mine.safetensors"):
+        file.write_text("x")
+
+    refused = ema("demo", "--out", out, "--steps", 100, cwd=tmp_path)
+    assert refused.returncode == 1
+    assert refused.stderr.count("\n") == 1
+    assert "my demo: holds an earlier demo" in refused.stderr
+
+    done = ema("demo", "--out", "my demo", "--steps", 100, "--force", "--json", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["best"] == min(report["averages"], key=lambda one: one["loss"])["sigma_rel"]
+    assert [check["sigma_rel"] for check in report["tracked"]] == list(DIRECT_SIGMA_RELS)
+    assert [f"$ {command}" for command in report["commands"]] == re.findall(r"^\$ .*$", done.stderr, re.MULTILINE)
+    assert "'my demo/snapshots'" in report["commands"][0]
+    assert not stale.exists()
+    assert (out / "notes.txt").read_text() == "x"
+    assert (out / "averages" / "mine.safetensors").read_text() == "x"
+
+
+def test_a_folder_that_is_not_a_demos_is_never_touched(tmp_path: Path) -> None:
+    mine = tmp_path / "snapshots" / "mine.safetensors"
+    mine.parent.mkdir()
+    mine.write_text("x")
+    for force in (False, True):
+        with pytest.raises(OutputExistsError, match="no earlier demo made it"):
+            Folder(tmp_path).prepare(force)
+    assert list(tmp_path.rglob("*")) == [mine.parent, mine]
+
+
+def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path: Path) -> None:
+    Folder(tmp_path).prepare(force=False)
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(OutputExistsError, match="is a file"):
+        Folder(file).prepare(force=True)
+
+
+# --- what is refused -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [0, -100, 50, 250])
+def test_steps_that_do_not_fit_are_refused_before_anything_is_made(tmp_path: Path, steps: int) -> None:
+    with pytest.raises(InvalidValueError, match="multiple of 100"):
+        Settings(steps)
+
+
+def test_steps_that_do_not_fit_end_with_exit_code_2(tmp_path: Path) -> None:
+    done = ema("demo", "--steps", 250, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "ema: error: --steps 250: must be a multiple of 100, from 100\n"
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_scikit_learn_one_line_says_what_to_install(tmp_path: Path) -> None:
+    shim = tmp_path / "shim" / "sklearn.py"
+    shim.parent.mkdir()
+    shim.write_text("raise ModuleNotFoundError(\"No module named 'sklearn'\", name='sklearn')\n")
+    done = ema("demo", "--out", "new", cwd=tmp_path, env={"PYTHONPATH": str(shim.parent)})
+    assert done.returncode == 1
+    assert done.stderr.count("\n") == 1
+    assert "pip install 'posthoc-cli[demo]'" in done.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_another_library_that_is_missing_is_not_taken_for_scikit_learn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sklearn.py").write_text("import a_library_that_is_missing\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ModuleNotFoundError, match="a_library_that_is_missing"):
+        digits.load_digits(seed=0)
+
+
+# --- its parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("steps", "every"), [(100, 10), (300, 10), (400, 10), (700, 10), (5_000, 100), (10_000, 250), (9_700, 100)]
+)
+def test_the_last_step_has_a_snapshot_and_there_are_enough(steps: int, every: int) -> None:
+    settings = Settings(steps)
+    assert settings.checkpoint_every == every
+    assert steps % every == 0
+
+
+def test_the_learning_rate_falls_with_the_root_of_time() -> None:
+    settings = Settings(10_000, learning_rate=1.0)
+    assert settings.learning_rate_at(1) == settings.learning_rate_at(settings.decay_start) == 1.0
+    assert settings.learning_rate_at(4 * settings.decay_start) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("width", [*DIRECT_SIGMA_RELS, 0.28])
+def test_a_direct_average_weighs_each_value_with_the_profiles_mass_on_its_interval(width: float) -> None:
+    values = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    average = DirectAverage(width)
+    times = [10.0 * k for k in range(1, 31)]
+    for value, t in zip(values, times, strict=True):
+        average.update_(value, t)
+    weights = torch.from_numpy(PowerFunction.from_sigma_rel(width, times[-1]).discrete_weights(times))
+    named = average.by_name(torch.nn.Linear(3, 1))
+    assert torch.allclose(torch.cat([named["weight"].reshape(-1), named["bias"]]), weights @ values, rtol=1e-13)
+
+
+def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
+    images = digits.load_digits(seed=0).training
+    state, threads = torch.get_rng_state(), torch.get_num_threads()
+    first, second = (train(Settings(100), images, tmp_path / name, [0.1], lambda _: None) for name in "ab")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.get_num_threads() == threads
+    for (name, a), b in zip(first.model.state_dict().items(), second.model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_a_network_that_answers_nothing_scores_about_one() -> None:
+    split = digits.load_digits(seed=0)
+    assert len(split.training.images) + len(split.validation.images) == 1797
+    assert float(split.training.images.std()) == pytest.approx(digits.STANDARD_DEVIATION, abs=0.01)
+    model = denoiser.make_denoiser(seed=0)
+    torch.nn.init.zeros_(model.outward.weight)
+    torch.nn.init.zeros_(model.outward.bias)
+    losses = denoiser.Validation(split.validation, seed=0)(model)
+    assert losses.shape == (360,)
+    # The images' mean is not 0: their mean square, not their variance, is what a noisy image is judged by.
+    assert float(losses.mean()) == pytest.approx(1, abs=0.3)
+
+
+def test_validation_and_samples_use_the_same_noise_for_all_weights() -> None:
+    split = digits.load_digits(seed=0)
+    model = denoiser.make_denoiser(seed=0)
+    validation = denoiser.Validation(split.validation, seed=0, draws=2)
+    assert torch.equal(validation(model), validation(model))
+    labels = torch.arange(10)
+    assert torch.equal(denoiser.sample(model, labels, seed=3), denoiser.sample(model, labels, seed=3))
+    raw, averages = measure(validation, model, model.state_dict(), {0.1: model.state_dict()})
+    assert raw.loss == averages[0].loss
+    assert (raw.above_best, raw.standard_error) == (0, 0)
+
+
+def test_the_loss_figure_marks_the_lowest_point() -> None:
+    widths, losses = np.array([0.05, 0.1, 0.2]), np.array([0.3, 0.2, 0.25])
+    axes = plots.loss_figure(widths, losses, 0.4, "loss").axes[0]
+    marked = next(line for line in axes.lines if line.get_marker() == "*")
+    assert (marked.get_xdata()[0], marked.get_ydata()[0]) == (0.1, 0.2)
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "raw weights: 0.40000",
+        "averaged weights",
+        "best: sigma_rel 0.1, 0.20000",
+    ]
+
+
+def test_the_samples_figure_puts_each_image_where_it_belongs() -> None:
+    images = np.zeros((2, 3, 4, 5))
+    images[1, 2] = 1.0
+    figure = plots.samples_figure([("left", images), ("right", images)])
+    assert [axes.get_title() for axes in figure.axes] == ["left", "right"]
+    drawn = np.asarray(figure.axes[0].images[0].get_array())
+    assert drawn.shape == (2 * 5 - 1, 3 * 6 - 1)
+    assert drawn[5:, 12:].all()
+    assert drawn.sum() == 4 * 5

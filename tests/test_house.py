@@ -1,0 +1,142 @@
+"""What holds for the whole package: public names, the direction of imports, what help loads, documentation."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import posthoc_cli
+from posthoc_cli import errors
+from posthoc_cli.cli import app
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "posthoc_cli"
+ROOMS = (
+    "errors", "files", "profiles", "reconstruction", "planning", "snapshots", "synthesis", "export", "plots",
+    "tracker", "averages", "interop", "integrations", "sweep", "demo", "cli",
+)  # fmt: skip
+COMMANDS = {"synthesize", "error-plot", "info", "export", "profile", "demo"}
+
+
+def commands() -> dict:
+    return typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def test_public_names() -> None:
+    assert posthoc_cli.__all__ == [
+        "PostHocEMA", "PostHocError", "PowerFunction", "Schedule", "disk_sources", "error_curve", "export_file",
+        "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "synthesize",
+    ]  # fmt: skip
+    for name in posthoc_cli.__all__:
+        assert getattr(posthoc_cli, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        posthoc_cli.nothing  # noqa: B018
+    assert set(posthoc_cli.__all__) < set(dir(posthoc_cli))
+
+
+def test_every_error_has_a_place_in_the_tree_and_an_exit_code() -> None:
+    drawn = re.findall(r"^\s+[├└]── (\w+)[^\d]*(\d)", errors.__doc__ or "", re.MULTILINE)
+    found = {
+        name: value.exit_code
+        for name, value in vars(errors).items()
+        if isinstance(value, type) and issubclass(value, errors.PostHocError) and value is not errors.PostHocError
+    }
+    assert {name: int(code) for name, code in drawn} == found
+
+
+# --- the direction of imports ----------------------------------------------------------------------
+
+
+def imported_rooms(path: Path) -> set[str]:
+    rooms = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            parts = name.split(".")
+            if parts[0] == "posthoc_cli" and len(parts) > 1 and parts[1] in ROOMS:
+                rooms.add(parts[1])
+    return rooms
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_point_towards_errors(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    if room in ("__init__", "__main__"):
+        return
+    assert room in ROOMS, "a new room: say where it stands"
+    allowed = set(ROOMS[: ROOMS.index(room) + 1])
+    if room == "plots":
+        allowed = {"plots", "errors"}
+    assert imported_rooms(path) <= allowed
+
+
+LIGHT = {
+    "ema --help": "import sys; sys.argv = ['ema', '--help']\nfrom posthoc_cli.cli import main\n"
+    "try: main()\nexcept SystemExit: pass",
+    "ema synthesize --help": "import sys; sys.argv = ['ema', 'synthesize', '--help']\n"
+    "from posthoc_cli.cli import main\ntry: main()\nexcept SystemExit: pass",
+    "numbers": "import posthoc_cli, posthoc_cli.profiles, posthoc_cli.reconstruction, posthoc_cli.planning",
+}
+
+
+@pytest.mark.parametrize("what", LIGHT)
+def test_help_and_numbers_load_no_torch_and_no_matplotlib(what: str) -> None:
+    code = f"{LIGHT[what]}\nimport sys; print(sorted({{'torch', 'matplotlib'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
+# --- documentation ---------------------------------------------------------------------------------
+
+
+def test_the_commands() -> None:
+    assert set(commands()) == COMMANDS
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_has_help_an_example_and_a_place_in_the_readme(name: str) -> None:
+    command = commands()[name]
+    assert len(command.help.splitlines()[0]) < 60
+    assert f"Example:  ema {name}" in command.epilog
+    assert f"ema {name}" in (ROOT / "README.md").read_text()
+    for parameter in command.params:
+        if parameter.name not in ("install_completion", "show_completion"):
+            assert parameter.help, f"{name} {parameter.name}"
+
+
+def test_every_option_in_an_example_exists() -> None:
+    for name, command in commands().items():
+        known = {option for parameter in command.params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", command.epilog)) <= known, name
+
+
+def test_the_readme_names_every_room() -> None:
+    text = (ROOT / "README.md").read_text()
+    for room in {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.name[0] not in "_."} - {"py.typed"}:
+        assert re.search(rf"\b{room}(/|\.py)", text), room
+
+
+def test_no_pickle_is_read_anywhere() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                assert not {a.name for a in node.names} & {"pickle", "marshal", "shelve", "dill", "joblib"}, path
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr in ("load", "loads")
+            ):
+                assert ast.unparse(node.func) == "json.loads", path

@@ -1,0 +1,180 @@
+"""The recorded training runs, and the comparison with the peers that the README quotes."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import compare_peers
+import numpy as np
+import pytest
+import torch
+import trajectories
+from compare_peers import Entry, PeerMethod, Row, true_weights
+
+from posthoc_cli.profiles import PowerFunction
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+# --- recorded runs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", trajectories.NAMES)
+def test_a_run_is_recorded_after_every_step(name: str) -> None:
+    run = trajectories.record(name, 30)
+    assert (run.name, run.steps, run.weights.dtype) == (name, 30, np.float32)
+    assert run.weights.shape == (30, sum(int(np.prod(shape)) for shape in run.shapes))
+    assert 3_000 < run.weights.shape[1] < 6_000
+    assert np.isfinite(run.weights).all()
+    assert np.all(np.linalg.norm(np.diff(run.weights, axis=0), axis=1) > 0)
+
+
+@pytest.mark.parametrize("name", trajectories.NAMES)
+def test_a_run_is_the_same_whatever_the_callers_random_numbers(name: str) -> None:
+    torch.manual_seed(1)
+    first = trajectories.record(name, 30).weights
+    torch.manual_seed(2)
+    np.testing.assert_array_equal(trajectories.record(name, 30).weights, first)
+
+
+def test_recording_leaves_random_numbers_and_threads_alone() -> None:
+    torch.set_num_threads(2)
+    before = torch.get_rng_state()
+    trajectories.record("classifier-sgd", 5)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.get_num_threads() == 2
+
+
+def test_training_gets_somewhere() -> None:
+    run = trajectories.record("classifier-sgd", 600)
+    replay = trajectories.Replay(run)
+    images, labels = trajectories._digits()
+    right = []
+    for index in (0, 599):
+        replay.go_to(index)
+        first, first_bias, second, second_bias = replay.parameters()
+        logits = torch.relu(images @ first.T + first_bias) @ second.T + second_bias
+        right.append(float((logits.argmax(dim=1) == labels).float().mean()))
+    assert right[0] < 0.5 < 0.9 < right[1]
+
+
+def test_a_cached_run_is_read_and_belongs_to_its_name_and_steps(tmp_path: Path) -> None:
+    recorded = trajectories.record("classifier-sgd", 5, tmp_path / "runs")
+    (file,) = (tmp_path / "runs").iterdir()
+    np.save(file, recorded.weights + 1)
+    cached = trajectories.record("classifier-sgd", 5, tmp_path / "runs")
+    np.testing.assert_array_equal(cached.weights, recorded.weights + 1)
+    assert cached.shapes == recorded.shapes
+    assert trajectories.record("classifier-sgd", 6, tmp_path / "runs").steps == 6
+
+
+def test_a_replay_stands_where_the_run_stood() -> None:
+    run = trajectories.record("denoiser-adam", 4)
+    replay = trajectories.Replay(run)
+    held = [parameter.data_ptr() for parameter in replay.parameters()]
+    replay.go_to(2)
+    assert tuple(tuple(parameter.shape) for parameter in replay.parameters()) == run.shapes
+    weights = torch.nn.utils.parameters_to_vector(replay.parameters()).detach().numpy()
+    np.testing.assert_array_equal(weights, run.weights[2])
+    assert [parameter.data_ptr() for parameter in replay.parameters()] == held
+
+
+@pytest.mark.parametrize(("name", "steps"), [("no-such-run", 10), ("classifier-sgd", 0)])
+def test_a_run_that_there_is_not_is_refused(name: str, steps: int) -> None:
+    with pytest.raises(ValueError, match=r"choose from denoiser-adam|at least 1"):
+        trajectories.record(name, steps)
+
+
+# --- the parts of the comparison -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stride", [1, 10])
+@pytest.mark.parametrize("sigma_rel", compare_peers.TARGETS)
+def test_the_scripts_own_true_average_is_the_packages_definition(sigma_rel: float, stride: int) -> None:
+    seen = np.arange(stride, 601, stride)
+    counts = true_weights(sigma_rel, 600, stride)
+    expected = PowerFunction.from_sigma_rel(sigma_rel, 600).discrete_weights(seen)
+    np.testing.assert_allclose(counts[seen - 1], expected, rtol=1e-9, atol=1e-15)
+    assert counts.sum() == pytest.approx(1)
+
+
+def test_the_peers_at_stride_10_track_another_profile_than_they_were_asked_for() -> None:
+    """Mean distance of the tracked average from the end, in multiples of what 0.05 stands for."""
+    asked = true_weights(0.05, 2000)
+    gamma = compare_peers.gamma_of(0.05)
+    age = np.arange(2000)[::-1]
+    for stride, longer in ((1, 1), (10, 6.8)):  # (gamma + 2) / ((gamma + 1) / 10 + 1)
+        (tracked,) = PeerMethod(2000, stride, 100, first_call=1)._recorded(gamma, [2000])
+        assert (tracked @ age) / (asked @ age) == pytest.approx(longer, rel=0.02)
+
+
+class _Broken:
+    def __init__(self, *_: object) -> None:
+        raise RuntimeError("no luck\nat all")
+
+    def update(self) -> None: ...
+
+    def average(self, sigma_rel: float) -> Iterable[torch.Tensor]: ...  # type: ignore[empty-body]
+
+
+def test_a_peer_that_fails_is_a_line_with_its_reason() -> None:
+    run = trajectories.record("classifier-sgd", 20)
+    row = compare_peers._row(Entry("broken", "no-such-package", _Broken, 1), run, 1, np.ones((5, 3610)))
+    assert row.failure == "RuntimeError: no luck"
+    for table in (compare_peers.text_table([row]), compare_peers.markdown_table([row])):
+        assert "broken (not installed)" in table
+        assert "RuntimeError: no luck" in table
+
+
+def test_an_error_of_our_own_is_not_hidden() -> None:
+    run = trajectories.record("classifier-sgd", 20)
+    with pytest.raises(RuntimeError, match="no luck"):
+        compare_peers._row(Entry("ours", "posthoc-cli", _Broken), run, 1, np.ones((5, 3610)))
+
+
+def test_the_text_table_is_aligned() -> None:
+    rows = [Row("a", errors=[0.1] * 5), Row("a long name", 10, [1e-6] * 5, 1e-7, 1.0, 0.01)]
+    header, short, long = compare_peers.text_table(rows).splitlines()
+    assert len(header) == len(long)
+    assert short.rindex("1.0e-01") == long.rindex("1.0e-06") == header.index("0.28") - 3
+
+
+@pytest.mark.parametrize("steps", ["0", "100", "1001", "many"])
+def test_steps_that_the_snapshots_do_not_divide_are_a_usage_error(
+    steps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        compare_peers.main(["--steps", steps])
+    assert stopped.value.code == 2
+    assert steps in capsys.readouterr().err
+
+
+# --- the comparison --------------------------------------------------------------------------------
+
+
+def test_ours_is_near_the_truth_and_the_peers_where_their_method_puts_them() -> None:
+    command = [sys.executable, str(SCRIPTS / "compare_peers.py"), "--steps", "600", "--markdown"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stderr) == (0, "")
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
+    tables = [lines[start : start + 12] for start in range(0, len(lines), 12)]
+    assert len(tables) == len(trajectories.NAMES)
+    for table in tables:
+        rows = {(_without_version(line[0]), line[1]): line for line in table[2:]}
+        assert len(rows) == 10
+        distance = {key: np.array(line[2:7], dtype=float) for key, line in rows.items()}
+        assert np.all(distance["posthoc_cli", "1"] < 1e-4)
+        assert np.all(distance["posthoc_cli", "10"] < 1.1 * distance["every 10th step, exactly", "10"] + 1e-4)
+        for peer in ("ema_pytorch", "posthoc_ema", "posthoc_ema, update_after_step=1"):
+            assert np.all(distance[peer, "1"] < 0.1)
+            assert np.all(distance[peer, "10"] > 10 * distance["posthoc_cli", "10"])
+            assert float(rows[peer, "1"][7]) < 1e-4
+            assert float(rows[peer, "10"][7]) < 1e-4
+
+
+def _without_version(label: str) -> str:
+    return re.sub(r" \d+\.[\w.+]*", "", label)
