@@ -36,7 +36,7 @@ types: $(READY)
 	$(BIN)/mypy --strict posthoc_cli
 
 unit: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --cov --cov-report=term
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --cov --cov-report=term
 
 bench: $(READY)
 	$(BIN)/python scripts/compare_peers.py

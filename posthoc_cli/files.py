@@ -14,6 +14,7 @@ most a temporary, whose name begins with `.ema-`. The functions of this module a
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import secrets
@@ -26,6 +27,9 @@ from posthoc_cli.errors import OutputExistsError, WriteError
 
 TEMPORARY_PREFIX = ".ema-"
 TEMPORARY_SUFFIX = ".tmp"
+
+NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
+"""What `link` fails with on a file system without hard links."""
 
 
 # --- single operations -----------------------------------------------------------------------------
@@ -83,6 +87,7 @@ def make_directory(path: Path) -> list[Path]:
     made = []
     try:
         for directory in reversed(missing):
+            _unfinished[directory] = os.getpid()
             directory.mkdir(exist_ok=True)
             made.append(directory)
             fsync_directory(directory.parent)
@@ -97,6 +102,23 @@ def remove_directories(made: list[Path]) -> None:
     with suppress(OSError):
         for directory in reversed(made):
             directory.rmdir()
+
+
+def temporary_path(directory: Path) -> Path:
+    """A name in `directory` that nothing has and that every reader passes over."""
+    return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[None]:
+    """Make a directory for the block; what was missing goes again if the block fails and left nothing in it."""
+    with reported_as_write_error(path):
+        made = make_directory(path)
+    try:
+        yield
+    except BaseException:
+        remove_directories(made)
+        raise
 
 
 # --- a file that appears whole or not at all -------------------------------------------------------
@@ -130,7 +152,8 @@ class PendingFile:
     def __init__(self, path: Path, overwrite: bool = False) -> None:
         self.path = path
         self._overwrite = overwrite
-        self.temporary = path.parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
+        self.temporary = temporary_path(path.parent)
+        _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
             self.descriptor = open_new(self.temporary)
@@ -145,12 +168,18 @@ class PendingFile:
         """Make the content durable, then give it its name; a new name is taken back if what follows fails."""
         with reported_as_write_error(self.path):
             fsync(self.descriptor)
-            if self._overwrite:
-                rename(self.temporary, self.path)
+            replaces = self._overwrite and os.path.lexists(self.path)
+            linked = self._take_name()
+            try:
+                if linked:
+                    unlink(self.temporary)
                 self._close()
                 fsync_directory(self.path.parent)
-            else:
-                self._publish_new()
+            except BaseException:
+                if not replaces:
+                    with suppress(OSError):
+                        self.path.unlink()
+                raise
 
     def discard(self) -> None:
         """Remove the temporary, if it is still one."""
@@ -158,29 +187,21 @@ class PendingFile:
             self._close()
             with suppress(OSError):
                 self.temporary.unlink(missing_ok=True)
+        _unfinished.pop(self.temporary, None)
 
-    def _publish_new(self) -> None:
-        linked = self._link_or_rename()
-        try:
-            if linked:
-                unlink(self.temporary)
-            self._close()
-            fsync_directory(self.path.parent)
-        except BaseException:
-            with suppress(OSError):
-                self.path.unlink()
-            raise
-
-    def _link_or_rename(self) -> bool:
-        """Take the name unless it is taken; returns whether the temporary's name is still there, too."""
+    def _take_name(self) -> bool:
+        """Put the file under its name; returns whether it still has the temporary one, too."""
+        if self._overwrite:
+            rename(self.temporary, self.path)
+            return False
         try:
             link(self.temporary, self.path)
         except FileExistsError as error:
             raise _exists(self.path) from error
         except OSError as error:
-            if error.errno not in (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK):
+            if error.errno not in NO_HARD_LINKS:
                 raise
-            # A file system without hard links: the check and the rename are then two steps.
+            # The check and the rename are then two steps.
             if os.path.lexists(self.path):
                 raise _exists(self.path) from error
             rename(self.temporary, self.path)
@@ -198,6 +219,24 @@ class PendingFile:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
+
+
+_unfinished: dict[Path, int] = {}
+"""Temporaries, and directories for new files, that were or will be made, each with the process that does it."""
+
+
+@atexit.register
+def remove_unfinished() -> None:
+    """Remove temporaries that nobody discarded, and directories that were made for them and are empty.
+
+    A signal may come between any two instructions, also between the making of a file and the `with` statement
+    that would remove it; this runs when the process ends, however that signal was handled.
+    """
+    for path, process in reversed(list(_unfinished.items())):
+        if process == os.getpid():  # not in a child that was forked meanwhile
+            with suppress(OSError):
+                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+            del _unfinished[path]
 
 
 def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:

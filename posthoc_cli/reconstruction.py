@@ -79,26 +79,47 @@ def solve_paper(snapshots: Sequence[PowerFunction], targets: Sequence[PowerFunct
     gammas, column_gamma = np.unique([p.gamma for p in snapshots], return_inverse=True)
     times = np.array([p.t for p in snapshots])
     edges = np.concatenate(([0.0], np.unique(times)))
-    goal_gammas = np.array([p.gamma for p in targets])
-    goal_times = np.array([p.t for p in targets])
-
     basis = _IntervalBasis(gammas, edges[:-1], edges[1:])
-    factor = basis.expand(gammas[column_gamma], times)
-    goal = basis.expand(goal_gammas, goal_times)
-    solution = linalg.lstsq(factor, goal, lapack_driver="gelsy")[0]
-    coefficients = solution / solution.sum(axis=0)
-
-    norm2 = inner_product(goal_gammas, goal_times, goal_gammas, goal_times)
-    # What no combination reaches (outside the span of the basis), and how far this one is within it.
-    unreachable = np.maximum(norm2 - np.sum(goal**2, axis=0), 0.0)
-    missed = np.sum((factor @ coefficients - goal) ** 2, axis=0)
-    errors = np.sqrt((unreachable + missed) / norm2)
+    problem = _LeastSquares(basis.expand(gammas[column_gamma], times))
+    coefficients = np.zeros((len(snapshots), len(targets)))
+    errors = np.zeros(len(targets))
+    # One by one, so that a target's coefficients do not depend, in their rounding, on which others are asked for.
     for index, target in enumerate(targets):
         if target in snapshots:  # it is its own reconstruction: say so free of rounding
-            coefficients[:, index] = 0.0
             coefficients[snapshots.index(target), index] = 1.0
-            errors[index] = 0.0
+            continue
+        goal = basis.expand(np.array([target.gamma]), np.array([target.t]))[:, 0]
+        solution = problem.solve(goal)
+        column = solution / solution.sum()
+        norm2 = float(inner_product(target.gamma, target.t, target.gamma, target.t))
+        # What no combination reaches (outside the span of the basis), and how far this one is within it.
+        unreachable = max(norm2 - float(goal @ goal), 0.0)
+        missed = float(np.sum((problem.factor @ column - goal) ** 2))
+        coefficients[:, index] = column
+        errors[index] = np.sqrt((unreachable + missed) / norm2)
     return Reconstruction(coefficients, errors)
+
+
+class _LeastSquares:
+    """argmin_x || factor x - goal || for one `goal` after another, by QR with column pivoting.
+
+    Columns of `factor` that rounding cannot tell from combinations of others get 0.
+    """
+
+    def __init__(self, factor: FloatArray) -> None:
+        self.factor = factor
+        q, r, self._order = linalg.qr(factor, mode="economic", pivoting=True)
+        diagonal = np.abs(np.diag(r))
+        rank = int(np.sum(diagonal > diagonal[0] * max(factor.shape) * np.finfo(np.float64).eps))
+        self._order = self._order[:rank]
+        self._q_transposed = np.ascontiguousarray(q[:, :rank].T)
+        self._r = np.asfortranarray(r[:rank, :rank])
+
+    def solve(self, goal: FloatArray) -> FloatArray:
+        """Shape [rows] to shape [columns]."""
+        solution = np.zeros(self.factor.shape[1])
+        solution[self._order] = linalg.solve_triangular(self._r, self._q_transposed @ goal, check_finite=False)
+        return solution
 
 
 def inner_product(gamma_a: npt.ArrayLike, t_a: npt.ArrayLike, gamma_b: npt.ArrayLike, t_b: npt.ArrayLike) -> FloatArray:

@@ -242,6 +242,8 @@ def plan_synthesis(
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
+    if not sources:
+        raise InvalidValueError("no snapshots to synthesize from")
     times = sorted({source.info.t for source in sources})
     if t is not None and step is not None:
         raise InvalidValueError("t and step: give one of them")
@@ -349,7 +351,7 @@ def _combine(
         sums.addr_(row, value.reshape(-1).to(device, wide))
         if progress is not None:
             progress(value.nbytes)
-    return sums.reshape(-1, *shape)
+    return sums.reshape(len(plan.sigma_rels), *shape)
 
 
 def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -363,7 +365,8 @@ def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
                 f"tensor {name!r}: {dtype} cannot hold its largest value, {largest:.6g}; take float32 or bfloat16"
             )
         raise NonFiniteError(f"tensor {name!r}: the result is not finite; a snapshot holds nan or infinity")
-    return result
+    # A view of the sums of all targets would keep all of them in memory, and in a file that it is pickled to.
+    return result.clone() if result.untyped_storage().nbytes() > result.nbytes else result
 
 
 def _output_dtype(role: str, own: str, dtype: torch.dtype | str | None) -> str:

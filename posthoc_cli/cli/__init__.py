@@ -63,7 +63,9 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     _allow_many_files()
     try:
-        code = app([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
+        # Not app(...): that would put typer's own excepthook in the place of ours.
+        command: Any = typer.main.get_command(app)
+        code = command.main([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
     except KeyboardInterrupt:
         code = 130
     except PostHocError as error:
@@ -74,6 +76,11 @@ def main() -> NoReturn:
         # The reader of our output has gone; say nothing, and let the interpreter close a stream that works.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
+    except OSError as error:
+        if debug:
+            raise
+        where = f"{error.filename}: " if error.filename else ""
+        code = _fail(f"{where}{(error.strerror or str(error)).lower()}", 1)
     except typer.Abort:
         code = 130
     except _USAGE_ERROR as error:

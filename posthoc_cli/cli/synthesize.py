@@ -81,7 +81,6 @@ def synthesize(
     plan = plan_synthesis(disk_sources(directory), widths, t, step, method)
     skipped = _existing(paths, layout) if skip_existing else set()
     if paths:
-        _make_folder(paths)
         wanted = [index for index in range(len(paths)) if index not in skipped]
         _write(plan.only(wanted), [paths[i] for i in wanted], layout, dtype, device, force, max_shard_size, quiet)
     seconds = time.perf_counter() - started
@@ -120,16 +119,6 @@ def _existing(paths: list[Path], layout: str | None) -> set[int]:
     from posthoc_cli.export import layout_of, output_exists
 
     return {i for i, path in enumerate(paths) if output_exists(path, layout_of(path, layout))}
-
-
-def _make_folder(paths: list[Path]) -> None:
-    """The folder for several outputs is made, beside what there is; a path of missing folders is a mistake."""
-    from posthoc_cli import files
-
-    folder = paths[0].parent
-    if len(paths) > 1 and not folder.exists() and folder.parent.is_dir():
-        with files.reported_as_write_error(folder):
-            files.make_directory(folder)
 
 
 def _write(

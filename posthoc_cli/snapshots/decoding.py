@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +30,7 @@ def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
     Raises:
         FileFormatError: naming the file, and the tensor where there is one.
     """
-    raw = _parse_json(path, start[8:], "header")
+    raw = parse_json(path, start[8:], "header")
     if not isinstance(raw, dict):
         raise FileFormatError(f"{path}: the header is not a JSON object; not a safetensors file")
     metadata = raw.pop("__metadata__", {})
@@ -52,21 +54,9 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         FileFormatError: naming the file and the key.
     """
     reader = _Metadata(path, header, "snapshot")
-    tensors = {
-        name: fmt.TrackedTensor(reader.one_of("ema.tensors", value, "role", ("average", "copy")),
-                            reader.one_of("ema.tensors", value, "dtype", tuple(fmt.ITEM_BYTES)))
-        for name, value in reader.json_object("ema.tensors").items()
-    }  # fmt: skip
-    aliases = reader.json_object("ema.aliases")
-    left_out = reader.json_list("ema.left_out")
-    if set(tensors) != set(header.tensors):
-        name = min(set(tensors) ^ set(header.tensors))
-        raise FileFormatError(f"{path}: tensor {name!r} is in the payload or in ema.tensors, but not in both")
-    for alias, name in aliases.items():
-        if name not in tensors or alias in tensors:
-            raise FileFormatError(f"{path}: ema.aliases: {alias!r} must be a further name of a stored tensor")
+    tensors = _decode_tensors(reader, header)
     info = fmt.SnapshotInfo(
-        run_id=reader.text("ema.run_id"),
+        run_id=reader.run_id(),
         sigma_rel=reader.number("ema.sigma_rel"),
         gamma=reader.number("ema.gamma"),
         t=reader.number("ema.t"),
@@ -76,8 +66,8 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         max_interval=reader.number("ema.max_interval"),
         schedule=_decode_schedule(reader),
         tensors=tensors,
-        aliases=aliases,
-        left_out=tuple(left_out),
+        aliases=_decode_aliases(reader, tensors),
+        left_out=reader.names("ema.left_out"),
     )
     _check_profile(path, info)
     return info
@@ -97,7 +87,7 @@ def decode_output(path: Path, header: fmt.FileHeader) -> fmt.OutputInfo:
             raise FileFormatError(f"{path}: ema.snapshots must list files with their coefficients")
         snapshots.append((item["file"], float(item["coefficient"])))
     return fmt.OutputInfo(
-        run_id=reader.text("ema.run_id"),
+        run_id=reader.run_id(),
         sigma_rel=reader.number("ema.sigma_rel"),
         gamma=reader.number("ema.gamma"),
         t=reader.number("ema.t"),
@@ -106,19 +96,21 @@ def decode_output(path: Path, header: fmt.FileHeader) -> fmt.OutputInfo:
         profile_error=reader.number("ema.profile_error"),
         predicted_error=None if predicted == "null" else reader.number("ema.predicted_error"),
         snapshots=tuple(snapshots),
-        copies=tuple(reader.json_list("ema.copies")),
+        copies=reader.names("ema.copies"),
     )
 
 
 def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
-    """Block checksums by tensor, of the right number each; empty for a file that has none.
+    """Block checksums by tensor, of the right number each; empty for a foreign file, which has none.
 
     Raises:
         FileFormatError: naming the file and the tensor.
     """
     if "ema.checksums" not in header.metadata:
+        if file_kind(header) is not None:
+            raise FileFormatError(f"{path}: ema.checksums: is missing")
         return {}
-    raw = _parse_json(path, header.metadata["ema.checksums"].encode(), "ema.checksums")
+    raw = parse_json(path, header.metadata["ema.checksums"], "ema.checksums")
     for name, entry in header.tensors.items():
         value = raw.get(name) if isinstance(raw, dict) else None
         if not isinstance(value, str) or len(value) != len(fmt.blank_checksums(entry.nbytes)):
@@ -131,10 +123,13 @@ def file_kind(header: fmt.FileHeader) -> str | None:
     return header.metadata.get("ema.format")
 
 
-# --- in parts --------------------------------------------------------------------------------------
+def parse_json(path: Path, data: bytes | str, what: str) -> Any:
+    """JSON without the liberties that Python takes: no key twice, no NaN.
 
+    Raises:
+        FileFormatError: naming the file and `what`.
+    """
 
-def _parse_json(path: Path, data: bytes, what: str) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -145,20 +140,29 @@ def _parse_json(path: Path, data: bytes, what: str) -> Any:
         raise ValueError(f"{constant} is not JSON")
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: damaged {what}: {str(error)[:200]}") from error
 
 
+# --- in parts --------------------------------------------------------------------------------------
+
+
 def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
-    problem = FileFormatError(f"{path}: tensor {name!r}: its header entry is malformed")
+    malformed = FileFormatError(f"{path}: tensor {name!r}: its header entry is malformed")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise problem
+        raise malformed
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in fmt.ITEM_BYTES:
-        raise FileFormatError(f"{path}: tensor {name!r}: dtype {dtype!r} is none of {', '.join(fmt.ITEM_BYTES)}")
+        raise FileFormatError(
+            f"{path}: tensor {name!r}: dtype {str(dtype)[:40]!r} is none of {', '.join(fmt.ITEM_BYTES)}"
+        )
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
-        raise problem
+        raise malformed
+    if math.prod(size or 1 for size in shape) >= 2**60:
+        # Also where another size is 0: no array library can hold the strides of such a shape.
+        raise malformed
     begin, end = offsets
     if end - begin != math.prod(shape) * fmt.ITEM_BYTES[dtype]:
         raise FileFormatError(f"{path}: tensor {name!r}: {end - begin:,} bytes do not make {dtype} of shape {shape}")
@@ -170,7 +174,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 def _check_offsets(path: Path, tensors: Mapping[str, fmt.TensorEntry]) -> None:
@@ -191,14 +195,41 @@ def _check_header_checksum(path: Path, start: bytes) -> None:
         raise FileFormatError(f"{path}: damaged header: its checksum does not match")
 
 
+def _decode_tensors(reader: _Metadata, header: fmt.FileHeader) -> dict[str, fmt.TrackedTensor]:
+    key = "ema.tensors"
+    tensors = {
+        name: fmt.TrackedTensor(
+            reader.one_of(key, value, "role", ("average", "copy")),
+            reader.one_of(key, value, "dtype", tuple(fmt.ITEM_BYTES)),
+        )
+        for name, value in reader.json_object(key).items()
+    }
+    for name in sorted(tensors.keys() | header.tensors.keys()):
+        if name not in tensors or name not in header.tensors:
+            raise reader.bad(key, f"tensor {name!r} is in the payload or here, but not in both")
+        own, stored = tensors[name].dtype, header.tensors[name].dtype
+        fits = own == stored if tensors[name].role == "copy" else {own, stored} <= set(fmt.DTYPE_WORDS.values())
+        if not fits:
+            raise reader.bad(key, f"tensor {name!r}: {stored} cannot hold {tensors[name].role} of {own}")
+    return tensors
+
+
+def _decode_aliases(reader: _Metadata, tensors: Mapping[str, fmt.TrackedTensor]) -> dict[str, str]:
+    aliases = reader.json_object("ema.aliases")
+    for alias, name in aliases.items():
+        if not isinstance(name, str) or name not in tensors or alias in tensors:
+            raise reader.bad("ema.aliases", f"{alias!r} must be a further name of a stored tensor")
+    return aliases
+
+
 def _decode_schedule(reader: _Metadata) -> fmt.Schedule:
     raw = reader.json_object("ema.schedule")
     optional = {"max_checkpoints", "checkpoint_dtype"}
     for name in fmt.Schedule.__dataclass_fields__:
         value = raw.get(name)
-        fits = type(value) is int if name != "checkpoint_dtype" else value in fmt.ITEM_BYTES
+        fits = type(value) is int if name != "checkpoint_dtype" else str(value) in fmt.ITEM_BYTES
         if not fits and not (name in optional and value is None):
-            raise reader.bad("ema.schedule", f"{name} is {value!r}")
+            raise reader.bad("ema.schedule", f"{name} is {str(value)[:40]!r}")
     return fmt.Schedule(**{name: raw[name] for name in fmt.Schedule.__dataclass_fields__})
 
 
@@ -223,10 +254,10 @@ class _Metadata:
         self._metadata = header.metadata
         found = file_kind(header)
         if found != expected:
-            what = "has no ema.format" if found is None else f"is an EMA {found}"
+            what = "has no ema.format" if found is None else f"its ema.format is {found[:40]!r}"
             raise FileFormatError(f"{path}: not a {expected} of this package: {what}")
         if self.text("ema.version") != fmt.VERSION:
-            raise self.bad("ema.version", f"{self.text('ema.version')!r}; this release reads {fmt.VERSION}")
+            raise self.bad("ema.version", f"{self.text('ema.version')[:40]!r}; this release reads {fmt.VERSION}")
 
     def bad(self, key: str, reason: str) -> FileFormatError:
         return FileFormatError(f"{self._path}: {key}: {reason}")
@@ -235,6 +266,12 @@ class _Metadata:
         if key not in self._metadata:
             raise self.bad(key, "is missing")
         return self._metadata[key]
+
+    def run_id(self) -> str:
+        text = self.text("ema.run_id")
+        if not re.fullmatch(r"[0-9a-f]{32}", text):
+            raise self.bad("ema.run_id", f"{text[:40]!r} is not 32 hexadecimal digits")
+        return text
 
     def number(self, key: str) -> float:
         try:
@@ -252,19 +289,25 @@ class _Metadata:
         return int(text)
 
     def json_object(self, key: str) -> dict[str, Any]:
-        value = _parse_json(self._path, self.text(key).encode(), key)
+        value = parse_json(self._path, self.text(key), key)
         if not isinstance(value, dict):
             raise self.bad(key, "is not a JSON object")
         return value
 
     def json_list(self, key: str) -> list[Any]:
-        value = _parse_json(self._path, self.text(key).encode(), key)
+        value = parse_json(self._path, self.text(key), key)
         if not isinstance(value, list):
             raise self.bad(key, "is not a JSON list")
         return value
 
+    def names(self, key: str) -> tuple[str, ...]:
+        value = self.json_list(key)
+        if not all(isinstance(name, str) for name in value):
+            raise self.bad(key, "is not a list of names")
+        return tuple(value)
+
     def one_of(self, key: str, value: Any, part: str, accepted: tuple[str, ...]) -> str:
         found = value.get(part) if isinstance(value, dict) else None
         if not isinstance(found, str) or found not in accepted:
-            raise self.bad(key, f"{part} {found!r} is none of {', '.join(accepted)}")
+            raise self.bad(key, f"{part} {str(found)[:40]!r} is none of {', '.join(accepted)}")
         return found

@@ -225,7 +225,8 @@ def encode_header(
     try:
         text = _compact(header).encode()
     except UnicodeEncodeError as error:
-        raise InvalidValueError(f"a name or value cannot be written in UTF-8: {error.object!r}") from error
+        near = str(error.object)[max(0, error.start - 40) : error.end + 40]
+        raise InvalidValueError(f"a name or value cannot be written in UTF-8: {near!r}") from error
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise InvalidValueError(f"the header would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")

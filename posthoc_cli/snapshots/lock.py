@@ -30,8 +30,11 @@ class DirectoryLock:
                     f"{directory}: {self._named_holder()} is writing here; close that tracker, "
                     "or take another directory"
                 ) from None
-            holder = {"host": socket.gethostname(), "process": os.getpid()}
-            self._holder.write_text(json.dumps(holder))
+            try:
+                self._holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+            except BaseException:
+                self.release()
+                raise
 
     def release(self) -> None:
         """Give the lock back."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -87,7 +89,8 @@ class TensorFile:
     def _fill(self, name: str, block: npt.NDArray[np.uint8], offset: int) -> None:
         view = block.data
         while view:
-            count = os.preadv(self._descriptor, [view], offset)
+            with _reported(self.path, "read"):
+                count = os.preadv(self._descriptor, [view], offset)
             if count == 0:
                 raise FileFormatError(f"{self.path}: tensor {name!r}: the file became shorter while it was read")
             view, offset = view[count:], offset + count
@@ -105,12 +108,21 @@ class TensorFile:
         self.close()
 
 
+@contextmanager
+def _reported(path: Path, verb: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be {verb}: {(error.strerror or str(error)).lower()}") from error
+
+
 def _open(path: Path) -> int:
     try:
-        # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be opened: {(error.strerror or str(error)).lower()}") from error
+        with _reported(path, "opened"):
+            # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
+            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    except ValueError as error:
+        raise FileFormatError(f"{str(path)!r}: cannot be opened: no file can have this name") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise FileFormatError(f"{path}: is not a regular file")
@@ -118,6 +130,11 @@ def _open(path: Path) -> int:
 
 
 def _read_header(path: Path, descriptor: int) -> fmt.FileHeader:
+    with _reported(path, "read"):
+        return _read_header_from(path, descriptor)
+
+
+def _read_header_from(path: Path, descriptor: int) -> fmt.FileHeader:
     size = os.fstat(descriptor).st_size
     prefix = os.pread(descriptor, 8, 0)
     if len(prefix) < 8:

@@ -7,6 +7,7 @@ copied, moved or deleted on its own and the rest still works.
 from __future__ import annotations
 
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,19 +106,27 @@ def check_consistent(snapshots: Sequence[Snapshot]) -> None:
 
 
 def _candidates(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        state = "is not a directory" if directory.exists() else "no such directory"
-        raise DirectoryError(f"{directory}: {state}; name the directory that a tracker writes its snapshots to")
     try:
         entries = list(directory.iterdir())
-    except OSError as error:
-        raise DirectoryError(f"{directory}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        state = "no such directory" if isinstance(error, FileNotFoundError) else "is not a directory"
+        raise DirectoryError(
+            f"{directory}: {state}; name the directory that a tracker writes its snapshots to"
+        ) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DirectoryError(f"{str(directory)!r}: cannot be read: {reason.lower()}") from error
     return sorted(p for p in entries if p.suffix == fmt.SUFFIX and not p.name.startswith("."))
 
 
 def _open_candidate(path: Path) -> Snapshot | None:
     """The snapshot in a file; None for a synthesized file that someone keeps beside the snapshots."""
-    header = read_header(path)
+    try:
+        header = read_header(path)
+    except FileFormatError:
+        if not os.path.lexists(path):
+            return None  # a writer has thinned it away since the directory was listed
+        raise
     if file_kind(header) == "output":
         return None
     return Snapshot(path, header, decode_snapshot(path, header))
@@ -188,9 +197,9 @@ def _gaps(snapshots: Sequence[Snapshot]) -> list[str]:
 
 
 def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
-    """Where a snapshot goes: names sort by time."""
+    """Where a snapshot goes: names sort by time, up to the largest whole number that a float holds exactly."""
     whole, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
-    clock = f"{int(whole):012d}" + (f".{fraction}" if fraction.strip("0") else "")
+    clock = f"{int(whole):016d}" + (f".{fraction}" if fraction.strip("0") else "")
     return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
 
 
@@ -227,7 +236,7 @@ def set_aside_later(directory: Path, t: float) -> list[Path]:
 
 def _free_name(path: Path) -> Path:
     candidate, number = path, 1
-    while candidate.exists():
+    while os.path.lexists(candidate):
         candidate = path.with_name(f"{path.stem}.{number}{path.suffix}")
         number += 1
     return candidate

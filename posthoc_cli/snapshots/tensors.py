@@ -55,4 +55,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
     """The tensor that these bytes are; it shares their memory."""
+    if data.size == 0:
+        # torch gives an empty array the stride 0, which it then refuses to view as another dtype.
+        return torch.empty(shape, dtype=_DTYPES[dtype])
     return torch.from_numpy(data).view(_DTYPES[dtype]).reshape(shape)

@@ -49,7 +49,10 @@ class TensorFileWriter:
         self._file = PendingFile(path, overwrite)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
-        """Write the bytes of one tensor to its place."""
+        """Write the bytes of one tensor to its place, once."""
+        if name not in self._missing:
+            problem = "written twice" if name in self._entries else "not one of those announced"
+            raise InvalidValueError(f"{self.path}: tensor {name!r}: {problem}")
         entry = self._entries[name]
         view = memoryview(data).cast("B")
         if len(view) != entry.nbytes:

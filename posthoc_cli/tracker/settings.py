@@ -28,8 +28,8 @@ class Settings:
     on_nonfinite: str = "raise"
 
     def __post_init__(self) -> None:
-        if not self.t_unit:
-            raise InvalidValueError("t_unit: must name what t counts, such as 'steps' or 'images'")
+        if not self.t_unit or not self.t_unit.isprintable():
+            raise InvalidValueError(f"t_unit {self.t_unit!r}: must name what t counts, such as 'steps' or 'images'")
         if self.on_nonfinite not in ON_NONFINITE:
             raise InvalidValueError(f"on_nonfinite {self.on_nonfinite!r}: must be one of {', '.join(ON_NONFINITE)}")
 

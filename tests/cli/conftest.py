@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from ema_command import Ema, Result
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli import main
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a command ended and what it printed."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def error(self) -> str:
-        """The one line of an error; fails where there is not exactly one."""
-        lines = self.err.splitlines()
-        assert len(lines) == 1, self.err
-        assert lines[0].startswith("ema: error: "), self.err
-        return lines[0].removeprefix("ema: error: ")
-
-
-Ema = Callable[..., Result]
 
 
 @pytest.fixture
@@ -42,6 +23,8 @@ def ema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
     """Run `ema` with these arguments."""
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.root.level)
     terminate = signal.getsignal(signal.SIGTERM)
 
     def run(*arguments: object) -> Result:

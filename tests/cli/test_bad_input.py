@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import Ema
+from ema_command import Ema
 from factories import OTHER_RUN_ID
 
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
@@ -225,9 +226,9 @@ main()
 def test_an_output_directory_without_write_permission(run: Path, tmp_path: Path) -> None:
     closed = tmp_path / "closed"
     closed.mkdir(mode=0o555)
-    for folder in (tmp_path, *tmp_path.parents):
-        if folder == tmp_path or folder.name.startswith("pytest"):
-            folder.chmod(0o755)
+    base = Path(tempfile.gettempdir())
+    for folder in (tmp_path, *(p for p in tmp_path.parents if base in p.parents)):
+        folder.chmod(0o755)
     arguments = [run, tmp_path / "warm-up.safetensors", closed / "out.safetensors"]
     done = subprocess.run(
         [sys.executable, "-c", AS_ANOTHER_USER, *map(str, arguments)], capture_output=True, text=True, check=False

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ema
+from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA

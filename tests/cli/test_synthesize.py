@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Ema
+from ema_command import Ema
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
@@ -171,7 +171,7 @@ def test_a_stored_average_is_copied_from_its_snapshot(ema: Ema, run: Path, tmp_p
         ema("synthesize", run, "--sigma-rel", "0.05", "--out", tmp_path / "m.safetensors", "--json").out
     )
     (target,) = report["targets"]
-    assert target["snapshots"] == [{"file": "000000002000-0.05.safetensors", "coefficient": 1.0}]
+    assert target["snapshots"] == [{"file": "0000000000002000-0.05.safetensors", "coefficient": 1.0}]
     assert target["profile_error"] == 0
 
 

@@ -67,7 +67,7 @@ posthoc_ema.reconstruction_error().savefig("error.png")
 def test_the_peers_example_runs_with_only_its_import_changed(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", PEERS_EXAMPLE], cwd=tmp_path, check=True)
     names = {p.name for p in (tmp_path / "posthoc-ema").glob("*.safetensors")}
-    assert names == {"000000001000-0.05.safetensors", "000000001000-0.28.safetensors"}
+    assert names == {"0000000000001000-0.05.safetensors", "0000000000001000-0.28.safetensors"}
     assert (tmp_path / "error.png").stat().st_size > 10_000
     torch.load(tmp_path / "weights.pt", weights_only=True)
 

@@ -1,0 +1,227 @@
+"""One safetensors file into another layout, dtype or naming, completed from a full model."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError
+from posthoc_cli.export.layouts import DEFAULT_SHARD_SIZE, layout_of, make_sink, parse_size
+from posthoc_cli.export.sharded import SHARD_PATTERN
+from posthoc_cli.snapshots import decoding
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_from_bytes, torch_dtype
+from posthoc_cli.synthesis import Progress
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export made: tensors written, of which so many were taken from the base."""
+
+    tensors: int
+    from_base: int
+    nbytes: int
+
+
+def export_file(
+    source: Path,
+    out: Path,
+    layout: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    base: Path | None = None,
+    prefix: str = "",
+    strip_prefix: str = "",
+    overwrite: bool = False,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    progress: Progress | None = None,
+) -> Exported:
+    """Write a safetensors file in another layout. One tensor at a time, except for .pt.
+
+    Arguments:
+        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file.
+        out: the output; its name decides the layout unless `layout` says it.
+        dtype: of all floating-point tensors but copies; None keeps each one's own.
+        base: a safetensors file, or a folder with an index, whose further tensors complete the output.
+        prefix, strip_prefix: put in front of, or taken from, the names in `source`, before they are compared
+            with those in `base`.
+        overwrite: replace what is there.
+        max_shard_size: such as "5GB".
+        progress: told the bytes written so far.
+
+    Raises:
+        FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
+    """
+    layout = layout_of(out, layout)
+    wanted = parse_dtype(dtype)
+    limit = parse_size(max_shard_size)
+    with ExitStack() as stack:
+        own, info = _read_source(stack, source, wanted)
+        renamed = _rename(own, prefix, strip_prefix)
+        if info is not None:
+            info = _with_copies(info, renamed)
+        added = {} if base is None else _read_base(stack, base, wanted, renamed)
+        tensors = renamed | added
+        metadata = {"format": "pt"} if info is None else fmt.output_metadata(info)
+        specs = [fmt.TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+        with make_sink(layout, out, specs, metadata, overwrite, limit) as sink:
+            for name, tensor in tensors.items():
+                sink.write(name, tensor.read())
+                if progress is not None:
+                    progress(tensor.nbytes)
+            sink.commit()
+    return Exported(len(tensors), len(added), sum(tensor.nbytes for tensor in tensors.values()))
+
+
+@dataclass(frozen=True)
+class _PlannedTensor:
+    """A tensor of an input, with the dtype that it will have."""
+
+    file: TensorFile
+    name: str
+    dtype: str
+    role: str  # "average", "copy", or "other": not known
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.file.header.tensors[self.name].shape
+
+    @property
+    def nbytes(self) -> int:
+        return fmt.TensorSpec(self.name, self.dtype, self.shape).nbytes
+
+    def read(self) -> torch.Tensor:
+        stored = tensor_from_bytes(self.file.read(self.name), self.file.header.tensors[self.name].dtype, self.shape)
+        result = stored.to(torch_dtype(self.dtype))
+        where = f"{self.file.path}: tensor {self.name!r}"
+        if self.role == "average" and not bool(stored.isfinite().all()):
+            raise NonFiniteError(f"{where}: holds nan or infinity")
+        if result.dtype != stored.dtype and bool((_finite(stored) & ~_finite(result)).any()):
+            raise NonFiniteError(f"{where}: {self.dtype} cannot hold its largest value")
+        return result
+
+
+def _finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Which values are finite; torch cannot tell for every dtype of 8 bits."""
+    return (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+
+
+def _read_source(
+    stack: ExitStack, source: Path, dtype: torch.dtype | None
+) -> tuple[dict[str, _PlannedTensor], fmt.OutputInfo | None]:
+    """The tensors of the file to export, under all their names, and what it says about itself."""
+    file = stack.enter_context(TensorFile(source))
+    kind = decoding.file_kind(file.header)
+    if kind == "snapshot":
+        return _read_snapshot(file, dtype)
+    info = decoding.decode_output(source, file.header) if kind == "output" else None
+    if info is None:
+        return {name: _plan(file, name, "other", dtype) for name in file.header.tensors}, None
+    roles = {name: "copy" if name in info.copies else "average" for name in file.header.tensors}
+    return {name: _plan(file, name, role, dtype) for name, role in roles.items()}, info
+
+
+def _read_snapshot(file: TensorFile, dtype: torch.dtype | None) -> tuple[dict[str, _PlannedTensor], fmt.OutputInfo]:
+    snapshot = decoding.decode_snapshot(file.path, file.header)
+    names = {name: name for name in snapshot.tensors} | snapshot.aliases
+    tensors = {}
+    for alias, name in names.items():
+        tracked = snapshot.tensors[name]
+        stored = tracked.dtype if tracked.role == "copy" or dtype is None else stored_name(dtype)
+        tensors[alias] = _PlannedTensor(file, name, stored, tracked.role)
+    info = fmt.OutputInfo(
+        run_id=snapshot.run_id,
+        sigma_rel=snapshot.sigma_rel,
+        gamma=snapshot.gamma,
+        t=snapshot.t,
+        t_unit=snapshot.t_unit,
+        method="tracked",
+        profile_error=0.0,
+        predicted_error=None,
+        snapshots=((file.path.name, 1.0),),
+    )
+    return tensors, info
+
+
+def _plan(file: TensorFile, name: str, role: str, dtype: torch.dtype | None) -> _PlannedTensor:
+    own = file.header.tensors[name].dtype
+    keeps = role == "copy" or dtype is None or not torch_dtype(own).is_floating_point
+    return _PlannedTensor(file, name, own if keeps or dtype is None else stored_name(dtype), role)
+
+
+def _with_copies(info: fmt.OutputInfo, tensors: Mapping[str, _PlannedTensor]) -> fmt.OutputInfo:
+    copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
+    return fmt.OutputInfo(**{**vars(info), "copies": copies})
+
+
+def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> dict[str, _PlannedTensor]:
+    if strip and not any(name.startswith(strip) for name in tensors):
+        raise InvalidValueError(
+            f"strip_prefix {strip!r}: no tensor's name begins so; the first is {min(tensors, default='')!r}"
+        )
+    renamed: dict[str, _PlannedTensor] = {}
+    for name, tensor in tensors.items():
+        new = prefix + name.removeprefix(strip)
+        if new in renamed:
+            raise InvalidValueError(f"strip_prefix {strip!r}: gives two tensors the name {new!r}")
+        renamed[new] = tensor
+    return renamed
+
+
+def _read_base(
+    stack: ExitStack, base: Path, dtype: torch.dtype | None, own: Mapping[str, _PlannedTensor]
+) -> dict[str, _PlannedTensor]:
+    """The tensors that only the base has; those in both must have the same shape."""
+    tensors = {}
+    seen = set()
+    for file in _base_files(stack, base):
+        for name, entry in file.header.tensors.items():
+            seen.add(name)
+            if name not in own:
+                tensors[name] = _plan(file, name, "other", dtype)
+            elif own[name].shape != entry.shape:
+                raise MismatchError(
+                    f"{file.path}: tensor {name!r} has the shape {list(entry.shape)}, "
+                    f"the average {list(own[name].shape)}"
+                )
+    if not seen & own.keys():
+        raise MismatchError(
+            f"{base}: none of the averaged tensors is in it: its names look like {min(seen, default='')!r}, "
+            f"theirs like {min(own, default='')!r}; --prefix and --strip-prefix rename"
+        )
+    return tensors
+
+
+def _base_files(stack: ExitStack, base: Path) -> Iterator[TensorFile]:
+    if not base.is_dir():
+        yield stack.enter_context(TensorFile(base))
+        return
+    indexes = sorted(base.glob("*.safetensors.index.json"))
+    if not indexes:
+        yield stack.enter_context(TensorFile(base / SHARD_PATTERN.format(suffix="")))
+        return
+    for shard, names in _read_index(indexes[0]).items():
+        file = stack.enter_context(TensorFile(base / shard))
+        for name in names:
+            if name not in file.header.tensors:
+                raise FileFormatError(f"{file.path}: tensor {name!r} is not in it, as {indexes[0].name} says")
+        yield file
+
+
+def _read_index(path: Path) -> dict[str, list[str]]:
+    """The names of the tensors in each shard."""
+    try:
+        weight_map = decoding.parse_json(path, path.read_bytes(), "index")["weight_map"].items()
+    except (OSError, KeyError, TypeError, AttributeError) as error:
+        raise FileFormatError(f"{path}: is not an index of shards") from error
+    shards = defaultdict(list)
+    for name, shard in weight_map:
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise FileFormatError(f"{path}: {shard!r} is not the name of a file beside it")
+        shards[shard].append(name)
+    return shards

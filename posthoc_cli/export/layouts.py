@@ -1,0 +1,161 @@
+"""The layouts by name, and the sinks that write them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import torch
+
+from posthoc_cli import files
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.export.sharded import ShardedSink, holds_model
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.tensors import tensor_bytes
+from posthoc_cli.snapshots.writer import TensorFileWriter
+
+LAYOUTS = ("safetensors", "sharded", "pt")
+DEFAULT_SHARD_SIZE = "5GB"
+_SIZE_UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+class Sink(Protocol):
+    """Takes the tensors of one target. A context manager: what was not committed leaves nothing behind."""
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Take one tensor."""
+        ...
+
+    def commit(self) -> None:
+        """Make the output appear."""
+        ...
+
+    def __enter__(self) -> Sink: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def layout_of(path: Path, layout: str | None) -> str:
+    """The layout asked for, or the one that the output's name says: .pt, .safetensors, or a folder of shards."""
+    if layout is not None:
+        if layout not in LAYOUTS:
+            raise InvalidValueError(f"format {layout!r}: must be one of {', '.join(LAYOUTS)}")
+        return layout
+    if path.suffix == fmt.SUFFIX:
+        return "safetensors"
+    if path.suffix in (".pt", ".pth", ".bin"):
+        return "pt"
+    if path.suffix == "" or path.is_dir():
+        return "sharded"
+    raise InvalidValueError(f"{path}: name a .safetensors or .pt file, or a folder for shards, or say --format")
+
+
+def parse_size(size: str) -> int:
+    """Bytes from "5GB", "300MB", "1.5TB" (powers of 1000) or a plain number.
+
+    Raises:
+        InvalidValueError: anything else, or nothing above 0.
+    """
+    text = size.strip().upper()
+    unit = next((u for u in _SIZE_UNITS if text.endswith(u)), "")
+    try:
+        value = float(text.removesuffix(unit)) * _SIZE_UNITS.get(unit, 1)
+    except ValueError:
+        value = 0.0
+    if not 1 <= value < 2**63:
+        raise InvalidValueError(f"size {size!r}: must be a number of bytes above 0, with or without KB, MB, GB or TB")
+    return int(value)
+
+
+def output_exists(path: Path, layout: str) -> bool:
+    """Whether an output is there already."""
+    if layout == "sharded":
+        return holds_model(path)
+    return os.path.lexists(path)
+
+
+def make_sink(
+    layout: str,
+    path: Path,
+    specs: Sequence[fmt.TensorSpec],
+    metadata: Mapping[str, str],
+    overwrite: bool = False,
+    max_shard_size: int | None = None,
+) -> Sink:
+    """A sink that writes `specs` in a layout.
+
+    Arguments:
+        layout: "safetensors", "sharded" (`path` is a folder) or "pt".
+        path: the output.
+        specs: every tensor that will be written.
+        metadata: strings for the header; a .pt file has no place for them.
+        overwrite: replace what is there.
+        max_shard_size: bytes a shard, for "sharded".
+
+    Raises:
+        OutputExistsError, WriteError.
+    """
+    if not path.parent.is_dir():
+        raise InvalidValueError(f"{path}: its folder does not exist")
+    if layout == "pt":
+        return _TorchSink(path, overwrite)
+    if layout == "sharded":
+        return ShardedSink(path, specs, metadata, overwrite, max_shard_size or parse_size(DEFAULT_SHARD_SIZE))
+    return _FileSink(TensorFileWriter(path, specs, metadata, overwrite))
+
+
+class _FileSink:
+    """One safetensors file."""
+
+    def __init__(self, writer: TensorFileWriter) -> None:
+        self._writer = writer
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        self._writer.write(name, tensor_bytes(tensor))
+
+    def commit(self) -> None:
+        self._writer.commit()
+
+    def __enter__(self) -> _FileSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._writer.discard()
+
+
+class _TorchSink:
+    """A .pt state dict. torch.save takes it whole, so that this one layout holds the model in memory."""
+
+    def __init__(self, path: Path, overwrite: bool) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._file = files.PendingFile(path, overwrite)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        self._tensors[name] = tensor.cpu()
+
+    def commit(self) -> None:
+        with (
+            files.reported_as_write_error(self._file.path),
+            os.fdopen(os.dup(self._file.descriptor), "wb") as stream,
+        ):
+            try:
+                torch.save(self._tensors, stream)
+            except RuntimeError as error:
+                # torch's archive writer reports a refused write as a RuntimeError without an errno.
+                raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
+        self._file.publish()
+
+    def __enter__(self) -> _TorchSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.discard()

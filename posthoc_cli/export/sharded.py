@@ -1,0 +1,155 @@
+"""Shards and an index in a folder, and the model that they may replace."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
+
+from posthoc_cli import files
+from posthoc_cli.errors import OutputExistsError
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.tensors import tensor_bytes
+from posthoc_cli.snapshots.writer import TensorFileWriter
+
+SHARD_PATTERN = "model{suffix}.safetensors"
+INDEX_NAME = "model.safetensors.index.json"
+_MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether there is a model in a folder, in shards or in one file."""
+    return any((folder / name).exists() for name in (INDEX_NAME, SHARD_PATTERN.format(suffix="")))
+
+
+class ShardedSink:
+    """Shards and an index in a folder, as the Hugging Face libraries lay them out.
+
+    The index comes last: without it no reader takes the folder for a model. A model that fits one shard is
+    one file without an index, as there. A model that is replaced leaves no file behind, since those libraries
+    take whichever layout they look for first; it stays, whole, where its replacement fails.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        specs: Sequence[fmt.TensorSpec],
+        metadata: Mapping[str, str],
+        overwrite: bool,
+        limit: int,
+    ) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise OutputExistsError(f"{folder}: is a file; shards need a folder")
+        if not overwrite and holds_model(folder):
+            raise OutputExistsError(f"{folder}: holds a model already; choose another folder, or --force to replace it")
+        self._folder = folder
+        self._overwrite = overwrite
+        by_name = {spec.name: spec for spec in specs}
+        self._split = split_state_dict_into_shards_factory(
+            by_name, get_storage_size=lambda s: s.nbytes, filename_pattern=SHARD_PATTERN, max_shard_size=limit
+        )
+        self._old = _OldModel(folder)
+        with files.reported_as_write_error(folder):
+            self._made = files.make_directory(folder)
+        self._stack = ExitStack()
+        self._published: list[Path] = []
+        self._committed = False
+        try:
+            self._writers = {
+                file: self._stack.enter_context(
+                    TensorFileWriter(folder / file, [by_name[name] for name in names], metadata, overwrite)
+                )
+                for file, names in self._split.filename_to_tensors.items()
+            }
+        except BaseException:
+            self._clean_up()
+            raise
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        """Write one tensor to its shard."""
+        self._writers[self._split.tensor_to_filename[name]].write(name, tensor_bytes(tensor))
+
+    def commit(self) -> None:
+        """Publish the shards, then the index; a model that was there goes when the new one is whole."""
+        if self._overwrite:
+            self._old.keep()
+        for file, writer in self._writers.items():
+            writer.commit()
+            self._published.append(self._folder / file)
+        if self._split.is_sharded:
+            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
+            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+            files.write_whole(self._folder / INDEX_NAME, text.encode(), self._overwrite)
+            self._published.append(self._folder / INDEX_NAME)
+        self._old.remove_all_but(self._published)
+        self._committed = True
+        self._old.forget()
+
+    def _clean_up(self) -> None:
+        self._stack.close()
+        if self._committed:
+            return
+        for path in self._published:
+            path.unlink(missing_ok=True)
+        self._old.restore()
+        files.remove_directories(self._made)
+
+    def __enter__(self) -> ShardedSink:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._clean_up()
+
+
+class _OldModel:
+    """The files of the model that a folder holds, kept under temporary names until a new one is complete."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._kept: dict[Path, Path] = {}
+
+    def keep(self) -> None:
+        """Give every file a second name. The index loses its first: it must not lead to shards of two models."""
+        with files.reported_as_write_error(self._folder):
+            for path in sorted(self._folder.iterdir()):
+                if path.name == INDEX_NAME or _MODEL_FILE.fullmatch(path.name):
+                    self._kept[path] = files.temporary_path(self._folder)
+                    self._rename_or_link(path)
+
+    def _rename_or_link(self, path: Path) -> None:
+        if path.name != INDEX_NAME:
+            try:
+                return files.link(path, self._kept[path])
+            except OSError as error:
+                if error.errno not in files.NO_HARD_LINKS:
+                    raise
+        return files.rename(path, self._kept[path])
+
+    def remove_all_but(self, new: Sequence[Path]) -> None:
+        """Remove the files that no new one has replaced."""
+        with files.reported_as_write_error(self._folder):
+            for path in self._kept.keys() - set(new):
+                path.unlink(missing_ok=True)
+            files.fsync_directory(self._folder)
+
+    def restore(self) -> None:
+        """Give every file its own name back."""
+        for path, second in self._kept.items():
+            if second.exists():
+                second.replace(path)
+                second.unlink(missing_ok=True)  # still there where both were names of one file
+
+    def forget(self) -> None:
+        """Remove the second names."""
+        for second in self._kept.values():
+            with suppress(OSError):
+                second.unlink(missing_ok=True)
+        self._kept.clear()

@@ -1,0 +1,26 @@
+"""What a test sees of a command that it ran."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+    @property
+    def error(self) -> str:
+        """The one line of an error; fails where there is not exactly one."""
+        lines = self.err.splitlines()
+        assert len(lines) == 1, self.err
+        assert lines[0].startswith("ema: error: "), self.err
+        return lines[0].removeprefix("ema: error: ")
+
+
+Ema = Callable[..., Result]

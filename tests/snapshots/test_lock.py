@@ -1,0 +1,135 @@
+"""One writer a directory, by name, and free again when it has died (DESIGN.md 5.7)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from factories import tiny_model
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import LockedError, WriteError
+from posthoc_cli.snapshots import lock
+from posthoc_cli.snapshots.lock import DirectoryLock
+
+HOLDER = """
+import sys
+from pathlib import Path
+from posthoc_cli.snapshots.lock import DirectoryLock
+lock = DirectoryLock(Path(sys.argv[1]))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder_process(directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds the lock of `directory`, until it is killed or its input ends."""
+    command = [sys.executable, "-c", HOLDER, str(directory)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_second_lock_in_the_same_process_is_refused_and_names_the_holder(tmp_path: Path) -> None:
+    first = DirectoryLock(tmp_path)
+    with pytest.raises(LockedError, match=rf"another tracker of this process \({os.getpid()}\)") as caught:
+        DirectoryLock(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    first.release()
+
+
+def test_a_released_lock_is_free_and_releasing_twice_does_no_harm(tmp_path: Path) -> None:
+    first = DirectoryLock(tmp_path)
+    first.release()
+    second = DirectoryLock(tmp_path)
+    first.release()
+    with pytest.raises(LockedError, match=str(os.getpid())):
+        DirectoryLock(tmp_path)
+    second.release()
+
+
+def test_directories_are_locked_each_on_its_own(tmp_path: Path) -> None:
+    locks = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        locks.append(DirectoryLock(tmp_path / name))
+    for held in locks:
+        held.release()
+
+
+def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_path: Path) -> None:
+    with holder_process(tmp_path) as process:
+        with pytest.raises(LockedError, match=f"process {process.pid} on "):
+            DirectoryLock(tmp_path)
+        process.kill()
+        process.wait()
+        mine = DirectoryLock(tmp_path)
+    with pytest.raises(LockedError, match="another tracker of this process"):
+        DirectoryLock(tmp_path)
+    mine.release()
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"process":"x","host":1}', "\udcff"])
+def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path, text: str) -> None:
+    held = DirectoryLock(tmp_path)
+    (tmp_path / lock.HOLDER_NAME).write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(LockedError, match="another process is writing here"):
+        DirectoryLock(tmp_path)
+    held.release()
+
+
+def test_a_forked_child_that_ends_does_not_free_the_lock_of_its_parent(tmp_path: Path) -> None:
+    """As the workers of a DataLoader do."""
+    held = DirectoryLock(tmp_path)
+    script = (
+        "import os, sys; from pathlib import Path; from posthoc_cli.snapshots.lock import DirectoryLock\n"
+        "held = DirectoryLock(Path(sys.argv[1]))\n"
+        "child = os.fork()\n"
+        "if child == 0: held.release(); sys.exit()\n"
+        "os.waitpid(child, 0)\n"
+        "try: DirectoryLock(Path(sys.argv[1]))\n"
+        "except Exception as error: print(type(error).__name__)\n"
+    )
+    held.release()
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout == "LockedError\n"
+
+
+def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match="file: cannot be written"):
+        DirectoryLock(tmp_path / "file")
+
+    def full(*_: object, **__: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_text", full)
+        with pytest.raises(WriteError, match="no space left") as caught:
+            DirectoryLock(tmp_path)
+    DirectoryLock(tmp_path).release()  # although `caught` keeps the failed one alive
+    assert caught.value.errno == errno.ENOSPC
+
+
+def test_a_second_tracker_is_refused_at_its_first_update_and_goes_on_after_the_first_was_closed(
+    tmp_path: Path,
+) -> None:
+    model = tiny_model()
+    first, second = (PostHocEMA.from_model(model, tmp_path / "ema", update_every=1) for _ in range(2))
+    first.update_(model)
+    with pytest.raises(LockedError, match="another tracker of this process"):
+        second.update_(model)
+    first.close()
+    second.update_(model)
+    second.close()

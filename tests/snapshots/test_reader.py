@@ -1,0 +1,552 @@
+"""Damage and malice end in a FileFormatError that names the file, before a value is used (DESIGN.md 5.2, 5.8)."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import struct
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import xxhash
+from factories import RUN_ID, exact_gamma, write_snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots import decoding
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.reader import TensorFile, read_header, read_snapshot
+from posthoc_cli.snapshots.tensors import tensor_bytes, tensor_from_bytes
+from posthoc_cli.snapshots.writer import TensorFileWriter
+
+BLOCK = 4_194_304
+VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
+
+
+def small_snapshot(directory: Path) -> Path:
+    return write_snapshot(directory, 10, 0.05, RUN_ID, VALUES, aliases={"tied": "a"}, left_out=("frozen",))
+
+
+def small_output(directory: Path) -> Path:
+    info = fmt.OutputInfo(
+        RUN_ID, 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x.safetensors", 1.0),), ("b",)
+    )
+    path = directory / "output.safetensors"
+    specs = [fmt.TensorSpec("a", "F32", (2,)), fmt.TensorSpec("b", "I16", (1,))]
+    with TensorFileWriter(path, specs, fmt.output_metadata(info)) as writer:
+        for name, value in VALUES.items():
+            writer.write(name, tensor_bytes(value))
+        writer.commit()
+    return path
+
+
+def read_everything(path: Path) -> tuple[object, dict[str, bytes]]:
+    """All that a file says and holds."""
+    with TensorFile(path) as file:
+        kinds: dict[str | None, Callable[..., object]] = {
+            "snapshot": decoding.decode_snapshot,
+            "output": decoding.decode_output,
+        }
+        info = kinds[decoding.file_kind(file.header)](path, file.header)
+        return info, {name: file.read(name).tobytes() for name in file.header.tensors}
+
+
+# --- accidents -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [small_snapshot, small_output])
+def test_every_flipped_bit_is_found(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    path = make(tmp_path)
+    data = path.read_bytes()
+    descriptor = os.open(path, os.O_RDWR)
+    missed = []
+    for position, byte in enumerate(data):
+        for bit in range(8):
+            os.pwrite(descriptor, bytes([byte ^ 1 << bit]), position)
+            try:
+                read_everything(path)
+                missed.append((position, bit))
+            except FileFormatError as error:
+                assert str(path) in str(error)
+        os.pwrite(descriptor, bytes([byte]), position)
+    os.close(descriptor)
+    assert missed == []
+    read_everything(path)
+
+
+@pytest.mark.parametrize("make", [small_snapshot, small_output])
+def test_every_truncation_is_found(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    path = make(tmp_path)
+    for length in reversed(range(path.stat().st_size)):
+        os.truncate(path, length)
+        with pytest.raises(FileFormatError, match=r"truncated"):
+            read_header(path)
+
+
+@pytest.mark.parametrize("extra", [b"\0", b" ", b"x" * 4096])
+def test_appended_bytes_are_found(tmp_path: Path, extra: bytes) -> None:
+    path = small_snapshot(tmp_path)
+    path.write_bytes(path.read_bytes() + extra)
+    with pytest.raises(FileFormatError, match="longer than it should be"):
+        read_header(path)
+
+
+def swap(payload: bytearray) -> None:
+    payload[:BLOCK], payload[BLOCK : 2 * BLOCK] = payload[BLOCK : 2 * BLOCK], payload[:BLOCK]
+
+
+def zero(payload: bytearray) -> None:
+    payload[BLOCK : 2 * BLOCK] = bytes(BLOCK)
+
+
+def repeat(payload: bytearray) -> None:
+    payload[BLOCK : 2 * BLOCK] = payload[:BLOCK]
+
+
+def flip_last(payload: bytearray) -> None:
+    payload[-1] ^= 1
+
+
+@pytest.mark.parametrize("damage", [swap, zero, repeat, flip_last])
+def test_blocks_that_were_swapped_zeroed_or_repeated_are_found(
+    tmp_path: Path, damage: Callable[[bytearray], None]
+) -> None:
+    large = torch.arange(2 * BLOCK // 4 + 1, dtype=torch.int32)
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"large": large, "other": torch.ones(1)})
+    with TensorFile(path) as file:
+        assert file.read("large").tobytes() == large.numpy().tobytes()
+        start = file.header.payload_start + file.header.tensors["large"].begin
+    data = path.read_bytes()
+    payload = bytearray(data[start : start + 4 * large.numel()])
+    damage(payload)
+    path.write_bytes(data[:start] + payload + data[start + len(payload) :])
+    with TensorFile(path) as file:
+        assert file.read("other").tobytes() == struct.pack("<f", 1.0)  # other tensors can still be read
+        with pytest.raises(FileFormatError, match=r"'large' is damaged"):
+            file.read("large")
+
+
+def test_a_file_that_shrinks_under_a_reader_is_an_error_and_no_crash(tmp_path: Path) -> None:
+    path = small_snapshot(tmp_path)
+    with TensorFile(path) as file:
+        os.truncate(path, path.stat().st_size - 1)
+        with pytest.raises(FileFormatError, match=r"'b': the file became shorter"):
+            file.read("b")
+
+
+def test_a_file_that_shrinks_while_its_header_is_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, real = small_snapshot(tmp_path), os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, n, at: real(descriptor, n, at) if at == 0 else b"")
+    with pytest.raises(FileFormatError, match="became shorter"):
+        read_header(path)
+
+
+@pytest.mark.parametrize("call", ["pread", "preadv"])
+def test_a_disk_that_cannot_read_is_told_with_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    path = small_snapshot(tmp_path)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, call, fail)
+    with pytest.raises(FileFormatError, match="cannot be read: input/output error") as caught:
+        read_everything(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(tmp_path: Path) -> None:
+    planned = read_snapshot(small_snapshot(tmp_path))
+    planned.path.unlink()
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {**VALUES, "a": VALUES["a"] + 1}, name=planned.path.name)
+    with pytest.raises(FileFormatError, match="was replaced"):
+        TensorFile(planned.path, planned.header)
+
+
+# --- what is no file -------------------------------------------------------------------------------
+
+
+def make_fifo(path: Path) -> None:
+    os.mkfifo(path)
+
+
+def make_dangling(path: Path) -> None:
+    path.symlink_to("missing")
+
+
+def make_loop(path: Path) -> None:
+    path.symlink_to(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.mkdir, "not a regular file"),
+        (make_fifo, "not a regular file"),
+        (make_dangling, "no such file"),
+        (make_loop, "symbolic link"),
+        (Path.touch, "truncated"),
+    ],
+)
+def test_something_else_in_place_of_a_file_is_refused_without_waiting(
+    tmp_path: Path, make: Callable[[Path], None], reason: str
+) -> None:
+    make(tmp_path / "x")
+    with pytest.raises(FileFormatError, match=reason):
+        read_header(tmp_path / "x")
+
+
+def test_a_path_that_no_system_accepts_is_refused() -> None:
+    with pytest.raises(FileFormatError, match="cannot be opened"):
+        read_header(Path("a\0b"))
+
+
+# --- headers that lie ------------------------------------------------------------------------------
+
+
+def craft(path: Path, header: bytes | Any, payload: bytes = b"", length: int | None = None) -> Path:
+    """A safetensors file of exactly this header, without checksums, as a stranger may make it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + payload)
+    return path
+
+
+def entry(begin: Any = 0, end: Any = 4, dtype: Any = "F32", shape: Any = (1,)) -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+PLAIN = b'{"dtype":"F32","shape":[1],"data_offsets":[0,4]}'
+
+
+@pytest.mark.parametrize(
+    ("header", "size"),
+    [
+        (b'{"a":%b,"a":%b}' % (PLAIN, PLAIN), 4),
+        (b'{"__metadata__":{"k":"1","k":"1"},"a":%b}' % PLAIN, 4),
+        (b'{"a":{"dtype":"F32","dtype":"F32","shape":[1],"data_offsets":[0,4]}}', 4),
+        ({"a": entry(0, 4), "b": entry(2, 6)}, 6),  # overlap
+        ({"a": entry(0, 4), "b": entry(2, 6)}, 8),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, 4),
+        ({"a": entry(0, 4), "b": entry(0, 4)}, 8),
+        ({"a": entry(0, 4), "b": entry(8, 12)}, 12),  # gap
+        ({"a": entry(4, 8)}, 8),
+        ({"a": entry(4, 0)}, 4),
+        ({"a": entry(-4, 0)}, 0),
+        ({"a": entry(False, 4)}, 4),
+        ({"a": entry(0, True, "U8")}, 1),
+        ({"a": entry(0.0, 4.0)}, 4),
+        ({"a": entry("0", "4")}, 4),
+        ({"a": entry(2**63, 2**63 + 4)}, 4),
+        ({"a": entry(0, 4, shape=[-1])}, 4),
+        ({"a": entry(0, 4, shape=[-1, -1])}, 4),
+        ({"a": entry(0, 1, "U8", shape=[True])}, 1),
+        ({"a": entry(0, 4, shape=[1.0])}, 4),
+        ({"a": entry(0, 4, shape=[2])}, 4),
+        ({"a": entry(0, 4, shape=[2**62, 2**62])}, 4),
+        ({"a": entry(0, 0, shape=[0, 2**62, 2**62])}, 0),
+        ({"a": entry(0, 4, shape=[1] * 65)}, 4),
+        ({"a": entry(0, 4, shape=1)}, 4),
+        ({"a": entry(0, 4, "F13")}, 4),
+        ({"a": entry(0, 4, ["F32"])}, 4),
+        ({"a": entry(0, 4, None)}, 4),
+        ({"a": {**entry(), "extra": 1}}, 4),
+        ({"a": {"dtype": "F32", "shape": [1]}}, 4),
+        ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, 4),
+        ({"a": None}, 0),
+        ({"a": [0, 4]}, 0),
+        ({"a": entry(0, 10 * 2**30, shape=[10 * 2**28])}, 900),
+        ({"__metadata__": {"k": 1}}, 0),
+        ({"__metadata__": []}, 0),
+        ({"__metadata__": None}, 0),
+        (b'{"a":{"dtype":"F32","shape":[NaN],"data_offsets":[0,4]}}', 4),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,Infinity]}}', 4),
+        (b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,%b]}}' % (b"9" * 5000), 4),
+        (b'{"a":' + b"[" * 200_000 + b"]" * 200_000 + b"}", 0),
+        (b'{"a":' * 200_000 + b"1" + b"}" * 200_000, 0),
+        (b"[]", 0),
+        (b"null", 0),
+        (b"", 0),
+        (b"{", 0),
+        (b"{}{}", 0),
+        (b"{'a':1}", 0),
+        (b"\xff\xfe{}", 0),
+        (b"\xef\xbb\xbf{}", 0),
+        (b'{"\xc3\x28":%b}' % PLAIN, 4),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies_is_refused(tmp_path: Path, header: Any, size: int) -> None:
+    path = craft(tmp_path / "x.safetensors", header, bytes(size))
+    with pytest.raises(FileFormatError) as caught:
+        read_header(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert len(str(caught.value)) < 600
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("length", [3, 10**8 + 1, 2**31, 2**63, 2**64 - 1])
+def test_a_header_length_that_cannot_be_is_refused_before_anything_is_allocated(tmp_path: Path, length: int) -> None:
+    path = craft(tmp_path / "x.safetensors", b"{}", length=length)
+    if length == 10**8 + 1:
+        os.truncate(path, 2 * length)  # the header would fit; the rest of the file is a hole
+    with pytest.raises(FileFormatError, match=f"header would take {length:,} bytes"):
+        read_header(path)
+
+
+def test_foreign_files_of_safetensors_itself_are_read(tmp_path: Path) -> None:
+    tensors = {"w": torch.randn(3, 2), "n": torch.tensor(5), "e": torch.empty(0, 2), "h": torch.ones(3).bfloat16()}
+    safetensors.torch.save_file(tensors, tmp_path / "x.safetensors")
+    with TensorFile(tmp_path / "x.safetensors") as file:
+        for name, tensor in tensors.items():
+            found = file.header.tensors[name]
+            assert torch.equal(tensor_from_bytes(file.read(name), found.dtype, found.shape), tensor)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/etc/passwd", "a\nb", "\x1b[31mred", "nul\0", "\ud800"])
+def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    path = craft(folder / "x.safetensors", {name: entry(0, 8)}, bytes(8))
+    with pytest.raises(FileFormatError) as caught:
+        read_header(path)
+    assert repr(name) in str(caught.value)
+    assert all(character.isprintable() for character in str(caught.value))
+    assert [p.name for p in tmp_path.rglob("*")] == ["folder", "x.safetensors"]
+
+
+# --- metadata that lies, under a checksum that is right --------------------------------------------
+
+
+def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Change the header (metadata in "__metadata__") of a file of ours, and make its checksum right again."""
+    data = path.read_bytes()
+    (length,) = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8 : 8 + length])
+    change(header)
+    metadata = header["__metadata__"]
+    if "ema.checksum" in metadata:
+        metadata["ema.checksum"] = "0" * 16
+    text = json.dumps(header, separators=(",", ":")).encode()
+    blank = struct.pack("<Q", len(text)) + text
+    right = xxhash.xxh3_64_hexdigest(blank).encode()
+    mark = b'"ema.checksum":"'
+    path.write_bytes(blank.replace(mark + b"0" * 16, mark + right) + data[8 + length :])
+    return path
+
+
+def set_key(key: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda header: header["__metadata__"].update({key: value})
+
+
+def set_entry(key: str, name: str, **fields: Any) -> Callable[[dict[str, Any]], object]:
+    """Change one object in a metadata value that is JSON."""
+
+    def change(header: dict[str, Any]) -> None:
+        value = json.loads(header["__metadata__"][key])
+        value[name] = {**value.get(name, {}), **fields}
+        header["__metadata__"][key] = json.dumps(value)
+
+    return change
+
+
+def test_forging_alone_changes_nothing(tmp_path: Path) -> None:
+    path = small_snapshot(tmp_path)
+    before = read_everything(path)
+    assert read_everything(forge(path, lambda _: None)) == before
+
+
+SNAPSHOT_KEYS = [
+    "ema.version", "ema.run_id", "ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_unit", "ema.step", "ema.t_first",
+    "ema.max_interval", "ema.schedule", "ema.tensors", "ema.aliases", "ema.left_out", "ema.checksums", "ema.checksum",
+]  # fmt: skip
+OUTPUT_KEYS = [
+    "ema.version", "ema.run_id", "ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_unit", "ema.method",
+    "ema.profile_error", "ema.predicted_error", "ema.snapshots", "ema.copies", "ema.checksums", "ema.checksum",
+]  # fmt: skip
+BOTH_KINDS = [(small_snapshot, key) for key in SNAPSHOT_KEYS] + [(small_output, key) for key in OUTPUT_KEYS]
+
+
+@pytest.mark.parametrize(("make", "key"), BOTH_KINDS)
+def test_a_missing_key_is_named(tmp_path: Path, make: Callable[[Path], Path], key: str) -> None:
+    path = forge(make(tmp_path), lambda header: header["__metadata__"].pop(key))
+    with pytest.raises(FileFormatError, match=key if key != "ema.checksum" else "has no checksum"):
+        read_everything(path)
+
+
+NUMBERS = ["", "x", "nan", "inf", "-inf", "1e999", "--1", "0x10", "1,5"]
+WHOLE = ["", "1.5", "-1", "1e3", "\u0663", "9" * 20, "nan"]
+OBJECTS = ["", "{", "[]", "null", "1", '{"a":1,"a":1}', "{'a':1}", "[" * 10**5, '"\ud800"', "NaN"]
+LISTS = ["", "{", "{}", "null", "[" * 10**5, "[1]", '[["a"]]', '[{"a":1}]', "[null]", '["\ud800', "[NaN]"]
+
+
+@pytest.mark.parametrize(
+    ("make", "key", "value"),
+    [(small_snapshot, key, v) for key in ("ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_first") for v in NUMBERS]
+    + [(small_snapshot, "ema.step", value) for value in WHOLE]
+    + [(small_snapshot, key, v) for key in ("ema.schedule", "ema.tensors", "ema.aliases") for v in OBJECTS]
+    + [(small_snapshot, "ema.left_out", value) for value in LISTS]
+    + [(small_output, key, value) for key in ("ema.snapshots", "ema.copies") for value in LISTS]
+    + [(small_output, key, value) for key in ("ema.profile_error", "ema.predicted_error") for value in NUMBERS],
+)  # fmt: skip
+def test_a_value_that_is_malformed_is_named(tmp_path: Path, make: Callable[[Path], Path], key: str, value: str) -> None:
+    path = forge(make(tmp_path), set_key(key, value))
+    with pytest.raises(FileFormatError, match=key) as caught:
+        read_everything(path)
+    assert all(character.isprintable() for character in str(caught.value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        set_key("ema.version", "2"),
+        set_key("ema.run_id", "short"),
+        set_key("ema.run_id", "\x1b[31m" + "0" * 27),
+        set_key("ema.sigma_rel", "0.2887"),
+        set_key("ema.sigma_rel", "-0.1"),
+        set_key("ema.sigma_rel", "1e-320"),
+        set_key("ema.gamma", "16.9"),
+        set_key("ema.t", "-10"),
+        set_key("ema.t", "0.5"),  # before the first update, at 1
+        set_key("ema.t_first", "0"),
+        set_key("ema.step", "0"),
+        set_key("ema.max_interval", "-1"),
+        set_key("ema.schedule", '{"update_every":1}'),
+        set_key("ema.schedule", json.dumps({**vars(fmt.Schedule()), "update_every": True})),
+        set_key("ema.schedule", json.dumps({**vars(fmt.Schedule()), "update_every": None})),
+        set_key("ema.schedule", json.dumps({**vars(fmt.Schedule()), "max_checkpoints": 1.0})),
+        set_key("ema.schedule", json.dumps({**vars(fmt.Schedule()), "checkpoint_dtype": "F13"})),
+        set_key("ema.schedule", json.dumps({**vars(fmt.Schedule()), "checkpoint_dtype": ["F16"]})),
+        set_key("ema.tensors", "{}"),
+        set_key("ema.aliases", '{"tied":"missing"}'),
+        set_key("ema.aliases", '{"a":"b"}'),
+        set_key("ema.aliases", '{"tied":["a"]}'),
+        set_key("ema.aliases", '{"tied":null}'),
+        set_entry("ema.tensors", "a", role="sum"),
+        set_entry("ema.tensors", "a", role=["average"]),
+        set_entry("ema.tensors", "a", dtype="F13"),
+        set_entry("ema.tensors", "a", dtype="I64"),  # an average of whole numbers
+        set_entry("ema.tensors", "b", role="average"),
+        set_entry("ema.tensors", "b", dtype="F16"),  # a copy of another dtype than its bytes
+        set_entry("ema.tensors", "c", role="copy", dtype="F32"),
+        set_key("ema.checksums", "{}"),
+        set_key("ema.checksums", "[]"),
+        set_key("ema.checksums", '{"a":1,"b":1}'),
+        set_key("ema.checksums", json.dumps({"a": "0" * 32, "b": "0" * 16})),
+        set_key("ema.checksums", json.dumps({"a": "0" * 16, "b": "0" * 16})),
+        set_key("ema.checksums", '"\ud800"'),
+        set_key("ema.format", "output"),
+        set_key("ema.format", "elsewhere"),
+    ],
+)  # fmt: skip
+def test_a_snapshot_that_contradicts_itself_is_refused(
+    tmp_path: Path, change: Callable[[dict[str, Any]], object]
+) -> None:
+    path = forge(small_snapshot(tmp_path), change)
+    with pytest.raises(FileFormatError) as caught, TensorFile(path) as file:
+        decoding.decode_snapshot(path, file.header)
+        for name in file.header.tensors:
+            file.read(name)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert all(character.isprintable() for character in str(caught.value))
+
+
+@pytest.mark.parametrize("coefficient", ["1" * 400, "1e999", "true", '"1"', "null"])
+def test_a_coefficient_that_is_no_finite_number_is_refused(tmp_path: Path, coefficient: str) -> None:
+    text = f'[{{"file":"x","coefficient":{coefficient}}}]'
+    path = forge(small_output(tmp_path), set_key("ema.snapshots", text))
+    with pytest.raises(FileFormatError, match=r"ema\.snapshots"):
+        read_everything(path)
+
+
+def test_a_snapshot_without_any_metadata_is_a_foreign_file(tmp_path: Path) -> None:
+    path = craft(tmp_path / "x.safetensors", {"a": entry()}, bytes(4))
+    with pytest.raises(FileFormatError, match=r"not a snapshot of this package: has no ema\.format"):
+        read_snapshot(path)
+
+
+# --- fuzz ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
+    """The header of a small snapshot, and its payload."""
+    path = small_snapshot(tmp_path_factory.mktemp("fuzz"))
+    start = read_header(path).payload_start
+    return path.read_bytes()[:start], path.read_bytes()[start:]
+
+
+def decode(start: bytes, size: int) -> tuple[fmt.FileHeader, fmt.SnapshotInfo, dict[str, str]]:
+    header = decoding.decode_header(Path("x"), start, size)
+    return header, decoding.decode_snapshot(Path("x"), header), decoding.decode_checksums(Path("x"), header)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.data())
+def test_a_header_with_any_piece_replaced_is_refused_or_says_the_same(
+    whole: tuple[bytes, bytes], data: st.DataObject
+) -> None:
+    start, payload = whole
+    begin = data.draw(st.integers(8, len(start)))
+    end = data.draw(st.integers(begin, min(begin + 40, len(start))))
+    changed = start[:begin] + data.draw(st.binary(max_size=40)) + start[end:]
+    try:
+        result = decode(changed, len(changed) + len(payload))
+    except FileFormatError:
+        return
+    assert result == decode(start, len(start) + len(payload))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.just(2**70),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=500)
+@given(key=st.sampled_from([*SNAPSHOT_KEYS[:-1], "ema.format"]), value=st.text() | json_values.map(json.dumps))
+def test_any_metadata_under_a_right_checksum_is_refused_or_read_and_never_crashes(
+    whole: tuple[bytes, bytes], key: str, value: str
+) -> None:
+    start, payload = whole
+    header = json.loads(start[8:])
+    header["__metadata__"] |= {key: value, "ema.checksum": "0" * 16}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    blank = struct.pack("<Q", len(text)) + text
+    mark = b'"ema.checksum":"'
+    forged = blank.replace(mark + b"0" * 16, mark + xxhash.xxh3_64_hexdigest(blank).encode())
+    try:
+        _, info, _ = decode(forged, len(forged) + len(payload))
+    except FileFormatError as error:
+        assert str(error).isprintable()
+        return
+    assert np.isfinite([info.t, info.sigma_rel, info.gamma, info.t_first, info.max_interval]).all()
+    assert info.tensors.keys() == {"a", "b"}
+
+
+@settings(deadline=None, max_examples=500)
+@given(
+    path=st.sampled_from([("a",), ("a", "dtype"), ("a", "shape"), ("a", "data_offsets"), ("new",)]), value=json_values
+)
+def test_any_header_of_a_stranger_is_refused_or_tiles_the_payload(path: Sequence[str], value: Any) -> None:
+    header: dict[str, Any] = {"a": entry(0, 4), "b": entry(4, 8)}
+    place: Any = header
+    for key in path[:-1]:
+        place = place[key]
+    place[path[-1]] = value
+    start = bytes(8) + json.dumps(header).encode()
+    try:
+        found = decoding.decode_header(Path("x"), start, len(start) + 8)
+    except FileFormatError as error:
+        assert str(error).isprintable()
+        return
+    assert sum(tensor.nbytes for tensor in found.tensors.values()) == 8

@@ -1,0 +1,317 @@
+"""A directory holds one run, whose files belong together; nothing in it is lost by adding to it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, write_snapshot
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posthoc_cli import files
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, WriteError
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import store
+from posthoc_cli.snapshots.store import (
+    inspect_directory,
+    read_directory,
+    set_aside_later,
+    snapshot_path,
+    thin,
+)
+from posthoc_cli.snapshots.writer import TensorFileWriter
+
+W = {"w": torch.ones(2, 3)}
+
+
+def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)) -> None:
+    for t in times:
+        for sigma_rel in sigma_rels:
+            write_snapshot(directory, t, sigma_rel, RUN_ID, {"w": torch.full((2, 3), float(t))})
+
+
+def write_output(path: Path) -> None:
+    info = fmt.OutputInfo(RUN_ID, 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 0.0, None, ())
+    with TensorFileWriter(path, [], fmt.output_metadata(info)) as writer:
+        writer.commit()
+
+
+def times_in(directory: Path) -> list[float]:
+    return [snapshot.info.t for snapshot in read_directory(directory)]
+
+
+# --- what belongs together -------------------------------------------------------------------------
+
+
+def test_snapshots_come_by_time_then_sigma_rel_whatever_their_names(tmp_path: Path) -> None:
+    for name, t, sigma_rel in (("a", 30, 0.05), ("b", 20, 0.28), ("c", 20, 0.05), ("d", 100, 0.05)):
+        write_snapshot(tmp_path, t, sigma_rel, RUN_ID, W, name=f"{name}.safetensors")
+    assert [s.path.stem for s in read_directory(tmp_path)] == ["c", "b", "a", "d"]
+
+
+def test_any_snapshot_can_be_copied_moved_or_deleted_on_its_own(tmp_path: Path) -> None:
+    write_times(tmp_path / "run", [10, 20, 30])
+    (tmp_path / "elsewhere").mkdir()
+    first, second, third = sorted((tmp_path / "run").iterdir())
+    shutil.copy(first, tmp_path / "elsewhere" / "x.safetensors")
+    third.rename(tmp_path / "elsewhere" / "0.safetensors")
+    second.unlink()
+    assert times_in(tmp_path / "run") == [10]
+    assert times_in(tmp_path / "elsewhere") == [10, 30]
+
+
+def test_outputs_temporaries_hidden_files_and_other_files_beside_snapshots_are_left_alone(tmp_path: Path) -> None:
+    write_times(tmp_path, [10])
+    write_output(tmp_path / "model.safetensors")
+    for name in (".ema-0123.tmp", ".ema.lock", "._x.safetensors", "notes.txt", "old.pt"):
+        (tmp_path / name).write_bytes(b"junk")
+    (tmp_path / "superseded").mkdir()
+    (tmp_path / "superseded" / "x.safetensors").write_bytes(b"junk")
+    assert times_in(tmp_path) == [10]
+
+
+@pytest.mark.parametrize(
+    ("values", "fields", "told"),
+    [
+        (W, {"run_id": OTHER_RUN_ID}, ["different runs"]),
+        (W, {"t_unit": "images"}, ["'steps'", "'images'"]),
+        ({"w": torch.ones(3, 2)}, {}, ["tensor 'w'", "[2, 3]", "[3, 2]"]),
+        (W, {"tensors": {"w": fmt.TrackedTensor("average", "BF16")}}, ["tensor 'w'", "F32", "BF16"]),
+        (W, {"tensors": {"w": fmt.TrackedTensor("copy", "F32")}}, ["tensor 'w'", "average", "copy"]),
+        ({"v": W["w"]}, {}, ["tensor 'v'", "missing in"]),
+        ({**W, "more\n": W["w"]}, {}, [r"tensor 'more\n'", "missing in"]),
+        ({}, {}, ["tensor 'w'", "missing in"]),
+        (W, {"aliases": {"tied": "w"}}, ["tie different names"]),
+    ],
+)
+@pytest.mark.parametrize("last", [True, False])
+def test_snapshots_that_do_not_belong_together_never_mix(
+    tmp_path: Path, values: dict[str, torch.Tensor], fields: dict[str, Any], told: list[str], last: bool
+) -> None:
+    write_times(tmp_path, [20, 30])
+    odd = write_snapshot(tmp_path, 40 if last else 10, 0.05, **{"run_id": RUN_ID, "values": values, **fields})
+    with pytest.raises(MismatchError) as caught:
+        read_directory(tmp_path)
+    message = str(caught.value)
+    assert str(odd) in message
+    assert str(snapshot_path(tmp_path, 20, 0.05)) in message
+    assert message.isprintable()
+    for part in told:
+        assert part in message
+
+
+def test_averages_may_be_stored_in_different_dtypes(tmp_path: Path) -> None:
+    """A value too large for float16 keeps its tensor in float32 (DESIGN.md 5.4)."""
+    tensors = {"w": fmt.TrackedTensor("average", "F32")}
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": W["w"].half()}, tensors=tensors)
+    write_snapshot(tmp_path, 20, 0.05, RUN_ID, W, tensors=tensors)
+    assert times_in(tmp_path) == [10, 20]
+
+
+def test_two_snapshots_of_one_time_and_profile_are_refused_and_both_named(tmp_path: Path) -> None:
+    write_times(tmp_path, [10])
+    (original,) = tmp_path.iterdir()
+    copy = tmp_path / "copy.safetensors"
+    shutil.copy(original, copy)
+    with pytest.raises(MismatchError, match=r"both hold sigma_rel 0\.05 at t = 10; remove one") as caught:
+        read_directory(tmp_path)
+    assert str(original) in str(caught.value)
+    assert str(copy) in str(caught.value)
+
+
+def test_a_foreign_safetensors_file_among_the_snapshots_is_named(tmp_path: Path) -> None:
+    write_times(tmp_path, [10])
+    safetensors.torch.save_file(W, tmp_path / "model.safetensors")
+    with pytest.raises(FileFormatError, match=r"model\.safetensors: not a snapshot of this package"):
+        read_directory(tmp_path)
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_under_a_snapshots_name_is_named(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    write_times(tmp_path, [10])
+    make(tmp_path / "x.safetensors")
+    with pytest.raises(FileFormatError, match=r"x\.safetensors"):
+        read_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (Path.exists, "no such directory"),
+        (Path.mkdir, "no snapshots here"),
+        (Path.touch, "is not a directory"),
+        (lambda path: path.symlink_to("nowhere"), "no such directory"),
+    ],
+)
+def test_a_directory_that_is_none_is_told(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
+    make(tmp_path / "run")
+    with pytest.raises(DirectoryError, match=reason) as caught:
+        read_directory(tmp_path / "run")
+    assert str(tmp_path / "run") in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["0.1000.pt", "network-snapshot-1000-0.050.pkl"])
+def test_a_directory_of_another_library_is_told_so(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(DirectoryError, match=r"no snapshots here.*other libraries cannot be read"):
+        read_directory(tmp_path)
+
+
+def test_a_snapshot_that_is_thinned_away_while_a_reader_looks_is_not_missed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_times(tmp_path, [10, 20, 30])
+    gone, real = snapshot_path(tmp_path, 20, 0.05), store.read_header
+
+    def read_late(path: Path) -> fmt.FileHeader:
+        gone.unlink(missing_ok=True)
+        return real(path)
+
+    monkeypatch.setattr(store, "read_header", read_late)
+    assert times_in(tmp_path) == [10, 30]
+
+
+# --- looking without stopping ----------------------------------------------------------------------
+
+
+def test_an_inspection_lists_every_problem_and_goes_on(tmp_path: Path) -> None:
+    write_times(tmp_path, [10, 20], (0.05, 0.28))
+    write_times(tmp_path, [30])
+    write_snapshot(tmp_path, 40, 0.05, OTHER_RUN_ID, W, name="foreign.safetensors")
+    shutil.copy(snapshot_path(tmp_path, 10, 0.05), tmp_path / "double.safetensors")
+    (tmp_path / "damaged.safetensors").write_bytes(snapshot_path(tmp_path, 10, 0.05).read_bytes()[:-1])
+    (tmp_path / ".ema-0123.tmp").touch()
+    (tmp_path / "superseded").mkdir()
+    (tmp_path / "superseded" / "x.safetensors").touch()
+    found = inspect_directory(tmp_path)
+    assert len(found.snapshots) == 7
+    for part in (
+        "damaged.safetensors: truncated",
+        "different runs",
+        "both hold",
+        "t = 30: no snapshot of sigma_rel 0.28",
+    ):
+        assert sum(part in problem for problem in found.problems) == 1
+    assert found.leftovers == (tmp_path / ".ema-0123.tmp",)
+    assert found.superseded == 1
+
+
+def test_a_good_directory_has_no_problems(tmp_path: Path) -> None:
+    write_times(tmp_path, [10, 20], (0.05, 0.28))
+    found = inspect_directory(tmp_path)
+    assert (found.problems, found.leftovers, found.superseded) == ((), (), 0)
+    with pytest.raises(DirectoryError):
+        inspect_directory(tmp_path / "absent")
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+clocks = st.one_of(
+    st.integers(1, 2**53).map(float),
+    st.floats(1e-6, 1e15, allow_subnormal=False),
+    st.integers(1, 10**9).map(lambda n: n / 64),
+)
+
+
+@settings(deadline=None)
+@given(st.lists(clocks, min_size=2, max_size=20, unique=True))
+def test_names_sort_by_time(times: list[float]) -> None:
+    paths = [snapshot_path(Path(), t, 0.05).name for t in sorted(times)]
+    assert paths == sorted(paths)
+    assert len(set(paths)) == len(times)
+    assert all(len(path) < 100 and "/" not in path for path in paths)
+
+
+@given(clocks, st.lists(st.floats(1e-6, 0.2886), min_size=2, unique=True))
+def test_names_differ_for_different_profiles(t: float, sigma_rels: list[float]) -> None:
+    assert len({snapshot_path(Path(), t, sigma_rel) for sigma_rel in sigma_rels}) == len(sigma_rels)
+
+
+def test_names_are_for_people() -> None:
+    assert snapshot_path(Path("run"), 1000.0, 0.05).name.endswith("1000-0.05.safetensors")
+    assert snapshot_path(Path("run"), 12.5, 0.28).name.endswith("12.5-0.28.safetensors")
+
+
+# --- adding ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("keep", "left"), [(1, [50]), (2, [10, 50]), (3, [10, 30, 50]), (5, [10, 20, 30, 40, 50])])
+def test_thinning_keeps_the_newest_and_the_first_of_each_profile(tmp_path: Path, keep: int, left: list[float]) -> None:
+    write_times(tmp_path, [10, 20, 30, 40, 50], (0.05, 0.28))
+    thin(tmp_path, keep)
+    for sigma_rel in (0.05, 0.28):
+        assert [s.info.t for s in read_directory(tmp_path) if s.info.sigma_rel == sigma_rel] == left
+
+
+def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
+    for name, t in (("z", 10), ("y", 20), ("x", 30)):
+        path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
+        os.utime(path, (1e9 - t, 1e9 - t))
+    thin(tmp_path, 1)
+    assert times_in(tmp_path) == [30]
+
+
+def test_keeping_all_reads_and_removes_nothing(tmp_path: Path) -> None:
+    write_times(tmp_path, [10, 20])
+    thin(tmp_path, None)
+    assert times_in(tmp_path) == [10, 20]
+
+
+def test_thinning_leaves_files_alone_that_are_no_snapshots_of_the_run(tmp_path: Path) -> None:
+    write_times(tmp_path, [10, 20, 30])
+    write_output(tmp_path / "model.safetensors")
+    thin(tmp_path, 1)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path: Path) -> None:
+    for attempt in range(3):
+        for t in (10, 20, 30):
+            if t > 10 or attempt == 0:
+                write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.full((2, 3), float(attempt))})
+        moved = set_aside_later(tmp_path, 10)
+        assert len(moved) == 2
+    aside = tmp_path / "superseded"
+    contents = {safetensors.torch.load_file(path)["w"][0, 0].item() for path in aside.iterdir()}
+    assert len(list(aside.iterdir())) == 6
+    assert contents == {0.0, 1.0, 2.0}
+    assert times_in(tmp_path) == [10]
+
+
+def test_a_dangling_link_in_the_way_is_not_overwritten_either(tmp_path: Path) -> None:
+    write_times(tmp_path, [10, 20])
+    in_the_way = tmp_path / "superseded" / snapshot_path(tmp_path, 20, 0.05).name
+    in_the_way.parent.mkdir()
+    in_the_way.symlink_to("nowhere")
+    (moved,) = set_aside_later(tmp_path, 10)
+    assert in_the_way.is_symlink()
+    assert moved != in_the_way
+
+
+def test_nothing_later_means_nothing_is_touched(tmp_path: Path) -> None:
+    write_times(tmp_path, [10])
+    assert set_aside_later(tmp_path, 10) == []
+    assert not (tmp_path / "superseded").exists()
+
+
+@pytest.mark.parametrize("operation", ["make_directory", "rename", "fsync_directory"])
+def test_setting_aside_that_fails_is_told_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    write_times(tmp_path, [10, 20, 30])
+
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(files, operation, fail)
+    with pytest.raises(WriteError, match="input/output error"):
+        set_aside_later(tmp_path, 10)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3

@@ -1,0 +1,66 @@
+"""Tensors to bytes and back, bit for bit."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.snapshots.format import DTYPE_WORDS, ITEM_BYTES
+from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
+
+SHAPES = [(), (1,), (0,), (3, 0, 2), (2, 3)]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", list(ITEM_BYTES))
+def test_any_bytes_are_a_tensor_of_any_dtype_and_come_back(name: str, shape: tuple[int, ...]) -> None:
+    count = int(np.prod(shape)) * ITEM_BYTES[name]
+    data = np.random.default_rng(0).integers(0, 2 if name == "BOOL" else 256, count, dtype=np.uint8)
+    tensor = tensor_from_bytes(data, name, shape)
+    assert (tensor.dtype, tuple(tensor.shape)) == (torch_dtype(name), shape)
+    assert stored_name(tensor.dtype) == name
+    assert bytes(tensor_bytes(tensor)) == data.tobytes()
+
+
+def test_the_bytes_are_row_major_whatever_the_memory_is() -> None:
+    grid = torch.arange(6, dtype=torch.int16).reshape(2, 3)
+    expected = struct.pack("<6h", 0, 3, 1, 4, 2, 5)
+    assert bytes(tensor_bytes(grid.T)) == expected
+    assert bytes(tensor_bytes(grid.repeat(1, 2)[:, :3].T)) == expected
+    assert bytes(tensor_bytes(torch.tensor(7, dtype=torch.int16).expand(2))) == struct.pack("<2h", 7, 7)
+
+
+def test_a_contiguous_tensor_is_not_copied() -> None:
+    tensor = torch.zeros(4)
+    view = np.frombuffer(tensor_bytes(tensor), np.float32)
+    tensor[1] = 3.0
+    assert view[1] == 3.0
+
+
+def test_a_parameter_gives_its_values() -> None:
+    assert bytes(tensor_bytes(torch.nn.Parameter(torch.tensor([1.0])))) == struct.pack("<f", 1.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.quint8])
+def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor(dtype: torch.dtype) -> None:
+    with pytest.raises(InvalidValueError, match=r"tensor 'w': dtype .* cannot be stored"):
+        stored_name(dtype, "w")
+
+
+def test_dtypes_of_averages_are_given_as_words_or_as_such() -> None:
+    assert parse_dtype(None) is parse_dtype("keep") is None
+    assert {word: parse_dtype(word) for word in DTYPE_WORDS} == {
+        "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32, "fp32": torch.float32,
+        "float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    }  # fmt: skip
+    assert parse_dtype(torch.bfloat16) is torch.bfloat16
+
+
+@pytest.mark.parametrize("dtype", ["int8", torch.int64, torch.float8_e4m3fn])
+def test_another_dtype_is_refused_for_averages(dtype: torch.dtype | str) -> None:
+    with pytest.raises(InvalidValueError, match="must be one of float64"):
+        parse_dtype(dtype)

@@ -1,0 +1,642 @@
+"""Layouts that others read, and an export that happens whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import safetensors
+import safetensors.torch
+import torch
+from factories import RUN_ID, exact_gamma, write_snapshot
+
+from posthoc_cli import files
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    NonFiniteError,
+    OutputExistsError,
+    WriteError,
+)
+from posthoc_cli.export import LAYOUTS, export_file, layout_of, output_exists, parse_size, write_synthesis
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.decoding import decode_output
+from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
+from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.synthesis import disk_sources, plan_synthesis
+
+INDEX = "model.safetensors.index.json"
+Tensors = dict[str, torch.Tensor]
+
+WEIGHTS: Tensors = {
+    "a": torch.arange(10, dtype=torch.float32) / 3,
+    "b": torch.arange(20, dtype=torch.float32).reshape(4, 5) / 7,
+    "var": torch.tensor([1 / 3, 2 / 3]),  # a buffer, which is never cast
+    "count": torch.tensor(7),
+}
+
+
+def write_output(
+    path: Path, tensors: Mapping[str, torch.Tensor] = WEIGHTS, copies: tuple[str, ...] = ("var", "count")
+) -> Path:
+    """A file as a synthesis writes it."""
+    info = fmt.OutputInfo(RUN_ID, 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x", 1.0),), copies)
+    specs = [fmt.TensorSpec(name, stored_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
+    with TensorFileWriter(path, specs, fmt.output_metadata(info), overwrite=True) as writer:
+        for name, tensor in tensors.items():
+            writer.write(name, tensor_bytes(tensor))
+        writer.commit()
+    return path
+
+
+def load(path: Path) -> Tensors:
+    """What others load from an output: torch for .pt, safetensors for a file, and for a folder through its index."""
+    if path.suffix == ".pt":
+        loaded: Tensors = torch.load(path, weights_only=True)
+        return loaded
+    if path.is_file():
+        return safetensors.torch.load_file(path)
+    if not (path / INDEX).exists():
+        return safetensors.torch.load_file(path / "model.safetensors")
+    index = json.loads((path / INDEX).read_text())
+    tensors = {}
+    for name, file in index["weight_map"].items():
+        with safetensors.safe_open(path / file, "pt") as opened:
+            tensors[name] = opened.get_tensor(name)
+    return tensors
+
+
+def assert_equal(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
+
+
+def tree(directory: Path) -> dict[str, bytes | None]:
+    """Everything under a directory, with its content."""
+    return {
+        str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
+        for path in sorted(directory.rglob("*"))
+    }
+
+
+OUTPUTS = {"safetensors": "out.safetensors", "sharded": "out", "pt": "out.pt"}
+
+
+# --- layouts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_holds_the_same_tensors(tmp_path: Path, layout: str) -> None:
+    out = tmp_path / OUTPUTS[layout]
+    made = export_file(write_output(tmp_path / "in.safetensors"), out, max_shard_size="100")
+    assert_equal(load(out), WEIGHTS)
+    assert (made.tensors, made.from_base, made.nbytes) == (4, 0, 40 + 80 + 8 + 8)
+
+
+def test_a_folder_of_shards_is_laid_out_as_the_hugging_face_libraries_do(tmp_path: Path) -> None:
+    export_file(write_output(tmp_path / "in.safetensors"), tmp_path / "out", max_shard_size="100")
+    index = json.loads((tmp_path / "out" / INDEX).read_text())
+    shards = sorted(set(index["weight_map"].values()))
+    assert shards == [f"model-{k:05d}-of-{len(shards):05d}.safetensors" for k in range(1, len(shards) + 1)]
+    assert len(shards) > 1
+    assert index["metadata"]["total_size"] == 40 + 80 + 8 + 8
+    assert index["weight_map"].keys() == WEIGHTS.keys()
+    for shard in shards:
+        with safetensors.safe_open(tmp_path / "out" / shard, "pt") as opened:
+            assert opened.metadata()["format"] == "pt"
+            assert sum(opened.get_tensor(name).nbytes for name in opened.keys()) <= 100  # noqa: SIM118
+
+
+def test_a_model_that_fits_one_shard_is_one_file_without_an_index(tmp_path: Path) -> None:
+    export_file(write_output(tmp_path / "in.safetensors"), tmp_path / "out")
+    assert tree(tmp_path / "out").keys() == {"model.safetensors"}
+
+
+def test_an_exported_file_says_the_same_of_itself(tmp_path: Path) -> None:
+    source = write_output(tmp_path / "in.safetensors")
+    export_file(source, tmp_path / "out.safetensors", prefix="unet.")
+    before = decode_output(source, read_header(source))
+    after = decode_output(tmp_path / "out.safetensors", read_header(tmp_path / "out.safetensors"))
+    assert sorted(after.copies) == ["unet.count", "unet.var"]
+    assert {**vars(after), "copies": ()} == {**vars(before), "copies": ()}
+
+
+def test_progress_adds_up_to_the_bytes_written(tmp_path: Path) -> None:
+    told: list[int] = []
+    made = export_file(write_output(tmp_path / "in.safetensors"), tmp_path / "out.pt", progress=told.append)
+    assert sum(told) == made.nbytes
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "expected"),
+    [
+        ("x.safetensors", None, "safetensors"), ("x.pt", None, "pt"), ("x.pth", None, "pt"), ("x.bin", None, "pt"),
+        ("x", None, "sharded"), ("x.pt", "safetensors", "safetensors"), ("x.y", "pt", "pt"),
+        ("x.y", "sharded", "sharded"),
+    ],
+)  # fmt: skip
+def test_the_name_says_the_layout_unless_it_is_given(
+    tmp_path: Path, name: str, layout: str | None, expected: str
+) -> None:
+    assert layout_of(tmp_path / name, layout) == expected
+
+
+def test_a_folder_with_a_dot_in_its_name_is_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "v1.5").mkdir()
+    assert layout_of(tmp_path / "v1.5", None) == "sharded"
+
+
+@pytest.mark.parametrize(("name", "layout"), [("x.ckpt", None), ("x.pt", "zip")])
+def test_a_layout_that_is_not_there_is_refused(tmp_path: Path, name: str, layout: str | None) -> None:
+    with pytest.raises(InvalidValueError, match=r"must be one of|name a \.safetensors or \.pt file"):
+        export_file(write_output(tmp_path / "in.safetensors"), tmp_path / name, layout)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ("5GB", 5_000_000_000), ("300MB", 300_000_000), ("1.5tb", 1_500_000_000_000), (" 2 KB ", 2000),
+        ("1", 1), ("123456", 123_456), ("0.001KB", 1), ("1e3", 1000),
+    ],
+)  # fmt: skip
+def test_sizes_that_are_accepted(size: str, expected: int) -> None:
+    assert parse_size(size) == expected
+
+
+@pytest.mark.parametrize("size", ["", "0", "-1", "0.5", "GB", "5GiB", "5 G", "five", "nan", "inf", "1e30", "0x10"])
+def test_sizes_that_are_refused(size: str) -> None:
+    with pytest.raises(InvalidValueError, match="must be a number of bytes above 0, with or without KB"):
+        parse_size(size)
+
+
+# --- dtypes ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", ["float16", "bf16", torch.float64])
+def test_averages_take_the_dtype_and_copies_keep_theirs(tmp_path: Path, layout: str, dtype: str | torch.dtype) -> None:
+    wanted = {"float16": torch.float16, "bf16": torch.bfloat16}.get(str(dtype), torch.float64)
+    out = tmp_path / OUTPUTS[layout]
+    export_file(write_output(tmp_path / "in.safetensors"), out, dtype=dtype)
+    assert_equal(load(out), {**WEIGHTS, "a": WEIGHTS["a"].to(wanted), "b": WEIGHTS["b"].to(wanted)})
+
+
+@pytest.mark.parametrize(
+    ("stored", "value", "dtype"),
+    [(torch.float32, 70_000.0, "float16"), (torch.float64, 1e300, "float32"), (torch.bfloat16, 3e38, "float16")],
+)
+def test_a_value_that_the_dtype_cannot_hold_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, stored: torch.dtype, value: float, dtype: str
+) -> None:
+    source = write_output(tmp_path / "in.safetensors", {"a": torch.ones(2), "big": torch.tensor([value], dtype=stored)})
+    before = tree(tmp_path)
+    with pytest.raises(NonFiniteError, match=r"tensor 'big': .* cannot hold its largest value"):
+        export_file(source, tmp_path / "out", dtype=dtype)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("dtype", [None, "float64", "float16"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_average_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, dtype: str | None, value: float
+) -> None:
+    values = {"w": torch.ones(2), "bad": torch.tensor([value])}
+    for source in (
+        write_snapshot(tmp_path, 10, 0.05, RUN_ID, values),
+        write_output(tmp_path / "in.safetensors", values, ()),
+    ):
+        before = tree(tmp_path)
+        with pytest.raises(NonFiniteError, match="tensor 'bad': holds nan or infinity") as caught:
+            export_file(source, tmp_path / "out.safetensors", dtype=dtype)
+        assert str(source) in str(caught.value)
+        assert tree(tmp_path) == before
+
+
+def test_infinity_in_a_buffer_or_in_a_foreign_file_is_as_it_should_be(tmp_path: Path) -> None:
+    """Attention masks are made of it."""
+    mask = {"mask": torch.tensor([0.0, float("-inf")])}
+    export_file(write_output(tmp_path / "in.safetensors", mask, ("mask",)), tmp_path / "a.safetensors", dtype="fp16")
+    assert_equal(load(tmp_path / "a.safetensors"), mask)
+    safetensors.torch.save_file(mask, tmp_path / "foreign.safetensors")
+    export_file(tmp_path / "foreign.safetensors", tmp_path / "b.safetensors", dtype="fp16")
+    assert_equal(load(tmp_path / "b.safetensors"), {"mask": mask["mask"].half()})
+
+
+def test_tensors_of_eight_bits_can_be_widened(tmp_path: Path) -> None:
+    tensors = {"q": torch.tensor([1.0, -0.5]).to(torch.float8_e4m3fn)}
+    safetensors.torch.save_file(tensors, tmp_path / "in.safetensors")
+    export_file(tmp_path / "in.safetensors", tmp_path / "out.safetensors", dtype="float32")
+    assert load(tmp_path / "out.safetensors")["q"].tolist() == [1.0, -0.5]
+
+
+# --- snapshots -------------------------------------------------------------------------------------
+
+
+def test_a_snapshot_comes_in_the_models_own_dtypes_under_all_its_names(tmp_path: Path) -> None:
+    w, var = torch.tensor([1 / 3, -2.0]).half(), torch.tensor([0.1])
+    tensors = {"w": fmt.TrackedTensor("average", "F32"), "var": fmt.TrackedTensor("copy", "F32")}
+    source = write_snapshot(
+        tmp_path, 10, 0.05, RUN_ID, {"w": w, "var": var}, tensors=tensors, aliases={"tied": "w", "var too": "var"}
+    )
+    export_file(source, tmp_path / "out.safetensors")
+    expected = {"w": w.float(), "tied": w.float(), "var": var, "var too": var}
+    assert_equal(load(tmp_path / "out.safetensors"), expected)
+    info = decode_output(Path("out"), read_header(tmp_path / "out.safetensors"))
+    assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
+    assert info.snapshots == ((source.name, 1.0),)
+    assert sorted(info.copies) == ["var", "var too"]
+
+    export_file(source, tmp_path / "half.pt", dtype="float16")
+    assert_equal(load(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prefix", "strip", "expected"),
+    [("", "", "model.w"), ("unet.", "", "unet.model.w"), ("", "model.", "w"), ("net.", "model.", "net.w")],
+)
+def test_prefixes_are_put_and_taken(tmp_path: Path, prefix: str, strip: str, expected: str) -> None:
+    source = write_output(tmp_path / "in.safetensors", {"model.w": torch.ones(1)}, ())
+    export_file(source, tmp_path / "out.safetensors", prefix=prefix, strip_prefix=strip)
+    assert load(tmp_path / "out.safetensors").keys() == {expected}
+
+
+def test_names_without_the_prefix_stay_as_they_are(tmp_path: Path) -> None:
+    source = write_output(tmp_path / "in.safetensors", {"model.w": torch.ones(1), "head": torch.ones(2)}, ())
+    export_file(source, tmp_path / "out.safetensors", strip_prefix="model.")
+    assert load(tmp_path / "out.safetensors").keys() == {"w", "head"}
+
+
+@pytest.mark.parametrize(("strip", "told"), [("modle.", "no tensor's name begins so"), ("model.", "the name 'w'")])
+def test_a_prefix_that_nothing_has_or_that_makes_two_names_one_is_refused(
+    tmp_path: Path, strip: str, told: str
+) -> None:
+    source = write_output(tmp_path / "in.safetensors", {"model.w": torch.ones(1), "w": torch.ones(2)}, ())
+    before = tree(tmp_path)
+    with pytest.raises(InvalidValueError, match=told):
+        export_file(source, tmp_path / "out", strip_prefix=strip)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_name_that_looks_like_a_path_is_only_a_name(tmp_path: Path, layout: str) -> None:
+    (tmp_path / "box").mkdir()
+    tensors = {"../../x": torch.ones(30), "/etc/x\x1b": torch.ones(1)}
+    out = tmp_path / "box" / OUTPUTS[layout]
+    export_file(write_output(tmp_path / "box" / "in.safetensors", tensors, ()), out, max_shard_size="100")
+    assert_equal(load(out), tensors)
+    assert {path.name for path in tmp_path.iterdir()} == {"box"}
+
+
+# --- a base ----------------------------------------------------------------------------------------
+
+BASE: Tensors = {"a": torch.zeros(10), "frozen": torch.arange(3) / 4, "ids": torch.arange(4)}
+
+
+def write_base(tmp_path: Path, kind: str) -> Path:
+    if kind == "file":
+        safetensors.torch.save_file(BASE, tmp_path / "base.safetensors")
+        return tmp_path / "base.safetensors"
+    folder = tmp_path / "base"
+    folder.mkdir()
+    if kind == "folder":
+        safetensors.torch.save_file(BASE, folder / "model.safetensors")
+        return folder
+    for name, tensor in BASE.items():
+        safetensors.torch.save_file({name: tensor}, folder / f"{name}.safetensors")
+    weight_map = {name: f"{name}.safetensors" for name in BASE}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "index"])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_base_completes_what_was_not_averaged(tmp_path: Path, layout: str, kind: str) -> None:
+    out = tmp_path / OUTPUTS[layout]
+    source = write_output(tmp_path / "in.safetensors")
+    made = export_file(source, out, base=write_base(tmp_path, kind), max_shard_size="100")
+    assert_equal(load(out), {**BASE, **WEIGHTS})
+    assert (made.tensors, made.from_base) == (6, 2)
+
+
+def test_the_dtype_is_for_the_floating_point_tensors_of_the_base_too(tmp_path: Path) -> None:
+    source, base = write_output(tmp_path / "in.safetensors"), write_base(tmp_path, "file")
+    export_file(source, tmp_path / "out.safetensors", dtype="bf16", base=base)
+    found = load(tmp_path / "out.safetensors")
+    assert found["frozen"].dtype == torch.bfloat16
+    assert torch.equal(found["ids"], BASE["ids"])
+
+
+def test_names_are_compared_with_the_base_after_renaming(tmp_path: Path) -> None:
+    source = write_output(tmp_path / "in.safetensors", {"model.a": torch.ones(10)}, ())
+    export_file(source, tmp_path / "out.safetensors", base=write_base(tmp_path, "file"), strip_prefix="model.")
+    assert_equal(load(tmp_path / "out.safetensors"), {**BASE, "a": torch.ones(10)})
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"a": torch.ones(5, 2)}, r"tensor 'a' has the shape \[10\], the average \[5, 2\]"),
+        ({"model.a": torch.ones(10)}, "none of the averaged tensors is in it.*'a'.*'model.a'.*rename"),
+    ],
+)
+def test_a_base_of_another_model_is_refused(tmp_path: Path, tensors: Tensors, told: str) -> None:
+    source, base = write_output(tmp_path / "in.safetensors", tensors, ()), write_base(tmp_path, "file")
+    before = tree(tmp_path)
+    with pytest.raises(MismatchError, match=told) as caught:
+        export_file(source, tmp_path / "out", base=base)
+    assert str(base) in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        "", "[]", "{", '{"weight_map":[]}', '{"weight_map":{"a":1}}', '{"weight_map":{"a":["x"]}}',
+        '{"weight_map":{"a":"../base.safetensors"}}', '{"weight_map":{"a":"/etc/passwd"}}', '{"weight_map":{"a":".."}}',
+        '{"weight_map":{"a":""}}', '{"weight_map":{"a":"x\\u0000"}}', '{"weight_map":{"a":"missing.safetensors"}}',
+        '{"weight_map":{"a":"\\ud800"}}', "[" * 100_000, '{"weight_map":{"a":"a.safetensors","b":"a.safetensors"}}',
+        '{"weight_map":{"a":"a.safetensors","a":"b.safetensors"}}',
+    ],
+)  # fmt: skip
+def test_an_index_that_lies_is_refused(tmp_path: Path, index: str) -> None:
+    source, base = write_output(tmp_path / "in.safetensors"), tmp_path / "base"
+    base.mkdir()
+    safetensors.torch.save_file({"a": torch.zeros(10)}, base / "a.safetensors")
+    (base / INDEX).write_text(index)
+    with pytest.raises(FileFormatError) as caught:
+        export_file(source, tmp_path / "out.safetensors", base=base)
+    assert str(base) in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+def test_a_folder_without_a_model_is_no_base(tmp_path: Path) -> None:
+    (tmp_path / "base").mkdir()
+    with pytest.raises(FileFormatError, match=r"base/model\.safetensors: cannot be opened"):
+        export_file(write_output(tmp_path / "in.safetensors"), tmp_path / "out.safetensors", base=tmp_path / "base")
+
+
+# --- what is there already -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_output_that_is_there_stays_unless_it_may_be_replaced(tmp_path: Path, layout: str) -> None:
+    out = tmp_path / OUTPUTS[layout]
+    old = write_output(tmp_path / "old.safetensors", {"a": torch.zeros(3)}, ())
+    new = write_output(tmp_path / "new.safetensors")
+    export_file(old, out)
+    assert output_exists(out, layout)
+    before = tree(tmp_path)
+    with pytest.raises(OutputExistsError, match="--force"):
+        export_file(new, out)
+    assert tree(tmp_path) == before
+    export_file(new, out, overwrite=True)
+    assert_equal(load(out), WEIGHTS)
+
+
+@pytest.mark.parametrize("old_size", ["60", "100", "5GB"])
+@pytest.mark.parametrize("new_size", ["60", "100", "5GB"])
+def test_a_replaced_folder_holds_the_new_model_and_no_file_of_the_old_one(
+    tmp_path: Path, old_size: str, new_size: str
+) -> None:
+    """Libraries look for model.safetensors first and for an index then, or the other way round."""
+    out = tmp_path / "out"
+    old = {f"old{k}": torch.full((10,), float(k)) for k in range(6)}
+    export_file(write_output(tmp_path / "old.safetensors", old, ()), out, max_shard_size=old_size)
+    (out / "config.json").write_text("{}")
+    export_file(write_output(tmp_path / "new.safetensors"), out, max_shard_size=new_size, overwrite=True)
+    export_file(tmp_path / "new.safetensors", tmp_path / "fresh", max_shard_size=new_size)
+    assert tree(out) == {**tree(tmp_path / "fresh"), "config.json": b"{}"}
+    assert_equal(load(out), WEIGHTS)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_a_folder_is_replaced_or_kept_without_hard_links_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: bool
+) -> None:
+    out = tmp_path / "out"
+    export_file(write_output(tmp_path / "old.safetensors", {"a": torch.zeros(30)}, ()), out)
+    source, before = write_output(tmp_path / "in.safetensors"), tree(out)
+
+    def cannot(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(files, "link", cannot)
+    if fails:
+        monkeypatch.setattr(files, "fsync_directory", cannot)
+        with pytest.raises(WriteError, match="not permitted"):
+            export_file(source, out, max_shard_size="100", overwrite=True)
+        assert tree(out) == before
+    else:
+        export_file(source, out, max_shard_size="100", overwrite=True)
+        assert_equal(load(out), WEIGHTS)
+        assert not (out / "model.safetensors").exists()
+
+
+def test_a_model_can_be_replaced_by_an_export_of_itself(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export_file(write_output(tmp_path / "in.safetensors"), out)
+    export_file(out / "model.safetensors", out, dtype="bf16", max_shard_size="30", overwrite=True)
+    assert_equal(load(out), {**WEIGHTS, "a": WEIGHTS["a"].bfloat16(), "b": WEIGHTS["b"].bfloat16()})
+    assert not (out / "model.safetensors").exists()
+
+
+def test_a_file_in_place_of_the_folder_or_a_folder_in_place_of_the_file_is_refused(tmp_path: Path) -> None:
+    source = write_output(tmp_path / "in.safetensors")
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.pt").mkdir()
+    for out, layout in (("file", "sharded"), ("folder.pt", "pt"), ("folder.pt", "safetensors")):
+        with pytest.raises(OutputExistsError, match=r"is a (file|directory)"):
+            export_file(source, tmp_path / out, layout, overwrite=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_folder_that_does_not_exist_is_not_made_up(tmp_path: Path, layout: str) -> None:
+    source = write_output(tmp_path / "in.safetensors")
+    with pytest.raises(InvalidValueError, match="its folder does not exist"):
+        export_file(source, tmp_path / "missing" / OUTPUTS[layout])
+
+
+# --- what fails leaves nothing new, and keeps the old ----------------------------------------------
+
+
+def damage(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_damaged_source_or_base_is_named_and_nothing_is_written(tmp_path: Path, layout: str, existing: bool) -> None:
+    out = tmp_path / OUTPUTS[layout]
+    good = write_output(tmp_path / "good.safetensors", {"a": torch.zeros(10), "z": torch.ones(99)}, ())
+    bad = write_output(tmp_path / "bad.safetensors")
+    if existing:
+        export_file(good, out)
+    damage(bad)
+    before = tree(tmp_path)
+    for source, base in ((bad, None), (good, bad)):
+        with pytest.raises(FileFormatError, match=r"bad\.safetensors: tensor .* is damaged"):
+            export_file(source, out, base=base, overwrite=existing, max_shard_size="100")
+    assert tree(tmp_path) == before
+
+
+def arm(monkeypatch: pytest.MonkeyPatch, operation: str, number: int, kind: type[BaseException]) -> Callable[[], bool]:
+    """Make call number `number` of a function of `files` fail; the result says whether it came to that."""
+    real, calls = getattr(files, operation), []
+
+    def faulty(*arguments: object) -> object:
+        calls.append(operation)
+        if len(calls) == number:
+            raise kind(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(*arguments)
+
+    monkeypatch.setattr(files, operation, faulty)
+    return lambda: len(calls) >= number
+
+
+OPERATIONS = ("open_new", "write_at", "fsync", "link", "rename", "unlink", "fsync_directory", "make_directory")
+
+
+@pytest.mark.parametrize("kind", [OSError, KeyboardInterrupt])
+@pytest.mark.parametrize("existing", ["nothing", "one file", "shards"])
+@pytest.mark.parametrize("size", ["100", "5GB"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_shards_that_fail_at_any_operation_leave_the_folder_as_it_was(
+    tmp_path: Path, operation: str, size: str, existing: str, kind: type[BaseException]
+) -> None:
+    out, source = tmp_path / "out", write_output(tmp_path / "in.safetensors")
+    if existing != "nothing":
+        old = write_output(tmp_path / "old.safetensors", {"a": torch.zeros(30), "z": torch.ones(20)}, ())
+        export_file(old, out, max_shard_size="100" if existing == "shards" else "5GB")
+    before = tree(tmp_path)
+    for number in range(1, 100):
+        with pytest.MonkeyPatch.context() as patched:
+            failed = arm(patched, operation, number, kind)
+            try:
+                export_file(source, out, max_shard_size=size, overwrite=existing != "nothing")
+            except (WriteError, KeyboardInterrupt):
+                assert tree(tmp_path) == before
+                continue
+        assert not failed()
+        break
+    assert_equal(load(out), WEIGHTS)
+
+
+def test_at_no_moment_does_an_index_lead_to_shards_of_two_models(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that even a crash in the middle leaves no folder that loads, and is wrong."""
+    out, real = tmp_path / "out", files.fsync_directory
+    old = write_output(tmp_path / "old.safetensors", {name: torch.zeros_like(t) for name, t in WEIGHTS.items()})
+    export_file(old, out, max_shard_size="100")
+    indexes = []
+
+    def look(folder: Path) -> None:
+        real(folder)
+        indexes.append((folder / INDEX).exists())
+
+    monkeypatch.setattr(files, "fsync_directory", look)
+    export_file(write_output(tmp_path / "in.safetensors"), out, max_shard_size="100", overwrite=True)
+    shards = len(list(out.glob("model-*")))
+    assert indexes[-shards - 2 :] == [False] * shards + [True, True]
+
+
+@contextmanager
+def file_size_limit(nbytes: int) -> Iterator[None]:
+    """No file of this process may grow beyond `nbytes`, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("existing", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_an_output_above_the_size_limit_leaves_nothing_and_keeps_what_was_there(
+    tmp_path: Path, layout: str, existing: bool
+) -> None:
+    out = tmp_path / OUTPUTS[layout]
+    source = write_output(tmp_path / "in.safetensors", {"a": torch.ones(10), "large": torch.ones(300_000)}, ())
+    if existing:
+        export_file(write_output(tmp_path / "old.safetensors"), out)
+    before = tree(tmp_path)
+    with file_size_limit(500_000), pytest.raises(WriteError, match="cannot be written"):
+        export_file(source, out, overwrite=existing)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "pt"])
+@pytest.mark.parametrize("operation", ["open_new", "fsync", "link", "unlink", "fsync_directory"])
+def test_a_file_that_fails_at_any_operation_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, layout: str
+) -> None:
+    source = write_output(tmp_path / "in.safetensors")
+    before = tree(tmp_path)
+    arm(monkeypatch, operation, 1, OSError)
+    with pytest.raises(WriteError, match="no space left"):
+        export_file(source, tmp_path / OUTPUTS[layout])
+    assert tree(tmp_path) == before
+
+
+# --- a synthesis in a layout -----------------------------------------------------------------------
+
+
+def write_snapshots(directory: Path) -> None:
+    for t in (10, 20):
+        write_snapshot(directory, t, 0.05, RUN_ID, {name: tensor + t for name, tensor in WEIGHTS.items()})
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_synthesis_can_be_written_in_every_layout(tmp_path: Path, layout: str) -> None:
+    write_snapshots(tmp_path / "run")
+    plan = plan_synthesis(disk_sources(tmp_path / "run"), [0.05])
+    write_synthesis(plan, [tmp_path / OUTPUTS[layout]], max_shard_size="100")
+    expected = {name: tensor + 20 for name, tensor in WEIGHTS.items()}
+    assert_equal(load(tmp_path / OUTPUTS[layout]), expected)
+
+
+def test_the_pt_file_of_one_of_many_targets_is_no_larger_than_of_one_alone(tmp_path: Path) -> None:
+    for t in (10, 20):
+        write_snapshot(tmp_path / "run", t, 0.05, RUN_ID, {"w": torch.rand(10_000)})
+    sources = disk_sources(tmp_path / "run")
+    write_synthesis(plan_synthesis(sources, [0.05]), [tmp_path / "alone.pt"])
+    many = [0.05, 0.06, 0.07, 0.08]
+    write_synthesis(plan_synthesis(sources, many), [tmp_path / f"{target}.pt" for target in many])
+    for target in many:
+        assert (tmp_path / f"{target}.pt").stat().st_size == (tmp_path / "alone.pt").stat().st_size
+
+
+def test_tied_tensors_share_their_bytes_in_a_pt_file(tmp_path: Path) -> None:
+    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.rand(10_000)}, aliases={"tied": "w"})
+    write_synthesis(
+        plan_synthesis(disk_sources(tmp_path / "run"), [0.05, 0.06]), [tmp_path / "a.pt", tmp_path / "b.pt"]
+    )
+    found = load(tmp_path / "b.pt")
+    assert found["tied"].data_ptr() == found["w"].data_ptr()
+
+
+def test_no_target_appears_where_one_of_the_outputs_is_there_already(tmp_path: Path) -> None:
+    write_snapshots(tmp_path / "run")
+    plan = plan_synthesis(disk_sources(tmp_path / "run"), [0.04, 0.05, 0.06])
+    (tmp_path / "b.pt").write_bytes(b"old")
+    before = tree(tmp_path)
+    with pytest.raises(OutputExistsError, match=r"b\.pt"):
+        write_synthesis(plan, [tmp_path / "a.safetensors", tmp_path / "b.pt", tmp_path / "c"])
+    assert tree(tmp_path) == before

@@ -1,0 +1,321 @@
+"""A file appears whole or not at all, whatever the system refuses on the way (DESIGN.md 5.1 and 5.5)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from posthoc_cli import files
+from posthoc_cli.errors import OutputExistsError, WriteError
+
+NEW, OLD = b"new content", b"what was there before"
+STEPS_OF_A_NEW_FILE = ("open_new", "write_at", "fsync", "link", "unlink", "fsync_directory")
+
+
+@pytest.fixture
+def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Makes one function of `files` fail at its first call, and work again after it."""
+
+    def install(operation: str, code: int = errno.EIO) -> None:
+        real, failed = getattr(files, operation), []
+
+        def fail_once(*arguments: object) -> object:
+            if failed:
+                return real(*arguments)
+            failed.append(True)
+            raise OSError(code, os.strerror(code))
+
+        monkeypatch.setattr(files, operation, fail_once)
+
+    return install
+
+
+@pytest.fixture
+def umask() -> Iterator[Callable[[int], None]]:
+    before = os.umask(0o022)
+    os.umask(before)
+    yield lambda mask: void(os.umask(mask))
+    os.umask(before)
+
+
+def void(_: object) -> None:
+    """Drop a value."""
+
+
+def free_descriptor() -> int:
+    """The lowest number that is free."""
+    descriptor = os.open(os.devnull, os.O_RDONLY)
+    os.close(descriptor)
+    return descriptor
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(path.name for path in directory.iterdir())
+
+
+# --- what is written is there ----------------------------------------------------------------------
+
+
+def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_is_left(tmp_path: Path) -> None:
+    with files.PendingFile(tmp_path / "a") as pending:
+        pending.write_at(b"world", 6)
+        pending.write_at(memoryview(b"hello "), 0)
+        pending.publish()
+    assert (tmp_path / "a").read_bytes() == b"hello world"
+    assert names(tmp_path) == ["a"]
+
+
+def test_nobody_sees_the_name_before_publish_and_the_temporary_is_in_the_same_directory(tmp_path: Path) -> None:
+    with files.PendingFile(tmp_path / "a") as pending:
+        pending.write_at(NEW, 0)
+        assert not (tmp_path / "a").exists()
+        assert pending.temporary.parent == tmp_path
+        assert pending.temporary.name.startswith(".ema-")
+        pending.publish()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_content_is_synced_before_the_name_and_the_directory_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overwrite: bool
+) -> None:
+    path, steps = tmp_path / "a", []
+    for operation in ("fsync", "link", "rename", "unlink", "fsync_directory"):
+        real = getattr(files, operation)
+        monkeypatch.setattr(files, operation, lambda *a, o=operation, r=real: (steps.append(o), r(*a))[1])
+    files.write_whole(path, NEW, overwrite)
+    expected = ["fsync", "rename", "fsync_directory"] if overwrite else ["fsync", "link", "unlink", "fsync_directory"]
+    assert steps == expected
+
+
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o077, 0o600), (0o002, 0o664)])
+def test_the_mode_follows_the_umask(tmp_path: Path, umask: Callable[[int], None], mask: int, mode: int) -> None:
+    umask(mask)
+    files.write_whole(tmp_path / "a", NEW)
+    assert stat.S_IMODE((tmp_path / "a").stat().st_mode) == mode
+
+
+def test_a_short_write_is_continued_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:3], offset))
+    files.write_whole(tmp_path / "a", NEW)
+    assert (tmp_path / "a").read_bytes() == NEW
+
+
+# --- what fails leaves nothing ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("operation", STEPS_OF_A_NEW_FILE)
+def test_a_refused_step_leaves_nothing_and_names_the_file_and_the_reason(
+    tmp_path: Path, refuse: Callable[..., None], operation: str, code: int
+) -> None:
+    refuse(operation, code)
+    with pytest.raises(WriteError) as caught:
+        files.write_whole(tmp_path / "a", NEW)
+    assert names(tmp_path) == []
+    assert caught.value.errno == code
+    assert str(tmp_path / "a") in str(caught.value)
+    assert os.strerror(code).lower() in str(caught.value)
+    files.write_whole(tmp_path / "a", NEW)  # and the next attempt finds the way free
+
+
+@pytest.mark.parametrize("operation", ["open_new", "write_at", "fsync", "rename", "fsync_directory"])
+def test_a_refused_step_leaves_nothing_where_there_was_nothing_to_replace(
+    tmp_path: Path, refuse: Callable[..., None], operation: str
+) -> None:
+    refuse(operation)
+    with pytest.raises(WriteError):
+        files.write_whole(tmp_path / "a", NEW, overwrite=True)
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("operation", ["open_new", "write_at", "fsync", "rename"])
+def test_a_refused_step_of_a_replacement_keeps_what_was_there(
+    tmp_path: Path, refuse: Callable[..., None], operation: str
+) -> None:
+    (tmp_path / "a").write_bytes(OLD)
+    refuse(operation)
+    with pytest.raises(WriteError):
+        files.write_whole(tmp_path / "a", NEW, overwrite=True)
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == OLD
+
+
+def test_a_replacement_whose_directory_cannot_be_synced_is_whole_and_the_failure_is_told(
+    tmp_path: Path, refuse: Callable[..., None]
+) -> None:
+    (tmp_path / "a").write_bytes(OLD)
+    refuse("fsync_directory")
+    with pytest.raises(WriteError, match="nothing partial"):
+        files.write_whole(tmp_path / "a", NEW, overwrite=True)
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == NEW
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_write_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.pwrite
+
+    def full_after_four(descriptor: int, data: memoryview, offset: int) -> int:
+        if offset >= 4:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(descriptor, data[: 4 - offset], offset)
+
+    monkeypatch.setattr(os, "pwrite", full_after_four)
+    with pytest.raises(WriteError, match="no space left"):
+        files.write_whole(tmp_path / "a", NEW)
+    assert names(tmp_path) == []
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+from posthoc_cli import files
+from posthoc_cli.errors import WriteError
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+try:
+    files.write_whole(Path(sys.argv[1]), b"x" * 101, overwrite=True)
+except WriteError as error:
+    print(error.errno)
+"""
+
+
+def test_a_file_above_the_size_limit_of_the_process_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(OLD)
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(tmp_path / "a")], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) == errno.EFBIG
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == OLD
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_an_interruption_before_publish_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), files.PendingFile(tmp_path / "a") as pending:
+        pending.write_at(NEW, 0)
+        raise error
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("operation", ["fsync", "link", "unlink", "fsync_directory"])
+def test_ctrl_c_while_publishing_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files, operation, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(tmp_path / "a", NEW)
+    assert names(tmp_path) == []
+
+
+def test_no_descriptor_stays_open(tmp_path: Path, refuse: Callable[..., None]) -> None:
+    before = free_descriptor()
+    files.write_whole(tmp_path / "a", NEW)
+    with files.PendingFile(tmp_path / "b"):
+        pass
+    refuse("fsync")
+    with pytest.raises(WriteError):
+        files.write_whole(tmp_path / "c", NEW)
+    assert free_descriptor() == before
+
+
+# --- nothing is replaced unasked -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_a_taken_name_is_refused_at_the_start(tmp_path: Path, make: Callable[[Path], None]) -> None:
+    make(tmp_path / "a")
+    with pytest.raises(OutputExistsError, match="a: is "):
+        files.PendingFile(tmp_path / "a")
+    assert names(tmp_path) == ["a"]
+
+
+def test_a_directory_is_never_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    with pytest.raises(OutputExistsError, match="is a directory"):
+        files.PendingFile(tmp_path / "a", overwrite=True)
+
+
+def test_a_file_that_appears_between_start_and_publish_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(OutputExistsError), files.PendingFile(tmp_path / "a") as pending:
+        pending.write_at(NEW, 0)
+        (tmp_path / "a").write_bytes(OLD)
+        pending.publish()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == OLD
+
+
+@pytest.mark.parametrize("appears", [False, True])
+def test_a_file_system_without_hard_links_publishes_by_rename_and_still_replaces_nothing(
+    tmp_path: Path, refuse: Callable[..., None], appears: bool
+) -> None:
+    refuse("link", errno.EPERM)
+    with files.PendingFile(tmp_path / "a") as pending:
+        pending.write_at(NEW, 0)
+        if appears:
+            (tmp_path / "a").write_bytes(OLD)
+            with pytest.raises(OutputExistsError):
+                pending.publish()
+        else:
+            pending.publish()
+    assert names(tmp_path) == ["a"]
+    assert (tmp_path / "a").read_bytes() == (OLD if appears else NEW)
+
+
+def test_a_reader_of_the_replaced_file_keeps_it(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(OLD)
+    with (tmp_path / "a").open("rb") as reader:
+        files.write_whole(tmp_path / "a", NEW, overwrite=True)
+        assert reader.read() == OLD
+    assert (tmp_path / "a").read_bytes() == NEW
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "missing/a", "file/a"])
+def test_a_name_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError):
+        files.PendingFile(tmp_path / name)
+    assert names(tmp_path) == ["file"]
+
+
+# --- directories -----------------------------------------------------------------------------------
+
+
+def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(files, "fsync_directory", synced.append)
+    files.make_directory(tmp_path / "a" / "b")
+    assert (tmp_path / "a" / "b").is_dir()
+    assert synced == [tmp_path, tmp_path / "a"]
+    files.make_directory(tmp_path / "a" / "b")  # no error where it is there
+
+
+def test_a_directory_that_cannot_be_synced_is_not_left_behind(tmp_path: Path, refuse: Callable[..., None]) -> None:
+    refuse("fsync_directory")
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        files.make_directory(tmp_path / "a" / "b")
+    assert names(tmp_path) == []
+
+
+@pytest.mark.parametrize("code", [errno.EINVAL, errno.ENOTSUP])
+def test_a_file_system_that_cannot_sync_directories_is_good_enough(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def cannot(_: int) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", cannot)
+    files.fsync_directory(tmp_path)

@@ -1,0 +1,380 @@
+"""Coefficients times snapshots, against sums in NumPy float64, and what a plan refuses."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from factories import RUN_ID, exact_average, exact_gamma, random_walk, write_run, write_snapshot
+
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, NonFiniteError
+from posthoc_cli.export import write_synthesis
+from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.synthesis import Plan, disk_sources, parse_device, plan_synthesis, synthesize
+
+TIMES = (10, 20, 30, 40)
+TARGETS = (0.04, 0.1, 0.2)
+UNIT = {torch.float64: 2.0**-53, torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+"""Unit roundoff."""
+
+
+def draw(seed: int, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = (3, 7)) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def write_random(directory: Path, dtype: torch.dtype = torch.float32, **fields: Any) -> None:
+    """Snapshots of two profiles at TIMES, each of random weights and a counter that holds its time."""
+    for index, t in enumerate(TIMES):
+        for sigma_rel in (0.05, 0.28):
+            values = {
+                "w": draw(2 * index + (sigma_rel > 0.1), dtype),
+                "odd": draw(100 + index, dtype, (13,)),
+                "scalar": draw(200 + index, dtype, ()),
+                "empty": torch.empty(0, 4, dtype=dtype),
+                "count": torch.tensor(t),
+            }
+            write_snapshot(directory, t, sigma_rel, RUN_ID, values, **fields)
+
+
+def plan_of(directory: Path, sigma_rels: Sequence[float] = TARGETS, **options: Any) -> Plan:
+    return plan_synthesis(disk_sources(directory), sigma_rels, **options)
+
+
+def made(plan: Plan, *arguments: Any) -> dict[str, list[torch.Tensor]]:
+    return dict(synthesize(plan, *arguments))
+
+
+def expected(plan: Plan, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64."""
+    values = []
+    for source in plan.sources:
+        with source.open() as opened:
+            values.append(opened.read(name).double().numpy())
+    columns = plan.reconstruction.coefficients.T
+    return (
+        [np.tensordot(column, np.stack(values), axes=1) for column in columns],
+        [np.tensordot(np.abs(column), np.abs(np.stack(values)), axes=1) for column in columns],
+    )
+
+
+def accumulated(dtype: torch.dtype, terms: int) -> float:
+    """The share of sum |c_i x_i| by which a sum in `dtype` can be wrong: m u / (1 - m u) for m roundings in a row.
+
+    A term is rounded as a value, as a coefficient and as a product, then in each of the sums.
+    """
+    roundings = terms + 3
+    return roundings * UNIT[dtype] / (1 - roundings * UNIT[dtype])
+
+
+# --- the sums --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_results_are_the_sums_within_rounding(tmp_path: Path, own: torch.dtype, stored: torch.dtype) -> None:
+    """`accumulated` bounds the sums, in their accumulator and in the float64 of `expected`; then the result is
+    rounded to its own dtype."""
+    names = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+    averages = {name: TrackedTensor("average", names[own]) for name in ("w", "odd", "scalar", "empty")}
+    write_random(tmp_path, stored, tensors={**averages, "count": TrackedTensor("copy", "I64")})
+    plan = plan_of(tmp_path)
+    wide = torch.float64 if own == torch.float64 else torch.float32
+    share = accumulated(wide, len(plan.sources)) + accumulated(torch.float64, len(plan.sources))
+    for name in averages:
+        for value, exact, size in zip(made(plan)[name], *expected(plan, name), strict=True):
+            assert value.dtype == own
+            tolerance = share * size + UNIT[own] * (np.abs(exact) + share * size) + torch.finfo(own).tiny
+            assert np.all(np.abs(value.double().numpy() - exact) <= tolerance)
+
+
+def test_several_targets_are_those_of_single_runs_bit_for_bit(tmp_path: Path) -> None:
+    walk = random_walk(40, {"w": (5, 13), "odd": (3,)})
+    write_run(tmp_path, walk, (5, 10, 15, 20, 25, 30, 35, 40), dtype=torch.float64)
+    targets = (0.03, 0.05, 0.1, 0.15, 0.2, 0.25, 0.2886)
+    together = made(plan_of(tmp_path, targets))
+    for index, target in enumerate(targets):
+        alone = made(plan_of(tmp_path, [target]))
+        for name in together:
+            assert together[name][index].numpy().tobytes() == alone[name][0].numpy().tobytes()
+
+
+def test_some_targets_of_a_plan_are_those_of_the_whole_plan(tmp_path: Path) -> None:
+    write_random(tmp_path)
+    plan = plan_of(tmp_path)
+    some = made(plan.only([2, 0]))
+    assert plan.only([2, 0]).sigma_rels == (0.2, 0.04)
+    for name, values in made(plan).items():
+        assert torch.equal(some[name][0], values[2])
+        assert torch.equal(some[name][1], values[0])
+
+
+def test_a_profile_that_was_tracked_comes_back_as_it_is_stored(tmp_path: Path) -> None:
+    walk = random_walk(30, {"w": (4, 3)})
+    write_run(tmp_path, walk, (10, 20, 30))
+    truth = exact_average([step["w"] for step in walk], 0.28, range(1, 31))
+    (value,) = made(plan_of(tmp_path, [0.28]))["w"]
+    assert np.array_equal(value.numpy(), truth.astype(np.float32))
+
+
+def test_weights_that_never_moved_come_back_whatever_the_target(tmp_path: Path) -> None:
+    """Coefficients are divided by their float64 sum, then summed again: twice the error of such a sum."""
+    still = torch.tensor([1.0, -3.0], dtype=torch.float64)
+    for t in TIMES:
+        for sigma_rel in (0.05, 0.28):
+            write_snapshot(tmp_path, t, sigma_rel, RUN_ID, {"w": still})
+    plan = plan_of(tmp_path)
+    for value, size in zip(made(plan)["w"], expected(plan, "w")[1], strict=True):
+        assert np.all(np.abs((value - still).numpy()) <= 2 * accumulated(torch.float64, len(plan.sources)) * size)
+
+
+def test_float64_weights_keep_what_float32_would_lose(tmp_path: Path) -> None:
+    """A millionth of a millionth on top of 1: far below the resolution of float32."""
+    moves = [{"w": np.array([1.0 + k * 1e-12])} for k in range(40)]
+    write_run(tmp_path, moves, TIMES, dtype=torch.float64)
+    plan = plan_of(tmp_path)
+    for value, exact in zip(made(plan)["w"], expected(plan, "w")[0], strict=True):
+        assert value.dtype == torch.float64
+        assert np.abs(value.numpy() - exact) < 1e-14
+
+
+def test_progress_adds_up_to_the_bytes_that_a_plan_reads(tmp_path: Path) -> None:
+    write_random(tmp_path)
+    plan, told = plan_of(tmp_path), []
+    made(plan, None, "cpu", told.append)
+    assert sum(told) == plan.read_bytes
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_sums_on_the_gpu_are_the_sums_within_rounding(tmp_path: Path) -> None:
+    write_random(tmp_path)
+    plan = plan_of(tmp_path)
+    found = made(plan, None, "cuda:0")
+    for name in ("w", "odd", "scalar"):
+        for value, exact, size in zip(found[name], *expected(plan, name), strict=True):
+            assert value.device.type == "cuda"
+            tolerance = 2 * accumulated(torch.float32, len(plan.sources)) * size
+            assert np.all(np.abs(value.cpu().double().numpy() - exact) <= tolerance)
+
+
+# --- names, copies, dtypes -------------------------------------------------------------------------
+
+
+def test_tied_parameters_come_under_each_of_their_names(tmp_path: Path) -> None:
+    write_random(tmp_path, aliases={"tied": "w", "tied too": "w", "count too": "count"})
+    plan = plan_of(tmp_path)
+    found = made(plan)
+    assert {spec.name for spec in plan.specs()} == found.keys()
+    for index in range(len(TARGETS)):
+        assert torch.equal(found["tied"][index], found["w"][index])
+        assert torch.equal(found["tied too"][index], found["w"][index])
+        assert torch.equal(found["count too"][index], found["count"][index])
+
+
+@pytest.mark.parametrize(("t", "newest"), [(None, 40), (40, 40), (39.5, 30), (30, 30), (10, 10)])
+def test_copies_come_from_the_newest_snapshot_in_use(tmp_path: Path, t: float | None, newest: int) -> None:
+    write_random(tmp_path)
+    assert [value.item() for value in made(plan_of(tmp_path, t=t))["count"]] == [newest] * 3
+
+
+def test_floating_point_buffers_are_copied_and_never_cast(tmp_path: Path) -> None:
+    tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
+    for t in (10, 20):
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t), "var": torch.tensor([t + 1e-3])}, tensors=tensors)
+    (value,) = made(plan_of(tmp_path, [0.04]), torch.float16)["var"]
+    assert torch.equal(value, torch.tensor([20 + 1e-3]))
+
+
+@pytest.mark.parametrize(("dtype", "own"), [(None, "F32"), ("keep", "F32"), ("bf16", "BF16"), (torch.float64, "F64")])
+def test_the_specs_of_a_plan_are_what_it_makes(tmp_path: Path, dtype: torch.dtype | str | None, own: str) -> None:
+    write_random(tmp_path, aliases={"tied": "w"})
+    plan = plan_of(tmp_path)
+    specs = {spec.name: spec for spec in plan.specs(dtype)}
+    assert specs["tied"] == TensorSpec("tied", own, (3, 7))
+    assert specs["count"] == TensorSpec("count", "I64", ())
+    for name, values in made(plan, dtype).items():
+        assert all(value.nbytes == specs[name].nbytes and tuple(value.shape) == specs[name].shape for value in values)
+
+
+def test_an_output_says_what_it_was_made_of(tmp_path: Path) -> None:
+    tensors = {"w": TrackedTensor("average", "F32"), "var": TrackedTensor("copy", "F32")}
+    for t in TIMES:
+        values = {"w": draw(t), "var": torch.tensor([1.0])}
+        aliases = {"var too": "var", "tied": "w"}
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, values, tensors=tensors, aliases=aliases, t_unit="images")
+    plan = plan_of(tmp_path, [0.1, 0.06], t=35.5)
+    info = plan.output_info(1)
+    assert (info.run_id, info.sigma_rel, info.t, info.t_unit, info.method) == (RUN_ID, 0.06, 35.5, "images", "paper")
+    assert info.gamma == pytest.approx(exact_gamma(0.06), rel=1e-12)
+    assert sorted(info.copies) == ["var", "var too"]
+    assert [name for name, _ in info.snapshots] == [source.name for source in plan.sources]
+    assert [c for _, c in info.snapshots] == plan.reconstruction.coefficients[:, 1].tolist()
+    assert info.profile_error == plan.reconstruction.profile_error[1]
+
+
+# --- which snapshots, at which time ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("t", "used"), [(40, 40), (39.999, 30), (20, 20), (10, 10)])
+def test_only_snapshots_at_or_before_the_time_are_used(tmp_path: Path, t: float, used: float) -> None:
+    write_random(tmp_path)
+    plan = plan_of(tmp_path, t=t)
+    assert plan.t == t
+    assert {source.info.t for source in plan.sources} == {time for time in TIMES if time <= used}
+
+
+@pytest.mark.parametrize(("step", "t"), [(10, 10), (25, 25), (40, 40)])
+def test_a_step_is_a_time_for_runs_that_count_steps(tmp_path: Path, step: int, t: float) -> None:
+    write_random(tmp_path)
+    assert plan_of(tmp_path, step=step).t == t
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"t": 9.9}, "t 9.9: must lie between the first snapshot, 10, and the last, 40"),
+        ({"t": 40.1}, "t 40.1: must lie between"),
+        ({"t": float("nan")}, "t nan: must lie between"),
+        ({"step": 9}, "step 9: must lie between the first snapshot, 10, and the last, 40"),
+        ({"step": 41}, "step 41: must lie between"),
+        ({"t": 20, "step": 20}, "t and step: give one of them"),
+        ({"method": "magic"}, "method 'magic': must be one of paper"),
+    ],
+)
+def test_a_time_or_method_that_is_not_there_is_refused_with_what_is(
+    tmp_path: Path, options: dict[str, Any], told: str
+) -> None:
+    write_random(tmp_path)
+    with pytest.raises(InvalidValueError) as caught:
+        plan_of(tmp_path, **options)
+    assert told in str(caught.value)
+
+
+def test_a_step_of_a_run_on_its_own_clock_must_be_a_snapshots(tmp_path: Path) -> None:
+    for step in (10, 20):
+        write_snapshot(tmp_path, 64.0 * step, 0.05, RUN_ID, {"w": draw(step)}, step=step, t_unit="images")
+    assert plan_of(tmp_path, [0.04], step=20).t == 1280
+    with pytest.raises(InvalidValueError, match=r"step 15: between the snapshots at 10 and 20; .* give t in images"):
+        plan_of(tmp_path, [0.04], step=15)
+
+
+@pytest.mark.parametrize("sigma_rels", [[], [0.0], [-0.1], [0.2887], [0.1, 0.4], [float("nan")]])
+def test_targets_out_of_range_are_refused(tmp_path: Path, sigma_rels: list[float]) -> None:
+    write_random(tmp_path)
+    with pytest.raises(InvalidValueError, match=r"in \(0, 0\.2887\)"):
+        plan_of(tmp_path, sigma_rels)
+
+
+def test_without_any_snapshot_there_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="no snapshots"):
+        plan_synthesis([], [0.1])
+    with pytest.raises(DirectoryError, match="no snapshots here"):
+        disk_sources(tmp_path)
+
+
+def test_a_target_that_the_snapshots_cannot_make_is_made_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": draw(0)})
+    with caplog.at_level(logging.WARNING):
+        plan_of(tmp_path, [0.25, 0.05])
+    (record,) = caplog.records
+    assert "sigma_rel 0.25: the 1 snapshots up to t = 10 cannot make it well" in record.getMessage()
+
+
+# --- what is refused while reading -----------------------------------------------------------------
+
+
+def poison(directory: Path, value: float) -> None:
+    write_snapshot(directory, 20, 0.05, RUN_ID, {"good": draw(1), "bad\n": torch.tensor([1.0, value])})
+    write_snapshot(directory, 10, 0.05, RUN_ID, {"good": draw(2), "bad\n": torch.tensor([1.0, 2.0])})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
+    tmp_path: Path, value: float
+) -> None:
+    poison(tmp_path / "run", value)
+    with pytest.raises(NonFiniteError, match=r"tensor 'bad\\n'.*a snapshot holds nan or infinity"):
+        write_synthesis(plan_of(tmp_path / "run", [0.04]), [tmp_path / "out.safetensors"])
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_value_that_the_output_dtype_cannot_hold_is_refused_by_name(tmp_path: Path) -> None:
+    poison(tmp_path / "run", 70_000.0)
+    plan = plan_of(tmp_path / "run", [0.05])
+    with pytest.raises(NonFiniteError, match=r"'bad\\n': torch.float16 cannot hold its largest value, 70000"):
+        write_synthesis(plan, [tmp_path / "out.safetensors"], dtype="float16")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    made(plan, "bf16")
+
+
+def truncate(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip_last(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def replace(path: Path) -> None:
+    path.unlink()
+    write_snapshot(path.parent, 20, 0.05, RUN_ID, {"w": draw(99)})
+
+
+@pytest.mark.parametrize("harm", [truncate, flip_last, replace, Path.unlink])
+def test_a_snapshot_that_changed_since_the_plan_is_named_and_nothing_is_written(
+    tmp_path: Path, harm: Callable[[Path], None]
+) -> None:
+    paths = [write_snapshot(tmp_path / "run", t, 0.05, RUN_ID, {"w": draw(t)}) for t in (10, 20)]
+    plan = plan_of(tmp_path / "run", [0.04, 0.1])
+    harm(paths[1])
+    outputs = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    with pytest.raises(FileFormatError) as caught:
+        write_synthesis(plan, outputs)
+    assert str(paths[1]) in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_every_written_target_holds_what_was_synthesized(tmp_path: Path) -> None:
+    write_random(tmp_path / "run", aliases={"tied": "w"})
+    plan = plan_of(tmp_path / "run")
+    outputs = [tmp_path / f"{target}.safetensors" for target in TARGETS]
+    write_synthesis(plan, outputs)
+    found: Mapping[str, list[torch.Tensor]] = made(plan)
+    for index, path in enumerate(outputs):
+        with TensorFile(path) as file:
+            assert file.header.tensors.keys() == found.keys()
+            for name, values in found.items():
+                assert file.read(name).tobytes() == values[index].numpy().tobytes()
+
+
+# --- devices ---------------------------------------------------------------------------------------
+
+
+def test_auto_and_cpu_are_the_cpu() -> None:
+    assert parse_device("auto") == parse_device("cpu") == "cpu"
+
+
+@pytest.mark.parametrize("device", ["gpu", "", "cuda:99", "cuda:-1", "meta", "CPU "])
+def test_a_device_that_is_not_there_is_refused_with_those_that_are(device: str) -> None:
+    with pytest.raises(InvalidValueError, match=f"device '{device}': is not there; choose from auto, cpu"):
+        parse_device(device)
+
+
+def test_graphics_cards_are_listed_by_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert parse_device("cuda") == "cuda:0"
+    assert parse_device("cuda:1") == "cuda:1"
+    with pytest.raises(InvalidValueError, match="choose from auto, cpu, cuda:0, cuda:1"):
+        parse_device("cuda:2")
