@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,3 +25,8 @@ class Result:
 
 
 Ema = Callable[..., Result]
+
+
+def unmeasured_environment() -> dict[str, str]:
+    """The environment without coverage's: it writes a file at a process's end, which some tests forbid."""
+    return {name: value for name, value in os.environ.items() if not name.startswith("COV")}

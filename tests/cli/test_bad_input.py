@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ema_command import Ema
+from ema_command import Ema, unmeasured_environment
 from factories import OTHER_RUN_ID
 
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
@@ -231,8 +231,9 @@ def test_an_output_directory_without_write_permission(run: Path, tmp_path: Path)
         folder.chmod(0o755)
     arguments = [run, tmp_path / "warm-up.safetensors", closed / "out.safetensors"]
     done = subprocess.run(
-        [sys.executable, "-c", AS_ANOTHER_USER, *map(str, arguments)], capture_output=True, text=True, check=False
-    )
+        [sys.executable, "-c", AS_ANOTHER_USER, *map(str, arguments)],
+        capture_output=True, text=True, check=False, env=unmeasured_environment(),
+    )  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == (
         f"ema: error: {closed}/out.safetensors: cannot be written: permission denied; nothing partial is left\n"
@@ -249,7 +250,10 @@ def test_a_full_disk(run: Path, tmp_path: Path, out: str) -> None:
     )
     before = states(tmp_path)
     arguments = ["synthesize", str(run), "--sigma-rel", "0.15", "--out", str(tmp_path / out)]
-    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True, text=True, check=False, env=unmeasured_environment(),
+    )  # fmt: skip
     assert done.returncode == 1
     assert done.stderr.startswith(f"ema: error: {tmp_path / out}")
     assert done.stderr.count("\n") == 1
