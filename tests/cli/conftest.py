@@ -2,41 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import shutil
-import signal
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from ema_command import Ema, Result
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli import main
-
-
-@pytest.fixture
-def ema(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Ema]:
-    """Run `ema` with these arguments."""
-    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    monkeypatch.setattr(logging.root, "handlers", [])
-    monkeypatch.setattr(logging.root, "level", logging.root.level)
-    terminate = signal.getsignal(signal.SIGTERM)
-
-    def run(*arguments: object) -> Result:
-        monkeypatch.setattr(sys, "argv", ["ema", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            main()
-        captured = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return Result(ended.value.code, captured.out, captured.err)
-
-    yield run
-    signal.signal(signal.SIGTERM, terminate)
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,52 @@
+"""The README's own code, run as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from ema_command import Ema
+
+README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+
+
+def test_the_hook_in_ten_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = torch.nn.Linear(4, 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    evaluated = []
+
+    def step(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = (network(batch) - batch).square().mean()
+        loss.backward()
+        return loss
+
+    names = {
+        "model": model,
+        "loader": torch.randn(1000, 8, 4),
+        "optimizer": optimizer,
+        "step": step,
+        "evaluate": lambda network: evaluated.append(network.weight.detach().clone()),
+    }
+    exec(compile(block, "README.md", "exec"), names)
+    (averaged,) = evaluated
+    assert torch.equal(model.weight, averaged)
+    assert len(list((tmp_path / "run" / "ema").glob("*.safetensors"))) == 2
+
+
+def test_every_command_line_in_the_readme_is_accepted(
+    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its options exist and take such values; what it names need not be there."""
+    monkeypatch.chdir(tmp_path)
+    lines = re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", README, re.MULTILINE)
+    assert len(lines) >= 10
+    for line in lines:
+        if line.startswith("demo"):
+            continue
+        result = ema(*line.split())
+        assert result.code != 2, (line, result.err)
