@@ -316,7 +316,9 @@ class PostHocEMA:
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         unpacked = unpack_state(state, self.settings, self._tracked)
-        self._open_recorder(unpacked.run_id).set_aside_later(unpacked.t)
+        recorder = self._open_recorder(unpacked.run_id)
+        recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
+        recorder.set_aside_later(unpacked.t)
         self.run_id = unpacked.run_id
         self._averages = unpacked.averages
         self._step, self._t = unpacked.step, unpacked.t

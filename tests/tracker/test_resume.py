@@ -263,6 +263,21 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
     reader.close()
 
 
+def test_a_state_of_another_run_is_refused_where_this_one_has_begun(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "other", **SETTINGS) as other:
+        train(model, other, 1, 10)
+        state = other.state_dict()
+    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+        before = contents(tmp_path / "run")
+        with pytest.raises(MismatchError, match=f"{tracker.run_id[:8]}.*{other.run_id[:8]}"):
+            tracker.load_state_dict(state)
+        assert contents(tmp_path / "run") == before
+        train(model, tracker, 11, 20)
+    assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 20}
+
+
 def test_making_a_tracker_takes_no_lock_and_writes_nothing(tmp_path: Path) -> None:
     PostHocEMA.from_model(network(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
