@@ -14,8 +14,9 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL, FloatArray, PowerFunction, check_sigma_rel
 from posthoc_cli.reconstruction import reconstruct
 
-USEFUL_SIGMA_RELS = (0.05, 0.28)
-"""The range of sigma_rel that people use."""
+MOST_TIMES = 20_000
+MOST_SNAPSHOTS = 2_048
+"""What a schedule may take and leave: the solve is dense, and takes seconds at the second."""
 
 
 # --- which snapshots are kept ----------------------------------------------------------------------
@@ -69,10 +70,13 @@ class Schedule:
                 f"checkpoint_every {self.checkpoint_every:,}: must be at most steps ({self.steps:,}), "
                 "or no snapshot is ever taken"
             )
-        if self.steps // self.checkpoint_every > 100_000:
+        taken = self.steps // self.checkpoint_every
+        kept = min(taken, self.max_checkpoints or taken) * len(self.sigma_rels)
+        if taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
             raise InvalidValueError(
-                f"steps {self.steps:,} with checkpoint_every {self.checkpoint_every:,}: "
-                "more than 100,000 snapshots; take a larger checkpoint_every"
+                f"checkpoint_every {self.checkpoint_every:,}: takes snapshots at {taken:,} times and keeps {kept:,}; "
+                f"at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} can be judged: "
+                "take a larger one, or fewer max_checkpoints"
             )
 
     def times(self) -> list[float]:
@@ -126,12 +130,15 @@ class ErrorCurve:
     tracked: tuple[float, ...]
 
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
-        """The ranges of sigma_rel, among the points, in which the error is below `threshold`."""
+        """The ranges of sigma_rel, among the points, in which the error is below `threshold`.
+
+        A tracked profile whose neighbours are not below is a point and no range.
+        """
         below = np.flatnonzero(self.profile_error < threshold)
         if below.size == 0:
             return []
         runs = np.split(below, np.flatnonzero(np.diff(below) > 1) + 1)
-        return [(float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]])) for run in runs]
+        return [(float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]])) for run in runs if run.size > 1]
 
 
 def error_curve(
@@ -173,12 +180,14 @@ class ProfileFit:
 
     Attributes:
         title: names the target and the snapshots.
+        t_unit: what times count.
         times: shape [points].
         target, reconstructed: densities over `times`, in 1 / time.
         snapshot_times, coefficients: by tracked profile; shape [snapshots of it].
     """
 
     title: str
+    t_unit: str
     times: FloatArray
     target: FloatArray
     reconstructed: FloatArray
@@ -204,7 +213,8 @@ def profile_fit(
     for coefficient, profile in zip(column, usable, strict=True):
         groups.setdefault(f"sigma_rel {profile.sigma_rel:.4g}", []).append((profile.t, float(coefficient)))
     return ProfileFit(
-        title=f"sigma_rel {sigma_rel:g} from\n{candidate.label}",
+        title=f"sigma_rel {sigma_rel:g} from {candidate.label}",
+        t_unit=candidate.t_unit,
         times=times,
         target=target.density(times),
         reconstructed=made,
@@ -219,7 +229,12 @@ def _listed(sigma_rels: Sequence[float]) -> str:
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
     """The two ends of a range of sigma_rel, the lower one first, or an InvalidValueError."""
-    low, high = (check_sigma_rel(s) for s in sigma_range)
+    try:
+        low, high = (check_sigma_rel(s) for s in sigma_range)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, InvalidValueError):
+            raise
+        raise InvalidValueError(f"sigma_range {sigma_range!r}: must be two numbers, such as (0.05, 0.28)") from error
     if not low < high:
         raise InvalidValueError(
             f"sigma range {low:g} to {high:g}: the first must be below the second, both in (0, {UNIFORM_SIGMA_REL:.4f})"

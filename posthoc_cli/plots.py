@@ -6,6 +6,7 @@ page (the background is opaque white). No pyplot: a figure belongs to its caller
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -22,6 +23,9 @@ STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GOOD_ERROR = 0.01
 """The error below which a range is called good, shaded, and named in the title."""
+
+_LEAST_ERROR = 1e-5
+"""The bottom of the picture; what is less is drawn there."""
 
 _SIGMA_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28)
 
@@ -46,6 +50,8 @@ class Fit(Protocol):
     @property
     def title(self) -> str: ...  # noqa: D102
     @property
+    def t_unit(self) -> str: ...  # noqa: D102
+    @property
     def times(self) -> FloatArray: ...  # noqa: D102
     @property
     def target(self) -> FloatArray: ...  # noqa: D102
@@ -57,15 +63,20 @@ class Fit(Protocol):
     def coefficients(self) -> dict[str, FloatArray]: ...  # noqa: D102
 
 
-def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = (), t_unit: str = "steps") -> Figure:
+def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = ()) -> Figure:
     """Reconstruction error against sigma_rel; below it, a row for each fit."""
-    rows = 1 + len(fits)
-    figure = Figure(figsize=(8, 4.6 + 3.2 * len(fits)), dpi=150, layout="constrained", facecolor="white")
-    grid = figure.add_gridspec(rows, 2, height_ratios=[1.4, *[1.0] * len(fits)])
-    _draw_errors(figure.add_subplot(grid[0, :]), curves)
+    # Beyond a few curves the legend would cover them: it goes below, and the figure grows by it.
+    legend_rows = len(curves) if len(curves) > 2 else 0
+    height = 4.6 + 0.25 * legend_rows
+    figure = Figure(figsize=(8, height + 3.4 * len(fits)), dpi=150, layout="constrained", facecolor="white")
+    grid = figure.add_gridspec(1 + len(fits), 2, height_ratios=[height, *[3.4] * len(fits)])
+    axes = figure.add_subplot(grid[0, :])
+    _draw_errors(axes, curves)
+    if legend_rows:
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     for row, fit in enumerate(fits, start=1):
-        _draw_profile(figure.add_subplot(grid[row, 0]), fit, t_unit)
-        _draw_coefficients(figure.add_subplot(grid[row, 1]), fit, t_unit)
+        _draw_profile(figure.add_subplot(grid[row, 0]), fit)
+        _draw_coefficients(figure.add_subplot(grid[row, 1]), fit)
     return figure
 
 
@@ -120,16 +131,18 @@ def _draw_errors(axes: Axes, curves: Sequence[Curve]) -> None:
         label = f"{curve.label}: below 1 % for {_ranges(curve)}" if len(curves) > 1 else curve.label
         axes.plot(curve.sigma_rels, curve.profile_error, color=colour, linestyle=style, linewidth=1.8, label=label)
         marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
-        floor = 1e-5
+        heights = [float(np.interp(s, curve.sigma_rels, curve.profile_error)) for s in marked]
         axes.plot(
-            marked, [floor] * len(marked), color=colour, marker=MARKERS[index % len(MARKERS)], linestyle="none",
-            clip_on=False, zorder=5, label=f"tracked: {', '.join(f'{s:g}' for s in curve.tracked)}",
+            marked, np.maximum(heights, _LEAST_ERROR), color=colour, marker=MARKERS[index % len(MARKERS)],
+            linestyle="none", clip_on=False, zorder=5,
+            label=f"tracked: {_listed(curve.tracked)}" if len(curves) == 1 else None,
         )  # fmt: skip
-        for low, high in curve.ranges_below(GOOD_ERROR):
-            axes.axvspan(low, high, color=colour, alpha=0.10 if len(curves) == 1 else 0.05, linewidth=0)
+        if len(curves) == 1:  # shades of several would lie over each other; the legend says their ranges
+            for low, high in curve.ranges_below(GOOD_ERROR):
+                axes.axvspan(low, high, color=colour, alpha=0.10, linewidth=0)
     axes.axhline(GOOD_ERROR, color="0.35", linewidth=0.8)
     axes.set_yscale("log")
-    axes.set_ylim(1e-5, 2.0)
+    axes.set_ylim(_LEAST_ERROR, 2.0)
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
     axes.set_ylabel("relative L2 error of the profile")
     title = "Reconstruction error"
@@ -140,34 +153,46 @@ def _draw_errors(axes: Axes, curves: Sequence[Curve]) -> None:
     _finish(axes)
 
 
+def _listed(sigma_rels: Sequence[float]) -> str:
+    return ", ".join(f"{s:g}" for s in sigma_rels)
+
+
 def _ranges(curve: Curve) -> str:
     ranges = curve.ranges_below(GOOD_ERROR)
     return ", ".join(f"{low:.3f} to {high:.3f}" for low, high in ranges) or "no value"
 
 
-def _draw_profile(axes: Axes, fit: Fit, t_unit: str) -> None:
+def _draw_profile(axes: Axes, fit: Fit) -> None:
     axes.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
     axes.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
-    axes.set_title(fit.title, fontsize=10)
-    axes.set_xlabel(f"training time ({t_unit})")
-    axes.set_ylabel(f"density (1 / {t_unit})")
+    axes.set_title("\n".join(textwrap.wrap(fit.title, 48)), fontsize=10)
+    axes.set_ylabel(f"density (1 / {fit.t_unit})")
+    _time_axis(axes, fit)
     _finish(axes)
 
 
-def _draw_coefficients(axes: Axes, fit: Fit, t_unit: str) -> None:
+def _draw_coefficients(axes: Axes, fit: Fit) -> None:
     times = np.unique(np.concatenate(list(fit.snapshot_times.values())))
-    spacing = float(np.min(np.diff(times))) if times.size > 1 else float(times[0])
+    spacing = float(np.min(np.diff(times))) if times.size > 1 else 0.1 * float(times[0])
     width = 0.8 * spacing / len(fit.snapshot_times)
     for index, (label, at) in enumerate(fit.snapshot_times.items()):
-        shift = (index - (len(fit.snapshot_times) - 1) / 2) * width
+        # Bars of one time stand side by side and end at it.
+        right = at - (len(fit.snapshot_times) - 1 - index) * width
         axes.bar(
-            at + shift, fit.coefficients[label], width, color=COLOURS[index % len(COLOURS)],
+            right, fit.coefficients[label], -width, align="edge", color=COLOURS[index % len(COLOURS)],
             hatch=("", "////", "....")[index % 3], edgecolor="white", linewidth=0.3, label=label,
         )  # fmt: skip
     axes.axhline(0, color="0.35", linewidth=0.8)
     axes.set_title("coefficients", fontsize=10)
-    axes.set_xlabel(f"training time ({t_unit})")
+    _time_axis(axes, fit)
     _finish(axes)
+
+
+def _time_axis(axes: Axes, fit: Fit) -> None:
+    axes.set_xlim(0, 1.02 * float(fit.times[-1]))
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.12g}"))
+    axes.set_xlabel(f"training time ({fit.t_unit})")
 
 
 def _tiled(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -182,7 +207,9 @@ def _sigma_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
     ticks = [tick for tick in _SIGMA_TICKS if low <= tick <= high]
-    axes.set_xticks(ticks or [low, high], [f"{tick:g}" for tick in ticks or [low, high]])
+    if len(ticks) < 3:
+        ticks = [float(tick) for tick in np.linspace(low, high, 5)]
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
 

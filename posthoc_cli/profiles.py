@@ -30,6 +30,9 @@ FloatArray = npt.NDArray[np.float64]
 UNIFORM_SIGMA_REL = 12**-0.5
 """sigma_rel of the uniform average over all of training; every power function is shorter."""
 
+SHORTEST_SIGMA_REL = 1e-12
+"""Shorter than one step of any training there is; far below it the formulas overflow."""
+
 _DIRECT_SUM_LIMIT = 1_000_000
 """Steps up to which the mean lag is summed term by term."""
 
@@ -51,10 +54,18 @@ class Profile(Protocol):
 
 def check_sigma_rel(sigma_rel: float) -> float:
     """`sigma_rel` as a float, or an InvalidValueError that names the range."""
-    value = float(sigma_rel)
+    try:
+        value = math.nan if isinstance(sigma_rel, str) else float(sigma_rel)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        value = math.nan
     if not 0 < value < UNIFORM_SIGMA_REL:
+        shown = f"{sigma_rel:g}" if isinstance(sigma_rel, int | float) else repr(sigma_rel)[:40]
         raise InvalidValueError(
-            f"sigma_rel {value:g}: must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
+            f"sigma_rel {shown}: must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
+        )
+    if value < SHORTEST_SIGMA_REL:
+        raise InvalidValueError(
+            f"sigma_rel {value:g}: too short to be told from no averaging; use {SHORTEST_SIGMA_REL:g} or more"
         )
     return value
 
@@ -71,7 +82,7 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
     sigma_rel = check_sigma_rel(sigma_rel)
     if sigma_rel < 1e-6:
         # x = 1/sigma_rel - 2 - sigma_rel/2 + O(sigma_rel**2); beyond that, f overflows or loses digits.
-        return _checked_gamma(1 / sigma_rel - 3 - sigma_rel / 2, sigma_rel)
+        return 1 / sigma_rel - 3 - sigma_rel / 2
     inverse_square = 1 / (sigma_rel * sigma_rel)
     x = 1 / sigma_rel
     while True:
@@ -81,12 +92,6 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
         if not smaller < x:
             return x - 1
         x = smaller
-
-
-def _checked_gamma(gamma: float, sigma_rel: float) -> float:
-    if not math.isfinite(gamma):
-        raise InvalidValueError(f"sigma_rel {sigma_rel:g}: too short to be told from no averaging; use 1e-6 or more")
-    return gamma
 
 
 def sigma_rel_from_gamma(gamma: float) -> float:
@@ -243,7 +248,7 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
         raise InvalidValueError(
-            f"beta {beta:g}: after {steps:,} steps it must lie in (0, {longest:.7g}); "
+            f"beta {beta!r}: after {steps:,} steps it must lie in (0, {longest:.7g}); "
             f"{longest:.7g} has the mean lag of the uniform average, and no power function a longer one"
         )
     lag = beta / (1 - beta)

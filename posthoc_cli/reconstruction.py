@@ -90,7 +90,7 @@ def solve_paper(snapshots: Sequence[PowerFunction], targets: Sequence[PowerFunct
             continue
         goal = basis.expand(np.array([target.gamma]), np.array([target.t]))[:, 0]
         solution = problem.solve(goal)
-        column = solution / solution.sum()
+        column = solution / _checked_sum(solution, target)
         norm2 = float(inner_product(target.gamma, target.t, target.gamma, target.t))
         # What no combination reaches (outside the span of the basis), and how far this one is within it.
         unreachable = max(norm2 - float(goal @ goal), 0.0)
@@ -98,6 +98,16 @@ def solve_paper(snapshots: Sequence[PowerFunction], targets: Sequence[PowerFunct
         coefficients[:, index] = column
         errors[index] = np.sqrt((unreachable + missed) / norm2)
     return Reconstruction(coefficients, errors)
+
+
+def _checked_sum(solution: FloatArray, target: PowerFunction) -> float:
+    total = float(solution.sum())
+    if not 0 < total < np.inf:
+        raise InvalidValueError(
+            f"sigma_rel {target.sigma_rel:g}: at t {target.t:g} none of its mass lies before the last snapshot; "
+            "take the time of a snapshot"
+        )
+    return total
 
 
 class _LeastSquares:

@@ -8,6 +8,7 @@ snapshot and one tensor a target. Sums are float32 (float64 for float64 paramete
 from __future__ import annotations
 
 import logging
+import numbers
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
@@ -126,9 +127,9 @@ class _OpenFile:
         self._file.close()
 
 
-def disk_sources(directory: Path) -> list[Source]:
+def disk_sources(directory: str | Path) -> list[Source]:
     """The snapshots of a directory as sources; raises what `read_directory` raises."""
-    return [DiskSource(snapshot) for snapshot in read_directory(directory)]
+    return [DiskSource(snapshot) for snapshot in read_directory(Path(directory))]
 
 
 # --- the plan --------------------------------------------------------------------------------------
@@ -245,6 +246,9 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
     if not sources:
         raise InvalidValueError("no snapshots to synthesize from")
     times = sorted({source.info.t for source in sources})
+    for what, value in (("t", t), ("step", step)):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
+            raise InvalidValueError(f"{what} {value!r}: must be a number")
     if t is not None and step is not None:
         raise InvalidValueError("t and step: give one of them")
     if step is not None:
@@ -261,6 +265,8 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
 def _time_of_step(sources: Sequence[Source], step: int) -> float:
     times = {source.info.step: source.info.t for source in sources}
     first, last = min(times), max(times)
+    if step != int(step):
+        raise InvalidValueError(f"step {step!r}: must be a whole number")
     if not first <= step <= last:
         raise InvalidValueError(f"step {step}: must lie between the first snapshot, {first}, and the last, {last}")
     if step in times:
@@ -283,7 +289,7 @@ def _warn_of_poor_targets(plan: Plan) -> None:
         log.warning(
             "sigma_rel %s: the %d snapshots up to t = %g cannot make it well (profile error up to %.0f %%); "
             "ema error-plot shows what they can",
-            ", ".join(f"{s:g}" for s in poor),
+            ", ".join(f"{s:g}" for s in poor[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
             len(plan.sources),
             plan.t,
             100 * worst,
@@ -324,11 +330,13 @@ def synthesize(
                 if progress is not None:
                     progress(_read_bytes(plan, values[0]))
             else:
-                sums = _combine(plan, opened, name, device, progress)
+                values = _combine(plan, opened, name, device, progress)
                 stored = torch_dtype(_output_dtype(tensor.role, tensor.dtype, dtype))
-                values = [_cast(name, row, stored) for row in sums.unbind()]
+                for index, value in enumerate(values):
+                    values[index] = _cast(name, value, stored)
             for alias in names[name]:
                 yield alias, values
+            del values  # not held while the next tensor is made
 
 
 def _read_bytes(plan: Plan, value: torch.Tensor) -> int:
@@ -338,20 +346,21 @@ def _read_bytes(plan: Plan, value: torch.Tensor) -> int:
 
 def _combine(
     plan: Plan, opened: Sequence[OpenSource], name: str, device: torch.device | str, progress: Progress | None
-) -> torch.Tensor:
-    """The sums over all sources: shape [targets, *shape of the tensor]."""
+) -> list[torch.Tensor]:
+    """The sums over all sources, one a target. Each is a tensor of its own: callers keep them."""
     import torch
 
-    shape = plan.newest.shapes[name]
     wide = torch.float64 if plan.newest.info.tensors[name].dtype == "F64" else torch.float32
-    coefficients = torch.from_numpy(plan.reconstruction.coefficients).to(device, wide)
-    sums = torch.zeros(len(plan.sigma_rels), int(np.prod(shape)), dtype=wide, device=device)
-    for source, row in zip(opened, coefficients, strict=True):
+    sums = [torch.zeros(plan.newest.shapes[name], dtype=wide, device=device) for _ in plan.sigma_rels]
+    for source, row in zip(opened, plan.reconstruction.coefficients, strict=True):
         value = source.read(name)
-        sums.addr_(row, value.reshape(-1).to(device, wide))
+        nbytes = value.nbytes
+        value = value.to(device, wide)
+        for total, coefficient in zip(sums, row, strict=True):
+            total.add_(value, alpha=float(coefficient))
         if progress is not None:
-            progress(value.nbytes)
-    return sums.reshape(len(plan.sigma_rels), *shape)
+            progress(nbytes)
+    return sums
 
 
 def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -365,8 +374,7 @@ def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
                 f"tensor {name!r}: {dtype} cannot hold its largest value, {largest:.6g}; take float32 or bfloat16"
             )
         raise NonFiniteError(f"tensor {name!r}: the result is not finite; a snapshot holds nan or infinity")
-    # A view of the sums of all targets would keep all of them in memory, and in a file that it is pickled to.
-    return result.clone() if result.untyped_storage().nbytes() > result.nbytes else result
+    return result
 
 
 def _output_dtype(role: str, own: str, dtype: torch.dtype | str | None) -> str:

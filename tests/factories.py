@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from posthoc_cli.snapshots.format import Schedule, SnapshotInfo, TensorSpec, TrackedTensor, snapshot_metadata
+from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
 from posthoc_cli.snapshots.store import snapshot_path
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -76,7 +76,7 @@ def make_info(
         step=int(t),
         t_first=min(1.0, float(t)),
         max_interval=1.0,
-        schedule=Schedule(update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None),
+        schedule=TrackingSchedule(update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None),
         tensors=tensors,
     )
     return replace(info, **overrides)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import Candidate, ErrorCurve, Schedule, error_curve, profile_fit, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.snapshots.store import read_directory
 
 
 def thinned(arrivals: list[float], keep: int) -> list[float]:
@@ -54,12 +59,15 @@ def test_keeping_all_drops_nothing() -> None:
         snapshots_to_drop([1.0], 0)
 
 
-def test_a_schedule_is_what_a_tracker_leaves() -> None:
+def test_a_schedule_is_what_a_tracker_leaves(tmp_path: Path) -> None:
     schedule = Schedule((0.05, 0.28), steps=1050, checkpoint_every=100, max_checkpoints=4)
-    assert schedule.times() == thinned([float(t) for t in range(100, 1001, 100)], 4)
-    assert {(p.t, round(p.sigma_rel, 9)) for p in schedule.snapshots()} == {
-        (t, s) for t in schedule.times() for s in (0.05, 0.28)
-    }
+    model = torch.nn.Linear(1, 1)
+    with PostHocEMA.from_model(model, tmp_path, checkpoint_every=100, max_checkpoints=4) as tracker:
+        for _ in range(1050):
+            tracker.update_(model)
+    left = {(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path)}
+    assert {(p.t, round(p.sigma_rel, 9)) for p in schedule.snapshots()} == left
+    assert schedule.times() == sorted({t for t, _ in left})
 
 
 @pytest.mark.parametrize(
@@ -69,7 +77,7 @@ def test_a_schedule_is_what_a_tracker_leaves() -> None:
         (((0.05,), 0, 10), "steps 0"),
         (((0.05,), 100, 0), "checkpoint_every 0"),
         (((0.05,), 100, 101), "at most steps"),
-        (((0.05,), 10**9, 1), "more than 100,000"),
+        (((0.05,), 10**9, 1), "at most 20,000 and 2,048 can be judged"),
     ],
 )
 def test_an_impossible_schedule_is_refused(arguments: tuple, message: str) -> None:
@@ -92,6 +100,11 @@ def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() 
         sum(((curve.sigma_rels >= a) & (curve.sigma_rels <= b)).sum() for a, b in curve.ranges_below(0.01))
         == below.sum()
     )
+
+
+def test_a_lone_point_is_no_range() -> None:
+    curve = ErrorCurve("x", 1.0, np.array([0.05, 0.1, 0.15]), np.array([0.5, 0.0, 0.5]), (0.1,))
+    assert curve.ranges_below(0.01) == []
 
 
 def test_no_good_range_is_an_empty_list() -> None:

@@ -176,6 +176,13 @@ def test_what_no_snapshot_covers_counts_as_error() -> None:
     assert result.profile_error[0] >= (missing2 / norm2) ** 0.5
 
 
+def test_a_target_with_no_mass_within_reach_is_refused() -> None:
+    """All of a very short average lies after the last snapshot: no combination is any nearer than another."""
+    snapshots = [PowerFunction.from_sigma_rel(s, t) for t in (1000.0, 2000.0) for s in (0.05, 0.28)]
+    with pytest.raises(InvalidValueError, match="none of its mass lies before the last snapshot"):
+        reconstruct(snapshots[:2], [PowerFunction.from_sigma_rel(0.0005, 1999.0)])
+
+
 def test_misuse_is_named() -> None:
     target = PowerFunction.from_sigma_rel(0.05, 10.0)
     with pytest.raises(InvalidValueError, match="no snapshots"):

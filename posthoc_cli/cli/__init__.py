@@ -10,6 +10,8 @@ import re
 import signal
 import sys
 import warnings
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, NoReturn
 
@@ -60,6 +62,8 @@ def main() -> NoReturn:
     if not debug:
         sys.excepthook = _report_unexpected
     warnings.showwarning = _show_warning
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, _terminate)
     _allow_many_files()
     try:
@@ -116,10 +120,11 @@ def _as_option(message: str) -> str:
 def _option_names() -> set[str]:
     root: Any = typer.main.get_command(app)
     return {
-        parameter.name
+        name.removeprefix("--").replace("-", "_")
         for command in root.commands.values()
         for parameter in command.params
-        if parameter.param_type_name == "option"
+        for name in parameter.opts
+        if name.startswith("--")
     }
 
 
@@ -133,8 +138,10 @@ def _allow_many_files() -> None:
         import resource
     except ImportError:  # not on Windows
         return
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if most == resource.RLIM_INFINITY else min(65_536, most)
+    with suppress(ValueError, OSError):  # some systems allow less than they say
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), most))
 
 
 def _terminate(number: int, _: FrameType | None) -> None:

@@ -64,16 +64,19 @@ def error_plot(
 
     if out is None and csv_out is None and not as_json:
         raise InvalidValueError("--out: name a picture (.png, .svg, .pdf), or ask for --csv or --json")
+    out, csv_out = (None if path is None else path.expanduser() for path in (out, csv_out))
     if out is not None and out.suffix not in PICTURES:
         raise InvalidValueError(f"--out {out}: must end in {', '.join(PICTURES)}")
-    for path in (out, csv_out):
-        if path is not None and path.exists() and not force:
-            raise OutputExistsError(f"{path}: is there already; choose another name, or --force to replace it")
+    if out is not None and out == csv_out:
+        raise InvalidValueError(f"--csv {csv_out}: is the picture's name too; take another")
     targets = [] if profiles is None else parse_sigma_rels(profiles)
     low, high = _parse_range(sigma_range)
     candidates = _candidates(
         directories or [], sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or []
     )
+    for path in (out, csv_out):
+        if path is not None and path.exists() and not force:
+            raise OutputExistsError(f"{path}: is there already; choose another name, or --force to replace it")
     curves = [error_curve(candidate, (low, high), t=t, method=method) for candidate in candidates]
     if out is not None:
         _draw(out, candidates, curves, targets, t, method, force)
@@ -101,9 +104,11 @@ def _candidates(
     from posthoc_cli.planning import Candidate, Schedule
     from posthoc_cli.snapshots.store import read_directory
 
+    if not sigma_rels and (steps or every or most):
+        raise InvalidValueError("--sigma-rels: is missing; --steps and the like describe a schedule of tracked widths")
     candidates = []
     for directory in directories:
-        snapshots = read_directory(directory)
+        snapshots = read_directory(directory.expanduser())
         profiles = [snapshot.info.profile.pure for snapshot in snapshots]
         unit = snapshots[0].info.t_unit
         label = f"{directory}: {len(profiles)} snapshots up to {profiles[-1].t:,.12g} {unit}"
@@ -125,6 +130,8 @@ def _candidates(
 
 def _nth(values: list[int], index: int, schedules: int, option: str) -> int:
     """The value for one schedule: one for all, or one each."""
+    if not values:
+        raise InvalidValueError(f"{option}: is missing; a schedule needs it")
     if len(values) not in (1, schedules):
         raise InvalidValueError(
             f"{option}: give it once, or once for each --sigma-rels ({schedules}); it came {len(values)} times"
@@ -145,7 +152,7 @@ def _draw(
     from posthoc_cli.planning import profile_fit
 
     fits = [profile_fit(candidate, target, t, method=method) for target in targets for candidate in candidates]
-    figure = plots.error_figure(curves, fits, candidates[0].t_unit)
+    figure = plots.error_figure(curves, fits)
     picture = io.BytesIO()
     figure.savefig(picture, format=out.suffix.removeprefix("."))
     files.write_whole(out, picture.getvalue(), force)

@@ -52,6 +52,7 @@ def export(
     from posthoc_cli.snapshots.reader import read_header
 
     output.log_to_stderr(False)
+    file, out, base = file.expanduser(), out.expanduser(), None if base is None else base.expanduser()
     started = time.perf_counter()
     with output.progress_bar("exporting", read_header(file).file_bytes, quiet) as progress:
         made = export_file(file, out, layout, dtype, base, prefix, strip_prefix, force, max_shard_size, progress)

@@ -27,6 +27,7 @@ def info(
 
     Reads headers only. Exit code 1 when something is wrong with a directory: mixed runs, gaps, damaged headers.
     """
+    path = path.expanduser()
     report = describe_directory(path) if path.is_dir() else describe_file(path)
     if as_json:
         output.print_json(report)

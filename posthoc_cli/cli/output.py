@@ -73,7 +73,7 @@ def size_text(nbytes: float) -> str:
 
 def percent(error: float) -> str:
     """A relative error for people; below what rounding allows it is shown as that bound."""
-    return f"{100 * error:.2g} %" if error >= 1e-7 or error == 0 else "< 1e-5 %"
+    return "< 1e-5 %" if 0 < error < 1e-7 else f"{100 * error:.2g} %"
 
 
 def log_to_stderr(verbose: bool) -> None:

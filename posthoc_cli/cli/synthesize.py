@@ -31,7 +31,7 @@ def synthesize(
     ],
     out: Annotated[
         str | None,
-        typer.Option(help="The output. For several targets a folder, or a name with {sigma_rel} in it."),
+        typer.Option(help="The output: a file; a folder for a file a target; or a name with {sigma_rel} in it."),
     ] = None,
     t: Annotated[
         float | None, typer.Option(help="The average as it stood at this training time. [default: the last]")
@@ -76,13 +76,26 @@ def synthesize(
         raise InvalidValueError("--force and --skip-existing: give one of them")
     if out is None and not dry_run:
         raise InvalidValueError("--out: where to write is missing; --dry-run needs no output")
-    paths = [] if out is None or dry_run else output_paths(widths, out, layout)
+    paths, folder = ([], None) if out is None or dry_run else output_paths(widths, out, layout)
     device = "cpu" if dry_run and device == "auto" else parse_device(device)
-    plan = plan_synthesis(disk_sources(directory), widths, t, step, method)
+    plan = plan_synthesis(disk_sources(directory.expanduser()), widths, t, step, method)
     skipped = _existing(paths, layout) if skip_existing else set()
-    if paths:
-        wanted = [index for index in range(len(paths)) if index not in skipped]
-        _write(plan.only(wanted), [paths[i] for i in wanted], layout, dtype, device, force, max_shard_size, quiet)
+    wanted = [index for index in range(len(paths)) if index not in skipped]
+    if wanted:
+        from posthoc_cli.export import write_synthesis
+
+        with output.progress_bar("synthesizing", plan.read_bytes, quiet) as progress:
+            write_synthesis(
+                plan.only(wanted),
+                [paths[i] for i in wanted],
+                layout,
+                dtype,
+                device,
+                force,
+                max_shard_size,
+                progress,
+                folder,
+            )
     seconds = time.perf_counter() - started
     if as_json:
         output.print_json(_report(plan, paths, skipped, seconds))
@@ -91,8 +104,11 @@ def synthesize(
         _print_targets(plan, paths, skipped, dtype, seconds)
 
 
-def output_paths(widths: list[float], out: str, layout: str | None) -> list[Path]:
-    """Where each target goes: the output itself, a pattern filled in, or a name in a folder.
+def output_paths(widths: list[float], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
+    """Where each target goes, and the folder to be made for them, if one was named.
+
+    The output may be a pattern to fill in, a file (for one target), or a folder that takes a file a target. With
+    --format sharded a folder holds one model, so that several targets get a folder each within it.
 
     Raises:
         InvalidValueError: several targets, but the output is one file.
@@ -102,40 +118,24 @@ def output_paths(widths: list[float], out: str, layout: str | None) -> list[Path
     if not out:
         raise InvalidValueError("--out: is empty; name a file, a folder, or a pattern with {sigma_rel}")
     if "{sigma_rel}" in out:
-        return [Path(out.replace("{sigma_rel}", repr(width))).expanduser() for width in widths]
+        return [Path(out.replace("{sigma_rel}", repr(width))).expanduser() for width in widths], None
     path = Path(out).expanduser()
-    if len(widths) == 1:
-        return [path]
-    if path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
+    is_folder = path.is_dir() or path.suffix == ""
+    if len(widths) == 1 and (layout == "sharded" or not is_folder):
+        return [path], None
+    if not is_folder and path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
         raise InvalidValueError(
             f"--out {out}: {len(widths)} targets need a folder, or a name with {{sigma_rel}} in it, such as "
             f"{path.stem}-{{sigma_rel}}{path.suffix}"
         )
     suffix = {"safetensors": ".safetensors", "pt": ".pt", "sharded": ""}[layout_of(Path("x.safetensors"), layout)]
-    return [path / f"sigma_rel-{width!r}{suffix}" for width in widths]
+    return [path / f"sigma_rel-{width!r}{suffix}" for width in widths], path
 
 
 def _existing(paths: list[Path], layout: str | None) -> set[int]:
     from posthoc_cli.export import layout_of, output_exists
 
     return {i for i, path in enumerate(paths) if output_exists(path, layout_of(path, layout))}
-
-
-def _write(
-    plan: Plan,
-    paths: list[Path],
-    layout: str | None,
-    dtype: str,
-    device: str,
-    force: bool,
-    shard: str,
-    quiet: bool,
-) -> None:
-    from posthoc_cli.export import write_synthesis
-
-    if paths:
-        with output.progress_bar("synthesizing", plan.read_bytes, quiet) as progress:
-            write_synthesis(plan, paths, layout, dtype, device, force, shard, progress)
 
 
 # --- what is printed -------------------------------------------------------------------------------
@@ -184,13 +184,15 @@ def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str,
         ]
         output.print_table(["sigma_rel", "profile error", "output"], rows, left=["output"])
         output.print_line("")
-    which = f"sigma_rel {plan.sigma_rels[0]:g}" if len(plan.sigma_rels) == 1 else f"{len(plan.sigma_rels)} averages"
+    made = len(plan.sigma_rels) - len(skipped)
+    single = len(plan.sigma_rels) == 1
+    which = f"sigma_rel {plan.sigma_rels[0]:g}" if single else f"{made} average{'s' * (made != 1)}"
     worst = output.percent(float(plan.reconstruction.profile_error.max()))
-    up_to = "" if len(plan.sigma_rels) == 1 else "up to "
+    up_to, each = ("", "") if single else ("up to ", " each")
     what = f"{which} at t = {plan.t:,.12g} from {len(plan.sources)} snapshots, profile error {up_to}{worst}"
     if not paths:
         read = output.size_text(plan.read_bytes)
-        output.print_line(f"would make {what}, {output.size_text(size)} each; would read {read}; nothing was written")
+        output.print_line(f"would make {what}, {output.size_text(size)}{each}; would read {read}; nothing was written")
         return
     if len(skipped) == len(paths):
         output.print_line("every output is there already; nothing was written")
@@ -201,8 +203,8 @@ def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str,
             f"not tracked, and not in the output: {len(left_out)} of the model's tensors ({left_out[0]}, ...); "
             "ema export --base FULL.safetensors completes them"
         )
-    target = paths[0] if len(paths) == 1 else f"{len(paths) - len(skipped)} outputs in {paths[0].parent}"
-    output.print_line(f"made {what}, {output.size_text(size)} each, in {seconds:.1f} s: {target}")
+    target = paths[0] if single else f"in {paths[0].parent}"
+    output.print_line(f"made {what}, {output.size_text(size)}{each}, in {seconds:.1f} s: {target}")
 
 
 COMMAND = synthesize

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
 from decimal import Decimal, InvalidOperation
-from pathlib import Path
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import check_sigma_rel
@@ -44,7 +42,7 @@ def _number(text: str, option: str) -> Decimal:
         number = Decimal(text)
     except InvalidOperation:
         number = Decimal("nan")
-    if not text.strip() or not math.isfinite(number):
+    if not text.strip() or not number.is_finite():
         shown = text if text.strip() else "(empty)"
         raise InvalidValueError(
             f"{option} {shown}: must be a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
@@ -68,8 +66,3 @@ def parse_sigma_rels(text: str) -> list[float]:
         InvalidValueError: naming the option and the range.
     """
     return [check_sigma_rel(value) for value in parse_numbers(text, "--sigma-rel")]
-
-
-def parse_paths(texts: list[str]) -> list[Path]:
-    """Paths, with `~` for the home directory."""
-    return [Path(text).expanduser() for text in texts]

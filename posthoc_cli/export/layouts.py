@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, WriteError
 from posthoc_cli.export.sharded import ShardedSink, holds_model
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.decoding import file_kind
+from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
@@ -68,7 +71,9 @@ def parse_size(size: str) -> int:
     except ValueError:
         value = 0.0
     if not 1 <= value < 2**63:
-        raise InvalidValueError(f"size {size!r}: must be a number of bytes above 0, with or without KB, MB, GB or TB")
+        raise InvalidValueError(
+            f"max_shard_size {size!r}: must be a number of bytes above 0, with or without KB, MB, GB or TB"
+        )
     return int(value)
 
 
@@ -102,11 +107,21 @@ def make_sink(
     """
     if not path.parent.is_dir():
         raise InvalidValueError(f"{path}: its folder does not exist")
+    if overwrite and _is_snapshot(path):
+        raise OutputExistsError(f"{path}: is a snapshot of a run and is not replaced; choose another name")
     if layout == "pt":
         return _TorchSink(path, overwrite)
     if layout == "sharded":
         return ShardedSink(path, specs, metadata, overwrite, max_shard_size or parse_size(DEFAULT_SHARD_SIZE))
     return _FileSink(TensorFileWriter(path, specs, metadata, overwrite))
+
+
+def _is_snapshot(path: Path) -> bool:
+    """Whether the file there holds what nothing can make again."""
+    try:
+        return path.is_file() and file_kind(read_header(path)) == "snapshot"
+    except FileFormatError:
+        return False
 
 
 class _FileSink:
@@ -141,15 +156,15 @@ class _TorchSink:
         self._tensors[name] = tensor.cpu()
 
     def commit(self) -> None:
-        with (
-            files.reported_as_write_error(self._file.path),
-            os.fdopen(os.dup(self._file.descriptor), "wb") as stream,
-        ):
-            try:
-                torch.save(self._tensors, stream)
-            except RuntimeError as error:
-                # torch's archive writer reports a refused write as a RuntimeError without an errno.
-                raise OSError(f"torch.save: {str(error).splitlines()[0]}") from error
+        stream = _Stream(self._file)
+        try:
+            with io.BufferedWriter(stream) as buffered:
+                torch.save(self._tensors, buffered)
+        except RuntimeError as error:
+            # torch's archive writer hides what its stream raised behind an error of its own.
+            if stream.error is None:
+                raise
+            raise stream.error from error
         self._file.publish()
 
     def __enter__(self) -> _TorchSink:
@@ -159,3 +174,25 @@ class _TorchSink:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._file.discard()
+
+
+class _Stream(io.RawIOBase):
+    """A pending file as the stream that torch.save writes to; keeps the error that a write ended with."""
+
+    def __init__(self, file: files.PendingFile) -> None:
+        self.error: WriteError | None = None
+        self._file = file
+        self._offset = 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            self._file.write_at(view, self._offset)
+        except WriteError as error:
+            self.error = error
+            raise
+        self._offset += len(view)
+        return len(view)

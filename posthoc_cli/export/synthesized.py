@@ -23,22 +23,21 @@ def write_synthesis(
     overwrite: bool = False,
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> None:
     """Synthesize every target of a plan into its path; none appears before all are complete.
-
-    The folder of several outputs is made when only it is missing.
 
     Arguments:
         plan: from `plan_synthesis`.
         paths: an output a target.
         layout, overwrite, max_shard_size: as in `export_file`.
         dtype, device, progress: as in `synthesis.synthesize`.
+        folder: the folder of the outputs, to be made when it is missing.
     """
     specs = plan.specs(dtype)
     limit = parse_size(max_shard_size)
     with ExitStack() as stack:
-        folder = paths[0].parent
-        if len(paths) > 1 and folder.parent.is_dir():
+        if folder is not None and folder.parent.is_dir():
             stack.enter_context(files.new_directory(folder))
         sinks = []
         for index, path in enumerate(paths):

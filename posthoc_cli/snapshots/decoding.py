@@ -36,6 +36,9 @@ def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ must map names to strings")
+    for text in raw:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise FileFormatError(f"{path}: damaged header: {text[:40]!r} is not Unicode text")
     tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
     _check_offsets(path, tensors)
     header = fmt.FileHeader(metadata, tensors, len(start))
@@ -222,15 +225,15 @@ def _decode_aliases(reader: _Metadata, tensors: Mapping[str, fmt.TrackedTensor])
     return aliases
 
 
-def _decode_schedule(reader: _Metadata) -> fmt.Schedule:
+def _decode_schedule(reader: _Metadata) -> fmt.TrackingSchedule:
     raw = reader.json_object("ema.schedule")
     optional = {"max_checkpoints", "checkpoint_dtype"}
-    for name in fmt.Schedule.__dataclass_fields__:
+    for name in fmt.TrackingSchedule.__dataclass_fields__:
         value = raw.get(name)
         fits = type(value) is int if name != "checkpoint_dtype" else str(value) in fmt.ITEM_BYTES
         if not fits and not (name in optional and value is None):
             raise reader.bad("ema.schedule", f"{name} is {str(value)[:40]!r}")
-    return fmt.Schedule(**{name: raw[name] for name in fmt.Schedule.__dataclass_fields__})
+    return fmt.TrackingSchedule(**{name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__})
 
 
 def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:

@@ -33,8 +33,8 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
-A tensor's stored dtype may differ from its own: averages are stored in `checkpoint_dtype`, but in F32 where a
-value is too large for it.
+A tensor's stored dtype may differ from its own: averages are stored in `checkpoint_dtype`, but in F32 where that
+would lose more than rounding does, since a value is too large for it or all values are too small.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -133,7 +133,7 @@ class TrackedTensor:
 
 
 @dataclass(frozen=True)
-class Schedule:
+class TrackingSchedule:
     """When a tracker updates and writes, and how it stores; see `PostHocEMA.from_model`."""
 
     update_every: int = 10
@@ -155,7 +155,7 @@ class SnapshotInfo:
     step: int
     t_first: float
     max_interval: float
-    schedule: Schedule
+    schedule: TrackingSchedule
     tensors: dict[str, TrackedTensor]
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()

@@ -10,6 +10,7 @@ import logging
 import os
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -25,6 +26,15 @@ log = logging.getLogger(__name__)
 
 SUPERSEDED = "superseded"
 """The folder of a snapshot directory for snapshots later than the time that training went back to."""
+
+
+@dataclass(frozen=True)
+class StoredSnapshot:
+    """A snapshot that is on disk, as far as keeping and dropping is concerned."""
+
+    path: Path
+    t: float
+    sigma_rel: float
 
 
 @dataclass(frozen=True)
@@ -120,22 +130,21 @@ def _candidates(directory: Path) -> list[Path]:
 
 
 def _open_candidate(path: Path) -> Snapshot | None:
-    """The snapshot in a file; None for a synthesized file that someone keeps beside the snapshots."""
+    """The snapshot in a file; None for a synthesized or foreign safetensors file kept beside the snapshots."""
     try:
         header = read_header(path)
     except FileFormatError:
         if not os.path.lexists(path):
             return None  # a writer has thinned it away since the directory was listed
         raise
-    if file_kind(header) == "output":
+    if file_kind(header) in (None, "output"):
         return None
     return Snapshot(path, header, decode_snapshot(path, header))
 
 
 def _hint(directory: Path) -> str:
-    if any(directory.glob("*.pt")) or any(directory.glob("*.pkl")):
-        return " (the .pt and .pkl files of other libraries cannot be read)"
-    return ""
+    strangers = sorted(p.name for p in directory.iterdir() if p.suffix in (fmt.SUFFIX, ".pt", ".pkl"))
+    return f" ({strangers[0]} is not a snapshot of this package)" if strangers else ""
 
 
 def _order(snapshot: Snapshot) -> tuple[float, float, str]:
@@ -203,29 +212,31 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
     return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
 
 
-def thin(directory: Path, max_checkpoints: int | None) -> None:
-    """Leave `max_checkpoints` snapshots a profile, spread evenly over time; see `planning`."""
-    if max_checkpoints is None:
-        return
+def thin(stored: Sequence[StoredSnapshot], max_checkpoints: int | None) -> list[StoredSnapshot]:
+    """Leave `max_checkpoints` snapshots a profile, spread evenly over time (see `planning`); returns what is left."""
     profiles = defaultdict(list)
-    for snapshot in read_directory(directory):
-        profiles[snapshot.info.sigma_rel].append(snapshot)
+    for snapshot in sorted(stored, key=lambda s: s.t):
+        profiles[snapshot.sigma_rel].append(snapshot)
+    left = list(stored)
     for snapshots in profiles.values():
-        for index in snapshots_to_drop([s.info.t for s in snapshots], max_checkpoints):
+        for index in snapshots_to_drop([s.t for s in snapshots], max_checkpoints):
             log.debug("thinning: %s goes", snapshots[index].path)
-            files.unlink(snapshots[index].path)
+            with suppress(FileNotFoundError):  # gone by another hand
+                files.unlink(snapshots[index].path)
+            left.remove(snapshots[index])
+    return left
 
 
-def set_aside_later(directory: Path, t: float) -> list[Path]:
-    """Move snapshots later than `t` to the folder `superseded`, never deleting one; returns where they went."""
-    later = [s for s in read_directory(directory) if s.info.t > t]
-    if not later:
+def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
+    """Move snapshots to the folder `superseded` beside them, never replacing one; returns where they went."""
+    if not stored:
         return []
+    directory = stored[0].path.parent
     aside = directory / SUPERSEDED
     with files.reported_as_write_error(aside):
         files.make_directory(aside)
         moved = []
-        for snapshot in later:
+        for snapshot in stored:
             target = _free_name(aside / snapshot.path.name)
             files.rename(snapshot.path, target)
             moved.append(target)

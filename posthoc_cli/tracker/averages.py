@@ -56,6 +56,7 @@ class RunningAverages:
         """Whether there was an update yet."""
         return self.t > 0
 
+    @torch.inference_mode(False)  # made there, accumulators could never be updated outside
     @torch.no_grad()
     def update_(
         self, values: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor], t: float, step: int

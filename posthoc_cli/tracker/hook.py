@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import secrets
 import types
 import warnings
@@ -15,11 +16,11 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
-from posthoc_cli.snapshots.store import read_directory, snapshot_path
+from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.synthesis import Source, plan_synthesis, synthesize
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources, reconstruction_figure
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, collect_tensors, nonfinite_name
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.settings import (
     Settings,
@@ -27,8 +28,9 @@ from posthoc_cli.tracker.settings import (
     make_schedule,
     next_time,
     override_schedule,
+    resumed_habit,
 )
-from posthoc_cli.tracker.state import load_averages, pack_state, unpack_state
+from posthoc_cli.tracker.state import load_averages, newest_complete, pack_state, unpack_state
 from posthoc_cli.tracker.weights import Weights, load_weights, swapped_in
 
 if TYPE_CHECKING:
@@ -63,6 +65,7 @@ class PostHocEMA:
         self._resumes_from_directory = False
         self._recorder: Recorder | None = None
         self._closed = False
+        self._swapped_in = 0
         self._model: weakref.ref[torch.nn.Module] | None = None
 
     # --- making one ----------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ class PostHocEMA:
         schedule = make_schedule(update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype)
         settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, only_trainable, on_nonfinite)
         tracked = TrackedModel.of_model(collect_tensors(model, only_trainable))
-        tracker = cls(Path(checkpoint_dir), secrets.token_hex(16), settings, tracked)
+        tracker = cls(_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
         tracker._model = weakref.ref(model)
         return tracker
 
@@ -136,7 +139,7 @@ class PostHocEMA:
             DirectoryError, FileFormatError, MismatchError: what is wrong with the directory.
             ModelMismatchError: the model is another one; names the tensor.
         """
-        directory = Path(checkpoint_dir)
+        directory = _directory(checkpoint_dir)
         snapshots = read_directory(directory)
         newest = snapshots[-1]
         schedule = override_schedule(
@@ -151,7 +154,10 @@ class PostHocEMA:
         settings = Settings(profiles, schedule, newest.info.t_unit, on_nonfinite=on_nonfinite)
         tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(newest))
         tracker._resumes_from_directory = True
-        tracker._step, tracker._t = newest.info.step, newest.info.t
+        complete = newest_complete(snapshots, profiles)
+        last = newest if complete is None else complete[profiles[0]]
+        tracker._step, tracker._t = last.info.step, last.info.t
+        tracker._own_clock = resumed_habit(tracker._step, tracker._t)
         if model is not None:
             tracker._collect(model)
             tracker._model = weakref.ref(model)
@@ -185,6 +191,9 @@ class PostHocEMA:
             LockedError, MismatchError: at the first call: another writer holds the directory, or it holds
                 another run.
         """
+        check_model(model)
+        if self._swapped_in:
+            raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
         self._begin()
         step = self._step + 1
         self._t = next_time(self.settings, self._own_clock, self._t, step, t)
@@ -201,6 +210,8 @@ class PostHocEMA:
         Returns:
             A handle whose `remove()` undoes it.
         """
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise InvalidValueError(f"attach: must be given a torch.optim.Optimizer, not {type(optimizer).__name__}")
         if self._model is None:
             raise InvalidValueError("attach: this tracker was made without a model; give it to from_model or from_path")
         reference = self._model
@@ -241,12 +252,17 @@ class PostHocEMA:
     ) -> Iterator[Module]:
         """The model itself with averaged weights, in eval mode, for the `with` block.
 
-        Afterwards weights, buffers, train or eval mode and device are as they were, also when the block raises.
-        Arguments as in `state_dict`.
+        Afterwards weights, buffers, train or eval mode and device are as they were, also when the block raises;
+        parameters that are not tracked are left alone. Arguments as in `state_dict`, except that without `dtype`
+        the weights take the dtypes that the model has.
         """
         weights = self._synthesized(sigma_rel, t, step, dtype, method)
-        with swapped_in(model, weights):
-            yield model
+        self._swapped_in += 1
+        try:
+            with swapped_in(model, weights, own_dtypes=dtype is None):
+                yield model
+        finally:
+            self._swapped_in -= 1
 
     def load_into(
         self,
@@ -257,8 +273,8 @@ class PostHocEMA:
         dtype: torch.dtype | str | None = None,
         method: str | None = None,
     ) -> None:
-        """Copy averaged weights into a model, for good. Arguments as in `state_dict`."""
-        load_weights(model, self._synthesized(sigma_rel, t, step, dtype, method))
+        """Copy averaged weights into a model, for good. Arguments as in `model`."""
+        load_weights(model, self._synthesized(sigma_rel, t, step, dtype, method), own_dtypes=dtype is None)
 
     @overload
     def state_dict(self) -> dict[str, Any]: ...
@@ -301,9 +317,11 @@ class PostHocEMA:
         """
         if sigma_rel is not None:
             return self._synthesized(sigma_rel, t, step, dtype, method)
+        averages, step, t = self._averages, self._step, self._t
         if self._resumes_from_directory:
-            self._load_newest()
-        return pack_state(self.run_id, self.settings, self._step, self._t, self._averages)
+            averages = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
+            step, t = averages.step, averages.t
+        return pack_state(self.run_id, self.settings, self._tracked, step, t, averages)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
@@ -315,6 +333,7 @@ class PostHocEMA:
             ModelMismatchError: of another model.
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
+        self._check_open()
         unpacked = unpack_state(state, self.settings, self._tracked)
         recorder = self._open_recorder(unpacked.run_id)
         recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
@@ -322,7 +341,7 @@ class PostHocEMA:
         self.run_id = unpacked.run_id
         self._averages = unpacked.averages
         self._step, self._t = unpacked.step, unpacked.t
-        self._own_clock = None
+        self._own_clock = resumed_habit(self._step, self._t)
         self._resumes_from_directory = False
 
     def reconstruction_error(
@@ -340,12 +359,17 @@ class PostHocEMA:
 
     def _begin(self) -> None:
         """At the first update: become the directory's writer and, in a resumed run, load its averages."""
-        if self._closed:
-            raise NotReadyError(f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path")
+        self._check_open()
         recorder = self._open_recorder(self.run_id)
         if self._resumes_from_directory:
-            self._load_newest()
+            self._averages = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
+            self._step, self._t = self._averages.step, self._averages.t
             recorder.set_aside_later(self._t)
+            self._resumes_from_directory = False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NotReadyError(f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path")
 
     def _open_recorder(self, run_id: str) -> Recorder:
         if self._recorder is None:
@@ -358,16 +382,10 @@ class PostHocEMA:
             self._recorder = recorder
         return self._recorder
 
-    def _load_newest(self) -> None:
-        """Take the averages over from the newest snapshots that hold every profile."""
-        self._averages = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
-        self._step, self._t = self._averages.step, self._averages.t
-        self._resumes_from_directory = False
-
     def _collect(self, model: torch.nn.Module) -> ModelTensors:
         """The model's tensors, after a check that they are those that are tracked."""
-        frozen_too = any(name in self._tracked.tensors for name, p in model.named_parameters() if not p.requires_grad)
-        tensors = collect_tensors(model, only_trainable=self.settings.only_trainable and not frozen_too)
+        known = self._tracked.tensors.keys() | self._tracked.aliases.keys()
+        tensors = collect_tensors(model, self.settings.only_trainable, also=known)
         self._tracked.check(TrackedModel.of_model(tensors))
         return tensors
 
@@ -387,7 +405,8 @@ class PostHocEMA:
     def _write_snapshots(self) -> None:
         recorder = self._open_recorder(self.run_id)
         for source in self._live_sources():
-            if not snapshot_path(self.checkpoint_dir, source.info.t, source.info.sigma_rel).exists():
+            # After skipped updates an average may be due that is stored already.
+            if not recorder.has_written(source.info):
                 recorder.write(source.info, source.averages, source.copies)
         recorder.thin(self.settings.schedule.max_checkpoints)
 
@@ -413,4 +432,12 @@ class PostHocEMA:
                 f"no average yet: the first update is at call {first} of update_, this is after {self._step}"
             )
         plan = plan_synthesis(sources, [sigma_rel], t, step, method)
-        return Weights((name, tensors[0]) for name, tensors in synthesize(plan, dtype))
+        with torch.inference_mode(False), torch.no_grad():
+            return Weights((name, tensors[0]) for name, tensors in synthesize(plan, dtype))
+
+
+def _directory(checkpoint_dir: str | Path) -> Path:
+    """Absolute, so that a later change of the working directory does not move the run."""
+    if not isinstance(checkpoint_dir, str | os.PathLike) or "\0" in str(checkpoint_dir):
+        raise InvalidValueError(f"checkpoint_dir {checkpoint_dir!r}: must be a path")
+    return Path(checkpoint_dir).absolute()

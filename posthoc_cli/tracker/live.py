@@ -119,4 +119,4 @@ def reconstruction_figure(
         every = settings.schedule.checkpoint_every
         count = settings.schedule.max_checkpoints or 20
         candidate = Candidate.of_schedule(Schedule(settings.sigma_rels, count * every, every, count))
-    return plots.error_figure([error_curve(candidate, sigma_range, method=method)], t_unit=settings.t_unit)
+    return plots.error_figure([error_curve(candidate, sigma_range, method=method)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -79,8 +79,20 @@ class TrackedModel:
                 raise ModelMismatchError(f"tensor {alias!r}: is not tied to the tensor that it was tied to")
 
 
-def collect_tensors(model: torch.nn.Module, only_trainable: bool) -> ModelTensors:
+def check_model(model: torch.nn.Module) -> torch.nn.Module:
+    """`model`, or an InvalidValueError that says what it is instead."""
+    if not isinstance(model, torch.nn.Module):
+        raise InvalidValueError(f"model: must be a torch.nn.Module, not {type(model).__name__}")
+    return model
+
+
+def collect_tensors(model: torch.nn.Module, only_trainable: bool, also: Container[str] = frozenset()) -> ModelTensors:
     """Look through a model.
+
+    Arguments:
+        model: any module.
+        only_trainable: leave out parameters that do not require gradients,
+        also: but not those of these names.
 
     Raises:
         InvalidValueError: nothing to average, or a parameter that cannot be, by name.
@@ -88,10 +100,10 @@ def collect_tensors(model: torch.nn.Module, only_trainable: bool) -> ModelTensor
     averaged: dict[str, torch.Tensor] = {}
     copied: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
-    left_out = list(_extra_state_names(model))
+    left_out = list(_extra_state_names(check_model(model)))
     first_name: dict[int, str] = {}
     for name, tensor, is_parameter in _state_tensors(model):
-        if is_parameter and only_trainable and not tensor.requires_grad:
+        if is_parameter and only_trainable and not tensor.requires_grad and name not in also:
             left_out.append(name)
             continue
         stored = first_name.setdefault(id(tensor), name)
@@ -110,15 +122,21 @@ def collect_tensors(model: torch.nn.Module, only_trainable: bool) -> ModelTensor
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """The first tensor that holds a nan or an infinity; while none does, one synchronisation a device and dtype."""
+    """The first tensor that holds a nan or an infinity; while none does, one synchronisation a device and dtype.
+
+    The 2-norm is the cheapest sum that no nan and no infinity can hide in. It may overflow where all values are
+    finite: then the largest magnitude decides.
+    """
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.numel() > 0:
             groups.setdefault((tensor.device, tensor.dtype), []).append(name)
     bad: set[str] = set()
     for names in groups.values():
-        largest = torch.stack(torch._foreach_norm([tensors[name] for name in names], float("inf")))
-        finite = torch.isfinite(largest)
+        group = [tensors[name] for name in names]
+        if bool(torch.isfinite(torch.stack(torch._foreach_norm(group, 2))).all()):
+            continue
+        finite = torch.isfinite(torch.stack(torch._foreach_norm(group, float("inf"))))
         if not bool(finite.all()):
             bad.update(name for name, fine in zip(names, finite.tolist(), strict=True) if not fine)
     return next((name for name in tensors if name in bad), None)
@@ -147,6 +165,8 @@ def _extra_state_names(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _checked(name: str, parameter: torch.Tensor) -> torch.Tensor:
+    if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
+        raise InvalidValueError(f"parameter {name!r}: has no shape yet; run a batch through the model first")
     if parameter.dtype not in AVERAGED_DTYPES:
         raise InvalidValueError(
             f"parameter {name!r}: dtype {parameter.dtype} cannot be averaged; "

@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import DirectoryError, MismatchError
+from posthoc_cli.errors import DirectoryError, MismatchError, NonFiniteError
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.store import read_directory, set_aside_later, snapshot_path, thin
+from posthoc_cli.snapshots.store import StoredSnapshot, read_directory, set_aside, snapshot_path, thin
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.tracker.model_tensors import nonfinite_name
 
 log = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ class Recorder:
 
     Raises:
         LockedError: another writer holds the directory.
+        FileFormatError, MismatchError: what is in it is damaged or does not belong together.
         WriteError: the directory cannot be made or written.
     """
 
@@ -32,33 +34,50 @@ class Recorder:
         with files.reported_as_write_error(directory):
             files.make_directory(directory)
         self._lock = DirectoryLock(directory)
+        try:
+            snapshots = read_directory(directory)
+        except DirectoryError:
+            snapshots = []
+        except BaseException:
+            self.close()
+            raise
+        # From here on nobody else writes: what is here need not be read again.
+        self._run_id = snapshots[0].info.run_id if snapshots else None
+        self._stored = [StoredSnapshot(s.path, s.info.t, s.info.sigma_rel) for s in snapshots]
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError where the directory holds snapshots of another run."""
-        found = self._run_here()
-        if found not in (None, run_id):
+        if self._run_id not in (None, run_id):
             raise MismatchError(
-                f"{self.directory}: holds snapshots of run {str(found)[:8]}, this tracker is run {run_id[:8]}: "
+                f"{self.directory}: holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}: "
                 "continue that run with PostHocEMA.from_path, or take another directory"
             )
 
-    def _run_here(self) -> str | None:
-        try:
-            return read_directory(self.directory)[0].info.run_id
-        except DirectoryError:
-            return None
+    def has_written(self, info: SnapshotInfo) -> bool:
+        """Whether this average is stored."""
+        return any((s.t, s.sigma_rel) == (info.t, info.sigma_rel) for s in self._stored)
 
     def set_aside_later(self, t: float) -> None:
         """Set snapshots later than `t` aside: training went back to before them."""
-        if self._run_here() is None:
-            return
-        for path in set_aside_later(self.directory, t):
+        for path in set_aside([s for s in self._stored if s.t > t]):
             log.warning("training goes on from t = %g: %s is later and was set aside", t, path)
+        self._stored = [s for s in self._stored if s.t <= t]
 
     def write(
         self, info: SnapshotInfo, averages: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor]
     ) -> None:
-        """Write one snapshot, durably."""
+        """Write one snapshot, durably.
+
+        Raises:
+            NonFiniteError: an average is not finite, by name; nothing is written.
+            WriteError: the system refused.
+        """
+        bad = nonfinite_name(averages)
+        if bad is not None:
+            raise NonFiniteError(f"the average of {bad!r} holds nan or infinity; no snapshot of it is written")
+        for name, copy in copies.items():
+            if copy.is_floating_point() and bool(copy.isnan().any()):
+                log.warning("buffer %r holds nan; it is copied as it is", name)
         storage = {name: storage_dtype(average, info, name) for name, average in averages.items()}
         storage |= {name: copy.dtype for name, copy in copies.items()}
         tensors = {**averages, **copies}
@@ -70,12 +89,14 @@ class Recorder:
             for name, dtype in storage.items():
                 writer.write(name, tensor_bytes(tensors[name].to(dtype)))
             writer.commit()
+        self._run_id = info.run_id
+        self._stored.append(StoredSnapshot(path, info.t, info.sigma_rel))
         log.info("wrote %s", path)
 
     def thin(self, max_checkpoints: int | None) -> None:
         """Leave `max_checkpoints` snapshots a profile."""
         with files.reported_as_write_error(self.directory):
-            thin(self.directory, max_checkpoints)
+            self._stored = thin(self._stored, max_checkpoints)
 
     def close(self) -> None:
         """Let another writer in."""
@@ -83,9 +104,15 @@ class Recorder:
 
 
 def storage_dtype(average: torch.Tensor, info: SnapshotInfo, name: str) -> torch.dtype:
-    """The dtype to store an average in: the wanted one, or wider where a value is too large for it."""
-    wanted = info.schedule.checkpoint_dtype or info.tensors[name].dtype
-    for dtype in (torch_dtype(wanted), torch.float32):
-        if bool(torch.isfinite(average.to(dtype)).all()):
+    """The dtype to store an average in: the wanted one, or wider where that would lose more than its rounding.
+
+    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative. More is lost where a value
+    is too large (infinity), or where all are so small that they lie among or below the subnormal numbers.
+    """
+    wanted = torch_dtype(info.schedule.checkpoint_dtype or info.tensors[name].dtype)
+    norm = torch.linalg.vector_norm(average, dtype=torch.float64)
+    for dtype in (wanted, torch.float32):
+        lost = torch.linalg.vector_norm(average - average.to(dtype), dtype=torch.float64)
+        if bool(lost <= torch.finfo(dtype).eps / 2 * norm):
             return dtype
     return average.dtype

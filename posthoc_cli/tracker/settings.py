@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+import operator
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import check_sigma_rel
-from posthoc_cli.snapshots.format import Schedule
+from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, torch_dtype
 
 ON_NONFINITE = ("raise", "skip", "warn")
@@ -22,13 +23,13 @@ class Settings:
     """Checked settings of a tracker; the arguments of `PostHocEMA.from_model`."""
 
     sigma_rels: tuple[float, ...]
-    schedule: Schedule
+    schedule: TrackingSchedule
     t_unit: str = "steps"
     only_trainable: bool = True
     on_nonfinite: str = "raise"
 
     def __post_init__(self) -> None:
-        if not self.t_unit or not self.t_unit.isprintable():
+        if not isinstance(self.t_unit, str) or not self.t_unit or not self.t_unit.isprintable():
             raise InvalidValueError(f"t_unit {self.t_unit!r}: must name what t counts, such as 'steps' or 'images'")
         if self.on_nonfinite not in ON_NONFINITE:
             raise InvalidValueError(f"on_nonfinite {self.on_nonfinite!r}: must be one of {', '.join(ON_NONFINITE)}")
@@ -43,8 +44,10 @@ class Settings:
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
-    """Tracked profiles: at least one, each in range, none twice."""
-    checked = tuple(check_sigma_rel(sigma_rel) for sigma_rel in sigma_rels)
+    """Tracked profiles, the shortest first: at least one, each in range, none twice."""
+    if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable):
+        raise InvalidValueError(f"sigma_rels {sigma_rels!r}: must be a sequence of numbers, such as (0.05, 0.28)")
+    checked = tuple(sorted(check_sigma_rel(sigma_rel) for sigma_rel in sigma_rels))
     if not checked:
         raise InvalidValueError("sigma_rels: at least one profile must be tracked, such as (0.05, 0.28)")
     if len(set(checked)) < len(checked):
@@ -58,19 +61,17 @@ def make_schedule(
     update_after_step: int,
     max_checkpoints: int | None,
     checkpoint_dtype: torch.dtype | str | None,
-) -> Schedule:
+) -> TrackingSchedule:
     """A checked schedule.
 
     Raises:
         InvalidValueError: a ValueError that names the setting, and both where two do not fit.
     """
-    counts = {"update_every": (update_every, 1), "checkpoint_every": (checkpoint_every, 1),
-              "update_after_step": (update_after_step, 0)}  # fmt: skip
+    update_every = _count("update_every", update_every, 1)
+    checkpoint_every = _count("checkpoint_every", checkpoint_every, 1)
+    update_after_step = _count("update_after_step", update_after_step, 0)
     if max_checkpoints is not None:
-        counts["max_checkpoints"] = (max_checkpoints, 1)
-    for name, (value, least) in counts.items():
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise InvalidValueError(f"{name} {value!r}: must be a whole number, at least {least}")
+        max_checkpoints = _count("max_checkpoints", max_checkpoints, 1)
     if checkpoint_every % update_every:
         raise InvalidValueError(
             f"checkpoint_every {checkpoint_every}: must be a multiple of update_every {update_every}, "
@@ -78,17 +79,27 @@ def make_schedule(
         )
     dtype = parse_dtype(checkpoint_dtype)
     stored = None if dtype is None else stored_name(dtype)
-    return Schedule(update_every, checkpoint_every, update_after_step, max_checkpoints, stored)
+    return TrackingSchedule(update_every, checkpoint_every, update_after_step, max_checkpoints, stored)
+
+
+def _count(name: str, value: int, least: int) -> int:
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = -1
+    if count < least:
+        raise InvalidValueError(f"{name} {value!r}: must be a whole number, at least {least}")
+    return count
 
 
 def override_schedule(
-    stored: Schedule,
+    stored: TrackingSchedule,
     update_every: int | types.EllipsisType,
     checkpoint_every: int | types.EllipsisType,
     update_after_step: int | types.EllipsisType,
     max_checkpoints: int | types.EllipsisType | None,
     checkpoint_dtype: torch.dtype | str | types.EllipsisType | None,
-) -> Schedule:
+) -> TrackingSchedule:
     """A stored schedule with what a user says instead; `...` is what he did not say."""
     name = stored.checkpoint_dtype
     return make_schedule(
@@ -111,9 +122,24 @@ def next_time(settings: Settings, own_clock: bool | None, last: float, step: int
     if own_clock is not None and own_clock != (t is not None):
         habit = "with t=" if own_clock else "without t="
         raise InvalidValueError(f"t: this run's calls of update_ so far came {habit}; pass it at every call or at none")
-    time = float(step) if t is None else float(t)
+    if t is None and settings.t_unit != "steps":
+        raise InvalidValueError(f"t: this run counts {settings.t_unit}; pass t= at every call of update_")
+    time = float(step) if t is None else _number(t)
     if not math.isfinite(time) or not time > last:
         raise InvalidValueError(
             f"t {time:g}: must be finite and grow at every call; the last was {last:g} {settings.t_unit}"
         )
     return time
+
+
+def _number(t: float) -> float:
+    """`t` as a float; nan for what is none."""
+    try:
+        return math.nan if isinstance(t, str) else float(t)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+
+
+def resumed_habit(step: int, t: float) -> bool | None:
+    """Whether a run passes a clock of its own, as far as its last step and time tell; None where they agree."""
+    return True if t != step else None

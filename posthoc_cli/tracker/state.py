@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,12 +10,12 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.averages import RunningAverages, accumulator_dtype
-from posthoc_cli.tracker.model_tensors import TrackedModel
+from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
 
 STATE_VERSION = 1
@@ -33,8 +34,18 @@ class TrackerState:
 # --- a plain dict ----------------------------------------------------------------------------------
 
 
-def pack_state(run_id: str, settings: Settings, step: int, t: float, averages: RunningAverages) -> dict[str, Any]:
-    """The state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it."""
+def pack_state(
+    run_id: str, settings: Settings, tracked: TrackedModel, step: int, t: float, averages: RunningAverages
+) -> dict[str, Any]:
+    """The state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
+
+    Before the first update the tensors are zeros (`averages_t` = 0 says that they mean nothing): loaders that fill
+    the tensors of a fresh object's state, such as torch.distributed.checkpoint, find them in their places.
+    """
+    values, copies = averages.values, averages.copies
+    if not averages.exist:
+        values = tuple(_zeros(tracked, "average") for _ in averages.sigma_rels)
+        copies = _zeros(tracked, "copy")
     return {
         "version": STATE_VERSION,
         "run_id": run_id,
@@ -47,9 +58,18 @@ def pack_state(run_id: str, settings: Settings, step: int, t: float, averages: R
         "averages_step": averages.step,
         "t_first": averages.t_first,
         "max_interval": averages.max_interval,
-        "averages": [{name: value.clone() for name, value in values.items()} for values in averages.values],
-        "copies": {name: value.clone() for name, value in averages.copies.items()},
+        "averages": [{name: value.clone() for name, value in average.items()} for average in values],
+        "copies": {name: value.clone() for name, value in copies.items()},
     }
+
+
+def _zeros(tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
+    zeros = {}
+    for name, tensor in tracked.tensors.items():
+        if tensor.role == role:
+            own = torch_dtype(tensor.dtype)
+            zeros[name] = torch.zeros(tracked.shapes[name], dtype=own if role == "copy" else accumulator_dtype(own))
+    return zeros
 
 
 def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedModel) -> TrackerState:
@@ -70,12 +90,29 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         averages = RunningAverages(settings.sigma_rels)
         averages.t, averages.step = float(state["averages_t"]), int(state["averages_step"])
         averages.t_first, averages.max_interval = float(state["t_first"]), float(state["max_interval"])
+        step, t = int(state["step"]), float(state["t"])
+        _check_times(averages, step, t)
         if averages.exist:
-            averages.values = tuple(_checked(values, tracked, "average") for values in state["averages"])
+            averages.values = tuple(
+                _checked(values, tracked, "average")
+                for _, values in zip(settings.sigma_rels, state["averages"], strict=True)
+            )
             averages.copies = _checked(state["copies"], tracked, "copy")
-        return TrackerState(str(state["run_id"]), int(state["step"]), float(state["t"]), averages)
-    except (KeyError, TypeError, AttributeError) as error:
+        return TrackerState(str(state["run_id"]), step, t, averages)
+    except InvalidValueError:
+        raise
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise InvalidValueError(f"state: is not a tracker's state ({type(error).__name__}: {error})") from error
+
+
+def _check_times(averages: RunningAverages, step: int, t: float) -> None:
+    """Times and counters of one training: finite, and none after what it must not be after."""
+    in_order = 0 <= averages.t_first <= averages.t <= t < math.inf and 0 <= averages.step <= step
+    if not in_order or not 0 <= averages.max_interval <= averages.t or averages.exist != (averages.t_first > 0):
+        raise InvalidValueError(
+            f"state: t {t!r}, step {step}, averages at {averages.t!r} since {averages.t_first!r}: "
+            "not times of one training"
+        )
 
 
 def _checked(tensors: Mapping[str, torch.Tensor], tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
@@ -92,10 +129,22 @@ def _checked(tensors: Mapping[str, torch.Tensor], tracked: TrackedModel, role: s
             )
         if tensor.dtype != (own if role == "copy" else accumulator_dtype(own)):
             raise ModelMismatchError(f"tensor {name!r}: is {tensor.dtype} in the state; the model's is {own}")
+    bad = nonfinite_name(tensors) if role == "average" else None
+    if bad is not None:
+        raise NonFiniteError(f"tensor {bad!r}: the state's average of it holds nan or infinity")
     return {name: tensors[name].clone() for name in tracked.tensors if name in tensors}
 
 
 # --- snapshots -------------------------------------------------------------------------------------
+
+
+def newest_complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> dict[float, Snapshot] | None:
+    """The snapshots of the newest time that has one of every profile, by sigma_rel; None where no time has."""
+    by_time: dict[float, dict[float, Snapshot]] = {}
+    for snapshot in snapshots:
+        by_time.setdefault(snapshot.info.t, {})[snapshot.info.sigma_rel] = snapshot
+    complete = [t for t, found in by_time.items() if set(found) == set(sigma_rels)]
+    return by_time[max(complete)] if complete else None
 
 
 def load_averages(directory: Path, sigma_rels: Sequence[float]) -> RunningAverages:
@@ -104,13 +153,9 @@ def load_averages(directory: Path, sigma_rels: Sequence[float]) -> RunningAverag
     Raises:
         DirectoryError: at no time are all profiles there.
     """
-    by_time: dict[float, dict[float, Snapshot]] = {}
-    for snapshot in read_directory(directory):
-        by_time.setdefault(snapshot.info.t, {})[snapshot.info.sigma_rel] = snapshot
-    whole = [t for t, found in by_time.items() if set(found) == set(sigma_rels)]
-    if not whole:
+    newest = newest_complete(read_directory(directory), sigma_rels)
+    if newest is None:
         raise DirectoryError(f"{directory}: at no time is there a snapshot of every profile to go on from")
-    newest = by_time[max(whole)]
     averages = RunningAverages(sigma_rels)
     averages.values = tuple(_read(newest[sigma_rel], "average") for sigma_rel in sigma_rels)
     last = newest[sigma_rels[0]]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
 
 import torch
 
 from posthoc_cli.errors import ModelMismatchError
+from posthoc_cli.tracker.model_tensors import check_model
 
 
 class Weights(OrderedDict[str, torch.Tensor]):
@@ -31,57 +32,62 @@ class Weights(OrderedDict[str, torch.Tensor]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
-@torch.no_grad()
-def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
-    """Copy `weights` into a model's parameters and buffers, in place where the dtype allows it.
+def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
+    """Copy `weights` into a model's parameters and buffers.
+
+    Arguments:
+        model: any module with tensors of these names and shapes; others of its tensors are left alone.
+        weights: by name.
+        own_dtypes: the model keeps its dtypes and is changed in place; else it takes those of `weights`.
 
     Raises:
         ModelMismatchError: naming the tensor, before anything is changed.
     """
     targets = _targets(model, weights)
-    for name, target in targets.items():
-        value = weights[name]
-        if value.dtype == target.dtype:
-            target.data.copy_(value)
-        else:
-            target.data = value.to(target.device)
+    with torch.inference_mode(False), torch.no_grad():
+        for name, target in targets.items():
+            value = weights[name]
+            if own_dtypes or value.dtype == target.dtype:
+                target.data.copy_(value)
+            else:
+                target.data = value.to(target.device, copy=True)
 
 
 @contextmanager
-def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> Iterator[None]:
+def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> Iterator[None]:
     """The model with `weights`, in eval mode, for the block; afterwards everything is as it was, also on error.
 
-    Restored are weights, gradients, buffers, train or eval mode module by module, and the device. The model's
-    own values wait on the host meanwhile, so that an accelerator holds no second copy.
+    Restored are the weights that were swapped, gradients, buffers, train or eval mode module by module, and the
+    device. The model's own values wait on the host meanwhile, so that an accelerator holds no second copy.
+    Arguments as in `load_weights`.
     """
     targets = _targets(model, weights)
-    new_dtypes = {id(target): weights[name].dtype for name, target in targets.items()}
-    restore_parameters = [
-        _SavedParameter(module, key, parameter, new_dtypes.get(id(parameter)))
-        for module in model.modules()
-        for key, parameter in module._parameters.items()
-        if parameter is not None
-    ]
-    restore_buffers = [_SavedBuffer(module, key) for module in model.modules() for key in module._buffers]
-    modes = [(module, module.training) for module in model.modules()]
-    try:
+    with ExitStack() as stack:
+        with torch.inference_mode(False), torch.no_grad():
+            _save(stack, model, {id(target): weights[name].dtype for name, target in targets.items()}, own_dtypes)
         # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
         for parameter in model.parameters():
             parameter.grad = None
-        load_weights(model, weights)
+        load_weights(model, weights, own_dtypes)
         model.eval()
         yield
-    finally:
-        with torch.no_grad():
-            for saved in restore_parameters:
-                saved.restore()
-            for buffer in restore_buffers:
-                buffer.restore()
-        for module, training in modes:
-            module.training = training
+
+
+def _save(stack: ExitStack, model: torch.nn.Module, new_dtypes: Mapping[int, torch.dtype], own_dtypes: bool) -> None:
+    """Put everything that restores the model on the stack; each part is restored also if another cannot be."""
+    for module in model.modules():
+        stack.callback(setattr, module, "training", module.training)
+        for key, parameter in module._parameters.items():
+            if parameter is not None:
+                swapped = id(parameter) in new_dtypes
+                in_place = not swapped or own_dtypes or new_dtypes[id(parameter)] == parameter.dtype
+                stack.callback(_SavedParameter(module, key, parameter, swapped, in_place).restore)
+        for key in module._buffers:
+            stack.callback(_SavedBuffer(module, key).restore)
 
 
 def _targets(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    check_model(model)
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
     for name, value in weights.items():
@@ -99,7 +105,7 @@ class _SavedParameter:
     """A parameter's storage and, where its values will change, a copy of them on the host."""
 
     def __init__(
-        self, module: torch.nn.Module, key: str, parameter: torch.nn.Parameter, new_dtype: torch.dtype | None
+        self, module: torch.nn.Module, key: str, parameter: torch.nn.Parameter, swapped: bool, in_place: bool
     ) -> None:
         self._module = module
         self._key = key
@@ -107,9 +113,11 @@ class _SavedParameter:
         self._device = parameter.device
         self._grad = parameter.grad
         # The storage itself is kept, unless it is to be replaced by one of another dtype.
-        self._storage = parameter.data if new_dtype in (None, parameter.dtype) else None
-        self._values = None if new_dtype is None else parameter.data.to("cpu", copy=True)
+        self._storage = parameter.data if in_place else None
+        self._values = parameter.data.to("cpu", copy=True) if swapped else None
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def restore(self) -> None:
         # Moving a module between kinds of devices may replace the Parameter itself.
         self._module._parameters[self._key] = self._parameter
@@ -132,8 +140,13 @@ class _SavedBuffer:
         self._storage = None if self._buffer is None else self._buffer.data
         self._values = None if self._storage is None else self._storage.to("cpu", copy=True)
 
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def restore(self) -> None:
-        if self._buffer is not None and self._storage is not None and self._values is not None:
-            self._storage.copy_(self._values)
-            self._buffer.data = self._storage
         self._module._buffers[self._key] = self._buffer
+        if self._buffer is None or self._storage is None or self._values is None:
+            return
+        self._buffer.data = self._storage
+        # Compared first: an expanded buffer, whose elements share memory, cannot be written to.
+        if not torch.equal(self._storage, self._values.to(self._storage.device)):
+            self._storage.copy_(self._values)

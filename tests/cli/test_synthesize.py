@@ -148,6 +148,21 @@ def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path
     assert load_file(out)
 
 
+def test_a_snapshot_is_never_replaced_even_with_force(ema: Ema, run: Path) -> None:
+    before = states(run)
+    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", sorted(run.glob("*.safetensors"))[3], "--force")
+    assert result.code == 1
+    assert "is a snapshot of a run" in result.error
+    assert states(run) == before
+
+
+def test_a_folder_takes_a_file_a_target_also_for_one(ema: Ema, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    for folder in ("there", "new"):
+        assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / folder).code == 0
+        assert [p.name for p in (tmp_path / folder).iterdir()] == ["sigma_rel-0.15.safetensors"]
+
+
 def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "averages"
     ema("synthesize", run, "--sigma-rel", "0.05,0.10", "--out", folder)

@@ -151,7 +151,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         tmp_path, 1234.5, 0.1, RUN_ID, values,
         t_unit="images", step=77, t_first=0.1, max_interval=32.5, aliases={"tied": "w"}, left_out=("frozen",),
         tensors={"w": fmt.TrackedTensor("average", "BF16"), "seen": fmt.TrackedTensor("copy", "I64")},
-        schedule=fmt.Schedule(5, 10, 15, None, "F16"),
+        schedule=fmt.TrackingSchedule(5, 10, 15, None, "F16"),
     )  # fmt: skip
     metadata = read_by_the_book(path).metadata
     assert {key: value for key, value in metadata.items() if not key.startswith("ema.checksum")} == {

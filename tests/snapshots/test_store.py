@@ -21,15 +21,20 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, W
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import store
 from posthoc_cli.snapshots.store import (
+    StoredSnapshot,
     inspect_directory,
     read_directory,
-    set_aside_later,
+    set_aside,
     snapshot_path,
     thin,
 )
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
 W = {"w": torch.ones(2, 3)}
+
+
+def stored(directory: Path) -> list[StoredSnapshot]:
+    return [StoredSnapshot(s.path, s.info.t, s.info.sigma_rel) for s in read_directory(directory)]
 
 
 def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)) -> None:
@@ -127,11 +132,12 @@ def test_two_snapshots_of_one_time_and_profile_are_refused_and_both_named(tmp_pa
     assert str(copy) in str(caught.value)
 
 
-def test_a_foreign_safetensors_file_among_the_snapshots_is_named(tmp_path: Path) -> None:
-    write_times(tmp_path, [10])
+def test_a_foreign_safetensors_file_beside_the_snapshots_is_none_of_them(tmp_path: Path) -> None:
     safetensors.torch.save_file(W, tmp_path / "model.safetensors")
-    with pytest.raises(FileFormatError, match=r"model\.safetensors: not a snapshot of this package"):
+    with pytest.raises(DirectoryError, match=r"no snapshots here.*model\.safetensors is not a snapshot"):
         read_directory(tmp_path)
+    write_times(tmp_path, [10])
+    assert times_in(tmp_path) == [10]
 
 
 @pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: path.symlink_to("nowhere")])
@@ -161,7 +167,7 @@ def test_a_directory_that_is_none_is_told(tmp_path: Path, make: Callable[[Path],
 @pytest.mark.parametrize("name", ["0.1000.pt", "network-snapshot-1000-0.050.pkl"])
 def test_a_directory_of_another_library_is_told_so(tmp_path: Path, name: str) -> None:
     (tmp_path / name).touch()
-    with pytest.raises(DirectoryError, match=r"no snapshots here.*other libraries cannot be read"):
+    with pytest.raises(DirectoryError, match=rf"no snapshots here.*{name} is not a snapshot of this package"):
         read_directory(tmp_path)
 
 
@@ -246,7 +252,7 @@ def test_names_are_for_people() -> None:
 @pytest.mark.parametrize(("keep", "left"), [(1, [50]), (2, [10, 50]), (3, [10, 30, 50]), (5, [10, 20, 30, 40, 50])])
 def test_thinning_keeps_the_newest_and_the_first_of_each_profile(tmp_path: Path, keep: int, left: list[float]) -> None:
     write_times(tmp_path, [10, 20, 30, 40, 50], (0.05, 0.28))
-    thin(tmp_path, keep)
+    thin(stored(tmp_path), keep)
     for sigma_rel in (0.05, 0.28):
         assert [s.info.t for s in read_directory(tmp_path) if s.info.sigma_rel == sigma_rel] == left
 
@@ -255,20 +261,29 @@ def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Pa
     for name, t in (("z", 10), ("y", 20), ("x", 30)):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
         os.utime(path, (1e9 - t, 1e9 - t))
-    thin(tmp_path, 1)
+    thin(stored(tmp_path), 1)
     assert times_in(tmp_path) == [30]
+
+
+def test_thinning_tells_what_is_left_and_takes_no_offence_at_what_is_gone(tmp_path: Path) -> None:
+    write_times(tmp_path, [10, 20, 30, 40])
+    before = stored(tmp_path)
+    before[1].path.unlink()
+    assert [s.t for s in thin(before, 3)] == [10, 20, 40]
+    assert [s.t for s in thin(before, 2)] == [10, 40]
+    assert times_in(tmp_path) == [10, 40]
 
 
 def test_keeping_all_reads_and_removes_nothing(tmp_path: Path) -> None:
     write_times(tmp_path, [10, 20])
-    thin(tmp_path, None)
+    thin(stored(tmp_path), None)
     assert times_in(tmp_path) == [10, 20]
 
 
 def test_thinning_leaves_files_alone_that_are_no_snapshots_of_the_run(tmp_path: Path) -> None:
     write_times(tmp_path, [10, 20, 30])
     write_output(tmp_path / "model.safetensors")
-    thin(tmp_path, 1)
+    thin(stored(tmp_path), 1)
     assert (tmp_path / "model.safetensors").exists()
 
 
@@ -277,7 +292,7 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
         for t in (10, 20, 30):
             if t > 10 or attempt == 0:
                 write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.full((2, 3), float(attempt))})
-        moved = set_aside_later(tmp_path, 10)
+        moved = set_aside([s for s in stored(tmp_path) if s.t > 10])
         assert len(moved) == 2
     aside = tmp_path / "superseded"
     contents = {safetensors.torch.load_file(path)["w"][0, 0].item() for path in aside.iterdir()}
@@ -291,14 +306,14 @@ def test_a_dangling_link_in_the_way_is_not_overwritten_either(tmp_path: Path) ->
     in_the_way = tmp_path / "superseded" / snapshot_path(tmp_path, 20, 0.05).name
     in_the_way.parent.mkdir()
     in_the_way.symlink_to("nowhere")
-    (moved,) = set_aside_later(tmp_path, 10)
+    (moved,) = set_aside([s for s in stored(tmp_path) if s.t > 10])
     assert in_the_way.is_symlink()
     assert moved != in_the_way
 
 
 def test_nothing_later_means_nothing_is_touched(tmp_path: Path) -> None:
     write_times(tmp_path, [10])
-    assert set_aside_later(tmp_path, 10) == []
+    assert set_aside([s for s in stored(tmp_path) if s.t > 10]) == []
     assert not (tmp_path / "superseded").exists()
 
 
@@ -313,5 +328,5 @@ def test_setting_aside_that_fails_is_told_and_loses_nothing(
 
     monkeypatch.setattr(files, operation, fail)
     with pytest.raises(WriteError, match="input/output error"):
-        set_aside_later(tmp_path, 10)
+        set_aside([s for s in stored(tmp_path) if s.t > 10])
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3

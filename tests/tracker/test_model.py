@@ -119,6 +119,26 @@ def test_a_value_too_large_for_the_storage_dtype_keeps_its_tensor_in_float32(tmp
     assert torch.equal(PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["bias"], model.bias)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 2e-8])
+def test_values_too_small_for_the_storage_dtype_keep_their_tensor_in_float32(tmp_path: Path, scale: float) -> None:
+    """A LayerScale begins there: in float16 such values are subnormal, or zero."""
+    model = torch.nn.Linear(8, 8)
+    with torch.no_grad():
+        model.weight.mul_(scale)
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+    header = read_directory(tmp_path)[0].header
+    assert (header.tensors["weight"].dtype, header.tensors["bias"].dtype) == ("F32", "F16")
+    assert torch.equal(PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["weight"], model.weight)
+
+
+def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model, tracker, _ = trained(tmp_path, steps=4)
+    model.norm.running_mean.fill_(float("nan"))
+    tracker.update_(model)
+    assert "buffer 'norm.running_mean' holds nan" in caplog.text
+
+
 def test_tying_that_changes_is_refused(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path)
     model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
@@ -162,7 +182,17 @@ def test_an_earlier_time_uses_only_what_was_there_then(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sigma_rel": 0.4}, {"sigma_rel": 0.1, "dtype": "int8"}, {"sigma_rel": 0.1, "method": "magic"}]
+    "wrong",
+    [
+        {"sigma_rel": "abc"},
+        {"sigma_rel": [0.1]},
+        {"sigma_rel": 0.1, "t": "10"},
+        {"sigma_rel": 0.1, "step": "5"},
+        {"sigma_rel": 0.1, "step": 5.5},
+        {"sigma_rel": 0.4},
+        {"sigma_rel": 0.1, "dtype": "int8"},
+        {"sigma_rel": 0.1, "method": "magic"},
+    ],
 )
 def test_bad_arguments_are_value_errors(tmp_path: Path, wrong: dict) -> None:
     _, tracker, _ = trained(tmp_path)
@@ -260,6 +290,44 @@ def test_training_goes_on_after_evaluating_as_if_nothing_had_been(tmp_path: Path
     assert_same(model, snapshot_of(plain))
 
 
+def test_a_buffer_whose_elements_share_memory_is_no_trouble(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path)
+    model.register_buffer("wide", torch.ones(1).expand(4), persistent=False)
+    model.train()
+    with tracker.model(model, sigma_rel=0.15):
+        pass
+    assert model.training
+
+
+@pytest.mark.parametrize("dtype", [None, "bf16"])
+def test_evaluating_inside_inference_mode_leaves_a_model_that_trains(tmp_path: Path, dtype: str | None) -> None:
+    model, tracker, optimizer = trained(tmp_path)
+    before = snapshot_of(model)
+    with torch.inference_mode(), tracker.model(model, sigma_rel=0.15, dtype=dtype):
+        pass
+    assert_same(model, before)
+    optimizer.zero_grad()
+    model(torch.randint(0, 7, (8, 3))).square().mean().backward()
+    optimizer.step()
+
+
+def test_a_model_in_another_dtype_keeps_it(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path)
+    other = deepcopy(model).bfloat16()
+    tracker.load_into(other, sigma_rel=0.15)
+    assert {p.dtype for p in other.parameters()} == {torch.bfloat16}
+    other(torch.randint(0, 7, (8, 3)))
+    expected = tracker.state_dict(sigma_rel=0.15, dtype="bf16")
+    assert torch.equal(other.embed.weight, expected["embed.weight"])
+
+
+def test_averaged_weights_are_never_averaged(tmp_path: Path) -> None:
+    model, tracker, _ = trained(tmp_path)
+    with tracker.model(model, sigma_rel=0.15), pytest.raises(NotReadyError, match="holds averaged weights now"):
+        tracker.update_(model)
+    tracker.update_(model)
+
+
 def test_blocks_nest(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path)
     before = snapshot_of(model)
@@ -324,6 +392,7 @@ def test_attach_needs_a_model_that_is_there(tmp_path: Path) -> None:
         optimizer.step()
 
 
+@pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None:
     model = torch.nn.Linear(4096, 4096, device="cuda")

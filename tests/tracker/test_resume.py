@@ -6,12 +6,14 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from factories import exact_average, exact_gamma
+from safetensors.torch import save_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import (
@@ -20,6 +22,7 @@ from posthoc_cli.errors import (
     LockedError,
     MismatchError,
     ModelMismatchError,
+    NonFiniteError,
     NotReadyError,
     WriteError,
 )
@@ -80,6 +83,20 @@ def test_going_on_from_the_state_is_exact(tmp_path: Path, interrupted_at: int) -
     assert (first.t_first, first.max_interval, first.step) == (second.t_first, second.max_interval, second.step)
 
 
+def test_the_state_remembers_the_longest_interval(tmp_path: Path) -> None:
+    model = network()
+    settings = dict(SETTINGS, update_every=1, t_unit="images")
+    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
+        for t in (64, 128, 1000, 1064):
+            tracker.update_(model, t=t)
+        state = tracker.state_dict()
+    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
+        tracker.load_state_dict(state)
+        for k in range(1, 7):
+            tracker.update_(model, t=1064 + 64 * k)
+    assert read_directory(tmp_path)[-1].info.max_interval == 872
+
+
 def test_snapshots_later_than_the_state_are_set_aside_not_mixed_nor_lost(tmp_path: Path) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
@@ -122,6 +139,15 @@ def spoil_dtype(state: dict) -> None:
         (lambda s: s.update(version=2), InvalidValueError, "version 2"),
         (lambda s: s.update(sigma_rels=[0.1]), InvalidValueError, r"profiles \(0\.1,\)"),
         (lambda s: s.update(t_unit="images"), InvalidValueError, "'images'"),
+        (lambda s: s.update(step="zz"), InvalidValueError, "is not a tracker's state"),
+        (lambda s: s.update(t=float("nan")), InvalidValueError, "not times of one training"),
+        (lambda s: s.update(t=10**400), InvalidValueError, "is not a tracker's state"),
+        (lambda s: s.update(t=-1.0), InvalidValueError, "not times of one training"),
+        (lambda s: s.update(t_first=0.0), InvalidValueError, "not times of one training"),
+        (lambda s: s.update(averages_step=99), InvalidValueError, "not times of one training"),
+        (lambda s: s.update(max_interval=-1.0), InvalidValueError, "not times of one training"),
+        (lambda s: s.update(averages=[]), InvalidValueError, "is not a tracker's state"),
+        (lambda s: s["averages"][0]["0.weight"].fill_(float("nan")), NonFiniteError, r"'0\.weight'"),
         (spoil_names, ModelMismatchError, "'0.weight'"),
         (spoil_shape, ModelMismatchError, "'0.weight'"),
         (spoil_dtype, ModelMismatchError, "'0.weight'"),
@@ -136,9 +162,10 @@ def test_a_state_that_does_not_fit_is_refused(tmp_path: Path, spoil, error, mess
     with PostHocEMA.from_model(model, tmp_path / "b", **SETTINGS) as tracker:
         with pytest.raises(error, match=message):
             tracker.load_state_dict(state)
+        with pytest.raises(InvalidValueError, match="is not a tracker's state"):
+            tracker.load_state_dict([])  # type: ignore[arg-type]
         assert tracker.step == 0
-    with pytest.raises(InvalidValueError, match="is not a tracker's state"):
-        tracker.load_state_dict([])  # type: ignore[arg-type]
+    assert not list((tmp_path / "b").glob("*.safetensors"))
 
 
 # --- from snapshots --------------------------------------------------------------------------------
@@ -203,6 +230,7 @@ def test_an_incomplete_last_time_is_not_gone_on_from(tmp_path: Path) -> None:
         train(model, tracker, 1, 20)
     read_directory(tmp_path)[-1].path.unlink()
     with PostHocEMA.from_path(tmp_path, model) as tracker:
+        assert tracker.step == 10
         tracker.update_(model)
         assert tracker.step == 11
     assert [s.info.t for s in read_directory(tmp_path)] == [10, 10]
@@ -232,6 +260,89 @@ def test_a_directory_without_snapshots_is_refused(tmp_path: Path, name: str) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DirectoryError, match=name):
         PostHocEMA.from_path(tmp_path / name)
+
+
+def test_looking_at_the_state_does_not_take_the_run_over(tmp_path: Path) -> None:
+    """A reader asks for the state; the writer goes on; then the reader does: from what is there by then."""
+    model = network()
+    writer = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    train(model, writer, 1, 20)
+    reader = PostHocEMA.from_path(tmp_path, model)
+    assert reader.state_dict()["step"] == 20
+    train(model, writer, 21, 40)
+    writer.close()
+    with reader:
+        train(model, reader, 41, 50)
+    assert {s.info.t for s in read_directory(tmp_path)} == {10, 20, 30, 40, 50}
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "whole", **SETTINGS) as whole:
+        train(model, whole, 1, 50)
+    assert contents(tmp_path) == contents(tmp_path / "whole")
+
+
+def test_a_run_keeps_its_habit_of_passing_a_clock(tmp_path: Path) -> None:
+    model = network()
+    settings = dict(SETTINGS, update_every=1, checkpoint_every=5, t_unit="epochs")
+    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
+        with pytest.raises(InvalidValueError, match="counts epochs; pass t="):
+            tracker.update_(model)
+        for k in range(1, 11):
+            tracker.update_(model, t=0.1 * k)
+        state = tracker.state_dict()
+    for resumed in (PostHocEMA.from_path(tmp_path, model), PostHocEMA.from_model(model, tmp_path, **settings)):
+        with resumed:
+            if resumed.step == 0:
+                resumed.load_state_dict(state)
+            with pytest.raises(InvalidValueError, match="with t="):
+                resumed.update_(model)
+
+
+def test_profiles_may_come_in_any_order(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **dict(SETTINGS, sigma_rels=(0.28, 0.05))) as tracker:
+        train(model, tracker, 1, 10)
+        state = tracker.state_dict()
+    with PostHocEMA.from_path(tmp_path, model) as tracker:
+        tracker.load_state_dict(state)
+
+
+def test_torch_distributed_checkpoint_saves_and_fills_the_state(tmp_path: Path) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
+        train(model, tracker, 1, 7)
+        expected = tracker.state_dict()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about running without distributed
+            dcp.save({"ema": tracker}, checkpoint_id=tmp_path / "dcp")
+    with PostHocEMA.from_model(network(), tmp_path / "run", **SETTINGS) as fresh:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            dcp.load({"ema": fresh}, checkpoint_id=tmp_path / "dcp")
+        found = fresh.state_dict()
+    assert (found["run_id"], found["step"], found["t"]) == (expected["run_id"], 7, 7)
+    for ours, theirs in zip(found["averages"], expected["averages"], strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_frozen_later_a_parameter_stays_tracked_and_thawed_later_it_is_named(tmp_path: Path) -> None:
+    model = torch.nn.ModuleDict({"back": torch.nn.Linear(2, 2).requires_grad_(False), "head": torch.nn.Linear(2, 2)})
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        tracker.update_(model)
+        model["head"].bias.requires_grad_(False)
+        tracker.update_(model)
+        model["back"].bias.requires_grad_(True)
+        tracker.update_(model)
+        with pytest.raises(ModelMismatchError, match=r"'back\.bias': is in the model, but was not when tracking began"):
+            tracker.update_(model)
+
+
+def test_an_evaluation_model_without_gradients_opens(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+    PostHocEMA.from_path(tmp_path, model.requires_grad_(False))
 
 
 # --- whose directory -------------------------------------------------------------------------------
@@ -296,11 +407,18 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
     model = network()
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     train(model, tracker, 1, 10)
+    state = tracker.state_dict()
     tracker.close()
     tracker.close()
     assert set(tracker.state_dict(sigma_rel=0.15)) == set(model.state_dict())
     with pytest.raises(NotReadyError, match="was closed"):
         tracker.update_(model)
+    with PostHocEMA.from_path(tmp_path, model) as other:
+        train(model, other, 11, 20)
+        before = contents(tmp_path)
+        with pytest.raises(NotReadyError, match="was closed"):
+            tracker.load_state_dict(state)
+        assert contents(tmp_path) == before
 
 
 SCRIPT = """
@@ -354,6 +472,32 @@ def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     tracker = PostHocEMA.from_model(network(), tmp_path / "file" / "run", **SETTINGS)
     with pytest.raises(WriteError, match="file/run"):
         tracker.update_(network())
+
+
+def test_strange_files_beside_the_snapshots_do_not_stop_a_training(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=2) as tracker:
+        train(model, tracker, 1, 10)
+        (tmp_path / "note.safetensors").write_bytes(b"")
+        save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
+        train(model, tracker, 11, 40)
+    (tmp_path / "note.safetensors").unlink()
+    assert {s.info.t for s in read_directory(tmp_path)} == {10, 40}
+    with PostHocEMA.from_path(tmp_path, model) as again:
+        train(model, again, 41, 42)
+
+
+def test_a_change_of_the_working_directory_does_not_move_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = network()
+    with PostHocEMA.from_model(model, "run", **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+        (tmp_path / "elsewhere").mkdir()
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        train(model, tracker, 11, 20)
+    assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 20}
 
 
 # --- the picture -----------------------------------------------------------------------------------

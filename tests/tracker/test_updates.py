@@ -189,6 +189,12 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         ({"checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 10"),
         ({"update_every": 0}, "update_every 0"),
         ({"update_every": 2.5}, "update_every 2.5"),
+        ({"sigma_rels": 0.1}, "sigma_rels 0.1: must be a sequence"),
+        ({"sigma_rels": "0.05"}, "sigma_rels '0.05': must be a sequence"),
+        ({"sigma_rels": ("abc",)}, "sigma_rel 'abc': must lie in"),
+        ({"sigma_rels": (None,)}, "sigma_rel None: must lie in"),
+        ({"t_unit": 5}, "t_unit 5"),
+        ({"t_unit": "a\nb"}, "t_unit"),
         ({"update_every": True}, "update_every True"),
         ({"update_after_step": -1}, "update_after_step -1"),
         ({"max_checkpoints": 0}, "max_checkpoints 0"),
@@ -219,6 +225,73 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
             tracker.update_(model)
         tracker.update_(model, t=128)
         assert (tracker.step, tracker.t) == (2, 128)
+
+
+@pytest.mark.parametrize("bad", ["abc", [1], 1j, 10**400, torch.tensor([1.0, 2.0])])
+def test_a_time_that_is_no_number_is_refused(tmp_path: Path, bad: object) -> None:
+    with (
+        PostHocEMA.from_model(Scalar(), tmp_path) as tracker,
+        pytest.raises(InvalidValueError, match="must be finite and grow"),
+    ):
+        tracker.update_(Scalar(), t=bad)  # type: ignore[arg-type]
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
+    tracker = PostHocEMA.from_model(
+        Scalar(), tmp_path, np.array([0.05, 0.1]), update_every=np.int64(2), checkpoint_every=np.int32(4)
+    )
+    with tracker:
+        for k in range(1, 5):
+            tracker.update_(Scalar(), t=np.float32(k))
+        assert tracker.state_dict(sigma_rel=np.float32(0.07))["weight"].shape == (3,)
+
+
+@pytest.mark.parametrize("bad", [None, "x", 5, {"weight": torch.zeros(3)}])
+def test_what_is_no_module_is_refused_everywhere(tmp_path: Path, bad: object) -> None:
+    message = f"model: must be a torch.nn.Module, not {type(bad).__name__}"
+    with pytest.raises(InvalidValueError, match=message):
+        PostHocEMA.from_model(bad, tmp_path)  # type: ignore[type-var]
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+        for call in (tracker.update_, lambda m: tracker.load_into(m, 0.1), lambda m: tracker.model(m, 0.1).__enter__()):
+            with pytest.raises(InvalidValueError, match=message):
+                call(bad)
+        with pytest.raises(InvalidValueError, match="must be given a torch"):
+            tracker.attach(bad)  # type: ignore[arg-type]
+        assert tracker.step == 1
+
+
+@pytest.mark.parametrize("bad", [None, 5, b"x", "a\0b"])
+def test_a_directory_that_is_no_path_is_refused(bad: object) -> None:
+    for make in (lambda d: PostHocEMA.from_model(Scalar(), d), PostHocEMA.from_path):
+        with pytest.raises(InvalidValueError, match="checkpoint_dir"):
+            make(bad)
+
+
+def test_a_lazy_parameter_is_named(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="'weight': has no shape yet"):
+        PostHocEMA.from_model(torch.nn.LazyLinear(3), tmp_path)
+
+
+def test_large_finite_values_are_no_nan(tmp_path: Path) -> None:
+    """Their 2-norm overflows, they do not."""
+    model = Scalar(torch.float32)
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1) as tracker:
+        model.set(np.full(3, 3e38))
+        tracker.update_(model)
+        np.testing.assert_allclose(tracked(tracker, 0.28), 3e38, rtol=1e-6)
+
+
+def test_an_update_inside_inference_mode_is_one_like_any(tmp_path: Path) -> None:
+    model = Scalar()
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1) as tracker:
+        with torch.inference_mode():
+            tracker.update_(model)
+        model.set(np.ones(3))
+        tracker.update_(model)
+        exact = 1 - 0.5 ** (exact_gamma(0.28) + 1)
+        np.testing.assert_allclose(tracked(tracker, 0.28), exact, rtol=1e-12)
 
 
 def test_steps_and_a_clock_are_not_mixed(tmp_path: Path) -> None:
