@@ -40,6 +40,7 @@ unit: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/compare_peers.py
+	$(BIN)/python scripts/published_method.py
 
 clean:
 	rm -rf $(VENV) ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
