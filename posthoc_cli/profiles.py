@@ -21,7 +21,6 @@ from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import brentq
 
 from posthoc_cli.errors import InvalidValueError
 
@@ -251,6 +250,8 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
             f"beta {beta!r}: after {steps:,} steps it must lie in (0, {longest:.7g}); "
             f"{longest:.7g} has the mean lag of the uniform average, and no power function a longer one"
         )
+    from scipy.optimize import brentq  # slow to import, and needed here alone
+
     lag = beta / (1 - beta)
     # Mean lag falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
     largest = steps * (2 + max(0.0, -math.log(lag))) * 2

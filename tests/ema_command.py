@@ -28,5 +28,5 @@ Ema = Callable[..., Result]
 
 
 def unmeasured_environment() -> dict[str, str]:
-    """The environment without coverage's: it writes a file at a process's end, which some tests forbid."""
+    """The environment without coverage's, for processes that may not write a file at their end or get signals."""
     return {name: value for name, value in os.environ.items() if not name.startswith("COV")}

@@ -62,8 +62,9 @@ def main() -> NoReturn:
     if not debug:
         sys.excepthook = _report_unexpected
     warnings.showwarning = _show_warning
-    if sys.stdout is None:  # closed by the caller
-        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115
+    # Streams that the caller has closed.
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
     signal.signal(signal.SIGTERM, _terminate)
     _allow_many_files()
     try:

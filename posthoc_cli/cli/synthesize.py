@@ -120,7 +120,7 @@ def output_paths(widths: list[float], out: str, layout: str | None) -> tuple[lis
     if "{sigma_rel}" in out:
         return [Path(out.replace("{sigma_rel}", repr(width))).expanduser() for width in widths], None
     path = Path(out).expanduser()
-    is_folder = path.is_dir() or path.suffix == ""
+    is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
     if len(widths) == 1 and (layout == "sharded" or not is_folder):
         return [path], None
     if not is_folder and path.suffix in (".safetensors", ".pt", ".pth", ".bin"):

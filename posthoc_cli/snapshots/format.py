@@ -235,6 +235,12 @@ def encode_header(
     return blank[:start] + xxhash.xxh3_64_hexdigest(blank).encode() + blank[start + CHECKSUM_DIGITS :]
 
 
+def header_checksum(start: bytes) -> str:
+    """The checksum that a header carries: it tells apart what two files hold."""
+    begin = start.index(CHECKSUM_MARK) + len(CHECKSUM_MARK)
+    return start[begin : begin + CHECKSUM_DIGITS].decode()
+
+
 def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     """The metadata of a snapshot, without its checksums."""
     return {

@@ -30,11 +30,21 @@ SUPERSEDED = "superseded"
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """A snapshot that is on disk, as far as keeping and dropping is concerned."""
+    """A snapshot that is on disk, as far as keeping and dropping is concerned.
+
+    `checksum` is its header's: two trainings that went on from one state differ in it at equal times.
+    """
 
     path: Path
     t: float
     sigma_rel: float
+    checksum: str
+
+    @classmethod
+    def of(cls, snapshot: Snapshot) -> StoredSnapshot:
+        """What is known of a snapshot that was read."""
+        info = snapshot.info
+        return cls(snapshot.path, info.t, info.sigma_rel, snapshot.header.metadata["ema.checksum"])
 
 
 @dataclass(frozen=True)
@@ -237,9 +247,10 @@ def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
         files.make_directory(aside)
         moved = []
         for snapshot in stored:
-            target = _free_name(aside / snapshot.path.name)
-            files.rename(snapshot.path, target)
-            moved.append(target)
+            if os.path.lexists(snapshot.path):  # else moved or deleted by another hand, or an earlier try
+                target = _free_name(aside / snapshot.path.name)
+                files.rename(snapshot.path, target)
+                moved.append(target)
         files.fsync_directory(aside)
         files.fsync_directory(directory)
     return moved

@@ -63,12 +63,14 @@ class TensorFileWriter:
         self._file.write_at(view, self._payload_start + entry.begin)
         self._missing.remove(name)
 
-    def commit(self) -> None:
-        """Fill in the header, make everything durable, and give the file its name."""
+    def commit(self) -> str:
+        """Fill in the header, make everything durable, and give the file its name; returns the header's checksum."""
         if self._missing:
             raise InvalidValueError(f"{self.path}: tensor {min(self._missing)!r} was never written")
-        self._file.write_at(fmt.encode_header(self._entries, self._metadata, self._checksums), 0)
+        header = fmt.encode_header(self._entries, self._metadata, self._checksums)
+        self._file.write_at(header, 0)
         self._file.publish()
+        return fmt.header_checksum(header)
 
     def discard(self) -> None:
         """Remove what was written; nothing happens after `commit`."""

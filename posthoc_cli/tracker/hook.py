@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.synthesis import Source, plan_synthesis, synthesize
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources, reconstruction_figure
@@ -31,7 +31,7 @@ from posthoc_cli.tracker.settings import (
     resumed_habit,
 )
 from posthoc_cli.tracker.state import load_averages, newest_complete, pack_state, unpack_state
-from posthoc_cli.tracker.weights import Weights, load_weights, swapped_in
+from posthoc_cli.tracker.weights import Weights, is_swapped, load_weights, swapped_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,7 +65,6 @@ class PostHocEMA:
         self._resumes_from_directory = False
         self._recorder: Recorder | None = None
         self._closed = False
-        self._swapped_in = 0
         self._model: weakref.ref[torch.nn.Module] | None = None
 
     # --- making one ----------------------------------------------------------------------------------
@@ -192,7 +191,7 @@ class PostHocEMA:
                 another run.
         """
         check_model(model)
-        if self._swapped_in:
+        if is_swapped(model):
             raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
         self._begin()
         step = self._step + 1
@@ -257,12 +256,8 @@ class PostHocEMA:
         the weights take the dtypes that the model has.
         """
         weights = self._synthesized(sigma_rel, t, step, dtype, method)
-        self._swapped_in += 1
-        try:
-            with swapped_in(model, weights, own_dtypes=dtype is None):
-                yield model
-        finally:
-            self._swapped_in -= 1
+        with swapped_in(model, weights, own_dtypes=dtype is None):
+            yield model
 
     def load_into(
         self,
@@ -318,15 +313,18 @@ class PostHocEMA:
         if sigma_rel is not None:
             return self._synthesized(sigma_rel, t, step, dtype, method)
         averages, step, t = self._averages, self._step, self._t
+        snapshots = [] if self._recorder is None else self._recorder.checksums
         if self._resumes_from_directory:
             averages = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
             step, t = averages.step, averages.t
-        return pack_state(self.run_id, self.settings, self._tracked, step, t, averages)
+            snapshots = [StoredSnapshot.of(s).checksum for s in read_directory(self.checkpoint_dir)]
+        return pack_state(self.run_id, self.settings, self._tracked, step, t, averages, snapshots)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
 
-        Snapshots in the directory that are later than the state are set aside in its folder `superseded`.
+        Snapshots in the directory that are later than the state, or of another attempt that went on from an
+        earlier one, are set aside in its folder `superseded`.
 
         Raises:
             InvalidValueError: not such a state, or of other profiles or another clock.
@@ -337,7 +335,7 @@ class PostHocEMA:
         unpacked = unpack_state(state, self.settings, self._tracked)
         recorder = self._open_recorder(unpacked.run_id)
         recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
-        recorder.set_aside_later(unpacked.t)
+        recorder.set_aside_others(unpacked.t, known=unpacked.snapshots)
         self.run_id = unpacked.run_id
         self._averages = unpacked.averages
         self._step, self._t = unpacked.step, unpacked.t
@@ -364,7 +362,7 @@ class PostHocEMA:
         if self._resumes_from_directory:
             self._averages = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
             self._step, self._t = self._averages.step, self._averages.t
-            recorder.set_aside_later(self._t)
+            recorder.set_aside_others(self._t)
             self._resumes_from_directory = False
 
     def _check_open(self) -> None:

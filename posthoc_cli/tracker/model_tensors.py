@@ -109,6 +109,8 @@ def collect_tensors(model: torch.nn.Module, only_trainable: bool, also: Containe
         stored = first_name.setdefault(id(tensor), name)
         if stored != name:
             aliases[name] = stored
+        elif tensor.layout != torch.strided:
+            raise InvalidValueError(f"tensor {name!r}: is {tensor.layout}; only dense tensors can be tracked")
         elif is_parameter and (tensor.is_floating_point() or tensor.is_complex()):
             averaged[name] = _checked(name, tensor)
         else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from pathlib import Path
 
 import torch
@@ -43,7 +43,12 @@ class Recorder:
             raise
         # From here on nobody else writes: what is here need not be read again.
         self._run_id = snapshots[0].info.run_id if snapshots else None
-        self._stored = [StoredSnapshot(s.path, s.info.t, s.info.sigma_rel) for s in snapshots]
+        self._stored = [StoredSnapshot.of(snapshot) for snapshot in snapshots]
+
+    @property
+    def checksums(self) -> list[str]:
+        """Header checksums of what is stored."""
+        return [snapshot.checksum for snapshot in self._stored]
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError where the directory holds snapshots of another run."""
@@ -57,11 +62,16 @@ class Recorder:
         """Whether this average is stored."""
         return any((s.t, s.sigma_rel) == (info.t, info.sigma_rel) for s in self._stored)
 
-    def set_aside_later(self, t: float) -> None:
-        """Set snapshots later than `t` aside: training went back to before them."""
-        for path in set_aside([s for s in self._stored if s.t > t]):
-            log.warning("training goes on from t = %g: %s is later and was set aside", t, path)
-        self._stored = [s for s in self._stored if s.t <= t]
+    def set_aside_others(self, t: float, known: Container[str] | None = None) -> None:
+        """Set aside what the training that goes on from `t` has not behind it.
+
+        Snapshots later than `t` and, where the header checksums of its own ones are `known`, all others: they are
+        of another attempt, that went on from an earlier state.
+        """
+        others = [s for s in self._stored if s.t > t or (known is not None and s.checksum not in known)]
+        for path in set_aside(others):
+            log.warning("training goes on from t = %g: %s is not on its way and was set aside", t, path)
+        self._stored = [s for s in self._stored if s not in others]
 
     def write(
         self, info: SnapshotInfo, averages: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor]
@@ -88,9 +98,9 @@ class Recorder:
         with TensorFileWriter(path, specs, snapshot_metadata(info)) as writer:
             for name, dtype in storage.items():
                 writer.write(name, tensor_bytes(tensors[name].to(dtype)))
-            writer.commit()
+            checksum = writer.commit()
         self._run_id = info.run_id
-        self._stored.append(StoredSnapshot(path, info.t, info.sigma_rel))
+        self._stored.append(StoredSnapshot(path, info.t, info.sigma_rel, checksum))
         log.info("wrote %s", path)
 
     def thin(self, max_checkpoints: int | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,13 +30,23 @@ class TrackerState:
     step: int
     t: float
     averages: RunningAverages
+    snapshots: frozenset[str]
+    """Header checksums of the snapshots that the training had behind it."""
 
 
 # --- a plain dict ----------------------------------------------------------------------------------
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def pack_state(
-    run_id: str, settings: Settings, tracked: TrackedModel, step: int, t: float, averages: RunningAverages
+    run_id: str,
+    settings: Settings,
+    tracked: TrackedModel,
+    step: int,
+    t: float,
+    averages: RunningAverages,
+    snapshots: Sequence[str],
 ) -> dict[str, Any]:
     """The state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
 
@@ -58,6 +69,7 @@ def pack_state(
         "averages_step": averages.step,
         "t_first": averages.t_first,
         "max_interval": averages.max_interval,
+        "snapshots": list(snapshots),
         "averages": [{name: value.clone() for name, value in average.items()} for average in values],
         "copies": {name: value.clone() for name, value in copies.items()},
     }
@@ -72,6 +84,8 @@ def _zeros(tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
     return zeros
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedModel) -> TrackerState:
     """Check a state against the tracker that is to continue from it.
 
@@ -98,7 +112,10 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
                 for _, values in zip(settings.sigma_rels, state["averages"], strict=True)
             )
             averages.copies = _checked(state["copies"], tracked, "copy")
-        return TrackerState(str(state["run_id"]), step, t, averages)
+        run_id = state["run_id"]
+        if not isinstance(run_id, str) or not re.fullmatch("[0-9a-f]{32}", run_id):
+            raise InvalidValueError(f"state: run_id {run_id!r} is not 32 hexadecimal digits")
+        return TrackerState(run_id, step, t, averages, frozenset(map(str, state["snapshots"])))
     except InvalidValueError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -147,6 +164,8 @@ def newest_complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) 
     return by_time[max(complete)] if complete else None
 
 
+@torch.inference_mode(False)
+@torch.no_grad()
 def load_averages(directory: Path, sigma_rels: Sequence[float]) -> RunningAverages:
     """The averages as the newest snapshots hold them that hold every profile.
 

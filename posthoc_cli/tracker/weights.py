@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -47,7 +48,9 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
     with torch.inference_mode(False), torch.no_grad():
         for name, target in targets.items():
             value = weights[name]
-            if own_dtypes or value.dtype == target.dtype:
+            if not _is_writable(target):
+                target.data = value.to(target.device, target.dtype, copy=True)
+            elif own_dtypes or value.dtype == target.dtype:
                 target.data.copy_(value)
             else:
                 target.data = value.to(target.device, copy=True)
@@ -63,6 +66,8 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     """
     targets = _targets(model, weights)
     with ExitStack() as stack:
+        _swapped[model] = _swapped.get(model, 0) + 1
+        stack.callback(_leave, model)
         with torch.inference_mode(False), torch.no_grad():
             _save(stack, model, {id(target): weights[name].dtype for name, target in targets.items()}, own_dtypes)
         # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
@@ -71,6 +76,26 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
         load_weights(model, weights, own_dtypes)
         model.eval()
         yield
+
+
+_swapped: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+"""Models that hold averaged weights now, and how many blocks deep."""
+
+
+def is_swapped(model: torch.nn.Module) -> bool:
+    """Whether a model holds averaged weights, which no average may take in."""
+    return _swapped.get(model, 0) > 0
+
+
+def _leave(model: torch.nn.Module) -> None:
+    _swapped[model] -= 1
+
+
+def _is_writable(tensor: torch.Tensor) -> bool:
+    """Whether values can be copied into a tensor: not where elements share memory (expanded), or in sparse layouts."""
+    return tensor.layout == torch.strided and all(
+        stride > 0 or size < 2 for stride, size in zip(tensor.stride(), tensor.shape, strict=True)
+    )
 
 
 def _save(stack: ExitStack, model: torch.nn.Module, new_dtypes: Mapping[int, torch.dtype], own_dtypes: bool) -> None:
@@ -112,6 +137,7 @@ class _SavedParameter:
         self._parameter = parameter
         self._device = parameter.device
         self._grad = parameter.grad
+        self._requires_grad = parameter.requires_grad
         # The storage itself is kept, unless it is to be replaced by one of another dtype.
         self._storage = parameter.data if in_place else None
         self._values = parameter.data.to("cpu", copy=True) if swapped else None
@@ -127,6 +153,7 @@ class _SavedParameter:
             if self._values is not None:
                 self._storage.copy_(self._values)
             self._parameter.data = self._storage
+        self._parameter.requires_grad_(self._requires_grad)
         self._parameter.grad = self._grad
 
 
@@ -138,15 +165,14 @@ class _SavedBuffer:
         self._key = key
         self._buffer = module._buffers[key]
         self._storage = None if self._buffer is None else self._buffer.data
-        self._values = None if self._storage is None else self._storage.to("cpu", copy=True)
+        writable = self._storage is not None and _is_writable(self._storage)
+        self._values = self._storage.to("cpu", copy=True) if self._storage is not None and writable else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore(self) -> None:
         self._module._buffers[self._key] = self._buffer
-        if self._buffer is None or self._storage is None or self._values is None:
-            return
-        self._buffer.data = self._storage
-        # Compared first: an expanded buffer, whose elements share memory, cannot be written to.
-        if not torch.equal(self._storage, self._values.to(self._storage.device)):
-            self._storage.copy_(self._values)
+        if self._buffer is not None and self._storage is not None:
+            self._buffer.data = self._storage
+            if self._values is not None:
+                self._storage.copy_(self._values)

@@ -34,7 +34,7 @@ W = {"w": torch.ones(2, 3)}
 
 
 def stored(directory: Path) -> list[StoredSnapshot]:
-    return [StoredSnapshot(s.path, s.info.t, s.info.sigma_rel) for s in read_directory(directory)]
+    return [StoredSnapshot.of(s) for s in read_directory(directory)]
 
 
 def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ...] = (0.05,)) -> None:

@@ -292,11 +292,28 @@ def test_training_goes_on_after_evaluating_as_if_nothing_had_been(tmp_path: Path
 
 def test_a_buffer_whose_elements_share_memory_is_no_trouble(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path)
-    model.register_buffer("wide", torch.ones(1).expand(4), persistent=False)
+    model.register_buffer("wide", torch.full((1,), float("nan")).expand(4), persistent=False)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
     model.train()
     with tracker.model(model, sigma_rel=0.15):
         pass
     assert model.training
+    assert model.wide.stride() == (0,)
+
+    other = torch.nn.Linear(2, 2)
+    other.register_buffer("wide", torch.zeros(1).expand(5))
+    with PostHocEMA.from_model(other, tmp_path / "other", update_every=1) as tracking:
+        tracking.update_(other)
+        with tracking.model(other, sigma_rel=0.28):
+            pass
+        assert other.wide.stride() == (0,)
+
+
+def test_a_sparse_tensor_in_the_state_is_named(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse())
+    with pytest.raises(InvalidValueError, match="'adjacency': is torch"):
+        PostHocEMA.from_model(model, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [None, "bf16"])
@@ -323,9 +340,14 @@ def test_a_model_in_another_dtype_keeps_it(tmp_path: Path) -> None:
 
 def test_averaged_weights_are_never_averaged(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path)
-    with tracker.model(model, sigma_rel=0.15), pytest.raises(NotReadyError, match="holds averaged weights now"):
-        tracker.update_(model)
+    other = PostHocEMA.from_model(model, tmp_path / "other")
+    with tracker.model(model, sigma_rel=0.15):
+        for either in (tracker, other):
+            with pytest.raises(NotReadyError, match="holds averaged weights now"):
+                either.update_(model)
+        model.requires_grad_(False)
     tracker.update_(model)
+    assert model.embed.weight.requires_grad
 
 
 def test_blocks_nest(tmp_path: Path) -> None:

@@ -110,6 +110,69 @@ def test_snapshots_later_than_the_state_are_set_aside_not_mixed_nor_lost(tmp_pat
     assert contents(tmp_path / "superseded") == later
 
 
+def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_goes_on(tmp_path: Path) -> None:
+    """Back to an early state, on for a while, then forward to a late state of the first attempt after all."""
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
+        train(model, tracker, 1, 15)
+        early = tracker.state_dict()
+        train(model, tracker, 16, 35)
+        late, at_late = tracker.state_dict(), [p.detach().clone() for p in model.parameters()]
+        first_attempt = contents(tmp_path / "run")
+        tracker.load_state_dict(early)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.fill_(100.0)
+        train(model, tracker, 16, 45)
+        tracker.load_state_dict(late)
+        with torch.no_grad():
+            for parameter, value in zip(model.parameters(), at_late, strict=True):
+                parameter.copy_(value)
+        train(model, tracker, 36, 50)
+    left = contents(tmp_path / "run")
+    assert {name for name in left if int(name.partition("-")[0]) < 40} <= set(first_attempt)
+    assert all(left[name] == first_attempt[name] for name in left.keys() & first_attempt.keys())
+    assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 40, 50}
+    assert len(list((tmp_path / "run" / "superseded").iterdir())) == 10
+
+
+def test_setting_aside_that_failed_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 5)
+        state = tracker.state_dict()
+        train(model, tracker, 6, 40)
+        read_directory(tmp_path)[3].path.unlink()  # by another hand
+        calls = []
+
+        def rename(source: Path, target: Path) -> None:
+            calls.append(source)
+            if len(calls) == 2:
+                raise OSError(5, "Input/output error")
+            source.replace(target)
+
+        monkeypatch.setattr("posthoc_cli.files.rename", rename)
+        with pytest.raises(WriteError, match="input/output error"):
+            tracker.load_state_dict(state)
+        tracker.load_state_dict(state)
+    assert not list(tmp_path.glob("*.safetensors"))
+    assert len(list((tmp_path / "superseded").iterdir())) == 7
+
+
+@pytest.mark.parametrize("resume", ["state", "directory"])
+def test_resuming_inside_inference_mode_leaves_averages_that_go_on(tmp_path: Path, resume: str) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+        state = tracker.state_dict()
+    with PostHocEMA.from_path(tmp_path, model) as tracker:
+        with torch.inference_mode():
+            if resume == "state":
+                tracker.load_state_dict(state)
+            tracker.update_(model)
+        train(model, tracker, 12, 20)
+
+
 def test_a_state_taken_from_a_directory_goes_on_too(tmp_path: Path) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
@@ -146,6 +209,7 @@ def spoil_dtype(state: dict) -> None:
         (lambda s: s.update(t_first=0.0), InvalidValueError, "not times of one training"),
         (lambda s: s.update(averages_step=99), InvalidValueError, "not times of one training"),
         (lambda s: s.update(max_interval=-1.0), InvalidValueError, "not times of one training"),
+        (lambda s: s.update(run_id=None), InvalidValueError, "run_id None"),
         (lambda s: s.update(averages=[]), InvalidValueError, "is not a tracker's state"),
         (lambda s: s["averages"][0]["0.weight"].fill_(float("nan")), NonFiniteError, r"'0\.weight'"),
         (spoil_names, ModelMismatchError, "'0.weight'"),
