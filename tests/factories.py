@@ -1,6 +1,6 @@
 """What tests are made of: snapshot files, directories of one run, a small model with every kind of tensor.
 
-The averages here are NumPy float64 straight from the formulas (DESIGN.md, 2), never this package's own.
+The averages here are NumPy float64 straight from the formulas, never this package's own.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A file appears whole or not at all, whatever the system refuses on the way (DESIGN.md 5.1 and 5.5)."""
+"""A file appears whole or not at all, whatever the system refuses on the way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One writer a directory, by name, and free again when it has died (DESIGN.md 5.7)."""
+"""One writer a directory, by name, and free again when it has died."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damage and malice end in a FileFormatError that names the file, before a value is used (DESIGN.md 5.2, 5.8)."""
+"""Damage and malice end in a FileFormatError that names the file, before a value is used."""
 
 from __future__ import annotations
 

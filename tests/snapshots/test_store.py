@@ -114,7 +114,7 @@ def test_snapshots_that_do_not_belong_together_never_mix(
 
 
 def test_averages_may_be_stored_in_different_dtypes(tmp_path: Path) -> None:
-    """A value too large for float16 keeps its tensor in float32 (DESIGN.md 5.4)."""
+    """A value too large for float16 keeps its tensor in float32."""
     tensors = {"w": fmt.TrackedTensor("average", "F32")}
     write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": W["w"].half()}, tensors=tensors)
     write_snapshot(tmp_path, 20, 0.05, RUN_ID, W, tensors=tensors)

@@ -1,4 +1,4 @@
-"""A tensor file is absent or whole (DESIGN.md 5.1, 5.6), and complete when it is there."""
+"""A tensor file is absent or whole, and complete when it is there."""
 
 from __future__ import annotations
 

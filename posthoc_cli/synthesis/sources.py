@@ -1,0 +1,108 @@
+"""Where averages come from: snapshots on disk, or anything else that can be read like one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.store import read_directory
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OpenSource(AbstractContextManager["OpenSource"], Protocol):
+    """A source while its tensors are read."""
+
+    def read(self, name: str) -> torch.Tensor:
+        """One tensor as it is stored, on any device."""
+        ...
+
+
+class Source(Protocol):
+    """A stored average: a snapshot on disk, or a live average in memory."""
+
+    @property
+    def name(self) -> str:
+        """The file's name, or a word for an average in memory."""
+        ...
+
+    @property
+    def info(self) -> SnapshotInfo:
+        """What the average says about itself."""
+        ...
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of its tensors."""
+        ...
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that reading all of it takes."""
+        ...
+
+    def open(self) -> OpenSource:
+        """Start reading."""
+        ...
+
+
+@dataclass(frozen=True)
+class DiskSource:
+    """A snapshot file as a source."""
+
+    snapshot: Snapshot
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.snapshot.path.name
+
+    @property
+    def info(self) -> SnapshotInfo:
+        """What the snapshot says about itself."""
+        return self.snapshot.info
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of its tensors."""
+        return {name: entry.shape for name, entry in self.snapshot.header.tensors.items()}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its payload."""
+        return sum(entry.nbytes for entry in self.snapshot.header.tensors.values())
+
+    def open(self) -> _OpenFile:
+        """Open the file; it must still be the one that was planned with."""
+        return _OpenFile(self.snapshot)
+
+
+class _OpenFile:
+    def __init__(self, snapshot: Snapshot) -> None:
+        self._file = TensorFile(snapshot.path, snapshot.header)
+
+    def read(self, name: str) -> torch.Tensor:
+        from posthoc_cli.snapshots.tensors import tensor_from_bytes
+
+        entry = self._file.header.tensors[name]
+        return tensor_from_bytes(self._file.read(name), entry.dtype, entry.shape)
+
+    def __enter__(self) -> _OpenFile:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._file.close()
+
+
+def disk_sources(directory: str | Path) -> list[Source]:
+    """The snapshots of a directory as sources; raises what `read_directory` raises."""
+    return [DiskSource(snapshot) for snapshot in read_directory(Path(directory))]
