@@ -203,7 +203,7 @@ def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str,
             f"not tracked, and not in the output: {len(left_out)} of the model's tensors ({left_out[0]}, ...); "
             "ema export --base FULL.safetensors completes them"
         )
-    target = paths[0] if single else f"in {paths[0].parent}"
+    target = paths[0] if single else paths[0].parent
     output.print_line(f"made {what}, {output.size_text(size)}{each}, in {seconds:.1f} s: {target}")
 
 
