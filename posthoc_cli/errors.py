@@ -1,17 +1,17 @@
 """Every error this package raises on purpose, and the exit code that `ema` ends with.
 
-    PostHocError                      1
-    ├── InvalidValueError (ValueError)     2   an argument or option outside what is accepted
-    ├── DirectoryError                1   a snapshot directory that is absent, empty or foreign
-    ├── FileFormatError               1   a file that is damaged, truncated or of another format
-    ├── MismatchError                 1   snapshots that do not belong together
-    ├── ModelMismatchError            1   a model that is not the one that was tracked
-    ├── NonFiniteError                1   nan or infinity where an average would take it in
-    ├── LockedError                   1   a directory that another writer holds
-    ├── OutputExistsError             1   an output that is there already
-    ├── MissingDependencyError        1   an optional library that is not installed
-    ├── WriteError (OSError)          1   the system refused a write; nothing partial is left
-    └── NotReadyError (RuntimeError)  1   an average that does not exist yet
+    PostHocError                       1
+    ├── InvalidValueError (ValueError) 2   an argument or option outside what is accepted
+    ├── DirectoryError                 1   a snapshot directory that is absent, empty or foreign
+    ├── FileFormatError                1   a file that is damaged, truncated or of another format
+    ├── MismatchError                  1   snapshots that do not belong together
+    ├── ModelMismatchError             1   a model that is not the one that was tracked
+    ├── NonFiniteError                 1   nan or infinity where an average would take it in
+    ├── LockedError                    1   a directory that another writer holds
+    ├── OutputExistsError              1   an output that is there already
+    ├── MissingDependencyError         1   an optional library that is not installed
+    ├── WriteError (OSError)           1   the system refused a write; nothing partial is left
+    └── NotReadyError (RuntimeError)   1   an average that does not exist yet
 
 A message is one line. It names the file, the tensor or the option, and what would be accepted.
 """

@@ -14,7 +14,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
+from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.store import snapshot_path
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -104,6 +106,12 @@ def write_snapshot(
             writer.write(key, tensor_bytes(value))
         writer.commit()
     return path
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """A snapshot's header and what it says."""
+    header = read_header(path)
+    return Snapshot(path, header, decode_snapshot(path, header))
 
 
 def write_run(

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posthoc_cli.cli import output
-from posthoc_cli.errors import DirectoryError
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.format import FileHeader, OutputInfo
@@ -45,8 +44,6 @@ def describe_directory(path: Path) -> dict[str, Any]:
     from posthoc_cli.snapshots.store import inspect_directory
 
     found = inspect_directory(path)
-    if not found.snapshots and not found.problems:
-        raise DirectoryError(f"{path}: no snapshots here; name the directory that a tracker writes its snapshots to")
     report: dict[str, Any] = {"kind": "directory", "path": str(path)}
     if found.snapshots:
         report |= _describe_run(found)

@@ -45,12 +45,6 @@ def read_header(path: Path) -> fmt.FileHeader:
         os.close(descriptor)
 
 
-def read_snapshot(path: Path) -> Snapshot:
-    """A snapshot's header and what it says; no tensor is read."""
-    header = read_header(path)
-    return Snapshot(path, header, decoding.decode_snapshot(path, header))
-
-
 class TensorFile:
     """A safetensors file opened for its tensors. Use it as a context manager.
 

@@ -71,18 +71,28 @@ def read_directory(directory: Path) -> list[Snapshot]:
     """The snapshots of one run, by time, then sigma_rel. Reads headers only.
 
     Raises:
-        DirectoryError: the directory is absent, or holds no snapshot.
-        FileFormatError: a file in it is damaged, or no snapshot.
+        DirectoryError: the directory is absent, cannot be read, or holds no snapshot.
+        FileFormatError: a file in it is damaged.
         MismatchError: two files do not belong together; both are named.
     """
-    found = [_open_candidate(path) for path in _candidates(directory)]
-    snapshots = sorted((s for s in found if s is not None), key=_order)
+    snapshots = find_snapshots(directory)
     if not snapshots:
-        raise DirectoryError(
-            f"{directory}: no snapshots here; name the directory that a tracker writes its snapshots to"
-            f"{_hint(directory)}"
-        )
-    check_consistent(snapshots)
+        raise _without_snapshots(directory)
+    return snapshots
+
+
+def find_snapshots(directory: Path) -> list[Snapshot]:
+    """As `read_directory`, where it is no mistake that there is no directory or no snapshot yet."""
+    try:
+        found = [_open_candidate(path) for path in _candidates(directory)]
+    except FileNotFoundError:
+        return []
+    snapshots = sorted((s for s in found if s is not None), key=_order)
+    for other in snapshots[1:]:
+        _check_pair(snapshots[0], other)
+    doubles = _doubles(snapshots)
+    if doubles:
+        raise MismatchError(doubles[0])
     return snapshots
 
 
@@ -90,16 +100,22 @@ def inspect_directory(directory: Path) -> Inspection:
     """Everything about a directory, without stopping at what is wrong.
 
     Raises:
-        DirectoryError: the directory is absent.
+        DirectoryError: the directory is absent, cannot be read, or holds nothing of this package.
     """
+    try:
+        candidates = _candidates(directory)
+    except FileNotFoundError:
+        raise _without_snapshots(directory) from None
     snapshots, problems = [], []
-    for path in _candidates(directory):
+    for path in candidates:
         try:
             snapshot = _open_candidate(path)
             if snapshot is not None:
                 snapshots.append(snapshot)
         except FileFormatError as error:
             problems.append(str(error))
+    if not snapshots and not problems:
+        raise _without_snapshots(directory)
     snapshots.sort(key=_order)
     for other in snapshots[1:]:
         try:
@@ -116,22 +132,15 @@ def inspect_directory(directory: Path) -> Inspection:
     )
 
 
-def check_consistent(snapshots: Sequence[Snapshot]) -> None:
-    """Raise a MismatchError, naming two files and what differs, unless all are of one run and shape."""
-    for other in snapshots[1:]:
-        _check_pair(snapshots[0], other)
-    doubles = _doubles(snapshots)
-    if doubles:
-        raise MismatchError(doubles[0])
-
-
 def _candidates(directory: Path) -> list[Path]:
+    """Files that may be snapshots; FileNotFoundError where there is no directory."""
     try:
         entries = list(directory.iterdir())
-    except (FileNotFoundError, NotADirectoryError) as error:
-        state = "no such directory" if isinstance(error, FileNotFoundError) else "is not a directory"
+    except FileNotFoundError:
+        raise
+    except NotADirectoryError as error:
         raise DirectoryError(
-            f"{directory}: {state}; name the directory that a tracker writes its snapshots to"
+            f"{directory}: is not a directory; name the directory that a tracker writes its snapshots to"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
@@ -152,9 +161,13 @@ def _open_candidate(path: Path) -> Snapshot | None:
     return Snapshot(path, header, decode_snapshot(path, header))
 
 
-def _hint(directory: Path) -> str:
+def _without_snapshots(directory: Path) -> DirectoryError:
+    wanted = "name the directory that a tracker writes its snapshots to"
+    if not directory.exists():
+        return DirectoryError(f"{directory}: no such directory; {wanted}")
     strangers = sorted(p.name for p in directory.iterdir() if p.suffix in (fmt.SUFFIX, ".pt", ".pkl"))
-    return f" ({strangers[0]} is not a snapshot of this package)" if strangers else ""
+    hint = f" ({strangers[0]} is not a snapshot of this package)" if strangers else ""
+    return DirectoryError(f"{directory}: no snapshots here; {wanted}{hint}")
 
 
 def _order(snapshot: Snapshot) -> tuple[float, float, str]:

@@ -187,8 +187,8 @@ class PostHocEMA:
             ModelMismatchError: names, shapes or dtypes have changed. No average is touched.
             WriteError: a snapshot that was due could not be written. Nothing partial is left, and training
                 may go on.
-            LockedError, MismatchError: at the first call: another writer holds the directory, or it holds
-                another run.
+            LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: another writer holds
+                the directory, or it holds another run, or what is in it cannot be read or is damaged.
         """
         check_model(model)
         if is_swapped(model):

@@ -10,10 +10,9 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from posthoc_cli.errors import DirectoryError
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.store import find_snapshots
 from posthoc_cli.synthesis import DiskSource, Source
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.model_tensors import TrackedModel
@@ -90,11 +89,8 @@ def live_sources(run_id: str, settings: Settings, tracked: TrackedModel, average
 def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
     """Snapshots of a run on disk and, where they are newer, its live averages; none of them twice."""
     sources: list[Source] = list(live)
-    try:
-        snapshots = read_directory(directory)
-    except DirectoryError:
-        return sources
-    if snapshots[0].info.run_id != run_id:
+    snapshots = find_snapshots(directory)
+    if not snapshots or snapshots[0].info.run_id != run_id:
         return sources
     now = live[0].info.t if live else snapshots[-1].info.t
     held = {source.info.sigma_rel for source in live}

@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import DirectoryError, MismatchError, NonFiniteError
+from posthoc_cli.errors import MismatchError, NonFiniteError
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.store import StoredSnapshot, read_directory, set_aside, snapshot_path, thin
+from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, set_aside, snapshot_path, thin
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.tracker.model_tensors import nonfinite_name
@@ -25,7 +25,8 @@ class Recorder:
 
     Raises:
         LockedError: another writer holds the directory.
-        FileFormatError, MismatchError: what is in it is damaged or does not belong together.
+        DirectoryError, FileFormatError, MismatchError: what is in it cannot be read, is damaged, or does not
+            belong together.
         WriteError: the directory cannot be made or written.
     """
 
@@ -35,9 +36,7 @@ class Recorder:
             files.make_directory(directory)
         self._lock = DirectoryLock(directory)
         try:
-            snapshots = read_directory(directory)
-        except DirectoryError:
-            snapshots = []
+            snapshots = find_snapshots(directory)
         except BaseException:
             self.close()
             raise

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 from ema_command import Ema, unmeasured_environment
-from factories import OTHER_RUN_ID
+from factories import OTHER_RUN_ID, read_snapshot
 
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile, read_snapshot
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
 Harm = Callable[[Path], None]

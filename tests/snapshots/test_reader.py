@@ -15,14 +15,14 @@ import pytest
 import safetensors.torch
 import torch
 import xxhash
-from factories import RUN_ID, exact_gamma, write_snapshot
+from factories import RUN_ID, exact_gamma, read_snapshot, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.reader import TensorFile, read_header, read_snapshot
+from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes, tensor_from_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 

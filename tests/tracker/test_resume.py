@@ -425,6 +425,25 @@ def test_a_directory_of_another_run_is_refused_at_the_first_update(tmp_path: Pat
         train(model, third, 11, 12)
 
 
+def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may hold another run."""
+
+    def refuse(_: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    model = network()
+    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    with monkeypatch.context() as closed:
+        closed.setattr(Path, "iterdir", refuse)
+        with pytest.raises(DirectoryError, match="cannot be read: permission denied"):
+            tracker.update_(model)
+    assert tracker.step == 0
+    tracker.update_(model)  # the refusal has not kept the lock
+    tracker.close()
+
+
 def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
     model = network()
     writer = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
