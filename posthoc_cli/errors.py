@@ -9,6 +9,7 @@
     ├── NonFiniteError                 1   nan or infinity where an average would take it in
     ├── LockedError                    1   a directory that another writer holds
     ├── OutputExistsError              1   an output that is there already
+    ├── InexactError                   1   a target whose predicted error is above what the user accepts
     ├── MissingDependencyError         1   an optional library that is not installed
     ├── WriteError (OSError)           1   the system refused a write; nothing partial is left
     └── NotReadyError (RuntimeError)   1   an average that does not exist yet
@@ -55,6 +56,10 @@ class LockedError(PostHocError):
 
 class OutputExistsError(PostHocError):
     """An output that is there already and that nobody asked to replace."""
+
+
+class InexactError(PostHocError):
+    """A target that cannot be made as exactly as asked."""
 
 
 class MissingDependencyError(PostHocError):

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 FloatArray = npt.NDArray[np.float64]
@@ -24,14 +25,34 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GOOD_ERROR = 0.01
 """The error below which a range is called good, shaded, and named in the title."""
 
-_LEAST_ERROR = 1e-5
-"""The bottom of the picture; what is less is drawn there."""
+_LEAST_ERRORS = (1e-8, 1e-5)
+"""The bottom of the picture lies between these; tracked profiles with less are marked there."""
 
-_SIGMA_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28)
+_MOST_ERROR = 2.0
+
+_SIGMA_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.4)
+_WIDE_SIGMA_TICKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.10, 0.28)
+"""Where the axis begins below 0.004."""
+
+
+class Point(Protocol):
+    """Errors of one target that is no power function, at its own width; `planning.ErrorPoint` is one."""
+
+    @property
+    def label(self) -> str: ...  # noqa: D102
+    @property
+    def sigma_rel(self) -> float: ...  # noqa: D102
+    @property
+    def profile_error(self) -> float: ...  # noqa: D102
+    @property
+    def predicted_error(self) -> float | None: ...  # noqa: D102
 
 
 class Curve(Protocol):
-    """Error against sigma_rel; `planning.ErrorCurve` is one."""
+    """Errors against sigma_rel; `planning.ErrorCurve` is one.
+
+    `error` is `predicted_error`, that of the weights, or where that is None `profile_error`.
+    """
 
     @property
     def label(self) -> str: ...  # noqa: D102
@@ -39,6 +60,12 @@ class Curve(Protocol):
     def sigma_rels(self) -> FloatArray: ...  # noqa: D102
     @property
     def profile_error(self) -> FloatArray: ...  # noqa: D102
+    @property
+    def predicted_error(self) -> FloatArray | None: ...  # noqa: D102
+    @property
+    def error(self) -> FloatArray: ...  # noqa: D102
+    @property
+    def others(self) -> Sequence[Point]: ...  # noqa: D102
     @property
     def tracked(self) -> tuple[float, ...]: ...  # noqa: D102
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]: ...  # noqa: D102
@@ -64,16 +91,17 @@ class Fit(Protocol):
 
 
 def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = ()) -> Figure:
-    """Reconstruction error against sigma_rel; below it, a row for each fit."""
-    # Beyond a few curves the legend would cover them: it goes below, and the figure grows by it.
-    legend_rows = len(curves) if len(curves) > 2 else 0
-    height = 4.6 + 0.25 * legend_rows
+    """Reconstruction error against sigma_rel; below it, a row for each fit.
+
+    Where every curve has a predicted error that is what is drawn, with the profile error on a second axis.
+    """
+    # The legend of more than one curve would cover them: it goes below, and the figure grows by it.
+    entries = sum(1 + len(curve.others) for curve in curves)
+    legend_rows = entries + 2 if entries > 1 else 0
+    height = 4.6 + 0.2 * legend_rows
     figure = Figure(figsize=(8, height + 3.4 * len(fits)), dpi=150, layout="constrained", facecolor="white")
     grid = figure.add_gridspec(1 + len(fits), 2, height_ratios=[height, *[3.4] * len(fits)])
-    axes = figure.add_subplot(grid[0, :])
-    _draw_errors(axes, curves)
-    if legend_rows:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    _draw_errors(figure.add_subplot(grid[0, :]), curves, legend_below=legend_rows > 0)
     for row, fit in enumerate(fits, start=1):
         _draw_profile(figure.add_subplot(grid[row, 0]), fit)
         _draw_coefficients(figure.add_subplot(grid[row, 1]), fit)
@@ -125,41 +153,94 @@ def samples_figure(groups: Sequence[tuple[str, npt.NDArray[Any]]]) -> Figure:
 # --- parts -----------------------------------------------------------------------------------------
 
 
-def _draw_errors(axes: Axes, curves: Sequence[Curve]) -> None:
+def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool) -> None:
+    predicted = all(curve.predicted_error is not None for curve in curves)
+    least = _bottom(curves)
     for index, curve in enumerate(curves):
-        colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-        label = f"{curve.label}: below 1 % for {_ranges(curve)}" if len(curves) > 1 else curve.label
-        axes.plot(curve.sigma_rels, curve.profile_error, color=colour, linestyle=style, linewidth=1.8, label=label)
-        marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
-        heights = [float(np.interp(s, curve.sigma_rels, curve.profile_error)) for s in marked]
-        axes.plot(
-            marked, np.maximum(heights, _LEAST_ERROR), color=colour, marker=MARKERS[index % len(MARKERS)],
-            linestyle="none", clip_on=False, zorder=5,
-            label=f"tracked: {_listed(curve.tracked)}" if len(curves) == 1 else None,
-        )  # fmt: skip
-        if len(curves) == 1:  # shades of several would lie over each other; the legend says their ranges
-            for low, high in curve.ranges_below(GOOD_ERROR):
-                axes.axvspan(low, high, color=colour, alpha=0.10, linewidth=0)
+        _draw_curve(axes, curve, index, least, alone=len(curves) == 1)
+        _draw_points(axes, curve, index, least)
     axes.axhline(GOOD_ERROR, color="0.35", linewidth=0.8)
-    axes.set_yscale("log")
-    axes.set_ylim(_LEAST_ERROR, 2.0)
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{100 * y:g} %"))
-    axes.set_ylabel("relative L2 error of the profile")
-    title = "Reconstruction error"
-    if len(curves) == 1:
-        title += f": below 1 % for sigma_rel {_ranges(curves[0])}"
-    axes.set_title(title)
-    _sigma_axis(axes, min(c.sigma_rels[0] for c in curves), max(c.sigma_rels[-1] for c in curves))
+    low, high = _error_axis(axes, least, curves)
+    axes.set_ylabel("expected relative L2 error of the weights" if predicted else "relative L2 error of the profile")
+    if predicted:
+        _draw_profile_errors(axes, curves)
+    title = "Predicted error of the weights" if predicted else "Profile error"
+    axes.set_title(f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title)
+    _sigma_axis(axes, low, high)
     _finish(axes)
+    if legend_below:
+        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+
+
+def _draw_curve(axes: Axes, curve: Curve, index: int, least: float, alone: bool) -> None:
+    colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+    label = curve.label if alone else f"{curve.label}: {_good_range(curve)}"
+    axes.plot(curve.sigma_rels, curve.error, color=colour, linestyle=style, linewidth=1.8, label=label)
+    marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
+    heights = [float(np.interp(s, curve.sigma_rels, curve.error)) for s in marked]
+    axes.plot(
+        marked, np.maximum(heights, least), color=colour, marker=MARKERS[index % len(MARKERS)],
+        linestyle="none", clip_on=False, zorder=5, label=f"tracked: {_listed(curve.tracked)}" if alone else None,
+    )  # fmt: skip
+    if alone:  # shades of several would lie over each other; the legend says their ranges
+        for low, high in curve.ranges_below(GOOD_ERROR):
+            axes.axvspan(low, high, color=colour, alpha=0.10, linewidth=0)
+
+
+def _draw_points(axes: Axes, curve: Curve, index: int, least: float) -> None:
+    """Targets of other kinds, each with a letter that the legend explains."""
+    for number, point in enumerate(curve.others):
+        error = point.profile_error if point.predicted_error is None else point.predicted_error
+        axes.plot(
+            max(point.sigma_rel, _WIDE_SIGMA_TICKS[0]), float(np.clip(error, least, _MOST_ERROR)), linestyle="none",
+            marker=f"$\\mathrm{{{chr(ord('A') + number % 26)}}}$", markersize=8, color=COLOURS[index % len(COLOURS)],
+            markeredgewidth=0.6, path_effects=[withStroke(linewidth=3.5, foreground="white")],
+            clip_on=False, zorder=6, label=f"{point.label}: {100 * error:.2g} %",
+        )  # fmt: skip
+
+
+def _draw_profile_errors(axes: Axes, curves: Sequence[Curve]) -> None:
+    """The second curves, thin, behind the others, to be read at an axis of their own name and the same scale."""
+    for index, curve in enumerate(curves):
+        axes.plot(
+            curve.sigma_rels, curve.profile_error, color=COLOURS[index % len(COLOURS)], alpha=0.55, linewidth=0.9,
+            linestyle=STYLES[index % len(STYLES)], zorder=1.9,
+        )  # fmt: skip
+    axes.plot([], [], color="0.35", linewidth=0.9, label="thin: profile error (right axis)")
+    right = axes.secondary_yaxis("right")
+    right.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
+    right.set_ylabel("relative L2 error of the profile (thin)")
+
+
+def _bottom(curves: Sequence[Curve]) -> float:
+    """The power of ten below which the curves hardly ever come."""
+    lowest = min(float(np.quantile(curve.error, 0.1)) for curve in curves)
+    low, high = np.log10(_LEAST_ERRORS)
+    return float(10 ** np.clip(np.floor(np.log10(max(lowest, 1e-300))), low, high))
+
+
+def _error_axis(axes: Axes, least: float, curves: Sequence[Curve]) -> tuple[float, float]:
+    """Set up the vertical axis; returns the ends of the horizontal one, at which every curve and point is in."""
+    axes.set_yscale("log")
+    axes.set_ylim(least, _MOST_ERROR)
+    axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
+    points = [max(point.sigma_rel, _WIDE_SIGMA_TICKS[0]) for curve in curves for point in curve.others]
+    low = min([float(c.sigma_rels[0]) for c in curves] + [0.9 * point for point in points])
+    high = max([float(c.sigma_rels[-1]) for c in curves] + [min(1.1 * point, 0.6) for point in points])
+    return low, high
+
+
+def _percent_tick(error: float, _: int) -> str:
+    return f"{100 * error:g} %"
 
 
 def _listed(sigma_rels: Sequence[float]) -> str:
     return ", ".join(f"{s:g}" for s in sigma_rels)
 
 
-def _ranges(curve: Curve) -> str:
-    ranges = curve.ranges_below(GOOD_ERROR)
-    return ", ".join(f"{low:.3f} to {high:.3f}" for low, high in ranges) or "no value"
+def _good_range(curve: Curve) -> str:
+    ranges = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in curve.ranges_below(GOOD_ERROR))
+    return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
 
 
 def _draw_profile(axes: Axes, fit: Fit) -> None:
@@ -206,7 +287,7 @@ def _tiled(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
 def _sigma_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_xscale("log")
     axes.set_xlim(low, high)
-    ticks = [tick for tick in _SIGMA_TICKS if low <= tick <= high]
+    ticks = [tick for tick in (_WIDE_SIGMA_TICKS if low < 0.004 else _SIGMA_TICKS) if low <= tick <= high]
     if len(ticks) < 3:
         ticks = [float(tick) for tick in np.linspace(low, high, 5)]
     axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])

@@ -59,7 +59,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from trajectories import NAMES, Replay, Trajectory, record
+from trajectories import PEER_RUNS, Replay, Trajectory, record
 
 from posthoc_cli import PostHocEMA
 
@@ -77,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     started = time.perf_counter()
     print(_setting(options.steps))
-    for name in NAMES:
+    for name in PEER_RUNS:
         trajectory = record(name, options.steps, options.cache)
         title = f"{name}: {options.steps:,} steps, {trajectory.weights.shape[1]:,} parameters"
         rows = compare(trajectory)

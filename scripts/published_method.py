@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from trajectories import NAMES, Replay, Trajectory, record
+from trajectories import PEER_RUNS, Replay, Trajectory, record
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
 
@@ -75,7 +75,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--steps: must be a multiple of 200, so that 20 snapshots fall on updates")
     print(f"20 snapshot times in {options.steps:,} steps, published method; relative L2 distance in the weights")
     print(f"{'':<46}" + "".join(f"{target:>9g}" for target in TARGETS))
-    for name in NAMES:
+    for name in PEER_RUNS:
         run = record(name, options.steps, cache=options.cache)
         for pair in PAIRS:
             for dtype in (torch.float32, torch.float16):

@@ -2,15 +2,12 @@
 
 What an average of weights is can only be checked against every one of the weights that it averages, and how
 far a method is off depends on how a real optimizer moves. `record` trains a network of a few thousand
-parameters on scikit-learn's digits in some seconds and keeps all of its path. Two runs, chosen to move
-differently:
+parameters on scikit-learn's digits in some seconds and keeps all of its path.
 
-`denoiser-adam`
-    A denoiser of 8x8 images preconditioned for all noise levels, Adam, learning rate falling as one over the
-    square root of time: the setting that post-hoc averaging was made for. Its path stays noisy to the end.
-`classifier-sgd`
-    A classifier with SGD, momentum and weight decay, learning rate cut to a tenth twice: the path changes
-    character at the cuts and nearly stands still after the last.
+`RECIPES` says of each run in one sentence how it is made. They are chosen to move differently: rates that fall
+slowly, steadily, in steps, late or never; paths that stay noisy to the end, stand still at it, or wander about a
+place; a clock in images; an optimizer that forgets its state on the way. `PEER_RUNS` are the two that the
+comparisons use, `HELD_OUT` those that no constant of a method may be chosen by.
 
 The same name and number of steps give the same array on the same machine, whatever state the caller's random
 numbers are in; neither that state nor the number of threads is changed.
@@ -29,12 +26,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+import trained_networks as networks
 from torch import nn
 
 VERSION = 1
 """Part of a cached file's name: raise it with every change that moves a weight."""
-
-_SEED = 2312
 
 
 @dataclass(frozen=True)
@@ -45,11 +41,17 @@ class Trajectory:
         name: which run.
         weights: after every step, all parameters in the model's order: float32 [steps, parameters].
         shapes: of the parameters, in the same order.
+        times: the run's clock after every step: 1, 2, ..., or the images seen so far: float64 [steps].
     """
 
     name: str
     weights: npt.NDArray[np.float32]
     shapes: tuple[tuple[int, ...], ...]
+    times: npt.NDArray[np.float64] = None  # type: ignore[assignment]  # set below: it is as long as the weights
+
+    def __post_init__(self) -> None:
+        if self.times is None:
+            object.__setattr__(self, "times", np.arange(1, self.steps + 1, dtype=np.float64))
 
     @property
     def steps(self) -> int:
@@ -62,27 +64,37 @@ def record(name: str, steps: int = 10_000, cache: str | os.PathLike[str] | None 
 
     Arguments:
         name: one of `NAMES`.
-        steps: optimizer steps; the learning rate's schedule stretches with them.
+        steps: optimizer steps; the schedules of rate and batch size stretch with them.
         cache: a folder for recorded runs, made when missing; None trains anew and writes nothing.
 
     Raises:
         ValueError: no such run, or less than one step.
     """
-    if name not in _RECIPES:
+    if name not in RECIPES:
         raise ValueError(f"{name!r}: no such run; choose from {', '.join(NAMES)}")
     if steps < 1:
         raise ValueError(f"steps {steps}: must be at least 1")
-    recipe = _RECIPES[name]
+    recipe = RECIPES[name]
     with torch.random.fork_rng(devices=[]), _one_thread():
-        torch.manual_seed(_SEED)
-        model = recipe.model()
+        torch.manual_seed(recipe.seed)
+        model = recipe.task.model()
         shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
         if cache is None:
-            return Trajectory(name, _train(model, recipe, steps), shapes)
+            return Trajectory(name, _train(model, recipe, steps), shapes, _times(recipe, steps))
         file = Path(cache) / f"{name}-{steps}-v{VERSION}.npy"
         if not file.exists():
             _save(file, _train(model, recipe, steps))
-        return Trajectory(name, np.load(file, allow_pickle=False), shapes)
+        return Trajectory(name, np.load(file, allow_pickle=False), shapes, _times(recipe, steps))
+
+
+def mean_loss(trajectory: Trajectory, index: int, batches: int = 50) -> float:
+    """The loss after step `index` + 1, over batches of 256 that are the same at every call: does the run learn?"""
+    recipe = RECIPES[trajectory.name]
+    with torch.random.fork_rng(devices=[]), torch.no_grad(), _one_thread():
+        torch.manual_seed(1)
+        model, loss = recipe.task.model(), recipe.task.loss()
+        nn.utils.vector_to_parameters(torch.tensor(trajectory.weights[index]), model.parameters())
+        return float(torch.stack([loss(model, 256) for _ in range(batches)]).mean())
 
 
 class Replay(nn.Module):
@@ -107,73 +119,52 @@ class Replay(nn.Module):
                 parameter.copy_(row.view_as(parameter))
 
 
-# --- the runs --------------------------------------------------------------------------------------
-
-Loss = Callable[[nn.Module], torch.Tensor]
+# --- how a run is made -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Recipe:
+class Recipe:
     """How a run is made.
 
+    What changes during training is a function of the fraction of training, in [0, 1), that a step starts at.
+
     Attributes:
-        model: builds the network; draws from the global random numbers.
-        loss: builds the function that draws a batch and gives its loss.
+        description: one sentence.
+        task: network and loss.
         optimizer: over the network's parameters, at the highest learning rate.
-        rate: learning rate at a fraction of training in [0, 1), relative to the highest.
+        rate: learning rate, relative to the highest; constant unless told.
+        batch: images in a batch.
+        t_unit: the run's clock, steps or images.
+        restart: the fraction from which on a new optimizer knows nothing of the steps before; None is never.
+        seed: of its random numbers; each has its own, so that no two share their batches.
     """
 
-    model: Callable[[], nn.Module]
-    loss: Callable[[], Loss]
+    description: str
+    task: networks.Task
     optimizer: Callable[[nn.Module], torch.optim.Optimizer]
-    rate: Callable[[float], float]
+    rate: Callable[[float], float] = lambda _: 1.0
+    batch: Callable[[float], int] = lambda _: 64
+    t_unit: str = "steps"
+    restart: float | None = None
+    seed: int = 2312
 
 
-def _digits() -> tuple[torch.Tensor, torch.Tensor]:
-    """The 1,797 images, standardised, [images, 64], and their labels."""
-    from sklearn.datasets import load_digits
-
-    images, labels = load_digits(return_X_y=True)
-    return torch.tensor((images - 4.9) / 6.0, dtype=torch.float32), torch.tensor(labels)
+def _adam(rate: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: torch.optim.Adam(model.parameters(), lr=rate)
 
 
-def _denoiser() -> nn.Module:
-    """From a scaled noisy image and its noise level, [batch, 65], to [batch, 64]: 5,280 parameters."""
-    return nn.Sequential(nn.Linear(65, 32), nn.SiLU(), nn.Linear(32, 32), nn.SiLU(), nn.Linear(32, 64))
+def _adamw(rate: float, decay: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Fused: many small tensors cost as much as the network otherwise."""
+    return lambda model: torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=decay, fused=True)
 
 
-def _denoising_loss() -> Loss:
-    """Log-normal noise levels; input, target and their weights scaled to variance 1 at every level."""
-    images, _ = _digits()
-
-    def loss(model: nn.Module) -> torch.Tensor:
-        clean = images[torch.randint(len(images), (64,))]
-        level = torch.exp(1.2 * torch.randn(len(clean), 1) - 0.8)
-        noisy = clean + level * torch.randn_like(clean)
-        scale = torch.sqrt(level**2 + 1)
-        guess = model(torch.cat([noisy / scale, torch.log(level) / 4], dim=1))
-        # The best linear guess is noisy / scale**2; the network learns what is left of it, in units of its size.
-        target = (clean - noisy / scale**2) * scale / level
-        return nn.functional.mse_loss(guess, target)
-
-    return loss
+def _sgd(rate: float, momentum: float, decay: float) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    return lambda model: torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum, weight_decay=decay)
 
 
-def _classifier() -> nn.Module:
-    """From an image, [batch, 64], to the logits of 10 classes: 3,610 parameters."""
-    return nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))
-
-
-def _classification_loss() -> Loss:
-    """Cross-entropy on noisy images: without the noise the gradient would soon vanish."""
-    images, labels = _digits()
-
-    def loss(model: nn.Module) -> torch.Tensor:
-        chosen = torch.randint(len(images), (64,))
-        noisy = images[chosen] + 0.7 * torch.randn(64, images.shape[1])
-        return nn.functional.cross_entropy(model(noisy), labels[chosen])
-
-    return loss
+def _warm_up(fraction: float, length: float = 0.05) -> float:
+    """Linear from 0 to 1; never 0 itself, at which a step would not be one."""
+    return min(max(fraction / length, 1e-3), 1.0)
 
 
 def _inverse_sqrt(fraction: float) -> float:
@@ -186,44 +177,151 @@ def _cuts(fraction: float) -> float:
     return 1.0 if fraction < 0.6 else 0.1 if fraction < 0.85 else 0.01
 
 
-_RECIPES = {
-    "denoiser-adam": _Recipe(
-        _denoiser,
-        _denoising_loss,
-        lambda model: torch.optim.Adam(model.parameters(), lr=5e-3),
+def _cosine(floor: float) -> Callable[[float], float]:
+    """Warm-up, then half a cosine wave down to `floor`, over all of training."""
+    return lambda fraction: _warm_up(fraction) * (floor + (1 - floor) * (1 + math.cos(math.pi * fraction)) / 2)
+
+
+def _warm_up_stable_decay(fraction: float) -> float:
+    """Warm-up, constant until 80 % of training, then linear to a hundredth."""
+    return _warm_up(fraction) * min(1.0, 1 - 0.99 * (fraction - 0.8) / 0.2)
+
+
+def _warm_up_again(fraction: float) -> float:
+    """Warm-up and inverse square root; at 60 % of training all of it from the start."""
+    since = fraction if fraction < 0.6 else fraction - 0.6
+    return _warm_up(since) * _inverse_sqrt(since)
+
+
+def _growing_batch(fraction: float) -> int:
+    """Fourfold at 40 % of training and again at 80 %."""
+    return 16 if fraction < 0.4 else 64 if fraction < 0.8 else 256
+
+
+# --- the runs --------------------------------------------------------------------------------------
+
+RECIPES = {
+    "denoiser-adam": Recipe(
+        "A denoiser preconditioned for all noise levels, Adam, rate falling as one over the square root of time: "
+        "the setting that post-hoc averaging was made for; noisy to the end.",
+        networks.denoising(32),
+        _adam(5e-3),
         _inverse_sqrt,
     ),
-    "classifier-sgd": _Recipe(
-        _classifier,
-        _classification_loss,
-        lambda model: torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=5e-4),
+    "classifier-sgd": Recipe(
+        "A classifier, SGD with momentum and weight decay, rate cut to a tenth at 60 % and 85 %: the path changes "
+        "character at the cuts and nearly stands still after the last.",
+        networks.classification(48),
+        _sgd(0.05, 0.9, 5e-4),
         _cuts,
+    ),
+    "denoiser-constant": Recipe(
+        "A denoiser, Adam, constant rate: as noisy at the end as at the start.",
+        networks.denoising(32),
+        _adam(3e-3),
+        seed=2313,
+    ),
+    "denoiser-wsd": Recipe(
+        "A denoiser, Adam, warm-up over 5 %, constant to 80 %, then linear to a hundredth: it settles late and fast.",
+        networks.denoising(32),
+        _adam(4e-3),
+        _warm_up_stable_decay,
+        seed=2314,
+    ),
+    "classifier-plain": Recipe(
+        "A classifier, SGD without momentum, strong weight decay and constant rate: it is pulled back and wanders "
+        "about one place, which no random walk does.",
+        networks.classification(64),
+        _sgd(0.2, 0.0, 1e-2),
+        batch=lambda _: 16,
+        seed=2315,
+    ),
+    "denoiser-cosine": Recipe(
+        "A wider denoiser, AdamW, warm-up and cosine to a thousandth: the path slows down smoothly and stops.",
+        networks.denoising(48),
+        _adamw(5e-3, 0.01),
+        _cosine(1e-3),
+        seed=2316,
+    ),
+    "denoiser-restart": Recipe(
+        "A denoiser, Adam, whose state is lost at 60 %, where the rate warms up again from zero: two runs in one.",
+        networks.denoising(40),
+        _adam(5e-3),
+        _warm_up_again,
+        restart=0.6,
+        seed=2317,
+    ),
+    "classifier-images": Recipe(
+        "A classifier on a clock in images, SGD with momentum at a constant rate, batches of 16, of 64 from 40 % of "
+        "the steps, of 256 from 80 %: the last fifth of the steps is most of the time.",
+        networks.classification(80),
+        _sgd(0.02, 0.9, 5e-4),
+        batch=_growing_batch,
+        t_unit="images",
+        seed=2318,
+    ),
+    "cnn-batch-norm": Recipe(
+        "A convolutional classifier with batch norm, SGD with momentum and weight decay, rate cut to a tenth at 60 % "
+        "and 85 %: weights whose size does not matter, next to scales and biases; running statistics are left out.",
+        networks.convolutional_classification(),
+        _sgd(0.1, 0.9, 5e-4),
+        _cuts,
+        batch=lambda _: 32,
+        seed=2319,
+    ),
+    "transformer-adamw": Recipe(
+        "A decoder-only transformer of two blocks on digits as tokens, AdamW with weight decay, warm-up and cosine "
+        "to a tenth: embeddings, norms and matrices, of different sizes and speeds, in one vector.",
+        networks.next_token(),
+        _adamw(3e-3, 0.05),
+        _cosine(0.1),
+        batch=lambda _: 16,
+        seed=2320,
     ),
 }
 
-NAMES = tuple(_RECIPES)
+NAMES = tuple(RECIPES)
 """The runs there are."""
+
+PEER_RUNS = ("denoiser-adam", "classifier-sgd")
+"""Those of the comparisons with the peers and with the published method, whose figures the README quotes."""
+
+HELD_OUT = ("denoiser-cosine", "denoiser-restart", "classifier-images", "cnn-batch-norm", "transformer-adamw")
+"""Those that no constant of a method is ever chosen by: what it does on them is what to expect on a new run."""
 
 
 # --- recording -------------------------------------------------------------------------------------
 
 
-def _train(model: nn.Module, recipe: _Recipe, steps: int) -> npt.NDArray[np.float32]:
+def _train(model: nn.Module, recipe: Recipe, steps: int) -> npt.NDArray[np.float32]:
     """Train and copy the weights out after every step: [steps, parameters]."""
     # The parameters become views of one vector, so that a step is recorded by one copy.
     vector = nn.utils.parameters_to_vector(model.parameters()).detach()
     nn.utils.vector_to_parameters(vector, model.parameters())
     weights = np.empty((steps, vector.numel()), dtype=np.float32)
-    optimizer, loss = recipe.optimizer(model), recipe.loss()
+    optimizer, loss = recipe.optimizer(model), recipe.task.loss()
     highest = [group["lr"] for group in optimizer.param_groups]
     for step in range(steps):
+        if _restarts(recipe, step, steps):
+            optimizer = recipe.optimizer(model)
         for group, rate in zip(optimizer.param_groups, highest, strict=True):
             group["lr"] = rate * recipe.rate(step / steps)
         optimizer.zero_grad()
-        loss(model).backward()  # type: ignore[no-untyped-call]
+        loss(model, recipe.batch(step / steps)).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         weights[step] = vector.numpy()
     return weights
+
+
+def _restarts(recipe: Recipe, step: int, steps: int) -> bool:
+    """Whether this is the first step with the new optimizer."""
+    return recipe.restart is not None and (step - 1) / steps < recipe.restart <= step / steps
+
+
+def _times(recipe: Recipe, steps: int) -> npt.NDArray[np.float64]:
+    """The clock after every step. Not recorded: it follows from the recipe."""
+    sizes = [recipe.batch(step / steps) if recipe.t_unit == "images" else 1 for step in range(steps)]
+    return np.cumsum(sizes, dtype=np.float64)
 
 
 @contextmanager

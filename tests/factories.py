@@ -23,6 +23,9 @@ from posthoc_cli.snapshots.writer import TensorFileWriter
 
 FloatArray = npt.NDArray[np.float64]
 
+SIGMA_RELS = (0.05, 0.10, 0.15, 0.28)
+"""What a run in a test tracks, unless it says otherwise."""
+
 RUN_ID = "5eed" * 8
 OTHER_RUN_ID = "0ddd" * 8
 
@@ -73,6 +76,7 @@ def make_info(
         run_id=run_id,
         sigma_rel=sigma_rel,
         gamma=exact_gamma(sigma_rel),
+        sigma_rels=tuple(sorted({*SIGMA_RELS, sigma_rel})),
         t=float(t),
         t_unit="steps",
         step=int(t),
@@ -144,7 +148,8 @@ def write_run(
             }
             tensors = {name: TrackedTensor("average", stored_name(dtype)) for name in averages}
             values = {name: average.to(stored) for name, average in averages.items()}
-            paths.append(write_snapshot(directory, t, sigma_rel, run_id, values, tensors=tensors))
+            tracked = tuple(sorted(sigma_rels))
+            paths.append(write_snapshot(directory, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=tracked))
     return paths
 
 

@@ -48,7 +48,9 @@ def write_output(
     path: Path, tensors: Mapping[str, torch.Tensor] = WEIGHTS, copies: tuple[str, ...] = ("var", "count")
 ) -> Path:
     """A file as a synthesis writes it."""
-    info = fmt.OutputInfo(RUN_ID, 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x", 1.0),), copies)
+    info = fmt.OutputInfo(
+        RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x", 1.0),), copies
+    )
     specs = [fmt.TensorSpec(name, stored_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
     with TensorFileWriter(path, specs, fmt.output_metadata(info), overwrite=True) as writer:
         for name, tensor in tensors.items():

@@ -18,10 +18,10 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "files", "profiles", "reconstruction", "planning", "snapshots", "synthesis", "export", "plots",
+    "errors", "files", "profiles", "targets", "reconstruction", "planning", "snapshots", "synthesis", "export", "plots",
     "tracker", "averages", "interop", "integrations", "sweep", "demo", "cli",
 )  # fmt: skip
-COMMANDS = {"synthesize", "error-plot", "info", "export", "profile", "demo"}
+COMMANDS = {"synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "demo"}
 
 
 def commands() -> dict:

@@ -2,72 +2,161 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.planning import Candidate, ErrorCurve, Schedule, error_curve, profile_fit, snapshots_to_drop
+from posthoc_cli.planning import (
+    Candidate,
+    ErrorCurve,
+    Schedule,
+    error_curve,
+    errors_after_loss,
+    forecast,
+    profile_fit,
+    snapshots_to_drop,
+)
 from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import Motion, Prior, assumed_prior, reconstruct
 from posthoc_cli.snapshots.store import read_directory
 
 
-def thinned(arrivals: list[float], keep: int) -> list[float]:
-    kept: list[float] = []
+def pure(sigma_rel: float, t: float) -> PowerFunction:
+    return PowerFunction.from_sigma_rel(sigma_rel, t)
+
+
+def thinned(arrivals: list[float], keep: int, sigma_rels: tuple[float, ...], prior_of: PriorOf) -> list[PowerFunction]:
+    """What is left when snapshots arrive and are thinned one time after another."""
+    left: list[PowerFunction] = []
     for t in arrivals:
-        kept.append(t)
-        for index in snapshots_to_drop(kept, keep):
-            del kept[index]
-    return kept
+        left += [pure(s, t) for s in sigma_rels]
+        gone = set(snapshots_to_drop(left, prior_of(left), keep))
+        left = [p for index, p in enumerate(left) if index not in gone]
+    return left
 
 
-@given(st.integers(3, 40), st.integers(1, 400))
-def test_thinning_keeps_the_ends_and_stays_even(keep: int, arrived: int) -> None:
-    kept = thinned([float(t) for t in range(1, arrived + 1)], keep)
-    assert len(kept) == min(keep, arrived)
-    assert kept[-1] == arrived
-    if keep > 1:
-        assert kept[0] == 1
-    gaps = np.diff(kept)
-    if arrived > keep:
-        even = (arrived - 1) / (keep - 1)
-        assert gaps.max() <= 2 * even + 1e-9 or gaps.max() == 1
+PriorOf = Callable[[list[PowerFunction]], Prior]
 
 
-@given(st.lists(st.floats(0.1, 1e6), min_size=2, max_size=60, unique=True), st.integers(2, 30))
-def test_first_and_last_stay_on_any_clock(times: list[float], keep: int) -> None:
-    times.sort()
-    dropped = set(snapshots_to_drop(times, keep))
-    left = [t for i, t in enumerate(times) if i not in dropped]
-    assert left[0] == times[0]
-    assert left[-1] == times[-1]
-    assert len(left) == min(len(times), keep)
+def walking(t: float, rounding: float = 2e-4) -> PriorOf:
+    """An even walk up to `t`."""
+    motion = Motion.even(t, 0.25**2)
+    return lambda snapshots: assumed_prior(snapshots, rounding, motion)
+
+
+clocks = st.lists(st.floats(1.0, 1e6), min_size=2, max_size=24, unique=True)
+tracked = st.sampled_from([(0.05,), (0.05, 0.28), (0.03, 0.1, 0.28)])
+
+
+@given(clocks, st.integers(1, 12), tracked)
+@settings(deadline=None, max_examples=30)
+def test_thinning_keeps_the_newest_and_so_many_of_each_profile(
+    times: list[float], keep: int, sigma_rels: tuple[float, ...]
+) -> None:
+    snapshots = [pure(s, t) for t in times for s in sigma_rels]
+    gone = snapshots_to_drop(snapshots, assumed_prior(snapshots, 2e-4), keep)
+    assert len(set(gone)) == len(gone)
+    left = [p for index, p in enumerate(snapshots) if index not in gone]
+    for sigma_rel in sigma_rels:
+        own = [p.t for p in left if p.gamma == pure(sigma_rel, 1.0).gamma]
+        assert len(own) == min(keep, len(times))
+        assert max(own) == max(times)
+
+
+@pytest.mark.parametrize("sigma_rels", [(0.05, 0.28), (0.05, 0.10)])
+def test_thinning_a_long_run_is_better_than_even_spacing(sigma_rels: tuple[float, ...]) -> None:
+    prior_of = walking(120.0)
+    left = thinned([float(t) for t in range(1, 121)], 8, sigma_rels, prior_of)
+    even = [pure(s, 120.0 * k / 8) for k in range(1, 9) for s in sigma_rels]
+    assert len(left) == len(even)
+    assert forecast(left, prior_of(left)).worst < forecast(even, prior_of(even)).worst
+
+
+def test_the_error_after_a_loss_is_that_of_solving_again_without_it() -> None:
+    snapshots = [pure(s, float(t)) for t in (5, 11, 18, 30, 40) for s in (0.05, 0.28)]
+    prior = assumed_prior(snapshots, 1e-3)
+    targets = [pure(float(s), 40.0) for s in np.geomspace(0.05, 0.28, 12)]
+    for lost, error in enumerate(errors_after_loss(snapshots, prior)):
+        rest = [index for index in range(len(snapshots)) if index != lost]
+        again = reconstruct([snapshots[i] for i in rest], targets, prior=prior.of(rest), t=40.0).predicted_error
+        assert error == pytest.approx(np.mean(again**8) ** (1 / 8), rel=1e-6)
+
+
+def test_the_snapshot_that_goes_is_the_one_missed_least() -> None:
+    snapshots = [pure(s, float(t)) for t in (2, 3, 20, 30, 40) for s in (0.05, 0.28)]
+    prior = assumed_prior(snapshots, 2e-4)
+    errors = errors_after_loss(snapshots, prior)
+    gone = snapshots_to_drop(snapshots, prior, 4)
+    assert gone[0] == int(np.argmin(errors))
 
 
 def test_keeping_one_keeps_the_newest() -> None:
-    assert thinned([1.0, 2.0, 3.0], 1) == [3.0]
+    left = thinned([1.0, 2.0, 3.0], 1, (0.05, 0.28), walking(3.0))
+    assert [p.t for p in left] == [3.0, 3.0]
 
 
 def test_keeping_all_drops_nothing() -> None:
-    assert snapshots_to_drop([1.0, 2.0, 3.0], None) == []
+    snapshots = [pure(0.05, t) for t in (1.0, 2.0, 3.0)]
+    prior = assumed_prior(snapshots)
+    assert snapshots_to_drop(snapshots, prior, None) == []
     with pytest.raises(InvalidValueError, match="max_checkpoints 0"):
-        snapshots_to_drop([1.0], 0)
+        snapshots_to_drop(snapshots, prior, 0)
 
 
-def test_a_schedule_is_what_a_tracker_leaves(tmp_path: Path) -> None:
-    schedule = Schedule((0.05, 0.28), steps=1050, checkpoint_every=100, max_checkpoints=4)
+# --- schedules -------------------------------------------------------------------------------------
+
+
+def held(snapshots: list[PowerFunction]) -> set[tuple[float, float]]:
+    return {(p.t, round(p.sigma_rel, 9)) for p in snapshots}
+
+
+@pytest.mark.parametrize("keep", [None, 4])
+def test_a_schedule_is_what_a_tracker_leaves(tmp_path: Path, keep: int | None) -> None:
+    schedule = Schedule((0.05, 0.28), steps=1050, checkpoint_every=100, max_checkpoints=keep)
     model = torch.nn.Linear(1, 1)
-    with PostHocEMA.from_model(model, tmp_path, checkpoint_every=100, max_checkpoints=4) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, checkpoint_every=100, max_checkpoints=keep) as tracker:
         for _ in range(1050):
             tracker.update_(model)
-    left = {(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path)}
-    assert {(p.t, round(p.sigma_rel, 9)) for p in schedule.snapshots()} == left
-    assert schedule.times() == sorted({t for t, _ in left})
+    left = [s.info.profile.pure for s in read_directory(tmp_path)]
+    planned = schedule.snapshots()
+    assert len(planned) == len(left) == 2 * schedule.kept
+    assert {p.t for p in planned} >= {1000.0}
+    if keep is None:  # which ones thinning drops depends on how the network moved
+        assert held(planned) == held(left)
+
+
+def test_following_thinning_in_full_changes_nothing_where_few_are_taken() -> None:
+    schedule = Schedule((0.05, 0.28), 60, 2, 6, rounding=2e-4)
+    full = thinned([float(t) for t in range(2, 61, 2)], 6, (0.05, 0.28), walking(60.0))
+    assert held(schedule.snapshots()) == held(full)
+
+
+@pytest.mark.parametrize(
+    ("keep", "taken"), [(30, 31), (30, 60), (64, 200), (500, 501), (500, 20_000), (1000, 1500), (25, 20_000)]
+)
+def test_a_long_schedule_keeps_as_many_different_snapshots_as_it_says(keep: int, taken: int) -> None:
+    schedule = Schedule((0.05, 0.28), 7 * taken + 3, 7, keep, rounding=2e-4)
+    snapshots = schedule.snapshots()
+    assert len(held(snapshots)) == 2 * keep
+    assert all(p.t % 7 == 0 and 7 <= p.t <= 7 * taken for p in snapshots)
+    assert sorted(p.t for p in snapshots)[-2:] == [7.0 * taken, 7.0 * taken]
+
+
+def test_spreading_snapshots_like_fewer_ones_is_close_to_following_them_all() -> None:
+    schedule = Schedule((0.05, 0.28), 3000, 50, 30, rounding=2e-4)
+    prior_of = walking(3000.0)
+    full = thinned([float(t) for t in range(50, 3001, 50)], 30, (0.05, 0.28), prior_of)
+    spread = schedule.snapshots()
+    followed, approximated = (forecast(snapshots, prior_of(snapshots)) for snapshots in (full, spread))
+    assert approximated.worst == pytest.approx(followed.worst, rel=0.1)
+    assert approximated.median == pytest.approx(followed.median, rel=0.15)
 
 
 @pytest.mark.parametrize(
@@ -103,12 +192,12 @@ def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() 
 
 
 def test_a_lone_point_is_no_range() -> None:
-    curve = ErrorCurve("x", 1.0, np.array([0.05, 0.1, 0.15]), np.array([0.5, 0.0, 0.5]), (0.1,))
+    curve = ErrorCurve("x", 1.0, np.array([0.05, 0.1, 0.15]), np.array([0.5, 0.0, 0.5]), None, (0.1,))
     assert curve.ranges_below(0.01) == []
 
 
 def test_no_good_range_is_an_empty_list() -> None:
-    curve = ErrorCurve("x", 1.0, np.array([0.05, 0.1]), np.array([0.5, 0.5]), (0.2,))
+    curve = ErrorCurve("x", 1.0, np.array([0.05, 0.1]), np.array([0.5, 0.5]), None, (0.2,))
     assert curve.ranges_below(0.01) == []
 
 
@@ -126,7 +215,7 @@ def test_a_time_outside_the_snapshots_is_refused() -> None:
 
 
 def test_a_fit_has_the_mass_of_its_target() -> None:
-    fit = profile_fit(Candidate.of_schedule(Schedule((0.05, 0.10), 10_000, 500)), 0.15)
+    fit = profile_fit(Candidate.of_schedule(Schedule((0.05, 0.10), 10_000, 500)), "0.15", pure(0.15, 10_000.0))
     spacing = fit.times[1] - fit.times[0]
     assert fit.target.sum() * spacing == pytest.approx(1.0, abs=0.01)
     assert fit.reconstructed.sum() * spacing == pytest.approx(1.0, abs=0.01)

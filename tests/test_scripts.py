@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import compare_peers
@@ -13,6 +15,7 @@ import numpy as np
 import published_method
 import pytest
 import torch
+import trained_networks
 import trajectories
 from compare_peers import Entry, PeerMethod, Row, true_weights
 
@@ -29,7 +32,7 @@ def test_a_run_is_recorded_after_every_step(name: str) -> None:
     run = trajectories.record(name, 30)
     assert (run.name, run.steps, run.weights.dtype) == (name, 30, np.float32)
     assert run.weights.shape == (30, sum(int(np.prod(shape)) for shape in run.shapes))
-    assert 3_000 < run.weights.shape[1] < 6_000
+    assert 3_600 < run.weights.shape[1] < 12_000
     assert np.isfinite(run.weights).all()
     assert np.all(np.linalg.norm(np.diff(run.weights, axis=0), axis=1) > 0)
 
@@ -53,7 +56,7 @@ def test_recording_leaves_random_numbers_and_threads_alone() -> None:
 def test_training_gets_somewhere() -> None:
     run = trajectories.record("classifier-sgd", 600)
     replay = trajectories.Replay(run)
-    images, labels = trajectories._digits()
+    images, labels = trained_networks.digits()
     right = []
     for index in (0, 599):
         replay.go_to(index)
@@ -61,6 +64,125 @@ def test_training_gets_somewhere() -> None:
         logits = torch.relu(images @ first.T + first_bias) @ second.T + second_bias
         right.append(float((logits.argmax(dim=1) == labels).float().mean()))
     assert right[0] < 0.5 < 0.9 < right[1]
+
+
+@pytest.mark.parametrize("name", trajectories.NAMES)
+def test_a_run_learns(name: str) -> None:
+    """Most of a denoiser's loss is noise that nobody could foresee."""
+    run = trajectories.record(name, 300)
+    first, last = trajectories.mean_loss(run, 0), trajectories.mean_loss(run, 299)
+    assert last < (0.85 if "denoiser" in name else 0.6) * first
+    assert trajectories.mean_loss(run, 0) == first
+
+
+def test_every_run_is_described_and_has_its_own_random_numbers() -> None:
+    recipes = trajectories.RECIPES.values()
+    assert all(recipe.description.endswith(".") for recipe in recipes)
+    others = [recipe.seed for name, recipe in trajectories.RECIPES.items() if name not in trajectories.PEER_RUNS]
+    assert len({*others, 2312}) == len(others) + 1
+
+
+def test_half_of_the_runs_are_held_out_and_none_that_other_figures_rest_on() -> None:
+    assert set(trajectories.HELD_OUT) < set(trajectories.NAMES)
+    assert len(trajectories.HELD_OUT) == len(trajectories.NAMES) // 2
+    assert not set(trajectories.HELD_OUT) & set(trajectories.PEER_RUNS)
+
+
+@pytest.mark.parametrize("name", trajectories.NAMES)
+def test_the_clock_counts_steps_or_images(name: str, tmp_path: Path) -> None:
+    for _ in ("recorded", "cached"):
+        run = trajectories.record(name, 10, tmp_path)
+        sizes = [16] * 4 + [64] * 4 + [256] * 2 if name == "classifier-images" else [1] * 10
+        assert run.times.dtype == np.float64
+        np.testing.assert_array_equal(np.diff(run.times, prepend=0), sizes)
+
+
+def test_a_trajectory_without_a_clock_counts_its_steps() -> None:
+    run = trajectories.record("denoiser-adam", 4)
+    np.testing.assert_array_equal(trajectories.Trajectory(run.name, run.weights[:3], run.shapes).times, [1, 2, 3])
+
+
+def test_the_batch_grows_with_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+    recipe = trajectories.RECIPES["classifier-images"]
+
+    def watching() -> trained_networks.Loss:
+        loss = recipe.task.loss()
+        return lambda model, size: (sizes.append(size), loss(model, size))[1]
+
+    watched = replace(recipe, task=replace(recipe.task, loss=watching))
+    monkeypatch.setitem(trajectories.RECIPES, "classifier-images", watched)
+    run = trajectories.record("classifier-images", 20)
+    np.testing.assert_array_equal(np.cumsum(sizes), run.times)
+
+
+def test_a_restart_forgets_the_optimizers_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adam's first step is as long as the rate in every parameter; later ones hardly ever are."""
+    restarted = trajectories.record("denoiser-restart", 200).weights
+    recipe = replace(trajectories.RECIPES["denoiser-restart"], restart=None)
+    monkeypatch.setitem(trajectories.RECIPES, "denoiser-restart", recipe)
+    kept = trajectories.record("denoiser-restart", 200).weights
+    np.testing.assert_array_equal(restarted[:120], kept[:120])
+    rate = 5e-3 * 1e-3
+    for weights, forgot in ((restarted, True), (kept, False)):
+        move = np.abs(weights[120].astype(np.float64) - weights[119])
+        assert (np.mean(np.abs(move / rate - 1) < 0.05) > 0.95) == forgot
+
+
+def test_the_plain_classifier_wanders_about_one_place() -> None:
+    """A random walk is twice as far away after four times the steps; drift makes that more."""
+    grown = {}
+    for name in ("classifier-plain", "denoiser-constant"):
+        weights = trajectories.record(name, 4000).weights[1500:]
+        moved = {lag: np.linalg.norm(weights[lag::50] - weights[:-lag:50], axis=1).mean() for lag in (250, 1000)}
+        grown[name] = moved[1000] / moved[250]
+    assert grown["classifier-plain"] < 1.4 < 2 < grown["denoiser-constant"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"),
+    [
+        (trajectories._inverse_sqrt, {0: 1, 0.05: 1, 0.2: 0.5, 0.8: 0.25}),
+        (trajectories._cuts, {0: 1, 0.5999: 1, 0.6: 0.1, 0.8499: 0.1, 0.85: 0.01}),
+        (trajectories._cosine(1e-3), {0: 1e-3, 0.5: 0.5005, 1: 1e-3}),
+        (trajectories._warm_up_stable_decay, {0: 1e-3, 0.025: 0.5, 0.05: 1, 0.8: 1, 0.9: 0.505, 1: 0.01}),
+        (trajectories._warm_up_again, {0: 1e-3, 0.025: 0.5, 0.05: 1, 0.2: 0.5, 0.6: 1e-3, 0.625: 0.5, 0.8: 0.5}),
+    ],
+)
+def test_rates_are_what_they_are_said_to_be(rate: object, expected: dict[float, float]) -> None:
+    assert callable(rate)
+    assert {at: rate(at) for at in expected} == pytest.approx(expected)
+
+
+def test_the_parameters_of_batch_norm_are_recorded_and_its_statistics_are_not() -> None:
+    run = trajectories.record("cnn-batch-norm", 30)
+    assert run.shapes.count((12,)) == run.shapes.count((32,)) == 2
+    assert sum(math.prod(shape) for shape in run.shapes) == 108 + 24 + 3456 + 64 + 1290
+    scale, shift = run.weights[-1, 108:120], run.weights[-1, 120:132]
+    assert np.all(scale != 1)
+    assert np.all(shift != 0)
+
+
+def test_a_digit_is_read_as_its_label_and_its_pixels() -> None:
+    images, labels = trained_networks.digits()
+    sequences = trained_networks.digit_sequences()
+    assert sequences.shape == (len(images), 33)
+    assert torch.equal(sequences[:, 0], 16 + labels)
+    levels = torch.stack([sequences[:, 1:] // 4, sequences[:, 1:] % 4], dim=2).flatten(1)
+    assert (levels.min(), levels.max()) == (0, 3)
+    assert torch.equal(levels == 0, images < (4.5 - 4.9) / 6)
+    assert torch.equal(levels == 3, images > (12.5 - 4.9) / 6)
+
+
+def test_the_transformer_sees_no_later_token() -> None:
+    model = trajectories.RECIPES["transformer-adamw"].task.model()
+    tokens = trained_networks.digit_sequences()[:1, :-1]
+    other = tokens.clone()
+    other[0, 20] = (other[0, 20] + 1) % 16
+    with torch.no_grad():
+        change = (model(other) - model(tokens)).abs().amax(dim=2)[0]
+    assert torch.all(change[:20] < 1e-6)
+    assert torch.all(change[20:] > 1e-6)
 
 
 def test_a_cached_run_is_read_and_belongs_to_its_name_and_steps(tmp_path: Path) -> None:
@@ -163,7 +285,7 @@ def test_ours_is_near_the_truth_and_the_peers_where_their_method_puts_them() -> 
     assert (done.returncode, done.stderr) == (0, "")
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines() if "|" in line]
     tables = [lines[start : start + 12] for start in range(0, len(lines), 12)]
-    assert len(tables) == len(trajectories.NAMES)
+    assert len(tables) == len(trajectories.PEER_RUNS)
     for table in tables:
         rows = {(_without_version(line[0]), line[1]): line for line in table[2:]}
         assert len(rows) == 10
@@ -180,7 +302,7 @@ def test_ours_is_near_the_truth_and_the_peers_where_their_method_puts_them() -> 
 def test_the_published_method_is_exact_on_what_is_tracked_only(capsys: pytest.CaptureFixture[str]) -> None:
     published_method.main(["--steps", "2000"])
     rows = [line for line in capsys.readouterr().out.splitlines() if "float" in line]
-    assert len(rows) == 2 * 2 * len(trajectories.NAMES)
+    assert len(rows) == 2 * 2 * len(trajectories.PEER_RUNS)
     for row in rows:
         errors = dict(zip(published_method.TARGETS, map(float, row.split()[4:]), strict=True))
         # float32 keeps 2**-24 a value, over some dozen updates; float16 at most 2**-11.

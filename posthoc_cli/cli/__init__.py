@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import posthoc_cli
-from posthoc_cli.cli import demo, error_plot, export, info, profile, synthesize
+from posthoc_cli.cli import demo, error_plot, export, info, plan, profile, prune, synthesize
 from posthoc_cli.errors import InvalidValueError, PostHocError
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
@@ -34,7 +34,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (synthesize, error_plot, info, export, profile, demo):
+for _module in (synthesize, error_plot, info, export, plan, prune, profile, demo):
     app.command(epilog=_module.EPILOG)(_module.COMMAND)
 
 

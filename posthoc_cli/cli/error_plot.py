@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import csv
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from posthoc_cli.cli import output
-from posthoc_cli.cli.values import parse_numbers, parse_sigma_rels
+from posthoc_cli.cli.values import (
+    BetaOption,
+    BetweenOption,
+    MethodOption,
+    ProfileOption,
+    WindowOption,
+    parse_sigma_range,
+    parse_sigma_rels,
+    parse_targets,
+)
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 
 if TYPE_CHECKING:
-    from posthoc_cli.planning import Candidate, ErrorCurve
+    from posthoc_cli.planning import ErrorCurve
+    from posthoc_cli.synthesis.judging import Judged
+    from posthoc_cli.targets import Target
 
 EPILOG = (
     "Example:  ema error-plot run/ema --out error.png   or, before training,   "
@@ -22,6 +34,8 @@ EPILOG = (
 )
 
 PICTURES = (".png", ".svg", ".pdf")
+MOST_ROWS = 24
+"""Targets over time in one picture."""
 
 
 def error_plot(
@@ -43,13 +57,20 @@ def error_plot(
     max_checkpoints: Annotated[
         list[int] | None, typer.Option(help="Of the schedule: snapshots kept a profile. [default: all]")
     ] = None,
-    profiles: Annotated[
+    draw: Annotated[
         str | None,
-        typer.Option(help="Also draw these targets over training time, and their coefficients: 0.15 or a list."),
+        typer.Option(
+            metavar="SIGMA_REL",
+            help="Also draw these targets over training time, and their coefficients: 0.15 or a list.",
+        ),
     ] = None,
-    sigma_range: Annotated[str, typer.Option(help="The horizontal axis: LOW:HIGH.")] = "0.01:0.2886",
+    beta: BetaOption = None,
+    window: WindowOption = None,
+    between: BetweenOption = None,
+    profile: ProfileOption = None,
+    sigma_range: Annotated[str, typer.Option(help="The curve's range of sigma_rel: LOW:HIGH.")] = "0.01:0.2886",
     t: Annotated[float | None, typer.Option(help="Time of the targets. [default: the last snapshot's]")] = None,
-    method: Annotated[str | None, typer.Option(help="The solver: paper. [default: paper]")] = None,
+    method: MethodOption = None,
     csv_out: Annotated[Path | None, typer.Option("--csv", help="Write the curves as a table too.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the curves as one JSON object.")] = False,
@@ -57,10 +78,15 @@ def error_plot(
     """Draw how exact averages of any length will be.
 
     For directories after training, or for schedules before it.
-    The curve is the relative L2 distance between the wanted profile and the nearest one that the snapshots
-    make. Tracked profiles are marked; the range below 1 % is shaded and named in the title.
+
+    The curve is the predicted error: the expected relative L2 distance of the weights from the true average. Beside
+    it stands the profile error, the relative L2 distance between the wanted profile and the one that the snapshots
+    make. A schedule has only that. Tracked profiles are marked; the range below 1 % is shaded and named in the title.
+
+    --beta, --window, --between and --profile add targets of other kinds: points at the targets' own width (standard
+    deviation / t), and drawings over training time as by --draw.
     """
-    from posthoc_cli.planning import error_curve
+    from posthoc_cli.synthesis.judging import comparable
 
     if out is None and csv_out is None and not as_json:
         raise InvalidValueError("--out: name a picture (.png, .svg, .pdf), or ask for --csv or --json")
@@ -69,63 +95,50 @@ def error_plot(
         raise InvalidValueError(f"--out {out}: must end in {', '.join(PICTURES)}")
     if out is not None and out == csv_out:
         raise InvalidValueError(f"--csv {csv_out}: is the picture's name too; take another")
-    targets = [] if profiles is None else parse_sigma_rels(profiles)
-    low, high = _parse_range(sigma_range)
-    candidates = _candidates(
-        directories or [], sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or []
-    )
+    targets = parse_targets(draw, beta, window, between, profile, "--draw")
+    ends = parse_sigma_range(sigma_range)
+    judged = _judged(directories or [], sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or [])
+    rows = len(targets) * len(judged)
+    if out is not None and rows > MOST_ROWS:
+        raise InvalidValueError(f"--out {out}: {rows} drawings over training time; at most {MOST_ROWS} go into it")
     for path in (out, csv_out):
         if path is not None and path.exists() and not force:
             raise OutputExistsError(f"{path}: is there already; choose another name, or --force to replace it")
-    curves = [error_curve(candidate, (low, high), t=t, method=method) for candidate in candidates]
+    others = [target for target in targets if target.sigma_rel is None]
+    curves = [each.curve(ends, others, t, method) for each in judged]
     if out is not None:
-        _draw(out, candidates, curves, targets, t, method, force)
+        _draw(out, comparable(curves), judged, targets, t, method, force)
     if csv_out is not None:
         _write_csv(csv_out, curves, force)
     if as_json:
         output.print_json({"curves": [_curve_json(curve) for curve in curves]})
     else:
-        _print_summary(curves, [path for path in (out, csv_out) if path is not None])
+        _print_summary(comparable(curves), [path for path in (out, csv_out) if path is not None])
 
 
-def _parse_range(text: str) -> tuple[float, float]:
-    from posthoc_cli.planning import check_sigma_range
-
-    ends = [parse_numbers(end, "--sigma-range") for end in text.split(":")]
-    if len(ends) != 2 or any(len(end) != 1 for end in ends):
-        raise InvalidValueError(f"--sigma-range {text}: must be LOW:HIGH, such as 0.05:0.28")
-    return check_sigma_range((ends[0][0], ends[1][0]))
-
-
-def _candidates(
+def _judged(
     directories: list[Path], sigma_rels: list[str], steps: list[int], every: list[int], most: list[int]
-) -> list[Candidate]:
+) -> list[Judged]:
     """What to draw: a run for each directory, a schedule for each --sigma-rels."""
-    from posthoc_cli.planning import Candidate, Schedule
-    from posthoc_cli.snapshots.store import read_directory
+    from posthoc_cli.planning import Schedule
+    from posthoc_cli.synthesis.judging import Judged
 
     if not sigma_rels and (steps or every or most):
         raise InvalidValueError("--sigma-rels: is missing; --steps and the like describe a schedule of tracked widths")
-    candidates = []
-    for directory in directories:
-        snapshots = read_directory(directory.expanduser())
-        profiles = [snapshot.info.profile.pure for snapshot in snapshots]
-        unit = snapshots[0].info.t_unit
-        label = f"{directory}: {len(profiles)} snapshots up to {profiles[-1].t:,.12g} {unit}"
-        candidates.append(Candidate(label, profiles, unit))
+    judged = [Judged.of_directory(directory) for directory in directories]
     for index, widths in enumerate(sigma_rels):
         schedule = Schedule(
-            tuple(parse_sigma_rels(widths)),
+            tuple(parse_sigma_rels(widths, "--sigma-rels")),
             _nth(steps, index, len(sigma_rels), "--steps"),
             _nth(every, index, len(sigma_rels), "--checkpoint-every"),
             _nth(most, index, len(sigma_rels), "--max-checkpoints") if most else None,
         )
-        candidates.append(Candidate.of_schedule(schedule))
-    if not candidates:
+        judged.append(Judged.of_schedule(schedule))
+    if not judged:
         raise InvalidValueError(
             "name a directory of snapshots, or a schedule: --sigma-rels, --steps, --checkpoint-every"
         )
-    return candidates
+    return judged
 
 
 def _nth(values: list[int], index: int, schedules: int, option: str) -> int:
@@ -141,17 +154,16 @@ def _nth(values: list[int], index: int, schedules: int, option: str) -> int:
 
 def _draw(
     out: Path,
-    candidates: list[Candidate],
     curves: list[ErrorCurve],
-    targets: list[float],
+    judged: list[Judged],
+    targets: list[Target],
     t: float | None,
     method: str | None,
     force: bool,
 ) -> None:
     from posthoc_cli import files, plots
-    from posthoc_cli.planning import profile_fit
 
-    fits = [profile_fit(candidate, target, t, method=method) for target in targets for candidate in candidates]
+    fits = [each.fit(target, t, method) for target in targets for each in judged]
     figure = plots.error_figure(curves, fits)
     picture = io.BytesIO()
     figure.savefig(picture, format=out.suffix.removeprefix("."))
@@ -163,11 +175,28 @@ def _write_csv(path: Path, curves: list[ErrorCurve], force: bool) -> None:
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["curve", "t", "sigma_rel", "profile_error"])
+    writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
     for curve in curves:
-        for sigma_rel, error in zip(curve.sigma_rels, curve.profile_error, strict=True):
-            writer.writerow([_harmless(curve.label), repr(curve.t), repr(float(sigma_rel)), repr(float(error))])
+        for target, *numbers in _points(curve):
+            cells = ["" if number is None else repr(number) for number in numbers]
+            writer.writerow([_harmless(curve.label), repr(curve.t), _harmless(target), *cells])
     files.write_whole(path, text.getvalue().encode(), force)
+
+
+def _points(curve: ErrorCurve) -> list[tuple[str, float, float | None, float]]:
+    """Target, its width, predicted error and profile error: of the curve, then of the targets of other kinds."""
+    count = len(curve.sigma_rels)
+    predicted = _predicted(curve) or [None] * count
+    along = zip(["sigma_rel"] * count, curve.sigma_rels.tolist(), predicted, curve.profile_error.tolist(), strict=True)
+    others = [(other.label, other.sigma_rel, other.predicted_error, other.profile_error) for other in curve.others]
+    return [*along, *others]
+
+
+def _predicted(curve: ErrorCurve) -> list[float | None] | None:
+    """The predicted errors; None where there is none, of the curve or of a point."""
+    if curve.predicted_error is None:
+        return None
+    return [error if math.isfinite(error) else None for error in curve.predicted_error.tolist()]
 
 
 def _harmless(text: str) -> str:
@@ -176,22 +205,50 @@ def _harmless(text: str) -> str:
 
 
 def _curve_json(curve: ErrorCurve) -> dict[str, Any]:
+    predicted = _predicted(curve)
     return {
         "label": curve.label,
         "t": curve.t,
         "tracked": list(curve.tracked),
+        "error": "profile_error" if predicted is None else "predicted_error",
         "below_1_percent": [list(ends) for ends in curve.ranges_below(0.01)],
         "sigma_rel": curve.sigma_rels.tolist(),
+        "predicted_error": predicted,
         "profile_error": curve.profile_error.tolist(),
+        "others": [
+            {
+                "target": other.label,
+                "sigma_rel": other.sigma_rel,
+                "predicted_error": other.predicted_error,
+                "profile_error": other.profile_error,
+            }
+            for other in curve.others
+        ],
     }
 
 
 def _print_summary(curves: list[ErrorCurve], written: list[Path]) -> None:
+    error = "profile error" if curves[0].predicted_error is None else "predicted error"
     rows = []
     for curve in curves:
         good = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in curve.ranges_below(0.01)) or "none"
         rows.append([curve.label, ", ".join(f"{s:g}" for s in curve.tracked), good])
-    output.print_table(["snapshots", "tracked", "sigma_rel with profile error below 1 %"], rows, left=["snapshots"])
+    output.print_table(["snapshots", "tracked", f"sigma_rel with {error} below 1 %"], rows, left=["snapshots"])
+    rows = [
+        [
+            other.label,
+            f"{other.sigma_rel:.3g}",
+            output.percent(other.predicted_error),
+            output.percent(other.profile_error),
+            curve.label,
+        ]
+        for curve in curves
+        for other in curve.others
+    ]
+    if rows:
+        output.print_line("")
+        columns = ["target", "width", "predicted error", "profile error", "snapshots"]
+        output.print_table(columns, rows, left=["target", "snapshots"])
     output.print_line(f"wrote {', '.join(map(str, written))}")
 
 

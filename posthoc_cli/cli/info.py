@@ -11,6 +11,7 @@ import typer
 from posthoc_cli.cli import output
 
 if TYPE_CHECKING:
+    from posthoc_cli.reconstruction import Measurements
     from posthoc_cli.snapshots.format import FileHeader, OutputInfo
     from posthoc_cli.snapshots.reader import Snapshot
     from posthoc_cli.snapshots.store import Inspection
@@ -66,6 +67,7 @@ def _describe_run(found: Inspection) -> dict[str, Any]:
         "schedule": dict(vars(newest.info.schedule)),
         **_describe_tensors(newest),
         "snapshots": len(found.snapshots),
+        "measured": sum(snapshot.info.measurements is not None for snapshot in found.snapshots),
         "bytes": sum(snapshot.header.file_bytes for snapshot in found.snapshots),
         "profiles": [_describe_profile(sigma_rel, group) for sigma_rel, group in sorted(profiles.items())],
     }
@@ -78,8 +80,22 @@ def _describe_profile(sigma_rel: float, group: list[Snapshot]) -> dict[str, Any]
         "times": [snapshot.info.t for snapshot in group],
         "t_first": group[-1].info.t_first,
         "max_interval": group[-1].info.max_interval,
+        "relative_rounding": _rounding_range(group),
         "bytes": sum(snapshot.header.file_bytes for snapshot in group),
     }
+
+
+def _rounding_range(group: list[Snapshot]) -> list[float] | None:
+    """The least and the largest rounding error of a stored copy, relative to its norm; None where none is known."""
+    found = [_relative_rounding(snapshot.info.measurements) for snapshot in group]
+    known = [error for error in found if error is not None]
+    return [min(known), max(known)] if known else None
+
+
+def _relative_rounding(measured: Measurements | None) -> float | None:
+    if measured is None or not measured.norm > 0:
+        return None
+    return math.sqrt(measured.rounding / measured.norm)
 
 
 def describe_file(path: Path) -> dict[str, Any]:
@@ -110,8 +126,20 @@ def _describe_snapshot(snapshot: Snapshot) -> dict[str, Any]:
         "t_first": info.t_first,
         "max_interval": info.max_interval,
         "schedule": dict(vars(info.schedule)),
+        "measurements": _describe_measurements(info.measurements),
         **_describe_tensors(snapshot),
         "bytes": snapshot.header.file_bytes,
+    }
+
+
+def _describe_measurements(measured: Measurements | None) -> dict[str, Any] | None:
+    """`norm` is the L2 norm of the average, `relative_rounding` that of the stored copy's error, relative to it."""
+    if measured is None:
+        return None
+    return {
+        "norm": math.sqrt(measured.norm),
+        "relative_rounding": _relative_rounding(measured),
+        "distances": len(measured.distances),
     }
 
 
@@ -120,6 +148,7 @@ def _describe_output(path: Path, header: FileHeader, info: OutputInfo) -> dict[s
         "kind": "output",
         "path": str(path),
         "run": info.run_id,
+        "profile": info.profile,
         "sigma_rel": info.sigma_rel,
         "gamma": info.gamma,
         "t": info.t,
@@ -175,7 +204,7 @@ def _print(report: dict[str, Any]) -> None:
 
 
 def _print_profiles(profiles: list[dict[str, Any]]) -> None:
-    columns = ["sigma_rel", "gamma", "snapshots", "first t", "last t", "size"]
+    columns = ["sigma_rel", "gamma", "snapshots", "first t", "last t", "rounding", "size"]
     rows = [
         [
             f"{p['sigma_rel']:g}",
@@ -183,6 +212,7 @@ def _print_profiles(profiles: list[dict[str, Any]]) -> None:
             str(len(p["times"])),
             f"{p['times'][0]:,.12g}",
             f"{p['times'][-1]:,.12g}",
+            _range_text(p["relative_rounding"]),
             output.size_text(p["bytes"]),
         ]
         for p in profiles
@@ -190,13 +220,26 @@ def _print_profiles(profiles: list[dict[str, Any]]) -> None:
     output.print_table(columns, rows)
 
 
+def _range_text(ends: list[float] | None) -> str:
+    if ends is None:
+        return "unknown"
+    low, high = map(output.percent, ends)
+    return low if low == high else f"{low} to {high}"
+
+
 def _text(key: str, value: Any) -> str:
     if key == "bytes":
         return output.size_text(value)
+    if key == "measured":
+        return f"{value:,} of them" if value else "none of them: errors are predicted from a sample"
     if key == "snapshots" and isinstance(value, list):
         return "; ".join(f"{item['file']} x {item['coefficient']:+.6f}" for item in value)
-    if key == "profile_error":
+    if key in ("profile_error", "predicted_error", "relative_rounding"):
         return output.percent(value)
+    if key == "norm":
+        return f"{value:.4g}"
+    if key in ("sigma_rel", "gamma") and value is None:
+        return ""  # of a profile that is no power function
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
     if isinstance(value, list):

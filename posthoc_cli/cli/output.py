@@ -71,9 +71,13 @@ def size_text(nbytes: float) -> str:
     return f"{nbytes:.3g} TB"
 
 
-def percent(error: float) -> str:
+def percent(error: float | None) -> str:
     """A relative error for people; below what rounding allows it is shown as that bound."""
-    return "< 1e-5 %" if 0 < error < 1e-7 else f"{100 * error:.2g} %"
+    if error is None:
+        return "unknown"
+    if 0 < error < 1e-7:
+        return "< 1e-5 %"
+    return f"{100 * error:.2g} %" if error < 0.995 else f"{100 * error:,.0f} %"
 
 
 def log_to_stderr(verbose: bool) -> None:

@@ -2,12 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from decimal import Decimal, InvalidOperation
+from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import check_sigma_rel
+from posthoc_cli.targets import Beta, Between, ProfileFile, SigmaRel, Target, Window
 
 MOST_VALUES = 10_000
+
+# --- options of several commands -------------------------------------------------------------------
+
+BetaOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Classical EMA: x <- beta x + (1 - beta) theta at every step (call of update_), begun as the first "
+        "weights there are, those of the first update. A number, list or range: 0.999,0.9999."
+    ),
+]
+WindowOption = Annotated[
+    str | None,
+    typer.Option(help="The mean of the last so many steps, each of which counts 1 / window: a number, list or range."),
+]
+BetweenOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="START:END", help="The mean over a span of training time, such as 50000:80000, or a list of them."
+    ),
+]
+ProfileOption = Annotated[
+    list[Path] | None,
+    typer.Option(
+        metavar="FILE",
+        help="Any profile: a CSV file of time,density, linear between its points, 0 outside them, scaled to mass 1. "
+        "May be given several times.",
+    ),
+]
+MethodOption = Annotated[
+    # The names are those of reconstruction.METHODS, which help does not load; a test holds them together.
+    str | None,
+    typer.Option(
+        metavar="minvar|paper",
+        help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as "
+        "published. [default: minvar]",
+    ),
+]
+
+
+# --- numbers ---------------------------------------------------------------------------------------
 
 
 def parse_numbers(text: str, option: str) -> list[float]:
@@ -59,10 +105,88 @@ def _steps(start: Decimal, stop: Decimal, step: Decimal, text: str, option: str)
     return [start + index * step for index in range(count)]
 
 
-def parse_sigma_rels(text: str) -> list[float]:
-    """Targets from `--sigma-rel`, all in range.
+def parse_sigma_rels(text: str, option: str = "--sigma-rel") -> list[float]:
+    """Widths from `--sigma-rel` or an option like it, all in range.
 
     Raises:
         InvalidValueError: naming the option and the range.
     """
-    return [check_sigma_rel(value) for value in parse_numbers(text, "--sigma-rel")]
+    widths = parse_numbers(text, option)
+    try:
+        return [check_sigma_rel(width) for width in widths]
+    except InvalidValueError as error:
+        raise InvalidValueError(f"{option}{str(error).removeprefix('sigma_rel')}") from None
+
+
+def parse_sigma_range(text: str) -> tuple[float, float]:
+    """Both ends of `--sigma-range`, LOW:HIGH.
+
+    Raises:
+        InvalidValueError: naming the option and the accepted form.
+    """
+    from posthoc_cli.planning import check_sigma_range
+
+    ends = [parse_numbers(end, "--sigma-range") for end in text.split(":")]
+    if len(ends) != 2 or any(len(end) != 1 for end in ends):
+        raise InvalidValueError(f"--sigma-range {text}: must be LOW:HIGH, such as 0.05:0.28")
+    return check_sigma_range((ends[0][0], ends[1][0]))
+
+
+def parse_max_error(text: str) -> float:
+    """A relative error from `--max-error`: 0.01, or 1% for the same.
+
+    Raises:
+        InvalidValueError: naming the option and the range.
+    """
+    number = text.strip()
+    try:
+        value = Decimal(number.removesuffix("%").strip()) / (100 if number.endswith("%") else 1)
+    except InvalidOperation:
+        value = Decimal("nan")
+    if not (value.is_finite() and 0 < float(value) < 1):
+        shown = number or "(empty)"
+        raise InvalidValueError(f"--max-error {shown}: must be a relative error in (0, 1), such as 0.01 or 1%")
+    return float(value)
+
+
+# --- targets ---------------------------------------------------------------------------------------
+
+
+def parse_targets(
+    sigma_rel: str | None,
+    beta: str | None,
+    window: str | None,
+    between: str | None,
+    profile: Sequence[Path] | None,
+    width_option: str = "--sigma-rel",
+) -> list[Target]:
+    """What is wanted, from the options of these names: kind after kind, each target once.
+
+    `width_option` is what the first one is called.
+
+    Raises:
+        InvalidValueError: naming the option, and what would be accepted.
+    """
+    targets: list[Target] = []
+    targets += [] if sigma_rel is None else map(SigmaRel, parse_sigma_rels(sigma_rel, width_option))
+    targets += [] if beta is None else map(Beta, parse_numbers(beta, "--beta"))
+    targets += [] if window is None else map(Window, map(_whole, parse_numbers(window, "--window")))
+    targets += [] if between is None else map(_between, between.split(","))
+    targets += [ProfileFile(path.expanduser()) for path in profile or ()]
+    return list(dict.fromkeys(targets))
+
+
+def _whole(number: float) -> int:
+    """A whole number as one, so that it is shown without a point; any other as it is, to be refused."""
+    return int(number) if number.is_integer() else number  # type: ignore[return-value]
+
+
+def _between(text: str) -> Between:
+    try:
+        start, end = (Decimal(end.strip()) for end in text.split(":"))
+    except (InvalidOperation, ValueError):
+        start = end = Decimal("nan")
+    if not (start.is_finite() and end.is_finite()):
+        shown = text.strip() or "(empty)"
+        raise InvalidValueError(f"--between {shown}: must be START:END, two training times, such as 50000:80000")
+    return Between(float(start), float(end))

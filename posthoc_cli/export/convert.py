@@ -136,6 +136,7 @@ def _read_snapshot(file: TensorFile, dtype: torch.dtype | None) -> tuple[dict[st
         tensors[alias] = _PlannedTensor(file, name, stored, tracked.role)
     info = fmt.OutputInfo(
         run_id=snapshot.run_id,
+        profile=f"sigma_rel {snapshot.sigma_rel!r}",
         sigma_rel=snapshot.sigma_rel,
         gamma=snapshot.gamma,
         t=snapshot.t,

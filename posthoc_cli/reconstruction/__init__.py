@@ -1,14 +1,30 @@
-"""Coefficients: which linear combination of stored averages comes nearest to a wanted one. Pure NumPy and SciPy."""
+"""Coefficients: which linear combination of stored averages comes nearest to a wanted one. Pure NumPy and SciPy.
+
+`solving` is the way in; `minvar` and `paper` are the methods, `prior` and `motion` what the first one knows of a run,
+`intervals` the closed forms that both rest on.
+"""
 
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
-from posthoc_cli.reconstruction.paper import METHODS, Reconstruction, check_method, inner_product, reconstruct
+from posthoc_cli.reconstruction.minvar import MinimumVariance
+from posthoc_cli.reconstruction.motion import Motion
+from posthoc_cli.reconstruction.paper import inner_product
+from posthoc_cli.reconstruction.prior import Prior, StoredAverage, assumed_prior, measured_prior
+from posthoc_cli.reconstruction.quadrature import relative_width
+from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, reconstruct
 
 __all__ = [
     "METHODS",
     "Distance",
     "Measurements",
+    "MinimumVariance",
+    "Motion",
+    "Prior",
     "Reconstruction",
+    "StoredAverage",
+    "assumed_prior",
     "check_method",
     "inner_product",
+    "measured_prior",
     "reconstruct",
+    "relative_width",
 ]

@@ -16,8 +16,8 @@ class Distance:
     Attributes:
         t, sigma_rel: of the other one; it may have been deleted since.
         squared: the squared distance between this average, as it is exactly, and the other one as it was at hand.
-        rounding: squared rounding error of the other one as it was at hand: 0 for an exact one of the same time,
-            that of its stored copy for an earlier one.
+        rounding: the part of `squared` to be expected from rounding: 0 for an exact one of the same time, the squared
+            rounding error of its stored copy for an earlier one; of both copies, where both were stored ones.
     """
 
     t: float
@@ -33,7 +33,7 @@ class Measurements:
     Attributes:
         norm: squared norm of the exact average.
         rounding: squared norm of the difference between the stored copy and the exact average.
-        distances: to the other profiles of the same time, exact to exact, and to the newest earlier snapshot of
+        distances: to the other profiles of the same time, exact to exact, and to the newest earlier snapshots of
             each profile, exact to stored.
     """
 

@@ -6,19 +6,22 @@ names the file and the tensor or key; what passes is consistent with itself and 
 
 from __future__ import annotations
 
-import json
 import math
-import re
-import sys
 from collections.abc import Mapping
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
+from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.metadata import Metadata, file_kind, is_number, parse_json
+
+__all__ = ["decode_checksums", "decode_header", "decode_output", "decode_snapshot", "file_kind", "parse_json"]
 
 
 def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
@@ -56,12 +59,13 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
     Raises:
         FileFormatError: naming the file and the key.
     """
-    reader = _Metadata(path, header, "snapshot")
+    reader = Metadata(path, header, "snapshot")
     tensors = _decode_tensors(reader, header)
     info = fmt.SnapshotInfo(
         run_id=reader.run_id(),
         sigma_rel=reader.number("ema.sigma_rel"),
         gamma=reader.number("ema.gamma"),
+        sigma_rels=_decode_sigma_rels(reader),
         t=reader.number("ema.t"),
         t_unit=reader.text("ema.t_unit"),
         step=reader.integer("ema.step"),
@@ -73,7 +77,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         left_out=reader.names("ema.left_out"),
     )
     _check_profile(path, info)
-    return info
+    return replace(info, measurements=_decode_measurements(reader, info))
 
 
 def decode_output(path: Path, header: fmt.FileHeader) -> fmt.OutputInfo:
@@ -82,22 +86,22 @@ def decode_output(path: Path, header: fmt.FileHeader) -> fmt.OutputInfo:
     Raises:
         FileFormatError: naming the file and the key.
     """
-    reader = _Metadata(path, header, "output")
-    predicted = reader.text("ema.predicted_error")
+    reader = Metadata(path, header, "output")
     snapshots = []
     for item in reader.json_list("ema.snapshots"):
-        if not (isinstance(item, dict) and isinstance(item.get("file"), str) and _is_number(item.get("coefficient"))):
+        if not (isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))):
             raise FileFormatError(f"{path}: ema.snapshots must list files with their coefficients")
         snapshots.append((item["file"], float(item["coefficient"])))
     return fmt.OutputInfo(
         run_id=reader.run_id(),
-        sigma_rel=reader.number("ema.sigma_rel"),
-        gamma=reader.number("ema.gamma"),
+        profile=reader.text("ema.profile"),
+        sigma_rel=reader.optional_number("ema.sigma_rel"),
+        gamma=reader.optional_number("ema.gamma"),
         t=reader.number("ema.t"),
         t_unit=reader.text("ema.t_unit"),
         method=reader.text("ema.method"),
         profile_error=reader.number("ema.profile_error"),
-        predicted_error=None if predicted == "null" else reader.number("ema.predicted_error"),
+        predicted_error=reader.optional_number("ema.predicted_error"),
         snapshots=tuple(snapshots),
         copies=reader.names("ema.copies"),
     )
@@ -119,34 +123,6 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
         if not isinstance(value, str) or len(value) != len(fmt.blank_checksums(entry.nbytes)):
             raise FileFormatError(f"{path}: tensor {name!r}: ema.checksums does not hold one checksum a block")
     return dict(raw)
-
-
-def file_kind(header: fmt.FileHeader) -> str | None:
-    """ "snapshot", "output", or None for a file that is neither."""
-    return header.metadata.get("ema.format")
-
-
-def parse_json(path: Path, data: bytes | str, what: str) -> Any:
-    """JSON without the liberties that Python takes: no key twice, no NaN.
-
-    Raises:
-        FileFormatError: naming the file and `what`.
-    """
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            raise ValueError("the same key twice")
-        return result
-
-    def refuse(constant: str) -> None:
-        raise ValueError(f"{constant} is not JSON")
-
-    try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: damaged {what}: {str(error)[:200]}") from error
 
 
 # --- in parts --------------------------------------------------------------------------------------
@@ -176,10 +152,6 @@ def _is_sizes(value: Any) -> bool:
     return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
-
-
 def _check_offsets(path: Path, tensors: Mapping[str, fmt.TensorEntry]) -> None:
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
@@ -198,7 +170,7 @@ def _check_header_checksum(path: Path, start: bytes) -> None:
         raise FileFormatError(f"{path}: damaged header: its checksum does not match")
 
 
-def _decode_tensors(reader: _Metadata, header: fmt.FileHeader) -> dict[str, fmt.TrackedTensor]:
+def _decode_tensors(reader: Metadata, header: fmt.FileHeader) -> dict[str, fmt.TrackedTensor]:
     key = "ema.tensors"
     tensors = {
         name: fmt.TrackedTensor(
@@ -217,7 +189,7 @@ def _decode_tensors(reader: _Metadata, header: fmt.FileHeader) -> dict[str, fmt.
     return tensors
 
 
-def _decode_aliases(reader: _Metadata, tensors: Mapping[str, fmt.TrackedTensor]) -> dict[str, str]:
+def _decode_aliases(reader: Metadata, tensors: Mapping[str, fmt.TrackedTensor]) -> dict[str, str]:
     aliases = reader.json_object("ema.aliases")
     for alias, name in aliases.items():
         if not isinstance(name, str) or name not in tensors or alias in tensors:
@@ -225,7 +197,7 @@ def _decode_aliases(reader: _Metadata, tensors: Mapping[str, fmt.TrackedTensor])
     return aliases
 
 
-def _decode_schedule(reader: _Metadata) -> fmt.TrackingSchedule:
+def _decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
     raw = reader.json_object("ema.schedule")
     optional = {"max_checkpoints", "checkpoint_dtype"}
     for name in fmt.TrackingSchedule.__dataclass_fields__:
@@ -234,6 +206,66 @@ def _decode_schedule(reader: _Metadata) -> fmt.TrackingSchedule:
         if not fits and not (name in optional and value is None):
             raise reader.bad("ema.schedule", f"{name} is {str(value)[:40]!r}")
     return fmt.TrackingSchedule(**{name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__})
+
+
+def _decode_sigma_rels(reader: Metadata) -> tuple[float, ...]:
+    key = "ema.sigma_rels"
+    values = reader.json_list(key)
+    if not values or not all(is_number(value) for value in values):
+        raise reader.bad(key, "is not a list of numbers")
+    try:
+        sigma_rels = tuple(check_sigma_rel(value) for value in values)
+    except InvalidValueError as error:
+        raise reader.bad(key, str(error)) from error
+    if any(b <= a for a, b in pairwise(sigma_rels)):
+        raise reader.bad(key, "must grow, each profile once")
+    if reader.number("ema.sigma_rel") not in sigma_rels:
+        raise reader.bad(key, f"{_listed(sigma_rels)} has not the snapshot's own {reader.number('ema.sigma_rel'):g}")
+    return sigma_rels
+
+
+def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measurements | None:
+    key = "ema.measurements"
+    if not reader.has(key):
+        return None
+    raw = reader.json_object(key)
+    items = raw.get("distances")
+    most = 3 * len(info.sigma_rels) - 1
+    if not isinstance(items, list) or len(items) > most:
+        raise reader.bad(key, f"distances must be a list of at most {most} for {len(info.sigma_rels)} profiles")
+    distances = tuple(Distance(**_quantities(reader, key, item, "t sigma_rel squared rounding")) for item in items)
+    for distance in distances:
+        _check_partner(reader, key, info, distance)
+    if len({(d.t, d.sigma_rel) for d in distances}) < len(distances):
+        raise reader.bad(key, "distances name the same t and sigma_rel twice")
+    sums = {name: value for name, value in raw.items() if name != "distances"}
+    return Measurements(**_quantities(reader, key, sums, "norm rounding"), distances=distances)
+
+
+def _quantities(reader: Metadata, key: str, item: Any, names: str) -> dict[str, float]:
+    """Finite numbers, none negative, under exactly these names."""
+    if not isinstance(item, dict) or set(item) != set(names.split()):
+        raise reader.bad(key, f"must have {', '.join(names.split())}, and nothing else: {str(item)[:40]!r}")
+    for name, value in item.items():
+        if not is_number(value) or value < 0:
+            raise reader.bad(key, f"{name} {str(value)[:40]!r} must be a finite number, at least 0")
+    return {name: float(value) for name, value in item.items()}
+
+
+def _check_partner(reader: Metadata, key: str, info: fmt.SnapshotInfo, distance: Distance) -> None:
+    if not 0 < distance.t <= info.t:
+        raise reader.bad(key, f"a distance to t {distance.t:g}: must lie in (0, {info.t:g}], up to the snapshot's own")
+    if distance.sigma_rel not in info.sigma_rels:
+        raise reader.bad(
+            key, f"a distance to sigma_rel {distance.sigma_rel:g}, none of the tracked {_listed(info.sigma_rels)}"
+        )
+    if (distance.t, distance.sigma_rel) == (info.t, info.sigma_rel):
+        raise reader.bad(key, f"a distance to the snapshot itself, sigma_rel {info.sigma_rel:g} at t = {info.t:g}")
+
+
+def _listed(sigma_rels: tuple[float, ...]) -> str:
+    shown = ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels[:8])
+    return shown if len(sigma_rels) <= 8 else f"{shown}, ..."
 
 
 def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
@@ -247,70 +279,3 @@ def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
         raise FileFormatError(f"{path}: {error}") from error
     if abs(info.gamma - gamma) > 1e-9 * (gamma + 1):
         raise FileFormatError(f"{path}: gamma {info.gamma!r} is not that of sigma_rel {info.sigma_rel!r} ({gamma!r})")
-
-
-class _Metadata:
-    """Typed access to the metadata of one file, with errors that name the file and the key."""
-
-    def __init__(self, path: Path, header: fmt.FileHeader, expected: str) -> None:
-        self._path = path
-        self._metadata = header.metadata
-        found = file_kind(header)
-        if found != expected:
-            what = "has no ema.format" if found is None else f"its ema.format is {found[:40]!r}"
-            raise FileFormatError(f"{path}: not a {expected} of this package: {what}")
-        if self.text("ema.version") != fmt.VERSION:
-            raise self.bad("ema.version", f"{self.text('ema.version')[:40]!r}; this release reads {fmt.VERSION}")
-
-    def bad(self, key: str, reason: str) -> FileFormatError:
-        return FileFormatError(f"{self._path}: {key}: {reason}")
-
-    def text(self, key: str) -> str:
-        if key not in self._metadata:
-            raise self.bad(key, "is missing")
-        return self._metadata[key]
-
-    def run_id(self) -> str:
-        text = self.text("ema.run_id")
-        if not re.fullmatch(r"[0-9a-f]{32}", text):
-            raise self.bad("ema.run_id", f"{text[:40]!r} is not 32 hexadecimal digits")
-        return text
-
-    def number(self, key: str) -> float:
-        try:
-            value = float(self.text(key))
-        except ValueError:
-            raise self.bad(key, f"{self.text(key)[:40]!r} is not a number") from None
-        if not math.isfinite(value):
-            raise self.bad(key, f"{value} is not finite")
-        return value
-
-    def integer(self, key: str) -> int:
-        text = self.text(key)
-        if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise self.bad(key, f"{text[:40]!r} is not a whole number")
-        return int(text)
-
-    def json_object(self, key: str) -> dict[str, Any]:
-        value = parse_json(self._path, self.text(key), key)
-        if not isinstance(value, dict):
-            raise self.bad(key, "is not a JSON object")
-        return value
-
-    def json_list(self, key: str) -> list[Any]:
-        value = parse_json(self._path, self.text(key), key)
-        if not isinstance(value, list):
-            raise self.bad(key, "is not a JSON list")
-        return value
-
-    def names(self, key: str) -> tuple[str, ...]:
-        value = self.json_list(key)
-        if not all(isinstance(name, str) for name in value):
-            raise self.bad(key, "is not a list of names")
-        return tuple(value)
-
-    def one_of(self, key: str, value: Any, part: str, accepted: tuple[str, ...]) -> str:
-        found = value.get(part) if isinstance(value, dict) else None
-        if not isinstance(found, str) or found not in accepted:
-            raise self.bad(key, f"{part} {str(found)[:40]!r} is none of {', '.join(accepted)}")
-        return found

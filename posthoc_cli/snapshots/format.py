@@ -19,6 +19,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.run_id        32 hexadecimal digits; the same in every snapshot of a run, and in no other
     ema.sigma_rel     width of the profile, as the user gave it
     ema.gamma         exponent of the profile
+    ema.sigma_rels    JSON list: the widths of all profiles that the run tracks, growing; this one's is among them
     ema.t             training time at which the average stood
     ema.t_unit        what `t` counts: "steps", "images", ...
     ema.step          calls of the hook up to `t`
@@ -30,11 +31,20 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
                       average is the weighted mean of a parameter; a copy is a buffer as it was at `t`
     ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
     ema.left_out      JSON list: names of the model's state that the run does not track
+    ema.measurements  JSON object: norm, rounding, distances; see below. May be missing
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
 A tensor's stored dtype may differ from its own: averages are stored in `checkpoint_dtype`, but in F32 where that
 would lose more than rounding does, since a value is too large for it or all values are too small.
+
+Measurements are sums over the elements of all averages in the file (not of the copies), accumulated in float64,
+and taken when the exact average was at hand: `norm` its squares, `rounding` the squares of (stored - exact), and
+`distances` a list of {"t", "sigma_rel", "squared", "rounding"}, each the squares of (this exact average - another
+one): those of the run's other profiles at the same time, exact (rounding 0), and the two newest earlier snapshots of
+each profile as they were stored (rounding: their own). So it has at most 3 P - 1 entries in a run of P profiles. Each
+names its partner's t, in (0, ema.t], and sigma_rel, one of ema.sigma_rels; none is named twice, nor is the snapshot
+itself. A partner may have been deleted since. No number is negative.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -42,8 +52,11 @@ header's checksum is taken over the first 8 + N bytes of the file with the 16 di
 `"ema.checksum":"` replaced by zeros. That text occurs once: inside a JSON string its quotes would be escaped.
 
 An *output* (what a synthesis writes) is the same with ema.format "output": it has ema.version, run_id,
-sigma_rel, gamma, t, t_unit, checksums and checksum as above, and
+t, t_unit, checksums and checksum as above, and
 
+    ema.profile          what was asked for, for people: "sigma_rel 0.15", "beta 0.9999", ...
+    ema.sigma_rel        width of the profile, or "null" where it is no power function
+    ema.gamma            exponent of the profile, or "null"
     ema.method           the solver
     ema.profile_error    relative L2 error between the profiles
     ema.predicted_error  expected relative L2 error of the weights, or "null"
@@ -56,13 +69,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import xxhash
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import RecordedPowerFunction
+from posthoc_cli.reconstruction.measurements import Measurements
 
 VERSION = "1"
 BLOCK_BYTES = 4 * 1024 * 1024
@@ -145,11 +159,15 @@ class TrackingSchedule:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """Everything that a snapshot says about itself, apart from where its bytes are."""
+    """Everything that a snapshot says about itself, apart from where its bytes are.
+
+    `sigma_rels` are all profiles that the run tracks; `measurements` is None where the file has none.
+    """
 
     run_id: str
     sigma_rel: float
     gamma: float
+    sigma_rels: tuple[float, ...]
     t: float
     t_unit: str
     step: int
@@ -159,6 +177,7 @@ class SnapshotInfo:
     tensors: dict[str, TrackedTensor]
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    measurements: Measurements | None = None
 
     @property
     def profile(self) -> RecordedPowerFunction:
@@ -171,8 +190,10 @@ class OutputInfo:
     """Everything that a synthesized file says about itself."""
 
     run_id: str
-    sigma_rel: float
-    gamma: float
+    profile: str
+    """What was asked for, in words."""
+    sigma_rel: float | None
+    gamma: float | None
     t: float
     t_unit: str
     method: str
@@ -243,13 +264,14 @@ def header_checksum(start: bytes) -> str:
 
 def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     """The metadata of a snapshot, without its checksums."""
-    return {
+    metadata = {
         "format": "pt",
         "ema.format": "snapshot",
         "ema.version": VERSION,
         "ema.run_id": info.run_id,
         "ema.sigma_rel": repr(info.sigma_rel),
         "ema.gamma": repr(info.gamma),
+        "ema.sigma_rels": _compact(list(info.sigma_rels)),
         "ema.t": repr(info.t),
         "ema.t_unit": info.t_unit,
         "ema.step": str(info.step),
@@ -260,6 +282,9 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         "ema.aliases": _compact(info.aliases),
         "ema.left_out": _compact(list(info.left_out)),
     }
+    if info.measurements is not None:
+        metadata["ema.measurements"] = _compact(asdict(info.measurements))
+    return metadata
 
 
 def output_metadata(info: OutputInfo) -> dict[str, str]:
@@ -269,8 +294,9 @@ def output_metadata(info: OutputInfo) -> dict[str, str]:
         "ema.format": "output",
         "ema.version": VERSION,
         "ema.run_id": info.run_id,
-        "ema.sigma_rel": repr(info.sigma_rel),
-        "ema.gamma": repr(info.gamma),
+        "ema.profile": info.profile,
+        "ema.sigma_rel": _compact(info.sigma_rel),
+        "ema.gamma": _compact(info.gamma),
         "ema.t": repr(info.t),
         "ema.t_unit": info.t_unit,
         "ema.method": info.method,

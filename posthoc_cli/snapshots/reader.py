@@ -80,6 +80,16 @@ class TensorFile:
                 raise FileFormatError(f"{self.path}: tensor {name!r} is damaged: its checksum does not match")
         return data
 
+    def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        """The bytes `begin` to `end` of a tensor, for estimates only: no checksum is looked at. Shape [end - begin].
+
+        Raises:
+            FileFormatError: naming the file and the tensor, when bytes are missing.
+        """
+        data = np.empty(end - begin, dtype=np.uint8)
+        self._fill(name, data, self.header.payload_start + self.header.tensors[name].begin + begin)
+        return data
+
     def _fill(self, name: str, block: npt.NDArray[np.uint8], offset: int) -> None:
         view = block.data
         while view:

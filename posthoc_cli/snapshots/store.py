@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -18,8 +18,10 @@ from pathlib import Path
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.planning import snapshots_to_drop
+from posthoc_cli.reconstruction import measured_prior
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.priors import stored_average
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 
 log = logging.getLogger(__name__)
@@ -30,21 +32,29 @@ SUPERSEDED = "superseded"
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """A snapshot that is on disk, as far as keeping and dropping is concerned.
+    """A snapshot that is on disk: all that its header says, apart from where its bytes are.
 
     `checksum` is its header's: two trainings that went on from one state differ in it at equal times.
     """
 
     path: Path
-    t: float
-    sigma_rel: float
+    info: fmt.SnapshotInfo
     checksum: str
+
+    @property
+    def t(self) -> float:
+        """Training time at which the average stood."""
+        return self.info.t
+
+    @property
+    def sigma_rel(self) -> float:
+        """Width of its profile."""
+        return self.info.sigma_rel
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> StoredSnapshot:
         """What is known of a snapshot that was read."""
-        info = snapshot.info
-        return cls(snapshot.path, info.t, info.sigma_rel, snapshot.header.metadata["ema.checksum"])
+        return cls(snapshot.path, snapshot.info, snapshot.header.metadata["ema.checksum"])
 
 
 @dataclass(frozen=True)
@@ -183,6 +193,12 @@ def _check_pair(first: Snapshot, other: Snapshot) -> None:
         )
     if a.t_unit != b.t_unit:
         raise MismatchError(f"{pair} count time in {a.t_unit!r} and {b.t_unit!r}")
+    # A run whose last snapshot of a profile was deleted may have gone on without that profile.
+    if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
+        raise MismatchError(
+            f"{pair} do not match: their runs track the profiles "
+            f"{', '.join(f'{s:g}' for s in a.sigma_rels)} and {', '.join(f'{s:g}' for s in b.sigma_rels)}"
+        )
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
             missing = other if name in a.tensors else first
@@ -213,16 +229,13 @@ def _doubles(snapshots: Sequence[Snapshot]) -> list[str]:
 
 
 def _gaps(snapshots: Sequence[Snapshot]) -> list[str]:
-    """Times at which some of the profiles are missing."""
-    profiles = {s.info.sigma_rel for s in snapshots}
-    by_time = defaultdict(set)
-    for snapshot in snapshots:
-        by_time[snapshot.info.t].add(snapshot.info.sigma_rel)
-    return [
-        f"t = {t:g}: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(profiles - found))}"
-        for t, found in sorted(by_time.items())
-        if found != profiles
-    ]
+    """Profiles that are missing at the newest time, where thinning never removes one."""
+    own = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
+    newest = max((info.t for info in own), default=0.0)
+    missing = {info.sigma_rel for info in own} - {info.sigma_rel for info in own if info.t == newest}
+    if not missing:
+        return []
+    return [f"t = {newest:g}, the newest: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(missing))}"]
 
 
 # --- adding to a directory -------------------------------------------------------------------------
@@ -236,18 +249,21 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
 
 
 def thin(stored: Sequence[StoredSnapshot], max_checkpoints: int | None) -> list[StoredSnapshot]:
-    """Leave `max_checkpoints` snapshots a profile, spread evenly over time (see `planning`); returns what is left."""
-    profiles = defaultdict(list)
-    for snapshot in sorted(stored, key=lambda s: s.t):
-        profiles[snapshot.sigma_rel].append(snapshot)
-    left = list(stored)
-    for snapshots in profiles.values():
-        for index in snapshots_to_drop([s.t for s in snapshots], max_checkpoints):
-            log.debug("thinning: %s goes", snapshots[index].path)
-            with suppress(FileNotFoundError):  # gone by another hand
-                files.unlink(snapshots[index].path)
-            left.remove(snapshots[index])
-    return left
+    """Leave `max_checkpoints` snapshots a profile, those that reconstruction needs most (see `planning.keeping`).
+
+    Reads no tensor: what headers measured is at hand. Returns what is left.
+    """
+    counts = Counter(snapshot.sigma_rel for snapshot in stored)
+    if max_checkpoints is None or max(counts.values(), default=0) <= max_checkpoints:
+        return list(stored)
+    averages = [stored_average(snapshot.info) for snapshot in stored]
+    profiles = [average.profile.pure for average in averages]
+    gone = [stored[index] for index in snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints)]
+    for snapshot in gone:
+        log.debug("thinning: %s goes", snapshot.path)
+        with suppress(FileNotFoundError):  # gone by another hand
+            files.unlink(snapshot.path)
+    return [snapshot for snapshot in stored if snapshot not in gone]
 
 
 def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:

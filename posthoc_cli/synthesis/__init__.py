@@ -6,7 +6,7 @@ snapshot and one tensor a target. Sums are float32 (float64 for float64 paramete
 """
 
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.synthesis.sources import DiskSource, Source, disk_sources
+from posthoc_cli.synthesis.sources import DiskSource, Source, disk_sources, source_prior
 from posthoc_cli.synthesis.streaming import Progress, parse_device, synthesize
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "disk_sources",
     "parse_device",
     "plan_synthesis",
+    "source_prior",
     "synthesize",
 ]

@@ -11,35 +11,41 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import PowerFunction, check_sigma_rel
+from posthoc_cli.errors import InexactError, InvalidValueError
+from posthoc_cli.planning import Candidate, error_curve, ranges_text
+from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorSpec, parse_dtype_word
-from posthoc_cli.synthesis.sources import Source
+from posthoc_cli.snapshots.priors import run_clock
+from posthoc_cli.synthesis.sources import Source, source_prior
+from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
 
+POOR_ERROR = 0.01
+"""Predicted error above which a synthesis is made with a warning."""
+
 POOR_PROFILE_ERROR = 0.1
-"""Profile error above which a synthesis is made with a warning."""
+"""The same for the profile error, where nothing can be predicted."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be made of what, known before any tensor is read.
+    """What will be made of what, known before the tensors are read.
 
     Attributes:
         sources: the averages in use, all at or before `t`.
-        sigma_rels: the targets.
-        t: their time.
+        targets: what is wanted.
+        t: its time.
         method: the solver.
         reconstruction: coefficients [sources, targets] and errors [targets].
     """
 
     sources: tuple[Source, ...]
-    sigma_rels: tuple[float, ...]
+    targets: tuple[Target, ...]
     t: float
     method: str
     reconstruction: Reconstruction
@@ -65,26 +71,32 @@ class Plan:
     def only(self, targets: Sequence[int]) -> Plan:
         """The same plan for some of the targets."""
         chosen = list(targets)
-        result = self.reconstruction
         return replace(
             self,
-            sigma_rels=tuple(self.sigma_rels[i] for i in chosen),
-            reconstruction=Reconstruction(result.coefficients[:, chosen], result.profile_error[chosen]),
+            targets=tuple(self.targets[i] for i in chosen),
+            reconstruction=self.reconstruction.of(targets=chosen),
         )
+
+    def predicted_error(self, target: int) -> float | None:
+        """Expected relative L2 error of one target's weights; None where nothing is known of the run's movement."""
+        return self.reconstruction.known_error(target)
 
     def output_info(self, target: int) -> OutputInfo:
         """What the output for one target will say about itself."""
         info = self.newest.info
+        wanted = self.targets[target]
         column = self.reconstruction.coefficients[:, target]
+        width = wanted.sigma_rel
         return OutputInfo(
             run_id=info.run_id,
-            sigma_rel=self.sigma_rels[target],
-            gamma=PowerFunction.from_sigma_rel(self.sigma_rels[target], self.t).gamma,
+            profile=wanted.title,
+            sigma_rel=width,
+            gamma=None if width is None else PowerFunction.from_sigma_rel(width, self.t).gamma,
             t=self.t,
             t_unit=info.t_unit,
             method=self.method,
             profile_error=float(self.reconstruction.profile_error[target]),
-            predicted_error=None,
+            predicted_error=self.predicted_error(target),
             snapshots=tuple((source.name, float(c)) for source, c in zip(self.sources, column, strict=True)),
             copies=tuple(
                 alias
@@ -97,39 +109,49 @@ class Plan:
 
 def plan_synthesis(
     sources: Sequence[Source],
-    sigma_rels: Sequence[float],
+    targets: Sequence[Target | Profile | float],
     t: float | None = None,
     step: int | None = None,
     method: str | None = None,
+    max_error: float | None = None,
 ) -> Plan:
-    """Choose snapshots and coefficients.
+    """Choose snapshots and coefficients. Reads no tensor, but a sample where headers have no measurements.
 
     Arguments:
         sources: averages of one run, in any order.
-        sigma_rels: targets, at least one, each in (0, 0.2887).
+        targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object with `density` and
+            `tail` over training time.
         t: time of the targets: the average as it stood then, from sources at or before it. By default the
             time of the last one.
         step: the same in calls of the hook; for runs on a clock of their own it must be a snapshot's.
         method: the solver; the default one for None.
+        max_error: the largest predicted error to accept.
 
     Raises:
         InvalidValueError: naming the argument and what would be accepted.
+        InexactError: a target would have a predicted error above `max_error`, or one that cannot be known.
     """
     method = check_method(method)
-    if not sigma_rels:
+    if not targets:
         raise InvalidValueError("sigma_rel: at least one value is needed, in (0, 0.2887)")
-    targets = tuple(check_sigma_rel(sigma_rel) for sigma_rel in sigma_rels)
+    if max_error is not None and not max_error > 0:
+        raise InvalidValueError(f"max_error {max_error!r}: must be above 0, such as 0.01")
+    wanted = tuple(as_target(target) for target in targets)
     time = _target_time(sources, t, step)
-    usable = tuple(sorted((s for s in sources if s.info.t <= time), key=lambda s: (s.info.t, s.info.sigma_rel)))
-    result = reconstruct(
-        [source.info.profile.pure for source in usable],
-        [PowerFunction.from_sigma_rel(sigma_rel, time) for sigma_rel in targets],
-        method,
-    )
-    used = np.flatnonzero(np.any(result.coefficients != 0, axis=1))
-    needed = Reconstruction(result.coefficients[used], result.profile_error)
-    plan = Plan(tuple(usable[i] for i in used), targets, time, method, needed)
-    _warn_of_poor_targets(plan)
+    usable = sorted((s for s in sources if s.info.t <= time), key=lambda s: (s.info.t, s.info.sigma_rel))
+    clock = run_clock([source.info for source in sources])
+    first = min(source.info.t_first for source in usable)
+    wanted_profiles = [target.profile(time, clock, first) for target in wanted]
+    profiles = [source.info.profile.pure for source in usable]
+    # All sources tell how the network moved, also those that are too late to be used.
+    everything = source_prior(sources)
+    prior = everything.of([list(sources).index(source) for source in usable])
+    result = reconstruct(profiles, wanted_profiles, method, prior, time)
+    used = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
+    plan = Plan(tuple(usable[i] for i in used), wanted, time, method, result.of(snapshots=used))
+    if max_error is not None:
+        _check_errors(plan, max_error)
+    _warn_of_poor_targets(plan, Candidate("", [source.info.profile.pure for source in sources], prior=everything))
     return plan
 
 
@@ -171,20 +193,46 @@ def _time_of_step(sources: Sequence[Source], step: int) -> float:
     )
 
 
-def _warn_of_poor_targets(plan: Plan) -> None:
+def _check_errors(plan: Plan, max_error: float) -> None:
+    for index, target in enumerate(plan.targets):
+        error = plan.predicted_error(index)
+        if error is None:
+            raise InexactError(
+                f"{target.title}: its error cannot be predicted: too few snapshots to tell how far the network "
+                "moves; make it without a limit on the error, or from more snapshots"
+            )
+        if error > max_error:
+            raise InexactError(
+                f"{target.title}: the predicted error is {100 * error:.3g} %, above the accepted "
+                f"{100 * max_error:.3g} %; ema error-plot shows what these snapshots can make"
+            )
+
+
+def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
+    errors = [plan.predicted_error(index) for index in range(len(plan.targets))]
+    profile_errors = plan.reconstruction.profile_error
     poor = [
-        s for s, e in zip(plan.sigma_rels, plan.reconstruction.profile_error, strict=True) if e > POOR_PROFILE_ERROR
+        (target.title, error)
+        for target, error, other in zip(plan.targets, errors, profile_errors, strict=True)
+        if (error > POOR_ERROR if error is not None else other > POOR_PROFILE_ERROR)
     ]
-    if poor:
-        worst = float(np.max(plan.reconstruction.profile_error))
-        log.warning(
-            "sigma_rel %s: the %d snapshots up to t = %g cannot make it well (profile error up to %.0f %%); "
-            "ema error-plot shows what they can",
-            ", ".join(f"{s:g}" for s in poor[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
-            len(plan.sources),
-            plan.t,
-            100 * worst,
-        )
+    if not poor:
+        return
+    predicted = [error for _, error in poor if error is not None]
+    said = (
+        f"predicted error {'up to ' * (len(poor) > 1)}{100 * max(predicted):.2g} %"
+        if predicted
+        else f"profile error up to {100 * float(profile_errors.max()):.0f} %"
+    )
+    curve = error_curve(candidate, points=40, t=plan.t, method=plan.method)
+    log.warning(
+        "%s: the %d snapshots up to t = %g cannot make it well: %s; below 1 %% is sigma_rel %s",
+        ", ".join(title for title, _ in poor[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
+        sum(profile.t <= plan.t for profile in candidate.snapshots),
+        plan.t,
+        said,
+        ranges_text(curve.ranges_below(POOR_ERROR)),
+    )
 
 
 def output_dtype(role: str, own: str, dtype: torch.dtype | str | None) -> str:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
+from posthoc_cli.reconstruction import Prior, measured_prior
 from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.priors import stored_average, with_sampled_measurements
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.store import read_directory
 
@@ -106,3 +108,18 @@ class _OpenFile:
 def disk_sources(directory: str | Path) -> list[Source]:
     """The snapshots of a directory as sources; raises what `read_directory` raises."""
     return [DiskSource(snapshot) for snapshot in read_directory(Path(directory))]
+
+
+def source_prior(sources: Sequence[Source]) -> Prior:
+    """What the sources tell of how the network moved and how they are stored, in their order.
+
+    Where headers of files have no measurements, those of all files are estimated from a sample.
+    """
+    infos = {id(source): source.info for source in sources}
+    on_disk = [source for source in sources if isinstance(source, DiskSource)]
+    sampled = any(source.info.measurements is None for source in on_disk)
+    if sampled:
+        measured = with_sampled_measurements([source.snapshot for source in on_disk])
+        infos |= {id(source): snapshot.info for source, snapshot in zip(on_disk, measured, strict=True)}
+    prior = measured_prior([stored_average(infos[id(source)]) for source in sources])
+    return prior.sampled() if sampled else prior

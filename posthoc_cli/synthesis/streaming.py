@@ -44,7 +44,7 @@ def synthesize(
         newest = opened[plan.sources.index(plan.newest)]
         for name, tensor in info.tensors.items():
             if tensor.role == "copy":
-                values = [newest.read(name).to(device)] * len(plan.sigma_rels)
+                values = [newest.read(name).to(device)] * len(plan.targets)
                 if progress is not None:
                     progress(_read_bytes(plan, values[0]))
             else:
@@ -69,7 +69,7 @@ def _combine(
     import torch
 
     wide = torch.float64 if plan.newest.info.tensors[name].dtype == "F64" else torch.float32
-    sums = [torch.zeros(plan.newest.shapes[name], dtype=wide, device=device) for _ in plan.sigma_rels]
+    sums = [torch.zeros(plan.newest.shapes[name], dtype=wide, device=device) for _ in plan.targets]
     for source, row in zip(opened, plan.reconstruction.coefficients, strict=True):
         value = source.read(name)
         nbytes = value.nbytes

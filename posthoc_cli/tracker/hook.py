@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
+from posthoc_cli.profiles import Profile
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.synthesis import Source, plan_synthesis, synthesize
+from posthoc_cli.targets import Target
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources, reconstruction_figure
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
@@ -243,7 +245,7 @@ class PostHocEMA:
     def model(
         self,
         model: Module,
-        sigma_rel: float,
+        sigma_rel: float | Target | Profile,
         t: float | None = None,
         step: int | None = None,
         dtype: torch.dtype | str | None = None,
@@ -262,7 +264,7 @@ class PostHocEMA:
     def load_into(
         self,
         model: torch.nn.Module,
-        sigma_rel: float,
+        sigma_rel: float | Target | Profile,
         t: float | None = None,
         step: int | None = None,
         dtype: torch.dtype | str | None = None,
@@ -277,7 +279,7 @@ class PostHocEMA:
     @overload
     def state_dict(
         self,
-        sigma_rel: float,
+        sigma_rel: float | Target | Profile,
         t: float | None = None,
         step: int | None = None,
         dtype: torch.dtype | str | None = None,
@@ -286,7 +288,7 @@ class PostHocEMA:
 
     def state_dict(
         self,
-        sigma_rel: float | None = None,
+        sigma_rel: float | Target | Profile | None = None,
         t: float | None = None,
         step: int | None = None,
         dtype: torch.dtype | str | None = None,
@@ -298,7 +300,8 @@ class PostHocEMA:
         training checkpoint; `load_state_dict` continues from it exactly.
 
         Arguments:
-            sigma_rel: length of the average, in (0, 0.2887).
+            sigma_rel: length of the average, in (0, 0.2887). Any other average may stand here, too: a target such as
+                `targets.Beta(0.9999)` or `targets.Window(1000)`, or any object with `density` and `tail`.
             t: its time; by default the current one of a live tracker, else that of the last snapshot.
             step: the same in calls of `update_`.
             dtype: of the averages; None for each parameter's own.
@@ -402,10 +405,7 @@ class PostHocEMA:
 
     def _write_snapshots(self) -> None:
         recorder = self._open_recorder(self.run_id)
-        for source in self._live_sources():
-            # After skipped updates an average may be due that is stored already.
-            if not recorder.has_written(source.info):
-                recorder.write(source.info, source.averages, source.copies)
+        recorder.write(self._live_sources())
         recorder.thin(self.settings.schedule.max_checkpoints)
 
     def _live_sources(self) -> list[LiveSource]:
@@ -416,7 +416,7 @@ class PostHocEMA:
 
     def _synthesized(
         self,
-        sigma_rel: float,
+        sigma_rel: float | Target | Profile,
         t: float | None,
         step: int | None,
         dtype: torch.dtype | str | None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,8 +13,9 @@ import torch
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.store import find_snapshots
-from posthoc_cli.synthesis import DiskSource, Source
+from posthoc_cli.synthesis import DiskSource, Source, source_prior
 from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.measuring import measure_live
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.settings import Settings
 
@@ -72,6 +73,7 @@ def live_sources(run_id: str, settings: Settings, tracked: TrackedModel, average
             run_id=run_id,
             sigma_rel=sigma_rel,
             gamma=gamma,
+            sigma_rels=averages.sigma_rels,
             t=averages.t,
             t_unit=settings.t_unit,
             step=averages.step,
@@ -87,8 +89,8 @@ def live_sources(run_id: str, settings: Settings, tracked: TrackedModel, average
 
 
 def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
-    """Snapshots of a run on disk and, where they are newer, its live averages; none of them twice."""
-    sources: list[Source] = list(live)
+    """Snapshots of a run on disk and, where they are newer, its live averages, measured; none of them twice."""
+    sources: list[Source] = list(_measured(live))
     snapshots = find_snapshots(directory)
     if not snapshots or snapshots[0].info.run_id != run_id:
         return sources
@@ -101,6 +103,17 @@ def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) ->
     return sources
 
 
+def _measured(live: Sequence[LiveSource]) -> list[LiveSource]:
+    """The same sources, each with its measurements: exact, and to the other live averages only."""
+    if not live:
+        return []
+    found = measure_live([source.info for source in live], [source.averages for source in live])
+    return [
+        replace(source, info=replace(source.info, measurements=measurements))
+        for source, measurements in zip(live, found, strict=True)
+    ]
+
+
 def reconstruction_figure(
     sources: Sequence[Source], settings: Settings, sigma_range: tuple[float, float], method: str | None
 ) -> Figure:
@@ -110,7 +123,7 @@ def reconstruction_figure(
     if sources:
         profiles = [source.info.profile.pure for source in sources]
         label = f"{len(profiles)} averages up to t = {max(p.t for p in profiles):,.12g}"
-        candidate = Candidate(label, profiles, settings.t_unit)
+        candidate = Candidate(label, profiles, settings.t_unit, source_prior(sources))
     else:
         every = settings.schedule.checkpoint_every
         count = settings.schedule.max_checkpoints or 20

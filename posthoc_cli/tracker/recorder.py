@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,8 +14,10 @@ from posthoc_cli.errors import MismatchError, NonFiniteError
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, set_aside, snapshot_path, thin
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, torch_dtype
+from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.tracker.live import LiveSource
+from posthoc_cli.tracker.measuring import measure_stored
 from posthoc_cli.tracker.model_tensors import nonfinite_name
 
 log = logging.getLogger(__name__)
@@ -57,10 +60,6 @@ class Recorder:
                 "continue that run with PostHocEMA.from_path, or take another directory"
             )
 
-    def has_written(self, info: SnapshotInfo) -> bool:
-        """Whether this average is stored."""
-        return any((s.t, s.sigma_rel) == (info.t, info.sigma_rel) for s in self._stored)
-
     def set_aside_others(self, t: float, known: Container[str] | None = None) -> None:
         """Set aside what the training that goes on from `t` has not behind it.
 
@@ -72,24 +71,35 @@ class Recorder:
             log.warning("training goes on from t = %g: %s is not on its way and was set aside", t, path)
         self._stored = [s for s in self._stored if s not in others]
 
-    def write(
-        self, info: SnapshotInfo, averages: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor]
-    ) -> None:
-        """Write one snapshot, durably.
+    def write(self, sources: Sequence[LiveSource]) -> None:
+        """Write the snapshots of one time, each durably, with what is measured of them.
+
+        After skipped updates an average may be due that is stored already: that one is not written again.
+
+        Arguments:
+            sources: the running averages, one a profile.
 
         Raises:
             NonFiniteError: an average is not finite, by name; nothing is written.
-            WriteError: the system refused.
+            WriteError: the system refused. Snapshots of the other profiles may be there, each whole.
         """
-        bad = nonfinite_name(averages)
-        if bad is not None:
-            raise NonFiniteError(f"the average of {bad!r} holds nan or infinity; no snapshot of it is written")
-        for name, copy in copies.items():
-            if copy.is_floating_point() and bool(copy.isnan().any()):
-                log.warning("buffer %r holds nan; it is copied as it is", name)
-        storage = {name: storage_dtype(average, info, name) for name, average in averages.items()}
-        storage |= {name: copy.dtype for name, copy in copies.items()}
-        tensors = {**averages, **copies}
+        due = [not self._has_written(source.info) for source in sources]
+        if not any(due):
+            return
+        infos = [source.info for source in sources]
+        averages = [source.averages for source in sources]
+        measured, storage = measure_stored(infos, averages, self._newest_before(infos[0]))
+        for average, measurements in zip(averages, measured, strict=True):
+            if measurements is None:
+                _check_finite(average)
+        _warn_of_nan(sources[0].copies)
+        for source, measurements, dtypes, is_due in zip(sources, measured, storage, due, strict=True):
+            if is_due:
+                self._write(replace(source.info, measurements=measurements), source, dtypes)
+
+    def _write(self, info: SnapshotInfo, source: LiveSource, dtypes: Mapping[str, torch.dtype]) -> None:
+        tensors = {**source.averages, **source.copies}
+        storage = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
         specs = [
             TensorSpec(name, stored_name(dtype, name), tuple(tensors[name].shape)) for name, dtype in storage.items()
         ]
@@ -99,8 +109,22 @@ class Recorder:
                 writer.write(name, tensor_bytes(tensors[name].to(dtype)))
             checksum = writer.commit()
         self._run_id = info.run_id
-        self._stored.append(StoredSnapshot(path, info.t, info.sigma_rel, checksum))
+        self._stored.append(StoredSnapshot(path, info, checksum))
         log.info("wrote %s", path)
+
+    def _has_written(self, info: SnapshotInfo) -> bool:
+        return any((s.t, s.sigma_rel) == (info.t, info.sigma_rel) for s in self._stored)
+
+    def _newest_before(self, info: SnapshotInfo) -> list[StoredSnapshot]:
+        """The two newest earlier snapshots of each profile that say how they were rounded.
+
+        Two, since distances over one interval and over two tell a walk from noise.
+        """
+        newest = []
+        for sigma_rel in info.sigma_rels:
+            earlier = [s for s in self._stored if s.sigma_rel == sigma_rel and s.t < info.t and s.info.measurements]
+            newest += sorted(earlier, key=lambda s: s.t)[-2:]
+        return newest
 
     def thin(self, max_checkpoints: int | None) -> None:
         """Leave `max_checkpoints` snapshots a profile."""
@@ -112,16 +136,13 @@ class Recorder:
         self._lock.release()
 
 
-def storage_dtype(average: torch.Tensor, info: SnapshotInfo, name: str) -> torch.dtype:
-    """The dtype to store an average in: the wanted one, or wider where that would lose more than its rounding.
+def _check_finite(averages: Mapping[str, torch.Tensor]) -> None:
+    bad = nonfinite_name(averages)
+    if bad is not None:
+        raise NonFiniteError(f"the average of {bad!r} holds nan or infinity; no snapshot of it is written")
 
-    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative. More is lost where a value
-    is too large (infinity), or where all are so small that they lie among or below the subnormal numbers.
-    """
-    wanted = torch_dtype(info.schedule.checkpoint_dtype or info.tensors[name].dtype)
-    norm = torch.linalg.vector_norm(average, dtype=torch.float64)
-    for dtype in (wanted, torch.float32):
-        lost = torch.linalg.vector_norm(average - average.to(dtype), dtype=torch.float64)
-        if bool(lost <= torch.finfo(dtype).eps / 2 * norm):
-            return dtype
-    return average.dtype
+
+def _warn_of_nan(copies: Mapping[str, torch.Tensor]) -> None:
+    for name, copy in copies.items():
+        if copy.is_floating_point() and bool(copy.isnan().any()):
+            log.warning("buffer %r holds nan; it is copied as it is", name)

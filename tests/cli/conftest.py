@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from factories import read_snapshot
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.writer import TensorFileWriter
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +35,32 @@ def _recorded_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(_recorded_run: Path, tmp_path: Path) -> Path:
     """A directory of 20 times x 2 profiles, up to step 2,000; a copy that may be harmed."""
     return Path(shutil.copytree(_recorded_run, tmp_path / "run"))
+
+
+@pytest.fixture
+def exact_run(tmp_path: Path) -> Path:
+    """A directory of 3 times x 2 profiles, up to step 300, in the accumulators' own dtype: nothing is rounded."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    with PostHocEMA.from_model(model, tmp_path / "exact", checkpoint_every=100, checkpoint_dtype=None) as tracker:
+        for _ in range(300):
+            with torch.no_grad():
+                model.weight.add_(0.1 * torch.randn_like(model.weight))
+            tracker.update_(model)
+    return tmp_path / "exact"
+
+
+@pytest.fixture
+def unmeasured_run(run: Path) -> Path:
+    """The directory `run` without its measurements: such as an early release, or another tool, wrote."""
+    for path in run.glob("*.safetensors"):
+        snapshot = read_snapshot(path)
+        with TensorFile(path) as file:
+            data = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
+        specs = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in snapshot.header.tensors.items()]
+        metadata = snapshot_metadata(replace(snapshot.info, measurements=None))
+        with TensorFileWriter(path, specs, metadata, overwrite=True) as writer:
+            for name, content in data.items():
+                writer.write(name, content)
+            writer.commit()
+    return run

@@ -1,11 +1,9 @@
-"""`ema error-plot`, `info`, `export`, `profile`, and what holds for every command."""
+"""`ema info`, `export`, `profile`, and what holds for every command."""
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-import struct
 from pathlib import Path
 
 import pytest
@@ -16,101 +14,6 @@ from safetensors.torch import load_file, save_file
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli.output import percent, printable, size_text
 
-SCHEDULE = ("--steps", "100000", "--checkpoint-every", "1000", "--max-checkpoints", "20")
-
-
-def png_size(path: Path) -> tuple[int, int]:
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    return struct.unpack(">II", data[16:24])
-
-
-# --- error-plot ------------------------------------------------------------------------------------
-
-
-def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema("error-plot", run, "--out", tmp_path / "error.png")
-    assert (result.code, result.err) == (0, "")
-    assert png_size(tmp_path / "error.png")[0] >= 1000
-    assert re.search(r"/run: 40 snapshots up to 2,000 steps +0\.05, 0\.28 +0\.\d+ to 0\.\d+", result.out)
-
-
-@pytest.mark.parametrize(("name", "magic"), [("e.svg", b"<?xml"), ("e.pdf", b"%PDF"), ("e.png", b"\x89PNG")])
-def test_pictures_for_screen_and_print(ema: Ema, run: Path, tmp_path: Path, name: str, magic: bytes) -> None:
-    assert ema("error-plot", run, "--out", tmp_path / name, "--profiles", "0.15,0.2").code == 0
-    assert (tmp_path / name).read_bytes().startswith(magic)
-
-
-def test_the_picture_names_the_good_range_and_marks_what_is_tracked(ema: Ema, run: Path, tmp_path: Path) -> None:
-    ema("error-plot", run, "--out", tmp_path / "e.svg")
-    text = (tmp_path / "e.svg").read_text()
-    assert "Reconstruction error: below 1 % for sigma_rel 0.0" in text
-    assert "tracked: 0.05, 0.28" in text
-
-
-def test_before_training_several_schedules_in_one_picture(ema: Ema, tmp_path: Path) -> None:
-    result = ema(
-        "error-plot", "--sigma-rels", "0.05,0.28", "--sigma-rels", "0.05,0.10", *SCHEDULE,
-        "--out", tmp_path / "plan.png",
-    )  # fmt: skip
-    assert result.code == 0
-    assert result.out.count("plan: ") == 2
-
-
-def test_the_numbers_as_json_and_as_a_table(ema: Ema, run: Path, tmp_path: Path) -> None:
-    result = ema("error-plot", run, "--csv", tmp_path / "e.csv", "--json", "--sigma-range", "0.04:0.28")
-    (curve,) = json.loads(result.out)["curves"]
-    rows = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
-    assert [float(row["sigma_rel"]) for row in rows] == curve["sigma_rel"]
-    assert [float(row["profile_error"]) for row in rows] == curve["profile_error"]
-    assert curve["tracked"] == [0.05, 0.28]
-    assert (curve["sigma_rel"][0], curve["sigma_rel"][-1]) == (0.04, 0.28)
-    dry = json.loads(ema("synthesize", run, "--sigma-rel", "0.04", "--dry-run", "--json").out)
-    assert dry["targets"][0]["profile_error"] == pytest.approx(curve["profile_error"][0])
-
-
-def test_a_directory_beside_a_schedule(ema: Ema, run: Path) -> None:
-    result = ema("error-plot", run, "--sigma-rels", "0.1", *SCHEDULE, "--json")
-    assert [curve["tracked"] for curve in json.loads(result.out)["curves"]] == [[0.05, 0.28], [0.1]]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--out", "e.png"], "name a directory of snapshots, or a schedule"),
-        (["--sigma-rels", "0.1", "--out", "e.png"], "--steps: is missing"),
-        (["--steps", "100", "--out", "e.png"], "--sigma-rels: is missing"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--out", "e.png", "--csv", "e.png"], "--csv e.png: is the picture"),
-        (["--sigma-rels", "0.4", *SCHEDULE, "--json"], "--sigma-rel 0.4: must lie in"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--steps", "5", "--steps", "6", "--json"], "--steps: give it once"),
-        (["--sigma-rels", "0.1", "--steps", "10", "--checkpoint-every", "11", "--json"], "--checkpoint-every 11"),
-        (["--sigma-rels", "0.1", "--steps", "1000000000", "--checkpoint-every", "1", "--json"], "at most 20,000"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--max-checkpoints", "0", "--json"], "--max-checkpoints"),
-        (["--sigma-rels", "0.1", *SCHEDULE], "--out: name a picture"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--out", "e.gif"], "--out e.gif: must end in .png, .svg, .pdf"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--sigma-range", "0.2:0.1"], "first must be below the second"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--sigma-range", "0.2"], "--sigma-range 0.2: must be LOW:HIGH"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--profiles", "2"], "2: must lie in (0, 0.2887)"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--t", "5"], "--t 5: must lie between"),
-    ],
-)  # fmt: skip
-def test_wrong_options_of_error_plot(
-    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = ema("error-plot", *options)
-    assert result.code == 2
-    assert words in result.error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_are_not_replaced_unasked(ema: Ema, run: Path, tmp_path: Path) -> None:
-    (tmp_path / "e.png").write_text("precious")
-    assert "is there already" in ema("error-plot", run, "--out", tmp_path / "e.png").error
-    assert (tmp_path / "e.png").read_text() == "precious"
-    assert ema("error-plot", run, "--out", tmp_path / "e.png", "--force").code == 0
-
-
 # --- info ------------------------------------------------------------------------------------------
 
 
@@ -118,7 +21,8 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     result = ema("info", run)
     assert (result.code, result.err) == (0, "")
     assert re.search(r"^run +[0-9a-f]{32}$", result.out, re.MULTILINE)
-    assert re.search(r"^ *0\.28 +0\.1693 +20 +100 +2,000 ", result.out, re.MULTILINE)
+    assert re.search(r"^ *0\.28 +0\.1693 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out, re.MULTILINE)
+    assert re.search(r"^measured +40 of them$", result.out, re.MULTILINE)
     report = json.loads(ema("info", run, "--json").out)
     assert report["run"] == PostHocEMA.from_path(run).run_id
     assert [p["sigma_rel"] for p in report["profiles"]] == [0.05, 0.28]
@@ -126,16 +30,51 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     assert (report["averaged"], report["copied"], report["left_out"]) == (5, 3, ["2.bias"])
     assert report["bytes"] == sum(p.stat().st_size for p in run.glob("*.safetensors"))
     assert report["problems"] == []
+    assert report["measured"] == 40
+    low, high = report["profiles"][0]["relative_rounding"]
+    assert 2**-13 < low <= high < 2**-11
+
+
+def test_info_says_where_nothing_was_measured(ema: Ema, unmeasured_run: Path) -> None:
+    result = ema("info", unmeasured_run)
+    assert (result.code, result.err) == (0, "")
+    assert re.search(r"^measured +none of them: errors are predicted from a sample$", result.out, re.MULTILINE)
+    assert result.out.count("unknown") == 2
+    report = json.loads(ema("info", unmeasured_run, "--json").out)
+    assert report["measured"] == 0
+    assert [profile["relative_rounding"] for profile in report["profiles"]] == [None, None]
+    snapshot = json.loads(ema("info", sorted(unmeasured_run.glob("*.safetensors"))[0], "--json").out)
+    assert snapshot["measurements"] is None
+
+
+def test_info_of_an_output_that_is_no_power_function(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "beta.safetensors"
+    ema("synthesize", run, "--beta", "0.99", "--out", out)
+    report = json.loads(ema("info", out, "--json").out)
+    assert (report["profile"], report["sigma_rel"], report["gamma"]) == ("beta 0.99", None, None)
+    text = ema("info", out).out
+    assert re.search(r"^profile +beta 0\.99$", text, re.MULTILINE)
+    assert "sigma rel" not in text
 
 
 def test_info_of_a_snapshot_an_output_and_a_stranger(ema: Ema, run: Path, tmp_path: Path) -> None:
     snapshot = sorted(run.glob("*.safetensors"))[-1]
     report = json.loads(ema("info", snapshot, "--json").out)
     assert (report["kind"], report["sigma_rel"], report["t"], report["t_first"]) == ("snapshot", 0.28, 2000, 10)
+    assert report["measurements"]["distances"] == 5
+    assert report["measurements"]["relative_rounding"] == pytest.approx(2**-11, rel=0.7)
+    tensors = {name: tensor for name, tensor in load_file(snapshot).items() if not name.startswith("1.running")}
+    norm = torch.cat([t.double().flatten() for t in tensors.values() if t.is_floating_point()]).norm()
+    assert report["measurements"]["norm"] == pytest.approx(float(norm), rel=1e-3)
+    assert re.search(r"^measurements +norm [\d.]+, relative_rounding 0\.0\d+ %, distances 5$",
+                     ema("info", snapshot).out, re.MULTILINE)  # fmt: skip
     out = tmp_path / "m.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
     report = json.loads(ema("info", out, "--json").out)
-    assert (report["kind"], report["sigma_rel"], report["method"]) == ("output", 0.15, "paper")
+    assert (report["kind"], report["sigma_rel"], report["method"]) == ("output", 0.15, "minvar")
+    assert report["profile"] == "sigma_rel 0.15"
+    assert 0 < report["predicted_error"] < 0.01
+    assert re.search(r"^predicted error +0\.\d+ %$", ema("info", out).out, re.MULTILINE)
     assert len(report["snapshots"]) == 40
     assert "sigma rel" in ema("info", out).out
     save_file({"w": torch.zeros(3, 2)}, tmp_path / "other.safetensors")
@@ -288,4 +227,6 @@ def test_sizes_and_errors_for_people() -> None:
         "3 GB",
         "4 TB",
     ]
-    assert [percent(e) for e in (0.0, 1e-8, 0.00123, 0.5)] == ["0 %", "< 1e-5 %", "0.12 %", "50 %"]
+    assert [percent(e) for e in (None, 0.0, 1e-8, 0.00123, 0.5, 0.996, 12.0)] == [
+        "unknown", "0 %", "< 1e-5 %", "0.12 %", "50 %", "100 %", "1,200 %",
+    ]  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from ema_command import Ema
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.reconstruction import METHODS
 
 
 def states(folder: Path) -> dict[str, bytes]:
@@ -22,7 +24,8 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
     assert result.code == 0
     last = result.out.splitlines()[-1]
-    assert last.startswith("made sigma_rel 0.15 at t = 2,000 from 40 snapshots, profile error 0.58 %")
+    made = r"made sigma_rel 0\.15 at t = 2,000 from 40 snapshots"
+    assert re.match(rf"{made}, predicted error 0\.\d+ %, profile error 0\.\d+ %, 128 B, in ", last)
     assert str(out) in last
     assert "not in the output: 1 of the model's tensors (2.bias" in result.out
     expected = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
@@ -67,11 +70,15 @@ def test_the_json_is_the_contract(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert result.err == ""
     assert report["run"] == PostHocEMA.from_path(run).run_id
     (target,) = report["targets"]
-    assert {"sigma_rel", "t", "method", "profile_error", "predicted_error", "snapshots", "output", "seconds"} <= set(
-        target
-    )
-    assert (target["sigma_rel"], target["t"], target["method"]) == (0.15, 2000, "paper")
-    assert target["predicted_error"] is None
+    assert set(target) == {
+        "target", "sigma_rel", "t", "method", "profile_error", "predicted_error", "snapshots", "output", "skipped",
+        "seconds",
+    }  # fmt: skip
+    assert target["target"] == "sigma_rel 0.15"
+    assert (target["sigma_rel"], target["t"], target["method"]) == (0.15, 2000, "minvar")
+    assert 0 < target["predicted_error"] < 0.01
+    assert report["movement"]["pieces"] >= 20
+    assert {key: report["movement"][key] for key in ("source", "noise")} == {"source": "measured", "noise": True}
     assert target["output"] == str(out)
     assert len(target["snapshots"]) == 40
     assert sum(s["coefficient"] for s in target["snapshots"]) == pytest.approx(1)
@@ -181,13 +188,27 @@ def test_quiet_says_nothing_and_verbose_the_coefficients(ema: Ema, run: Path, tm
     assert verbose.out.count(".safetensors") >= 40
 
 
-def test_a_stored_average_is_copied_from_its_snapshot(ema: Ema, run: Path, tmp_path: Path) -> None:
-    report = json.loads(
-        ema("synthesize", run, "--sigma-rel", "0.05", "--out", tmp_path / "m.safetensors", "--json").out
-    )
+def test_an_average_that_is_stored_exactly_is_copied_from_its_snapshot(ema: Ema, exact_run: Path) -> None:
+    report = json.loads(ema("synthesize", exact_run, "--sigma-rel", "0.05", "--dry-run", "--json").out)
     (target,) = report["targets"]
-    assert target["snapshots"] == [{"file": "0000000000002000-0.05.safetensors", "coefficient": 1.0}]
+    assert target["snapshots"] == [{"file": "0000000000000300-0.05.safetensors", "coefficient": 1.0}]
     assert target["profile_error"] == 0
+    assert target["predicted_error"] < 1e-6
+
+
+def test_the_published_method_copies_what_is_stored_and_predicts_what_that_costs(ema: Ema, run: Path) -> None:
+    arguments = ["synthesize", run, "--sigma-rel", "0.05", "--dry-run", "--json"]
+    paper, best = (json.loads(ema(*arguments, "--method", method).out)["targets"][0] for method in ("paper", "minvar"))
+    assert paper["snapshots"] == [{"file": "0000000000002000-0.05.safetensors", "coefficient": 1.0}]
+    assert (paper["method"], paper["profile_error"]) == ("paper", 0)
+    assert paper["predicted_error"] == pytest.approx(2**-11, rel=0.7)  # the rounding of float16
+    assert best["predicted_error"] <= paper["predicted_error"]
+
+
+def test_the_methods_in_the_help_are_those_that_there_are(ema: Ema) -> None:
+    help_text = ema("synthesize", "--help").out
+    assert f"--method {'|'.join(METHODS)}" in help_text
+    assert f"[default: {METHODS[0]}]" in " ".join(help_text.split())
 
 
 def test_a_poor_target_is_made_with_a_warning(ema: Ema, run: Path, tmp_path: Path) -> None:

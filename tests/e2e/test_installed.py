@@ -86,7 +86,7 @@ path = []
 for _ in range(2000):
     x = torch.randn(16, 8)
     optimizer.zero_grad()
-    (model(x) - x.roll(1, 1)).square().mean().backward()
+    (model(x) - x.roll(1, 1) - torch.randn(16, 8)).square().mean().backward()
     optimizer.step()
     path.append(model.weight.detach().double().numpy().copy())
 np.save("path.npy", np.stack(path))
@@ -97,20 +97,47 @@ def ema(*arguments: object, cwd: Path, **more: object) -> subprocess.CompletedPr
     return subprocess.run([EMA, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, **more)  # type: ignore[call-overload, no-any-return]
 
 
+def classical_average(values: np.ndarray, beta: float) -> np.ndarray:
+    """x <- beta x + (1 - beta) theta, begun as the first of the values."""
+    average = values[0]
+    for theta in values[1:]:
+        average = beta * average + (1 - beta) * theta
+    return average
+
+
+def distance(found: np.ndarray, exact: np.ndarray) -> float:
+    return float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
+
+
 def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", TRAINING], cwd=tmp_path, check=True)
     assert ema("info", "run/ema", cwd=tmp_path).returncode == 0
     made = ema(
-        "synthesize", "run/ema", "--sigma-rel", "0.05,0.15", "--out", "ema-{sigma_rel}.safetensors", cwd=tmp_path
-    )
+        "synthesize", "run/ema", "--sigma-rel", "0.05,0.15", "--beta", "0.99", "--window", "500", "--out",
+        "ema-{target}.safetensors", "--max-error", "1%", "--json", cwd=tmp_path,
+    )  # fmt: skip
     assert (made.returncode, made.stderr) == (0, "")
-    path = np.load(tmp_path / "path.npy")[9::10]
-    for width, bound in ((0.05, 1e-6), (0.15, 2e-3)):
-        found = load_file(tmp_path / f"ema-{width}.safetensors")["weight"].double().numpy()
-        exact = exact_average(list(path), width, range(10, 2001, 10))
-        assert np.linalg.norm(found - exact) <= bound * np.linalg.norm(exact)
+    predicted = {target["target"]: target["predicted_error"] for target in json.loads(made.stdout)["targets"]}
+    path = np.load(tmp_path / "path.npy")
+    seen = path[9::10]  # by the hook; each of them stands for ten steps
+    truths = {
+        "sigma_rel 0.05": exact_average(list(seen), 0.05, range(10, 2001, 10)),
+        "sigma_rel 0.15": exact_average(list(seen), 0.15, range(10, 2001, 10)),
+        "beta 0.99": classical_average(seen, 0.99**10),
+        "window 500": seen[-50:].mean(axis=0),
+    }
+    found = {
+        name: load_file(tmp_path / f"ema-{name.replace(' ', '-')}.safetensors")["weight"].double().numpy()
+        for name in truths
+    }
+    for name, exact in truths.items():
+        assert distance(found[name], exact) <= 4 * predicted[name]
+    assert predicted["sigma_rel 0.05"] < 1e-6
+    # What the hook did not see it cannot know, but it is not far from what it saw.
+    assert distance(found["beta 0.99"], classical_average(path[9:], 0.99)) <= 5e-3
+    assert distance(found["window 500"], path[-500:].mean(axis=0)) <= 5e-3
     assert ema("error-plot", "run/ema", "--out", "error.svg", cwd=tmp_path).returncode == 0
-    assert ema("export", "ema-0.15.safetensors", "--out", "ema.pt", cwd=tmp_path).returncode == 0
+    assert ema("export", "ema-sigma_rel-0.15.safetensors", "--out", "ema.pt", cwd=tmp_path).returncode == 0
     loaded = torch.load(tmp_path / "ema.pt", weights_only=True)
     torch.nn.Linear(8, 8).load_state_dict(loaded)
 

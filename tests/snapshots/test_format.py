@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_header, decode_output, decode_snapshot
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
@@ -151,7 +152,8 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         tmp_path, 1234.5, 0.1, RUN_ID, values,
         t_unit="images", step=77, t_first=0.1, max_interval=32.5, aliases={"tied": "w"}, left_out=("frozen",),
         tensors={"w": fmt.TrackedTensor("average", "BF16"), "seen": fmt.TrackedTensor("copy", "I64")},
-        schedule=fmt.TrackingSchedule(5, 10, 15, None, "F16"),
+        schedule=fmt.TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
+        measurements=Measurements(1 / 3, 1e-9, (Distance(1234.5, 0.28, 0.5, 0.0), Distance(999.0, 0.1, 2.0, 1e-9))),
     )  # fmt: skip
     metadata = read_by_the_book(path).metadata
     assert {key: value for key, value in metadata.items() if not key.startswith("ema.checksum")} == {
@@ -161,6 +163,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         "ema.run_id": RUN_ID,
         "ema.sigma_rel": "0.1",
         "ema.gamma": repr(exact_gamma(0.1)),
+        "ema.sigma_rels": "[0.1,0.28]",
         "ema.t": "1234.5",
         "ema.t_unit": "images",
         "ema.step": "77",
@@ -173,6 +176,11 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         "ema.tensors": '{"w":{"role":"average","dtype":"BF16"},"seen":{"role":"copy","dtype":"I64"}}',
         "ema.aliases": '{"tied":"w"}',
         "ema.left_out": '["frozen"]',
+        "ema.measurements": (
+            '{"norm":0.3333333333333333,"rounding":1e-09,"distances":['
+            '{"t":1234.5,"sigma_rel":0.28,"squared":0.5,"rounding":0.0},'
+            '{"t":999.0,"sigma_rel":0.1,"squared":2.0,"rounding":1e-09}]}'
+        ),
     }
 
 
@@ -188,18 +196,31 @@ times = st.floats(1e-9, 1e18)
     t=times,
     early=st.floats(1e-6, 1),
     interval=st.floats(0, 1e18),
-    sigma_rel=st.floats(1e-3, 0.288),
+    sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
     step=st.integers(1, 10**18 - 1),
     unit=names,
+    sums=st.none() | st.lists(st.floats(0, 1e300), min_size=4, max_size=4),
 )
 def test_what_a_snapshot_says_comes_back_exactly(
-    tensor_names: list[str], t: float, early: float, interval: float, sigma_rel: float, step: int, unit: str
+    tensor_names: list[str],
+    t: float,
+    early: float,
+    interval: float,
+    sigma_rel: float,
+    step: int,
+    unit: str,
+    sums: list[float] | None,
 ) -> None:
+    measurements = None
+    if sums is not None:
+        distances = (Distance(t, 0.2885, sums[2], 0.0), Distance(t / 2, 0.28, sums[2], sums[3]))
+        measurements = Measurements(sums[0], sums[1], distances)
     alias, *stored = tensor_names
     values = {name: torch.zeros(1) for name in stored}
     info = make_info(
         values, t, sigma_rel, OTHER_RUN_ID, step=step, t_first=t * early, max_interval=interval, t_unit=unit,
-        aliases={alias: stored[0]}, left_out=tuple(tensor_names),
+        aliases={alias: stored[0]}, left_out=tuple(tensor_names), measurements=measurements,
+        sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})),
     )  # fmt: skip
     entries = fmt.lay_out([fmt.TensorSpec(name, "F32", (1,)) for name in stored])
     start = fmt.encode_header(entries, fmt.snapshot_metadata(info), dict.fromkeys(stored, "0" * 16))
@@ -210,7 +231,7 @@ def test_what_a_snapshot_says_comes_back_exactly(
 @pytest.mark.parametrize("predicted_error", [None, 1.5e-4])
 def test_what_an_output_says_comes_back_exactly(predicted_error: float | None) -> None:
     info = fmt.OutputInfo(
-        RUN_ID, 0.15, exact_gamma(0.15), 1e15 / 3, "tokens", "paper", 1e-3, predicted_error,
+        RUN_ID, "sigma_rel 0.15", 0.15, exact_gamma(0.15), 1e15 / 3, "tokens", "paper", 1e-3, predicted_error,
         (("a.safetensors", 1 / 3), ("b.safetensors", -2e-17)), ("norm.running_mean",),
     )  # fmt: skip
     start = fmt.encode_header({}, fmt.output_metadata(info), {})
@@ -268,7 +289,7 @@ def test_a_header_that_readers_would_refuse_is_not_written(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_number_that_json_lacks_is_never_written(number: float) -> None:
-    info = fmt.OutputInfo(RUN_ID, 0.1, 7.0, 1.0, "steps", "paper", 0.0, None, (("a", number),))
+    info = fmt.OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, 7.0, 1.0, "steps", "paper", 0.0, None, (("a", number),))
     with pytest.raises(ValueError, match="JSON"):
         fmt.output_metadata(info)
 

@@ -20,6 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import FileFormatError
+from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.reader import TensorFile, read_header
@@ -31,12 +32,25 @@ VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int
 
 
 def small_snapshot(directory: Path) -> Path:
-    return write_snapshot(directory, 10, 0.05, RUN_ID, VALUES, aliases={"tied": "a"}, left_out=("frozen",))
+    return write_snapshot(
+        directory, 10, 0.05, RUN_ID, VALUES, aliases={"tied": "a"}, left_out=("frozen",), sigma_rels=(0.05, 0.28),
+        measurements=Measurements(7.25, 1e-7, (Distance(10.0, 0.28, 0.5, 0.0), Distance(5.0, 0.05, 0.25, 1e-8))),
+    )  # fmt: skip
 
 
 def small_output(directory: Path) -> Path:
     info = fmt.OutputInfo(
-        RUN_ID, 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x.safetensors", 1.0),), ("b",)
+        RUN_ID,
+        "sigma_rel 0.1",
+        0.1,
+        exact_gamma(0.1),
+        10.0,
+        "steps",
+        "paper",
+        1e-3,
+        None,
+        (("x.safetensors", 1.0),),
+        ("b",),
     )
     path = directory / "output.safetensors"
     specs = [fmt.TensorSpec("a", "F32", (2,)), fmt.TensorSpec("b", "I16", (1,))]
@@ -163,6 +177,13 @@ def test_a_disk_that_cannot_read_is_told_with_the_file(
     with pytest.raises(FileFormatError, match="cannot be read: input/output error") as caught:
         read_everything(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_part_of_a_tensor_is_read_as_it_is(tmp_path: Path) -> None:
+    with TensorFile(small_snapshot(tmp_path)) as file:
+        assert file.read_unverified("a", 4, 8).tobytes() == struct.pack("<f", -2.5)
+        assert file.read_unverified("b", 0, 2).tobytes() == struct.pack("<h", 7)
+        assert file.read_unverified("b", 1, 1).size == 0
 
 
 def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(tmp_path: Path) -> None:
@@ -365,8 +386,9 @@ def test_forging_alone_changes_nothing(tmp_path: Path) -> None:
 
 
 SNAPSHOT_KEYS = [
-    "ema.version", "ema.run_id", "ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_unit", "ema.step", "ema.t_first",
-    "ema.max_interval", "ema.schedule", "ema.tensors", "ema.aliases", "ema.left_out", "ema.checksums", "ema.checksum",
+    "ema.version", "ema.run_id", "ema.sigma_rel", "ema.gamma", "ema.sigma_rels", "ema.t", "ema.t_unit", "ema.step",
+    "ema.t_first", "ema.max_interval", "ema.schedule", "ema.tensors", "ema.aliases", "ema.left_out", "ema.checksums",
+    "ema.checksum",
 ]  # fmt: skip
 OUTPUT_KEYS = [
     "ema.version", "ema.run_id", "ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_unit", "ema.method",
@@ -393,7 +415,8 @@ LISTS = ["", "{", "{}", "null", "[" * 10**5, "[1]", '[["a"]]', '[{"a":1}]', "[nu
     [(small_snapshot, key, v) for key in ("ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_first") for v in NUMBERS]
     + [(small_snapshot, "ema.step", value) for value in WHOLE]
     + [(small_snapshot, key, v) for key in ("ema.schedule", "ema.tensors", "ema.aliases") for v in OBJECTS]
-    + [(small_snapshot, "ema.left_out", value) for value in LISTS]
+    + [(small_snapshot, "ema.measurements", value) for value in OBJECTS]
+    + [(small_snapshot, key, value) for key in ("ema.left_out", "ema.sigma_rels") for value in LISTS]
     + [(small_output, key, value) for key in ("ema.snapshots", "ema.copies") for value in LISTS]
     + [(small_output, key, value) for key in ("ema.profile_error", "ema.predicted_error") for value in NUMBERS],
 )  # fmt: skip
@@ -459,6 +482,79 @@ def test_a_snapshot_that_contradicts_itself_is_refused(
     assert all(character.isprintable() for character in str(caught.value))
 
 
+def measured(**changes: Any) -> str:
+    """The measurements of `small_snapshot`, but for `changes`; those of its distances as `distance_...`."""
+    raw: dict[str, Any] = {"norm": 7.25, "rounding": 1e-7}
+    distance: dict[str, Any] = {"t": 10.0, "sigma_rel": 0.28, "squared": 0.5, "rounding": 0.0}
+    distance |= {key.removeprefix("distance_"): changes.pop(key) for key in list(changes) if "distance_" in key}
+    return json.dumps({**raw, "distances": [distance, {**distance, "t": 5.0, "sigma_rel": 0.05}], **changes})
+
+
+DISTANCE = {"t": 10.0, "sigma_rel": 0.28, "squared": 0.5, "rounding": 0.0}
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (measured(norm=-1), "norm '-1' must be a finite number, at least 0"),
+        (measured(norm=True), "norm 'True'"),
+        (measured(norm="1"), "norm '1' must"),
+        (measured(norm=None), "norm 'None'"),
+        (measured(rounding=10**400), "rounding '1000"),
+        (measured(norm=1).replace("1,", "1e999,", 1), "norm 'inf'"),
+        (measured(norm=float("nan")), "NaN is not JSON"),
+        (measured(distance_squared=-1e-300), "squared '-1e-300'"),
+        (measured(distance_rounding=float("inf")), "Infinity is not JSON"),
+        (measured(distance_t=10.5), "t 10.5: must lie in (0, 10]"),
+        (measured(distance_t=0), "t 0: must lie in (0, 10]"),
+        (measured(distance_t=-1), "t '-1'"),
+        (measured(distance_t=[1]), "t '[1]'"),
+        (measured(distance_sigma_rel=0.1), "sigma_rel 0.1, none of the tracked 0.05, 0.28"),
+        (measured(distance_sigma_rel=0.05), "the snapshot itself, sigma_rel 0.05 at t = 10"),
+        (measured(distance_extra=1), "must have t, sigma_rel, squared, rounding, and nothing else"),
+        (measured(extra=1), "must have norm, rounding, and nothing else"),
+        (measured(distances=[DISTANCE, DISTANCE]), "the same t and sigma_rel twice"),
+        (measured(distances=[{**DISTANCE, "t": t} for t in range(1, 7)]), "a list of at most 5 for 2 profiles"),
+        (measured(distances={}), "distances must be a list"),
+        (measured(distances=[1]), "must have t, sigma_rel"),
+        ('{"norm":1,"rounding":0}', "distances must be a list"),
+        ('{"rounding":0,"distances":[]}', "must have norm, rounding"),
+    ],
+)
+def test_measurements_that_cannot_be_are_refused_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+    path = forge(small_snapshot(tmp_path), set_key("ema.measurements", text))
+    with pytest.raises(FileFormatError) as caught:
+        read_snapshot(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "ema.measurements" in str(caught.value)
+    assert told in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+def test_a_snapshot_without_measurements_is_one_too(tmp_path: Path) -> None:
+    path = forge(small_snapshot(tmp_path), lambda header: header["__metadata__"].pop("ema.measurements"))
+    assert read_snapshot(path).info.measurements is None
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "is not a list of numbers"),
+        ("[true]", "is not a list of numbers"),
+        ("[0.28,0.05]", "must grow, each profile once"),
+        ("[0.05,0.05,0.28]", "must grow, each profile once"),
+        ("[0.05,0.3]", "sigma_rel 0.3: must lie in (0, 0.2887)"),
+        ("[0.1,0.28]", "0.1, 0.28 has not the snapshot's own 0.05"),
+    ],
+)
+def test_tracked_profiles_that_cannot_be_are_refused(tmp_path: Path, text: str, told: str) -> None:
+    path = forge(small_snapshot(tmp_path), set_key("ema.sigma_rels", text))
+    with pytest.raises(FileFormatError) as caught:
+        read_snapshot(path)
+    assert str(caught.value).startswith(f"{path}: ema.sigma_rels: ")
+    assert told in str(caught.value)
+
+
 @pytest.mark.parametrize("coefficient", ["1" * 400, "1e999", "true", '"1"', "null"])
 def test_a_coefficient_that_is_no_finite_number_is_refused(tmp_path: Path, coefficient: str) -> None:
     text = f'[{{"file":"x","coefficient":{coefficient}}}]'
@@ -513,7 +609,10 @@ json_values = st.recursive(
 
 
 @settings(deadline=None, max_examples=500)
-@given(key=st.sampled_from([*SNAPSHOT_KEYS[:-1], "ema.format"]), value=st.text() | json_values.map(json.dumps))
+@given(
+    key=st.sampled_from([*SNAPSHOT_KEYS[:-1], "ema.format", "ema.measurements"]),
+    value=st.text() | json_values.map(json.dumps),
+)
 def test_any_metadata_under_a_right_checksum_is_refused_or_read_and_never_crashes(
     whole: tuple[bytes, bytes], key: str, value: str
 ) -> None:

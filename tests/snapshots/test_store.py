@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, write_run, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -20,6 +21,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, WriteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import store
+from posthoc_cli.snapshots.priors import with_sampled_measurements
 from posthoc_cli.snapshots.store import (
     StoredSnapshot,
     inspect_directory,
@@ -44,7 +46,7 @@ def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ..
 
 
 def write_output(path: Path) -> None:
-    info = fmt.OutputInfo(RUN_ID, 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 0.0, None, ())
+    info = fmt.OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 0.0, None, ())
     with TensorFileWriter(path, [], fmt.output_metadata(info)) as writer:
         writer.commit()
 
@@ -95,6 +97,7 @@ def test_outputs_temporaries_hidden_files_and_other_files_beside_snapshots_are_l
         ({**W, "more\n": W["w"]}, {}, [r"tensor 'more\n'", "missing in"]),
         ({}, {}, ["tensor 'w'", "missing in"]),
         (W, {"aliases": {"tied": "w"}}, ["tie different names"]),
+        (W, {"sigma_rels": (0.05, 0.2)}, ["0.05, 0.2", "0.05, 0.1, 0.15, 0.28"]),
     ],
 )
 @pytest.mark.parametrize("last", [True, False])
@@ -111,6 +114,14 @@ def test_snapshots_that_do_not_belong_together_never_mix(
     assert message.isprintable()
     for part in told:
         assert part in message
+
+
+def test_a_run_that_went_on_without_a_profile_that_was_deleted_is_one_run(tmp_path: Path) -> None:
+    write_times(tmp_path, [10, 20], (0.05, 0.28))
+    for path in tmp_path.glob("*-0.28.safetensors"):
+        path.unlink()
+    write_snapshot(tmp_path, 30, 0.05, RUN_ID, W, sigma_rels=(0.05,))
+    assert times_in(tmp_path) == [10, 20, 30]
 
 
 def test_averages_may_be_stored_in_different_dtypes(tmp_path: Path) -> None:
@@ -203,7 +214,7 @@ def test_an_inspection_lists_every_problem_and_goes_on(tmp_path: Path) -> None:
         "damaged.safetensors: truncated",
         "different runs",
         "both hold",
-        "t = 30: no snapshot of sigma_rel 0.28",
+        "t = 30, the newest: no snapshot of sigma_rel 0.28",
     ):
         assert sum(part in problem for problem in found.problems) == 1
     assert found.leftovers == (tmp_path / ".ema-0123.tmp",)
@@ -249,12 +260,25 @@ def test_names_are_for_people() -> None:
 # --- adding ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("keep", "left"), [(1, [50]), (2, [10, 50]), (3, [10, 30, 50]), (5, [10, 20, 30, 40, 50])])
-def test_thinning_keeps_the_newest_and_the_first_of_each_profile(tmp_path: Path, keep: int, left: list[float]) -> None:
+@pytest.mark.parametrize("keep", [1, 2, 3, 5])
+def test_thinning_keeps_as_many_of_each_profile_and_the_newest(tmp_path: Path, keep: int) -> None:
     write_times(tmp_path, [10, 20, 30, 40, 50], (0.05, 0.28))
     thin(stored(tmp_path), keep)
     for sigma_rel in (0.05, 0.28):
-        assert [s.info.t for s in read_directory(tmp_path) if s.info.sigma_rel == sigma_rel] == left
+        left = [s.info.t for s in read_directory(tmp_path) if s.info.sigma_rel == sigma_rel]
+        assert len(left) == keep
+        assert left[-1] == 50
+
+
+def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_path: Path) -> None:
+    """A network that moves in the middle of training only: snapshots elsewhere are all alike."""
+    walk = np.concatenate((np.zeros(40), np.cumsum(np.random.default_rng(0).normal(size=20)), np.zeros(40)))
+    walk[60:] = walk[59]
+    trajectory = [{"w": np.full(3, value)} for value in walk]
+    write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
+    measured = with_sampled_measurements(read_directory(tmp_path))
+    left = thin([StoredSnapshot.of(snapshot) for snapshot in measured], 3)
+    assert sum(40 <= s.t <= 60 for s in left) == 4
 
 
 def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
@@ -269,9 +293,12 @@ def test_thinning_tells_what_is_left_and_takes_no_offence_at_what_is_gone(tmp_pa
     write_times(tmp_path, [10, 20, 30, 40])
     before = stored(tmp_path)
     before[1].path.unlink()
-    assert [s.t for s in thin(before, 3)] == [10, 20, 40]
-    assert [s.t for s in thin(before, 2)] == [10, 40]
-    assert times_in(tmp_path) == [10, 40]
+    left = thin(before, 3)
+    assert len(left) == 3
+    left = thin(before, 2)
+    assert len(left) == 2
+    assert left[-1].t == 40
+    assert set(times_in(tmp_path)) == {s.t for s in left} - {20}
 
 
 def test_keeping_all_reads_and_removes_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Averaging profiles: how much each moment of training counts in an average.
+"""The power function, the profile that is tracked: its width, its exponent, its updates.
 
 The power function of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
 Models" (arXiv 2312.02696), section 3.1. Training time `t` runs from 0; any unit will do. An average
@@ -17,36 +17,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
-
-FloatArray = npt.NDArray[np.float64]
+from posthoc_cli.profiles.protocol import FloatArray
 
 UNIFORM_SIGMA_REL = 12**-0.5
 """sigma_rel of the uniform average over all of training; every power function is shorter."""
 
 SHORTEST_SIGMA_REL = 1e-12
 """Shorter than one step of any training there is; far below it the formulas overflow."""
-
-_DIRECT_SUM_LIMIT = 1_000_000
-"""Steps up to which the mean lag is summed term by term."""
-
-
-class Profile(Protocol):
-    """What reconstruction needs to know of an average: its mass over training time."""
-
-    def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at times `s`, any shape."""
-        ...
-
-    def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass at times after `s`, any shape; 1 at the start of training, 0 at the end."""
-        ...
-
 
 # --- sigma_rel and gamma ---------------------------------------------------------------------------
 
@@ -122,7 +104,7 @@ def beta(gamma: float, t_prev: float, t: float) -> float:
     return 1.0 - new_value_share(gamma, t_prev, t)
 
 
-# --- profiles --------------------------------------------------------------------------------------
+# --- the profile -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -203,59 +185,3 @@ class RecordedPowerFunction:
         """Mass after `s`: 1 before `t_first`, then that of the pure function."""
         times = np.asarray(s, dtype=np.float64)
         return np.where(times < self.t_first, 1.0, self.pure.tail(times))
-
-
-# --- the classical average -------------------------------------------------------------------------
-
-
-def mean_lag(gamma: float, steps: int) -> float:
-    """Mean age in steps of the values in an average updated at every step 1 .. `steps`.
-
-    sum_k w_k (T - k) with the discrete weights of the power function; by partial summation
-    sum_{j=1}^{T-1} (j/T)**(gamma+1).
-    """
-    if steps < 1:
-        raise InvalidValueError(f"steps {steps}: must be at least 1")
-    x = gamma + 1
-    if steps <= _DIRECT_SUM_LIMIT:
-        return float(np.sum(np.power(np.arange(1, steps) / steps, x)))
-    if x > 0.1 * steps:
-        # The terms fall by a factor exp(-x/T) each: 400 of them leave out less than e**-40.
-        return float(np.sum(np.exp(x * np.log1p(-np.arange(1, 401) / steps))))
-    # Euler-Maclaurin; the next terms are of order (x/T)**5 / 30240.
-    ratio = x / steps
-    return float(steps / (x + 1) - 0.5 + ratio / 12 - ratio * (x - 1) * (x - 2) / steps**2 / 720)
-
-
-def classical_beta(sigma_rel: float, steps: int) -> float:
-    """The constant decay whose average has the same mean lag after `steps` steps as the power function.
-
-    A classical EMA with decay beta has mean lag beta / (1 - beta) steps.
-    """
-    lag = mean_lag(gamma_from_sigma_rel(sigma_rel), steps)
-    return lag / (1 + lag)
-
-
-def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
-    """The inverse of `classical_beta`.
-
-    No power function has a longer mean lag than the uniform average, (steps - 1) / 2: a beta at or above
-    1 - 2 / (steps + 1) has no counterpart after that many steps, however its table may name one.
-    """
-    if steps < 2:
-        raise InvalidValueError(f"steps {steps}: must be at least 2")
-    longest = 1 - 2 / (steps + 1)
-    if not 0 < beta < longest:
-        raise InvalidValueError(
-            f"beta {beta!r}: after {steps:,} steps it must lie in (0, {longest:.7g}); "
-            f"{longest:.7g} has the mean lag of the uniform average, and no power function a longer one"
-        )
-    from scipy.optimize import brentq  # slow to import, and needed here alone
-
-    lag = beta / (1 - beta)
-    # Mean lag falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
-    largest = steps * (2 + max(0.0, -math.log(lag))) * 2
-    log_x = brentq(
-        lambda value: mean_lag(math.expm1(value), steps) - lag, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
-    )
-    return sigma_rel_from_gamma(math.expm1(log_x))

@@ -1,0 +1,46 @@
+"""Before, while and after training: schedules, which snapshots to keep, and what they are good for.
+
+Pure NumPy; nothing here reads a file, so that a schedule can be judged before training.
+"""
+
+from posthoc_cli.planning.curves import (
+    Candidate,
+    ErrorCurve,
+    ErrorPoint,
+    ProfileFit,
+    check_sigma_range,
+    error_curve,
+    profile_fit,
+    ranges_text,
+)
+from posthoc_cli.planning.forecast import Forecast, forecast
+from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_loss, snapshots_to_drop
+from posthoc_cli.planning.proposals import Proposal, judge, propose
+from posthoc_cli.planning.schedule import MOST_SNAPSHOTS, MOST_TIMES, Schedule, listed
+from posthoc_cli.planning.task import Task, check_dtype, relative_rounding
+
+__all__ = [
+    "MOST_SNAPSHOTS",
+    "MOST_TIMES",
+    "USEFUL_RANGE",
+    "Candidate",
+    "ErrorCurve",
+    "ErrorPoint",
+    "Forecast",
+    "ProfileFit",
+    "Proposal",
+    "Schedule",
+    "Task",
+    "check_dtype",
+    "check_sigma_range",
+    "error_curve",
+    "errors_after_loss",
+    "forecast",
+    "judge",
+    "listed",
+    "profile_fit",
+    "propose",
+    "ranges_text",
+    "relative_rounding",
+    "snapshots_to_drop",
+]

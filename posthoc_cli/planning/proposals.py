@@ -1,0 +1,245 @@
+"""What to track, how often to store it, and as what: the smallest worst predicted error within a disk budget.
+
+Choices are screened with snapshots that lie about as thinning leaves them; the few finalists are judged by the
+snapshots that a tracker would hold at the end (`Schedule.snapshots`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import combinations
+
+import numpy as np
+
+from posthoc_cli.planning.forecast import Forecast, forecast
+from posthoc_cli.planning.schedule import Schedule, listed
+from posthoc_cli.planning.task import MOST_KEPT, Task
+from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.reconstruction import assumed_prior
+
+_PROFILES = (1, 2, 3)
+_GRID = 6
+_LONGEST = 0.28
+"""Tracked profiles come from a grid of so many sigma_rels, up to this one."""
+
+_REFINEMENTS = (1.25, 1.1)
+"""Factors by which each tracked sigma_rel is then moved, either way, as long as that helps."""
+
+_SCREENED = 24
+"""Snapshots a profile that are enough for screening; each stands for several where there are more."""
+
+_LATER = 1.5
+"""Thinning leaves more late snapshots than early ones: about 1 - (1 - x)**_LATER of training, x evenly spaced."""
+
+_TAKEN = (1, 2, 4)
+_TAKEN_BY_THE_BEST = (3, 6, 8)
+"""Times at which snapshots are taken, in multiples of those kept: tried for every finalist, and for the best."""
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """A schedule with what it costs and gives.
+
+    Attributes:
+        schedule: what to track and when to store it.
+        dtype: how snapshots are stored.
+        nbytes: all snapshots at their fullest: kept ones and those just written before the thinning.
+        errors: expected over the wanted range.
+    """
+
+    schedule: Schedule
+    dtype: str
+    nbytes: int
+    errors: Forecast
+
+    @property
+    def update_every(self) -> int:
+        """Steps between updates: 10, or fewer in a short run, and a divisor of `checkpoint_every`."""
+        most = max(1, min(10, self.schedule.steps // 1000))
+        return next(every for every in range(most, 0, -1) if self.schedule.checkpoint_every % every == 0)
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last snapshot, and so of the averages."""
+        return self.schedule.taken * self.schedule.checkpoint_every
+
+    @property
+    def label(self) -> str:
+        """For a legend."""
+        return f"{listed(self.schedule.sigma_rels)} in {self.dtype}, {self.schedule.kept} each"
+
+
+def propose(task: Task) -> list[Proposal]:
+    """The best choice first, then others that are really different, by their worst errors.
+
+    Those are the best of each dtype, of one, two and three profiles, and of half the budget.
+    """
+    choices = sorted(_screened(task), key=lambda choice: choice.screened)
+    finalists = []
+    for index, choice in enumerate(choices):
+        earlier = choices[:index]
+        if any(c.dtype == choice.dtype for c in earlier) and any(c.profiles == choice.profiles for c in earlier):
+            continue
+        finalists.append(choice)
+    judged = [_best(_judged(task, choice, _TAKEN)) for choice in finalists]
+    leader = finalists[judged.index(_best(judged))]
+    judged.append(_best([_best(judged), *_judged(task, leader, _TAKEN_BY_THE_BEST)]))
+    frugal = replace(task, max_bytes=task.max_bytes // 2) if _halves(task, leader) else None
+    if frugal is not None:
+        judged.append(_best(_judged(frugal, leader, _TAKEN)))
+    return _different(sorted(judged, key=_rank))
+
+
+def judge(task: Task, schedule: Schedule, dtype: str) -> Proposal:
+    """A schedule with what it costs and gives."""
+    snapshots = schedule.snapshots(task.path)
+    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, task.path), task.sigma_range, 81)
+    return Proposal(schedule, dtype, _fullest(schedule) * task.snapshot_bytes(dtype), errors)
+
+
+def _fullest(schedule: Schedule) -> int:
+    """Snapshots on disk at once: before thinning there is one more of each profile than is kept."""
+    return len(schedule.sigma_rels) * min(schedule.taken, schedule.kept + 1)
+
+
+def _rank(proposal: Proposal) -> tuple[float, float]:
+    return proposal.errors.worst, proposal.errors.median
+
+
+def _best(proposals: Sequence[Proposal]) -> Proposal:
+    return min(proposals, key=_rank)
+
+
+def _different(ranked: Sequence[Proposal]) -> list[Proposal]:
+    """Without those that are like a better one in all but their cadence, unless they need less disk."""
+    chosen: list[Proposal] = []
+    for proposal in ranked:
+        alike = [
+            c for c in chosen if (c.dtype, c.schedule.sigma_rels) == (proposal.dtype, proposal.schedule.sigma_rels)
+        ]
+        if all(proposal.nbytes < 0.75 * other.nbytes for other in alike):
+            chosen.append(proposal)
+    return chosen
+
+
+# --- screening -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Choice:
+    sigma_rels: tuple[float, ...]
+    dtype: str
+    screened: float
+    """About the worst error."""
+
+    @property
+    def profiles(self) -> int:
+        return len(self.sigma_rels)
+
+
+def _screened(task: Task) -> Iterator[_Choice]:
+    """The most promising profiles for each dtype and number of profiles that fit."""
+    for dtype in task.dtypes():
+        for tracked in _starts(task):
+            if not task.fits(dtype, len(tracked[0])):
+                continue
+            errors = {sigma_rels: _screen(task, sigma_rels, dtype) for sigma_rels in tracked}
+            best = min(errors, key=errors.__getitem__)
+            yield _Choice(best, dtype, errors[best]) if task.sigma_rels else _refined(task, best, dtype, errors[best])
+
+
+def _starts(task: Task) -> list[list[tuple[float, ...]]]:
+    """Tracked profiles to begin with, one list for each number of them."""
+    if task.sigma_rels is not None:
+        return [[task.sigma_rels]]
+    low, high = task.sigma_range
+    grid = [_rounded(float(s)) for s in np.geomspace(low, min(high, _LONGEST), _GRID)]
+    grid = sorted(set(grid))
+    return [list(combinations(grid, profiles)) for profiles in _PROFILES if len(grid) >= profiles]
+
+
+def _refined(task: Task, sigma_rels: tuple[float, ...], dtype: str, error: float) -> _Choice:
+    """The choice after moving one tracked profile at a time, as long as that helps."""
+    for factor in _REFINEMENTS:
+        for place in range(len(sigma_rels)):
+            for moved in (sigma_rels[place] * factor, sigma_rels[place] / factor):
+                other = (*sigma_rels[:place], _rounded(min(moved, _LONGEST)), *sigma_rels[place + 1 :])
+                if len(set(other)) < len(other) or list(other) != sorted(other):
+                    continue
+                found = _screen(task, other, dtype)
+                if found < error:
+                    sigma_rels, error = other, found
+    return _Choice(sigma_rels, dtype, error)
+
+
+def _rounded(sigma_rel: float) -> float:
+    """Two digits are plenty."""
+    return float(f"{sigma_rel:.2g}")
+
+
+def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str) -> float:
+    """About the worst error of these profiles."""
+    kept = _kept(task, dtype, len(sigma_rels))
+    count = min(kept, _SCREENED)
+    x = np.arange(1, count + 1) / count
+    dense = task.taken_most() > kept  # else every snapshot is kept
+    times = task.steps * (1 - (1 - x) ** _LATER if dense else x)
+    snapshots = [PowerFunction(_gamma(s), float(t)) for t in times for s in sigma_rels]
+    prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.path)
+    return forecast(snapshots, prior, task.sigma_range, points=15).worst
+
+
+@lru_cache(maxsize=1024)
+def _gamma(sigma_rel: float) -> float:
+    return gamma_from_sigma_rel(sigma_rel)
+
+
+# --- finalists -------------------------------------------------------------------------------------
+
+
+def _kept(task: Task, dtype: str, profiles: int) -> int:
+    """Snapshots of each profile that are kept."""
+    taken, places = task.taken_most(), task.places(dtype, profiles)
+    kept = task.max_checkpoints or MOST_KEPT
+    return min(taken, kept) if taken <= min(places, kept) else max(1, min(kept, places - 1))
+
+
+def _judged(task: Task, choice: _Choice, multiples: Sequence[int]) -> list[Proposal]:
+    """The choice with snapshots at so many times of those it keeps; one for all cadences that come out the same."""
+    kept = _kept(task, choice.dtype, choice.profiles)
+    schedules = {}
+    for multiple in multiples:
+        places = min(task.places(choice.dtype, choice.profiles), task.max_checkpoints or MOST_KEPT)
+        every = task.checkpoint_every or _round_interval(task.steps, places if multiple == 1 else kept * multiple)
+        taken = task.steps // every
+        thinned = taken > places or (task.max_checkpoints is not None and taken > kept)
+        keep = min(kept, taken) if thinned else task.max_checkpoints
+        rounding = task.rounding_of(choice.dtype)
+        schedules[every] = Schedule(choice.sigma_rels, task.steps, every, keep, rounding)
+    return [judge(task, schedule, choice.dtype) for schedule in schedules.values()]
+
+
+def _halves(task: Task, leader: _Choice) -> bool:
+    """Whether half the budget is room for the leading choice."""
+    half = task.max_bytes // 2
+    needed = (task.max_checkpoints or 1) + 1
+    fits = half // (task.snapshot_bytes(leader.dtype) * leader.profiles) >= needed
+    return fits and task.max_checkpoints is None and task.checkpoint_every is None
+
+
+def _round_interval(steps: int, times: int) -> int:
+    """A checkpoint_every for at most `times` snapshots: one that ends with training, in round numbers, if there is."""
+    least = -(-steps // times)
+    most = min(2 * least, steps)
+    unit = int(10 ** max(len(str(least)) - 2, 0))
+    candidates: set[int] = {least, *range(-(-least // unit) * unit, most + 1, unit)}
+    candidates |= {steps // n for n in range(max(1, steps // most), times + 1) if steps % n == 0}
+
+    def cost(every: int) -> tuple[bool, int, float]:
+        digits = len(str(every).rstrip("0"))
+        return steps % every > 0, round(100 * (steps % every) / steps), math.log(every / least) + 0.1 * digits
+
+    return min((every for every in candidates if least <= every <= most), key=cost)

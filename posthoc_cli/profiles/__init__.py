@@ -1,0 +1,55 @@
+"""Averaging profiles: how much each moment of training counts in an average. NumPy only, float64.
+
+Training time `s` runs from 0 on the run's clock; any unit will do. An average taken at time `t` is
+sum_k w_k theta_k over the weights of the network after each step, and its profile is where that mass lies: the
+weight of a value counts on the interval from the step before it to its own, so that the mass after `s` is the sum
+of the weights of later values when `s` is the time of a step. What an average keeps of the value that it
+started on is a point of mass at its start. A density leaves that out, a tail does not.
+
+`power` is the profile that is tracked, `classical`, `uniform` and `tabulated` are those that one may ask for
+besides; anything else with `density` and `tail` is a `Profile` too.
+"""
+
+from posthoc_cli.profiles.classical import ClassicalEMA, classical_beta, mean_lag, sigma_rel_from_classical_beta
+from posthoc_cli.profiles.clock import Clock
+from posthoc_cli.profiles.power import (
+    SHORTEST_SIGMA_REL,
+    UNIFORM_SIGMA_REL,
+    PowerFunction,
+    RecordedPowerFunction,
+    beta,
+    check_sigma_rel,
+    gamma_from_sigma_rel,
+    new_value_share,
+    sigma_rel_from_gamma,
+)
+from posthoc_cli.profiles.protocol import FloatArray, Profile
+from posthoc_cli.profiles.table_file import Table, read_table
+from posthoc_cli.profiles.tabulated import Tabulated
+from posthoc_cli.profiles.trial import try_profile
+from posthoc_cli.profiles.uniform import StepWindow, Uniform
+
+__all__ = [
+    "SHORTEST_SIGMA_REL",
+    "UNIFORM_SIGMA_REL",
+    "ClassicalEMA",
+    "Clock",
+    "FloatArray",
+    "PowerFunction",
+    "Profile",
+    "RecordedPowerFunction",
+    "StepWindow",
+    "Table",
+    "Tabulated",
+    "Uniform",
+    "beta",
+    "check_sigma_rel",
+    "classical_beta",
+    "gamma_from_sigma_rel",
+    "mean_lag",
+    "new_value_share",
+    "read_table",
+    "sigma_rel_from_classical_beta",
+    "sigma_rel_from_gamma",
+    "try_profile",
+]

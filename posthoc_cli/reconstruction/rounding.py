@@ -1,0 +1,53 @@
+"""Errors of stored copies that are rounded to the nearest: how far those of two snapshots are alike.
+
+An element that moves by several spacings of the storage dtype between two snapshots is rounded anew, and its two
+errors have nothing to do with each other. One that hardly moves is rounded to the same value: then a combination of
+both snapshots does not average the error away. Errors are uniform within a spacing h, of variance r = h^2 / 12, and
+periodic in the value with period h. By the Fourier series of that sawtooth, after a Gaussian displacement of variance
+d their correlation is
+
+    rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2) = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
+
+With the sums over all elements in the place of d and r it is that of a network whose elements move alike, measured in
+their spacings. As a function of expected squared distances it is a mixture of Gaussian kernels, hence positive
+semidefinite.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from scipy import linalg
+
+from posthoc_cli.profiles import FloatArray
+
+_TERMS = 64
+_FAR = 12.0
+"""Squared distance, in roundings, beyond which nothing is left of the correlation: exp(-pi^2 / 6 * 12) = 3e-9."""
+
+
+def rounding_factor(rounding: FloatArray, apart: FloatArray) -> FloatArray:
+    """A matrix B with B^T B = the covariance of the stored copies' errors: shape [n, n].
+
+    Arguments:
+        rounding: variance of each error: shape [n].
+        apart: expected squared distances of the averages: shape [n, n].
+    """
+    root = np.sqrt(rounding)
+    scale = root[:, None] * root
+    near = (apart < _FAR * scale) & ~np.eye(root.size, dtype=bool)
+    if not near.any():
+        return np.diag(root)
+    correlation = np.eye(root.size)
+    correlation[near] = _correlation(apart[near] / scale[near])
+    # Not by a Cholesky factor: where nothing moved the correlation is singular.
+    values, vectors = linalg.eigh(correlation)
+    return np.asarray((np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T) * root, dtype=np.float64)
+
+
+def _correlation(distance: FloatArray) -> FloatArray:
+    """Of two errors, by squared distance in units of their variance."""
+    total, weight = np.zeros(distance.shape), 0.0
+    for k in range(1, _TERMS + 1):
+        total += np.exp(-(np.pi**2) / 6 * k**2 * distance) / k**2
+        weight += 1 / k**2
+    return total / weight

@@ -1,0 +1,122 @@
+"""Coefficients for targets, by either method, with both errors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
+from posthoc_cli.reconstruction.minvar import MinimumVariance
+from posthoc_cli.reconstruction.paper import ProfileDistance
+from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior
+
+METHODS = ("minvar", "paper")
+"""The solvers, the default one first."""
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """Coefficients for one or several targets.
+
+    Attributes:
+        coefficients: shape [snapshots, targets]; each column sums to 1.
+        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure. Values below
+            about 1e-7 are rounding.
+        predicted_error: shape [targets]; expected relative L2 error of the weights (see `minvar`), under the prior.
+        prior: what was known of the snapshots.
+    """
+
+    coefficients: FloatArray
+    profile_error: FloatArray
+    predicted_error: FloatArray
+    prior: Prior
+
+    def of(self, snapshots: Sequence[int] | None = None, targets: Sequence[int] | None = None) -> Reconstruction:
+        """The same for some of the snapshots, the others of which have coefficients of 0, and some of the targets."""
+        count, wanted = self.coefficients.shape
+        rows = list(range(count) if snapshots is None else snapshots)
+        columns = list(range(wanted) if targets is None else targets)
+        return Reconstruction(
+            self.coefficients[np.ix_(rows, columns)],
+            self.profile_error[columns],
+            self.predicted_error[columns],
+            self.prior.of(rows),
+        )
+
+    def known_error(self, target: int) -> float | None:
+        """`predicted_error` of one target, None where it rests on an assumed movement."""
+        error = float(self.predicted_error[target])
+        return error if self.prior.source != ASSUMED and np.isfinite(error) else None
+
+
+def check_method(method: str | None) -> str:
+    """`method`, the default one for None, or an InvalidValueError that lists what there is."""
+    if method is None:
+        return METHODS[0]
+    if method not in METHODS:
+        raise InvalidValueError(f"method {method!r}: must be one of {', '.join(METHODS)}")
+    return method
+
+
+def reconstruct(
+    snapshots: Sequence[PowerFunction],
+    targets: Sequence[Profile],
+    method: str | None = None,
+    prior: Prior | None = None,
+    t: float | None = None,
+) -> Reconstruction:
+    """Coefficients that make each target out of the snapshots.
+
+    Arguments:
+        snapshots: profiles of the stored averages, at least one, none of them twice. Those taken after `t`
+            must not be among them: a caller leaves them out.
+        targets: the wanted profiles. A power function is treated in closed form, anything else that has a
+            `density` and a `tail` by quadrature.
+        method: "minvar", minimum variance, or "paper", the published one; None for the first.
+        prior: what is known of the snapshots; by default that the network moved evenly and nothing was rounded.
+        t: the time of the targets; by default that of the power functions wanted, else of the last snapshot.
+
+    Raises:
+        InvalidValueError: no snapshots, one after `t`, or a target that none of them reaches.
+    """
+    method = check_method(method)
+    if not snapshots:
+        raise InvalidValueError("no snapshots to reconstruct from")
+    t = _target_time(snapshots, targets) if t is None else t
+    if any(snapshot.t > t for snapshot in snapshots):
+        raise InvalidValueError("a target can only be made of snapshots at or before its time")
+    prior = assumed_prior(snapshots) if prior is None else prior
+    distance = ProfileDistance(snapshots, t)
+    variance = MinimumVariance(snapshots, prior, t)
+    coefficients = np.zeros((len(snapshots), len(targets)))
+    profile_error, predicted_error = np.zeros(len(targets)), np.zeros(len(targets))
+    # One by one, so that a target's coefficients do not depend, in their rounding, on which others are asked for.
+    for index, target in enumerate(targets):
+        column = _solve(snapshots, target, variance if method == "minvar" else distance)
+        coefficients[:, index] = column
+        predicted_error[index] = variance.expected_error(column, target)
+        profile_error[index] = 0.0 if _is_stored(column, snapshots, target) else distance.error(column, target)
+    return Reconstruction(coefficients, profile_error, predicted_error, prior)
+
+
+def _target_time(snapshots: Sequence[PowerFunction], targets: Sequence[Profile]) -> float:
+    """The earliest time of a power function that is wanted; without one, that of the last snapshot."""
+    return min((p.t for p in targets if isinstance(p, PowerFunction)), default=max(p.t for p in snapshots))
+
+
+def _solve(
+    snapshots: Sequence[PowerFunction], target: Profile, solver: MinimumVariance | ProfileDistance
+) -> FloatArray:
+    if isinstance(solver, ProfileDistance) and isinstance(target, PowerFunction) and target in snapshots:
+        column = np.zeros(len(snapshots))  # the exact solution: say so free of rounding
+        column[list(snapshots).index(target)] = 1.0
+        return column
+    return solver.solve(target)
+
+
+def _is_stored(column: FloatArray, snapshots: Sequence[PowerFunction], target: Profile) -> bool:
+    used = np.flatnonzero(column)
+    return used.size == 1 and snapshots[used[0]] == target

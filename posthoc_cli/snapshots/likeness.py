@@ -1,0 +1,64 @@
+"""What an earlier run says about one that is planned like it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import sqrt
+
+import numpy as np
+
+from posthoc_cli.reconstruction import Motion
+from posthoc_cli.reconstruction.prior import ASSUMED
+from posthoc_cli.snapshots.pruning import snapshot_prior
+from posthoc_cli.snapshots.reader import Snapshot
+
+_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+
+
+@dataclass(frozen=True)
+class Likeness:
+    """A run, relative to its norm and stretched to another length.
+
+    Attributes:
+        motion: how its network moved; None where too little is known.
+        rounding: root mean square error of its stored averages by dtype, relative to their norm, where it was measured
+            or estimated from their values.
+    """
+
+    motion: Motion | None
+    rounding: dict[str, float]
+
+
+def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
+    """What the snapshots of one run say about a run of `steps`.
+
+    Raises:
+        FileFormatError, NonFiniteError: while reading a sample, where headers have no measurements.
+    """
+    prior = snapshot_prior(snapshots)
+    times = np.array([snapshot.info.t for snapshot in snapshots])
+    norm = float(prior.norm[times == times.max()].mean())
+    known = prior.source != ASSUMED and norm > 0
+    motion = stretched(prior.motion, steps / float(times.max()), norm) if known else None
+    found = defaultdict(list)
+    for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
+        stored = {
+            snapshot.header.tensors[name].dtype
+            for name, tensor in snapshot.info.tensors.items()
+            if tensor.role == "average"
+        }
+        name = _NAMES.get(stored.pop()) if len(stored) == 1 else None
+        if prior.source != ASSUMED and name is not None and rounding > 0 and squared > 0:
+            found[name].append(float(rounding / squared))
+    return Likeness(motion, {name: sqrt(float(np.mean(values))) for name, values in found.items()})
+
+
+def stretched(motion: Motion, factor: float, norm: float) -> Motion:
+    """The same path in `factor` times the time, relative to a squared norm.
+
+    A piece's increments have the variance v ds, so that v shrinks by the factor; densities shrink by it, too, and
+    with them integral w p^2 ds, so that w grows.
+    """
+    return Motion(motion.edges * factor, motion.walk / (factor * norm), motion.noise * factor / norm)

@@ -1,0 +1,130 @@
+"""The metadata of one file: typed access, with nothing taken on trust."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots import format as fmt
+
+
+def file_kind(header: fmt.FileHeader) -> str | None:
+    """ "snapshot", "output", or None for a file that is neither."""
+    return header.metadata.get("ema.format")
+
+
+def parse_json(path: Path, data: bytes | str, what: str) -> Any:
+    """JSON without the liberties that Python takes: no key twice, no NaN.
+
+    Raises:
+        FileFormatError: naming the file and `what`.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        result = dict(pairs)
+        if len(result) != len(pairs):
+            raise ValueError("the same key twice")
+        return result
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: damaged {what}: {str(error)[:200]}") from error
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+class Metadata:
+    """Typed access to the metadata of one file, with errors that name the file and the key."""
+
+    def __init__(self, path: Path, header: fmt.FileHeader, expected: str) -> None:
+        self._path = path
+        self._metadata = header.metadata
+        found = file_kind(header)
+        if found != expected:
+            what = "has no ema.format" if found is None else f"its ema.format is {found[:40]!r}"
+            raise FileFormatError(f"{path}: not a {expected} of this package: {what}")
+        if self.text("ema.version") != fmt.VERSION:
+            raise self.bad("ema.version", f"{self.text('ema.version')[:40]!r}; this release reads {fmt.VERSION}")
+
+    def bad(self, key: str, reason: str) -> FileFormatError:
+        """An error to raise: what is wrong with a key."""
+        return FileFormatError(f"{self._path}: {key}: {reason}")
+
+    def has(self, key: str) -> bool:
+        """Whether the file has the key."""
+        return key in self._metadata
+
+    def text(self, key: str) -> str:
+        """The value itself."""
+        if key not in self._metadata:
+            raise self.bad(key, "is missing")
+        return self._metadata[key]
+
+    def run_id(self) -> str:
+        """32 hexadecimal digits."""
+        text = self.text("ema.run_id")
+        if not re.fullmatch(r"[0-9a-f]{32}", text):
+            raise self.bad("ema.run_id", f"{text[:40]!r} is not 32 hexadecimal digits")
+        return text
+
+    def number(self, key: str) -> float:
+        """A finite number."""
+        try:
+            value = float(self.text(key))
+        except ValueError:
+            raise self.bad(key, f"{self.text(key)[:40]!r} is not a number") from None
+        if not math.isfinite(value):
+            raise self.bad(key, f"{value} is not finite")
+        return value
+
+    def optional_number(self, key: str) -> float | None:
+        """A finite number, or None for null."""
+        return None if self.text(key) == "null" else self.number(key)
+
+    def integer(self, key: str) -> int:
+        """A whole number."""
+        text = self.text(key)
+        if not (text.isascii() and text.isdigit() and len(text) < 19):
+            raise self.bad(key, f"{text[:40]!r} is not a whole number")
+        return int(text)
+
+    def json_object(self, key: str) -> dict[str, Any]:
+        """A JSON object."""
+        value = parse_json(self._path, self.text(key), key)
+        if not isinstance(value, dict):
+            raise self.bad(key, "is not a JSON object")
+        return value
+
+    def json_list(self, key: str) -> list[Any]:
+        """A JSON list."""
+        value = parse_json(self._path, self.text(key), key)
+        if not isinstance(value, list):
+            raise self.bad(key, "is not a JSON list")
+        return value
+
+    def names(self, key: str) -> tuple[str, ...]:
+        """A JSON list of strings."""
+        value = self.json_list(key)
+        if not all(isinstance(name, str) for name in value):
+            raise self.bad(key, "is not a list of names")
+        return tuple(value)
+
+    def one_of(self, key: str, value: Any, part: str, accepted: tuple[str, ...]) -> str:
+        """The string `part` of the object `value`, one of those accepted."""
+        found = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(found, str) or found not in accepted:
+            raise self.bad(key, f"{part} {str(found)[:40]!r} is none of {', '.join(accepted)}")
+        return found

@@ -1,0 +1,42 @@
+"""What the headers of snapshots tell reconstruction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from posthoc_cli.profiles import Clock
+from posthoc_cli.reconstruction import StoredAverage
+from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.sampling import sample_measurements
+
+_EPS = {"F64": 2.0**-52, "F32": 2.0**-23}
+
+
+def stored_average(info: SnapshotInfo) -> StoredAverage:
+    """A snapshot as reconstruction sees it."""
+    schedule = info.schedule
+    before = info.schedule.update_after_step // schedule.update_every
+    updates = max(info.step // schedule.update_every - before, 1)
+    own = {tensor.dtype for tensor in info.tensors.values() if tensor.role == "average"}
+    # Averages accumulate in float64 for float64 parameters, else in float32.
+    return StoredAverage(info.profile, updates, _EPS["F64" if own == {"F64"} else "F32"], info.measurements)
+
+
+def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """The same snapshots, each with measurements: estimated from a sample of elements where a header has none.
+
+    Raises:
+        FileFormatError, NonFiniteError: while reading the sample.
+    """
+    return [
+        replace(snapshot, info=replace(snapshot.info, measurements=measurements))
+        for snapshot, measurements in zip(snapshots, sample_measurements(snapshots), strict=True)
+    ]
+
+
+def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
+    """The run's steps over its training time, as far as its snapshots tell."""
+    pairs = sorted({(info.step, info.t) for info in infos})
+    return Clock([step for step, _ in pairs], [t for _, t in pairs])

@@ -1,0 +1,240 @@
+"""Making a directory smaller: which snapshots can go, what the error becomes, and deleting them.
+
+Deleting must be safe at any moment: only what was planned goes, only after every survivor was read and verified, and
+in the order of what is missed least, so that whatever an interruption leaves is a whole directory, and the best one
+of its size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from posthoc_cli import files
+from posthoc_cli.errors import InexactError, InvalidValueError
+from posthoc_cli.planning import USEFUL_RANGE, Forecast, errors_after_loss, forecast
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import Prior, measured_prior
+from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.priors import stored_average, with_sampled_measurements
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.store import read_directory
+
+_ONE_BY_ONE = 128
+"""Up to so many snapshots one goes at a time; of more, several between two solves: single ones hardly matter."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What goes, what stays, and what that means.
+
+    Attributes:
+        kept: survivors, by time, then sigma_rel.
+        gone: in the order to delete.
+        before, after: expected errors from everything, and from the survivors alone: from what their headers say.
+        source: what the errors rest on, see `reconstruction.Prior`.
+    """
+
+    kept: tuple[Snapshot, ...]
+    gone: tuple[Snapshot, ...]
+    before: Forecast
+    after: Forecast
+    source: str
+
+    @property
+    def read_bytes(self) -> int:
+        """Bytes that verifying the survivors takes."""
+        return sum(entry.nbytes for snapshot in self.kept for entry in snapshot.header.tensors.values())
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[list[Snapshot]]:
+    """The snapshots of a directory, while no tracker writes to it.
+
+    Raises:
+        LockedError: one does.
+        DirectoryError, FileFormatError, MismatchError: what is wrong with the directory.
+    """
+    read_directory(directory)  # no lock is left in a place that holds no run
+    lock = DirectoryLock(directory)
+    try:
+        yield read_directory(directory)
+    finally:
+        lock.release()
+
+
+def plan_pruning(
+    snapshots: Sequence[Snapshot],
+    keep: int | None = None,
+    max_bytes: int | None = None,
+    max_error: float | None = None,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
+) -> Pruning:
+    """Which snapshots can go. Reads no tensor, but a sample where headers have no measurements.
+
+    The newest one of each profile stays, and so do those of the newest time that all profiles have: training can go
+    on from these.
+
+    Arguments:
+        snapshots: all of one directory.
+        keep: leave so many of each profile; or
+        max_bytes: as many as take at most so many bytes; or
+        max_error: as few as keep the worst predicted error over `sigma_range` at most that. Exactly one of the three.
+        sigma_range: what snapshots are kept for.
+
+    Raises:
+        InvalidValueError: more are to be kept than there are, or fewer bytes than the newest ones take.
+        InexactError: all snapshots together miss `max_error`.
+    """
+    if sum(wish is not None for wish in (keep, max_bytes, max_error)) != 1:
+        raise InvalidValueError("keep, max_size and max_error: give one of them")
+    if keep is not None:
+        _check_keep(snapshots, keep)
+    prior = snapshot_prior(snapshots)
+    profiles = [snapshot.info.profile.pure for snapshot in snapshots]
+    before = forecast(profiles, prior, sigma_range)
+    if max_error is not None and before.worst > max_error:
+        raise InexactError(
+            f"max_error {max_error:g}: all {len(snapshots)} snapshots together have a predicted error of up to "
+            f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go"
+        )
+    order = removal_order(profiles, prior, keep or 1, sigma_range)
+    count = len(order)
+    if max_bytes is not None:
+        count = _enough_bytes(snapshots, order, max_bytes)
+    if max_error is not None:
+        count = _most(count, lambda n: _errors(_without(snapshots, order[:n]), sigma_range).worst <= max_error)
+    kept = _without(snapshots, order[:count])
+    gone = [snapshots[index] for index in order[:count]]
+    after = _errors(kept, sigma_range) if gone else before
+    return Pruning(tuple(kept), tuple(gone), before, after, prior.source)
+
+
+def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> None:
+    """Verify all survivors, then delete the others. Only while the directory is held, see `writing_to`.
+
+    Arguments:
+        progress: called with the number of bytes of each tensor that was verified.
+
+    Raises:
+        FileFormatError: a survivor is damaged, or was replaced; nothing is deleted.
+        WriteError: the system refused a deletion. What was to stay is there.
+    """
+    for snapshot in pruning.kept:
+        with TensorFile(snapshot.path, snapshot.header) as file:
+            for name, entry in snapshot.header.tensors.items():
+                file.read(name)
+                progress(entry.nbytes)
+    for snapshot in pruning.gone:
+        with files.reported_as_write_error(snapshot.path), suppress(FileNotFoundError):
+            files.unlink(snapshot.path)
+    for directory in {snapshot.path.parent for snapshot in pruning.gone}:
+        with files.reported_as_write_error(directory):
+            files.fsync_directory(directory)
+
+
+def snapshot_prior(snapshots: Sequence[Snapshot]) -> Prior:
+    """What snapshots say about their run; estimated from a sample where headers have no measurements."""
+    sampled = any(snapshot.info.measurements is None for snapshot in snapshots)
+    measured = with_sampled_measurements(snapshots) if sampled else snapshots
+    prior = measured_prior([stored_average(snapshot.info) for snapshot in measured])
+    return prior.sampled() if sampled else prior
+
+
+def removal_order(
+    profiles: Sequence[PowerFunction], prior: Prior, keep: int, sigma_range: tuple[float, float]
+) -> list[int]:
+    """Snapshots that may go until `keep` of each profile are left, what is missed least first: indices.
+
+    As `planning.snapshots_to_drop`, where there are not very many.
+    """
+    needed = _needed(profiles)
+    left = list(range(len(profiles)))
+    order: list[int] = []
+    while True:
+        counts = Counter(profiles[index].gamma for index in left)
+        may_go = [index for index in left if index not in needed and counts[profiles[index].gamma] > keep]
+        if not may_go:
+            return order
+        errors = errors_after_loss([profiles[index] for index in left], prior.of(left), sigma_range)
+        after = dict(zip(left, errors, strict=True))
+        ranked = sorted(may_go, key=lambda index: (after[index], -profiles[index].t))
+        for index in _apart(ranked, left, profiles, max(1, (len(left) - _ONE_BY_ONE) // 24)):
+            if counts[profiles[index].gamma] > keep:
+                counts[profiles[index].gamma] -= 1
+                left.remove(index)
+                order.append(index)
+
+
+def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
+    """The newest of each profile, and those of the newest time that has all."""
+    gammas = {p.gamma for p in profiles}
+    newest = {gamma: max(p.t for p in profiles if p.gamma == gamma) for gamma in gammas}
+    at = {t: {p.gamma for p in profiles if p.t == t} for t in {p.t for p in profiles}}
+    complete = max((t for t, found in at.items() if found == gammas), default=None)
+    return {index for index, p in enumerate(profiles) if p.t in (newest[p.gamma], complete)}
+
+
+def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerFunction], most: int) -> list[int]:
+    """Up to `most` of the first ones, no two neighbours in time: the loss of one makes the other dear."""
+    rows = sorted(left, key=lambda index: (profiles[index].gamma, profiles[index].t))
+    place = {index: row for row, index in enumerate(rows)}
+    chosen: list[int] = []
+    taken: set[int] = set()
+    for index in ranked:
+        if len(chosen) == most:
+            break
+        if not taken & {place[index] - 1, place[index] + 1}:
+            chosen.append(index)
+            taken.add(place[index])
+    return chosen
+
+
+# --- how many --------------------------------------------------------------------------------------
+
+
+def _check_keep(snapshots: Sequence[Snapshot], keep: int) -> None:
+    if keep < 1:
+        raise InvalidValueError(f"keep {keep}: must be at least 1; the newest snapshot of each profile stays")
+    most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
+    if keep > most:
+        raise InvalidValueError(
+            f"keep {keep}: there {'are' if most > 1 else 'is'} only {most} snapshot{'s' * (most > 1)} a profile; "
+            "nothing was deleted"
+        )
+
+
+def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes: int) -> int:
+    """How many of the first ones have to go for the rest to fit."""
+    size = sum(snapshot.header.file_bytes for snapshot in snapshots)
+    for count, index in enumerate(order):
+        if size <= max_bytes:
+            return count
+        size -= snapshots[index].header.file_bytes
+    if size > max_bytes:
+        raise InvalidValueError(
+            f"max_size {max_bytes:,} bytes: the newest snapshots of each profile, which stay, take {size:,} bytes"
+        )
+    return len(order)
+
+
+def _most(limit: int, holds: Callable[[int], bool]) -> int:
+    """A number up to `limit` for which something holds that holds for 0, the largest if it ends somewhere."""
+    low = 0
+    while low < limit:
+        middle = (low + limit + 1) // 2
+        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
+    return low
+
+
+def _without(snapshots: Sequence[Snapshot], gone: Sequence[int]) -> list[Snapshot]:
+    leaving = set(gone)
+    return [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]
+
+
+def _errors(snapshots: Sequence[Snapshot], sigma_range: tuple[float, float]) -> Forecast:
+    """Expected errors from these alone."""
+    return forecast([snapshot.info.profile.pure for snapshot in snapshots], snapshot_prior(snapshots), sigma_range)

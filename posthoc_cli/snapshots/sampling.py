@@ -1,0 +1,181 @@
+"""Measurements of snapshots that do not bring their own, estimated from a sample of their elements.
+
+The averages of a snapshot, one behind the other by name, make a long vector. It is cut into runs of 1,024 elements,
+and some runs are chosen at random, seeded by the run id: the same elements in every snapshot, each as likely as any
+other. Sums over the sample, times all elements / elements in the sample, then are unbiased estimates. A model of up
+to 1,000,000 elements is taken whole, and its sums are exact.
+
+What is read is *not* verified: a checksum covers a block of 4 MiB, all of which would have to be read. Nothing but
+an estimate comes of it, and a synthesis verifies what it uses. Pure NumPy. Memory: the samples of one time and of
+the two newest earlier snapshots of each profile, 8 MB a snapshot.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.errors import NonFiniteError
+from posthoc_cli.profiles import FloatArray
+from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.snapshots.format import ITEM_BYTES
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+
+MOST_ELEMENTS = 1_000_000
+RUN_ELEMENTS = 1_024
+
+MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
+LOWEST_EXPONENT = {"F32": -126, "F16": -14, "BF16": -126}
+"""Of normal numbers 2^exponent * 1.xxx; below it the spacing stays what it is there."""
+
+
+def sample_measurements(snapshots: Sequence[Snapshot]) -> list[Measurements]:
+    """Estimated measurements of the snapshots of one run.
+
+    Distances are between stored copies, to the other profiles of the same time and to the two newest earlier
+    snapshots of each profile. The exact averages are not known: their rounding is that expected of their values, see
+    `expected_rounding`, and that of both copies is in `Distance.rounding`.
+
+    Returns:
+        One for each of `snapshots`, in their order.
+
+    Raises:
+        FileFormatError: a file is damaged, or became shorter.
+        NonFiniteError: a value is nan or infinity, or too large to be squared; names file and tensor.
+    """
+    found: dict[int, Measurements] = {}
+    newest: dict[float, list[_Sample]] = {}
+    segments = _choose(snapshots[0]) if snapshots else []
+    by_time = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].info.t, snapshots[i].info.sigma_rel))
+    for _, group in groupby(by_time, key=lambda i: snapshots[i].info.t):
+        now = {index: _read(snapshots[index], segments) for index in group}
+        for index, sample in now.items():
+            others = [other for other in now.values() if other is not sample]
+            earlier = [other for sigma_rel in sorted(newest) for other in newest[sigma_rel]]
+            found[index] = _measure(sample, others + earlier)
+        for sample in now.values():
+            newest[sample.snapshot.info.sigma_rel] = [*newest.get(sample.snapshot.info.sigma_rel, []), sample][-2:]
+    return [found[index] for index in range(len(snapshots))]
+
+
+def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
+    """The sum of squared rounding errors to expect of values that were rounded to the nearest.
+
+    Spacing^2 / 12 each, the variance of an error that is anywhere within half the spacing around it, also among
+    the subnormal numbers. 0 for zeros: those are as good as always exact (biases and gains that never moved).
+
+    Arguments:
+        values: as they are stored.
+        stored, own: dtypes (safetensors names) of the file and of the model. The average was kept in float64 for
+            a model's float64, else in float32; what holds that is not rounded.
+    """
+    if MANTISSA_BITS[stored] >= MANTISSA_BITS["F64" if own == "F64" else "F32"]:
+        return 0.0
+    moved = values[values != 0]
+    exponent = np.maximum(np.frexp(moved)[1] - 1, LOWEST_EXPONENT[stored])
+    spacing = np.ldexp(1.0, exponent - MANTISSA_BITS[stored])
+    return float(np.dot(spacing, spacing)) / 12
+
+
+# --- the sample ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Consecutive elements of one tensor."""
+
+    name: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Values of the chosen elements of a snapshot, shape [elements]; `scale` is all elements / these."""
+
+    snapshot: Snapshot
+    values: FloatArray
+    scale: float
+    rounding: float
+
+
+def _averaged(snapshot: Snapshot) -> dict[str, int]:
+    """Elements of each averaged tensor, by name."""
+    entries = snapshot.header.tensors
+    names = sorted(name for name, tensor in snapshot.info.tensors.items() if tensor.role == "average")
+    return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in names}
+
+
+def _choose(snapshot: Snapshot) -> list[_Segment]:
+    """The elements to read in every snapshot of the run."""
+    elements = _averaged(snapshot)
+    total = sum(elements.values())
+    if total <= MOST_ELEMENTS:
+        return [_Segment(name, 0, count) for name, count in elements.items() if count]
+    runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
+    chosen = np.sort(np.random.default_rng(int(snapshot.info.run_id, 16)).choice(runs, wanted, replace=False))
+    names, ends = list(elements), list(accumulate(elements.values()))
+    return [segment for run in chosen for segment in _segments(names, ends, int(run) * RUN_ELEMENTS)]
+
+
+def _segments(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[_Segment]:
+    """The run that begins at an element of the long vector, cut where tensors end (each at its `ends`)."""
+    end = min(begin + RUN_ELEMENTS, ends[-1])
+    index = bisect_right(ends, begin)
+    while begin < end:
+        start, stop = ends[index - 1] if index else 0, min(end, ends[index])
+        if begin < stop:
+            yield _Segment(names[index], begin - start, stop - start)
+        begin, index = stop, index + 1
+
+
+def _read(snapshot: Snapshot, segments: Sequence[_Segment]) -> _Sample:
+    parts, rounding = [np.empty(0)], 0.0
+    with TensorFile(snapshot.path, snapshot.header) as file:
+        for segment in segments:
+            stored = snapshot.header.tensors[segment.name].dtype
+            item = ITEM_BYTES[stored]
+            values = _decode(file.read_unverified(segment.name, segment.begin * item, segment.end * item), stored)
+            if not np.isfinite(values).all():
+                raise NonFiniteError(f"{snapshot.path}: tensor {segment.name!r}: holds nan or infinity")
+            parts.append(values)
+            rounding += expected_rounding(values, stored, snapshot.info.tensors[segment.name].dtype)
+    values = np.concatenate(parts)
+    scale = sum(_averaged(snapshot).values()) / max(values.size, 1)
+    return _Sample(snapshot, values, scale, rounding * scale)
+
+
+def _decode(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
+    """Little-endian bytes as float64."""
+    if dtype == "BF16":  # the upper half of a float32
+        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    return data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float64)
+
+
+# --- sums ------------------------------------------------------------------------------------------
+
+
+def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
+    distances = tuple(
+        Distance(
+            partner.snapshot.info.t,
+            partner.snapshot.info.sigma_rel,
+            _squares(sample, sample.values - partner.values),
+            sample.rounding + partner.rounding,
+        )
+        for partner in partners
+    )
+    return Measurements(_squares(sample, sample.values), sample.rounding, distances)
+
+
+def _squares(sample: _Sample, values: FloatArray) -> float:
+    with np.errstate(over="ignore"):
+        total = float(np.dot(values, values)) * sample.scale
+    if not np.isfinite(total):
+        raise NonFiniteError(f"{sample.snapshot.path}: holds values too large to be squared")
+    return total

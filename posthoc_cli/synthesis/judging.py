@@ -1,0 +1,87 @@
+"""Directories of snapshots and schedules not yet run, side by side: how exactly they make any target."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.planning import Candidate, ErrorCurve, ProfileFit, Schedule, error_curve, profile_fit
+from posthoc_cli.profiles import Clock
+from posthoc_cli.snapshots.priors import run_clock
+from posthoc_cli.synthesis.sources import disk_sources, source_prior
+from posthoc_cli.targets import Target
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Snapshots, and what a target needs to know of their run.
+
+    Attributes:
+        candidate: the snapshots.
+        clock: the run's steps over time.
+        t_first: time of the first update.
+    """
+
+    candidate: Candidate
+    clock: Clock
+    t_first: float
+
+    @classmethod
+    def of_directory(cls, directory: Path) -> Judged:
+        """What a tracker wrote. Reads a sample of the tensors where headers have no measurements.
+
+        Raises:
+            what `read_directory` raises.
+        """
+        sources = disk_sources(directory.expanduser())
+        infos = [source.info for source in sources]
+        profiles = [info.profile.pure for info in infos]
+        unit, count = infos[0].t_unit, f"{len(infos)} snapshot{'s' * (len(infos) != 1)}"
+        label = f"{directory}: {count} up to {max(info.t for info in infos):,.12g} {unit}"
+        candidate = Candidate(label, profiles, unit, source_prior(sources))
+        return cls(candidate, run_clock(infos), min(info.t_first for info in infos))
+
+    @classmethod
+    def of_schedule(cls, schedule: Schedule) -> Judged:
+        """What a tracker will write, that updates from the first step on."""
+        return cls(Candidate.of_schedule(schedule), Clock.of_steps(), 1.0)
+
+    def curve(
+        self, sigma_range: tuple[float, float], others: Sequence[Target], t: float | None, method: str | None
+    ) -> ErrorCurve:
+        """Errors over a range of sigma_rel, and those of other targets; see `error_curve`."""
+        at = self._time(t)
+        profiles = [(target.title, target.profile(at, self.clock, self.t_first)) for target in others]
+        return error_curve(self.candidate, sigma_range, t=at, method=method, others=profiles)
+
+    def fit(self, target: Target, t: float | None, method: str | None) -> ProfileFit:
+        """One target over training time, and what the snapshots make of it."""
+        at = self._time(t)
+        profile = target.profile(at, self.clock, self.t_first)
+        return profile_fit(self.candidate, target.title, profile, at, method=method)
+
+    def _time(self, t: float | None) -> float:
+        times = [profile.t for profile in self.candidate.snapshots]
+        if t is None:
+            return max(times)
+        if not min(times) <= t <= max(times):
+            raise InvalidValueError(
+                f"t {t:g}: must lie between the first snapshot, {min(times):g}, and the last, {max(times):g}"
+            )
+        return t
+
+
+def comparable(curves: Sequence[ErrorCurve]) -> list[ErrorCurve]:
+    """The same curves, all by one measure: where one has no predicted error, none has."""
+    if all(curve.predicted_error is not None for curve in curves):
+        return list(curves)
+    return [
+        replace(
+            curve,
+            predicted_error=None,
+            others=tuple(replace(other, predicted_error=None) for other in curve.others),
+        )
+        for curve in curves
+    ]

@@ -1,0 +1,311 @@
+"""What one may ask for: an average by its width, its decay, its window, its stretch of time, or its whole profile.
+
+A target says what is wanted without knowing the run. Its profile follows once the time, the run's clock and the time
+of the first update are known. An error begins with the target's title (`beta 0.3: ...`), so that the command line
+can name the option. What is wrong with a target whatever the run is found when it is made, the rest when its
+profile is asked for.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import (
+    ClassicalEMA,
+    Clock,
+    PowerFunction,
+    Profile,
+    StepWindow,
+    Table,
+    Uniform,
+    check_sigma_rel,
+    read_table,
+    try_profile,
+)
+
+SHORTEST_BETA = 0.5
+"""The decay whose average has a mean age, beta / (1 - beta), of one step."""
+
+
+class Target(Protocol):
+    """What is wanted, whatever the run."""
+
+    @property
+    def label(self) -> str:
+        """For tables and file names: `0.15`, `beta-0.9999`."""
+        ...
+
+    @property
+    def title(self) -> str:
+        """For people: `sigma_rel 0.15`, `beta 0.9999`."""
+        ...
+
+    @property
+    def sigma_rel(self) -> float | None:
+        """Width of the power function, None for any other profile."""
+        ...
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
+        """The profile at time `t` of a run.
+
+        Arguments:
+            t: time of the average, above 0.
+            clock: the run's steps over time.
+            t_first: time of the run's first update, in (0, t].
+
+        Raises:
+            InvalidValueError: the run is too short for the target; the message begins with `title`.
+        """
+        ...
+
+
+def as_target(value: object) -> Target:
+    """A target from what users write: a sigma_rel, a target, or any object with `density` and `tail`.
+
+    Raises:
+        InvalidValueError: it is none of these, or a sigma_rel out of range.
+    """
+    if isinstance(value, SigmaRel | Beta | Window | Between | ProfileFile | GivenProfile):
+        return value
+    if all(hasattr(value, name) for name in ("label", "title", "sigma_rel", "profile")):
+        return value  # type: ignore[return-value]  # a Target of the user's own
+    if any(hasattr(value, name) for name in ("density", "tail")):
+        return GivenProfile(value)  # type: ignore[arg-type]  # checked there
+    if isinstance(value, str | numbers.Real) or hasattr(value, "__float__"):
+        return SigmaRel(value)  # type: ignore[arg-type]  # checked there
+    raise InvalidValueError(
+        f"target {_shown(value)}: must be a sigma_rel in (0, 0.2887), a target such as Beta(0.9999), or an object "
+        "with density and tail"
+    )
+
+
+# --- one number ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SigmaRel:
+    """The power function of a width, as a fraction of training time: in (0, 0.2887)."""
+
+    sigma_rel: float
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sigma_rel", check_sigma_rel(self.sigma_rel))
+
+    @property
+    def label(self) -> str:
+        """The number."""
+        return repr(self.sigma_rel)
+
+    @property
+    def title(self) -> str:
+        """The number and its name."""
+        return f"sigma_rel {self.label}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> PowerFunction:  # noqa: ARG002
+        """The power function on (0, t]."""
+        return PowerFunction.from_sigma_rel(self.sigma_rel, t)
+
+
+@dataclass(frozen=True)
+class Beta:
+    """The classical average with one decay for every step: in [0.5, 1), since below that it is younger than a step."""
+
+    beta: float
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "beta", _number("beta", self.beta))
+        if not 0 < self.beta < 1:
+            raise InvalidValueError(f"{self.title}: must lie in (0, 1), in practice from {SHORTEST_BETA:g}")
+        if self.beta < SHORTEST_BETA:
+            raise InvalidValueError(
+                f"{self.title}: must be at least {SHORTEST_BETA:g}; below that the mean age of the average, "
+                f"beta / (1 - beta) = {self.beta / (1 - self.beta):.3g} steps, is less than one step"
+            )
+
+    @property
+    def label(self) -> str:
+        """`beta-0.9999`."""
+        return f"beta-{self.beta!r}"
+
+    @property
+    def title(self) -> str:
+        """The number and its name."""
+        return f"beta {self.beta!r}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
+        """The classical average that began as a copy of the first weights there are, those of `t_first`."""
+        return ClassicalEMA(self.beta, float(t), clock, min(float(t_first), float(t)))
+
+
+@dataclass(frozen=True)
+class Window:
+    """The mean of the last `steps` steps: a whole number, at least 1 and at most the run's."""
+
+    steps: int
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        steps = _number("window", self.steps)
+        if steps < 1 or steps != math.floor(steps):
+            raise InvalidValueError(f"window {self.steps}: must be a whole number of steps, at least 1")
+        object.__setattr__(self, "steps", int(steps))
+
+    @property
+    def label(self) -> str:
+        """`window-1000`."""
+        return f"window-{self.steps}"
+
+    @property
+    def title(self) -> str:
+        """The number and its name."""
+        return f"window {self.steps}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> StepWindow:  # noqa: ARG002
+        """The last `steps` steps up to `t`, however long each of them took."""
+        return StepWindow(self.steps, float(t), clock)
+
+
+# --- a stretch of time -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Between:
+    """The mean of all weights from time `start` to time `end`, on the run's clock: 0 <= start < end."""
+
+    start: float
+    end: float
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        for name in ("start", "end"):
+            object.__setattr__(self, name, _number("between", getattr(self, name)))
+        if self.start < 0:
+            raise InvalidValueError(f"{self.title}: must start at 0 or later")
+        if self.start >= self.end:
+            raise InvalidValueError(f"{self.title}: must end after its start")
+
+    @property
+    def label(self) -> str:
+        """`between-50000-80000`."""
+        return f"between-{self.start:.12g}-{self.end:.12g}"
+
+    @property
+    def title(self) -> str:
+        """Both times and their name."""
+        return f"between {self.start:.12g}:{self.end:.12g}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
+        """Uniform over time, whatever steps there were in it."""
+        if self.end > t:
+            raise InvalidValueError(f"{self.title}: ends after t = {t:,.12g}; must end then or before")
+        return Uniform(self.start, self.end)
+
+
+# --- a whole profile -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ProfileFile:
+    """The profile in a file of times and densities, comma-separated: see `profiles.table_file`.
+
+    The file is read once, when its profile is first asked for.
+    """
+
+    path: Path
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    @property
+    def label(self) -> str:
+        """The file's name without its ending."""
+        return self.path.stem
+
+    @property
+    def title(self) -> str:
+        """The file's name."""
+        return f"profile {self.path.name}"
+
+    @cached_property
+    def table(self) -> Table:
+        """What the file says.
+
+        Raises:
+            InvalidValueError: naming the file, the line where there is one, and what would be accepted.
+        """
+        return read_table(self.path)
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
+        """The profile through the file's points, which lie within [0, t]."""
+        tabulated = self.table.profile
+        if tabulated.times[-1] > t:
+            late = next(index for index, time in enumerate(tabulated.times) if time > t)
+            raise InvalidValueError(
+                f"profile {self.path}: line {self.table.lines[late]}: time {tabulated.times[late]:,.12g} puts mass "
+                f"outside the run; times must lie within 0 and t = {t:,.12g}"
+            )
+        return tabulated
+
+
+@dataclass(frozen=True)
+class GivenProfile:
+    """Any object with `density` and `tail`, see `profiles.Profile`.
+
+    Attributes:
+        given: the object, whose mass must lie within (0, t] of the run. Made for an earlier time, it ends there.
+        name: what tables and file names call it: letters, digits and `._+-`, a letter or digit first.
+    """
+
+    given: Profile
+    name: str = "given"
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        if not (isinstance(self.name, str) and re.fullmatch(r"\w[\w.+-]*", self.name)):
+            raise InvalidValueError(
+                f"profile {_shown(self.name)}: the name must be letters, digits and ._+-, a letter or digit first"
+            )
+        missing = [name for name in ("density", "tail") if not callable(getattr(self.given, name, None))]
+        if missing:
+            raise InvalidValueError(
+                f"{self.title}: {type(self.given).__name__} has no {' and no '.join(missing)}; a profile has the "
+                "functions density(s) and tail(s)"
+            )
+
+    @property
+    def label(self) -> str:
+        """Its name."""
+        return self.name
+
+    @property
+    def title(self) -> str:
+        """Its name, and that it is a profile."""
+        return f"profile {self.name}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
+        """The object itself, tried at times from before the run to after `t`."""
+        try_profile(self.given, float(t), self.title)
+        return self.given
+
+
+# --- helpers ---------------------------------------------------------------------------------------
+
+
+def _number(name: str, value: object) -> float:
+    """A finite number, or an error that begins with `name` and the value."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise InvalidValueError(f"{name} {_shown(value)}: must be a finite number")
+    return float(value)
+
+
+def _shown(value: object) -> str:
+    return " ".join(repr(value)[:40].split())

@@ -1,0 +1,206 @@
+"""How near the averages are that snapshots make, on real training runs, and whether the error bar holds.
+
+    python scripts/bench_fidelity.py [--cache FOLDER] [--markdown] [--worst] [--json FILE] [--figure FILE.png]
+                                     [--runs a,b] [--steps 9600] [--processes 2]
+
+Ten recorded runs, of 9,600 steps each (see `trajectories.RECIPES`), two of them once more with update_every=10, go
+through the hook: tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 snapshot times evenly spaced in
+steps, stored as float32, float16 and bfloat16. Where a run's optimizer starts anew, the tracker is closed and goes on
+from its state. From each directory alone come the averages of nine widths, of two classical decays and of a window, by
+the default method and by the published one.
+
+For each of these cells:
+
+- **error**, **paper**: distance in the weights from the truth of the default method's average and of the published
+  one's, relative to the truth; the truth is the sum over the updates that the tracker made, in float64, from the
+  definition (`fidelity_runs`);
+- **predicted**: what the default method says its error will be;
+- **floor**: the error of the truth itself, rounded once to the dtype that snapshots are stored in;
+- **oracle**: the error of the best combination of these snapshots, coefficients with sum 1, that knows the truth. No
+  method can be better.
+
+Half of the runs are held out: no constant of the method was chosen by them. The numbers are the same at every call on
+one machine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TypeVar
+
+import fidelity_report as report
+import fidelity_runs as runs
+import numpy as np
+import torch
+from fidelity_runs import Job, Setup
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+
+from posthoc_cli.plots import COLOURS, STYLES
+
+Found = TypeVar("Found")
+Work = Callable[[Job, int, "Path | None"], Found]
+
+PICTURED = (Job("denoiser-cosine"), Setup((0.05, 0.28), 20, "float16"))
+"""Held out, and set up as by default."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure all cells, print the tables and the goals."""
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    started = time.perf_counter()
+    if options.figure is not None:
+        (errors,) = _in_processes([PICTURED[0]], _curves, options)
+        draw(_pictured_widths(), errors, options.steps).savefig(options.figure)
+    cells = [cell for found in _in_processes(options.runs, runs.measure, options) for cell in found]
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
+    if options.markdown:
+        print(f"{report.markdown_table(cells)}\n\n{report.goals_markdown(cells)}")
+    else:
+        print(f"{_setting(options.steps)}\n\n{report.text_tables(cells)}\n\n{report.goals_text(cells)}")
+    if options.worst:
+        print(f"\n{report.worst_cells(cells)}")
+    print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=_steps, default=runs.STEPS, help="length of the runs (9600)")
+    parser.add_argument("--runs", type=_jobs, default=runs.JOBS, help="some of the runs, separated by commas")
+    parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time (2)")
+    parser.add_argument("--markdown", action="store_true", help="the compact table and the goals in Markdown")
+    parser.add_argument("--worst", action="store_true", help="also the worst cells of each kind")
+    parser.add_argument("--json", type=Path, help="file for all cells")
+    parser.add_argument("--figure", type=Path, help="file for a picture of error against sigma_rel")
+    return parser
+
+
+def _steps(text: str) -> int:
+    """Every number of snapshots must fall on multiples of every stride."""
+    unit = math.lcm(*runs.SNAPSHOTS) * runs.STRIDE
+    steps = int(text)
+    if steps < unit or steps % unit:
+        raise argparse.ArgumentTypeError(f"{text}: must be a multiple of {unit}")
+    return steps
+
+
+def _jobs(text: str) -> tuple[Job, ...]:
+    known = {job.label: job for job in runs.JOBS}
+    wanted = text.split(",")
+    if unknown := [label for label in wanted if label not in known]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such run; choose from {', '.join(known)}")
+    return tuple(known[label] for label in wanted)
+
+
+def _setting(steps: int) -> str:
+    return (
+        f"{steps:,} steps; medians first, then the extremes; Python {platform.python_version()}, "
+        f"torch {torch.__version__}, numpy {np.__version__}"
+    )
+
+
+# --- many processes --------------------------------------------------------------------------------
+
+
+def _in_processes(jobs: Sequence[Job], work: Work[Found], options: argparse.Namespace) -> list[Found]:
+    """`work` on each job, in the jobs' order; with progress on stderr. One process is this one."""
+    if options.processes == 1:
+        return [work(job, options.steps, options.cache) for job in jobs]
+    found: dict[Job, Found] = {}
+    context = multiprocessing.get_context("spawn")  # a fork would inherit this one's BLAS threads
+    started = time.perf_counter()
+    with _one_blas_thread(), ProcessPoolExecutor(options.processes, context, torch.set_num_threads, (1,)) as pool:
+        # The long ones first, so that no process waits for the other in the end.
+        ordered = sorted(jobs, key=lambda job: (job.stride, job.name != "transformer-adamw", "cnn" not in job.name))
+        futures = {pool.submit(work, job, options.steps, options.cache): job for job in ordered}
+        for future in as_completed(futures):
+            found[futures[future]] = future.result()
+            seconds = time.perf_counter() - started
+            print(f"{len(found)} of {len(jobs)}, {seconds:.0f} s: {futures[future].label}", file=sys.stderr, flush=True)
+    return [found[job] for job in jobs]
+
+
+@contextmanager
+def _one_blas_thread() -> Iterator[None]:
+    """For the processes that start meanwhile: small problems side by side, whose threads would fight for the cores."""
+    names = ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+# --- the picture -----------------------------------------------------------------------------------
+
+
+def _pictured_widths() -> runs.FloatArray:
+    """Dense towards the uniform average, 0.2887, where the errors change fast; those that are tracked among them."""
+    return np.unique([*np.geomspace(0.02, 0.22, 80), *np.linspace(0.22, 0.2886, 80), *PICTURED[1].tracked])
+
+
+def _curves(job: Job, steps: int, cache: Path | None) -> runs.FloatArray:
+    return runs.curves(job, PICTURED[1], _pictured_widths(), steps, cache)
+
+
+def draw(sigma_rels: runs.FloatArray, curves: runs.FloatArray, steps: int) -> Figure:
+    """Error against sigma_rel: `curves` is [5, sigma_rels] as `fidelity_runs.compare` gives it."""
+    job, setup = PICTURED
+    error, paper, predicted, floor, _ = curves
+    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
+    axes = figure.add_subplot()
+    every = np.arange(sigma_rels.size)
+    # The rounding of each width is its own: joined densely, the floor would be a thicket.
+    even = np.unique(np.searchsorted(sigma_rels, np.geomspace(sigma_rels[0], sigma_rels[-1], 25)))
+    for values, drawn, colour, style, label in (
+        (paper, every, COLOURS[1], STYLES[1], "published method"),
+        (error, every, COLOURS[0], STYLES[0], "posthoc_cli"),
+        (predicted, every, COLOURS[4], STYLES[3], "what posthoc_cli predicts"),
+        (floor, even, COLOURS[2], STYLES[2], f"the true average, rounded once to {setup.dtype}"),
+    ):
+        axes.plot(sigma_rels[drawn], values[drawn], color=colour, linestyle=style, linewidth=1.8, label=label)
+    for position, sigma_rel in enumerate(setup.tracked):
+        axes.axvline(
+            sigma_rel, color="0.5", linewidth=0.8, zorder=0, label=None if position else "tracked during training"
+        )
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlim(sigma_rels[0], sigma_rels[-1])
+    ticks = (0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28)
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
+    axes.set_ylabel("relative L2 error of the weights")
+    axes.set_title(
+        f"{setup.snapshots} {setup.dtype} snapshots of {' and '.join(f'{s:g}' for s in setup.tracked)}: "
+        f"{job.label}, {steps:,} steps",
+        fontsize=11,
+    )
+    axes.grid(True, color="0.9", linewidth=0.6)
+    axes.set_axisbelow(True)
+    axes.legend(fontsize=8, framealpha=0.9)
+    return figure
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,120 @@
+"""`ema plan`: what it prints can be pasted, and what it cannot plan it says in one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from ema_command import Ema
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.cli.amounts import parse_bytes, parse_count
+from posthoc_cli.errors import InvalidValueError
+
+TASK = ("plan", "--steps", "4000", "--params", "1M", "--max-size", "24MB")
+
+
+def test_it_prints_alternatives_and_a_call_that_runs(ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = ema(*TASK)
+    assert result.code == 0
+    assert result.err == ""
+    lines = result.out.splitlines()
+    assert lines[0].split() == [
+        "tracked", "dtype", "snapshots", "each", "checkpoint_every", "disk", "worst", "error", "median", "error"
+    ]  # fmt: skip
+    call = "\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith("ema = ")) :])
+    monkeypatch.chdir(tmp_path)
+    names: dict = {"PostHocEMA": PostHocEMA, "model": torch.nn.Linear(2, 1)}
+    exec(call, names)
+    schedule = names["ema"].settings.schedule
+    assert names["ema"].settings.sigma_rels == tuple(float(s) for s in lines[1].split("  ")[0].split(", "))
+    assert f"{schedule.checkpoint_every:,}" in lines[1]
+
+
+def test_json_has_everything(ema: Ema) -> None:
+    report = json.loads(ema(*TASK, "--sigma-range", "0.1:0.2", "--json").out)
+    assert report["max_bytes"] == 24_000_000
+    assert report["motion"] == "assumed"
+    best = report["proposals"][0]
+    assert all(best["worst_error"] <= other["worst_error"] for other in report["proposals"])
+    assert best["worst_error"] == max(best["predicted_error"])
+    assert best["bytes"] <= 24_000_000
+    assert best["checkpoint_every"] % best["update_every"] == 0
+    assert report["call"].startswith("ema = PostHocEMA.from_model(")
+
+
+def test_choices_can_be_fixed(ema: Ema) -> None:
+    fixed = ("--sigma-rels", "0.1,0.05", "--dtype", "fp16", "--checkpoint-every", "500", "--max-checkpoints", "3")
+    (best,) = json.loads(ema(*TASK, *fixed, "--json").out)["proposals"]
+    assert (best["sigma_rels"], best["dtype"]) == ([0.05, 0.1], "float16")
+    assert (best["checkpoint_every"], best["max_checkpoints"]) == (500, 3)
+
+
+def test_like_takes_the_movement_of_a_run(ema: Ema, run: Path) -> None:
+    fixed = ("--sigma-rels", "0.05,0.28", "--dtype", "float16", "--checkpoint-every", "500", "--json")
+    plain, like = (json.loads(ema(*TASK, *fixed, *more).out) for more in ((), ("--like", run)))
+    assert like["motion"] == "like"
+    assert like["proposals"][0]["worst_error"] != pytest.approx(plain["proposals"][0]["worst_error"], rel=0.05)
+    assert f"as in {run}" in ema(*TASK, *fixed[:-1], "--like", run).out
+
+
+def test_it_draws(ema: Ema, tmp_path: Path) -> None:
+    out = tmp_path / "plan.png"
+    fixed = ("--sigma-rels", "0.05,0.28", "--out", out)
+    assert ema(*TASK, *fixed).out.splitlines()[-1] == f"wrote {out}"
+    assert out.read_bytes()[:4] == b"\x89PNG"
+    assert "--force to replace" in ema(*TASK, *fixed).error
+    assert ema(*TASK, *fixed, "--force").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--max-size", "1MB"), "--max-size 1,000,000 bytes: has no room"),
+        (("--max-size", "many"), "--max-size many: must be a size"),
+        (("--steps", "0"), "--steps 0: must be"),
+        (("--params", "0"), "--params 0: must be"),
+        (("--params", "huge"), "--params huge: must be"),
+        (("--sigma-range", "0.28:0.05"), "sigma.range"),
+        (("--sigma-range", "0.28"), "--sigma-range 0.28: must be LOW:HIGH"),
+        (("--dtype", "int8"), "--dtype 'int8': must be one of float16, bfloat16, float32"),
+        (("--checkpoint-every", "5000"), "--checkpoint-every 5,000: must be at most steps"),
+        (("--checkpoint-every", "0"), "--checkpoint-every 0"),
+        (("--max-checkpoints", "0"), "--max-checkpoints 0"),
+        (("--max-checkpoints", "50"), "--max-size 24,000,000 bytes: has no room for 50 snapshots"),
+        (("--sigma-rels", "0.4"), "0.4: must lie in"),
+        (("--out", "plan.txt"), "--out plan.txt: must end in"),
+        (("--like", "nowhere"), "nowhere: no such directory"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_line(ema: Ema, options: tuple[str, ...], message: str) -> None:
+    import re
+
+    result = ema(*TASK, *options)
+    assert result.code == (1 if options[0] == "--like" else 2)
+    assert result.out == ""
+    assert re.search(message.replace("(", r"\("), result.error)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("60GB", 60 * 10**9), ("500MiB", 500 * 2**20), ("1.5 tb", 15 * 10**11), ("7", 7), ("2kB", 2000), ("1KiB", 1024)],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert parse_bytes(text, "--max-size") == value
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("1.2e9", 12 * 10**8), ("1.2B", 12 * 10**8), ("350M", 35 * 10**7), ("7,000", 7000), ("1e3k", 10**6)],
+)
+def test_counts(text: str, value: int) -> None:
+    assert parse_count(text, "--params") == value
+
+
+@pytest.mark.parametrize("text", ["", "GB", "-1GB", "nan", "inf", "0.5", "1e99", "1..2", ",", "5 XB", "1e30TB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(InvalidValueError, match="--max-size"):
+        parse_bytes(text, "--max-size")

@@ -1,0 +1,138 @@
+"""`ema prune`: shows, asks, and only then deletes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from ema_command import Ema
+
+from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.store import read_directory
+
+
+def snapshots(run: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Somebody to ask."""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    return monkeypatch
+
+
+def test_it_shows_what_goes_and_deletes_it(ema: Ema, run: Path) -> None:
+    result = ema("prune", run, "--keep", "5", "--yes")
+    assert result.code == 0
+    assert result.err == ""
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["would", "go", "t", "sigma_rel", "size"]
+    assert lines[-1].startswith("deleted 30 snapshots, ")
+    shown = {line.split()[0] for line in lines if ".safetensors" in line}
+    assert len(shown) == 30
+    left = snapshots(run)
+    assert len(left) == 10
+    assert not shown & set(left)
+
+
+def test_json_says_what_it_did(ema: Ema, run: Path) -> None:
+    everything = set(snapshots(run))
+    report = json.loads(ema("prune", run, "--max-error", "30%", "--yes", "--json").out)
+    assert report["deleted"] is True
+    assert report["before"]["worst_error"] <= report["after"]["worst_error"] <= 0.3
+    assert set(report["kept"]) == set(snapshots(run)) == everything - {gone["file"] for gone in report["gone"]}
+    assert report["bytes"]["kept"] == sum(s.header.file_bytes for s in read_directory(run))
+
+
+@pytest.mark.parametrize("wish", [("--keep", "5"), ("--max-size", "30kB"), ("--max-error", "0.5")])
+def test_a_dry_run_deletes_nothing(ema: Ema, run: Path, wish: tuple[str, str]) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    result = ema("prune", run, *wish, "--dry-run")
+    assert result.code == 0
+    assert "nothing was deleted" in result.out.splitlines()[-1]
+    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
+    report = json.loads(ema("prune", run, *wish, "--dry-run", "--json").out)
+    assert report["deleted"] is False
+    assert report["gone"]
+
+
+@pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, 40), ("y", 0, 10), ("", 130, 40)])
+def test_it_asks(ema: Ema, run: Path, terminal: pytest.MonkeyPatch, answer: str, code: int, left: int) -> None:
+    import typer
+
+    def confirm(question: str, err: bool) -> bool:
+        assert question == "delete 30 snapshots for good?"
+        assert err
+        if not answer:
+            raise typer.Abort
+        return answer == "y"
+
+    terminal.setattr(typer, "confirm", confirm)
+    result = ema("prune", run, "--keep", "5")
+    assert result.code == code
+    assert len(snapshots(run)) == left
+    if answer == "n":
+        assert result.out.splitlines()[-1] == "nothing was deleted"
+
+
+def test_enough_room_is_no_mistake(ema: Ema, run: Path) -> None:
+    result = ema("prune", run, "--max-size", "1GB", "--yes")
+    assert result.code == 0
+    assert result.out.splitlines()[-1] == "nothing has to go; nothing was deleted"
+
+
+def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
+    lock = DirectoryLock(run)
+    try:
+        result = ema("prune", run, "--keep", "5", "--yes")
+        assert result.code == 1
+        assert "is writing here" in result.error
+        assert ema("prune", run, "--keep", "5", "--dry-run").code == 0
+    finally:
+        lock.release()
+    assert len(snapshots(run)) == 40
+
+
+def test_a_damaged_survivor_is_named_and_nothing_goes(ema: Ema, run: Path) -> None:
+    newest = sorted(run.glob("*.safetensors"))[-1]
+    data = bytearray(newest.read_bytes())
+    data[-3] ^= 0x10
+    newest.write_bytes(data)
+    result = ema("prune", run, "--keep", "5", "--yes", "--json")
+    assert result.code == 1
+    assert newest.name in result.error
+    assert len(snapshots(run)) == 40
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--keep", "5"), 2, "--yes: is needed where nobody can be asked"),
+        (("--keep", "21", "--yes"), 2, "--keep 21: there are only 20 snapshots a profile"),
+        (("--keep", "0", "--yes"), 2, "--keep 0: must be at least 1"),
+        (("--yes",), 2, "--keep, --max-size and --max-error: give one of them"),
+        (("--keep", "5", "--max-size", "1GB", "--yes"), 2, "give one of them"),
+        (("--max-size", "some", "--yes"), 2, "--max-size some: must be a size"),
+        (("--max-size", "10", "--yes"), 2, "--max-size 10 bytes: the newest snapshots"),
+        (("--max-error", "2", "--yes"), 2, "--max-error 2: must be"),
+        (("--max-error", "1e-9", "--yes"), 1, "all 40 snapshots together"),
+        (("--keep", "5", "--sigma-range", "0.28:0.05", "--yes"), 2, "must be below"),
+    ],
+)
+def test_wrong_usage_is_one_line_and_deletes_nothing(
+    ema: Ema, run: Path, options: tuple[str, ...], code: int, message: str
+) -> None:
+    before = snapshots(run)
+    result = ema("prune", run, *options)
+    assert result.code == code
+    assert message in result.error
+    assert result.out == ""
+    assert snapshots(run) == before
+
+
+def test_no_run_to_prune(ema: Ema, tmp_path: Path) -> None:
+    assert "no snapshots here" in ema("prune", tmp_path, "--keep", "5", "--yes").error
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,383 @@
+"""Minimum variance: closed forms against quadrature, the solver against 60 digits, what must hold of any optimum."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform
+from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior, reconstruct, relative_width
+from posthoc_cli.reconstruction.intervals import Densities, Tails
+
+T = 1000.0
+START = 3.0
+
+
+def snapshots_at(times, sigma_rels=(0.05, 0.28)) -> list[PowerFunction]:  # type: ignore[no-untyped-def]
+    return [PowerFunction.from_sigma_rel(s, float(t)) for t in times for s in sigma_rels]
+
+
+def uneven_motion(noise: float = 0.0) -> Motion:
+    """A walk that slows down a thousandfold, and noise that grows."""
+    edges = np.array([START, 100.0, 400.0, 700.0, T])
+    return Motion(edges, np.array([1.0, 0.1, 0.3, 0.001]), noise * np.array([1.0, 2.0, 3.0, 4.0]))
+
+
+def prior_of(snapshots, motion: Motion, rounding) -> Prior:  # type: ignore[no-untyped-def]
+    r = np.broadcast_to(np.asarray(rounding, dtype=np.float64), (len(snapshots),))
+    return Prior(motion, r, tuple(bool(x == 0) for x in r), np.full(len(snapshots), 4.0), "measured")
+
+
+def expected_square(snapshots, coefficients, target, motion: Motion, rounding) -> float:  # type: ignore[no-untyped-def]
+    """The defining integral, by adaptive quadrature between all kinks."""
+    points = sorted({*motion.edges, *(p.t for p in snapshots), *getattr(target, "kinks", ())})
+
+    def miss(values):  # type: ignore[no-untyped-def]
+        made = sum(c * float(values(p)) for c, p in zip(coefficients, snapshots, strict=True))
+        return (made - float(values(target))) ** 2
+
+    total = float(np.sum(np.asarray(coefficients) ** 2 * rounding))
+    for a, b in pairwise(points):
+        piece = int(np.searchsorted(motion.edges, (a + b) / 2, side="right")) - 1
+        v, w = motion.walk[piece], motion.noise[piece]
+        tails = integrate.quad(lambda s: miss(lambda p: p.tail(s)), a, b, epsabs=1e-14, epsrel=1e-10, limit=200)[0]
+        total += v * tails
+        if w:
+            total += w * integrate.quad(lambda s: miss(lambda p: p.density(s)), a, b, epsabs=1e-14, limit=200)[0]
+    return total
+
+
+# --- closed forms ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("functions", [Tails, Densities])
+def test_inner_products_are_the_integrals(functions) -> None:  # type: ignore[no-untyped-def]
+    """Of every two stored functions, of different exponents and times, on every interval."""
+    gammas = np.array([0.05, 6.9, 17.0])
+    edges = np.array([START, 40.0, 45.0, 300.0, T])
+    gamma = np.repeat(gammas, 3)
+    t = np.tile([45.0, 300.0, T], 3)
+    rows = functions(gammas, edges).of_powers(gamma, t)
+    value = (lambda p, s: p.tail(s)) if functions is Tails else (lambda p, s: p.density(s))
+
+    def product(s, p, q):  # type: ignore[no-untyped-def]
+        return float(value(p, s) * value(q, s))
+
+    for k, (a, b) in enumerate(pairwise(edges)):
+        for i in range(0, 9, 2):
+            for j in range(0, 9, 3):
+                p, q = PowerFunction(gamma[i], t[i]), PowerFunction(gamma[j], t[j])
+                # At an interval's end a profile of that time is over: only its inside counts.
+                inside = float(b <= p.t and b <= q.t)
+                exact = inside * integrate.quad(product, a, b, (p, q), epsabs=1e-15)[0]
+                scale = (b - a) * (1.0 if functions is Tails else float(value(p, p.t) * value(q, q.t)))
+                assert rows[k, :, i] @ rows[k, :, j] == pytest.approx(exact, rel=1e-9, abs=1e-12 * scale)
+
+
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.07, 0.2, 0.287])
+@pytest.mark.parametrize("functions", [Tails, Densities])
+def test_a_target_by_quadrature_is_the_one_in_closed_form(functions, sigma_rel: float) -> None:  # type: ignore[no-untyped-def]
+    class Hidden:
+        """A power function that does not say so."""
+
+        def __init__(self, inner: PowerFunction) -> None:
+            self.density, self.tail = inner.density, inner.tail
+
+    basis = functions(np.array([0.05, 17.0]), np.array([START, 40.0, 45.0, 300.0, 999.0, T]))
+    closed, squares = basis.of_target(PowerFunction.from_sigma_rel(sigma_rel, T))
+    rows, other = basis.of_target(Hidden(PowerFunction.from_sigma_rel(sigma_rel, T)))
+    size = np.sqrt(squares)[:, None]
+    np.testing.assert_allclose(rows, closed, rtol=1e-9, atol=1e-9 * float(size.max()))
+    np.testing.assert_allclose(other, squares, rtol=1e-9, atol=1e-15)
+
+
+TARGETS = [
+    PowerFunction.from_sigma_rel(0.1, T),
+    ClassicalEMA(0.99, T, Clock.of_steps(), START),
+    ClassicalEMA(0.5, T, Clock.of_steps(), START),
+    StepWindow(150, T, Clock.of_steps()),
+    Uniform(200.0, 620.0),
+    Tabulated((100.0, 400.0, 900.0), (0.0, 3.0, 1.0)),
+]
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda p: type(p).__name__)
+@pytest.mark.parametrize("noise", [0.0, 5.0])
+def test_the_expected_error_is_the_integral(target, noise: float) -> None:  # type: ignore[no-untyped-def]
+    snapshots = snapshots_at((250, 500, 800, 1000))
+    motion, rounding = uneven_motion(noise), np.linspace(0, 1e-3, 8)
+    result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, rounding), t=T)
+    c = result.coefficients[:, 0]
+    if type(target) in (StepWindow, Uniform, Tabulated):
+        start = {StepWindow: (850.0,), Uniform: (200.0, 620.0), Tabulated: (100.0, 400.0, 900.0)}[type(target)]
+        motion_edges = sorted({*motion.edges, *start})
+        pieces = motion.on(np.array(motion_edges))
+        motion = Motion(np.array(motion_edges), *pieces)
+    exact = expected_square(snapshots, c, target, motion, rounding)
+    # The norm is that of every average here: 2.
+    assert (2 * result.predicted_error[0]) ** 2 == pytest.approx(exact, rel=1e-6)
+    assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
+
+
+def test_the_width_of_a_profile_is_its_standard_deviation() -> None:
+    for sigma_rel in (0.02, 0.1, 0.28):
+        assert relative_width(PowerFunction.from_sigma_rel(sigma_rel, T), T) == pytest.approx(sigma_rel, rel=1e-9)
+    assert relative_width(Uniform(200, 620), T) == pytest.approx(0.42 / 12**0.5, rel=1e-9)
+    assert relative_width(ClassicalEMA(0.9, T, Clock.of_steps()), T) == pytest.approx(
+        -1 / np.log(0.9) / T, rel=1e-6  # an exponential density in time
+    )  # fmt: skip
+
+
+# --- the optimum -----------------------------------------------------------------------------------
+
+
+def tail_products(motion: Motion, profiles: list[PowerFunction]) -> mpmath.matrix:
+    """Integrals of v tail_i tail_j at 60 digits, term by term."""
+    number = mpmath.mpf
+    edges = sorted({*motion.edges, *(p.t for p in profiles)})
+    variance = motion.on(np.array(edges))[0]
+
+    def power(a, b, scale_a, x, scale_b, y):  # type: ignore[no-untyped-def]
+        """Integral of (s/scale_a)^x (s/scale_b)^y."""
+        p = x + y + 1
+        return (b**p - a**p) / p / (scale_a**x * scale_b**y)
+
+    n = len(profiles)
+    products = mpmath.zeros(n, n)
+    for a, b, v in zip(edges[:-1], edges[1:], variance, strict=True):
+        a, b, v = number(float(a)), number(float(b)), number(float(v))
+        for i in range(n):
+            for j in range(i, n):
+                p, q = profiles[i], profiles[j]
+                if b > p.t or b > q.t:
+                    continue
+                x, y, s, t = (number(z) for z in (p.gamma, q.gamma, p.t, q.t))
+                x, y, one = x + 1, y + 1, number(1)
+                value = (b - a) - power(a, b, s, x, one, 0) - power(a, b, t, y, one, 0) + power(a, b, s, x, t, y)
+                products[i, j] += v * value
+                if i != j:
+                    products[j, i] += v * value
+    return products
+
+
+def square_of(x, products: mpmath.matrix, rounding: float) -> mpmath.mpf:  # type: ignore[no-untyped-def]
+    """The expected squared error of coefficients; the target is the last of the products."""
+    n = products.rows - 1
+    total = products[n, n]
+    for i in range(n):
+        total += x[i] * (mpmath.mpf(rounding) * x[i] - 2 * products[i, n])
+        total += x[i] * sum(products[i, j] * x[j] for j in range(n))
+    return total
+
+
+@pytest.mark.parametrize("rounding", [1e-5, 1e-8, 1e-12])
+@pytest.mark.parametrize(("count", "sigma_rels"), [(4, (0.05, 0.28)), (16, (0.05, 0.10)), (32, (0.1,))])
+def test_the_minimum_is_that_of_sixty_digits(count: int, sigma_rels: tuple[float, ...], rounding: float) -> None:
+    """In value: the coefficients of nearly equal snapshots may differ where the average does not.
+
+    The network moves by more than the roundings everywhere, so that their errors have nothing to do with each other.
+    """
+    snapshots = snapshots_at(np.linspace(0, T, count + 1)[1:], sigma_rels)
+    motion = Motion(uneven_motion().edges, uneven_motion().walk, np.zeros(4))
+    prior = prior_of(snapshots, motion, rounding)
+    solver = MinimumVariance(snapshots, prior, T)
+    for sigma_rel in (0.02, 0.07, 0.15, 0.27):
+        target = PowerFunction.from_sigma_rel(sigma_rel, T)
+        c = solver.solve(target)
+        with mpmath.workdps(60):
+            products = tail_products(motion, [*snapshots, target])
+            n = len(snapshots)
+            matrix = mpmath.matrix(n + 1, n + 1)
+            right = mpmath.matrix(n + 1, 1)
+            for i in range(n):
+                for j in range(n):
+                    matrix[i, j] = products[i, j] + (mpmath.mpf(rounding) if i == j else 0)
+                matrix[i, n] = matrix[n, i] = 1
+                right[i] = products[i, n]
+            right[n] = 1
+            exact = mpmath.lu_solve(matrix, right)
+            least, found = (square_of(x, products, rounding) for x in (exact, [mpmath.mpf(float(x)) for x in c]))
+            # What float64 leaves of a root: eps of the tails times the coefficients.
+            slack = mpmath.mpf(float(np.abs(c).sum()) ** 2 * 1e-13)
+            assert found - least <= 1e-9 * least + slack * products[n, n]
+            assert float(found) == pytest.approx(solver.expected_square(c, target), rel=1e-6, abs=float(slack))
+        assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
+
+
+def test_large_problems_are_solved_as_well() -> None:
+    """512 times of two profiles and 2,000 of one: no neighbour of the solution is better."""
+    generator = np.random.default_rng(0)
+    for count, sigma_rels in ((512, (0.05, 0.28)), (2000, (0.1,))):
+        snapshots = snapshots_at(np.linspace(0, 1e5, count + 1)[1:], sigma_rels)
+        solver = MinimumVariance(snapshots, assumed_prior(snapshots, 2e-4), 1e5)
+        target = PowerFunction.from_sigma_rel(0.15, 1e5)
+        c = solver.solve(target)
+        least = solver.expected_square(c, target)
+        assert np.abs(c).sum() < 2
+        for _ in range(20):
+            change = generator.normal(size=c.size)
+            change -= change.mean()
+            for size in (1e-6, -1e-6, 1e-4):
+                assert solver.expected_square(c + size * change, target) >= least
+
+
+# --- what must hold --------------------------------------------------------------------------------
+
+TIMES = st.lists(st.integers(4, 1000), min_size=1, max_size=10, unique=True)
+PROFILES = st.sampled_from([(0.05,), (0.05, 0.10), (0.05, 0.28), (0.03, 0.10, 0.28)])
+
+
+@st.composite
+def problems(draw):  # type: ignore[no-untyped-def]
+    """(snapshots, prior, target): any walk, noise and rounding."""
+    times = sorted(draw(TIMES))
+    snapshots = snapshots_at(times, draw(PROFILES))
+    pieces = draw(st.integers(1, 5))
+    edges = np.concatenate(([START], np.linspace(START, 1000, pieces + 1)[1:]))
+    logs = st.lists(st.floats(-4, 1), min_size=pieces, max_size=pieces)
+    walk, noise = (10 ** np.array(draw(logs)) for _ in range(2))
+    noise = noise * draw(st.sampled_from([0.0, 1.0]))
+    rounding = 10 ** np.array(draw(st.lists(st.floats(-10, -2), min_size=len(snapshots), max_size=len(snapshots))))
+    prior = prior_of(snapshots, Motion(edges, walk, noise), rounding)
+    return snapshots, prior, PowerFunction.from_sigma_rel(draw(st.floats(0.02, 0.288)), float(times[-1]))
+
+
+@given(problems(), st.randoms(use_true_random=False))
+@settings(max_examples=60, deadline=None)
+def test_the_order_of_snapshots_changes_nothing(problem, random) -> None:  # type: ignore[no-untyped-def]
+    snapshots, prior, target = problem
+    order = list(range(len(snapshots)))
+    random.shuffle(order)
+    c = MinimumVariance(snapshots, prior, target.t).solve(target)
+    shuffled = MinimumVariance([snapshots[i] for i in order], prior.of(order), target.t).solve(target)
+    np.testing.assert_array_equal(shuffled, c[order])
+
+
+@given(problems(), st.floats(1e-3, 1e6), st.floats(1e-6, 1e6))
+@settings(max_examples=60, deadline=None)
+def test_units_of_time_and_of_weights_change_nothing(problem, time: float, weights: float) -> None:  # type: ignore[no-untyped-def]
+    """Coefficients and relative errors; a walk is squares per time, noise squares times time."""
+    snapshots, prior, target = problem
+    before = reconstruct(snapshots, [target], prior=prior)
+    motion = prior.motion
+    moved = Motion(motion.edges * time, motion.walk * weights / time, motion.noise * weights * time)
+    scaled = Prior(moved, prior.rounding * weights, prior.exact, prior.norm * weights, prior.source)
+    slower = [PowerFunction(p.gamma, p.t * time) for p in snapshots]
+    after = reconstruct(slower, [PowerFunction(target.gamma, target.t * time)], prior=scaled)
+    # The floor is eps times the walk, under a root.
+    assert after.predicted_error[0] == pytest.approx(before.predicted_error[0], rel=1e-4, abs=1e-7)
+    scale = np.abs(before.coefficients).sum()
+    np.testing.assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * scale)
+
+
+@given(problems(), st.data())
+@settings(max_examples=60, deadline=None)
+def test_one_more_snapshot_never_makes_it_worse(problem, data) -> None:  # type: ignore[no-untyped-def]
+    snapshots, prior, target = problem
+    chosen = data.draw(st.lists(st.sampled_from(range(len(snapshots))), min_size=1, unique=True))
+    fewer = MinimumVariance([snapshots[i] for i in chosen], prior.of(chosen), target.t)
+    every = MinimumVariance(snapshots, prior, target.t)
+    least = every.expected_square(every.solve(target), target)
+    assert least <= fewer.expected_square(fewer.solve(target), target) * (1 + 1e-9) + 1e-12
+
+
+@given(problems())
+@settings(max_examples=60, deadline=None)
+def test_magnitudes_are_bounded_by_what_rounding_allows(problem) -> None:  # type: ignore[no-untyped-def]
+    """sum c_i^2 r_i is part of a minimum that is no larger than that of any single snapshot."""
+    snapshots, prior, target = problem
+    solver = MinimumVariance(snapshots, prior, target.t)
+    c = solver.solve(target)
+    single = min(solver.expected_square(row, target) for row in np.eye(len(snapshots)))
+    assert np.sum(c**2 * prior.rounding) <= single * (1 + 1e-9)
+    assert np.abs(c).sum() <= np.sqrt(single * np.sum(1 / prior.rounding)) * (1 + 1e-9)
+    assert c.sum() == pytest.approx(1, abs=1e-13 * np.abs(c).sum())
+
+
+@given(problems(), st.data())
+@settings(max_examples=40, deadline=None)
+def test_a_target_that_is_stored_exactly_is_its_snapshot(problem, data) -> None:  # type: ignore[no-untyped-def]
+    snapshots, prior, _ = problem
+    newest = [i for i, p in enumerate(snapshots) if p.t == max(q.t for q in snapshots)]
+    index = data.draw(st.sampled_from(newest))
+    exact = tuple(i == index for i in range(len(snapshots)))
+    prior = Prior(prior.motion, prior.rounding, exact, prior.norm, prior.source)
+    result = reconstruct(snapshots, [snapshots[index]], prior=prior)
+    np.testing.assert_array_equal(result.coefficients[:, 0], np.eye(len(snapshots))[index])
+    assert result.profile_error[0] == 0
+
+
+@given(problems())
+@settings(max_examples=40, deadline=None)
+def test_the_cost_of_a_loss_is_that_of_solving_without_it(problem) -> None:  # type: ignore[no-untyped-def]
+    snapshots, prior, target = problem
+    if len(snapshots) < 2:
+        return
+    solver = MinimumVariance(snapshots, prior, target.t)
+    c = solver.solve(target)
+    after = solver.expected_square(c, target) + c**2 * solver.removal_costs()
+    for index in range(len(snapshots)):
+        rest = [i for i in range(len(snapshots)) if i != index]
+        without = MinimumVariance([snapshots[i] for i in rest], prior.of(rest), target.t)
+        assert after[index] == pytest.approx(without.expected_square(without.solve(target), target), rel=1e-4, abs=1e-9)
+
+
+def test_with_noise_alone_it_is_the_published_method() -> None:
+    """Up to the constraint: there the coefficients are divided by their sum, here they sum to 1 from the start."""
+    snapshots = snapshots_at(np.linspace(0, T, 21)[1:])
+    motion = Motion(np.array([1e-9, T]), np.array([0.0]), np.array([1.0]))
+    prior = Prior(motion, np.zeros(40), (False,) * 40, np.ones(40), "measured")
+    target = PowerFunction.from_sigma_rel(0.15, T)
+    ours, paper = (reconstruct(snapshots, [target], method, prior) for method in ("minvar", "paper"))
+    assert ours.profile_error[0] == pytest.approx(paper.profile_error[0], rel=1e-3)
+    assert ours.predicted_error[0] <= paper.predicted_error[0] * (1 + 1e-9)
+
+
+# --- edges -----------------------------------------------------------------------------------------
+
+
+def test_a_target_after_the_last_snapshot_misses_what_the_network_moved_since() -> None:
+    snapshots = snapshots_at((50, 100))
+    motion = Motion(np.array([1.0, 100.0, 200.0]), np.array([1.0, 0.25]), np.zeros(2))
+    target = PowerFunction.from_sigma_rel(0.05, 150.0)
+    result = reconstruct(snapshots, [target], prior=prior_of(snapshots, motion, 0.0))
+    since = 0.25 * integrate.quad(lambda s: float(target.tail(s)) ** 2, 100, 150)[0]
+    assert (2 * result.predicted_error[0]) ** 2 >= since
+    assert (2 * result.predicted_error[0]) ** 2 == pytest.approx(since, rel=0.3)
+
+
+def test_a_network_that_never_moved_needs_no_certain_combination() -> None:
+    snapshots = snapshots_at((50, 100))
+    still = Motion(np.array([1.0, 100.0]), np.zeros(1), np.zeros(1))
+    for rounding in (0.0, 1.0):
+        prior = prior_of(snapshots, still, rounding)
+        result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(0.1, 100.0)], prior=prior)
+        assert result.coefficients.sum() == pytest.approx(1)
+        # All four copies are rounded to the same values.
+        assert (2 * result.predicted_error[0]) ** 2 == pytest.approx(rounding)
+
+
+def test_one_snapshot_and_equal_ones_are_no_trouble() -> None:
+    target = PowerFunction.from_sigma_rel(0.15, 100.0)
+    assert reconstruct(snapshots_at((100,), (0.05,)), [target]).coefficients.tolist() == [[1.0]]
+    near = snapshots_at((50, 100), (0.1, 0.1 + 1e-14, 0.1000001))
+    result = reconstruct(near, [target])
+    assert np.isfinite(result.coefficients).all()
+    assert result.coefficients.sum() == pytest.approx(1)
+
+
+def test_misuse_is_named() -> None:
+    target = PowerFunction.from_sigma_rel(0.05, 10.0)
+    with pytest.raises(InvalidValueError, match="no snapshots"):
+        reconstruct([], [target])
+    with pytest.raises(InvalidValueError, match="at or before its time"):
+        reconstruct(snapshots_at((11,)), [target])
+    with pytest.raises(InvalidValueError, match="at or before its time"):
+        reconstruct(snapshots_at((11,)), [Uniform(1, 5)], t=10.0)

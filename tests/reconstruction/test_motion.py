@@ -1,0 +1,213 @@
+"""The fitted motion: from distances that are exact by construction, from simulated paths, and from too little."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from factories import exact_gamma, exact_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import integrate
+
+from posthoc_cli.profiles import PowerFunction, RecordedPowerFunction
+from posthoc_cli.reconstruction import Distance, Measurements, Motion, StoredAverage, measured_prior, reconstruct
+from posthoc_cli.reconstruction.motion import MOST_PIECES, PairDistance, fit_motion
+
+START = 2.0
+
+
+def distance(p: PowerFunction, q: PowerFunction, motion: Motion, rounding: float = 0.0) -> PairDistance:
+    """Of two averages, the later one first, by quadrature of the defining integrals."""
+    total = rounding
+    points = sorted({*motion.edges[motion.edges < p.t], q.t, p.t})
+    for a, b in pairwise(points):
+        piece = int(np.searchsorted(motion.edges, (a + b) / 2, side="right")) - 1
+        for weight, name in ((motion.walk[piece], "tail"), (motion.noise[piece], "density")):
+
+            def squared(s: float, name: str = name) -> float:
+                return float(getattr(p, name)(s) - getattr(q, name)(s)) ** 2
+
+            total += weight * integrate.quad(squared, a, b, epsabs=1e-15, epsrel=1e-10)[0]
+    return PairDistance((p.gamma, q.gamma), (p.t, q.t), total, rounding)
+
+
+def neighbours(times: list[float], sigma_rels: tuple[float, ...], motion: Motion) -> list[PairDistance]:
+    """What a tracker measures: between the profiles of one time, and to the two times before."""
+    found = []
+    for index, t in enumerate(times):
+        now = [PowerFunction.from_sigma_rel(s, t) for s in sigma_rels]
+        found += [distance(p, q, motion) for i, p in enumerate(now) for q in now[:i]]
+        for earlier in times[max(index - 2, 0) : index]:
+            found += [distance(p, PowerFunction.from_sigma_rel(s, earlier), motion) for p in now for s in sigma_rels]
+    return found
+
+
+def test_a_walk_is_found_again() -> None:
+    """Smoothing pulls a little at jumps; everywhere else the walk is the one that made the distances."""
+    times = [float(t) for t in range(50, 1001, 50)]
+    edges = np.array([START, *times])
+    walk = np.where(edges[1:] <= 500, 1.0, 0.1)
+    found = fit_motion(START, times, neighbours(times, (0.05, 0.28), Motion(edges, walk, np.zeros(20))))
+    assert set(edges) <= set(found.edges)
+    walk, noise = found.on(edges)
+    np.testing.assert_allclose(walk[2:8], 1.0, rtol=0.1)
+    np.testing.assert_allclose(walk[13:], 0.1, rtol=0.1)
+    assert noise[2:].max() < 0.05 * 50**2 * 0.1
+
+
+def test_noise_is_told_from_a_walk() -> None:
+    times = [float(t) for t in range(50, 1001, 50)]
+    edges = np.array([START, *times])
+    for sigma_rels in ((0.05, 0.28), (0.1,)):
+        noisy = Motion(edges, np.full(20, 1e-6), np.ones(20))
+        found = fit_motion(START, times, neighbours(times, sigma_rels, noisy))
+        walk, noise = found.on(edges)
+        np.testing.assert_allclose(noise[3:], 1.0, rtol=0.1)
+        assert walk[3:].max() * 50**2 < 0.1
+
+
+@given(st.lists(st.floats(-5, 0), min_size=3, max_size=3), st.floats(1e-6, 1e6))
+@settings(max_examples=20, deadline=None)
+def test_the_walk_scales_with_the_squares_and_is_never_negative_or_nought(logs: list[float], scale: float) -> None:
+    times = [20.0, 50.0, 90.0]
+    motion = Motion(np.array([START, *times]), 10 ** np.array(logs), np.zeros(3))
+    distances = neighbours(times, (0.05, 0.28), motion)
+    found = fit_motion(START, times, distances)
+    scaled = [PairDistance(d.gammas, d.times, d.squared * scale, 0.0) for d in distances]
+    again = fit_motion(START, times, scaled)
+    assert np.all(found.walk > 0)
+    assert np.all(found.noise >= 0)
+    np.testing.assert_allclose(again.walk, found.walk * scale, rtol=1e-6)
+
+
+def test_rounding_is_not_taken_for_movement() -> None:
+    """Half of each squared distance is rounding of the stored partner."""
+    times = [float(t) for t in range(50, 501, 50)]
+    motion = Motion(np.array([START, *times]), np.ones(10), np.zeros(10))
+    clean = neighbours(times, (0.05, 0.28), motion)
+    rounded = [PairDistance(d.gammas, d.times, 2 * d.squared, d.squared) for d in clean]
+    found = fit_motion(START, times, rounded)
+    np.testing.assert_allclose(found.on(motion.edges)[0][2:], 1.0, rtol=0.1)
+
+
+@pytest.mark.parametrize("times", [[50.0], [50.0, 100.0]])
+@pytest.mark.parametrize("sigma_rels", [(0.1,), (0.05, 0.28)])
+def test_few_snapshots_give_what_they_support(times: list[float], sigma_rels: tuple[float, ...]) -> None:
+    motion = Motion(np.array([START, *times]), np.ones(len(times)), np.zeros(len(times)))
+    distances = neighbours(times, sigma_rels, motion)
+    if distances:
+        found = fit_motion(START, times, distances)
+        moved = np.sum(found.walk * np.diff(found.edges))
+        assert moved == pytest.approx(times[-1] - START, rel=0.5)
+
+
+def test_before_the_first_snapshot_the_network_moves_less_and_less() -> None:
+    """As s**-0.5: in parts that double, whose integral is that of the whole piece."""
+    times = [64.0, 128.0, 192.0]
+    motion = Motion(np.array([START, *times]), np.ones(3), np.zeros(3))
+    found = fit_motion(START, times, neighbours(times, (0.05, 0.28), motion))
+    np.testing.assert_allclose(found.edges[:6], START * 2.0 ** np.arange(6))
+    first = found.walk[:5]
+    np.testing.assert_allclose(first[1:] / first[:-1], 2**-0.5, rtol=1e-9)
+
+
+def test_many_snapshot_times_share_pieces() -> None:
+    times = [float(t) for t in range(10, 2001, 10)]
+    walk = Motion(np.array([START, 2000.0]), np.ones(1), np.zeros(1))
+    found = fit_motion(START, times, neighbours(times[-4:], (0.1,), walk))
+    assert sum(edge in times for edge in found.edges) == MOST_PIECES
+    assert (found.edges[0], found.edges[-1]) == (START, 2000.0)
+    np.testing.assert_allclose(found.walk[-1], 1.0, rtol=0.1)
+
+
+def test_weights_that_stand_still_have_no_motion() -> None:
+    found = fit_motion(START, [50.0, 100.0], [PairDistance((6.9, 6.9), (100.0, 50.0), 1e-30, 1e-30)])
+    assert np.all(np.isfinite(found.walk))
+    prior = measured_prior([average(10.0, 0.1, 4.0, ()), average(20.0, 0.1, 4.0, (Distance(10.0, 0.1, 0.0, 0.0),))])
+    result = reconstruct(
+        [PowerFunction.from_sigma_rel(0.1, 20.0)], [PowerFunction.from_sigma_rel(0.2, 20.0)], prior=prior.of([1])
+    )
+    assert result.predicted_error[0] < 1e-6
+
+
+# --- what headers tell -----------------------------------------------------------------------------
+
+
+def average(
+    t: float, sigma_rel: float, norm: float, distances: tuple[Distance, ...], rounding: float = 0.0
+) -> StoredAverage:
+    profile = RecordedPowerFunction(exact_gamma(sigma_rel), t, 1.0, 1.0)
+    return StoredAverage(profile, int(t), 2.0**-23, Measurements(norm, rounding, distances))
+
+
+def test_what_is_measured_and_what_is_assumed_is_told() -> None:
+    alone = measured_prior([average(10.0, 0.1, 4.0, ())])
+    assert alone.source == "assumed"
+    two = measured_prior(
+        [average(10.0, s, 4.0, (Distance(10.0, u, 0.5, 0.0),)) for s, u in ((0.05, 0.25), (0.25, 0.05))]
+    )
+    assert two.source == "measured"
+    assert two.motion.edges[-1] == 10.0
+    assert not two.motion.noise.any()
+    unmeasured = StoredAverage(RecordedPowerFunction(6.9, 10.0, 1.0, 1.0), 10, 2.0**-23, None)
+    assert measured_prior([unmeasured, average(10.0, 0.05, 4.0, ())]).source == "assumed"
+
+
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.28])
+def test_the_rounding_of_updates_is_that_of_a_float32_average(sigma_rel: float) -> None:
+    """A float32 running average of 5,000 updates against the exact one: within a tenth of what is expected."""
+    steps, size = 5000, 4000
+    generator = np.random.default_rng(0)
+    path = np.cumsum(generator.normal(size=(steps, size)) * 0.01, axis=0).astype(np.float32)
+    path += generator.normal(size=size).astype(np.float32)
+    gamma = exact_gamma(sigma_rel)
+    running = path[0].copy()
+    for k in range(2, steps + 1):
+        running += np.float32(1 - ((k - 1) / k) ** (gamma + 1)) * (path[k - 1] - running)
+    exact = exact_weights(sigma_rel, np.arange(1, steps + 1)) @ path.astype(np.float64)
+    stored = average(float(steps), sigma_rel, float(exact @ exact), ())
+    expected = measured_prior([stored]).rounding[0]
+    assert np.sum((running - exact) ** 2) == pytest.approx(expected, rel=0.2)
+
+
+# --- the error bar ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("dominant", "scale"), [("rounding", 1e-3), ("rounding", 1e-4), ("rounding", 1e-6), ("walk", 1e-2)]
+)
+def test_the_error_bar_holds_whatever_dominates(dominant: str, scale: float) -> None:
+    """Simulated walks of many elements, snapshots rounded to float16 or not at all.
+
+    With a scale of 1e-6 hardly an element moves by a spacing of float16: all snapshots are rounded alike, and no
+    combination of them is better than one. At 1e-4 it is in between.
+    """
+    steps, size, every = 2000, 3000, 100
+    generator = np.random.default_rng(1)
+    path = 1 + generator.uniform(0, 1, size) + np.cumsum(generator.normal(size=(steps, size)), axis=0) * scale
+    cast = (lambda x: x.astype(np.float16).astype(float)) if dominant == "rounding" else lambda x: x
+    averages, stored, exact = [], [], {}
+    for t in range(every, steps + 1, every):
+        for s in (0.05, 0.28):
+            exact[t, s] = exact_weights(s, np.arange(1, t + 1)) @ path[:t]
+        for s, other in ((0.05, 0.28), (0.28, 0.05)):
+            x = exact[t, s]
+            others = [(t, other, exact[t, other], 0.0)]
+            others += [(t - every, q, cast(exact[t - every, q]), None) for q in (0.05, 0.28) if t > every]
+            found = tuple(
+                Distance(u, q, float(np.sum((x - y) ** 2)), float(np.sum((y - exact[u, q]) ** 2)) if r is None else r)
+                for u, q, y, r in others
+            )
+            rounding = float(np.sum((cast(x) - x) ** 2))
+            averages.append(average(float(t), s, float(x @ x), found, rounding))
+            stored.append(cast(x))
+    prior = measured_prior(averages)
+    wanted = (0.03, 0.07, 0.15, 0.22)
+    targets = [PowerFunction.from_sigma_rel(s, float(steps)) for s in wanted]
+    result = reconstruct([a.profile.pure for a in averages], targets, prior=prior)
+    for index, sigma_rel in enumerate(wanted):
+        truth = exact_weights(sigma_rel, np.arange(1, steps + 1)) @ path
+        actual = np.linalg.norm(result.coefficients[:, index] @ stored - truth) / np.linalg.norm(truth)
+        assert 0.7 < actual / result.predicted_error[index] < 1.4

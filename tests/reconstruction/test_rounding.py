@@ -1,0 +1,38 @@
+"""Errors of copies that are rounded alike, against values that are really rounded."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from posthoc_cli.reconstruction.rounding import rounding_factor
+
+
+@pytest.mark.parametrize("spacings", [0.0, 0.05, 0.15, 0.3, 0.6, 3.0])
+def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
+    """Gaussian displacements of so many spacings, 200,000 elements of one binade, rounded to float16."""
+    generator = np.random.default_rng(0)
+    spacing = 2.0**-10
+    values = generator.uniform(1.1, 1.9, 200_000)
+    moved = values + spacings * spacing * generator.normal(size=values.size)
+    errors = [x.astype(np.float16).astype(np.float64) - x for x in (values, moved)]
+    measured = np.array([[a @ b for b in errors] for a in errors])
+    apart = np.sum((moved - values) ** 2) * (1 - np.eye(2))
+    factor = rounding_factor(np.diag(measured), apart)
+    # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000) of them.
+    np.testing.assert_allclose(factor.T @ factor, measured, atol=0.015 * measured[0, 0])
+
+
+def test_far_ones_are_independent_and_equal_ones_are_one() -> None:
+    rounding = np.array([1.0, 4.0, 9.0])
+    far = rounding_factor(rounding, 1e3 * (1 - np.eye(3)))
+    np.testing.assert_array_equal(far, np.diag([1.0, 2.0, 3.0]))
+    alike = rounding_factor(rounding, np.zeros((3, 3)))
+    root = np.array([1.0, 2.0, 3.0])
+    np.testing.assert_allclose(alike.T @ alike, np.outer(root, root), atol=1e-12)
+
+
+def test_nothing_rounded_is_no_trouble() -> None:
+    np.testing.assert_array_equal(rounding_factor(np.zeros(3), np.zeros((3, 3))), np.zeros((3, 3)))
+    mixed = rounding_factor(np.array([0.0, 1.0]), np.zeros((2, 2)))
+    np.testing.assert_allclose(mixed.T @ mixed, np.diag([0.0, 1.0]), atol=1e-15)

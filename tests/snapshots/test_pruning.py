@@ -1,0 +1,286 @@
+"""Fewer snapshots: those that are missed least go, and nothing that was to stay is ever at risk."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import RUN_ID, random_walk, write_run, write_snapshot
+
+from posthoc_cli import PostHocEMA, files
+from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, InvalidValueError, LockedError, WriteError
+from posthoc_cli.planning import forecast, snapshots_to_drop
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import Motion, assumed_prior
+from posthoc_cli.snapshots.likeness import likeness, stretched
+from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.pruning import execute, plan_pruning, removal_order, snapshot_prior, writing_to
+from posthoc_cli.snapshots.store import read_directory
+
+
+@pytest.fixture(scope="session")
+def _measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("measured") / "run"
+    torch.manual_seed(0)
+    model = torch.nn.Linear(30, 20)
+    options = {"update_every": 1, "checkpoint_every": 20, "max_checkpoints": None, "checkpoint_dtype": "float16"}
+    with PostHocEMA.from_model(model, folder, **options) as tracker:
+        for _ in range(240):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(0.01 * torch.randn_like(parameter))
+            tracker.update_(model)
+    return folder
+
+
+@pytest.fixture
+def run(_measured: Path, tmp_path: Path) -> Path:
+    """12 times x 2 profiles with measurements."""
+    return Path(shutil.copytree(_measured, tmp_path / "run"))
+
+
+@pytest.fixture
+def unmeasured(tmp_path: Path) -> Path:
+    """8 times x 2 profiles without measurements."""
+    write_run(tmp_path / "old", random_walk(80, {"w": (6, 5), "b": (3,)}), range(10, 81, 10), dtype=torch.float16)
+    return tmp_path / "old"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.glob("*.safetensors")}
+
+
+# --- what goes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep", [1, 5, 11, 12])
+def test_keep_leaves_what_thinning_leaves(run: Path, keep: int) -> None:
+    snapshots = read_directory(run)
+    profiles = [s.info.profile.pure for s in snapshots]
+    dropped = snapshots_to_drop(profiles, snapshot_prior(snapshots), keep)
+    pruning = plan_pruning(snapshots, keep=keep)
+    assert [s.path for s in pruning.gone] == [snapshots[i].path for i in dropped]
+    assert len(pruning.kept) == 2 * keep
+
+
+@pytest.mark.parametrize("wish", [{"keep": 1}, {"max_bytes": 10_000}, {"max_error": 0.9}])
+def test_the_newest_time_stays_whole(run: Path, wish: dict) -> None:
+    pruning = plan_pruning(read_directory(run), **wish)
+    assert {(s.info.t, s.info.sigma_rel) for s in pruning.kept} >= {(240.0, 0.05), (240.0, 0.28)}
+
+
+def test_the_newest_time_that_has_all_profiles_stays_too(run: Path) -> None:
+    snapshots = [s for s in read_directory(run) if (s.info.t, s.info.sigma_rel) != (240.0, 0.28)]
+    pruning = plan_pruning(snapshots, keep=1)
+    assert {(s.info.t, s.info.sigma_rel) for s in pruning.kept} == {(240.0, 0.05), (220.0, 0.05), (220.0, 0.28)}
+
+
+def test_max_size_leaves_as_many_as_fit(run: Path) -> None:
+    snapshots = read_directory(run)
+    sizes = {s.path: s.header.file_bytes for s in snapshots}
+    limit = sum(sizes.values()) // 3
+    pruning = plan_pruning(snapshots, max_bytes=limit)
+    left = sum(sizes[s.path] for s in pruning.kept)
+    assert left <= limit < left + sizes[pruning.gone[-1].path]
+    assert plan_pruning(snapshots, max_bytes=sum(sizes.values())).gone == ()
+
+
+def test_max_error_leaves_as_few_as_hold_it(run: Path) -> None:
+    snapshots = read_directory(run)
+    pruning = plan_pruning(snapshots, max_error=2e-3)
+    assert pruning.before.worst <= pruning.after.worst <= 2e-3
+    fewer = [s for s in pruning.kept if s.info.t < 240.0]
+    assert fewer
+    order = removal_order([s.info.profile.pure for s in snapshots], snapshot_prior(snapshots), 1, (0.05, 0.28))
+    one_less = [s for i, s in enumerate(snapshots) if i not in order[: len(pruning.gone) + 1]]
+    assert forecast([s.info.profile.pure for s in one_less], snapshot_prior(one_less)).worst > 2e-3
+
+
+def test_the_range_that_is_wanted_decides_what_stays(run: Path) -> None:
+    snapshots = read_directory(run)
+    short, long = (plan_pruning(snapshots, keep=3, sigma_range=ends) for ends in ((0.03, 0.06), (0.2, 0.28)))
+    assert np.mean([s.info.t for s in short.kept]) > np.mean([s.info.t for s in long.kept])
+
+
+@pytest.mark.parametrize("folder", ["run", "unmeasured"])
+def test_the_errors_are_those_of_the_directory_as_it_is_before_and_after(
+    folder: str, request: pytest.FixtureRequest
+) -> None:
+    path: Path = request.getfixturevalue(folder)
+    snapshots = read_directory(path)
+    pruning = plan_pruning(snapshots, keep=3)
+    assert pruning.source == ("measured" if folder == "run" else "sampled")
+    before = forecast([s.info.profile.pure for s in snapshots], snapshot_prior(snapshots))
+    execute(pruning)
+    left = read_directory(path)
+    assert len(left) == 6
+    after = forecast([s.info.profile.pure for s in left], snapshot_prior(left))
+    for planned, found in ((pruning.before, before), (pruning.after, after)):
+        np.testing.assert_allclose(planned.predicted_error, found.predicted_error, rtol=1e-12)
+    assert pruning.after.worst > pruning.before.worst
+
+
+def test_of_very_many_several_go_at_a_time_and_the_result_is_as_good() -> None:
+    snapshots = [PowerFunction.from_sigma_rel(s, float(t)) for t in range(1, 111) for s in (0.05, 0.28)]
+    prior = assumed_prior(snapshots, 2e-4)
+    order = removal_order(snapshots, prior, 40, (0.05, 0.28))
+    assert len(set(order)) == len(order) == 140
+    left = [i for i in range(220) if i not in order]
+    dropped = snapshots_to_drop(snapshots, prior, 40)
+    exact = [i for i in range(220) if i not in dropped]
+    errors = [forecast([snapshots[i] for i in which], prior.of(which)) for which in (left, exact)]
+    assert errors[0].worst == pytest.approx(errors[1].worst, rel=0.05)
+    assert errors[0].median == pytest.approx(errors[1].median, rel=0.05)
+
+
+def test_impossible_wishes_are_refused(run: Path) -> None:
+    snapshots = read_directory(run)
+    for wish, message in (
+        ({"keep": 0}, "keep 0"),
+        ({"keep": 13}, "only 12 snapshots a profile"),
+        ({"max_bytes": 100}, "which stay, take"),
+        ({}, "give one of them"),
+        ({"keep": 1, "max_error": 0.1}, "give one of them"),
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            plan_pruning(snapshots, **wish)
+    with pytest.raises(InexactError, match="max_error 1e-09"):
+        plan_pruning(snapshots, max_error=1e-9)
+
+
+# --- deleting --------------------------------------------------------------------------------------
+
+
+def test_what_was_planned_goes_and_the_rest_is_untouched(run: Path) -> None:
+    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    pruning = plan_pruning(read_directory(run), keep=4)
+    seen: list[int] = []
+    execute(pruning, seen.append)
+    assert sum(seen) == pruning.read_bytes
+    assert names(run) == {s.path.name for s in pruning.kept}
+    assert all(before[path.name] == path.read_bytes() for path in run.iterdir())
+
+
+def harm(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 0x10
+    path.write_bytes(data)
+
+
+def test_nothing_is_deleted_when_a_survivor_is_damaged(run: Path) -> None:
+    pruning = plan_pruning(read_directory(run), keep=4)
+    victim = pruning.kept[-1].path
+    harm(victim)
+    before = names(run)
+    with pytest.raises(FileFormatError, match=victim.name):
+        execute(pruning)
+    assert names(run) == before
+
+
+def test_nothing_is_deleted_when_a_survivor_was_replaced_or_is_gone(run: Path) -> None:
+    pruning = plan_pruning(read_directory(run), keep=4)
+    first, second = pruning.kept[0].path, pruning.kept[1].path
+    shutil.copy(second, first)
+    before = names(run)
+    with pytest.raises(FileFormatError, match="was replaced"):
+        execute(pruning)
+    first.unlink()
+    with pytest.raises(FileFormatError, match="cannot be opened"):
+        execute(pruning)
+    assert names(run) == before - {first.name}
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(5, "Input/output error")])
+@pytest.mark.parametrize("after", [0, 1, 7])
+def test_an_interruption_leaves_a_directory_that_works(
+    run: Path, monkeypatch: pytest.MonkeyPatch, stop: BaseException, after: int
+) -> None:
+    pruning = plan_pruning(read_directory(run), keep=4)
+    deleted: list[Path] = []
+    unlink = files.unlink
+
+    def interrupted(path: Path) -> None:
+        if len(deleted) == after:
+            raise stop
+        unlink(path)
+        deleted.append(path)
+
+    monkeypatch.setattr(files, "unlink", interrupted)
+    with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError):
+        execute(pruning)
+    left = read_directory(run)
+    assert len(left) == 24 - after
+    assert {s.path for s in left} >= {s.path for s in pruning.kept}
+    assert forecast([s.info.profile.pure for s in left], snapshot_prior(left)).worst <= 1.05 * pruning.after.worst
+    monkeypatch.undo()
+    with PostHocEMA.from_path(run) as tracker:
+        tracker.state_dict(sigma_rel=0.15)
+    execute(plan_pruning(left, keep=4))
+    assert len(read_directory(run)) == 8
+
+
+def test_a_file_that_another_hand_deleted_meanwhile_is_no_error(run: Path) -> None:
+    pruning = plan_pruning(read_directory(run), keep=4)
+    pruning.gone[2].path.unlink()
+    execute(pruning)
+    assert len(read_directory(run)) == 8
+
+
+def test_tracking_goes_on_after_pruning(run: Path) -> None:
+    model = torch.nn.Linear(30, 20)
+    execute(plan_pruning(read_directory(run), keep=1))
+    with PostHocEMA.from_path(run, model) as tracker:
+        for _ in range(20):
+            tracker.update_(model)
+    assert [s.info.t for s in read_directory(run)] == [240.0, 240.0, 260.0, 260.0]
+
+
+def test_one_writer_a_directory(run: Path) -> None:
+    with writing_to(run) as snapshots:
+        assert len(snapshots) == 24
+        with pytest.raises(LockedError, match="is writing here"):
+            DirectoryLock(run)
+    lock = DirectoryLock(run)
+    with pytest.raises(LockedError), writing_to(run):
+        pass
+    lock.release()
+
+
+def test_no_lock_is_left_where_there_is_no_run(tmp_path: Path) -> None:
+    with pytest.raises(DirectoryError), writing_to(tmp_path):
+        pass
+    assert not (tmp_path / LOCK_NAME).exists()
+
+
+# --- a run to plan like ----------------------------------------------------------------------------
+
+
+def test_a_stretched_motion_keeps_every_expected_distance() -> None:
+    motion = Motion(np.array([1.0, 30.0, 80.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))
+    snapshots = [PowerFunction.from_sigma_rel(s, t) for t in (20.0, 50.0, 80.0) for s in (0.05, 0.28)]
+    later = [replace(p, t=7.0 * p.t) for p in snapshots]
+    norm = 9.0
+    own = replace(assumed_prior(snapshots, 1e-4, motion), norm=norm * np.ones(6), rounding=norm * 1e-8 * np.ones(6))
+    other = assumed_prior(later, 1e-4, stretched(motion, 7.0, norm))
+    np.testing.assert_allclose(
+        forecast(snapshots, own).predicted_error, forecast(later, other).predicted_error, rtol=1e-5
+    )
+
+
+def test_a_run_says_how_it_moved_and_how_it_was_stored(run: Path) -> None:
+    found = likeness(read_directory(run), 2400)
+    assert found.motion is not None
+    assert found.motion.edges[-1] == pytest.approx(2400)
+    # An average of values spread around zero is stored about as well as any.
+    assert found.rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
+
+
+def test_a_run_of_one_snapshot_says_nothing(tmp_path: Path) -> None:
+    write_snapshot(tmp_path, 10.0, 0.05, RUN_ID, {"w": torch.ones(3)}, sigma_rels=(0.05,))
+    found = likeness(read_directory(tmp_path), 100)
+    assert found.motion is None
+    assert found.rounding == {}

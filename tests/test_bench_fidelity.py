@@ -1,0 +1,257 @@
+"""The fidelity benchmark: its truth, its cells, its tables and its goals."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import bench_fidelity
+import fidelity_report as report
+import fidelity_runs as runs
+import numpy as np
+import pytest
+from fidelity_runs import Cell, Job
+from trajectories import HELD_OUT, Trajectory
+
+from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.targets import Beta, Between, Target, Window, as_target
+
+# --- the truth -------------------------------------------------------------------------------------
+
+
+def _walk(steps: int = 60, seed: int = 0) -> Trajectory:
+    """On a clock that is slow at first."""
+    random = np.random.default_rng(seed)
+    weights = random.standard_normal((steps, 7)).cumsum(axis=0).astype(np.float32)
+    times = np.cumsum(np.where(np.arange(steps) < steps // 3, 16.0, 64.0))
+    return Trajectory("classifier-images", weights, ((7,),), times)
+
+
+def _truth(run: Trajectory, target: Target, stride: int) -> runs.FloatArray:
+    (average,) = runs.true_averages(run, [target], stride)
+    return average
+
+
+@pytest.mark.parametrize("stride", [1, 10])
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.1, 0.28])
+def test_the_true_average_of_a_width_is_what_tracking_in_float64_gives(sigma_rel: float, stride: int) -> None:
+    run = _walk()
+    average, before = np.zeros(7), 0.0
+    for index in range(stride - 1, run.steps, stride):
+        kept = (before / run.times[index]) ** (gamma_from_sigma_rel(sigma_rel) + 1)
+        average = kept * average + (1 - kept) * run.weights[index].astype(np.float64)
+        before = run.times[index]
+    np.testing.assert_allclose(_truth(run, as_target(sigma_rel), stride), average, rtol=1e-9)
+
+
+@pytest.mark.parametrize("stride", [1, 10])
+def test_the_true_classical_average_begins_as_a_copy_of_the_first_weights(stride: int) -> None:
+    """What an update at every tenth step takes in counts for ten."""
+    run, beta = _walk(), 0.95
+    first, *later = run.weights.astype(np.float64)[stride - 1 :: stride]
+    average = first
+    for weights in later:
+        average = beta**stride * average + (1 - beta**stride) * weights
+    np.testing.assert_allclose(_truth(run, Beta(beta), stride), average, rtol=1e-12)
+
+
+def test_the_true_window_is_the_mean_of_the_last_steps() -> None:
+    run = _walk()
+    weights = run.weights.astype(np.float64)
+    np.testing.assert_allclose(_truth(run, Window(25), 1), weights[-25:].mean(axis=0), rtol=1e-12)
+    # Of the update that looks at steps 31 to 40, half of the steps lie in the window.
+    np.testing.assert_allclose(_truth(run, Window(25), 10), np.array([0.2, 0.4, 0.4]) @ weights[39::10], rtol=1e-12)
+
+
+def test_another_profile_has_no_truth_here() -> None:
+    with pytest.raises(ValueError, match="between 1:2"):
+        _truth(_walk(), Between(1, 2), 1)
+
+
+def test_the_targets_stretch_with_the_run() -> None:
+    assert [target.label for target in runs.targets(9_600)[9:]] == ["beta-0.999", "beta-0.9995", "window-2000"]
+    assert [target.label for target in runs.targets(960)[9:]] == ["beta-0.99", "beta-0.995", "window-200"]
+
+
+# --- cells -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def few_setups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "TRACKED", ((0.05, 0.28),))
+    monkeypatch.setattr(runs, "SNAPSHOTS", (8,))
+    monkeypatch.setattr(runs, "DTYPES", ("float32", "float16"))
+
+
+@pytest.mark.usefixtures("few_setups")
+@pytest.mark.parametrize(
+    "job",
+    [Job("denoiser-restart"), Job("classifier-images"), Job("denoiser-adam", 10)],
+    ids=lambda job: job.label,
+)
+def test_what_is_tracked_is_exact_and_the_oracle_is_not_beaten(job: Job) -> None:
+    cells = runs.measure(job, 240)
+    assert len(cells) == 2 * 12
+    # Made of float32 sums, with coefficients of a few ones.
+    assert all(cell.oracle <= min(cell.error, cell.paper) * (1 + 1e-6) + 3e-7 for cell in cells)
+    assert all(cell.predicted > 0 and cell.held_out == job.held_out for cell in cells)
+    unit = {"float32": 2**-24, "float16": 2**-11}
+    assert all(cell.floor <= unit[cell.dtype] for cell in cells)
+    tracked = [cell for cell in cells if cell.sigma_rel in cell.tracked]
+    assert len(tracked) == 2 * 2
+    # An update rounds once, and its rounding fades; 240 of them add up to less than 20.
+    assert all(cell.error <= 20 * unit["float32"] for cell in tracked if cell.dtype == "float32")
+    assert all(cell.error <= 1.1 * cell.floor for cell in tracked if cell.dtype == "float16")
+
+
+def test_the_runs_are_all_there_are_and_two_with_gaps() -> None:
+    assert sum(job.stride == 1 for job in runs.JOBS) == 10
+    assert [job.held_out for job in runs.JOBS if job.stride == 10] == [False, True]
+    assert {job.name for job in runs.JOBS if job.held_out} == set(HELD_OUT)
+
+
+def test_the_oracle_finds_the_combination_there_is() -> None:
+    stored = np.random.default_rng(0).standard_normal((4, 30))
+    truth = np.array([[0.5, -0.25, 0.5, 0.25], [0, 1, 0, 0]]) @ stored
+    np.testing.assert_allclose(runs._oracle(stored, truth), truth, atol=1e-13)
+    assert np.linalg.norm(runs._oracle(stored, 2 * truth) - 2 * truth) > 0.1  # the sum must be 1
+
+
+# --- tables and goals ------------------------------------------------------------------------------
+
+GOOD = Cell("a", False, (0.05, 0.28), 64, "float16", "sigma_rel 0.1", 0.1, 1e-4, 1e-3, 1e-4, 2e-4, 5e-5)
+
+
+def _verdicts(cells: Sequence[Cell]) -> list[bool]:
+    return [goal.met for goal in report.goals(cells)]
+
+
+def test_good_cells_meet_every_goal() -> None:
+    assert _verdicts([GOOD] * 20) == [True] * 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "missed", "measured"),
+    [
+        ({"error": 1.06e-3, "predicted": 1e-3, "sigma_rel": 0.02}, {0}, "1.060; 1 of 20 cells above"),
+        ({"error": 4.1e-4, "predicted": 4e-4}, {2}, "4.10e-04; floor 2.0e-04, oracle 5.0e-05"),
+        ({"error": 4.1e-4, "predicted": 1e-4, "snapshots": 20}, {4}, "4.100"),
+    ],
+)
+def test_one_cell_misses_a_goal_of_every_cell(changes: dict[str, float], missed: set[int], measured: str) -> None:
+    goals = report.goals([*[GOOD] * 19, replace(GOOD, **changes)])
+    assert {index for index, goal in enumerate(goals) if not goal.met} == missed
+    assert goals[missed.pop()].measured == measured
+
+
+@pytest.mark.parametrize(
+    ("changes", "share", "missed"),
+    [
+        ({"paper": 2e-4}, 11, {1}),
+        ({"paper": 2e-4}, 9, set()),
+        ({"predicted": 2.5e-4}, 2, {3}),
+        ({"predicted": 2.5e-4}, 1, set()),
+        ({"predicted": 0.8e-4}, 11, {5}),
+        ({"predicted": 0.95e-4}, 11, set()),
+    ],
+)
+def test_goals_of_shares_and_medians_bear_a_few_cells(changes: dict[str, float], share: int, missed: set[int]) -> None:
+    verdicts = _verdicts([*[GOOD] * (20 - share), *[replace(GOOD, **changes)] * share])
+    assert {index for index, met in enumerate(verdicts) if not met} == missed
+
+
+def test_the_goal_of_exactness_bears_on_its_setup_and_range_only() -> None:
+    others = ({"snapshots": 20}, {"dtype": "bfloat16"}, {"tracked": (0.05, 0.10)}, {"sigma_rel": 0.03})
+    for changes in (*others, {"sigma_rel": None}):
+        assert len(_verdicts([replace(GOOD, **changes)])) == 5
+
+
+def test_held_out_runs_are_judged_alone_too() -> None:
+    bad = replace(GOOD, held_out=True, error=5e-4)
+    text = report.goals_text([*[GOOD] * 19, bad])
+    both, alone = text.split("goals, held-out runs:")
+    assert both.count("MISSED") == 2  # one cell, of 64 snapshots, 5 times off
+    assert alone.count("MISSED") == 5
+    assert "missed" in report.goals_markdown([*[GOOD] * 19, bad])
+
+
+def test_the_tables_show_each_group() -> None:
+    cells = [GOOD, replace(GOOD, run="b", held_out=True, dtype="bfloat16", tracked=(0.10,), paper=5e-5)]
+    text = report.text_tables(cells)
+    for group in ("all runs", "held-out runs", "float16, (0.05, 0.28)", "bfloat16, (0.10,)", "64 snapshots", "b *"):
+        assert any(line.startswith(group) for line in text.splitlines())
+    (line,) = (line for line in text.splitlines() if line.startswith("all runs"))
+    assert line.split()[2:7] == ["2", "1.050", "2.000", "0.100", "1"]
+    rows = report.markdown_table(cells).splitlines()
+    assert len({row.count("|") for row in rows}) == 1
+    assert len(rows) == 2 + 2 + 2 + 1
+
+
+def test_the_worst_cells_come_first() -> None:
+    far = replace(GOOD, run="far", predicted=1e-6)
+    near_paper = replace(GOOD, run="near-paper", paper=1.2e-4)
+    inexact = replace(GOOD, run="inexact", error=3e-4, paper=1.0, predicted=3e-4)
+    text = report.worst_cells([GOOD, far, near_paper, inexact], count=1)
+    assert [block.splitlines()[1].split(",")[0] for block in text.split("\n\n")] == ["near-paper", "far", "inexact"]
+
+
+# --- the command -----------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("few_setups")
+def test_the_benchmark_prints_its_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_fidelity, "_pictured_widths", lambda: np.array([0.02, 0.05, 0.1, 0.2]))
+    files = {option: tmp_path / option for option in ("json", "figure.png")}
+    options = ["--processes", "1", "--steps", "240", "--runs", "denoiser-adam-every-10", "--worst"]
+    bench_fidelity.main([*options, "--json", str(files["json"]), "--figure", str(files["figure.png"])])
+    text = capsys.readouterr().out
+    assert "goals, all runs:" in text
+    assert "largest error/paper" in text
+    cells = json.loads(files["json"].read_text())
+    assert len(cells) == 2 * 12
+    assert {cell["run"] for cell in cells} == {"denoiser-adam-every-10"}
+    assert files["figure.png"].read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_benchmark_prints_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(runs, "measure", lambda *_: [GOOD])
+    bench_fidelity.main(["--processes", "1", "--markdown"])
+    table, goals = capsys.readouterr().out.split("\n\n")
+    assert table.startswith("|  | cells | error/paper |")
+    assert goals.startswith("| goal | all runs |")
+
+
+def test_results_come_in_the_order_of_the_runs(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whichever is done first; and each process that starts has one BLAS thread."""
+    monkeypatch.setattr(bench_fidelity, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+
+    def work(job: Job, steps: int, cache: Path | None) -> tuple[str, int, Path | None, str]:
+        return job.label, steps, cache, os.environ["OMP_NUM_THREADS"] + os.environ["OPENBLAS_NUM_THREADS"]
+
+    options = argparse.Namespace(processes=2, steps=7, cache=None)
+    found = bench_fidelity._in_processes(runs.JOBS, work, options)
+    assert found == [(job.label, 7, None, "11") for job in runs.JOBS]
+    assert os.environ["OMP_NUM_THREADS"] == "5"
+    assert "OPENBLAS_NUM_THREADS" not in os.environ
+    assert "12 of 12" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options", [["--steps", "1000"], ["--steps", "0"], ["--runs", "denoiser-adam,nobody"]], ids=lambda o: o[-1]
+)
+def test_what_cannot_be_measured_is_a_usage_error(options: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench_fidelity.main(options)
+    assert stopped.value.code == 2
+    assert options[-1].split(",")[-1] in capsys.readouterr().err

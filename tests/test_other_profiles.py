@@ -1,0 +1,197 @@
+"""Profiles that one may ask for, against integrals of their densities and against averages simulated here."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import mpmath
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import integrate
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import ClassicalEMA, Clock, Profile, StepWindow, Tabulated, Uniform
+
+# --- the clock -----------------------------------------------------------------------------------
+
+UNEVEN = Clock((10, 40, 100), (5.0, 80.0, 90.0))
+"""Steps of half a unit, then of two and a half, then of a sixth."""
+
+
+def uneven_time(step: int) -> float:
+    if step <= 10:
+        return step / 2
+    return 5 + (step - 10) * 2.5 if step <= 40 else 80 + (step - 40) / 6
+
+
+def test_the_step_clock_is_the_identity() -> None:
+    at = np.array([0.0, 0.5, 1.0, 3.0, 12345.0, 1e9])
+    for clock in (Clock.of_steps(), Clock((10, 20), (10, 20)), Clock(np.arange(1, 50), np.arange(1, 50))):
+        np.testing.assert_array_equal(clock.step_at(at), at)
+        np.testing.assert_array_equal(clock.time_at(at), at)
+        np.testing.assert_array_equal(clock.steps_per_time(at), [0, 1, 1, 1, 1, 1])
+
+
+def test_steps_are_as_long_as_the_known_pairs_around_them_say() -> None:
+    steps = np.arange(101)
+    times = np.array([uneven_time(step) for step in steps])
+    np.testing.assert_allclose(UNEVEN.step_at(times), steps, rtol=1e-14)
+    np.testing.assert_allclose(UNEVEN.time_at(steps), times, rtol=1e-14)
+    np.testing.assert_allclose(UNEVEN.step_at([[-3.0, 0.0], [100.0, 150.0]]), [[0, 0], [160, 460]])
+    np.testing.assert_allclose(UNEVEN.steps_per_time([-1, 0, 5, 5.1, 80, 80.1, 90, 91]), [0, 0, 2, 0.4, 0.4, 6, 6, 6])
+
+
+@pytest.mark.parametrize(
+    ("steps", "times"),
+    [((), ()), ((1, 1), (1, 2)), ((0, 1), (0, 1)), ((1,), (math.inf,)), ((1, 2), (1,)), ((1, 2), (2, 1)), (3, 4)],
+)
+def test_a_clock_that_does_not_go_forward_is_refused(steps: tuple[float, ...], times: tuple[float, ...]) -> None:
+    with pytest.raises(InvalidValueError, match="clock: "):
+        Clock(steps, times)
+
+
+# --- other profiles ------------------------------------------------------------------------------
+
+# Each with the times at which its density jumps or bends.
+OTHERS: dict[str, tuple[Profile, list[float]]] = {
+    "classical": (ClassicalEMA(0.98, 90.0, Clock.of_steps()), []),
+    "classical, uneven": (ClassicalEMA(0.97, 90.0, UNEVEN), [5, 80]),
+    "classical, late": (ClassicalEMA(0.97, 85.0, UNEVEN, start=3.0), [3, 5, 80, 85]),
+    "classical, short": (ClassicalEMA(0.5, 90.0, Clock((30,), (90,))), []),
+    "window": (StepWindow(30, 90.0, Clock.of_steps()), [60]),
+    "window, uneven": (StepWindow(65, 85.0, UNEVEN), [5, 80, 85]),
+    "uniform": (Uniform(20.0, 70.0), [20, 70]),
+    "tabulated": (Tabulated((2, 10, 11, 70, 90), (1, 5, 0, 0.5, 2)), [2, 10, 11, 70]),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_tail_is_the_integral_of_the_density(name: str) -> None:
+    profile, kinks = OTHERS[name]
+    for s in (0.0, 1.0, 3.0, 5.5, 10.3, 33.0, 69.0, 81.0, 89.0):
+        edges = [s, *(kink for kink in kinks if kink > s), 90.0]
+        pieces = itertools.pairwise(edges)
+        mass = sum(integrate.quad(profile.density, a, b, epsabs=1e-13, epsrel=1e-10, limit=200)[0] for a, b in pieces)
+        before_start = isinstance(profile, ClassicalEMA) and s < profile.start
+        at_once = profile.mass_on_start if before_start else 0.0
+        assert mass + at_once == pytest.approx(float(profile.tail(s)), abs=1e-11)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_no_profile_has_mass_outside_the_run(name: str) -> None:
+    profile, _ = OTHERS[name]
+    np.testing.assert_array_equal(profile.tail([[-5.0, -1e-9], [90.0, 1e6]]), [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(profile.density([[-5.0, 0.0], [90.1, 1e6]]), np.zeros((2, 2)))
+
+
+def simulated_weights(decay: float, steps: int, first: int = 1) -> np.ndarray:
+    """What x <- decay x + (1 - decay) theta_k, from x = theta_first, leaves on theta_0 .. theta_steps."""
+    weights = np.zeros(steps + 1)
+    weights[first] = 1.0
+    for step in range(first + 1, steps + 1):
+        weights *= decay
+        weights[step] += 1 - decay
+    return weights
+
+
+def later_weights(weights: np.ndarray) -> np.ndarray:
+    return np.append(np.cumsum(weights[::-1])[::-1], 0.0)[1:]
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 0.9999, 1 - 1e-12, 1e-3])
+@pytest.mark.parametrize("first", [1, 7])
+def test_the_classical_profile_is_what_its_recursion_leaves(decay: float, first: int) -> None:
+    expected = later_weights(simulated_weights(decay, 100, first))
+    for clock, time in ((Clock.of_steps(), float), (UNEVEN, uneven_time)):
+        times = np.array([time(step) for step in range(101)])
+        profile = ClassicalEMA(decay, times[-1], clock, start=times[first])
+        np.testing.assert_allclose(profile.tail(times), expected, rtol=1e-12, atol=1e-15)
+        assert profile.mass_on_start == pytest.approx(decay ** (100 - first), rel=1e-12)
+        whole = ClassicalEMA(decay, times[-1], clock)
+        np.testing.assert_allclose(whole.tail(times[1:]), later_weights(simulated_weights(decay, 100))[1:], rtol=1e-12)
+        assert whole.mass_on_start == pytest.approx(decay**100, rel=1e-12)
+
+
+def test_a_decay_next_to_one_keeps_its_digits() -> None:
+    decay = 1 - 1e-12
+    with mpmath.workdps(50):
+        exact = [float(1 - mpmath.mpf(decay) ** n) for n in (1, 1000, 10**9)]
+    tail = ClassicalEMA(decay, 1e9, Clock.of_steps()).tail([1e9 - 1, 1e9 - 1000, 0.0])
+    np.testing.assert_allclose(tail, exact, rtol=1e-13)
+
+
+@pytest.mark.parametrize("steps", [1, 30, 100])
+def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
+    weights = np.zeros(101)
+    weights[-steps:] = 1 / steps
+    for clock, time in ((Clock.of_steps(), float), (UNEVEN, uneven_time)):
+        times = np.array([time(step) for step in range(101)])
+        profile = StepWindow(steps, times[-1], clock)
+        np.testing.assert_allclose(profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-12)
+        assert profile.start == pytest.approx(time(100 - steps), abs=1e-12)
+
+
+@given(st.data())
+def test_tails_fall_from_one_to_zero(data: st.DataObject) -> None:
+    positive = st.floats(1e-3, 1e3)
+    gaps = data.draw(st.lists(st.tuples(positive, positive), min_size=1, max_size=6))
+    steps, times = np.cumsum(gaps, axis=0).T
+    clock, t = Clock(steps, times), float(times[-1])
+    decay = data.draw(st.floats(0, 1, exclude_min=True, exclude_max=True))
+    values = data.draw(st.lists(st.floats(0, 1e300), min_size=len(times), max_size=len(times)))
+    profiles = [
+        ClassicalEMA(decay, t, clock, start=t * data.draw(st.floats(0, 1))),
+        Uniform(t * data.draw(st.floats(0, 0.99)), t),
+        Tabulated([0, *times], [1e-3, *values]),
+    ]
+    if steps[-1] >= 1:
+        profiles.append(StepWindow(data.draw(st.integers(1, int(steps[-1]))), t, clock))
+    at = np.sort(np.concatenate((np.linspace(-t, 1.5 * t, 101), times, np.nextafter(times, 0))))
+    for profile in profiles:
+        tail = profile.tail(at)
+        # Rounding in a clock's step number, up to 1e-16 of it, is all that may lift a tail.
+        assert np.all(np.diff(tail) <= 1e-12)
+        assert np.all((tail >= 0) & (tail <= 1))
+        assert tail[0] == 1
+        assert np.all(tail[at >= t] == 0)
+        assert np.all(profile.density(at) >= 0)
+
+
+def test_tabulated_densities_may_have_any_scale() -> None:
+    wanted = Tabulated((0, 50, 100), (0, 1, 0.25))
+    for scale in (1e-300, 3.0, 1e307):
+        found = Tabulated((0, 50, 100), (0, scale, scale / 4))
+        np.testing.assert_allclose(found.tail([10, 50, 99.999]), wanted.tail([10, 50, 99.999]), rtol=1e-14)
+        np.testing.assert_allclose(found.density([10, 50, 99]), wanted.density([10, 50, 99]), rtol=1e-14)
+    assert wanted.tail(50) == pytest.approx(50 * 1.25 / (50 * 1 + 50 * 1.25))
+    last = integrate.quad(wanted.density, 99.999, 100, epsabs=0)[0]
+    assert wanted.tail(99.999) == pytest.approx(last, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: ClassicalEMA(1.0, 5.0, Clock.of_steps()), r"beta 1\.0: must lie in \(0, 1\)"),
+        (lambda: ClassicalEMA(0.9, 5.0, Clock.of_steps(), start=6.0), "from 6 to t = 5"),
+        (lambda: Uniform(5.0, 5.0), "must start at 0 or later and before its end"),
+        (lambda: Uniform(-1.0, 5.0), "must start at 0 or later"),
+        (lambda: StepWindow(0, 5.0, Clock.of_steps()), "window 0: must be a whole number"),
+        (lambda: StepWindow(6, 5.0, Clock.of_steps()), "window 6: the run has 5 steps up to t = 5"),
+        (lambda: Tabulated((1,), (1,)), "two points or more"),
+        (lambda: Tabulated((1, 2), (1, 2, 3)), "equal length"),
+        (lambda: Tabulated((1, 1), (1, 2)), "point 2: time 1 after 1: times must grow"),
+        (lambda: Tabulated((-1, 1), (1, 2)), "point 1: time -1: must be 0 or later"),
+        (lambda: Tabulated((0, 1), (1, -2)), "point 2: density -2: must be 0 or above"),
+        (lambda: Tabulated((0, 1), (1, math.nan)), "point 2: density nan"),
+        (lambda: Tabulated((0, 1), (0, 0)), "mass is 0"),
+        (lambda: Tabulated((0, 5e-324, 1e300), (1, 0, 0)), "mass is 0"),
+    ],
+)
+def test_an_impossible_profile_is_refused_in_one_line(make: Callable[[], Profile], reason: str) -> None:
+    with pytest.raises(InvalidValueError, match=reason) as caught:
+        make()
+    assert "\n" not in str(caught.value)

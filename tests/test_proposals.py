@@ -1,0 +1,117 @@
+"""What is proposed for a budget: within it, and better than what one would take without looking."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.planning import Schedule, Task, judge, propose, relative_rounding
+from posthoc_cli.planning.proposals import Proposal
+from posthoc_cli.planning.task import ITEM_BYTES
+from posthoc_cli.reconstruction import Motion
+
+TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28))
+"""Room for 20 snapshots in half precision."""
+
+
+@pytest.mark.parametrize("dtype", ITEM_BYTES)
+def test_relative_rounding_is_that_of_rounded_numbers(dtype: str) -> None:
+    values = 2.0 ** np.random.default_rng(0).uniform(0, 1, 100_000)  # one octave stands for all
+    spacing = 2.0 ** (np.floor(np.log2(values)) - {"float16": 10, "bfloat16": 7, "float32": 23}[dtype])
+    rounded = np.round(values / spacing) * spacing
+    measured = np.linalg.norm(rounded - values) / np.linalg.norm(values)
+    assert relative_rounding(dtype) == pytest.approx(measured, rel=0.05)
+
+
+@given(
+    steps=st.integers(1, 10**6),
+    parameters=st.integers(1, 10**10),
+    snapshots=st.integers(4, 40),
+    dtype=st.sampled_from(["float16", "float32"]),
+)
+@settings(max_examples=6, deadline=None)
+def test_proposals_are_within_the_budget(steps: int, parameters: int, snapshots: int, dtype: str) -> None:
+    task = Task(steps, parameters, snapshots * parameters * ITEM_BYTES[dtype], dtype=dtype, sigma_rels=(0.05, 0.28))
+    for proposal in propose(task):
+        schedule = proposal.schedule
+        most = schedule.kept + (schedule.kept < schedule.taken)  # one more before the thinning
+        assert proposal.nbytes == 2 * most * parameters * ITEM_BYTES[dtype] <= task.max_bytes
+        assert proposal.dtype == dtype
+        assert schedule.checkpoint_every % proposal.update_every == 0
+        assert 0 < proposal.last_step <= steps
+
+
+def even(task: Task, sigma_rels: tuple[float, ...], dtype: str) -> Proposal:
+    """As many snapshots as fit, evenly spaced."""
+    count = task.max_bytes // (len(sigma_rels) * task.parameters * ITEM_BYTES[dtype])
+    schedule = Schedule(sigma_rels, task.steps, -(-task.steps // count), None, task.rounding_of(dtype))
+    return judge(task, schedule, dtype)
+
+
+@pytest.mark.parametrize(
+    "motion", [None, Motion(np.array([0.0, 20_000.0, 40_000.0]), np.array([8e-6, 1e-7]), np.zeros(2))]
+)
+def test_the_first_proposal_is_better_than_even_spacing_for_the_same_budget(motion: Motion | None) -> None:
+    task = replace(TASK, motion=motion)
+    proposals = propose(task)
+    naive = [even(task, rels, dtype) for rels in ((0.05,), (0.05, 0.10), (0.05, 0.28)) for dtype in ITEM_BYTES]
+    assert all(proposals[0].errors.worst < other.errors.worst for other in naive)
+
+
+def test_the_alternatives_come_best_first_and_are_different() -> None:
+    proposals = propose(TASK)
+    worst = [proposal.errors.worst for proposal in proposals]
+    assert worst == sorted(worst)
+    assert {p.dtype for p in proposals} == set(ITEM_BYTES)
+    assert {len(p.schedule.sigma_rels) for p in proposals} == {1, 2, 3}
+    assert any(p.nbytes <= TASK.max_bytes / 2 for p in proposals)
+    assert len({p.label for p in proposals}) == len(proposals) <= 7
+
+
+def test_fixed_choices_are_kept() -> None:
+    task = replace(TASK, sigma_rels=(0.1, 0.2), dtype="bfloat16", checkpoint_every=1000, max_checkpoints=5)
+    (proposal,) = propose(task)
+    assert proposal.schedule == Schedule((0.1, 0.2), 40_000, 1000, 5, relative_rounding("bfloat16"))
+    assert proposal.dtype == "bfloat16"
+    for name, value in (("checkpoint_every", 1000), ("max_checkpoints", 5), ("sigma_rels", (0.1, 0.2))):
+        assert all(getattr(p.schedule, name) == value for p in propose(replace(TASK, dtype="float16", **{name: value})))
+
+
+def test_the_last_snapshot_is_at_the_end_where_steps_can_be_divided() -> None:
+    assert all(proposal.last_step == 40_000 for proposal in propose(TASK))
+    for proposal in propose(replace(TASK, steps=39_989)):  # a prime
+        assert proposal.last_step > 0.98 * 39_989
+
+
+def test_short_runs_are_updated_more_often() -> None:
+    assert {p.update_every for p in propose(replace(TASK, steps=500))} == {1}
+
+
+def test_measured_rounding_counts() -> None:
+    coarse = propose(replace(TASK, rounding={"float16": 0.1, "bfloat16": 0.1}))
+    assert coarse[0].dtype == "float32"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"steps": 0}, "steps 0"),
+        ({"parameters": 0}, "params 0"),
+        ({"max_bytes": 10**6}, "max_size 1,000,000 bytes: has no room"),
+        ({"max_bytes": 10**7, "max_checkpoints": 5}, "no room for 5 snapshots"),
+        ({"sigma_range": (0.28, 0.05)}, "must be below"),
+        ({"sigma_rels": (0.4,)}, "sigma_rel 0.4"),
+        ({"dtype": "int8"}, "dtype 'int8': must be one of float16, bfloat16, float32"),
+        ({"checkpoint_every": 0}, "checkpoint_every 0"),
+        ({"checkpoint_every": 40_001}, "at most steps"),
+        ({"max_checkpoints": 0}, "max_checkpoints 0"),
+    ],
+)
+def test_an_impossible_task_is_refused(change: dict, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        replace(TASK, **change)

@@ -1,0 +1,272 @@
+"""What one may ask for: the right profile for each target, and one line for each that makes no sense."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform, table_file
+from posthoc_cli.targets import Beta, Between, GivenProfile, ProfileFile, SigmaRel, Target, Window, as_target
+
+STEPS = Clock.of_steps()
+IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
+
+
+def refused(do: Callable[[], object], message: str) -> None:
+    """Asserts an error of one line that is, or begins with, the message."""
+    with pytest.raises(InvalidValueError) as caught:
+        do()
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+# --- the targets ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "label", "title", "sigma_rel", "profile"),
+    [
+        (SigmaRel(0.15), "0.15", "sigma_rel 0.15", 0.15, PowerFunction.from_sigma_rel(0.15, 1e6)),
+        (Beta(0.9999), "beta-0.9999", "beta 0.9999", None, ClassicalEMA(0.9999, 1e6, IMAGES, start=1280.0)),
+        (Window(1000), "window-1000", "window 1000", None, StepWindow(1000, 1e6, IMAGES)),
+        (Between(5e4, 8e4), "between-50000-80000", "between 50000:80000", None, Uniform(5e4, 8e4)),
+        (GivenProfile(Uniform(0, 9.0), "mine"), "mine", "profile mine", None, Uniform(0, 9.0)),
+    ],
+)
+def test_each_target_has_its_names_and_its_profile(
+    target: Target, label: str, title: str, sigma_rel: float | None, profile: object
+) -> None:
+    assert (target.label, target.title, target.sigma_rel) == (label, title, sigma_rel)
+    assert target.profile(1e6, IMAGES, 1280.0) == profile
+    assert as_target(target) is target
+
+
+def test_labels_tell_targets_apart_that_differ_late_in_their_digits() -> None:
+    assert Beta(1 - 1e-12).label != Beta(1 - 2e-12).label
+    assert SigmaRel(0.1500001).label == "0.1500001"
+    assert Beta(np.float64(0.999)).label == "beta-0.999"
+    assert Window(1000.0).label == "window-1000"  # type: ignore[arg-type]
+
+
+def test_a_beta_whose_start_keeps_most_of_the_mass_is_what_it_is() -> None:
+    profile = Beta(0.9999).profile(1000.0, STEPS, 1.0)
+    assert profile.mass_on_start == pytest.approx(0.9999**999, rel=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.15, np.float32(0.15), np.array(0.15)])
+def test_a_number_is_a_sigma_rel(value: float) -> None:
+    assert as_target(value) == SigmaRel(float(value))
+
+
+def test_any_object_with_density_and_tail_is_a_target() -> None:
+    assert as_target(Uniform(0.0, 5.0)) == GivenProfile(Uniform(0.0, 5.0))
+
+
+def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
+    class Half:
+        label, title, sigma_rel = "half", "the last half", None
+
+        def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
+            return Uniform(t / 2, t)
+
+    own = Half()
+    assert as_target(own) is own
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: as_target(None), "target None: must be a sigma_rel in (0, 0.2887), a target such as Beta(0.9999), or"),
+        (lambda: as_target([0.1, 0.2]), "target [0.1, 0.2]: must be a sigma_rel"),
+        (lambda: as_target("abc"), "sigma_rel 'abc': must lie in (0, 0.2887)"),
+        (lambda: as_target(0.4), "sigma_rel 0.4: must lie in (0, 0.2887)"),
+        (lambda: Beta(0.0), "beta 0.0: must lie in (0, 1)"),
+        (lambda: Beta(1.0), "beta 1.0: must lie in (0, 1)"),
+        (lambda: Beta(math.nan), "beta nan: must be a finite number"),
+        (lambda: Beta("0.9"), "beta '0.9': must be a finite number"),  # type: ignore[arg-type]
+        (
+            lambda: Beta(0.3),
+            "beta 0.3: must be at least 0.5; below that the mean age of the average, beta / (1 - beta)",
+        ),
+        (lambda: Window(0), "window 0: must be a whole number of steps, at least 1"),
+        (lambda: Window(2.5), "window 2.5: must be a whole number"),  # type: ignore[arg-type]
+        (lambda: Window(True), "window True: must be a finite number"),
+        (lambda: Between(5, 3), "between 5:3: must end after its start"),
+        (lambda: Between(5, 5), "between 5:5: must end after its start"),
+        (lambda: Between(-5, 3), "between -5:3: must start at 0 or later"),
+        (lambda: Between(0, math.inf), "between inf: must be a finite number"),
+        (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile '../a b': the name must be letters, digits and ._+-"),
+    ],
+)
+def test_a_target_that_fits_no_run_is_refused_when_it_is_made(make: Callable[[], object], message: str) -> None:
+    refused(make, message)
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        (Window(20_000), "window 20000: the run has 10,000 steps up to t = 1,000,000; must be at most that"),
+        (Between(5, 1_000_001), "between 5:1000001: ends after t = 1,000,000; must end then or before"),
+        (GivenProfile(Uniform(0, 1e6 + 1), "mine"), "profile mine: 9.99999e-07 of its mass lies after t = 1,000,000;"),
+    ],
+)
+def test_a_run_that_is_too_short_for_the_target_is_named(target: Target, message: str) -> None:
+    refused(lambda: target.profile(1e6, IMAGES, 1280.0), message)
+
+
+def test_the_longest_window_is_the_whole_run() -> None:
+    assert Window(10_000).profile(1e6, IMAGES, 1280.0).tail(0.0) == 1
+
+
+# --- given profiles ------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Written:
+    """A profile that is uniform on (0, 100], but for what a test replaces."""
+
+    density: Callable = Uniform(0, 100).density
+    tail: Callable = Uniform(0, 100).tail
+
+
+@pytest.mark.parametrize(
+    "profile",
+    [
+        Written(),
+        PowerFunction.from_sigma_rel(0.01, 100.0),
+        ClassicalEMA(0.999, 100.0, STEPS),
+        Tabulated((0, 1, 2), (0, 1, 0)),
+        Written(tail=lambda s: (np.clip(1 - s / 100, 0, 1) + 1e-12).tolist()),
+    ],
+)
+def test_sound_profiles_are_taken_as_they_are(profile: object) -> None:
+    assert as_target(profile).profile(100.0, STEPS, 1.0) is profile
+
+
+@pytest.mark.parametrize(
+    ("profile", "message"),
+    [
+        (object(), "target <object object"),
+        (Written(tail=None), "profile given: Written has no tail; a profile has the functions density(s) and tail(s)"),
+        (Written(density=lambda s: s * np.nan), "profile given: density is nan at s = 1e-07; must be finite"),
+        (Written(density=lambda s: np.where(s > 50, -1.0, 1.0)), "profile given: density is -1 at s = 50."),
+        (Written(density=lambda _: 0.01), "profile given: density of times of shape (1146,) has shape ();"),
+        (Written(density=lambda s: math.exp(s)), "profile given: density fails for an array of times: only "),
+        (Written(tail=lambda s: np.full(s.shape, np.inf)), "profile given: tail is inf at s = -100; must be finite"),
+        (Written(tail=lambda s: np.clip(1 - s / 100, 0, 1) * 2), "profile given: tail is 2 at s = -100; must lie in"),
+        (Written(tail=lambda s: 1 - s / 100), "profile given: tail is 2 at s = -100; must lie in [0, 1], and be 1 be"),
+        (Written(tail=lambda s: np.clip(0.5 - s / 200, 0, 0.5)), "profile given: 0.5 of its mass lies before 0; must"),
+        (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "profile given: 0.5 of its mass lies after t = 100; mus"),
+        (
+            Written(tail=lambda s: np.where((s > 40) & (s < 60), 1, np.clip(1 - s / 100, 0, 1))),
+            "profile given: tail grows after s = 39.94140625; the mass after s must never grow",
+        ),
+        (Written(tail=lambda _: 1 / 0), "profile given: tail fails for an array of times: division by zero; must take"),
+    ],
+)
+def test_what_is_wrong_with_a_given_profile_is_said_in_one_line(profile: object, message: str) -> None:
+    refused(lambda: as_target(profile).profile(100.0, STEPS, 1.0), message)
+
+
+# --- profiles in files ---------------------------------------------------------------------------
+
+
+def written(tmp_path: Path, content: str | bytes) -> Path:
+    path = tmp_path / "curve.csv"
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "0,0\n50,1\n100,0.25\n",
+        "time,density\n0,0\n50,1\n100,0.25",
+        "\ufeff# a curve, drawn by hand\r\n\r\ntime, density\r\n 0 , 0\r\n50,1e0\r\n# the end:\r\n100,.25\r\n",
+        "0,0\r50,4\r100,1\r",
+        "\ufeff0,0\n50,4\n100,1\n",
+    ],
+)
+def test_a_file_of_points_is_a_profile(tmp_path: Path, content: str) -> None:
+    target = ProfileFile(written(tmp_path, content))
+    assert (target.label, target.title, target.sigma_rel) == ("curve", "profile curve.csv", None)
+    wanted = Tabulated((0, 50, 100), (0, 1, 0.25))
+    for t in (100.0, 200.0):
+        found = target.profile(t, STEPS, 1.0)
+        at = np.linspace(-1, 101, 50)
+        np.testing.assert_allclose(found.tail(at), wanted.tail(at), rtol=1e-14)
+        np.testing.assert_allclose(found.density(at), wanted.density(at), rtol=1e-14)
+
+
+@given(
+    st.lists(st.tuples(st.floats(1e-6, 1e9), st.floats(1e-6, 1e9)), min_size=2, max_size=20, unique_by=lambda p: p[0])
+)
+def test_every_digit_of_a_file_counts(tmp_path_factory: pytest.TempPathFactory, points: list) -> None:
+    points.sort()
+    path = written(tmp_path_factory.mktemp("file"), "".join(f"{time!r},{value!r}\n" for time, value in points))
+    assert ProfileFile(path).table.profile == Tabulated(*zip(*points, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "holds 0 points; needs two or more, a line time,density each"),
+        ("time,density\n0,1\n", "holds 1 point; needs two or more"),
+        ("0,1\n\n# so\n5,1\n5,2\n", "line 5: time 5 after 5: times must grow"),
+        ("0,1\n50000,1\n3,2\n", "line 3: time 3 after 50,000: times must grow"),
+        ("time,density\n-1,1\n5,1\n", "line 2: time -1: must be 0 or later, and finite"),
+        ("0,1\ninf,1\n", "line 2: time inf: must be 0 or later, and finite"),
+        ("0,1\n5,-0.5\n", "line 2: density -0.5: must be 0 or above, and finite"),
+        ("0,nan\n5,1\n", "line 1: density nan: must be 0 or above"),
+        ("0,1e999\n5,1\n", "line 1: density inf: must be 0 or above"),
+        ("time,density\n0,0\n\n5,0\n", "lines 2 to 4: its mass is 0; at least one density must be above 0"),
+        ("0,1\n5\n", "line 2: 1 column in '5'; must be two, time,density"),
+        ("0;1\n5;1\n", "line 1: 1 column in '0;1'; must be two"),
+        ("0,1\n5,1,2\n", "line 2: 3 columns in '5,1,2'; must be two"),
+        ("time,density\nt,d\n0,1\n5,1\n", "line 2: 't,d' holds no two numbers; must be time,density"),
+        ("0,1\n5,x\n", "line 2: '5,x' holds no two numbers"),
+        ("0,1\n5,\n", "line 2: '5,' holds no two numbers"),
+        ("0,1\n1,1\n150,0\n200,0\n", "line 3: time 150 puts mass outside the run; times must lie within 0 and t = 100"),
+        (b"0,1\n5,\xff\n", "line 2: not a text file in UTF-8; must be one"),
+        (b"0,1\n5,1\n\0\0\0\0", "line 3: not a text file in UTF-8"),
+        ("0,1\n5,1\n".encode("utf-16"), "line 1: not a text file in UTF-8"),
+    ],
+)
+def test_a_file_that_is_no_profile_is_named_with_the_line(tmp_path: Path, content: str | bytes, reason: str) -> None:
+    path = written(tmp_path, content)
+    refused(lambda: ProfileFile(path).profile(100.0, STEPS, 1.0), f"profile {path}: {reason}")
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    wanted = "must be a text file, a line time,density each"
+    refused(lambda: ProfileFile(tmp_path).table, f"profile {tmp_path}: is a directory; {wanted}")
+    absent = tmp_path / "absent.csv"
+    refused(lambda: ProfileFile(absent).table, f"profile {absent}: cannot be read: No such file or directory; {wanted}")
+    refused(lambda: ProfileFile(Path("a\0b")).table, "profile a\0b: cannot be read: ")
+
+
+def test_a_huge_file_is_refused_before_it_is_taken_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "huge.csv"
+    path.touch()
+    os.truncate(path, table_file.MOST_BYTES + 1)  # sparse: it takes no room
+    refused(lambda: ProfileFile(path).table, f"profile {path}: is larger than 100 MB; at most that is accepted")
+    monkeypatch.setattr(table_file, "MOST_LINES", 3)
+    path = written(tmp_path, "0,1\n1,1\n2,1\n3,1\n")
+    refused(lambda: ProfileFile(path).table, f"profile {path}: line 4: at most 3 lines are accepted")
+
+
+def test_a_file_is_read_once(tmp_path: Path) -> None:
+    target = ProfileFile(str(written(tmp_path, "0,1\n5,1\n")))  # type: ignore[arg-type]
+    first = target.profile(5.0, STEPS, 1.0)
+    target.path.unlink()
+    assert target.profile(6.0, STEPS, 1.0) is first
+    refused(lambda: ProfileFile(target.path).table, f"profile {target.path}: cannot be read: ")
