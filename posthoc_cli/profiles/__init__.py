@@ -11,7 +11,7 @@ besides; anything else with `density` and `tail` is a `Profile` too.
 """
 
 from posthoc_cli.profiles.classical import ClassicalEMA, classical_beta, mean_lag, sigma_rel_from_classical_beta
-from posthoc_cli.profiles.clock import Clock
+from posthoc_cli.profiles.clock import Clock, ClockRecorder
 from posthoc_cli.profiles.power import (
     SHORTEST_SIGMA_REL,
     UNIFORM_SIGMA_REL,
@@ -34,6 +34,7 @@ __all__ = [
     "UNIFORM_SIGMA_REL",
     "ClassicalEMA",
     "Clock",
+    "ClockRecorder",
     "FloatArray",
     "PowerFunction",
     "Profile",

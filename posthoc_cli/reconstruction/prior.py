@@ -129,6 +129,8 @@ def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> lis
             noise = distance.rounding + 2 * own
             least = max(distance.squared, nought)
             if least > 0:
-                key = (max(ends), min(ends))
-                found[key] = PairDistance((key[0][1], key[1][1]), (key[0][0], key[1][0]), least, noise)
+                later, earlier = max(ends), min(ends)
+                # A gamma computed elsewhere may differ in its last bits.
+                key = ((later[0], round(later[1], 9)), (earlier[0], round(earlier[1], 9)))
+                found[key] = PairDistance((later[1], earlier[1]), (later[0], earlier[0]), least, noise)
     return list(found.values())

@@ -77,7 +77,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         left_out=reader.names("ema.left_out"),
     )
     _check_profile(path, info)
-    return replace(info, measurements=_decode_measurements(reader, info))
+    return replace(info, clock=_decode_clock(reader, info), measurements=_decode_measurements(reader, info))
 
 
 def decode_output(path: Path, header: fmt.FileHeader) -> fmt.OutputInfo:
@@ -222,6 +222,31 @@ def _decode_sigma_rels(reader: Metadata) -> tuple[float, ...]:
     if reader.number("ema.sigma_rel") not in sigma_rels:
         raise reader.bad(key, f"{_listed(sigma_rels)} has not the snapshot's own {reader.number('ema.sigma_rel'):g}")
     return sigma_rels
+
+
+def _decode_clock(reader: Metadata, info: fmt.SnapshotInfo) -> tuple[tuple[int, float], ...]:
+    key = "ema.clock"
+    if not reader.has(key):
+        return ()
+    pairs = reader.json_list(key)
+    if len(pairs) > fmt.MAX_KNOTS:
+        raise reader.bad(key, f"has {len(pairs):,} pairs; at most {fmt.MAX_KNOTS:,} are allowed")
+    for pair in pairs:
+        if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and is_number(pair[1])):
+            raise reader.bad(key, f"must be a list of pairs, a whole step and its time each: {str(pair)[:40]!r}")
+    knots = tuple((step, float(t)) for step, t in pairs)
+    for (step, t), (next_step, next_t) in pairwise(((0, 0.0), *knots)):
+        if not (step < next_step and t < next_t):
+            raise reader.bad(
+                key, f"steps and times must grow from above 0: {_pair(next_step, next_t)} comes after {_pair(step, t)}"
+            )
+    if not knots or knots[-1] != (info.step, info.t):
+        raise reader.bad(key, f"must end with the snapshot's own pair, {_pair(info.step, info.t)}")
+    return knots
+
+
+def _pair(step: int, t: float) -> str:
+    return f"step {str(step)[:40]} at t = {t:g}"
 
 
 def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measurements | None:

@@ -23,6 +23,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.t             training time at which the average stood
     ema.t_unit        what `t` counts: "steps", "images", ...
     ema.step          calls of the hook up to `t`
+    ema.clock         JSON list of [step, t]: the clock's knots up to the snapshot; see below. May be missing
     ema.t_first       time of the first update: the profile's mass before it sits on the values of that time
     ema.max_interval  the longest time between two updates since
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
@@ -37,6 +38,11 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
 
 A tensor's stored dtype may differ from its own: averages are stored in `checkpoint_dtype`, but in F32 where that
 would lose more than rounding does, since a value is too large for it or all values are too small.
+
+The knots are pairs of a call and its time, both growing, from step 1 and above time 0 on; at most 1,000 of them. The
+last one is the snapshot's own, ema.step and ema.t. From step 0 at time 0 to the first, and between each two, steps are
+equally long, up to a small tolerance: within half a step where 256 knots are enough for that. The key is missing where
+`t` is the step throughout.
 
 Measurements are sums over the elements of all averages in the file (not of the copies), accumulated in float64,
 and taken when the exact average was at hand: `norm` its squares, `rounding` the squares of (stored - exact), and
@@ -81,6 +87,7 @@ from posthoc_cli.reconstruction.measurements import Measurements
 VERSION = "1"
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
+MAX_KNOTS = 1_000
 SUFFIX = ".safetensors"
 
 ITEM_BYTES = {
@@ -161,7 +168,8 @@ class TrackingSchedule:
 class SnapshotInfo:
     """Everything that a snapshot says about itself, apart from where its bytes are.
 
-    `sigma_rels` are all profiles that the run tracks; `measurements` is None where the file has none.
+    `sigma_rels` are all profiles that the run tracks; `measurements` is None and `clock` is empty where the file has
+    none.
     """
 
     run_id: str
@@ -177,7 +185,13 @@ class SnapshotInfo:
     tensors: dict[str, TrackedTensor]
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    clock: tuple[tuple[int, float], ...] = ()
     measurements: Measurements | None = None
+
+    @property
+    def clock_pairs(self) -> tuple[tuple[int, float], ...]:
+        """What is known of the run's clock, step and time, growing: the knots, or else the snapshot's own pair."""
+        return self.clock or ((self.step, self.t),)
 
     @property
     def profile(self) -> RecordedPowerFunction:
@@ -282,6 +296,8 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         "ema.aliases": _compact(info.aliases),
         "ema.left_out": _compact(list(info.left_out)),
     }
+    if info.clock:
+        metadata["ema.clock"] = _compact(info.clock)
     if info.measurements is not None:
         metadata["ema.measurements"] = _compact(asdict(info.measurements))
     return metadata

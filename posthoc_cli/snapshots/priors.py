@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 
+from posthoc_cli.errors import MismatchError
 from posthoc_cli.profiles import Clock
 from posthoc_cli.reconstruction import StoredAverage
 from posthoc_cli.snapshots.format import SnapshotInfo
@@ -37,6 +39,16 @@ def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
 
 
 def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
-    """The run's steps over its training time, as far as its snapshots tell."""
-    pairs = sorted({(info.step, info.t) for info in infos})
+    """The run's steps over its training time, as far as its snapshots tell: all their clocks' knots together.
+
+    Raises:
+        MismatchError: two snapshots contradict each other.
+    """
+    pairs = sorted({pair for info in infos for pair in info.clock_pairs})
+    for (step, t), (next_step, next_t) in pairwise(pairs):
+        if step == next_step or t >= next_t:
+            raise MismatchError(
+                f"the snapshots are not of one training: by their clocks step {step} was at t = {t:,.12g}, "
+                f"and step {next_step} at t = {next_t:,.12g}"
+            )
     return Clock([step for step, _ in pairs], [t for _, t in pairs])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import types
 import warnings
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, overload
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
-from posthoc_cli.profiles import Profile
+from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.synthesis import Source, plan_synthesis, synthesize
 from posthoc_cli.targets import Target
@@ -26,6 +25,7 @@ from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.settings import (
     Settings,
+    absolute_directory,
     check_sigma_rels,
     make_schedule,
     next_time,
@@ -63,6 +63,7 @@ class PostHocEMA:
         self._averages = RunningAverages(settings.sigma_rels)
         self._step = 0
         self._t = 0.0
+        self._clock = ClockRecorder()
         self._own_clock: bool | None = None
         self._resumes_from_directory = False
         self._recorder: Recorder | None = None
@@ -109,7 +110,7 @@ class PostHocEMA:
         schedule = make_schedule(update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype)
         settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, only_trainable, on_nonfinite)
         tracked = TrackedModel.of_model(collect_tensors(model, only_trainable))
-        tracker = cls(_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
+        tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
         tracker._model = weakref.ref(model)
         return tracker
 
@@ -140,7 +141,7 @@ class PostHocEMA:
             DirectoryError, FileFormatError, MismatchError: what is wrong with the directory.
             ModelMismatchError: the model is another one; names the tensor.
         """
-        directory = _directory(checkpoint_dir)
+        directory = absolute_directory(checkpoint_dir)
         snapshots = read_directory(directory)
         newest = snapshots[-1]
         schedule = override_schedule(
@@ -200,6 +201,7 @@ class PostHocEMA:
         self._t = next_time(self.settings, self._own_clock, self._t, step, t)
         self._own_clock = t is not None
         self._step = step
+        self._clock.add(step, self._t)
         if self.settings.update_is_due(step):
             self._take_in(model)
         if self.settings.snapshot_is_due(step) and self._averages.exist:
@@ -315,13 +317,13 @@ class PostHocEMA:
         """
         if sigma_rel is not None:
             return self._synthesized(sigma_rel, t, step, dtype, method)
-        averages, step, t = self._averages, self._step, self._t
+        averages, clock, step, t = self._averages, self._clock, self._step, self._t
         snapshots = [] if self._recorder is None else self._recorder.checksums
         if self._resumes_from_directory:
-            averages = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
+            averages, clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
             step, t = averages.step, averages.t
             snapshots = [StoredSnapshot.of(s).checksum for s in read_directory(self.checkpoint_dir)]
-        return pack_state(self.run_id, self.settings, self._tracked, step, t, averages, snapshots)
+        return pack_state(self.run_id, self.settings, self._tracked, step, t, clock, averages, snapshots)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
@@ -340,7 +342,7 @@ class PostHocEMA:
         recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
         recorder.set_aside_others(unpacked.t, known=unpacked.snapshots)
         self.run_id = unpacked.run_id
-        self._averages = unpacked.averages
+        self._averages, self._clock = unpacked.averages, unpacked.clock
         self._step, self._t = unpacked.step, unpacked.t
         self._own_clock = resumed_habit(self._step, self._t)
         self._resumes_from_directory = False
@@ -363,7 +365,7 @@ class PostHocEMA:
         self._check_open()
         recorder = self._open_recorder(self.run_id)
         if self._resumes_from_directory:
-            self._averages = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
+            self._averages, self._clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
             self._step, self._t = self._averages.step, self._averages.t
             recorder.set_aside_others(self._t)
             self._resumes_from_directory = False
@@ -409,7 +411,7 @@ class PostHocEMA:
         recorder.thin(self.settings.schedule.max_checkpoints)
 
     def _live_sources(self) -> list[LiveSource]:
-        return live_sources(self.run_id, self.settings, self._tracked, self._averages)
+        return live_sources(self.run_id, self.settings, self._tracked, self._averages, self._clock)
 
     def _sources(self) -> list[Source]:
         return current_sources(self.checkpoint_dir, self.run_id, self._live_sources())
@@ -432,10 +434,3 @@ class PostHocEMA:
         plan = plan_synthesis(sources, [sigma_rel], t, step, method)
         with torch.inference_mode(False), torch.no_grad():
             return Weights((name, tensors[0]) for name, tensors in synthesize(plan, dtype))
-
-
-def _directory(checkpoint_dir: str | Path) -> Path:
-    """Absolute, so that a later change of the working directory does not move the run."""
-    if not isinstance(checkpoint_dir, str | os.PathLike) or "\0" in str(checkpoint_dir):
-        raise InvalidValueError(f"checkpoint_dir {checkpoint_dir!r}: must be a path")
-    return Path(checkpoint_dir).absolute()

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from posthoc_cli.planning import Candidate, Schedule, error_curve
+from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.store import find_snapshots
 from posthoc_cli.synthesis import DiskSource, Source, source_prior
@@ -63,10 +64,13 @@ class LiveSource:
         return None
 
 
-def live_sources(run_id: str, settings: Settings, tracked: TrackedModel, averages: RunningAverages) -> list[LiveSource]:
+def live_sources(
+    run_id: str, settings: Settings, tracked: TrackedModel, averages: RunningAverages, clock: ClockRecorder
+) -> list[LiveSource]:
     """The running averages, each with the header that its snapshot would have; none before the first update."""
     if not averages.exist:
         return []
+    knots = clock.knots_until(averages.step, averages.t)
     sources = []
     for sigma_rel, gamma, values in zip(averages.sigma_rels, averages.gammas, averages.values, strict=True):
         info = SnapshotInfo(
@@ -77,6 +81,7 @@ def live_sources(run_id: str, settings: Settings, tracked: TrackedModel, average
             t=averages.t,
             t_unit=settings.t_unit,
             step=averages.step,
+            clock=knots,
             t_first=averages.t_first,
             max_interval=averages.max_interval,
             schedule=settings.schedule,

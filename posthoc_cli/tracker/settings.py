@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 import types
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -41,6 +43,13 @@ class Settings:
     def snapshot_is_due(self, step: int) -> bool:
         """Whether snapshots are written at this call, if averages exist."""
         return step % self.schedule.checkpoint_every == 0
+
+
+def absolute_directory(checkpoint_dir: str | Path) -> Path:
+    """The directory for snapshots; absolute, so that a later change of the working directory does not move the run."""
+    if not isinstance(checkpoint_dir, str | os.PathLike) or "\0" in str(checkpoint_dir):
+        raise InvalidValueError(f"checkpoint_dir {checkpoint_dir!r}: must be a path")
+    return Path(checkpoint_dir).absolute()
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:

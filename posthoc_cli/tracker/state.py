@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
@@ -29,6 +30,7 @@ class TrackerState:
     run_id: str
     step: int
     t: float
+    clock: ClockRecorder
     averages: RunningAverages
     snapshots: frozenset[str]
     """Header checksums of the snapshots that the training had behind it."""
@@ -45,6 +47,7 @@ def pack_state(
     tracked: TrackedModel,
     step: int,
     t: float,
+    clock: ClockRecorder,
     averages: RunningAverages,
     snapshots: Sequence[str],
 ) -> dict[str, Any]:
@@ -63,6 +66,7 @@ def pack_state(
         "step": step,
         "t": t,
         "t_unit": settings.t_unit,
+        "clock": clock.state(),
         "schedule": dict(vars(settings.schedule)),
         "sigma_rels": list(averages.sigma_rels),
         "averages_t": averages.t,
@@ -106,6 +110,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         averages.t_first, averages.max_interval = float(state["t_first"]), float(state["max_interval"])
         step, t = int(state["step"]), float(state["t"])
         _check_times(averages, step, t)
+        clock = _clock(state["clock"], step, t)
         if averages.exist:
             averages.values = tuple(
                 _checked(values, tracked, "average")
@@ -115,7 +120,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         run_id = state["run_id"]
         if not isinstance(run_id, str) or not re.fullmatch("[0-9a-f]{32}", run_id):
             raise InvalidValueError(f"state: run_id {run_id!r} is not 32 hexadecimal digits")
-        return TrackerState(run_id, step, t, averages, frozenset(map(str, state["snapshots"])))
+        return TrackerState(run_id, step, t, clock, averages, frozenset(map(str, state["snapshots"])))
     except InvalidValueError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
@@ -130,6 +135,19 @@ def _check_times(averages: RunningAverages, step: int, t: float) -> None:
             f"state: t {t!r}, step {step}, averages at {averages.t!r} since {averages.t_first!r}: "
             "not times of one training"
         )
+
+
+def _clock(state: Any, step: int, t: float) -> ClockRecorder:
+    """The clock of a training that is at `step` and `t`."""
+    try:
+        clock = ClockRecorder.of_state(state)
+    except InvalidValueError as error:
+        raise InvalidValueError(f"state: {error}") from error
+    if (clock.step, clock.t) != (step, t):
+        raise InvalidValueError(
+            f"state: clock: ends at step {clock.step}, t {clock.t!r}; the training is at step {step}, t {t!r}"
+        )
+    return clock
 
 
 def _checked(tensors: Mapping[str, torch.Tensor], tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
@@ -166,8 +184,8 @@ def newest_complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def load_averages(directory: Path, sigma_rels: Sequence[float]) -> RunningAverages:
-    """The averages as the newest snapshots hold them that hold every profile.
+def load_averages(directory: Path, sigma_rels: Sequence[float]) -> tuple[RunningAverages, ClockRecorder]:
+    """The averages as the newest snapshots hold them that hold every profile, and the run's clock up to there.
 
     Raises:
         DirectoryError: at no time are all profiles there.
@@ -181,7 +199,7 @@ def load_averages(directory: Path, sigma_rels: Sequence[float]) -> RunningAverag
     averages.copies = _read(last, "copy")
     averages.t, averages.step = last.info.t, last.info.step
     averages.t_first, averages.max_interval = last.info.t_first, last.info.max_interval
-    return averages
+    return averages, ClockRecorder.of_knots(last.info.clock_pairs)
 
 
 def _read(snapshot: Snapshot, role: str) -> dict[str, torch.Tensor]:
