@@ -40,7 +40,6 @@ unit: $(READY)
 
 bench: $(READY)
 	$(BIN)/python scripts/compare_peers.py
-	$(BIN)/python scripts/published_method.py
 	$(BIN)/python scripts/bench_fidelity.py
 
 clean:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import mpmath
 import numpy as np
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from scipy import integrate
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import ClassicalEMA, Clock, Profile, StepWindow, Tabulated, Uniform
+from posthoc_cli.profiles import ClassicalEMA, Clock, ClockRecorder, Profile, StepWindow, Tabulated, Uniform
 
 # --- the clock -----------------------------------------------------------------------------------
 
@@ -52,6 +52,96 @@ def test_steps_are_as_long_as_the_known_pairs_around_them_say() -> None:
 def test_a_clock_that_does_not_go_forward_is_refused(steps: tuple[float, ...], times: tuple[float, ...]) -> None:
     with pytest.raises(InvalidValueError, match="clock: "):
         Clock(steps, times)
+
+
+# --- following a clock ---------------------------------------------------------------------------
+
+
+def followed(times: np.ndarray) -> ClockRecorder:
+    recorder = ClockRecorder()
+    for step, t in enumerate(times.tolist(), 1):
+        recorder.add(step, t)
+    return recorder
+
+
+def worst(knots: Sequence[tuple[int, float]], times: np.ndarray) -> float:
+    """By how many steps the knots are wrong at most, at the times of all steps."""
+    steps, knot_times = zip(*knots, strict=True)
+    return float(np.abs(Clock(steps, knot_times).step_at(times) - np.arange(1, len(times) + 1)).max())
+
+
+@given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=200))
+def test_a_followed_clock_is_right_within_half_a_step(intervals: list[float]) -> None:
+    times = np.cumsum(intervals)
+    times = times[np.diff(times, prepend=0) > 0]
+    recorder = followed(times)
+    for count in {1, len(times) // 2 + 1, len(times)}:
+        knots = recorder.knots_until(count, float(times[count - 1]))
+        if knots:
+            assert knots[-1] == (count, times[count - 1])
+            assert all(times[step - 1] == t for step, t in knots)
+            assert worst(knots, times[:count]) <= 0.5 + 1e-6
+    again = ClockRecorder.of_state(recorder.state())
+    assert again.state() == recorder.state()
+
+
+def lengths(name: str, steps: int = 50_000) -> np.ndarray:
+    """How long each step is."""
+    generator = np.random.default_rng(0)
+    if name == "alternating":
+        return np.where(np.arange(steps) // 20 % 2, 256.0, 64.0)
+    return {
+        "20 % up and down": generator.uniform(0.8, 1.2, steps),
+        "1 to 1000": generator.integers(1, 1001, steps).astype(np.float64),
+        "growing": np.linspace(1, 16, steps),
+        "heavy tail": np.exp(generator.normal(0, 1, steps)),
+    }[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "steps_off"),
+    [("20 % up and down", 3), ("1 to 1000", 15), ("growing", 0.5), ("heavy tail", 30), ("alternating", 20)],
+)
+def test_256_knots_are_enough_for_any_clock(name: str, steps_off: float) -> None:
+    """The clock of 50,000 steps is right within so many."""
+    times = np.cumsum(lengths(name))
+    recorder = followed(times)
+    knots = recorder.knots_until(recorder.step, recorder.t)
+    assert len(knots) <= 256
+    assert worst(knots, times) <= steps_off
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 100, 9999, 10_000, 25_000])
+def test_following_goes_on_exactly_from_a_state_and_closely_from_knots(interrupted_at: int) -> None:
+    times = np.cumsum(lengths("20 % up and down", 30_000))
+    whole, part = followed(times), followed(times[:interrupted_at])
+    exact = ClockRecorder.of_state(part.state())
+    near = ClockRecorder.of_knots(part.knots_until(part.step, part.t))
+    for step, t in enumerate(times[interrupted_at:].tolist(), interrupted_at + 1):
+        exact.add(step, t)
+        near.add(step, t)
+    assert exact.state() == whole.state()
+    knots = near.knots_until(near.step, near.t)
+    assert len(knots) <= 256
+    assert worst(knots, times) <= 3
+
+
+def test_more_knots_than_are_kept_may_be_gone_on_from() -> None:
+    knots = [(step, step + 0.2 * (step % 3)) for step in range(1, 1001)]
+    recorder = ClockRecorder.of_knots(knots)
+    recorder.add(1001, 2000.0)
+    recorder.add(1002, 2001.0)
+    assert len(recorder.knots_until(1002, 2001.0)) <= 256
+    assert len(ClockRecorder.of_state(recorder.state()).knots_until(1002, 2001.0)) <= 256
+
+
+def test_steps_of_one_length_have_no_turn_however_often_a_run_goes_on() -> None:
+    recorder = ClockRecorder()
+    for step in range(1, 1001):
+        recorder.add(step, 7.0 * step)
+        if step % 100 == 0:
+            recorder = ClockRecorder.of_knots(recorder.knots_until(step, 7.0 * step))
+    assert recorder.knots_until(1000, 7000.0) == ((1000, 7000.0),)
 
 
 # --- other profiles ------------------------------------------------------------------------------

@@ -153,6 +153,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         t_unit="images", step=77, t_first=0.1, max_interval=32.5, aliases={"tied": "w"}, left_out=("frozen",),
         tensors={"w": fmt.TrackedTensor("average", "BF16"), "seen": fmt.TrackedTensor("copy", "I64")},
         schedule=fmt.TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
+        clock=((3, 0.1), (77, 1234.5)),
         measurements=Measurements(1 / 3, 1e-9, (Distance(1234.5, 0.28, 0.5, 0.0), Distance(999.0, 0.1, 2.0, 1e-9))),
     )  # fmt: skip
     metadata = read_by_the_book(path).metadata
@@ -167,6 +168,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         "ema.t": "1234.5",
         "ema.t_unit": "images",
         "ema.step": "77",
+        "ema.clock": "[[3,0.1],[77,1234.5]]",
         "ema.t_first": "0.1",
         "ema.max_interval": "32.5",
         "ema.schedule": (
@@ -194,10 +196,11 @@ times = st.floats(1e-9, 1e18)
 @given(
     tensor_names=st.lists(names, min_size=2, max_size=4, unique=True),
     t=times,
-    early=st.floats(1e-6, 1),
+    early=st.floats(1e-6, 0.999),
+    known=st.booleans(),
     interval=st.floats(0, 1e18),
     sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
-    step=st.integers(1, 10**18 - 1),
+    step=st.integers(2, 10**18 - 1),
     unit=names,
     sums=st.none() | st.lists(st.floats(0, 1e300), min_size=4, max_size=4),
 )
@@ -205,6 +208,7 @@ def test_what_a_snapshot_says_comes_back_exactly(
     tensor_names: list[str],
     t: float,
     early: float,
+    known: bool,
     interval: float,
     sigma_rel: float,
     step: int,
@@ -220,7 +224,7 @@ def test_what_a_snapshot_says_comes_back_exactly(
     info = make_info(
         values, t, sigma_rel, OTHER_RUN_ID, step=step, t_first=t * early, max_interval=interval, t_unit=unit,
         aliases={alias: stored[0]}, left_out=tuple(tensor_names), measurements=measurements,
-        sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})),
+        sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})), clock=((step // 2, t * early), (step, t)) if known else (),
     )  # fmt: skip
     entries = fmt.lay_out([fmt.TensorSpec(name, "F32", (1,)) for name in stored])
     start = fmt.encode_header(entries, fmt.snapshot_metadata(info), dict.fromkeys(stored, "0" * 16))

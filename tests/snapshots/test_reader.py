@@ -416,6 +416,7 @@ LISTS = ["", "{", "{}", "null", "[" * 10**5, "[1]", '[["a"]]', '[{"a":1}]', "[nu
     + [(small_snapshot, "ema.step", value) for value in WHOLE]
     + [(small_snapshot, key, v) for key in ("ema.schedule", "ema.tensors", "ema.aliases") for v in OBJECTS]
     + [(small_snapshot, "ema.measurements", value) for value in OBJECTS]
+    + [(small_snapshot, "ema.clock", value) for value in LISTS]
     + [(small_snapshot, key, value) for key in ("ema.left_out", "ema.sigma_rels") for value in LISTS]
     + [(small_output, key, value) for key in ("ema.snapshots", "ema.copies") for value in LISTS]
     + [(small_output, key, value) for key in ("ema.profile_error", "ema.predicted_error") for value in NUMBERS],
@@ -555,6 +556,48 @@ def test_tracked_profiles_that_cannot_be_are_refused(tmp_path: Path, text: str, 
     assert told in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("[]", "must end with the snapshot's own pair, step 10 at t = 10"),
+        ("[[4,4.5]]", "must end with the snapshot's own pair"),
+        ("[[10,10.5]]", "must end with the snapshot's own pair"),
+        ("[[4,4.5],[10,10],[11,11]]", "must end with the snapshot's own pair"),
+        ("[4,10]", "a whole step and its time each: '4'"),
+        ("[[4,4.5,1],[10,10]]", "a whole step and its time each: '[4, 4.5, 1]'"),
+        ("[[4.0,4.5],[10,10]]", "a whole step"),
+        ("[[true,4.5],[10,10]]", "a whole step"),
+        ('[[4,"4"],[10,10]]', "a whole step"),
+        ("[[4,1e999],[10,10]]", "a whole step"),
+        ("[[4,1" + "0" * 400 + "],[10,10]]", "a whole step"),
+        ("[[4,NaN],[10,10]]", "NaN is not JSON"),
+        ("[[0,0.5],[10,10]]", "must grow from above 0: step 0 at t = 0.5 comes after step 0 at t = 0"),
+        ("[[-1,0.5],[10,10]]", "must grow from above 0"),
+        ("[[1,0],[10,10]]", "must grow from above 0"),
+        ("[[1,-1],[10,10]]", "must grow from above 0"),
+        ("[[4,4.5],[4,5],[10,10]]", "step 4 at t = 5 comes after step 4 at t = 4.5"),
+        ("[[4,4.5],[5,4.5],[10,10]]", "step 5 at t = 4.5 comes after step 4 at t = 4.5"),
+        ("[[1" + "0" * 400 + ",4.5],[10,10]]", "must grow from above 0"),
+        (json.dumps([[k, k] for k in range(1, 1002)]), "has 1,001 pairs; at most 1,000 are allowed"),
+    ],
+)
+def test_a_clock_that_cannot_be_is_refused_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+    path = forge(small_snapshot(tmp_path), set_key("ema.clock", text))
+    with pytest.raises(FileFormatError) as caught:
+        read_snapshot(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "ema.clock" in str(caught.value)
+    assert told in str(caught.value)
+    assert str(caught.value).isprintable()
+    assert len(str(caught.value)) < len(str(path)) + 200
+
+
+def test_a_clock_that_can_be_is_read(tmp_path: Path) -> None:
+    path = forge(small_snapshot(tmp_path), set_key("ema.clock", "[[1,7],[10,10]]"))
+    assert read_snapshot(path).info.clock == ((1, 7.0), (10, 10.0))
+    assert read_snapshot(small_snapshot(tmp_path / "without")).info.clock == ()
+
+
 @pytest.mark.parametrize("coefficient", ["1" * 400, "1e999", "true", '"1"', "null"])
 def test_a_coefficient_that_is_no_finite_number_is_refused(tmp_path: Path, coefficient: str) -> None:
     text = f'[{{"file":"x","coefficient":{coefficient}}}]'
@@ -610,7 +653,7 @@ json_values = st.recursive(
 
 @settings(deadline=None, max_examples=500)
 @given(
-    key=st.sampled_from([*SNAPSHOT_KEYS[:-1], "ema.format", "ema.measurements"]),
+    key=st.sampled_from([*SNAPSHOT_KEYS[:-1], "ema.format", "ema.measurements", "ema.clock"]),
     value=st.text() | json_values.map(json.dumps),
 )
 def test_any_metadata_under_a_right_checksum_is_refused_or_read_and_never_crashes(

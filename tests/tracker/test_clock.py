@@ -40,7 +40,7 @@ def uneven(steps: int = STEPS) -> np.ndarray:
 
 def path(times: np.ndarray) -> np.ndarray:
     """Where the network is after each step: it settles, and drifts, and swings slowly; shape [steps, 3]."""
-    s = times / times[-1]
+    s = times / 156_800
     return np.stack([np.exp(-3 * s), 1 + s, np.sin(4 * s) + 2], axis=1)
 
 
@@ -68,3 +68,160 @@ def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -
     plan = plan_synthesis(sources, [target])
     (found,) = dict(synthesize(plan))["w"]
     return float(np.linalg.norm(found.numpy() - exact) / np.linalg.norm(exact))
+
+
+# --- what headers say ------------------------------------------------------------------------------
+
+
+def test_every_header_holds_the_clock_up_to_its_own_time(tmp_path: Path) -> None:
+    times = changing_twice()
+    track(tmp_path, times.tolist())
+    turns = [(step, times[step - 1]) for step in (1290, 1440)]
+    expected = {}
+    for step in range(250, STEPS + 1, 250):
+        t = times[step - 1]
+        expected[t] = (*(turn for turn in turns if turn[0] < step), (step, t))
+    assert clocks(tmp_path) == expected
+    clock = run_clock([snapshot.info for snapshot in read_directory(tmp_path)])
+    np.testing.assert_allclose(clock.step_at(times), np.arange(1, STEPS + 1), atol=1e-9)
+
+
+def test_batches_that_are_never_the_same_are_known_within_a_step(tmp_path: Path) -> None:
+    times = uneven()
+    track(tmp_path, times.tolist())
+    infos = [snapshot.info for snapshot in read_directory(tmp_path)]
+    assert all(len(info.clock) <= 256 for info in infos)
+    between = np.concatenate((times, times - 300))
+    expected = np.interp(between, np.append(0, times), np.arange(STEPS + 1))
+    assert np.abs(run_clock(infos).step_at(between) - expected).max() < 1
+    old = run_clock([replace(info, clock=()) for info in infos])
+    assert np.abs(old.step_at(between) - expected).max() > 1.5
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_step_clock_needs_no_knots(tmp_path: Path, own: bool) -> None:
+    model = torch.nn.Linear(1, 1)
+    with PostHocEMA.from_model(model, tmp_path, update_every=5, checkpoint_every=10) as tracker:
+        for step in range(1, 31):
+            tracker.update_(model, t=float(step) if own else None)
+    snapshots = read_directory(tmp_path)
+    assert len(snapshots) == 6
+    assert all("ema.clock" not in snapshot.header.metadata and snapshot.info.clock == () for snapshot in snapshots)
+
+
+def test_an_average_that_stands_still_has_the_clock_of_its_own_time(tmp_path: Path) -> None:
+    """Updates are skipped from step 8 on, and the batch changes at step 9: the snapshot due at 10 is that of 7."""
+    model = torch.nn.Linear(1, 1)
+    settings = dict(SETTINGS, checkpoint_every=10, on_nonfinite="skip")
+    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
+        for step in range(1, 11):
+            if step == 8:
+                torch.nn.init.constant_(model.weight, torch.nan)
+            tracker.update_(model, t=64 * step if step < 9 else 512 + 1000 * (step - 8))
+    assert clocks(tmp_path) == {448: ((7, 448.0),)}
+
+
+def test_snapshots_that_contradict_each_other_are_named() -> None:
+    values = {"w": torch.zeros(1)}
+    early = make_info(values, 640.0, step=10, clock=((10, 640.0),))
+    for late in (((9, 700.0), (20, 1280.0)), ((10, 500.0), (20, 1280.0)), ((12, 600.0), (20, 1280.0))):
+        with pytest.raises(MismatchError, match=r"not of one training: by their clocks step \d+ was at t = "):
+            run_clock([early, make_info(values, 1280.0, step=20, clock=late)])
+    without = make_info(values, 1280.0, step=20)
+    assert run_clock([without, early]) == Clock((10, 20), (640.0, 1280.0))
+
+
+# --- what that is good for -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("steps", [600, 650, 700, 900, 1200])
+def test_the_last_steps_are_found_where_the_batch_changed(tmp_path: Path, steps: int) -> None:
+    times = changing_twice()
+    track(tmp_path, times.tolist())
+    exact = path(times)[-steps:].mean(axis=0)
+    assert error(tmp_path, Window(steps), exact) < 2e-5
+    assert error(tmp_path, Window(steps), exact, known=False) > 2e-3
+
+
+def test_a_classical_average_over_changing_batches_is_the_true_one(tmp_path: Path) -> None:
+    times = changing_twice()
+    track(tmp_path, times.tolist())
+    exact, *later = path(times)
+    for values in later:
+        exact = 0.995 * exact + 0.005 * values
+    assert error(tmp_path, Beta(0.995), exact) < 1e-5
+    assert error(tmp_path, Beta(0.995), exact, known=False) > 1e-3
+
+
+def test_live_averages_know_the_clock_too(tmp_path: Path) -> None:
+    times = changing_twice()[:1450]
+    tracker = track(tmp_path, times.tolist())
+    (source, *_) = tracker._live_sources()
+    assert source.info.clock == ((1290, 82560.0), (1440, 120960.0), (1450, 121600.0))
+    found = tracker.state_dict(Window(300))["w"].numpy()
+    exact = path(times)[-300:].mean(axis=0)
+    assert np.linalg.norm(found - exact) < 3e-4 * np.linalg.norm(exact)
+
+
+# --- going on --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupted_at", [0, 1, 249, 250, 700, 1999])
+def test_going_on_from_the_state_keeps_the_clock_exactly(tmp_path: Path, interrupted_at: int) -> None:
+    times = uneven().tolist()
+    track(tmp_path / "whole", times)
+    tracker = track(tmp_path / "parts", times[:interrupted_at])
+    torch.save(tracker.state_dict(), tmp_path / "state.pt")
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))})
+    resumed = PostHocEMA.from_model(model, tmp_path / "parts", **SETTINGS)
+    resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    track(tmp_path / "parts", times, interrupted_at + 1, resumed)
+    assert clocks(tmp_path / "parts") == clocks(tmp_path / "whole")
+
+
+def test_going_on_from_snapshots_keeps_their_knots(tmp_path: Path) -> None:
+    times = changing_twice()
+    track(tmp_path, times[:1300].tolist())
+    between = PostHocEMA.from_path(tmp_path)
+    assert between.state_dict()["clock"][3:] == [1250, 80000.0]
+    track(tmp_path, times[:1500].tolist(), 1251, PostHocEMA.from_path(tmp_path))
+    track(tmp_path, times.tolist(), 1501, PostHocEMA.from_path(tmp_path))
+    # Neither going on is a turn: steps were as long after it as before.
+    assert clocks(tmp_path)[times[-1]] == ((1290, 82560.0), (1440, 120960.0), (2000, 156800.0))
+
+
+def spoiled(change: Callable[[list], object]) -> Callable[[dict], None]:
+    return lambda state: change(state["clock"])  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.pop("clock"),
+        lambda state: state.update(clock=None),
+        lambda state: state.update(clock=[]),
+        lambda state: state.update(clock=[0.5, 0.0, float("inf"), 0, 0.0]),  # a training that has not begun
+        lambda state: state.update(clock=tuple(state["clock"])),
+        spoiled(list.pop),
+        spoiled(lambda clock: clock.extend([40, 1e9])),  # ends elsewhere
+        spoiled(lambda clock: clock.__setitem__(0, float("nan"))),
+        spoiled(lambda clock: clock.__setitem__(0, 0.1)),
+        spoiled(lambda clock: clock.__setitem__(1, -1.0)),
+        spoiled(lambda clock: clock.__setitem__(2, 0.0)),
+        spoiled(lambda clock: clock.__setitem__(3, 0)),
+        spoiled(lambda clock: clock.__setitem__(3, 1.0)),
+        spoiled(lambda clock: clock.__setitem__(3, 10**400)),
+        spoiled(lambda clock: clock.__setitem__(4, "64")),
+        spoiled(lambda clock: clock.__setitem__(4, 1e9)),
+        spoiled(lambda clock: clock.__setitem__(slice(3, 3), [1, 1.0] * 256)),
+    ],
+)  # fmt: skip
+def test_a_state_with_an_impossible_clock_is_refused(tmp_path: Path, spoil: Callable[[dict], object]) -> None:
+    state = track(tmp_path / "a", uneven(30).tolist()).state_dict()
+    spoil(state)
+    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))})
+    with PostHocEMA.from_model(model, tmp_path / "b", **SETTINGS) as tracker:
+        with pytest.raises(InvalidValueError, match=r"state: .*clock") as caught:
+            tracker.load_state_dict(state)
+        assert tracker.step == 0
+    assert "\n" not in str(caught.value)
