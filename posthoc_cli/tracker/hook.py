@@ -96,7 +96,7 @@ class PostHocEMA:
             update_every: averages are updated at the calls that are multiples of it.
             checkpoint_every: snapshots are due at the calls that are multiples of it; a multiple of update_every.
             update_after_step: no update up to this call.
-            max_checkpoints: snapshots kept a profile, spread evenly over training; None keeps all.
+            max_checkpoints: snapshots kept a profile, those that reconstruction needs most; None keeps all.
             checkpoint_dtype: how averages are stored; None for each parameter's own dtype. A tensor with a
                 value too large for it is stored in float32.
             t_unit: what `t` counts, when you pass a clock of your own to `update_`.
