@@ -23,9 +23,15 @@ if TYPE_CHECKING:
     from posthoc_cli.synthesis import disk_sources as disk_sources
     from posthoc_cli.synthesis import plan_synthesis as plan_synthesis
     from posthoc_cli.synthesis import synthesize as synthesize
+    from posthoc_cli.targets import Beta as Beta
+    from posthoc_cli.targets import Between as Between
+    from posthoc_cli.targets import Window as Window
     from posthoc_cli.tracker import PostHocEMA as PostHocEMA
 
 _HOMES = {
+    "Beta": "targets",
+    "Between": "targets",
+    "Window": "targets",
     "PostHocEMA": "tracker",
     "PostHocError": "errors",
     "PowerFunction": "profiles",

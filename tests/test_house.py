@@ -33,8 +33,9 @@ def commands() -> dict:
 
 def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
-        "PostHocEMA", "PostHocError", "PowerFunction", "Schedule", "disk_sources", "error_curve", "export_file",
-        "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "synthesize",
+        "Beta", "Between", "PostHocEMA", "PostHocError", "PowerFunction", "Schedule", "Window", "disk_sources",
+        "error_curve", "export_file", "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma",
+        "synthesize",
     ]  # fmt: skip
     for name in posthoc_cli.__all__:
         assert getattr(posthoc_cli, name).__name__ == name

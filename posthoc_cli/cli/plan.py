@@ -104,7 +104,7 @@ def _like(task: Task, earlier: Likeness) -> Task:
     return replace(task, motion=earlier.motion, rounding=earlier.rounding)
 
 
-def call_text(proposal: Proposal) -> str:
+def call_text(proposal: Proposal, sigma_range: tuple[float, float]) -> str:
     """The call that makes a tracker of this kind."""
     schedule = proposal.schedule
     rels = ", ".join(f"{sigma_rel!r}" for sigma_rel in schedule.sigma_rels) + "," * (len(schedule.sigma_rels) == 1)
@@ -113,7 +113,7 @@ def call_text(proposal: Proposal) -> str:
         '    model, "run/ema",\n'
         f"    sigma_rels=({rels}), update_every={proposal.update_every},\n"
         f"    checkpoint_every={schedule.checkpoint_every}, max_checkpoints={schedule.max_checkpoints},\n"
-        f'    checkpoint_dtype="{proposal.dtype}",\n'
+        f'    checkpoint_dtype="{proposal.dtype}", sigma_range={sigma_range},\n'
         ")"
     )
 
@@ -166,7 +166,7 @@ def _report(task: Task, like: Path | None, earlier: Likeness | None, proposals: 
             }
             for proposal in proposals
         ],
-        "call": call_text(proposals[0]),
+        "call": call_text(proposals[0], task.sigma_range),
     }
 
 
@@ -196,7 +196,7 @@ def _print(
     if best.last_step < task.steps:
         output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {task.steps:,}")
     output.print_line("")
-    for line in call_text(best).splitlines():
+    for line in call_text(best, task.sigma_range).splitlines():
         output.print_line(line)
     if out is not None:
         output.print_line("")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,7 @@ import typer
 from posthoc_cli.cli import output
 from posthoc_cli.cli.amounts import parse_bytes
 from posthoc_cli.cli.values import parse_max_error, parse_sigma_range
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, MismatchError
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.pruning import Pruning
@@ -47,16 +46,21 @@ def prune(
     max_bytes = None if max_size is None else parse_bytes(max_size, "--max-size")
     error = None if max_error is None else parse_max_error(max_error)
     wanted = parse_sigma_range(sigma_range)
+    if as_json and not (yes or dry_run):
+        raise InvalidValueError("--json: shows what would go only afterwards; give --yes or --dry-run with it")
     if not (yes or dry_run or sys.stdin.isatty()):
         raise InvalidValueError("--yes: is needed where nobody can be asked; --dry-run shows what would go")
     directory = directory.expanduser()
-    with ExitStack() as held:
-        snapshots = read_directory(directory) if dry_run else held.enter_context(writing_to(directory))
-        pruning = plan_pruning(snapshots, keep, max_bytes, error, wanted)
-        if not as_json:
-            _print(pruning, wanted)
-        agreed = bool(pruning.gone) and not dry_run and (yes or _confirmed(pruning))
-        if agreed:
+    snapshots = read_directory(directory)
+    pruning = plan_pruning(snapshots, keep, max_bytes, error, wanted)
+    if not as_json:
+        _print(pruning, wanted)
+    # Asked without the lock: a question that nobody answers must not stop a training.
+    agreed = bool(pruning.gone) and not dry_run and (yes or _confirmed(pruning))
+    if agreed:
+        with writing_to(directory) as now:
+            if [snapshot.header for snapshot in now] != [snapshot.header for snapshot in snapshots]:
+                raise MismatchError(f"{directory}: has changed since it was looked at; nothing was deleted; run again")
             with output.progress_bar("verifying what stays", pruning.read_bytes, False) as progress:
                 execute(pruning, progress)
     if as_json:

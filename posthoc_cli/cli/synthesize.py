@@ -115,7 +115,7 @@ def synthesize(
 
     paths, folder = ([], None) if out is None or dry_run else output_paths(targets, out, layout)
     device = "cpu" if dry_run and device == "auto" else parse_device(device)
-    plan = plan_synthesis(disk_sources(directory.expanduser()), targets, t, step, method, accepted)
+    plan = plan_synthesis(disk_sources(directory.expanduser()), targets, t, step, method, accepted, dtype)
     skipped = _existing(paths, layout) if skip_existing else set()
     wanted = [index for index in range(len(paths)) if index not in skipped]
     if wanted:

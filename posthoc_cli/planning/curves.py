@@ -204,7 +204,7 @@ def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
         low, high = (check_sigma_rel(s) for s in sigma_range)
     except (TypeError, ValueError) as error:
         if isinstance(error, InvalidValueError):
-            raise
+            raise InvalidValueError(f"sigma_range: {error}") from error
         raise InvalidValueError(f"sigma_range {sigma_range!r}: must be two numbers, such as (0.05, 0.28)") from error
     if not low < high:
         raise InvalidValueError(

@@ -95,7 +95,7 @@ def propose(task: Task) -> list[Proposal]:
 
 def judge(task: Task, schedule: Schedule, dtype: str) -> Proposal:
     """A schedule with what it costs and gives."""
-    snapshots = schedule.snapshots(task.path)
+    snapshots = schedule.snapshots(task.path, task.sigma_range)
     errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, task.path), task.sigma_range, 81)
     return Proposal(schedule, dtype, _fullest(schedule) * task.snapshot_bytes(dtype), errors)
 

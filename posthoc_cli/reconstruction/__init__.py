@@ -8,12 +8,13 @@ from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.reconstruction.minvar import MinimumVariance
 from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.paper import inner_product
-from posthoc_cli.reconstruction.prior import Prior, StoredAverage, assumed_prior, measured_prior
+from posthoc_cli.reconstruction.prior import ROUNDING, Prior, StoredAverage, assumed_prior, measured_prior
 from posthoc_cli.reconstruction.quadrature import relative_width
 from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, reconstruct
 
 __all__ = [
     "METHODS",
+    "ROUNDING",
     "Distance",
     "Measurements",
     "MinimumVariance",

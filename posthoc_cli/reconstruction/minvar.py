@@ -50,6 +50,8 @@ class MinimumVariance:
         self._parts: list[tuple[StoredFunctions, FloatArray]] = [(Tails(gammas, edges), np.sqrt(walk))]
         if noise.any():
             self._parts.append((Densities(gammas, edges), np.sqrt(noise)))
+        # Of a profile as short as one interval; noise at a point would be infinite.
+        self._most_noise = float(noise.max()) / prior.interval if prior.interval > 0 else np.inf
         self._rows = np.vstack([  # [rows, n]
             _scaled(functions.of_powers(self._gamma, self._times), root) for functions, root in self._parts
         ])  # fmt: skip
@@ -78,12 +80,13 @@ class MinimumVariance:
     def expected_error(self, coefficients: FloatArray, target: Profile) -> float:
         """The root of `expected_square`, relative to the norm of the stored average that is nearest the target.
 
-        nan where that norm is 0.
+        nan where that norm is 0 and the error is not.
         """
         goal, _ = self._goal(target)
         nearest = int(np.argmin(np.sum((self._rows - goal[:, None]) ** 2, axis=0)))
         norm = float(np.sqrt(self._prior.norm[nearest]))
-        return float(np.sqrt(self.expected_square(coefficients, target))) / norm if norm > 0 else float("nan")
+        error = float(np.sqrt(self.expected_square(coefficients, target)))
+        return error / norm if norm > 0 else 0.0 if error == 0 else float("nan")
 
     def removal_costs(self) -> FloatArray:
         """What E |error|^2 grows by, per c_i^2, when snapshot i is lost and the rest is solved anew: shape [n].
@@ -101,7 +104,7 @@ class MinimumVariance:
         """A root of the covariance of the stored copies' errors: shape [n, n]."""
         squared = np.sum(self._rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * self._rows.T @ self._rows, 0.0)
-        return rounding_factor(self._prior.rounding, apart)
+        return rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
 
     @cached_property
     def _problem(self) -> tuple[LeastSquares, FloatArray]:
@@ -119,7 +122,7 @@ class MinimumVariance:
         """The snapshot that is the target, where its stored copy is free of rounding."""
         if not isinstance(target, PowerFunction):
             return None
-        same = (self._gamma == target.gamma) & (self._times == target.t) & np.array(self._prior.exact)
+        same = (self._gamma == target.gamma) & (self._times == target.t) & (self._prior.rounding == 0)
         return int(np.flatnonzero(same)[0]) if same.any() else None
 
     def _goal(self, target: Profile) -> tuple[FloatArray, float]:
@@ -128,7 +131,7 @@ class MinimumVariance:
         for functions, root in self._parts:
             rows, squares = functions.of_target(target)
             goals.append(_scaled(rows[:, :, None], root)[:, 0])
-            norm2 += float(root**2 @ squares)
+            norm2 += min(float(root**2 @ squares), self._most_noise if isinstance(functions, Densities) else np.inf)
         return np.concatenate(goals), norm2
 
 

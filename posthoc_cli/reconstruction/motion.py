@@ -185,7 +185,7 @@ def _solve_scaled(
     if scale.size > pieces:
         jumps = np.delete(jumps, pieces - 1, axis=0)  # the last piece of one part and the first of the other
     left, right = (np.argmax(jumps == sign, axis=1) for sign in (-1, 1))
-    jumps *= (_SMOOTHING / np.sqrt(scale[left] * scale[right]))[:, None]
+    jumps *= (_SMOOTHING / (np.sqrt(scale[left]) * np.sqrt(scale[right])))[:, None]
     factor = np.vstack((triangle[:, :-1], jumps))
     wanted = np.concatenate((triangle[:, -1], np.zeros(len(jumps)))) - factor @ least
     solution, _ = nnls(factor * scale, wanted, maxiter=100 * scale.size)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,11 +18,11 @@ ASSUMED_STRETCH = 0.25
 """Without measurements: root mean square length of the walk over all of training at its last pace, relative to the norm
 of the weights. Recorded runs have 0.01 (rate cut to nothing) to 0.45 (constant rate)."""
 
-_ADDITION = 0.196
-"""Root mean square error of one rounding to nearest, relative to the values, in eps: (12 * 3 / (2 ln 2))**-0.5.
+ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
+"""Root mean square error of one rounding to nearest, relative to the values, in units of eps: 0.196.
 
-An error is uniform within a spacing of eps 2**e around a value m 2**e, and where logarithms are spread evenly the
-mean square of m in [1, 2) is 3 / (2 ln 2).
+An error is uniform within a spacing of eps 2**e around a value m 2**e, variance (eps 2**e)**2 / 12, and where
+logarithms are spread evenly the mean square of m in [1, 2) is 3 / (2 ln 2).
 """
 
 
@@ -48,23 +49,24 @@ class Prior:
 
     Attributes:
         motion: how the network moved.
-        rounding: variance of each stored copy's error: r_i.
-        exact: whether a stored copy is the average to the last bit of its accumulator.
+        rounding: variance of each stored copy's rounding, r_i; 0 for one that is exact.
+        arithmetic: variance that the arithmetic of the updates left in each average.
         norm: squared norm of each average.
         source: "measured" while training, "sampled" from the files, or "assumed" where there was nothing to measure.
+        interval: time between two updates: no noise is faster than that; 0 where it is not known.
     """
 
     motion: Motion
     rounding: FloatArray
-    exact: tuple[bool, ...]
+    arithmetic: FloatArray
     norm: FloatArray
     source: str
+    interval: float = 0.0
 
     def of(self, chosen: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
         index = np.asarray(chosen, dtype=np.intp)
-        exact = tuple(self.exact[i] for i in chosen)
-        return replace(self, rounding=self.rounding[index], exact=exact, norm=self.norm[index])
+        return replace(self, rounding=self.rounding[index], arithmetic=self.arithmetic[index], norm=self.norm[index])
 
     def sampled(self) -> Prior:
         """The same, marked as estimated from a sample of elements."""
@@ -83,42 +85,60 @@ def assumed_prior(snapshots: Sequence[PowerFunction], rounding: float = 0.0, mot
     ones = np.ones(len(snapshots))
     if motion is None:
         motion = Motion.even(last, ASSUMED_STRETCH**2)
-    return Prior(motion, rounding**2 * ones, (rounding == 0,) * len(snapshots), ones, ASSUMED)
+    return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
 
 
 def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     """What the measurements of a run's averages tell; `assumed_prior` where they tell nothing of its movement.
 
-    Each r_i is the measured rounding of the stored copy, and the expected rounding of the arithmetic that made it:
-    every update rounds each element once, and what an update at t_k leaves fades like (t_k / t)**(gamma + 1), so that
-    the squares add up to those of n / (2 gamma + 3) roundings.
+    The order of the averages changes nothing but that of the arrays.
     """
     known = [average.measurements for average in averages if average.measurements is not None]
     if not known or len(known) < len(averages):
         return assumed_prior([average.profile.pure for average in averages])
     norm = np.array([measurements.norm for measurements in known])
     arithmetic = np.array([_arithmetic(average) for average in averages])
-    stored = np.array([measurements.rounding for measurements in known])
-    start = min(average.profile.t_first for average in averages)
+    profiles = [average.profile for average in averages]
+    start, last = min(p.t_first for p in profiles), max(p.t for p in profiles)
     distances = _distances(averages, arithmetic)
     if distances:
-        motion = fit_motion(start, [average.profile.t for average in averages], distances)
+        motion = fit_motion(start, [p.t for p in profiles], distances)
+    elif any(measurements.distances for measurements in known):
+        motion = Motion.even(last, 0.0)  # all of them 0, and so are the weights
     else:
-        motion = Motion.even(max(average.profile.t for average in averages), ASSUMED_STRETCH**2 * float(norm.mean()))
-    source = MEASURED if distances else ASSUMED
-    return Prior(motion, stored + arithmetic, tuple(bool(r == 0) for r in stored), norm, source)
+        motion = Motion.even(last, ASSUMED_STRETCH**2 * float(norm.mean()))
+    return Prior(
+        motion,
+        np.array([measurements.rounding for measurements in known]),
+        arithmetic,
+        norm,
+        MEASURED if any(measurements.distances for measurements in known) else ASSUMED,
+        min((p.max_interval for p in profiles if p.max_interval > 0), default=0.0),
+    )
 
 
 def _arithmetic(average: StoredAverage) -> float:
+    """Every update rounds each element once, and what an update at t_k leaves fades like (t_k / t)**(gamma + 1).
+
+    With n updates evenly from t_first to t the squares add up to those of
+    n (1 - (t_first / t)**(2 gamma + 3)) / ((2 gamma + 3) (1 - t_first / t)) roundings.
+    """
     norm = average.measurements.norm if average.measurements is not None else 0.0
-    return norm * (_ADDITION * average.eps) ** 2 * average.updates / (2 * average.profile.gamma + 3)
+    profile = average.profile
+    power, since = 2 * profile.gamma + 3, 1 - profile.t_first / profile.t
+    count = float(average.updates)
+    if since > 0:
+        count *= -math.expm1(power * math.log1p(-since)) / (power * since) if since < 1 else 1 / power
+    return float(norm * (ROUNDING * average.eps) ** 2 * count)
 
 
 def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> list[PairDistance]:
     """Every measured distance, each pair of averages once."""
     found: dict[tuple[tuple[float, float], tuple[float, float]], PairDistance] = {}
     nought = 1e-18 * max((a.measurements.norm for a in averages if a.measurements is not None), default=0.0)
-    for average, own in zip(averages, arithmetic, strict=True):
+    # Of two records of one pair the last one counts: in an order of ours.
+    order = sorted(range(len(averages)), key=lambda i: (averages[i].profile.t, averages[i].profile.gamma))
+    for average, own in ((averages[i], arithmetic[i]) for i in order):
         if average.measurements is None:
             continue
         profile = average.profile

@@ -25,23 +25,28 @@ _FAR = 12.0
 """Squared distance, in roundings, beyond which nothing is left of the correlation: exp(-pi^2 / 6 * 12) = 3e-9."""
 
 
-def rounding_factor(rounding: FloatArray, apart: FloatArray) -> FloatArray:
+_MOST = 0.99
+"""Correlation of copies between which nothing moves. Were it 1, coefficients of opposite signs could cancel errors
+whose sizes differ a little, and nothing would bound them."""
+
+
+def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
     """A matrix B with B^T B = the covariance of the stored copies' errors: shape [n, n].
 
     Arguments:
-        rounding: variance of each error: shape [n].
+        rounding: variance of each copy's rounding: shape [n].
+        arithmetic: variance of what else is wrong with each, independently: shape [n].
         apart: expected squared distances of the averages: shape [n, n].
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
     near = (apart < _FAR * scale) & ~np.eye(root.size, dtype=bool)
     if not near.any():
-        return np.diag(root)
+        return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)
-    correlation[near] = _correlation(apart[near] / scale[near])
-    # Not by a Cholesky factor: where nothing moved the correlation is singular.
-    values, vectors = linalg.eigh(correlation)
-    return np.asarray((np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T) * root, dtype=np.float64)
+    correlation[near] = _MOST * _correlation(apart[near] / scale[near])
+    values, vectors = linalg.eigh(correlation * scale + np.diag(arithmetic))
+    return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 
 def _correlation(distance: FloatArray) -> FloatArray:

@@ -199,13 +199,22 @@ def _decode_aliases(reader: Metadata, tensors: Mapping[str, fmt.TrackedTensor]) 
 
 def _decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
     raw = reader.json_object("ema.schedule")
-    optional = {"max_checkpoints", "checkpoint_dtype"}
     for name in fmt.TrackingSchedule.__dataclass_fields__:
-        value = raw.get(name)
-        fits = type(value) is int if name != "checkpoint_dtype" else str(value) in fmt.ITEM_BYTES
-        if not fits and not (name in optional and value is None):
-            raise reader.bad("ema.schedule", f"{name} is {str(value)[:40]!r}")
-    return fmt.TrackingSchedule(**{name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__})
+        if not _fits_schedule(name, raw.get(name)):
+            raise reader.bad("ema.schedule", f"{name} is {str(raw.get(name))[:40]!r}")
+    values = {name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__}
+    low, high = values["sigma_range"]
+    return fmt.TrackingSchedule(**(values | {"sigma_range": (float(low), float(high))}))
+
+
+def _fits_schedule(name: str, value: Any) -> bool:
+    if name == "sigma_range":
+        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 < value[0] < value[1]
+    if value is None:
+        return name in ("max_checkpoints", "checkpoint_dtype")
+    if name == "checkpoint_dtype":
+        return str(value) in fmt.ITEM_BYTES
+    return type(value) is int and value >= (0 if name == "update_after_step" else 1)
 
 
 def _decode_sigma_rels(reader: Metadata) -> tuple[float, ...]:
@@ -278,8 +287,12 @@ def _quantities(reader: Metadata, key: str, item: Any, names: str) -> dict[str, 
 
 
 def _check_partner(reader: Metadata, key: str, info: fmt.SnapshotInfo, distance: Distance) -> None:
-    if not 0 < distance.t <= info.t:
-        raise reader.bad(key, f"a distance to t {distance.t:g}: must lie in (0, {info.t:g}], up to the snapshot's own")
+    if not info.t_first <= distance.t <= info.t:
+        raise reader.bad(
+            key,
+            f"a distance to t {distance.t:g}: must lie in [{info.t_first:g}, {info.t:g}], from the first update to the "
+            "snapshot's own time",
+        )
     if distance.sigma_rel not in info.sigma_rels:
         raise reader.bad(
             key, f"a distance to sigma_rel {distance.sigma_rel:g}, none of the tracked {_listed(info.sigma_rels)}"

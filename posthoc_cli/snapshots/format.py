@@ -27,7 +27,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.t_first       time of the first update: the profile's mass before it sits on the values of that time
     ema.max_interval  the longest time between two updates since
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
-                      checkpoint_dtype (null: each tensor's own)
+                      checkpoint_dtype (null: each tensor's own), sigma_range (what snapshots are kept for: [low, high])
     ema.tensors       JSON object: name -> {"role": "average" or "copy", "dtype": the model's own dtype}. An
                       average is the weighted mean of a parameter; a copy is a buffer as it was at `t`
     ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
@@ -81,6 +81,7 @@ from typing import Any
 import xxhash
 
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import RecordedPowerFunction
 from posthoc_cli.reconstruction.measurements import Measurements
 
@@ -162,6 +163,7 @@ class TrackingSchedule:
     update_after_step: int = 0
     max_checkpoints: int | None = 20
     checkpoint_dtype: str | None = "F16"
+    sigma_range: tuple[float, float] = USEFUL_RANGE
 
 
 @dataclass(frozen=True)

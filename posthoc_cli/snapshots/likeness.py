@@ -61,4 +61,6 @@ def stretched(motion: Motion, factor: float, norm: float) -> Motion:
     A piece's increments have the variance v ds, so that v shrinks by the factor; densities shrink by it, too, and
     with them integral w p^2 ds, so that w grows.
     """
-    return Motion(motion.edges * factor, motion.walk / (factor * norm), motion.noise * factor / norm)
+    # The new run moves from its start, whenever the earlier one's averages began.
+    edges = np.concatenate(([0.0], motion.edges[1:] * factor))
+    return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)

@@ -27,14 +27,22 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
 
 
 def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """The same snapshots, each with measurements: estimated from a sample of elements where a header has none.
+    """The same snapshots, each with measurements estimated from one sample of elements.
+
+    All of them, also those whose headers have measurements: distances are between sampled ones.
+
+    Values too large to be squared (float64 holds such) leave them without.
 
     Raises:
         FileFormatError, NonFiniteError: while reading the sample.
     """
+    try:
+        sampled = sample_measurements(snapshots)
+    except OverflowError:
+        return [replace(s, info=replace(s.info, measurements=None)) for s in snapshots]
     return [
         replace(snapshot, info=replace(snapshot.info, measurements=measurements))
-        for snapshot, measurements in zip(snapshots, sample_measurements(snapshots), strict=True)
+        for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 
 

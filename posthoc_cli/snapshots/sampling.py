@@ -46,7 +46,8 @@ def sample_measurements(snapshots: Sequence[Snapshot]) -> list[Measurements]:
 
     Raises:
         FileFormatError: a file is damaged, or became shorter.
-        NonFiniteError: a value is nan or infinity, or too large to be squared; names file and tensor.
+        NonFiniteError: a value is nan or infinity; names file and tensor.
+        OverflowError: values are too large to be squared.
     """
     found: dict[int, Measurements] = {}
     newest: dict[float, list[_Sample]] = {}
@@ -177,5 +178,5 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
     with np.errstate(over="ignore"):
         total = float(np.dot(values, values)) * sample.scale
     if not np.isfinite(total):
-        raise NonFiniteError(f"{sample.snapshot.path}: holds values too large to be squared")
+        raise OverflowError(f"{sample.snapshot.path}: holds values too large to be squared")
     return total

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
-from posthoc_cli.planning import snapshots_to_drop
+from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import measured_prior
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
@@ -248,7 +248,9 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
     return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
 
 
-def thin(stored: Sequence[StoredSnapshot], max_checkpoints: int | None) -> list[StoredSnapshot]:
+def thin(
+    stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
+) -> list[StoredSnapshot]:
     """Leave `max_checkpoints` snapshots a profile, those that reconstruction needs most (see `planning.keeping`).
 
     Reads no tensor: what headers measured is at hand. Returns what is left.
@@ -258,7 +260,8 @@ def thin(stored: Sequence[StoredSnapshot], max_checkpoints: int | None) -> list[
         return list(stored)
     averages = [stored_average(snapshot.info) for snapshot in stored]
     profiles = [average.profile.pure for average in averages]
-    gone = [stored[index] for index in snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints)]
+    prior = measured_prior(averages)
+    gone = [stored[index] for index in snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range)]
     for snapshot in gone:
         log.debug("thinning: %s goes", snapshot.path)
         with suppress(FileNotFoundError):  # gone by another hand

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import numbers
 from collections import defaultdict
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ import numpy as np
 from posthoc_cli.errors import InexactError, InvalidValueError
 from posthoc_cli.planning import Candidate, error_curve, ranges_text
 from posthoc_cli.profiles import PowerFunction, Profile
-from posthoc_cli.reconstruction import Reconstruction, check_method, reconstruct
+from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorSpec, parse_dtype_word
 from posthoc_cli.snapshots.priors import run_clock
 from posthoc_cli.synthesis.sources import Source, source_prior
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+_EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+"""Distance from 1 to the next number."""
 
 POOR_ERROR = 0.01
 """Predicted error above which a synthesis is made with a warning."""
@@ -42,6 +46,7 @@ class Plan:
         t: its time.
         method: the solver.
         reconstruction: coefficients [sources, targets] and errors [targets].
+        output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
     """
 
     sources: tuple[Source, ...]
@@ -49,6 +54,7 @@ class Plan:
     t: float
     method: str
     reconstruction: Reconstruction
+    output_rounding: float = 0.0
 
     @property
     def newest(self) -> Source:
@@ -78,8 +84,12 @@ class Plan:
         )
 
     def predicted_error(self, target: int) -> float | None:
-        """Expected relative L2 error of one target's weights; None where nothing is known of the run's movement."""
-        return self.reconstruction.known_error(target)
+        """Expected relative L2 error of one target's weights as they are put out.
+
+        None where nothing is known of the run's movement.
+        """
+        error = self.reconstruction.known_error(target)
+        return None if error is None else math.hypot(error, self.output_rounding)
 
     def output_info(self, target: int) -> OutputInfo:
         """What the output for one target will say about itself."""
@@ -114,6 +124,7 @@ def plan_synthesis(
     step: int | None = None,
     method: str | None = None,
     max_error: float | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> Plan:
     """Choose snapshots and coefficients. Reads no tensor, but a sample where headers have no measurements.
 
@@ -126,6 +137,7 @@ def plan_synthesis(
         step: the same in calls of the hook; for runs on a clock of their own it must be a snapshot's.
         method: the solver; the default one for None.
         max_error: the largest predicted error to accept.
+        dtype: what the results will be rounded to (see `synthesize`); its error is part of the predicted one.
 
     Raises:
         InvalidValueError: naming the argument and what would be accepted.
@@ -148,7 +160,8 @@ def plan_synthesis(
     prior = everything.of([list(sources).index(source) for source in usable])
     result = reconstruct(profiles, wanted_profiles, method, prior, time)
     used = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
-    plan = Plan(tuple(usable[i] for i in used), wanted, time, method, result.of(snapshots=used))
+    rounding = _output_rounding(usable[-1], dtype)
+    plan = Plan(tuple(usable[i] for i in used), wanted, time, method, result.of(snapshots=used), rounding)
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate("", [source.info.profile.pure for source in sources], prior=everything))
@@ -191,6 +204,17 @@ def _time_of_step(sources: Sequence[Source], step: int) -> float:
     raise InvalidValueError(
         f"step {step}: between the snapshots at {before} and {after}; take one of them, or give t in {unit}"
     )
+
+
+def _output_rounding(source: Source, dtype: torch.dtype | str | None) -> float:
+    """Of the averages of a source, were they put out in `dtype`; as if elements of all tensors were alike."""
+    elements, squares = 0, 0.0
+    for name, tensor in source.info.tensors.items():
+        if tensor.role == "average":
+            count = math.prod(source.shapes[name])
+            elements += count
+            squares += count * (ROUNDING * _EPS.get(output_dtype(tensor.role, tensor.dtype, dtype), 0.0)) ** 2
+    return math.sqrt(squares / elements) if elements else 0.0
 
 
 def _check_errors(plan: Plan, max_error: float) -> None:

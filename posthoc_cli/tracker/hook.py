@@ -86,6 +86,7 @@ class PostHocEMA:
         t_unit: str = "steps",
         only_trainable: bool = True,
         on_nonfinite: str = "raise",
+        sigma_range: tuple[float, float] = (0.05, 0.28),
     ) -> PostHocEMA:
         """A tracker for a new run. Nothing is written before the first `update_`.
 
@@ -103,11 +104,14 @@ class PostHocEMA:
             only_trainable: leave out parameters that do not require gradients.
             on_nonfinite: what an update does when a parameter holds nan or infinity: "raise" an error, "skip" the
                 update, or skip it and "warn". No average takes the value in, ever.
+            sigma_range: the averages that `max_checkpoints` keeps snapshots for.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
         """
-        schedule = make_schedule(update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype)
+        schedule = make_schedule(
+            update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
+        )
         settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, only_trainable, on_nonfinite)
         tracked = TrackedModel.of_model(collect_tensors(model, only_trainable))
         tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
@@ -125,6 +129,7 @@ class PostHocEMA:
         max_checkpoints: int | types.EllipsisType | None = ...,
         checkpoint_dtype: torch.dtype | str | types.EllipsisType | None = ...,
         on_nonfinite: str = "raise",
+        sigma_range: tuple[float, float] | types.EllipsisType = ...,
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -151,6 +156,7 @@ class PostHocEMA:
             update_after_step,
             max_checkpoints,
             checkpoint_dtype,
+            sigma_range,
         )
         profiles = tuple(sorted({snapshot.info.sigma_rel for snapshot in snapshots}))
         settings = Settings(profiles, schedule, newest.info.t_unit, on_nonfinite=on_nonfinite)
@@ -310,7 +316,7 @@ class PostHocEMA:
             method: the solver; None for the default one.
 
         Returns:
-            Tensors on the CPU by name. It may also stand in a `with` statement.
+            Tensors on the CPU by name, and their `predicted_error`. It may also stand in a `with` statement.
 
         Raises:
             InvalidValueError, NotReadyError, FileFormatError, MismatchError.
@@ -408,7 +414,7 @@ class PostHocEMA:
     def _write_snapshots(self) -> None:
         recorder = self._open_recorder(self.run_id)
         recorder.write(self._live_sources())
-        recorder.thin(self.settings.schedule.max_checkpoints)
+        recorder.thin(self.settings.schedule.max_checkpoints, self.settings.schedule.sigma_range)
 
     def _live_sources(self) -> list[LiveSource]:
         return live_sources(self.run_id, self.settings, self._tracked, self._averages, self._clock)
@@ -431,6 +437,8 @@ class PostHocEMA:
             raise NotReadyError(
                 f"no average yet: the first update is at call {first} of update_, this is after {self._step}"
             )
-        plan = plan_synthesis(sources, [sigma_rel], t, step, method)
+        plan = plan_synthesis(sources, [sigma_rel], t, step, method, dtype=dtype)
         with torch.inference_mode(False), torch.no_grad():
-            return Weights((name, tensors[0]) for name, tensors in synthesize(plan, dtype))
+            weights = Weights((name, tensors[0]) for name, tensors in synthesize(plan, dtype))
+        weights.predicted_error = plan.predicted_error(0)
+        return weights

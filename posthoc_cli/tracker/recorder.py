@@ -126,10 +126,10 @@ class Recorder:
             newest += sorted(earlier, key=lambda s: s.t)[-2:]
         return newest
 
-    def thin(self, max_checkpoints: int | None) -> None:
-        """Leave `max_checkpoints` snapshots a profile."""
+    def thin(self, max_checkpoints: int | None, sigma_range: tuple[float, float]) -> None:
+        """Leave `max_checkpoints` snapshots a profile, those that are missed most over `sigma_range`."""
         with files.reported_as_write_error(self.directory):
-            self._stored = thin(self._stored, max_checkpoints)
+            self._stored = thin(self._stored, max_checkpoints, sigma_range)
 
     def close(self) -> None:
         """Let another writer in."""

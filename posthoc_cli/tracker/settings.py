@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.planning import USEFUL_RANGE, check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, torch_dtype
@@ -70,6 +71,7 @@ def make_schedule(
     update_after_step: int,
     max_checkpoints: int | None,
     checkpoint_dtype: torch.dtype | str | None,
+    sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> TrackingSchedule:
     """A checked schedule.
 
@@ -88,7 +90,9 @@ def make_schedule(
         )
     dtype = parse_dtype(checkpoint_dtype)
     stored = None if dtype is None else stored_name(dtype)
-    return TrackingSchedule(update_every, checkpoint_every, update_after_step, max_checkpoints, stored)
+    return TrackingSchedule(
+        update_every, checkpoint_every, update_after_step, max_checkpoints, stored, check_sigma_range(sigma_range)
+    )
 
 
 def _count(name: str, value: int, least: int) -> int:
@@ -108,6 +112,7 @@ def override_schedule(
     update_after_step: int | types.EllipsisType,
     max_checkpoints: int | types.EllipsisType | None,
     checkpoint_dtype: torch.dtype | str | types.EllipsisType | None,
+    sigma_range: tuple[float, float] | types.EllipsisType,
 ) -> TrackingSchedule:
     """A stored schedule with what a user says instead; `...` is what he did not say."""
     name = stored.checkpoint_dtype
@@ -117,6 +122,7 @@ def override_schedule(
         stored.update_after_step if update_after_step is ... else update_after_step,
         stored.max_checkpoints if max_checkpoints is ... else max_checkpoints,
         (None if name is None else torch_dtype(name)) if checkpoint_dtype is ... else checkpoint_dtype,
+        stored.sigma_range if sigma_range is ... else sigma_range,
     )
 
 

@@ -19,7 +19,12 @@ class Weights(OrderedDict[str, torch.Tensor]):
     """A state dict that may also stand in a `with` statement. Pickles as a plain OrderedDict.
 
     So `torch.save(weights, ...)` makes a file that loads with `weights_only=True`, without this package.
+
+    Attributes:
+        predicted_error: expected relative L2 error of the weights; None where it is not known.
     """
+
+    predicted_error: float | None = None
 
     def __enter__(self) -> Weights:
         return self

@@ -168,7 +168,7 @@ def test_the_rounding_of_updates_is_that_of_a_float32_average(sigma_rel: float) 
         running += np.float32(1 - ((k - 1) / k) ** (gamma + 1)) * (path[k - 1] - running)
     exact = exact_weights(sigma_rel, np.arange(1, steps + 1)) @ path.astype(np.float64)
     stored = average(float(steps), sigma_rel, float(exact @ exact), ())
-    expected = measured_prior([stored]).rounding[0]
+    expected = measured_prior([stored]).arithmetic[0]
     assert np.sum((running - exact) ** 2) == pytest.approx(expected, rel=0.2)
 
 

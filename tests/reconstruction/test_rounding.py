@@ -18,21 +18,22 @@ def test_the_correlation_is_that_of_values_that_move(spacings: float) -> None:
     errors = [x.astype(np.float16).astype(np.float64) - x for x in (values, moved)]
     measured = np.array([[a @ b for b in errors] for a in errors])
     apart = np.sum((moved - values) ** 2) * (1 - np.eye(2))
-    factor = rounding_factor(np.diag(measured), apart)
-    # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000) of them.
-    np.testing.assert_allclose(factor.T @ factor, measured, atol=0.015 * measured[0, 0])
+    factor = rounding_factor(np.diag(measured), np.zeros(2), apart)
+    # Sums of products of 200,000 errors scatter by about 1 / sqrt(200,000) of them, and the
+    # correlation is kept below 0.99.
+    np.testing.assert_allclose(factor.T @ factor, measured, atol=0.025 * measured[0, 0])
 
 
 def test_far_ones_are_independent_and_equal_ones_are_one() -> None:
     rounding = np.array([1.0, 4.0, 9.0])
-    far = rounding_factor(rounding, 1e3 * (1 - np.eye(3)))
+    far = rounding_factor(rounding, np.zeros(3), 1e3 * (1 - np.eye(3)))
     np.testing.assert_array_equal(far, np.diag([1.0, 2.0, 3.0]))
-    alike = rounding_factor(rounding, np.zeros((3, 3)))
+    alike = rounding_factor(rounding, np.zeros(3), np.zeros((3, 3)))
     root = np.array([1.0, 2.0, 3.0])
-    np.testing.assert_allclose(alike.T @ alike, np.outer(root, root), atol=1e-12)
+    np.testing.assert_allclose(alike.T @ alike, np.outer(root, root), rtol=0.011)
 
 
 def test_nothing_rounded_is_no_trouble() -> None:
-    np.testing.assert_array_equal(rounding_factor(np.zeros(3), np.zeros((3, 3))), np.zeros((3, 3)))
-    mixed = rounding_factor(np.array([0.0, 1.0]), np.zeros((2, 2)))
-    np.testing.assert_allclose(mixed.T @ mixed, np.diag([0.0, 1.0]), atol=1e-15)
+    np.testing.assert_array_equal(rounding_factor(np.zeros(3), np.zeros(3), np.zeros((3, 3))), np.zeros((3, 3)))
+    mixed = rounding_factor(np.array([0.0, 1.0]), np.array([3.0, 0.0]), np.zeros((2, 2)))
+    np.testing.assert_allclose(mixed.T @ mixed, np.diag([3.0, 1.0]), atol=1e-15)

@@ -173,7 +173,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         "ema.max_interval": "32.5",
         "ema.schedule": (
             '{"update_every":5,"checkpoint_every":10,"update_after_step":15,'
-            '"max_checkpoints":null,"checkpoint_dtype":"F16"}'
+            '"max_checkpoints":null,"checkpoint_dtype":"F16","sigma_range":[0.05,0.28]}'
         ),
         "ema.tensors": '{"w":{"role":"average","dtype":"BF16"},"seen":{"role":"copy","dtype":"I64"}}',
         "ema.aliases": '{"tied":"w"}',
@@ -217,7 +217,7 @@ def test_what_a_snapshot_says_comes_back_exactly(
 ) -> None:
     measurements = None
     if sums is not None:
-        distances = (Distance(t, 0.2885, sums[2], 0.0), Distance(t / 2, 0.28, sums[2], sums[3]))
+        distances = (Distance(t, 0.2885, sums[2], 0.0), Distance(early * t, 0.28, sums[2], sums[3]))
         measurements = Measurements(sums[0], sums[1], distances)
     alias, *stored = tensor_names
     values = {name: torch.zeros(1) for name in stored}

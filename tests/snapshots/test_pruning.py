@@ -260,7 +260,8 @@ def test_no_lock_is_left_where_there_is_no_run(tmp_path: Path) -> None:
 
 
 def test_a_stretched_motion_keeps_every_expected_distance() -> None:
-    motion = Motion(np.array([1.0, 30.0, 80.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))
+    """Of a run whose averages began with it: the new one moves from its start."""
+    motion = Motion(np.array([0.0, 30.0, 80.0]), np.array([2.0, 0.5]), np.array([40.0, 10.0]))
     snapshots = [PowerFunction.from_sigma_rel(s, t) for t in (20.0, 50.0, 80.0) for s in (0.05, 0.28)]
     later = [replace(p, t=7.0 * p.t) for p in snapshots]
     norm = 9.0

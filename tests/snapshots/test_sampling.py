@@ -14,6 +14,7 @@ from posthoc_cli.errors import FileFormatError, NonFiniteError
 from posthoc_cli.reconstruction.measurements import Measurements
 from posthoc_cli.snapshots import sampling
 from posthoc_cli.snapshots.format import TrackedTensor
+from posthoc_cli.snapshots.priors import with_sampled_measurements
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.sampling import expected_rounding, sample_measurements
 
@@ -202,8 +203,10 @@ def test_a_value_that_is_not_finite_is_named(tmp_path: Path, bad: float, dtype: 
 
 
 def test_values_too_large_to_be_squared_are_told(tmp_path: Path) -> None:
-    with pytest.raises(NonFiniteError, match="too large to be squared"):
-        sample_measurements([write(tmp_path, 10, 0.05, {"w": torch.tensor([1e200], dtype=torch.float64)})])
+    snapshot = write(tmp_path, 10, 0.05, {"w": torch.tensor([1e200], dtype=torch.float64)})
+    with pytest.raises(OverflowError, match="too large to be squared"):
+        sample_measurements([snapshot])
+    assert with_sampled_measurements([snapshot])[0].info.measurements is None
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

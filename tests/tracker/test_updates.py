@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from pathlib import Path
 
 import numpy as np
@@ -169,6 +170,30 @@ def test_snapshots_are_thinned_and_never_the_oldest_first(tmp_path: Path) -> Non
         assert times[-1] == 21
         assert times[0] <= 2
         assert max(np.diff(times)) <= 2 * 20 / 3
+
+
+def test_snapshots_are_kept_for_the_averages_that_are_wanted(tmp_path: Path) -> None:
+    """Short averages need late snapshots, long ones need early ones, too; a run goes on with its range."""
+    kept = {}
+    for name, sigma_range in (("short", (0.02, 0.04)), ("long", (0.2, 0.28))):
+        model = Scalar()
+        with PostHocEMA.from_model(
+            model, tmp_path / name, (0.1,), update_every=1, checkpoint_every=5, max_checkpoints=5,
+            sigma_range=sigma_range, checkpoint_dtype=torch.float16,
+        ) as tracker:  # fmt: skip
+            for step in range(200):
+                with torch.no_grad():
+                    next(model.parameters()).add_(math.cos(step * step))
+                tracker.update_(model)
+        snapshots = read_directory(tmp_path / name)
+        kept[name] = np.mean([s.info.t for s in snapshots])
+        assert snapshots[0].info.schedule.sigma_range == sigma_range
+        assert PostHocEMA.from_path(tmp_path / name).settings.schedule.sigma_range == sigma_range
+    assert kept["short"] > 1.3 * kept["long"]
+    again = PostHocEMA.from_path(tmp_path / "short", sigma_range=(0.05, 0.1))
+    assert again.settings.schedule.sigma_range == (0.05, 0.1)
+    with pytest.raises(InvalidValueError, match="sigma_range"):
+        PostHocEMA.from_model(Scalar(), tmp_path / "x", sigma_range=(0.3, 0.1))
 
 
 def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None:
