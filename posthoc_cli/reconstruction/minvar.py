@@ -51,7 +51,7 @@ class MinimumVariance:
         if noise.any():
             self._parts.append((Densities(gammas, edges), np.sqrt(noise)))
         # Of a profile as short as one interval; noise at a point would be infinite.
-        self._most_noise = float(noise.max()) / prior.interval if prior.interval > 0 else np.inf
+        self._most_noise = float(noise.max(initial=0.0)) / prior.interval if prior.interval > 0 else np.inf
         self._rows = np.vstack([  # [rows, n]
             _scaled(functions.of_powers(self._gamma, self._times), root) for functions, root in self._parts
         ])  # fmt: skip

@@ -238,7 +238,7 @@ def test_copies_between_which_nothing_moved_do_not_cancel() -> None:
     """Snapshots at the first update: no movement tells them apart, and their roundings differ a little."""
     snapshots = snapshots_at((START, 10.0))
     rounding = np.array([1.0, 1.1, 1.0, 1.2]) * 1e-6
-    prior = Prior(uneven_motion(), rounding, 1e-9 * rounding, np.full(4, 4.0), "measured")
+    prior = Prior(uneven_motion(5.0), rounding, 1e-9 * rounding, np.full(4, 4.0), "measured", interval=1.0)
     for t in (START, 10.0):
         usable = [i for i, p in enumerate(snapshots) if p.t <= t]
         chosen = [snapshots[i] for i in usable]
