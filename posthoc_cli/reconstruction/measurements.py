@@ -35,8 +35,11 @@ class Measurements:
         rounding: squared norm of the difference between the stored copy and the exact average.
         distances: to the other profiles of the same time, exact to exact, and to the newest earlier snapshots of
             each profile, exact to stored.
+        weights: squared distance between the exact average and the network's weights at its time; None where it is
+            not known.
     """
 
     norm: float
     rounding: float
     distances: tuple[Distance, ...] = ()
+    weights: float | None = None

@@ -82,6 +82,12 @@ class PairDistance:
     squared: float
     rounding: float
 
+    @property
+    def alike(self) -> bool:
+        """Whether the two profiles are one as far as rounding can tell: no motion explains a distance then."""
+        (gamma, other), (t, earlier) = self.gammas, self.times
+        return abs(gamma - other) <= 1e-6 * (gamma + 1) and t - earlier <= 1e-9 * t
+
 
 def fit_motion(start: float, times: Sequence[float], distances: Sequence[PairDistance]) -> Motion:
     """The motion that explains measured distances.
@@ -98,6 +104,7 @@ def fit_motion(start: float, times: Sequence[float], distances: Sequence[PairDis
         distances: at least one. Noise is only told from the walk where there are enough of them: of two profiles, or
             over two intervals.
     """
+    distances = [distance for distance in distances if not distance.alike]
     edges = _piece_edges(start, times)
     shape = _Shape(edges)
     pieces = edges.size - 1

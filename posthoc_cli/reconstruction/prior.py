@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from posthoc_cli.profiles import FloatArray, PowerFunction, RecordedPowerFunction
+from posthoc_cli.profiles import FloatArray, PowerFunction, RecordedPowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction.measurements import Measurements
 from posthoc_cli.reconstruction.motion import Motion, PairDistance, fit_motion
 
@@ -17,6 +17,10 @@ MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 ASSUMED_STRETCH = 0.25
 """Without measurements: root mean square length of the walk over all of training at its last pace, relative to the norm
 of the weights. Recorded runs have 0.01 (rate cut to nothing) to 0.45 (constant rate)."""
+
+_MEMORY = 12
+"""Steps over which an optimizer's path is smooth (momentum 0.9 remembers 10): the weights of one moment move like an
+average as wide as that, and not like a walk down to the single step."""
 
 ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
 """Root mean square error of one rounding to nearest, relative to the values, in units of eps: 0.196.
@@ -35,12 +39,14 @@ class StoredAverage:
         updates: how many updates made it.
         eps: distance from 1 to the next number of the accumulator's dtype.
         measurements: what it says about itself, if anything.
+        step_length: time of a training step then; 0 where it is not known.
     """
 
     profile: RecordedPowerFunction
     updates: int
     eps: float
     measurements: Measurements | None
+    step_length: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
         np.array([measurements.rounding for measurements in known]),
         arithmetic,
         norm,
-        MEASURED if any(measurements.distances for measurements in known) else ASSUMED,
+        MEASURED if distances or any(measurements.distances for measurements in known) else ASSUMED,
         min((p.max_interval for p in profiles if p.max_interval > 0), default=0.0),
     )
 
@@ -153,4 +159,18 @@ def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> lis
                 # A gamma computed elsewhere may differ in its last bits.
                 key = ((later[0], round(later[1], 9)), (earlier[0], round(earlier[1], 9)))
                 found[key] = PairDistance((later[1], earlier[1]), (later[0], earlier[0]), least, noise)
-    return list(found.values())
+    weights = [_to_weights(average, own) for average, own in zip(averages, arithmetic, strict=True)]
+    return list(found.values()) + [distance for distance in weights if distance is not None]
+
+
+def _to_weights(average: StoredAverage, arithmetic: float) -> PairDistance | None:
+    """The measured distance to the weights of the same time, as one to the average over a few steps that they are.
+
+    None where that would be no small part of the average itself.
+    """
+    profile, found = average.profile, average.measurements
+    width = max(_MEMORY * average.step_length, profile.max_interval) / profile.t
+    if found is None or not found.weights or not average.step_length or not width < profile.pure.sigma_rel / 8:
+        return None
+    gamma = gamma_from_sigma_rel(width)
+    return PairDistance((profile.gamma, gamma), (profile.t, profile.t), found.weights, float(arithmetic))

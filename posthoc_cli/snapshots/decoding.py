@@ -273,7 +273,10 @@ def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measuremen
     if len({(d.t, d.sigma_rel) for d in distances}) < len(distances):
         raise reader.bad(key, "distances name the same t and sigma_rel twice")
     sums = {name: value for name, value in raw.items() if name != "distances"}
-    return Measurements(**_quantities(reader, key, sums, "norm rounding"), distances=distances)
+    if sums.get("weights") is None:
+        sums.pop("weights", None)
+    names = "norm rounding weights" if "weights" in sums else "norm rounding"
+    return Measurements(**_quantities(reader, key, sums, names), distances=distances)
 
 
 def _quantities(reader: Metadata, key: str, item: Any, names: str) -> dict[str, float]:

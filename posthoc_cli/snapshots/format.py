@@ -32,7 +32,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
                       average is the weighted mean of a parameter; a copy is a buffer as it was at `t`
     ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
     ema.left_out      JSON list: names of the model's state that the run does not track
-    ema.measurements  JSON object: norm, rounding, distances; see below. May be missing
+    ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
@@ -45,12 +45,13 @@ equally long, up to a small tolerance: within half a step where 256 knots are en
 `t` is the step throughout.
 
 Measurements are sums over the elements of all averages in the file (not of the copies), accumulated in float64,
-and taken when the exact average was at hand: `norm` its squares, `rounding` the squares of (stored - exact), and
+and taken when the exact average was at hand: `norm` its squares, `rounding` the squares of (stored - exact),
+`weights` those of (exact - the network's weights at that time; null or missing where they were not at hand), and
 `distances` a list of {"t", "sigma_rel", "squared", "rounding"}, each the squares of (this exact average - another
 one): those of the run's other profiles at the same time, exact (rounding 0), and the two newest earlier snapshots of
 each profile as they were stored (rounding: their own). So it has at most 3 P - 1 entries in a run of P profiles. Each
-names its partner's t, in (0, ema.t], and sigma_rel, one of ema.sigma_rels; none is named twice, nor is the snapshot
-itself. A partner may have been deleted since. No number is negative.
+names its partner's t, in [ema.t_first, ema.t], and sigma_rel, one of ema.sigma_rels; none is named twice, nor is the
+snapshot itself. A partner may have been deleted since. No number is negative.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The

@@ -23,7 +23,14 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
     updates = max(info.step // schedule.update_every - before, 1)
     own = {tensor.dtype for tensor in info.tensors.values() if tensor.role == "average"}
     # Averages accumulate in float64 for float64 parameters, else in float32.
-    return StoredAverage(info.profile, updates, _EPS["F64" if own == {"F64"} else "F32"], info.measurements)
+    eps = _EPS["F64" if own == {"F64"} else "F32"]
+    return StoredAverage(info.profile, updates, eps, info.measurements, _step_length(info))
+
+
+def _step_length(info: SnapshotInfo) -> float:
+    """Time of a step at the snapshot: on the last piece of its clock."""
+    (step, t), (last_step, last_t) = [(0, 0.0), *info.clock_pairs][-2:]
+    return (last_t - t) / (last_step - step)
 
 
 def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:

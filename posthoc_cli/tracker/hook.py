@@ -208,10 +208,9 @@ class PostHocEMA:
         self._own_clock = t is not None
         self._step = step
         self._clock.add(step, self._t)
-        if self.settings.update_is_due(step):
-            self._take_in(model)
+        weights = self._take_in(model) if self.settings.update_is_due(step) else None
         if self.settings.snapshot_is_due(step) and self._averages.exist:
-            self._write_snapshots()
+            self._write_snapshots(weights)
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
@@ -398,22 +397,24 @@ class PostHocEMA:
         self._tracked.check(TrackedModel.of_model(tensors))
         return tensors
 
-    def _take_in(self, model: torch.nn.Module) -> None:
+    def _take_in(self, model: torch.nn.Module) -> Mapping[str, torch.Tensor] | None:
+        """The weights that the averages took in; None where the update was skipped."""
         tensors = self._collect(model)
         name = nonfinite_name(tensors.averaged)
         if name is None:
             self._averages.update_(tensors.averaged, tensors.copied, self._t, self._step)
-            return
+            return tensors.averaged
         message = f"parameter {name!r} holds nan or infinity at step {self._step}; no average has taken it in"
         if self.settings.on_nonfinite == "raise":
             raise NonFiniteError(message)
         if self.settings.on_nonfinite == "warn":
             warnings.warn(message, RuntimeWarning, stacklevel=3)
         log.info("update skipped: %s", message)
+        return None
 
-    def _write_snapshots(self) -> None:
+    def _write_snapshots(self, weights: Mapping[str, torch.Tensor] | None = None) -> None:
         recorder = self._open_recorder(self.run_id)
-        recorder.write(self._live_sources())
+        recorder.write(self._live_sources(), weights)
         recorder.thin(self.settings.schedule.max_checkpoints, self.settings.schedule.sigma_range)
 
     def _live_sources(self) -> list[LiveSource]:

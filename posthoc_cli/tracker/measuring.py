@@ -43,7 +43,10 @@ def measure_live(infos: Sequence[SnapshotInfo], averages: Averages) -> list[Meas
 
 
 def measure_stored(
-    infos: Sequence[SnapshotInfo], averages: Averages, earlier: Sequence[StoredSnapshot]
+    infos: Sequence[SnapshotInfo],
+    averages: Averages,
+    earlier: Sequence[StoredSnapshot],
+    weights: Mapping[str, torch.Tensor] | None = None,
 ) -> tuple[list[Measurements | None], list[dict[str, torch.dtype]]]:
     """Measurements of averages that will be stored, and the dtypes to store them in, by name; one a profile each.
 
@@ -54,6 +57,7 @@ def measure_stored(
         infos: headers of the averages; all of one time.
         earlier: snapshots to take distances to. They are read from disk and verified; one that is gone or damaged
             is left out, with a warning. Memory: a tensor of each at a time.
+        weights: the network's at that time, where they are at hand.
     """
     sums = _Sums()
     storage: list[dict[str, torch.dtype]] = [{} for _ in infos]
@@ -61,7 +65,8 @@ def measure_stored(
         for name in averages[0]:
             exact = {index: _flat(average[name]) for index, average in enumerate(averages)}
             wanted = {i: torch_dtype(o.schedule.checkpoint_dtype or o.tensors[name].dtype) for i, o in enumerate(infos)}
-            found = _sums_of(exact, wanted, files.read(name, exact[0].device))
+            own = None if weights is None else _flat(weights[name].detach())
+            found = _sums_of(exact, wanted, files.read(name, exact[0].device), own)
             for index, chosen in enumerate(storage):
                 chosen[name] = _widened(exact, wanted, index, found)
             sums.add(found)
@@ -72,8 +77,8 @@ def measure_stored(
 # --- sums ------------------------------------------------------------------------------------------
 
 Key = tuple[str, int, int]
-"""What a sum is of: "norm" or "rounding" of the average (i, i), the "live" distance of the averages (i, j), i < j,
-or the "earlier" distance of the average i from the earlier snapshot j."""
+"""What a sum is of: "norm" or "rounding" of the average (i, i), its distance to the "weights" (i, i), the "live"
+distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the earlier snapshot j."""
 
 
 class _Sums:
@@ -106,22 +111,29 @@ class _Sums:
         ]
         # The difference of two large numbers may overflow where neither does.
         finite = tuple(distance for distance in distances if math.isfinite(distance.squared))
-        return Measurements(norm, self._of("rounding", index, index), finite)
+        weights = self._values.get(("weights", index, index))
+        known = weights is not None and math.isfinite(weights)
+        return Measurements(norm, self._of("rounding", index, index), finite, weights if known else None)
 
     def _of(self, what: str, i: int, j: int) -> float:
         return self._values.get((what, i, j), 0.0)
 
 
 def _sums_of(
-    averages: Mapping[int, torch.Tensor], stored: Mapping[int, torch.dtype], earlier: Mapping[int, torch.Tensor]
+    averages: Mapping[int, torch.Tensor],
+    stored: Mapping[int, torch.dtype],
+    earlier: Mapping[int, torch.Tensor],
+    weights: torch.Tensor | None = None,
 ) -> dict[Key, float]:
-    """All sums of one tensor, flat in each average and earlier snapshot; `stored` are dtypes of storage."""
+    """All sums of one tensor, flat in averages, earlier snapshots and the network; `stored` are dtypes of storage."""
     first = averages[min(averages)]
     chunk = CPU_CHUNK if first.device.type == "cpu" else DEVICE_CHUNK
     total: dict[Key, torch.Tensor] = {}
     for begin in range(0, first.numel(), chunk):
         part = slice(begin, begin + chunk)
-        squares = _squares(_cut(averages, part), stored, _cut(earlier, part))
+        squares = _squares(
+            _cut(averages, part), stored, _cut(earlier, part), None if weights is None else weights[part]
+        )
         for key, square in squares:
             total[key] = total[key] + square if key in total else square
     # One synchronisation a tensor, not one a sum.
@@ -129,13 +141,18 @@ def _sums_of(
 
 
 def _squares(
-    averages: Mapping[int, torch.Tensor], stored: Mapping[int, torch.dtype], earlier: Mapping[int, torch.Tensor]
+    averages: Mapping[int, torch.Tensor],
+    stored: Mapping[int, torch.dtype],
+    earlier: Mapping[int, torch.Tensor],
+    weights: torch.Tensor | None,
 ) -> Iterator[tuple[Key, torch.Tensor]]:
     """The sums of one chunk, float64 scalars."""
     for i, average in averages.items():
         yield ("norm", i, i), _square(average)
         if i in stored:
             yield ("rounding", i, i), _square(average - average.to(stored[i]))
+        if weights is not None:
+            yield ("weights", i, i), _square(average - weights.to(average.device, average.dtype))
     for i, j in combinations(averages, 2):
         yield ("live", i, j), _square(averages[i] - averages[j])
     for j, snapshot in earlier.items():

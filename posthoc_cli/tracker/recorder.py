@@ -71,13 +71,14 @@ class Recorder:
             log.warning("training goes on from t = %g: %s is not on its way and was set aside", t, path)
         self._stored = [s for s in self._stored if s not in others]
 
-    def write(self, sources: Sequence[LiveSource]) -> None:
+    def write(self, sources: Sequence[LiveSource], weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the snapshots of one time, each durably, with what is measured of them.
 
         After skipped updates an average may be due that is stored already: that one is not written again.
 
         Arguments:
             sources: the running averages, one a profile.
+            weights: the network's, at the time of the averages; None where they are not at hand.
 
         Raises:
             NonFiniteError: an average is not finite, by name; nothing is written.
@@ -88,7 +89,7 @@ class Recorder:
             return
         infos = [source.info for source in sources]
         averages = [source.averages for source in sources]
-        measured, storage = measure_stored(infos, averages, self._newest_before(infos[0]))
+        measured, storage = measure_stored(infos, averages, self._newest_before(infos[0]), weights)
         for average, measurements in zip(averages, measured, strict=True):
             if measurements is None:
                 _check_finite(average)

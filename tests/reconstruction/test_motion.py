@@ -122,6 +122,27 @@ def test_many_snapshot_times_share_pieces() -> None:
     np.testing.assert_allclose(found.walk[-1], 1.0, rtol=0.1)
 
 
+def test_two_averages_of_one_profile_tell_nothing() -> None:
+    """Their distance is rounding, or a mistake; no motion explains it, and the others count as without it."""
+    times = [20.0, 50.0, 90.0]
+    distances = neighbours(times, (0.05, 0.28), Motion(np.array([START, *times]), np.ones(3), np.zeros(3)))
+    twin = PairDistance((6.9, 6.9 + 1e-9), (90.0, 90.0), 5.0, 0.0)
+    with_twin, without = (fit_motion(START, times, found) for found in ([*distances, twin], distances))
+    np.testing.assert_array_equal(with_twin.walk, without.walk)
+
+
+def test_the_distance_to_the_weights_tells_how_fast_the_network_moves_within_an_interval() -> None:
+    """One profile and one snapshot, of a simulated walk: without it, nothing would be known."""
+    steps, size = 2000, 1000
+    path = np.cumsum(np.random.default_rng(3).normal(size=(steps, size)), axis=0)
+    exact = exact_weights(0.1, np.arange(1, steps + 1)) @ path
+    profile = RecordedPowerFunction(exact_gamma(0.1), float(steps), 1.0, 1.0)
+    measured = Measurements(float(exact @ exact), 0.0, (), float(np.sum((exact - path[-1]) ** 2)))
+    prior = measured_prior([StoredAverage(profile, steps, 2.0**-23, measured, step_length=1.0)])
+    assert prior.source == "measured"
+    assert prior.motion.walk[-1] == pytest.approx(size, rel=0.4)
+
+
 def test_weights_that_stand_still_have_no_motion() -> None:
     found = fit_motion(START, [50.0, 100.0], [PairDistance((6.9, 6.9), (100.0, 50.0), 1e-30, 1e-30)])
     assert np.all(np.isfinite(found.walk))

@@ -154,7 +154,9 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         tensors={"w": fmt.TrackedTensor("average", "BF16"), "seen": fmt.TrackedTensor("copy", "I64")},
         schedule=fmt.TrackingSchedule(5, 10, 15, None, "F16"), sigma_rels=(0.1, 0.28),
         clock=((3, 0.1), (77, 1234.5)),
-        measurements=Measurements(1 / 3, 1e-9, (Distance(1234.5, 0.28, 0.5, 0.0), Distance(999.0, 0.1, 2.0, 1e-9))),
+        measurements=Measurements(
+            1 / 3, 1e-9, (Distance(1234.5, 0.28, 0.5, 0.0), Distance(999.0, 0.1, 2.0, 1e-9)), 0.25
+        ),
     )  # fmt: skip
     metadata = read_by_the_book(path).metadata
     assert {key: value for key, value in metadata.items() if not key.startswith("ema.checksum")} == {
@@ -181,7 +183,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         "ema.measurements": (
             '{"norm":0.3333333333333333,"rounding":1e-09,"distances":['
             '{"t":1234.5,"sigma_rel":0.28,"squared":0.5,"rounding":0.0},'
-            '{"t":999.0,"sigma_rel":0.1,"squared":2.0,"rounding":1e-09}]}'
+            '{"t":999.0,"sigma_rel":0.1,"squared":2.0,"rounding":1e-09}],"weights":0.25}'
         ),
     }
 
@@ -218,7 +220,7 @@ def test_what_a_snapshot_says_comes_back_exactly(
     measurements = None
     if sums is not None:
         distances = (Distance(t, 0.2885, sums[2], 0.0), Distance(early * t, 0.28, sums[2], sums[3]))
-        measurements = Measurements(sums[0], sums[1], distances)
+        measurements = Measurements(sums[0], sums[1], distances, sums[3] if known else None)
     alias, *stored = tensor_names
     values = {name: torch.zeros(1) for name in stored}
     info = make_info(

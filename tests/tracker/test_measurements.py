@@ -116,6 +116,27 @@ def test_measurements_are_those_of_a_direct_computation(
     assert len(last.measurements.distances) == 3 * len(sigma_rels) - 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_distance_to_the_weights_is_measured_where_they_are_at_hand(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    with PostHocEMA.from_model(model, tmp_path, (0.05, 0.28), on_nonfinite="skip", **SETTINGS) as tracker:
+        watched = Watched(tracker)
+        watched.train(model, 1, 5)
+        weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        watched.train(model, 6, 9)
+        with torch.no_grad():
+            model.norm.bias[0] = float("nan")
+        tracker.update_(model)  # due, but skipped: what is stored is the average of step 9
+    for snapshot in read_directory(tmp_path):
+        assert snapshot.info.measurements is not None
+        found = snapshot.info.measurements.weights
+        if snapshot.info.t == 5:
+            exact = squares(watched.exact[5, snapshot.info.sigma_rel], weights)
+            assert found == pytest.approx(exact, rel=1e-5)
+        else:
+            assert found is None
+
+
 def test_a_tensor_of_many_chunks_is_measured_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measuring, "CPU_CHUNK", 1_000)
     model = torch.nn.Linear(123, 457)
