@@ -95,6 +95,12 @@ class TensorFile:
         """
         self._fill(name, view, self.header.payload_start + self.header.tensors[name].begin + begin)
 
+    def verify(self, name: str, data: memoryview) -> None:
+        """Check all bytes of a tensor of at most one block, which the caller has read by `fill`."""
+        expected = self._checksums.get(name)
+        if expected and xxhash.xxh3_64_hexdigest(data) != expected:
+            raise self.damaged(name)
+
     def checksum(self, name: str, block: int = 0) -> str | None:
         """What the file says of a block: 16 hexadecimal digits; None where it has no checksums."""
         digits = self._checksums.get(name)

@@ -62,7 +62,9 @@ class TensorFileWriter:
         view = data.cast("B")
         ends = list(accumulate(self._entry(name).nbytes for name in names))
         if len(view) != ends[-1]:
-            raise InvalidValueError(f"{self.path}: tensor {names[-1]!r}: {len(view):,} bytes where {ends[-1]:,} were due")
+            raise InvalidValueError(
+                f"{self.path}: tensor {names[-1]!r}: {len(view):,} bytes where {ends[-1]:,} were due"
+            )
         begin = run = 0
         for name, end, following in zip(names, ends, [*names[1:], None], strict=True):
             self._claim(name, 0, end - begin)

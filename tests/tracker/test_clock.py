@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from factories import make_info
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
-from posthoc_cli.errors import InvalidValueError, MismatchError
-from posthoc_cli.profiles import Clock
-from posthoc_cli.snapshots.priors import run_clock
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.synthesis import synthesize
-from posthoc_cli.targets import Beta, Target, Window
+from posthoc_cli.targets import Target
 
 STEPS = 2000
 SETTINGS: dict = {
