@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,11 +95,18 @@ class TensorFile:
         """
         self._fill(name, view, self.header.payload_start + self.header.tensors[name].begin + begin)
 
-    def verify(self, name: str, data: memoryview) -> None:
-        """Check all bytes of a tensor of at most one block, which the caller has read by `fill`."""
-        expected = self._checksums.get(name)
-        if expected and xxhash.xxh3_64_hexdigest(data) != expected:
-            raise self.damaged(name)
+    def verify(self, names: Sequence[str], parts: Sequence[memoryview]) -> None:
+        """Check all bytes of tensors of at most one block each, which the caller has read by `fill`.
+
+        Raises:
+            FileFormatError: naming the file and the first tensor whose bytes do not match.
+        """
+        if not self._checksums:
+            return
+        found = [xxhash.xxh3_64_hexdigest(part) if part else "" for part in parts]
+        expected = [self._checksums[name] for name in names]
+        if found != expected:
+            raise self.damaged(next(n for n, a, b in zip(names, found, expected, strict=True) if a != b))
 
     def checksum(self, name: str, block: int = 0) -> str | None:
         """What the file says of a block: 16 hexadecimal digits; None where it has no checksums."""
@@ -122,8 +129,10 @@ class TensorFile:
 
     def _fill(self, name: str, view: memoryview, offset: int) -> None:
         while view:
-            with _reported(self.path, "read"):
+            try:
                 count = os.preadv(self._descriptor, [view], offset)
+            except OSError as error:
+                raise _cannot(self.path, "read", error) from error
             if count == 0:
                 raise FileFormatError(f"{self.path}: tensor {name!r}: the file became shorter while it was read")
             view, offset = view[count:], offset + count
@@ -178,7 +187,11 @@ def _reported(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileFormatError(f"{path}: cannot be {verb}: {(error.strerror or str(error)).lower()}") from error
+        raise _cannot(path, verb, error) from error
+
+
+def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
+    return FileFormatError(f"{path}: cannot be {verb}: {(error.strerror or str(error)).lower()}")
 
 
 def _open(path: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -32,28 +32,54 @@ class Scratch:
     def __init__(self, nbytes: int, device: torch.device) -> None:
         self._pinned = device.type == "cuda"
         # With an accelerator the next bytes are read while the last ones are on their way.
-        self._rooms = [torch.zeros(nbytes, dtype=torch.uint8, pin_memory=self._pinned) for _ in range(1 + self._pinned)]
-        self._views = [room.numpy().data for room in self._rooms]
-        self._sent: list[Any] = [None] * len(self._rooms)
+        self._rooms = [_Room(nbytes, self._pinned) for _ in range(1 + self._pinned)]
         self._turn = 0
 
     def next(self, nbytes: int) -> memoryview:
         """Room for that many bytes; what `next` gave before the last time is overwritten."""
         self._turn = (self._turn + 1) % len(self._rooms)
-        event = self._sent[self._turn]
-        if event is not None:
-            event.synchronize()
-        return self._views[self._turn][:nbytes]
+        room = self._rooms[self._turn]
+        if room.sent is not None:
+            room.sent.synchronize()
+        return room.view[:nbytes]
 
-    def send(self, slot: torch.Tensor, begin: int, end: int, dtype: str) -> None:
-        """Convert the bytes `begin` to `end` of the room into `slot`, on its device."""
-        values = self._rooms[self._turn][begin:end].view(torch_dtype(dtype))
+    def parts(self, bounds: Sequence[int]) -> list[memoryview]:
+        """The bytes that `next` gave, cut at `bounds`."""
+        return self._rooms[self._turn].parts(bounds)
+
+    def send(self, slot: torch.Tensor, dtype: str) -> None:
+        """Convert the first values in the room, of a safetensors dtype, into `slot`, on its device."""
+        room = self._rooms[self._turn]
+        values = room.typed(dtype)[: slot.numel()]
         if slot.device.type == "cpu":
             slot.copy_(values)
             return
         slot.copy_(values.to(slot.device, non_blocking=self._pinned))
         if self._pinned:
-            self._sent[self._turn] = torch.cuda.current_stream(slot.device).record_event()
+            room.sent = torch.cuda.current_stream(slot.device).record_event()
+
+
+class _Room:
+    """Bytes, the same as tensors of any dtype, and the event after which they may be overwritten."""
+
+    def __init__(self, nbytes: int, pinned: bool) -> None:
+        self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        self.view = self._bytes.numpy().data
+        self.sent: Any = None
+        self._typed: dict[str, torch.Tensor] = {}
+        self._bounds: Sequence[int] = ()
+        self._parts: list[memoryview] = []
+
+    def typed(self, dtype: str) -> torch.Tensor:
+        if dtype not in self._typed:
+            self._typed[dtype] = self._bytes.view(torch_dtype(dtype))
+        return self._typed[dtype]
+
+    def parts(self, bounds: Sequence[int]) -> list[memoryview]:
+        # The same for every source, as a rule.
+        if bounds != self._bounds:
+            self._bounds, self._parts = bounds, [self.view[a:b] for a, b in pairwise(bounds)]
+        return self._parts
 
 
 def open_file_tile(file: TensorFile, tile: Tile) -> TileReader:
@@ -71,9 +97,8 @@ class RangeOfFile:
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
         """Read what comes next; see `TileReader`."""
-        nbytes = slot.numel() * self._size
-        self._range.read_into(scratch.next(nbytes))
-        scratch.send(slot, 0, nbytes, self._dtype)
+        self._range.read_into(scratch.next(slot.numel() * self._size))
+        scratch.send(slot, self._dtype)
 
 
 class BatchOfFile:
@@ -87,25 +112,34 @@ class BatchOfFile:
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
         """Read all of it; see `TileReader`."""
-        entries, first = self._entries, 0
-        for index in range(1, len(entries) + 1):
-            last = entries[index - 1]
-            if index == len(entries) or (entries[index].begin, entries[index].dtype) != (
-                last.begin + last.nbytes,
-                last.dtype,
-            ):
-                self._read_run(slot, first, index, scratch)
-                first = index
+        first = 0
+        for end in self._run_ends():
+            self._read_run(slot, first, end, scratch)
+            first = end
+
+    def _run_ends(self) -> list[int]:
+        """Where runs of neighbours of one dtype end."""
+        start, dtype = self._entries[0].begin, self._entries[0].dtype
+        size = fmt.ITEM_BYTES[dtype]
+        if all(
+            entry.begin == start + size * bound and entry.dtype == dtype
+            for entry, bound in zip(self._entries, self._bounds, strict=False)
+        ):
+            return [len(self._entries)]  # all of them, as a rule
+        cuts = [
+            index
+            for index, (one, other) in enumerate(pairwise(self._entries), 1)
+            if other.begin != one.begin + one.nbytes or other.dtype != one.dtype
+        ]
+        return [*cuts, len(self._entries)]
 
     def _read_run(self, slot: torch.Tensor, first: int, end: int, scratch: Scratch) -> None:
-        entries, names = self._entries[first:end], self._names[first:end]
-        start = entries[0].begin
-        view = scratch.next(entries[-1].begin + entries[-1].nbytes - start)
-        self._file.fill(names[0], view, 0)
-        for name, entry in zip(names, entries, strict=True):
-            offset = entry.begin - start
-            self._file.verify(name, view[offset : offset + entry.nbytes])
-        scratch.send(slot[self._bounds[first] : self._bounds[end]], 0, len(view), entries[0].dtype)
+        names, dtype = self._names[first:end], self._entries[first].dtype
+        size, start = fmt.ITEM_BYTES[dtype], self._bounds[first]
+        bounds = [size * (bound - start) for bound in self._bounds[first : end + 1]]
+        self._file.fill(names[0], scratch.next(bounds[-1]), 0)
+        self._file.verify(names, scratch.parts(bounds))
+        scratch.send(slot[start : self._bounds[end]], dtype)
 
 
 class MemoryTile:

@@ -9,6 +9,7 @@ target's bits therefore depend neither on its company, nor on tiles, nor on the 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -40,9 +41,9 @@ class Sums:
     def __init__(
         self, coefficients: npt.NDArray[np.float64], chunk: int, wide: torch.dtype, device: torch.device
     ) -> None:
-        self._coefficients = coefficients
         self._sources, self._targets = coefficients.shape
-        self._size = 0
+        self._scales = coefficients.tolist()
+        self._size = self._padded = 0
         depth = min(GROUP, self._sources)
         groups = {min(GROUP, self._sources - begin) for begin in range(0, self._sources, GROUP)}
         self._by_matrix = self._targets > 1 and all(
@@ -63,13 +64,16 @@ class Sums:
     def start(self, size: int) -> None:
         """Begin the sums of a chunk of `size` elements."""
         # Whole columns of a product: every element goes through the same instructions, wherever a chunk ends.
-        self._size = size
-        self._padded = -(-size // COLUMNS) * COLUMNS
+        if size == self._size:
+            return
+        self._size, self._padded = size, -(-size // COLUMNS) * COLUMNS
+        self._slots = [row[:size] for row in self._values.unbind()]
+        self._terms = self._values[0, : self._padded]
+        self._rows = [row[: self._padded] for row in self._group.unbind()]
 
     def slot(self, source: int) -> torch.Tensor:
         """Where the values of a source go: shape [size]."""
-        row = source % GROUP if self._by_matrix else 0
-        return self._values[row, : self._size]
+        return self._slots[source % GROUP if self._by_matrix else 0]
 
     def add(self, source: int) -> None:
         """Take in the values that are in the slot."""
@@ -79,7 +83,7 @@ class Sums:
                 values = self._values[: source % GROUP + 1, : self._padded]
                 multiply(self._matrices[source // GROUP], values, self._group)
         else:
-            add_scaled(self._group, self._values[0, : self._padded], self._coefficients[source], first)
+            add_scaled(self._rows, self._terms, self._scales[source], first)
         if last and self._group is not self._totals:
             total, group = self._totals[:, : self._padded], self._group[:, : self._padded]
             total.copy_(group) if source < GROUP else total.add_(group)
@@ -89,11 +93,10 @@ class Sums:
         return self._totals[: self._targets, : self._size]
 
 
-def add_scaled(sums: torch.Tensor, values: torch.Tensor, coefficients: npt.NDArray[np.float64], first: bool) -> None:
+def add_scaled(sums: Sequence[torch.Tensor], values: torch.Tensor, coefficients: Sequence[float], first: bool) -> None:
     """sums[k] += coefficients[k] values, by the one definition of a sum; from 0 where it is the `first` term."""
-    for row, coefficient in zip(sums, coefficients, strict=True):
-        total = row[: values.shape[0]]
-        (total.zero_() if first else total).add_(values, alpha=float(coefficient))
+    for total, coefficient in zip(sums, coefficients, strict=True):
+        (total.zero_() if first else total).add_(values, alpha=coefficient)
 
 
 def multiply(matrix: torch.Tensor, values: torch.Tensor, sums: torch.Tensor) -> None:
@@ -113,10 +116,10 @@ def product_is_exact(rows: int, sources: int, chunk: int, wide: torch.dtype, dev
     matrix = torch.randn(rows, sources, dtype=torch.float64, generator=generator).to(wide)
     room = torch.zeros(max(sources, 2), chunk, dtype=wide)
     room[:sources, :COLUMNS] = torch.randn(sources, COLUMNS, dtype=torch.float64, generator=generator).to(wide)
-    coefficients = matrix.double().numpy()
+    coefficients = matrix.double().T.tolist()
     values = room.to(device)[:sources, :COLUMNS]
     by_definition, by_product = (torch.zeros(rows, chunk, dtype=wide, device=device) for _ in range(2))
     for source in range(sources):
-        add_scaled(by_definition, values[source], coefficients[:, source], first=source == 0)
+        add_scaled([row[:COLUMNS] for row in by_definition], values[source], coefficients[source], source == 0)
     multiply(matrix.to(device), values, by_product)
     return torch.equal(by_definition, by_product)

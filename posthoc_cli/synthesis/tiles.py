@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import accumulate
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,7 @@ class Tile:
     stored_bytes: int
     last: bool = True
 
-    @property
+    @cached_property
     def bounds(self) -> list[int]:
         """Where each piece begins, in elements of the tile, and where the last one ends."""
         return [0, *accumulate(piece.end - piece.begin for piece in self.pieces)]
