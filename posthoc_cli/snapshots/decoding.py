@@ -118,11 +118,13 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
             raise FileFormatError(f"{path}: ema.checksums: is missing")
         return {}
     raw = parse_json(path, header.metadata["ema.checksums"], "ema.checksums")
+    if not isinstance(raw, dict):
+        raise FileFormatError(f"{path}: ema.checksums must map names to checksums")
     for name, entry in header.tensors.items():
-        value = raw.get(name) if isinstance(raw, dict) else None
-        if not isinstance(value, str) or len(value) != len(fmt.blank_checksums(entry.nbytes)):
+        value = raw.get(name)
+        if not isinstance(value, str) or len(value) != fmt.CHECKSUM_DIGITS * -(-entry.nbytes // fmt.BLOCK_BYTES):
             raise FileFormatError(f"{path}: tensor {name!r}: ema.checksums does not hold one checksum a block")
-    return dict(raw)
+    return raw
 
 
 def has_header_checksum(start: bytes, checksum: str) -> bool:

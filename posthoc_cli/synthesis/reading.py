@@ -121,10 +121,8 @@ class BatchOfFile:
         """Where runs of neighbours of one dtype end."""
         start, dtype = self._entries[0].begin, self._entries[0].dtype
         size = fmt.ITEM_BYTES[dtype]
-        if all(
-            entry.begin == start + size * bound and entry.dtype == dtype
-            for entry, bound in zip(self._entries, self._bounds, strict=False)
-        ):
+        begins, dtypes = [entry.begin for entry in self._entries], {entry.dtype for entry in self._entries}
+        if dtypes == {dtype} and begins == [start + size * bound for bound in self._bounds[:-1]]:
             return [len(self._entries)]  # all of them, as a rule
         cuts = [
             index

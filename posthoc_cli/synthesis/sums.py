@@ -44,6 +44,7 @@ class Sums:
         self._sources, self._targets = coefficients.shape
         self._scales = coefficients.tolist()
         self._size = self._padded = 0
+        self._weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
         depth = min(GROUP, self._sources)
         groups = {min(GROUP, self._sources - begin) for begin in range(0, self._sources, GROUP)}
         self._by_matrix = self._targets > 1 and all(
@@ -91,6 +92,13 @@ class Sums:
     def result(self) -> torch.Tensor:
         """The sums, shape [targets, size]; valid until the next `start`."""
         return self._totals[: self._targets, : self._size]
+
+    def surely_finite(self) -> bool:
+        """Whether no sum is nan or infinite; false also where their sums would be too large to tell.
+
+        A weighted sum over all elements reads them once, at the speed of memory; no other test does.
+        """
+        return bool(torch.mv(self.result(), self._weights[: self._size]).isfinite().all())
 
 
 def add_scaled(sums: Sequence[torch.Tensor], values: torch.Tensor, coefficients: Sequence[float], first: bool) -> None:
