@@ -73,8 +73,7 @@ def make_tiles(
         finally:
             stop.set()
             pool.shutdown(wait=True, cancel_futures=True)
-            if torch.get_num_threads() != threads:
-                torch.set_num_threads(threads)
+            torch.set_num_threads(threads)  # also what threads that begin later will take
 
 
 def _first_error(waiting: Iterable[Future[Tile]]) -> BaseException:
