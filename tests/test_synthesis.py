@@ -17,7 +17,8 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.export import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
 from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.synthesis import Plan, disk_sources, parse_device, plan_synthesis, synthesize
+from posthoc_cli.snapshots.tensors import tensor_from_bytes
+from posthoc_cli.synthesis import DiskSource, Plan, disk_sources, parse_device, plan_synthesis, synthesize
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)
@@ -51,12 +52,19 @@ def made(plan: Plan, *arguments: Any) -> dict[str, list[torch.Tensor]]:
     return dict(synthesize(plan, *arguments))
 
 
+def stored(source: DiskSource, name: str) -> torch.Tensor:
+    """A tensor as it is in a snapshot."""
+    with TensorFile(source.snapshot.path) as file:
+        entry = file.header.tensors[name]
+        return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
+
+
 def expected(plan: Plan, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]:
     """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64."""
     values = []
     for source in plan.sources:
-        with source.open() as opened:
-            values.append(opened.read(name).double().numpy())
+        assert isinstance(source, DiskSource)
+        values.append(stored(source, name).double().numpy())
     columns = plan.reconstruction.coefficients.T
     return (
         [np.tensordot(column, np.stack(values), axes=1) for column in columns],

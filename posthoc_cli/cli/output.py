@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -92,10 +93,20 @@ def log_to_stderr(verbose: bool) -> None:
     )
 
 
+REPORT_SECONDS = 30.0
+"""Between two lines of progress where there is no terminal for a bar."""
+
+
 @contextmanager
-def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
-    """A bar of bytes on stderr when it is a terminal; yields a function that advances it."""
+def progress_bar(what: str, total: int, quiet: bool, verbose: bool = False) -> Iterator[Callable[[int], None]]:
+    """Progress in bytes on stderr; yields a function that advances it.
+
+    A bar with the rate and the remaining time on a terminal; elsewhere, with `verbose`, a line every 30 seconds.
+    """
     console = Console(stderr=True)
+    if verbose and not quiet and not console.is_terminal:
+        yield ProgressLines(what, total).advance
+        return
     bar = Progress(
         TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
         console=console, transient=True, disable=quiet or not console.is_terminal,
@@ -103,6 +114,29 @@ def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Any]:
     with bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+class ProgressLines:
+    """Progress as a line on stderr now and then."""
+
+    def __init__(self, what: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._what, self._total, self._clock = what, total, clock
+        self._done = 0
+        self._started = self._said = clock()
+
+    def advance(self, count: int) -> None:
+        """Note that many more bytes, and say so where REPORT_SECONDS have gone by since the last line."""
+        self._done += count
+        now = self._clock()
+        if now - self._said < REPORT_SECONDS:
+            return
+        self._said = now
+        rate = self._done / (now - self._started)
+        left = (self._total - self._done) / rate if rate else 0.0
+        print_note(
+            f"{self._what}: {size_text(self._done)} of {size_text(self._total)}, {size_text(rate)}/s, "
+            f"{left:,.0f} s remain"
+        )
 
 
 def _console() -> Console:

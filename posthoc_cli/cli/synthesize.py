@@ -69,6 +69,10 @@ def synthesize(
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="With --format sharded.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where to make the sums: auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    accumulate: Annotated[
+        str | None,
+        typer.Option(help="dtype of the sums: float32 or float64. [default: float32; float64 for float64 parameters]"),
+    ] = None,
     method: MethodOption = None,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that are there.")] = False,
     skip_existing: Annotated[
@@ -95,7 +99,7 @@ def synthesize(
     error is that of the profile.
     """
     from posthoc_cli.snapshots.format import parse_dtype_word
-    from posthoc_cli.synthesis import disk_sources, parse_device, plan_synthesis
+    from posthoc_cli.synthesis import device_reason, disk_sources, parse_accumulate, parse_device, plan_synthesis
 
     output.log_to_stderr(verbose)
     started = time.perf_counter()
@@ -114,6 +118,8 @@ def synthesize(
     from posthoc_cli.export.naming import output_paths  # loads torch: not before wrong options are refused
 
     paths, folder = ([], None) if out is None or dry_run else output_paths(targets, out, layout)
+    parse_accumulate(accumulate)
+    reason = device_reason(device)
     device = "cpu" if dry_run and device == "auto" else parse_device(device)
     plan = plan_synthesis(disk_sources(directory.expanduser()), targets, t, step, method, accepted, dtype)
     skipped = _existing(paths, layout) if skip_existing else set()
@@ -121,7 +127,7 @@ def synthesize(
     if wanted:
         from posthoc_cli.export import write_synthesis
 
-        with output.progress_bar("synthesizing", plan.read_bytes, quiet) as progress:
+        with output.progress_bar("synthesizing", plan.read_bytes, quiet, verbose) as progress:
             write_synthesis(
                 plan.only(wanted),
                 [paths[i] for i in wanted],
@@ -132,10 +138,12 @@ def synthesize(
                 max_shard_size,
                 progress,
                 folder,
+                accumulate,
             )
     seconds = time.perf_counter() - started
     if as_json:
-        output.print_json(_report(plan, paths, skipped, seconds))
+        where = {"device": device, "reason": reason}
+        output.print_json(_report(plan, paths, skipped, seconds) | where)
     elif not quiet:
         _print_coefficients(plan) if verbose or (dry_run and len(targets) == 1) else None
         _print_targets(plan, paths, skipped, dtype, seconds)

@@ -13,12 +13,14 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.export.parts import FilePart, MemoryPart, TilePart
 from posthoc_cli.export.sharded import ShardedSink, holds_model
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import file_kind
 from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.snapshots.tensors import tensor_bytes
+from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.synthesis.tiles import Tile
 
 LAYOUTS = ("safetensors", "sharded", "pt")
 DEFAULT_SHARD_SIZE = "5GB"
@@ -30,6 +32,10 @@ class Sink(Protocol):
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Take one tensor."""
+        ...
+
+    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TilePart:
+        """Begin to take a tile, of tensors that go by `names`; any number of tiles may be open in any threads."""
         ...
 
     def commit(self) -> None:
@@ -110,7 +116,7 @@ def make_sink(
     if overwrite and _is_snapshot(path):
         raise OutputExistsError(f"{path}: is a snapshot of a run and is not replaced; choose another name")
     if layout == "pt":
-        return _TorchSink(path, overwrite)
+        return _TorchSink(path, specs, overwrite)
     if layout == "sharded":
         return ShardedSink(path, specs, metadata, overwrite, max_shard_size or parse_size(DEFAULT_SHARD_SIZE))
     return _FileSink(TensorFileWriter(path, specs, metadata, overwrite))
@@ -133,6 +139,9 @@ class _FileSink:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self._writer.write(name, tensor_bytes(tensor))
 
+    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TilePart:
+        return FilePart(lambda _: self._writer, tile, names)
+
     def commit(self) -> None:
         self._writer.commit()
 
@@ -148,12 +157,21 @@ class _FileSink:
 class _TorchSink:
     """A .pt state dict. torch.save takes it whole, so that this one layout holds the model in memory."""
 
-    def __init__(self, path: Path, overwrite: bool) -> None:
+    def __init__(self, path: Path, specs: Sequence[fmt.TensorSpec], overwrite: bool) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
+        self._specs = {spec.name: spec for spec in specs}
         self._file = files.PendingFile(path, overwrite)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self._tensors[name] = tensor.cpu()
+
+    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TilePart:
+        for piece in tile.pieces:
+            if piece.name not in self._tensors:
+                spec = self._specs[piece.name]
+                tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+                self._tensors |= dict.fromkeys(names[piece.name], tensor)
+        return MemoryPart(self._tensors, tile)
 
     def commit(self) -> None:
         stream = _Stream(self._file)

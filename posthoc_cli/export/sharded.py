@@ -14,9 +14,11 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files
 from posthoc_cli.errors import OutputExistsError
+from posthoc_cli.export.parts import FilePart, TilePart
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.tensors import tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.synthesis.tiles import Tile
 
 SHARD_PATTERN = "model{suffix}.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
@@ -74,6 +76,10 @@ class ShardedSink:
     def write(self, name: str, tensor: torch.Tensor) -> None:
         """Write one tensor to its shard."""
         self._writers[self._split.tensor_to_filename[name]].write(name, tensor_bytes(tensor))
+
+    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TilePart:
+        """Begin to write a tile; see `layouts.Sink`."""
+        return FilePart(lambda name: self._writers[self._split.tensor_to_filename[name]], tile, names)
 
     def commit(self) -> None:
         """Publish the shards, then the index; a model that was there goes when the new one is whole."""

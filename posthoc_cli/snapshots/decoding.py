@@ -118,11 +118,21 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
             raise FileFormatError(f"{path}: ema.checksums: is missing")
         return {}
     raw = parse_json(path, header.metadata["ema.checksums"], "ema.checksums")
+    if not isinstance(raw, dict):
+        raise FileFormatError(f"{path}: ema.checksums must map names to checksums")
     for name, entry in header.tensors.items():
-        value = raw.get(name) if isinstance(raw, dict) else None
-        if not isinstance(value, str) or len(value) != len(fmt.blank_checksums(entry.nbytes)):
+        value = raw.get(name)
+        if not isinstance(value, str) or len(value) != fmt.CHECKSUM_DIGITS * -(-entry.nbytes // fmt.BLOCK_BYTES):
             raise FileFormatError(f"{path}: tensor {name!r}: ema.checksums does not hold one checksum a block")
-    return dict(raw)
+    return raw
+
+
+def has_header_checksum(start: bytes, checksum: str) -> bool:
+    """Whether a header carries this checksum, and rightly so: two headers of one checksum are the same."""
+    before, mark, after = start.partition(fmt.CHECKSUM_MARK)
+    carried, after = after[: fmt.CHECKSUM_DIGITS], after[fmt.CHECKSUM_DIGITS :]
+    blank = before + mark + b"0" * fmt.CHECKSUM_DIGITS + after
+    return carried == checksum.encode() == xxhash.xxh3_64_hexdigest(blank).encode()
 
 
 # --- in parts --------------------------------------------------------------------------------------
@@ -163,10 +173,7 @@ def _check_offsets(path: Path, tensors: Mapping[str, fmt.TensorEntry]) -> None:
 def _check_header_checksum(path: Path, start: bytes) -> None:
     if start.count(fmt.CHECKSUM_MARK) != 1:
         raise FileFormatError(f"{path}: the header has no checksum, or several")
-    begin = start.index(fmt.CHECKSUM_MARK) + len(fmt.CHECKSUM_MARK)
-    end = begin + fmt.CHECKSUM_DIGITS
-    blank = start[:begin] + b"0" * fmt.CHECKSUM_DIGITS + start[end:]
-    if start[begin:end] != xxhash.xxh3_64_hexdigest(blank).encode():
+    if not has_header_checksum(start, fmt.header_checksum(start)):
         raise FileFormatError(f"{path}: damaged header: its checksum does not match")
 
 
@@ -183,7 +190,7 @@ def _decode_tensors(reader: Metadata, header: fmt.FileHeader) -> dict[str, fmt.T
         if name not in tensors or name not in header.tensors:
             raise reader.bad(key, f"tensor {name!r} is in the payload or here, but not in both")
         own, stored = tensors[name].dtype, header.tensors[name].dtype
-        fits = own == stored if tensors[name].role == "copy" else {own, stored} <= set(fmt.DTYPE_WORDS.values())
+        fits = own == stored if tensors[name].role == "copy" else own in fmt.AVERAGED and stored in fmt.STORED
         if not fits:
             raise reader.bad(key, f"tensor {name!r}: {stored} cannot hold {tensors[name].role} of {own}")
     return tensors

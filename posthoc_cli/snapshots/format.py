@@ -104,6 +104,12 @@ DTYPE_WORDS = {
 }  # fmt: skip
 """What users call the dtypes of averages, and their names in safetensors."""
 
+AVERAGED = frozenset(DTYPE_WORDS.values())
+"""What an average's own dtype may be."""
+
+STORED = AVERAGED | {"F8_E4M3", "F8_E5M2"}
+"""What an average may be stored as: 8 bits are read, not written."""
+
 CHECKSUM_DIGITS = 16
 CHECKSUM_MARK = b'"ema.checksum":"'
 """What stands before the header's checksum, once in a header."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,14 +49,14 @@ class TensorFile:
     """A safetensors file opened for its tensors. Use it as a context manager.
 
     The header is read again and, where `expected` is given, must be that one: the file that was planned with
-    is the file that is read.
+    is the file that is read. Any number of threads may read at once.
     """
 
     def __init__(self, path: Path, expected: fmt.FileHeader | None = None) -> None:
         self.path = path
         self._descriptor = _open(path)
         try:
-            self.header = _read_header(path, self._descriptor)
+            self.header = _read_header(path, self._descriptor, expected)
             if expected is not None and self.header != expected:
                 raise FileFormatError(f"{path}: was replaced while it was being used; run again")
             self._checksums = decoding.decode_checksums(path, self.header)
@@ -75,10 +75,47 @@ class TensorFile:
         digits = self._checksums.get(name)
         for index, begin in enumerate(range(0, entry.nbytes, fmt.BLOCK_BYTES)):
             block = data[begin : begin + fmt.BLOCK_BYTES]
-            self._fill(name, block, self.header.payload_start + entry.begin + begin)
-            if digits is not None and xxhash.xxh3_64_hexdigest(block.data) != digits[16 * index : 16 * index + 16]:
-                raise FileFormatError(f"{self.path}: tensor {name!r} is damaged: its checksum does not match")
+            self.fill(name, block.data, begin)
+            if digits is not None and xxhash.xxh3_64_hexdigest(block.data) != self.checksum(name, index):
+                raise self.damaged(name)
         return data
+
+    def read_range(self, name: str, begin: int, end: int) -> RangeReader:
+        """The bytes `begin` to `end` of a tensor, to be read in order and verified on the way.
+
+        `begin` is at the start of a block; `end` at the end of one, or of the tensor.
+        """
+        return RangeReader(self, name, begin, end)
+
+    def fill(self, name: str, view: memoryview, begin: int) -> None:
+        """Fill `view` with the bytes from `begin` on that follow the start of a tensor, across tensors, unverified.
+
+        Raises:
+            FileFormatError: naming the file and the tensor, when bytes are missing.
+        """
+        self._fill(name, view, self.header.payload_start + self.header.tensors[name].begin + begin)
+
+    def verify(self, names: Sequence[str], parts: Sequence[memoryview]) -> None:
+        """Check all bytes of tensors of at most one block each, which the caller has read by `fill`.
+
+        Raises:
+            FileFormatError: naming the file and the first tensor whose bytes do not match.
+        """
+        if not self._checksums:
+            return
+        found = [xxhash.xxh3_64_hexdigest(part) if part else "" for part in parts]
+        expected = [self._checksums[name] for name in names]
+        if found != expected:
+            raise self.damaged(next(n for n, a, b in zip(names, found, expected, strict=True) if a != b))
+
+    def checksum(self, name: str, block: int = 0) -> str | None:
+        """What the file says of a block: 16 hexadecimal digits; None where it has no checksums."""
+        digits = self._checksums.get(name)
+        return None if digits is None else digits[16 * block : 16 * block + 16]
+
+    def damaged(self, name: str) -> FileFormatError:
+        """The error for a block that is not what its checksum says."""
+        return FileFormatError(f"{self.path}: tensor {name!r} is damaged: its checksum does not match")
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a tensor, for estimates only: no checksum is looked at. Shape [end - begin].
@@ -87,14 +124,15 @@ class TensorFile:
             FileFormatError: naming the file and the tensor, when bytes are missing.
         """
         data = np.empty(end - begin, dtype=np.uint8)
-        self._fill(name, data, self.header.payload_start + self.header.tensors[name].begin + begin)
+        self.fill(name, data.data, begin)
         return data
 
-    def _fill(self, name: str, block: npt.NDArray[np.uint8], offset: int) -> None:
-        view = block.data
+    def _fill(self, name: str, view: memoryview, offset: int) -> None:
         while view:
-            with _reported(self.path, "read"):
+            try:
                 count = os.preadv(self._descriptor, [view], offset)
+            except OSError as error:
+                raise _cannot(self.path, "read", error) from error
             if count == 0:
                 raise FileFormatError(f"{self.path}: tensor {name!r}: the file became shorter while it was read")
             view, offset = view[count:], offset + count
@@ -112,12 +150,48 @@ class TensorFile:
         self.close()
 
 
+class RangeReader:
+    """Some blocks of one tensor, read in order, in parts of any size; each block is verified when it is through.
+
+    The parts of one block are never held together: the checksum runs along.
+    """
+
+    def __init__(self, file: TensorFile, name: str, begin: int, end: int) -> None:
+        self._file, self._name, self._position, self._end = file, name, begin, end
+        self._hash = xxhash.xxh3_64()
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the bytes that come next.
+
+        Raises:
+            FileFormatError: naming the file and the tensor, when a block does not match or bytes are missing.
+        """
+        self._file.fill(self._name, view, self._position)
+        while view:
+            left = fmt.BLOCK_BYTES - self._position % fmt.BLOCK_BYTES
+            part, view = view[:left], view[left:]
+            self._hash.update(part)
+            self._position += len(part)
+            if self._position % fmt.BLOCK_BYTES == 0 or self._position == self._end:
+                self._finish_block()
+
+    def _finish_block(self) -> None:
+        expected = self._file.checksum(self._name, (self._position - 1) // fmt.BLOCK_BYTES)
+        if expected is not None and self._hash.hexdigest() != expected:
+            raise self._file.damaged(self._name)
+        self._hash.reset()
+
+
 @contextmanager
 def _reported(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise FileFormatError(f"{path}: cannot be {verb}: {(error.strerror or str(error)).lower()}") from error
+        raise _cannot(path, verb, error) from error
+
+
+def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
+    return FileFormatError(f"{path}: cannot be {verb}: {(error.strerror or str(error)).lower()}")
 
 
 def _open(path: Path) -> int:
@@ -133,12 +207,19 @@ def _open(path: Path) -> int:
     return descriptor
 
 
-def _read_header(path: Path, descriptor: int) -> fmt.FileHeader:
+def _read_header(path: Path, descriptor: int, known: fmt.FileHeader | None = None) -> fmt.FileHeader:
+    """The checked header; `known` itself where the file still has it, which saves taking it apart again."""
     with _reported(path, "read"):
-        return _read_header_from(path, descriptor)
+        start, size = _read_start(path, descriptor)
+    if known is not None and len(start) == known.payload_start and size == known.file_bytes:
+        checksum = known.metadata.get("ema.checksum")
+        if checksum is not None and decoding.has_header_checksum(start, checksum):
+            return known
+    return decoding.decode_header(path, start, size)
 
 
-def _read_header_from(path: Path, descriptor: int) -> fmt.FileHeader:
+def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
+    """The first 8 + N bytes, and the size of the file."""
     size = os.fstat(descriptor).st_size
     prefix = os.pread(descriptor, 8, 0)
     if len(prefix) < 8:
@@ -155,4 +236,4 @@ def _read_header_from(path: Path, descriptor: int) -> fmt.FileHeader:
         if not part:
             raise FileFormatError(f"{path}: the file became shorter while it was read")
         start += part
-    return decoding.decode_header(path, bytes(start), size)
+    return bytes(start), size

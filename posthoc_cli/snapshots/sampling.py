@@ -29,8 +29,8 @@ from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
 
-MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7}
-LOWEST_EXPONENT = {"F32": -126, "F16": -14, "BF16": -126}
+MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
+LOWEST_EXPONENT = {"F32": -126, "F16": -14, "BF16": -126, "F8_E4M3": -6, "F8_E5M2": -14}
 """Of normal numbers 2^exponent * 1.xxx; below it the spacing stays what it is there."""
 
 
@@ -151,10 +151,26 @@ def _read(snapshot: Snapshot, segments: Sequence[_Segment]) -> _Sample:
     return _Sample(snapshot, values, scale, rounding * scale)
 
 
+def _e4m3_values() -> FloatArray:
+    """What each byte stands for: a sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, one nan a sign."""
+    codes = np.arange(128)
+    exponents, mantissas = codes >> 3, (codes & 7) / 8
+    values = np.where(exponents > 0, 1 + mantissas, 2 * mantissas) * 2.0 ** (exponents - 7)
+    values[127] = np.nan
+    return np.concatenate([values, -values])
+
+
+_E4M3 = _e4m3_values()
+
+
 def _decode(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
     """Little-endian bytes as float64."""
     if dtype == "BF16":  # the upper half of a float32
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+    if dtype == "F8_E5M2":  # the upper half of a float16
+        return (data.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
+    if dtype == "F8_E4M3":
+        return _E4M3[data]
     return data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float64)
 
 

@@ -6,17 +6,20 @@ What holds, whatever happens in between:
    final name in one step, and the directory is fsynced.
 2. Nothing is written in place. A reader that has an older file open keeps it.
 3. What was not committed leaves nothing behind: neither an error nor Ctrl-C finalizes a file.
-4. Every tensor is written exactly once, and every byte has a checksum.
+4. Every byte of every tensor is written exactly once, and has a checksum.
 
-Memory: the header and one tensor. Tensors go to their places as they come, in any order; the header, which
-holds their checksums, is laid out first and filled in last.
+Memory: the header and what is being written. Tensors, or ranges of them, go to their places as they come, in any
+order and from any number of threads; the header, which holds their checksums, is laid out first and filled in last.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
+
+import xxhash
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.files import PendingFile
@@ -43,34 +46,71 @@ class TensorFileWriter:
         self.path = path
         self._metadata = metadata
         self._entries = fmt.lay_out(specs)
-        self._missing = set(self._entries)
-        self._checksums = {name: fmt.blank_checksums(entry.nbytes) for name, entry in self._entries.items()}
-        self._payload_start = len(fmt.encode_header(self._entries, metadata, self._checksums))
+        self._blocks: dict[str, list[str | None]] = {
+            name: [None] * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in self._entries.items()
+        }
+        blank = {name: fmt.blank_checksums(entry.nbytes) for name, entry in self._entries.items()}
+        self._payload_start = len(fmt.encode_header(self._entries, metadata, blank))
         self._file = PendingFile(path, overwrite)
 
     def write(self, name: str, data: bytes | memoryview) -> None:
         """Write the bytes of one tensor to its place, once."""
-        if name not in self._missing:
-            problem = "written twice" if name in self._entries else "not one of those announced"
-            raise InvalidValueError(f"{self.path}: tensor {name!r}: {problem}")
-        entry = self._entries[name]
-        view = memoryview(data).cast("B")
-        if len(view) != entry.nbytes:
+        self.write_many([name], memoryview(data))
+
+    def write_many(self, names: Sequence[str], data: memoryview) -> None:
+        """Write the bytes of several tensors, which follow each other in `data`; neighbours go to the file at once."""
+        view = data.cast("B")
+        ends = list(accumulate(self._entry(name).nbytes for name in names))
+        if len(view) != ends[-1]:
             raise InvalidValueError(
-                f"{self.path}: tensor {name!r}: {len(view):,} bytes where {entry.nbytes:,} were due"
+                f"{self.path}: tensor {names[-1]!r}: {len(view):,} bytes where {ends[-1]:,} were due"
             )
-        self._checksums[name] = "".join(fmt.block_checksums(view))
-        self._file.write_at(view, self._payload_start + entry.begin)
-        self._missing.remove(name)
+        begin = run = 0
+        for name, end, following in zip(names, ends, [*names[1:], None], strict=True):
+            self._claim(name, 0, end - begin)
+            for index, checksum in enumerate(fmt.block_checksums(view[begin:end])):
+                self._blocks[name][index] = checksum
+            stop = self._position(name) + end - begin
+            if following is None or self._position(following) != stop:
+                self._file.write_at(view[run:end], stop - (end - run))
+                run = end
+            begin = end
+
+    def write_range(self, name: str, begin: int, end: int) -> RangeWriter:
+        """Write the bytes `begin` to `end` of a tensor, in order and in parts.
+
+        `begin` is at the start of a block of the tensor; `end` at the end of one, or of the tensor.
+        """
+        self._claim(name, begin, end)
+        return RangeWriter(self._file, self._blocks[name], begin, self._position(name))
 
     def commit(self) -> str:
         """Fill in the header, make everything durable, and give the file its name; returns the header's checksum."""
-        if self._missing:
-            raise InvalidValueError(f"{self.path}: tensor {min(self._missing)!r} was never written")
-        header = fmt.encode_header(self._entries, self._metadata, self._checksums)
+        checksums = {name: "".join(block or "" for block in blocks) for name, blocks in self._blocks.items()}
+        for name, entry in self._entries.items():
+            if len(checksums[name]) != len(fmt.blank_checksums(entry.nbytes)):
+                raise InvalidValueError(f"{self.path}: tensor {name!r} was never written")
+        header = fmt.encode_header(self._entries, self._metadata, checksums)
         self._file.write_at(header, 0)
         self._file.publish()
         return fmt.header_checksum(header)
+
+    def _entry(self, name: str) -> fmt.TensorEntry:
+        if name not in self._entries:
+            raise InvalidValueError(f"{self.path}: tensor {name!r}: not one of those announced")
+        return self._entries[name]
+
+    def _position(self, name: str) -> int:
+        return self._payload_start + self._entries[name].begin
+
+    def _claim(self, name: str, begin: int, end: int) -> None:
+        """Mark blocks as taken, before anything of them is written."""
+        self._entry(name)
+        blocks = self._blocks[name]
+        for index in range(begin // fmt.BLOCK_BYTES, -(-end // fmt.BLOCK_BYTES)):
+            if blocks[index] is not None:
+                raise InvalidValueError(f"{self.path}: tensor {name!r}: written twice")
+            blocks[index] = ""
 
     def discard(self) -> None:
         """Remove what was written; nothing happens after `commit`."""
@@ -83,3 +123,33 @@ class TensorFileWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.discard()
+
+
+class RangeWriter:
+    """Some blocks of one tensor, written in order, in parts of any size; checksums run along."""
+
+    def __init__(self, file: PendingFile, blocks: list[str | None], begin: int, start: int) -> None:
+        self._file, self._blocks, self._position, self._start = file, blocks, begin, start
+        self._hash = xxhash.xxh3_64()
+
+    def write(self, data: memoryview) -> None:
+        """Write the bytes that come next."""
+        view = data.cast("B")
+        self._file.write_at(view, self._start + self._position)
+        while view:
+            index = self._position // fmt.BLOCK_BYTES
+            left = fmt.BLOCK_BYTES - self._position % fmt.BLOCK_BYTES
+            part, view = view[:left], view[left:]
+            self._hash.update(part)
+            self._position += len(part)
+            if len(part) == left:
+                self._finish_block(index)
+
+    def close(self) -> None:
+        """Finish the last block, which may be shorter than the others."""
+        if self._position % fmt.BLOCK_BYTES:
+            self._finish_block(self._position // fmt.BLOCK_BYTES)
+
+    def _finish_block(self, index: int) -> None:
+        self._blocks[index] = self._hash.hexdigest()
+        self._hash.reset()

@@ -71,8 +71,8 @@ class Plan:
         dtypes = {
             name: output_dtype(tensor.role, tensor.dtype, dtype) for name, tensor in self.newest.info.tensors.items()
         }
-        names = names_by_tensor(self.newest.info)
-        return [TensorSpec(alias, dtypes[name], self.newest.shapes[name]) for name in dtypes for alias in names[name]]
+        names, shapes = names_by_tensor(self.newest.info), self.newest.shapes
+        return [TensorSpec(alias, dtypes[name], shapes[name]) for name in dtypes for alias in names[name]]
 
     def only(self, targets: Sequence[int]) -> Plan:
         """The same plan for some of the targets."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
@@ -16,14 +17,15 @@ from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.store import read_directory
 
 if TYPE_CHECKING:
-    import torch
+    from posthoc_cli.synthesis.reading import TileReader
+    from posthoc_cli.synthesis.tiles import Tile
 
 
 class OpenSource(AbstractContextManager["OpenSource"], Protocol):
-    """A source while its tensors are read."""
+    """A source while its tensors are read, by any number of threads."""
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor as it is stored, on any device."""
+    def open_tile(self, tile: Tile) -> TileReader:
+        """Start reading the tile."""
         ...
 
 
@@ -43,6 +45,11 @@ class Source(Protocol):
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of its tensors."""
+        ...
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Dtypes that its tensors are stored in, by their safetensors names."""
         ...
 
     @property
@@ -71,10 +78,15 @@ class DiskSource:
         """What the snapshot says about itself."""
         return self.snapshot.info
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of its tensors."""
         return {name: entry.shape for name, entry in self.snapshot.header.tensors.items()}
+
+    @cached_property
+    def dtypes(self) -> Mapping[str, str]:
+        """Dtypes that its tensors are stored in."""
+        return {name: entry.dtype for name, entry in self.snapshot.header.tensors.items()}
 
     @property
     def nbytes(self) -> int:
@@ -90,11 +102,11 @@ class _OpenFile:
     def __init__(self, snapshot: Snapshot) -> None:
         self._file = TensorFile(snapshot.path, snapshot.header)
 
-    def read(self, name: str) -> torch.Tensor:
-        from posthoc_cli.snapshots.tensors import tensor_from_bytes
+    def open_tile(self, tile: Tile) -> TileReader:
+        """Start reading the tile."""
+        from posthoc_cli.synthesis.reading import open_file_tile
 
-        entry = self._file.header.tensors[name]
-        return tensor_from_bytes(self._file.read(name), entry.dtype, entry.shape)
+        return open_file_tile(self._file, tile)
 
     def __enter__(self) -> _OpenFile:
         return self

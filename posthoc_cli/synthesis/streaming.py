@@ -1,20 +1,22 @@
-"""The work: tensors read, summed and cast, one after another."""
+"""Synthesis as callers see it: tensors streamed, or placed wherever they belong."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
-from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.synthesis.plan import Plan, names_by_tensor, output_dtype
-from posthoc_cli.synthesis.sources import OpenSource
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.synthesis.plan import Plan, names_by_tensor
+from posthoc_cli.synthesis.tiles import Tile, cut_tiles
 
 if TYPE_CHECKING:
     import torch
 
+    from posthoc_cli.synthesis.making import Placement
+
 Progress = Callable[[int], None]
-"""Called with the number of bytes that were just read."""
+"""Called with the number of bytes that were just read, in the thread that synthesizes."""
 
 
 def synthesize(
@@ -22,93 +24,86 @@ def synthesize(
     dtype: torch.dtype | str | None = None,
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
+    accumulate: torch.dtype | str | None = None,
+    workers: int | None = None,
 ) -> Iterator[tuple[str, list[torch.Tensor]]]:
-    """Stream the targets' tensors: (name, one tensor a target), on `device`.
+    """Stream the targets' tensors: (name, one tensor a target), on `device`. Small tensors come in batches.
+
+    What is held at a time is a few chunks a thread and the tensors that the next few tiles belong to.
 
     Arguments:
         plan: from `plan_synthesis`.
         dtype: of the averages; None for each parameter's own. Copies (buffers) keep their own.
         device: where the sums are made.
         progress: told the bytes read so far.
+        accumulate: dtype of the sums, float32 or float64; None for float32, and float64 for float64 parameters.
+        workers: threads; None for one a core. The results are the same bits for any number.
 
     Raises:
         FileFormatError: a snapshot is damaged, naming it and the tensor.
         NonFiniteError: a result is not finite, or `dtype` cannot hold it, naming the tensor.
     """
-    from posthoc_cli.snapshots.tensors import torch_dtype
-
-    info = plan.newest.info
-    names = names_by_tensor(info)
-    with ExitStack() as stack:
-        opened = [stack.enter_context(source.open()) for source in plan.sources]
-        newest = opened[plan.sources.index(plan.newest)]
-        for name, tensor in info.tensors.items():
-            if tensor.role == "copy":
-                values = [newest.read(name).to(device)] * len(plan.targets)
-                if progress is not None:
-                    progress(_read_bytes(plan, values[0]))
-            else:
-                values = _combine(plan, opened, name, device, progress)
-                stored = torch_dtype(output_dtype(tensor.role, tensor.dtype, dtype))
-                for index, value in enumerate(values):
-                    values[index] = _cast(name, value, stored)
-            for alias in names[name]:
-                yield alias, values
-            del values  # not held while the next tensor is made
-
-
-def _read_bytes(plan: Plan, value: torch.Tensor) -> int:
-    """Progress for a copy: it is read from one source, but counted for all in `Plan.read_bytes`."""
-    return len(plan.sources) * value.nbytes
-
-
-def _combine(
-    plan: Plan, opened: Sequence[OpenSource], name: str, device: torch.device | str, progress: Progress | None
-) -> list[torch.Tensor]:
-    """The sums over all sources, one a target. Each is a tensor of its own: callers keep them."""
     import torch
 
-    wide = torch.float64 if plan.newest.info.tensors[name].dtype == "F64" else torch.float32
-    sums = [torch.zeros(plan.newest.shapes[name], dtype=wide, device=device) for _ in plan.targets]
-    for source, row in zip(opened, plan.reconstruction.coefficients, strict=True):
-        value = source.read(name)
-        nbytes = value.nbytes
-        value = value.to(device, wide)
-        for total, coefficient in zip(sums, row, strict=True):
-            total.add_(value, alpha=float(coefficient))
-        if progress is not None:
-            progress(nbytes)
-    return sums
+    from posthoc_cli.synthesis.placing import PendingTensors
+
+    pending = PendingTensors(plan, torch.device(device))
+    names = names_by_tensor(plan.newest.info)
+    with closing(place_synthesis(plan, pending.open, dtype, device, progress, accumulate, workers)) as made:
+        for tile in made:
+            for name, values in pending.take(tile):
+                for alias in names[name]:
+                    yield alias, list(values)
+                del values  # not held while the next tensor is made
 
 
-def _cast(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    import torch
+def place_synthesis(
+    plan: Plan,
+    open_placement: Callable[[Tile], Placement],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    accumulate: torch.dtype | str | None = None,
+    workers: int | None = None,
+    chunk: int | None = None,
+    tile_elements: int | None = None,
+) -> Generator[Tile, None, None]:
+    """Synthesize into whatever `open_placement` gives for a tile; yields the tiles as they are complete, in order.
 
-    result = value.to(dtype)
-    if not bool(torch.isfinite(result).all()):
-        if bool(torch.isfinite(value).all()):
-            largest = float(value.abs().max())
-            raise NonFiniteError(
-                f"tensor {name!r}: {dtype} cannot hold its largest value, {largest:.6g}; take float32 or bfloat16"
-            )
-        raise NonFiniteError(f"tensor {name!r}: the result is not finite; a snapshot holds nan or infinity")
-    return result
-
-
-def parse_device(device: str) -> str:
-    """The device to make sums on. "auto" is the CPU: for a few targets the bus would be the limit.
-
-    Raises:
-        InvalidValueError: not a device, or not there; says what is.
+    Arguments:
+        open_placement: called in the caller's thread; its result is used in another.
+        chunk, tile_elements: elements a thread works on, or makes, at a time; measured values for None.
+        others: as in `synthesize`.
     """
     import torch
 
-    available = ["cpu"]
-    available += [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    available += ["mps"] if torch.backends.mps.is_available() else []
-    if device == "auto":
-        return "cpu"
-    wanted = "cuda:0" if device == "cuda" else device
-    if wanted not in available:
-        raise InvalidValueError(f"device {device!r}: is not there; choose from auto, {', '.join(available)}")
-    return wanted
+    from posthoc_cli.synthesis.making import Maker, chunk_elements
+    from posthoc_cli.synthesis.workers import make_tiles, worker_count
+
+    size = chunk or chunk_elements(len(plan.targets))
+    tiles = cut_tiles(plan, size, dtype, parse_accumulate(accumulate), tile_elements)
+    with ExitStack() as stack:
+        opened = [stack.enter_context(source.open()) for source in plan.sources]
+        count = min(worker_count(workers), max(1, len(tiles)))
+        made = make_tiles(tiles, open_placement, lambda: Maker(plan, opened, torch.device(device), size), count)
+        # Closed before the files are: its threads read them.
+        stack.callback(made.close)
+        for tile in made:
+            if progress is not None:
+                progress(tile.stored_bytes)
+            yield tile
+
+
+def parse_accumulate(accumulate: torch.dtype | str | None) -> str | None:
+    """The safetensors name of the dtype of sums; None for the default.
+
+    Raises:
+        InvalidValueError: neither float32 nor float64.
+    """
+    from posthoc_cli.snapshots.tensors import parse_dtype, stored_name
+
+    wide = None if accumulate is None else parse_dtype(accumulate)
+    name = None if wide is None else stored_name(wide)
+    if name not in (None, "F32", "F64"):
+        raise InvalidValueError(f"accumulate {accumulate}: must be float32 or float64")
+    return name

@@ -17,9 +17,10 @@ import torch
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
-from posthoc_cli.synthesis import Source, plan_synthesis, synthesize
+from posthoc_cli.synthesis import Plan, Source, plan_synthesis, synthesize
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.filling import fill_model
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources, reconstruction_figure
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
 from posthoc_cli.tracker.recorder import Recorder
@@ -33,7 +34,7 @@ from posthoc_cli.tracker.settings import (
     resumed_habit,
 )
 from posthoc_cli.tracker.state import load_averages, newest_complete, pack_state, unpack_state
-from posthoc_cli.tracker.weights import Weights, is_swapped, load_weights, swapped_in
+from posthoc_cli.tracker.weights import Weights, is_swapped, swapped_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -276,9 +277,20 @@ class PostHocEMA:
         step: int | None = None,
         dtype: torch.dtype | str | None = None,
         method: str | None = None,
+        device: torch.device | str = "cpu",
     ) -> None:
-        """Copy averaged weights into a model, for good. Arguments as in `model`."""
-        load_weights(model, self._synthesized(sigma_rel, t, step, dtype, method), own_dtypes=dtype is None)
+        """Fill a model with averaged weights in place, for good, wherever its tensors are.
+
+        Tensors are filled as they are made, so that no second copy of the model is held; so that nothing changes
+        unless everything can be made, all is made twice, and dropped the first time. A tensor on `meta` that is
+        filled comes to be on `device`; those that stay there are named in a warning.
+
+        Arguments:
+            device: for tensors on `meta`.
+            others: as in `model`.
+        """
+        plan = self._plan(sigma_rel, t, step, dtype, method)
+        fill_model(model, plan, dtype, device)
 
     @overload
     def state_dict(self) -> dict[str, Any]: ...
@@ -431,6 +443,20 @@ class PostHocEMA:
         dtype: torch.dtype | str | None,
         method: str | None,
     ) -> Weights:
+        plan = self._plan(sigma_rel, t, step, dtype, method)
+        made = {name: tensors[0] for name, tensors in synthesize(plan, dtype)}
+        weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
+        weights.predicted_error = plan.predicted_error(0)
+        return weights
+
+    def _plan(
+        self,
+        sigma_rel: float | Target | Profile,
+        t: float | None,
+        step: int | None,
+        dtype: torch.dtype | str | None,
+        method: str | None,
+    ) -> Plan:
         sources = self._sources()
         if not sources:
             schedule = self.settings.schedule
@@ -438,8 +464,4 @@ class PostHocEMA:
             raise NotReadyError(
                 f"no average yet: the first update is at call {first} of update_, this is after {self._step}"
             )
-        plan = plan_synthesis(sources, [sigma_rel], t, step, method, dtype=dtype)
-        with torch.inference_mode(False), torch.no_grad():
-            weights = Weights((name, tensors[0]) for name, tensors in synthesize(plan, dtype))
-        weights.predicted_error = plan.predicted_error(0)
-        return weights
+        return plan_synthesis(sources, [sigma_rel], t, step, method, dtype=dtype)

@@ -14,7 +14,10 @@ from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.store import find_snapshots
+from posthoc_cli.snapshots.tensors import stored_name
 from posthoc_cli.synthesis import DiskSource, Source, source_prior
+from posthoc_cli.synthesis.reading import MemoryTile
+from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.measuring import measure_live
 from posthoc_cli.tracker.model_tensors import TrackedModel
@@ -43,6 +46,11 @@ class LiveSource:
         return {name: tuple(tensor.shape) for name, tensor in {**self.averages, **self.copies}.items()}
 
     @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Dtypes of its tensors."""
+        return {name: stored_name(tensor.dtype) for name, tensor in {**self.averages, **self.copies}.items()}
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all its tensors."""
         return sum(tensor.nbytes for tensor in {**self.averages, **self.copies}.values())
@@ -51,9 +59,9 @@ class LiveSource:
         """Itself: there is nothing to open."""
         return self
 
-    def read(self, name: str) -> torch.Tensor:
-        """One tensor; a copy of a buffer, since callers keep those as they are."""
-        return self.averages[name] if name in self.averages else self.copies[name].clone()
+    def open_tile(self, tile: Tile) -> MemoryTile:
+        """Start reading the tile."""
+        return MemoryTile(self.averages if tile.role == "average" else self.copies, tile)
 
     def __enter__(self) -> LiveSource:
         return self

@@ -49,16 +49,20 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
     Raises:
         ModelMismatchError: naming the tensor, before anything is changed.
     """
-    targets = _targets(model, weights)
+    targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     with torch.inference_mode(False), torch.no_grad():
         for name, target in targets.items():
-            value = weights[name]
-            if not _is_writable(target):
-                target.data = value.to(target.device, target.dtype, copy=True)
-            elif own_dtypes or value.dtype == target.dtype:
-                target.data.copy_(value)
-            else:
-                target.data = value.to(target.device, copy=True)
+            load_weight(target, weights[name], own_dtypes)
+
+
+def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
+    """Copy one value into a model's tensor; see `load_weights`."""
+    if not _is_writable(target):
+        target.data = value.to(target.device, target.dtype, copy=True)
+    elif own_dtype or value.dtype == target.dtype:
+        target.data.copy_(value)
+    else:
+        target.data = value.to(target.device, copy=True)
 
 
 @contextmanager
@@ -69,7 +73,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     device. The model's own values wait on the host meanwhile, so that an accelerator holds no second copy.
     Arguments as in `load_weights`.
     """
-    targets = _targets(model, weights)
+    targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     with ExitStack() as stack:
         _swapped[model] = _swapped.get(model, 0) + 1
         stack.callback(_leave, model)
@@ -116,19 +120,24 @@ def _save(stack: ExitStack, model: torch.nn.Module, new_dtypes: Mapping[int, tor
             stack.callback(_SavedBuffer(module, key).restore)
 
 
-def _targets(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+    """The model's tensors of these names and shapes.
+
+    Raises:
+        ModelMismatchError: naming the tensor that the model does not have, or has in another shape.
+    """
     check_model(model)
     tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
     tensors.update(model.named_buffers(remove_duplicate=False))
-    for name, value in weights.items():
+    for name, shape in shapes.items():
         if name not in tensors:
             raise ModelMismatchError(f"tensor {name!r}: is in the averaged weights, but the model has no such tensor")
-        if tensors[name].shape != value.shape:
+        if tuple(tensors[name].shape) != shape:
             raise ModelMismatchError(
                 f"tensor {name!r}: has the shape {list(tensors[name].shape)} in the model, "
-                f"{list(value.shape)} in the averaged weights"
+                f"{list(shape)} in the averaged weights"
             )
-    return {name: tensors[name] for name in weights}
+    return {name: tensors[name] for name in shapes}
 
 
 class _SavedParameter:

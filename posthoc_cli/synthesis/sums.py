@@ -1,0 +1,133 @@
+"""The arithmetic: sums over sources, in one order whatever the way they are made.
+
+A sum is defined as: sources in their order, in groups of GROUP; within a group, from 0, one addition of
+coefficient x value after another; then the groups' sums, one after another. One target is made exactly so. For
+several, a matrix product is up to twenty times faster, but a library may order its sums as it likes, differently for
+each shape; so it is used only where it was seen, on this machine and for this very shape, to give the same bits. A
+target's bits therefore depend neither on its company, nor on tiles, nor on the number of threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+GROUP = 64
+"""Sources summed in one go: matrix libraries cut longer sums themselves, each where it likes."""
+
+COLUMNS = 16_384
+"""Columns of one matrix product: the widest at which its operands stay in the second-level cache (measured)."""
+
+MIN_ROWS = 4
+"""Rows of the smallest matrix product: with fewer, libraries take kernels that sum in another order."""
+
+
+class Sums:
+    """One worker's room for the sums of a chunk: [targets, chunk] and, where it pays, a group of sources.
+
+    For every chunk: `start`, then for each source in order fill `slot(i)` and call `add(i)`, then `result`.
+
+    Arguments:
+        coefficients: float64, shape [sources, targets].
+        chunk: elements of a chunk, a multiple of COLUMNS.
+        wide: dtype of the sums.
+        device: where they are made.
+    """
+
+    def __init__(
+        self, coefficients: npt.NDArray[np.float64], chunk: int, wide: torch.dtype, device: torch.device
+    ) -> None:
+        self._sources, self._targets = coefficients.shape
+        self._scales = coefficients.tolist()
+        self._size = self._padded = 0
+        self._weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
+        depth = min(GROUP, self._sources)
+        groups = {min(GROUP, self._sources - begin) for begin in range(0, self._sources, GROUP)}
+        self._by_matrix = self._targets > 1 and all(
+            product_is_exact(max(self._targets, MIN_ROWS), group, chunk, wide, device) for group in groups
+        )
+        rows = max(self._targets, MIN_ROWS) if self._by_matrix else self._targets
+        # Zeros, so that what stands beyond a shorter chunk is no nan that slows the arithmetic down.
+        self._totals = torch.zeros(rows, chunk, dtype=wide, device=device)
+        self._group = torch.zeros_like(self._totals) if self._sources > GROUP else self._totals
+        self._values = torch.zeros(depth if self._by_matrix else 1, chunk, dtype=wide, device=device)
+        matrix = np.zeros((rows, self._sources))
+        matrix[: self._targets] = coefficients.T
+        self._matrices = [
+            torch.from_numpy(matrix[:, begin : begin + GROUP].copy()).to(device, wide)
+            for begin in range(0, self._sources, GROUP)
+        ]
+
+    def start(self, size: int) -> None:
+        """Begin the sums of a chunk of `size` elements."""
+        # Whole columns of a product: every element goes through the same instructions, wherever a chunk ends.
+        if size == self._size:
+            return
+        self._size, self._padded = size, -(-size // COLUMNS) * COLUMNS
+        self._slots = [row[:size] for row in self._values.unbind()]
+        self._terms = self._values[0, : self._padded]
+        self._rows = [row[: self._padded] for row in self._group.unbind()]
+
+    def slot(self, source: int) -> torch.Tensor:
+        """Where the values of a source go: shape [size]."""
+        return self._slots[source % GROUP if self._by_matrix else 0]
+
+    def add(self, source: int) -> None:
+        """Take in the values that are in the slot."""
+        first, last = source % GROUP == 0, source % GROUP == GROUP - 1 or source == self._sources - 1
+        if self._by_matrix:
+            if last:
+                values = self._values[: source % GROUP + 1, : self._padded]
+                multiply(self._matrices[source // GROUP], values, self._group)
+        else:
+            add_scaled(self._rows, self._terms, self._scales[source], first)
+        if last and self._group is not self._totals:
+            total, group = self._totals[:, : self._padded], self._group[:, : self._padded]
+            total.copy_(group) if source < GROUP else total.add_(group)
+
+    def result(self) -> torch.Tensor:
+        """The sums, shape [targets, size]; valid until the next `start`."""
+        return self._totals[: self._targets, : self._size]
+
+    def surely_finite(self) -> bool:
+        """Whether no sum is nan or infinite; false also where their sums would be too large to tell.
+
+        A weighted sum over all elements reads them once, at the speed of memory; no other test does.
+        """
+        return bool(torch.mv(self.result(), self._weights[: self._size]).isfinite().all())
+
+
+def add_scaled(sums: Sequence[torch.Tensor], values: torch.Tensor, coefficients: Sequence[float], first: bool) -> None:
+    """sums[k] += coefficients[k] values, by the one definition of a sum; from 0 where it is the `first` term."""
+    for total, coefficient in zip(sums, coefficients, strict=True):
+        (total.zero_() if first else total).add_(values, alpha=coefficient)
+
+
+def multiply(matrix: torch.Tensor, values: torch.Tensor, sums: torch.Tensor) -> None:
+    """sums = matrix values, for [rows, sources] x [sources, n x COLUMNS], n at a time."""
+    for begin in range(0, values.shape[1], COLUMNS):
+        columns = slice(begin, begin + COLUMNS)
+        torch.mm(matrix, values[:, columns], out=sums[:, columns])
+
+
+@lru_cache(maxsize=256)
+def product_is_exact(rows: int, sources: int, chunk: int, wide: torch.dtype, device: torch.device) -> bool:
+    """Whether a matrix product of this shape gives, bit for bit, the sums by definition.
+
+    The instructions depend on the shapes and strides alone, so that random numbers show whether the order is the same.
+    """
+    generator = torch.Generator().manual_seed(20240229)
+    matrix = torch.randn(rows, sources, dtype=torch.float64, generator=generator).to(wide)
+    room = torch.zeros(max(sources, 2), chunk, dtype=wide)
+    room[:sources, :COLUMNS] = torch.randn(sources, COLUMNS, dtype=torch.float64, generator=generator).to(wide)
+    coefficients = matrix.double().T.tolist()
+    values = room.to(device)[:sources, :COLUMNS]
+    by_definition, by_product = (torch.zeros(rows, chunk, dtype=wide, device=device) for _ in range(2))
+    for source in range(sources):
+        add_scaled([row[:COLUMNS] for row in by_definition], values[source], coefficients[source], source == 0)
+    multiply(matrix.to(device), values, by_product)
+    return torch.equal(by_definition, by_product)

@@ -1,0 +1,251 @@
+"""How fast a synthesis is, beside a plain loop over the same bytes and beside the peers; and how much memory it takes.
+
+    python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick]
+
+Snapshots are 20 in float16 of made-up models, half of them for each of two profiles; targets are float32. Times are
+medians, with the range, of repeated runs in one process; "warm" means from the page cache, "cold" after the system was
+asked to forget the files. All runs of ours verify every checksum. "dropped" is a caller who takes each tensor and
+forgets it; "nowhere" is the engine alone, without a place for its results; "to a file" includes fsync. The peers read
+checkpoints of their own, of as many parameters and the same dtype, through their public interfaces.
+
+The roofline is the plain loop: one thread that reads every byte into one buffer and does nothing with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from synthesis_cases import (
+    Shapes,
+    drop_from_cache,
+    ema_pytorch_synthesis,
+    large_tensors,
+    peak_memory,
+    posthoc_ema_synthesis,
+    read_plainly,
+    small_tensors,
+    write_plainly,
+    write_snapshots,
+    write_sparse_snapshots,
+)
+
+from posthoc_cli.export import write_synthesis
+from posthoc_cli.synthesis import Plan, disk_sources, parse_device, place_synthesis, plan_synthesis, synthesize
+from posthoc_cli.synthesis.placing import Nowhere
+
+MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: parameters of models, tensors, and how often."""
+
+    models: tuple[int, ...] = (48_000_000, 100_000_000)
+    many_model: int = 48_000_000
+    small: int = 2_000
+    memory: tuple[int, ...] = (10_000_000, 1_000_000_000)
+    repeats: int = 5
+
+
+QUICK = Sizes((400_000,), 400_000, 60, (1_000_000, 4_000_000), 1)
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """Times of repeated runs."""
+
+    runs: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return statistics.median(self.runs)
+
+    def __str__(self) -> str:
+        return f"{self.median:9.3f} s  ({min(self.runs):.3f} to {max(self.runs):.3f})"
+
+
+@dataclass
+class Report:
+    """What was found, printed as it comes, and the goals."""
+
+    repeats: int
+    goals: list[str] = field(default_factory=list)
+
+    def time(self, label: str, run: Callable[[], object], nbytes: int = 0, before: Callable[[], None] | None = None):
+        """Time a run, and print it with its rate over `nbytes`."""
+        runs = []
+        for _ in range(self.repeats):
+            if before is not None:
+                before()
+            started = time.perf_counter()
+            run()
+            runs.append(time.perf_counter() - started)
+        seconds = Seconds(tuple(runs))
+        rate = f"  {nbytes / seconds.median / 1e9:6.2f} GB/s" if nbytes else ""
+        print(f"  {label:<44}{seconds}{rate}", flush=True)
+        return seconds
+
+    def goal(self, what: str, found: float, limit: float, at_least: bool = False) -> None:
+        """Note whether a goal is met."""
+        met = found >= limit if at_least else found <= limit
+        sign = ">=" if at_least else "<="
+        self.goals.append(f"  {'met   ' if met else 'MISSED'}  {what}: {found:.2f} (goal {sign} {limit:g})")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure everything and print the tables and the goals."""
+    options = _parser().parse_args(arguments)
+    sizes = QUICK if options.quick else Sizes(repeats=options.repeats)
+    device = parse_device(options.device)
+    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, sums on {device}")
+    if device == "cpu":
+        print("accelerators: not run; --device cuda prints the same tables there")
+    report = Report(sizes.repeats)
+    with tempfile.TemporaryDirectory(dir=options.folder) as name:
+        folder = Path(name)
+        for parameters in sizes.models:
+            measure_model(report, folder, parameters, device)
+        measure_many(report, folder, sizes.many_model, device)
+        measure_small(report, folder, sizes.small, device)
+        measure_memory(report, folder, sizes.memory)
+    print("\nGoals:")
+    print("\n".join(report.goals))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description="How fast a synthesis is, and how much memory it takes.")
+    parser.add_argument("--device", default="cpu", help="where the sums are made: cpu, cuda, mps")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
+    parser.add_argument("--folder", type=Path, help="for files of up to 15 GB; by default the system's own")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    return parser
+
+
+# --- one target ------------------------------------------------------------------------------------
+
+
+def measure_model(report: Report, folder: Path, parameters: int, device: str) -> None:
+    """One target of a model, ours and the peers', warm and cold."""
+    shapes = large_tensors(parameters)
+    run, out = folder / "run", folder / "out.safetensors"
+    write_snapshots(run, shapes)
+    plan = planned(run, [0.15])
+    nbytes = plan.read_bytes
+    print(f"\n{len(plan.sources)} float16 snapshots of {parameters:,} parameters, {nbytes / 1e9:.2f} GB; one target")
+    buffer = bytearray(4 * 2**20)
+    plain = report.time("plain readinto loop, one thread, warm", lambda: read_plainly(run, buffer), nbytes)
+    one = report.time("engine, one thread, nowhere", lambda: exhaust(nowhere(plan, device, 1)), nbytes)
+    report.time("engine, all cores, nowhere", lambda: exhaust(nowhere(plan, device)), nbytes)
+    dropped = report.time("all cores, dropped", lambda: exhaust(synthesize(plan, device=device)), nbytes)
+    kept = report.time("all cores, kept (state_dict)", lambda: dict(synthesize(plan, device=device)), nbytes)
+    report.time("all cores, to a file", lambda: write_synthesis(plan, [out], device=device, overwrite=True), nbytes)
+    size = out.stat().st_size
+    report.time("writing and fsyncing as many bytes, plainly", lambda: write_plainly([out], size), size)
+    forget = lambda: drop_from_cache(run)  # noqa: E731
+    report.time("plain readinto loop, cold", lambda: read_plainly(run, buffer), nbytes, forget)
+    report.time("all cores, dropped, cold", lambda: exhaust(synthesize(plan, device=device)), nbytes, forget)
+    print(f"  share of the read limit: {100 * plain.median / dropped.median:.0f} % on all cores, ", end="")
+    print(f"{100 * plain.median / one.median:.0f} % on one")
+    label = f"{parameters // 1_000_000} M: "
+    report.goal(f"{label}time on all cores, in plain loops", dropped.median / plain.median, 3)
+    shutil.rmtree(run)
+    out.unlink()
+    _measure_peers(report, folder, shapes, label, kept)
+
+
+def _measure_peers(report: Report, folder: Path, shapes: Shapes, label: str, ours: Seconds) -> None:
+    for name, prepare in (("posthoc_ema", posthoc_ema_synthesis), ("ema_pytorch", ema_pytorch_synthesis)):
+        with tempfile.TemporaryDirectory(dir=folder) as checkpoints:
+            run = prepare(Path(checkpoints), shapes)
+            found = report.time(f"{name}, 20 checkpoints of its own", run)
+        report.goal(f"{label}times faster than {name}", found.median / ours.median, 10, at_least=True)
+
+
+# --- many targets, small tensors, memory -----------------------------------------------------------
+
+
+def measure_many(report: Report, folder: Path, parameters: int, device: str) -> None:
+    """31 targets: dropped, and to disk."""
+    run = folder / "run"
+    write_snapshots(run, large_tensors(parameters))
+    one, many = planned(run, [0.15]), planned(run, MANY)
+    outputs = [folder / f"{target}.safetensors" for target in MANY]
+    print(f"\n{len(MANY)} targets of {parameters:,} parameters")
+    single = report.time("one target, dropped", lambda: exhaust(synthesize(one, device=device)))
+    report.time("31 targets, nowhere", lambda: exhaust(nowhere(many, device)))
+    dropped = report.time("31 targets, dropped", lambda: exhaust(synthesize(many, device=device)))
+    report.goal("31 targets dropped, in times of one", dropped.median / single.median, 4)
+    file = report.time(
+        "one target, to a file", lambda: write_synthesis(one, outputs[:1], device=device, overwrite=True)
+    )
+    nbytes = outputs[0].stat().st_size
+    plain = report.time("writing and fsyncing 31 files, plainly", lambda: write_plainly(outputs, nbytes), 31 * nbytes)
+    for path in outputs:
+        path.unlink()
+    files = report.time(
+        "31 targets, to files", lambda: write_synthesis(many, outputs, device=device, overwrite=True), 31 * nbytes
+    )
+    report.goal("31 targets to disk, in (one + plain writing)", files.median / (file.median + plain.median), 1.3)
+    for path in outputs:
+        path.unlink()
+    shutil.rmtree(run)
+
+
+def measure_small(report: Report, folder: Path, count: int, device: str) -> None:
+    """Many small tensors against the same bytes in 20 large ones."""
+    print(f"\n{count:,} tensors of 64 x 64 against the same bytes in 20; dropped")
+    medians = []
+    for label, shapes in (("small", small_tensors(count)), ("large", large_tensors(count * 64 * 64))):
+        run = folder / "run"
+        write_snapshots(run, shapes)
+        plan = planned(run, [0.15])
+        seconds = report.time(f"{label} tensors", lambda p=plan: exhaust(synthesize(p, device=device)), plan.read_bytes)
+        medians.append(seconds.median)
+        shutil.rmtree(run)
+    report.goal("small tensors, in times of large ones", medians[0] / medians[1], 1.5)
+
+
+def measure_memory(report: Report, folder: Path, models: Sequence[int]) -> None:
+    """Peak resident memory for models of very different sizes, from files that are all holes."""
+    print("\nPeak resident memory (ru_maxrss) above that of a process that imports torch; one target to a file")
+    peaks = []
+    for parameters in models:
+        run, out = folder / "run", folder / "out.safetensors"
+        write_sparse_snapshots(run, parameters, tensors=20, snapshots=4)
+        peaks.append(peak_memory(run, out) / 1e6)
+        print(f"  {parameters:>13,} parameters, 4 snapshots: {peaks[-1]:6.1f} MB", flush=True)
+        shutil.rmtree(run)
+        out.unlink()
+    report.goal("MB above import torch, the larger model", peaks[-1], 300)
+    report.goal("MB between the models", abs(peaks[-1] - peaks[0]), 30)
+
+
+def planned(run: Path, targets: Sequence[float]) -> Plan:
+    """A plan for targets of a directory."""
+    return plan_synthesis(disk_sources(run), targets)
+
+
+def nowhere(plan: Plan, device: str, workers: int | None = None) -> Iterable[object]:
+    """The engine alone."""
+    return place_synthesis(plan, Nowhere, device=device, workers=workers)
+
+
+def exhaust(items: Iterable[object]) -> None:
+    """Take everything and forget it."""
+    for _ in items:
+        pass
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,218 @@
+"""What `bench_synthesis.py` measures: snapshots of made-up models, the peers' own checkpoints, plain loops, memory."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
+
+import torch
+import xxhash
+
+from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.tensors import tensor_bytes
+from posthoc_cli.snapshots.writer import TensorFileWriter
+
+TRACKED = (0.05, 0.28)
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def large_tensors(parameters: int, count: int = 20) -> dict[str, tuple[int, ...]]:
+    """A model of that many parameters in `count` equal matrices, or a few more."""
+    width = 1024
+    rows = max(1, parameters // count // width)
+    return {f"layers.{index}.weight": (rows, width) for index in range(count)}
+
+
+def small_tensors(count: int) -> dict[str, tuple[int, ...]]:
+    """Matrices of 64 x 64."""
+    return {f"layers.{index}.weight": (64, 64) for index in range(count)}
+
+
+# --- our snapshots ---------------------------------------------------------------------------------
+
+
+def write_snapshots(folder: Path, shapes: Shapes, snapshots: int = 20) -> None:
+    """Snapshots in float16 of a float32 model, of random numbers: half of them for each of two profiles."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    specs = _specs(shapes)
+    values = [torch.randn(shape, generator=generator).half() for shape in shapes.values()]
+    for path, metadata in _headers(folder, shapes, snapshots):
+        with TensorFileWriter(path, specs, metadata) as writer:
+            for name, value in zip(shapes, values, strict=True):
+                writer.write(name, tensor_bytes(value))
+            writer.commit()
+
+
+def write_sparse_snapshots(folder: Path, parameters: int, tensors: int, snapshots: int) -> None:
+    """The same of zeros, in files that are all holes: a model of any size takes no disk."""
+    folder.mkdir()
+    shapes = large_tensors(parameters, tensors)
+    entries = fmt.lay_out(_specs(shapes))
+    full = xxhash.xxh3_64_hexdigest(bytes(fmt.BLOCK_BYTES))
+    checksums = {}
+    for name, entry in entries.items():
+        blocks, rest = divmod(entry.nbytes, fmt.BLOCK_BYTES)
+        checksums[name] = full * blocks + (xxhash.xxh3_64_hexdigest(bytes(rest)) if rest else "")
+    for path, metadata in _headers(folder, shapes, snapshots):
+        header = fmt.encode_header(entries, metadata, checksums)
+        path.write_bytes(header)
+        os.truncate(path, len(header) + sum(entry.nbytes for entry in entries.values()))
+
+
+def _specs(shapes: Shapes) -> list[fmt.TensorSpec]:
+    return [fmt.TensorSpec(name, "F16", shape) for name, shape in shapes.items()]
+
+
+def _headers(folder: Path, shapes: Shapes, snapshots: int) -> Iterator[tuple[Path, dict[str, str]]]:
+    for index in range(snapshots):
+        t, sigma_rel = 1000.0 * (index // 2 + 1), TRACKED[index % 2]
+        info = fmt.SnapshotInfo(
+            run_id="be" * 16,
+            sigma_rel=sigma_rel,
+            gamma=gamma_from_sigma_rel(sigma_rel),
+            sigma_rels=TRACKED,
+            t=t,
+            t_unit="steps",
+            step=int(t),
+            t_first=10.0,
+            max_interval=10.0,
+            schedule=fmt.TrackingSchedule(),
+            tensors={name: fmt.TrackedTensor("average", "F32") for name in shapes},
+        )
+        yield folder / f"{int(t):09d}-{sigma_rel}.safetensors", fmt.snapshot_metadata(info)
+
+
+# --- plain loops -----------------------------------------------------------------------------------
+
+
+def read_plainly(folder: Path, buffer: bytearray) -> None:
+    """One thread, `readinto` over every byte of every snapshot."""
+    for path in sorted(folder.iterdir()):
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
+
+
+def write_plainly(paths: Sequence[Path], nbytes: int) -> None:
+    """Write `nbytes` bytes to each path and fsync it: what the disk takes for outputs of that size."""
+    data = memoryview(bytes(4 * 2**20))
+    for path in paths:
+        with path.open("wb", buffering=0) as file:
+            for begin in range(0, nbytes, len(data)):
+                file.write(data[: nbytes - begin])
+            os.fsync(file.fileno())
+
+
+def drop_from_cache(folder: Path) -> None:
+    """Ask the system to forget the files, so that the disk must read them again."""
+    for path in folder.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+# --- memory ----------------------------------------------------------------------------------------
+
+_PEAK = """
+import re, resource, sys, torch
+if len(sys.argv) > 1:
+    from pathlib import Path
+    from posthoc_cli.export import write_synthesis
+    from posthoc_cli.synthesis import disk_sources, plan_synthesis
+    plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15])
+    write_synthesis(plan, [Path(sys.argv[2])], dtype=sys.argv[3])
+try:
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
+except OSError:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024))
+"""
+# Linux lets a process inherit ru_maxrss from its parent; VmHWM is the same quantity, counted from its own start.
+
+
+def peak_memory(folder: Path, out: Path, dtype: str = "float32") -> int:
+    """Peak resident bytes of a process that makes one target into a file, above those of one that imports torch."""
+    return _peak(str(folder), str(out), dtype) - _peak()
+
+
+def _peak(*arguments: str) -> int:
+    done = subprocess.run([sys.executable, "-c", _PEAK, *arguments], stdout=subprocess.PIPE, text=True, check=True)
+    return int(done.stdout)
+
+
+# --- the peers -------------------------------------------------------------------------------------
+
+
+class Layers(torch.nn.Module):
+    """A model of these shapes."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.layers = torch.nn.ParameterList(torch.randn(shape) for shape in shapes.values())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def ema_pytorch_synthesis(folder: Path, shapes: Shapes, snapshots: int = 20) -> Callable[[], object]:
+    """`ema_pytorch` with as many float16 checkpoints of its own; what makes one average from them."""
+    from ema_pytorch import PostHocEMA
+
+    with _quiet():
+        model = Layers(shapes)
+        tracker = PostHocEMA(
+            model,
+            sigma_rels=TRACKED,
+            update_every=1,
+            checkpoint_every_num_steps=1,
+            checkpoint_folder=str(folder),
+            checkpoint_dtype=torch.float16,
+        )
+        for _ in range(snapshots // 2):
+            tracker.update()
+
+    def synthesize() -> object:
+        with _quiet():
+            return tracker.synthesize_ema_model(sigma_rel=0.15)
+
+    return synthesize
+
+
+def posthoc_ema_synthesis(folder: Path, shapes: Shapes, snapshots: int = 20) -> Callable[[], object]:
+    """`posthoc_ema` with as many float16 checkpoints of its own; what makes one average from them."""
+    from posthoc_ema import PostHocEMA
+
+    with _quiet():
+        model = Layers(shapes)
+        tracker = PostHocEMA.from_model(
+            model,
+            str(folder),
+            max_checkpoints=snapshots // 2,
+            sigma_rels=TRACKED,
+            update_every=1,
+            checkpoint_every=1,
+            update_after_step=0,
+            checkpoint_dtype=torch.float16,
+        )
+        for _ in range(snapshots // 2):
+            tracker.update_(model)
+
+    def synthesize() -> object:
+        with _quiet(), tracker.state_dict(sigma_rel=0.15) as state:
+            return state
+
+    return synthesize
