@@ -12,6 +12,7 @@ import torch
 
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import ClockRecorder
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.store import find_snapshots
 from posthoc_cli.snapshots.tensors import stored_name
@@ -103,11 +104,12 @@ def live_sources(
 
 def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
     """Snapshots of a run on disk and, where they are newer, its live averages, measured; none of them twice."""
-    sources: list[Source] = list(_measured(live))
     snapshots = find_snapshots(directory)
-    if not snapshots or snapshots[0].info.run_id != run_id:
-        return sources
-    now = live[0].info.t if live else snapshots[-1].info.t
+    if snapshots and snapshots[0].info.run_id != run_id:
+        snapshots = []
+    stored = {(snapshot.info.t, snapshot.info.sigma_rel): snapshot.info.measurements for snapshot in snapshots}
+    sources: list[Source] = list(_measured(live, stored))
+    now = live[0].info.t if live else max((snapshot.info.t for snapshot in snapshots), default=0.0)
     held = {source.info.sigma_rel for source in live}
     for snapshot in snapshots:
         info = snapshot.info
@@ -116,11 +118,19 @@ def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) ->
     return sources
 
 
-def _measured(live: Sequence[LiveSource]) -> list[LiveSource]:
-    """The same sources, each with its measurements: exact, and to the other live averages only."""
+def _measured(
+    live: Sequence[LiveSource], stored: Mapping[tuple[float, float], Measurements | None]
+) -> list[LiveSource]:
+    """The same sources, each with its measurements: exact, and to the other live averages only.
+
+    One that was stored just now has what was measured then, which is more.
+    """
     if not live:
         return []
-    found = measure_live([source.info for source in live], [source.averages for source in live])
+    known = [stored.get((source.info.t, source.info.sigma_rel)) for source in live]
+    found = [None if measurements is None else replace(measurements, rounding=0.0) for measurements in known]
+    if None in found:
+        found = measure_live([source.info for source in live], [source.averages for source in live])
     return [
         replace(source, info=replace(source.info, measurements=measurements))
         for source, measurements in zip(live, found, strict=True)
