@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -93,6 +94,8 @@ def parse_mode(shard: str | None, finish: bool, skip_existing: bool) -> Mode:
         raise InvalidValueError("--shard and --finish: give one of them; --finish comes when all parts are made")
     if shard is None and not finish:
         mode = Mode("rank" if is_rank() else "whole")
+        if mode.kind == "rank":  # else torch shows a C++ trace when the process with the store has gone
+            os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     else:
         mode = Mode("finish") if shard is None else Mode("shard", parse_part(shard))
     if skip_existing and mode.kind != "whole":

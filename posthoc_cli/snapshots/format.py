@@ -73,7 +73,7 @@ A *part* of an output is an output of some of its tensors with ema.part ("3/8": 
 hexadecimal digits, the same in all parts that belong together) and ema.release (the release that made it).
 
 A snapshot may also be a *directory*: shards beside the index `model.safetensors.index.json` of the Hugging Face
-libraries, {"weight_map": {tensor: file}}. A shard is a snapshot file of its own tensors, which ema.tensors,
+libraries, {"weight_map": {tensor: file}}; a shard is a snapshot file of its own tensors, which ema.tensors,
 ema.aliases and ema.measurements are about (sums over the whole are the sums of theirs); all else is the same in each.
 """
 

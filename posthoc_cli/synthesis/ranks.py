@@ -13,9 +13,10 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from posthoc_cli.errors import InvalidValueError, RankError
 
@@ -28,11 +29,13 @@ BEAT = 0.5
 SILENCE = 60.0
 """Seconds without one after which a process counts as dead."""
 
-START = 300.0
+START = 120.0
 """Seconds for all processes to begin."""
 
 FAREWELL = 5.0
 """Seconds that a process waits at its end for others to have seen what it has to say."""
+
+_T = TypeVar("_T")
 
 _WANTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -88,6 +91,7 @@ class Ranks:
         try:
             if isinstance(error, SystemExit):  # a launcher ends all when one has died
                 lost = self._look_for_dead()
+                self._note_failure(f"rank {self.rank} was told to stop" if lost is None else str(lost))
             elif error is not None and not isinstance(error, RankError):
                 self._note_failure(f"rank {self.rank} failed: {str(error) or type(error).__name__}")
             self._add(f"left/{self.rank}", 1)
@@ -160,7 +164,7 @@ class Ranks:
         if self._failure is not None:
             return self._failure
         silent = [r for r, pulse in pulses.items() if pulse.silent_for() and not self._add(f"left/{r}", 0)]
-        return RankError(f"rank {silent[0]} has died; this one was told to stop") if silent else None
+        return RankError(f"rank {silent[0]} has died: it gives no sign of life") if silent else None
 
     def _all_left(self) -> bool:
         return all(self._add(f"left/{rank}", 0) for rank in range(self.world))
@@ -220,13 +224,29 @@ def join_ranks() -> Ranks:
             "must be whole numbers as torchrun sets them"
         )
     meet: Any = rendezvous
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
-        store, _, _ = next(meet("env://", rank, world, timeout=timedelta(seconds=START)))
+        store, _, _ = _interruptible(lambda: next(meet("env://", rank, world, timeout=timedelta(seconds=START))))
     except (RuntimeError, ValueError) as error:
-        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         raise RankError(f"rank {rank}: the {world} processes did not meet at {where}: {_first_line(error)}") from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Ranks(rank, world, PrefixStore(f"ema-attempt-{attempt}", store))
+
+
+def _interruptible(call: Callable[[], _T]) -> _T:
+    """The result of a call that lets no signal through, such as a long wait in C++; made in a thread."""
+    outcome: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001  raised again below
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="ema-meet", daemon=True).start()
+    while not outcome.done():
+        time.sleep(0.02)
+    return outcome.result()
 
 
 def _first_line(error: BaseException) -> str:
