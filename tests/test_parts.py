@@ -84,12 +84,7 @@ def test_any_number_of_parts_gives_together_the_bytes_of_one_file(
         expected, found = load_file(path), load(folder)
         assert found.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert found[name].dtype == tensor.dtype
-            assert (
-                found[name].numpy(force=True).tobytes() == tensor.numpy(force=True).tobytes()
-                if (tensor.dtype != torch.bfloat16)
-                else torch.equal(found[name], tensor)
-            )
+            assert torch.equal(found[name], tensor)
 
 
 def test_parts_have_nearly_equal_bytes_and_keep_small_neighbours_together(run: Path) -> None:
@@ -98,11 +93,10 @@ def test_parts_have_nearly_equal_bytes_and_keep_small_neighbours_together(run: P
     written = {name: sum(specs[n] for n in names) for name, names in names_by_tensor(plan.newest.info).items()}
     division = divide(plan, 3, written)
     assert sorted(name for part in division for name in part) == sorted(plan.newest.info.tensors)
-    loads = [sum(written[name] for name in part) for part in division]
-    assert max(loads) - min(loads) < 0.35 * sum(loads) / 3
+    loads = sorted(sum(written[name] for name in part) for part in division)
+    assert loads[2] == written["embed"], "the largest tensor, under both its names, is not cut"
+    assert loads[1] - loads[0] < 0.05 * loads[1]
     assert division == divide(plan, 3, written)
-    many = divide(plan, 2, dict.fromkeys(written, 0))
-    assert [name for part in many for name in part if name in part] != []
 
 
 def test_parts_without_tensors_are_whole_files(run: Path, tmp_path: Path) -> None:

@@ -237,7 +237,7 @@ def _joined_info(shards: Sequence[Snapshot]) -> fmt.SnapshotInfo:
 def _joined_measurements(measured: Sequence[Measurements | None]) -> Measurements | None:
     """The sums over all shards; None where a shard has none, or has others than the first."""
     known = [one for one in measured if one is not None]
-    if len(known) < len(measured) or len({_partners(one).keys() for one in known}) > 1:
+    if len(known) < len(measured) or len({frozenset(_partners(one)) for one in known}) > 1:
         return None
     return reduce(_sum, known)
 
