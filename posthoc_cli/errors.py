@@ -11,6 +11,7 @@
     ├── OutputExistsError              1   an output that is there already
     ├── InexactError                   1   a target whose predicted error is above what the user accepts
     ├── MissingDependencyError         1   an optional library that is not installed
+    ├── RankError                      1   another process of a torchrun job that failed or died
     ├── WriteError (OSError)           1   the system refused a write; nothing partial is left
     └── NotReadyError (RuntimeError)   1   an average that does not exist yet
 
@@ -64,6 +65,10 @@ class InexactError(PostHocError):
 
 class MissingDependencyError(PostHocError):
     """An optional library that is not installed; the message says how to install it."""
+
+
+class RankError(PostHocError):
+    """Another process of a job failed or died, so that this one stops."""
 
 
 class WriteError(PostHocError, OSError):

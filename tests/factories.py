@@ -16,6 +16,7 @@ import torch
 
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
+from posthoc_cli.snapshots.index import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.store import snapshot_path
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
@@ -110,6 +111,29 @@ def write_snapshot(
             writer.write(key, tensor_bytes(value))
         writer.commit()
     return path
+
+
+def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:
+    """Write a snapshot in several files, with an index; returns its directory.
+
+    Arguments:
+        info: of the whole; its measurements are written in every shard.
+        parts: the values in each shard.
+    """
+    folder.mkdir(parents=True)
+    weight_map = {}
+    for number, values in enumerate(parts, 1):
+        path = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
+        aliases = {alias: name for alias, name in info.aliases.items() if name in values}
+        own = replace(info, tensors={name: info.tensors[name] for name in values}, aliases=aliases)
+        specs = [TensorSpec(key, stored_name(value.dtype), tuple(value.shape)) for key, value in values.items()]
+        with TensorFileWriter(path, specs, snapshot_metadata(own)) as writer:
+            for key, value in values.items():
+                writer.write(key, tensor_bytes(value))
+            writer.commit()
+        weight_map |= dict.fromkeys(values, path.name)
+    (folder / INDEX_NAME).write_bytes(encode_index(weight_map, 0))
+    return folder
 
 
 def read_snapshot(path: Path) -> Snapshot:

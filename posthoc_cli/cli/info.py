@@ -41,9 +41,13 @@ def info(
 
 
 def describe_directory(path: Path) -> dict[str, Any]:
-    """What a snapshot directory holds: the object that --json prints."""
+    """What a snapshot directory holds, or a snapshot in several files: the object that --json prints."""
+    from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
     from posthoc_cli.snapshots.store import inspect_directory
 
+    sharded = read_sharded(path) if is_sharded(path) else None
+    if sharded is not None:
+        return _describe_snapshot(sharded)
     found = inspect_directory(path)
     report: dict[str, Any] = {"kind": "directory", "path": str(path)}
     if found.snapshots:

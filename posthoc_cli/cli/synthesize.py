@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posthoc_cli.cli import output
+from posthoc_cli.cli import output, spread
 from posthoc_cli.cli.values import (
     BetaOption,
     BetweenOption,
@@ -74,6 +74,18 @@ def synthesize(
         typer.Option(help="dtype of the sums: float32 or float64. [default: float32; float64 for float64 parameters]"),
     ] = None,
     method: MethodOption = None,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Make part K of N only, a shard in the folder --out; other processes make the others, in any order. "
+            "A part that is there, whole and of the same plan, is left as it is.",
+        ),
+    ] = None,
+    finish: Annotated[
+        bool,
+        typer.Option("--finish", help="Verify the parts that --shard has made, and write the index: a whole model."),
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that are there.")] = False,
     skip_existing: Annotated[
         bool, typer.Option("--skip-existing", help="Leave outputs that are there as they are.")
@@ -97,6 +109,9 @@ def synthesize(
 
     The predicted error is the expected relative L2 distance of the weights from the true average; the profile
     error is that of the profile.
+
+    One large model on many machines: --shard 1/8 to --shard 8/8 in any processes, then --finish. Under torchrun
+    the processes do both by themselves. The output is then a folder of shards.
     """
     from posthoc_cli.snapshots.format import parse_dtype_word
     from posthoc_cli.synthesis import device_reason, disk_sources, parse_accumulate, parse_device, plan_synthesis
@@ -115,12 +130,40 @@ def synthesize(
         raise InvalidValueError("--force and --skip-existing: give one of them")
     if out is None and not dry_run:
         raise InvalidValueError("--out: where to write is missing; --dry-run needs no output")
+    mode = spread.parse_mode(shard, finish, skip_existing)
+    layout = spread.layout_of(mode, out, layout)
     from posthoc_cli.export.naming import output_paths  # loads torch: not before wrong options are refused
 
     paths, folder = ([], None) if out is None or dry_run else output_paths(targets, out, layout)
     parse_accumulate(accumulate)
     reason = device_reason(device)
-    device = "cpu" if dry_run and device == "auto" else parse_device(device)
+    device = "cpu" if dry_run and device == "auto" else parse_device(mode.device(device))
+    if mode.kind != "whole":
+        options = spread.Options(
+            directory,
+            targets,
+            t,
+            step,
+            method,
+            accepted,
+            out,
+            dtype,
+            device,
+            accumulate,
+            force,
+            max_shard_size,
+            dry_run,
+        )
+        done = spread.run(mode, options, quiet, verbose)
+        if done is None:
+            return
+        if as_json:
+            report = _report(done.plan, done.paths, done.there, time.perf_counter() - started)
+            output.print_json(report | {"device": device, "reason": reason} | done.report)
+        elif not quiet:
+            _print_coefficients(done.plan) if verbose else None
+            output.print_line(done.text)
+        return
     plan = plan_synthesis(disk_sources(directory.expanduser()), targets, t, step, method, accepted, dtype)
     skipped = _existing(paths, layout) if skip_existing else set()
     wanted = [index for index in range(len(paths)) if index not in skipped]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
@@ -16,13 +15,14 @@ from posthoc_cli import files
 from posthoc_cli.errors import OutputExistsError
 from posthoc_cli.export.parts import FilePart, TilePart
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.index import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.tensors import tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.tiles import Tile
 
 SHARD_PATTERN = "model{suffix}.safetensors"
-INDEX_NAME = "model.safetensors.index.json"
-_MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""What the files of a model in a folder are called."""
 
 
 def holds_model(folder: Path) -> bool:
@@ -89,9 +89,8 @@ class ShardedSink:
             writer.commit()
             self._published.append(self._folder / file)
         if self._split.is_sharded:
-            index = {"metadata": self._split.metadata, "weight_map": self._split.tensor_to_filename}
-            text = json.dumps(index, indent=2, sort_keys=True) + "\n"
-            files.write_whole(self._folder / INDEX_NAME, text.encode(), self._overwrite)
+            text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
+            files.write_whole(self._folder / INDEX_NAME, text, self._overwrite)
             self._published.append(self._folder / INDEX_NAME)
         self._old.remove_all_but(self._published)
         self._committed = True
@@ -126,7 +125,7 @@ class _OldModel:
         """Give every file a second name. The index loses its first: it must not lead to shards of two models."""
         with files.reported_as_write_error(self._folder):
             for path in sorted(self._folder.iterdir()):
-                if path.name == INDEX_NAME or _MODEL_FILE.fullmatch(path.name):
+                if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name):
                     self._kept[path] = files.temporary_path(self._folder)
                     self._rename_or_link(path)
 

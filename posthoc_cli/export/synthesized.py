@@ -53,15 +53,28 @@ def write_synthesis(
             metadata = fmt.output_metadata(plan.output_info(index))
             sink = make_sink(layout_of(path, layout), path, specs, metadata, overwrite, limit)
             sinks.append(stack.enter_context(sink))
-        names = names_by_tensor(plan.newest.info)
-        made = place_synthesis(
-            plan, lambda tile: _TargetParts(sinks, tile, names), dtype, device, progress, accumulate, workers
-        )
-        with closing(made):
-            for _ in made:
-                pass
+        fill_sinks(plan, sinks, dtype, device, progress, accumulate, workers)
         for sink in sinks:
             sink.commit()
+
+
+def fill_sinks(
+    plan: Plan,
+    sinks: Sequence[Sink],
+    dtype: torch.dtype | str | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress | None = None,
+    accumulate: torch.dtype | str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Synthesize every target of a plan into its sink; commits none. Arguments as in `synthesis.synthesize`."""
+    names = names_by_tensor(plan.newest.info)
+    made = place_synthesis(
+        plan, lambda tile: _TargetParts(sinks, tile, names), dtype, device, progress, accumulate, workers
+    )
+    with closing(made):
+        for _ in made:
+            pass
 
 
 class _TargetParts:

@@ -69,6 +69,11 @@ t, t_unit, checksums and checksum as above, and
     ema.predicted_error  expected relative L2 error of the weights, or "null"
     ema.snapshots        JSON list of {"file", "coefficient"}
     ema.copies           JSON list: names of the tensors that are copies (buffers), not averages
+
+A *part* of an output has some of its tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal digits,
+the same in all parts of a plan) and ema.release (what made it). A snapshot may also be a *directory*: shards, and
+`model.safetensors.index.json` as the Hugging Face libraries define it. Each is a snapshot file of its own tensors,
+which ema.tensors, ema.aliases and ema.measurements are about (sums over the whole are the sums of theirs).
 """
 
 from __future__ import annotations

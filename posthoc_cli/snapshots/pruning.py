@@ -20,7 +20,8 @@ from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior, measured_prior
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.priors import stored_average, with_sampled_measurements
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.sharded import open_tensors, remove_snapshot
 from posthoc_cli.snapshots.store import read_directory
 
 _ONE_BY_ONE = 128
@@ -124,13 +125,13 @@ def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None
         WriteError: the system refused a deletion. What was to stay is there.
     """
     for snapshot in pruning.kept:
-        with TensorFile(snapshot.path, snapshot.header) as file:
+        with open_tensors(snapshot) as file:
             for name, entry in snapshot.header.tensors.items():
                 file.read(name)
                 progress(entry.nbytes)
     for snapshot in pruning.gone:
         with files.reported_as_write_error(snapshot.path), suppress(FileNotFoundError):
-            files.unlink(snapshot.path)
+            remove_snapshot(snapshot.path)
     for directory in {snapshot.path.parent for snapshot in pruning.gone}:
         with files.reported_as_write_error(directory):
             files.fsync_directory(directory)

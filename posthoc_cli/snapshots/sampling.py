@@ -24,7 +24,8 @@ from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots.format import ITEM_BYTES
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.sharded import open_tensors
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
@@ -137,7 +138,7 @@ def _segments(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator
 
 def _read(snapshot: Snapshot, segments: Sequence[_Segment]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
-    with TensorFile(snapshot.path, snapshot.header) as file:
+    with open_tensors(snapshot) as file:
         for segment in segments:
             stored = snapshot.header.tensors[segment.name].dtype
             item = ITEM_BYTES[stored]

@@ -23,6 +23,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
 from posthoc_cli.snapshots.priors import stored_average
 from posthoc_cli.snapshots.reader import Snapshot, read_header
+from posthoc_cli.snapshots.sharded import is_sharded, read_sharded, remove_snapshot
 
 log = logging.getLogger(__name__)
 
@@ -138,12 +139,12 @@ def inspect_directory(directory: Path) -> Inspection:
         snapshots=tuple(snapshots),
         problems=tuple(problems),
         leftovers=tuple(sorted(directory.glob(f"{files.TEMPORARY_PREFIX}*{files.TEMPORARY_SUFFIX}"))),
-        superseded=len(list(aside.glob(f"*{fmt.SUFFIX}"))) if aside.is_dir() else 0,
+        superseded=sum(p.suffix == fmt.SUFFIX or is_sharded(p) for p in aside.iterdir()) if aside.is_dir() else 0,
     )
 
 
 def _candidates(directory: Path) -> list[Path]:
-    """Files that may be snapshots; FileNotFoundError where there is no directory."""
+    """Files, and directories with an index, that may be snapshots; FileNotFoundError where there is no directory."""
     try:
         entries = list(directory.iterdir())
     except FileNotFoundError:
@@ -155,12 +156,18 @@ def _candidates(directory: Path) -> list[Path]:
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
         raise DirectoryError(f"{str(directory)!r}: cannot be read: {reason.lower()}") from error
-    return sorted(p for p in entries if p.suffix == fmt.SUFFIX and not p.name.startswith("."))
+    return sorted(p for p in entries if not p.name.startswith(".") and (p.suffix == fmt.SUFFIX or _may_be_sharded(p)))
+
+
+def _may_be_sharded(path: Path) -> bool:
+    return path.name != SUPERSEDED and is_sharded(path)
 
 
 def _open_candidate(path: Path) -> Snapshot | None:
-    """The snapshot in a file; None for a synthesized or foreign safetensors file kept beside the snapshots."""
+    """The snapshot at a path; None for a synthesized or foreign safetensors file kept beside the snapshots."""
     try:
+        if is_sharded(path):
+            return read_sharded(path)
         header = read_header(path)
     except FileFormatError:
         if not os.path.lexists(path):
@@ -265,7 +272,7 @@ def thin(
     for snapshot in gone:
         log.debug("thinning: %s goes", snapshot.path)
         with suppress(FileNotFoundError):  # gone by another hand
-            files.unlink(snapshot.path)
+            remove_snapshot(snapshot.path)
     return [snapshot for snapshot in stored if snapshot not in gone]
 
 

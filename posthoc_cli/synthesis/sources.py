@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Protocol
 from posthoc_cli.reconstruction import Prior, measured_prior
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.priors import stored_average, with_sampled_measurements
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.sharded import open_tensors
 from posthoc_cli.snapshots.store import read_directory
 
 if TYPE_CHECKING:
@@ -64,13 +65,13 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class DiskSource:
-    """A snapshot file as a source."""
+    """A snapshot on disk, in one file or several, as a source."""
 
     snapshot: Snapshot
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The name of the file, or of the directory."""
         return self.snapshot.path.name
 
     @property
@@ -100,7 +101,7 @@ class DiskSource:
 
 class _OpenFile:
     def __init__(self, snapshot: Snapshot) -> None:
-        self._file = TensorFile(snapshot.path, snapshot.header)
+        self._file = open_tensors(snapshot)
 
     def open_tile(self, tile: Tile) -> TileReader:
         """Start reading the tile."""

@@ -13,7 +13,8 @@ import torch
 
 from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.sharded import open_tensors
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.averages import RunningAverages, accumulator_dtype
@@ -204,7 +205,7 @@ def load_averages(directory: Path, sigma_rels: Sequence[float]) -> tuple[Running
 
 def _read(snapshot: Snapshot, role: str) -> dict[str, torch.Tensor]:
     tensors = {}
-    with TensorFile(snapshot.path, snapshot.header) as file:
+    with open_tensors(snapshot) as file:
         for name, tensor in snapshot.info.tensors.items():
             if tensor.role == role:
                 entry = snapshot.header.tensors[name]

@@ -1,0 +1,69 @@
+"""The index of a sharded model: which tensor is in which file. As the Hugging Face libraries define it, and checked.
+
+{"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file beside the index}}
+"""
+
+from __future__ import annotations
+
+import json
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.metadata import parse_json
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def read_index(path: Path) -> dict[str, list[str]]:
+    """The tensors in each file of a sharded model, by the file's name, growing.
+
+    Nothing in an index is believed: a name leads to a file beside it and nowhere else.
+
+    Raises:
+        FileFormatError: naming the index and what is wrong with it.
+    """
+    weight_map = _read_object(path).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise FileFormatError(f"{path}: is not an index of shards: it has no weight_map")
+    shards: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        if not (isinstance(name, str) and is_plain_name(name)):
+            raise FileFormatError(f"{path}: tensor {tensor!r}: {str(name)[:60]!r} is not the name of a file beside it")
+        shards.setdefault(name, []).append(tensor)
+    return dict(sorted(shards.items()))
+
+
+def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """The content of an index."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name leads to a visible file in its own folder, on every system."""
+    return (
+        name.endswith(fmt.SUFFIX)
+        and not name.startswith(".")
+        and len(name.encode(errors="replace")) <= 255
+        and all(c.isprintable() and c not in "/\\:" for c in name)
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        state = path.stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise FileFormatError(f"{path}: is not a regular file")
+        if state.st_size > fmt.MAX_HEADER_BYTES:
+            raise FileFormatError(f"{path}: has {state.st_size:,} bytes; at most {fmt.MAX_HEADER_BYTES:,} are allowed")
+        data = path.read_bytes()
+    except OSError as error:
+        raise FileFormatError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
+    found = parse_json(path, data, "index")
+    if not isinstance(found, dict):
+        raise FileFormatError(f"{path}: is not an index of shards: it is no JSON object")
+    return found

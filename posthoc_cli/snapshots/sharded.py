@@ -1,0 +1,285 @@
+"""Snapshots in several files: a directory with an index, read as one.
+
+Each shard is a snapshot file of its own tensors (see `format`), and says the same as the others about the run, the
+profile and the time; what it measured are sums over its own tensors, so that those of the whole are their sums. The
+index says which tensor is in which shard; with it a snapshot is there, without it it is not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import reduce
+from itertools import groupby
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from posthoc_cli import files
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.index import INDEX_NAME, read_index
+from posthoc_cli.snapshots.reader import RangeReader, Snapshot, TensorFile, read_header
+
+
+@dataclass(frozen=True)
+class ShardedSnapshot(Snapshot):
+    """A snapshot in several files. `path` is the directory, `header` tells of all shards together.
+
+    Attributes:
+        shards: each file with its header, by name.
+    """
+
+    shards: tuple[Snapshot, ...]
+
+
+class TensorReader(Protocol):
+    """The tensors of a snapshot, in one file or in several, read by any number of threads; see `TensorFile`."""
+
+    @property
+    def header(self) -> fmt.FileHeader:
+        """What is where."""
+        ...
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor, verified."""
+        ...
+
+    def read_range(self, name: str, begin: int, end: int) -> RangeReader:
+        """Some blocks of a tensor, to be read in order and verified."""
+        ...
+
+    def fill(self, name: str, view: memoryview, begin: int) -> None:
+        """Fill `view` from a tensor, and those that follow it by their places in `header`, unverified."""
+        ...
+
+    def verify(self, names: Sequence[str], parts: Sequence[memoryview]) -> None:
+        """Check all bytes of small tensors."""
+        ...
+
+    def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        """Some bytes of a tensor, for estimates."""
+        ...
+
+    def close(self) -> None:
+        """Close what was opened."""
+        ...
+
+    def __enter__(self) -> TensorReader: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a path leads to a directory with an index."""
+    return (path / INDEX_NAME).is_file()
+
+
+def open_path(path: Path) -> TensorReader:
+    """Open the snapshot at a path for its tensors, whatever it is now.
+
+    Raises:
+        FileFormatError: it is damaged.
+    """
+    snapshot = read_sharded(path) if is_sharded(path) else None
+    return TensorFile(path) if snapshot is None else ShardedTensors(snapshot)
+
+
+def open_tensors(snapshot: Snapshot) -> TensorReader:
+    """Open a snapshot for its tensors; it must still be the one that was read.
+
+    Raises:
+        FileFormatError: it is not, or is damaged.
+    """
+    if isinstance(snapshot, ShardedSnapshot):
+        return ShardedTensors(snapshot)
+    return TensorFile(snapshot.path, snapshot.header)
+
+
+class ShardedTensors:
+    """The files of a sharded snapshot, opened together."""
+
+    def __init__(self, snapshot: ShardedSnapshot) -> None:
+        self.header = snapshot.header
+        self._stack = ExitStack()
+        self._files: dict[str, TensorFile] = {}
+        with ExitStack() as stack:
+            for shard in snapshot.shards:
+                file = stack.enter_context(TensorFile(shard.path, shard.header))
+                self._files |= dict.fromkeys(shard.header.tensors, file)
+            self._stack = stack.pop_all()
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """See `TensorFile.read`."""
+        return self._files[name].read(name)
+
+    def read_range(self, name: str, begin: int, end: int) -> RangeReader:
+        """See `TensorFile.read_range`."""
+        return self._files[name].read_range(name, begin, end)
+
+    def fill(self, name: str, view: memoryview, begin: int) -> None:
+        """See `TensorFile.fill`: tensors that follow each other in `header` do so in one file."""
+        self._files[name].fill(name, view, begin)
+
+    def verify(self, names: Sequence[str], parts: Sequence[memoryview]) -> None:
+        """See `TensorFile.verify`."""
+        pairs = zip(names, parts, strict=True)
+        for file, group in groupby(pairs, lambda pair: self._files[pair[0]]):
+            own = list(group)
+            file.verify([name for name, _ in own], [part for _, part in own])
+
+    def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        """See `TensorFile.read_unverified`."""
+        return self._files[name].read_unverified(name, begin, end)
+
+    def close(self) -> None:
+        """Close all files."""
+        self._stack.close()
+
+    def __enter__(self) -> ShardedTensors:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+# --- from a directory ------------------------------------------------------------------------------
+
+
+def read_sharded(directory: Path) -> ShardedSnapshot | None:
+    """The snapshot in a directory with an index; None where its shards are no snapshots. Reads headers only.
+
+    Raises:
+        FileFormatError: the index or a shard is damaged, or they contradict each other.
+    """
+    index = directory / INDEX_NAME
+    names = read_index(index)
+    headers = {name: read_header(directory / name) for name in names}
+    if not any(file_kind(header) == "snapshot" for header in headers.values()):
+        if names:
+            return None
+        raise FileFormatError(f"{index}: names no shard")
+    shards = [
+        Snapshot(directory / name, header, decode_snapshot(directory / name, header))
+        for name, header in headers.items()
+    ]
+    for shard in shards:
+        _check_names(index, shard, names[shard.path.name])
+    for other in shards[1:]:
+        _check_same(shards[0], other)
+    return ShardedSnapshot(directory, _joined_header(shards), _joined_info(shards), tuple(shards))
+
+
+def _check_names(index: Path, shard: Snapshot, names: Sequence[str]) -> None:
+    """Check that a shard holds what the index says, and nothing else."""
+    missing, further = set(names) - shard.header.tensors.keys(), shard.header.tensors.keys() - set(names)
+    if missing:
+        raise FileFormatError(f"{shard.path}: tensor {min(missing)!r} is not in it, as {index.name} says")
+    if further:
+        raise FileFormatError(f"{shard.path}: tensor {min(further)!r} is in it, and not in {index.name}")
+
+
+def _check_same(first: Snapshot, other: Snapshot) -> None:
+    """Check that two shards are of one snapshot."""
+    own = ("tensors", "aliases", "measurements")
+    for name in fmt.SnapshotInfo.__dataclass_fields__:
+        values = [getattr(shard.info, name) for shard in (first, other)]
+        if name not in own and values[0] != values[1]:
+            raise FileFormatError(
+                f"{first.path} and {other.path} are not of one snapshot: their {name} are {str(values[0])[:60]} and "
+                f"{str(values[1])[:60]}"
+            )
+    for alias, name in other.info.aliases.items():
+        if first.info.aliases.get(alias, name) != name:
+            raise FileFormatError(f"{first.path} and {other.path}: both have a tensor that goes by {alias!r}, too")
+
+
+def _joined_header(shards: Sequence[Snapshot]) -> fmt.FileHeader:
+    """All shards as one file, with gaps between them: what follows each other here does so in one file."""
+    tensors: dict[str, fmt.TensorEntry] = {}
+    base = 0
+    for shard in shards:
+        for name, entry in shard.header.tensors.items():
+            tensors[name] = replace(entry, begin=base + entry.begin)
+        base += sum(entry.nbytes for entry in shard.header.tensors.values()) + 1
+    metadata = {**shards[0].header.metadata, "ema.checksum": _joined_checksum(shards)}
+    return fmt.FileHeader(metadata, tensors, sum(shard.header.payload_start for shard in shards))
+
+
+def _joined_checksum(shards: Sequence[Snapshot]) -> str:
+    """Tells apart what two sharded snapshots hold, as a file's header does by its own checksum."""
+    return xxhash.xxh3_64_hexdigest("".join(shard.header.metadata["ema.checksum"] for shard in shards).encode())
+
+
+def _joined_info(shards: Sequence[Snapshot]) -> fmt.SnapshotInfo:
+    tensors: dict[str, fmt.TrackedTensor] = {}
+    aliases: dict[str, str] = {}
+    for shard in shards:
+        tensors |= shard.info.tensors
+        aliases |= shard.info.aliases
+    for alias in aliases.keys() & tensors.keys():
+        raise FileFormatError(f"{shards[0].path.parent}: {alias!r} is a tensor and a further name of another one")
+    measured = [shard.info.measurements for shard in shards]
+    return replace(shards[0].info, tensors=tensors, aliases=aliases, measurements=_joined_measurements(measured))
+
+
+def _joined_measurements(measured: Sequence[Measurements | None]) -> Measurements | None:
+    """The sums over all shards; None where a shard has none, or has others than the first."""
+    known = [one for one in measured if one is not None]
+    if len(known) < len(measured) or len({frozenset(_partners(one)) for one in known}) > 1:
+        return None
+    return reduce(_sum, known)
+
+
+def _partners(measured: Measurements) -> dict[tuple[float, float], Distance]:
+    return {(distance.t, distance.sigma_rel): distance for distance in measured.distances}
+
+
+def _sum(one: Measurements, other: Measurements) -> Measurements:
+    """Sums over the elements of both, which measured the distances to the same partners."""
+    further = _partners(other)
+    distances = tuple(
+        replace(distance, squared=distance.squared + twin.squared, rounding=distance.rounding + twin.rounding)
+        for partner, distance in _partners(one).items()
+        for twin in (further[partner],)
+    )
+    return Measurements(one.norm + other.norm, one.rounding + other.rounding, distances)
+
+
+# --- away with it ----------------------------------------------------------------------------------
+
+
+def remove_snapshot(snapshot: Path) -> None:
+    """Delete a snapshot: a file, or a directory with an index.
+
+    A directory first loses its name, in one step, so that an interruption leaves no half snapshot but a temporary.
+    Only the index and its shards are deleted: where there is more, the directory gets its name back and keeps that.
+
+    Raises:
+        OSError: the system refused.
+        FileFormatError: the index cannot be read; nothing was deleted.
+    """
+    if snapshot.is_symlink() or not snapshot.is_dir():
+        files.unlink(snapshot)
+        return
+    names = list(read_index(snapshot / INDEX_NAME))
+    aside = files.temporary_path(snapshot.parent)
+    files.rename(snapshot, aside)
+    for name in (INDEX_NAME, *names):
+        with suppress(FileNotFoundError):
+            files.unlink(aside / name)
+    try:
+        aside.rmdir()
+    except OSError:
+        files.rename(aside, snapshot)  # now no snapshot, but what somebody keeps there

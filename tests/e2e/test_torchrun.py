@@ -1,0 +1,164 @@
+"""A synthesis by the processes of a torchrun job, and what is left when one of them is killed or fails."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from ema_command import unmeasured_environment
+from factories import RUN_ID, write_snapshot
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).resolve().parents[2]
+INDEX = "model.safetensors.index.json"
+WORLD = 3
+
+SLOW = """
+import os, sys, time
+if "RANK" in os.environ:
+    from posthoc_cli.synthesis import making, ranks
+    make = making.Maker.make
+    def slowly(self, *arguments):
+        time.sleep(1.0)
+        make(self, *arguments)
+    making.Maker.make = slowly
+    ranks.SILENCE = 3.0
+"""
+"""A sitecustomize module: every tile takes a second."""
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for t in (10, 20):
+        for sigma_rel in (0.05, 0.28):
+            values = {f"layer.{k}": torch.full((700, 500), float(t + k)) for k in range(9)}
+            write_snapshot(tmp_path / "run", t, sigma_rel, RUN_ID, values, sigma_rels=(0.05, 0.28))
+    return tmp_path / "run"
+
+
+def environment(*paths: Path) -> dict[str, str]:
+    return {**unmeasured_environment(), "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
+
+
+def slow(tmp_path: Path) -> dict[str, str]:
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW)
+    return environment(tmp_path / "slow")
+
+
+def arguments(run: Path, out: Path) -> list[str]:
+    return ["-m", "posthoc_cli", "synthesize", str(run), "--sigma-rel", "0.1", "--out", str(out)]
+
+
+def torchrun(*command: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", *command]
+
+
+def wait_for_work(out: Path, process: subprocess.Popen[str]) -> None:
+    while len(list(out.glob(".ema-*.tmp"))) < WORLD:
+        assert process.poll() is None
+        time.sleep(0.01)
+
+
+def test_torchrun_makes_the_same_tensors_as_one_process(run: Path, tmp_path: Path) -> None:
+    job = torchrun(*arguments(run, tmp_path / "out"))
+    done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("wrote the index") == 1
+    assert len(done.stdout.splitlines()) == 1
+    alone = [sys.executable, *arguments(run, tmp_path / "one.safetensors")]
+    subprocess.run(alone, env=environment(), check=True, capture_output=True)
+    expected = load_file(tmp_path / "one.safetensors")
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) == WORLD
+    found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert (tmp_path / "out" / INDEX).exists()
+    wrong = torchrun(*arguments(run, tmp_path / "two.safetensors"))
+    refused = subprocess.run(wrong, env=environment(), capture_output=True, text=True, timeout=300)
+    assert refused.returncode != 0
+    assert "several processes make a folder of shards" in refused.stderr
+
+
+def children(process: subprocess.Popen[str]) -> dict[int, int]:
+    """The process of each rank of a job."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            variables = (path / "environ").read_bytes().split(b"\0")
+        except (OSError, IndexError):
+            continue
+        ranks = [int(v[5:]) for v in variables if v.startswith(b"RANK=")]
+        if parent == process.pid and ranks:
+            found[ranks[0]] = int(path.name)
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
+def test_a_killed_rank_of_torchrun_is_named_and_leaves_no_model(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    job, own = torchrun(*arguments(run, out)), slow(tmp_path)
+    with subprocess.Popen(job, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for_work(out, process)
+        os.kill(children(process)[1], signal.SIGKILL)
+        printed, errors = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert "ema: error: rank 1 has died" in errors
+    assert "wrote" not in printed
+    assert not (out / INDEX).exists()
+    again = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stderr
+    assert (out / INDEX).exists()
+
+
+def start_ranks(run: Path, out: Path, own: dict[str, str]) -> list[subprocess.Popen[str]]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(WORLD)}
+    return [
+        subprocess.Popen(
+            [sys.executable, *arguments(run, out)],
+            env={**own, **meeting, "RANK": str(rank)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(WORLD)
+    ]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_is_named_by_the_others_where_no_launcher_watches(run: Path, tmp_path: Path, victim: int) -> None:
+    out = tmp_path / "out"
+    processes = start_ranks(run, out, slow(tmp_path))
+    wait_for_work(out, processes[0])
+    processes[victim].kill()
+    for rank, process in enumerate(processes):
+        _, errors = process.communicate(timeout=60)
+        if rank != victim:
+            assert process.returncode == 1
+            assert f"ema: error: rank {victim}" in errors
+            assert "has died" in errors
+    assert not (out / INDEX).exists()
+
+
+def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None:
+    shard = next(run.iterdir())
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1  # of the last tensor, which one rank reads
+    shard.write_bytes(data)
+    processes = start_ranks(run, tmp_path / "out", slow(tmp_path))
+    ended = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1] * WORLD
+    assert all(shard.name in errors and "layer.8" in errors for errors in ended), ended
+    assert sum("failed: " in errors for errors in ended) == WORLD - 1
+    assert not (tmp_path / "out" / INDEX).exists()

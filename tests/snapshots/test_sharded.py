@@ -1,0 +1,181 @@
+"""Snapshots in several files: read as one, and nothing in an index is believed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ema_command import Ema
+from factories import OTHER_RUN_ID, RUN_ID, make_info, random_walk, write_run, write_sharded, write_snapshot
+from safetensors.torch import load_file
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import FileFormatError, PostHocError
+from posthoc_cli.export import write_synthesis
+from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
+from posthoc_cli.snapshots.sharded import ShardedSnapshot, read_sharded, remove_snapshot
+from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, inspect_directory, set_aside
+from posthoc_cli.synthesis import disk_sources, plan_synthesis
+
+VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "c": torch.tensor(2.0), "n": torch.tensor(3)}
+
+
+def both_runs(tmp_path: Path, measured: bool = True) -> tuple[Path, Path]:
+    """The same snapshots, in one file each and in three."""
+    walk = random_walk(40, {"w": (30, 20), "bias": (20,), "x/../y": (), "none": (0, 2)})
+    write_run(tmp_path / "plain", walk, (10, 20, 30, 40))
+    for path in sorted((tmp_path / "plain").iterdir()):
+        split_snapshot(path, tmp_path / "sharded" / path.stem)
+    return tmp_path / "plain", tmp_path / "sharded"
+
+
+def split_snapshot(path: Path, folder: Path) -> None:
+    from factories import read_snapshot
+
+    info, values = read_snapshot(path).info, load_file(path)
+    names = list(values)
+    shards = [names[:1], names[1:3], names[3:]]
+    write_sharded(folder, info, [{name: values[name] for name in shard} for shard in shards])
+
+
+def simple(folder: Path, t: float = 10.0, **overrides: Any) -> Path:
+    parts = [{"a": VALUES["a"]}, {name: VALUES[name] for name in "bcn"}]
+    return write_sharded(folder, make_info(VALUES, t, **overrides), parts)
+
+
+def test_a_synthesis_from_sharded_snapshots_is_the_same_bits(tmp_path: Path) -> None:
+    made = []
+    for run in both_runs(tmp_path):
+        plan = plan_synthesis(disk_sources(run), [0.1])
+        write_synthesis(plan, [tmp_path / f"{run.name}.safetensors"])
+        made.append(load_file(tmp_path / f"{run.name}.safetensors"))
+    assert made[0].keys() == made[1].keys()
+    assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+    both = [PostHocEMA.from_path(tmp_path / name).state_dict(sigma_rel=0.1) for name in ("plain", "sharded")]
+    assert all(torch.equal(tensor, both[1][name]) for name, tensor in both[0].items())
+
+
+def test_measurements_of_shards_add_up(tmp_path: Path) -> None:
+    one = Measurements(1.0, 0.1, (Distance(5.0, 0.05, 2.0, 0.25),))
+    path = simple(tmp_path / "s", measurements=one)
+    read = read_sharded(path)
+    assert isinstance(read, ShardedSnapshot)
+    assert read.info.measurements == Measurements(2.0, 0.2, (Distance(5.0, 0.05, 4.0, 0.5),))
+    assert read.info.tensors == make_info(VALUES).tensors
+    assert read.header.file_bytes == sum(p.stat().st_size for p in path.glob("*.safetensors"))
+
+
+def test_a_directory_without_an_index_or_without_snapshots_is_passed_over(tmp_path: Path) -> None:
+    simple(tmp_path / "later", t=20.0)
+    (simple(tmp_path / "s") / INDEX_NAME).unlink()
+    (tmp_path / "model").mkdir()
+    torch_file = write_snapshot(tmp_path / "elsewhere", 10, 0.05, RUN_ID, VALUES)
+    assert torch_file.exists()
+    assert [snapshot.path.name for snapshot in find_snapshots(tmp_path)] == ["later"]
+
+
+@pytest.mark.parametrize(
+    "index",
+    [
+        b"", b"{", b"[]", b"{}", b'{"weight_map": []}', b'{"weight_map": {}}', b'{"weight_map": {"a": 3}}',
+        b'{"weight_map": {"a": "../model-00001-of-00002.safetensors"}}',
+        b'{"weight_map": {"a": "/etc/passwd"}}', b'{"weight_map": {"a": "x\\u0000.safetensors"}}',
+        b'{"weight_map": {"a": "..\\\\x.safetensors"}}', b'{"weight_map": {"a": ".hidden.safetensors"}}',
+        b'{"weight_map": {"a": "C:x.safetensors"}}', b'{"weight_map": {"a": ""}}', b'{"weight_map": {"a": ".."}}',
+        b'{"weight_map": {"a": "x.safetensors", "a": "x.safetensors"}}', b'{"weight_map": NaN}', b"[" * 100_000,
+        b'{"weight_map": {"a": "not-there.safetensors"}}',
+        b'{"weight_map": {"a": "' + b"x" * 5000 + b'.safetensors"}}',
+    ],
+)  # fmt: skip
+def test_a_hostile_index_is_named(tmp_path: Path, index: bytes) -> None:
+    path = simple(tmp_path / "s")
+    (path / INDEX_NAME).write_bytes(index)
+    with pytest.raises(FileFormatError, match=str(path)):
+        find_snapshots(tmp_path)
+    assert str(path) in inspect_directory(tmp_path).problems[0]
+
+
+def change_map(path: Path, changes: Mapping[str, str | None]) -> None:
+    index = json.loads((path / INDEX_NAME).read_text())
+    for name, file in changes.items():
+        index["weight_map"].pop(name, None)
+        if file is not None:
+            index["weight_map"][name] = file
+    (path / INDEX_NAME).write_text(json.dumps(index))
+
+
+def test_an_index_that_contradicts_its_shards_is_named(tmp_path: Path) -> None:
+    path = simple(tmp_path / "s")
+    first, second = sorted(p.name for p in path.glob("*.safetensors"))
+    for changes, said in (
+        ({"b": first}, "'b' is not in it"), ({"b": None}, "'b' is in it"), ({"z": second}, "'z' is not in it"),
+    ):  # fmt: skip
+        before = (path / INDEX_NAME).read_bytes()
+        change_map(path, changes)
+        with pytest.raises(FileFormatError, match=said):
+            read_sharded(path)
+        (path / INDEX_NAME).write_bytes(before)
+
+
+@pytest.mark.parametrize("other", [{"t": 20.0}, {"run_id": OTHER_RUN_ID}, {"sigma_rel": 0.1}, {"left_out": ("x",)}])
+def test_shards_of_two_snapshots_are_not_one(tmp_path: Path, other: dict[str, Any]) -> None:
+    path, stranger = simple(tmp_path / "s"), simple(tmp_path / "o", **other)
+    second = sorted(path.glob("*.safetensors"))[1]
+    (stranger / second.name).replace(second)
+    with pytest.raises(FileFormatError, match="are not of one snapshot"):
+        read_sharded(path)
+
+
+def test_a_flipped_bit_in_a_shard_is_found(tmp_path: Path) -> None:
+    _, run = both_runs(tmp_path)
+    shard = max(run.rglob("*.safetensors"), key=lambda p: p.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    plan = plan_synthesis(disk_sources(run), [0.1])
+    with pytest.raises(PostHocError, match=shard.name):
+        write_synthesis(plan, [tmp_path / "out.safetensors"])
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+# --- away with them --------------------------------------------------------------------------------
+
+
+def test_pruning_removes_whole_directories(tmp_path: Path) -> None:
+    _, run = both_runs(tmp_path)
+    with writing_to(run) as snapshots:
+        pruning = plan_pruning(snapshots, keep=2)
+        execute(pruning)
+    assert sorted(p for p in run.iterdir() if p.is_dir()) == sorted(s.path for s in pruning.kept)
+    assert len(find_snapshots(run)) == 4
+
+
+def test_what_somebody_keeps_in_the_directory_stays(tmp_path: Path) -> None:
+    path = simple(tmp_path / "s")
+    (path / "notes.txt").write_text("mine")
+    remove_snapshot(path)
+    assert [p.name for p in path.iterdir()] == ["notes.txt"]
+    assert find_snapshots(tmp_path) == []
+
+
+def test_a_directory_can_be_set_aside(tmp_path: Path) -> None:
+    simple(tmp_path / "s", t=20.0)
+    simple(tmp_path / "first")
+    stored: Sequence[StoredSnapshot] = [StoredSnapshot.of(snapshot) for snapshot in find_snapshots(tmp_path)]
+    assert len({snapshot.checksum for snapshot in stored}) == 2
+    set_aside([stored[1]])
+    found = inspect_directory(tmp_path)
+    assert [snapshot.path.name for snapshot in found.snapshots] == ["first"]
+    assert found.superseded == 1
+
+
+def test_info_of_a_sharded_snapshot(ema: Ema, tmp_path: Path) -> None:
+    report = json.loads(ema("info", simple(tmp_path / "s"), "--json").out)
+    assert report["kind"] == "snapshot"
+    assert report["tensors"] == 4

@@ -1,0 +1,332 @@
+"""A synthesis in parts: the same bytes as one file, parts that never mix, and no model before its index."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from ema_command import Ema
+from factories import OTHER_RUN_ID, RUN_ID, write_snapshot
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+import posthoc_cli
+from posthoc_cli import files
+from posthoc_cli.errors import OutputExistsError, WriteError
+from posthoc_cli.export import write_synthesis
+from posthoc_cli.export.finishing import finish
+from posthoc_cli.export.parted import PartedSynthesis, parts_for
+from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.synthesis import disk_sources, plan_synthesis
+from posthoc_cli.synthesis.division import Part, divide
+from posthoc_cli.synthesis.plan import names_by_tensor
+
+SHAPES: dict[str, tuple[int, ...]] = {
+    "embed": (300, 40), "a/../b": (7,), "ü 'quoted'": (3, 5), "none": (0, 4), "one": (),
+    **{f"layer.{i}.weight": (40, 50) for i in range(12)}, **{f"layer.{i}.bias": (50,) for i in range(12)},
+}  # fmt: skip
+
+
+def write_run(folder: Path, run_id: str = RUN_ID, seed: int = 0) -> Path:
+    for t in (10, 20, 30):
+        for sigma_rel in (0.05, 0.28):
+            generator = torch.Generator().manual_seed(1000 * seed + t + round(100 * sigma_rel))
+            values = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+            values["half"] = torch.randn(90, 9, generator=generator).half()
+            values["count"] = torch.tensor(t)
+            tracked = {"sigma_rels": (0.05, 0.28), "aliases": {"tied": "embed"}}
+            write_snapshot(folder, t, sigma_rel, run_id, values, **tracked)
+    return folder
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    return write_run(tmp_path / "run")
+
+
+def parted(run: Path, out: Path, parts: int, targets: tuple[float, ...] = (0.1,), **options: object) -> PartedSynthesis:
+    plan = plan_synthesis(disk_sources(run), list(targets))
+    folders = [out] if len(targets) == 1 else [out / str(target) for target in targets]
+    return PartedSynthesis(plan, folders, parts, container=out, **options)  # type: ignore[arg-type]
+
+
+def load(folder: Path) -> dict[str, torch.Tensor]:
+    weight_map = json.loads((folder / INDEX_NAME).read_text())["weight_map"]
+    shards = {name: load_file(folder / name) for name in set(weight_map.values())}
+    assert sorted(weight_map) == sorted(name for shard in shards.values() for name in shard)
+    return {name: shards[shard][name] for name, shard in weight_map.items()}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+# --- parts are the whole ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16"])
+@pytest.mark.parametrize("parts", [1, 2, 3, 8, 50])
+def test_any_number_of_parts_gives_together_the_bytes_of_one_file(
+    run: Path, tmp_path: Path, parts: int, dtype: str | None
+) -> None:
+    targets = (0.1, 0.2)
+    job = parted(run, tmp_path / "out", parts, targets, dtype=dtype)
+    for number in range(parts, 0, -1):
+        job.make(Part(number, parts))
+        assert not list((tmp_path / "out").rglob("*.json"))
+    finish(job)
+    whole = [tmp_path / f"{target}.safetensors" for target in targets]
+    write_synthesis(job.plan, whole, dtype=dtype)
+    for path, folder in zip(whole, job.folders, strict=True):
+        expected, found = load_file(path), load(folder)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.equal(found[name], tensor)
+
+
+def test_parts_have_nearly_equal_bytes_and_keep_small_neighbours_together(run: Path) -> None:
+    plan = plan_synthesis(disk_sources(run), [0.1])
+    specs = {spec.name: spec.nbytes for spec in plan.specs()}
+    written = {name: sum(specs[n] for n in names) for name, names in names_by_tensor(plan.newest.info).items()}
+    division = divide(plan, 3, written)
+    assert sorted(name for part in division for name in part) == sorted(plan.newest.info.tensors)
+    loads = sorted(sum(written[name] for name in part) for part in division)
+    assert loads[2] == written["embed"], "the largest tensor, under both its names, is not cut"
+    assert loads[1] - loads[0] < 0.05 * loads[1]
+    assert division == divide(plan, 3, written)
+
+
+def test_parts_without_tensors_are_whole_files(run: Path, tmp_path: Path) -> None:
+    job = parted(run, tmp_path / "out", 40)
+    made = [job.make(Part(number, 40)) for number in range(1, 41)]
+    empty = next(part for part in made if part.tensors == 0)
+    with safe_open(empty.paths[0], "pt") as file:
+        assert list(file.keys()) == []
+        assert file.metadata()["ema.part"] == str(empty.part)
+    finish(job)
+
+
+def test_parts_for_a_job_are_no_larger_than_asked_and_as_many_for_each_rank() -> None:
+    assert [parts_for(nbytes, 10, 3) for nbytes in (0, 1, 30, 31, 60, 61)] == [3, 3, 3, 6, 6, 9]
+
+
+# --- again -----------------------------------------------------------------------------------------
+
+
+def test_a_part_made_twice_is_the_same_bytes_and_one_that_is_there_stays(run: Path, tmp_path: Path) -> None:
+    parted(run, tmp_path / "one", 3).make(Part(2, 3))
+    parted(run, tmp_path / "two", 3).make(Part(2, 3))
+    before = contents(tmp_path / "one")
+    assert before == contents(tmp_path / "two")
+    state = next((tmp_path / "one").iterdir()).stat()
+    made = parted(run, tmp_path / "one", 3).make(Part(2, 3))
+    assert made.there == {0}
+    assert next((tmp_path / "one").iterdir()).stat() == state
+
+
+def test_a_part_that_another_process_makes_at_the_same_time_is_no_error(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = files.link
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(files, "link", real)
+        parted(run, tmp_path / "out", 3).make(Part(1, 3))
+        real(source, target)
+
+    monkeypatch.setattr(files, "link", late)
+    parted(run, tmp_path / "out", 3).make(Part(1, 3))
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["model-00001-of-00003.safetensors"]
+
+
+def test_a_failure_leaves_no_part_and_no_folder(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(files, "fsync", full)
+    with pytest.raises(WriteError, match="no space left"):
+        parted(run, tmp_path / "out", 3).make(Part(1, 3))
+    assert not (tmp_path / "out").exists()
+
+
+# --- as a user types it ----------------------------------------------------------------------------
+
+
+def make_all(ema: Ema, run: Path, out: Path, parts: int, *options: object) -> None:
+    for number in range(1, parts + 1):
+        assert (
+            ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", f"{number}/{parts}", *options).code
+            == 0
+        )
+
+
+def finish_it(ema: Ema, run: Path, out: Path, *options: object) -> str:
+    """The error of --finish, which has written nothing."""
+    before = contents(out) if out.exists() else {}
+    result = ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish", "--quiet", *options)
+    assert (contents(out) if out.exists() else {}) == before
+    assert result.code == 1
+    return result.err.splitlines()[-1]
+
+
+def test_parts_and_finish_on_the_command_line(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    dry = ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "2/3", "--dry-run")
+    assert "would make part 2/3" in dry.out
+    assert "to read" in dry.out
+    assert not out.exists()
+    make_all(ema, run, out, 3)
+    report = json.loads(ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "3/3", "--json").out)
+    assert report["shard"]["part"] == 3
+    assert report["shard"]["of"] == 3
+    assert report["shard"]["bytes"] == sum(
+        t.nbytes for t in load_file(out / "model-00003-of-00003.safetensors").values()
+    )
+    assert report["targets"][0]["skipped"] is True
+    assert "is there already" in ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "1/3").out
+    checked = ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish", "--dry-run")
+    assert "nothing was written" in checked.out
+    assert not (out / INDEX_NAME).exists()
+    assert "wrote the index" in ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").out
+    before = contents(out)
+    assert "there already" in ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").out
+    make_all(ema, run, out, 3)
+    assert contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("9/8", "--shard 9/8: there are only the parts 1/8 to 8/8"),
+        ("0/8", "--shard 0/8: there are only"),
+        ("3/0", "--shard 3/0: the number of parts must be from 1 to 99,999"),
+        ("1/100000", "the number of parts must be from 1 to 99,999"),
+        ("3", "--shard 3: must be K/N"),
+        ("", r"--shard (empty): must be K/N"),
+        ("-1/3", "must be K/N"),
+        ("1/3/5", "must be K/N"),
+    ],
+)
+def test_a_part_that_cannot_be(ema: Ema, run: Path, tmp_path: Path, text: str, said: str) -> None:
+    result = ema("synthesize", run, "--sigma-rel", "0.1", "--out", tmp_path / "out", f"--shard={text}")
+    assert result.code == 2
+    assert said in result.error
+
+
+def test_parts_need_a_folder_and_one_of_both_options(ema: Ema, run: Path, tmp_path: Path) -> None:
+    base = ("synthesize", run, "--sigma-rel", "0.1", "--out")
+    for options in (("m.safetensors", "--shard", "1/2"), ("out", "--finish", "--format", "pt")):
+        result = ema(*base, tmp_path / options[0], *options[1:])
+        assert result.code == 2
+        assert "a folder of shards" in result.error
+    assert "give one of them" in ema(*base, tmp_path / "out", "--finish", "--shard", "1/2").error
+    assert "leave it out" in ema(*base, tmp_path / "out", "--skip-existing", "--shard", "1/2").error
+    assert "its folder does not exist" in ema(*base, tmp_path / "no" / "out", "--shard", "1/2", "--quiet").err
+    (tmp_path / "file").touch()
+    assert "is a file" in ema(*base, tmp_path / "file", "--format", "sharded", "--shard", "1/2").err
+
+
+def test_a_missing_part_is_named(ema: Ema, run: Path, tmp_path: Path) -> None:
+    make_all(ema, run, tmp_path / "out", 3)
+    (tmp_path / "out" / "model-00002-of-00003.safetensors").unlink()
+    error = finish_it(ema, run, tmp_path / "out")
+    assert "model-00002-of-00003.safetensors: is missing; make it with --shard 2/3" in error
+    assert "no part is here" in finish_it(ema, run, tmp_path / "elsewhere")
+
+
+@pytest.mark.parametrize("place", ["header", "payload", "end"])
+def test_a_damaged_part_is_named_and_replaced_by_force(ema: Ema, run: Path, tmp_path: Path, place: str) -> None:
+    out = tmp_path / "out"
+    make_all(ema, run, out, 3)
+    path = out / "model-00003-of-00003.safetensors"
+    data = bytearray(path.read_bytes())
+    data[{"header": 100, "payload": -5, "end": -1}[place]] ^= 1
+    path.write_bytes(data[:-1] if place == "end" else data)
+    assert "model-00003-of-00003.safetensors: " in finish_it(ema, run, out)
+    again = ("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "3/3", "--quiet")
+    assert "--force to replace it" in ema(*again).err
+    assert ema(*again, "--force").code == 0
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").code == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--sigma-rel", "0.12"), "its target is sigma_rel 0.12, not sigma_rel 0.1"),
+        (("--t", "20"), "its t is 20.0, not 30.0"),
+        (("--method", "paper"), "its method is paper, not minvar"),
+        (("--dtype", "float16"), "its snapshots, dtype or tensors are others"),
+        (("--accumulate", "float64"), "its snapshots, dtype or tensors are others"),
+    ],
+)
+def test_parts_of_two_plans_do_not_mix(
+    ema: Ema, run: Path, tmp_path: Path, options: tuple[str, str], said: str
+) -> None:
+    out = tmp_path / "out"
+    make_all(ema, run, out, 3)
+    path = out / "model-00002-of-00003.safetensors"
+    path.unlink()
+    base = ("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "2/3", "--quiet")
+    assert ema(*base, *options).code == 0
+    error = finish_it(ema, run, out)
+    assert f"{path}: is a part of another plan: {said}" in error
+    refused = ema(*base)
+    assert refused.code == 1
+    assert said in refused.err
+    assert ema(*base, "--force").code == 0
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").code == 0
+
+
+def test_parts_of_two_runs_releases_or_sets_of_snapshots_do_not_mix(
+    ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    make_all(ema, run, out, 3)
+    assert f"its run is {RUN_ID}, not {OTHER_RUN_ID}" in finish_it(ema, write_run(tmp_path / "2", OTHER_RUN_ID), out)
+    assert "its snapshots, dtype or tensors are others" in finish_it(ema, write_run(tmp_path / "3", seed=1), out)
+    monkeypatch.setattr(posthoc_cli, "__version__", "99.0")
+    assert "it was made by release" in finish_it(ema, run, out)
+
+
+def test_parts_of_another_number_are_refused_unless_forced_and_then_removed(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    make_all(ema, run, out, 2, "--dtype", "float16")
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish", "--dtype", "float16").code == 0
+    base = ("synthesize", run, "--sigma-rel", "0.1", "--out", out)
+    assert "holds a model already" in ema(*base, "--shard", "1/3", "--quiet").err
+    make_all(ema, run, out, 3, "--force")
+    assert load(out)["embed"].dtype == torch.float16, "the old model is whole until the new one is"
+    assert "is of another model" in finish_it(ema, run, out)
+    assert ema(*base, "--finish", "--force").code == 0
+    assert sorted(p.name for p in out.iterdir()) == [f"model-0000{k}-of-00003.safetensors" for k in (1, 2, 3)] + [
+        INDEX_NAME
+    ]
+    assert load(out)["embed"].dtype == torch.float32
+
+
+def test_an_index_never_leads_to_parts_of_two_plans(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    make_all(ema, run, out, 3, "--dtype", "float16")
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish", "--dtype", "float16").code == 0
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "2/3", "--force").code == 0
+    assert not (out / INDEX_NAME).exists()
+
+
+def test_parts_of_two_numbers_are_told_apart_by_their_plan(run: Path, tmp_path: Path, ema: Ema) -> None:
+    out = tmp_path / "out"
+    make_all(ema, run, out, 3)
+    make_all(ema, run, out, 2)
+    assert "holds parts of models in 2 and in 3 parts" in finish_it(ema, run, out)
+
+
+def test_another_model_in_the_folder_stays(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "model.safetensors").write_bytes(b"precious")
+    with pytest.raises(OutputExistsError, match="holds a model already"):
+        parted(run, tmp_path / "out", 2).make(Part(1, 2))
+    assert contents(tmp_path / "out") == {"model.safetensors": b"precious"}
