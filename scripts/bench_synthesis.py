@@ -6,7 +6,8 @@ Snapshots are 20 in float16 of made-up models, half of them for each of two prof
 medians, with the range, of repeated runs in one process; "warm" means from the page cache, "cold" after the system was
 asked to forget the files. All runs of ours verify every checksum. "dropped" is a caller who takes each tensor and
 forgets it; "nowhere" is the engine alone, without a place for its results; "to a file" includes fsync. The peers read
-checkpoints of their own, of as many parameters and the same dtype, through their public interfaces.
+checkpoints of their own, of as many parameters and the same dtype, through their public interfaces, with torch's own
+number of threads. What is compared is run in turns, each in a quiet moment; see `quiet_timing`.
 
 The roofline is the plain loop: one thread that reads every byte into one buffer and does nothing with it.
 """
@@ -17,14 +18,13 @@ import argparse
 import os
 import platform
 import shutil
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from quiet_timing import Seconds, take_turns
 from synthesis_cases import (
     Shapes,
     drop_from_cache,
@@ -60,21 +60,6 @@ class Sizes:
 QUICK = Sizes((400_000,), 400_000, 60, (1_000_000, 4_000_000), 1)
 
 
-@dataclass(frozen=True)
-class Seconds:
-    """Times of repeated runs."""
-
-    runs: tuple[float, ...]
-
-    @property
-    def median(self) -> float:
-        """The middle one."""
-        return statistics.median(self.runs)
-
-    def __str__(self) -> str:
-        return f"{self.median:9.3f} s  ({min(self.runs):.3f} to {max(self.runs):.3f})"
-
-
 @dataclass
 class Report:
     """What was found, printed as it comes, and the goals."""
@@ -82,25 +67,27 @@ class Report:
     repeats: int
     goals: list[str] = field(default_factory=list)
 
-    def time(self, label: str, run: Callable[[], object], nbytes: int = 0, before: Callable[[], None] | None = None):
+    def time(
+        self, label: str, run: Callable[[], object], nbytes: int = 0, before: Callable[[], None] | None = None
+    ) -> Seconds:
         """Time a run, and print it with its rate over `nbytes`."""
-        runs = []
-        for _ in range(self.repeats):
-            if before is not None:
-                before()
-            started = time.perf_counter()
-            run()
-            runs.append(time.perf_counter() - started)
-        seconds = Seconds(tuple(runs))
-        rate = f"  {nbytes / seconds.median / 1e9:6.2f} GB/s" if nbytes else ""
-        print(f"  {label:<44}{seconds}{rate}", flush=True)
-        return seconds
+        return self.times({label: run}, nbytes, before)[0]
 
-    def goal(self, what: str, found: float, limit: float, at_least: bool = False) -> None:
-        """Note whether a goal is met."""
+    def times(
+        self, runs: dict[str, Callable[[], object]], nbytes: int = 0, before: Callable[[], None] | None = None
+    ) -> list[Seconds]:
+        """Time runs that will be compared, in turns."""
+        found = take_turns(list(runs.values()), self.repeats, before)
+        for label, seconds in zip(runs, found, strict=True):
+            rate = f"  {nbytes / seconds.median / 1e9:6.2f} GB/s" if nbytes else ""
+            print(f"  {label:<44}{seconds}{rate}", flush=True)
+        return found
+
+    def goal(self, what: str, found: float, limit: float, rests_on: Sequence[Seconds], at_least: bool = False) -> None:
+        """Note whether a goal is met; not where a time that it rests on was taken beside busy neighbours."""
         met = found >= limit if at_least else found <= limit
-        sign = ">=" if at_least else "<="
-        self.goals.append(f"  {'met   ' if met else 'MISSED'}  {what}: {found:.2f} (goal {sign} {limit:g})")
+        verdict = ("met" if met else "MISSED") if all(seconds.decides for seconds in rests_on) else "NOT JUDGED"
+        self.goals.append(f"  {verdict:<10}  {what}: {found:.2f} (goal {'>=' if at_least else '<='} {limit:g})")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -144,11 +131,15 @@ def measure_model(report: Report, folder: Path, parameters: int, device: str) ->
     nbytes = plan.read_bytes
     print(f"\n{len(plan.sources)} float16 snapshots of {parameters:,} parameters, {nbytes / 1e9:.2f} GB; one target")
     buffer = bytearray(4 * 2**20)
-    plain = report.time("plain readinto loop, one thread, warm", lambda: read_plainly(run, buffer), nbytes)
-    one = report.time("engine, one thread, nowhere", lambda: exhaust(nowhere(plan, device, 1)), nbytes)
-    report.time("engine, all cores, nowhere", lambda: exhaust(nowhere(plan, device)), nbytes)
-    dropped = report.time("all cores, dropped", lambda: exhaust(synthesize(plan, device=device)), nbytes)
-    kept = report.time("all cores, kept (state_dict)", lambda: dict(synthesize(plan, device=device)), nbytes)
+    plain, one, _, dropped = report.times(
+        {
+            "plain readinto loop, one thread, warm": lambda: read_plainly(run, buffer),
+            "engine, one thread, nowhere": lambda: exhaust(nowhere(plan, device, 1)),
+            "engine, all cores, nowhere": lambda: exhaust(nowhere(plan, device)),
+            "all cores, dropped": lambda: exhaust(synthesize(plan, device=device)),
+        },
+        nbytes,
+    )
     report.time("all cores, to a file", lambda: write_synthesis(plan, [out], device=device, overwrite=True), nbytes)
     size = out.stat().st_size
     report.time("writing and fsyncing as many bytes, plainly", lambda: write_plainly([out], size), size)
@@ -158,18 +149,20 @@ def measure_model(report: Report, folder: Path, parameters: int, device: str) ->
     print(f"  share of the read limit: {100 * plain.median / dropped.median:.0f} % on all cores, ", end="")
     print(f"{100 * plain.median / one.median:.0f} % on one")
     label = f"{parameters // 1_000_000} M: "
-    report.goal(f"{label}time on all cores, in plain loops", dropped.median / plain.median, 3)
-    shutil.rmtree(run)
+    report.goal(f"{label}time on all cores, in plain loops", dropped.median / plain.median, 3, [dropped, plain])
     out.unlink()
-    _measure_peers(report, folder, shapes, label, kept)
+    _measure_peers(report, folder, shapes, label, lambda: dict(synthesize(plan, device=device)))
+    shutil.rmtree(run)
 
 
-def _measure_peers(report: Report, folder: Path, shapes: Shapes, label: str, ours: Seconds) -> None:
+def _measure_peers(report: Report, folder: Path, shapes: Shapes, label: str, ours: Callable[[], object]) -> None:
     for name, prepare in (("posthoc_ema", posthoc_ema_synthesis), ("ema_pytorch", ema_pytorch_synthesis)):
         with tempfile.TemporaryDirectory(dir=folder) as checkpoints:
-            run = prepare(Path(checkpoints), shapes)
-            found = report.time(f"{name}, 20 checkpoints of its own", run)
-        report.goal(f"{label}times faster than {name}", found.median / ours.median, 10, at_least=True)
+            peer = prepare(Path(checkpoints), shapes)
+            os.sync()  # what is still being written would be a neighbour
+            mine, found = report.times({"ours, kept (state_dict)": ours, f"{name}, 20 checkpoints of its own": peer})
+        ratio = found.median / mine.median
+        report.goal(f"{label}times faster than {name}", ratio, 10, [mine, found], at_least=True)
 
 
 # --- many targets, small tensors, memory -----------------------------------------------------------
@@ -182,10 +175,14 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
     one, many = planned(run, [0.15]), planned(run, MANY)
     outputs = [folder / f"{target}.safetensors" for target in MANY]
     print(f"\n{len(MANY)} targets of {parameters:,} parameters")
-    single = report.time("one target, dropped", lambda: exhaust(synthesize(one, device=device)))
-    report.time("31 targets, nowhere", lambda: exhaust(nowhere(many, device)))
-    dropped = report.time("31 targets, dropped", lambda: exhaust(synthesize(many, device=device)))
-    report.goal("31 targets dropped, in times of one", dropped.median / single.median, 4)
+    single, _, dropped = report.times(
+        {
+            "one target, dropped": lambda: exhaust(synthesize(one, device=device)),
+            "31 targets, nowhere": lambda: exhaust(nowhere(many, device)),
+            "31 targets, dropped": lambda: exhaust(synthesize(many, device=device)),
+        }
+    )
+    report.goal("31 targets dropped, in times of one", dropped.median / single.median, 4, [dropped, single])
     file = report.time(
         "one target, to a file", lambda: write_synthesis(one, outputs[:1], device=device, overwrite=True)
     )
@@ -196,7 +193,8 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
     files = report.time(
         "31 targets, to files", lambda: write_synthesis(many, outputs, device=device, overwrite=True), 31 * nbytes
     )
-    report.goal("31 targets to disk, in (one + plain writing)", files.median / (file.median + plain.median), 1.3)
+    ratio = files.median / (file.median + plain.median)
+    report.goal("31 targets to disk, in (one + plain writing)", ratio, 1.3, [files, file, plain])
     for path in outputs:
         path.unlink()
     shutil.rmtree(run)
@@ -205,15 +203,15 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
 def measure_small(report: Report, folder: Path, count: int, device: str) -> None:
     """Many small tensors against the same bytes in 20 large ones."""
     print(f"\n{count:,} tensors of 64 x 64 against the same bytes in 20; dropped")
-    medians = []
+    runs: dict[str, Callable[[], object]] = {}
     for label, shapes in (("small", small_tensors(count)), ("large", large_tensors(count * 64 * 64))):
-        run = folder / "run"
-        write_snapshots(run, shapes)
-        plan = planned(run, [0.15])
-        seconds = report.time(f"{label} tensors", lambda p=plan: exhaust(synthesize(p, device=device)), plan.read_bytes)
-        medians.append(seconds.median)
-        shutil.rmtree(run)
-    report.goal("small tensors, in times of large ones", medians[0] / medians[1], 1.5)
+        write_snapshots(folder / label, shapes)
+        plan = planned(folder / label, [0.15])
+        runs[f"{label} tensors"] = lambda p=plan: exhaust(synthesize(p, device=device))
+    small, large = report.times(runs, plan.read_bytes)
+    report.goal("small tensors, in times of large ones", small.median / large.median, 1.5, [small, large])
+    for label in ("small", "large"):
+        shutil.rmtree(folder / label)
 
 
 def measure_memory(report: Report, folder: Path, models: Sequence[int]) -> None:
@@ -227,8 +225,8 @@ def measure_memory(report: Report, folder: Path, models: Sequence[int]) -> None:
         print(f"  {parameters:>13,} parameters, 4 snapshots: {peaks[-1]:6.1f} MB", flush=True)
         shutil.rmtree(run)
         out.unlink()
-    report.goal("MB above import torch, the larger model", peaks[-1], 300)
-    report.goal("MB between the models", abs(peaks[-1] - peaks[0]), 30)
+    report.goal("MB above import torch, the larger model", peaks[-1], 300, [])
+    report.goal("MB between the models", abs(peaks[-1] - peaks[0]), 30, [])
 
 
 def planned(run: Path, targets: Sequence[float]) -> Plan:
