@@ -33,7 +33,8 @@ class IntervalBasis:
         self.ends = edges[1:]
         self._log_ratio = np.full(self.ends.size, np.inf)
         inner = edges[:-1] > 0
-        self._log_ratio[inner] = np.log(self.ends[inner]) - np.log(edges[:-1][inner])
+        # Not a difference of logarithms: of two times that differ in their last bit it would be 0.
+        self._log_ratio[inner] = np.log1p(np.diff(edges)[inner] / edges[:-1][inner])
         gram = self.moment(exponents[:, None] + exponents[None, :])  # [K, G, G]
         self._norms = np.sqrt(np.einsum("kgg->kg", gram))
         gram /= self._norms[:, :, None] * self._norms[:, None, :]

@@ -397,6 +397,13 @@ def test_one_snapshot_and_equal_ones_are_no_trouble() -> None:
     assert result.coefficients.sum() == pytest.approx(1)
 
 
+def test_times_that_differ_in_their_last_bit_are_no_trouble() -> None:
+    snapshots = snapshots_at((1e6, np.nextafter(1e6, 0)))
+    result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(0.1, 1e6)], prior=assumed_prior(snapshots, 2e-4))
+    assert np.isfinite(result.coefficients).all()
+    assert result.coefficients.sum() == pytest.approx(1)
+
+
 def test_misuse_is_named() -> None:
     target = PowerFunction.from_sigma_rel(0.05, 10.0)
     with pytest.raises(InvalidValueError, match="no snapshots"):
