@@ -154,15 +154,7 @@ def synthesize(
             max_shard_size,
             dry_run,
         )
-        done = spread.run(mode, options, quiet, verbose)
-        if done is None:
-            return
-        if as_json:
-            report = _report(done.plan, done.paths, done.there, time.perf_counter() - started)
-            output.print_json(report | {"device": device, "reason": reason} | done.report)
-        elif not quiet:
-            _print_coefficients(done.plan) if verbose else None
-            output.print_line(done.text)
+        _make_parts(mode, options, {"device": device, "reason": reason}, quiet, verbose, as_json)
         return
     plan = plan_synthesis(disk_sources(directory.expanduser()), targets, t, step, method, accepted, dtype)
     skipped = _existing(paths, layout) if skip_existing else set()
@@ -190,6 +182,22 @@ def synthesize(
     elif not quiet:
         _print_coefficients(plan) if verbose or (dry_run and len(targets) == 1) else None
         _print_targets(plan, paths, skipped, dtype, seconds)
+
+
+def _make_parts(
+    mode: spread.Mode, options: spread.Options, where: dict[str, Any], quiet: bool, verbose: bool, as_json: bool
+) -> None:
+    """What one of many processes does, and its report."""
+    started = time.perf_counter()
+    done = spread.run(mode, options, quiet, verbose)
+    if done is None:
+        return
+    if as_json:
+        report = _report(done.plan, done.paths, done.there, time.perf_counter() - started)
+        output.print_json(report | where | done.report)
+    elif not quiet:
+        _print_coefficients(done.plan) if verbose else None
+        output.print_line(done.text)
 
 
 def _existing(paths: list[Path], layout: str | None) -> set[int]:

@@ -126,12 +126,12 @@ def sample(model: nn.Module, labels: torch.Tensor, seed: int, levels: int = 24) 
     sigmas = [*(torch.linspace(*ends, levels, dtype=torch.float64) ** rho).tolist(), 0.0]
     noise = torch.randn(len(labels), PIXELS, generator=torch.Generator().manual_seed(seed))
     images = noise * highest
-    for now, after in itertools.pairwise(sigmas):
-        slope = _slope(model, images, now, labels)
-        ahead = images + (after - now) * slope
+    for level, after in itertools.pairwise(sigmas):
+        slope = _slope(model, images, level, labels)
+        ahead = images + (after - level) * slope
         if after > 0:
             slope = (slope + _slope(model, ahead, after, labels)) / 2
-            ahead = images + (after - now) * slope
+            ahead = images + (after - level) * slope
         images = ahead
     return images
 

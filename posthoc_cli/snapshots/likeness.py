@@ -11,7 +11,7 @@ import numpy as np
 
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.reconstruction.prior import ASSUMED
-from posthoc_cli.snapshots.pruning import snapshot_prior
+from posthoc_cli.snapshots.priors import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
 
 _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}

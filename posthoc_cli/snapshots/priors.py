@@ -8,7 +8,7 @@ from itertools import pairwise
 
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.profiles import Clock
-from posthoc_cli.reconstruction import StoredAverage
+from posthoc_cli.reconstruction import Prior, StoredAverage, measured_prior
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sampling import sample_measurements
@@ -19,7 +19,7 @@ _EPS = {"F64": 2.0**-52, "F32": 2.0**-23}
 def stored_average(info: SnapshotInfo) -> StoredAverage:
     """A snapshot as reconstruction sees it."""
     schedule = info.schedule
-    before = info.schedule.update_after_step // schedule.update_every
+    before = schedule.update_after_step // schedule.update_every
     updates = max(info.step // schedule.update_every - before, 1)
     own = {tensor.dtype for tensor in info.tensors.values() if tensor.role == "average"}
     # Averages accumulate in float64 for float64 parameters, else in float32.
@@ -31,6 +31,17 @@ def _step_length(info: SnapshotInfo) -> float:
     """Time of a step at the snapshot: on the last piece of its clock."""
     (step, t), (last_step, last_t) = [(0, 0.0), *info.clock_pairs][-2:]
     return (last_t - t) / (last_step - step)
+
+
+def snapshot_prior(snapshots: Sequence[Snapshot], others: Sequence[SnapshotInfo] = ()) -> Prior:
+    """What snapshots, and averages in memory, say about their run: in the order of `snapshots`, then `others`.
+
+    Where a header has no measurements, those of all snapshots are estimated from a sample.
+    """
+    sampled = any(snapshot.info.measurements is None for snapshot in snapshots)
+    measured = with_sampled_measurements(snapshots) if sampled else snapshots
+    prior = measured_prior([stored_average(info) for info in (*(s.info for s in measured), *others)])
+    return prior.sampled() if sampled else prior
 
 
 def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:

@@ -17,9 +17,9 @@ from posthoc_cli import files
 from posthoc_cli.errors import InexactError, InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE, Forecast, errors_after_loss, forecast
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Prior, measured_prior
+from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.priors import stored_average, with_sampled_measurements
+from posthoc_cli.snapshots.priors import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import open_tensors, remove_snapshot
 from posthoc_cli.snapshots.store import read_directory
@@ -135,14 +135,6 @@ def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None
     for directory in {snapshot.path.parent for snapshot in pruning.gone}:
         with files.reported_as_write_error(directory):
             files.fsync_directory(directory)
-
-
-def snapshot_prior(snapshots: Sequence[Snapshot]) -> Prior:
-    """What snapshots say about their run; estimated from a sample where headers have no measurements."""
-    sampled = any(snapshot.info.measurements is None for snapshot in snapshots)
-    measured = with_sampled_measurements(snapshots) if sampled else snapshots
-    prior = measured_prior([stored_average(snapshot.info) for snapshot in measured])
-    return prior.sampled() if sampled else prior
 
 
 def removal_order(

@@ -10,9 +10,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
-from posthoc_cli.reconstruction import Prior, measured_prior
+from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.priors import stored_average, with_sampled_measurements
+from posthoc_cli.snapshots.priors import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import open_tensors
 from posthoc_cli.snapshots.store import read_directory
@@ -128,11 +128,8 @@ def source_prior(sources: Sequence[Source]) -> Prior:
 
     Where headers of files have no measurements, those of all files are estimated from a sample.
     """
-    infos = {id(source): source.info for source in sources}
     on_disk = [source for source in sources if isinstance(source, DiskSource)]
-    sampled = any(source.info.measurements is None for source in on_disk)
-    if sampled:
-        measured = with_sampled_measurements([source.snapshot for source in on_disk])
-        infos |= {id(source): snapshot.info for source, snapshot in zip(on_disk, measured, strict=True)}
-    prior = measured_prior([stored_average(infos[id(source)]) for source in sources])
-    return prior.sampled() if sampled else prior
+    in_memory = [source for source in sources if not isinstance(source, DiskSource)]
+    prior = snapshot_prior([source.snapshot for source in on_disk], [source.info for source in in_memory])
+    place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
+    return prior.of([place[id(source)] for source in sources])

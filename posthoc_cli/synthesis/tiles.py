@@ -8,7 +8,7 @@ output, whatever their dtypes; so each byte is verified in the pass that reads i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -132,8 +132,3 @@ class _Batch:
 
     def tile(self, kind: tuple[str, str, str]) -> Tile:
         return Tile(tuple(self.pieces), *kind, self._nbytes)
-
-
-def tensors_of(tiles: Sequence[Tile]) -> list[str]:
-    """The names of all tensors in tiles, each once."""
-    return list(dict.fromkeys(piece.name for tile in tiles for piece in tile.pieces))

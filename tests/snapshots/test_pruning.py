@@ -18,7 +18,8 @@ from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Motion, assumed_prior
 from posthoc_cli.snapshots.likeness import likeness, stretched
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.pruning import execute, plan_pruning, removal_order, snapshot_prior, writing_to
+from posthoc_cli.snapshots.priors import snapshot_prior
+from posthoc_cli.snapshots.pruning import execute, plan_pruning, removal_order, writing_to
 from posthoc_cli.snapshots.store import read_directory
 
 
