@@ -104,7 +104,7 @@ class TensorFile:
         if not self._checksums:
             return
         found = [xxhash.xxh3_64_hexdigest(part) if part else "" for part in parts]
-        expected = [self._checksums[name] for name in names]
+        expected = [*map(self._checksums.__getitem__, names)]
         if found != expected:
             raise self.damaged(next(n for n, a, b in zip(names, found, expected, strict=True) if a != b))
 

@@ -23,9 +23,11 @@ class PendingTensors:
 
     def open(self, tile: Tile) -> TensorPlacement:
         """A place for a tile; its tensors are made if they are not there yet."""
-        for piece in tile.pieces:
-            if piece.name not in self._tensors:
-                self._tensors[piece.name] = self._new(self._shapes[piece.name], torch_dtype(tile.dtype))
+        dtype = torch_dtype(tile.dtype)
+        with torch.inference_mode(False):
+            for name in tile.names:
+                if name not in self._tensors:
+                    self._tensors[name] = self._new(self._shapes[name], dtype)
         return TensorPlacement(self._tensors, tile)
 
     def take(self, tile: Tile) -> Iterator[tuple[str, list[torch.Tensor]]]:
@@ -34,8 +36,7 @@ class PendingTensors:
             yield piece.name, self._tensors.pop(piece.name)
 
     def _new(self, shape: tuple[int, ...], dtype: torch.dtype) -> list[torch.Tensor]:
-        with torch.inference_mode(False):
-            return [torch.empty(shape, dtype=dtype, device=self._device) for _ in range(self._targets)]
+        return [torch.empty(shape, dtype=dtype, device=self._device) for _ in range(self._targets)]
 
 
 class TensorPlacement:
@@ -43,17 +44,18 @@ class TensorPlacement:
 
     def __init__(self, tensors: Mapping[str, Sequence[torch.Tensor]], tile: Tile) -> None:
         self._bounds = tile.bounds
-        self._begin = tile.pieces[0].begin if tile.pieces else 0
-        self._flat = [[tensor.view(-1) for tensor in tensors[piece.name]] for piece in tile.pieces]
+        self._begin = tile.pieces[0].begin
+        pieces = [[tensor.view(-1) for tensor in tensors[name]] for name in tile.names]
+        self._flat = list(zip(*pieces, strict=True))  # by target
 
     def place(self, target: int, begin: int, values: torch.Tensor) -> None:
         """See `making.Placement`."""
-        if len(self._flat) == 1:
+        flat = self._flat[target]
+        if len(flat) == 1:
             start = self._begin + begin
-            self._flat[0][target][start : start + values.numel()].copy_(values)
-            return
-        for tensors, part in zip(self._flat, torch.split(values, _sizes(self._bounds)), strict=True):
-            tensors[target].copy_(part)
+            flat[0][start : start + values.numel()].copy_(values)
+        else:
+            torch._foreach_copy_(flat, torch.split(values, _sizes(self._bounds)))
 
     def close(self) -> None:
         """Nothing to do."""

@@ -107,8 +107,8 @@ class BatchOfFile:
     def __init__(self, file: TensorReader, tile: Tile) -> None:
         self._file = file
         self._bounds = tile.bounds
-        self._entries = [file.header.tensors[piece.name] for piece in tile.pieces]
-        self._names = [piece.name for piece in tile.pieces]
+        self._names = tile.names
+        self._entries = [file.header.tensors[name] for name in tile.names]
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
         """Read all of it; see `TileReader`."""

@@ -8,7 +8,7 @@ output, whatever their dtypes; so each byte is verified in the pass that reads i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -58,10 +58,15 @@ class Tile:
         """Where each piece begins, in elements of the tile, and where the last one ends."""
         return [0, *accumulate(piece.end - piece.begin for piece in self.pieces)]
 
+    @cached_property
+    def names(self) -> list[str]:
+        """The tensor of each piece."""
+        return [piece.name for piece in self.pieces]
+
     @property
     def elements(self) -> int:
         """Elements of all pieces."""
-        return sum(piece.end - piece.begin for piece in self.pieces)
+        return self.bounds[-1]
 
     def steps(self, chunk: int) -> Iterator[tuple[int, int]]:
         """Element ranges of at most `chunk`, in order; a tile of several tensors, or of none, is one step."""
@@ -83,7 +88,7 @@ def cut_tiles(
 
     Arguments:
         plan: what will be made.
-        chunk: elements that a worker has room for, a power of two up to 2**18: what is no larger is batched.
+        chunk: elements that a worker has room for, a power of two up to 2**19: what is no larger is batched.
         dtype: of the averages; None for each parameter's own.
         wide_dtype: safetensors name of the dtype of all sums; None for F32, and F64 for F64 parameters.
         tile_elements: wanted elements a tile, made a whole number of blocks; one block for None.
@@ -92,14 +97,14 @@ def cut_tiles(
     batches: dict[tuple[str, str, str], _Batch] = {}
     newest = plan.newest
     shapes = newest.shapes
-    dtypes = [source.dtypes for source in plan.sources]
+    dtypes = _distinct([source.dtypes for source in plan.sources])
     for name, tensor in newest.info.tensors.items():
         stored = output_dtype(tensor.role, tensor.dtype, dtype)
         wide = stored if tensor.role == "copy" else wide_dtype or ("F64" if tensor.dtype == "F64" else "F32")
-        sizes = [fmt.ITEM_BYTES[types[name]] for types in dtypes]
-        count, each = math.prod(shapes[name]), sum(sizes)
+        sizes = [fmt.ITEM_BYTES[types[name]] for types, _ in dtypes]
+        count, each = math.prod(shapes[name]), sum(n * size for size, (_, n) in zip(sizes, dtypes, strict=True))
         if tensor.role == "copy":
-            each = len(sizes) * fmt.ITEM_BYTES[tensor.dtype]
+            each = len(plan.sources) * fmt.ITEM_BYTES[tensor.dtype]
         if count > chunk:
             block = fmt.BLOCK_BYTES // min(*sizes, fmt.ITEM_BYTES[stored])
             step = block * max(1, round((tile_elements or block) / block))
@@ -115,6 +120,15 @@ def cut_tiles(
             batch = batches[kind] = _Batch()
         batch.add(Piece(name, 0, count), each * count)
     return tiles + [batch.tile(kind) for kind, batch in batches.items()]
+
+
+def _distinct(dtypes: Sequence[Mapping[str, str]]) -> list[tuple[Mapping[str, str], int]]:
+    """Each of these, and how often it is there: the snapshots of a run have the same dtypes, as a rule."""
+    found: list[tuple[Mapping[str, str], int]] = []
+    for one in dtypes:
+        index = next((index for index, (other, _) in enumerate(found) if one == other), len(found))
+        found[index : index + 1] = [(one, found[index][1] + 1 if index < len(found) else 1)]
+    return found
 
 
 class _Batch:
