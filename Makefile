@@ -41,6 +41,7 @@ unit: $(READY)
 bench: $(READY)
 	$(BIN)/python scripts/compare_peers.py
 	$(BIN)/python scripts/bench_fidelity.py
+	$(BIN)/python scripts/bench_synthesis.py
 
 clean:
 	rm -rf $(VENV) ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

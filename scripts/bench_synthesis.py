@@ -183,20 +183,24 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
         }
     )
     report.goal("31 targets dropped, in times of one", dropped.median / single.median, 4, [dropped, single])
-    file = report.time(
-        "one target, to a file", lambda: write_synthesis(one, outputs[:1], device=device, overwrite=True)
-    )
-    nbytes = outputs[0].stat().st_size
-    plain = report.time("writing and fsyncing 31 files, plainly", lambda: write_plainly(outputs, nbytes), 31 * nbytes)
-    for path in outputs:
-        path.unlink()
-    files = report.time(
-        "31 targets, to files", lambda: write_synthesis(many, outputs, device=device, overwrite=True), 31 * nbytes
+    nbytes = sum(spec.nbytes for spec in one.specs())
+
+    def clear() -> None:
+        for path in outputs:
+            path.unlink(missing_ok=True)
+        os.sync()  # what is still being written would be a neighbour
+
+    file, plain, files = report.times(
+        {
+            "one target, to a file": lambda: write_synthesis(one, outputs[:1], device=device),
+            "writing and fsyncing 31 files, plainly": lambda: write_plainly(outputs, nbytes),
+            "31 targets, to files": lambda: write_synthesis(many, outputs, device=device),
+        },
+        before=clear,
     )
     ratio = files.median / (file.median + plain.median)
     report.goal("31 targets to disk, in (one + plain writing)", ratio, 1.3, [files, file, plain])
-    for path in outputs:
-        path.unlink()
+    clear()
     shutil.rmtree(run)
 
 

@@ -21,18 +21,18 @@ def main() -> None:
     parser.add_argument("--item-bytes", type=int, default=2, help="of a stored and of a written element")
     parser.add_argument("--targets", type=int, default=1)
     parser.add_argument("--machines", type=int, default=8)
-    parser.add_argument("--disk", type=float, default=2.0, help="GB/s of a machine's disk, both ways")
-    parser.add_argument(
-        "--cores", type=float, default=14.0, help="GB/s of verified input that a machine's cores sum up"
-    )
+    parser.add_argument("--disk", type=float, default=2.2, help="GB/s that a machine's disk reads")
+    parser.add_argument("--disk-write", type=float, default=1.6, help="GB/s that it writes, fsync included")
+    parser.add_argument("--cores", type=float, default=11.0, help="GB/s of verified input that its cores sum up")
     asked = parser.parse_args()
     model = asked.parameters * asked.item_bytes / GB
     read, written = model * asked.snapshots, model * asked.targets
     print("| | one machine |", f"{asked.machines} machines, {asked.machines} parts |")
     print("| --- | ---: | ---: |")
     rows = [("GB read, each", read), ("GB written, each", written)]
-    rows.append((f"s from a disk of {asked.disk:g} GB/s", read / min(asked.disk, asked.cores) + written / asked.disk))
-    rows.append((f"s from the page cache at {asked.cores:g} GB/s", read / asked.cores + written / asked.cores))
+    writing = written / asked.disk_write
+    rows.append((f"s from a disk of {asked.disk:g} GB/s", read / min(asked.disk, asked.cores) + writing))
+    rows.append((f"s from memory at {asked.cores:g} GB/s", read / asked.cores + writing))
     for name, value in rows:
         print(f"| {name} | {value:,.4g} | {value / asked.machines:,.4g} |")
     print(f"| s of --finish at {asked.disk:g} GB/s | - | {written / asked.disk:,.4g} |")
