@@ -7,21 +7,20 @@ import secrets
 import types
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, overload
+from typing import Any, overload
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
+from posthoc_cli.errors import NonFiniteError, NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
-from posthoc_cli.synthesis import Plan, Source, plan_synthesis, synthesize
+from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
+from posthoc_cli.tracker.attaching import follow_optimizer
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.filling import fill_model
-from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources, reconstruction_figure
+from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.settings import (
@@ -34,17 +33,13 @@ from posthoc_cli.tracker.settings import (
     resumed_habit,
 )
 from posthoc_cli.tracker.state import load_averages, newest_complete, pack_state, unpack_state
-from posthoc_cli.tracker.weights import Weights, is_swapped, swapped_in
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
+from posthoc_cli.tracker.synthesizing import Synthesizing
+from posthoc_cli.tracker.weights import Weights, is_swapped
 
 log = logging.getLogger(__name__)
 
-Module = TypeVar("Module", bound=torch.nn.Module)
 
-
-class PostHocEMA:
+class PostHocEMA(Synthesizing):
     """Tracks power-function averages of a model and gives the average of any other length.
 
     Make one with `from_model` or `from_path`. A context manager; closing it only lets another writer into the
@@ -219,19 +214,7 @@ class PostHocEMA:
         Returns:
             A handle whose `remove()` undoes it.
         """
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise InvalidValueError(f"attach: must be given a torch.optim.Optimizer, not {type(optimizer).__name__}")
-        if self._model is None:
-            raise InvalidValueError("attach: this tracker was made without a model; give it to from_model or from_path")
-        reference = self._model
-
-        def after_step(*_: object) -> None:
-            model = reference()
-            if model is None:
-                raise NotReadyError("attach: the model that this tracker was made with is gone")
-            self.update_(model)
-
-        return optimizer.register_step_post_hook(after_step)
+        return follow_optimizer(optimizer, self._model, self.update_)
 
     def close(self) -> None:
         """Give the directory free. Averages can still be read; there are no updates any more."""
@@ -248,49 +231,6 @@ class PostHocEMA:
         self.close()
 
     # --- the average of any length -------------------------------------------------------------------
-
-    @contextmanager
-    def model(
-        self,
-        model: Module,
-        sigma_rel: float | Target | Profile,
-        t: float | None = None,
-        step: int | None = None,
-        dtype: torch.dtype | str | None = None,
-        method: str | None = None,
-    ) -> Iterator[Module]:
-        """The model itself with averaged weights, in eval mode, for the `with` block.
-
-        Afterwards weights, buffers, train or eval mode and device are as they were, also when the block raises;
-        parameters that are not tracked are left alone. Arguments as in `state_dict`, except that without `dtype`
-        the weights take the dtypes that the model has.
-        """
-        weights = self._synthesized(sigma_rel, t, step, dtype, method)
-        with swapped_in(model, weights, own_dtypes=dtype is None):
-            yield model
-
-    def load_into(
-        self,
-        model: torch.nn.Module,
-        sigma_rel: float | Target | Profile,
-        t: float | None = None,
-        step: int | None = None,
-        dtype: torch.dtype | str | None = None,
-        method: str | None = None,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        """Fill a model with averaged weights in place, for good, wherever its tensors are.
-
-        Tensors are filled as they are made, so that no second copy of the model is held; so that nothing changes
-        unless everything can be made, all is made twice, and dropped the first time. A tensor on `meta` that is
-        filled comes to be on `device`; those that stay there are named in a warning.
-
-        Arguments:
-            device: for tensors on `meta`.
-            others: as in `model`.
-        """
-        plan = self._plan(sigma_rel, t, step, dtype, method)
-        fill_model(model, plan, dtype, device)
 
     @overload
     def state_dict(self) -> dict[str, Any]: ...
@@ -364,17 +304,6 @@ class PostHocEMA:
         self._own_clock = resumed_habit(self._step, self._t)
         self._resumes_from_directory = False
 
-    def reconstruction_error(
-        self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
-    ) -> Figure:
-        """Reconstruction error against sigma_rel, for what is there now; for the plan, where nothing is.
-
-        Arguments:
-            sigma_range: lowest and highest sigma_rel.
-            method: the solver; None for the default one.
-        """
-        return reconstruction_figure(self._sources(), self.settings, sigma_range, method)
-
     # --- inside --------------------------------------------------------------------------------------
 
     def _begin(self) -> None:
@@ -434,34 +363,3 @@ class PostHocEMA:
 
     def _sources(self) -> list[Source]:
         return current_sources(self.checkpoint_dir, self.run_id, self._live_sources())
-
-    def _synthesized(
-        self,
-        sigma_rel: float | Target | Profile,
-        t: float | None,
-        step: int | None,
-        dtype: torch.dtype | str | None,
-        method: str | None,
-    ) -> Weights:
-        plan = self._plan(sigma_rel, t, step, dtype, method)
-        made = {name: tensors[0] for name, tensors in synthesize(plan, dtype)}
-        weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
-        weights.predicted_error = plan.predicted_error(0)
-        return weights
-
-    def _plan(
-        self,
-        sigma_rel: float | Target | Profile,
-        t: float | None,
-        step: int | None,
-        dtype: torch.dtype | str | None,
-        method: str | None,
-    ) -> Plan:
-        sources = self._sources()
-        if not sources:
-            schedule = self.settings.schedule
-            first = (schedule.update_after_step // schedule.update_every + 1) * schedule.update_every
-            raise NotReadyError(
-                f"no average yet: the first update is at call {first} of update_, this is after {self._step}"
-            )
-        return plan_synthesis(sources, [sigma_rel], t, step, method, dtype=dtype)
