@@ -2,35 +2,47 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share
+from posthoc_cli.tracker.layout import BlockReader, FlatTensors, Layout, lay_out
 
 
-def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, else float32: at a decay of 0.9999 a half-precision average never moves."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+@dataclass(frozen=True, eq=False)
+class AverageSet:
+    """One accumulator a profile, of the same tensors."""
 
+    layout: Layout
+    accumulators: tuple[FlatTensors, ...]
 
-def update_averages_(averages: Sequence[torch.Tensor], values: Sequence[torch.Tensor], share: float) -> None:
-    """averages <- averages + share (values - averages), in place; one fused pass a device and dtype.
+    @classmethod
+    def empty(cls, layout: Layout, profiles: int) -> AverageSet:
+        """Room for averages."""
+        return cls(layout, tuple(FlatTensors(layout, wide=True) for _ in range(profiles)))
 
-    Arguments:
-        averages, values: tensors of equal shapes, pairwise on one device and of one dtype.
-        share: 1 - beta, from `profiles.new_value_share`.
-    """
-    groups = defaultdict(list)
-    for average, value in zip(averages, values, strict=True):
-        groups[average.device, average.dtype].append((average, value))
-    for pairs in groups.values():
-        torch._foreach_lerp_([average for average, _ in pairs], [value for _, value in pairs], share)
+    @property
+    def on_host(self) -> bool:
+        """Whether all of it is in the host's memory."""
+        return all(group.device.type == "cpu" for group in self.layout)
+
+    def to_host(self) -> AverageSet:
+        """A copy in the host's memory."""
+        layout = tuple(replace(group, device=torch.device("cpu")) for group in self.layout)
+        copy = AverageSet.empty(layout, len(self.accumulators))
+        for own, other in zip(copy.accumulators, self.accumulators, strict=True):
+            own.fill(other.views)
+        return copy
 
 
 class RunningAverages:
-    """Averages of the same tensors with several profiles, on the tensors' own devices.
+    """Averages of the same tensors with several profiles.
+
+    An update changes them in place, unless they are held: then it leaves what is held as it is and writes to another
+    set of tensors, which costs no more time. So snapshots are written while training goes on.
 
     Attributes:
         sigma_rels, gammas: the profiles.
@@ -44,12 +56,16 @@ class RunningAverages:
     def __init__(self, sigma_rels: Sequence[float]) -> None:
         self.sigma_rels = tuple(sigma_rels)
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in sigma_rels)
-        self.values: tuple[dict[str, torch.Tensor], ...] = tuple({} for _ in sigma_rels)
+        self.values: tuple[Mapping[str, torch.Tensor], ...] = tuple({} for _ in sigma_rels)
         self.copies: dict[str, torch.Tensor] = {}
         self.t = 0.0
         self.step = 0
         self.t_first = 0.0
         self.max_interval = 0.0
+        self._set: AverageSet | None = None
+        self._held: list[AverageSet] = []
+        self._spare: list[AverageSet] = []
+        self._lock = threading.Lock()
 
     @property
     def exist(self) -> bool:
@@ -58,28 +74,91 @@ class RunningAverages:
 
     @torch.inference_mode(False)  # made there, accumulators could never be updated outside
     @torch.no_grad()
-    def update_(
-        self, values: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor], t: float, step: int
-    ) -> None:
-        """Take in the model's tensors as they are at time `t`."""
-        wide = {name: value.to(accumulator_dtype(value.dtype)) for name, value in values.items()}
-        for gamma, average in zip(self.gammas, self.values, strict=True):
-            if not self.exist:
-                average.update({name: value.clone() for name, value in wide.items()})
-                continue
-            self._follow_devices(average, wide)
-            share = new_value_share(gamma, self.t, t)
-            update_averages_(list(average.values()), [wide[name] for name in average], share)
-        self.copies = {name: tensor.clone() for name, tensor in copies.items()}
+    def update_(self, values: BlockReader, copies: Mapping[str, torch.Tensor], t: float, step: int) -> None:
+        """Take in the model's values as they are at time `t`: averages <- averages + (1 - beta) (values - averages).
+
+        Arguments:
+            values: the parameters'; where their layout is another than before, the averages follow it.
+            copies: buffers, by name; kept as they are given.
+            t, step: time and number of the call.
+        """
+        old = self._laid_out(values.layout)
+        new = self._target(old)
+        shares = [new_value_share(gamma, self.t, t) if self.exist else 1.0 for gamma in self.gammas]
+        for block, own in values:
+            part = slice(block.begin, block.end)
+            for share, source, target in zip(shares, old.accumulators, new.accumulators, strict=True):
+                room = target.flats[block.group][part]
+                if self.exist:
+                    torch.lerp(source.flats[block.group][part], own, share, out=room)
+                else:
+                    room.copy_(own)
+        self._take(old, new)
+        self.copies = dict(copies)
         if self.exist:
             self.max_interval = max(self.max_interval, t - self.t)
         else:
             self.t_first = t
         self.t, self.step = t, step
 
-    @staticmethod
-    def _follow_devices(average: dict[str, torch.Tensor], values: Mapping[str, torch.Tensor]) -> None:
-        """Move averages to where the model has gone."""
-        for name, value in values.items():
-            if average[name].device != value.device:
-                average[name] = average[name].to(value.device)
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def hold(self) -> AverageSet:
+        """The averages as they are now, in the host's memory, left as they are until `release`.
+
+        Those on an accelerator are copied: it has no room for another set.
+        """
+        current = self._set if self._set is not None and self._is_current(self._set) else None
+        current = current or self._laid_out(lay_out(self.values[0]))
+        self.values = tuple(flat.views for flat in current.accumulators)
+        if not current.on_host:
+            return current.to_host()
+        with self._lock:
+            self._held.append(current)
+        return current
+
+    def release(self, held: AverageSet) -> None:
+        """What `hold` gave is no longer needed; from any thread."""
+        with self._lock:
+            if any(held is one for one in self._held):
+                self._held.remove(held)
+                self._recycle(held)
+
+    def _recycle(self, used: AverageSet) -> None:
+        """Keep one set for the next time that averages are held: making one takes longer than an update."""
+        needed = used is self._set or any(used is held for held in self._held)
+        if not needed and not self._spare and self._set is not None and used.layout == self._set.layout:
+            self._spare.append(used)
+
+    def _target(self, old: AverageSet) -> AverageSet:
+        """Where an update may write."""
+        with self._lock:
+            if not any(old is held for held in self._held):
+                return old
+            if self._spare:
+                return self._spare.pop()
+        return AverageSet.empty(old.layout, len(self.gammas))
+
+    def _take(self, old: AverageSet, new: AverageSet) -> None:
+        with self._lock:
+            self._set = new
+            self._recycle(old)
+        self.values = tuple(flat.views for flat in new.accumulators)
+
+    def _is_current(self, one: AverageSet) -> bool:
+        """Whether a set holds `values`, which may also have been loaded from elsewhere."""
+        return all(values is flat.views for values, flat in zip(self.values, one.accumulators, strict=True))
+
+    def _laid_out(self, layout: Layout) -> AverageSet:
+        """The averages in a layout; those that lie otherwise are moved, name by name."""
+        current = self._set
+        if current is not None and current.layout == layout and self._is_current(current):
+            return current
+        moved = AverageSet.empty(layout, len(self.gammas))
+        if self.exist:
+            for flat, values in zip(moved.accumulators, self.values, strict=True):
+                flat.fill(values)
+        with self._lock:
+            self._set = moved
+            self._spare.clear()
+        return moved

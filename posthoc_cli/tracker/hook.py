@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import secrets
+import threading
 import types
-import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from posthoc_cli.errors import NonFiniteError, NotReadyError
+from posthoc_cli.errors import NotReadyError, PostHocError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.attaching import follow_optimizer
 from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.background import Background, Snapshots
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.settings import (
     Settings,
     absolute_directory,
+    check_device,
     check_sigma_rels,
     make_schedule,
     next_time,
@@ -34,6 +38,7 @@ from posthoc_cli.tracker.settings import (
 )
 from posthoc_cli.tracker.state import load_averages, newest_complete, pack_state, unpack_state
 from posthoc_cli.tracker.synthesizing import Synthesizing
+from posthoc_cli.tracker.watching import WatchedModel
 from posthoc_cli.tracker.weights import Weights, is_swapped
 
 log = logging.getLogger(__name__)
@@ -42,8 +47,8 @@ log = logging.getLogger(__name__)
 class PostHocEMA(Synthesizing):
     """Tracks power-function averages of a model and gives the average of any other length.
 
-    Make one with `from_model` or `from_path`. A context manager; closing it only lets another writer into the
-    directory: every snapshot that was due is on disk when the call of `update_` that it was due at returns.
+    Make one with `from_model` or `from_path`. Snapshots are written beside the training: `flush` returns when all that
+    were due are on disk, and so does closing, which lets another writer into the directory. A context manager.
 
     Attributes:
         checkpoint_dir: where the snapshots are.
@@ -63,6 +68,10 @@ class PostHocEMA(Synthesizing):
         self._own_clock: bool | None = None
         self._resumes_from_directory = False
         self._recorder: Recorder | None = None
+        self._background: Background | None = None
+        self._device: str | None = None
+        self._watched = WatchedModel()
+        self._calling = threading.Lock()
         self._closed = False
         self._model: weakref.ref[torch.nn.Module] | None = None
 
@@ -83,6 +92,7 @@ class PostHocEMA(Synthesizing):
         only_trainable: bool = True,
         on_nonfinite: str = "raise",
         sigma_range: tuple[float, float] = (0.05, 0.28),
+        device: str | None = None,
     ) -> PostHocEMA:
         """A tracker for a new run. Nothing is written before the first `update_`.
 
@@ -101,6 +111,9 @@ class PostHocEMA(Synthesizing):
             on_nonfinite: what an update does when a parameter holds nan or infinity: "raise" an error, "skip" the
                 update, or skip it and "warn". No average takes the value in, ever.
             sigma_range: the averages that `max_checkpoints` keeps snapshots for.
+            device: where the averages are: "model", beside the parameters and updated by the training's own thread,
+                or "cpu", on the host and updated by a thread of their own; None for "cpu" where a parameter is on an
+                accelerator, else "model". Their values are the same.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -112,6 +125,7 @@ class PostHocEMA(Synthesizing):
         tracked = TrackedModel.of_model(collect_tensors(model, only_trainable))
         tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
         tracker._model = weakref.ref(model)
+        tracker._device = check_device(device)
         return tracker
 
     @classmethod
@@ -126,6 +140,7 @@ class PostHocEMA(Synthesizing):
         checkpoint_dtype: torch.dtype | str | types.EllipsisType | None = ...,
         on_nonfinite: str = "raise",
         sigma_range: tuple[float, float] | types.EllipsisType = ...,
+        device: str | None = None,
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -162,6 +177,7 @@ class PostHocEMA(Synthesizing):
         last = newest if complete is None else complete[profiles[0]]
         tracker._step, tracker._t = last.info.step, last.info.t
         tracker._own_clock = resumed_habit(tracker._step, tracker._t)
+        tracker._device = check_device(device)
         if model is not None:
             tracker._collect(model)
             tracker._model = weakref.ref(model)
@@ -188,25 +204,49 @@ class PostHocEMA(Synthesizing):
                 every call for steps.
 
         Raises:
-            NonFiniteError: a parameter holds nan or infinity (`on_nonfinite="raise"`). No average is touched.
+            NonFiniteError: a parameter holds nan or infinity (`on_nonfinite="raise"`). No average is touched. Where the
+                averages are updated beside the training, the error comes with the next call.
             ModelMismatchError: names, shapes or dtypes have changed. No average is touched.
-            WriteError: a snapshot that was due could not be written. Nothing partial is left, and training
-                may go on.
+            WriteError: a snapshot that was due at an earlier call could not be written; raised once. Nothing partial
+                is left, and training may go on: this call has done its work, and later snapshots are tried again.
+            NotReadyError: the tracker is closed, the model holds averaged weights, or another thread is calling.
             LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: another writer holds
                 the directory, or it holds another run, or what is in it cannot be read or is damaged.
         """
         check_model(model)
         if is_swapped(model):
             raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
-        self._begin()
+        if not self._calling.acquire(blocking=False):
+            raise NotReadyError("update_: another thread is calling it; call it from one thread, after every step")
+        try:
+            failure = self._failure()  # of work that was done beside the training since the last call
+            self._begin()
+            self._advance(t)
+            self._take_in(model)
+        finally:
+            self._calling.release()
+        if failure is not None:
+            raise failure
+
+    def _advance(self, t: float | None) -> None:
+        """Count a call."""
         step = self._step + 1
         self._t = next_time(self.settings, self._own_clock, self._t, step, t)
         self._own_clock = t is not None
         self._step = step
         self._clock.add(step, self._t)
-        weights = self._take_in(model) if self.settings.update_is_due(step) else None
-        if self.settings.snapshot_is_due(step) and self._averages.exist:
-            self._write_snapshots(weights)
+
+    def flush(self) -> None:
+        """Return when every update is taken in and every snapshot that was due is durable.
+
+        Raises:
+            WriteError, NonFiniteError: what went wrong since the last call; raised once.
+        """
+        if self._background is not None:
+            self._background.flush()
+        failure = self._failure()
+        if failure is not None:
+            raise failure
 
     def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
@@ -217,10 +257,15 @@ class PostHocEMA(Synthesizing):
         return follow_optimizer(optimizer, self._model, self.update_)
 
     def close(self) -> None:
-        """Give the directory free. Averages can still be read; there are no updates any more."""
+        """Finish as `flush`, and give the directory free. Averages can still be read; there are no updates any more."""
         self._closed = True
-        if self._recorder is not None:
-            self._recorder.close()
+        try:
+            self.flush()
+        finally:
+            if self._background is not None:
+                self._background.close()
+            if self._recorder is not None:
+                self._recorder.close()
 
     def __enter__(self) -> PostHocEMA:
         return self
@@ -228,7 +273,11 @@ class PostHocEMA(Synthesizing):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except PostHocError:
+            if error is None:  # else the block's own error says more; this one was logged when it came
+                raise
 
     # --- the average of any length -------------------------------------------------------------------
 
@@ -274,6 +323,7 @@ class PostHocEMA(Synthesizing):
         """
         if sigma_rel is not None:
             return self._synthesized(sigma_rel, t, step, dtype, method)
+        self.flush()
         averages, clock, step, t = self._averages, self._clock, self._step, self._t
         snapshots = [] if self._recorder is None else self._recorder.checksums
         if self._resumes_from_directory:
@@ -294,6 +344,7 @@ class PostHocEMA(Synthesizing):
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         self._check_open()
+        self.flush()
         unpacked = unpack_state(state, self.settings, self._tracked)
         recorder = self._open_recorder(unpacked.run_id)
         recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
@@ -338,28 +389,35 @@ class PostHocEMA(Synthesizing):
         self._tracked.check(TrackedModel.of_model(tensors))
         return tensors
 
-    def _take_in(self, model: torch.nn.Module) -> Mapping[str, torch.Tensor] | None:
-        """The weights that the averages took in; None where the update was skipped."""
-        tensors = self._collect(model)
-        name = nonfinite_name(tensors.averaged)
-        if name is None:
-            self._averages.update_(tensors.averaged, tensors.copied, self._t, self._step)
-            return tensors.averaged
-        message = f"parameter {name!r} holds nan or infinity at step {self._step}; no average has taken it in"
-        if self.settings.on_nonfinite == "raise":
-            raise NonFiniteError(message)
-        if self.settings.on_nonfinite == "warn":
-            warnings.warn(message, RuntimeWarning, stacklevel=3)
-        log.info("update skipped: %s", message)
-        return None
+    def _take_in(self, model: torch.nn.Module) -> None:
+        """Do what is due at this call."""
+        due = None
+        if self.settings.snapshot_is_due(self._step):
+            due = Snapshots(partial(self._live_sources, copy.deepcopy(self._clock)), self._write_snapshots)
+        if self.settings.update_is_due(self._step):
+            tensors, changed = self._watched.tensors(model, self._collect)
+            background = self._working(tensors.averaged)
+            background.update(self._averages, tensors, changed, self._t, self._step, due)
+        elif due is not None and self._averages.exist and self._background is not None:
+            self._background.write(self._averages, due)
 
-    def _write_snapshots(self, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    def _working(self, parameters: Mapping[str, torch.Tensor]) -> Background:
+        if self._background is None:
+            on_host = all(parameter.device.type == "cpu" for parameter in parameters.values())
+            self._background = Background(self.settings, (self._device or ("model" if on_host else "cpu")) == "cpu")
+        return self._background
+
+    def _failure(self) -> Exception | None:
+        return None if self._background is None else self._background.take_error()
+
+    def _write_snapshots(self, sources: Sequence[LiveSource], weights: Mapping[str, torch.Tensor] | None) -> None:
         recorder = self._open_recorder(self.run_id)
-        recorder.write(self._live_sources(), weights)
+        recorder.write(sources, weights)
         recorder.thin(self.settings.schedule.max_checkpoints, self.settings.schedule.sigma_range)
 
-    def _live_sources(self) -> list[LiveSource]:
-        return live_sources(self.run_id, self.settings, self._tracked, self._averages, self._clock)
+    def _live_sources(self, clock: ClockRecorder | None = None) -> list[LiveSource]:
+        return live_sources(self.run_id, self.settings, self._tracked, self._averages, clock or self._clock)
 
     def _sources(self) -> list[Source]:
+        self.flush()
         return current_sources(self.checkpoint_dir, self.run_id, self._live_sources())

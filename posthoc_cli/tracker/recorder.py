@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +11,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.errors import MismatchError, NonFiniteError
-from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, snapshot_metadata
+from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, set_aside, snapshot_path, thin
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
@@ -106,8 +106,12 @@ class Recorder:
         ]
         path = snapshot_path(self.directory, info.t, info.sigma_rel)
         with TensorFileWriter(path, specs, snapshot_metadata(info)) as writer:
-            for name, dtype in storage.items():
-                writer.write(name, tensor_bytes(tensors[name].to(dtype)))
+            for names in _batches(specs):
+                if len(names) > 1:
+                    parts = [tensors[name].reshape(-1).to(storage[name]) for name in names]
+                    writer.write_many(names, tensor_bytes(torch.cat(parts)))
+                else:
+                    _write_large(writer, names[0], tensors[names[0]], storage[names[0]])
             checksum = writer.commit()
         self._run_id = info.run_id
         self._stored.append(StoredSnapshot(path, info, checksum))
@@ -135,6 +139,29 @@ class Recorder:
     def close(self) -> None:
         """Let another writer in."""
         self._lock.release()
+
+
+def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
+    """Names of small tensors of one dtype in batches, of large ones alone: a file is written in large pieces."""
+    batch: list[str] = []
+    dtype, nbytes = "", 0
+    for spec in sorted(specs, key=lambda s: -ITEM_BYTES[s.dtype]):  # as they lie in the file
+        if batch and (spec.dtype != dtype or nbytes + spec.nbytes > BLOCK_BYTES):
+            yield batch
+            batch, nbytes = [], 0
+        batch.append(spec.name)
+        dtype, nbytes = spec.dtype, nbytes + spec.nbytes
+    if batch:
+        yield batch
+
+
+def _write_large(writer: TensorFileWriter, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
+    """Write a tensor block by block, so that no second copy of it is held."""
+    flat = tensor.reshape(-1)
+    part = writer.write_range(name, 0, flat.numel() * dtype.itemsize)
+    for values in torch.split(flat, BLOCK_BYTES // dtype.itemsize):
+        part.write(tensor_bytes(values.to(dtype)))
+    part.close()
 
 
 def _check_finite(averages: Mapping[str, torch.Tensor]) -> None:

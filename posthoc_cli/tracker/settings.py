@@ -53,6 +53,13 @@ def absolute_directory(checkpoint_dir: str | Path) -> Path:
     return Path(checkpoint_dir).absolute()
 
 
+def check_device(device: str | None) -> str | None:
+    """Where averages are, or None; an InvalidValueError that lists the choices."""
+    if device not in (None, "cpu", "model"):
+        raise InvalidValueError(f"device {device!r}: must be 'cpu' (the host) or 'model' (beside the parameters)")
+    return device
+
+
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
     """Tracked profiles, the shortest first: at least one, each in range, none twice."""
     if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable):

@@ -17,7 +17,8 @@ from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import open_tensors
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
-from posthoc_cli.tracker.averages import RunningAverages, accumulator_dtype
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.layout import accumulator_dtype
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
 

@@ -48,6 +48,7 @@ class Watched:
             averages = self.tracker._averages
             for sigma_rel, values in zip(averages.sigma_rels, averages.values, strict=True):
                 self.exact[averages.t, sigma_rel] = {name: value.clone() for name, value in values.items()}
+        self.tracker.flush()
 
 
 def squares(tensors: Tensors, other: Tensors | None = None) -> float:
@@ -186,7 +187,7 @@ def test_a_distance_that_overflows_is_left_out(tmp_path: Path) -> None:
         tracker.update_(model)
         for average, value in zip(tracker._averages.values, (-3e38, 3e38), strict=True):
             average["weight"].fill_(value)
-        tracker._write_snapshots()
+        tracker._write_snapshots(tracker._live_sources(), None)
     for snapshot in read_directory(tmp_path):
         assert snapshot.info.measurements == Measurements(pytest.approx(4 * 9e76), 0.0, ())  # type: ignore[arg-type]
 
@@ -333,7 +334,7 @@ def test_a_profile_that_could_not_be_written_is_written_when_it_is_due_again(
                 watched.train(model, 10, 10)
         assert [(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path)] == [(5, 0.05), (5, 0.28), (10, 0.05)]
         assert not list(tmp_path.glob(".ema-*"))
-        tracker._write_snapshots()
+        tracker._write_snapshots(tracker._live_sources(), None)
         for sigma_rel, values in zip(tracker._averages.sigma_rels, tracker._averages.values, strict=True):
             watched.exact[10, sigma_rel] = values
         check_all(watched, tmp_path)

@@ -136,6 +136,7 @@ def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.Lo
     model, tracker, _ = trained(tmp_path, steps=4)
     model.norm.running_mean.fill_(float("nan"))
     tracker.update_(model)
+    tracker.flush()
     assert "buffer 'norm.running_mean' holds nan" in caplog.text
 
 

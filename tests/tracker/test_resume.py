@@ -47,6 +47,7 @@ def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) ->
             for buffer in model.buffers():
                 buffer.add_(1)
         tracker.update_(model)
+    tracker.flush()
 
 
 def contents(folder: Path) -> dict[str, dict[str, bytes]]:
@@ -510,8 +511,9 @@ from posthoc_cli import PostHocEMA
 model = torch.nn.Linear(2, 2)
 tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=1)
 tracker.update_(model)
-print("ready", flush=True)
 if sys.argv[2] == "wait":
+    tracker.flush()
+    print("ready", flush=True)
     sys.stdin.read()
 """
 

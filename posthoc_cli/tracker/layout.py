@@ -1,0 +1,188 @@
+"""How averages lie in memory: flat buffers of whole groups of tensors, read and written block by block.
+
+A block is a range of a flat buffer that stays in the cache while every profile takes it in. So the model is read from
+memory once for all profiles, and a model of thousands of small tensors costs no more calls than one of a few large.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+import torch
+
+CPU_BLOCK = 262_144
+"""Elements of a block on the CPU (measured: 65,536 to 1,048,576 differ by 15 %)."""
+
+DEVICE_BLOCK = 2**24
+"""Elements on an accelerator, where starting a kernel costs more than leaving the cache."""
+
+
+def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: at a decay of 0.9999 a half-precision average never moves."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+@dataclass(frozen=True)
+class Group:
+    """Tensors of one device and dtype, end to end."""
+
+    device: torch.device
+    dtype: torch.dtype
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    bounds: tuple[int, ...]
+    """Where each tensor begins, in elements, and where the last one ends."""
+
+    @property
+    def wide(self) -> torch.dtype:
+        """The dtype of their averages."""
+        return accumulator_dtype(self.dtype)
+
+    @property
+    def elements(self) -> int:
+        """Elements of all tensors."""
+        return self.bounds[-1]
+
+    @property
+    def block(self) -> int:
+        """Elements of a block."""
+        return CPU_BLOCK if self.device.type == "cpu" else DEVICE_BLOCK
+
+    def views(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each tensor's name, and its place in a flat buffer."""
+        for name, shape, (begin, end) in zip(self.names, self.shapes, pairwise(self.bounds), strict=True):
+            yield name, flat[begin:end].view(shape)
+
+
+Layout = tuple[Group, ...]
+
+
+def lay_out(tensors: Mapping[str, torch.Tensor], device: torch.device | None = None) -> Layout:
+    """Group tensors; `device` is where the buffers will be, None for each tensor's own."""
+    groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
+    for name, tensor in tensors.items():
+        groups[device or tensor.device, tensor.dtype].append(name)
+    return tuple(
+        Group(
+            where,
+            dtype,
+            tuple(names),
+            tuple(tuple(tensors[name].shape) for name in names),
+            (0, *accumulate(tensors[name].numel() for name in names)),
+        )
+        for (where, dtype), names in groups.items()
+    )
+
+
+class FlatTensors:
+    """One flat buffer a group, and the tensors in it by name.
+
+    Arguments:
+        layout: the groups.
+        wide: buffers of the averages' dtype in place of the tensors' own.
+        pinned: in memory that an accelerator can copy to by itself.
+    """
+
+    def __init__(self, layout: Layout, wide: bool, pinned: bool = False) -> None:
+        self.flats = [
+            torch.empty(
+                group.elements, dtype=group.wide if wide else group.dtype, device=group.device, pin_memory=pinned
+            )
+            for group in layout
+        ]
+        self.views = {
+            name: view for group, flat in zip(layout, self.flats, strict=True) for name, view in group.views(flat)
+        }
+
+    def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Copy tensors into their places."""
+        for name, view in self.views.items():
+            view.copy_(tensors[name])
+
+
+@dataclass(frozen=True)
+class Block:
+    """A range of a flat buffer, and the tensors, or parts of them, whose values belong there."""
+
+    group: int
+    begin: int
+    end: int
+    parts: tuple[torch.Tensor, ...]
+
+    def values(self, scratch: torch.Tensor) -> torch.Tensor:
+        """The values, flat, in the scratch's dtype; they may stand in `scratch`, which holds as many."""
+        (first, *others), room = self.parts, scratch[: self.end - self.begin]
+        if not others and first.dim() == 1 and first.dtype == scratch.dtype:
+            return first
+        if not others:
+            room.view(first.shape).copy_(first)
+            return room
+        return torch.cat(self.parts, out=room)
+
+
+class BlockReader:
+    """Tensors of a layout, block by block, wherever their values are. Holds views of the tensors, and no copy.
+
+    Arguments:
+        layout: the groups.
+        pieces: for each group tensors that hold its values, in order, on the group's device.
+    """
+
+    def __init__(self, layout: Layout, pieces: Sequence[Sequence[torch.Tensor]]) -> None:
+        self.layout = layout
+        self.blocks = [
+            Block(index, *block)
+            for index, (group, own) in enumerate(zip(layout, pieces, strict=True))
+            for block in _cut(own, group.block)
+        ]
+        self._scratch = [self._room(index, group) for index, group in enumerate(layout)]
+
+    @classmethod
+    def of_tensors(cls, layout: Layout, tensors: Mapping[str, torch.Tensor]) -> BlockReader:
+        """A reader of tensors by name."""
+        return cls(layout, [[tensors[name].detach() for name in group.names] for group in layout])
+
+    @classmethod
+    def of_flat(cls, layout: Layout, values: FlatTensors) -> BlockReader:
+        """A reader of flat buffers."""
+        return cls(layout, [[flat] for flat in values.flats])
+
+    def _room(self, index: int, group: Group) -> torch.Tensor:
+        longest = max((b.end - b.begin for b in self.blocks if b.group == index), default=0)
+        return torch.empty(longest, dtype=group.wide, device=group.device)
+
+    def __iter__(self) -> Iterator[tuple[Block, torch.Tensor]]:
+        """Each block with its values, in the averages' dtype; they are valid until the next one."""
+        for block in self.blocks:
+            yield block, block.values(self._scratch[block.group])
+
+    def surely_finite(self) -> bool:
+        """Whether no value is nan or infinite; false also where their squares are too large to tell.
+
+        The 2-norm is the cheapest sum that no nan and no infinity can hide in. One synchronisation a group.
+        """
+        norms: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for block, values in self:
+            norms[block.group].append(torch.linalg.vector_norm(values))
+        return all(bool(torch.stack(own).isfinite().all()) for own in norms.values())
+
+
+def _cut(pieces: Sequence[torch.Tensor], size: int) -> Iterator[tuple[int, int, tuple[torch.Tensor, ...]]]:
+    """Blocks of at most `size` elements: begin, end, flat parts; a tensor that cannot be flattened is a block alone."""
+    begin = end = 0
+    parts: list[torch.Tensor] = []
+    for piece in pieces:
+        flat = piece.is_contiguous()
+        for part in torch.split(piece.view(-1), size) if flat else [piece]:
+            if not part.numel():
+                continue
+            if parts and (not flat or parts[-1].dim() != 1 or end - begin + part.numel() > size):
+                yield begin, end, tuple(parts)
+                begin, parts = end, []
+            parts.append(part)
+            end += part.numel()
+    if parts:
+        yield begin, end, tuple(parts)

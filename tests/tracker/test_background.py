@@ -1,0 +1,373 @@
+"""Work beside the training: the same values as without it, errors that come once, nothing lost."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.tracker import background
+from posthoc_cli.tracker.background import Pace
+from posthoc_cli.tracker.recorder import Recorder
+from posthoc_cli.tracker.staging import Staged
+from posthoc_cli.tracker.worker import Worker
+
+SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3).bfloat16())
+
+
+def step(model: torch.nn.Module, number: int) -> None:
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+        for buffer in model.buffers():
+            buffer.add_(1)
+
+
+def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) -> None:
+    for number in range(first, last + 1):
+        step(model, number)
+        tracker.update_(model)
+
+
+def contents(folder: Path) -> dict[str, dict[str, bytes]]:
+    result = {}
+    for snapshot in read_directory(folder):
+        with TensorFile(snapshot.path) as file:
+            result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
+    return result
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is clear, the worker cannot begin with the values that it was given."""
+    gate, real = threading.Event(), Staged.reader
+    monkeypatch.setattr(Staged, "reader", lambda staged: gate.wait(60) and real(staged))
+    yield gate
+    gate.set()
+
+
+@pytest.fixture
+def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """While it is clear, no snapshot is written."""
+    gate, real = threading.Event(), Recorder.write
+
+    def write(recorder: Recorder, *arguments: Any) -> None:
+        assert gate.wait(60)
+        real(recorder, *arguments)
+
+    monkeypatch.setattr(Recorder, "write", write)
+    yield gate
+    gate.set()
+
+
+# --- the same values -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_values_are_those_of_the_step_that_was_asked_for(tmp_path: Path, device: str) -> None:
+    """Against the formula in float64: beta = (t_prev / t) ** (gamma + 1), with gamma of the profile 0.28."""
+    model = torch.nn.Linear(3, 2).double()
+    exact, last = None, 0
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), device=device, **SETTINGS) as tracker:
+        for number in range(1, 21):
+            step(model, number)
+            tracker.update_(model)
+            if number % 2 == 0:
+                own, gamma = model.weight.detach().numpy().copy(), tracker._averages.gammas[0]
+                beta = (last / number) ** (gamma + 1)
+                exact, last = own if exact is None else beta * exact + (1 - beta) * own, number
+        live = tracker.state_dict()["averages"][0]["weight"].numpy()
+    np.testing.assert_allclose(live, exact, rtol=1e-13)
+
+
+def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) -> None:
+    """Training has gone on, and its values have changed, before the worker looks at what it was given."""
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "beside", device="cpu", **SETTINGS) as tracker:
+        for first in range(1, 40, 2):
+            train(model, tracker, first, first + 1)
+            step(model, 1000 + first)  # what nobody may see
+            assert tracker._averages.step < first + 1
+            gate.set()
+            tracker.flush()
+            gate.clear()
+            step_back(model, 1000 + first)
+        gate.set()
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "plain", device="model", **SETTINGS) as plain:
+        for first in range(1, 40, 2):
+            train(model, plain, first, first + 1)
+            step(model, 1000 + first)
+            step_back(model, 1000 + first)
+    assert contents(tmp_path / "beside") == contents(tmp_path / "plain")
+    assert len(contents(tmp_path / "plain")) == 20
+
+
+def step_back(model: torch.nn.Module, number: int) -> None:
+    """Undo `step`, up to rounding, which is the same in two runs."""
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.sub_(torch.randn(parameter.shape, generator=generator))
+        for buffer in model.buffers():
+            buffer.sub_(1)
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_snapshots_hold_the_averages_of_their_time_however_late_they_are_written(
+    tmp_path: Path, device: str, slow_disk: threading.Event
+) -> None:
+    """Three more updates while the first snapshots wait for the disk."""
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "late", device=device, **SETTINGS) as late:
+        train(model, late, 1, 4)
+        train(model, late, 5, 7)
+        slow_disk.set()
+        train(model, late, 8, 20)
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "prompt", device="model", **SETTINGS) as prompt:
+        for number in range(1, 21):
+            train(model, prompt, number, number)
+            prompt.flush()
+    assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
+    assert [s.info.measurements for s in read_directory(tmp_path / "late")] == [
+        s.info.measurements for s in read_directory(tmp_path / "prompt")
+    ]
+
+
+def test_averages_that_are_held_take_one_more_set_and_no_third(tmp_path: Path, slow_disk: threading.Event) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, device="model", **SETTINGS) as tracker:
+        train(model, tracker, 1, 4)
+        first = tracker._averages.values
+        train(model, tracker, 5, 6)
+        second = tracker._averages.values
+        train(model, tracker, 7, 7)
+        assert [a is b for a, b in zip(first, second, strict=True)] == [False, False]
+        slow_disk.set()
+        sets = set()
+        for number in range(8, 40):
+            train(model, tracker, number, number)
+            tracker.flush()
+            sets.add(id(tracker._averages.values[0]))
+    assert sets <= {id(first[0]), id(second[0])}
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+def test_a_value_that_is_not_finite_is_raised_at_the_next_call_and_taken_in_by_no_average(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=1, checkpoint_every=100) as tracker:
+        train(model, tracker, 1, 3)
+        kept = model.weight.detach().clone()
+        with torch.no_grad():
+            model.weight[0, 0] = torch.nan
+        tracker.update_(model)
+        with torch.no_grad():
+            model.weight.copy_(kept)
+        with pytest.raises(NonFiniteError, match="'weight' holds nan or infinity at step 4"):
+            tracker.flush()
+        tracker.update_(model)  # raised once
+        state = tracker.state_dict()
+    assert (state["step"], state["averages_step"]) == (5, 5)
+    assert all(bool(average["weight"].isfinite().all()) for average in state["averages"])
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
+    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS) as tracker:
+        with monkeypatch.context() as fault:
+            fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            train(model, tracker, 1, 4)
+            tracker._background.flush()  # type: ignore[union-attr]  # it has failed by now, and nobody knows
+        step(model, 5)
+        with pytest.raises(WriteError, match="no space left"):
+            tracker.update_(model)
+        assert tracker.step == 5
+        train(model, tracker, 6, 8)
+    assert {s.info.t for s in read_directory(tmp_path)} == {8}
+
+
+def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    monkeypatch.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with (
+        pytest.raises(ZeroDivisionError),
+        PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker,
+    ):
+        train(model, tracker, 1, 4)
+        raise ZeroDivisionError
+    assert "no space left" in caplog.text
+
+
+def test_two_threads_must_not_call_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        inside, go_on = threading.Event(), threading.Event()
+        real = PostHocEMA._take_in
+
+        def wait(self: PostHocEMA, own: torch.nn.Module) -> None:
+            inside.set()
+            assert go_on.wait(60)
+            real(self, own)
+
+        monkeypatch.setattr(PostHocEMA, "_take_in", wait)
+        other = threading.Thread(target=tracker.update_, args=(model,))
+        other.start()
+        assert inside.wait(60)
+        with pytest.raises(NotReadyError, match="another thread is calling"):
+            tracker.update_(model)
+        go_on.set()
+        other.join()
+        assert tracker.step == 1
+
+
+def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match=r"'cpu' .* or 'model'"):
+        PostHocEMA.from_model(network(), tmp_path, device="cuda")
+
+
+# --- waiting ---------------------------------------------------------------------------------------
+
+
+def test_a_worker_that_falls_behind_is_waited_for_and_no_update_is_dropped(
+    tmp_path: Path, gate: threading.Event
+) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=1, checkpoint_every=100) as tracker:
+        train(model, tracker, 1, 1)  # the worker has the first update, and holds on to it
+        second = threading.Thread(target=train, args=(model, tracker, 2, 2))
+        second.start()
+        second.join(0.2)
+        assert second.is_alive()
+        gate.set()
+        second.join()
+        train(model, tracker, 3, 20)
+        assert tracker.state_dict()["averages_step"] == 20
+
+
+def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs of 3 s where one comes after every second of training: every 40th step instead of every 10th."""
+    now = [0.0]
+    monkeypatch.setattr(background.time, "monotonic", lambda: now[0])
+    pace = Pace("an update", "update_every", lambda factor: background._divisor(1000, 10 * factor))
+
+    def come(training: float, waits: float, job: float) -> None:
+        now[0] += training
+        with pace.waiting():
+            now[0] += waits
+        with pace.working():
+            now[0] += job
+        now[0] -= job  # it is done beside
+
+    come(1, 0, 3)
+    for _ in range(4):
+        come(1, 2, 3)
+    with pytest.warns(
+        RuntimeWarning, match=r"an update takes 3 s, .* after 1 s: .* waited 10 s .*update_every=40 would"
+    ):
+        come(1, 2, 3)
+    come(1, 2, 3)  # told once: warnings are errors here
+
+
+def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
+    worker = Worker("test", 2)
+
+    def fail(number: int) -> None:
+        raise WriteError(28, f"the {number}th")
+
+    for number in range(5):
+        worker.submit(lambda number=number: fail(number))
+    worker.wait()
+    for number in range(5):
+        assert str(worker.take_error()).endswith(f"the {number}th")
+    assert worker.take_error() is None
+    worker.close()
+
+
+# --- what is looked through once -------------------------------------------------------------------
+
+
+def replace_storage(model: torch.nn.Module) -> None:
+    model[0].weight.data = model[0].weight.data.clone()
+
+
+def replace_parameter(model: torch.nn.Module) -> None:
+    model[0].weight = torch.nn.Parameter(model[0].weight.detach().clone())
+
+
+def replace_buffer(model: torch.nn.Module) -> None:
+    model[1].running_mean = model[1].running_mean.clone()
+
+
+def replace_module(model: torch.nn.Module) -> None:
+    new = torch.nn.Linear(5, 4)
+    new.load_state_dict(model[0].state_dict())
+    model[0] = new
+
+
+def to_channels_last(model: torch.nn.Module) -> None:
+    model[0].weight.data = model[0].weight.detach().t().contiguous().t()
+
+
+@pytest.mark.parametrize(
+    "change", [replace_storage, replace_parameter, replace_buffer, replace_module, to_channels_last]
+)
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: Any, device: str) -> None:
+    for name, changes in (("changed", True), ("plain", False)):
+        model = network()
+        with PostHocEMA.from_model(model, tmp_path / name, device=device, **SETTINGS) as tracker:
+            train(model, tracker, 1, 6)
+            if changes:
+                change(model)
+            train(model, tracker, 7, 12)
+    assert contents(tmp_path / "changed") == contents(tmp_path / "plain")
+
+
+def test_a_model_is_looked_through_once_while_it_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        looked, real = [], PostHocEMA._collect
+
+        def collect(self: PostHocEMA, own: torch.nn.Module) -> Any:
+            looked.append(own)
+            return real(self, own)
+
+        monkeypatch.setattr(PostHocEMA, "_collect", collect)
+        train(model, tracker, 1, 20)
+        assert looked == [model]
+
+
+def test_a_tracker_does_not_keep_a_model_alive(tmp_path: Path) -> None:
+    model = network()
+    gone = weakref.ref(model)
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 8)
+        del model
+        assert gone() is None
+        assert tracker.state_dict()["step"] == 8
