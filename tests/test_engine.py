@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +16,14 @@ import torch
 from factories import RUN_ID, write_snapshot
 from synthesis_cases import peak_memory, write_sparse_snapshots
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import Between, PostHocEMA, PowerFunction
 from posthoc_cli.cli.output import ProgressLines
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, WriteError
 from posthoc_cli.export import write_synthesis
+from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import BLOCK_BYTES, TrackedTensor
 from posthoc_cli.synthesis import Plan, disk_sources, making, place_synthesis, plan_synthesis, sums, synthesize
+from posthoc_cli.synthesis import plan as plan_module
 from posthoc_cli.synthesis.placing import Nowhere
 from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
 from posthoc_cli.synthesis.tiles import cut_tiles
@@ -115,6 +117,34 @@ def test_a_target_alone_has_the_bytes_that_it_has_in_company(mixed: Path) -> Non
     for count in (1, 2, 3):
         for name, values in bits(plan_of(mixed, TARGETS[:count])).items():
             assert values == together[name][:count], name
+
+
+def test_snapshots_that_a_target_does_without_do_not_change_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ten of more than a group: in company they are there, and may move no other one into another group."""
+    for t in range(1, GROUP + 20):
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t, 500)})
+    solve = plan_module.reconstruct
+
+    def without_the_first(snapshots: object, targets: Sequence[PowerFunction], *rest: object) -> Reconstruction:
+        result = solve(snapshots, targets, *rest)  # type: ignore[arg-type]
+        for column, target in enumerate(targets):
+            result.coefficients[:10, column] *= target.sigma_rel > 0.15
+        return result
+
+    monkeypatch.setattr(plan_module, "reconstruct", without_the_first)
+    together, alone = plan_of(tmp_path, (0.1, 0.2)), plan_of(tmp_path, (0.1,))
+    assert len(together.sources) == len(alone.sources) + 10
+    assert bits(alone)["w"] == bits(together)["w"][:1]
+
+
+def test_copies_come_from_the_newest_snapshot_also_where_no_target_needs_it(tmp_path: Path) -> None:
+    for t in range(10, 110, 10):
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t, 3), "count": torch.tensor(t)})
+    plan = plan_synthesis(disk_sources(tmp_path), [Between(20, 60)], method="paper")
+    assert np.flatnonzero(plan.reconstruction.coefficients).max() < len(plan.sources) - 1
+    assert dict(synthesize(plan))["count"][0] == 100
 
 
 def test_a_file_has_the_bytes_of_the_tensors(mixed: Path, tmp_path: Path) -> None:

@@ -111,8 +111,8 @@ class Maker:
 
     def _sums_in(self, wide: str) -> Sums:
         if wide not in self._sums:
-            coefficients = self._plan.reconstruction.coefficients
-            self._sums[wide] = Sums(coefficients, self._chunk, torch_dtype(wide), self._device)
+            coefficients, places = self._plan.reconstruction.coefficients, self._plan.places
+            self._sums[wide] = Sums(coefficients, self._chunk, torch_dtype(wide), self._device, places)
         return self._sums[wide]
 
 
