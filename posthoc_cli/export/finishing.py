@@ -12,7 +12,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, NotReadyError, OutputExistsError
 from posthoc_cli.export.part_file import PartFile, part_path
 from posthoc_cli.export.parted import PartedSynthesis, part_counts
-from posthoc_cli.export.sharded import MODEL_FILE
+from posthoc_cli.export.sharded import MODEL_FILE, holds_snapshot
 from posthoc_cli.snapshots.format import FileHeader
 from posthoc_cli.snapshots.index import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.reader import read_header
@@ -131,6 +131,8 @@ def _strangers(folder: Path, parts: int) -> list[Path]:
 
 
 def _check_alone(folder: Path, parted: PartedSynthesis, has_index: bool) -> None:
+    if holds_snapshot(folder):
+        raise OutputExistsError(f"{folder}: is a snapshot of a run and is not replaced; choose another name")
     if parted.overwrite:
         return
     index, others = folder / INDEX_NAME, _strangers(folder, parted.parts)

@@ -25,7 +25,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError
 from posthoc_cli.export.layouts import Sink, make_sink
 from posthoc_cli.export.part_file import PartFile, part_path, plan_digest
-from posthoc_cli.export.sharded import holds_model
+from posthoc_cli.export.sharded import holds_model, holds_snapshot
 from posthoc_cli.export.space import check_space
 from posthoc_cli.export.synthesized import fill_sinks
 from posthoc_cli.snapshots.index import INDEX_NAME, read_index
@@ -176,6 +176,8 @@ class PartedSynthesis:
         folder = file.path.parent
         if folder.exists() and not folder.is_dir():
             raise OutputExistsError(f"{folder}: is a file; shards need a folder")
+        if self.overwrite and holds_snapshot(folder):
+            raise OutputExistsError(f"{folder}: is a snapshot of a run and is not replaced; choose another name")
         if not os.path.lexists(file.path):
             if not self.overwrite and holds_model(folder):
                 raise OutputExistsError(
