@@ -223,6 +223,13 @@ def test_sums_in_float64_are_rounded_once(mixed: Path) -> None:
     assert not torch.equal(found, dict(synthesize(plan))["large"][0])
 
 
+def test_sums_in_float64_are_rounded_once_to_sixteen_bits_too(tmp_path: Path) -> None:
+    value = torch.tensor([1 + 2**-11 + 2**-40, 65519.9999999], dtype=torch.float64)
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value})
+    found = dict(synthesize(plan_of(tmp_path, (0.05,)), "float16"))["w"][0]
+    assert found.tolist() == [1 + 2**-10, 65504.0]
+
+
 @pytest.mark.parametrize("word", ["float16", "bf16", "int8", "wide"])
 def test_sums_in_other_dtypes_are_refused(mixed: Path, word: str) -> None:
     with pytest.raises(InvalidValueError, match="float32"):
