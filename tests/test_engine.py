@@ -159,6 +159,16 @@ def test_a_file_has_the_bytes_of_the_tensors(mixed: Path, tmp_path: Path) -> Non
             assert found[name].reshape(-1).view(torch.uint8).numpy().tobytes() == values[index], name
 
 
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object, suffix: str) -> None:
+    plan, paths = plan_of(mixed, (0.1,)), [tmp_path / f"{name}.{suffix}" for name in ("one", "two")]
+    write_synthesis(plan, paths[:1])
+    with mode:  # type: ignore[attr-defined]
+        write_synthesis(plan, paths[1:])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
+
+
 @pytest.mark.parametrize("sources", [1, 7, GROUP, GROUP + 1, 2 * GROUP + 3])
 @pytest.mark.parametrize("wide", [torch.float32, torch.float64])
 def test_sums_of_many_sources_do_not_depend_on_the_number_of_targets(sources: int, wide: torch.dtype) -> None:

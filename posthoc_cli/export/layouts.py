@@ -159,7 +159,8 @@ class _TorchSink:
         for piece in tile.pieces:
             if piece.name not in self._tensors:
                 spec = self._specs[piece.name]
-                tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+                with torch.inference_mode(False):  # whatever the caller's mode and default device
+                    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu")
                 self._tensors |= dict.fromkeys(names[piece.name], tensor)
         return MemoryPart(self._tensors, tile)
 
