@@ -330,3 +330,17 @@ def test_another_model_in_the_folder_stays(run: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="holds a model already"):
         parted(run, tmp_path / "out", 2).make(Part(1, 2))
     assert contents(tmp_path / "out") == {"model.safetensors": b"precious"}
+
+
+def test_a_model_in_the_run_s_own_folder_that_lacks_a_part_is_completed_there(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    out = run / "model"
+    make_all(ema, run, out, 3)
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").code == 0
+    before = contents(out)
+    (out / "model-00002-of-00003.safetensors").unlink()
+    assert ema("info", run).code == 0
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "2/3", "--force").code == 0
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").code == 0
+    assert contents(out) == before
