@@ -66,6 +66,18 @@ class Ranks:
         if self._failure is not None:
             raise self._failure
 
+    def begin(self, work: Callable[[], None]) -> None:
+        """Do the work in rank 0 alone, before any process goes on.
+
+        Raises:
+            RankError: naming rank 0 where the work failed, or another one that failed meanwhile.
+        """
+        if self.rank == 0:
+            work()
+            self._add("begun", 1)
+        else:
+            self._wait(lambda: self._add("begun", 0) > 0)
+
     def finish(self, work: Callable[[], None]) -> None:
         """When every process has come here: do the work in rank 0 alone. Returns when it is done, in every process.
 
