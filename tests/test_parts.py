@@ -344,3 +344,16 @@ def test_a_model_in_the_run_s_own_folder_that_lacks_a_part_is_completed_there(
     assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "2/3", "--force").code == 0
     assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").code == 0
     assert contents(out) == before
+
+
+def test_what_a_killed_process_has_left_is_named_when_the_model_is_finished(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    make_all(ema, run, out, 2)
+    left = out / ".ema-0123456789abcdef.tmp"
+    left.write_bytes(bytes(5000))
+    result = ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish")
+    assert result.code == 0
+    assert f"warning: {left}: left by interrupted processes, 5,000 bytes" in result.err
+    assert left.exists()
