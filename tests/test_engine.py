@@ -517,3 +517,47 @@ def test_a_model_on_meta_comes_to_be_and_what_nothing_fills_is_named(tmp_path: P
     assert model.mask.is_meta
     for name, value in tracker.state_dict(0.15).items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+def test_tensors_on_meta_stay_tied_also_under_names_that_nothing_fills(tmp_path: Path) -> None:
+    tracker = tracked(tmp_path)
+    with torch.device("meta"):
+        model = Net()
+        model.three = torch.nn.Linear(3, 3, bias=False)
+        model.three.weight = model.one.weight
+        model.register_buffer("again", model.count)
+    with pytest.warns(RuntimeWarning, match="no average fills them: mask;"):
+        tracker.load_into(model, 0.15)
+    assert model.three.weight is model.one.weight
+    assert model.again is model.count
+    assert model.count == 0
+
+
+@pytest.mark.parametrize("way", ["load_into", "model"])
+def test_a_model_of_float16_that_cannot_hold_a_value_stays_as_it_was(tmp_path: Path, way: str) -> None:
+    model = Net()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+        for step in range(3):
+            with torch.no_grad():
+                model.one.weight.fill_(1e6 + step)
+            tracker.update_(model)
+    small, tracker = Net().half(), PostHocEMA.from_path(tmp_path)
+    before = small.one.weight.clone()
+    said = "'one.weight': the model's torch.float16 cannot hold its largest value, 1e.06"
+    with pytest.raises(NonFiniteError, match=said):
+        if way == "load_into":
+            tracker.load_into(small, 0.15)
+        else:
+            with tracker.model(small, 0.15):
+                pass
+    assert torch.equal(small.one.weight, before)
+    tracker.load_into(small, 0.15, dtype=torch.float32)
+    assert small.one.weight.isfinite().all()
+
+
+def test_a_device_that_is_not_there_is_named_and_the_model_stays(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(InvalidValueError, match="device 'nowhere': cannot be used"):
+        tracked(tmp_path).load_into(model, 0.15, device="nowhere")
+    assert model.one.weight.is_meta
