@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,12 +16,14 @@ import torch
 from factories import RUN_ID, write_snapshot
 from synthesis_cases import peak_memory, write_sparse_snapshots
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import Between, PostHocEMA, PowerFunction
 from posthoc_cli.cli.output import ProgressLines
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, WriteError
 from posthoc_cli.export import write_synthesis
+from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import BLOCK_BYTES, TrackedTensor
 from posthoc_cli.synthesis import Plan, disk_sources, making, place_synthesis, plan_synthesis, sums, synthesize
+from posthoc_cli.synthesis import plan as plan_module
 from posthoc_cli.synthesis.placing import Nowhere
 from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
 from posthoc_cli.synthesis.tiles import cut_tiles
@@ -117,6 +119,34 @@ def test_a_target_alone_has_the_bytes_that_it_has_in_company(mixed: Path) -> Non
             assert values == together[name][:count], name
 
 
+def test_snapshots_that_a_target_does_without_do_not_change_its_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first ten of more than a group: in company they are there, and may move no other one into another group."""
+    for t in range(1, GROUP + 20):
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t, 500)})
+    solve = plan_module.reconstruct
+
+    def without_the_first(snapshots: object, targets: Sequence[PowerFunction], *rest: object) -> Reconstruction:
+        result = solve(snapshots, targets, *rest)  # type: ignore[arg-type]
+        for column, target in enumerate(targets):
+            result.coefficients[:10, column] *= target.sigma_rel > 0.15
+        return result
+
+    monkeypatch.setattr(plan_module, "reconstruct", without_the_first)
+    together, alone = plan_of(tmp_path, (0.1, 0.2)), plan_of(tmp_path, (0.1,))
+    assert len(together.sources) == len(alone.sources) + 10
+    assert bits(alone)["w"] == bits(together)["w"][:1]
+
+
+def test_copies_come_from_the_newest_snapshot_also_where_no_target_needs_it(tmp_path: Path) -> None:
+    for t in range(10, 110, 10):
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": draw(t, 3), "count": torch.tensor(t)})
+    plan = plan_synthesis(disk_sources(tmp_path), [Between(20, 60)], method="paper")
+    assert np.flatnonzero(plan.reconstruction.coefficients).max() < len(plan.sources) - 1
+    assert dict(synthesize(plan))["count"][0] == 100
+
+
 def test_a_file_has_the_bytes_of_the_tensors(mixed: Path, tmp_path: Path) -> None:
     plan = plan_of(mixed)
     outputs = [tmp_path / f"{target}.safetensors" for target in TARGETS]
@@ -127,6 +157,16 @@ def test_a_file_has_the_bytes_of_the_tensors(mixed: Path, tmp_path: Path) -> Non
         found = load_file(path)
         for name, values in bits(plan).items():
             assert found[name].reshape(-1).view(torch.uint8).numpy().tobytes() == values[index], name
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"])
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+def test_modes_of_the_caller_change_nothing(mixed: Path, tmp_path: Path, mode: object, suffix: str) -> None:
+    plan, paths = plan_of(mixed, (0.1,)), [tmp_path / f"{name}.{suffix}" for name in ("one", "two")]
+    write_synthesis(plan, paths[:1])
+    with mode:  # type: ignore[attr-defined]
+        write_synthesis(plan, paths[1:])
+    assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
 @pytest.mark.parametrize("sources", [1, 7, GROUP, GROUP + 1, 2 * GROUP + 3])
@@ -191,6 +231,13 @@ def test_sums_in_float64_are_rounded_once(mixed: Path) -> None:
     found = dict(synthesize(plan, accumulate="float64"))["large"][0]
     assert torch.equal(found, exact.float())  # type: ignore[union-attr]
     assert not torch.equal(found, dict(synthesize(plan))["large"][0])
+
+
+def test_sums_in_float64_are_rounded_once_to_sixteen_bits_too(tmp_path: Path) -> None:
+    value = torch.tensor([1 + 2**-11 + 2**-40, 65519.9999999], dtype=torch.float64)
+    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value})
+    found = dict(synthesize(plan_of(tmp_path, (0.05,)), "float16"))["w"][0]
+    assert found.tolist() == [1 + 2**-10, 65504.0]
 
 
 @pytest.mark.parametrize("word", ["float16", "bf16", "int8", "wide"])
@@ -470,3 +517,47 @@ def test_a_model_on_meta_comes_to_be_and_what_nothing_fills_is_named(tmp_path: P
     assert model.mask.is_meta
     for name, value in tracker.state_dict(0.15).items():
         assert torch.equal(model.state_dict()[name], value)
+
+
+def test_tensors_on_meta_stay_tied_also_under_names_that_nothing_fills(tmp_path: Path) -> None:
+    tracker = tracked(tmp_path)
+    with torch.device("meta"):
+        model = Net()
+        model.three = torch.nn.Linear(3, 3, bias=False)
+        model.three.weight = model.one.weight
+        model.register_buffer("again", model.count)
+    with pytest.warns(RuntimeWarning, match="no average fills them: mask;"):
+        tracker.load_into(model, 0.15)
+    assert model.three.weight is model.one.weight
+    assert model.again is model.count
+    assert model.count == 0
+
+
+@pytest.mark.parametrize("way", ["load_into", "model"])
+def test_a_model_of_float16_that_cannot_hold_a_value_stays_as_it_was(tmp_path: Path, way: str) -> None:
+    model = Net()
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+        for step in range(3):
+            with torch.no_grad():
+                model.one.weight.fill_(1e6 + step)
+            tracker.update_(model)
+    small, tracker = Net().half(), PostHocEMA.from_path(tmp_path)
+    before = small.one.weight.clone()
+    said = "'one.weight': the model's torch.float16 cannot hold its largest value, 1e.06"
+    with pytest.raises(NonFiniteError, match=said):
+        if way == "load_into":
+            tracker.load_into(small, 0.15)
+        else:
+            with tracker.model(small, 0.15):
+                pass
+    assert torch.equal(small.one.weight, before)
+    tracker.load_into(small, 0.15, dtype=torch.float32)
+    assert small.one.weight.isfinite().all()
+
+
+def test_a_device_that_is_not_there_is_named_and_the_model_stays(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = Net()
+    with pytest.raises(InvalidValueError, match="device 'nowhere': cannot be used"):
+        tracked(tmp_path).load_into(model, 0.15, device="nowhere")
+    assert model.one.weight.is_meta

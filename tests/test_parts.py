@@ -11,7 +11,7 @@ import torch
 from ema_command import Ema
 from factories import OTHER_RUN_ID, RUN_ID, write_snapshot
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import posthoc_cli
 from posthoc_cli import files
@@ -330,3 +330,53 @@ def test_another_model_in_the_folder_stays(run: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="holds a model already"):
         parted(run, tmp_path / "out", 2).make(Part(1, 2))
     assert contents(tmp_path / "out") == {"model.safetensors": b"precious"}
+
+
+def test_a_model_in_the_run_s_own_folder_that_lacks_a_part_is_completed_there(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    out = run / "model"
+    make_all(ema, run, out, 3)
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").code == 0
+    before = contents(out)
+    (out / "model-00002-of-00003.safetensors").unlink()
+    assert ema("info", run).code == 0
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--shard", "2/3", "--force").code == 0
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish").code == 0
+    assert contents(out) == before
+
+
+def test_what_a_killed_process_has_left_is_named_when_the_model_is_finished(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    make_all(ema, run, out, 2)
+    left = out / ".ema-0123456789abcdef.tmp"
+    left.write_bytes(bytes(5000))
+    result = ema("synthesize", run, "--sigma-rel", "0.1", "--out", out, "--finish")
+    assert result.code == 0
+    assert f"warning: {left}: left by interrupted processes, 5,000 bytes" in result.err
+    assert left.exists()
+
+
+def test_finish_needs_to_know_where_the_parts_are(ema: Ema, run: Path) -> None:
+    for options in ((), ("--dry-run",)):
+        result = ema("synthesize", run, "--sigma-rel", "0.1", "--finish", *options)
+        assert result.code == 2
+        assert result.error == "--out: where the parts are is missing"
+
+
+def test_a_foreign_shard_of_a_part_s_name_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "out" / "model-00001-of-00002.safetensors")
+    assert "not an output of this package: has no ema.format" in finish_it(ema, run, tmp_path / "out")
+
+
+def test_parts_of_two_targets_are_not_finished_one_by_one_and_the_error_says_so(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    for number in (1, 2):
+        command = ("synthesize", run, "--sigma-rel", "0.1,0.2", "--out", out, "--shard", f"{number}/2")
+        assert ema(*command).code == 0
+    assert "or the targets that it was made together with" in finish_it(ema, run, out / "sigma_rel-0.1")

@@ -65,7 +65,7 @@ def main() -> NoReturn:
     # Streams that the caller has closed.
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
-    signal.signal(signal.SIGTERM, _terminate)
+    _clean_up_on_signals()
     _allow_many_files()
     try:
         # Not app(...): that would put typer's own excepthook in the place of ours.
@@ -143,6 +143,14 @@ def _allow_many_files() -> None:
     wanted = 65_536 if most == resource.RLIM_INFINITY else min(65_536, most)
     with suppress(ValueError, OSError):  # some systems allow less than they say
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), most))
+
+
+def _clean_up_on_signals() -> None:
+    """End as after an error, with nothing left behind: when told to, and when the terminal goes away."""
+    signal.signal(signal.SIGTERM, _terminate)
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
+    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup wants it
+        signal.signal(hangup, _terminate)
 
 
 def _terminate(number: int, _: FrameType | None) -> None:

@@ -216,6 +216,7 @@ def _run_rank(options: Options, quiet: bool, verbose: bool) -> Done | None:
         own = [Part(number, count) for number in range(ranks.rank + 1, count + 1, ranks.world)]
         if options.dry_run:
             return None if ranks.rank else _shard_of_rank(plan, parted, own, ranks.world)
+        ranks.begin(parted.check_space)  # of all parts, while none is there
         read = sum(parted.describe(part).read_bytes for part in own)
         with output.progress_bar("synthesizing", read, quiet or ranks.rank > 0, verbose) as advance:
             for part in own:

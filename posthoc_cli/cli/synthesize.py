@@ -128,8 +128,9 @@ def synthesize(
     parse_dtype_word(dtype)
     if force and skip_existing:
         raise InvalidValueError("--force and --skip-existing: give one of them")
-    if out is None and not dry_run:
-        raise InvalidValueError("--out: where to write is missing; --dry-run needs no output")
+    if out is None and (finish or not dry_run):
+        missing = "where the parts are is missing" if finish else "where to write is missing; --dry-run needs no output"
+        raise InvalidValueError(f"--out: {missing}")
     mode = spread.parse_mode(shard, finish, skip_existing)
     layout = spread.layout_of(mode, out, layout)
     from posthoc_cli.export.naming import output_paths  # loads torch: not before wrong options are refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
@@ -12,13 +13,15 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, NotReadyError, OutputExistsError
 from posthoc_cli.export.part_file import PartFile, part_path
 from posthoc_cli.export.parted import PartedSynthesis, part_counts
-from posthoc_cli.export.sharded import MODEL_FILE
+from posthoc_cli.export.sharded import MODEL_FILE, holds_snapshot
 from posthoc_cli.snapshots.format import FileHeader
 from posthoc_cli.snapshots.index import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.verifying import verify_payload
 from posthoc_cli.synthesis import Progress
 from posthoc_cli.synthesis.division import Part
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,7 @@ def finish(
             files.write_whole(index, text, parted.overwrite)
         if write:
             _remove(_strangers(index.parent, parted.parts))
+            _warn_of_leftovers(index.parent)
     return Finished(parted.parts, tuple(indexes), there, sum(total for _, total in contents))
 
 
@@ -131,6 +135,8 @@ def _strangers(folder: Path, parts: int) -> list[Path]:
 
 
 def _check_alone(folder: Path, parted: PartedSynthesis, has_index: bool) -> None:
+    if holds_snapshot(folder):
+        raise OutputExistsError(f"{folder}: is a snapshot of a run and is not replaced; choose another name")
     if parted.overwrite:
         return
     index, others = folder / INDEX_NAME, _strangers(folder, parted.parts)
@@ -138,6 +144,21 @@ def _check_alone(folder: Path, parted: PartedSynthesis, has_index: bool) -> None
         raise OutputExistsError(f"{index}: is there already, and is of another model; --force to replace it")
     if others:
         raise OutputExistsError(f"{others[0]}: is of another model; remove it, or --force to replace that model")
+
+
+def _warn_of_leftovers(folder: Path) -> None:
+    """Name what a process that was killed has left: nobody else would find it, and it may be large."""
+    found = sorted(folder.glob(f"{files.TEMPORARY_PREFIX}*{files.TEMPORARY_SUFFIX}"))
+    if not found:
+        return
+    nbytes = 0
+    for path in found:
+        with suppress(OSError):
+            nbytes += path.stat().st_size
+    which = str(found[0]) + f" and {len(found) - 1} more" * (len(found) > 1)
+    log.warning(
+        "%s: left by interrupted processes, %s bytes; remove unless one still writes here", which, f"{nbytes:,}"
+    )
 
 
 def _remove(paths: Sequence[Path]) -> None:

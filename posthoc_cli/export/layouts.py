@@ -12,12 +12,10 @@ from typing import Any, Protocol
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
 from posthoc_cli.export.parts import FilePart, MemoryPart, TilePart
-from posthoc_cli.export.sharded import ShardedSink, holds_model
+from posthoc_cli.export.sharded import ShardedSink, holds_model, holds_snapshot
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import file_kind
-from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.tiles import Tile
@@ -113,21 +111,13 @@ def make_sink(
     """
     if not path.parent.is_dir():
         raise InvalidValueError(f"{path}: its folder does not exist")
-    if overwrite and _is_snapshot(path):
+    if overwrite and holds_snapshot(path):
         raise OutputExistsError(f"{path}: is a snapshot of a run and is not replaced; choose another name")
     if layout == "pt":
         return _TorchSink(path, specs, overwrite)
     if layout == "sharded":
         return ShardedSink(path, specs, metadata, overwrite, max_shard_size or parse_size(DEFAULT_SHARD_SIZE))
     return _FileSink(TensorFileWriter(path, specs, metadata, overwrite))
-
-
-def _is_snapshot(path: Path) -> bool:
-    """Whether the file there holds what nothing can make again."""
-    try:
-        return path.is_file() and file_kind(read_header(path)) == "snapshot"
-    except FileFormatError:
-        return False
 
 
 class _FileSink:
@@ -169,7 +159,8 @@ class _TorchSink:
         for piece in tile.pieces:
             if piece.name not in self._tensors:
                 spec = self._specs[piece.name]
-                tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype))
+                with torch.inference_mode(False):  # whatever the caller's mode and default device
+                    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu")
                 self._tensors |= dict.fromkeys(names[piece.name], tensor)
         return MemoryPart(self._tensors, tile)
 

@@ -95,7 +95,7 @@ class PartFile:
             if metadata.get(key) != self.metadata[key]:
                 return f"{words_of_key} {str(metadata.get(key))[:60]}, not {self.metadata[key]}"
         if metadata.get("ema.plan") != self.plan_id:
-            return "its snapshots, dtype or tensors are others"
+            return "its snapshots, dtype or tensors are others, or the targets that it was made together with"
         if not _same_coefficients(found, self.info):
             return "its coefficients are others; snapshots were added or removed since"
         return None

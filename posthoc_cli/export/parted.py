@@ -25,7 +25,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError
 from posthoc_cli.export.layouts import Sink, make_sink
 from posthoc_cli.export.part_file import PartFile, part_path, plan_digest
-from posthoc_cli.export.sharded import holds_model
+from posthoc_cli.export.sharded import holds_model, holds_snapshot
 from posthoc_cli.export.space import check_space
 from posthoc_cli.export.synthesized import fill_sinks
 from posthoc_cli.snapshots.index import INDEX_NAME, read_index
@@ -118,6 +118,17 @@ class PartedSynthesis:
         tensors = len(self.division[part.number - 1])
         return MadePart(part, paths, frozenset(), tensors, plan.read_bytes, nbytes)
 
+    def check_space(self) -> None:
+        """Check that the disk has room for all parts that are not there yet.
+
+        Raises:
+            WriteError: it has not; nothing was written.
+        """
+        parts = [Part(number, self.parts) for number in range(1, self.parts + 1)]
+        each = {part: sum(spec.nbytes for spec in self.plan_of(part).specs(self._dtype)) for part in parts}
+        missing = [(part_path(folder, part), each[part]) for folder in self.folders for part in parts]
+        check_space({path: nbytes for path, nbytes in missing if not path.exists()})
+
     def make(
         self, part: Part, device: str = "cpu", progress: Progress | None = None, workers: int | None = None
     ) -> MadePart:
@@ -146,7 +157,7 @@ class PartedSynthesis:
         outermost = self._container or wanted[0].path.parent
         if not outermost.parent.is_dir():
             raise InvalidValueError(f"{outermost}: its folder does not exist")
-        check_space([file.path for file in wanted], wanted[0].nbytes)
+        check_space({file.path: file.nbytes for file in wanted})
         with ExitStack() as stack:
             sinks: list[Sink] = []
             for file in wanted:
@@ -176,6 +187,8 @@ class PartedSynthesis:
         folder = file.path.parent
         if folder.exists() and not folder.is_dir():
             raise OutputExistsError(f"{folder}: is a file; shards need a folder")
+        if self.overwrite and holds_snapshot(folder):
+            raise OutputExistsError(f"{folder}: is a snapshot of a run and is not replaced; choose another name")
         if not os.path.lexists(file.path):
             if not self.overwrite and holds_model(folder):
                 raise OutputExistsError(

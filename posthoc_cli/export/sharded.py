@@ -12,10 +12,12 @@ import torch
 from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files
-from posthoc_cli.errors import OutputExistsError
+from posthoc_cli.errors import FileFormatError, OutputExistsError
 from posthoc_cli.export.parts import FilePart, TilePart
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.index import INDEX_NAME, encode_index
+from posthoc_cli.snapshots.decoding import file_kind
+from posthoc_cli.snapshots.index import INDEX_NAME, encode_index, read_index
+from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.tiles import Tile
@@ -28,6 +30,23 @@ MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 def holds_model(folder: Path) -> bool:
     """Whether there is a model in a folder, in shards or in one file."""
     return any((folder / name).exists() for name in (INDEX_NAME, SHARD_PATTERN.format(suffix="")))
+
+
+def holds_snapshot(path: Path) -> bool:
+    """Whether a file, or one that a new model in that folder would replace, holds what nothing can make again."""
+    if not path.is_dir():
+        return _is_snapshot(path)
+    files_of_model = {file for file in path.iterdir() if MODEL_FILE.fullmatch(file.name)}
+    with suppress(FileFormatError):
+        files_of_model |= {path / name for name in read_index(path / INDEX_NAME)}
+    return any(map(_is_snapshot, files_of_model))
+
+
+def _is_snapshot(path: Path) -> bool:
+    try:
+        return path.is_file() and file_kind(read_header(path)) == "snapshot"
+    except FileFormatError:
+        return False
 
 
 class ShardedSink:

@@ -44,7 +44,7 @@ def write_synthesis(
     """
     specs = plan.specs(dtype)
     limit = parse_size(max_shard_size)
-    check_space(paths, sum(spec.nbytes for spec in specs))
+    check_space(dict.fromkeys(paths, sum(spec.nbytes for spec in specs)))
     with ExitStack() as stack:
         if folder is not None and folder.parent.is_dir():
             stack.enter_context(files.new_directory(folder))

@@ -55,7 +55,8 @@ class Metadata:
         found = file_kind(header)
         if found != expected:
             what = "has no ema.format" if found is None else f"its ema.format is {found[:40]!r}"
-            raise FileFormatError(f"{path}: not a {expected} of this package: {what}")
+            article = "an" if expected.startswith("o") else "a"
+            raise FileFormatError(f"{path}: not {article} {expected} of this package: {what}")
         if self.text("ema.version") != fmt.VERSION:
             raise self.bad("ema.version", f"{self.text('ema.version')[:40]!r}; this release reads {fmt.VERSION}")
 

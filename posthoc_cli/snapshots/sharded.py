@@ -7,7 +7,7 @@ index says which tensor is in which shard; with it a snapshot is there, without 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -160,16 +160,20 @@ class ShardedTensors:
 def read_sharded(directory: Path) -> ShardedSnapshot | None:
     """The snapshot in a directory with an index; None where its shards are no snapshots. Reads headers only.
 
+    A model that somebody makes or keeps beside the snapshots need not be whole.
+
     Raises:
         FileFormatError: the index or a shard is damaged, or they contradict each other.
     """
     index = directory / INDEX_NAME
     names = read_index(index)
-    headers = {name: read_header(directory / name) for name in names}
-    if not any(file_kind(header) == "snapshot" for header in headers.values()):
-        if names:
-            return None
+    headers, problems = _read_headers(directory, names)
+    if not names:
         raise FileFormatError(f"{index}: names no shard")
+    if headers and not any(file_kind(header) == "snapshot" for header in headers.values()):
+        return None
+    if problems:
+        raise problems[0]
     shards = [
         Snapshot(directory / name, header, decode_snapshot(directory / name, header))
         for name, header in headers.items()
@@ -179,6 +183,18 @@ def read_sharded(directory: Path) -> ShardedSnapshot | None:
     for other in shards[1:]:
         _check_same(shards[0], other)
     return ShardedSnapshot(directory, _joined_header(shards), _joined_info(shards), tuple(shards))
+
+
+def _read_headers(directory: Path, names: Iterable[str]) -> tuple[dict[str, fmt.FileHeader], list[FileFormatError]]:
+    """The headers that can be read, and why others cannot."""
+    headers: dict[str, fmt.FileHeader] = {}
+    problems: list[FileFormatError] = []
+    for name in names:
+        try:
+            headers[name] = read_header(directory / name)
+        except FileFormatError as error:
+            problems.append(error)
+    return headers, problems
 
 
 def _check_names(index: Path, shard: Snapshot, names: Sequence[str]) -> None:

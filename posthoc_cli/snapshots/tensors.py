@@ -59,3 +59,19 @@ def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int,
         # torch gives an empty array the stride 0, which it then refuses to view as another dtype.
         return torch.empty(shape, dtype=_DTYPES[dtype])
     return torch.from_numpy(data).view(_DTYPES[dtype]).reshape(shape)
+
+
+def round_to(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values`, rounded once, to nearest even.
+
+    torch takes float64 to 16 bits by way of float32, which rounds twice. Rounded to odd there, values stay on their
+    side of any tie between two numbers of 16 bits.
+    """
+    if values.dtype != torch.float64 or dtype not in (torch.float16, torch.bfloat16):
+        return values.to(dtype)
+    near = values.to(torch.float32)
+    exact = near.to(torch.float64)
+    bits = near.view(torch.int32)
+    # The number before, in magnitude, where it was rounded away from 0; then an odd last bit where it was rounded.
+    odd = (bits - (exact.abs() > values.abs()).to(torch.int32)) | ((exact != values) & ~values.isnan()).to(torch.int32)
+    return torch.where(values.isfinite(), odd.view(torch.float32), near).to(dtype)

@@ -11,7 +11,7 @@ import torch
 
 from posthoc_cli.errors import NonFiniteError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.tensors import torch_dtype
+from posthoc_cli.snapshots.tensors import round_to, torch_dtype
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.reading import Scratch
 from posthoc_cli.synthesis.sources import OpenSource
@@ -102,7 +102,8 @@ class Maker:
     def _cast(self, total: torch.Tensor, dtype: str) -> torch.Tensor:
         if total.dtype == torch_dtype(dtype):
             return total
-        return self._room(dtype)[: total.numel()].copy_(total)
+        once = round_to(total, torch_dtype(dtype)) if total.dtype == torch.float64 else total
+        return self._room(dtype)[: total.numel()].copy_(once)
 
     def _room(self, dtype: str) -> torch.Tensor:
         if dtype not in self._rooms:
@@ -111,8 +112,8 @@ class Maker:
 
     def _sums_in(self, wide: str) -> Sums:
         if wide not in self._sums:
-            coefficients = self._plan.reconstruction.coefficients
-            self._sums[wide] = Sums(coefficients, self._chunk, torch_dtype(wide), self._device)
+            coefficients, places = self._plan.reconstruction.coefficients, self._plan.places
+            self._sums[wide] = Sums(coefficients, self._chunk, torch_dtype(wide), self._device, places)
         return self._sums[wide]
 
 
@@ -124,12 +125,12 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
     """
     dtype = torch_dtype(tile.dtype)
     # Casting is monotone, and both bounds are nan where a value is.
-    if not sums.numel() or bool(torch.stack(torch.aminmax(sums)).to(dtype).isfinite().all()):
+    if not sums.numel() or bool(round_to(torch.stack(torch.aminmax(sums)), dtype).isfinite().all()):
         return
     starts = tile.bounds
     for piece, start, end in zip(tile.pieces, starts, starts[1:], strict=False):
         own = sums[:, max(0, start - begin) : max(0, end - begin)]
-        if bool(own.to(dtype).isfinite().all()):
+        if bool(round_to(own, dtype).isfinite().all()):
             continue
         if bool(own.isfinite().all()):
             largest = float(own.abs().max())

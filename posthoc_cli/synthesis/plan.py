@@ -41,12 +41,13 @@ class Plan:
     """What will be made of what, known before the tensors are read.
 
     Attributes:
-        sources: the averages in use, all at or before `t`.
+        sources: the averages in use, all at or before `t`, and the newest one where there are copies.
         targets: what is wanted.
         t: its time.
         method: the solver.
         reconstruction: coefficients [sources, targets] and errors [targets].
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
+        places: of each source among all at or before `t`, in their order; its number here where there are none.
     """
 
     sources: tuple[Source, ...]
@@ -55,6 +56,7 @@ class Plan:
     method: str
     reconstruction: Reconstruction
     output_rounding: float = 0.0
+    places: tuple[int, ...] = ()
 
     @property
     def newest(self) -> Source:
@@ -159,13 +161,23 @@ def plan_synthesis(
     everything = source_prior(sources)
     prior = everything.of([list(sources).index(source) for source in usable])
     result = reconstruct(profiles, wanted_profiles, method, prior, time)
-    used = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
+    used = _used(usable, result)
     rounding = _output_rounding(usable[-1], dtype)
-    plan = Plan(tuple(usable[i] for i in used), wanted, time, method, result.of(snapshots=used), rounding)
+    chosen = tuple(usable[i] for i in used)
+    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used))
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate("", [source.info.profile.pure for source in sources], prior=everything))
     return plan
+
+
+def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
+    """The sources, by time, that a target needs; copies come from the newest, whether its average is needed or not."""
+    used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
+    has_copies = any(tensor.role == "copy" for tensor in usable[-1].info.tensors.values())
+    if has_copies and usable[used[-1]].info.t < usable[-1].info.t:
+        used.append(len(usable) - 1)
+    return used
 
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:

@@ -66,6 +66,18 @@ class Ranks:
         if self._failure is not None:
             raise self._failure
 
+    def begin(self, work: Callable[[], None]) -> None:
+        """Do the work in rank 0 alone, before any process goes on.
+
+        Raises:
+            RankError: naming rank 0 where the work failed, or another one that failed meanwhile.
+        """
+        if self.rank == 0:
+            work()
+            self._add("begun", 1)
+        else:
+            self._wait(lambda: self._add("begun", 0) > 0)
+
     def finish(self, work: Callable[[], None]) -> None:
         """When every process has come here: do the work in rank 0 alone. Returns when it is done, in every process.
 
@@ -139,8 +151,8 @@ class Ranks:
 
     def _watch(self) -> None:
         """Beat, and look whether the next rank does and whether a failure was noted; until this process leaves."""
-        pulse = _Pulse(lambda: self._add(f"beat/{(self.rank + 1) % self.world}", 0))
         try:
+            pulse = _Pulse(lambda: self._add(f"beat/{(self.rank + 1) % self.world}", 0))
             while not self._leaving.is_set():
                 self._add(f"beat/{self.rank}", 1)
                 self._watch_next(pulse)
@@ -164,7 +176,11 @@ class Ranks:
         if self._failure is not None:
             return self._failure
         silent = [r for r, pulse in pulses.items() if pulse.silent_for() and not self._add(f"left/{r}", 0)]
-        return RankError(f"rank {silent[0]} has died: it gives no sign of life") if silent else None
+        began = [r for r in silent if pulses[r].began]
+        if silent and not began:  # one of them has died; the launcher may have ended the others as it ends this one
+            named = " and ".join(f"rank {r}" for r in silent)
+            return RankError(f"{named} never began: died, or ended by the launcher")
+        return RankError(f"rank {began[0]} has died: it gives no sign of life") if began else None
 
     def _all_left(self) -> bool:
         return all(self._add(f"left/{rank}", 0) for rank in range(self.world))

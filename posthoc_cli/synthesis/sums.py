@@ -1,7 +1,9 @@
 """The arithmetic: sums over sources, in one order whatever the way they are made.
 
-A sum is defined as: sources in their order, in groups of GROUP; within a group, from 0, one addition of
-coefficient x value after another; then the groups' sums, one after another. One target is made exactly so. For
+A sum is defined as: sources in their order, in groups of GROUP places; within a group, from 0, one addition of
+coefficient x value after another; then the groups' sums, one after another. A source's place is that among all that
+could have been used, so that one that a target does without moves no other into another group. One target is made
+exactly so. For
 several, a matrix product is up to twenty times faster, but a library may order its sums as it likes, differently for
 each shape; so it is used only where it was seen, on this machine and for this very shape, to give the same bits. A
 target's bits therefore depend neither on its company, nor on tiles, nor on the number of threads.
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -36,30 +39,37 @@ class Sums:
         chunk: elements of a chunk, a multiple of COLUMNS.
         wide: dtype of the sums.
         device: where they are made.
+        places: of each source, growing; its number by default.
     """
 
     def __init__(
-        self, coefficients: npt.NDArray[np.float64], chunk: int, wide: torch.dtype, device: torch.device
+        self,
+        coefficients: npt.NDArray[np.float64],
+        chunk: int,
+        wide: torch.dtype,
+        device: torch.device,
+        places: Sequence[int] = (),
     ) -> None:
         self._sources, self._targets = coefficients.shape
         self._scales = coefficients.tolist()
         self._size = self._padded = 0
         self._weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
-        depth = min(GROUP, self._sources)
-        groups = {min(GROUP, self._sources - begin) for begin in range(0, self._sources, GROUP)}
+        groups = group_sources(places or range(self._sources))
+        # The group of each source, and which one of the group it is.
+        self._members = [(number, index) for number, group in enumerate(groups) for index in range(len(group))]
+        self._last = [len(group) - 1 for group in groups]
         self._by_matrix = self._targets > 1 and all(
-            product_is_exact(max(self._targets, MIN_ROWS), group, chunk, wide, device) for group in groups
+            product_is_exact(max(self._targets, MIN_ROWS), size, chunk, wide, device) for size in set(map(len, groups))
         )
         rows = max(self._targets, MIN_ROWS) if self._by_matrix else self._targets
         # Zeros, so that what stands beyond a shorter chunk is no nan that slows the arithmetic down.
         self._totals = torch.zeros(rows, chunk, dtype=wide, device=device)
-        self._group = torch.zeros_like(self._totals) if self._sources > GROUP else self._totals
-        self._values = torch.zeros(depth if self._by_matrix else 1, chunk, dtype=wide, device=device)
+        self._group = torch.zeros_like(self._totals) if len(groups) > 1 else self._totals
+        self._values = torch.zeros(max(map(len, groups)) if self._by_matrix else 1, chunk, dtype=wide, device=device)
         matrix = np.zeros((rows, self._sources))
         matrix[: self._targets] = coefficients.T
         self._matrices = [
-            torch.from_numpy(matrix[:, begin : begin + GROUP].copy()).to(device, wide)
-            for begin in range(0, self._sources, GROUP)
+            torch.from_numpy(matrix[:, group.start : group.stop].copy()).to(device, wide) for group in groups
         ]
 
     def start(self, size: int) -> None:
@@ -74,20 +84,20 @@ class Sums:
 
     def slot(self, source: int) -> torch.Tensor:
         """Where the values of a source go: shape [size]."""
-        return self._slots[source % GROUP if self._by_matrix else 0]
+        return self._slots[self._members[source][1] if self._by_matrix else 0]
 
     def add(self, source: int) -> None:
         """Take in the values that are in the slot."""
-        first, last = source % GROUP == 0, source % GROUP == GROUP - 1 or source == self._sources - 1
+        group_number, index = self._members[source]
+        last = index == self._last[group_number]
         if self._by_matrix:
             if last:
-                values = self._values[: source % GROUP + 1, : self._padded]
-                multiply(self._matrices[source // GROUP], values, self._group)
+                multiply(self._matrices[group_number], self._values[: index + 1, : self._padded], self._group)
         else:
-            add_scaled(self._rows, self._terms, self._scales[source], first)
+            add_scaled(self._rows, self._terms, self._scales[source], index == 0)
         if last and self._group is not self._totals:
             total, group = self._totals[:, : self._padded], self._group[:, : self._padded]
-            total.copy_(group) if source < GROUP else total.add_(group)
+            total.add_(group) if group_number else total.copy_(group)
 
     def result(self) -> torch.Tensor:
         """The sums, shape [targets, size]; valid until the next `start`."""
@@ -99,6 +109,12 @@ class Sums:
         A weighted sum over all elements reads them once, at the speed of memory; no other test does.
         """
         return bool(torch.mv(self.result(), self._weights[: self._size]).isfinite().all())
+
+
+def group_sources(places: Sequence[int]) -> list[range]:
+    """Which sources are summed in one go, by their numbers; see the definition of a sum."""
+    starts = [i for i, place in enumerate(places) if i == 0 or place // GROUP != places[i - 1] // GROUP]
+    return [range(begin, end) for begin, end in pairwise([*starts, len(places)])]
 
 
 def add_scaled(sums: Sequence[torch.Tensor], values: torch.Tensor, coefficients: Sequence[float], first: bool) -> None:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from itertools import chain, islice, pairwise
 
 import torch
 
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis import Plan, place_synthesis, synthesize
 from posthoc_cli.synthesis.placing import Nowhere
-from posthoc_cli.tracker.weights import load_weight, weight_targets
+from posthoc_cli.synthesis.plan import names_by_tensor
+from posthoc_cli.synthesis.tiles import Tile
+from posthoc_cli.tracker.weights import check_fits, load_weight, weight_targets
 
 
 def fill_model(
@@ -30,32 +36,61 @@ def fill_model(
         FileFormatError, NonFiniteError: as `synthesize`, before anything is changed.
     """
     shapes = {spec.name: spec.shape for spec in plan.specs()}
-    weight_targets(model, shapes)
-    for _ in place_synthesis(plan, Nowhere, dtype):
+    targets = weight_targets(model, shapes)
+    room = _usable_device(device)
+    dtypes = {name: target.dtype for name, target in targets.items()} if dtype is None else {}
+    names = names_by_tensor(plan.newest.info)
+    for _ in place_synthesis(plan, lambda tile: _Fitting(tile, dtypes, names), dtype):
         pass
     with torch.inference_mode(False), torch.no_grad():
-        _materialise(model, set(shapes), torch.device(device))
+        made = synthesize(plan, dtype)
+        first = list(islice(made, 1))  # all files are open now, so that none can go any more
+        _materialise(model, set(shapes), room)
         targets = weight_targets(model, shapes)
-        for name, (value,) in synthesize(plan, dtype):
+        for name, (value,) in chain(first, made):
             load_weight(targets[name], value, own_dtype=dtype is None)
     _warn_of_the_rest(model)
 
 
+class _Fitting(Nowhere):
+    """Drops results after a check that the model's tensors can hold them."""
+
+    def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype], names: Mapping[str, Sequence[str]]) -> None:
+        super().__init__(tile)
+        self._pieces = [
+            (name, dtypes[name], start, end)
+            for piece, (start, end) in zip(tile.pieces, pairwise(tile.bounds), strict=True)
+            for name in names[piece.name]
+            if dtypes and dtypes[name] != torch_dtype(tile.dtype)
+        ]
+
+    def place(self, target: int, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
+        """See `making.Placement`."""
+        for name, dtype, start, end in self._pieces:
+            check_fits(name, values[max(0, start - begin) : max(0, end - begin)], dtype)
+
+
+def _usable_device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = str(error).split("\n")[0]
+        raise InvalidValueError(f"device {str(device)!r}: cannot be used: {reason}") from error
+
+
 def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
-    """Give room to tensors on `meta` that will be filled; tied ones stay tied."""
-    made: dict[int, torch.nn.Parameter] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        start = f"{prefix}." if prefix else ""
-        for key, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_meta or start + key not in filled:
-                continue
-            if id(parameter) not in made:
-                room = torch.empty_like(parameter, device=device)
-                made[id(parameter)] = torch.nn.Parameter(room, parameter.requires_grad)
-            module._parameters[key] = made[id(parameter)]
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta and start + key in filled:
-                module._buffers[key] = torch.empty_like(buffer, device=device)
+    """Give room to tensors on `meta` that will be filled; tied ones stay tied, under whatever names."""
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    old = {id(tensor): tensor for name, tensor in named if tensor.is_meta and name in filled}
+    new = {key: torch.empty_like(tensor, device=device) for key, tensor in old.items()}
+    for key, tensor in old.items():
+        if isinstance(tensor, torch.nn.Parameter):
+            new[key] = torch.nn.Parameter(new[key], tensor.requires_grad)
+    for module in model.modules():
+        for own in (module._parameters, module._buffers):
+            for name, value in own.items():
+                if id(value) in new:
+                    own[name] = new[id(value)]  # type: ignore[assignment]
 
 
 def _warn_of_the_rest(model: torch.nn.Module) -> None:

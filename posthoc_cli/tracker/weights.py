@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from posthoc_cli.errors import ModelMismatchError
+from posthoc_cli.errors import ModelMismatchError, NonFiniteError
 from posthoc_cli.tracker.model_tensors import check_model
 
 
@@ -48,9 +48,12 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
 
     Raises:
         ModelMismatchError: naming the tensor, before anything is changed.
+        NonFiniteError: the same for a value that is too large for the model's dtype.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     with torch.inference_mode(False), torch.no_grad():
+        for name, target in targets.items() if own_dtypes else ():
+            check_fits(name, weights[name], target.dtype)
         for name, target in targets.items():
             load_weight(target, weights[name], own_dtypes)
 
@@ -63,6 +66,24 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
         target.data.copy_(value)
     else:
         target.data = value.to(target.device, copy=True)
+
+
+def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    """Check that a model's dtype can hold the values of a tensor, where it has a smaller range than theirs.
+
+    Raises:
+        NonFiniteError: naming the tensor.
+    """
+    both = values.dtype.is_floating_point and dtype.is_floating_point
+    if not both or torch.finfo(dtype).max >= torch.finfo(values.dtype).max:
+        return
+    lost = values.isfinite() & ~values.to(dtype).float().isfinite()
+    if bool(lost.any()):
+        largest = float(values[lost].abs().max())
+        raise NonFiniteError(
+            f"tensor {name!r}: the model's {dtype} cannot hold its largest value, {largest:.6g}; "
+            "dtype=torch.float32 changes the model's"
+        )
 
 
 @contextmanager

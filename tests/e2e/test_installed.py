@@ -183,7 +183,7 @@ def large_run(tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("out", ["out.safetensors", "folder"])
 def test_an_interruption_leaves_nothing(large_run: Path, number: signal.Signals, code: int, out: str) -> None:
     target = large_run.parent / "target"

@@ -162,3 +162,15 @@ def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None
     assert all(shard.name in errors and "layer.8" in errors for errors in ended), ended
     assert sum("failed: " in errors for errors in ended) == WORLD - 1
     assert not (tmp_path / "out" / INDEX).exists()
+
+
+def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(run: Path, tmp_path: Path) -> None:
+    """9 tensors of 1.4 MB: there is room for any process's part, but not for all."""
+    (tmp_path / "full").mkdir()
+    code = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=10_000_000)\n"
+    (tmp_path / "full" / "sitecustomize.py").write_text(code)
+    processes = start_ranks(run, tmp_path / "out", environment(tmp_path / "full"))
+    ended = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [1] * WORLD
+    assert all("the 3 outputs take 12,600,000 bytes, and 10,000,000 are free" in errors for errors in ended), ended
+    assert not (tmp_path / "out").exists()

@@ -179,3 +179,27 @@ def test_info_of_a_sharded_snapshot(ema: Ema, tmp_path: Path) -> None:
     report = json.loads(ema("info", simple(tmp_path / "s"), "--json").out)
     assert report["kind"] == "snapshot"
     assert report["tensors"] == 4
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "first.safetensors"])
+@pytest.mark.parametrize("options", [("--format", "sharded"), ("--shard", "1/1"), ("--finish",)], ids=lambda o: o[0])
+def test_a_sharded_snapshot_is_never_replaced_by_an_output(
+    tmp_path: Path, ema: Ema, name: str, options: tuple[str, ...]
+) -> None:
+    values = {f"w{k}": torch.randn(4) for k in range(2)}
+    for t in (10, 20):
+        info = make_info(values, t, 0.05, sigma_rels=(0.05,))
+        write_sharded(tmp_path / f"run/{t}", info, [{key: value} for key, value in values.items()])
+    folder = tmp_path / "run" / "10"
+    (folder / "model-00001-of-00002.safetensors").rename(folder / name)
+    index = folder / INDEX_NAME
+    index.write_text(index.read_text().replace("model-00001-of-00002.safetensors", name))
+    if options == ("--finish",):  # parts that an older release has put there
+        part = ("synthesize", tmp_path / "run", "--sigma-rel", "0.05", "--shard", "1/1", "-q", "--out")
+        assert ema(*part, tmp_path / "out").code == 0
+        (tmp_path / "out" / "model-00001-of-00001.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    result = ema("synthesize", tmp_path / "run", "--sigma-rel", "0.05", "--out", folder, *options, "--force", "-q")
+    assert result.code == 1
+    assert "is a snapshot of a run and is not replaced" in result.error
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before

@@ -10,7 +10,14 @@ import torch
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.snapshots.format import DTYPE_WORDS, ITEM_BYTES
-from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
+from posthoc_cli.snapshots.tensors import (
+    parse_dtype,
+    round_to,
+    stored_name,
+    tensor_bytes,
+    tensor_from_bytes,
+    torch_dtype,
+)
 
 SHAPES = [(), (1,), (0,), (3, 0, 2), (2, 3)]
 
@@ -64,3 +71,23 @@ def test_dtypes_of_averages_are_given_as_words_or_as_such() -> None:
 def test_another_dtype_is_refused_for_averages(dtype: torch.dtype | str) -> None:
     with pytest.raises(InvalidValueError, match="must be one of float64"):
         parse_dtype(dtype)
+
+
+def test_float64_is_rounded_once_to_sixteen_bits() -> None:
+    numbers = np.random.default_rng(0).normal(size=2000).astype(np.float16)
+    numbers = np.concatenate([numbers, np.array([0.0, 6e-8, 65504.0, 2.0**-24], np.float16)])
+    ties = (numbers.astype(np.float64) + np.nextafter(numbers, np.float16(1)).astype(np.float64)) / 2
+    near = np.concatenate([ties, ties * (1 + 2.0**-45), ties * (1 - 2.0**-45), [65519.9999999, 65520.0, 1e300, 1e-300]])
+    values = np.concatenate([near, -near, [np.inf, -np.inf, np.nan, 0.0, -0.0]])
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    found = round_to(torch.from_numpy(values), torch.float16).numpy()
+    assert np.array_equal(found, expected, equal_nan=True)
+    assert np.array_equal(np.signbit(found), np.signbit(expected))
+
+
+@pytest.mark.parametrize(
+    ("value", "rounded"), [(1 + 2**-8 + 2**-40, 1 + 2**-7), (1 + 2**-8, 1.0), (-(1 + 2**-8 + 2**-40), -(1 + 2**-7))]
+)
+def test_float64_is_rounded_once_to_bfloat16(value: float, rounded: float) -> None:
+    assert round_to(torch.tensor([value], dtype=torch.float64), torch.bfloat16).item() == rounded
