@@ -8,7 +8,8 @@ import torch
 
 from posthoc_cli.synthesis import Plan, place_synthesis, synthesize
 from posthoc_cli.synthesis.placing import Nowhere
-from posthoc_cli.tracker.weights import load_weight, weight_targets
+from posthoc_cli.tracker.naming import named_modules, named_tensors
+from posthoc_cli.tracker.weights import check_dtypes_free, load_weight, weight_targets
 
 
 def fill_model(
@@ -31,35 +32,38 @@ def fill_model(
     """
     shapes = {spec.name: spec.shape for spec in plan.specs()}
     weight_targets(model, shapes)
+    if dtype is not None:
+        check_dtypes_free(model, dtype)
     for _ in place_synthesis(plan, Nowhere, dtype):
         pass
     with torch.inference_mode(False), torch.no_grad():
         _materialise(model, set(shapes), torch.device(device))
         targets = weight_targets(model, shapes)
         for name, (value,) in synthesize(plan, dtype):
-            load_weight(targets[name], value, own_dtype=dtype is None)
+            load_weight(targets[name].tensor, value, own_dtype=dtype is None)
     _warn_of_the_rest(model)
 
 
 def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
     """Give room to tensors on `meta` that will be filled; tied ones stay tied."""
     made: dict[int, torch.nn.Parameter] = {}
-    for prefix, module in model.named_modules(remove_duplicate=False):
-        start = f"{prefix}." if prefix else ""
-        for key, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_meta or start + key not in filled:
-                continue
-            if id(parameter) not in made:
-                room = torch.empty_like(parameter, device=device)
-                made[id(parameter)] = torch.nn.Parameter(room, parameter.requires_grad)
-            module._parameters[key] = made[id(parameter)]
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta and start + key in filled:
-                module._buffers[key] = torch.empty_like(buffer, device=device)
+    modules = {place.raw: place.module for place in named_modules(model)}
+    for found in named_tensors(model):
+        path, _, key = found.raw.rpartition(".")
+        tensor = found.registered
+        if not tensor.is_meta or found.name not in filled:
+            continue
+        if not isinstance(tensor, torch.nn.Parameter):
+            modules[path]._buffers[key] = torch.empty_like(tensor, device=device)
+            continue
+        if id(tensor) not in made:
+            made[id(tensor)] = torch.nn.Parameter(torch.empty_like(tensor, device=device), tensor.requires_grad)
+        modules[path]._parameters[key] = made[id(tensor)]
 
 
 def _warn_of_the_rest(model: torch.nn.Module) -> None:
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    on_meta = {id(found.registered): found.name for found in named_tensors(model) if found.registered.is_meta}
+    left = list(on_meta.values())
     if left:
         warnings.warn(
             f"on meta still, since no average fills them: {', '.join(left[:10])}"

@@ -15,6 +15,7 @@ import torch
 
 from posthoc_cli.errors import NonFiniteError, NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
+from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
@@ -22,7 +23,9 @@ from posthoc_cli.tracker.attaching import follow_optimizer
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
+from posthoc_cli.tracker.naming import named_tensors
 from posthoc_cli.tracker.recorder import Recorder
+from posthoc_cli.tracker.replicas import is_replica
 from posthoc_cli.tracker.settings import (
     Settings,
     absolute_directory,
@@ -65,6 +68,8 @@ class PostHocEMA(Synthesizing):
         self._recorder: Recorder | None = None
         self._closed = False
         self._model: weakref.ref[torch.nn.Module] | None = None
+        self._knows_selection = True
+        self._follows = False  # the first process of a group tracks the same model
 
     # --- making one ----------------------------------------------------------------------------------
 
@@ -83,11 +88,15 @@ class PostHocEMA(Synthesizing):
         only_trainable: bool = True,
         on_nonfinite: str = "raise",
         sigma_range: tuple[float, float] = (0.05, 0.28),
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        buffers: str = "copy",
     ) -> PostHocEMA:
         """A tracker for a new run. Nothing is written before the first `update_`.
 
         Arguments:
-            model: what will be tracked; its parameters are averaged, its buffers copied.
+            model: what will be tracked, wrapped or bare: names are those of the bare model. Under
+                DistributedDataParallel all processes may make a tracker and call it; the first one writes.
             checkpoint_dir: the directory for the snapshots, made when it is missing. One run a directory.
             sigma_rels: profiles to track; two reach almost everything, see `ema error-plot`.
             update_every: averages are updated at the calls that are multiples of it.
@@ -101,6 +110,9 @@ class PostHocEMA(Synthesizing):
             on_nonfinite: what an update does when a parameter holds nan or infinity: "raise" an error, "skip" the
                 update, or skip it and "warn". No average takes the value in, ever.
             sigma_range: the averages that `max_checkpoints` keeps snapshots for.
+            include: globs on names, such as "decoder.*": what none of them matches is left out.
+            exclude: globs on names: what one of them matches is left out.
+            buffers: "copy" them, "average" those of floating-point values as if they were parameters, or "skip".
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -108,9 +120,12 @@ class PostHocEMA(Synthesizing):
         schedule = make_schedule(
             update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
         )
-        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, only_trainable, on_nonfinite)
-        tracked = TrackedModel.of_model(collect_tensors(model, only_trainable))
+        selection = make_selection(only_trainable, include, exclude, buffers)
+        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite)
+        check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
+        tracked = TrackedModel.of_model(collect_tensors(model, selection))
         tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
+        tracker._follows = is_replica(model)
         tracker._model = weakref.ref(model)
         return tracker
 
@@ -155,16 +170,19 @@ class PostHocEMA(Synthesizing):
             sigma_range,
         )
         profiles = tuple(sorted({snapshot.info.sigma_rel for snapshot in snapshots}))
-        settings = Settings(profiles, schedule, newest.info.t_unit, on_nonfinite=on_nonfinite)
+        selection = newest.info.selection
+        settings = Settings(profiles, schedule, newest.info.t_unit, selection or Selection(), on_nonfinite)
         tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(newest))
         tracker._resumes_from_directory = True
+        tracker._knows_selection = selection is not None
         complete = newest_complete(snapshots, profiles)
         last = newest if complete is None else complete[profiles[0]]
         tracker._step, tracker._t = last.info.step, last.info.t
         tracker._own_clock = resumed_habit(tracker._step, tracker._t)
         if model is not None:
-            tracker._collect(model)
+            tracker._collect(model, frozen_too=True)  # a model that will only be filled may well be frozen
             tracker._model = weakref.ref(model)
+            tracker._follows = is_replica(model)
         return tracker
 
     # --- tracking ------------------------------------------------------------------------------------
@@ -183,7 +201,7 @@ class PostHocEMA(Synthesizing):
         """Tell the tracker that the model has made a step. Call it after every optimizer step.
 
         Arguments:
-            model: the model, as it is now.
+            model: the model, as it is now, wrapped or bare.
             t: training time on a clock of your own (images, tokens), growing at every call; leave it out at
                 every call for steps.
 
@@ -198,12 +216,15 @@ class PostHocEMA(Synthesizing):
         check_model(model)
         if is_swapped(model):
             raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
-        self._begin()
+        self._follows = self._follows or is_replica(model)
+        self._check_open() if self._follows else self._begin()
         step = self._step + 1
         self._t = next_time(self.settings, self._own_clock, self._t, step, t)
         self._own_clock = t is not None
         self._step = step
         self._clock.add(step, self._t)
+        if self._follows:
+            return
         weights = self._take_in(model) if self.settings.update_is_due(step) else None
         if self.settings.snapshot_is_due(step) and self._averages.exist:
             self._write_snapshots(weights)
@@ -256,7 +277,8 @@ class PostHocEMA(Synthesizing):
         """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
         The tracker's own state (averages in full precision, clock, counters, schedule, run) goes with your
-        training checkpoint; `load_state_dict` continues from it exactly.
+        training checkpoint; `load_state_dict` continues from it exactly. In the processes of a group that do not
+        write it is empty, and an empty one may be loaded there.
 
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887). Any other average may stand here, too: a target such as
@@ -274,6 +296,8 @@ class PostHocEMA(Synthesizing):
         """
         if sigma_rel is not None:
             return self._synthesized(sigma_rel, t, step, dtype, method)
+        if self._follows:
+            return {}
         averages, clock, step, t = self._averages, self._clock, self._step, self._t
         snapshots = [] if self._recorder is None else self._recorder.checksums
         if self._resumes_from_directory:
@@ -294,7 +318,14 @@ class PostHocEMA(Synthesizing):
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         self._check_open()
+        if self._follows and not state:
+            return
         unpacked = unpack_state(state, self.settings, self._tracked)
+        if self._follows:
+            self.run_id, self._clock = unpacked.run_id, unpacked.clock
+            self._step, self._t = unpacked.step, unpacked.t
+            self._own_clock = resumed_habit(self._step, self._t)
+            return
         recorder = self._open_recorder(unpacked.run_id)
         recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
         recorder.set_aside_others(unpacked.t, known=unpacked.snapshots)
@@ -331,10 +362,11 @@ class PostHocEMA(Synthesizing):
             self._recorder = recorder
         return self._recorder
 
-    def _collect(self, model: torch.nn.Module) -> ModelTensors:
-        """The model's tensors, after a check that they are those that are tracked."""
-        known = self._tracked.tensors.keys() | self._tracked.aliases.keys()
-        tensors = collect_tensors(model, self.settings.only_trainable, also=known)
+    def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
+        """The model's tensors, after a check that they are those that are tracked; `frozen_too`: frozen meanwhile."""
+        lenient = frozen_too or not self._knows_selection
+        known = frozenset(self._tracked.tensors.keys() | self._tracked.aliases.keys()) if lenient else None
+        tensors = collect_tensors(model, self.settings.selection, also=known)
         self._tracked.check(TrackedModel.of_model(tensors))
         return tensors
 
@@ -362,4 +394,9 @@ class PostHocEMA(Synthesizing):
         return live_sources(self.run_id, self.settings, self._tracked, self._averages, self._clock)
 
     def _sources(self) -> list[Source]:
+        if self._follows:
+            raise NotReadyError(
+                "this process keeps no averages, the first one of its group does: make them there and broadcast them, "
+                "or read the snapshots with PostHocEMA.from_path"
+            )
         return current_sources(self.checkpoint_dir, self.run_id, self._live_sources())

@@ -97,6 +97,7 @@ def live_sources(
             tensors=dict(tracked.tensors),
             aliases=dict(tracked.aliases),
             left_out=tracked.left_out,
+            selection=settings.selection,
         )
         sources.append(LiveSource(info, values, averages.copies))
     return sources

@@ -7,7 +7,7 @@ import operator
 import os
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE, check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.snapshots.format import TrackingSchedule
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, torch_dtype
 
 ON_NONFINITE = ("raise", "skip", "warn")
@@ -28,7 +29,7 @@ class Settings:
     sigma_rels: tuple[float, ...]
     schedule: TrackingSchedule
     t_unit: str = "steps"
-    only_trainable: bool = True
+    selection: Selection = field(default_factory=Selection)
     on_nonfinite: str = "raise"
 
     def __post_init__(self) -> None:

@@ -390,16 +390,21 @@ def test_torch_distributed_checkpoint_saves_and_fills_the_state(tmp_path: Path) 
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_frozen_later_a_parameter_stays_tracked_and_thawed_later_it_is_named(tmp_path: Path) -> None:
+def test_frozen_or_thawed_later_a_parameter_is_named(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict({"back": torch.nn.Linear(2, 2).requires_grad_(False), "head": torch.nn.Linear(2, 2)})
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        tracker.update_(model)
+        train(model, tracker, 1, 2)
         model["head"].bias.requires_grad_(False)
         tracker.update_(model)
+        with pytest.raises(ModelMismatchError, match=r"'head\.bias': is tracked, but does not require"):
+            tracker.update_(model)
+        model["head"].bias.requires_grad_(True)
         model["back"].bias.requires_grad_(True)
         tracker.update_(model)
-        with pytest.raises(ModelMismatchError, match=r"'back\.bias': is in the model, but was not when tracking began"):
+        with pytest.raises(ModelMismatchError, match=r"'back\.bias': is to be averaged now, but was left out"):
             tracker.update_(model)
+        model["back"].bias.requires_grad_(False)
+        train(model, tracker, 7, 8)
 
 
 def test_an_evaluation_model_without_gradients_opens(tmp_path: Path) -> None:
