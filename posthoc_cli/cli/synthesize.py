@@ -177,6 +177,11 @@ def synthesize(
                 accumulate,
             )
     seconds = time.perf_counter() - started
+    if plan.aside and not quiet and not as_json:
+        output.print_note(
+            f"{plan.aside} snapshots are not used: they are of the time when the model had other tensors than at "
+            f"t = {plan.t:,.12g}"
+        )
     if wanted and not quiet and not as_json:
         _note_left_out(plan, paths[wanted[0]])
     if as_json:

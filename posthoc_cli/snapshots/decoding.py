@@ -77,6 +77,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         aliases=_decode_aliases(reader, tensors),
         left_out=reader.names("ema.left_out"),
         selection=_decode_selection(reader),
+        segment=reader.integer("ema.segment") if reader.has("ema.segment") else 0,
     )
     _check_profile(path, info)
     return replace(info, clock=_decode_clock(reader, info), measurements=_decode_measurements(reader, info))

@@ -34,6 +34,8 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.left_out      JSON list: names of the model's state that the run does not track
     ema.selection     JSON object: why not: only_trainable, include, exclude (globs), buffers; see `selection.py`. May
                       be missing
+    ema.segment       how often the tracked tensors had changed before; missing for 0. Averages of different segments
+                      are never combined: a tensor that is new in one began with its value at the segment's start
     ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
@@ -200,6 +202,7 @@ class SnapshotInfo:
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     selection: Selection | None = None
+    segment: int = 0
     clock: tuple[tuple[int, float], ...] = ()
     measurements: Measurements | None = None
 
@@ -313,6 +316,8 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     }
     if info.selection is not None:
         metadata["ema.selection"] = _compact(vars(info.selection))
+    if info.segment:
+        metadata["ema.segment"] = str(info.segment)
     if info.clock:
         metadata["ema.clock"] = _compact(info.clock)
     if info.measurements is not None:

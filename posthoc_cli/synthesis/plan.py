@@ -18,6 +18,7 @@ from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorSpec, parse_dtype_word
 from posthoc_cli.snapshots.priors import run_clock
+from posthoc_cli.snapshots.segments import of_segment_at
 from posthoc_cli.synthesis.sources import Source, source_prior
 from posthoc_cli.targets import Target, as_target
 
@@ -47,6 +48,7 @@ class Plan:
         method: the solver.
         reconstruction: coefficients [sources, targets] and errors [targets].
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
+        aside: how many sources are not used since they are of other tensors: from before the model changed, or after.
     """
 
     sources: tuple[Source, ...]
@@ -55,6 +57,7 @@ class Plan:
     method: str
     reconstruction: Reconstruction
     output_rounding: float = 0.0
+    aside: int = 0
 
     @property
     def newest(self) -> Source:
@@ -150,6 +153,7 @@ def plan_synthesis(
         raise InvalidValueError(f"max_error {max_error!r}: must be above 0, such as 0.01")
     wanted = tuple(as_target(target) for target in targets)
     time = _target_time(sources, t, step)
+    everything_there, sources = len(sources), _alike(sources, time)
     usable = sorted((s for s in sources if s.info.t <= time), key=lambda s: (s.info.t, s.info.sigma_rel))
     clock = run_clock([source.info for source in sources])
     first = min(source.info.t_first for source in usable)
@@ -162,6 +166,7 @@ def plan_synthesis(
     used = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
     rounding = _output_rounding(usable[-1], dtype)
     plan = Plan(tuple(usable[i] for i in used), wanted, time, method, result.of(snapshots=used), rounding)
+    plan = replace(plan, aside=everything_there - len(sources))
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate("", [source.info.profile.pure for source in sources], prior=everything))
@@ -186,6 +191,18 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
             f"t {t:g}: must lie between the first snapshot, {times[0]:g}, and the last, {times[-1]:g}"
         )
     return float(t)
+
+
+def _alike(sources: Sequence[Source], time: float) -> list[Source]:
+    """The sources that have the tensors that the model had at a time."""
+    alike = of_segment_at(sources, time)
+    last = max(source.info.t for source in alike)
+    if time > last:
+        after = min(source.info.t for source in sources if source.info.t > time)
+        raise InvalidValueError(
+            f"t {time:g}: the model's tensors changed between the snapshots at {last:g} and {after:g}; take one of them"
+        )
+    return alike
 
 
 def _time_of_step(sources: Sequence[Source], step: int) -> float:

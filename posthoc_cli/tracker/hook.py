@@ -8,12 +8,13 @@ import types
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from posthoc_cli.errors import NonFiniteError, NotReadyError
+from posthoc_cli.errors import ModelMismatchError, NonFiniteError, NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
@@ -21,6 +22,7 @@ from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.attaching import follow_optimizer
 from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.following import follow_change
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
 from posthoc_cli.tracker.naming import named_tensors
@@ -91,6 +93,7 @@ class PostHocEMA(Synthesizing):
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         buffers: str = "copy",
+        on_change: str = "raise",
     ) -> PostHocEMA:
         """A tracker for a new run. Nothing is written before the first `update_`.
 
@@ -113,6 +116,9 @@ class PostHocEMA(Synthesizing):
             include: globs on names, such as "decoder.*": what none of them matches is left out.
             exclude: globs on names: what one of them matches is left out.
             buffers: "copy" them, "average" those of floating-point values as if they were parameters, or "skip".
+            on_change: what an update does when parameters were frozen, thawed, added or changed: "raise" an error that
+                names one, or "follow": a new segment of snapshots begins. Averages of what is as it was go on, others
+                begin; a synthesis uses the segment of its time only.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -121,7 +127,7 @@ class PostHocEMA(Synthesizing):
             update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
         )
         selection = make_selection(only_trainable, include, exclude, buffers)
-        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite)
+        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite, on_change)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
         tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
@@ -141,6 +147,7 @@ class PostHocEMA(Synthesizing):
         checkpoint_dtype: torch.dtype | str | types.EllipsisType | None = ...,
         on_nonfinite: str = "raise",
         sigma_range: tuple[float, float] | types.EllipsisType = ...,
+        on_change: str = "raise",
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -171,16 +178,17 @@ class PostHocEMA(Synthesizing):
         )
         profiles = tuple(sorted({snapshot.info.sigma_rel for snapshot in snapshots}))
         selection = newest.info.selection
-        settings = Settings(profiles, schedule, newest.info.t_unit, selection or Selection(), on_nonfinite)
-        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(newest))
-        tracker._resumes_from_directory = True
-        tracker._knows_selection = selection is not None
+        settings = Settings(profiles, schedule, newest.info.t_unit, selection or Selection(), on_nonfinite, on_change)
         complete = newest_complete(snapshots, profiles)
         last = newest if complete is None else complete[profiles[0]]
+        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(last))
+        tracker._resumes_from_directory = True
+        tracker._knows_selection = selection is not None
         tracker._step, tracker._t = last.info.step, last.info.t
         tracker._own_clock = resumed_habit(tracker._step, tracker._t)
         if model is not None:
-            tracker._collect(model, frozen_too=True)  # a model that will only be filled may well be frozen
+            if on_change == "raise":
+                tracker._collect(model, frozen_too=True)  # a model that will only be filled may well be frozen
             tracker._model = weakref.ref(model)
             tracker._follows = is_replica(model)
         return tracker
@@ -331,6 +339,7 @@ class PostHocEMA(Synthesizing):
         recorder.set_aside_others(unpacked.t, known=unpacked.snapshots)
         self.run_id = unpacked.run_id
         self._averages, self._clock = unpacked.averages, unpacked.clock
+        self._tracked = replace(self._tracked, segment=unpacked.segment)
         self._step, self._t = unpacked.step, unpacked.t
         self._own_clock = resumed_habit(self._step, self._t)
         self._resumes_from_directory = False
@@ -367,7 +376,12 @@ class PostHocEMA(Synthesizing):
         lenient = frozen_too or not self._knows_selection
         known = frozenset(self._tracked.tensors.keys() | self._tracked.aliases.keys()) if lenient else None
         tensors = collect_tensors(model, self.settings.selection, also=known)
-        self._tracked.check(TrackedModel.of_model(tensors))
+        try:
+            self._tracked.check(TrackedModel.of_model(tensors))
+        except ModelMismatchError:
+            if self.settings.on_change != "follow":
+                raise
+            self._tracked = follow_change(self._averages, self._tracked, tensors)
         return tensors
 
     def _take_in(self, model: torch.nn.Module) -> Mapping[str, torch.Tensor] | None:

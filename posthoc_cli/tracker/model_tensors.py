@@ -48,6 +48,7 @@ class TrackedModel:
     aliases: Mapping[str, str]
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
+    segment: int = 0
 
     @classmethod
     def of_model(cls, found: ModelTensors) -> TrackedModel:
@@ -63,7 +64,8 @@ class TrackedModel:
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
         """What a snapshot says was tracked."""
         shapes = {name: entry.shape for name, entry in snapshot.header.tensors.items()}
-        return cls(snapshot.info.tensors, shapes, snapshot.info.aliases, snapshot.info.left_out)
+        info = snapshot.info
+        return cls(info.tensors, shapes, info.aliases, info.left_out, segment=info.segment)
 
     def check(self, found: TrackedModel) -> None:
         """Raise a ModelMismatchError, naming the tensor, unless names, shapes, dtypes and roles are these."""
@@ -88,15 +90,18 @@ class TrackedModel:
 
     def _why_new(self, name: str) -> str:
         if name in self.left_out:
-            return "is to be averaged now, but was left out when tracking began: it did not require gradients then"
-        return "is in the model, but was not when tracking began"
+            return (
+                "is to be averaged now, but was left out when tracking began: it did not require gradients then; a "
+                "hook with on_change='follow' takes it in"
+            )
+        return "is in the model, but was not when tracking began; a hook with on_change='follow' takes it in"
 
 
 def _why_missing(name: str, found: TrackedModel) -> str:
     if name in found.frozen:
         return (
             "is tracked, but does not require gradients any more; a hook made with only_trainable=False takes "
-            "parameters whether they do or not"
+            "parameters whether they do or not, one with on_change='follow' goes on without it"
         )
     return "is tracked, but the model has no such tensor to track"
 
