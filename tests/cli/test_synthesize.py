@@ -203,6 +203,26 @@ def test_what_is_not_tracked_is_named_with_a_command_that_completes_it(ema: Ema,
     assert torch.equal(completed["2.weight"], load_file(out)["2.weight"])
 
 
+def test_snapshots_of_before_the_model_changed_are_counted(ema: Ema, tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    settings: dict = {"update_every": 1, "checkpoint_every": 2, "on_change": "follow"}
+    with PostHocEMA.from_model(model, tmp_path / "run", **settings) as tracker:
+        for step in range(10):
+            model.bias.requires_grad_(step < 6)
+            with torch.no_grad():
+                model.weight.add_(torch.randn(2, 2))
+            tracker.update_(model)
+    arguments = ("synthesize", tmp_path / "run", "--sigma-rel", "0.28", "--out", tmp_path / "m.safetensors")
+    assert "6 snapshots are not used: they are of the time when the model had other tensors" in ema(*arguments).err
+    assert set(load_file(tmp_path / "m.safetensors")) == {"weight"}
+    assert json.loads(ema("info", tmp_path / "run", "--json").out)["segments"] == 2
+    for command in ("info", "error-plot", "prune"):
+        more = ("--out", tmp_path / "e.png") if command == "error-plot" else ()
+        more = ("--keep", "1", "--yes") if command == "prune" else more
+        assert ema(command, tmp_path / "run", *more).code == 0
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) == 8
+
+
 def test_an_average_that_is_stored_exactly_is_copied_from_its_snapshot(ema: Ema, exact_run: Path) -> None:
     report = json.loads(ema("synthesize", exact_run, "--sigma-rel", "0.05", "--dry-run", "--json").out)
     (target,) = report["targets"]

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import exact_average, exact_gamma
+from factories import exact_average, exact_gamma, random_walk, write_run
 from safetensors.torch import save_file
 
 from posthoc_cli import PostHocEMA
@@ -317,6 +317,16 @@ def test_frozen_parameters_of_the_run_stay_tracked(tmp_path: Path) -> None:
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         train(model, tracker, 11, 20)
     assert "0.bias" in read_directory(tmp_path)[-1].info.tensors
+
+
+def test_a_run_whose_header_has_no_selection_goes_on_with_what_it_tracked(tmp_path: Path) -> None:
+    """Such as an early release wrote: whether frozen parameters were wanted, it does not say."""
+    write_run(tmp_path, random_walk(4, {"weight": (2, 2), "bias": (2,)}), [2, 4])
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    with PostHocEMA.from_path(tmp_path, model) as run:
+        train(model, run, 5, 6)
+    assert {"weight", "bias"} == set(read_directory(tmp_path)[-1].info.tensors)
 
 
 @pytest.mark.parametrize("name", ["absent", "empty"])
