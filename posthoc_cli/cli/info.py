@@ -59,6 +59,8 @@ def describe_directory(path: Path) -> dict[str, Any]:
 
 
 def _describe_run(found: Inspection) -> dict[str, Any]:
+    from posthoc_cli.snapshots.segments import by_segment
+
     newest = found.snapshots[-1]
     runs = sorted({snapshot.info.run_id for snapshot in found.snapshots})
     profiles: dict[float, list[Snapshot]] = {}
@@ -71,6 +73,7 @@ def _describe_run(found: Inspection) -> dict[str, Any]:
         "schedule": dict(vars(newest.info.schedule)),
         **_describe_tensors(newest),
         "snapshots": len(found.snapshots),
+        **({"segments": len(by_segment(found.snapshots))} if newest.info.segment else {}),
         "measured": sum(snapshot.info.measurements is not None for snapshot in found.snapshots),
         "bytes": sum(snapshot.header.file_bytes for snapshot in found.snapshots),
         "profiles": [_describe_profile(sigma_rel, group) for sigma_rel, group in sorted(profiles.items())],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -177,6 +178,13 @@ def synthesize(
                 accumulate,
             )
     seconds = time.perf_counter() - started
+    if plan.aside and not quiet and not as_json:
+        output.print_note(
+            f"{plan.aside} snapshots are not used: they are of the time when the model had other tensors than at "
+            f"t = {plan.t:,.12g}"
+        )
+    if wanted and not quiet and not as_json:
+        _note_left_out(plan, paths[wanted[0]])
     if as_json:
         where = {"device": device, "reason": reason}
         output.print_json(_report(plan, paths, skipped, seconds) | where)
@@ -267,13 +275,21 @@ def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str,
         read = output.size_text(plan.read_bytes)
         output.print_line(f"would make {what}; would read {read}; nothing was written")
         return
-    left_out = plan.newest.info.left_out
-    if left_out:
-        output.print_line(
-            f"not tracked, and not in the output: {len(left_out)} of the model's tensors ({left_out[0]}, ...); "
-            "ema export --base FULL.safetensors completes them"
-        )
     output.print_line(f"made {what}, in {seconds:.1f} s: {paths[0] if single else paths[0].parent}")
+
+
+def _note_left_out(plan: Plan, path: Path) -> None:
+    """Say what an output lacks, and the command that completes it."""
+    left_out = [name for name in plan.newest.info.left_out if not name.endswith("_extra_state")]
+    if not left_out:
+        return
+    shown = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
+    file = path if path.suffix == ".safetensors" else Path("model.safetensors")
+    command = f"ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
+    output.print_note(
+        f"{len(left_out)} of the model's tensors are not in the output, since the run does not track them ({shown}); "
+        f"to add them from a full model: {command}"
+    )
 
 
 def _print_table(plan: Plan, paths: list[Path], skipped: set[int]) -> None:

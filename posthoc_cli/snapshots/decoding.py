@@ -20,6 +20,7 @@ from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import Metadata, file_kind, is_number, parse_json
+from posthoc_cli.snapshots.selection import BUFFERS, Selection
 
 __all__ = ["decode_checksums", "decode_header", "decode_output", "decode_snapshot", "file_kind", "parse_json"]
 
@@ -75,6 +76,8 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         tensors=tensors,
         aliases=_decode_aliases(reader, tensors),
         left_out=reader.names("ema.left_out"),
+        selection=_decode_selection(reader),
+        segment=reader.integer("ema.segment") if reader.has("ema.segment") else 0,
     )
     _check_profile(path, info)
     return replace(info, clock=_decode_clock(reader, info), measurements=_decode_measurements(reader, info))
@@ -190,7 +193,7 @@ def _decode_tensors(reader: Metadata, header: fmt.FileHeader) -> dict[str, fmt.T
         if name not in tensors or name not in header.tensors:
             raise reader.bad(key, f"tensor {name!r} is in the payload or here, but not in both")
         own, stored = tensors[name].dtype, header.tensors[name].dtype
-        fits = own == stored if tensors[name].role == "copy" else own in fmt.AVERAGED and stored in fmt.STORED
+        fits = own == stored if tensors[name].role == "copy" else own in fmt.AVERAGED and stored in fmt.AVERAGED
         if not fits:
             raise reader.bad(key, f"tensor {name!r}: {stored} cannot hold {tensors[name].role} of {own}")
     return tensors
@@ -222,6 +225,21 @@ def _fits_schedule(name: str, value: Any) -> bool:
     if name == "checkpoint_dtype":
         return str(value) in fmt.ITEM_BYTES
     return type(value) is int and value >= (0 if name == "update_after_step" else 1)
+
+
+def _decode_selection(reader: Metadata) -> Selection | None:
+    key = "ema.selection"
+    if not reader.has(key):
+        return None
+    raw = reader.json_object(key)
+    names = Selection.__dataclass_fields__.keys()
+    if set(raw) != set(names) or not isinstance(raw["only_trainable"], bool):
+        raise reader.bad(key, f"must have {', '.join(names)}, and nothing else")
+    globs = [raw["include"], raw["exclude"]]
+    if not all(isinstance(listed, list) and all(isinstance(glob, str) for glob in listed) for listed in globs):
+        raise reader.bad(key, "include and exclude must be lists of globs")
+    buffers = reader.one_of(key, raw, "buffers", BUFFERS)
+    return Selection(raw["only_trainable"], tuple(globs[0]), tuple(globs[1]), buffers)
 
 
 def _decode_sigma_rels(reader: Metadata) -> tuple[float, ...]:

@@ -29,9 +29,13 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
                       checkpoint_dtype (null: each tensor's own), sigma_range (what snapshots are kept for: [low, high])
     ema.tensors       JSON object: name -> {"role": "average" or "copy", "dtype": the model's own dtype}. An
-                      average is the weighted mean of a parameter; a copy is a buffer as it was at `t`
+                      average is the weighted mean of a tensor; a copy is a buffer as it was at `t`
     ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
     ema.left_out      JSON list: names of the model's state that the run does not track
+    ema.selection     JSON object: why not: only_trainable, include, exclude (globs), buffers; see `selection.py`. May
+                      be missing
+    ema.segment       how often the tracked tensors had changed before; missing for 0. Averages of different segments
+                      are never combined: a tensor that is new in one began with its value at the segment's start
     ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
@@ -90,6 +94,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import RecordedPowerFunction
 from posthoc_cli.reconstruction.measurements import Measurements
+from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
 BLOCK_BYTES = 4 * 1024 * 1024
@@ -109,11 +114,8 @@ DTYPE_WORDS = {
 }  # fmt: skip
 """What users call the dtypes of averages, and their names in safetensors."""
 
-AVERAGED = frozenset(DTYPE_WORDS.values())
-"""What an average's own dtype may be."""
-
-STORED = AVERAGED | {"F8_E4M3", "F8_E5M2"}
-"""What an average may be stored as: 8 bits are read, not written."""
+AVERAGED = frozenset(DTYPE_WORDS.values()) | {"F8_E4M3", "F8_E5M2"}
+"""What an average's own dtype may be, and what it may be stored as."""
 
 CHECKSUM_DIGITS = 16
 CHECKSUM_MARK = b'"ema.checksum":"'
@@ -182,8 +184,8 @@ class TrackingSchedule:
 class SnapshotInfo:
     """Everything that a snapshot says about itself, apart from where its bytes are.
 
-    `sigma_rels` are all profiles that the run tracks; `measurements` is None and `clock` is empty where the file has
-    none.
+    `sigma_rels` are all profiles that the run tracks; `measurements` and `selection` are None and `clock` is empty
+    where the file has none.
     """
 
     run_id: str
@@ -199,6 +201,8 @@ class SnapshotInfo:
     tensors: dict[str, TrackedTensor]
     aliases: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
+    selection: Selection | None = None
+    segment: int = 0
     clock: tuple[tuple[int, float], ...] = ()
     measurements: Measurements | None = None
 
@@ -310,6 +314,10 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         "ema.aliases": _compact(info.aliases),
         "ema.left_out": _compact(list(info.left_out)),
     }
+    if info.selection is not None:
+        metadata["ema.selection"] = _compact(vars(info.selection))
+    if info.segment:
+        metadata["ema.segment"] = str(info.segment)
     if info.clock:
         metadata["ema.clock"] = _compact(info.clock)
     if info.measurements is not None:

@@ -13,6 +13,7 @@ from posthoc_cli.reconstruction import Motion
 from posthoc_cli.reconstruction.prior import ASSUMED
 from posthoc_cli.snapshots.priors import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.segments import of_newest_segment
 
 _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
 
@@ -37,6 +38,7 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
     Raises:
         FileFormatError, NonFiniteError: while reading a sample, where headers have no measurements.
     """
+    snapshots = of_newest_segment(snapshots)
     prior = snapshot_prior(snapshots)
     times = np.array([snapshot.info.t for snapshot in snapshots])
     norm = float(prior.norm[times == times.max()].mean())

@@ -21,6 +21,7 @@ from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.priors import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.segments import by_segment
 from posthoc_cli.snapshots.sharded import open_tensors, remove_snapshot
 from posthoc_cli.snapshots.store import read_directory
 
@@ -77,7 +78,7 @@ def plan_pruning(
     """Which snapshots can go. Reads no tensor, but a sample where headers have no measurements.
 
     The newest one of each profile stays, and so do those of the newest time that all profiles have: training can go
-    on from these.
+    on from these. So do those of earlier segments, before the model's tensors changed: they are all there is of then.
 
     Arguments:
         snapshots: all of one directory.
@@ -92,6 +93,10 @@ def plan_pruning(
     """
     if sum(wish is not None for wish in (keep, max_bytes, max_error)) != 1:
         raise InvalidValueError("keep, max_size and max_error: give one of them")
+    *earlier, snapshots = by_segment(snapshots)
+    older = [snapshot for segment in earlier for snapshot in segment]
+    if max_bytes is not None:
+        max_bytes -= sum(snapshot.header.file_bytes for snapshot in older)
     if keep is not None:
         _check_keep(snapshots, keep)
     prior = snapshot_prior(snapshots)
@@ -111,7 +116,7 @@ def plan_pruning(
     kept = _without(snapshots, order[:count])
     gone = [snapshots[index] for index in order[:count]]
     after = _errors(kept, sigma_range) if gone else before
-    return Pruning(tuple(kept), tuple(gone), before, after, prior.source)
+    return Pruning((*older, *kept), tuple(gone), before, after, prior.source)
 
 
 def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -23,6 +23,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
 from posthoc_cli.snapshots.priors import stored_average
 from posthoc_cli.snapshots.reader import Snapshot, read_header
+from posthoc_cli.snapshots.segments import by_segment
 from posthoc_cli.snapshots.sharded import is_sharded, read_sharded, remove_snapshot
 
 log = logging.getLogger(__name__)
@@ -99,8 +100,8 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
     except FileNotFoundError:
         return []
     snapshots = sorted((s for s in found if s is not None), key=_order)
-    for other in snapshots[1:]:
-        _check_pair(snapshots[0], other)
+    for first, other in _pairs(snapshots):
+        _check_pair(first, other)
     doubles = _doubles(snapshots)
     if doubles:
         raise MismatchError(doubles[0])
@@ -128,9 +129,9 @@ def inspect_directory(directory: Path) -> Inspection:
     if not snapshots and not problems:
         raise _without_snapshots(directory)
     snapshots.sort(key=_order)
-    for other in snapshots[1:]:
+    for first, other in _pairs(snapshots):
         try:
-            _check_pair(snapshots[0], other)
+            _check_pair(first, other)
         except MismatchError as error:
             problems.append(str(error))
     problems += _doubles(snapshots) + _gaps(snapshots)
@@ -191,6 +192,17 @@ def _order(snapshot: Snapshot) -> tuple[float, float, str]:
     return snapshot.info.t, snapshot.info.sigma_rel, snapshot.path.name
 
 
+def _pairs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, Snapshot]]:
+    """Each but the first beside the first, and beside the first of its segment."""
+    firsts: dict[int, Snapshot] = {}
+    for snapshot in snapshots:
+        first = firsts.setdefault(snapshot.info.segment, snapshot)
+        if first is not snapshots[0] and snapshot is first:
+            yield snapshots[0], snapshot
+        if first is not snapshot:
+            yield first, snapshot
+
+
 def _check_pair(first: Snapshot, other: Snapshot) -> None:
     pair = f"{first.path} and {other.path}"
     a, b = first.info, other.info
@@ -206,6 +218,10 @@ def _check_pair(first: Snapshot, other: Snapshot) -> None:
             f"{pair} do not match: their runs track the profiles "
             f"{', '.join(f'{s:g}' for s in a.sigma_rels)} and {', '.join(f'{s:g}' for s in b.sigma_rels)}"
         )
+    if a.segment != b.segment:
+        if a.t >= b.t or a.segment > b.segment:
+            raise MismatchError(f"{pair}: the segments {a.segment} and {b.segment} do not follow each other in time")
+        return
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
             missing = other if name in a.tensors else first
@@ -258,10 +274,16 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
 def thin(
     stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
 ) -> list[StoredSnapshot]:
-    """Leave `max_checkpoints` snapshots a profile, those that reconstruction needs most (see `planning.keeping`).
+    """Leave `max_checkpoints` snapshots a profile and segment, those that reconstruction needs most.
 
-    Reads no tensor: what headers measured is at hand. Returns what is left.
+    Reads no tensor: what headers measured is at hand. See `planning.keeping`. Returns what is left.
     """
+    return [left for segment in by_segment(stored) for left in _thin_segment(segment, max_checkpoints, sigma_range)]
+
+
+def _thin_segment(
+    stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float]
+) -> list[StoredSnapshot]:
     counts = Counter(snapshot.sigma_rel for snapshot in stored)
     if max_checkpoints is None or max(counts.values(), default=0) <= max_checkpoints:
         return list(stored)

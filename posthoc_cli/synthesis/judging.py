@@ -10,6 +10,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import Candidate, ErrorCurve, ProfileFit, Schedule, error_curve, profile_fit
 from posthoc_cli.profiles import Clock
 from posthoc_cli.snapshots.priors import run_clock
+from posthoc_cli.snapshots.segments import of_newest_segment
 from posthoc_cli.synthesis.sources import disk_sources, source_prior
 from posthoc_cli.targets import Target
 
@@ -30,12 +31,14 @@ class Judged:
 
     @classmethod
     def of_directory(cls, directory: Path) -> Judged:
-        """What a tracker wrote. Reads a sample of the tensors where headers have no measurements.
+        """What a tracker wrote since the model's tensors changed last.
+
+        Reads a sample of the tensors where headers have no measurements.
 
         Raises:
             what `read_directory` raises.
         """
-        sources = disk_sources(directory.expanduser())
+        sources = of_newest_segment(disk_sources(directory.expanduser()))
         infos = [source.info for source in sources]
         profiles = [info.profile.pure for info in infos]
         unit, count = infos[0].t_unit, f"{len(infos)} snapshot{'s' * (len(infos) != 1)}"

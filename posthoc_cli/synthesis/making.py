@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Sequence
 from contextlib import nullcontext
@@ -125,12 +126,12 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
     """
     dtype = torch_dtype(tile.dtype)
     # Casting is monotone, and both bounds are nan where a value is.
-    if not sums.numel() or bool(round_to(torch.stack(torch.aminmax(sums)), dtype).isfinite().all()):
+    if not sums.numel() or _holds(dtype, torch.stack(torch.aminmax(sums))):
         return
     starts = tile.bounds
     for piece, start, end in zip(tile.pieces, starts, starts[1:], strict=False):
         own = sums[:, max(0, start - begin) : max(0, end - begin)]
-        if bool(round_to(own, dtype).isfinite().all()):
+        if _holds(dtype, own):
             continue
         if bool(own.isfinite().all()):
             largest = float(own.abs().max())
@@ -138,3 +139,13 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
                 f"tensor {piece.name!r}: {dtype} cannot hold its largest value, {largest:.6g}; take float32 or bfloat16"
             )
         raise NonFiniteError(f"tensor {piece.name!r}: the result is not finite; a snapshot holds nan or infinity")
+
+
+def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:
+    """Whether values stay finite in a dtype."""
+    if dtype.itemsize > 1:
+        return bool(round_to(values, dtype).isfinite().all())
+    # In 8 bits torch rounds what is too large down to the largest value: half a unit beyond it is too large.
+    info = torch.finfo(dtype)
+    limit = info.max + info.eps * 2.0 ** math.floor(math.log2(info.max)) / 2
+    return bool((values.abs() <= limit).all())

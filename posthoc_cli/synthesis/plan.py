@@ -18,6 +18,7 @@ from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorSpec, parse_dtype_word
 from posthoc_cli.snapshots.priors import run_clock
+from posthoc_cli.snapshots.segments import of_segment_at
 from posthoc_cli.synthesis.sources import Source, source_prior
 from posthoc_cli.targets import Target, as_target
 
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7}
+_EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7, "F8_E4M3": 2.0**-3, "F8_E5M2": 2.0**-2}
 """Distance from 1 to the next number."""
 
 POOR_ERROR = 0.01
@@ -48,6 +49,7 @@ class Plan:
         reconstruction: coefficients [sources, targets] and errors [targets].
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
         places: of each source among all at or before `t`, in their order; its number here where there are none.
+        aside: how many sources are not used since they are of other tensors: from before the model changed, or after.
     """
 
     sources: tuple[Source, ...]
@@ -57,6 +59,7 @@ class Plan:
     reconstruction: Reconstruction
     output_rounding: float = 0.0
     places: tuple[int, ...] = ()
+    aside: int = 0
 
     @property
     def newest(self) -> Source:
@@ -152,6 +155,7 @@ def plan_synthesis(
         raise InvalidValueError(f"max_error {max_error!r}: must be above 0, such as 0.01")
     wanted = tuple(as_target(target) for target in targets)
     time = _target_time(sources, t, step)
+    everything_there, sources = len(sources), _alike(sources, time)
     usable = sorted((s for s in sources if s.info.t <= time), key=lambda s: (s.info.t, s.info.sigma_rel))
     clock = run_clock([source.info for source in sources])
     first = min(source.info.t_first for source in usable)
@@ -164,7 +168,8 @@ def plan_synthesis(
     used = _used(usable, result)
     rounding = _output_rounding(usable[-1], dtype)
     chosen = tuple(usable[i] for i in used)
-    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used))
+    aside = everything_there - len(sources)
+    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), aside)
     if max_error is not None:
         _check_errors(plan, max_error)
     _warn_of_poor_targets(plan, Candidate("", [source.info.profile.pure for source in sources], prior=everything))
@@ -198,6 +203,18 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
             f"t {t:g}: must lie between the first snapshot, {times[0]:g}, and the last, {times[-1]:g}"
         )
     return float(t)
+
+
+def _alike(sources: Sequence[Source], time: float) -> list[Source]:
+    """The sources that have the tensors that the model had at a time."""
+    alike = of_segment_at(sources, time)
+    last = max(source.info.t for source in alike)
+    if time > last:
+        after = min(source.info.t for source in sources if source.info.t > time)
+        raise InvalidValueError(
+            f"t {time:g}: the model's tensors changed between the snapshots at {last:g} and {after:g}; take one of them"
+        )
+    return alike
 
 
 def _time_of_step(sources: Sequence[Source], step: int) -> float:

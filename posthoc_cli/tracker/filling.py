@@ -14,7 +14,8 @@ from posthoc_cli.synthesis import Plan, place_synthesis, synthesize
 from posthoc_cli.synthesis.placing import Nowhere
 from posthoc_cli.synthesis.plan import names_by_tensor
 from posthoc_cli.synthesis.tiles import Tile
-from posthoc_cli.tracker.weights import check_fits, load_weight, weight_targets
+from posthoc_cli.tracker.naming import named_tensors
+from posthoc_cli.tracker.weights import check_dtypes_free, check_fits, load_weight, weight_targets
 
 
 def fill_model(
@@ -37,8 +38,10 @@ def fill_model(
     """
     shapes = {spec.name: spec.shape for spec in plan.specs()}
     targets = weight_targets(model, shapes)
+    if dtype is not None:
+        check_dtypes_free(model, dtype)
     room = _usable_device(device)
-    dtypes = {name: target.dtype for name, target in targets.items()} if dtype is None else {}
+    dtypes = {name: target.tensor.dtype for name, target in targets.items()} if dtype is None else {}
     names = names_by_tensor(plan.newest.info)
     for _ in place_synthesis(plan, lambda tile: _Fitting(tile, dtypes, names), dtype):
         pass
@@ -48,7 +51,7 @@ def fill_model(
         _materialise(model, set(shapes), room)
         targets = weight_targets(model, shapes)
         for name, (value,) in chain(first, made):
-            load_weight(targets[name], value, own_dtype=dtype is None)
+            load_weight(targets[name].tensor, value, own_dtype=dtype is None)
     _warn_of_the_rest(model)
 
 
@@ -80,8 +83,8 @@ def _usable_device(device: torch.device | str) -> torch.device:
 
 def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:
     """Give room to tensors on `meta` that will be filled; tied ones stay tied, under whatever names."""
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    old = {id(tensor): tensor for name, tensor in named if tensor.is_meta and name in filled}
+    named = named_tensors(model)
+    old = {id(found.registered): found.registered for found in named if found.tensor.is_meta and found.name in filled}
     new = {key: torch.empty_like(tensor, device=device) for key, tensor in old.items()}
     for key, tensor in old.items():
         if isinstance(tensor, torch.nn.Parameter):
@@ -94,7 +97,8 @@ def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device)
 
 
 def _warn_of_the_rest(model: torch.nn.Module) -> None:
-    left = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if tensor.is_meta]
+    on_meta = {id(found.registered): found.name for found in named_tensors(model) if found.registered.is_meta}
+    left = list(on_meta.values())
     if left:
         warnings.warn(
             f"on meta still, since no average fills them: {', '.join(left[:10])}"

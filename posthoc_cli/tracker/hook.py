@@ -9,23 +9,28 @@ import threading
 import types
 import weakref
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from posthoc_cli.errors import NotReadyError, PostHocError
+from posthoc_cli.errors import ModelMismatchError, NotReadyError, PostHocError
 from posthoc_cli.profiles import ClockRecorder, Profile
+from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.attaching import follow_optimizer
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.background import Background, Snapshots
+from posthoc_cli.tracker.following import follow_change
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
+from posthoc_cli.tracker.naming import named_tensors
 from posthoc_cli.tracker.recorder import Recorder
+from posthoc_cli.tracker.replicas import is_replica
 from posthoc_cli.tracker.settings import (
     Settings,
     absolute_directory,
@@ -74,6 +79,8 @@ class PostHocEMA(Synthesizing):
         self._calling = threading.Lock()
         self._closed = False
         self._model: weakref.ref[torch.nn.Module] | None = None
+        self._knows_selection = True
+        self._follows = False  # the first process of a group tracks the same model
 
     # --- making one ----------------------------------------------------------------------------------
 
@@ -92,12 +99,17 @@ class PostHocEMA(Synthesizing):
         only_trainable: bool = True,
         on_nonfinite: str = "raise",
         sigma_range: tuple[float, float] = (0.05, 0.28),
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        buffers: str = "copy",
+        on_change: str = "raise",
         device: str | None = None,
     ) -> PostHocEMA:
         """A tracker for a new run. Nothing is written before the first `update_`.
 
         Arguments:
-            model: what will be tracked; its parameters are averaged, its buffers copied.
+            model: what will be tracked, wrapped or bare: names are those of the bare model. Under
+                DistributedDataParallel all processes may make a tracker and call it; the first one writes.
             checkpoint_dir: the directory for the snapshots, made when it is missing. One run a directory.
             sigma_rels: profiles to track; two reach almost everything, see `ema error-plot`.
             update_every: averages are updated at the calls that are multiples of it.
@@ -111,6 +123,12 @@ class PostHocEMA(Synthesizing):
             on_nonfinite: what an update does when a parameter holds nan or infinity: "raise" an error, "skip" the
                 update, or skip it and "warn". No average takes the value in, ever.
             sigma_range: the averages that `max_checkpoints` keeps snapshots for.
+            include: globs on names, such as "decoder.*": what none of them matches is left out.
+            exclude: globs on names: what one of them matches is left out.
+            buffers: "copy" them, "average" those of floating-point values as if they were parameters, or "skip".
+            on_change: what an update does when parameters were frozen, thawed, added or changed: "raise" an error that
+                names one, or "follow": a new segment of snapshots begins. Averages of what is as it was go on, others
+                begin; a synthesis uses the segment of its time only.
             device: where the averages are: "model", beside the parameters and updated by the training's own thread,
                 or "cpu", on the host and updated by a thread of their own; None for "cpu" where a parameter is on an
                 accelerator, else "model". Their values are the same.
@@ -121,9 +139,12 @@ class PostHocEMA(Synthesizing):
         schedule = make_schedule(
             update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
         )
-        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, only_trainable, on_nonfinite)
-        tracked = TrackedModel.of_model(collect_tensors(model, only_trainable))
+        selection = make_selection(only_trainable, include, exclude, buffers)
+        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite, on_change)
+        check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
+        tracked = TrackedModel.of_model(collect_tensors(model, selection))
         tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
+        tracker._follows = is_replica(model)
         tracker._model = weakref.ref(model)
         tracker._device = check_device(device)
         return tracker
@@ -141,6 +162,7 @@ class PostHocEMA(Synthesizing):
         on_nonfinite: str = "raise",
         sigma_range: tuple[float, float] | types.EllipsisType = ...,
         device: str | None = None,
+        on_change: str = "raise",
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -170,17 +192,21 @@ class PostHocEMA(Synthesizing):
             sigma_range,
         )
         profiles = tuple(sorted({snapshot.info.sigma_rel for snapshot in snapshots}))
-        settings = Settings(profiles, schedule, newest.info.t_unit, on_nonfinite=on_nonfinite)
-        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(newest))
-        tracker._resumes_from_directory = True
+        selection = newest.info.selection
+        settings = Settings(profiles, schedule, newest.info.t_unit, selection or Selection(), on_nonfinite, on_change)
         complete = newest_complete(snapshots, profiles)
         last = newest if complete is None else complete[profiles[0]]
+        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(last))
+        tracker._resumes_from_directory = True
+        tracker._knows_selection = selection is not None
         tracker._step, tracker._t = last.info.step, last.info.t
         tracker._own_clock = resumed_habit(tracker._step, tracker._t)
         tracker._device = check_device(device)
         if model is not None:
-            tracker._collect(model)
+            if on_change == "raise":
+                tracker._collect(model, frozen_too=True)  # a model that will only be filled may well be frozen
             tracker._model = weakref.ref(model)
+            tracker._follows = is_replica(model)
         return tracker
 
     # --- tracking ------------------------------------------------------------------------------------
@@ -199,7 +225,7 @@ class PostHocEMA(Synthesizing):
         """Tell the tracker that the model has made a step. Call it after every optimizer step.
 
         Arguments:
-            model: the model, as it is now.
+            model: the model, as it is now, wrapped or bare.
             t: training time on a clock of your own (images, tokens), growing at every call; leave it out at
                 every call for steps.
 
@@ -220,9 +246,11 @@ class PostHocEMA(Synthesizing):
             raise NotReadyError("update_: another thread is calling it; call it from one thread, after every step")
         try:
             failure = self._failure()  # of work that was done beside the training since the last call
-            self._begin()
+            self._follows = self._follows or is_replica(model)
+            self._check_open() if self._follows else self._begin()
             self._advance(t)
-            self._take_in(model)
+            if not self._follows:
+                self._take_in(model)
         finally:
             self._calling.release()
         if failure is not None:
@@ -305,7 +333,8 @@ class PostHocEMA(Synthesizing):
         """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
         The tracker's own state (averages in full precision, clock, counters, schedule, run) goes with your
-        training checkpoint; `load_state_dict` continues from it exactly.
+        training checkpoint; `load_state_dict` continues from it exactly. In the processes of a group that do not
+        write it is empty, and an empty one may be loaded there.
 
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887). Any other average may stand here, too: a target such as
@@ -324,6 +353,8 @@ class PostHocEMA(Synthesizing):
         if sigma_rel is not None:
             return self._synthesized(sigma_rel, t, step, dtype, method)
         self.flush()
+        if self._follows:
+            return {}
         averages, clock, step, t = self._averages, self._clock, self._step, self._t
         snapshots = [] if self._recorder is None else self._recorder.checksums
         if self._resumes_from_directory:
@@ -345,12 +376,20 @@ class PostHocEMA(Synthesizing):
         """
         self._check_open()
         self.flush()
+        if self._follows and not state:
+            return
         unpacked = unpack_state(state, self.settings, self._tracked)
+        if self._follows:
+            self.run_id, self._clock = unpacked.run_id, unpacked.clock
+            self._step, self._t = unpacked.step, unpacked.t
+            self._own_clock = resumed_habit(self._step, self._t)
+            return
         recorder = self._open_recorder(unpacked.run_id)
         recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
         recorder.set_aside_others(unpacked.t, known=unpacked.snapshots)
         self.run_id = unpacked.run_id
         self._averages, self._clock = unpacked.averages, unpacked.clock
+        self._tracked = replace(self._tracked, segment=unpacked.segment)
         self._step, self._t = unpacked.step, unpacked.t
         self._own_clock = resumed_habit(self._step, self._t)
         self._resumes_from_directory = False
@@ -382,11 +421,19 @@ class PostHocEMA(Synthesizing):
             self._recorder = recorder
         return self._recorder
 
-    def _collect(self, model: torch.nn.Module) -> ModelTensors:
-        """The model's tensors, after a check that they are those that are tracked."""
-        known = self._tracked.tensors.keys() | self._tracked.aliases.keys()
-        tensors = collect_tensors(model, self.settings.only_trainable, also=known)
-        self._tracked.check(TrackedModel.of_model(tensors))
+    def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
+        """The model's tensors, after a check that they are those that are tracked; `frozen_too`: frozen meanwhile."""
+        lenient = frozen_too or not self._knows_selection
+        known = frozenset(self._tracked.tensors.keys() | self._tracked.aliases.keys()) if lenient else None
+        tensors = collect_tensors(model, self.settings.selection, also=known)
+        try:
+            self._tracked.check(TrackedModel.of_model(tensors))
+        except ModelMismatchError:
+            if self.settings.on_change != "follow":
+                raise
+            if self._background is not None:
+                self._background.flush()  # what is still to be written is of the tensors as they were
+            self._tracked = follow_change(self._averages, self._tracked, tensors)
         return tensors
 
     def _take_in(self, model: torch.nn.Module) -> None:
@@ -419,5 +466,10 @@ class PostHocEMA(Synthesizing):
         return live_sources(self.run_id, self.settings, self._tracked, self._averages, clock or self._clock)
 
     def _sources(self) -> list[Source]:
+        if self._follows:
+            raise NotReadyError(
+                "this process keeps no averages, the first one of its group does: make them there and broadcast them, "
+                "or read the snapshots with PostHocEMA.from_path"
+            )
         self.flush()
         return current_sources(self.checkpoint_dir, self.run_id, self._live_sources())

@@ -14,6 +14,7 @@ from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.segments import of_newest_segment
 from posthoc_cli.snapshots.store import find_snapshots
 from posthoc_cli.snapshots.tensors import stored_name
 from posthoc_cli.synthesis import DiskSource, Source, source_prior
@@ -97,6 +98,8 @@ def live_sources(
             tensors=dict(tracked.tensors),
             aliases=dict(tracked.aliases),
             left_out=tracked.left_out,
+            selection=settings.selection,
+            segment=tracked.segment,
         )
         sources.append(LiveSource(info, values, averages.copies))
     return sources
@@ -107,7 +110,9 @@ def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) ->
     snapshots = find_snapshots(directory)
     if snapshots and snapshots[0].info.run_id != run_id:
         snapshots = []
-    stored = {(snapshot.info.t, snapshot.info.sigma_rel): snapshot.info.measurements for snapshot in snapshots}
+    own = {source.info.segment for source in live}
+    alike = [snapshot.info for snapshot in snapshots if snapshot.info.segment in own]
+    stored = {(info.t, info.sigma_rel): info.measurements for info in alike}
     sources: list[Source] = list(_measured(live, stored))
     now = live[0].info.t if live else max((snapshot.info.t for snapshot in snapshots), default=0.0)
     held = {source.info.sigma_rel for source in live}
@@ -143,6 +148,7 @@ def reconstruction_figure(
     """Reconstruction error of the sources; of the planned schedule, where there are none."""
     from posthoc_cli import plots
 
+    sources = of_newest_segment(sources)
     if sources:
         profiles = [source.info.profile.pure for source in sources]
         label = f"{len(profiles)} averages up to t = {max(p.t for p in profiles):,.12g}"

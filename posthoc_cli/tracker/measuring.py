@@ -20,6 +20,7 @@ from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.sharded import TensorReader, open_path
 from posthoc_cli.snapshots.store import StoredSnapshot
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
+from posthoc_cli.tracker.model_tensors import EIGHT_BITS
 
 log = logging.getLogger(__name__)
 
@@ -150,7 +151,7 @@ def _squares(
     for i, average in averages.items():
         yield ("norm", i, i), _square(average)
         if i in stored:
-            yield ("rounding", i, i), _square(average - average.to(stored[i]))
+            yield ("rounding", i, i), _square(average - _promotable(average.to(stored[i])))
         if weights is not None:
             yield ("weights", i, i), _square(average - weights.to(average.device, average.dtype))
     for i, j in combinations(averages, 2):
@@ -164,6 +165,11 @@ def _square(values: torch.Tensor) -> torch.Tensor:
     """The squared norm of a vector, float64."""
     norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
     return norm.square()
+
+
+def _promotable(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values in a dtype that torch subtracts from any other: not in 8 bits."""
+    return tensor.float() if tensor.dtype in EIGHT_BITS else tensor
 
 
 def _cut(tensors: Mapping[int, torch.Tensor], part: slice) -> dict[int, torch.Tensor]:
@@ -230,7 +236,8 @@ class _EarlierFiles(ExitStack):
         for index, file in list(self._files.items()):
             with self._left_out_on_error(index):
                 entry = file.header.tensors[name]
-                tensors[index] = tensor_from_bytes(file.read(name), entry.dtype, entry.shape).reshape(-1).to(device)
+                value = tensor_from_bytes(file.read(name), entry.dtype, entry.shape).reshape(-1)
+                tensors[index] = _promotable(value).to(device)
         return tensors
 
     @contextmanager

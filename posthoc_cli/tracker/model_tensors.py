@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,14 @@ import torch
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.tensors import stored_name
+from posthoc_cli.tracker.naming import NamedTensor, named_modules, named_tensors, wrapped_child
 
-AVERAGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes that torch knows no arithmetic of."""
+
+AVERAGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *EIGHT_BITS)
 
 
 @dataclass(frozen=True)
@@ -20,16 +25,18 @@ class ModelTensors:
     """The tensors of a model's state, by the name they are stored under.
 
     Attributes:
-        averaged: floating-point parameters.
-        copied: persistent buffers, and parameters of whole numbers.
+        averaged: floating-point parameters, and buffers that the user wants averaged.
+        copied: other persistent buffers, and parameters of whole numbers.
         aliases: further names of tensors above (tied parameters) -> the stored name.
-        left_out: names in the model's state that are not tracked: frozen parameters, extra state.
+        left_out: names in the model's state that are not tracked: what the selection leaves out, extra state.
+        frozen: those of them that are left out only since they do not require gradients.
     """
 
     averaged: dict[str, torch.Tensor]
     copied: dict[str, torch.Tensor]
     aliases: dict[str, str]
     left_out: tuple[str, ...]
+    frozen: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -40,6 +47,8 @@ class TrackedModel:
     shapes: Mapping[str, tuple[int, ...]]
     aliases: Mapping[str, str]
     left_out: tuple[str, ...]
+    frozen: frozenset[str] = frozenset()
+    segment: int = 0
 
     @classmethod
     def of_model(cls, found: ModelTensors) -> TrackedModel:
@@ -49,22 +58,23 @@ class TrackedModel:
             for name, tensor in group.items():
                 tensors[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
                 shapes[name] = tuple(tensor.shape)
-        return cls(tensors, shapes, found.aliases, found.left_out)
+        return cls(tensors, shapes, found.aliases, found.left_out, found.frozen)
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
         """What a snapshot says was tracked."""
         shapes = {name: entry.shape for name, entry in snapshot.header.tensors.items()}
-        return cls(snapshot.info.tensors, shapes, snapshot.info.aliases, snapshot.info.left_out)
+        info = snapshot.info
+        return cls(info.tensors, shapes, info.aliases, info.left_out, segment=info.segment)
 
     def check(self, found: TrackedModel) -> None:
         """Raise a ModelMismatchError, naming the tensor, unless names, shapes, dtypes and roles are these."""
         for name in self.tensors:
             if name not in found.tensors:
-                raise ModelMismatchError(f"tensor {name!r}: is tracked, but the model has no such tensor to track")
+                raise ModelMismatchError(f"tensor {name!r}: {_why_missing(name, found)}")
         for name, tensor in found.tensors.items():
             if name not in self.tensors:
-                raise ModelMismatchError(f"tensor {name!r}: is in the model, but was not when tracking began")
+                raise ModelMismatchError(f"tensor {name!r}: {self._why_new(name)}")
             if found.shapes[name] != self.shapes[name]:
                 raise ModelMismatchError(
                     f"tensor {name!r}: has the shape {list(found.shapes[name])}, tracked is {list(self.shapes[name])}"
@@ -78,6 +88,23 @@ class TrackedModel:
             if self.aliases.get(alias) != found.aliases.get(alias):
                 raise ModelMismatchError(f"tensor {alias!r}: is not tied to the tensor that it was tied to")
 
+    def _why_new(self, name: str) -> str:
+        if name in self.left_out:
+            return (
+                "is to be averaged now, but was left out when tracking began: it did not require gradients then; a "
+                "hook with on_change='follow' takes it in"
+            )
+        return "is in the model, but was not when tracking began; a hook with on_change='follow' takes it in"
+
+
+def _why_missing(name: str, found: TrackedModel) -> str:
+    if name in found.frozen:
+        return (
+            "is tracked, but does not require gradients any more; a hook made with only_trainable=False takes "
+            "parameters whether they do or not, one with on_change='follow' goes on without it"
+        )
+    return "is tracked, but the model has no such tensor to track"
+
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
     """`model`, or an InvalidValueError that says what it is instead."""
@@ -86,13 +113,13 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def collect_tensors(model: torch.nn.Module, only_trainable: bool, also: Container[str] = frozenset()) -> ModelTensors:
-    """Look through a model.
+def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] | None = None) -> ModelTensors:
+    """Look through a model, wrapped or bare: the names are the same.
 
     Arguments:
         model: any module.
-        only_trainable: leave out parameters that do not require gradients,
-        also: but not those of these names.
+        selection: what the user wants of it.
+        also: parameters that are taken though they do not require gradients.
 
     Raises:
         InvalidValueError: nothing to average, or a parameter that cannot be, by name.
@@ -101,26 +128,28 @@ def collect_tensors(model: torch.nn.Module, only_trainable: bool, also: Containe
     copied: dict[str, torch.Tensor] = {}
     aliases: dict[str, str] = {}
     left_out = list(_extra_state_names(check_model(model)))
+    frozen: set[str] = set()
     first_name: dict[int, str] = {}
-    for name, tensor, is_parameter in _state_tensors(model):
-        if is_parameter and only_trainable and not tensor.requires_grad and name not in also:
+    for found in named_tensors(model):
+        name, tensor = found.name, found.tensor
+        if not found.in_state:
+            continue
+        if not selection.names(name) or (not found.is_parameter and selection.buffers == "skip"):
             left_out.append(name)
+            continue
+        if found.is_parameter and selection.only_trainable and not tensor.requires_grad and name not in (also or ()):
+            left_out.append(name)
+            frozen.add(name)
             continue
         stored = first_name.setdefault(id(tensor), name)
         if stored != name:
             aliases[name] = stored
-        elif tensor.layout != torch.strided:
-            raise InvalidValueError(f"tensor {name!r}: is {tensor.layout}; only dense tensors can be tracked")
-        elif is_parameter and (tensor.is_floating_point() or tensor.is_complex()):
-            averaged[name] = _checked(name, tensor)
-        else:
-            copied[name] = tensor.detach()
+            continue
+        _check_dense(name, tensor)
+        (averaged if _is_averaged(found, selection) else copied)[name] = tensor.detach()
     if not averaged:
-        raise InvalidValueError(
-            "the model has no parameter to average: none of floating-point values requires gradients; "
-            "only_trainable=False takes frozen ones too"
-        )
-    return ModelTensors(averaged, copied, aliases, tuple(left_out))
+        raise InvalidValueError(_nothing_to_average(selection, bool(frozen)))
+    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen))
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -135,7 +164,7 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
             groups.setdefault((tensor.device, tensor.dtype), []).append(name)
     bad: set[str] = set()
     for names in groups.values():
-        group = [tensors[name] for name in names]
+        group = [_with_arithmetic(tensors[name]) for name in names]
         if bool(torch.isfinite(torch.stack(torch._foreach_norm(group, 2))).all()):
             continue
         finite = torch.isfinite(torch.stack(torch._foreach_norm(group, float("inf"))))
@@ -144,40 +173,65 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
     return next((name for name in tensors if name in bad), None)
 
 
-def _state_tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor, bool]]:
-    """(name, tensor, is a parameter) of everything in the state dict, tied names included."""
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        yield name, parameter, True
-    transient = {
-        f"{path}.{key}" if path else key
-        for path, module in model.named_modules(remove_duplicate=False)
-        for key in module._non_persistent_buffers_set
-    }
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if name not in transient:
-            yield name, buffer, False
+def _with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in EIGHT_BITS else tensor
 
 
 def _extra_state_names(model: torch.nn.Module) -> Iterator[str]:
     """Names of state that is no tensor (`get_extra_state`)."""
     plain = torch.nn.Module.get_extra_state
-    for path, module in model.named_modules():
-        if type(module).get_extra_state is not plain:
-            yield f"{path}._extra_state" if path else "_extra_state"
+    seen: set[int] = set()
+    for place in named_modules(model):
+        module = place.module
+        if id(module) not in seen and wrapped_child(module) is None and type(module).get_extra_state is not plain:
+            yield f"{place.path}._extra_state" if place.path else "_extra_state"
+        seen.add(id(module))
 
 
-def _checked(name: str, parameter: torch.Tensor) -> torch.Tensor:
-    if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
-        raise InvalidValueError(f"parameter {name!r}: has no shape yet; run a batch through the model first")
-    if parameter.dtype not in AVERAGED_DTYPES:
+def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
+    """Whether a tensor is averaged, or else copied.
+
+    Raises:
+        InvalidValueError: it should be averaged and cannot be, by name.
+    """
+    if not found.is_parameter:
+        return selection.buffers == "average" and found.tensor.dtype in AVERAGED_DTYPES
+    name, tensor = found.name, found.tensor
+    if tensor.is_complex():
         raise InvalidValueError(
-            f"parameter {name!r}: dtype {parameter.dtype} cannot be averaged; "
+            f"parameter {name!r}: is complex, and only real numbers are averaged; let the model hold "
+            f"torch.view_as_real of it, or leave it out with exclude={name!r}"
+        )
+    if tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES:
+        raise InvalidValueError(
+            f"parameter {name!r}: dtype {tensor.dtype} cannot be averaged; "
             f"{', '.join(str(d).removeprefix('torch.') for d in AVERAGED_DTYPES)} can"
         )
-    if parameter.is_meta:
-        raise InvalidValueError(f"parameter {name!r}: is on the meta device and has no values to average")
-    if hasattr(parameter, "to_local"):
+    return tensor.is_floating_point()
+
+
+def _check_dense(name: str, tensor: torch.Tensor) -> None:
+    """Raise an InvalidValueError for what has no values of its own, whole and here."""
+    if torch.nn.parameter.is_lazy(tensor):
+        raise InvalidValueError(f"tensor {name!r}: has no shape yet; run a batch through the model first")
+    if hasattr(tensor, "to_local"):
         raise InvalidValueError(
-            f"parameter {name!r}: is sharded over processes (DTensor); give the hook whole parameters"
+            f"tensor {name!r}: is sharded over processes (DTensor), and sharded models cannot be tracked yet; "
+            "DistributedDataParallel can"
         )
-    return parameter.detach()
+    if tensor.layout != torch.strided:
+        raise InvalidValueError(f"tensor {name!r}: is {tensor.layout}; only dense tensors can be tracked")
+    if tensor.is_meta:
+        raise InvalidValueError(
+            f"tensor {name!r}: is on the meta device and has no values; give the model some with to_empty or "
+            "load_state_dict(assign=True) first"
+        )
+
+
+def _nothing_to_average(selection: Selection, has_frozen: bool) -> str:
+    if has_frozen or not (selection.include or selection.exclude):
+        return (
+            "the model has no parameter to average: none of floating-point values requires gradients; "
+            "only_trainable=False takes frozen ones too"
+        )
+    return "the model has no parameter to average: include and exclude leave none"

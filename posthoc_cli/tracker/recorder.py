@@ -127,7 +127,8 @@ class Recorder:
         """
         newest = []
         for sigma_rel in info.sigma_rels:
-            earlier = [s for s in self._stored if s.sigma_rel == sigma_rel and s.t < info.t and s.info.measurements]
+            alike = [s for s in self._stored if s.sigma_rel == sigma_rel and s.info.segment == info.segment]
+            earlier = [s for s in alike if s.t < info.t and s.info.measurements]
             newest += sorted(earlier, key=lambda s: s.t)[-2:]
         return newest
 

@@ -7,7 +7,7 @@ import operator
 import os
 import types
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -16,9 +16,11 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE, check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.snapshots.format import TrackingSchedule
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, torch_dtype
 
 ON_NONFINITE = ("raise", "skip", "warn")
+ON_CHANGE = ("raise", "follow")
 
 
 @dataclass(frozen=True)
@@ -28,14 +30,17 @@ class Settings:
     sigma_rels: tuple[float, ...]
     schedule: TrackingSchedule
     t_unit: str = "steps"
-    only_trainable: bool = True
+    selection: Selection = field(default_factory=Selection)
     on_nonfinite: str = "raise"
+    on_change: str = "raise"
 
     def __post_init__(self) -> None:
         if not isinstance(self.t_unit, str) or not self.t_unit or not self.t_unit.isprintable():
             raise InvalidValueError(f"t_unit {self.t_unit!r}: must name what t counts, such as 'steps' or 'images'")
         if self.on_nonfinite not in ON_NONFINITE:
             raise InvalidValueError(f"on_nonfinite {self.on_nonfinite!r}: must be one of {', '.join(ON_NONFINITE)}")
+        if self.on_change not in ON_CHANGE:
+            raise InvalidValueError(f"on_change {self.on_change!r}: must be one of {', '.join(ON_CHANGE)}")
 
     def update_is_due(self, step: int) -> bool:
         """Whether averages take in the model at this call."""

@@ -36,6 +36,7 @@ class TrackerState:
     averages: RunningAverages
     snapshots: frozenset[str]
     """Header checksums of the snapshots that the training had behind it."""
+    segment: int = 0
 
 
 # --- a plain dict ----------------------------------------------------------------------------------
@@ -71,6 +72,7 @@ def pack_state(
         "clock": clock.state(),
         "schedule": dict(vars(settings.schedule)),
         "sigma_rels": list(averages.sigma_rels),
+        "segment": tracked.segment,
         "averages_t": averages.t,
         "averages_step": averages.step,
         "t_first": averages.t_first,
@@ -119,10 +121,13 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
                 for _, values in zip(settings.sigma_rels, state["averages"], strict=True)
             )
             averages.copies = _checked(state["copies"], tracked, "copy")
+        segment = int(state.get("segment", 0))
+        if segment < 0:
+            raise InvalidValueError(f"state: segment {segment} must be at least 0")
         run_id = state["run_id"]
         if not isinstance(run_id, str) or not re.fullmatch("[0-9a-f]{32}", run_id):
             raise InvalidValueError(f"state: run_id {run_id!r} is not 32 hexadecimal digits")
-        return TrackerState(run_id, step, t, clock, averages, frozenset(map(str, state["snapshots"])))
+        return TrackerState(run_id, step, t, clock, averages, frozenset(map(str, state["snapshots"])), segment)
     except InvalidValueError:
         raise
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:

@@ -11,8 +11,9 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from posthoc_cli.errors import ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.tracker.model_tensors import check_model
+from posthoc_cli.tracker.naming import NamedTensor, is_fsdp, named_tensors, unwrapped
 
 
 class Weights(OrderedDict[str, torch.Tensor]):
@@ -42,7 +43,8 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
     """Copy `weights` into a model's parameters and buffers.
 
     Arguments:
-        model: any module with tensors of these names and shapes; others of its tensors are left alone.
+        model: any module with tensors of these names and shapes, wrapped or bare; others of its tensors are left
+            alone.
         weights: by name.
         own_dtypes: the model keeps its dtypes and is changed in place; else it takes those of `weights`.
 
@@ -53,9 +55,9 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     with torch.inference_mode(False), torch.no_grad():
         for name, target in targets.items() if own_dtypes else ():
-            check_fits(name, weights[name], target.dtype)
+            check_fits(name, weights[name], target.tensor.dtype)
         for name, target in targets.items():
-            load_weight(target, weights[name], own_dtypes)
+            load_weight(target.tensor, weights[name], own_dtypes)
 
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
@@ -95,11 +97,15 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     Arguments as in `load_weights`.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
+    if not own_dtypes:
+        check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
+    core = unwrapped(model)
     with ExitStack() as stack:
-        _swapped[model] = _swapped.get(model, 0) + 1
-        stack.callback(_leave, model)
+        _swapped[core] = _swapped.get(core, 0) + 1
+        stack.callback(_leave, core)
+        new_dtypes = {id(target.registered): weights[name].dtype for name, target in targets.items()}
         with torch.inference_mode(False), torch.no_grad():
-            _save(stack, model, {id(target): weights[name].dtype for name, target in targets.items()}, own_dtypes)
+            _save(stack, model, new_dtypes, own_dtypes)
         # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
         for parameter in model.parameters():
             parameter.grad = None
@@ -109,12 +115,12 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
 
 
 _swapped: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-"""Models that hold averaged weights now, and how many blocks deep."""
+"""Models, without wrappers, that hold averaged weights now, and how many blocks deep."""
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
     """Whether a model holds averaged weights, which no average may take in."""
-    return _swapped.get(model, 0) > 0
+    return _swapped.get(unwrapped(model), 0) > 0
 
 
 def _leave(model: torch.nn.Module) -> None:
@@ -141,24 +147,28 @@ def _save(stack: ExitStack, model: torch.nn.Module, new_dtypes: Mapping[int, tor
             stack.callback(_SavedBuffer(module, key).restore)
 
 
-def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, torch.Tensor]:
+def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedTensor]:
     """The model's tensors of these names and shapes.
 
     Raises:
         ModelMismatchError: naming the tensor that the model does not have, or has in another shape.
     """
-    check_model(model)
-    tensors: dict[str, torch.Tensor] = dict(model.named_parameters(remove_duplicate=False))
-    tensors.update(model.named_buffers(remove_duplicate=False))
+    tensors = {found.name: found for found in named_tensors(check_model(model))}
     for name, shape in shapes.items():
         if name not in tensors:
             raise ModelMismatchError(f"tensor {name!r}: is in the averaged weights, but the model has no such tensor")
-        if tuple(tensors[name].shape) != shape:
+        if tuple(tensors[name].tensor.shape) != shape:
             raise ModelMismatchError(
-                f"tensor {name!r}: has the shape {list(tensors[name].shape)} in the model, "
+                f"tensor {name!r}: has the shape {list(tensors[name].tensor.shape)} in the model, "
                 f"{list(shape)} in the averaged weights"
             )
     return {name: tensors[name] for name in shapes}
+
+
+def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
+    """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps them end to end."""
+    if any(is_fsdp(module) for module in model.modules()):
+        raise InvalidValueError(f"dtype {dtype}: a model under FSDP keeps the dtypes it has; leave dtype out")
 
 
 class _SavedParameter:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 from ema_command import Ema
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.reconstruction import METHODS
@@ -27,7 +28,7 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     made = r"made sigma_rel 0\.15 at t = 2,000 from 40 snapshots"
     assert re.match(rf"{made}, predicted error 0\.\d+ %, profile error 0\.\d+ %, 128 B, in ", last)
     assert str(out) in last
-    assert "not in the output: 1 of the model's tensors (2.bias" in result.out
+    assert "1 of the model's tensors are not in the output" in result.err
     expected = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
     found = load_file(out)
     assert found.keys() == expected.keys()
@@ -186,6 +187,40 @@ def test_quiet_says_nothing_and_verbose_the_coefficients(ema: Ema, run: Path, tm
     assert (quiet.out, quiet.err) == ("", "")
     verbose = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "b.safetensors", "--verbose")
     assert verbose.out.count(".safetensors") >= 40
+
+
+def test_what_is_not_tracked_is_named_with_a_command_that_completes_it(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out, full, new = tmp_path / "the model.safetensors", tmp_path / "full.safetensors", tmp_path / "new.safetensors"
+    said = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
+    note = next(line for line in said.err.splitlines() if "not in the output" in line)
+    assert said.err.count("not in the output") == 1
+    assert "(2.bias)" in note
+    command = note.partition(": ema ")[2].replace("FULL.safetensors", str(full)).replace("NEW.safetensors", str(new))
+    save_file({"2.bias": torch.ones(2), "2.weight": torch.zeros(2, 3)}, full)
+    assert ema(*shlex.split(command)).code == 0
+    completed = load_file(new)
+    assert torch.equal(completed["2.bias"], torch.ones(2))
+    assert torch.equal(completed["2.weight"], load_file(out)["2.weight"])
+
+
+def test_snapshots_of_before_the_model_changed_are_counted(ema: Ema, tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    settings: dict = {"update_every": 1, "checkpoint_every": 2, "on_change": "follow"}
+    with PostHocEMA.from_model(model, tmp_path / "run", **settings) as tracker:
+        for step in range(10):
+            model.bias.requires_grad_(step < 6)
+            with torch.no_grad():
+                model.weight.add_(torch.randn(2, 2))
+            tracker.update_(model)
+    arguments = ("synthesize", tmp_path / "run", "--sigma-rel", "0.28", "--out", tmp_path / "m.safetensors")
+    assert "6 snapshots are not used: they are of the time when the model had other tensors" in ema(*arguments).err
+    assert set(load_file(tmp_path / "m.safetensors")) == {"weight"}
+    assert json.loads(ema("info", tmp_path / "run", "--json").out)["segments"] == 2
+    for command in ("info", "error-plot", "prune"):
+        more = ("--out", tmp_path / "e.png") if command == "error-plot" else ()
+        more = ("--keep", "1", "--yes") if command == "prune" else more
+        assert ema(command, tmp_path / "run", *more).code == 0
+    assert len(list((tmp_path / "run").glob("*.safetensors"))) == 8
 
 
 def test_an_average_that_is_stored_exactly_is_copied_from_its_snapshot(ema: Ema, exact_run: Path) -> None:

@@ -156,8 +156,8 @@ def test_a_tensor_that_is_kept_in_float32_counts_as_it_is_stored(tmp_path: Path,
     model = torch.nn.Linear(4, 4)
     with torch.no_grad():
         model.weight.fill_(scale)
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        model.weight.requires_grad_(False)  # stays as it is, and tracked
+    model.weight.requires_grad_(False)  # stays as it is, and tracked
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, only_trainable=False) as tracker:
         watched = Watched(tracker)
         watched.train(model, 1, 10)
     for snapshot in read_directory(tmp_path):

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import exact_average, exact_gamma
+from factories import exact_average, exact_gamma, random_walk, write_run
 from safetensors.torch import save_file
 
 from posthoc_cli import PostHocEMA
@@ -320,6 +320,16 @@ def test_frozen_parameters_of_the_run_stay_tracked(tmp_path: Path) -> None:
     assert "0.bias" in read_directory(tmp_path)[-1].info.tensors
 
 
+def test_a_run_whose_header_has_no_selection_goes_on_with_what_it_tracked(tmp_path: Path) -> None:
+    """Such as an early release wrote: whether frozen parameters were wanted, it does not say."""
+    write_run(tmp_path, random_walk(4, {"weight": (2, 2), "bias": (2,)}), [2, 4])
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    with PostHocEMA.from_path(tmp_path, model) as run:
+        train(model, run, 5, 6)
+    assert {"weight", "bias"} == set(read_directory(tmp_path)[-1].info.tensors)
+
+
 @pytest.mark.parametrize("name", ["absent", "empty"])
 def test_a_directory_without_snapshots_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
@@ -391,16 +401,21 @@ def test_torch_distributed_checkpoint_saves_and_fills_the_state(tmp_path: Path) 
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-def test_frozen_later_a_parameter_stays_tracked_and_thawed_later_it_is_named(tmp_path: Path) -> None:
+def test_frozen_or_thawed_later_a_parameter_is_named(tmp_path: Path) -> None:
     model = torch.nn.ModuleDict({"back": torch.nn.Linear(2, 2).requires_grad_(False), "head": torch.nn.Linear(2, 2)})
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        tracker.update_(model)
+        train(model, tracker, 1, 2)
         model["head"].bias.requires_grad_(False)
         tracker.update_(model)
+        with pytest.raises(ModelMismatchError, match=r"'head\.bias': is tracked, but does not require"):
+            tracker.update_(model)
+        model["head"].bias.requires_grad_(True)
         model["back"].bias.requires_grad_(True)
         tracker.update_(model)
-        with pytest.raises(ModelMismatchError, match=r"'back\.bias': is in the model, but was not when tracking began"):
+        with pytest.raises(ModelMismatchError, match=r"'back\.bias': is to be averaged now, but was left out"):
             tracker.update_(model)
+        model["back"].bias.requires_grad_(False)
+        train(model, tracker, 7, 8)
 
 
 def test_an_evaluation_model_without_gradients_opens(tmp_path: Path) -> None:

@@ -1,0 +1,315 @@
+"""What is tracked: filters by name, buffers, and tensors of every kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import exact_average
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.tensors import stored_name, tensor_from_bytes
+
+SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
+
+
+def network() -> torch.nn.Sequential:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 2))
+    model[2].bias.requires_grad_(False)
+    return model
+
+
+def wander(model: torch.nn.Module, step: int) -> None:
+    """Move parameters and buffers by what depends on the step only."""
+    generator = torch.Generator().manual_seed(step)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            change = torch.randn(tensor.shape, generator=generator)
+            tensor.copy_((tensor.float() + change).to(tensor.dtype) if tensor.is_floating_point() else tensor + 1)
+
+
+def tracked(model: torch.nn.Module, folder: Path, steps: int = 6, **settings: object) -> list[dict[str, torch.Tensor]]:
+    """Track a model through steps; returns its state after each, in float64 where it is a number with a point."""
+    states = []
+    with PostHocEMA.from_model(model, folder, **(SETTINGS | settings)) as run:
+        for step in range(steps):
+            wander(model, step)
+            run.update_(model)
+            state = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
+            states.append({n: t.double() if t.is_floating_point() else t for n, t in state.items()})
+    return states
+
+
+def roles(folder: Path) -> dict[str, str]:
+    return {name: tensor.role for name, tensor in read_directory(folder)[-1].info.tensors.items()}
+
+
+# --- filters ---------------------------------------------------------------------------------------
+
+ALL = {
+    "0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked",
+    "2.weight", "2.bias",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("filters", "taken"),
+    [
+        ({}, ALL - {"2.bias"}),
+        ({"only_trainable": False}, ALL),
+        ({"include": "2.*"}, {"2.weight"}),
+        ({"include": ["0.*", "2.*"], "only_trainable": False}, {"0.weight", "0.bias", "2.weight", "2.bias"}),
+        ({"exclude": "1.*"}, {"0.weight", "0.bias", "2.weight"}),
+        ({"include": "*.weight", "exclude": ("1.*", "0.*")}, {"2.weight"}),
+        ({"include": "[02].bias"}, {"0.bias"}),
+        ({"buffers": "skip"}, {"0.weight", "0.bias", "1.weight", "1.bias", "2.weight"}),
+    ],
+)
+def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Path, filters: dict, taken: set) -> None:
+    tracked(network(), tmp_path, **filters)
+    info = read_directory(tmp_path)[-1].info
+    assert set(info.tensors) == taken
+    assert set(info.left_out) == ALL - taken
+    with PostHocEMA.from_path(tmp_path, network()) as run:  # what was chosen is in the header
+        run.update_(network())
+    assert run.step == 7
+
+
+@pytest.mark.parametrize(
+    ("filters", "message"),
+    [
+        (
+            {"include": "conv.*"},
+            r"include 'conv\.\*': matches no tensor of the model; .* such as '0\.weight'",
+        ),
+        ({"exclude": ["2.*", "3.*"]}, r"exclude '3\.\*': matches no tensor"),
+        ({"include": 3}, "include 3: must be a glob on names"),
+        ({"exclude": [""]}, "must be a glob on names"),
+        ({"exclude": "*"}, "include and exclude leave none"),
+        ({"buffers": "mean"}, "buffers 'mean': must be one of copy, average, skip"),
+        ({"include": "2.bias"}, "only_trainable=False takes frozen ones too"),
+    ],
+)
+def test_filters_that_make_no_sense_are_refused(tmp_path: Path, filters: dict, message: str) -> None:
+    with pytest.raises(InvalidValueError, match=message):
+        PostHocEMA.from_model(network(), tmp_path, **filters)
+
+
+def test_of_tied_names_the_one_that_is_taken_names_the_tensor(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    tracked(model, tmp_path, include="1.*")
+    info = read_directory(tmp_path)[-1].info
+    assert (set(info.tensors), info.aliases) == ({"1.weight", "1.bias"}, {})
+    PostHocEMA.from_path(tmp_path).load_into(model, sigma_rel=0.2)
+
+
+def test_a_parameter_added_in_training_is_named(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as run:
+        run.update_(model)
+        model.append(torch.nn.Linear(2, 2))
+        with pytest.raises(ModelMismatchError, match=r"'3\.weight': is in the model, but was not when tracking began"):
+            run.update_(model)
+
+
+@pytest.mark.parametrize(
+    "selection",
+    ['[]', '{"only_trainable":true}', '{"only_trainable":1,"include":[],"exclude":[],"buffers":"copy"}',
+     '{"only_trainable":true,"include":"a","exclude":[],"buffers":"copy"}',
+     '{"only_trainable":true,"include":[1],"exclude":[],"buffers":"copy"}',
+     '{"only_trainable":true,"include":[],"exclude":[],"buffers":"all"}'],
+)  # fmt: skip
+def test_a_damaged_selection_is_found(tmp_path: Path, selection: str) -> None:
+    from posthoc_cli.snapshots import format as fmt
+    from posthoc_cli.snapshots.decoding import decode_snapshot
+
+    tracked(network(), tmp_path)
+    snapshot = read_directory(tmp_path)[0]
+    metadata = snapshot.header.metadata | {"ema.selection": selection}
+    header = fmt.FileHeader(metadata, snapshot.header.tensors, snapshot.header.payload_start)
+    with pytest.raises(FileFormatError, match=r"ema\.selection"):
+        decode_snapshot(snapshot.path, header)
+
+
+# --- buffers ---------------------------------------------------------------------------------------
+
+
+def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path: Path) -> None:
+    states = tracked(network(), tmp_path, buffers="average")
+    found = roles(tmp_path)
+    assert found["1.running_mean"] == found["1.running_var"] == "average"
+    assert found["1.num_batches_tracked"] == "copy"
+    weights = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)
+    assert torch.equal(weights["1.num_batches_tracked"], states[-1]["1.num_batches_tracked"])
+    for name in ("1.running_mean", "0.weight"):
+        expected = exact_average([state[name] for state in states], 0.28, range(1, 7))
+        np.testing.assert_allclose(weights[name], expected, rtol=1e-5, atol=1e-6)
+    model = network()
+    PostHocEMA.from_path(tmp_path, model).load_into(model, sigma_rel=0.28)
+    assert torch.equal(model[1].running_mean, weights["1.running_mean"])
+
+
+# --- kinds of tensors ------------------------------------------------------------------------------
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, **tensors: torch.Tensor) -> None:
+        super().__init__()
+        for name, tensor in tensors.items():
+            self.register_parameter(name, torch.nn.Parameter(tensor))
+
+
+def check_average(folder: Path, states: list[dict[str, torch.Tensor]], sigma_rel: float = 0.28) -> None:
+    weights = PostHocEMA.from_path(folder).state_dict(sigma_rel=sigma_rel, dtype="float32")
+    for name in states[0]:
+        expected = exact_average([state[name] for state in states], sigma_rel, range(1, len(states) + 1))
+        assert weights[name].shape == expected.shape
+        np.testing.assert_allclose(weights[name], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("stored", [None, torch.float16])
+def test_tensors_without_dimensions_and_without_elements(tmp_path: Path, stored: torch.dtype | None) -> None:
+    model = Holder(scale=torch.tensor(2.0), none=torch.zeros(0), flat=torch.zeros(3, 0, 2), w=torch.ones(2, 2))
+    states = tracked(model, tmp_path, checkpoint_dtype=stored)
+    if stored is None:
+        check_average(tmp_path, states)
+    PostHocEMA.from_path(tmp_path, model).load_into(model, sigma_rel=0.15)
+    assert model.flat.shape == (3, 0, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_parameters_are_averaged_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = Holder(w=torch.linspace(-2, 2, 12).view(3, 4).to(dtype), b=torch.zeros(3))
+    states = tracked(model, tmp_path, checkpoint_dtype=torch.float32)
+    snapshot = read_directory(tmp_path)[-1]
+    assert snapshot.info.measurements is not None
+    assert (snapshot.info.tensors["w"].dtype, snapshot.header.tensors["w"].dtype) != ("F32", "F32")
+    check_average(tmp_path, states)
+    run = PostHocEMA.from_path(tmp_path, model)
+    wide = run.state_dict(sigma_rel=0.28, dtype="float32")["w"]
+    assert run.state_dict(sigma_rel=0.28)["w"].dtype == dtype
+    assert torch.equal(run.state_dict(sigma_rel=0.28)["w"].float(), wide.to(dtype).float())
+    assert run.state_dict(sigma_rel=0.28, dtype="bf16")["w"].dtype == torch.bfloat16
+    with run.model(model, sigma_rel=0.28) as averaged:
+        assert torch.equal(averaged.w.float(), wide.to(dtype).float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_8_bit_averages_are_stored_as_the_run_stores_them(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = Holder(w=torch.linspace(-2, 2, 12).to(dtype))
+    states = tracked(model, tmp_path)
+    assert {snapshot.header.tensors["w"].dtype for snapshot in read_directory(tmp_path)} == {stored_name(dtype)}
+    for snapshot in read_directory(tmp_path):
+        count = snapshot.info.step
+        expected = exact_average([state["w"] for state in states[:count]], snapshot.info.sigma_rel, range(1, count + 1))
+        with TensorFile(snapshot.path) as file:
+            stored = tensor_from_bytes(file.read("w"), snapshot.header.tensors["w"].dtype, (12,))
+        np.testing.assert_allclose(stored.float(), expected, rtol=1.01 * torch.finfo(dtype).eps / 2)
+        lost = float((stored.double() - torch.from_numpy(expected)).square().sum())
+        assert snapshot.info.measurements.rounding == pytest.approx(lost, rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_nan_in_8_bits_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
+    model = Holder(w=torch.ones(4).to(dtype), b=torch.zeros(3))
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as run:
+        run.update_(model)
+        model.w.data.copy_(torch.tensor([1.0, float("nan"), 1, 1]))
+        with pytest.raises(NonFiniteError, match="parameter 'w' holds nan"):
+            run.update_(model)
+
+
+def test_a_result_too_large_for_8_bits_is_named(tmp_path: Path) -> None:
+    """torch itself would round it down to the largest value."""
+    from posthoc_cli.synthesis.making import check_finite
+    from posthoc_cli.synthesis.tiles import Piece, Tile
+
+    tile = Tile((Piece("w", 0, 2),), "average", "F8_E4M3", "F32", 0)
+    check_finite(tile, 0, torch.tensor([[463.0, -463.0]]))
+    with pytest.raises(NonFiniteError, match=r"'w': torch\.float8_e4m3fn cannot hold its largest value, 465"):
+        check_finite(tile, 0, torch.tensor([[465.0, 0.0]]))
+
+
+def test_a_complex_buffer_is_copied(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("rotation", torch.polar(torch.ones(3), torch.arange(3.0)))
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, buffers="average") as run:
+        for _ in range(3):
+            run.update_(model)
+    assert read_directory(tmp_path)[-1].header.tensors["rotation"].dtype == "C64"
+    weights = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.1)
+    assert torch.equal(weights["rotation"], model.rotation)
+
+
+def test_a_complex_parameter_may_be_left_out(tmp_path: Path) -> None:
+    model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
+    with pytest.raises(InvalidValueError, match=r"'phase': is complex, .*exclude='phase'"):
+        PostHocEMA.from_model(model, tmp_path)
+    assert PostHocEMA.from_model(model, tmp_path, exclude="phase")._tracked.left_out == ("phase",)
+
+
+def test_a_buffer_on_meta_is_refused(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("table", torch.zeros(3, device="meta"))
+    with pytest.raises(InvalidValueError, match=r"tensor 'table': is on the meta device .* to_empty"):
+        PostHocEMA.from_model(model, tmp_path)
+    assert PostHocEMA.from_model(model, tmp_path, buffers="skip")._tracked.left_out == ("table",)
+
+
+def old_weight_norm(layer: torch.nn.Module) -> torch.nn.Module:
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        return torch.nn.utils.weight_norm(layer)
+
+
+@pytest.mark.parametrize(
+    ("normalize", "originals"),
+    [
+        (torch.nn.utils.parametrizations.weight_norm, {"parametrizations.weight.original0", "bias"}),
+        (torch.nn.utils.parametrizations.orthogonal, {"parametrizations.weight.original", "bias"}),
+        (old_weight_norm, {"weight_g", "weight_v", "bias"}),
+    ],
+)
+def test_of_a_parametrized_module_the_originals_are_averaged(tmp_path: Path, normalize, originals: set) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(normalize(torch.nn.Linear(3, 3)))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    states = []
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as run:
+        for _ in range(6):
+            model(torch.randn(4, 3)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.update_(model)
+            states.append({name: p.detach().clone().double() for name, p in model.named_parameters()})
+    averaged = {name for name, role in roles(tmp_path).items() if role == "average"}
+    assert {f"0.{name}" for name in originals} <= averaged == {name for name, _ in model.named_parameters()}
+    check_average(tmp_path, states)
+    x = torch.randn(4, 3)
+    weights = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)
+    with PostHocEMA.from_path(tmp_path).model(model, sigma_rel=0.28), torch.no_grad():
+        inside = model(x)
+    model.load_state_dict(weights)
+    assert torch.equal(model(x), inside)
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_parameters_on_several_devices(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3).cuda())
+    states = []
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as run:
+        for step in range(6):
+            torch.manual_seed(step)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn(parameter.shape).to(parameter.device))
+            run.update_(model)
+            states.append({name: p.detach().cpu().double().clone() for name, p in model.named_parameters()})
+    check_average(tmp_path, states)

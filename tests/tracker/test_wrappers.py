@@ -1,0 +1,301 @@
+"""Wrapped models: the same names as bare ones, told by the wrapper's type; one process of a group writes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+from torch.nn.parallel import DistributedDataParallel
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.snapshots.selection import Selection
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.tracker.model_tensors import collect_tensors
+
+SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
+
+
+class Network(torch.nn.Module):
+    """With children that are called as wrappers call theirs, a tied parameter and buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.module = torch.nn.Linear(3, 4)
+        self._orig_mod = torch.nn.BatchNorm1d(4)
+        self.head = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4, bias=False))
+        self.head[1].weight = self.head[0].weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self._orig_mod(self.module(x)))
+
+
+NAMES = {"module.weight", "module.bias", "_orig_mod.weight", "_orig_mod.bias", "head.0.weight", "head.0.bias"}
+BUFFERS = {"_orig_mod.running_mean", "_orig_mod.running_var", "_orig_mod.num_batches_tracked"}
+
+
+def network() -> Network:
+    torch.manual_seed(0)
+    return Network()
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    """A group of this process alone."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+        yield
+        dist.destroy_process_group()
+
+
+def compiled(model: torch.nn.Module) -> torch.nn.Module:
+    return torch.compile(model, backend="eager")  # type: ignore[return-value]
+
+
+def parallel(model: torch.nn.Module) -> torch.nn.Module:
+    return torch.nn.DataParallel(model)
+
+
+def replicated(model: torch.nn.Module) -> torch.nn.Module:
+    return DistributedDataParallel(model)
+
+
+def fsdp(model: torch.nn.Module, use_orig_params: bool) -> torch.nn.Module:
+    return FullyShardedDataParallel(
+        model,
+        sharding_strategy=ShardingStrategy.NO_SHARD,
+        use_orig_params=use_orig_params,
+        device_id=torch.device("cpu"),
+    )
+
+
+def compiled_and_replicated(model: torch.nn.Module) -> torch.nn.Module:
+    return compiled(replicated(compiled(model)))
+
+
+def compiled_part(model: torch.nn.Module) -> torch.nn.Module:
+    model.head = compiled(model.head)  # type: ignore[assignment]
+    return model
+
+
+def checkpointed_part(model: torch.nn.Module) -> torch.nn.Module:
+    model.head = checkpoint_wrapper(model.head)  # type: ignore[assignment,arg-type]
+    return model
+
+
+def fsdp_named(model: torch.nn.Module) -> torch.nn.Module:
+    return fsdp(model, use_orig_params=True)
+
+
+def fsdp_flat(model: torch.nn.Module) -> torch.nn.Module:
+    return fsdp(model, use_orig_params=False)
+
+
+def fsdp_parts(model: torch.nn.Module) -> torch.nn.Module:
+    model.module = fsdp_flat(model.module)  # type: ignore[assignment,arg-type]
+    return fsdp_flat(model)
+
+
+WRAPPERS: list[Callable[[torch.nn.Module], torch.nn.Module]] = [
+    compiled, parallel, replicated, compiled_and_replicated, compiled_part, checkpointed_part,
+    fsdp_named, fsdp_flat, fsdp_parts,
+]  # fmt: skip
+
+
+def step(model: torch.nn.Module, number: int) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.randn(5, 3, generator=torch.Generator().manual_seed(number))).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_bare_model_keeps_children_that_are_called_like_a_wrappers() -> None:
+    found = collect_tensors(network(), Selection())
+    assert (set(found.averaged), set(found.copied)) == (NAMES, BUFFERS)
+    assert found.aliases == {"head.1.weight": "head.0.weight"}
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapped_model_has_the_names_and_values_of_the_bare_one(wrap, one_process: None) -> None:  # type: ignore[no-untyped-def]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = collect_tensors(wrap(network()), Selection())
+    expected = collect_tensors(network(), Selection())
+    assert list(found.averaged) == list(expected.averaged) or wrap is fsdp_parts
+    assert set(found.averaged) == NAMES
+    assert set(found.copied) == BUFFERS
+    assert found.aliases == expected.aliases
+    for name, tensor in expected.averaged.items():
+        assert torch.equal(found.averaged[name], tensor), name
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(
+    tmp_path: Path,
+    wrap,
+    one_process: None,  # type: ignore[no-untyped-def]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        bare, wrapped = network(), wrap(network())
+        with (
+            PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
+            PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before it was wrapped
+        ):
+            for number in range(4):
+                step(bare, number)
+                one.update_(bare)
+                step(wrapped, number)
+                other.update_(wrapped)
+        names = [set(read_directory(tmp_path / name)[-1].info.tensors) for name in ("bare", "wrapped")]
+        assert names[0] == names[1] == NAMES | BUFFERS
+        weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
+        expected = PostHocEMA.from_path(tmp_path / "bare").state_dict(sigma_rel=0.15)
+        for name, tensor in expected.items():
+            assert torch.allclose(weights[name], tensor, rtol=1e-5, atol=1e-6), name
+        fresh = network()
+        fresh.load_state_dict(weights)
+
+        x = torch.randn(6, 3)
+        before = collect_tensors(wrapped, Selection())
+        before_values = {name: tensor.clone() for name, tensor in before.averaged.items()}
+        run = PostHocEMA.from_path(tmp_path / "wrapped", wrapped)
+        with run.model(wrapped, sigma_rel=0.15) as averaged, torch.no_grad():
+            assert torch.allclose(averaged(x), fresh.eval()(x), rtol=1e-5, atol=1e-6)
+            with pytest.raises(NotReadyError, match="holds averaged weights"):
+                run.update_(wrapped)
+        for name, tensor in collect_tensors(wrapped, Selection()).averaged.items():
+            assert torch.equal(tensor, before_values[name]), name
+        run.load_into(wrapped, sigma_rel=0.15)
+        for name, tensor in collect_tensors(wrapped, Selection()).averaged.items():
+            assert torch.equal(tensor, weights[name]), name
+
+
+def test_a_wrapper_put_around_a_swapped_model_is_known_to_hold_averages(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        tracker.update_(model)
+        with tracker.model(model, sigma_rel=0.28), pytest.raises(NotReadyError, match="holds averaged weights"):
+            tracker.update_(parallel(model))
+
+
+def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = fsdp_flat(network())
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        tracker.update_(model)
+        with (
+            pytest.raises(InvalidValueError, match="keeps the dtypes it has"),
+            tracker.model(model, 0.28, dtype="bf16"),
+        ):
+            pass
+        with pytest.raises(InvalidValueError, match="keeps the dtypes it has"):
+            tracker.load_into(model, 0.28, dtype="bf16")
+
+
+def test_sharded_models_are_refused_by_name(tmp_path: Path, one_process: None) -> None:
+    try:
+        from torch.distributed.fsdp import fully_shard
+    except ImportError:  # before torch 2.6
+        from torch.distributed._composable.fsdp import fully_shard
+    mesh = dist.init_device_mesh("cpu", (1,))
+    model = network()
+    fully_shard(model.head, mesh=mesh)
+    with pytest.raises(InvalidValueError, match=r"'head\.0\.weight': is sharded over processes.*cannot be tracked yet"):
+        PostHocEMA.from_model(model, tmp_path)
+
+
+# --- several processes -----------------------------------------------------------------------------
+
+JOB = """
+    import sys, warnings
+    import torch, torch.distributed as dist
+    from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from posthoc_cli import PostHocEMA
+    from posthoc_cli.errors import InvalidValueError, NotReadyError
+
+    what, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    bare = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    options = dict(device_id=torch.device("cpu"))
+    if what == "sharded":
+        model = FullyShardedDataParallel(bare, sharding_strategy=ShardingStrategy.FULL_SHARD, **options)
+        try:
+            PostHocEMA.from_model(model, folder + "/run")
+        except InvalidValueError as error:
+            assert "sharded over processes (FSDP, FULL_SHARD)" in str(error), error
+            sys.exit(0)
+        sys.exit("was not refused")
+    if what == "ddp":
+        model = torch.nn.parallel.DistributedDataParallel(bare)
+    elif what == "part":
+        model = bare
+        model[0] = torch.nn.parallel.DistributedDataParallel(model[0])
+        model[2] = torch.nn.parallel.DistributedDataParallel(model[2])
+    else:
+        model = FullyShardedDataParallel(bare, sharding_strategy=ShardingStrategy.NO_SHARD, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    run = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
+    for step in range(6):
+        generator = torch.Generator().manual_seed(2 * step + rank)
+        model(torch.randn(5, 3, generator=generator)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        run.update_(model)
+    assert (run.step, run.t) == (6, 6.0)
+    state = run.state_dict()
+    if rank:
+        assert state == {}
+        run.load_state_dict({})
+        try:
+            run.state_dict(sigma_rel=0.15)
+        except NotReadyError as error:
+            assert "the first one of its group does" in str(error)
+        else:
+            sys.exit("gave an average that it cannot have")
+    else:
+        run.state_dict(sigma_rel=0.15)
+        torch.save(state, folder + "/state.pt")
+    dist.barrier()
+    run.close()
+    again = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
+    again.load_state_dict(torch.load(folder + "/state.pt", weights_only=True))
+    again.update_(model)
+    assert (again.step, again.t) == (7, 7.0)
+    again.close()
+    dist.barrier()
+    dist.destroy_process_group()
+"""
+
+
+@pytest.mark.parametrize("what", ["ddp", "part", "no_shard", "sharded"])
+def test_of_two_processes_the_first_one_writes(tmp_path: Path, what: str) -> None:
+    command = [sys.executable, "-c", textwrap.dedent(JOB), what]
+    jobs = [
+        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(2)
+    ]
+    try:
+        errors = [job.communicate(timeout=120)[1] for job in jobs]
+    finally:
+        for job in jobs:
+            job.kill()
+    assert [job.returncode for job in jobs] == [0, 0], errors
+    if what == "sharded":
+        assert not (tmp_path / "run").exists()
+        return
+    snapshots = read_directory(tmp_path / "run")
+    assert sorted({snapshot.info.step for snapshot in snapshots}) == [3, 6]
+    assert {name for name in snapshots[0].info.tensors if name.startswith("0.")} == {"0.weight", "0.bias"}
