@@ -7,18 +7,18 @@ import secrets
 import types
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from posthoc_cli.errors import NonFiniteError, NotReadyError
+from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
-from posthoc_cli.tracker.attaching import follow_optimizer
+from posthoc_cli.tracker.attaching import Attachment
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
@@ -65,6 +65,7 @@ class PostHocEMA(Synthesizing):
         self._recorder: Recorder | None = None
         self._closed = False
         self._model: weakref.ref[torch.nn.Module] | None = None
+        self._attachment: Attachment | None = None
 
     # --- making one ----------------------------------------------------------------------------------
 
@@ -188,6 +189,7 @@ class PostHocEMA(Synthesizing):
                 every call for steps.
 
         Raises:
+            NotReadyError: the tracker was closed, follows an optimizer, or the model holds averaged weights.
             NonFiniteError: a parameter holds nan or infinity (`on_nonfinite="raise"`). No average is touched.
             ModelMismatchError: names, shapes or dtypes have changed. No average is touched.
             WriteError: a snapshot that was due could not be written. Nothing partial is left, and training
@@ -196,6 +198,8 @@ class PostHocEMA(Synthesizing):
                 the directory, or it holds another run, or what is in it cannot be read or is damaged.
         """
         check_model(model)
+        if self._attachment is not None:
+            self._attachment.check_caller()
         if is_swapped(model):
             raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
         self._begin()
@@ -208,16 +212,39 @@ class PostHocEMA(Synthesizing):
         if self.settings.snapshot_is_due(step) and self._averages.exist:
             self._write_snapshots(weights)
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
+    def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
 
+        A step that a GradScaler skips does not count. What `update_` raises, `optimizer.step()` then does. Attaching
+        to the same optimizer again changes nothing but `t`.
+
+        Arguments:
+            optimizer: the one that trains the model; of several, the one that steps last in an iteration.
+            t: gives the training time on a clock of your own, such as `lambda: images_seen`; None for steps.
+
         Returns:
-            A handle whose `remove()` undoes it.
+            A handle whose `remove()` undoes it, as `detach()` does.
+
+        Raises:
+            InvalidValueError: not an optimizer, a second one, no model to follow, or no `t` for this run's clock.
         """
-        return follow_optimizer(optimizer, self._model, self.update_)
+        if t is None and self.settings.t_unit != "steps":
+            raise InvalidValueError(
+                f"attach: this run counts {self.settings.t_unit}; give it the clock: attach(optimizer, t=function)"
+            )
+        if self._attachment is not None:
+            self._attachment.make_room(optimizer)
+        self._attachment = Attachment(optimizer, self._model, self.update_, t)
+        return self._attachment
+
+    def detach(self) -> None:
+        """Follow no optimizer any more. Nothing happens where none was attached."""
+        if self._attachment is not None:
+            self._attachment.remove()
 
     def close(self) -> None:
-        """Give the directory free. Averages can still be read; there are no updates any more."""
+        """Give the directory free and follow no optimizer. Averages can still be read; there are no updates."""
+        self.detach()
         self._closed = True
         if self._recorder is not None:
             self._recorder.close()
