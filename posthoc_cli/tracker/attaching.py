@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.tracker.settings import Settings
 
 _HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
 """What runs around `step` of every optimizer and calls its hooks."""
@@ -100,6 +102,52 @@ class Attachment:
             self._update(model, None if self._t is None else self._t())
         finally:
             self._is_updating = False
+
+
+class Attachable(ABC):
+    """A tracker that can follow an optimizer; see `PostHocEMA`."""
+
+    settings: Settings
+    _model: weakref.ref[torch.nn.Module] | None
+    _attachment: Attachment | None = None
+
+    @abstractmethod
+    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
+        """Take in a step of the model."""
+
+    def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
+        """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
+
+        A step that a GradScaler skips does not count. What `update_` raises, `optimizer.step()` then does. Attaching
+        to the same optimizer again changes nothing but `t`.
+
+        Arguments:
+            optimizer: the one that trains the model; of several, the one that steps last in an iteration.
+            t: gives the training time on a clock of your own, such as `lambda: images_seen`; None for steps.
+
+        Returns:
+            A handle whose `remove()` undoes it, as `detach()` does.
+
+        Raises:
+            InvalidValueError: not an optimizer, a second one, no model to follow, or no `t` for this run's clock.
+        """
+        if t is None and self.settings.t_unit != "steps":
+            raise InvalidValueError(
+                f"attach: this run counts {self.settings.t_unit}; give it the clock: attach(optimizer, t=function)"
+            )
+        if self._attachment is not None:
+            self._attachment.make_room(optimizer)
+        self._attachment = Attachment(optimizer, self._model, self.update_, t)
+        return self._attachment
+
+    def detach(self) -> None:
+        """Follow no optimizer any more. Nothing happens where none was attached."""
+        if self._attachment is not None:
+            self._attachment.remove()
+
+    def _check_caller(self) -> None:
+        if self._attachment is not None:
+            self._attachment.check_caller()
 
 
 def _stepping(optimizer: object) -> torch.optim.Optimizer:

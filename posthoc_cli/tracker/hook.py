@@ -7,18 +7,18 @@ import secrets
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError
+from posthoc_cli.errors import NonFiniteError, NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
-from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
+from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
-from posthoc_cli.tracker.attaching import Attachment
+from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.live import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors, nonfinite_name
@@ -32,14 +32,23 @@ from posthoc_cli.tracker.settings import (
     override_schedule,
     resumed_habit,
 )
-from posthoc_cli.tracker.state import load_averages, newest_complete, pack_state, unpack_state
+from posthoc_cli.tracker.state import (
+    TrackerState,
+    load_averages,
+    newest_complete,
+    pack_state,
+    resumed_profiles,
+    stored_state,
+    unpack_state,
+)
+from posthoc_cli.tracker.state_file import Savable
 from posthoc_cli.tracker.synthesizing import Synthesizing
 from posthoc_cli.tracker.weights import Weights, is_swapped
 
 log = logging.getLogger(__name__)
 
 
-class PostHocEMA(Synthesizing):
+class PostHocEMA(Attachable, Savable, Synthesizing):
     """Tracks power-function averages of a model and gives the average of any other length.
 
     Make one with `from_model` or `from_path`. A context manager; closing it only lets another writer into the
@@ -65,7 +74,6 @@ class PostHocEMA(Synthesizing):
         self._recorder: Recorder | None = None
         self._closed = False
         self._model: weakref.ref[torch.nn.Module] | None = None
-        self._attachment: Attachment | None = None
 
     # --- making one ----------------------------------------------------------------------------------
 
@@ -127,6 +135,7 @@ class PostHocEMA(Synthesizing):
         checkpoint_dtype: torch.dtype | str | types.EllipsisType | None = ...,
         on_nonfinite: str = "raise",
         sigma_range: tuple[float, float] | types.EllipsisType = ...,
+        sigma_rels: Sequence[float] | types.EllipsisType = ...,
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -137,6 +146,7 @@ class PostHocEMA(Synthesizing):
         Arguments:
             checkpoint_dir: a directory with snapshots.
             model: the model to go on with; checked against the snapshots here and now.
+            sigma_rels: the tracked profiles to go on with; the others' snapshots stay in use.
             others: as in `from_model`; what is left out stays as stored.
 
         Raises:
@@ -155,7 +165,7 @@ class PostHocEMA(Synthesizing):
             checkpoint_dtype,
             sigma_range,
         )
-        profiles = tuple(sorted({snapshot.info.sigma_rel for snapshot in snapshots}))
+        profiles = resumed_profiles(snapshots, sigma_rels)
         settings = Settings(profiles, schedule, newest.info.t_unit, on_nonfinite=on_nonfinite)
         tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(newest))
         tracker._resumes_from_directory = True
@@ -198,8 +208,7 @@ class PostHocEMA(Synthesizing):
                 the directory, or it holds another run, or what is in it cannot be read or is damaged.
         """
         check_model(model)
-        if self._attachment is not None:
-            self._attachment.check_caller()
+        self._check_caller()
         if is_swapped(model):
             raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
         self._begin()
@@ -211,36 +220,6 @@ class PostHocEMA(Synthesizing):
         weights = self._take_in(model) if self.settings.update_is_due(step) else None
         if self.settings.snapshot_is_due(step) and self._averages.exist:
             self._write_snapshots(weights)
-
-    def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
-        """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
-
-        A step that a GradScaler skips does not count. What `update_` raises, `optimizer.step()` then does. Attaching
-        to the same optimizer again changes nothing but `t`.
-
-        Arguments:
-            optimizer: the one that trains the model; of several, the one that steps last in an iteration.
-            t: gives the training time on a clock of your own, such as `lambda: images_seen`; None for steps.
-
-        Returns:
-            A handle whose `remove()` undoes it, as `detach()` does.
-
-        Raises:
-            InvalidValueError: not an optimizer, a second one, no model to follow, or no `t` for this run's clock.
-        """
-        if t is None and self.settings.t_unit != "steps":
-            raise InvalidValueError(
-                f"attach: this run counts {self.settings.t_unit}; give it the clock: attach(optimizer, t=function)"
-            )
-        if self._attachment is not None:
-            self._attachment.make_room(optimizer)
-        self._attachment = Attachment(optimizer, self._model, self.update_, t)
-        return self._attachment
-
-    def detach(self) -> None:
-        """Follow no optimizer any more. Nothing happens where none was attached."""
-        if self._attachment is not None:
-            self._attachment.remove()
 
     def close(self) -> None:
         """Give the directory free and follow no optimizer. Averages can still be read; there are no updates."""
@@ -301,23 +280,20 @@ class PostHocEMA(Synthesizing):
         """
         if sigma_rel is not None:
             return self._synthesized(sigma_rel, t, step, dtype, method)
-        averages, clock, step, t = self._averages, self._clock, self._step, self._t
-        snapshots = [] if self._recorder is None else self._recorder.checksums
-        if self._resumes_from_directory:
-            averages, clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
-            step, t = averages.step, averages.t
-            snapshots = [StoredSnapshot.of(s).checksum for s in read_directory(self.checkpoint_dir)]
-        return pack_state(self.run_id, self.settings, self._tracked, step, t, clock, averages, snapshots)
+        return pack_state(self._state(), self.settings, self._tracked)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
 
         Snapshots in the directory that are later than the state, or of another attempt that went on from an
-        earlier one, are set aside in its folder `superseded`.
+        earlier one, are set aside in its folder `superseded`. Of the settings, this tracker's hold from here on:
+        another `update_every` or `checkpoint_every`, or fewer `sigma_rels`, than the state was saved with; snapshots
+        say exactly what they are all the same. Where anything is wrong, nothing is changed.
 
         Raises:
-            InvalidValueError: not such a state, or of other profiles or another clock.
+            InvalidValueError: not such a state, without a profile that this tracker has, or of another clock.
             ModelMismatchError: of another model.
+            NonFiniteError: an average in it holds nan or infinity.
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         self._check_open()
@@ -342,6 +318,17 @@ class PostHocEMA(Synthesizing):
             self._step, self._t = self._averages.step, self._averages.t
             recorder.set_aside_others(self._t)
             self._resumes_from_directory = False
+
+    def _settle(self) -> None:
+        """Return when every update that was asked for is taken in: averages are updated by the call itself."""
+
+    def _state(self) -> TrackerState:
+        """What a tracker would continue from; its tensors are the live ones."""
+        self._settle()
+        if self._resumes_from_directory:
+            return stored_state(self.checkpoint_dir, self.run_id, self.settings.sigma_rels)
+        snapshots = frozenset(() if self._recorder is None else self._recorder.checksums)
+        return TrackerState(self.run_id, self._step, self._t, self._clock, self._averages, snapshots)
 
     def _check_open(self) -> None:
         if self._closed:

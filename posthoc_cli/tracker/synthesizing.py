@@ -42,6 +42,10 @@ class Synthesizing(ABC):
     def _live_sources(self) -> Sequence[LiveSource]:
         """The live averages, as they are now."""
 
+    @abstractmethod
+    def _settle(self) -> None:
+        """Return when every update that was asked for is taken in."""
+
     @property
     @abstractmethod
     def step(self) -> int:
@@ -186,6 +190,7 @@ class Synthesizing(ABC):
                 f"tracked {tracked:g}: must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}; "
                 f"for any other, model(model, sigma_rel={tracked:g})"
             )
+        self._settle()
         for source in self._live_sources():
             if math.isclose(wanted, source.info.sigma_rel, rel_tol=1e-6):  # 0.05 of float32 is the same profile
                 return source
