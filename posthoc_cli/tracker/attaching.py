@@ -53,7 +53,9 @@ class Attachment:
         self._update = update
         self._t = t
         self._is_updating = False
-        self._handles = [stepping.register_step_post_hook(self._after_step)]
+        # Where the step is compiled, files and counters are no part of that.
+        hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
+        self._handles = [stepping.register_step_post_hook(hook)]
 
     def remove(self) -> None:
         """Follow the optimizer no longer. Nothing happens the second time."""

@@ -183,6 +183,27 @@ def test_a_scheduler_and_a_wrapper_of_the_optimizer_make_no_difference(tmp_path:
         assert tracker.step == 2
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
+def test_a_compiled_step_is_followed_and_the_tracker_not_compiled(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    with attached(model, tmp_path, optimizer) as tracker:
+        update = tracker._attachment._update  # type: ignore[union-attr]
+        compiling = []
+
+        def watched(model: torch.nn.Module, t: float | None) -> None:
+            compiling.append(torch.compiler.is_compiling())
+            update(model, t)
+
+        tracker._attachment._update = watched  # type: ignore[union-attr]
+        for _ in range(4):
+            backward(model)
+            compiled()
+        assert compiling == [False] * 4
+        assert tracker.step == 4
+
+
 def test_a_clock_of_ones_own(tmp_path: Path) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
