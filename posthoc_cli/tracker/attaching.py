@@ -63,19 +63,14 @@ class Attachment:
             handle.remove()
         self._handles = []
 
-    def make_room(self, optimizer: torch.optim.Optimizer) -> None:
-        """Remove this attachment for one to `optimizer`.
-
-        Raises:
-            InvalidValueError: `optimizer` is none, or another one than that which is followed.
-        """
+    def check_alone(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise an InvalidValueError where another optimizer than `optimizer` is followed."""
         followed = self._optimizer()
         if self._handles and followed is not None and followed is not _stepping(optimizer):
             raise InvalidValueError(
                 f"attach: this tracker follows another optimizer ({type(followed).__name__}); of several that train "
                 "one model, attach to the one that steps last in an iteration, or detach() first to change"
             )
-        self.remove()
 
     def check_caller(self) -> None:
         """Raise a NotReadyError where `update_` is called by somebody else: each step would be counted twice."""
@@ -138,9 +133,11 @@ class Attachable(ABC):
                 f"attach: this run counts {self.settings.t_unit}; give it the clock: attach(optimizer, t=function)"
             )
         if self._attachment is not None:
-            self._attachment.make_room(optimizer)
-        self._attachment = Attachment(optimizer, self._model, self.update_, t)
-        return self._attachment
+            self._attachment.check_alone(optimizer)
+        attachment = Attachment(optimizer, self._model, self.update_, t)
+        self.detach()
+        self._attachment = attachment
+        return attachment
 
     def detach(self) -> None:
         """Follow no optimizer any more. Nothing happens where none was attached."""

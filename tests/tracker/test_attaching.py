@@ -248,6 +248,8 @@ def test_the_same_optimizer_twice_counts_once(tmp_path: Path) -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with attached(model, tmp_path, optimizer) as tracker:
         tracker.attach(optimizer)
+        with pytest.raises(InvalidValueError, match="must be a function"):
+            tracker.attach(optimizer, t=1)  # type: ignore[arg-type]
         step(model, optimizer)
         assert tracker.step == 1
 
