@@ -20,7 +20,7 @@ EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="A snapshot directory, a snapshot, or an output.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="Snapshots, or a single file.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a directory or a file holds.
@@ -116,6 +116,8 @@ def describe_file(path: Path) -> dict[str, Any]:
         return _describe_output(path, header, decode_output(path, header))
     if kind == "snapshot":
         return _describe_snapshot(Snapshot(path, header, decode_snapshot(path, header)))
+    if kind == "state":
+        return _describe_state(path, header)
     return {"kind": "safetensors", "path": str(path), **_counts(header), "bytes": header.file_bytes}
 
 
@@ -164,6 +166,29 @@ def _describe_output(path: Path, header: FileHeader, info: OutputInfo) -> dict[s
         "profile_error": info.profile_error,
         "predicted_error": info.predicted_error,
         "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
+        **_counts(header),
+        "bytes": header.file_bytes,
+    }
+
+
+def _describe_state(path: Path, header: FileHeader) -> dict[str, Any]:
+    """A tracker's state, which is no snapshot; `t` and `step` are those of the last call."""
+    from posthoc_cli.snapshots.states import decode_state
+
+    info = decode_state(path, header)
+    return {
+        "kind": "state",
+        "path": str(path),
+        "run": info.run_id,
+        "t": info.t,
+        "t_unit": info.t_unit,
+        "step": info.step,
+        "sigma_rels": list(info.sigma_rels),
+        "averages_t": info.averages_t,
+        "t_first": info.t_first,
+        "max_interval": info.max_interval,
+        "schedule": dict(vars(info.schedule)),
+        "known_snapshots": len(info.snapshots),
         **_counts(header),
         "bytes": header.file_bytes,
     }

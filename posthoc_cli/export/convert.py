@@ -119,6 +119,8 @@ def _read_source(
     kind = decoding.file_kind(file.header)
     if kind == "snapshot":
         return _read_snapshot(file, dtype)
+    if kind == "state":
+        raise FileFormatError(f"{source}: is a tracker's state, not weights; export a snapshot, or a synthesis")
     info = decoding.decode_output(source, file.header) if kind == "output" else None
     if info is None:
         return {name: _plan(file, name, "other", dtype) for name in file.header.tensors}, None

@@ -22,7 +22,15 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import Metadata, file_kind, is_number, parse_json
 from posthoc_cli.snapshots.selection import BUFFERS, Selection
 
-__all__ = ["decode_checksums", "decode_header", "decode_output", "decode_snapshot", "file_kind", "parse_json"]
+__all__ = [
+    "decode_checksums",
+    "decode_header",
+    "decode_output",
+    "decode_schedule",
+    "decode_snapshot",
+    "file_kind",
+    "parse_json",
+]
 
 
 def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
@@ -72,7 +80,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         step=reader.integer("ema.step"),
         t_first=reader.number("ema.t_first"),
         max_interval=reader.number("ema.max_interval"),
-        schedule=_decode_schedule(reader),
+        schedule=decode_schedule(reader),
         tensors=tensors,
         aliases=_decode_aliases(reader, tensors),
         left_out=reader.names("ema.left_out"),
@@ -108,6 +116,21 @@ def decode_output(path: Path, header: fmt.FileHeader) -> fmt.OutputInfo:
         snapshots=tuple(snapshots),
         copies=reader.names("ema.copies"),
     )
+
+
+def decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
+    """The schedule that a snapshot or a state names.
+
+    Raises:
+        FileFormatError: naming the file and the setting.
+    """
+    raw = reader.json_object("ema.schedule")
+    for name in fmt.TrackingSchedule.__dataclass_fields__:
+        if not _fits_schedule(name, raw.get(name)):
+            raise reader.bad("ema.schedule", f"{name} is {str(raw.get(name))[:40]!r}")
+    values = {name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__}
+    low, high = values["sigma_range"]
+    return fmt.TrackingSchedule(**(values | {"sigma_range": (float(low), float(high))}))
 
 
 def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
@@ -205,16 +228,6 @@ def _decode_aliases(reader: Metadata, tensors: Mapping[str, fmt.TrackedTensor]) 
         if not isinstance(name, str) or name not in tensors or alias in tensors:
             raise reader.bad("ema.aliases", f"{alias!r} must be a further name of a stored tensor")
     return aliases
-
-
-def _decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
-    raw = reader.json_object("ema.schedule")
-    for name in fmt.TrackingSchedule.__dataclass_fields__:
-        if not _fits_schedule(name, raw.get(name)):
-            raise reader.bad("ema.schedule", f"{name} is {str(raw.get(name))[:40]!r}")
-    values = {name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__}
-    low, high = values["sigma_range"]
-    return fmt.TrackingSchedule(**(values | {"sigma_range": (float(low), float(high))}))
 
 
 def _fits_schedule(name: str, value: Any) -> bool:

@@ -74,6 +74,17 @@ t, t_unit, checksums and checksum as above, and
     ema.snapshots        JSON list of {"file", "coefficient"}
     ema.copies           JSON list: names of the tensors that are copies (buffers), not averages
 
+A *state* (what a tracker goes on from exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
+sigma_rels, schedule, t_first, max_interval, segment, checksums and checksum as a snapshot; t and step are those of
+the last call, t_first is 0 before the first update. Its tensors are the averages in full precision, named
+`<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels, and the copies, named `copy/<name>`; none before the
+first update. And
+
+    ema.averages_t, ema.averages_step  time and calls at the last update; 0 before
+    ema.clock_state      JSON list: a tolerance and the two slopes (null: no limit) that the clock's next knot may have,
+                         then the step and time of each knot, the last one those of the last call
+    ema.snapshots        JSON list: header checksums of the snapshots that the training had behind it
+
 A *part* of an output has some of its tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal digits,
 the same in all parts of a plan) and ema.release (what made it). A snapshot may also be a *directory*: shards, and
 `model.safetensors.index.json` as the Hugging Face libraries define it. Each is a snapshot file of its own tensors,

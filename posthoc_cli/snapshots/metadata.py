@@ -14,7 +14,7 @@ from posthoc_cli.snapshots import format as fmt
 
 
 def file_kind(header: fmt.FileHeader) -> str | None:
-    """ "snapshot", "output", or None for a file that is neither."""
+    """ "snapshot", "output", "state", or None for a file that is none of them."""
     return header.metadata.get("ema.format")
 
 

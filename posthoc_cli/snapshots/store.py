@@ -165,7 +165,7 @@ def _may_be_sharded(path: Path) -> bool:
 
 
 def _open_candidate(path: Path) -> Snapshot | None:
-    """The snapshot at a path; None for a synthesized or foreign safetensors file kept beside the snapshots."""
+    """The snapshot at a path; None for a synthesis, a tracker's state or a foreign file kept beside the snapshots."""
     try:
         if is_sharded(path):
             return read_sharded(path)
@@ -174,7 +174,7 @@ def _open_candidate(path: Path) -> Snapshot | None:
         if not os.path.lexists(path):
             return None  # a writer has thinned it away since the directory was listed
         raise
-    if file_kind(header) in (None, "output"):
+    if file_kind(header) in (None, "output", "state"):
         return None
     return Snapshot(path, header, decode_snapshot(path, header))
 
@@ -252,10 +252,15 @@ def _doubles(snapshots: Sequence[Snapshot]) -> list[str]:
 
 
 def _gaps(snapshots: Sequence[Snapshot]) -> list[str]:
-    """Profiles that are missing at the newest time, where thinning never removes one."""
+    """Profiles that are missing at the newest time, where thinning never removes one.
+
+    Not those that the run no longer tracks: it went on without them.
+    """
     own = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
     newest = max((info.t for info in own), default=0.0)
-    missing = {info.sigma_rel for info in own} - {info.sigma_rel for info in own if info.t == newest}
+    there = [info for info in own if info.t == newest]
+    tracked = {sigma_rel for info in there for sigma_rel in info.sigma_rels}
+    missing = ({info.sigma_rel for info in own} & tracked) - {info.sigma_rel for info in there}
     if not missing:
         return []
     return [f"t = {newest:g}, the newest: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(missing))}"]

@@ -2,33 +2,198 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from types import FrameType
+from typing import Any
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.tracker.settings import Settings
+
+_HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
+"""What runs around `step` of every optimizer and calls its hooks."""
 
 
-def follow_optimizer(
-    optimizer: torch.optim.Optimizer,
-    model: weakref.ref[torch.nn.Module] | None,
-    update: Callable[[torch.nn.Module], object],
-) -> torch.utils.hooks.RemovableHandle:
-    """Call `update` with the model after every step of `optimizer`.
+class Attachment:
+    """One optimizer that a tracker follows, until `remove`.
+
+    A step counts when it has changed the parameters: not one that a GradScaler skips, and once however often it
+    calls its closure, or `step` of the class that its own derives from. An error of the update leaves
+    `optimizer.step()` after the parameters have been changed.
+
+    Arguments:
+        optimizer: the one to follow; of a wrapper that keeps another one in its attribute `optimizer` (accelerate's),
+            that one, which makes the steps.
+        model: what is updated with; held weakly.
+        update: called with the model and the time of the step.
+        t: gives the training time; None for steps.
 
     Raises:
-        InvalidValueError: not an optimizer, or no model to follow.
+        InvalidValueError: not an optimizer, a `t` that cannot be called, or no model to follow.
     """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        model: weakref.ref[torch.nn.Module] | None,
+        update: Callable[[torch.nn.Module, float | None], object],
+        t: Callable[[], float] | None = None,
+    ) -> None:
+        if t is not None and not callable(t):
+            raise InvalidValueError(f"attach: t {t!r}: must be a function that gives the training time, or None")
+        if model is None:
+            raise InvalidValueError("attach: this tracker was made without a model; give it to from_model or from_path")
+        stepping = _stepping(optimizer)
+        self._optimizer = weakref.ref(stepping)
+        self._model = model
+        self._update = update
+        self._t = t
+        self._is_updating = False
+        # Where the step is compiled, files and counters are no part of that.
+        hook = torch.compiler.disable(self._after_step)  # type: ignore[no-untyped-call]
+        self._handles = [stepping.register_step_post_hook(hook)]
+
+    def remove(self) -> None:
+        """Follow the optimizer no longer. Nothing happens the second time."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def check_alone(self, optimizer: torch.optim.Optimizer) -> None:
+        """Raise an InvalidValueError where another optimizer than `optimizer` is followed."""
+        followed = self._optimizer()
+        if self._handles and followed is not None and followed is not _stepping(optimizer):
+            raise InvalidValueError(
+                f"attach: this tracker follows another optimizer ({type(followed).__name__}); of several that train "
+                "one model, attach to the one that steps last in an iteration, or detach() first to change"
+            )
+
+    def check_caller(self) -> None:
+        """Raise a NotReadyError where `update_` is called by somebody else: each step would be counted twice."""
+        if self._handles and self._optimizer() is not None and not self._is_updating:
+            raise NotReadyError(
+                "update_: this tracker follows an optimizer and is updated by its steps; "
+                "leave out either this call or attach(), or detach() first"
+            )
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, _: object, keywords: Mapping[str, Any]) -> None:
+        if _is_within_another(optimizer):
+            return
+        try:
+            if not _was_skipped(optimizer, keywords):
+                self._follow()
+        except BaseException:
+            _forget_scale(optimizer)
+            raise
+
+    def _follow(self) -> None:
+        model = self._model()
+        if model is None:
+            raise NotReadyError("attach: the model that this tracker was made with is gone")
+        self._is_updating = True
+        try:
+            self._update(model, None if self._t is None else self._t())
+        finally:
+            self._is_updating = False
+
+
+class Attachable(ABC):
+    """A tracker that can follow an optimizer; see `PostHocEMA`."""
+
+    settings: Settings
+    _model: weakref.ref[torch.nn.Module] | None
+    _attachment: Attachment | None = None
+
+    @abstractmethod
+    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
+        """Take in a step of the model."""
+
+    def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
+        """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
+
+        A step that a GradScaler skips does not count. What `update_` raises, `optimizer.step()` then does. Attaching
+        to the same optimizer again changes nothing but `t`.
+
+        Arguments:
+            optimizer: the one that trains the model; of several, the one that steps last in an iteration.
+            t: gives the training time on a clock of your own, such as `lambda: images_seen`; None for steps.
+
+        Returns:
+            A handle whose `remove()` undoes it, as `detach()` does.
+
+        Raises:
+            InvalidValueError: not an optimizer, a second one, no model to follow, or no `t` for this run's clock.
+        """
+        if t is None and self.settings.t_unit != "steps":
+            raise InvalidValueError(
+                f"attach: this run counts {self.settings.t_unit}; give it the clock: attach(optimizer, t=function)"
+            )
+        if self._attachment is not None:
+            self._attachment.check_alone(optimizer)
+        attachment = Attachment(optimizer, self._model, self.update_, t)
+        self.detach()
+        self._attachment = attachment
+        return attachment
+
+    def detach(self) -> None:
+        """Follow no optimizer any more. Nothing happens where none was attached."""
+        if self._attachment is not None:
+            self._attachment.remove()
+
+    def _check_caller(self) -> None:
+        if self._attachment is not None:
+            self._attachment.check_caller()
+
+
+def _stepping(optimizer: object) -> torch.optim.Optimizer:
+    """The optimizer itself, from under wrappers that are no more than that and call no hooks."""
+    while not hasattr(optimizer, "_optimizer_step_post_hooks") and hasattr(optimizer, "optimizer"):
+        optimizer = optimizer.optimizer
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidValueError(f"attach: must be given a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if model is None:
-        raise InvalidValueError("attach: this tracker was made without a model; give it to from_model or from_path")
+    return optimizer
 
-    def after_step(*_: object) -> None:
-        followed = model()
-        if followed is None:
-            raise NotReadyError("attach: the model that this tracker was made with is gone")
-        update(followed)
 
-    return optimizer.register_step_post_hook(after_step)
+def _is_within_another(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that has just ended is a part of another one of the same optimizer.
+
+    A `step` that calls the one it overrides has its hooks called at the end of both. Who is at work is asked of the
+    stack: a count of steps begun and ended would be wrong for good after the first step that raises.
+    """
+    calls = 0
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and calls < 2:
+        if frame.f_code is _HOOKED_STEP and any(one is optimizer for one in frame.f_locals.get("args", ())):
+            calls += 1
+        frame = frame.f_back
+    return calls > 1
+
+
+def _was_skipped(optimizer: torch.optim.Optimizer, keywords: Mapping[str, Any]) -> bool:
+    """Whether a GradScaler's step has left the parameters as they were, for infinities in their gradients.
+
+    Of most optimizers it then calls no step at all. Those that do the scaling themselves (`fused=True`) are called,
+    with the attribute `found_inf`; some of other libraries get the scaler itself instead.
+    """
+    found = getattr(optimizer, "found_inf", None)
+    if found is not None:
+        return bool(found)
+    scaler = keywords.get("grad_scaler")
+    if scaler is None:
+        return False
+    return any(bool(found) for found in scaler._found_inf_per_device(optimizer).values())
+
+
+def _forget_scale(optimizer: torch.optim.Optimizer) -> None:
+    """Take the attributes away that a GradScaler gives an optimizer for one step.
+
+    It does so itself when `step` returns, but not when it raises, and would multiply the next scale by a left one.
+    """
+    if getattr(optimizer, "found_inf", None) is not None:
+        for name in ("grad_scale", "found_inf"):
+            if hasattr(optimizer, name):
+                delattr(optimizer, name)

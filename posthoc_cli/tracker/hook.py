@@ -19,10 +19,10 @@ import torch
 from posthoc_cli.errors import ModelMismatchError, NotReadyError, PostHocError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
-from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
+from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
-from posthoc_cli.tracker.attaching import follow_optimizer
+from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.background import Background, Snapshots
 from posthoc_cli.tracker.following import follow_change
@@ -41,7 +41,16 @@ from posthoc_cli.tracker.settings import (
     override_schedule,
     resumed_habit,
 )
-from posthoc_cli.tracker.state import load_averages, newest_complete, pack_state, unpack_state
+from posthoc_cli.tracker.state import (
+    TrackerState,
+    load_averages,
+    newest_complete,
+    pack_state,
+    resumed_profiles,
+    stored_state,
+    unpack_state,
+)
+from posthoc_cli.tracker.state_file import Savable
 from posthoc_cli.tracker.synthesizing import Synthesizing
 from posthoc_cli.tracker.watching import WatchedModel
 from posthoc_cli.tracker.weights import Weights, is_swapped
@@ -49,7 +58,7 @@ from posthoc_cli.tracker.weights import Weights, is_swapped
 log = logging.getLogger(__name__)
 
 
-class PostHocEMA(Synthesizing):
+class PostHocEMA(Attachable, Savable, Synthesizing):
     """Tracks power-function averages of a model and gives the average of any other length.
 
     Make one with `from_model` or `from_path`. Snapshots are written beside the training: `flush` returns when all that
@@ -163,6 +172,7 @@ class PostHocEMA(Synthesizing):
         sigma_range: tuple[float, float] | types.EllipsisType = ...,
         device: str | None = None,
         on_change: str = "raise",
+        sigma_rels: Sequence[float] | types.EllipsisType = ...,
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -173,6 +183,7 @@ class PostHocEMA(Synthesizing):
         Arguments:
             checkpoint_dir: a directory with snapshots.
             model: the model to go on with; checked against the snapshots here and now.
+            sigma_rels: the tracked profiles to go on with; the others' snapshots stay in use.
             others: as in `from_model`; what is left out stays as stored.
 
         Raises:
@@ -191,7 +202,7 @@ class PostHocEMA(Synthesizing):
             checkpoint_dtype,
             sigma_range,
         )
-        profiles = tuple(sorted({snapshot.info.sigma_rel for snapshot in snapshots}))
+        profiles = resumed_profiles(snapshots, sigma_rels)
         selection = newest.info.selection
         settings = Settings(profiles, schedule, newest.info.t_unit, selection or Selection(), on_nonfinite, on_change)
         complete = newest_complete(snapshots, profiles)
@@ -235,11 +246,13 @@ class PostHocEMA(Synthesizing):
             ModelMismatchError: names, shapes or dtypes have changed. No average is touched.
             WriteError: a snapshot that was due at an earlier call could not be written; raised once. Nothing partial
                 is left, and training may go on: this call has done its work, and later snapshots are tried again.
-            NotReadyError: the tracker is closed, the model holds averaged weights, or another thread is calling.
+            NotReadyError: the tracker is closed or follows an optimizer, the model holds averaged weights, or another
+                thread is calling.
             LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: another writer holds
                 the directory, or it holds another run, or what is in it cannot be read or is damaged.
         """
         check_model(model)
+        self._check_caller()
         if is_swapped(model):
             raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
         if not self._calling.acquire(blocking=False):
@@ -276,16 +289,9 @@ class PostHocEMA(Synthesizing):
         if failure is not None:
             raise failure
 
-    def attach(self, optimizer: torch.optim.Optimizer) -> torch.utils.hooks.RemovableHandle:
-        """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
-
-        Returns:
-            A handle whose `remove()` undoes it.
-        """
-        return follow_optimizer(optimizer, self._model, self.update_)
-
     def close(self) -> None:
-        """Finish as `flush`, and give the directory free. Averages can still be read; there are no updates any more."""
+        """Finish as `flush`, give the directory free and follow no optimizer. Averages can still be read."""
+        self.detach()
         self._closed = True
         try:
             self.flush()
@@ -352,26 +358,22 @@ class PostHocEMA(Synthesizing):
         """
         if sigma_rel is not None:
             return self._synthesized(sigma_rel, t, step, dtype, method)
-        self.flush()
         if self._follows:
             return {}
-        averages, clock, step, t = self._averages, self._clock, self._step, self._t
-        snapshots = [] if self._recorder is None else self._recorder.checksums
-        if self._resumes_from_directory:
-            averages, clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
-            step, t = averages.step, averages.t
-            snapshots = [StoredSnapshot.of(s).checksum for s in read_directory(self.checkpoint_dir)]
-        return pack_state(self.run_id, self.settings, self._tracked, step, t, clock, averages, snapshots)
+        return pack_state(self._state(), self.settings, self._tracked)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
 
         Snapshots in the directory that are later than the state, or of another attempt that went on from an
-        earlier one, are set aside in its folder `superseded`.
+        earlier one, are set aside in its folder `superseded`. Of the settings, this tracker's hold from here on:
+        another `update_every` or `checkpoint_every`, or fewer `sigma_rels`, than the state was saved with; snapshots
+        say exactly what they are all the same. Where anything is wrong, nothing is changed.
 
         Raises:
-            InvalidValueError: not such a state, or of other profiles or another clock.
+            InvalidValueError: not such a state, without a profile that this tracker has, or of another clock.
             ModelMismatchError: of another model.
+            NonFiniteError: an average in it holds nan or infinity.
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         self._check_open()
@@ -405,6 +407,15 @@ class PostHocEMA(Synthesizing):
             self._step, self._t = self._averages.step, self._averages.t
             recorder.set_aside_others(self._t)
             self._resumes_from_directory = False
+
+    def _state(self) -> TrackerState:
+        """What a tracker would continue from; its tensors are the live ones."""
+        self.flush()
+        if self._resumes_from_directory:
+            return stored_state(self.checkpoint_dir, self.run_id, self.settings.sigma_rels)
+        snapshots = frozenset(() if self._recorder is None else self._recorder.checksums)
+        segment = self._tracked.segment
+        return TrackerState(self.run_id, self._step, self._t, self._clock, self._averages, snapshots, segment)
 
     def _check_open(self) -> None:
         if self._closed:

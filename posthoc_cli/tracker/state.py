@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-import re
+import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,14 +14,19 @@ import torch
 
 from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.profiles import ClockRecorder
+from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import open_tensors
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.states import StateInfo
+from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.facts import Facts, shown
 from posthoc_cli.tracker.layout import accumulator_dtype
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
-from posthoc_cli.tracker.settings import Settings
+from posthoc_cli.tracker.settings import Settings, check_sigma_rels
+
+log = logging.getLogger(__name__)
 
 STATE_VERSION = 1
 
@@ -42,43 +48,53 @@ class TrackerState:
 # --- a plain dict ----------------------------------------------------------------------------------
 
 
+def state_info(state: TrackerState, settings: Settings) -> StateInfo:
+    """All of a state that is no tensor."""
+    averages = state.averages
+    return StateInfo(
+        run_id=state.run_id,
+        step=state.step,
+        t=state.t,
+        t_unit=settings.t_unit,
+        sigma_rels=averages.sigma_rels,
+        averages_t=averages.t,
+        averages_step=averages.step,
+        t_first=averages.t_first,
+        max_interval=averages.max_interval,
+        schedule=settings.schedule,
+        clock=tuple(state.clock.state()),
+        snapshots=tuple(sorted(state.snapshots)),
+        segment=state.segment,
+    )
+
+
+def as_dict(info: StateInfo) -> dict[str, Any]:
+    """The same as numbers, strings, lists and dicts."""
+    schedule = vars(info.schedule) | {"sigma_range": list(info.schedule.sigma_range)}
+    lists = {key: list(value) for key, value in vars(info).items() if isinstance(value, tuple)}
+    return {"version": STATE_VERSION, **vars(info), **lists, "schedule": schedule}
+
+
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack_state(
-    run_id: str,
-    settings: Settings,
-    tracked: TrackedModel,
-    step: int,
-    t: float,
-    clock: ClockRecorder,
-    averages: RunningAverages,
-    snapshots: Sequence[str],
-) -> dict[str, Any]:
+def pack_state(state: TrackerState, settings: Settings, tracked: TrackedModel) -> dict[str, Any]:
     """The state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
 
+    Averages are found by their sigma_rel and never by their place, so that a tracker of fewer profiles takes its own.
     Before the first update the tensors are zeros (`averages_t` = 0 says that they mean nothing): loaders that fill
     the tensors of a fresh object's state, such as torch.distributed.checkpoint, find them in their places.
     """
-    values, copies = averages.values, averages.copies
+    averages = state.averages
+    values: Sequence[Mapping[str, torch.Tensor]] = averages.values
+    copies: Mapping[str, torch.Tensor] = averages.copies
     if not averages.exist:
-        values = tuple(_zeros(tracked, "average") for _ in averages.sigma_rels)
+        values = [_zeros(tracked, "average") for _ in averages.sigma_rels]
         copies = _zeros(tracked, "copy")
-    return {
-        "version": STATE_VERSION,
-        "run_id": run_id,
-        "step": step,
-        "t": t,
-        "t_unit": settings.t_unit,
-        "clock": clock.state(),
-        "schedule": dict(vars(settings.schedule)),
-        "sigma_rels": list(averages.sigma_rels),
-        "segment": tracked.segment,
-        "averages_t": averages.t,
-        "averages_step": averages.step,
-        "t_first": averages.t_first,
-        "max_interval": averages.max_interval,
-        "snapshots": list(snapshots),
-        "averages": [{name: value.clone() for name, value in average.items()} for average in values],
+    return as_dict(state_info(state, settings)) | {
+        "averages": {
+            repr(sigma_rel): {name: value.clone() for name, value in average.items()}
+            for sigma_rel, average in zip(averages.sigma_rels, values, strict=True)
+        },
         "copies": {name: value.clone() for name, value in copies.items()},
     }
 
@@ -95,43 +111,59 @@ def _zeros(tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
 @torch.inference_mode(False)
 @torch.no_grad()
 def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedModel) -> TrackerState:
-    """Check a state against the tracker that is to continue from it.
+    """Check a state against the tracker that is to continue from it. Tensors are looked at one after the other.
+
+    The tracker's schedule holds from here on, whatever the state's was: averages take in true intervals. Profiles of
+    the state that the tracker has not are left behind; one that only the tracker has cannot begin in mid-run.
 
     Raises:
-        InvalidValueError, ModelMismatchError: naming what does not fit.
+        InvalidValueError, ModelMismatchError, NonFiniteError: naming what does not fit.
     """
-    try:
-        if state["version"] != STATE_VERSION:
-            raise InvalidValueError(f"state: has version {state['version']!r}; this release reads {STATE_VERSION}")
-        if tuple(state["sigma_rels"]) != settings.sigma_rels:
+    facts = Facts(state)
+    version = facts.value("version")
+    if version != STATE_VERSION:
+        raise InvalidValueError(f"state: has version {shown(version)}; this release reads {STATE_VERSION}")
+    if facts.text("t_unit") != settings.t_unit:
+        raise InvalidValueError(f"state: counts time in {facts.text('t_unit')!r}, this tracker in {settings.t_unit!r}")
+    averages = RunningAverages(settings.sigma_rels)
+    averages.t, averages.step = facts.number("averages_t"), facts.whole("averages_step")
+    averages.t_first, averages.max_interval = facts.number("t_first"), facts.number("max_interval")
+    step, t = facts.whole("step"), facts.number("t")
+    _check_times(averages, step, t)
+    clock = _clock(facts.value("clock"), step, t)
+    segment = facts.whole("segment")
+    run_id, snapshots = facts.run_id(), frozenset(facts.texts("snapshots"))
+    held, schedule = facts.sigma_rels(), facts.mapping("schedule")
+    if averages.exist:
+        _check_profiles(held, settings.sigma_rels)
+        stored = facts.mapping("averages")
+        averages.values = tuple(
+            _checked(facts.tensors(stored, repr(sigma_rel)), tracked, "average") for sigma_rel in settings.sigma_rels
+        )
+        averages.copies = _checked(facts.tensors(state, "copies"), tracked, "copy")
+    _log_changes(held, settings.sigma_rels, schedule, settings.schedule)
+    return TrackerState(run_id, step, t, clock, averages, snapshots, segment)
+
+
+def _check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
+    """Every profile to go on with must be there."""
+    for sigma_rel in wanted:
+        if sigma_rel not in held:
             raise InvalidValueError(
-                f"state: holds the profiles {tuple(state['sigma_rels'])}, this tracker has {settings.sigma_rels}"
+                f"sigma_rels: {sigma_rel:g} is none of the tracked ones, {', '.join(f'{s:g}' for s in held)}: an "
+                "average cannot begin in mid-run; leave it out, and synthesize it from the others"
             )
-        if state["t_unit"] != settings.t_unit:
-            raise InvalidValueError(f"state: counts time in {state['t_unit']!r}, this tracker in {settings.t_unit!r}")
-        averages = RunningAverages(settings.sigma_rels)
-        averages.t, averages.step = float(state["averages_t"]), int(state["averages_step"])
-        averages.t_first, averages.max_interval = float(state["t_first"]), float(state["max_interval"])
-        step, t = int(state["step"]), float(state["t"])
-        _check_times(averages, step, t)
-        clock = _clock(state["clock"], step, t)
-        if averages.exist:
-            averages.values = tuple(
-                _checked(values, tracked, "average")
-                for _, values in zip(settings.sigma_rels, state["averages"], strict=True)
-            )
-            averages.copies = _checked(state["copies"], tracked, "copy")
-        segment = int(state.get("segment", 0))
-        if segment < 0:
-            raise InvalidValueError(f"state: segment {segment} must be at least 0")
-        run_id = state["run_id"]
-        if not isinstance(run_id, str) or not re.fullmatch("[0-9a-f]{32}", run_id):
-            raise InvalidValueError(f"state: run_id {run_id!r} is not 32 hexadecimal digits")
-        return TrackerState(run_id, step, t, clock, averages, frozenset(map(str, state["snapshots"])), segment)
-    except InvalidValueError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
-        raise InvalidValueError(f"state: is not a tracker's state ({type(error).__name__}: {error})") from error
+
+
+def _log_changes(
+    held: Sequence[float], wanted: Sequence[float], schedule: Mapping[str, Any], chosen: TrackingSchedule
+) -> None:
+    for sigma_rel in held:
+        if sigma_rel not in wanted:
+            log.info("sigma_rel %g is not tracked from here on; its snapshots stay in use", sigma_rel)
+    for key in ("update_every", "checkpoint_every", "update_after_step"):
+        if schedule.get(key) != getattr(chosen, key):
+            log.info("%s is %s from here on; it was %s", key, getattr(chosen, key), shown(schedule.get(key)))
 
 
 def _check_times(averages: RunningAverages, step: int, t: float) -> None:
@@ -152,29 +184,34 @@ def _clock(state: Any, step: int, t: float) -> ClockRecorder:
         raise InvalidValueError(f"state: {error}") from error
     if (clock.step, clock.t) != (step, t):
         raise InvalidValueError(
-            f"state: clock: ends at step {clock.step}, t {clock.t!r}; the training is at step {step}, t {t!r}"
+            f"state: clock: ends at step {shown(clock.step)}, t {clock.t!r}; the training is at step {step}, t {t!r}"
         )
     return clock
 
 
-def _checked(tensors: Mapping[str, torch.Tensor], tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
+def _checked(tensors: Mapping[str, Any], tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
+    """Copies of the tensors of a role, each checked before the next is looked at: they may be on disk."""
     expected = {name for name, tensor in tracked.tensors.items() if tensor.role == role}
     if set(tensors) != expected:
-        name = min(set(tensors) ^ expected)
+        name = min(set(tensors) ^ expected, key=str)
         raise ModelMismatchError(f"tensor {name!r}: is in the state or in the model, but not in both")
-    for name, tensor in tensors.items():
-        own = torch_dtype(tracked.tensors[name].dtype)
-        if tuple(tensor.shape) != tracked.shapes[name]:
-            raise ModelMismatchError(
-                f"tensor {name!r}: has the shape {list(tensor.shape)} in the state, "
-                f"{list(tracked.shapes[name])} in the model"
-            )
-        if tensor.dtype != (own if role == "copy" else accumulator_dtype(own)):
-            raise ModelMismatchError(f"tensor {name!r}: is {tensor.dtype} in the state; the model's is {own}")
-    bad = nonfinite_name(tensors) if role == "average" else None
-    if bad is not None:
-        raise NonFiniteError(f"tensor {bad!r}: the state's average of it holds nan or infinity")
-    return {name: tensors[name].clone() for name in tracked.tensors if name in tensors}
+    return {name: _checked_tensor(name, tensors[name], tracked, role) for name in tracked.tensors if name in expected}
+
+
+def _checked_tensor(name: str, tensor: Any, tracked: TrackedModel, role: str) -> torch.Tensor:
+    if not isinstance(tensor, torch.Tensor):
+        raise InvalidValueError(f"tensor {name!r}: is {shown(tensor)} in the state, and no tensor")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise InvalidValueError(f"tensor {name!r}: is {tensor.layout} on {tensor.device} in the state; must be dense")
+    own = torch_dtype(tracked.tensors[name].dtype)
+    shapes = list(tensor.shape), list(tracked.shapes[name])
+    if shapes[0] != shapes[1]:
+        raise ModelMismatchError(f"tensor {name!r}: has the shape {shapes[0]} in the state, {shapes[1]} in the model")
+    if tensor.dtype != (own if role == "copy" else accumulator_dtype(own)):
+        raise ModelMismatchError(f"tensor {name!r}: is {tensor.dtype} in the state; the model's is {own}")
+    if role == "average" and nonfinite_name({name: tensor}) is not None:
+        raise NonFiniteError(f"tensor {name!r}: the state's average of it holds nan or infinity")
+    return tensor.detach().clone()
 
 
 # --- snapshots -------------------------------------------------------------------------------------
@@ -184,9 +221,36 @@ def newest_complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) 
     """The snapshots of the newest time that has one of every profile, by sigma_rel; None where no time has."""
     by_time: dict[float, dict[float, Snapshot]] = {}
     for snapshot in snapshots:
-        by_time.setdefault(snapshot.info.t, {})[snapshot.info.sigma_rel] = snapshot
-    complete = [t for t, found in by_time.items() if set(found) == set(sigma_rels)]
+        if snapshot.info.sigma_rel in sigma_rels:
+            by_time.setdefault(snapshot.info.t, {})[snapshot.info.sigma_rel] = snapshot
+    complete = [t for t, found in by_time.items() if len(found) == len(sigma_rels)]
     return by_time[max(complete)] if complete else None
+
+
+def resumed_profiles(
+    snapshots: Sequence[Snapshot], chosen: Sequence[float] | types.EllipsisType = ...
+) -> tuple[float, ...]:
+    """The profiles to go on with: those that the run tracks and that have snapshots, or the `chosen` among them.
+
+    Raises:
+        InvalidValueError: a chosen one is none of them.
+    """
+    there = {snapshot.info.sigma_rel for snapshot in snapshots}
+    tracked = tuple(sigma_rel for sigma_rel in snapshots[-1].info.sigma_rels if sigma_rel in there)
+    if chosen is ...:
+        return tracked
+    wanted = check_sigma_rels(chosen)
+    _check_profiles(tracked, wanted)
+    return wanted
+
+
+def stored_state(directory: Path, run_id: str, sigma_rels: Sequence[float]) -> TrackerState:
+    """What a directory's newest snapshots hold, as a state."""
+    averages, clock = load_averages(directory, sigma_rels)
+    stored = [StoredSnapshot.of(snapshot) for snapshot in read_directory(directory)]
+    segment = max(snapshot.info.segment for snapshot in stored if snapshot.t == averages.t)
+    checksums = frozenset(snapshot.checksum for snapshot in stored)
+    return TrackerState(run_id, averages.step, averages.t, clock, averages, checksums, segment)
 
 
 @torch.inference_mode(False)

@@ -387,34 +387,6 @@ def test_another_model_is_refused_before_anything_changes(tmp_path: Path, other,
     assert_same(other, before)
 
 
-# --- attach ----------------------------------------------------------------------------------------
-
-
-def test_attach_calls_update_after_every_step_of_the_optimizer(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1)
-    handle = tracker.attach(optimizer)
-    for _ in range(3):
-        model(torch.ones(1, 2)).sum().backward()
-        optimizer.step()
-    assert tracker.step == 3
-    handle.remove()
-    optimizer.step()
-    assert tracker.step == 3
-
-
-def test_attach_needs_a_model_that_is_there(tmp_path: Path) -> None:
-    trained(tmp_path)[1].close()
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
-    with pytest.raises(InvalidValueError, match="made without a model"):
-        PostHocEMA.from_path(tmp_path).attach(optimizer)
-    gone = PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path / "other")
-    gone.attach(optimizer)
-    with pytest.raises(NotReadyError, match="gone"):
-        optimizer.step()
-
-
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None:

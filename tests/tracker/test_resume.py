@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,6 @@ from posthoc_cli.errors import (
     LockedError,
     MismatchError,
     ModelMismatchError,
-    NonFiniteError,
     NotReadyError,
     WriteError,
 )
@@ -184,55 +182,6 @@ def test_a_state_taken_from_a_directory_goes_on_too(tmp_path: Path) -> None:
         assert (tracker.step, tracker.t) == (20, 20)
 
 
-def spoil_names(state: dict) -> None:
-    state["averages"][0]["other"] = state["averages"][0].pop("0.weight")
-
-
-def spoil_shape(state: dict) -> None:
-    state["averages"][0]["0.weight"] = torch.zeros(2)
-
-
-def spoil_dtype(state: dict) -> None:
-    state["averages"][0]["0.weight"] = state["averages"][0]["0.weight"].half()
-
-
-@pytest.mark.parametrize(
-    ("spoil", "error", "message"),
-    [
-        (lambda s: s.pop("averages"), InvalidValueError, "is not a tracker's state"),
-        (lambda s: s.update(version=2), InvalidValueError, "version 2"),
-        (lambda s: s.update(sigma_rels=[0.1]), InvalidValueError, r"profiles \(0\.1,\)"),
-        (lambda s: s.update(t_unit="images"), InvalidValueError, "'images'"),
-        (lambda s: s.update(step="zz"), InvalidValueError, "is not a tracker's state"),
-        (lambda s: s.update(t=float("nan")), InvalidValueError, "not times of one training"),
-        (lambda s: s.update(t=10**400), InvalidValueError, "is not a tracker's state"),
-        (lambda s: s.update(t=-1.0), InvalidValueError, "not times of one training"),
-        (lambda s: s.update(t_first=0.0), InvalidValueError, "not times of one training"),
-        (lambda s: s.update(averages_step=99), InvalidValueError, "not times of one training"),
-        (lambda s: s.update(max_interval=-1.0), InvalidValueError, "not times of one training"),
-        (lambda s: s.update(run_id=None), InvalidValueError, "run_id None"),
-        (lambda s: s.update(averages=[]), InvalidValueError, "is not a tracker's state"),
-        (lambda s: s["averages"][0]["0.weight"].fill_(float("nan")), NonFiniteError, r"'0\.weight'"),
-        (spoil_names, ModelMismatchError, "'0.weight'"),
-        (spoil_shape, ModelMismatchError, "'0.weight'"),
-        (spoil_dtype, ModelMismatchError, "'0.weight'"),
-    ],
-)
-def test_a_state_that_does_not_fit_is_refused(tmp_path: Path, spoil, error, message: str) -> None:  # type: ignore[no-untyped-def]
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "a", **SETTINGS) as tracker:
-        train(model, tracker, 1, 4)
-        state = tracker.state_dict()
-    spoil(state)
-    with PostHocEMA.from_model(model, tmp_path / "b", **SETTINGS) as tracker:
-        with pytest.raises(error, match=message):
-            tracker.load_state_dict(state)
-        with pytest.raises(InvalidValueError, match="is not a tracker's state"):
-            tracker.load_state_dict([])  # type: ignore[arg-type]
-        assert tracker.step == 0
-    assert not list((tmp_path / "b").glob("*.safetensors"))
-
-
 # --- from snapshots --------------------------------------------------------------------------------
 
 
@@ -379,26 +328,6 @@ def test_profiles_may_come_in_any_order(tmp_path: Path) -> None:
         state = tracker.state_dict()
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         tracker.load_state_dict(state)
-
-
-def test_torch_distributed_checkpoint_saves_and_fills_the_state(tmp_path: Path) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
-        train(model, tracker, 1, 7)
-        expected = tracker.state_dict()
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, about running without distributed
-            dcp.save({"ema": tracker}, checkpoint_id=tmp_path / "dcp")
-    with PostHocEMA.from_model(network(), tmp_path / "run", **SETTINGS) as fresh:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            dcp.load({"ema": fresh}, checkpoint_id=tmp_path / "dcp")
-        found = fresh.state_dict()
-    assert (found["run_id"], found["step"], found["t"]) == (expected["run_id"], 7, 7)
-    for ours, theirs in zip(found["averages"], expected["averages"], strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def test_frozen_or_thawed_later_a_parameter_is_named(tmp_path: Path) -> None:

@@ -1,0 +1,113 @@
+"""What the file of a tracker's own state says about itself; specified in `snapshots.format`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.decoding import decode_schedule
+from posthoc_cli.snapshots.metadata import Metadata, is_number
+
+COPY = "copy"
+"""What the names of copied tensors begin with, before the slash; those of averages begin with their sigma_rel."""
+
+
+@dataclass(frozen=True)
+class StateInfo:
+    """All of a tracker's state that is no tensor.
+
+    Attributes:
+        run_id, step, t, t_unit: the run, and how far its training is.
+        sigma_rels: the tracked profiles.
+        averages_t, averages_step: time and calls at the last update; 0 before.
+        t_first, max_interval: time of the first update, and the longest time between two since; 0 before.
+        schedule: what was chosen.
+        clock: what `ClockRecorder.state` gives.
+        snapshots: header checksums of those on disk.
+        segment: how often the model's tensors have changed, see `snapshots.segments`.
+    """
+
+    run_id: str
+    step: int
+    t: float
+    t_unit: str
+    sigma_rels: tuple[float, ...]
+    averages_t: float
+    averages_step: int
+    t_first: float
+    max_interval: float
+    schedule: fmt.TrackingSchedule
+    clock: tuple[float, ...]
+    snapshots: tuple[str, ...]
+    segment: int
+
+
+def state_metadata(info: StateInfo) -> dict[str, str]:
+    """The metadata of a state, without its checksums."""
+    # JSON has no infinity, which the clock begins with as its steepest slope.
+    clock = [None if value == math.inf else value for value in info.clock]
+    return {
+        "format": "pt",
+        "ema.format": "state",
+        "ema.version": fmt.VERSION,
+        "ema.run_id": info.run_id,
+        "ema.step": str(info.step),
+        "ema.t": repr(info.t),
+        "ema.t_unit": info.t_unit,
+        "ema.sigma_rels": json.dumps(info.sigma_rels),
+        "ema.averages_t": repr(info.averages_t),
+        "ema.averages_step": str(info.averages_step),
+        "ema.t_first": repr(info.t_first),
+        "ema.max_interval": repr(info.max_interval),
+        "ema.schedule": json.dumps(vars(info.schedule)),
+        "ema.clock_state": json.dumps(clock, allow_nan=False),
+        "ema.snapshots": json.dumps(info.snapshots),
+        "ema.segment": str(info.segment),
+    }
+
+
+def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
+    """What a state's metadata says. That its numbers are those of a training is for the tracker to check.
+
+    Raises:
+        FileFormatError: naming the file and the key.
+    """
+    reader = Metadata(path, header, "state")
+    return StateInfo(
+        run_id=reader.run_id(),
+        step=reader.integer("ema.step"),
+        t=reader.number("ema.t"),
+        t_unit=reader.text("ema.t_unit"),
+        sigma_rels=_numbers(reader, "ema.sigma_rels"),
+        averages_t=reader.number("ema.averages_t"),
+        averages_step=reader.integer("ema.averages_step"),
+        t_first=reader.number("ema.t_first"),
+        max_interval=reader.number("ema.max_interval"),
+        schedule=decode_schedule(reader),
+        clock=_numbers(reader, "ema.clock_state", null=math.inf),
+        snapshots=reader.names("ema.snapshots"),
+        segment=reader.integer("ema.segment"),
+    )
+
+
+def tensor_name(prefix: str, name: str) -> str:
+    """What a tensor is called in a state's file. No prefix has a slash in it."""
+    return f"{prefix}/{name}"
+
+
+def tensors_with(prefix: str, header: fmt.FileHeader) -> dict[str, str]:
+    """Names of a state's tensors of one kind: the model's name -> the file's."""
+    split = {full: full.partition("/") for full in header.tensors}
+    return {name: full for full, (first, _, name) in split.items() if first == prefix}
+
+
+def _numbers(reader: Metadata, key: str, null: Any = None) -> tuple[float, ...]:
+    """A JSON list of finite numbers, whole ones as such; `null` stands for nulls."""
+    values = [null if value is None else value for value in reader.json_list(key)]
+    if not all(value == math.inf or is_number(value) for value in values):
+        raise reader.bad(key, "is not a list of numbers")
+    return tuple(values)

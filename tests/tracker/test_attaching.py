@@ -1,0 +1,364 @@
+"""A tracker that follows an optimizer: which steps count, which do not, and whose optimizer it is."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from factories import exact_average
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
+
+X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
+Y = torch.randn(16, 2, generator=torch.Generator().manual_seed(2))
+
+
+def network() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Linear(3, 2)
+
+
+def attached(model: torch.nn.Module, folder: Path, optimizer: torch.optim.Optimizer, **settings: object) -> PostHocEMA:
+    defaults: dict = {"update_every": 1, "checkpoint_every": 10, "checkpoint_dtype": None, "sigma_rels": (0.05, 0.28)}
+    tracker = PostHocEMA.from_model(model, folder, **(defaults | settings))
+    tracker.attach(optimizer)
+    return tracker
+
+
+def backward(model: torch.nn.Module) -> None:
+    (model(X) - Y).square().mean().backward()
+
+
+def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    backward(model)
+    optimizer.step()
+
+
+# --- which steps count -----------------------------------------------------------------------------
+
+
+def test_averages_follow_the_optimizers_steps_without_a_call(tmp_path: Path) -> None:
+    model = network().double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    values = []
+    with attached(model, tmp_path, optimizer) as tracker:
+        for _ in range(7):
+            optimizer.zero_grad()
+            (model(X.double()) - Y.double()).square().mean().backward()
+            optimizer.step()
+            values.append(model.weight.detach().clone().numpy())
+        assert (tracker.step, tracker.t) == (7, 7)
+        with tracker.averaged(model, tracked=0.28):
+            # Seven updates in float64: each rounds by at most half a unit in the last place of values below 2.
+            assert abs(model.weight.detach().numpy() - exact_average(values, 0.28, range(1, 8))).max() < 7 * 2**-52
+
+
+def test_accumulated_gradients_make_one_step(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with attached(model, tmp_path, optimizer) as tracker:
+        for batch in range(12):
+            backward(model)
+            if batch % 4 == 3:
+                optimizer.step()
+                optimizer.zero_grad()
+        assert tracker.step == 3
+
+
+def test_a_closure_that_is_called_often_makes_one_step(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=5)
+    calls = []
+
+    def closure() -> torch.Tensor:
+        calls.append(1)
+        optimizer.zero_grad()
+        loss = (model(X) - Y).square().mean()
+        loss.backward()
+        return loss
+
+    with attached(model, tmp_path, optimizer) as tracker:
+        for _ in range(3):
+            optimizer.step(closure)
+        assert tracker.step == 3
+        assert len(calls) > 3
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("unscaled", [False, True])
+def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, fused: bool, unscaled: bool) -> None:
+    """Of a fused optimizer `step` is called even then."""
+    model = network()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with attached(model, tmp_path, optimizer) as tracker:
+        counts = []
+        for number in range(6):
+            optimizer.zero_grad()
+            loss = (model(X) - Y).square().mean() * (float("inf") if number in (1, 2) else 1.0)
+            scaler.scale(loss).backward()
+            if unscaled:
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+            counts.append(tracker.step)
+    assert counts == [1, 1, 1, 2, 3, 4]
+
+
+class ScaledSGD(torch.optim.SGD):
+    """Takes the scaler itself, as fused optimizers of other libraries do."""
+
+    _step_supports_amp_scaling = True
+
+    def step(self, closure=None, grad_scaler=None):  # type: ignore[no-untyped-def]
+        grad_scaler.unscale_(self)
+        if not sum(v.item() for v in grad_scaler._found_inf_per_device(self).values()):
+            super().step(closure)
+
+
+def test_an_optimizer_that_is_given_the_scaler_skips_too(tmp_path: Path) -> None:
+    model = network()
+    torch.optim.SGD(model.parameters())  # so that the hooks of the class below run within those of its subclass
+    optimizer = ScaledSGD(model.parameters(), lr=0.01)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    with attached(model, tmp_path, optimizer) as tracker:
+        for factor in (1.0, float("inf"), 1.0):
+            optimizer.zero_grad()
+            scaler.scale((model(X) - Y).square().mean() * factor).backward()
+            with pytest.warns(FutureWarning, match="GradScaler"):
+                scaler.step(optimizer)
+            scaler.update()
+        assert tracker.step == 2
+
+
+class Clipped(torch.optim.Adam):
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        loss = super().step(closure)
+        with torch.no_grad():
+            for group in self.param_groups:
+                for parameter in group["params"]:
+                    parameter.clamp_(-0.1, 0.1)
+        return loss
+
+
+def test_a_step_that_calls_the_one_it_overrides_counts_once_and_at_its_end(tmp_path: Path) -> None:
+    model = network()
+    torch.optim.Adam(model.parameters())  # from here on the hooks run in the inherited step, too
+    optimizer = Clipped(model.parameters(), lr=1.0)
+    with attached(model, tmp_path, optimizer) as tracker:
+        step(model, optimizer)
+        with pytest.raises(ZeroDivisionError):
+            optimizer.step(lambda: 1 / 0)  # leaves nothing behind that would confuse the next ones
+        step(model, optimizer)
+        assert tracker.step == 2
+        with tracker.averaged(model, tracked=0.28):
+            assert model.weight.abs().max() <= 0.1
+
+
+def test_a_scheduler_and_a_wrapper_of_the_optimizer_make_no_difference(tmp_path: Path) -> None:
+    class Wrapper(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+            self.calls = 0
+
+        def step(self, closure=None):  # type: ignore[no-untyped-def]
+            self.calls += 1
+            if self.calls % 2 == 0:  # as accelerate's, which accumulates gradients
+                self.optimizer.step(closure)
+
+    model = network()
+    inner = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1)
+    wrapper = Wrapper(inner)
+    with attached(model, tmp_path, wrapper) as tracker:
+        for _ in range(4):
+            backward(model)
+            wrapper.step()
+        scheduler.step()
+        assert tracker.step == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
+def test_a_compiled_step_is_followed_and_the_tracker_not_compiled(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    compiled = torch.compile(optimizer.step, backend="eager")
+    with attached(model, tmp_path, optimizer) as tracker:
+        update = tracker._attachment._update  # type: ignore[union-attr]
+        compiling = []
+
+        def watched(model: torch.nn.Module, t: float | None) -> None:
+            compiling.append(torch.compiler.is_compiling())
+            update(model, t)
+
+        tracker._attachment._update = watched  # type: ignore[union-attr]
+        for _ in range(4):
+            backward(model)
+            compiled()
+        assert compiling == [False] * 4
+        assert tracker.step == 4
+
+
+def test_a_clock_of_ones_own(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, t_unit="images") as tracker:
+        with pytest.raises(InvalidValueError, match=r"counts images; give it the clock: attach\(optimizer, t="):
+            tracker.attach(optimizer)
+        with pytest.raises(InvalidValueError, match="t 5: must be a function"):
+            tracker.attach(optimizer, t=5)  # type: ignore[arg-type]
+        seen = 0
+        tracker.attach(optimizer, t=lambda: seen)
+        for _ in range(3):
+            seen += 64
+            step(model, optimizer)
+        assert (tracker.step, tracker.t) == (3, 192)
+
+
+# --- whose optimizer -------------------------------------------------------------------------------
+
+
+def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> None:
+    model = network()
+    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with attached(model, tmp_path, first) as tracker:
+        step(model, first)
+        tracker.detach()
+        tracker.detach()
+        step(model, first)
+        assert tracker.step == 1
+        tracker.update_(model)  # by hand again
+        handle = tracker.attach(second)
+        step(model, first)
+        step(model, second)
+        assert tracker.step == 3
+        handle.remove()
+        step(model, second)
+        assert tracker.step == 3
+
+
+def test_the_same_optimizer_twice_counts_once(tmp_path: Path) -> None:
+    """A notebook's cell that runs again."""
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attached(model, tmp_path, optimizer) as tracker:
+        tracker.attach(optimizer)
+        with pytest.raises(InvalidValueError, match="must be a function"):
+            tracker.attach(optimizer, t=1)  # type: ignore[arg-type]
+        step(model, optimizer)
+        assert tracker.step == 1
+
+
+def test_of_several_optimizers_one_is_chosen(tmp_path: Path) -> None:
+    model = network()
+    first, last = torch.optim.SGD([model.weight], lr=0.1), torch.optim.Adam([model.bias])
+    with attached(model, tmp_path, first) as tracker:
+        with pytest.raises(InvalidValueError, match=r"follows another optimizer \(SGD\).*steps last.*detach\(\) first"):
+            tracker.attach(last)
+        step(model, first)
+        last.step()
+        assert tracker.step == 1
+
+
+def test_an_optimizer_that_is_gone_is_followed_no_more(tmp_path: Path) -> None:
+    model = network()
+    with attached(model, tmp_path, torch.optim.SGD(model.parameters(), lr=0.1)) as tracker:
+        gc.collect()
+        tracker.update_(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        tracker.attach(optimizer)
+        step(model, optimizer)
+        assert tracker.step == 2
+
+
+def test_a_call_by_hand_beside_the_optimizer_is_refused_not_counted_twice(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attached(model, tmp_path, optimizer) as tracker:
+        step(model, optimizer)
+        with pytest.raises(NotReadyError, match=r"follows an optimizer.*leave out either this call or attach"):
+            tracker.update_(model)
+        step(model, optimizer)
+        assert tracker.step == 2
+
+
+def test_a_closed_tracker_follows_nothing(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attached(model, tmp_path, optimizer):
+        step(model, optimizer)
+    step(model, optimizer)
+
+
+def test_it_needs_an_optimizer_and_a_model_that_is_there(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
+        with pytest.raises(InvalidValueError, match=r"a torch\.optim\.Optimizer, not Linear"):
+            tracker.attach(model)  # type: ignore[arg-type]
+        tracker.update_(model)
+    with pytest.raises(InvalidValueError, match="made without a model"):
+        PostHocEMA.from_path(tmp_path).attach(optimizer)
+    gone = PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path / "other")
+    gone.attach(optimizer)
+    with pytest.raises(NotReadyError, match="gone"):
+        optimizer.step()
+
+
+def test_the_model_is_not_kept_alive(tmp_path: Path) -> None:
+    model = network()
+    alive = weakref.ref(model)
+    tracker = PostHocEMA.from_model(model, tmp_path)
+    tracker.attach(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
+    del model
+    gc.collect()
+    assert alive() is None
+
+
+# --- errors ----------------------------------------------------------------------------------------
+
+
+def test_an_error_of_the_update_leaves_the_step_and_training_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a fused optimizer and a scaler: what the scaler leaves there must not scale the next gradients."""
+
+    def train(tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+        for number in range(4):
+            optimizer.zero_grad()
+            scaler.scale((model(X) - Y).square().mean()).backward()
+            with monkeypatch.context() as fault:
+                if tracker is not None and number == 1:
+                    fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space")))
+                with pytest.raises(WriteError, match="no space") if tracker and number == 2 else nullcontext():
+                    scaler.step(optimizer)
+                if tracker is not None:
+                    tracker._background.flush()
+            scaler.update()
+
+    plain = network()
+    train(None, plain, torch.optim.SGD(plain.parameters(), lr=0.1, fused=True))
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    with attached(model, tmp_path, optimizer, checkpoint_every=2) as tracker:
+        train(tracker, model, optimizer)
+        assert tracker.step == 4
+    assert torch.equal(model.weight, plain.weight)
+
+
+def test_a_step_to_nan_is_named_by_the_step(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with attached(model, tmp_path, optimizer) as tracker:
+        backward(model)
+        assert model.weight.grad is not None
+        model.weight.grad.fill_(float("nan"))
+        with pytest.raises(NonFiniteError, match="'weight'"):
+            optimizer.step()
+        assert tracker.step == 1

@@ -1,0 +1,505 @@
+"""A tracker's own state: as a dict, as a file, through torch.distributed.checkpoint; other settings than before."""
+
+from __future__ import annotations
+
+import copy
+import json
+import logging
+import re
+import warnings
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from ema_command import Ema
+from factories import exact_average
+from torch.distributed.checkpoint.stateful import Stateful
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    ModelMismatchError,
+    NonFiniteError,
+    OutputExistsError,
+    WriteError,
+)
+from posthoc_cli.snapshots.reader import TensorFile, read_header
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.writer import TensorFileWriter
+
+SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
+
+
+class Run:
+    """A training whose steps depend on their number only; every step's weights are kept in float64."""
+
+    def __init__(self, folder: Path, t_unit: str = "steps", **settings: object) -> None:
+        torch.manual_seed(0)
+        self.model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+        self.own_clock = t_unit != "steps"
+        self.tracker = PostHocEMA.from_model(self.model, folder, t_unit=t_unit, **(SETTINGS | settings))
+        self.weights: dict[int, np.ndarray] = {}
+
+    def train(self, first: int, last: int) -> None:
+        for step in range(first, last + 1):
+            generator = torch.Generator().manual_seed(step)
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.add_(torch.randn(parameter.shape, generator=generator))
+                for buffer in self.model.buffers():
+                    buffer.add_(1)
+            self.weights[step] = self.model[0].weight.detach().double().numpy().copy()
+            self.tracker.update_(self.model, step**1.5 if self.own_clock else None)
+        self.tracker.flush()
+
+    def goes_on_from(self, other: Run) -> None:
+        """Take over another run's model, as a training checkpoint does."""
+        self.model.load_state_dict(other.model.state_dict())
+        self.weights |= other.weights
+
+    def live(self, sigma_rel: float) -> np.ndarray:
+        with self.tracker.averaged(self.model, tracked=sigma_rel):
+            return self.model[0].weight.detach().double().numpy().copy()
+
+    def exact(self, sigma_rel: float, times: list[int]) -> np.ndarray:
+        return exact_average([self.weights[t] for t in times], sigma_rel, times)
+
+
+def contents(folder: Path) -> dict[str, dict[str, bytes]]:
+    result = {}
+    for snapshot in read_directory(folder):
+        with TensorFile(snapshot.path) as file:
+            result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
+    return result
+
+
+def same(one: object, other: object) -> bool:
+    """Whether two states are equal, tensors by value."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
+        return one.dtype == other.dtype and torch.equal(one, other)
+    return one == other
+
+
+# --- as a file -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("t_unit", ["steps", "images"])
+@pytest.mark.parametrize("interrupted_at", [1, 9, 10, 15])
+def test_going_on_from_a_file_is_exact(tmp_path: Path, interrupted_at: int, t_unit: str) -> None:
+    whole = Run(tmp_path / "whole", t_unit)
+    whole.train(1, 30)
+    first = Run(tmp_path / "parts", t_unit)
+    first.train(1, interrupted_at)
+    first.tracker.save_state(tmp_path / "state.safetensors")
+    state = first.tracker.state_dict()
+    first.tracker.close()
+    second = Run(tmp_path / "parts", t_unit)
+    second.goes_on_from(first)
+    second.tracker.load_state(tmp_path / "state.safetensors")
+    assert second.tracker.step == interrupted_at
+    assert same(second.tracker.state_dict(), state)
+    second.train(interrupted_at + 1, 30)
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    infos = [[s.info.clock for s in read_directory(tmp_path / name)] for name in ("whole", "parts")]
+    assert infos[0] == infos[1]
+
+
+def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) -> None:
+    run = Run(tmp_path)
+    run.train(1, 23)
+    path = tmp_path / "state.safetensors"
+    run.tracker.save_state(str(path))
+    run.tracker.close()
+    assert len(read_directory(tmp_path)) == 4
+    assert PostHocEMA.from_path(tmp_path).step == 20
+    assert ema("info", tmp_path).code == 0
+    found = json.loads(ema("info", path, "--json").out)
+    expected = {"kind": "state", "run": run.tracker.run_id, "step": 23, "t": 23.0, "averages_t": 22.0, "t_first": 2.0}
+    assert {key: found[key] for key in expected} == expected
+    assert (found["sigma_rels"], found["known_snapshots"], found["tensors"]) == ([0.05, 0.28], 4, 11)
+    text = ema("info", path).out
+    assert re.search(r"kind +state", text)
+    assert re.search(r"sigma rels +0\.05, 0\.28", text)
+    refused = ema("export", path, "--out", tmp_path / "out.pt")
+    assert refused.code == 1
+    assert "is a tracker's state, not weights" in refused.err
+    with pytest.raises(FileFormatError, match=r"not a state of this package: its ema\.format is 'snapshot'"):
+        PostHocEMA.from_path(tmp_path).load_state(read_directory(tmp_path)[0].path)
+
+
+def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Run(tmp_path / "run")
+    run.train(1, 4)
+    read, write = TensorFile.read, TensorFileWriter.write
+    alive: list[weakref.ref[np.ndarray]] = []
+    sizes = []
+
+    def watched_read(self: TensorFile, name: str) -> np.ndarray:
+        assert sum(ref() is not None for ref in alive) <= 1
+        data = read(self, name)
+        alive.append(weakref.ref(data))
+        return data
+
+    def watched_write(self: TensorFileWriter, name: str, data: memoryview) -> None:
+        sizes.append(data.nbytes)
+        write(self, name, data)
+
+    monkeypatch.setattr(TensorFile, "read", watched_read)
+    monkeypatch.setattr(TensorFileWriter, "write", watched_write)
+    run.tracker.save_state(tmp_path / "state")
+    run.tracker.load_state(tmp_path / "state")
+    assert len(alive) == len(sizes) == 11
+    assert max(sizes) == 4 * 12
+
+
+def test_a_state_is_replaced_when_the_new_one_is_durable_and_not_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(tmp_path / "run")
+    run.train(1, 4)
+    path = tmp_path / "state.safetensors"
+    run.tracker.save_state(path)
+    before = path.read_bytes()
+    run.train(5, 8)
+    with monkeypatch.context() as fault:
+        fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        with pytest.raises(WriteError, match="no space left"):
+            run.tracker.save_state(path)
+    assert path.read_bytes() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "state.safetensors"]
+    run.tracker.save_state(path)
+    fresh = Run(tmp_path / "run2")
+    fresh.tracker.load_state(path)
+    assert fresh.tracker.step == 8
+
+
+def test_nothing_but_a_state_is_replaced(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.train(1, 10)
+    before = contents(tmp_path / "run")
+    (tmp_path / "notes.txt").write_text("mine")
+    for path in (read_directory(tmp_path / "run")[0].path, tmp_path / "notes.txt", tmp_path / "run"):
+        with pytest.raises(OutputExistsError, match=path.name):
+            run.tracker.save_state(path)
+    assert contents(tmp_path / "run") == before
+    with pytest.raises(WriteError, match="absent"):
+        run.tracker.save_state(tmp_path / "absent" / "state")
+    with pytest.raises(InvalidValueError, match="path 5: must be"):
+        run.tracker.save_state(5)  # type: ignore[arg-type]
+
+
+def test_any_flipped_bit_and_any_truncation_is_found_and_changes_nothing(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.train(1, 7)
+    path = tmp_path / "state"
+    run.tracker.save_state(path)
+    data = path.read_bytes()
+    other = Run(tmp_path / "other")
+    other.train(1, 3)
+    before = other.tracker.state_dict()
+    payload = read_header(path).payload_start
+    places = [*range(0, payload, 61), *range(payload, len(data), 7)]
+    for damaged in [data[:k] + bytes([data[k] ^ 16]) + data[k + 1 :] for k in places] + [data[:k] for k in places]:
+        path.write_bytes(damaged)
+        with pytest.raises(FileFormatError, match="state"):
+            other.tracker.load_state(path)
+    assert same(other.tracker.state_dict(), before)
+    with pytest.raises(FileFormatError, match="absent: cannot be opened"):
+        other.tracker.load_state(tmp_path / "absent")
+
+
+def test_what_is_wrong_with_a_file_names_the_file(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    run.train(1, 4)
+    run.tracker.save_state(tmp_path / "state")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(4))
+    tracker = PostHocEMA.from_model(model, tmp_path / "other", **SETTINGS)
+    with pytest.raises(ModelMismatchError, match=r"/state: tensor '0\.weight': has the shape \[4, 3\] in the state"):
+        tracker.load_state(tmp_path / "state")
+    with pytest.raises(InvalidValueError, match=r"/state: sigma_rels: 0\.1 is none of"):
+        Run(tmp_path / "third", sigma_rels=(0.1, 0.28)).tracker.load_state(tmp_path / "state")
+
+
+# --- torch.distributed.checkpoint, torch.load ------------------------------------------------------
+
+
+@contextmanager
+def _process_group(kind: str) -> Iterator[None]:
+    if kind == "none":
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, about running without a process group
+            yield
+        return
+    dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("group", ["none", "gloo"])
+@pytest.mark.parametrize("steps", [1, 7, 15])
+def test_torch_distributed_checkpoint_saves_and_fills_all_of_the_state(tmp_path: Path, group: str, steps: int) -> None:
+    run = Run(tmp_path / "run", "images")
+    assert isinstance(run.tracker, Stateful)
+    run.train(1, steps)
+    expected = run.tracker.state_dict()
+    run.tracker.close()
+    fresh = Run(tmp_path / "run", "images")
+    with _process_group(group):
+        dcp.save({"ema": run.tracker}, checkpoint_id=tmp_path / "dcp")
+        dcp.load({"ema": fresh.tracker}, checkpoint_id=tmp_path / "dcp")
+    assert same(fresh.tracker.state_dict(), expected)
+    fresh.goes_on_from(run)
+    fresh.train(steps + 1, 20)
+    whole = Run(tmp_path / "whole", "images")
+    whole.train(1, 20)
+    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+
+
+def test_a_model_without_buffers_and_a_profile_less_through_it(tmp_path: Path) -> None:
+    """The averages are found by their sigma_rel: the first of two must not become the only one of another tracker."""
+    model = torch.nn.Linear(3, 3)
+    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
+        for _ in range(4):
+            tracker.update_(model)
+            with torch.no_grad():
+                model.weight.add_(1)
+        expected = tracker.state_dict()
+    for sigma_rel in (0.05, 0.28):
+        settings = SETTINGS | {"sigma_rels": (sigma_rel,)}
+        with PostHocEMA.from_model(model, tmp_path / "run", **settings) as fewer, _process_group("none"):
+            dcp.save({"ema": tracker}, checkpoint_id=tmp_path / f"dcp-{sigma_rel}")
+            dcp.load({"ema": fewer}, checkpoint_id=tmp_path / f"dcp-{sigma_rel}")
+            found = fewer.state_dict()
+        assert found["sigma_rels"] == [sigma_rel]
+        assert same(found["averages"], {repr(sigma_rel): expected["averages"][repr(sigma_rel)]})
+
+
+@pytest.mark.parametrize("steps", [1, 15])
+def test_torch_loads_it_weights_only_and_it_is_made_of_plain_things(tmp_path: Path, steps: int) -> None:
+    run = Run(tmp_path / "run", "images")
+    run.train(1, steps)
+    state = run.tracker.state_dict()
+
+    def plain(value: object) -> bool:
+        if isinstance(value, dict):
+            return type(value) is dict and all(type(key) is str and plain(item) for key, item in value.items())
+        if isinstance(value, list):
+            return all(map(plain, value))
+        return type(value) in (int, float, str, type(None), torch.Tensor)
+
+    assert plain(state)
+    torch.save(state, tmp_path / "state.pt")
+    assert same(torch.load(tmp_path / "state.pt", weights_only=True), state)
+
+
+# --- other settings than before --------------------------------------------------------------------
+
+
+def continued(tmp_path: Path, before: dict, after: dict, first: int, last: int) -> Run:
+    """A run of `first` steps, continued by a tracker of other settings up to `last`."""
+    early = Run(tmp_path / "run", **before)
+    early.train(1, first)
+    state = early.tracker.state_dict()
+    early.tracker.close()
+    late = Run(tmp_path / "run", **after)
+    late.goes_on_from(early)
+    late.tracker.load_state_dict(state)
+    late.train(first + 1, last)
+    return late
+
+
+def test_another_stride_keeps_the_profile_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        after = {"update_every": 5, "checkpoint_every": 5}
+        run = continued(tmp_path, {"update_every": 2, "checkpoint_every": 10}, after, 13, 40)
+    times = [*range(2, 13, 2), *range(15, 41, 5)]
+    for sigma_rel in (0.05, 0.28):
+        exact = run.exact(sigma_rel, times)
+        # Float32: an update rounds by at most 2**-24 of the largest magnitude, and there are len(times).
+        assert np.abs(run.live(sigma_rel) - exact).max() < len(times) * 2**-24 * np.abs(exact).max() * 4
+    newest = read_directory(tmp_path / "run")[-1].info
+    assert (newest.max_interval, newest.t_first, newest.t) == (5, 2, 40)
+    assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (5, 5)
+    assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 15, 20, 25, 30, 35, 40}
+    assert "update_every is 5 from here on; it was 2" in caplog.text
+    assert "checkpoint_every is 5 from here on; it was 10" in caplog.text
+
+
+def test_a_profile_may_be_left_behind_and_the_others_stay_exact(tmp_path: Path, ema: Ema) -> None:
+    three, two = {"sigma_rels": (0.05, 0.15, 0.28)}, {"sigma_rels": (0.05, 0.28)}
+    run = continued(tmp_path, three, two, 21, 40)
+    for sigma_rel in (0.05, 0.28):
+        exact = run.exact(sigma_rel, list(range(2, 41, 2)))
+        assert np.abs(run.live(sigma_rel) - exact).max() < 20 * 2**-24 * np.abs(exact).max() * 4
+    found = [(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path / "run")]
+    assert [t for t, sigma_rel in found if sigma_rel == 0.15] == [10, 20]
+    assert [t for t, sigma_rel in found if sigma_rel == 0.28] == [10, 20, 30, 40]
+    run.tracker.close()
+    assert ema("info", tmp_path / "run").code == 0  # a profile that ended is no problem
+    exact = run.exact(0.15, list(range(2, 21, 2)))
+    stored = PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15, t=20)["0.weight"].double().numpy()
+    assert np.abs(stored - exact).max() < 10 * 2**-24 * np.abs(exact).max() * 4
+    with PostHocEMA.from_path(tmp_path / "run", run.model) as again:
+        assert (again.step, again.settings.sigma_rels) == (40, (0.05, 0.28))
+
+
+def test_a_profile_may_be_left_behind_without_a_state(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.train(1, 20)
+    run.tracker.close()
+    with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones, 0\.05, 0\.28"):
+        PostHocEMA.from_path(tmp_path, run.model, sigma_rels=(0.1,))
+    with PostHocEMA.from_path(tmp_path, run.model, sigma_rels=[0.28]) as tracker:
+        run.tracker = tracker
+        run.train(21, 40)
+        exact = run.exact(0.28, list(range(2, 41, 2)))
+        assert np.abs(run.live(0.28) - exact).max() < 20 * 2**-24 * np.abs(exact).max() * 4
+    assert PostHocEMA.from_path(tmp_path).settings.sigma_rels == (0.28,)
+
+
+def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path: Path) -> None:
+    early = Run(tmp_path / "early")
+    early.train(1, 1)
+    three = Run(tmp_path / "three", sigma_rels=(0.05, 0.1, 0.28))
+    three.tracker.load_state_dict(early.tracker.state_dict())
+    three.goes_on_from(early)
+    three.train(2, 10)
+    exact = three.exact(0.1, list(range(2, 11, 2)))
+    assert np.abs(three.live(0.1) - exact).max() < 5 * 2**-24 * np.abs(exact).max() * 4
+
+    early.train(2, 4)
+    before = three.tracker.state_dict()
+    message = r"sigma_rels: 0\.1 is none of the tracked ones, 0\.05, 0\.28: an average cannot begin in mid-run"
+    with pytest.raises(InvalidValueError, match=message):
+        three.tracker.load_state_dict(early.tracker.state_dict())
+    assert same(three.tracker.state_dict(), before)
+
+
+# --- states that were tampered with ----------------------------------------------------------------
+
+NOT_OF_ONE_TRAINING = "not times of one training"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 2}, r"state: has version 2; this release reads 1"),
+        ({"version": None}, r"state: has version None"),
+        ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
+        ({"t_unit": 3}, r"state: t_unit: must be a string, not 3"),
+        ({"sigma_rels": [0.1]}, r"sigma_rels: 0\.05 is none of the tracked ones, 0\.1"),
+        ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rel nan: must"),
+        ({"sigma_rels": 7}, r"state: sigma_rels 7: must be a sequence"),
+        ({"step": "zz"}, r"state: step: must be a whole number, at least 0, not 'zz'"),
+        ({"step": -4}, r"state: step: must be a whole number, at least 0, not -4"),
+        ({"step": True}, r"state: step: must be a whole number, at least 0, not True"),
+        ({"step": 4.5}, r"state: step: must be a whole number, at least 0, not 4\.5"),
+        ({"step": torch.tensor(4)}, r"state: step: must be a whole number, at least 0, not a Tensor"),
+        ({"step": 10**5000}, r"state: step: must be a whole number, at least 0, not an? int"),
+        ({"step": 5}, r"state: clock: ends at step 4, t 4\.0; the training is at step 5"),
+        ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
+        ({"t": float("nan")}, r"state: t: must be a finite number, at least 0, not nan"),
+        ({"t": 10**5000}, r"state: t: must be a finite number, at least 0, not an? int"),
+        ({"t": -1.0}, r"state: t: must be a finite number, at least 0, not -1\.0"),
+        ({"t": 3.0}, NOT_OF_ONE_TRAINING),
+        ({"t_first": 0.0}, NOT_OF_ONE_TRAINING),
+        ({"averages_step": 99}, NOT_OF_ONE_TRAINING),
+        ({"averages_step": -1}, r"state: averages_step: must be a whole number"),
+        ({"max_interval": -1.0}, r"state: max_interval: must be a finite number"),
+        ({"max_interval": 99.0}, NOT_OF_ONE_TRAINING),
+        ({"clock": "abc"}, r"state: clock: must be a list"),
+        ({"clock": []}, r"state: clock: must be a list"),
+        ({"run_id": None}, r"state: run_id: must be a string, not None"),
+        ({"run_id": "ABC"}, r"state: run_id: must be 32 hexadecimal digits, not 'ABC'"),
+        ({"snapshots": "abc"}, r"state: snapshots: must be a list of strings, not 'abc'"),
+        ({"snapshots": [1]}, r"state: snapshots: must be a list of strings, not a list"),
+        ({"schedule": 5}, r"state: schedule: must be a dict, not 5"),
+        ({"averages": []}, r"state: averages: must be a dict, not a list"),
+        ({"averages": {}}, r"state: 0\.05: is missing"),
+        ({"averages": {"0.05": 5, "0.28": {}}}, r"state: 0\.05: must be a dict, not 5"),
+        ({"averages": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': is in the state or in the model, but not in both"),
+        ({"copies": {5: torch.zeros(1)}}, "is in the state or in the model, but not in both"),
+        ({"copies": None}, r"state: copies: must be a dict, not None"),
+    ],
+)
+def test_a_state_that_was_tampered_with_is_refused_in_one_line(tmp_path: Path, change: dict, message: str) -> None:
+    run = Run(tmp_path / "run")
+    run.train(1, 4)
+    state = run.tracker.state_dict() | change
+    other = Run(tmp_path / "other")
+    other.train(1, 3)
+    before = other.tracker.state_dict()
+    with pytest.raises((InvalidValueError, ModelMismatchError), match=message) as refused:
+        other.tracker.load_state_dict(state)
+    assert "\n" not in str(refused.value)
+    assert len(str(refused.value)) < 300
+    assert same(other.tracker.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "error", "message"),
+    [
+        (torch.zeros(2), ModelMismatchError, r"has the shape \[2\] in the state, \[4, 3\] in the model"),
+        (torch.zeros(4, 3, dtype=torch.float16), ModelMismatchError, r"is torch\.float16 in the state"),
+        (torch.full((4, 3), float("nan")), NonFiniteError, "holds nan or infinity"),
+        (torch.full((4, 3), float("inf")), NonFiniteError, "holds nan or infinity"),
+        (torch.zeros(4, 3).to_sparse(), InvalidValueError, r"is torch\.sparse_coo on cpu in the state; must be dense"),
+        (torch.zeros(4, 3, device="meta"), InvalidValueError, r"on meta in the state; must be dense"),
+        ([[0.0] * 3] * 4, InvalidValueError, "is a list in the state, and no tensor"),
+        (None, InvalidValueError, "is None in the state, and no tensor"),
+    ],
+)
+def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, tensor, error, message: str) -> None:  # type: ignore[no-untyped-def]
+    run = Run(tmp_path / "run")
+    run.train(1, 4)
+    state = copy.deepcopy(run.tracker.state_dict())
+    before = run.tracker.state_dict()
+    state["averages"]["0.28"]["0.weight"] = tensor
+    with pytest.raises(error, match=rf"tensor '0\.weight': .*{message}"):
+        run.tracker.load_state_dict(state)
+    assert same(run.tracker.state_dict(), before)
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "version", "run_id", "step", "t", "t_unit", "sigma_rels", "averages_t", "averages_step", "t_first",
+        "max_interval", "schedule", "clock", "snapshots", "averages", "copies",
+    ],
+)  # fmt: skip
+def test_an_entry_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
+    run = Run(tmp_path)
+    run.train(1, 4)
+    state = run.tracker.state_dict()
+    del state[key]
+    with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):
+        run.tracker.load_state_dict(state)
+    for wrong in ([], None, "state"):
+        with pytest.raises(InvalidValueError, match="state: must be the dict that state_dict"):
+            run.tracker.load_state_dict(wrong)  # type: ignore[arg-type]
+
+
+def test_what_the_tracker_goes_on_with_is_its_own(tmp_path: Path) -> None:
+    """Neither later updates change the state, nor the state's owner the averages."""
+    run = Run(tmp_path)
+    run.train(1, 4)
+    state = run.tracker.state_dict()
+    kept = copy.deepcopy(state)
+    run.tracker.load_state_dict(state)
+    run.train(5, 8)
+    assert same(state, kept)
+    live = run.live(0.28)
+    for tensor in state["averages"]["0.28"].values():
+        tensor.zero_()
+    assert np.array_equal(run.live(0.28), live)
