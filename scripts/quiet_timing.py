@@ -42,15 +42,15 @@ class Seconds:
         """Whether most runs were quiet."""
         return self.contended is not None and 2 * self.contended < len(self.runs)
 
+    @property
+    def mark(self) -> str:
+        """What a line of a table says about the runs that were not quiet."""
+        if self.contended == 0:
+            return ""
+        return "  load unknown" if self.contended is None else f"  {self.contended} contended"
+
     def __str__(self) -> str:
-        mark = (
-            ""
-            if self.contended == 0
-            else "  load unknown"
-            if self.contended is None
-            else f"  {self.contended} contended"
-        )
-        return f"{self.median:9.3f} s  ({min(self.runs):.3f} to {max(self.runs):.3f}){mark}"
+        return f"{self.median:9.3f} s  ({min(self.runs):.3f} to {max(self.runs):.3f}){self.mark}"
 
 
 def take_turns(

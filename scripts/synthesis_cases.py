@@ -162,7 +162,8 @@ class Layers(torch.nn.Module):
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def without_noise() -> Iterator[None]:
+    """Keep a library's warnings and prints out of the tables."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")
         yield
@@ -172,7 +173,7 @@ def ema_pytorch_synthesis(folder: Path, shapes: Shapes, snapshots: int = 20) -> 
     """`ema_pytorch` with as many float16 checkpoints of its own; what makes one average from them."""
     from ema_pytorch import PostHocEMA
 
-    with _quiet():
+    with without_noise():
         model = Layers(shapes)
         tracker = PostHocEMA(
             model,
@@ -186,7 +187,7 @@ def ema_pytorch_synthesis(folder: Path, shapes: Shapes, snapshots: int = 20) -> 
             tracker.update()
 
     def synthesize() -> object:
-        with _quiet():
+        with without_noise():
             return tracker.synthesize_ema_model(sigma_rel=0.15)
 
     return synthesize
@@ -196,7 +197,7 @@ def posthoc_ema_synthesis(folder: Path, shapes: Shapes, snapshots: int = 20) -> 
     """`posthoc_ema` with as many float16 checkpoints of its own; what makes one average from them."""
     from posthoc_ema import PostHocEMA
 
-    with _quiet():
+    with without_noise():
         model = Layers(shapes)
         tracker = PostHocEMA.from_model(
             model,
@@ -212,7 +213,7 @@ def posthoc_ema_synthesis(folder: Path, shapes: Shapes, snapshots: int = 20) -> 
             tracker.update_(model)
 
     def synthesize() -> object:
-        with _quiet(), tracker.state_dict(sigma_rel=0.15) as state:
+        with without_noise(), tracker.state_dict(sigma_rel=0.15) as state:
             return state
 
     return synthesize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import bench_synthesis
 import pytest
 import quiet_timing
-from bench_synthesis import Report
+from bench_report import Report
 from quiet_timing import Seconds, take_turns
 
 
