@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 import os
 import socket
+import time
+import weakref
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import filelock
 
 from posthoc_cli import files
 from posthoc_cli.errors import LockedError
+
+log = logging.getLogger(__name__)
 
 LOCK_NAME = ".ema.lock"
 HOLDER_NAME = ".ema.lock.holder"
@@ -21,6 +29,7 @@ class DirectoryLock:
 
     def __init__(self, directory: Path) -> None:
         self._holder = directory / HOLDER_NAME
+        self._forget: Callable[[], object] = lambda: None
         with files.reported_as_write_error(directory):
             self._lock = filelock.FileLock(directory / LOCK_NAME, blocking=False, is_singleton=False)
             try:
@@ -31,7 +40,12 @@ class DirectoryLock:
                     "or take another directory"
                 ) from None
             try:
-                self._holder.write_text(json.dumps({"host": socket.gethostname(), "process": os.getpid()}))
+                if self._holder.exists():
+                    log.warning("%s: %s died without giving it free; taken over", directory, self._named_holder())
+                own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
+                self._holder.write_text(json.dumps(own))
+                # Also where nobody releases it: at the end of the process, or of all references.
+                self._forget = weakref.finalize(self, _forget, self._holder, os.getpid())
             except BaseException:
                 self.release()
                 raise
@@ -39,15 +53,36 @@ class DirectoryLock:
     def release(self) -> None:
         """Give the lock back."""
         if self._lock.is_locked:
-            self._holder.unlink(missing_ok=True)
+            self._forget()
             self._lock.release()
 
     def _named_holder(self) -> str:
         try:
             holder = json.loads(self._holder.read_text())
-            process, host = int(holder["process"]), str(holder["host"])
-        except (OSError, ValueError, KeyError, TypeError):
+            process, host, since = int(holder["process"]), str(holder["host"]), float(holder["since"])
+        except (OSError, ValueError, KeyError, TypeError, OverflowError):
             return "another process"
+        age = f"lock taken {_age(time.time() - since)} ago" if math.isfinite(since) else "lock taken at no known time"
         if process == os.getpid() and host == socket.gethostname():
-            return f"another tracker of this process ({process})"
-        return f"process {process} on {host}"
+            return f"another tracker of this process ({process}, {age})"
+        return f"process {process} on {_shown(host)} ({age})"
+
+
+def _forget(holder: Path, process: int) -> None:
+    """Remove the note of a holder; not in a child that was forked from it."""
+    if os.getpid() == process:
+        with suppress(OSError):
+            holder.unlink(missing_ok=True)
+
+
+def _age(seconds: float) -> str:
+    """A time span in words; below 0 where the clocks of two hosts differ."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{max(0.0, seconds):.0f} s"
+
+
+def _shown(text: str) -> str:
+    """A stranger's text, with what a terminal would obey escaped."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:80])

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,7 +45,9 @@ def holder_process(directory: Path) -> Iterator[subprocess.Popen[str]]:
 
 def test_a_second_lock_in_the_same_process_is_refused_and_names_the_holder(tmp_path: Path) -> None:
     first = DirectoryLock(tmp_path)
-    with pytest.raises(LockedError, match=rf"another tracker of this process \({os.getpid()}\)") as caught:
+    with pytest.raises(
+        LockedError, match=rf"another tracker of this process \({os.getpid()}, lock taken 0 s ago\)"
+    ) as caught:
         DirectoryLock(tmp_path)
     assert str(tmp_path) in str(caught.value)
     first.release()
@@ -68,16 +72,42 @@ def test_directories_are_locked_each_on_its_own(tmp_path: Path) -> None:
         held.release()
 
 
-def test_another_process_is_named_and_its_lock_is_free_when_it_was_killed(tmp_path: Path) -> None:
+def test_another_process_is_named_and_its_lock_is_taken_over_with_a_warning_when_it_was_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     with holder_process(tmp_path) as process:
-        with pytest.raises(LockedError, match=f"process {process.pid} on "):
+        with pytest.raises(LockedError, match=rf"process {process.pid} on .* \(lock taken \d s ago\) is writing here"):
             DirectoryLock(tmp_path)
         process.kill()
         process.wait()
+        assert not caplog.records
         mine = DirectoryLock(tmp_path)
+    (record,) = caplog.records
+    assert f"process {process.pid} on " in record.getMessage()
+    assert "died without giving it free; taken over" in record.getMessage()
     with pytest.raises(LockedError, match="another tracker of this process"):
         DirectoryLock(tmp_path)
     mine.release()
+
+
+def test_a_process_that_ends_without_a_release_has_not_died(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    script = "import sys; from pathlib import Path; from posthoc_cli.snapshots.lock import DirectoryLock\n"
+    script += "held = DirectoryLock(Path(sys.argv[1]))\n"
+    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    DirectoryLock(tmp_path).release()
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(("hours", "words"), [(0.02, "72 s"), (0.5, "30 minutes"), (30, "30 hours"), (72, "3 days")])
+def test_the_age_of_a_lock_is_told_and_a_strangers_host_is_shown_escaped(
+    tmp_path: Path, hours: float, words: str
+) -> None:
+    held = DirectoryLock(tmp_path)
+    note = {"host": "h\x1b[31m", "process": 7, "since": time.time() - 3600 * hours}
+    (tmp_path / lock.HOLDER_NAME).write_text(json.dumps(note))
+    with pytest.raises(LockedError, match=rf"process 7 on h\\x1b\[31m \(lock taken {words} ago"):
+        DirectoryLock(tmp_path)
+    held.release()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"process":"x","host":1}', "\udcff"])

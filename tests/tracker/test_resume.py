@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,6 +81,30 @@ def test_going_on_from_the_state_is_exact(tmp_path: Path, interrupted_at: int) -
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     first, second = (read_directory(tmp_path / name)[-1].info for name in ("whole", "parts"))
     assert (first.t_first, first.max_interval, first.step) == (second.t_first, second.max_interval, second.step)
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_run_of_60_steps_may_be_interrupted_at_any_of_them(tmp_path: Path, device: str) -> None:
+    """Snapshots, thinned ones too, are byte for byte those of the run without interruption."""
+    settings = dict(SETTINGS, max_checkpoints=3, device=device)
+    model = network()
+    checkpoints = []
+    with PostHocEMA.from_model(model, tmp_path / "whole", **settings) as tracker:
+        for step in range(1, 61):
+            train(model, tracker, step, step)
+            state = {"model": model.state_dict(), "ema": tracker.state_dict()}
+            torch.save(state, tmp_path / f"{step}.pt")
+            shutil.copytree(tmp_path / "whole", tmp_path / str(step), ignore=shutil.ignore_patterns(".ema*"))
+            checkpoints.append(step)
+    whole = contents(tmp_path / "whole")
+    for step in checkpoints:
+        checkpoint = torch.load(tmp_path / f"{step}.pt", weights_only=True)
+        model = network()
+        model.load_state_dict(checkpoint["model"])
+        with PostHocEMA.from_model(model, tmp_path / str(step), **settings) as tracker:
+            tracker.load_state_dict(checkpoint["ema"])
+            train(model, tracker, step + 1, 60)
+        assert contents(tmp_path / str(step)) == whole
 
 
 def test_the_state_remembers_the_longest_interval(tmp_path: Path) -> None:

@@ -1,0 +1,217 @@
+"""The training's side of a tracker: calls counted, averages updated, snapshots handed to the writer."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import types
+import weakref
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from posthoc_cli.errors import ModelMismatchError, NotReadyError, PostHocError
+from posthoc_cli.profiles import ClockRecorder
+from posthoc_cli.tracker.attaching import Attachable
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.background import Background, Snapshots
+from posthoc_cli.tracker.following import follow_change
+from posthoc_cli.tracker.live import LiveSource, live_sources
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
+from posthoc_cli.tracker.recorder import Recorder
+from posthoc_cli.tracker.replicas import is_replica
+from posthoc_cli.tracker.settings import (
+    Settings,
+    next_time,
+)
+from posthoc_cli.tracker.state import (
+    load_averages,
+)
+from posthoc_cli.tracker.watching import WatchedModel
+from posthoc_cli.tracker.weights import is_swapped
+
+
+class Updating(Attachable):
+    """A tracker that a training calls; see `PostHocEMA`."""
+
+    def __init__(self, directory: Path, run_id: str, settings: Settings, tracked: TrackedModel) -> None:
+        self.checkpoint_dir = directory
+        self.run_id = run_id
+        self.settings = settings
+        self._tracked = tracked
+        self._averages = RunningAverages(settings.sigma_rels)
+        self._step = 0
+        self._t = 0.0
+        self._clock = ClockRecorder()
+        self._own_clock: bool | None = None
+        self._resumes_from_directory = False
+        self._recorder: Recorder | None = None
+        self._background: Background | None = None
+        self._device: str | None = None
+        self._watched = WatchedModel()
+        self._calling = threading.Lock()
+        self._closed = False
+        self._model: weakref.ref[torch.nn.Module] | None = None
+        self._knows_selection = True
+        self._follows = False  # the first process of a group tracks the same model
+
+    @property
+    def step(self) -> int:
+        """Calls of `update_` so far in this run."""
+        return self._step
+
+    @property
+    def t(self) -> float:
+        """Training time of the last call."""
+        return self._t
+
+    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
+        """Tell the tracker that the model has made a step. Call it after every optimizer step.
+
+        Arguments:
+            model: the model, as it is now, wrapped or bare.
+            t: training time on a clock of your own (images, tokens), growing at every call; leave it out at
+                every call for steps.
+
+        Raises:
+            NonFiniteError: a parameter holds nan or infinity (`on_nonfinite="raise"`). No average is touched. Where the
+                averages are updated beside the training, the error comes with the next call.
+            ModelMismatchError: names, shapes or dtypes have changed. No average is touched.
+            WriteError: a snapshot that was due at an earlier call could not be written; raised once. Nothing partial
+                is left, and training may go on: this call has done its work, and later snapshots are tried again.
+            NotReadyError: the tracker is closed or follows an optimizer, the model holds averaged weights, or another
+                thread is calling.
+            LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: another writer holds
+                the directory, or it holds another run, or what is in it cannot be read or is damaged.
+        """
+        check_model(model)
+        self._check_caller()
+        if is_swapped(model):
+            raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
+        if not self._calling.acquire(blocking=False):
+            raise NotReadyError("update_: another thread is calling it; call it from one thread, after every step")
+        try:
+            failure = self._failure()  # of work that was done beside the training since the last call
+            self._follows = self._follows or is_replica(model)
+            self._check_open() if self._follows else self._begin()
+            self._advance(t)
+            if not self._follows:
+                self._take_in(model)
+        finally:
+            self._calling.release()
+        if failure is not None:
+            raise failure
+
+    def flush(self) -> None:
+        """Return when every update is taken in and every snapshot that was due is durable.
+
+        Raises:
+            WriteError, NonFiniteError: what went wrong since the last call; raised once.
+        """
+        if self._background is not None:
+            self._background.flush()
+        failure = self._failure()
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """Finish as `flush`, give the directory free and follow no optimizer. Averages can still be read."""
+        self.detach()
+        self._closed = True
+        try:
+            self.flush()
+        finally:
+            if self._background is not None:
+                self._background.close()
+            if self._recorder is not None:
+                self._recorder.close()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except PostHocError:
+            if error is None:  # else the block's own error says more; this one was logged when it came
+                raise
+
+    # --- inside --------------------------------------------------------------------------------------
+
+    def _advance(self, t: float | None) -> None:
+        """Count a call."""
+        step = self._step + 1
+        self._t = next_time(self.settings, self._own_clock, self._t, step, t)
+        self._own_clock = t is not None
+        self._step = step
+        self._clock.add(step, self._t)
+
+    def _begin(self) -> None:
+        """At the first update: become the directory's writer and, in a resumed run, load its averages."""
+        self._check_open()
+        recorder = self._open_recorder(self.run_id)
+        if self._resumes_from_directory:
+            self._averages, self._clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
+            self._step, self._t = self._averages.step, self._averages.t
+            recorder.set_aside_others(self._t)
+            self._resumes_from_directory = False
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise NotReadyError(f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path")
+
+    def _open_recorder(self, run_id: str) -> Recorder:
+        if self._recorder is None:
+            recorder = Recorder(self.checkpoint_dir)
+            try:
+                recorder.check_run(run_id)
+            except BaseException:
+                recorder.close()
+                raise
+            self._recorder = recorder
+        return self._recorder
+
+    def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
+        """The model's tensors, after a check that they are those that are tracked; `frozen_too`: frozen meanwhile."""
+        lenient = frozen_too or not self._knows_selection
+        known = frozenset(self._tracked.tensors.keys() | self._tracked.aliases.keys()) if lenient else None
+        tensors = collect_tensors(model, self.settings.selection, also=known)
+        try:
+            self._tracked.check(TrackedModel.of_model(tensors))
+        except ModelMismatchError:
+            if self.settings.on_change != "follow":
+                raise
+            if self._background is not None:
+                self._background.flush()  # what is still to be written is of the tensors as they were
+            self._tracked = follow_change(self._averages, self._tracked, tensors)
+        return tensors
+
+    def _take_in(self, model: torch.nn.Module) -> None:
+        """Do what is due at this call."""
+        due = None
+        if self.settings.snapshot_is_due(self._step):
+            due = Snapshots(partial(self._live_sources, copy.deepcopy(self._clock)), self._write_snapshots)
+        if self.settings.update_is_due(self._step):
+            tensors, changed = self._watched.tensors(model, self._collect)
+            background = self._working(tensors.averaged)
+            background.update(self._averages, tensors, changed, self._t, self._step, due)
+        elif due is not None and self._averages.exist and self._background is not None:
+            self._background.write(self._averages, due)
+
+    def _working(self, parameters: Mapping[str, torch.Tensor]) -> Background:
+        if self._background is None:
+            on_host = all(parameter.device.type == "cpu" for parameter in parameters.values())
+            self._background = Background(self.settings, (self._device or ("model" if on_host else "cpu")) == "cpu")
+        return self._background
+
+    def _failure(self) -> Exception | None:
+        return None if self._background is None else self._background.take_error()
+
+    def _write_snapshots(self, sources: Sequence[LiveSource], weights: Mapping[str, torch.Tensor] | None) -> None:
+        recorder = self._open_recorder(self.run_id)
+        recorder.write(sources, weights)
+        recorder.thin(self.settings.schedule.max_checkpoints, self.settings.schedule.sigma_range)
+
+    def _live_sources(self, clock: ClockRecorder | None = None) -> list[LiveSource]:
+        return live_sources(self.run_id, self.settings, self._tracked, self._averages, clock or self._clock)
