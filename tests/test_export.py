@@ -27,7 +27,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.export import LAYOUTS, export_file, layout_of, output_exists, parse_size, write_synthesis
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_output
+from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -48,11 +48,11 @@ def write_output(
     path: Path, tensors: Mapping[str, torch.Tensor] = WEIGHTS, copies: tuple[str, ...] = ("var", "count")
 ) -> Path:
     """A file as a synthesis writes it."""
-    info = fmt.OutputInfo(
+    info = OutputInfo(
         RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x", 1.0),), copies
     )
     specs = [fmt.TensorSpec(name, stored_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
-    with TensorFileWriter(path, specs, fmt.output_metadata(info), overwrite=True) as writer:
+    with TensorFileWriter(path, specs, output_metadata(info), overwrite=True) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor_bytes(tensor))
         writer.commit()

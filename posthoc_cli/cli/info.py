@@ -12,7 +12,8 @@ from posthoc_cli.cli import output
 
 if TYPE_CHECKING:
     from posthoc_cli.reconstruction import Measurements
-    from posthoc_cli.snapshots.format import FileHeader, OutputInfo
+    from posthoc_cli.snapshots.format import FileHeader
+    from posthoc_cli.snapshots.outputs import OutputInfo
     from posthoc_cli.snapshots.reader import Snapshot
     from posthoc_cli.snapshots.store import Inspection
 
@@ -107,7 +108,8 @@ def _relative_rounding(measured: Measurements | None) -> float | None:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """What a file holds: the object that --json prints."""
-    from posthoc_cli.snapshots.decoding import decode_output, decode_snapshot, file_kind
+    from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+    from posthoc_cli.snapshots.outputs import decode_output
     from posthoc_cli.snapshots.reader import Snapshot, read_header
 
     header = read_header(path)

@@ -15,6 +15,7 @@ from posthoc_cli.export.layouts import DEFAULT_SHARD_SIZE, layout_of, make_sink,
 from posthoc_cli.export.sharded import SHARD_PATTERN
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_from_bytes, torch_dtype
 from posthoc_cli.synthesis import Progress
@@ -67,7 +68,7 @@ def export_file(
             info = _with_copies(info, renamed)
         added = {} if base is None else _read_base(stack, base, wanted, renamed)
         tensors = renamed | added
-        metadata = {"format": "pt"} if info is None else fmt.output_metadata(info)
+        metadata = {"format": "pt"} if info is None else output_metadata(info)
         specs = [fmt.TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
         with make_sink(layout, out, specs, metadata, overwrite, limit) as sink:
             for name, tensor in tensors.items():
@@ -113,7 +114,7 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 
 def _read_source(
     stack: ExitStack, source: Path, dtype: torch.dtype | None
-) -> tuple[dict[str, _PlannedTensor], fmt.OutputInfo | None]:
+) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """The tensors of the file to export, under all their names, and what it says about itself."""
     file = stack.enter_context(TensorFile(source))
     kind = decoding.file_kind(file.header)
@@ -121,14 +122,14 @@ def _read_source(
         return _read_snapshot(file, dtype)
     if kind == "state":
         raise FileFormatError(f"{source}: is a tracker's state, not weights; export a snapshot, or a synthesis")
-    info = decoding.decode_output(source, file.header) if kind == "output" else None
+    info = decode_output(source, file.header) if kind == "output" else None
     if info is None:
         return {name: _plan(file, name, "other", dtype) for name in file.header.tensors}, None
     roles = {name: "copy" if name in info.copies else "average" for name in file.header.tensors}
     return {name: _plan(file, name, role, dtype) for name, role in roles.items()}, info
 
 
-def _read_snapshot(file: TensorFile, dtype: torch.dtype | None) -> tuple[dict[str, _PlannedTensor], fmt.OutputInfo]:
+def _read_snapshot(file: TensorFile, dtype: torch.dtype | None) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
     snapshot = decoding.decode_snapshot(file.path, file.header)
     names = {name: name for name in snapshot.tensors} | snapshot.aliases
     tensors = {}
@@ -136,7 +137,7 @@ def _read_snapshot(file: TensorFile, dtype: torch.dtype | None) -> tuple[dict[st
         tracked = snapshot.tensors[name]
         stored = tracked.dtype if tracked.role == "copy" or dtype is None else stored_name(dtype)
         tensors[alias] = _PlannedTensor(file, name, stored, tracked.role)
-    info = fmt.OutputInfo(
+    info = OutputInfo(
         run_id=snapshot.run_id,
         profile=f"sigma_rel {snapshot.sigma_rel!r}",
         sigma_rel=snapshot.sigma_rel,
@@ -157,9 +158,9 @@ def _plan(file: TensorFile, name: str, role: str, dtype: torch.dtype | None) -> 
     return _PlannedTensor(file, name, own if keeps or dtype is None else stored_name(dtype), role)
 
 
-def _with_copies(info: fmt.OutputInfo, tensors: Mapping[str, _PlannedTensor]) -> fmt.OutputInfo:
+def _with_copies(info: OutputInfo, tensors: Mapping[str, _PlannedTensor]) -> OutputInfo:
     copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
-    return fmt.OutputInfo(**{**vars(info), "copies": copies})
+    return OutputInfo(**{**vars(info), "copies": copies})
 
 
 def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> dict[str, _PlannedTensor]:

@@ -17,7 +17,7 @@ import xxhash
 import posthoc_cli
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_output
+from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis import DiskSource, Plan, Source
 from posthoc_cli.synthesis.division import Part
@@ -48,7 +48,7 @@ class PartFile:
 
     path: Path
     part: Part
-    info: fmt.OutputInfo
+    info: OutputInfo
     specs: tuple[fmt.TensorSpec, ...]
     plan_id: str
 
@@ -60,7 +60,7 @@ class PartFile:
     @cached_property
     def metadata(self) -> dict[str, str]:
         """Strings for its header."""
-        return fmt.output_metadata(self.info) | {
+        return output_metadata(self.info) | {
             "ema.part": str(self.part),
             "ema.plan": self.plan_id,
             "ema.release": posthoc_cli.__version__,
@@ -85,7 +85,7 @@ class PartFile:
             raise FileFormatError(f"{self.path}: does not hold the tensors of part {self.part}")
         return header
 
-    def _difference(self, metadata: Mapping[str, str], found: fmt.OutputInfo) -> str | None:
+    def _difference(self, metadata: Mapping[str, str], found: OutputInfo) -> str | None:
         """What tells the file from this part, in words; None for nothing."""
         words = (
             ("ema.part", "it is part"), ("ema.release", "it was made by release"), ("ema.run_id", "its run is"),
@@ -139,7 +139,7 @@ def source_checksum(source: Source) -> str:
     return source.snapshot.header.metadata["ema.checksum"]
 
 
-def _same_coefficients(found: fmt.OutputInfo, expected: fmt.OutputInfo) -> bool:
+def _same_coefficients(found: OutputInfo, expected: OutputInfo) -> bool:
     pairs = [[c for _, c in info.snapshots if c] for info in (found, expected)]
     if len(pairs[0]) != len(pairs[1]):
         return False

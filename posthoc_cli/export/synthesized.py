@@ -11,7 +11,7 @@ import torch
 from posthoc_cli import files
 from posthoc_cli.export.layouts import DEFAULT_SHARD_SIZE, Sink, layout_of, make_sink, parse_size
 from posthoc_cli.export.space import check_space
-from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.outputs import output_metadata
 from posthoc_cli.synthesis import Plan, Progress, place_synthesis
 from posthoc_cli.synthesis.plan import names_by_tensor
 from posthoc_cli.synthesis.tiles import Tile
@@ -50,7 +50,7 @@ def write_synthesis(
             stack.enter_context(files.new_directory(folder))
         sinks = []
         for index, path in enumerate(paths):
-            metadata = fmt.output_metadata(plan.output_info(index))
+            metadata = output_metadata(plan.output_info(index))
             sink = make_sink(layout_of(path, layout), path, specs, metadata, overwrite, limit)
             sinks.append(stack.enter_context(sink))
         fill_sinks(plan, sinks, dtype, device, progress, accumulate, workers)

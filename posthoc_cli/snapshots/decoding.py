@@ -25,7 +25,6 @@ from posthoc_cli.snapshots.selection import BUFFERS, Selection
 __all__ = [
     "decode_checksums",
     "decode_header",
-    "decode_output",
     "decode_schedule",
     "decode_snapshot",
     "file_kind",
@@ -89,33 +88,6 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
     )
     _check_profile(path, info)
     return replace(info, clock=_decode_clock(reader, info), measurements=_decode_measurements(reader, info))
-
-
-def decode_output(path: Path, header: fmt.FileHeader) -> fmt.OutputInfo:
-    """What a synthesized file's metadata says.
-
-    Raises:
-        FileFormatError: naming the file and the key.
-    """
-    reader = Metadata(path, header, "output")
-    snapshots = []
-    for item in reader.json_list("ema.snapshots"):
-        if not (isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))):
-            raise FileFormatError(f"{path}: ema.snapshots must list files with their coefficients")
-        snapshots.append((item["file"], float(item["coefficient"])))
-    return fmt.OutputInfo(
-        run_id=reader.run_id(),
-        profile=reader.text("ema.profile"),
-        sigma_rel=reader.optional_number("ema.sigma_rel"),
-        gamma=reader.optional_number("ema.gamma"),
-        t=reader.number("ema.t"),
-        t_unit=reader.text("ema.t_unit"),
-        method=reader.text("ema.method"),
-        profile_error=reader.number("ema.profile_error"),
-        predicted_error=reader.optional_number("ema.predicted_error"),
-        snapshots=tuple(snapshots),
-        copies=reader.names("ema.copies"),
-    )
 
 
 def decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:

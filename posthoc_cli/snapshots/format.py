@@ -228,25 +228,6 @@ class SnapshotInfo:
         return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
 
 
-@dataclass(frozen=True)
-class OutputInfo:
-    """Everything that a synthesized file says about itself."""
-
-    run_id: str
-    profile: str
-    """What was asked for, in words."""
-    sigma_rel: float | None
-    gamma: float | None
-    t: float
-    t_unit: str
-    method: str
-    profile_error: float
-    predicted_error: float | None
-    snapshots: tuple[tuple[str, float], ...]
-    """File name and coefficient of each snapshot."""
-    copies: tuple[str, ...] = ()
-
-
 def parse_dtype_word(word: str) -> str | None:
     """The safetensors name of a user's word for a dtype; None for "keep", each tensor's own.
 
@@ -280,14 +261,14 @@ def encode_header(
 ) -> bytes:
     """The file's first bytes, up to the payload. Their number depends on the checksums' lengths only."""
     full = dict(metadata)
-    full["ema.checksums"] = _compact(checksums)
+    full["ema.checksums"] = compact(checksums)
     full["ema.checksum"] = "0" * CHECKSUM_DIGITS
     header: dict[str, Any] = {"__metadata__": full}
     for name, entry in entries.items():
         offsets = [entry.begin, entry.begin + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
     try:
-        text = _compact(header).encode()
+        text = compact(header).encode()
     except UnicodeEncodeError as error:
         near = str(error.object)[max(0, error.start - 40) : error.end + 40]
         raise InvalidValueError(f"a name or value cannot be written in UTF-8: {near!r}") from error
@@ -314,46 +295,26 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         "ema.run_id": info.run_id,
         "ema.sigma_rel": repr(info.sigma_rel),
         "ema.gamma": repr(info.gamma),
-        "ema.sigma_rels": _compact(list(info.sigma_rels)),
+        "ema.sigma_rels": compact(list(info.sigma_rels)),
         "ema.t": repr(info.t),
         "ema.t_unit": info.t_unit,
         "ema.step": str(info.step),
         "ema.t_first": repr(info.t_first),
         "ema.max_interval": repr(info.max_interval),
-        "ema.schedule": _compact(vars(info.schedule)),
-        "ema.tensors": _compact({name: vars(tensor) for name, tensor in info.tensors.items()}),
-        "ema.aliases": _compact(info.aliases),
-        "ema.left_out": _compact(list(info.left_out)),
+        "ema.schedule": compact(vars(info.schedule)),
+        "ema.tensors": compact({name: vars(tensor) for name, tensor in info.tensors.items()}),
+        "ema.aliases": compact(info.aliases),
+        "ema.left_out": compact(list(info.left_out)),
     }
     if info.selection is not None:
-        metadata["ema.selection"] = _compact(vars(info.selection))
+        metadata["ema.selection"] = compact(vars(info.selection))
     if info.segment:
         metadata["ema.segment"] = str(info.segment)
     if info.clock:
-        metadata["ema.clock"] = _compact(info.clock)
+        metadata["ema.clock"] = compact(info.clock)
     if info.measurements is not None:
-        metadata["ema.measurements"] = _compact(asdict(info.measurements))
+        metadata["ema.measurements"] = compact(asdict(info.measurements))
     return metadata
-
-
-def output_metadata(info: OutputInfo) -> dict[str, str]:
-    """The metadata of a synthesized file, without its checksums."""
-    return {
-        "format": "pt",
-        "ema.format": "output",
-        "ema.version": VERSION,
-        "ema.run_id": info.run_id,
-        "ema.profile": info.profile,
-        "ema.sigma_rel": _compact(info.sigma_rel),
-        "ema.gamma": _compact(info.gamma),
-        "ema.t": repr(info.t),
-        "ema.t_unit": info.t_unit,
-        "ema.method": info.method,
-        "ema.profile_error": repr(info.profile_error),
-        "ema.predicted_error": _compact(info.predicted_error),
-        "ema.snapshots": _compact([{"file": name, "coefficient": c} for name, c in info.snapshots]),
-        "ema.copies": _compact(list(info.copies)),
-    }
 
 
 def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:
@@ -367,5 +328,6 @@ def blank_checksums(nbytes: int) -> str:
     return "0" * (CHECKSUM_DIGITS * -(-nbytes // BLOCK_BYTES))
 
 
-def _compact(value: object) -> str:
+def compact(value: object) -> str:
+    """JSON without spaces."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)

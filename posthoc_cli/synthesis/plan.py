@@ -16,7 +16,8 @@ from posthoc_cli.errors import InexactError, InvalidValueError
 from posthoc_cli.planning import Candidate, error_curve, ranges_text
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorSpec, parse_dtype_word
+from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, parse_dtype_word
+from posthoc_cli.snapshots.outputs import OutputInfo
 from posthoc_cli.snapshots.priors import run_clock
 from posthoc_cli.snapshots.segments import of_segment_at
 from posthoc_cli.synthesis.sources import Source, source_prior

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_header, decode_output, decode_snapshot
+from posthoc_cli.snapshots.decoding import decode_header, decode_snapshot
+from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
@@ -236,11 +237,11 @@ def test_what_a_snapshot_says_comes_back_exactly(
 
 @pytest.mark.parametrize("predicted_error", [None, 1.5e-4])
 def test_what_an_output_says_comes_back_exactly(predicted_error: float | None) -> None:
-    info = fmt.OutputInfo(
+    info = OutputInfo(
         RUN_ID, "sigma_rel 0.15", 0.15, exact_gamma(0.15), 1e15 / 3, "tokens", "paper", 1e-3, predicted_error,
         (("a.safetensors", 1 / 3), ("b.safetensors", -2e-17)), ("norm.running_mean",),
     )  # fmt: skip
-    start = fmt.encode_header({}, fmt.output_metadata(info), {})
+    start = fmt.encode_header({}, output_metadata(info), {})
     assert decode_output(Path("x"), decode_header(Path("x"), start, len(start))) == info
 
 
@@ -295,9 +296,9 @@ def test_a_header_that_readers_would_refuse_is_not_written(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
 def test_a_number_that_json_lacks_is_never_written(number: float) -> None:
-    info = fmt.OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, 7.0, 1.0, "steps", "paper", 0.0, None, (("a", number),))
+    info = OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, 7.0, 1.0, "steps", "paper", 0.0, None, (("a", number),))
     with pytest.raises(ValueError, match="JSON"):
-        fmt.output_metadata(info)
+        output_metadata(info)
 
 
 # --- words for dtypes ------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes, tensor_from_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -39,7 +40,7 @@ def small_snapshot(directory: Path) -> Path:
 
 
 def small_output(directory: Path) -> Path:
-    info = fmt.OutputInfo(
+    info = OutputInfo(
         RUN_ID,
         "sigma_rel 0.1",
         0.1,
@@ -54,7 +55,7 @@ def small_output(directory: Path) -> Path:
     )
     path = directory / "output.safetensors"
     specs = [fmt.TensorSpec("a", "F32", (2,)), fmt.TensorSpec("b", "I16", (1,))]
-    with TensorFileWriter(path, specs, fmt.output_metadata(info)) as writer:
+    with TensorFileWriter(path, specs, output_metadata(info)) as writer:
         for name, value in VALUES.items():
             writer.write(name, tensor_bytes(value))
         writer.commit()
@@ -66,7 +67,7 @@ def read_everything(path: Path) -> tuple[object, dict[str, bytes]]:
     with TensorFile(path) as file:
         kinds: dict[str | None, Callable[..., object]] = {
             "snapshot": decoding.decode_snapshot,
-            "output": decoding.decode_output,
+            "output": decode_output,
         }
         info = kinds[decoding.file_kind(file.header)](path, file.header)
         return info, {name: file.read(name).tobytes() for name in file.header.tensors}

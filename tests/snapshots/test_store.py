@@ -21,6 +21,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, WriteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import store
+from posthoc_cli.snapshots.outputs import OutputInfo, output_metadata
 from posthoc_cli.snapshots.priors import with_sampled_measurements
 from posthoc_cli.snapshots.store import (
     StoredSnapshot,
@@ -46,8 +47,8 @@ def write_times(directory: Path, times: list[float], sigma_rels: tuple[float, ..
 
 
 def write_output(path: Path) -> None:
-    info = fmt.OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 0.0, None, ())
-    with TensorFileWriter(path, [], fmt.output_metadata(info)) as writer:
+    info = OutputInfo(RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 0.0, None, ())
+    with TensorFileWriter(path, [], output_metadata(info)) as writer:
         writer.commit()
 
 

@@ -1,0 +1,76 @@
+"""What a synthesized file says about itself; specified in `snapshots.format`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.metadata import Metadata, is_number
+
+
+@dataclass(frozen=True)
+class OutputInfo:
+    """Everything that a synthesized file says about itself."""
+
+    run_id: str
+    profile: str
+    """What was asked for, in words."""
+    sigma_rel: float | None
+    gamma: float | None
+    t: float
+    t_unit: str
+    method: str
+    profile_error: float
+    predicted_error: float | None
+    snapshots: tuple[tuple[str, float], ...]
+    """File name and coefficient of each snapshot."""
+    copies: tuple[str, ...] = ()
+
+
+def output_metadata(info: OutputInfo) -> dict[str, str]:
+    """The metadata of a synthesized file, without its checksums."""
+    return {
+        "format": "pt",
+        "ema.format": "output",
+        "ema.version": fmt.VERSION,
+        "ema.run_id": info.run_id,
+        "ema.profile": info.profile,
+        "ema.sigma_rel": fmt.compact(info.sigma_rel),
+        "ema.gamma": fmt.compact(info.gamma),
+        "ema.t": repr(info.t),
+        "ema.t_unit": info.t_unit,
+        "ema.method": info.method,
+        "ema.profile_error": repr(info.profile_error),
+        "ema.predicted_error": fmt.compact(info.predicted_error),
+        "ema.snapshots": fmt.compact([{"file": name, "coefficient": c} for name, c in info.snapshots]),
+        "ema.copies": fmt.compact(list(info.copies)),
+    }
+
+
+def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
+    """What a synthesized file's metadata says.
+
+    Raises:
+        FileFormatError: naming the file and the key.
+    """
+    reader = Metadata(path, header, "output")
+    snapshots = []
+    for item in reader.json_list("ema.snapshots"):
+        if not (isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))):
+            raise FileFormatError(f"{path}: ema.snapshots must list files with their coefficients")
+        snapshots.append((item["file"], float(item["coefficient"])))
+    return OutputInfo(
+        run_id=reader.run_id(),
+        profile=reader.text("ema.profile"),
+        sigma_rel=reader.optional_number("ema.sigma_rel"),
+        gamma=reader.optional_number("ema.gamma"),
+        t=reader.number("ema.t"),
+        t_unit=reader.text("ema.t_unit"),
+        method=reader.text("ema.method"),
+        profile_error=reader.number("ema.profile_error"),
+        predicted_error=reader.optional_number("ema.predicted_error"),
+        snapshots=tuple(snapshots),
+        copies=reader.names("ema.copies"),
+    )
