@@ -60,11 +60,11 @@ class Group:
 Layout = tuple[Group, ...]
 
 
-def lay_out(tensors: Mapping[str, torch.Tensor], device: torch.device | None = None) -> Layout:
-    """Group tensors; `device` is where the buffers will be, None for each tensor's own."""
+def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
+    """Group tensors by device and dtype."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
     for name, tensor in tensors.items():
-        groups[device or tensor.device, tensor.dtype].append(name)
+        groups[tensor.device, tensor.dtype].append(name)
     return tuple(
         Group(
             where,

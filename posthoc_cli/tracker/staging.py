@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.tracker.layout import BlockReader, FlatTensors, Layout, lay_out
+from posthoc_cli.tracker.layout import BlockReader, FlatTensors, Group, Layout, lay_out
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,51 +48,53 @@ class Stager:
     def __init__(self) -> None:
         self._free: list[Staged] = []
         self._lock = threading.Lock()
-        self._on_device: dict[torch.device, tuple[Layout, FlatTensors]] = {}
+        self._known: tuple[Mapping[str, torch.Tensor], Layout] | None = None
+        self._on_device: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
         self._streams: dict[torch.device, Any] = {}
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def stage(self, tensors: Mapping[str, torch.Tensor]) -> Staged:
         """A copy of tensors as they are now; give it back by `give_back`."""
-        layout = lay_out(tensors, torch.device("cpu"))
-        staged = self._buffers(layout, pinned=any(tensor.is_cuda for tensor in tensors.values()))
-        devices = {tensor.device for tensor in tensors.values()}
-        events = []
-        for device in devices:
-            own = {name: tensor.detach() for name, tensor in tensors.items() if tensor.device == device}
-            event = self._copy(own, staged.values.views, device)
-            events += [] if event is None else [event]
-        return replace(staged, events=tuple(events))
+        if self._known is None or self._known[0] is not tensors:
+            self._known = tensors, lay_out(tensors)
+        layout = self._known[1]
+        staged = self._buffers(layout)
+        copied = [self._copy(group, tensors, room) for group, room in zip(layout, staged.values.flats, strict=True)]
+        return replace(staged, events=tuple(event for event in copied if event is not None))
 
     def give_back(self, staged: Staged) -> None:
         """The copy is no longer needed; from any thread."""
         with self._lock:
             self._free = [replace(staged, events=())]  # one is enough, and old layouts go
 
-    def _buffers(self, layout: Layout, pinned: bool) -> Staged:
+    def _buffers(self, layout: Layout) -> Staged:
+        host = tuple(replace(group, device=torch.device("cpu")) for group in layout)
         with self._lock:
             for index, staged in enumerate(self._free):
-                if staged.layout == layout:
+                if staged.layout == host:
                     return self._free.pop(index)
-        return Staged(layout, FlatTensors(layout, wide=False, pinned=pinned))
+        pinned = any(group.device.type == "cuda" for group in layout)
+        return Staged(host, FlatTensors(host, wide=False, pinned=pinned))
 
-    def _copy(self, tensors: Mapping[str, torch.Tensor], room: Mapping[str, torch.Tensor], device: torch.device) -> Any:
+    def _copy(self, group: Group, tensors: Mapping[str, torch.Tensor], room: torch.Tensor) -> Any:
         """Copy tensors of one device to the host; returns the event after which they are there, None for now."""
-        if device.type != "cuda":
-            torch._foreach_copy_([room[name] for name in tensors], list(tensors.values()))
+        values = [tensors[name].detach() for name in group.names]
+        if group.device.type != "cuda":
+            torch._foreach_copy_([view for _, view in group.views(room)], values)
             return None
         cuda: Any = torch.cuda
-        layout = lay_out(tensors)
-        if device not in self._on_device or self._on_device[device][0] != layout:
-            self._on_device[device] = layout, FlatTensors(layout, wide=False)
-        _, buffers = self._on_device[device]
-        stream = self._streams.setdefault(device, cuda.Stream(device))
-        training = cuda.current_stream(device)
+        if group.device not in self._streams:
+            self._streams[group.device] = cuda.Stream(group.device)
+        stream = self._streams[group.device]
+        training = cuda.current_stream(group.device)
         training.wait_stream(stream)  # the buffer's last copy may still be on its way to the host
-        torch._foreach_copy_([buffers.views[name] for name in tensors], list(tensors.values()))
+        buffer = self._on_device.get((group.device, group.dtype))
+        if buffer is None or buffer.numel() != group.elements:
+            buffer = torch.empty(group.elements, dtype=group.dtype, device=group.device)
+            self._on_device[group.device, group.dtype] = buffer
+        torch._foreach_copy_([view for _, view in group.views(buffer)], values)
         stream.wait_stream(training)
         with cuda.stream(stream):
-            for name, view in buffers.views.items():
-                room[name].copy_(view, non_blocking=True)
+            room.copy_(buffer, non_blocking=True)
         return stream.record_event()
