@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakSet
 
 import torch
 
@@ -107,6 +109,7 @@ class Background:
             "writing snapshots", "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every)
         )
         self._reader: BlockReader | None = None
+        _at_work.add(self)
 
     def update(
         self,
@@ -213,6 +216,16 @@ class Background:
 
         with self._write_pace.waiting():
             self._writes.submit(job)
+
+
+_at_work: WeakSet[Background] = WeakSet()
+
+
+@atexit.register
+def finish() -> None:
+    """Finish what is under way when the process ends; a job keeps its own alive."""
+    for background in list(_at_work):
+        background.flush()
 
 
 def _divisor(whole: int, least: float) -> int:

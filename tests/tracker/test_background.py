@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -247,6 +249,42 @@ def test_two_threads_must_not_call_at_once(tmp_path: Path, monkeypatch: pytest.M
 def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match=r"'cpu' .* or 'model'"):
         PostHocEMA.from_model(network(), tmp_path, device="cuda")
+
+
+SCRIPT = """
+import os, sys, torch
+from posthoc_cli import PostHocEMA
+model = torch.nn.Linear(700, 700)
+tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=3, device=sys.argv[2])
+for _ in range(6):
+    tracker.update_(model)
+if len(sys.argv) > 3 and os.fork() == 0:
+    sys.exit()
+raise SystemExit(7)
+"""
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+@pytest.mark.parametrize("fork", [[], ["fork"]])
+def test_a_process_that_ends_finishes_what_is_under_way(tmp_path: Path, device: str, fork: list[str]) -> None:
+    """Also what a job would have begun; and a child that was forked has nothing to finish and does not wait for it."""
+    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), device, *fork], timeout=120, check=False)
+    assert done.returncode == 7
+    assert [s.info.t for s in read_directory(tmp_path)] == [3, 3, 6, 6]
+
+
+def test_threads_end_with_their_tracker(tmp_path: Path) -> None:
+    model = network()
+    before = set(threading.enumerate())
+    tracker = PostHocEMA.from_model(model, tmp_path, device="cpu", **SETTINGS)
+    train(model, tracker, 1, 8)
+    tracker.flush()
+    begun = set(threading.enumerate()) - before
+    assert len(begun) == 2
+    del tracker
+    for thread in begun:
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 # --- waiting ---------------------------------------------------------------------------------------
