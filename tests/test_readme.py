@@ -9,12 +9,14 @@ import pytest
 import torch
 from ema_command import Ema
 
+from posthoc_cli import PostHocEMA
+
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
 def test_the_hook_in_ten_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = torch.nn.Linear(4, 4)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     evaluated = []
@@ -36,6 +38,33 @@ def test_the_hook_in_ten_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (averaged,) = evaluated
     assert torch.equal(model.weight, averaged)
     assert len(list((tmp_path / "run" / "ema").glob("*.safetensors"))) == 2
+
+
+def test_the_lines_for_inside_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    _, block = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    evaluated = []
+
+    def evaluate(network: torch.nn.Module) -> None:
+        assert not network.training
+        evaluated.append(network[0].weight.detach().clone())  # type: ignore[index]
+
+    with PostHocEMA.from_model(model, "run/ema", update_every=1) as ema:
+        for _ in range(20):
+            with torch.no_grad():
+                model[0].weight += 0.1
+            ema.update_(model)
+        last = model[0].weight.detach().clone()
+        loader = torch.randn(5, 8, 4)
+        exec(compile(block, "README.md", "exec"), locals())
+        for found, tracked in zip([evaluated[1], model[0].weight], [0.05, 0.05], strict=True):
+            assert torch.allclose(found, ema.state_dict(sigma_rel=tracked)["0.weight"], rtol=1e-5)
+        assert float((evaluated[0] - evaluated[1]).abs().min()) > 0.1
+        assert not torch.equal(model[0].weight, last)
+        optimizer.step()
+        assert ema.step == 21
 
 
 def test_every_command_line_in_the_readme_is_accepted(

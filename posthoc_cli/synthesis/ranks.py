@@ -115,6 +115,8 @@ class Ranks:
             lost = lost or gone
         finally:
             self._leaving.set()
+            # A thread that is inside the store when the interpreter ends takes the process down with it.
+            self._thread.join(FAREWELL)
         if lost is not None and isinstance(error, SystemExit):
             raise lost from None
 
