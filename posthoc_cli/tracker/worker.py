@@ -30,10 +30,10 @@ class Worker:
         self._lock = threading.Lock()
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Do `job` later; waits while too many others are under way."""
+        """Do `job` later; waits while too many others are under way. Where no thread can be had, do it now."""
         while len(self._jobs) >= self._most:
             self._take_oldest()
-        self._jobs.append(self._pool.submit(_logged, job))
+        self._jobs.append(self._begin(job))
 
     def wait(self) -> None:
         """Return when every job is done."""
@@ -50,6 +50,24 @@ class Worker:
         """Finish every job, and end the thread."""
         self.wait()
         self._pool.shutdown()
+
+    def _begin(self, job: Callable[[], None]) -> Future[None]:
+        undone = [job]  # a thread that comes later after all finds nothing to do
+
+        def once() -> None:
+            if undone:
+                _logged(undone.pop())
+
+        try:
+            return self._pool.submit(once)
+        except RuntimeError:  # the interpreter is ending and starts no thread any more, or the system has none to give
+            done: Future[None] = Future()
+            try:
+                once()
+                done.set_result(None)
+            except Exception as error:
+                done.set_exception(error)
+            return done
 
     def _take_oldest(self) -> None:
         with self._lock:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Iterator
@@ -323,6 +325,43 @@ def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
         assert str(worker.take_error()).endswith(f"the {number}th")
     assert worker.take_error() is None
     worker.close()
+
+
+def test_a_job_for_which_no_thread_can_be_had_is_done_at_once_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, done = Worker("test", 1), []
+    with monkeypatch.context() as fault:
+        fault.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no thread")))
+        worker.submit(lambda: done.append(1))
+        assert done == [1]
+        worker.submit(lambda: (_ for _ in ()).throw(WriteError(28, "refused")))
+    worker.submit(lambda: done.append(2))
+    worker.close()
+    assert done == [1, 2]
+    assert "refused" in str(worker.take_error())
+    assert worker.take_error() is None
+
+
+ENDS = """
+import sys, threading, torch
+from concurrent.futures import thread
+from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker.staging import Staged
+real = Staged.reader
+def late(staged):
+    while not thread._shutdown:  # the interpreter has begun to end
+        threading.Event().wait(0.01)
+    return real(staged)
+model = torch.nn.Linear(2, 2)
+tracker = PostHocEMA.from_model(model, sys.argv[1], device="cpu", update_every=1, checkpoint_every=1)
+Staged.reader = late
+tracker.update_(model)
+"""
+
+
+def test_a_process_that_ends_before_its_averages_are_updated_writes_their_snapshots(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert {s.info.t for s in read_directory(tmp_path)} == {1}
 
 
 # --- what is looked through once -------------------------------------------------------------------
