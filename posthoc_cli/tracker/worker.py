@@ -65,7 +65,7 @@ class Worker:
             try:
                 once()
                 done.set_result(None)
-            except Exception as error:  # noqa: BLE001 - kept, as a thread would
+            except Exception as error:  # noqa: BLE001  kept, as a thread would
                 done.set_exception(error)
             return done
 
