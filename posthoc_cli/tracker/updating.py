@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import types
 import weakref
@@ -12,25 +13,30 @@ from pathlib import Path
 
 import torch
 
-from posthoc_cli.errors import ModelMismatchError, NotReadyError, PostHocError
+from posthoc_cli.errors import ModelMismatchError, NonFiniteError, NotReadyError, PostHocError
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.background import Background, Snapshots
+from posthoc_cli.tracker.background import Background, Snapshots, skip_update
 from posthoc_cli.tracker.following import follow_change
 from posthoc_cli.tracker.live import LiveSource, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.replicas import is_replica
-from posthoc_cli.tracker.settings import (
-    Settings,
-    next_time,
-)
-from posthoc_cli.tracker.state import (
-    load_averages,
-)
+from posthoc_cli.tracker.settings import Settings, next_time, same_place
+from posthoc_cli.tracker.state import load_averages
 from posthoc_cli.tracker.watching import WatchedModel
 from posthoc_cli.tracker.weights import is_swapped
+
+_writing: weakref.WeakSet[Updating] = weakref.WeakSet()
+"""The trackers of this process that have become writers of a directory."""
+
+
+def wait_for_writers(directory: Path) -> None:
+    """Return when the trackers of this process have written what is due in a directory; their errors are theirs."""
+    for tracker in [*_writing]:
+        if tracker._background is not None and same_place(tracker.checkpoint_dir, directory):
+            tracker._background.flush()
 
 
 class Updating(Attachable):
@@ -49,10 +55,12 @@ class Updating(Attachable):
         self._resumes_from_directory = False
         self._recorder: Recorder | None = None
         self._background: Background | None = None
+        self._pending: Exception | None = None
         self._device: str | None = None
         self._watched = WatchedModel()
         self._calling = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._knows_selection = True
         self._follows = False  # the first process of a group tracks the same model
@@ -81,8 +89,8 @@ class Updating(Attachable):
             ModelMismatchError: names, shapes or dtypes have changed. No average is touched.
             WriteError: a snapshot that was due at an earlier call could not be written; raised once. Nothing partial
                 is left, and training may go on: this call has done its work, and later snapshots are tried again.
-            NotReadyError: the tracker is closed or follows an optimizer, the model holds averaged weights, or another
-                thread is calling.
+            NotReadyError: the tracker is closed, follows an optimizer or is a forked process's copy, the model holds
+                averaged weights, or another thread is calling.
             LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: another writer holds
                 the directory, or it holds another run, or what is in it cannot be read or is damaged.
         """
@@ -93,7 +101,9 @@ class Updating(Attachable):
         if not self._calling.acquire(blocking=False):
             raise NotReadyError("update_: another thread is calling it; call it from one thread, after every step")
         try:
-            failure = self._failure()  # of work that was done beside the training since the last call
+            self._check_process()
+            # Of work that was done beside the training since the last call; it stays there if this call fails itself.
+            self._pending = self._failure()
             self._follows = self._follows or is_replica(model)
             self._check_open() if self._follows else self._begin()
             self._advance(t)
@@ -101,6 +111,7 @@ class Updating(Attachable):
                 self._take_in(model)
         finally:
             self._calling.release()
+        failure, self._pending = self._pending, None
         if failure is not None:
             raise failure
 
@@ -110,6 +121,7 @@ class Updating(Attachable):
         Raises:
             WriteError, NonFiniteError: what went wrong since the last call; raised once.
         """
+        self._check_process()
         if self._background is not None:
             self._background.flush()
         failure = self._failure()
@@ -120,6 +132,8 @@ class Updating(Attachable):
         """Finish as `flush`, give the directory free and follow no optimizer. Averages can still be read."""
         self.detach()
         self._closed = True
+        if self._process != os.getpid():
+            return  # of another process, as are the threads and the directory
         try:
             self.flush()
         finally:
@@ -157,7 +171,15 @@ class Updating(Attachable):
             recorder.set_aside_others(self._t)
             self._resumes_from_directory = False
 
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise NotReadyError(
+                f"{self.checkpoint_dir}: this process was forked from the one that has the tracker, and its threads; "
+                "call it there, or read the snapshots with PostHocEMA.from_path"
+            )
+
     def _check_open(self) -> None:
+        self._check_process()
         if self._closed:
             raise NotReadyError(f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path")
 
@@ -170,6 +192,7 @@ class Updating(Attachable):
                 recorder.close()
                 raise
             self._recorder = recorder
+            _writing.add(self)
         return self._recorder
 
     def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
@@ -192,12 +215,22 @@ class Updating(Attachable):
         due = None
         if self.settings.snapshot_is_due(self._step):
             due = Snapshots(partial(self._live_sources, copy.deepcopy(self._clock)), self._write_snapshots)
-        if self.settings.update_is_due(self._step):
-            tensors, changed = self._watched.tensors(model, self._collect)
+        tensors = self._due_tensors(model)
+        if tensors is not None:
             background = self._working(tensors.averaged)
-            background.update(self._averages, tensors, changed, self._t, self._step, due)
+            background.update(self._averages, tensors, self._t, self._step, due)
         elif due is not None and self._averages.exist and self._background is not None:
             self._background.write(self._averages, due)
+
+    def _due_tensors(self, model: torch.nn.Module) -> ModelTensors | None:
+        """What is to be taken in at this call; None for nothing."""
+        if not self.settings.update_is_due(self._step):
+            return None
+        try:
+            return self._watched.tensors(model, self._collect)
+        except NonFiniteError as error:  # a new segment cannot begin with it
+            skip_update(self.settings, str(error), stacklevel=5)
+            return None
 
     def _working(self, parameters: Mapping[str, torch.Tensor]) -> Background:
         if self._background is None:
@@ -206,7 +239,10 @@ class Updating(Attachable):
         return self._background
 
     def _failure(self) -> Exception | None:
-        return None if self._background is None else self._background.take_error()
+        pending, self._pending = self._pending, None
+        if pending is not None or self._background is None:
+            return pending
+        return self._background.take_error()
 
     def _write_snapshots(self, sources: Sequence[LiveSource], weights: Mapping[str, torch.Tensor] | None) -> None:
         recorder = self._open_recorder(self.run_id)

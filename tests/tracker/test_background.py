@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -18,8 +19,10 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.store import read_directory
-from posthoc_cli.tracker import background
+from posthoc_cli.tracker import background, layout
+from posthoc_cli.tracker.averages import AverageSet
 from posthoc_cli.tracker.background import Pace
+from posthoc_cli.tracker.layout import BlockReader
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.staging import Staged
 from posthoc_cli.tracker.worker import Worker
@@ -153,6 +156,73 @@ def test_snapshots_hold_the_averages_of_their_time_however_late_they_are_written
     ]
 
 
+def test_snapshots_of_averages_on_an_accelerator_are_of_their_time_too(
+    tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, updates go on changing the averages in place while a copy of them is written."""
+    model = network()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(AverageSet, "on_host", property(lambda _: False))
+        with PostHocEMA.from_model(model, tmp_path / "late", device="model", **SETTINGS) as late:
+            train(model, late, 1, 7)
+            slow_disk.set()
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "prompt", device="model", **SETTINGS) as prompt:
+        train(model, prompt, 1, 4)
+    assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_reader_in_the_same_process_waits_for_what_is_due(
+    tmp_path: Path, device: str, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    monkeypatch.chdir(tmp_path)
+    with PostHocEMA.from_model(model, tmp_path / "run", device=device, **SETTINGS) as tracker:
+        train(model, tracker, 1, 4)
+        found: list[PostHocEMA] = []
+        reader = threading.Thread(target=lambda: found.append(PostHocEMA.from_path("run")))
+        reader.start()
+        reader.join(0.2)
+        assert reader.is_alive()
+        slow_disk.set()
+        reader.join()
+        assert found[0].t == 4
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_an_update_that_is_interrupted_is_finished_first(
+    tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes when a call into torch returns; no average has the values of a step in a part of it only."""
+    monkeypatch.setattr(layout, "CPU_BLOCK", 8)
+    model, plain = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4)
+    plain.load_state_dict(model.state_dict())
+    real, calls = torch.lerp, []
+
+    def lerp(*arguments: Any, **keywords: Any) -> None:
+        real(*arguments, **keywords)
+        calls.append(None)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+
+    runs = {"update_every": 1, "checkpoint_every": 100}
+    with (
+        PostHocEMA.from_model(model, tmp_path / "cut", device="model", **runs) as cut,
+        PostHocEMA.from_model(plain, tmp_path / "straight", device="model", **runs) as straight,
+    ):
+        train(model, cut, 1, 3)
+        train(plain, straight, 1, 5)
+        with monkeypatch.context() as fault:
+            fault.setattr(torch, "lerp", lerp)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, cut, 4, 4)
+        train(model, cut, 5, 5)
+        averages = [run.state_dict()["averages"] for run in (cut, straight)]
+    for sigma_rel, expected in averages[1].items():
+        assert all(torch.equal(averages[0][sigma_rel][name], tensor) for name, tensor in expected.items())
+
+
 def test_averages_that_are_held_take_one_more_set_and_no_third(tmp_path: Path, slow_disk: threading.Event) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device="model", **SETTINGS) as tracker:
@@ -208,6 +278,23 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
         assert tracker.step == 5
         train(model, tracker, 6, 8)
     assert {s.info.t for s in read_directory(tmp_path)} == {8}
+
+
+def test_a_write_that_failed_is_raised_later_where_the_next_call_fails_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        with monkeypatch.context() as fault:
+            fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            train(model, tracker, 1, 4)
+            tracker._background.flush()  # type: ignore[union-attr]
+        with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
+            tracker.update_(model, t=5.0)
+        with pytest.raises(WriteError, match="no space left"):
+            tracker.update_(model)
+        assert tracker.step == 5
+        train(model, tracker, 6, 8)
 
 
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
@@ -345,6 +432,75 @@ def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
     worker.close()
 
 
+def test_a_job_for_which_no_thread_can_be_had_is_done_at_once_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    worker, done = Worker("test", 1), []
+    with monkeypatch.context() as fault:
+        fault.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no thread")))
+        worker.submit(lambda: done.append(1))
+        assert done == [1]
+        worker.submit(lambda: (_ for _ in ()).throw(WriteError(28, "refused")))
+    worker.submit(lambda: done.append(2))
+    worker.close()
+    assert done == [1, 2]
+    assert "refused" in str(worker.take_error())
+    assert worker.take_error() is None
+
+
+ENDS = """
+import sys, threading, torch
+from concurrent.futures import thread
+from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker.staging import Staged
+real = Staged.reader
+def late(staged):
+    while not thread._shutdown:  # the interpreter has begun to end
+        threading.Event().wait(0.01)
+    return real(staged)
+model = torch.nn.Linear(2, 2)
+tracker = PostHocEMA.from_model(model, sys.argv[1], device="cpu", update_every=1, checkpoint_every=1)
+Staged.reader = late
+tracker.update_(model)
+"""
+
+
+def test_a_process_that_ends_before_its_averages_are_updated_writes_their_snapshots(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert {s.info.t for s in read_directory(tmp_path)} == {1}
+
+
+FORKS = """
+import os, signal, sys, torch
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import NotReadyError
+model = torch.nn.Linear(2, 2)
+tracker = PostHocEMA.from_model(model, sys.argv[1], device=sys.argv[2], update_every=1, checkpoint_every=1)
+tracker.update_(model)
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    for call in (lambda: tracker.update_(model), tracker.flush, tracker.state_dict):
+        try:
+            call()
+        except NotReadyError:
+            continue
+        os._exit(1)
+    tracker.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+tracker.update_(model)
+tracker.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_forked_process_has_no_tracker_and_leaves_that_of_its_parent_alone(tmp_path: Path, device: str) -> None:
+    """It has none of the threads, and would wait for them for good."""
+    subprocess.run([sys.executable, "-c", FORKS, str(tmp_path), device], check=True, timeout=120)
+    assert {s.info.t for s in read_directory(tmp_path)} == {1, 2}
+
+
 # --- what is looked through once -------------------------------------------------------------------
 
 
@@ -383,6 +539,48 @@ def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: Any, de
                 change(model)
             train(model, tracker, 7, 12)
     assert contents(tmp_path / "changed") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_tensor_turned_in_its_place_is_followed(tmp_path: Path, device: str) -> None:
+    """The same storage, shape and dtype, and other values in every place but the diagonal."""
+    model = torch.nn.Linear(3, 3)
+    with PostHocEMA.from_model(model, tmp_path, device=device, update_every=1, checkpoint_every=100) as tracker:
+        tracker.update_(model)
+        model.weight.data = model.weight.data.t()
+        for _ in range(300):
+            tracker.update_(model)
+        average = tracker.state_dict()["averages"]["0.05"]["weight"]
+    torch.testing.assert_close(average, model.weight.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There was no memory to look at the new ones at the first try."""
+    model = torch.nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100) as tracker:
+        tracker.update_(model)
+        model.weight.data = torch.full((2, 3), 7.0)
+        with monkeypatch.context() as fault:
+            fault.setattr(BlockReader, "_room", lambda *_: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                tracker.update_(model)
+        for _ in range(300):
+            tracker.update_(model)
+        average = tracker.state_dict()["averages"]["0.05"]["weight"]
+    torch.testing.assert_close(average, torch.full((2, 3), 7.0))
+
+
+def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "mixed", **SETTINGS) as tracker:
+        for number in range(1, 13):
+            step(model, number)
+            with torch.inference_mode(number < 5):
+                tracker.update_(model)
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "plain", **SETTINGS) as plain:
+        train(model, plain, 1, 12)
+    assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
 def test_a_model_is_looked_through_once_while_it_stays_the_same(
