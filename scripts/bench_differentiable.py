@@ -207,6 +207,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.peak = 0
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self._at_most = 0
 
     def __torch_dispatch__(
         self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
@@ -217,10 +218,13 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(made):
             # What an operation was given and gives back (views, changes in place) is not new.
             if isinstance(tensor, torch.Tensor) and _address(tensor) not in before:
-                reference = StorageWeakRef(tensor.untyped_storage())
-                self._alive[reference.cdata] = reference, tensor.untyped_storage().nbytes()
-        self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
-        self.peak = max(self.peak, sum(nbytes for _, nbytes in self._alive.values()))
+                reference, nbytes = StorageWeakRef(tensor.untyped_storage()), tensor.untyped_storage().nbytes()
+                self._alive[reference.cdata] = reference, nbytes
+                self._at_most += nbytes
+        if self._at_most > self.peak:  # only then what has become free since matters
+            self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
+            self._at_most = sum(nbytes for _, nbytes in self._alive.values())
+            self.peak = max(self.peak, self._at_most)
         return made
 
 

@@ -137,7 +137,8 @@ class HareAndTortoise(_CopiedBack):
     momenta of the weights that were given up do not push the new ones. In the end take the tortoise.
 
     The resets are to keep a network able to learn from data that changes. In the authors' experiments with images the
-    decay is 0.999 a step, and a reset comes every 10 epochs.
+    decay is 0.999 a step, and a reset comes every 10 epochs. A tracker's average lengthens with training, where theirs
+    has one length.
 
     Arguments:
         tortoise: a `PostHocEMA`, or a module with `module` and `update_parameters`.

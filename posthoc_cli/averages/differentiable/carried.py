@@ -37,11 +37,11 @@ class Carried:
             raise InvalidValueError("value: has no graph to take the derivative from; make it outside of no_grad")
         cotangent = None if self._cotangent is None else self._cotangent.to(value)
         jacobians = _jacobians(value, found, cotangent)
-        share = 1.0 if average is None else 1 - float(decay)
+        kept = 0.0 if average is None else float(decay)
         for index, jacobian in enumerate(jacobians):
-            jacobian.mul_(share)
+            jacobian.mul_(1 - kept)
             if self._jacobians:
-                jacobian.add_(self._jacobians[index].to(jacobian), alpha=1 - share)
+                jacobian.add_(self._jacobians[index].to(jacobian), alpha=kept)
         self._leaves, self._jacobians = found, jacobians
         newest = value.detach()
         result = newest.clone() if average is None else blend(average, newest, decay)
