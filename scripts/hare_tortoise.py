@@ -1,6 +1,6 @@
 """Hare & Tortoise (arXiv 2406.02596) in small: does the reset keep a network able to learn?
 
-    python scripts/hare_tortoise.py [--seeds 10] [--quick]
+    python scripts/hare_tortoise.py [--seeds 8] [--quick]
 
 The paper's warm-starting experiment, in its terms of epochs: a network first learns a part of the data, half of its
 labels wrong, for 1,000 epochs; then all of it, with right labels, for 111. Loss of plasticity is that it generalizes
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description="Hare & Tortoise in small, measured as its paper does.")
-    parser.add_argument("--seeds", type=int, default=10, help="repetitions, each with its own data (10)")
+    parser.add_argument("--seeds", type=int, default=8, help="repetitions, each with its own data (8)")
     parser.add_argument("--quick", action="store_true", help="a tiny network, two seeds: does everything run?")
     return parser
 
