@@ -1,0 +1,151 @@
+"""The mode that carries the average's derivative along instead of a graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from posthoc_cli.averages.differentiable.histories import Decay, blend
+from posthoc_cli.errors import InvalidValueError
+
+
+class Carried:
+    """The derivative J of the average with respect to leaves, itself averaged: see `DifferentiableEMA`.
+
+    Arguments:
+        cotangent: the one direction in which derivatives are kept, of the average's shape and of length 1; None for
+            all of them.
+    """
+
+    def __init__(self, cotangent: torch.Tensor | None = None) -> None:
+        self._cotangent = cotangent
+        self._leaves: tuple[torch.Tensor, ...] = ()
+        self._jacobians: tuple[torch.Tensor, ...] = ()
+
+    def take_in(
+        self, average: torch.Tensor | None, value: torch.Tensor, decay: Decay, leaves: Iterable[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """See `History`. A J of a leaf has the shape [elements of the average, *leaf]; [1, *leaf] with a cotangent."""
+        found = self._check_leaves(leaves)
+        if isinstance(decay, torch.Tensor) and decay.requires_grad:
+            raise InvalidValueError("decay: requires gradients, which mode 'carried' does not give it; use 'window'")
+        if not value.requires_grad:
+            raise InvalidValueError("value: has no graph to take the derivative from; make it outside of no_grad")
+        cotangent = None if self._cotangent is None else self._cotangent.to(value)
+        jacobians = _jacobians(value, found, cotangent)
+        kept = 0.0 if average is None else float(decay)
+        for index, jacobian in enumerate(jacobians):
+            jacobian.mul_(1 - kept)
+            if self._jacobians:
+                jacobian.add_(self._jacobians[index].to(jacobian), alpha=kept)
+        self._leaves, self._jacobians = found, jacobians
+        newest = value.detach()
+        result = newest.clone() if average is None else blend(average, newest, decay)
+        attached: torch.Tensor = _Attached.apply(result, cotangent, len(found), *jacobians, *found)  # type: ignore[no-untyped-call]
+        return attached
+
+    def fresh(self) -> Carried:
+        """See `History`."""
+        return Carried(self._cotangent)
+
+    def _check_leaves(self, leaves: Iterable[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
+        if leaves is None or isinstance(leaves, torch.Tensor):
+            raise InvalidValueError("leaves: mode 'carried' needs a sequence of tensors at every update, such as [w]")
+        found = tuple(leaves)
+        if not found or len({id(leaf) for leaf in found}) < len(found):
+            raise InvalidValueError("leaves: must be one tensor at least, and none of them twice")
+        for index, leaf in enumerate(found):
+            if not (isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad):
+                raise InvalidValueError(f"leaves[{index}]: must be a leaf that requires gradients, such as a parameter")
+        same = len(found) == len(self._leaves) and all(a is b for a, b in zip(found, self._leaves, strict=True))
+        if self._leaves and not same:
+            raise InvalidValueError("leaves: must be the same tensors at every update; call reset() to take others")
+        return found
+
+
+def check_cotangent(cotangent: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """A cotangent of this shape, scaled to length 1, since only its direction matters; None of None."""
+    if cotangent is None:
+        return None
+    if not isinstance(cotangent, torch.Tensor) or tuple(cotangent.shape) != shape:
+        found = list(cotangent.shape) if isinstance(cotangent, torch.Tensor) else type(cotangent).__name__
+        raise InvalidValueError(f"cotangent: must be a tensor of the average's shape {list(shape)}, not {found}")
+    length = float(cotangent.detach().double().norm())
+    if not math.isfinite(length) or length == 0:
+        raise InvalidValueError("cotangent: must be finite, and not all zero")
+    return cotangent.detach().double() / length
+
+
+def _jacobians(
+    value: torch.Tensor, leaves: tuple[torch.Tensor, ...], cotangent: torch.Tensor | None
+) -> tuple[torch.Tensor, ...]:
+    """d value / d leaf for each leaf, one backward pass a row; in float32 at least."""
+    rows = value.numel() if cotangent is None else 1
+    jacobians = tuple(
+        torch.zeros(rows, *leaf.shape, device=leaf.device, dtype=torch.promote_types(leaf.dtype, torch.float32))
+        for leaf in leaves
+    )
+    for row, direction in enumerate(_directions(value, cotangent)):
+        # The graph is the caller's, who may want gradients of the value itself.
+        gradients = torch.autograd.grad(value, leaves, direction, retain_graph=True, allow_unused=True)
+        for jacobian, gradient in zip(jacobians, gradients, strict=True):
+            if gradient is not None:
+                jacobian[row] = gradient
+    return jacobians
+
+
+def _directions(value: torch.Tensor, cotangent: torch.Tensor | None) -> Iterator[torch.Tensor]:
+    """The rows of the identity, each of the value's shape; or the cotangent alone."""
+    if cotangent is not None:
+        yield cotangent
+        return
+    for index in range(value.numel()):
+        direction = torch.zeros(value.numel(), dtype=value.dtype, device=value.device)
+        direction[index] = 1
+        yield direction.reshape(value.shape)
+
+
+class _Attached(torch.autograd.Function):
+    """A tensor, unchanged, whose derivative with respect to leaves is given."""
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, cotangent: torch.Tensor | None, count: int, *tensors: Any) -> Any:
+        """`tensors` are `count` Jacobians, then the `count` leaves that they belong to."""
+        ctx.cotangent = cotangent
+        ctx.save_for_backward(*tensors[:count])
+        ctx.dtypes = [leaf.dtype for leaf in tensors[count:]]
+        return result.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """g^T J for each leaf."""
+        weights = _weights(gradient, ctx.cotangent)
+        pulled = []
+        for jacobian, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True):
+            share = weights.to(jacobian)
+            pulled.append(torch.tensordot(share, jacobian, dims=1).to(dtype))
+        return (None, None, None, *[None] * len(pulled), *pulled)
+
+
+def _weights(gradient: torch.Tensor, cotangent: torch.Tensor | None) -> torch.Tensor:
+    """How much of each row of a Jacobian is in a gradient: shape [rows].
+
+    Raises:
+        InvalidValueError: the gradient does not point along the cotangent.
+    """
+    if cotangent is None:
+        return gradient.flatten()
+    scale = (gradient * cotangent).sum()
+    off, size = float((gradient - scale * cotangent).norm()), float(gradient.norm())
+    # A gradient that is not finite passes, as it does everywhere else: a GradScaler looks for it later.
+    if off > torch.finfo(gradient.dtype).eps ** 0.5 * size:
+        raise InvalidValueError(
+            f"backward: the gradient of the average does not point along the cotangent ({100 * off / size:.2g} % of it "
+            "is across); use the loss that the cotangent was made for, or no cotangent"
+        )
+    return scale.reshape(1)
