@@ -32,9 +32,10 @@ class EMAStats(WideBuffers):
     loss, and no graph grows. The first batch sets S = S_batch. In eval mode nothing changes.
 
     Covariances of a batch of n rows are sums of (x - center_x)^T (y - center_y), divided by n - 1, by 1 for n = 1. The
-    first batch is centred with its own mean. Later ones are centred with the detached running mean of before, whatever
-    that has missed of the distribution counting as variance (and the expected value being n / (n - 1) times too large,
-    for small n), or with their own mean if `center_with_running_mean` is False; one row then adds a covariance of 0.
+    first batch is centred with its own mean. Later ones are centred with the detached running mean of before: where
+    that lags behind, the distance counts as covariance, and even where it does not, the expected value is n / (n - 1)
+    times the true one, as in symm-learning. With `center_with_running_mean=False` every batch is centred with its own
+    mean, which is unbiased; one row alone then adds a covariance of 0.
 
     Statistics are float32, or float64 after `double()`; half-precision batches, and batches under autocast, are
     accumulated in that. They stay so under `half()` and `bfloat16()`.
