@@ -43,6 +43,8 @@ bench: $(READY)
 	$(BIN)/python scripts/compare_peers.py
 	$(BIN)/python scripts/bench_fidelity.py
 	$(BIN)/python scripts/bench_synthesis.py
+	$(BIN)/python scripts/bench_averages.py
+	$(BIN)/python scripts/bench_differentiable.py
 	$(BIN)/python scripts/bench_update.py
 
 clean:

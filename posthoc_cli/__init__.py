@@ -1,7 +1,8 @@
 """Choose the length of a model's weight average after training.
 
 `PostHocEMA` tracks averages while a network trains; the `ema` command, or the functions here, turn its snapshots
-into the average of any length. Names are loaded on first use, so that importing the package is cheap.
+into the average of any length. `averages` holds the plain averages that people need next to it. Names are loaded on
+first use, so that importing the package is cheap.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from posthoc_cli import averages as averages
     from posthoc_cli.errors import PostHocError as PostHocError
     from posthoc_cli.export import export_file as export_file
     from posthoc_cli.planning import Schedule as Schedule
@@ -46,10 +48,14 @@ _HOMES = {
     "synthesize": "synthesis",
 }
 
-__all__ = sorted(_HOMES)
+_ROOMS = ("averages",)
+
+__all__ = sorted((*_HOMES, *_ROOMS))
 
 
 def __getattr__(name: str) -> object:
+    if name in _ROOMS:
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

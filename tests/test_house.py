@@ -33,12 +33,17 @@ def commands() -> dict:
 
 def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
-        "Beta", "Between", "PostHocEMA", "PostHocError", "PowerFunction", "Schedule", "Window", "disk_sources",
-        "error_curve", "export_file", "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma",
-        "synthesize",
+        "Beta", "Between", "PostHocEMA", "PostHocError", "PowerFunction", "Schedule", "Window", "averages",
+        "disk_sources", "error_curve", "export_file", "gamma_from_sigma_rel", "plan_synthesis", "reconstruct",
+        "sigma_rel_from_gamma", "synthesize",
     ]  # fmt: skip
     for name in posthoc_cli.__all__:
-        assert getattr(posthoc_cli, name).__name__ == name
+        assert getattr(posthoc_cli, name).__name__.removeprefix("posthoc_cli.") == name
+    assert posthoc_cli.averages.__all__ == [
+        "DifferentiableEMA", "EMAStats", "ExponentialMovingAverage", "HareAndTortoise", "ShadowModel", "SwitchEMA",
+    ]  # fmt: skip
+    for name in posthoc_cli.averages.__all__:
+        assert getattr(posthoc_cli.averages, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         posthoc_cli.nothing  # noqa: B018
     assert set(posthoc_cli.__all__) < set(dir(posthoc_cli))

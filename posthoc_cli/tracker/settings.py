@@ -98,11 +98,11 @@ def make_schedule(
     Raises:
         InvalidValueError: a ValueError that names the setting, and both where two do not fit.
     """
-    update_every = _count("update_every", update_every, 1)
-    checkpoint_every = _count("checkpoint_every", checkpoint_every, 1)
-    update_after_step = _count("update_after_step", update_after_step, 0)
+    update_every = check_count("update_every", update_every, 1)
+    checkpoint_every = check_count("checkpoint_every", checkpoint_every, 1)
+    update_after_step = check_count("update_after_step", update_after_step, 0)
     if max_checkpoints is not None:
-        max_checkpoints = _count("max_checkpoints", max_checkpoints, 1)
+        max_checkpoints = check_count("max_checkpoints", max_checkpoints, 1)
     if checkpoint_every % update_every:
         raise InvalidValueError(
             f"checkpoint_every {checkpoint_every}: must be a multiple of update_every {update_every}, "
@@ -115,7 +115,8 @@ def make_schedule(
     )
 
 
-def _count(name: str, value: int, least: int) -> int:
+def check_count(name: str, value: int, least: int) -> int:
+    """`value` as a whole number, or an InvalidValueError that says what is accepted."""
     try:
         count = -1 if isinstance(value, bool) else operator.index(value)
     except TypeError:

@@ -1,0 +1,213 @@
+"""One decay: the exponential moving average of a model's weights, as mmengine's class of this name has it."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from posthoc_cli.averages.arguments import check_number
+from posthoc_cli.averages.counting import HostNumber
+from posthoc_cli.averages.pairing import (
+    Pair,
+    average_,
+    average_unless_equal_,
+    copy_,
+    is_averaged,
+    make_average,
+    pair_buffers,
+    pair_parameters,
+    with_wide_averages,
+)
+from posthoc_cli.averages.precision import Accumulators
+from posthoc_cli.tracker.naming import named_tensors
+from posthoc_cli.tracker.settings import check_count
+
+SUSPICIOUS_MOMENTUM = 0.5
+
+
+class ExponentialMovingAverage(torch.nn.Module):
+    """An average of a model's parameters with weights that fall off exponentially.
+
+    The first `update_parameters` copies the model. Of the later ones every `interval`-th averages,
+
+        average <- (1 - momentum) average + momentum parameter,
+
+    and the others leave the parameters alone. `forward` runs the averaged module. The interface, and the names in
+    the state dict (`module.*`, `steps`), are those of `mmengine.model.ExponentialMovingAverage` (and of mmedit's and
+    mmagic's), so that a configuration moves over by its import and a state that mmengine saved loads.
+
+    Parameters of bfloat16 and float16 are averaged in float32: rounded after every update, an average with a small
+    momentum would never leave its start. `module` then holds the rounded average, and the exact one is in the state
+    dict as `accumulators.*`. A model without such parameters has no such keys.
+
+    A model wrapped by torch.compile or DistributedDataParallel is taken for what it wraps. Tensors are matched by
+    name, a tied parameter is averaged once, parameters of whole numbers are copied. Nothing is done about nan and
+    infinity: they pass into the average, as in mmengine.
+
+    Arguments:
+        model: what is averaged. Its weights are copied at once, but have no part in the average.
+        momentum: share of the new value, in (0, 1); 1 - decay, for those who count in decays.
+        interval: calls of `update_parameters` from one averaging to the next, at least 1.
+        device: where the average is kept; by default where the model is.
+        update_buffers: average floating-point buffers that are in the state dict, together with the parameters. By
+            default buffers are copied at every call; those of whole numbers, and those that are not in the state dict,
+            always are.
+        warmup: decay by at most (1 + t) / (10 + t) at the call after t others, TensorFlow's rule, so that early
+            weights are forgotten sooner.
+
+    Attributes:
+        module: the averaged model; its parameters need no gradients.
+        steps: calls of `update_parameters` so far, a tensor of int64.
+
+    Raises:
+        InvalidValueError: a ValueError that names the argument and its range.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> ema = ExponentialMovingAverage(model, momentum=0.1)
+        >>> for value in (0.0, 1.0, 1.0):
+        ...     _ = torch.nn.init.constant_(model.weight, value)  # an optimizer's step
+        ...     ema.update_parameters(model)
+        >>> ema.module.weight
+        Parameter containing:
+        tensor([[0.1900, 0.1900]])
+        >>> ema(torch.ones(1, 2))
+        tensor([[0.3800]])
+    """
+
+    steps: torch.Tensor
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+        warmup: bool = False,
+    ) -> None:
+        super().__init__()
+        self.momentum = _check_momentum(momentum)
+        self.interval = check_count("interval", interval, 1)
+        self.update_buffers = update_buffers
+        self.warmup = warmup
+        self.module = make_average(model, device)
+        self.accumulators = Accumulators()
+        with torch.inference_mode(False):
+            self.register_buffer("steps", torch.tensor(0, device=device))
+        self._steps = HostNumber()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the averaged module."""
+        return self.module(*args, **kwargs)
+
+    def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor | None:
+        """Average one tensor in place. A subclass may have its own; then it is called for every averaged tensor.
+
+        Arguments:
+            averaged_param: the average, changed in place (float32 where the module's tensor is of half precision).
+            source_param: the model's tensor, any shape; on the same device and of the same dtype.
+            steps: calls of `update_parameters` before this one.
+
+        Returns:
+            None, or a tensor that takes the average's place, as mmengine's first releases had it.
+        """
+        averaged_param.lerp_(source_param.to(averaged_param), self.momentum_at(steps))
+        return None
+
+    def momentum_at(self, steps: int) -> float:
+        """The share of the new value at the call after `steps` others."""
+        return max(self.momentum, 9.0 / (10.0 + steps)) if self.warmup else self.momentum
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Tell the average that the model has made a step. Call it after every optimizer step.
+
+        Raises:
+            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
+        """
+        steps = int(self._steps.read(self.steps))
+        parameters, buffers = pair_parameters(self.module, model), pair_buffers(self.module, model)
+        if steps == 0:
+            self._begin(parameters + buffers)
+        else:
+            averaged, copied = self._divided(buffers)
+            copy_(copied)
+            if steps % self.interval == 0:
+                self._average(parameters, averaged, steps)
+        self._steps.write_(self.steps, steps + 1)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def sync_buffers(self, model: torch.nn.Module) -> None:
+        """Copy the model's buffers. With `update_buffers=True` that replaces their averages, and warns.
+
+        Raises:
+            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
+        """
+        if self.update_buffers:
+            warnings.warn(
+                "sync_buffers: this average has update_buffers=True; the model's buffers now replace their averages",
+                stacklevel=4,  # past the two decorators
+            )
+        copy_(pair_buffers(self.module, model))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def sync_parameters(self, model: torch.nn.Module) -> None:
+        """Copy the model's parameters and buffers: the average begins anew there. `steps` goes on.
+
+        Raises:
+            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
+        """
+        self._begin(pair_parameters(self.module, model) + pair_buffers(self.module, model))
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return (
+            f"momentum={self.momentum}, interval={self.interval}, update_buffers={self.update_buffers}, "
+            f"warmup={self.warmup}"
+        )
+
+    def _begin(self, pairs: list[Pair]) -> None:
+        copy_(pairs)
+        self.accumulators.values.clear()
+
+    def _divided(self, buffers: list[Pair]) -> tuple[list[Pair], list[Pair]]:
+        """(averaged, copied at every call)."""
+        if not self.update_buffers:
+            return [], buffers
+        transient = {found.raw for found in named_tensors(self.module) if not found.in_state}
+        averaged = [pair for pair in buffers if is_averaged(pair.average) and pair.name not in transient]
+        names = {pair.name for pair in averaged}
+        return averaged, [pair for pair in buffers if pair.name not in names]
+
+    def _average(self, parameters: list[Pair], buffers: list[Pair], steps: int) -> None:
+        averaged = [pair for pair in parameters if is_averaged(pair.average)]
+        copy_(pair for pair in parameters if not is_averaged(pair.average))
+        if type(self).avg_func is ExponentialMovingAverage.avg_func:
+            share = self.momentum_at(steps)
+            average_(averaged, self.accumulators, share)
+            average_unless_equal_(buffers, self.accumulators, share)
+        else:
+            with_wide_averages(averaged + buffers, self.accumulators, lambda a, s: self._average_singly(a, s, steps))
+
+    def _average_singly(self, averages: list[torch.Tensor], sources: list[torch.Tensor], steps: int) -> None:
+        for average, source in zip(averages, sources, strict=True):
+            result = self.avg_func(average, source, steps)
+            if result is not None and result is not average:
+                average.copy_(result)
+
+
+def _check_momentum(momentum: float) -> float:
+    value = check_number("momentum", momentum, lambda m: 0 < m < 1, "lie in (0, 1); usual values are 0.0001 to 0.1")
+    if value > SUSPICIOUS_MOMENTUM:
+        warnings.warn(
+            f"momentum {value:g}: is the share of the new value and usually small; for a decay of {value:g} pass "
+            f"{1 - value:.4g}",
+            stacklevel=3,
+        )
+    return value

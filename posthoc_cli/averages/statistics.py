@@ -1,0 +1,302 @@
+"""Running means and covariances of two batches of activations, through which a loss can be differentiated."""
+
+from __future__ import annotations
+
+import copy
+import math
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from posthoc_cli.averages.arguments import check_number
+from posthoc_cli.averages.precision import WideBuffers, is_narrow
+from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.tracker.settings import check_count
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+_STATISTICS = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
+
+
+class EMAStats(WideBuffers):
+    """Exponential moving averages of the means and covariances of `x` and `y`, as symm-learning's class of this name.
+
+    In train mode each batch updates every statistic S by
+
+        S <- (1 - momentum) detach(S) + momentum S_batch,
+
+    so that the newest batch is differentiable and older ones are constants: `cov_xy` and the others may stand in a
+    loss, and no graph grows. The first batch sets S = S_batch. In eval mode nothing changes.
+
+    Covariances of a batch of n rows are sums of (x - center_x)^T (y - center_y), divided by n - 1, by 1 for n = 1. The
+    first batch is centred with its own mean. Later ones are centred with the detached running mean of before: where
+    that lags behind, the distance counts as covariance, and even where it does not, the expected value is n / (n - 1)
+    times the true one, as in symm-learning. With `center_with_running_mean=False` every batch is centred with its own
+    mean, which is unbiased; one row alone then adds a covariance of 0.
+
+    Statistics are float32, or float64 after `double()`; half-precision batches, and batches under autocast, are
+    accumulated in that. They stay so under `half()` and `bfloat16()`.
+
+    Arguments:
+        dim_x, dim_y: columns of x and y; without `dim_y`, y has those of x and may be left out.
+        momentum: share of the newest batch, in (0, 1].
+        eps: variance that is added where `correlation` and `canonical_correlations` divide; nowhere else. At least 0.
+        center_with_running_mean: see above.
+        process_group: take the rows of all processes of this group as one batch, such as
+            `torch.distributed.group.WORLD`. Every process then calls `forward` equally often, with at least one row,
+            and takes part in the backward pass if any does; gradients are those of the sum of all processes' losses.
+            Copies share the group; a pickled module forgets it, with a warning.
+
+    Shape:
+        x: [n, dim_x], y: [n, dim_y]; the output is the input.
+
+    Attributes:
+        mean_x, mean_y: [dim_x], [dim_y]; 0 before the first batch.
+        cov_xx, cov_yy, cov_xy: [dim_x, dim_x], [dim_y, dim_y], [dim_x, dim_y]; 1, 1 and 0 before the first batch.
+        num_batches_tracked: batches so far, a tensor of int64.
+        All six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
+
+    Raises:
+        InvalidValueError: a ValueError that names the argument, what came and what is accepted.
+
+    Example:
+        >>> stats = EMAStats(dim_x=1, dim_y=1, momentum=0.5)
+        >>> x = torch.tensor([[0.0], [2.0]], requires_grad=True)
+        >>> _ = stats(x, 3 * x)
+        >>> stats.cov_xy.tolist()
+        [[6.0]]
+        >>> (-stats.cov_xy.sum()).backward()  # a loss that wants x and y to vary together
+        >>> x.grad
+        tensor([[ 6.],
+                [-6.]])
+    """
+
+    mean_x: torch.Tensor
+    mean_y: torch.Tensor
+    cov_xx: torch.Tensor
+    cov_yy: torch.Tensor
+    cov_xy: torch.Tensor
+    num_batches_tracked: torch.Tensor
+
+    def __init__(
+        self,
+        dim_x: int,
+        dim_y: int | None = None,
+        momentum: float = 0.1,
+        eps: float = 1e-6,
+        center_with_running_mean: bool = True,
+        process_group: ProcessGroup | None = None,
+    ) -> None:
+        super().__init__()
+        self.dim_x = check_count("dim_x", dim_x, 1)
+        self.dim_y = self.dim_x if dim_y is None else check_count("dim_y", dim_y, 1)
+        self.momentum = check_number("momentum", momentum, lambda m: 0 < m <= 1, "lie in (0, 1]")
+        self.eps = check_number("eps", eps, lambda e: 0 <= e < math.inf, "be finite and at least 0")
+        self.center_with_running_mean = center_with_running_mean
+        self.process_group = process_group
+        self._y_may_be_x = dim_y is None
+        default = torch.get_default_dtype()
+        for name, value in self._initial(torch.float32 if is_narrow(default) else default, None).items():
+            self.register_buffer(name, value)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Take a batch into the statistics, in train mode; return it as it came, `(x, x)` if y was left out.
+
+        Raises:
+            InvalidValueError: a rank, a size, a dtype or a device that is not accepted, or no row.
+        """
+        if y is None:
+            if not self._y_may_be_x:
+                raise InvalidValueError(
+                    f"y: is missing; with dim_y {self.dim_y} it must have the shape [n, {self.dim_y}]"
+                )
+            y = x
+        self._check("x", x, self.dim_x)
+        self._check("y", y, self.dim_y)
+        if x.shape[0] != y.shape[0]:
+            raise InvalidValueError(f"y: has {y.shape[0]} rows, x has {x.shape[0]}; must be as many")
+        if self.training:
+            with _without_autocast(x.device.type):
+                self._update(x.to(self.cov_xx.dtype), y.to(self.cov_xx.dtype))
+        return x, y
+
+    def correlation(self) -> torch.Tensor:
+        """Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps) (var_y + eps)).
+
+        A column that does not vary has correlation 0; a variance far above eps leaves the value as it is. The result
+        is differentiable like the statistics.
+
+        Raises:
+            NotReadyError: no batch yet.
+        """
+        self._check_ready("correlation")
+        scale_x = (self.cov_xx.diagonal() + self.eps).rsqrt()
+        scale_y = (self.cov_yy.diagonal() + self.eps).rsqrt()
+        scales: torch.Tensor = torch.outer(scale_x, scale_y)
+        return self.cov_xy * scales
+
+    def canonical_correlations(self) -> torch.Tensor:
+        """Canonical correlations of x and y (Hotelling, 1936), [min(dim_x, dim_y)], the largest first.
+
+        They are the singular values of (cov_xx + eps I)^(-1/2) cov_xy (cov_yy + eps I)^(-1/2): eps is a ridge on both
+        covariances, below which a direction's variance counts as noise. Solved in float64 where the device has it,
+        and differentiable like the statistics.
+
+        Raises:
+            NotReadyError: no batch yet.
+            InvalidValueError: eps is too small for a covariance without full rank.
+        """
+        self._check_ready("canonical_correlations")
+        dtype = self.cov_xy.dtype if self.cov_xy.device.type == "mps" else torch.float64
+        with _without_autocast(self.cov_xy.device.type):
+            # With cov = L L^T, the singular values of L_x^-1 cov_xy L_y^-T are those of the symmetric roots.
+            left = torch.linalg.solve_triangular(self._root("cov_xx", dtype), self.cov_xy.to(dtype), upper=False)
+            both = torch.linalg.solve_triangular(self._root("cov_yy", dtype), left.mT, upper=False)
+            values: torch.Tensor = torch.linalg.svdvals(both)
+        return values.to(self.cov_xy.dtype)
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        for name, value in self._initial(self.cov_xx.dtype, self.cov_xx.device).items():
+            setattr(self, name, value)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return (
+            f"dim_x={self.dim_x}, dim_y={self.dim_y}, momentum={self.momentum}, eps={self.eps}, "
+            f"center_with_running_mean={self.center_with_running_mean}"
+        )
+
+    # --- an update -------------------------------------------------------------------------------------
+
+    def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
+        # The number of batches is compared on its device: asking for it would wait for a GPU at every batch.
+        first = self.num_batches_tracked == 0
+        for name, batch in zip(_STATISTICS, self._batch_statistics(x, y, first), strict=True):
+            average = (1 - self.momentum) * getattr(self, name).detach() + self.momentum * batch
+            setattr(self, name, torch.where(first, batch, average))
+        self.num_batches_tracked = self.num_batches_tracked + 1
+
+    def _batch_statistics(self, x: torch.Tensor, y: torch.Tensor, first: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The batch's own statistics, in the order of `_STATISTICS`."""
+        rows, sum_x, sum_y = self._over_group(x.new_full((), x.shape[0]), x.sum(dim=0), y.sum(dim=0))
+        mean_x, mean_y = sum_x / rows, sum_y / rows
+        center_x, center_y = mean_x, mean_y
+        if self.center_with_running_mean:
+            center_x = torch.where(first, mean_x, self.mean_x.detach())
+            center_y = torch.where(first, mean_y, self.mean_y.detach())
+        x, y = x - center_x, y - center_y
+        degrees = (rows - 1).clamp(min=1)
+        scatters = self._over_group(x.mT @ x, y.mT @ y, x.mT @ y)
+        return mean_x, mean_y, *(scatter / degrees for scatter in scatters)
+
+    def _over_group(self, *terms: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Sums over the processes of the group, in one message."""
+        if self.process_group is None:
+            return terms
+        flat = torch.cat([term.reshape(-1) for term in terms])
+        total: torch.Tensor = _GroupSum.apply(flat, self.process_group)  # type: ignore[no-untyped-call]
+        parts = torch.split(total, [term.numel() for term in terms])
+        return tuple(part.view_as(term) for part, term in zip(parts, terms, strict=True))
+
+    def _initial(self, dtype: torch.dtype, device: torch.device | None) -> dict[str, torch.Tensor]:
+        return {
+            "mean_x": torch.zeros(self.dim_x, dtype=dtype, device=device),
+            "mean_y": torch.zeros(self.dim_y, dtype=dtype, device=device),
+            "cov_xx": torch.eye(self.dim_x, dtype=dtype, device=device),
+            "cov_yy": torch.eye(self.dim_y, dtype=dtype, device=device),
+            "cov_xy": torch.zeros(self.dim_x, self.dim_y, dtype=dtype, device=device),
+            "num_batches_tracked": torch.tensor(0, device=device),
+        }
+
+    # --- checks ----------------------------------------------------------------------------------------
+
+    def _check(self, name: str, batch: torch.Tensor, dim: int) -> None:
+        if not isinstance(batch, torch.Tensor):
+            raise InvalidValueError(f"{name}: must be a tensor of the shape [n, {dim}], not {type(batch).__name__}")
+        if batch.dim() != 2 or batch.shape[1] != dim or batch.shape[0] == 0:
+            raise InvalidValueError(f"{name}: has the shape {list(batch.shape)}; must be [n, {dim}] with n at least 1")
+        own = self.cov_xx.dtype
+        if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
+            raise InvalidValueError(
+                f"{name}: is {batch.dtype}, the statistics are {own}; must be floating-point and no wider "
+                "(double() makes the statistics float64)"
+            )
+        if batch.device != self.cov_xx.device:
+            raise InvalidValueError(
+                f"{name}: is on {batch.device}, the statistics are on {self.cov_xx.device}; must be on one device"
+            )
+
+    def _check_ready(self, what: str) -> None:
+        if int(self.num_batches_tracked) == 0:
+            raise NotReadyError(f"{what}: no batch was tracked yet; call the module in train mode first")
+
+    def _root(self, name: str, dtype: torch.dtype) -> torch.Tensor:
+        """The Cholesky factor of a covariance with its ridge."""
+        covariance: torch.Tensor = getattr(self, name).to(dtype)
+        ridge = self.eps * torch.eye(covariance.shape[0], dtype=dtype, device=covariance.device)
+        factor: torch.Tensor
+        factor, info = torch.linalg.cholesky_ex(covariance + ridge)
+        # A pivot is what is left of a variance without the directions before it: of a singular matrix, rounding errors.
+        noise = covariance.shape[0] * torch.finfo(getattr(self, name).dtype).eps
+        lost = factor.diagonal().square() <= noise * (covariance + ridge).diagonal()
+        if int(info) != 0 or bool(lost.any()):
+            raise InvalidValueError(f"eps {self.eps:g}: too small for {name}, which has not full rank; must be larger")
+        return factor
+
+    # --- copies and states -----------------------------------------------------------------------------
+
+    def _without_graph(self) -> dict[str, Any]:
+        buffers = {name: None if value is None else value.detach() for name, value in self._buffers.items()}
+        return {**self.__dict__, "_buffers": buffers}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> EMAStats:
+        """A copy that shares the process group and has no graph: torch copies no tensor that hangs in one."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        memo[id(self.process_group)] = self.process_group
+        copied.__dict__.update(copy.deepcopy(self._without_graph(), memo))
+        return copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        if self.process_group is not None:
+            warnings.warn(
+                "process_group: cannot be saved with the module; set it again on the loaded one", stacklevel=2
+            )
+        return {**self._without_graph(), "process_group": None}
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+        for name in _STATISTICS:
+            if f"{prefix}running_{name}" in state_dict:  # symm-learning's names
+                state_dict[prefix + name] = state_dict.pop(f"{prefix}running_{name}")
+        # Values are loaded in place: not into tensors that a graph or a saved state still needs.
+        for name, value in self._buffers.items():
+            self._buffers[name] = None if value is None else value.detach().clone()
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+
+class _GroupSum(torch.autograd.Function):
+    """The sum over processes; backward, every process' losses count for what this one has added."""
+
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        total = values.clone()
+        torch.distributed.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        total = gradient.clone(memory_format=torch.contiguous_format)
+        torch.distributed.all_reduce(total, group=ctx.group)
+        return total, None
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    """Autocast would multiply the centred batch in half precision."""
+    if torch.amp.is_autocast_available(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()

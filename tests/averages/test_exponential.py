@@ -1,0 +1,531 @@
+"""ExponentialMovingAverage: the formula, what is copied, states, and everything people do to a module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import pytest
+import torch
+from factories import FloatArray, tiny_model
+
+from posthoc_cli.averages import ExponentialMovingAverage, pairing
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+
+
+def rounding(updates: int, largest: float) -> float:
+    """A float32 update rounds a difference (at most twice the largest value), a product of it, the share and a sum."""
+    return updates * 7 * 2.0**-24 * largest
+
+
+def average(values: Sequence[FloatArray], momenta: Sequence[float]) -> FloatArray:
+    """The definition, in float64; `momenta[0]` belongs to the first value and is not used."""
+    result = np.asarray(values[0], np.float64)
+    for value, momentum in zip(values[1:], momenta[1:], strict=True):
+        result = (1 - momentum) * result + momentum * np.asarray(value, np.float64)
+    return result
+
+
+def random_steps(model: torch.nn.Module, steps: int, seed: int = 1) -> Iterator[int]:
+    """As if trained: every floating-point tensor is moved, every integer counted up."""
+    generator = torch.Generator().manual_seed(seed)
+    for step in range(steps):
+        with torch.no_grad():
+            for tensor in {id(t): t for t in model.state_dict().values()}.values():
+                if tensor.is_floating_point():
+                    tensor.add_(torch.randn(tensor.shape, generator=generator).to(tensor.dtype))
+                else:
+                    tensor.add_(1)
+        yield step
+
+
+def numbers(tensor: torch.Tensor) -> FloatArray:
+    return tensor.detach().double().numpy().copy()
+
+
+# --- the formula -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("warmup", [False, True])
+@pytest.mark.parametrize("interval", [1, 3])
+@pytest.mark.parametrize("update_buffers", [False, True])
+def test_the_average_is_the_formula(warmup: bool, interval: int, update_buffers: bool) -> None:
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model, 0.2, interval, update_buffers=update_buffers, warmup=warmup)
+    weights, variances, momenta = [], [], []
+    for step in random_steps(model, 20):
+        ema.update_parameters(model)
+        if step % interval == 0:
+            weights.append(numbers(model.head.weight))
+            variances.append(numbers(model.norm.running_var))
+            momenta.append(1 - min(1 - 0.2, (1 + step) / (10 + step)) if warmup else 0.2)
+    expected = average(weights, momenta)
+    within = rounding(20, float(np.abs(weights).max()))
+    assert np.abs(numbers(ema.module.head.weight) - expected).max() < within < 0.01 * np.abs(expected).max()
+    last = numbers(model.norm.running_var)
+    expected = average(variances, momenta) if update_buffers else last
+    assert np.abs(numbers(ema.module.norm.running_var) - expected).max() < rounding(20, float(np.abs(variances).max()))
+    assert ema.module.norm.num_batches_tracked == model.norm.num_batches_tracked == 20
+    assert ema.steps == 20
+
+
+def test_warmup_ends_at_the_momentum_asked_for() -> None:
+    ema = ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=0.01, warmup=True)
+    found = [ema.momentum_at(t) for t in (1, 50, 890, 891, 10_000)]
+    assert found == pytest.approx([1 - 2 / 11, 1 - 51 / 60, 0.01, 0.01, 0.01], rel=1e-12)
+
+
+def test_the_first_update_copies_and_initial_weights_have_no_part() -> None:
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model, interval=7)
+    for _ in random_steps(model, 1):
+        ema.update_parameters(model)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(ema.module.state_dict()[name], tensor)
+
+
+def test_between_intervals_buffers_are_copied_and_parameters_stay() -> None:
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model, interval=100)
+    ema.update_parameters(model)
+    before = ema.module.head.weight.clone()
+    for _ in random_steps(model, 3):
+        ema.update_parameters(model)
+    assert torch.equal(ema.module.head.weight, before)
+    assert torch.equal(ema.module.norm.running_mean, model.norm.running_mean)
+
+
+def test_infinities_of_a_mask_survive_averaging_and_transient_buffers_are_copied() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("mask", torch.tensor([[0.0, -torch.inf], [3.0, 1e30]]))
+    model.register_buffer("table", torch.zeros(2), persistent=False)
+    ema = ExponentialMovingAverage(model, 0.25, update_buffers=True)
+    ema.update_parameters(model)
+    model.mask[0, 0], model.table = 4.0, torch.ones(2)
+    ema.update_parameters(model)
+    assert torch.equal(ema.module.mask, torch.tensor([[1.0, -torch.inf], [3.0, 1e30]]))
+    assert torch.equal(ema.module.table, torch.ones(2))
+
+
+def test_tied_parameters_stay_tied_and_are_averaged_once() -> None:
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model, 0.25)
+    ema.update_parameters(model)
+    before = numbers(model.head.weight)
+    with torch.no_grad():
+        model.embed.weight.add_(4.0)
+    ema.update_parameters(model)
+    assert ema.module.head.weight is ema.module.embed.weight
+    np.testing.assert_allclose(numbers(ema.module.head.weight), before + 1.0, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex64, torch.complex128])
+def test_wide_and_complex_parameters(dtype: torch.dtype) -> None:
+    model = torch.nn.Linear(3, 2, dtype=dtype)
+    ema = ExponentialMovingAverage(model, 0.25)
+    ema.update_parameters(model)
+    first = model.weight.detach().clone()
+    torch.nn.init.normal_(model.weight)
+    ema.update_parameters(model)
+    expected = 0.75 * first.to(torch.complex128) + 0.25 * model.weight.detach().to(torch.complex128)
+    tolerance = 8 * torch.finfo(dtype).eps
+    torch.testing.assert_close(ema.module.weight.to(torch.complex128), expected, rtol=tolerance, atol=tolerance)
+    assert ema.module.weight.dtype == dtype
+
+
+def test_requires_grad_does_not_matter() -> None:
+    """Frozen now, trainable then: adversarial training does that around every step."""
+    model = torch.nn.Linear(1, 1, bias=False).requires_grad_(False)
+    ema = ExponentialMovingAverage(model, 0.5)
+    for value, trainable in ((0.0, False), (1.0, True), (1.0, False)):
+        torch.nn.init.constant_(model.weight, value)
+        model.requires_grad_(trainable)
+        ema.update_parameters(model)
+    assert ema.module.weight.item() == 0.75
+    assert not ema.module.weight.requires_grad
+
+
+def test_whole_number_parameters_are_copied() -> None:
+    model = torch.nn.Linear(1, 1)
+    model.table = torch.nn.Parameter(torch.tensor([1, 2]), requires_grad=False)
+    ema = ExponentialMovingAverage(model, 0.5)
+    ema.update_parameters(model)
+    model.table.data.fill_(9)
+    ema.update_parameters(model)
+    assert ema.module.table.tolist() == [9, 9]
+
+
+# --- half precision --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_averages_move(dtype: torch.dtype) -> None:
+    """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average would stay at 1."""
+    model = torch.nn.Linear(1, 1, dtype=dtype)
+    torch.nn.init.ones_(model.weight)
+    ema = ExponentialMovingAverage(model, momentum=2e-4)
+    ema.update_parameters(model)
+    torch.nn.init.constant_(model.weight, 2.0)
+    for _ in range(2000):
+        ema.update_parameters(model)
+    expected = 2 - (1 - 2e-4) ** 2000
+    half_a_bit = torch.finfo(dtype).eps / 2
+    assert ema.module.weight.dtype == dtype
+    assert abs(ema.module.weight.item() - expected) <= half_a_bit + rounding(2000, 2.0)
+    assert abs(ema.accumulators.values["weight"].item() - expected) < rounding(2000, 2.0)
+
+
+def test_half_precision_averages_go_on_exactly_from_a_state() -> None:
+    model = torch.nn.Linear(4, 4, dtype=torch.bfloat16)
+    straight = ExponentialMovingAverage(model, momentum=0.003)
+    for step in random_steps(model, 20):
+        straight.update_parameters(model)
+        if step == 9:
+            state = copy.deepcopy(straight.state_dict())
+            resumed = ExponentialMovingAverage(model, momentum=0.003)
+            resumed.load_state_dict(state)
+        if step > 9:
+            resumed.update_parameters(model)
+    assert set(state) >= {"module.weight", "accumulators.weight", "steps"}
+    assert state["accumulators.weight"].dtype == torch.float32
+    for name, value in straight.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value), name
+
+
+def test_what_is_written_into_the_averaged_module_counts() -> None:
+    """A state without accumulators, a swap of weights: the accumulators of before are out of date."""
+    model = torch.nn.Linear(1, 1, dtype=torch.bfloat16)
+    ema = ExponentialMovingAverage(model, momentum=0.5)
+    for _ in range(3):
+        ema.update_parameters(model)
+    torch.nn.init.zeros_(ema.module.weight)
+    torch.nn.init.constant_(model.weight, 6.0)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == 3.0
+
+
+def test_a_beginning_forgets_what_was_more_exact() -> None:
+    model = torch.nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.ones_(model.weight)
+    ema = ExponentialMovingAverage(model, momentum=0.001)
+    ema.update_parameters(model)
+    torch.nn.init.constant_(model.weight, 2.0)
+    ema.update_parameters(model)  # 1.001, which rounds to 1
+    torch.nn.init.ones_(model.weight)
+    ema.sync_parameters(model)
+    ema.update_parameters(model)
+    assert ema.accumulators.values["weight"].item() == 1.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tensors_are_averaged_a_few_at_a_time(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bits, and no copy of a whole half-precision model at once."""
+    model = tiny_model().to(dtype)
+    ema = ExponentialMovingAverage(model, momentum=0.3, update_buffers=True)
+    for _ in random_steps(model, 3):
+        ema.update_parameters(model)
+    twin = copy.deepcopy(ema)
+    for _ in random_steps(model, 1):
+        ema.update_parameters(model)
+    largest = []
+
+    def copies(wanted: Sequence[tuple[torch.Tensor, torch.device, torch.dtype]]) -> list[torch.Tensor]:
+        largest.append(sum(tensor.numel() for tensor, _, _ in wanted))
+        return [tensor.to(device, dtype, copy=True) for tensor, device, dtype in wanted]
+
+    monkeypatch.setattr(pairing, "ELEMENTS_AT_A_TIME", 6)
+    monkeypatch.setattr(pairing, "copies_like", copies)
+    twin.update_parameters(model)
+    for name, value in ema.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value), name
+    assert max(largest) == (0 if dtype == torch.float32 else 18)  # `frozen` and the embedding
+
+
+def test_casting_keeps_accumulators_in_float32() -> None:
+    model = torch.nn.Linear(1, 1).half()
+    ema = ExponentialMovingAverage(model, momentum=0.1)
+    for _ in random_steps(model, 3):
+        ema.update_parameters(model)
+    exact = ema.accumulators.values["weight"].clone()
+    ema.half().bfloat16().half()
+    assert torch.equal(ema.accumulators.values["weight"], exact)
+    assert ema.to("meta").accumulators.values["weight"].is_meta
+
+
+def test_a_half_precision_model_and_a_float32_average() -> None:
+    model = torch.nn.Linear(2, 2)
+    ema = ExponentialMovingAverage(model, momentum=0.25)
+    ema.update_parameters(model)
+    first = numbers(model.weight)
+    model.half()
+    torch.nn.init.constant_(model.weight, 4.0)
+    ema.update_parameters(model)
+    np.testing.assert_allclose(numbers(ema.module.weight), 0.75 * first + 1.0, rtol=0, atol=1e-6)
+    assert not ema.accumulators.values
+
+
+# --- states ----------------------------------------------------------------------------------------
+
+
+def mmengine_state(model: torch.nn.Module, steps: int) -> dict[str, torch.Tensor]:
+    """What `mmengine.model.ExponentialMovingAverage(model).state_dict()` holds, by its documented names."""
+    state = {f"module.{name}": torch.randn(value.shape) for name, value in model.state_dict().items()}
+    state["module.norm.num_batches_tracked"] = torch.tensor(17)
+    state["module.head.weight"] = state["module.embed.weight"]
+    return {"steps": torch.tensor(steps), **state}
+
+
+def test_a_state_saved_by_mmengine_loads_and_goes_on() -> None:
+    model = tiny_model()
+    state = mmengine_state(model, steps=40)
+    ema = ExponentialMovingAverage(model, momentum=0.25, interval=4)
+    ema.load_state_dict(state, strict=True)
+    assert set(ema.state_dict()) == set(state)
+    for name, value in state.items():
+        assert torch.equal(ema.state_dict()[name], value)
+    ema.update_parameters(model)  # the 41st call averages: 40 is a multiple of 4
+    expected = 0.75 * numbers(state["module.head.bias"]) + 0.25 * numbers(model.head.bias)
+    np.testing.assert_allclose(numbers(ema.module.head.bias), expected, rtol=0, atol=1e-6)
+    ema.update_parameters(model)
+    np.testing.assert_allclose(numbers(ema.module.head.bias), expected, rtol=0, atol=1e-6)
+    assert ema.steps == 42
+
+
+def test_the_counter_is_read_again_after_somebody_wrote_to_it() -> None:
+    model = torch.nn.Linear(1, 1)
+    ema = ExponentialMovingAverage(model, momentum=0.5)
+    for _ in range(3):
+        ema.update_parameters(model)
+    before = ema.module.weight.item()
+    ema.steps.zero_()
+    torch.nn.init.constant_(model.weight, before + 1)
+    ema.update_parameters(model)
+    assert ema.module.weight.item() == model.weight.item()
+    ema.steps = torch.tensor(70)
+    ema.update_parameters(model)
+    assert ema.steps == 71
+
+
+def test_loading_is_strict_about_names() -> None:
+    ema = ExponentialMovingAverage(torch.nn.Linear(1, 1))
+    with pytest.raises(RuntimeError, match="steps"):
+        ema.load_state_dict({"module.weight": torch.zeros(1, 1), "module.bias": torch.zeros(1)})
+    with pytest.raises(RuntimeError, match=r"module\.extra"):
+        ema.load_state_dict({**ema.state_dict(), "module.extra": torch.zeros(1)})
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
+def test_a_copy_goes_on_alone(how: str) -> None:
+    model = torch.nn.Linear(3, 3, dtype=torch.bfloat16)
+    ema = ExponentialMovingAverage(model, momentum=0.1)
+    for _ in random_steps(model, 3):
+        ema.update_parameters(model)
+    if how == "deepcopy":
+        twin = copy.deepcopy(ema)
+    else:
+        file = io.BytesIO()
+        torch.save(ema, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    before = copy.deepcopy(ema.state_dict())
+    for _ in random_steps(model, 3, seed=2):
+        twin.update_parameters(model)
+    for name, value in before.items():
+        assert torch.equal(ema.state_dict()[name], value)
+    for _ in random_steps(model, 3, seed=3):
+        twin.update_parameters(model)
+    assert twin.steps == 9
+    assert not torch.equal(twin.module.weight, ema.module.weight)
+
+
+# --- the rest of the interface ---------------------------------------------------------------------
+
+
+def test_sync_parameters_begins_anew_and_sync_buffers_copies_buffers_only() -> None:
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model)
+    ema.update_parameters(model)
+    before = ema.module.head.weight.clone()
+    for _ in random_steps(model, 1):
+        ema.sync_buffers(model)
+    assert torch.equal(ema.module.head.weight, before)
+    assert torch.equal(ema.module.norm.running_var, model.norm.running_var)
+    ema.sync_parameters(model)
+    assert torch.equal(ema.module.head.weight, model.head.weight)
+    assert ema.steps == 1
+
+
+def test_sync_buffers_warns_where_buffers_are_averaged() -> None:
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model, update_buffers=True)
+    with pytest.warns(UserWarning, match="replace their averages") as caught:
+        ema.sync_buffers(model)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+class Uniform(ExponentialMovingAverage):
+    """The uniform average, as mmengine's StochasticWeightAverage has it: in place."""
+
+    def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> None:
+        averaged_param.add_(source_param - averaged_param, alpha=1 / float(steps // self.interval + 1))
+
+
+class Returning(ExponentialMovingAverage):
+    """An avg_func in the style of mmengine's first releases, which returned the result."""
+
+    def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor:
+        return averaged_param + (source_param - averaged_param) / (steps // self.interval + 1)
+
+
+@pytest.mark.parametrize("kind", [Uniform, Returning])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_subclass_has_its_own_average(kind: type[ExponentialMovingAverage], dtype: torch.dtype) -> None:
+    model = tiny_model().to(dtype)
+    ema = kind(model, interval=2, update_buffers=True)
+    seen, means = [], []
+    for step in random_steps(model, 9):
+        ema.update_parameters(model)
+        if step % 2 == 0:
+            seen.append(numbers(model.frozen))
+            means.append(numbers(model.norm.running_mean))
+    for tensor, values in ((ema.module.frozen, seen), (ema.module.norm.running_mean, means)):
+        largest = float(np.abs(values).max())
+        tolerance = rounding(5, largest) + (largest * 2**-8 if dtype == torch.bfloat16 else 0)
+        assert np.abs(numbers(tensor) - np.mean(values, axis=0)).max() < tolerance
+
+
+def test_avg_func_is_what_update_parameters_does() -> None:
+    """Fused over all tensors or called for one: the same bits."""
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model, momentum=0.3, warmup=True)
+    ema.update_parameters(model)
+    for _ in random_steps(model, 1):
+        expected = ema.module.head.bias.clone()
+        assert ema.avg_func(expected, model.head.bias.detach(), 1) is None
+        ema.update_parameters(model)
+    assert torch.equal(ema.module.head.bias, expected)
+
+
+def test_forward_runs_the_averaged_module_with_any_signature() -> None:
+    class Scale(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, x: torch.Tensor, *, shift: float = 0.0) -> tuple[torch.Tensor, float]:
+            return x * self.scale + shift, shift
+
+    model = Scale()
+    ema = ExponentialMovingAverage(model)
+    ema.update_parameters(model)
+    torch.nn.init.zeros_(model.scale)
+    result, shift = ema(torch.tensor(3.0), shift=1.0)
+    assert (result.item(), shift) == (7.0, 1.0)
+    compiled = torch.compile(ema, backend="eager")
+    assert compiled(torch.tensor(3.0))[0].item() == 6.0
+
+
+def test_wrapped_models_are_taken_for_what_they_wrap() -> None:
+    model = torch.nn.Linear(1, 1)
+    for wrapped in (torch.compile(model, backend="eager"), torch.nn.DataParallel(model)):
+        ema = ExponentialMovingAverage(wrapped, momentum=0.5)
+        assert set(ema.state_dict()) == {"module.weight", "module.bias", "steps"}
+        for source in (model, wrapped):
+            ema.update_parameters(source)
+
+
+def test_parts_that_are_compiled_later_keep_their_names() -> None:
+    model = torch.nn.Sequential(tiny_model(), torch.nn.Linear(5, 1))
+    ema = ExponentialMovingAverage(model, momentum=0.5, update_buffers=True)
+    ema.update_parameters(model)
+    before = numbers(model[0].head.bias)
+    model[0] = torch.compile(model[0], backend="eager")
+    with torch.no_grad():
+        model[0].head.bias.add_(2.0)
+    model[0].norm.running_mean.add_(4.0)
+    ema.update_parameters(torch.compile(model, backend="eager"))
+    np.testing.assert_allclose(numbers(ema.module[0].head.bias), before + 1.0, rtol=0, atol=1e-6)
+    assert ema.module[0].norm.running_mean.tolist() == [2.0] * 3
+    assert len(ema.state_dict()) == len(model.state_dict()) + 1
+
+
+def test_the_average_holds_no_gradients_and_shares_nothing() -> None:
+    model = torch.nn.Linear(2, 2)
+    model(torch.ones(1, 2)).sum().backward()
+    ema = ExponentialMovingAverage(model)
+    assert all(p.grad is None and not p.requires_grad for p in ema.parameters())
+    assert model.weight.grad is not None
+    assert model.weight.requires_grad
+    assert ema.module.weight.data_ptr() != model.weight.data_ptr()
+
+
+def test_made_and_updated_under_inference_mode() -> None:
+    model = torch.nn.Linear(1, 1)
+    with torch.inference_mode():
+        ema = ExponentialMovingAverage(model, momentum=0.5)
+        ema.update_parameters(model)
+    ema.update_parameters(model)
+    assert ema.steps == 2
+
+
+def test_the_average_can_live_on_another_device() -> None:
+    model = torch.nn.Linear(1, 1)
+    ema = ExponentialMovingAverage(model, device="meta")
+    assert ema.module.weight.is_meta
+    assert ema.steps.is_meta
+    assert not model.weight.is_meta
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.0, -0.1, 2, float("nan"), float("inf"), True, "0.1", None, [0.1]])
+def test_a_momentum_outside_its_range(momentum: object) -> None:
+    with pytest.raises(ValueError, match=r"momentum .*: must lie in \(0, 1\)"):
+        ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=momentum)  # type: ignore[arg-type]
+
+
+def test_a_momentum_that_looks_like_a_decay_warns_and_names_the_other() -> None:
+    with pytest.warns(UserWarning, match=r"momentum 0\.999.*0\.001") as caught:
+        ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=0.999)
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=0.5)
+
+
+@pytest.mark.parametrize("interval", [0, -1, 1.5, True, "2"])
+def test_an_interval_that_is_none(interval: object) -> None:
+    with pytest.raises(InvalidValueError, match=r"interval .*: must be a whole number, at least 1"):
+        ExponentialMovingAverage(torch.nn.Linear(1, 1), interval=interval)  # type: ignore[arg-type]
+
+
+def test_models_that_are_none_or_have_no_shape_yet() -> None:
+    with pytest.raises(InvalidValueError, match=r"model: must be a torch\.nn\.Module, not dict"):
+        ExponentialMovingAverage({})  # type: ignore[arg-type]
+    with pytest.raises(InvalidValueError, match=r"'weight': has no shape yet"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls lazy modules experimental
+        ExponentialMovingAverage(torch.nn.LazyLinear(3))
+
+
+def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> None:
+    model = tiny_model()
+    ema = ExponentialMovingAverage(model)
+    ema.update_parameters(model)
+    before = copy.deepcopy(ema.state_dict())
+    other = tiny_model(1)
+    other.extra = torch.nn.Linear(1, 1)
+    del other.frozen
+    with pytest.raises(ModelMismatchError) as caught:
+        ema.update_parameters(other)
+    for name in ("'frozen'", "'extra.weight'", "'extra.bias'"):
+        assert name in str(caught.value)
+    shorter = tiny_model(1)
+    shorter.norm.running_var = torch.ones(1)
+    with pytest.raises(ModelMismatchError, match=r"'norm.running_var': has the shape \[1\] in the model, \[3\]"):
+        ema.update_parameters(shorter)
+    for name, value in before.items():
+        assert torch.equal(ema.state_dict()[name], value)

@@ -1,0 +1,325 @@
+"""ShadowModel: TensorFlow's formula, its decay and debiasing, modes, and everything people do to a module."""
+
+from __future__ import annotations
+
+import copy
+import io
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from factories import FloatArray, tiny_model
+
+from posthoc_cli.averages import ShadowModel
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+
+
+def rounding(updates: int, largest: float) -> float:
+    """A float32 update rounds a difference (at most twice the largest value), a product of it, the share and a sum."""
+    return updates * 7 * 2.0**-24 * largest
+
+
+def numbers(tensor: torch.Tensor) -> FloatArray:
+    return tensor.detach().double().numpy().copy()
+
+
+def move(model: torch.nn.Module, seed: int) -> None:
+    """As if an optimizer had made a step."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def follow(net: ShadowModel, steps: int) -> list[FloatArray]:
+    """Values of `head.weight` before each update, the model's first."""
+    values = []
+    for step in range(steps):
+        move(net.model, step)
+        values.append(numbers(net.model.head.weight))
+        net.update()
+    return values
+
+
+# --- the formula -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_updates", [None, 0, 7])
+def test_the_shadow_is_tensorflows_formula(num_updates: int | None) -> None:
+    net = ShadowModel(tiny_model(), 0.6, num_updates)
+    shadow = numbers(net.shadow.head.weight)
+    values = follow(net, 20)
+    for count, value in enumerate(values):
+        decay = 0.6 if num_updates is None else min(0.6, (1 + num_updates + count) / (10 + num_updates + count))
+        shadow -= (1 - decay) * (shadow - value)
+    within = rounding(20, float(np.abs(values).max()))
+    assert np.abs(numbers(net.shadow.head.weight) - shadow).max() < within < 0.01 * np.abs(shadow).max()
+    assert net.num_updates is None if num_updates is None else net.num_updates == num_updates + 20
+
+
+def test_a_tensor_as_num_updates_is_the_callers_clock() -> None:
+    step = torch.tensor(0)
+    net = ShadowModel(torch.nn.Linear(1, 1, bias=False), 0.99, num_updates=step)
+    expected = net.shadow.weight.item()
+    for count in (0, 90, 100_000):
+        step.fill_(count)
+        torch.nn.init.constant_(net.model.weight, count + 1.0)
+        net.update()
+        expected += (1 - min(0.99, (1 + count) / (10 + count))) * (count + 1 - expected)
+        assert net.shadow.weight.item() == pytest.approx(expected, rel=1e-6)
+    assert step == 100_000
+    assert set(net.state_dict()) == {"model.weight", "shadow.weight"}
+
+
+@pytest.mark.parametrize("num_updates", [None, 0])
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
+def test_zero_debiasing_divides_by_the_sum_of_the_weights(decay: float, num_updates: int | None) -> None:
+    net = ShadowModel(tiny_model(), decay, num_updates, zero_debias=True)
+    values = follow(net, 12)
+    biased, mass = np.zeros_like(values[0]), 0.0
+    for count, value in enumerate(values):
+        current = decay if num_updates is None else min(decay, (1 + count) / (10 + count))
+        biased = current * biased + (1 - current) * value
+        mass = current * mass + (1 - current)
+    if num_updates is None:
+        assert mass == pytest.approx(1 - decay**12, rel=1e-9)  # as TensorFlow has it
+    # The mass is float32: its error, at most half a bit an update, is one of the share too.
+    assert net.debias_mass.item() == pytest.approx(mass, rel=12 * 2.0**-24)
+    within = 2 * rounding(12, float(np.abs(values).max()))
+    assert np.abs(numbers(net.shadow.head.weight) - biased / mass).max() < within
+
+
+def test_without_debiasing_the_initial_weights_have_a_part() -> None:
+    for zero_debias, expected in ((False, 0.9), (True, 0.0)):
+        net = ShadowModel(torch.nn.Linear(1, 1, bias=False), 0.9, zero_debias=zero_debias)
+        torch.nn.init.ones_(net.shadow.weight)
+        torch.nn.init.zeros_(net.model.weight)
+        net.update()
+        assert net.shadow.weight.item() == pytest.approx(expected, rel=1e-6, abs=0)
+
+
+def test_buffers_and_whole_numbers_are_copied() -> None:
+    net = ShadowModel(tiny_model(), 0.99)
+    net.model.norm.running_mean.fill_(3.0)
+    net.model.norm.num_batches_tracked.fill_(8)
+    net.update()
+    assert torch.equal(net.shadow.norm.running_mean, net.model.norm.running_mean)
+    assert net.shadow.norm.num_batches_tracked == 8
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_parameters_are_averaged_while_gradients_are_switched_off_too(trainable: bool) -> None:
+    net = ShadowModel(torch.nn.Linear(1, 1, bias=False), 0.75)
+    torch.nn.init.zeros_(net.shadow.weight)
+    torch.nn.init.constant_(net.model.weight, 4.0)
+    net.requires_grad_(trainable).update()
+    assert net.shadow.weight.item() == 1.0
+
+
+def test_a_frozen_parameter_that_stays_is_exactly_its_shadow() -> None:
+    net = ShadowModel(tiny_model(), 0.9)
+    frozen = net.model.frozen.detach().clone()
+    for seed in range(50):
+        with torch.no_grad():
+            net.model.head.weight.add_(seed)
+        net.update()
+    assert torch.equal(net.shadow.frozen, frozen)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_shadows_move(dtype: torch.dtype) -> None:
+    net = ShadowModel(torch.nn.Linear(1, 1, bias=False, dtype=dtype), 0.9998)
+    torch.nn.init.ones_(net.shadow.weight)
+    torch.nn.init.constant_(net.model.weight, 2.0)
+    for _ in range(2000):
+        net.update()
+    assert net.shadow.weight.dtype == dtype
+    assert abs(net.shadow.weight.item() - (2 - 0.9998**2000)) <= torch.finfo(dtype).eps / 2 + rounding(2000, 2.0)
+
+
+# --- modes -----------------------------------------------------------------------------------------
+
+
+class Dropped(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+        self.drop = torch.nn.Dropout(1.0)
+
+    def forward(self, x: torch.Tensor, *more: torch.Tensor, shift: float = 0.0) -> torch.Tensor:
+        return self.drop(self.scale * (x + sum(more)) + shift)
+
+
+def test_train_mode_runs_the_model_and_eval_mode_the_shadow() -> None:
+    net = ShadowModel(Dropped(), 0.5)
+    torch.nn.init.constant_(net.model.scale, 3.0)
+    net.model.drop.p = 0.0
+    one, two = torch.tensor(1.0), torch.tensor(2.0)
+    assert net(one, two, shift=1.0).item() == 10.0
+    assert net.shadow(one).item() == 1.0, "in eval mode always: nothing is dropped"
+    assert net.eval()(one, two, shift=1.0).item() == 4.0
+    assert not net.model.training
+    net.train()
+    assert net.model.training
+    assert not any(module.training for module in net.shadow.modules())
+
+
+def test_making_one_leaves_the_models_mode_and_tensors_alone() -> None:
+    model = tiny_model()
+    model.norm.eval()
+    net = ShadowModel(model, 0.9)
+    assert model.training
+    assert not model.norm.training
+    assert net.model.head.weight is model.head.weight
+    assert not net.shadow.training
+
+
+def test_only_the_model_gets_gradients() -> None:
+    net = ShadowModel(torch.nn.Linear(2, 1), 0.5).requires_grad_(True)
+    net(torch.ones(1, 2)).sum().backward()
+    assert net.model.weight.grad is not None
+    assert not any(p.requires_grad for p in net.shadow.parameters())
+    assert not net.eval()(torch.ones(1, 2)).requires_grad
+
+
+def test_an_optimizer_over_all_parameters_leaves_the_shadow_alone() -> None:
+    net = ShadowModel(torch.nn.Linear(2, 1), 0.9)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, weight_decay=0.5)
+    before = net.shadow.weight.clone()
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    assert torch.equal(net.shadow.weight, before)
+    assert not torch.equal(net.model.weight, before)
+
+
+def test_an_update_in_eval_mode_warns_once_and_does_nothing() -> None:
+    net = ShadowModel(torch.nn.Linear(1, 1), 0.5, num_updates=0).eval()
+    before = copy.deepcopy(net.state_dict())
+    torch.nn.init.constant_(net.model.weight, 7.0)
+    with pytest.warns(UserWarning, match="eval mode") as caught:
+        net.update()
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net.update()
+    assert torch.equal(net.shadow.weight, before["shadow.weight"])
+    assert net.num_updates == 0
+    net.train().update()
+    assert net.num_updates == 1
+
+
+# --- what people do to a module --------------------------------------------------------------------
+
+
+def settled(dtype: torch.dtype = torch.float32) -> ShadowModel:
+    net = ShadowModel(tiny_model().to(dtype), 0.9, num_updates=0, zero_debias=True)
+    follow(net, 5)
+    return net
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("how", ["deepcopy", "torch.save", "state"])
+def test_a_copy_goes_on_like_the_original(how: str, dtype: torch.dtype) -> None:
+    net = settled(dtype)
+    if how == "deepcopy":
+        twin = copy.deepcopy(net)
+    elif how == "torch.save":
+        file = io.BytesIO()
+        torch.save(net, file)
+        file.seek(0)
+        twin = torch.load(file, weights_only=False)
+    else:
+        twin = ShadowModel(tiny_model(3).to(dtype), 0.9, num_updates=0, zero_debias=True)
+        twin.load_state_dict(copy.deepcopy(net.state_dict()), strict=True)
+    unchanged = copy.deepcopy(net.state_dict())
+    follow(twin, 5)
+    for name, value in unchanged.items():
+        assert torch.equal(net.state_dict()[name], value), name
+    follow(net, 5)
+    for name, value in net.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value), name
+    assert not torch.equal(twin.state_dict()["shadow.head.weight"], unchanged["shadow.head.weight"])
+
+
+def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
+    net = settled()
+    mass = net.debias_mass.clone()
+    net.half()
+    assert net.shadow.head.weight.dtype == net.model.head.weight.dtype == torch.float16
+    assert torch.equal(net.debias_mass, mass)
+    assert net.debias_mass.dtype == torch.float32
+    net.update()
+    assert net.accumulators.values["head.bias"].dtype == torch.float32
+    net.double()
+    assert net.shadow.head.weight.dtype == torch.float64
+    assert all(tensor.is_meta for tensor in net.to("meta").state_dict().values())
+
+
+def test_the_state_holds_both_and_names_no_more_than_it_needs() -> None:
+    model = torch.nn.Linear(1, 1)
+    weights = {"model.weight", "model.bias", "shadow.weight", "shadow.bias"}
+    assert set(ShadowModel(model, 0.9).state_dict()) == weights
+    both = ShadowModel(model, 0.9, num_updates=3, zero_debias=True)
+    assert set(both.state_dict()) == {*weights, "num_updates", "debias_mass"}
+
+
+def test_compiled() -> None:
+    net = ShadowModel(torch.nn.Linear(2, 1, bias=False), 0.5)
+    compiled = torch.compile(net, backend="eager")
+    x = torch.ones(1, 2)
+    compiled(x).sum().backward()
+    assert net.model.weight.grad is not None
+    torch.nn.init.ones_(net.model.weight)
+    torch.nn.init.zeros_(net.shadow.weight)
+    compiled.update()
+    assert compiled(x).item() == 2.0
+    compiled.eval()
+    assert compiled(x).item() == 1.0
+    inside = ShadowModel(torch.compile(net.model, backend="eager"), 0.5)
+    inside.update()
+    assert inside.train()(x).item() == 2.0
+    assert "shadow.weight" in inside.state_dict()
+
+
+def test_tied_parameters_stay_tied() -> None:
+    net = settled()
+    assert net.shadow.head.weight is net.shadow.embed.weight
+    assert net.shadow.head.weight is not net.model.head.weight
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decay", [1.0, -0.1, 2, float("nan"), True, "0.9", None])
+def test_a_decay_outside_its_range(decay: object) -> None:
+    with pytest.raises(ValueError, match=r"decay .*: must lie in \[0, 1\)"):
+        ShadowModel(torch.nn.Linear(1, 1), decay)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("num_updates", [-1, 1.5, True, "3", torch.zeros(2), torch.tensor(True)])
+def test_num_updates_that_are_no_count(num_updates: object) -> None:
+    with pytest.raises(InvalidValueError, match=r"num_updates.*: must be a whole number"):
+        ShadowModel(torch.nn.Linear(1, 1), 0.9, num_updates)  # type: ignore[arg-type]
+
+
+def test_names_that_differ_are_listed_and_nothing_is_changed() -> None:
+    net = settled()
+    before = copy.deepcopy(net.state_dict())
+    net.model.extra = torch.nn.Linear(1, 1)
+    net.shadow.lost = torch.nn.Parameter(torch.zeros(1))
+    with pytest.raises(ModelMismatchError) as caught:
+        net.update()
+    message = str(caught.value)
+    assert "only in the average: 'lost'" in message
+    assert "only in the model: 'extra.bias', 'extra.weight'" in message
+    for name, value in before.items():
+        assert torch.equal(net.state_dict()[name], value), name
+
+
+def test_many_names_are_counted() -> None:
+    net = ShadowModel(torch.nn.Module(), 0.9)
+    for index in range(30):
+        net.model.register_parameter(f"p{index:02}", torch.nn.Parameter(torch.zeros(1)))
+    with pytest.raises(ModelMismatchError, match=r"'p04' and 25 more$"):
+        net.update()

@@ -1,0 +1,482 @@
+"""EMAStats: the formulas in NumPy, gradients, flat memory, precision, copies, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import io
+import subprocess
+import sys
+import warnings
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ema_command import unmeasured_environment
+from factories import FloatArray
+
+from posthoc_cli.averages import EMAStats
+from posthoc_cli.errors import InvalidValueError, NotReadyError
+
+NAMES = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
+
+
+def batches(count: int, rows: int, dim_x: int, dim_y: int, seed: int = 0) -> list[tuple[FloatArray, FloatArray]]:
+    """Correlated, with a mean that is not zero and moves."""
+    random = np.random.default_rng(seed)
+    mixing = random.normal(size=(dim_x, dim_y))
+    found = []
+    for index in range(count):
+        x = random.normal(size=(rows, dim_x)) + 2.0 + 0.1 * index
+        found.append((x, x @ mixing + 0.5 * random.normal(size=(rows, dim_y)) - 1.0))
+    return found
+
+
+def expected_statistics(
+    data: list[tuple[FloatArray, FloatArray]], momentum: float, running_mean: bool = True
+) -> dict[str, FloatArray]:
+    """The definition, a second time."""
+    state: dict[str, FloatArray] = {}
+    for x, y in data:
+        batch = {"mean_x": x.mean(axis=0), "mean_y": y.mean(axis=0)}
+        center = state if state and running_mean else batch
+        x, y = x - center["mean_x"], y - center["mean_y"]
+        degrees = max(len(x) - 1, 1)
+        batch.update({"cov_xx": x.T @ x / degrees, "cov_yy": y.T @ y / degrees, "cov_xy": x.T @ y / degrees})
+        state = {
+            name: (1 - momentum) * state[name] + momentum * batch[name] if state else batch[name] for name in NAMES
+        }
+    return state
+
+
+def feed(stats: EMAStats, data: list[tuple[FloatArray, FloatArray]], dtype: torch.dtype) -> EMAStats:
+    for x, y in data:
+        stats(torch.from_numpy(x).to(dtype), torch.from_numpy(y).to(dtype))
+    return stats
+
+
+def check(stats: EMAStats, expected: dict[str, FloatArray], tolerance: float) -> None:
+    for name in NAMES:
+        found = getattr(stats, name).detach().double().numpy()
+        assert found.shape == expected[name].shape
+        assert np.abs(found - expected[name]).max() <= tolerance * np.abs(expected[name]).max(), name
+
+
+# --- the formulas ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("running_mean", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, 1.0])
+@pytest.mark.parametrize("rows", [1, 2, 33])
+def test_statistics_are_the_formulas(running_mean: bool, momentum: float, rows: int) -> None:
+    data = batches(12, rows, 4, 3)
+    stats = EMAStats(4, 3, momentum, center_with_running_mean=running_mean).double()
+    feed(stats, data, torch.float64)
+    # A few additions an element and batch, float64 on both sides; differences of values up to 10 that are about 1.
+    check(stats, expected_statistics(data, momentum, running_mean), 1e-12)
+    assert stats.num_batches_tracked == 12
+
+
+def test_one_batch_has_the_unbiased_covariances_of_numpy() -> None:
+    ((x, y),) = data = batches(1, 50, 4, 3)
+    stats = feed(EMAStats(4, 3, 0.01).double(), data, torch.float64)
+    both = np.cov(x, y, rowvar=False)
+    np.testing.assert_allclose(stats.cov_xx, both[:4, :4], rtol=1e-12)
+    np.testing.assert_allclose(stats.cov_yy, both[4:, 4:], rtol=1e-12)
+    np.testing.assert_allclose(stats.cov_xy, both[:4, 4:], rtol=0, atol=1e-12)
+
+
+def test_inputs_come_back_as_they_are_and_y_may_be_x() -> None:
+    x, y = torch.randn(5, 3), torch.randn(5, 2)
+    returned = EMAStats(3, 2)(x, y)
+    assert returned[0] is x
+    assert returned[1] is y
+    stats = EMAStats(3)
+    alone = stats(x)
+    assert alone[0] is x
+    assert alone[1] is x
+    assert torch.equal(stats.cov_xy, stats.cov_xx)
+    stats(x, torch.randn(5, 3))
+    assert not torch.equal(stats.cov_xy, stats.cov_xx)
+
+
+def test_eval_mode_touches_nothing() -> None:
+    stats = feed(EMAStats(3, 2), batches(3, 8, 3, 2), torch.float32)
+    before = {name: value.clone() for name, value in stats.state_dict().items()}
+    x = torch.randn(4, 3, requires_grad=True)
+    assert stats.eval()(x, torch.randn(4, 2))[0] is x
+    for name, value in stats.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_reset_is_a_new_beginning() -> None:
+    data = batches(3, 8, 3, 2)
+    stats = feed(EMAStats(3, 2), batches(5, 8, 3, 2, seed=9), torch.float32)
+    fresh = EMAStats(3, 2)
+    stats.reset()
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(stats.state_dict()[name], value)
+    feed(stats, data, torch.float32), feed(fresh, data, torch.float32)
+    for name, value in fresh.state_dict().items():
+        assert torch.equal(stats.state_dict()[name], value)
+
+
+# --- gradients and memory --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seen", [0, 1])
+def test_gradients_are_those_of_the_newest_batch(name: str, seen: int) -> None:
+    """By differences; what was seen before is a constant."""
+    state = feed(EMAStats(3, 2, 0.3).double(), batches(seen, 6, 3, 2), torch.float64).state_dict()
+
+    def statistic(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        stats = EMAStats(3, 2, 0.3).double()
+        stats.load_state_dict(state)
+        stats(x, y)
+        return getattr(stats, name)
+
+    x, y = (torch.randn(6, dim, dtype=torch.float64, requires_grad=True) for dim in (3, 2))
+    assert torch.autograd.gradcheck(statistic, (x, y))
+    (grad,) = torch.autograd.grad(statistic(x, y).square().sum(), x if "x" in name else y)
+    assert grad.abs().max() > 1e-3
+
+
+def graph_nodes(tensor: torch.Tensor) -> int:
+    found, waiting = set(), [tensor.grad_fn]
+    while waiting:
+        node = waiting.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            waiting.extend(following for following, _ in node.next_functions)
+    return len(found)
+
+
+class Saved:
+    """A tensor that a graph holds for its backward pass."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_no_graph_grows_and_what_old_batches_saved_is_freed() -> None:
+    stats = EMAStats(4, 3)
+    scale = torch.ones(4, requires_grad=True)
+    saved: weakref.WeakSet[Saved] = weakref.WeakSet()
+    sizes = set()
+
+    def pack(tensor: torch.Tensor) -> Saved:
+        found = Saved(tensor)
+        saved.add(found)
+        return found
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
+        for step in range(12):
+            stats(torch.randn(8, 4) * scale, torch.randn(8, 3))
+            if step % 3 == 2:
+                stats.cov_xy.sum().backward()
+            else:
+                sizes.add((graph_nodes(stats.cov_xy), len(saved)))
+    ((nodes, tensors),) = sizes
+    assert nodes > 3
+    assert tensors > 3
+
+
+LOOP = """
+import resource, torch
+from posthoc_cli.averages import EMAStats
+torch.set_num_threads(1)
+stats, scale, x = EMAStats(32, momentum=0.01), torch.ones(32, requires_grad=True), torch.randn(64, 32)
+for step in range(10_000):
+    stats(x * scale)
+    if step % 2:
+        stats.cov_xy.sum().backward()
+    if step == 1_000:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / before)
+"""
+
+
+def test_memory_is_flat_over_10_000_batches() -> None:
+    """Kept graphs of 9,000 batches would take 16 kB each at least: half as much again as torch itself."""
+    environment = {**unmeasured_environment(), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    done = subprocess.run([sys.executable, "-c", LOOP], env=environment, capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 1.05
+
+
+def test_a_loss_on_the_statistics_trains() -> None:
+    """Whitening: without gradients through the statistics the layer would stay as it is."""
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.nn.Linear(2, 2, bias=False)
+    layer.weight.data = torch.tensor([[1.0, 0.5], [1.0, 1.0]])
+    stats = EMAStats(2, momentum=0.2)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
+    for _ in range(300):
+        stats(layer(torch.randn(64, 2, generator=generator)))
+        optimizer.zero_grad()
+        (stats.cov_xx - torch.eye(2)).square().sum().backward()
+        optimizer.step()
+    # The covariance of outputs is W W^T: 1.5 off the diagonal at first, and 1.25 and 2 on it.
+    covariance = layer.weight @ layer.weight.mT
+    assert (covariance - torch.eye(2)).abs().max() < 0.1
+
+
+# --- precision -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_batches_accumulate_in_float32(dtype: torch.dtype) -> None:
+    data = [tuple(torch.from_numpy(b).to(dtype).double().numpy() for b in batch) for batch in batches(30, 64, 4, 3)]
+    stats = feed(EMAStats(4, 3, 0.05), data, dtype)
+    assert stats.cov_xy.dtype == torch.float32
+    # Sums of 64 products of values up to about 8 in float32; bfloat16 sums would be off by 4e-3 at least.
+    check(stats, expected_statistics(data, 0.05), 2e-5)
+
+
+def test_autocast_does_not_touch_the_statistics() -> None:
+    data = batches(5, 64, 4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stats = feed(EMAStats(4, 3), data, torch.float32)
+        within = stats.canonical_correlations()
+    plain = feed(EMAStats(4, 3), data, torch.float32)
+    assert torch.equal(stats.cov_xy, plain.cov_xy)
+    assert torch.equal(within, plain.canonical_correlations())
+
+
+def test_casting_a_module_around_it_keeps_float32() -> None:
+    outer = torch.nn.Sequential(torch.nn.Linear(3, 3), EMAStats(3))
+    outer.half()
+    assert outer[0].weight.dtype == torch.float16
+    assert outer[1].cov_xy.dtype == torch.float32
+    outer.double()
+    assert outer[1].cov_xy.dtype == torch.float64
+    assert outer.to("meta")[1].cov_xx.is_meta
+
+
+def test_default_dtypes_of_half_precision_do_not_make_such_statistics() -> None:
+    before = torch.get_default_dtype()
+    try:
+        for default, expected in ((torch.bfloat16, torch.float32), (torch.float64, torch.float64)):
+            torch.set_default_dtype(default)
+            assert EMAStats(2).cov_xx.dtype == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+# --- correlations ----------------------------------------------------------------------------------
+
+
+def test_correlation_is_that_of_numpy() -> None:
+    ((x, y),) = data = batches(1, 50, 4, 3)
+    stats = feed(EMAStats(4, 3, eps=1e-12).double(), data, torch.float64)
+    np.testing.assert_allclose(stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11)
+
+
+def test_eps_is_added_to_both_variances() -> None:
+    stats = EMAStats(1, 1, eps=0.25).double()
+    stats(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [4.0]]))
+    assert stats.correlation().item() == pytest.approx(4 / np.sqrt(2.25 * 8.25), rel=1e-14)
+    assert stats.canonical_correlations().item() == pytest.approx(4 / np.sqrt(2.25 * 8.25), rel=1e-14)
+
+
+def test_a_constant_column_has_no_correlation() -> None:
+    stats = EMAStats(2)
+    x = torch.randn(10, 2)
+    x[:, 1] = 3.0
+    stats(x)
+    assert stats.correlation()[1].tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("eps", [1e-6, 0.3])
+def test_canonical_correlations_are_the_roots_of_the_eigenvalue_problem(eps: float) -> None:
+    data = batches(4, 40, 4, 3)
+    stats = feed(EMAStats(4, 3, 0.3, eps).double(), data, torch.float64)
+    expected = expected_statistics(data, 0.3)
+    xx, yy = expected["cov_xx"] + eps * np.eye(4), expected["cov_yy"] + eps * np.eye(3)
+    xy = expected["cov_xy"]
+    squares = np.linalg.eigvals(np.linalg.solve(yy, xy.T) @ np.linalg.solve(xx, xy)).real
+    found = stats.canonical_correlations()
+    np.testing.assert_allclose(found, np.sqrt(np.sort(squares)[::-1]), rtol=1e-9)
+    assert found.shape == (3,)
+    assert found[0] < 1
+
+
+def test_canonical_correlations_do_not_depend_on_the_basis() -> None:
+    ((x, y),) = batches(1, 200, 3, 3)
+    one = feed(EMAStats(3, eps=0.0).double(), [(x, y)], torch.float64)
+    other = feed(EMAStats(3, eps=0.0).double(), [(x @ np.diag([1, 10, 100]), y @ np.tri(3))], torch.float64)
+    np.testing.assert_allclose(one.canonical_correlations(), other.canonical_correlations(), rtol=1e-9)
+
+
+@pytest.mark.parametrize("what", ["correlation", "canonical_correlations"])
+def test_correlations_are_differentiable(what: str) -> None:
+    def value(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        stats = EMAStats(2).double()
+        stats(x, y)
+        return getattr(stats, what)()
+
+    x, y = (torch.randn(6, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(value, (x, y))
+
+
+@pytest.mark.parametrize("what", ["correlation", "canonical_correlations"])
+def test_no_correlations_before_the_first_batch(what: str) -> None:
+    with pytest.raises(NotReadyError, match=f"{what}: no batch"):
+        getattr(EMAStats(2), what)()
+
+
+def test_a_singular_covariance_without_a_ridge_is_named() -> None:
+    for seed in range(20):
+        torch.manual_seed(seed)
+        stats = EMAStats(3, eps=0.0)
+        stats(torch.randn(2, 3))
+        with pytest.raises(InvalidValueError, match=r"eps 0: too small for cov_xx"):
+            stats.canonical_correlations()
+    scales = torch.tensor([1.0, 1e-6, 1e6])  # of full rank, however different they are
+    stats = EMAStats(3, eps=0.0)
+    stats(torch.randn(50, 3) * scales)
+    assert stats.canonical_correlations().allclose(torch.ones(3), atol=1e-3)
+
+
+# --- what people do to a module --------------------------------------------------------------------
+
+
+def with_graph() -> EMAStats:
+    stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32)
+    stats(torch.randn(8, 3, requires_grad=True), torch.randn(8, 2))
+    assert stats.cov_xy.requires_grad
+    return stats
+
+
+def by_pickle(stats: EMAStats) -> EMAStats:
+    file = io.BytesIO()
+    torch.save(stats, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+def by_state(stats: EMAStats) -> EMAStats:
+    twin = EMAStats(3, 2)
+    twin.load_state_dict(stats.state_dict(), strict=True)
+    return twin
+
+
+def inside_another(stats: EMAStats) -> EMAStats:
+    return copy.deepcopy(torch.nn.ModuleList([torch.nn.Linear(1, 1), stats]))[1]
+
+
+@pytest.mark.parametrize("how", [copy.deepcopy, inside_another, by_pickle, by_state])
+def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(how: Callable[[EMAStats], EMAStats]) -> None:
+    stats = with_graph()
+    twin = how(stats)
+    data = batches(3, 8, 3, 2, seed=5)
+    before = {name: value.clone() for name, value in stats.state_dict().items()}
+    for name, value in twin.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert not getattr(twin, name).requires_grad
+    feed(twin, data, torch.float32)
+    for name, value in stats.state_dict().items():
+        assert torch.equal(value, before[name])
+    stats.cov_xy.sum().backward()
+    feed(stats, data, torch.float32)
+    for name, value in stats.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], value)
+
+
+def test_a_saved_state_does_not_change_and_loading_breaks_no_graph() -> None:
+    stats = with_graph()
+    state = stats.state_dict()
+    values = {name: value.clone() for name, value in state.items()}
+    loss = stats.cov_xy.square().sum()
+    stats.load_state_dict(EMAStats(3, 2).state_dict())
+    loss.backward()
+    feed(stats, batches(3, 8, 3, 2), torch.float32)
+    for name, value in values.items():
+        assert torch.equal(state[name], value), name
+
+
+def test_a_state_of_symm_learning_loads() -> None:
+    """By the names that its class documents: `running_` before each statistic."""
+    values = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32).state_dict()
+    state = {name if name in ("num_batches_tracked",) else f"running_{name}": value for name, value in values.items()}
+    assert {"running_mean_x", "running_cov_yy", "num_batches_tracked"} <= set(state)
+    outer = torch.nn.ModuleDict({"stats": EMAStats(3, 2)})
+    outer.load_state_dict({f"stats.{name}": value for name, value in state.items()}, strict=True)
+    for name, value in values.items():
+        assert torch.equal(outer["stats"].state_dict()[name], value)
+
+
+def test_compiled_it_gives_the_same() -> None:
+    data = batches(4, 8, 3, 2)
+    plain, compiled = EMAStats(3, 2), EMAStats(3, 2)
+    run = torch.compile(compiled, backend="eager", fullgraph=True)
+    for x, y in data:
+        plain(torch.from_numpy(x).float(), torch.from_numpy(y).float())
+        run(torch.from_numpy(x).float(), torch.from_numpy(y).float())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(compiled.state_dict()[name], value)
+
+
+# --- refusals --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("momentum", [0.0, 1.1, -1, float("nan"), True, "0.1", None])
+def test_a_momentum_outside_its_range(momentum: object) -> None:
+    with pytest.raises(ValueError, match=r"momentum .*: must lie in \(0, 1\]"):
+        EMAStats(2, momentum=momentum)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("eps", [-1e-9, float("nan"), float("inf"), "small"])
+def test_an_eps_that_is_none(eps: object) -> None:
+    with pytest.raises(InvalidValueError, match=r"eps .*: must be finite and at least 0"):
+        EMAStats(2, eps=eps)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dims", [(0,), (2, 0), (2.0,), (2, True)])
+def test_sizes_that_are_none(dims: tuple[int, ...]) -> None:
+    with pytest.raises(InvalidValueError, match=r"dim_[xy] .*: must be a whole number, at least 1"):
+        EMAStats(*dims)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    ("x", "y", "message"),
+    [
+        (torch.ones(4), torch.ones(4, 2), r"x: has the shape \[4\]; must be \[n, 3\]"),
+        (torch.ones(1, 4, 3), torch.ones(4, 2), r"x: has the shape \[1, 4, 3\]; must be \[n, 3\]"),
+        (torch.ones(4, 2), torch.ones(4, 2), r"x: has the shape \[4, 2\]; must be \[n, 3\]"),
+        (torch.ones(4, 3), torch.ones(4, 3), r"y: has the shape \[4, 3\]; must be \[n, 2\]"),
+        (torch.ones(0, 3), torch.ones(0, 2), r"x: has the shape \[0, 3\]; must be \[n, 3\] with n at least 1"),
+        (torch.ones(4, 3), torch.ones(5, 2), r"y: has 5 rows, x has 4"),
+        (torch.ones(4, 3), None, r"y: is missing; with dim_y 2"),
+        (
+            torch.ones(4, 3, dtype=torch.int64),
+            torch.ones(4, 2),
+            r"x: is torch\.int64, the statistics are torch\.float32",
+        ),
+        (torch.ones(4, 3), torch.ones(4, 2).double(), r"y: is torch\.float64, the statistics are torch\.float32"),
+        (torch.ones(4, 3, dtype=torch.complex64), torch.ones(4, 2), r"x: is torch\.complex64"),
+        (torch.ones(4, 3), torch.ones(4, 2, device="meta"), r"y: is on meta, the statistics are on cpu"),
+        ([[1.0, 2.0, 3.0]], torch.ones(1, 2), r"x: must be a tensor of the shape \[n, 3\], not list"),
+    ],
+)
+def test_batches_that_do_not_fit(training: bool, x: torch.Tensor, y: torch.Tensor, message: str) -> None:
+    stats = EMAStats(3, 2).train(training)
+    with pytest.raises(ValueError, match=message):
+        stats(x, y)
+    assert stats.num_batches_tracked == 0
+
+
+def test_shapes_alone_on_the_meta_device() -> None:
+    stats = EMAStats(3, 2).to("meta")
+    stats(torch.empty(4, 3, device="meta"), torch.empty(4, 2, device="meta"))
+    assert stats.cov_xy.shape == (3, 2)
+    assert stats.cov_xy.is_meta
+
+
+def test_nothing_warns() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        feed(EMAStats(3, 2), batches(3, 1, 3, 2), torch.float32)
