@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakSet
 
 import torch
@@ -109,13 +109,13 @@ class Background:
             "writing snapshots", "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every)
         )
         self._reader: BlockReader | None = None
+        self._read: ModelTensors | None = None
         _at_work.add(self)
 
     def update(
         self,
         averages: RunningAverages,
         tensors: ModelTensors,
-        changed: bool,
         t: float,
         step: int,
         due: Snapshots | None,
@@ -123,7 +123,7 @@ class Background:
         """Take in a model's values, and have snapshots written where they are `due`.
 
         Arguments:
-            changed: whether the tensors are others than at the last call.
+            tensors: the same object as long as the model's tensors are the same.
         """
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         if self._beside:
@@ -132,9 +132,8 @@ class Background:
             staged = self._stager.stage(tensors.averaged)
             self._updates.submit(lambda: self._update_beside(averages, staged, copies, t, step, due))
             return
-        if self._reader is None or changed:
-            self._reader = BlockReader.of_tensors(lay_out(tensors.averaged), tensors.averaged)
-        taken = self._take_in(averages, self._reader, tensors.averaged, copies, t, step)
+        reader = self._reader_of(tensors)
+        taken = self._take_in(averages, reader, tensors.averaged, copies, t, step)
         if due is not None and averages.exist:
             self._write(averages, due, self._stager.stage(tensors.averaged) if taken else None)
 
@@ -158,6 +157,14 @@ class Background:
         self._writes.close()
 
     # --- inside --------------------------------------------------------------------------------------
+
+    @torch.inference_mode(False)  # made there, its scratch could never be written to outside
+    def _reader_of(self, tensors: ModelTensors) -> BlockReader:
+        if self._reader is None or self._read is not tensors:
+            self._reader = self._read = None  # also where making the next one fails
+            self._reader = BlockReader.of_tensors(lay_out(tensors.averaged), tensors.averaged)
+            self._read = tensors
+        return self._reader
 
     def _update_beside(
         self,
@@ -203,7 +210,11 @@ class Background:
 
     def _write(self, averages: RunningAverages, due: Snapshots, staged: Staged | None) -> None:
         held = averages.hold()
-        sources = due.describe()
+        # What is held, and not the live averages: on an accelerator updates go on changing those in place.
+        sources = [
+            replace(source, averages=values.views)
+            for source, values in zip(due.describe(), held.accumulators, strict=True)
+        ]
 
         def job() -> None:
             try:

@@ -193,9 +193,9 @@ class Updating(Attachable):
         if self.settings.snapshot_is_due(self._step):
             due = Snapshots(partial(self._live_sources, copy.deepcopy(self._clock)), self._write_snapshots)
         if self.settings.update_is_due(self._step):
-            tensors, changed = self._watched.tensors(model, self._collect)
+            tensors = self._watched.tensors(model, self._collect)
             background = self._working(tensors.averaged)
-            background.update(self._averages, tensors, changed, self._t, self._step, due)
+            background.update(self._averages, tensors, self._t, self._step, due)
         elif due is not None and self._averages.exist and self._background is not None:
             self._background.write(self._averages, due)
 

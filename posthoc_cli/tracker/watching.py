@@ -16,7 +16,7 @@ class WatchedModel:
     """The tensors that were found in a model, as long as they stay the same.
 
     What is compared at every update, in place of walking through the modules: the names and objects that the modules
-    hold, where the parameters' values are, their shapes, dtypes and whether they require gradients.
+    hold, where the parameters' values are and how they lie, their shapes, dtypes and whether they require gradients.
     """
 
     def __init__(self) -> None:
@@ -27,12 +27,10 @@ class WatchedModel:
         self._state: tuple[object, ...] = ()
         self._tensors: ModelTensors | None = None
 
-    def tensors(
-        self, model: torch.nn.Module, collect: Callable[[torch.nn.Module], ModelTensors]
-    ) -> tuple[ModelTensors, bool]:
-        """What `collect` finds in the model, and whether it was called again."""
+    def tensors(self, model: torch.nn.Module, collect: Callable[[torch.nn.Module], ModelTensors]) -> ModelTensors:
+        """What `collect` finds in the model: the object of the last call, unless it had to be called again."""
         if self._tensors is not None and self._model is not None and self._model() is model and self._is_same():
-            return self._tensors, False
+            return self._tensors
         self._tensors = None
         found = collect(model)
         self._model = weakref.ref(model)  # it may go before the tracker does
@@ -45,7 +43,7 @@ class WatchedModel:
         self._held = _values(self._contents)
         self._state = self._now()
         self._tensors = found
-        return found, True
+        return found
 
     def _is_same(self) -> bool:
         return self._now() == self._state
@@ -61,6 +59,7 @@ class WatchedModel:
             [p.requires_grad for p in tensors],
             [p.dtype for p in tensors],
             [p.shape for p in tensors],
+            [p.stride() for p in tensors if p.layout == torch.strided],
         )
 
 

@@ -19,7 +19,9 @@ from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError,
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.tracker import background
+from posthoc_cli.tracker.averages import AverageSet
 from posthoc_cli.tracker.background import Pace
+from posthoc_cli.tracker.layout import BlockReader
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.staging import Staged
 from posthoc_cli.tracker.worker import Worker
@@ -151,6 +153,22 @@ def test_snapshots_hold_the_averages_of_their_time_however_late_they_are_written
     assert [s.info.measurements for s in read_directory(tmp_path / "late")] == [
         s.info.measurements for s in read_directory(tmp_path / "prompt")
     ]
+
+
+def test_snapshots_of_averages_on_an_accelerator_are_of_their_time_too(
+    tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There, updates go on changing the averages in place while a copy of them is written."""
+    model = network()
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setattr(AverageSet, "on_host", property(lambda _: False))
+        with PostHocEMA.from_model(model, tmp_path / "late", device="model", **SETTINGS) as late:
+            train(model, late, 1, 7)
+            slow_disk.set()
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "prompt", device="model", **SETTINGS) as prompt:
+        train(model, prompt, 1, 4)
+    assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
 
 
 def test_averages_that_are_held_take_one_more_set_and_no_third(tmp_path: Path, slow_disk: threading.Event) -> None:
@@ -383,6 +401,48 @@ def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: Any, de
                 change(model)
             train(model, tracker, 7, 12)
     assert contents(tmp_path / "changed") == contents(tmp_path / "plain")
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_tensor_turned_in_its_place_is_followed(tmp_path: Path, device: str) -> None:
+    """The same storage, shape and dtype, and other values in every place but the diagonal."""
+    model = torch.nn.Linear(3, 3)
+    with PostHocEMA.from_model(model, tmp_path, device=device, update_every=1, checkpoint_every=100) as tracker:
+        tracker.update_(model)
+        model.weight.data = model.weight.data.t()
+        for _ in range(300):
+            tracker.update_(model)
+        average = tracker.state_dict()["averages"]["0.05"]["weight"]
+    torch.testing.assert_close(average, model.weight.detach(), rtol=1e-6, atol=1e-6)
+
+
+def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """There was no memory to look at the new ones at the first try."""
+    model = torch.nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=100) as tracker:
+        tracker.update_(model)
+        model.weight.data = torch.full((2, 3), 7.0)
+        with monkeypatch.context() as fault:
+            fault.setattr(BlockReader, "_room", lambda *_: (_ for _ in ()).throw(MemoryError))
+            with pytest.raises(MemoryError):
+                tracker.update_(model)
+        for _ in range(300):
+            tracker.update_(model)
+        average = tracker.state_dict()["averages"]["0.05"]["weight"]
+    torch.testing.assert_close(average, torch.full((2, 3), 7.0))
+
+
+def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "mixed", **SETTINGS) as tracker:
+        for number in range(1, 13):
+            step(model, number)
+            with torch.inference_mode(number < 5):
+                tracker.update_(model)
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "plain", **SETTINGS) as plain:
+        train(model, plain, 1, 12)
+    assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
 def test_a_model_is_looked_through_once_while_it_stays_the_same(
