@@ -44,7 +44,8 @@ class Worker:
         if self._thread is None:
             self._thread = threading.Thread(target=_work, args=(self._queue,), name=f"ema-{self._name}", daemon=True)
             self._thread.start()
-            weakref.finalize(self, self._queue.put, None)
+            # Not when the process ends: jobs may still begin others then.
+            weakref.finalize(self, self._queue.put, None).atexit = False
         done: Future[None] = Future()
         self._jobs.append(done)
         self._queue.put((done, job))

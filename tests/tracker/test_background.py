@@ -363,6 +363,29 @@ def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
     worker.close()
 
 
+ENDS = """
+import sys, threading, torch
+from concurrent.futures import thread
+from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker.staging import Staged
+real = Staged.reader
+def late(staged):
+    while not thread._shutdown:  # the interpreter has begun to end
+        threading.Event().wait(0.01)
+    return real(staged)
+model = torch.nn.Linear(2, 2)
+tracker = PostHocEMA.from_model(model, sys.argv[1], device="cpu", update_every=1, checkpoint_every=1)
+Staged.reader = late
+tracker.update_(model)
+"""
+
+
+def test_a_process_that_ends_before_its_averages_are_updated_writes_their_snapshots(tmp_path: Path) -> None:
+    ended = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path)], check=True, capture_output=True, text=True)
+    assert ended.stderr == ""
+    assert {s.info.t for s in read_directory(tmp_path)} == {1}
+
+
 # --- what is looked through once -------------------------------------------------------------------
 
 
