@@ -49,6 +49,7 @@ class Updating(Attachable):
         self._resumes_from_directory = False
         self._recorder: Recorder | None = None
         self._background: Background | None = None
+        self._pending: Exception | None = None
         self._device: str | None = None
         self._watched = WatchedModel()
         self._calling = threading.Lock()
@@ -93,7 +94,8 @@ class Updating(Attachable):
         if not self._calling.acquire(blocking=False):
             raise NotReadyError("update_: another thread is calling it; call it from one thread, after every step")
         try:
-            failure = self._failure()  # of work that was done beside the training since the last call
+            # Of work that was done beside the training since the last call; it stays there if this call fails itself.
+            self._pending = self._failure()
             self._follows = self._follows or is_replica(model)
             self._check_open() if self._follows else self._begin()
             self._advance(t)
@@ -101,6 +103,7 @@ class Updating(Attachable):
                 self._take_in(model)
         finally:
             self._calling.release()
+        failure, self._pending = self._pending, None
         if failure is not None:
             raise failure
 
@@ -206,7 +209,10 @@ class Updating(Attachable):
         return self._background
 
     def _failure(self) -> Exception | None:
-        return None if self._background is None else self._background.take_error()
+        pending, self._pending = self._pending, None
+        if pending is not None or self._background is None:
+            return pending
+        return self._background.take_error()
 
     def _write_snapshots(self, sources: Sequence[LiveSource], weights: Mapping[str, torch.Tensor] | None) -> None:
         recorder = self._open_recorder(self.run_id)

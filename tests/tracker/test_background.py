@@ -228,6 +228,23 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     assert {s.info.t for s in read_directory(tmp_path)} == {8}
 
 
+def test_a_write_that_failed_is_raised_later_where_the_next_call_fails_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        with monkeypatch.context() as fault:
+            fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            train(model, tracker, 1, 4)
+            tracker._background.flush()  # type: ignore[union-attr]
+        with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
+            tracker.update_(model, t=5.0)
+        with pytest.raises(WriteError, match="no space left"):
+            tracker.update_(model)
+        assert tracker.step == 5
+        train(model, tracker, 6, 8)
+
+
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
