@@ -42,7 +42,7 @@ from posthoc_cli.tracker.state import (
 )
 from posthoc_cli.tracker.state_file import Savable
 from posthoc_cli.tracker.synthesizing import Synthesizing
-from posthoc_cli.tracker.updating import Updating
+from posthoc_cli.tracker.updating import Updating, wait_for_writers
 from posthoc_cli.tracker.weights import Weights
 
 log = logging.getLogger(__name__)
@@ -147,7 +147,8 @@ class PostHocEMA(Updating, Savable, Synthesizing):
 
         Tracking goes on at the first `update_` from the newest snapshots, with the schedule that they hold unless
         an argument says otherwise. The averages then are those snapshots' values, rounded to their storage dtype
-        (float16: 2e-4 relative); to go on exactly, restore `state_dict()` with `load_state_dict`.
+        (float16: 2e-4 relative); to go on exactly, restore `state_dict()` with `load_state_dict`. Where a tracker of
+        this process is writing to the directory, what that one has due is waited for first.
 
         Arguments:
             checkpoint_dir: a directory with snapshots.
@@ -160,6 +161,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             ModelMismatchError: the model is another one; names the tensor.
         """
         directory = absolute_directory(checkpoint_dir)
+        wait_for_writers(directory)
         snapshots = read_directory(directory)
         newest = snapshots[-1]
         schedule = override_schedule(

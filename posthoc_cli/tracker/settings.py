@@ -58,6 +58,14 @@ def absolute_directory(checkpoint_dir: str | Path) -> Path:
     return Path(checkpoint_dir).absolute()
 
 
+def same_place(one: Path, other: Path) -> bool:
+    """Whether two paths lead to the same directory."""
+    try:
+        return one.samefile(other)
+    except OSError:
+        return False
+
+
 def check_device(device: str | None) -> str | None:
     """Where averages are, or None; an InvalidValueError that lists the choices."""
     if device not in (None, "cpu", "model"):

@@ -22,15 +22,20 @@ from posthoc_cli.tracker.live import LiveSource, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.replicas import is_replica
-from posthoc_cli.tracker.settings import (
-    Settings,
-    next_time,
-)
-from posthoc_cli.tracker.state import (
-    load_averages,
-)
+from posthoc_cli.tracker.settings import Settings, next_time, same_place
+from posthoc_cli.tracker.state import load_averages
 from posthoc_cli.tracker.watching import WatchedModel
 from posthoc_cli.tracker.weights import is_swapped
+
+_writing: weakref.WeakSet[Updating] = weakref.WeakSet()
+"""The trackers of this process that have become writers of a directory."""
+
+
+def wait_for_writers(directory: Path) -> None:
+    """Return when the trackers of this process have written what is due in a directory; their errors are theirs."""
+    for tracker in [*_writing]:
+        if tracker._background is not None and same_place(tracker.checkpoint_dir, directory):
+            tracker._background.flush()
 
 
 class Updating(Attachable):
@@ -173,6 +178,7 @@ class Updating(Attachable):
                 recorder.close()
                 raise
             self._recorder = recorder
+            _writing.add(self)
         return self._recorder
 
     def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:

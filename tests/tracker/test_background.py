@@ -171,6 +171,24 @@ def test_snapshots_of_averages_on_an_accelerator_are_of_their_time_too(
     assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
 
 
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_reader_in_the_same_process_waits_for_what_is_due(
+    tmp_path: Path, device: str, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    monkeypatch.chdir(tmp_path)
+    with PostHocEMA.from_model(model, tmp_path / "run", device=device, **SETTINGS) as tracker:
+        train(model, tracker, 1, 4)
+        found: list[PostHocEMA] = []
+        reader = threading.Thread(target=lambda: found.append(PostHocEMA.from_path("run")))
+        reader.start()
+        reader.join(0.2)
+        assert reader.is_alive()
+        slow_disk.set()
+        reader.join()
+        assert found[0].t == 4
+
+
 def test_averages_that_are_held_take_one_more_set_and_no_third(tmp_path: Path, slow_disk: threading.Event) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device="model", **SETTINGS) as tracker:
