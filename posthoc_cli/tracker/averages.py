@@ -38,6 +38,26 @@ class AverageSet:
         return copy
 
 
+@dataclass
+class _Pending:
+    """An update that may be interrupted.
+
+    Attributes:
+        old, new: the averages to change, and where to write them.
+        shares: see `RunningAverages._shares`.
+        copies, t, step: see `RunningAverages.update_`.
+        done: number of the last block that was taken in, and of the profile that took it.
+    """
+
+    old: AverageSet
+    new: AverageSet
+    shares: list[float] | None
+    copies: dict[str, torch.Tensor]
+    t: float
+    step: int
+    done: tuple[int, int] = (-1, -1)
+
+
 class RunningAverages:
     """Averages of the same tensors with several profiles.
 
@@ -83,23 +103,38 @@ class RunningAverages:
             t, step: time and number of the call.
         """
         old = self._laid_out(values.layout)
-        new = self._target(old)
-        shares = [new_value_share(gamma, self.t, t) if self.exist else 1.0 for gamma in self.gammas]
-        for block, own in values:
+        pending = _Pending(old, self._target(old), self._shares(t), dict(copies), t, step)
+        try:
+            self._finish(pending, values)
+        except KeyboardInterrupt:
+            self._finish(pending, values)  # a part of the averages may have taken the values in: so must the rest
+            raise
+
+    def _shares(self, t: float) -> list[float] | None:
+        """How much the values of `t` count, a profile; None for the first ones, which are the averages."""
+        return [new_value_share(gamma, self.t, t) for gamma in self.gammas] if self.exist else None
+
+    def _finish(self, update: _Pending, values: BlockReader) -> None:
+        """All of an update that is not done yet."""
+        accumulators = list(zip(update.old.accumulators, update.new.accumulators, strict=True))
+        for number, (block, own) in enumerate(values):
             part = slice(block.begin, block.end)
-            for share, source, target in zip(shares, old.accumulators, new.accumulators, strict=True):
-                room = target.flats[block.group][part]
-                if self.exist:
-                    torch.lerp(source.flats[block.group][part], own, share, out=room)
-                else:
-                    room.copy_(own)
-        self._take(old, new)
-        self.copies = dict(copies)
+            for index, (source, target) in enumerate(accumulators):
+                if (number, index) > update.done:
+                    before, room = source.flats[block.group][part], target.flats[block.group][part]
+                    update.done = number, index  # Ctrl-C comes when what is called here has returned
+                    if update.shares is None:
+                        room.copy_(own)
+                    else:
+                        torch.lerp(before, own, update.shares[index], out=room)
+        self._take(update.old, update.new)
+        self.copies = update.copies
         if self.exist:
-            self.max_interval = max(self.max_interval, t - self.t)
+            self.max_interval = max(self.max_interval, update.t - self.t)
         else:
-            self.t_first = t
-        self.t, self.step = t, step
+            self.t_first = update.t
+        self.step = update.step
+        self.t = update.t
 
     @torch.inference_mode(False)
     @torch.no_grad()

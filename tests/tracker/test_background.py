@@ -18,7 +18,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.store import read_directory
-from posthoc_cli.tracker import background
+from posthoc_cli.tracker import background, layout
 from posthoc_cli.tracker.averages import AverageSet
 from posthoc_cli.tracker.background import Pace
 from posthoc_cli.tracker.layout import BlockReader
@@ -187,6 +187,39 @@ def test_a_reader_in_the_same_process_waits_for_what_is_due(
         slow_disk.set()
         reader.join()
         assert found[0].t == 4
+
+
+@pytest.mark.parametrize("call", range(6))
+def test_an_update_that_is_interrupted_is_finished_first(
+    tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes when a call into torch returns; no average has the values of a step in a part of it only."""
+    monkeypatch.setattr(layout, "CPU_BLOCK", 8)
+    model, plain = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4)
+    plain.load_state_dict(model.state_dict())
+    real, calls = torch.lerp, []
+
+    def lerp(*arguments: Any, **keywords: Any) -> None:
+        real(*arguments, **keywords)
+        calls.append(None)
+        if len(calls) == call + 1:
+            raise KeyboardInterrupt
+
+    runs = {"update_every": 1, "checkpoint_every": 100}
+    with (
+        PostHocEMA.from_model(model, tmp_path / "cut", device="model", **runs) as cut,
+        PostHocEMA.from_model(plain, tmp_path / "straight", device="model", **runs) as straight,
+    ):
+        train(model, cut, 1, 3)
+        train(plain, straight, 1, 5)
+        with monkeypatch.context() as fault:
+            fault.setattr(torch, "lerp", lerp)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, cut, 4, 4)
+        train(model, cut, 5, 5)
+        averages = [run.state_dict()["averages"] for run in (cut, straight)]
+    for sigma_rel, expected in averages[1].items():
+        assert all(torch.equal(averages[0][sigma_rel][name], tensor) for name, tensor in expected.items())
 
 
 def test_averages_that_are_held_take_one_more_set_and_no_third(tmp_path: Path, slow_disk: threading.Event) -> None:
