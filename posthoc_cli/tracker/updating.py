@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import threading
 import types
 import weakref
@@ -59,6 +60,7 @@ class Updating(Attachable):
         self._watched = WatchedModel()
         self._calling = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._knows_selection = True
         self._follows = False  # the first process of a group tracks the same model
@@ -87,8 +89,8 @@ class Updating(Attachable):
             ModelMismatchError: names, shapes or dtypes have changed. No average is touched.
             WriteError: a snapshot that was due at an earlier call could not be written; raised once. Nothing partial
                 is left, and training may go on: this call has done its work, and later snapshots are tried again.
-            NotReadyError: the tracker is closed or follows an optimizer, the model holds averaged weights, or another
-                thread is calling.
+            NotReadyError: the tracker is closed, follows an optimizer or is a forked process's copy, the model holds
+                averaged weights, or another thread is calling.
             LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: another writer holds
                 the directory, or it holds another run, or what is in it cannot be read or is damaged.
         """
@@ -99,6 +101,7 @@ class Updating(Attachable):
         if not self._calling.acquire(blocking=False):
             raise NotReadyError("update_: another thread is calling it; call it from one thread, after every step")
         try:
+            self._check_process()
             # Of work that was done beside the training since the last call; it stays there if this call fails itself.
             self._pending = self._failure()
             self._follows = self._follows or is_replica(model)
@@ -118,6 +121,7 @@ class Updating(Attachable):
         Raises:
             WriteError, NonFiniteError: what went wrong since the last call; raised once.
         """
+        self._check_process()
         if self._background is not None:
             self._background.flush()
         failure = self._failure()
@@ -128,6 +132,8 @@ class Updating(Attachable):
         """Finish as `flush`, give the directory free and follow no optimizer. Averages can still be read."""
         self.detach()
         self._closed = True
+        if self._process != os.getpid():
+            return  # of another process, as are the threads and the directory
         try:
             self.flush()
         finally:
@@ -165,7 +171,15 @@ class Updating(Attachable):
             recorder.set_aside_others(self._t)
             self._resumes_from_directory = False
 
+    def _check_process(self) -> None:
+        if self._process != os.getpid():
+            raise NotReadyError(
+                f"{self.checkpoint_dir}: this process was forked from the one that has the tracker, and its threads; "
+                "call it there, or read the snapshots with PostHocEMA.from_path"
+            )
+
     def _check_open(self) -> None:
+        self._check_process()
         if self._closed:
             raise NotReadyError(f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
@@ -452,6 +453,38 @@ def test_a_process_that_ends_before_its_averages_are_updated_writes_their_snapsh
     ended = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path)], check=True, capture_output=True, text=True)
     assert ended.stderr == ""
     assert {s.info.t for s in read_directory(tmp_path)} == {1}
+
+
+FORKS = """
+import os, signal, sys, torch
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import NotReadyError
+model = torch.nn.Linear(2, 2)
+tracker = PostHocEMA.from_model(model, sys.argv[1], device=sys.argv[2], update_every=1, checkpoint_every=1)
+tracker.update_(model)
+child = os.fork()
+if not child:
+    signal.alarm(60)
+    for call in (lambda: tracker.update_(model), tracker.flush, tracker.state_dict):
+        try:
+            call()
+        except NotReadyError:
+            continue
+        os._exit(1)
+    tracker.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+tracker.update_(model)
+tracker.close()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system does not fork")
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_forked_process_has_no_tracker_and_leaves_that_of_its_parent_alone(tmp_path: Path, device: str) -> None:
+    """It has none of the threads, and would wait for them for good."""
+    subprocess.run([sys.executable, "-c", FORKS, str(tmp_path), device], check=True, timeout=120)
+    assert {s.info.t for s in read_directory(tmp_path)} == {1, 2}
 
 
 # --- what is looked through once -------------------------------------------------------------------
