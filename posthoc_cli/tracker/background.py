@@ -201,11 +201,7 @@ class Background:
             averages.update_(reader, copies, t, step)
             return True
         message = f"parameter {name!r} holds nan or infinity at step {step}; no average has taken it in"
-        if self._settings.on_nonfinite == "raise":
-            raise NonFiniteError(message)
-        if self._settings.on_nonfinite == "warn":
-            warnings.warn(message, RuntimeWarning, stacklevel=5)
-        log.info("update skipped: %s", message)
+        skip_update(self._settings, message, stacklevel=6)
         return False
 
     def _write(self, averages: RunningAverages, due: Snapshots, staged: Staged | None) -> None:
@@ -227,6 +223,15 @@ class Background:
 
         with self._write_pace.waiting():
             self._writes.submit(job)
+
+
+def skip_update(settings: Settings, message: str, stacklevel: int) -> None:
+    """Say that an update is left out, in the way that the user has chosen, or raise a NonFiniteError."""
+    if settings.on_nonfinite == "raise":
+        raise NonFiniteError(message)
+    if settings.on_nonfinite == "warn":
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
+    log.info("update skipped: %s", message)
 
 
 _at_work: WeakSet[Background] = WeakSet()

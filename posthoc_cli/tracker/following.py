@@ -30,12 +30,15 @@ def follow_change(averages: RunningAverages, tracked: TrackedModel, found: Model
         What is tracked from now on.
 
     Raises:
-        NonFiniteError: a tensor that is new holds nan or infinity, by name; nothing is changed.
+        NonFiniteError: a tensor holds nan or infinity, by name; nothing is changed. A new average begins at an update,
+            and this is none.
     """
     wanted = replace(TrackedModel.of_model(found), segment=tracked.segment + 1)
     kept = {name for name in found.averaged if _same(name, tracked, wanted)}
     new = {name: tensor for name, tensor in found.averaged.items() if name not in kept}
-    bad = nonfinite_name(new)
+    bad = nonfinite_name(found.averaged)
+    if bad is not None and bad not in new:
+        raise NonFiniteError(f"parameter {bad!r} holds nan or infinity; no average has taken it in")
     if bad is not None:
         raise NonFiniteError(f"parameter {bad!r} is new, and holds nan or infinity; its average cannot begin")
     if averages.exist:

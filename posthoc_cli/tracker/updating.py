@@ -13,11 +13,11 @@ from pathlib import Path
 
 import torch
 
-from posthoc_cli.errors import ModelMismatchError, NotReadyError, PostHocError
+from posthoc_cli.errors import ModelMismatchError, NonFiniteError, NotReadyError, PostHocError
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.background import Background, Snapshots
+from posthoc_cli.tracker.background import Background, Snapshots, skip_update
 from posthoc_cli.tracker.following import follow_change
 from posthoc_cli.tracker.live import LiveSource, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
@@ -215,12 +215,22 @@ class Updating(Attachable):
         due = None
         if self.settings.snapshot_is_due(self._step):
             due = Snapshots(partial(self._live_sources, copy.deepcopy(self._clock)), self._write_snapshots)
-        if self.settings.update_is_due(self._step):
-            tensors = self._watched.tensors(model, self._collect)
+        tensors = self._due_tensors(model)
+        if tensors is not None:
             background = self._working(tensors.averaged)
             background.update(self._averages, tensors, self._t, self._step, due)
         elif due is not None and self._averages.exist and self._background is not None:
             self._background.write(self._averages, due)
+
+    def _due_tensors(self, model: torch.nn.Module) -> ModelTensors | None:
+        """What is to be taken in at this call; None for nothing."""
+        if not self.settings.update_is_due(self._step):
+            return None
+        try:
+            return self._watched.tensors(model, self._collect)
+        except NonFiniteError as error:  # a new segment cannot begin with it
+            skip_update(self.settings, str(error), stacklevel=5)
+            return None
 
     def _working(self, parameters: Mapping[str, torch.Tensor]) -> Background:
         if self._background is None:

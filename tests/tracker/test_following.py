@@ -210,3 +210,26 @@ def test_figures_and_lengths_are_of_the_newest_segment(tmp_path: Path, caplog: p
     changed_run(tmp_path)
     figure = PostHocEMA.from_path(tmp_path).reconstruction_error()
     assert "4 averages" in figure.axes[0].get_legend().get_texts()[0].get_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+@pytest.mark.parametrize("bad", ["head", "back"])
+def test_a_new_average_does_not_begin_at_an_update_that_is_skipped(tmp_path: Path, device: str, bad: str) -> None:
+    """Whether the value that is not finite is in a tensor that is new, or in one that stays."""
+    model, states = network(), []
+    settings = SETTINGS | {"on_nonfinite": "warn", "device": device}
+    with PostHocEMA.from_model(model, tmp_path, **settings) as run:
+        train(model, run, states, 9)
+        model["back"].requires_grad_(True)
+        kept = {name: value.clone() for name, value in model.state_dict().items()}
+        with torch.no_grad():
+            model["back"].weight.fill_(100.0)
+            model[bad].bias.fill_(torch.nan)
+        with pytest.warns(RuntimeWarning, match=rf"'{bad}\.bias'.* holds nan or infinity"):
+            run.update_(model)
+        model.load_state_dict(kept)
+        run.update_(model)
+        average = run.state_dict()["averages"]["0.28"]
+        assert torch.equal(average["back.weight"], model["back"].weight)
+        assert run.step == 11
+    assert {s.info.t: s.info.segment for s in read_directory(tmp_path)} == {5: 0, 9: 0}
