@@ -205,23 +205,24 @@ class Background:
         return False
 
     def _write(self, averages: RunningAverages, due: Snapshots, staged: Staged | None) -> None:
-        held = averages.hold()
-        # What is held, and not the live averages: on an accelerator updates go on changing those in place.
-        sources = [
-            replace(source, averages=values.views)
-            for source, values in zip(due.describe(), held.accumulators, strict=True)
-        ]
-
-        def job() -> None:
-            try:
-                with self._write_pace.working():
-                    due.write(sources, None if staged is None else staged.arrived())
-            finally:
-                averages.release(held)
-                if staged is not None:
-                    self._stager.give_back(staged)
-
         with self._write_pace.waiting():
+            self._writes.wait()  # before anything is held, which Ctrl-C meanwhile would leave held for good
+            held = averages.hold()
+            # What is held, and not the live averages: on an accelerator updates go on changing those in place.
+            sources = [
+                replace(source, averages=values.views)
+                for source, values in zip(due.describe(), held.accumulators, strict=True)
+            ]
+
+            def job() -> None:
+                try:
+                    with self._write_pace.working():
+                        due.write(sources, None if staged is None else staged.arrived())
+                finally:
+                    averages.release(held)
+                    if staged is not None:
+                        self._stager.give_back(staged)
+
             self._writes.submit(job)
 
 

@@ -241,6 +241,22 @@ def test_averages_that_are_held_take_one_more_set_and_no_third(tmp_path: Path, s
     assert sets <= {id(first[0]), id(second[0])}
 
 
+def test_nothing_stays_held_where_the_wait_for_the_disk_is_interrupted(
+    tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, device="model", **SETTINGS) as tracker:
+        train(model, tracker, 1, 7)
+        with monkeypatch.context() as fault:
+            fault.setattr(Worker, "_take_oldest", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            fault.setattr(Worker, "take_error", lambda _: None)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, tracker, 8, 8)
+        slow_disk.set()
+        tracker.flush()
+        assert tracker._averages._held == []
+
+
 # --- errors ----------------------------------------------------------------------------------------
 
 
