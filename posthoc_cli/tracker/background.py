@@ -151,6 +151,10 @@ class Background:
         """What went wrong beside the training; each error is given once."""
         return self._updates.take_error() or self._writes.take_error()
 
+    def known_error(self) -> Exception | None:
+        """The same, of work that was waited for."""
+        return self._updates.known_error() or self._writes.known_error()
+
     def close(self) -> None:
         """Finish everything."""
         self._updates.close()

@@ -59,6 +59,10 @@ class Worker:
         """The first error of a finished job that was not taken yet."""
         while any(job.done() for job in [*self._jobs][:1]):
             self._take_oldest()
+        return self.known_error()
+
+    def known_error(self) -> Exception | None:
+        """The same, of jobs that somebody has waited for."""
         return self._errors.popleft() if self._errors else None
 
     def close(self) -> None:

@@ -278,6 +278,27 @@ def test_a_value_that_is_not_finite_is_raised_at_the_next_call_and_taken_in_by_n
     assert all(bool(average["weight"].isfinite().all()) for average in state["averages"].values())
 
 
+def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=2, checkpoint_every=100) as tracker:
+        train(model, tracker, 1, 3)
+        kept = model.weight.detach().clone()
+        monkeypatch.setattr(Worker, "take_error", lambda _: None)  # it has not come so far when the call begins
+        with torch.no_grad():
+            model.weight[0, 0] = torch.nan
+        tracker.update_(model)
+        with torch.no_grad():
+            model.weight.copy_(kept)
+        tracker.update_(model)
+        with pytest.raises(NonFiniteError, match="'weight' holds nan or infinity at step 4"):
+            tracker.update_(model)
+        tracker.update_(model)  # raised once
+        state = tracker.state_dict()
+    assert (state["step"], state["averages_step"]) == (7, 6)
+
+
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
