@@ -151,6 +151,10 @@ class Background:
         """What went wrong beside the training; each error is given once."""
         return self._updates.take_error() or self._writes.take_error()
 
+    def known_error(self) -> Exception | None:
+        """The same, of work that was waited for."""
+        return self._updates.known_error() or self._writes.known_error()
+
     def close(self) -> None:
         """Finish everything."""
         self._updates.close()
@@ -205,24 +209,34 @@ class Background:
         return False
 
     def _write(self, averages: RunningAverages, due: Snapshots, staged: Staged | None) -> None:
-        held = averages.hold()
-        # What is held, and not the live averages: on an accelerator updates go on changing those in place.
-        sources = [
-            replace(source, averages=values.views)
-            for source, values in zip(due.describe(), held.accumulators, strict=True)
-        ]
-
-        def job() -> None:
-            try:
-                with self._write_pace.working():
-                    due.write(sources, None if staged is None else staged.arrived())
-            finally:
-                averages.release(held)
-                if staged is not None:
-                    self._stager.give_back(staged)
-
         with self._write_pace.waiting():
+            self._writes.wait()  # before anything is held, which Ctrl-C meanwhile would leave held for good
+            held = averages.hold()
+            # What is held, and not the live averages: on an accelerator updates go on changing those in place.
+            sources = [
+                replace(source, averages=values.views)
+                for source, values in zip(due.describe(), held.accumulators, strict=True)
+            ]
+
+            def job() -> None:
+                try:
+                    with self._write_pace.working():
+                        due.write(sources, None if staged is None else staged.arrived())
+                finally:
+                    averages.release(held)
+                    if staged is not None:
+                        self._stager.give_back(staged)
+
             self._writes.submit(job)
+
+
+def skip_update(settings: Settings, message: str, stacklevel: int) -> None:
+    """Say that an update is left out, in the way that the user has chosen, or raise a NonFiniteError."""
+    if settings.on_nonfinite == "raise":
+        raise NonFiniteError(message)
+    if settings.on_nonfinite == "warn":
+        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
+    log.info("update skipped: %s", message)
 
 
 _at_work: WeakSet[Background] = WeakSet()
@@ -233,15 +247,6 @@ def finish() -> None:
     """Finish what is under way when the process ends; a job keeps its own alive."""
     for background in list(_at_work):
         background.flush()
-
-
-def skip_update(settings: Settings, message: str, stacklevel: int) -> None:
-    """Say that an update is left out, in the way that the user has chosen, or raise a NonFiniteError."""
-    if settings.on_nonfinite == "raise":
-        raise NonFiniteError(message)
-    if settings.on_nonfinite == "warn":
-        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
-    log.info("update skipped: %s", message)
 
 
 def _divisor(whole: int, least: float) -> int:

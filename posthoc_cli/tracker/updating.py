@@ -109,6 +109,8 @@ class Updating(Attachable):
             self._advance(t)
             if not self._follows:
                 self._take_in(model)
+            if self._pending is None and self._background is not None:
+                self._pending = self._background.known_error()  # of the last update, which this one has waited for
         finally:
             self._calling.release()
         failure, self._pending = self._pending, None

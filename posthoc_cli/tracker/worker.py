@@ -38,15 +38,17 @@ class Worker:
         self._lock = threading.Lock()
 
     def submit(self, job: Job) -> None:
-        """Do `job` later; waits while too many others are under way. Where no thread can be had, do it now."""
+        """Do `job` later; waits while too many others are under way."""
         while len(self._jobs) >= self._most:
             self._take_oldest()
+        if self._thread is None:
+            self._thread = threading.Thread(target=_work, args=(self._queue,), name=f"ema-{self._name}", daemon=True)
+            self._thread.start()
+            # Not when the process ends: jobs may still begin others then.
+            weakref.finalize(self, self._queue.put, None).atexit = False
         done: Future[None] = Future()
         self._jobs.append(done)
-        if self._thread is None and not self._begin():
-            _do(job, done)
-        else:
-            self._queue.put((done, job))
+        self._queue.put((done, job))
 
     def wait(self) -> None:
         """Return when every job is done; in a child that was forked meanwhile, which has no thread, at once."""
@@ -57,6 +59,10 @@ class Worker:
         """The first error of a finished job that was not taken yet."""
         while any(job.done() for job in [*self._jobs][:1]):
             self._take_oldest()
+        return self.known_error()
+
+    def known_error(self) -> Exception | None:
+        """The same, of jobs that somebody has waited for."""
         return self._errors.popleft() if self._errors else None
 
     def close(self) -> None:
@@ -66,17 +72,6 @@ class Worker:
             self._queue.put(None)
             self._thread.join()
             self._thread = None
-
-    def _begin(self) -> bool:
-        """Start the thread; False where the system has none to give."""
-        thread = threading.Thread(target=_work, args=(self._queue,), name=f"ema-{self._name}", daemon=True)
-        try:
-            thread.start()
-        except RuntimeError:
-            return False
-        self._thread = thread
-        weakref.finalize(self, self._queue.put, None)
-        return True
 
     def _take_oldest(self) -> None:
         with self._lock:
@@ -95,15 +90,11 @@ class Worker:
 def _work(queue: SimpleQueue[tuple[Future[None], Job] | None]) -> None:
     while (item := queue.get()) is not None:
         done, job = item
-        _do(job, done)
+        try:
+            job()
+        except Exception as error:  # noqa: BLE001  # raised at the next call
+            log.error("beside the training: %s", error)
+            done.set_exception(error)
+        else:
+            done.set_result(None)
         del item, job, done  # while it waits, a thread must not keep alive what it has worked on
-
-
-def _do(job: Job, done: Future[None]) -> None:
-    try:
-        job()
-    except Exception as error:  # noqa: BLE001  # raised at the next call
-        log.error("beside the training: %s", error)
-        done.set_exception(error)
-    else:
-        done.set_result(None)

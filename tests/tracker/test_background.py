@@ -241,6 +241,22 @@ def test_averages_that_are_held_take_one_more_set_and_no_third(tmp_path: Path, s
     assert sets <= {id(first[0]), id(second[0])}
 
 
+def test_nothing_stays_held_where_the_wait_for_the_disk_is_interrupted(
+    tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, device="model", **SETTINGS) as tracker:
+        train(model, tracker, 1, 7)
+        with monkeypatch.context() as fault:
+            fault.setattr(Worker, "_take_oldest", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+            fault.setattr(Worker, "take_error", lambda _: None)
+            with pytest.raises(KeyboardInterrupt):
+                train(model, tracker, 8, 8)
+        slow_disk.set()
+        tracker.flush()
+        assert tracker._averages._held == []
+
+
 # --- errors ----------------------------------------------------------------------------------------
 
 
@@ -260,6 +276,27 @@ def test_a_value_that_is_not_finite_is_raised_at_the_next_call_and_taken_in_by_n
         state = tracker.state_dict()
     assert (state["step"], state["averages_step"]) == (5, 5)
     assert all(bool(average["weight"].isfinite().all()) for average in state["averages"].values())
+
+
+def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = torch.nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=2, checkpoint_every=100) as tracker:
+        train(model, tracker, 1, 3)
+        kept = model.weight.detach().clone()
+        monkeypatch.setattr(Worker, "take_error", lambda _: None)  # it has not come so far when the call begins
+        with torch.no_grad():
+            model.weight[0, 0] = torch.nan
+        tracker.update_(model)
+        with torch.no_grad():
+            model.weight.copy_(kept)
+        tracker.update_(model)
+        with pytest.raises(NonFiniteError, match="'weight' holds nan or infinity at step 4"):
+            tracker.update_(model)
+        tracker.update_(model)  # raised once
+        state = tracker.state_dict()
+    assert (state["step"], state["averages_step"]) == (7, 6)
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
@@ -430,20 +467,6 @@ def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
         assert str(worker.take_error()).endswith(f"the {number}th")
     assert worker.take_error() is None
     worker.close()
-
-
-def test_a_job_for_which_no_thread_can_be_had_is_done_at_once_and_only_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    worker, done = Worker("test", 1), []
-    with monkeypatch.context() as fault:
-        fault.setattr(threading.Thread, "start", lambda _: (_ for _ in ()).throw(RuntimeError("no thread")))
-        worker.submit(lambda: done.append(1))
-        assert done == [1]
-        worker.submit(lambda: (_ for _ in ()).throw(WriteError(28, "refused")))
-    worker.submit(lambda: done.append(2))
-    worker.close()
-    assert done == [1, 2]
-    assert "refused" in str(worker.take_error())
-    assert worker.take_error() is None
 
 
 ENDS = """
