@@ -72,10 +72,12 @@ class Pace:
         """A job has come, and waits within the block to be taken."""
         started = time.monotonic()
         yield
-        now = time.monotonic()
         self._came += 1
-        self._waited += now - started
-        training = now - self._begin - self._waited
+        self._waited += time.monotonic() - started
+
+    def tell(self) -> None:
+        """Warn where training has waited for long; called when nothing is left to do that a warning could stop."""
+        training = time.monotonic() - self._begin - self._waited
         if self._told or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
             return
         self._told = True
@@ -84,7 +86,7 @@ class Pace:
             f"{self._what} takes {takes:.3g} s, and training comes with the next after {comes:.3g} s: it has waited "
             f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
             RuntimeWarning,
-            stacklevel=6,
+            stacklevel=5,
         )
 
 
@@ -131,6 +133,7 @@ class Background:
                 self._updates.wait()
             staged = self._stager.stage(tensors.averaged)
             self._updates.submit(lambda: self._update_beside(averages, staged, copies, t, step, due))
+            self._update_pace.tell()
             return
         reader = self._reader_of(tensors)
         taken = self._take_in(averages, reader, tensors.averaged, copies, t, step)
@@ -228,6 +231,7 @@ class Background:
                         self._stager.give_back(staged)
 
             self._writes.submit(job)
+        self._write_pace.tell()
 
 
 def skip_update(settings: Settings, message: str, stacklevel: int) -> None:

@@ -35,3 +35,8 @@ def _replicates(module: torch.nn.Module) -> bool:
     return is_fsdp(module) or (
         wrapped_child(module) == "module" and isinstance(module, torch.nn.parallel.DistributedDataParallel)
     )
+
+
+def is_in_group() -> bool:
+    """Whether this is one of several processes that train together."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

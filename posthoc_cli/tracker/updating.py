@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from posthoc_cli.errors import ModelMismatchError, NonFiniteError, NotReadyError, PostHocError
+from posthoc_cli.errors import LockedError, ModelMismatchError, NonFiniteError, NotReadyError, PostHocError
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
@@ -22,7 +22,7 @@ from posthoc_cli.tracker.following import follow_change
 from posthoc_cli.tracker.live import LiveSource, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
-from posthoc_cli.tracker.replicas import is_replica
+from posthoc_cli.tracker.replicas import is_in_group, is_replica
 from posthoc_cli.tracker.settings import Settings, next_time, same_place
 from posthoc_cli.tracker.state import load_averages
 from posthoc_cli.tracker.watching import WatchedModel
@@ -187,7 +187,15 @@ class Updating(Attachable):
 
     def _open_recorder(self, run_id: str) -> Recorder:
         if self._recorder is None:
-            recorder = Recorder(self.checkpoint_dir)
+            try:
+                recorder = Recorder(self.checkpoint_dir)
+            except LockedError as error:
+                if not is_in_group():
+                    raise
+                raise LockedError(
+                    f"{error}. In a group of processes, make the tracker with the DistributedDataParallel model, "
+                    "or call it in one process only"
+                ) from error
             try:
                 recorder.check_run(run_id)
             except BaseException:

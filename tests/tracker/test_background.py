@@ -440,6 +440,7 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
         now[0] += training
         with pace.waiting():
             now[0] += waits
+        pace.tell()
         with pace.working():
             now[0] += job
         now[0] -= job  # it is done beside

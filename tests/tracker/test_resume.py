@@ -427,6 +427,21 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
     reader.close()
 
 
+def test_a_second_process_of_a_group_is_told_to_track_the_wrapped_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as writer:
+        train(model, writer, 1, 10)
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+        monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 1)
+        with pytest.raises(
+            LockedError, match=r"is writing here.*make the tracker with the DistributedDataParallel model"
+        ):
+            PostHocEMA.from_path(tmp_path, model).update_(model)
+
+
 def test_a_state_of_another_run_is_refused_where_this_one_has_begun(tmp_path: Path) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "other", **SETTINGS) as other:
