@@ -13,11 +13,16 @@ from itertools import accumulate, pairwise
 
 import torch
 
-CPU_BLOCK = 262_144
-"""Elements of a block on the CPU (measured: 65,536 to 1,048,576 differ by 15 %)."""
+CPU_BLOCK = 1_048_576
+"""Elements of a block on the CPU (measured: an update of 50 M parameters 20.6 ms with 262,144, 18.6 with 524,288 or
+1,048,576, 26 in bfloat16 against 20 and 18)."""
 
 DEVICE_BLOCK = 2**24
 """Elements on an accelerator, where starting a kernel costs more than leaving the cache."""
+
+
+_LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
+"""Dtypes of a range in which sums of ordinary values stay finite."""
 
 
 def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -112,6 +117,18 @@ class Block:
     end: int
     parts: tuple[torch.Tensor, ...]
 
+    def total(self, scratch: torch.Tensor) -> torch.Tensor:
+        """A number that is not finite where a value is not: no nan and no infinity can hide in a sum or a 2-norm.
+
+        Which of them is faster depends on where the values are (measured): a plain sum from memory, 45 GB/s against
+        28, and the norm from this core's cache, since a sum is split over the cores.
+        """
+        (first, *others) = self.parts
+        if not others and first.dtype in _LIKE_FLOAT32:
+            return first.sum()
+        norm: torch.Tensor = torch.linalg.vector_norm(self.values(scratch))
+        return norm
+
     def values(self, scratch: torch.Tensor) -> torch.Tensor:
         """The values, flat, in the scratch's dtype; they may stand in `scratch`, which holds as many."""
         (first, *others), room = self.parts, scratch[: self.end - self.begin]
@@ -160,14 +177,11 @@ class BlockReader:
             yield block, block.values(self._scratch[block.group])
 
     def surely_finite(self) -> bool:
-        """Whether no value is nan or infinite; false also where their squares are too large to tell.
-
-        The 2-norm is the cheapest sum that no nan and no infinity can hide in. One synchronisation a group.
-        """
-        norms: dict[int, list[torch.Tensor]] = defaultdict(list)
-        for block, values in self:
-            norms[block.group].append(torch.linalg.vector_norm(values))
-        return all(bool(torch.stack(own).isfinite().all()) for own in norms.values())
+        """Whether no value is nan or infinite; false also where all are too large to tell. Waits once a group."""
+        totals: dict[int, list[torch.Tensor]] = defaultdict(list)
+        for block in self.blocks:
+            totals[block.group].append(block.total(self._scratch[block.group]))
+        return all(bool(torch.stack(own).isfinite().all()) for own in totals.values())
 
 
 def _cut(pieces: Sequence[torch.Tensor], size: int) -> Iterator[tuple[int, int, tuple[torch.Tensor, ...]]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
@@ -22,6 +22,7 @@ class WatchedModel:
     def __init__(self) -> None:
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._contents: list[dict[str, Any]] = []
+        self._filled: list[dict[str, Any]] = []
         self._state_tensors: list[torch.Tensor] = []
         self._held: list[object] = []
         self._state: tuple[object, ...] = ()
@@ -40,7 +41,8 @@ class WatchedModel:
             for contents in (module._parameters, module._buffers, module._modules)
         ]
         self._state_tensors = [*model.parameters(), *model.buffers()]
-        self._held = _values(self._contents)
+        self._filled = [contents for contents in self._contents if contents]
+        self._held = [*chain.from_iterable(map(dict.values, self._filled))]
         self._state = self._now()
         self._tensors = found
         return found
@@ -52,16 +54,12 @@ class WatchedModel:
         """What would be another if the tensors were others. `_held` keeps ids from being given again."""
         tensors = self._state_tensors
         return (
-            [*chain.from_iterable(self._contents)],
             [*map(len, self._contents)],
-            [*map(id, _values(self._contents))],
+            [*chain.from_iterable(self._filled)],
+            [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
             [p.data_ptr() for p in tensors],
             [p.requires_grad for p in tensors],
             [p.dtype for p in tensors],
             [p.shape for p in tensors],
             [p.stride() for p in tensors if p.layout == torch.strided],
         )
-
-
-def _values(contents: Iterable[dict[str, Any]]) -> list[object]:
-    return [*chain.from_iterable(map(dict.values, contents))]
