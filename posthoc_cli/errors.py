@@ -39,6 +39,10 @@ class FileFormatError(PostHocError):
     """A file that is damaged, truncated or of another format."""
 
 
+class VanishedError(FileFormatError):
+    """A file that was there a moment ago: a writer has thinned it away, or somebody has moved it."""
+
+
 class MismatchError(PostHocError):
     """Snapshots of different runs, shapes, dtypes or names in one place."""
 

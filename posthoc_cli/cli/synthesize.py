@@ -115,7 +115,14 @@ def synthesize(
     the processes do both by themselves. The output is then a folder of shards.
     """
     from posthoc_cli.snapshots.format import parse_dtype_word
-    from posthoc_cli.synthesis import device_reason, disk_sources, parse_accumulate, parse_device, plan_synthesis
+    from posthoc_cli.synthesis import (
+        device_reason,
+        disk_sources,
+        parse_accumulate,
+        parse_device,
+        plan_synthesis,
+        with_consistent_plan,
+    )
 
     output.log_to_stderr(verbose)
     started = time.perf_counter()
@@ -158,10 +165,12 @@ def synthesize(
         )
         _make_parts(mode, options, {"device": device, "reason": reason}, quiet, verbose, as_json)
         return
-    plan = plan_synthesis(disk_sources(directory.expanduser()), targets, t, step, method, accepted, dtype)
     skipped = _existing(paths, layout) if skip_existing else set()
     wanted = [index for index in range(len(paths)) if index not in skipped]
-    if wanted:
+
+    def write(plan: Plan) -> Plan:
+        if not wanted:
+            return plan
         from posthoc_cli.export import write_synthesis
 
         with output.progress_bar("synthesizing", plan.read_bytes, quiet, verbose) as progress:
@@ -177,6 +186,11 @@ def synthesize(
                 folder,
                 accumulate,
             )
+        return plan
+
+    plan = with_consistent_plan(
+        lambda: plan_synthesis(disk_sources(directory.expanduser()), targets, t, step, method, accepted, dtype), write
+    )
     seconds = time.perf_counter() - started
     if plan.aside and not quiet and not as_json:
         output.print_note(

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, VanishedError
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
 
@@ -191,7 +191,8 @@ def _reported(path: Path, verb: str) -> Iterator[None]:
 
 
 def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
-    return FileFormatError(f"{path}: cannot be {verb}: {(error.strerror or str(error)).lower()}")
+    kind = VanishedError if isinstance(error, FileNotFoundError) else FileFormatError
+    return kind(f"{path}: cannot be {verb}: {(error.strerror or str(error)).lower()}")
 
 
 def _open(path: Path) -> int:

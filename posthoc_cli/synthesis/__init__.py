@@ -5,6 +5,7 @@ tensors, tile by tile on all cores. Every snapshot is read once for all targets 
 float32 (float64 for float64 parameters, or on request), whatever is stored.
 """
 
+from posthoc_cli.synthesis.consistent import with_consistent_plan
 from posthoc_cli.synthesis.devices import device_reason, parse_device
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.sources import DiskSource, Source, disk_sources, source_prior
@@ -23,4 +24,5 @@ __all__ = [
     "plan_synthesis",
     "source_prior",
     "synthesize",
+    "with_consistent_plan",
 ]

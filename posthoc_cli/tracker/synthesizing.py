@@ -13,7 +13,7 @@ import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.profiles import Profile, check_sigma_rel
-from posthoc_cli.synthesis import Plan, Source, plan_synthesis, synthesize
+from posthoc_cli.synthesis import Plan, Source, plan_synthesis, synthesize, with_consistent_plan
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker import batch_norm
 from posthoc_cli.tracker.filling import fill_model
@@ -115,8 +115,10 @@ class Synthesizing(ABC):
             device: for tensors on `meta`.
             others: as in `model`.
         """
-        plan = self._plan(sigma_rel, t, step, dtype, method)
-        fill_model(model, plan, dtype, device)
+        with_consistent_plan(
+            lambda: self._plan(sigma_rel, t, step, dtype, method),
+            lambda plan: fill_model(model, plan, dtype, device),
+        )
 
     copy_to = load_into
     """What other EMA classes call it (diffusers, torch-ema); the same function."""
@@ -155,11 +157,13 @@ class Synthesizing(ABC):
         dtype: torch.dtype | str | None,
         method: str | None,
     ) -> Weights:
-        plan = self._plan(sigma_rel, t, step, dtype, method)
-        made = {name: tensors[0] for name, tensors in synthesize(plan, dtype)}
-        weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
-        weights.predicted_error = plan.predicted_error(0)
-        return weights
+        def make(plan: Plan) -> Weights:
+            made = {name: tensors[0] for name, tensors in synthesize(plan, dtype)}
+            weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
+            weights.predicted_error = plan.predicted_error(0)
+            return weights
+
+        return with_consistent_plan(lambda: self._plan(sigma_rel, t, step, dtype, method), make)
 
     def _plan(
         self,

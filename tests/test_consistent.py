@@ -1,0 +1,128 @@
+"""Readers without a lock, beside a writer that thins."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from ema_command import Ema
+from safetensors.torch import load_file
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import VanishedError
+from posthoc_cli.synthesis import Plan, consistent, disk_sources, plan_synthesis, with_consistent_plan
+from posthoc_cli.tracker import synthesizing
+
+
+def trained(folder: Path) -> torch.nn.Module:
+    model = torch.nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=2, max_checkpoints=None) as tracker:
+        for _ in range(20):
+            with torch.no_grad():
+                model.weight += torch.randn(2, 3)
+            tracker.update_(model)
+    return model
+
+
+def remove_one(plan: Plan) -> Plan:
+    """As a writer does that thins: one of the snapshots that were planned with, not the newest."""
+    plan.sources[len(plan.sources) // 2].snapshot.path.unlink()  # type: ignore[attr-defined]
+    return plan
+
+
+def test_a_plan_whose_snapshot_vanishes_is_made_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path)
+    removals = iter([True, True, False])
+    plans = []
+
+    def make() -> Plan:
+        plan = plan_synthesis(disk_sources(tmp_path), [0.15])
+        plans.append(plan)
+        return remove_one(plan) if next(removals) else plan
+
+    def use(plan: Plan) -> Plan:
+        for source in plan.sources:
+            with source.open():
+                pass
+        return plan
+
+    with caplog.at_level(logging.WARNING):
+        assert with_consistent_plan(make, use) is plans[2]
+    assert [len(plan.sources) for plan in plans] == [20, 19, 18]
+    assert [record.getMessage().count("planning again") for record in caplog.records] == [1, 1]
+    monkeypatch.setattr(consistent, "ATTEMPTS", 5)
+    with pytest.raises(VanishedError, match="no such file"):
+        with_consistent_plan(lambda: remove_one(plan_synthesis(disk_sources(tmp_path), [0.15])), use)
+
+
+@pytest.mark.parametrize("way", ["state_dict", "load_into"])
+def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = trained(tmp_path)
+    real, removed = plan_synthesis, []
+
+    def plan_and_remove(*arguments: object, **options: object) -> Plan:
+        plan = real(*arguments, **options)  # type: ignore[arg-type]
+        return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
+
+    reader = PostHocEMA.from_path(tmp_path)
+    monkeypatch.setattr(synthesizing, "plan_synthesis", plan_and_remove)
+    if way == "state_dict":
+        found = reader.state_dict(sigma_rel=0.15)["weight"]
+    else:
+        reader.load_into(model, sigma_rel=0.15)
+        found = model.weight.detach()
+    monkeypatch.undo()
+    assert len(removed) == 1
+    assert torch.equal(found, PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["weight"])
+
+
+def test_the_command_makes_its_output_from_what_is_left(
+    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trained(tmp_path / "run")
+    real, removed = plan_synthesis, []
+
+    def plan_and_remove(*arguments: object, **options: object) -> Plan:
+        plan = real(*arguments, **options)  # type: ignore[arg-type]
+        return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr("posthoc_cli.synthesis.plan_synthesis", plan_and_remove)
+    result = ema("synthesize", str(tmp_path / "run"), "--sigma-rel", "0.15", "--out", str(tmp_path / "out.safetensors"))
+    monkeypatch.undo()
+    assert result.code == 0
+    assert "planning again with what is there" in result.err
+    expected = PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15)
+    assert torch.equal(load_file(tmp_path / "out.safetensors")["weight"], expected["weight"])
+    assert not list(tmp_path.glob(".ema-*"))
+
+
+def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each reading is of a set of snapshots that were there together: the average of constant weights is constant."""
+    real = plan_synthesis
+    model = torch.nn.Linear(3, 2, bias=False)
+    torch.nn.init.constant_(model.weight, 7.0)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1, max_checkpoints=3) as writer:
+        for _ in range(4):
+            writer.update_(model)
+        writer.flush()
+        steps: list[int] = []
+
+        def plan_and_train(*arguments: object, **options: object) -> Plan:
+            plan = real(*arguments, **options)  # type: ignore[arg-type]
+            for _ in range(steps.pop() if steps else 0):
+                writer.update_(model)
+            writer.flush()
+            return plan
+
+        monkeypatch.setattr(synthesizing, "plan_synthesis", plan_and_train)
+        for number in range(20):
+            steps[:] = [number % 4, 1, number % 3]
+            found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["weight"]
+            assert torch.allclose(found, model.weight, rtol=1e-3)
+    assert writer.step > 40
