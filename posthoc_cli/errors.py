@@ -4,6 +4,7 @@
     ├── InvalidValueError (ValueError) 2   an argument or option outside what is accepted
     ├── DirectoryError                 1   a snapshot directory that is absent, empty or foreign
     ├── FileFormatError                1   a file that is damaged, truncated or of another format
+    │   └── VanishedError              1   a file that was there a moment ago
     ├── MismatchError                  1   snapshots that do not belong together
     ├── ModelMismatchError             1   a model that is not the one that was tracked
     ├── NonFiniteError                 1   nan or infinity where an average would take it in

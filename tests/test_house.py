@@ -50,7 +50,7 @@ def test_public_names() -> None:
 
 
 def test_every_error_has_a_place_in_the_tree_and_an_exit_code() -> None:
-    drawn = re.findall(r"^\s+[├└]── (\w+)[^\d]*(\d)", errors.__doc__ or "", re.MULTILINE)
+    drawn = re.findall(r"^[\s│]+[├└]── (\w+)[^\d]*(\d)", errors.__doc__ or "", re.MULTILINE)
     found = {
         name: value.exit_code
         for name, value in vars(errors).items()
