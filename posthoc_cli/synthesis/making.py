@@ -108,7 +108,7 @@ class Maker:
 
     def _room(self, dtype: str) -> torch.Tensor:
         if dtype not in self._rooms:
-            self._rooms[dtype] = torch.zeros(self._chunk, dtype=torch_dtype(dtype), device=self._device)
+            self._rooms[dtype] = torch.empty(self._chunk, dtype=torch_dtype(dtype), device=self._device)
         return self._rooms[dtype]
 
     def _sums_in(self, wide: str) -> Sums:

@@ -26,7 +26,7 @@ from posthoc_cli.averages import EMAStats
 rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-batches = torch.load(f"{folder}/batches-{rank}.pt")
+batches = torch.load(f"{folder}/batches-{rank}.pt", weights_only=True)
 
 stats = EMAStats(3, 2, momentum=0.3, process_group=dist.group.WORLD).double()
 for x, y in batches:
@@ -98,7 +98,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     for process in processes:
         _, errors = process.communicate(timeout=300)
         assert process.returncode == 0, errors
-    return [torch.load(folder / f"result-{rank}.pt") for rank in range(2)]
+    return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
 
 
 def whole_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
