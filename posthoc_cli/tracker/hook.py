@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 import types
 import weakref
@@ -44,8 +43,6 @@ from posthoc_cli.tracker.state_file import Savable
 from posthoc_cli.tracker.synthesizing import Synthesizing
 from posthoc_cli.tracker.updating import Updating, wait_for_writers
 from posthoc_cli.tracker.weights import Weights
-
-log = logging.getLogger(__name__)
 
 
 class PostHocEMA(Updating, Savable, Synthesizing):
@@ -109,7 +106,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
                 begin; a synthesis uses the segment of its time only.
             device: where the averages are: "model", beside the parameters and updated by the training's own thread,
                 or "cpu", on the host and updated by a thread of their own; None for "cpu" where a parameter is on an
-                accelerator, else "model". Their values are the same.
+                accelerator, else "model". For a model on the CPU both give the same bits.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
