@@ -8,8 +8,8 @@ Everything that writes (snapshots, outputs, pictures, tables) does it through `P
 4. the directory is fsynced.
 
 So a name never leads to half a file, a reader that has the old file open keeps it, and a crash leaves at
-most a temporary, whose name begins with `.ema-`. The functions of this module are called through the module
-(`files.fsync(...)`), so that a test can put a fault in their place.
+most a temporary, whose name begins with `.ema-`. Each operation goes through `files.system`, which a test can
+replace by one that fails, or that dies.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import atexit
 import errno
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
@@ -35,50 +35,88 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 # --- single operations -----------------------------------------------------------------------------
 
 
-def open_new(path: Path) -> int:
-    """A descriptor, for reading and writing, of a file that did not exist before."""
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+class FileSystem:
+    """The operations of the system that reading and writing rest on, one method each; paths are the package's own.
+
+    Raises:
+        OSError: from each method, where the system refuses.
+    """
+
+    def open_new(self, path: Path) -> int:
+        """A descriptor, for reading and writing, of a file that did not exist before."""
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+
+    def open(self, path: Path) -> int:
+        """A descriptor for reading."""
+        # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
+        return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+
+    def read(self, descriptor: int, view: memoryview, offset: int) -> int:
+        """Fill the beginning of `view` from `offset` on; returns how many bytes, 0 at the end of the file."""
+        return os.preadv(descriptor, [view], offset)
+
+    def write(self, descriptor: int, view: memoryview, offset: int) -> int:
+        """Write the beginning of `view` at `offset`; returns how many bytes."""
+        return os.pwrite(descriptor, view, offset)
+
+    def close(self, descriptor: int) -> None:
+        """Close a descriptor."""
+        os.close(descriptor)
+
+    def fsync(self, descriptor: int) -> None:
+        """Return when the file's content is on the disk."""
+        os.fsync(descriptor)
+
+    def fsync_directory(self, path: Path) -> None:
+        """Return when the directory's entries are on the disk, where the system can say so."""
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError as error:
+            # Some network file systems cannot sync a directory and answer EINVAL; their rename is synchronous.
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+                raise
+        finally:
+            os.close(descriptor)
+
+    def rename(self, source: Path, target: Path) -> None:
+        """Put `source` under the name `target`, replacing what is there, in one step."""
+        source.replace(target)
+
+    def link(self, source: Path, target: Path) -> None:
+        """Give `source` the second name `target`; FileExistsError where that name is taken."""
+        os.link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        """Remove a name."""
+        path.unlink()
+
+    def make_directory(self, path: Path) -> None:
+        """Make a directory whose parent is there; nothing happens where it is there itself."""
+        path.mkdir(exist_ok=True)
+
+    def remove_directory(self, path: Path) -> None:
+        """Remove an empty directory."""
+        path.rmdir()
+
+    def list(self, path: Path) -> list[Path]:
+        """What is in a directory, in no order."""
+        return list(path.iterdir())
+
+
+system = FileSystem()
+"""Where every operation goes: the one thing that tests replace to see what happens when it fails."""
+
+
+# --- several operations ----------------------------------------------------------------------------
 
 
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")
     while view:
-        written = os.pwrite(descriptor, view, offset)
+        written = system.write(descriptor, view, offset)
         view, offset = view[written:], offset + written
-
-
-def fsync(descriptor: int) -> None:
-    """Return when the file's content is on the disk."""
-    os.fsync(descriptor)
-
-
-def fsync_directory(path: Path) -> None:
-    """Return when the directory's entries are on the disk, where the system can say so."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        # Some network file systems cannot sync a directory and answer EINVAL; their rename is synchronous.
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(descriptor)
-
-
-def rename(source: Path, target: Path) -> None:
-    """Put `source` under the name `target`, replacing what is there, in one step."""
-    source.replace(target)
-
-
-def link(source: Path, target: Path) -> None:
-    """Give `source` the second name `target`; FileExistsError where that name is taken."""
-    os.link(source, target)
-
-
-def unlink(path: Path) -> None:
-    """Remove a name."""
-    path.unlink()
 
 
 def make_directory(path: Path) -> list[Path]:
@@ -88,9 +126,9 @@ def make_directory(path: Path) -> list[Path]:
     try:
         for directory in reversed(missing):
             _unfinished[directory] = os.getpid()
-            directory.mkdir(exist_ok=True)
+            system.make_directory(directory)
             made.append(directory)
-            fsync_directory(directory.parent)
+            system.fsync_directory(directory.parent)
     except BaseException:
         remove_directories(made)
         raise
@@ -101,7 +139,48 @@ def remove_directories(made: list[Path]) -> None:
     """Undo `make_directory`, as far as the directories are empty."""
     with suppress(OSError):
         for directory in reversed(made):
-            directory.rmdir()
+            system.remove_directory(directory)
+
+
+def read_at(descriptor: int, count: int, offset: int) -> bytes:
+    """Up to `count` bytes from `offset` on; fewer where the file ends before."""
+    data = bytearray(count)
+    view = memoryview(data)
+    done = 0
+    while done < count:
+        read = system.read(descriptor, view[done:], offset + done)
+        if not read:
+            break
+        done += read
+    view.release()
+    del data[done:]
+    return bytes(data)
+
+
+def unlink_if_there(path: Path) -> None:
+    """Remove a name that may be gone already."""
+    with suppress(FileNotFoundError):
+        system.unlink(path)
+
+
+def discard(paths: Collection[Path]) -> None:
+    """Remove temporaries that nobody needs; what the system refuses to remove is tried again when the process ends."""
+    for path in paths:
+        _unfinished[path] = os.getpid()
+    for path in paths:
+        with suppress(OSError):
+            unlink_if_there(path)
+            del _unfinished[path]
+
+
+def leftovers(directory: Path) -> list[Path]:
+    """Temporaries in a directory, sorted: of writes that go on, or of processes that were killed."""
+    return sorted(path for path in system.list(directory) if is_temporary(path.name))
+
+
+def is_temporary(name: str) -> bool:
+    """Whether a name is one of those that `temporary_path` gives."""
+    return name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
 
 
 def temporary_path(directory: Path) -> Path:
@@ -156,7 +235,7 @@ class PendingFile:
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
-            self.descriptor = open_new(self.temporary)
+            self.descriptor = system.open_new(self.temporary)
         self._open = True
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
@@ -167,18 +246,18 @@ class PendingFile:
     def publish(self) -> None:
         """Make the content durable, then give it its name; a new name is taken back if what follows fails."""
         with reported_as_write_error(self.path):
-            fsync(self.descriptor)
+            system.fsync(self.descriptor)
             replaces = self._overwrite and os.path.lexists(self.path)
             linked = self._take_name()
             try:
                 if linked:
-                    unlink(self.temporary)
+                    system.unlink(self.temporary)
                 self._close()
-                fsync_directory(self.path.parent)
+                system.fsync_directory(self.path.parent)
             except BaseException:
                 if not replaces:
                     with suppress(OSError):
-                        self.path.unlink()
+                        system.unlink(self.path)
                 raise
 
     def discard(self) -> None:
@@ -186,16 +265,16 @@ class PendingFile:
         if self._open:
             self._close()
             with suppress(OSError):
-                self.temporary.unlink(missing_ok=True)
+                system.unlink(self.temporary)
         _unfinished.pop(self.temporary, None)
 
     def _take_name(self) -> bool:
         """Put the file under its name; returns whether it still has the temporary one, too."""
         if self._overwrite:
-            rename(self.temporary, self.path)
+            system.rename(self.temporary, self.path)
             return False
         try:
-            link(self.temporary, self.path)
+            system.link(self.temporary, self.path)
         except FileExistsError as error:
             raise _exists(self.path) from error
         except OSError as error:
@@ -204,13 +283,13 @@ class PendingFile:
             # The check and the rename are then two steps.
             if os.path.lexists(self.path):
                 raise _exists(self.path) from error
-            rename(self.temporary, self.path)
+            system.rename(self.temporary, self.path)
             return False
         return True
 
     def _close(self) -> None:
         self._open = False
-        os.close(self.descriptor)
+        system.close(self.descriptor)
 
     def __enter__(self) -> PendingFile:
         return self
@@ -235,7 +314,7 @@ def remove_unfinished() -> None:
     for path, process in reversed(list(_unfinished.items())):
         if process == os.getpid():  # not in a child that was forked meanwhile
             with suppress(OSError):
-                path.rmdir() if path.is_dir() else path.unlink(missing_ok=True)
+                system.remove_directory(path) if path.is_dir() else system.unlink(path)
             del _unfinished[path]
 
 

@@ -5,6 +5,8 @@ The averages here are NumPy float64 straight from the formulas, never this packa
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -209,3 +211,11 @@ def tiny_model(seed: int = 0) -> TinyModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return TinyModel()
+
+
+# --- faults ----------------------------------------------------------------------------------------
+
+
+def refuse_for_space(*_: object) -> None:
+    """In place of an operation of `files.system`: the disk is full."""
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -16,7 +16,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import OutputExistsError, WriteError
 
 NEW, OLD = b"new content", b"what was there before"
-STEPS_OF_A_NEW_FILE = ("open_new", "write_at", "fsync", "link", "unlink", "fsync_directory")
+STEPS_OF_A_NEW_FILE = ("open_new", "write", "fsync", "link", "unlink", "fsync_directory")
 
 
 @pytest.fixture
@@ -24,7 +24,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Makes one function of `files` fail at its first call, and work again after it."""
 
     def install(operation: str, code: int = errno.EIO) -> None:
-        real, failed = getattr(files, operation), []
+        real, failed = getattr(files.system, operation), []
 
         def fail_once(*arguments: object) -> object:
             if failed:
@@ -32,7 +32,7 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             failed.append(True)
             raise OSError(code, os.strerror(code))
 
-        monkeypatch.setattr(files, operation, fail_once)
+        monkeypatch.setattr(files.system, operation, fail_once)
 
     return install
 
@@ -87,8 +87,8 @@ def test_content_is_synced_before_the_name_and_the_directory_after_it(
 ) -> None:
     path, steps = tmp_path / "a", []
     for operation in ("fsync", "link", "rename", "unlink", "fsync_directory"):
-        real = getattr(files, operation)
-        monkeypatch.setattr(files, operation, lambda *a, o=operation, r=real: (steps.append(o), r(*a))[1])
+        real = getattr(files.system, operation)
+        monkeypatch.setattr(files.system, operation, lambda *a, o=operation, r=real: (steps.append(o), r(*a))[1])
     files.write_whole(path, NEW, overwrite)
     expected = ["fsync", "rename", "fsync_directory"] if overwrite else ["fsync", "link", "unlink", "fsync_directory"]
     assert steps == expected
@@ -126,7 +126,7 @@ def test_a_refused_step_leaves_nothing_and_names_the_file_and_the_reason(
     files.write_whole(tmp_path / "a", NEW)  # and the next attempt finds the way free
 
 
-@pytest.mark.parametrize("operation", ["open_new", "write_at", "fsync", "rename", "fsync_directory"])
+@pytest.mark.parametrize("operation", ["open_new", "write", "fsync", "rename", "fsync_directory"])
 def test_a_refused_step_leaves_nothing_where_there_was_nothing_to_replace(
     tmp_path: Path, refuse: Callable[..., None], operation: str
 ) -> None:
@@ -136,7 +136,7 @@ def test_a_refused_step_leaves_nothing_where_there_was_nothing_to_replace(
     assert names(tmp_path) == []
 
 
-@pytest.mark.parametrize("operation", ["open_new", "write_at", "fsync", "rename"])
+@pytest.mark.parametrize("operation", ["open_new", "write", "fsync", "rename"])
 def test_a_refused_step_of_a_replacement_keeps_what_was_there(
     tmp_path: Path, refuse: Callable[..., None], operation: str
 ) -> None:
@@ -210,10 +210,15 @@ def test_an_interruption_before_publish_leaves_nothing(tmp_path: Path, error: ty
 def test_ctrl_c_while_publishing_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
 ) -> None:
-    def interrupt(*_: object) -> None:
+    real, calls = getattr(files.system, operation), []
+
+    def interrupt(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) > 1:
+            return real(*arguments)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files, operation, interrupt)
+    monkeypatch.setattr(files.system, operation, interrupt)
     with pytest.raises(KeyboardInterrupt):
         files.write_whole(tmp_path / "a", NEW)
     assert names(tmp_path) == []
@@ -296,7 +301,7 @@ def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(files, "fsync_directory", synced.append)
+    monkeypatch.setattr(files.system, "fsync_directory", synced.append)
     files.make_directory(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
     assert synced == [tmp_path, tmp_path / "a"]
@@ -318,4 +323,4 @@ def test_a_file_system_that_cannot_sync_directories_is_good_enough(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(os, "fsync", cannot)
-    files.fsync_directory(tmp_path)
+    files.system.fsync_directory(tmp_path)

@@ -130,14 +130,14 @@ def test_a_part_made_twice_is_the_same_bytes_and_one_that_is_there_stays(run: Pa
 def test_a_part_that_another_process_makes_at_the_same_time_is_no_error(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = files.link
+    real = files.system.link
 
     def late(source: Path, target: Path) -> None:
-        monkeypatch.setattr(files, "link", real)
+        monkeypatch.setattr(files.system, "link", real)
         parted(run, tmp_path / "out", 3).make(Part(1, 3))
         real(source, target)
 
-    monkeypatch.setattr(files, "link", late)
+    monkeypatch.setattr(files.system, "link", late)
     parted(run, tmp_path / "out", 3).make(Part(1, 3))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["model-00001-of-00003.safetensors"]
 
@@ -146,7 +146,7 @@ def test_a_failure_leaves_no_part_and_no_folder(run: Path, tmp_path: Path, monke
     def full(*_: object) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(files, "fsync", full)
+    monkeypatch.setattr(files.system, "fsync", full)
     with pytest.raises(WriteError, match="no space left"):
         parted(run, tmp_path / "out", 3).make(Part(1, 3))
     assert not (tmp_path / "out").exists()

@@ -92,7 +92,7 @@ class Folder:
         with files.reported_as_write_error(self.root):
             for pattern in _MADE:
                 for path in self.root.glob(pattern):
-                    files.unlink(path)
+                    files.system.unlink(path)
             for folder in (self.root, self.averages, self.root / "tracked"):
                 files.make_directory(folder)
         files.write_whole(marker, _MARKER_TEXT.encode(), overwrite=True)

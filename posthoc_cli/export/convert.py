@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from posthoc_cli.export.layouts import DEFAULT_SHARD_SIZE, layout_of, make_sink,
 from posthoc_cli.export.sharded import SHARD_PATTERN
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.index import read_index
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_from_bytes, torch_dtype
@@ -209,23 +209,9 @@ def _base_files(stack: ExitStack, base: Path) -> Iterator[TensorFile]:
     if not indexes:
         yield stack.enter_context(TensorFile(base / SHARD_PATTERN.format(suffix="")))
         return
-    for shard, names in _read_index(indexes[0]).items():
+    for shard, names in read_index(indexes[0]).items():
         file = stack.enter_context(TensorFile(base / shard))
         for name in names:
             if name not in file.header.tensors:
                 raise FileFormatError(f"{file.path}: tensor {name!r} is not in it, as {indexes[0].name} says")
         yield file
-
-
-def _read_index(path: Path) -> dict[str, list[str]]:
-    """The names of the tensors in each shard."""
-    try:
-        weight_map = decoding.parse_json(path, path.read_bytes(), "index")["weight_map"].items()
-    except (OSError, KeyError, TypeError, AttributeError) as error:
-        raise FileFormatError(f"{path}: is not an index of shards") from error
-    shards = defaultdict(list)
-    for name, shard in weight_map:
-        if not isinstance(shard, str) or Path(shard).name != shard:
-            raise FileFormatError(f"{path}: {shard!r} is not the name of a file beside it")
-        shards[shard].append(name)
-    return shards

@@ -131,7 +131,9 @@ def _header(file: PartFile) -> FileHeader:
 def _strangers(folder: Path, parts: int) -> list[Path]:
     """Files of other models in a folder: readers may take them for this one."""
     own = {part_path(folder, Part(number, parts)).name for number in range(1, parts + 1)}
-    return sorted(path for path in folder.iterdir() if MODEL_FILE.fullmatch(path.name) and path.name not in own)
+    return sorted(
+        path for path in files.system.list(folder) if MODEL_FILE.fullmatch(path.name) and path.name not in own
+    )
 
 
 def _check_alone(folder: Path, parted: PartedSynthesis, has_index: bool) -> None:
@@ -148,7 +150,7 @@ def _check_alone(folder: Path, parted: PartedSynthesis, has_index: bool) -> None
 
 def _warn_of_leftovers(folder: Path) -> None:
     """Name what a process that was killed has left: nobody else would find it, and it may be large."""
-    found = sorted(folder.glob(f"{files.TEMPORARY_PREFIX}*{files.TEMPORARY_SUFFIX}"))
+    found = files.leftovers(folder)
     if not found:
         return
     nbytes = 0
@@ -164,5 +166,5 @@ def _warn_of_leftovers(folder: Path) -> None:
 def _remove(paths: Sequence[Path]) -> None:
     for path in paths:
         with files.reported_as_write_error(path):
-            path.unlink(missing_ok=True)
-            files.fsync_directory(path.parent)
+            files.unlink_if_there(path)
+            files.system.fsync_directory(path.parent)

@@ -207,7 +207,7 @@ class PartedSynthesis:
 def part_counts(folder: Path) -> set[int]:
     """Into how many parts the models are divided of which parts are in a folder."""
     try:
-        names = [path.name for path in folder.iterdir()]
+        names = [path.name for path in files.system.list(folder)]
     except OSError:
         return set()
     return {int(match[2]) for name in names if (match := _PART_NAME.fullmatch(name))}
@@ -227,5 +227,5 @@ def _remove_index_of(path: Path) -> None:
     except FileFormatError:
         pass  # it leads nowhere
     with files.reported_as_write_error(index):
-        index.unlink(missing_ok=True)
-        files.fsync_directory(index.parent)
+        files.unlink_if_there(index)
+        files.system.fsync_directory(index.parent)

@@ -36,7 +36,7 @@ def holds_snapshot(path: Path) -> bool:
     """Whether a file, or one that a new model in that folder would replace, holds what nothing can make again."""
     if not path.is_dir():
         return _is_snapshot(path)
-    files_of_model = {file for file in path.iterdir() if MODEL_FILE.fullmatch(file.name)}
+    files_of_model = {file for file in files.system.list(path) if MODEL_FILE.fullmatch(file.name)}
     with suppress(FileFormatError):
         files_of_model |= {path / name for name in read_index(path / INDEX_NAME)}
     return any(map(_is_snapshot, files_of_model))
@@ -120,7 +120,7 @@ class ShardedSink:
         if self._committed:
             return
         for path in self._published:
-            path.unlink(missing_ok=True)
+            files.unlink_if_there(path)
         self._old.restore()
         files.remove_directories(self._made)
 
@@ -143,7 +143,7 @@ class _OldModel:
     def keep(self) -> None:
         """Give every file a second name. The index loses its first: it must not lead to shards of two models."""
         with files.reported_as_write_error(self._folder):
-            for path in sorted(self._folder.iterdir()):
+            for path in sorted(files.system.list(self._folder)):
                 if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name):
                     self._kept[path] = files.temporary_path(self._folder)
                     self._rename_or_link(path)
@@ -151,29 +151,27 @@ class _OldModel:
     def _rename_or_link(self, path: Path) -> None:
         if path.name != INDEX_NAME:
             try:
-                return files.link(path, self._kept[path])
+                return files.system.link(path, self._kept[path])
             except OSError as error:
                 if error.errno not in files.NO_HARD_LINKS:
                     raise
-        return files.rename(path, self._kept[path])
+        return files.system.rename(path, self._kept[path])
 
     def remove_all_but(self, new: Sequence[Path]) -> None:
         """Remove the files that no new one has replaced."""
         with files.reported_as_write_error(self._folder):
             for path in self._kept.keys() - set(new):
-                path.unlink(missing_ok=True)
-            files.fsync_directory(self._folder)
+                files.unlink_if_there(path)
+            files.system.fsync_directory(self._folder)
 
     def restore(self) -> None:
         """Give every file its own name back."""
         for path, second in self._kept.items():
             if second.exists():
-                second.replace(path)
-                second.unlink(missing_ok=True)  # still there where both were names of one file
+                files.system.rename(second, path)
+                files.unlink_if_there(second)  # still there where both were names of one file
 
     def forget(self) -> None:
         """Remove the second names."""
-        for second in self._kept.values():
-            with suppress(OSError):
-                second.unlink(missing_ok=True)
+        files.discard(self._kept.values())
         self._kept.clear()

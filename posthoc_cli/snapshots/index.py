@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import parse_json
+from posthoc_cli.snapshots.reader import read_small_file
 
 INDEX_NAME = "model.safetensors.index.json"
 
@@ -54,16 +54,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        state = path.stat()
-        if not stat.S_ISREG(state.st_mode):
-            raise FileFormatError(f"{path}: is not a regular file")
-        if state.st_size > fmt.MAX_HEADER_BYTES:
-            raise FileFormatError(f"{path}: has {state.st_size:,} bytes; at most {fmt.MAX_HEADER_BYTES:,} are allowed")
-        data = path.read_bytes()
-    except OSError as error:
-        raise FileFormatError(f"{path}: cannot be read: {(error.strerror or str(error)).lower()}") from error
-    found = parse_json(path, data, "index")
+    found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
     if not isinstance(found, dict):
         raise FileFormatError(f"{path}: is not an index of shards: it is no JSON object")
     return found

@@ -16,12 +16,14 @@ from pathlib import Path
 import filelock
 
 from posthoc_cli import files
-from posthoc_cli.errors import LockedError
+from posthoc_cli.errors import FileFormatError, LockedError
+from posthoc_cli.snapshots.reader import read_small_file
 
 log = logging.getLogger(__name__)
 
 LOCK_NAME = ".ema.lock"
 HOLDER_NAME = ".ema.lock.holder"
+MOST_HOLDER_BYTES = 10_000
 
 
 class DirectoryLock:
@@ -42,8 +44,7 @@ class DirectoryLock:
             try:
                 if self._holder.exists():
                     log.warning("%s: %s died without giving it free; taken over", directory, self._named_holder())
-                own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
-                self._holder.write_text(json.dumps(own))
+                self._note_holder()
                 # Also where nobody releases it: at the end of the process, or of all references.
                 self._forget = weakref.finalize(self, _forget, self._holder, os.getpid())
             except BaseException:
@@ -56,11 +57,21 @@ class DirectoryLock:
             self._forget()
             self._lock.release()
 
+    def _note_holder(self) -> None:
+        """Say who holds the lock; for people only, so that nothing rests on its being whole."""
+        own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
+        files.unlink_if_there(self._holder)
+        descriptor = files.system.open_new(self._holder)
+        try:
+            files.write_at(descriptor, json.dumps(own).encode(), 0)
+        finally:
+            files.system.close(descriptor)
+
     def _named_holder(self) -> str:
         try:
-            holder = json.loads(self._holder.read_text())
+            holder = json.loads(read_small_file(self._holder, MOST_HOLDER_BYTES))
             process, host, since = int(holder["process"]), str(holder["host"]), float(holder["since"])
-        except (OSError, ValueError, KeyError, TypeError, OverflowError):
+        except (FileFormatError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
             return "another process"
         age = f"lock taken {_age(time.time() - since)} ago" if math.isfinite(since) else "lock taken at no known time"
         if process == os.getpid() and host == socket.gethostname():
@@ -72,7 +83,7 @@ def _forget(holder: Path, process: int) -> None:
     """Remove the note of a holder; not in a child that was forked from it."""
     if os.getpid() == process:
         with suppress(OSError):
-            holder.unlink(missing_ok=True)
+            files.unlink_if_there(holder)
 
 
 def _age(seconds: float) -> str:

@@ -139,7 +139,7 @@ def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None
             remove_snapshot(snapshot.path)
     for directory in {snapshot.path.parent for snapshot in pruning.gone}:
         with files.reported_as_write_error(directory):
-            files.fsync_directory(directory)
+            files.system.fsync_directory(directory)
 
 
 def removal_order(

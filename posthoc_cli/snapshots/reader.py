@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, VanishedError
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
@@ -42,7 +43,7 @@ def read_header(path: Path) -> fmt.FileHeader:
     try:
         return _read_header(path, descriptor)
     finally:
-        os.close(descriptor)
+        files.system.close(descriptor)
 
 
 class TensorFile:
@@ -61,7 +62,7 @@ class TensorFile:
                 raise FileFormatError(f"{path}: was replaced while it was being used; run again")
             self._checksums = decoding.decode_checksums(path, self.header)
         except BaseException:
-            os.close(self._descriptor)
+            files.system.close(self._descriptor)
             raise
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
@@ -130,7 +131,7 @@ class TensorFile:
     def _fill(self, name: str, view: memoryview, offset: int) -> None:
         while view:
             try:
-                count = os.preadv(self._descriptor, [view], offset)
+                count = files.system.read(self._descriptor, view, offset)
             except OSError as error:
                 raise _cannot(self.path, "read", error) from error
             if count == 0:
@@ -139,7 +140,7 @@ class TensorFile:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._descriptor)
+        files.system.close(self._descriptor)
 
     def __enter__(self) -> TensorFile:
         return self
@@ -182,6 +183,23 @@ class RangeReader:
         self._hash.reset()
 
 
+def read_small_file(path: Path, most: int) -> bytes:
+    """The content of a regular file of at most so many bytes.
+
+    Raises:
+        FileFormatError: it is larger or no regular file, or cannot be opened or read.
+    """
+    descriptor = _open(path)
+    try:
+        size = os.fstat(descriptor).st_size
+        if size > most:
+            raise FileFormatError(f"{path}: has {size:,} bytes; at most {most:,} are allowed")
+        with _reported(path, "read"):
+            return files.read_at(descriptor, size, 0)
+    finally:
+        files.system.close(descriptor)
+
+
 @contextmanager
 def _reported(path: Path, verb: str) -> Iterator[None]:
     try:
@@ -198,12 +216,11 @@ def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
 def _open(path: Path) -> int:
     try:
         with _reported(path, "opened"):
-            # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-            descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+            descriptor = files.system.open(path)
     except ValueError as error:
         raise FileFormatError(f"{str(path)!r}: cannot be opened: no file can have this name") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+        files.system.close(descriptor)
         raise FileFormatError(f"{path}: is not a regular file")
     return descriptor
 
@@ -222,7 +239,7 @@ def _read_header(path: Path, descriptor: int, known: fmt.FileHeader | None = Non
 def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
     """The first 8 + N bytes, and the size of the file."""
     size = os.fstat(descriptor).st_size
-    prefix = os.pread(descriptor, 8, 0)
+    prefix = files.read_at(descriptor, 8, 0)
     if len(prefix) < 8:
         raise FileFormatError(f"{path}: truncated: {size:,} bytes cannot hold a safetensors header")
     length = int.from_bytes(prefix, "little")
@@ -231,10 +248,7 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
             f"{path}: damaged, truncated or not safetensors: its header would take {length:,} bytes "
             f"of a file of {size:,}"
         )
-    start = bytearray(prefix)
-    while len(start) < 8 + length:
-        part = os.pread(descriptor, 8 + length - len(start), len(start))
-        if not part:
-            raise FileFormatError(f"{path}: the file became shorter while it was read")
-        start += part
-    return bytes(start), size
+    start = prefix + files.read_at(descriptor, length, len(prefix))
+    if len(start) < 8 + length:
+        raise FileFormatError(f"{path}: the file became shorter while it was read")
+    return start, size

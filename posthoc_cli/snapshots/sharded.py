@@ -8,7 +8,7 @@ index says which tensor is in which shard; with it a snapshot is there, without 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import groupby
@@ -287,15 +287,14 @@ def remove_snapshot(snapshot: Path) -> None:
         FileFormatError: the index cannot be read; nothing was deleted.
     """
     if snapshot.is_symlink() or not snapshot.is_dir():
-        files.unlink(snapshot)
+        files.system.unlink(snapshot)
         return
     names = list(read_index(snapshot / INDEX_NAME))
     aside = files.temporary_path(snapshot.parent)
-    files.rename(snapshot, aside)
+    files.system.rename(snapshot, aside)
     for name in (INDEX_NAME, *names):
-        with suppress(FileNotFoundError):
-            files.unlink(aside / name)
+        files.unlink_if_there(aside / name)
     try:
-        aside.rmdir()
+        files.system.remove_directory(aside)
     except OSError:
-        files.rename(aside, snapshot)  # now no snapshot, but what somebody keeps there
+        files.system.rename(aside, snapshot)  # now no snapshot, but what somebody keeps there

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 SUPERSEDED = "superseded"
 """The folder of a snapshot directory for snapshots later than the time that training went back to."""
+
+QUARANTINE = "quarantine"
+"""The folder of a snapshot directory for files that are damaged, or that do not belong there."""
 
 
 @dataclass(frozen=True)
@@ -139,15 +142,17 @@ def inspect_directory(directory: Path) -> Inspection:
     return Inspection(
         snapshots=tuple(snapshots),
         problems=tuple(problems),
-        leftovers=tuple(sorted(directory.glob(f"{files.TEMPORARY_PREFIX}*{files.TEMPORARY_SUFFIX}"))),
-        superseded=sum(p.suffix == fmt.SUFFIX or is_sharded(p) for p in aside.iterdir()) if aside.is_dir() else 0,
+        leftovers=tuple(files.leftovers(directory)),
+        superseded=sum(p.suffix == fmt.SUFFIX or is_sharded(p) for p in files.system.list(aside))
+        if aside.is_dir()
+        else 0,
     )
 
 
 def _candidates(directory: Path) -> list[Path]:
     """Files, and directories with an index, that may be snapshots; FileNotFoundError where there is no directory."""
     try:
-        entries = list(directory.iterdir())
+        entries = files.system.list(directory)
     except FileNotFoundError:
         raise
     except NotADirectoryError as error:
@@ -157,11 +162,14 @@ def _candidates(directory: Path) -> list[Path]:
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
         raise DirectoryError(f"{str(directory)!r}: cannot be read: {reason.lower()}") from error
-    return sorted(p for p in entries if not p.name.startswith(".") and (p.suffix == fmt.SUFFIX or _may_be_sharded(p)))
+    return _snapshot_paths(entries)
 
 
-def _may_be_sharded(path: Path) -> bool:
-    return path.name != SUPERSEDED and is_sharded(path)
+def _snapshot_paths(entries: Iterable[Path]) -> list[Path]:
+    """Those that may be snapshots by their names: files, and directories with an index."""
+    aside = (SUPERSEDED, QUARANTINE)
+    visible = (path for path in entries if not path.name.startswith(".") and path.name not in aside)
+    return sorted(path for path in visible if path.suffix == fmt.SUFFIX or is_sharded(path))
 
 
 def _open_candidate(path: Path) -> Snapshot | None:
@@ -183,7 +191,7 @@ def _without_snapshots(directory: Path) -> DirectoryError:
     wanted = "name the directory that a tracker writes its snapshots to"
     if not directory.exists():
         return DirectoryError(f"{directory}: no such directory; {wanted}")
-    strangers = sorted(p.name for p in directory.iterdir() if p.suffix in (fmt.SUFFIX, ".pt", ".pkl"))
+    strangers = sorted(p.name for p in files.system.list(directory) if p.suffix in (fmt.SUFFIX, ".pt", ".pkl"))
     hint = f" ({strangers[0]} is not a snapshot of this package)" if strangers else ""
     return DirectoryError(f"{directory}: no snapshots here; {wanted}{hint}")
 
@@ -315,10 +323,10 @@ def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
         for snapshot in stored:
             if os.path.lexists(snapshot.path):  # else moved or deleted by another hand, or an earlier try
                 target = _free_name(aside / snapshot.path.name)
-                files.rename(snapshot.path, target)
+                files.system.rename(snapshot.path, target)
                 moved.append(target)
-        files.fsync_directory(aside)
-        files.fsync_directory(directory)
+        files.system.fsync_directory(aside)
+        files.system.fsync_directory(directory)
     return moved
 
 

@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from factories import tiny_model
+from factories import refuse_for_space, tiny_model
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import LockedError, WriteError
 from posthoc_cli.snapshots import lock
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -141,11 +141,8 @@ def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, m
     with pytest.raises(WriteError, match="file: cannot be written"):
         DirectoryLock(tmp_path / "file")
 
-    def full(*_: object, **__: object) -> int:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_text", full)
+        patched.setattr(files.system, "write", refuse_for_space)
         with pytest.raises(WriteError, match="no space left") as caught:
             DirectoryLock(tmp_path)
     DirectoryLock(tmp_path).release()  # although `caught` keeps the failed one alive

@@ -202,7 +202,7 @@ def test_an_interruption_leaves_a_directory_that_works(
 ) -> None:
     pruning = plan_pruning(read_directory(run), keep=4)
     deleted: list[Path] = []
-    unlink = files.unlink
+    unlink = files.system.unlink
 
     def interrupted(path: Path) -> None:
         if len(deleted) == after:
@@ -210,7 +210,7 @@ def test_an_interruption_leaves_a_directory_that_works(
         unlink(path)
         deleted.append(path)
 
-    monkeypatch.setattr(files, "unlink", interrupted)
+    monkeypatch.setattr(files.system, "unlink", interrupted)
     with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError):
         execute(pruning)
     left = read_directory(run)

@@ -19,6 +19,7 @@ from factories import RUN_ID, exact_gamma, read_snapshot, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import decoding
@@ -159,22 +160,25 @@ def test_a_file_that_shrinks_under_a_reader_is_an_error_and_no_crash(tmp_path: P
 def test_a_file_that_shrinks_while_its_header_is_read_is_an_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, real = small_snapshot(tmp_path), os.pread
-    monkeypatch.setattr(os, "pread", lambda descriptor, n, at: real(descriptor, n, at) if at == 0 else b"")
+    path, real = small_snapshot(tmp_path), files.system.read
+    monkeypatch.setattr(files.system, "read", lambda file, view, at: real(file, view, at) if at == 0 else 0)
     with pytest.raises(FileFormatError, match="became shorter"):
         read_header(path)
 
 
-@pytest.mark.parametrize("call", ["pread", "preadv"])
+@pytest.mark.parametrize("fails", [1, 2, 3])
 def test_a_disk_that_cannot_read_is_told_with_the_file(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: int
 ) -> None:
-    path = small_snapshot(tmp_path)
+    """The header's length, the header, a tensor."""
+    path, real, calls = small_snapshot(tmp_path), files.system.read, iter(range(1, 99))
 
-    def fail(*_: object) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
+    def fail(descriptor: int, view: memoryview, offset: int) -> int:
+        if next(calls) == fails:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(descriptor, view, offset)
 
-    monkeypatch.setattr(os, call, fail)
+    monkeypatch.setattr(files.system, "read", fail)
     with pytest.raises(FileFormatError, match="cannot be read: input/output error") as caught:
         read_everything(path)
     assert str(path) in str(caught.value)

@@ -354,7 +354,7 @@ def test_setting_aside_that_fails_is_told_and_loses_nothing(
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(files, operation, fail)
+    monkeypatch.setattr(files.system, operation, fail)
     with pytest.raises(WriteError, match="input/output error"):
         set_aside([s for s in stored(tmp_path) if s.t > 10])
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3

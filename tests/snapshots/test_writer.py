@@ -44,15 +44,20 @@ def test_the_same_content_makes_the_same_file(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == (tmp_path / "y").read_bytes()
 
 
-@pytest.mark.parametrize("operation", ["open_new", "write_at", "fsync", "link", "unlink", "fsync_directory"])
+@pytest.mark.parametrize("operation", ["open_new", "write", "fsync", "link", "unlink", "fsync_directory"])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
 def test_a_save_that_fails_is_told_and_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, code: int
 ) -> None:
-    def fail(*_: object) -> None:
+    real, calls = getattr(files.system, operation), []
+
+    def fail_once(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) > 1:
+            return real(*arguments)
         raise OSError(code, os.strerror(code))
 
-    monkeypatch.setattr(files, operation, fail)
+    monkeypatch.setattr(files.system, operation, fail_once)
     with pytest.raises(WriteError, match=os.strerror(code).lower()):
         write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(3)})
     assert list(tmp_path.iterdir()) == []
@@ -63,14 +68,14 @@ def test_a_disk_that_fills_up_at_any_write_leaves_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, refused: int
 ) -> None:
     """Two tensors and the header: three writes."""
-    real, calls = files.write_at, iter(range(3))
+    real, calls = files.system.write, iter(range(3))
 
-    def full(descriptor: int, data: bytes, offset: int) -> None:
+    def full(descriptor: int, view: memoryview, offset: int) -> int:
         if next(calls) == refused:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        real(descriptor, data, offset)
+        return real(descriptor, view, offset)
 
-    monkeypatch.setattr(files, "write_at", full)
+    monkeypatch.setattr(files.system, "write", full)
     with pytest.raises(WriteError, match="no space left on device"):
         write(tmp_path / "x")
     assert list(tmp_path.iterdir()) == []

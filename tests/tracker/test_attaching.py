@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import exact_average
+from factories import exact_average, refuse_for_space
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
@@ -336,7 +336,7 @@ def test_an_error_of_the_update_leaves_the_step_and_training_goes_on(
             scaler.scale((model(X) - Y).square().mean()).backward()
             with monkeypatch.context() as fault:
                 if tracker is not None and number == 1:
-                    fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space")))
+                    fault.setattr(files.system, "fsync", refuse_for_space)
                 with pytest.raises(WriteError, match="no space") if tracker and number == 2 else nullcontext():
                     scaler.step(optimizer)
                 if tracker is not None:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from factories import refuse_for_space
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.store import read_directory
@@ -306,7 +307,7 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS) as tracker:
         with monkeypatch.context() as fault:
-            fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
             tracker._background.flush()  # type: ignore[union-attr]  # it has failed by now, and nobody knows
         step(model, 5)
@@ -323,7 +324,7 @@ def test_a_write_that_failed_is_raised_later_where_the_next_call_fails_itself(
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         with monkeypatch.context() as fault:
-            fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
             tracker._background.flush()  # type: ignore[union-attr]
         with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
@@ -338,7 +339,7 @@ def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = network()
-    monkeypatch.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+    monkeypatch.setattr(files.system, "fsync", refuse_for_space)
     with (
         pytest.raises(ZeroDivisionError),
         PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker,

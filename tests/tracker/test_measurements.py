@@ -321,7 +321,7 @@ def test_a_profile_that_could_not_be_written_is_written_when_it_is_due_again(
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         watched = Watched(tracker)
         watched.train(model, 1, 9)
-        real, calls = files.fsync, iter(range(9))
+        real, calls = files.system.fsync, iter(range(9))
 
         def fail_second(descriptor: int) -> None:
             if next(calls) == 1:
@@ -329,7 +329,7 @@ def test_a_profile_that_could_not_be_written_is_written_when_it_is_due_again(
             real(descriptor)
 
         with monkeypatch.context() as fault:
-            fault.setattr(files, "fsync", fail_second)
+            fault.setattr(files.system, "fsync", fail_second)
             with pytest.raises(WriteError, match="no space left"):
                 watched.train(model, 10, 10)
         assert [(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path)] == [(5, 0.05), (5, 0.28), (10, 0.05)]

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import exact_average, exact_gamma, random_walk, write_run
+from factories import exact_average, exact_gamma, random_walk, refuse_for_space, write_run
 from safetensors.torch import save_file
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
@@ -175,7 +175,7 @@ def test_setting_aside_that_failed_can_be_tried_again(tmp_path: Path, monkeypatc
                 raise OSError(5, "Input/output error")
             source.replace(target)
 
-        monkeypatch.setattr("posthoc_cli.files.rename", rename)
+        monkeypatch.setattr("posthoc_cli.files.system.rename", rename)
         with pytest.raises(WriteError, match="input/output error"):
             tracker.load_state_dict(state)
         tracker.load_state_dict(state)
@@ -528,7 +528,7 @@ def test_a_write_that_fails_is_raised_and_training_may_go_on(tmp_path: Path, mon
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         train(model, tracker, 1, 9)
         with monkeypatch.context() as fault:
-            fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+            fault.setattr(files.system, "fsync", refuse_for_space)
             with pytest.raises(WriteError, match="no space left"):
                 train(model, tracker, 10, 10)
         assert not [p for p in tmp_path.iterdir() if not p.name.startswith(".ema.lock")]

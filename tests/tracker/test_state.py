@@ -18,10 +18,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ema_command import Ema
-from factories import exact_average
+from factories import exact_average, refuse_for_space
 from torch.distributed.checkpoint.stateful import Stateful
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -171,7 +171,7 @@ def test_a_state_is_replaced_when_the_new_one_is_durable_and_not_before(
     before = path.read_bytes()
     run.train(5, 8)
     with monkeypatch.context() as fault:
-        fault.setattr("posthoc_cli.files.fsync", lambda _: (_ for _ in ()).throw(OSError(28, "No space left")))
+        fault.setattr(files.system, "fsync", refuse_for_space)
         with pytest.raises(WriteError, match="no space left"):
             run.tracker.save_state(path)
     assert path.read_bytes() == before
