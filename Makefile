@@ -1,6 +1,7 @@
 # make demo   train a small network with the hook and choose the length of its average afterwards
 # make test   lint, type check and test
 # make bench  the measurements that the README quotes
+# make torture  every experiment on the guarantees of snapshots and outputs, whole (an hour or less)
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
 
@@ -12,7 +13,7 @@ READY := $(VENV)/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit bench clean
+.PHONY: help demo test lint types unit bench torture clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -46,6 +47,9 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_averages.py
 	$(BIN)/python scripts/bench_differentiable.py
 	$(BIN)/python scripts/bench_update.py
+
+torture: $(READY)
+	$(BIN)/python scripts/torture.py
 
 clean:
 	rm -rf $(VENV) ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
