@@ -1,4 +1,4 @@
-"""Every experiment on the guarantees of snapshots and outputs, whole: a table of what was tried, lost, missed, executed.
+"""Every experiment on the guarantees of snapshots and outputs, whole, and a table of what came of it.
 
 python scripts/torture.py                     # all of them, long
 python scripts/torture.py --only kill         # those with "kill" in their names
@@ -44,10 +44,8 @@ def main() -> int:
 
 
 def _row(name: str, tally: Tally, seconds: float) -> str:
-    counts = " | ".join(
-        f"{count:,}" for count in (tally.tried, len(tally.lost), len(tally.missed), len(tally.executed))
-    )
-    return f"| {name} | {counts} | {seconds:,.0f} s |"
+    counts = (tally.tried, len(tally.lost), len(tally.missed), len(tally.executed))
+    return f"| {name} | {' | '.join(f'{count:,}' for count in counts)} | {seconds:,.0f} s |"
 
 
 if __name__ == "__main__":
