@@ -266,9 +266,9 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             self._step, self._t = unpacked.step, unpacked.t
             self._own_clock = resumed_habit(self._step, self._t)
             return
-        recorder = self._open_recorder(unpacked.run_id)
-        recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
-        recorder.set_aside_others(unpacked.t, known=unpacked.snapshots)
+        with self._as_writer(unpacked.run_id) as recorder:
+            recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
+            recorder.set_aside_others(unpacked.t, known=unpacked.snapshots)
         self.run_id = unpacked.run_id
         self._averages, self._clock = unpacked.averages, unpacked.clock
         self._tracked = replace(self._tracked, segment=unpacked.segment)

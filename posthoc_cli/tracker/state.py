@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ def _check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
     for sigma_rel in wanted:
         if sigma_rel not in held:
             raise InvalidValueError(
-                f"sigma_rels: {sigma_rel:g} is none of the tracked ones, {', '.join(f'{s:g}' for s in held)}: an "
+                f"sigma_rels: {sigma_rel:g} is none of the tracked ones, {_listed(held)}: an "
                 "average cannot begin in mid-run; leave it out, and synthesize it from the others"
             )
 
@@ -230,17 +230,17 @@ def newest_complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) 
 def resumed_profiles(
     snapshots: Sequence[Snapshot], chosen: Sequence[float] | types.EllipsisType = ...
 ) -> tuple[float, ...]:
-    """The profiles to go on with: those that the run tracks and that have snapshots, or the `chosen` among them.
+    """The profiles to go on with: those that the run tracks, or the `chosen` ones, which must have snapshots.
 
     Raises:
-        InvalidValueError: a chosen one is none of them.
+        InvalidValueError: a chosen one has none.
     """
-    there = {snapshot.info.sigma_rel for snapshot in snapshots}
-    tracked = tuple(sigma_rel for sigma_rel in snapshots[-1].info.sigma_rels if sigma_rel in there)
+    tracked = snapshots[-1].info.sigma_rels
     if chosen is ...:
         return tracked
+    there = {snapshot.info.sigma_rel for snapshot in snapshots}
     wanted = check_sigma_rels(chosen)
-    _check_profiles(tracked, wanted)
+    _check_profiles([sigma_rel for sigma_rel in tracked if sigma_rel in there], wanted)
     return wanted
 
 
@@ -261,9 +261,15 @@ def load_averages(directory: Path, sigma_rels: Sequence[float]) -> tuple[Running
     Raises:
         DirectoryError: at no time are all profiles there.
     """
-    newest = newest_complete(read_directory(directory), sigma_rels)
+    snapshots = read_directory(directory)
+    newest = newest_complete(snapshots, sigma_rels)
     if newest is None:
-        raise DirectoryError(f"{directory}: at no time is there a snapshot of every profile to go on from")
+        there = sorted({snapshot.info.sigma_rel for snapshot in snapshots[-len(sigma_rels) :]})
+        raise DirectoryError(
+            f"{directory}: at no time is there a snapshot of every profile ({_listed(sigma_rels)}) to go on from: "
+            f"go on without some (the newest are of {_listed(there)}) with from_path(..., sigma_rels=...), or begin a "
+            "new run in another directory"
+        )
     averages = RunningAverages(sigma_rels)
     averages.values = tuple(_read(newest[sigma_rel], "average") for sigma_rel in sigma_rels)
     last = newest[sigma_rels[0]]
@@ -271,6 +277,10 @@ def load_averages(directory: Path, sigma_rels: Sequence[float]) -> tuple[Running
     averages.t, averages.step = last.info.t, last.info.step
     averages.t_first, averages.max_interval = last.info.t_first, last.info.max_interval
     return averages, ClockRecorder.of_knots(last.info.clock_pairs)
+
+
+def _listed(sigma_rels: Iterable[float]) -> str:
+    return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
 
 def _read(snapshot: Snapshot, role: str) -> dict[str, torch.Tensor]:

@@ -7,13 +7,22 @@ import os
 import threading
 import types
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 
-from posthoc_cli.errors import LockedError, ModelMismatchError, NonFiniteError, NotReadyError, PostHocError
+from posthoc_cli.errors import (
+    DirectoryError,
+    LockedError,
+    ModelMismatchError,
+    NonFiniteError,
+    NotReadyError,
+    PostHocError,
+    WriteError,
+)
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
@@ -92,7 +101,8 @@ class Updating(Attachable):
             NotReadyError: the tracker is closed, follows an optimizer or is a forked process's copy, the model holds
                 averaged weights, or another thread is calling.
             LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: another writer holds
-                the directory, or it holds another run, or what is in it cannot be read or is damaged.
+                the directory, it holds another run, what is in it is damaged, it cannot be read or written, or at no
+                time is there a snapshot of every profile to go on from. Nothing of the call has been done.
         """
         check_model(model)
         self._check_caller()
@@ -166,12 +176,13 @@ class Updating(Attachable):
     def _begin(self) -> None:
         """At the first update: become the directory's writer and, in a resumed run, load its averages."""
         self._check_open()
-        recorder = self._open_recorder(self.run_id)
-        if self._resumes_from_directory:
-            self._averages, self._clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
-            self._step, self._t = self._averages.step, self._averages.t
-            recorder.set_aside_others(self._t)
-            self._resumes_from_directory = False
+        with self._as_writer(self.run_id) as recorder:
+            if self._resumes_from_directory:
+                averages, clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
+                recorder.set_aside_others(averages.t)
+                self._averages, self._clock = averages, clock
+                self._step, self._t = averages.step, averages.t
+                self._resumes_from_directory = False
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
@@ -185,10 +196,25 @@ class Updating(Attachable):
         if self._closed:
             raise NotReadyError(f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path")
 
+    @contextmanager
+    def _as_writer(self, run_id: str) -> Iterator[Recorder]:
+        """The directory's writer; where the block fails, this tracker stays one only if it was one before."""
+        was_writer = self._recorder is not None
+        recorder = self._open_recorder(run_id)
+        try:
+            yield recorder
+        except BaseException:
+            if not was_writer:
+                self._recorder = None
+                recorder.close()
+            raise
+
     def _open_recorder(self, run_id: str) -> Recorder:
         if self._recorder is None:
             try:
                 recorder = Recorder(self.checkpoint_dir)
+            except WriteError as error:  # not as one: nothing of this call has been done
+                raise DirectoryError(str(error)) from error
             except LockedError as error:
                 if not is_in_group():
                     raise

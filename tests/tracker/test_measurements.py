@@ -20,7 +20,7 @@ from factories import tiny_model
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import NonFiniteError, WriteError
+from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.reconstruction.measurements import Measurements
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.store import read_directory
@@ -250,13 +250,16 @@ def test_measurements_after_an_exact_resume_are_the_same(tmp_path: Path) -> None
     assert [s.info for s in read_directory(tmp_path / "run")] == first
 
 
-def test_a_run_goes_on_without_a_profile_whose_snapshots_were_deleted(tmp_path: Path) -> None:
+def test_a_run_goes_on_without_a_profile_whose_snapshots_were_deleted_only_when_told_so(tmp_path: Path) -> None:
     model = tiny_model()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         Watched(tracker).train(model, 1, 10)
     for path in tmp_path.glob("*-0.28.safetensors"):
         path.unlink()
-    with PostHocEMA.from_path(tmp_path, model) as tracker:
+    message = r"every profile \(0\.05, 0\.28\) .* go on without some \(the newest are of 0\.05\) with .*sigma_rels="
+    with PostHocEMA.from_path(tmp_path, model) as tracker, pytest.raises(DirectoryError, match=message):
+        tracker.update_(model)
+    with PostHocEMA.from_path(tmp_path, model, sigma_rels=(0.05,)) as tracker:
         Watched(tracker).train(model, 11, 15)
         assert set(tracker.state_dict(sigma_rel=0.05)) == set(model.state_dict()) - {"frozen"}
     last = read_directory(tmp_path)[-1].info

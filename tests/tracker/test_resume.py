@@ -539,7 +539,8 @@ def test_a_write_that_fails_is_raised_and_training_may_go_on(tmp_path: Path, mon
 def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     tracker = PostHocEMA.from_model(network(), tmp_path / "file" / "run", **SETTINGS)
-    with pytest.raises(WriteError, match="file/run"):
+    # Not a WriteError, after which training may go on: this update has not been made.
+    with pytest.raises(DirectoryError, match="file/run: cannot be written: not a directory"):
         tracker.update_(network())
 
 
@@ -588,3 +589,21 @@ def test_the_error_figure_is_of_what_is_there_or_of_the_plan(tmp_path: Path) -> 
 
 def labels(figure) -> list[str]:  # type: ignore[no-untyped-def]
     return figure.axes[0].get_legend_handles_labels()[1]
+
+
+@pytest.mark.parametrize("resumes", ["load_state", "from_path"])
+def test_a_resume_that_fails_gives_the_directory_free(tmp_path: Path, resumes: str) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 15)
+        tracker.save_state(tmp_path / "early.state")
+        train(model, tracker, 16, 25)
+    for path in tmp_path.glob("*20-0.28.safetensors"):
+        path.unlink()
+    (tmp_path / "superseded").write_text("in the way of what would be set aside")
+    failed = PostHocEMA.from_path(tmp_path, model)
+    with pytest.raises(WriteError, match="superseded"):
+        failed.load_state(tmp_path / "early.state") if resumes == "load_state" else failed.update_(model)
+    (tmp_path / "superseded").unlink()
+    with PostHocEMA.from_path(tmp_path, model) as tracker:  # although `failed` is still there
+        train(model, tracker, 11, 12)

@@ -1,0 +1,368 @@
+"""File systems in place of the real one: one that fails at a chosen operation, and one that remembers everything.
+
+From what the second remembers, what a crash would have left can be made at every moment between two operations, for
+a process that is killed and for a machine that loses its power.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from posthoc_cli import files
+
+WRITES = ("open_new", "write", "fsync", "fsync_directory", "rename", "link", "unlink", "make_directory")
+READS = ("open", "read", "list")
+ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
+KINDS = (*ERRORS, "short", "torn", "full")
+"""Faults: an error once; a write that takes half, which is allowed; half a write, then an error; a disk that is full
+until somebody makes room."""
+
+
+@contextmanager
+def installed(system: files.FileSystem) -> Iterator[None]:
+    """Put a file system in the place of the real one for the block."""
+    before, files.system = files.system, system
+    try:
+        yield
+    finally:
+        files.system = before
+
+
+# --- one that fails --------------------------------------------------------------------------------
+
+
+class Faulty(files.FileSystem):
+    """Counts operations, and fails at one of them.
+
+    Arguments:
+        at: number of the operation that fails, from 0 on; None: none does.
+        kind: one of KINDS.
+
+    Attributes:
+        count: operations so far.
+        failed: what failed, in words; None before.
+    """
+
+    def __init__(self, at: int | None = None, kind: str = "EIO") -> None:
+        self._at, self._kind = at, kind
+        self._lock = threading.Lock()
+        self._full = False
+        self.count = 0
+        self.failed: str | None = None
+
+    def make_room(self) -> None:
+        """The disk is full no longer."""
+        self._full = False
+
+    def open_new(self, path: Path) -> int:
+        self._pass("open_new", path)
+        return super().open_new(path)
+
+    def open(self, path: Path) -> int:
+        self._pass("open", path)
+        return super().open(path)
+
+    def read(self, descriptor: int, view: memoryview, offset: int) -> int:
+        if self._pass("read", descriptor):
+            view = view[: max(1, len(view) // 2)]
+        return super().read(descriptor, view, offset)
+
+    def write(self, descriptor: int, view: memoryview, offset: int) -> int:
+        if self._pass("write", descriptor):
+            written = super().write(descriptor, view[: max(1, len(view) // 2)], offset)
+            if self._kind == "short":
+                return written
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().write(descriptor, view, offset)
+
+    def fsync(self, descriptor: int) -> None:
+        self._pass("fsync", descriptor)
+
+    def fsync_directory(self, path: Path) -> None:
+        self._pass("fsync_directory", path)
+
+    def rename(self, source: Path, target: Path) -> None:
+        self._pass("rename", target)
+        super().rename(source, target)
+
+    def link(self, source: Path, target: Path) -> None:
+        self._pass("link", target)
+        super().link(source, target)
+
+    def unlink(self, path: Path) -> None:
+        self._pass("unlink", path)
+        super().unlink(path)
+
+    def make_directory(self, path: Path) -> None:
+        self._pass("make_directory", path)
+        super().make_directory(path)
+
+    def list(self, path: Path) -> list[Path]:
+        self._pass("list", path)
+        return super().list(path)
+
+    def _pass(self, operation: str, where: object) -> bool:
+        """Count an operation, and raise where it is to fail; True where it is to be done by half."""
+        with self._lock:
+            number, self.count = self.count, self.count + 1
+            if self._full and operation in ("open_new", "write", "make_directory"):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            if number != self._at:
+                return False
+            if self._kind in ("short", "torn") and operation not in ("write", "read"):
+                return False
+            if self._kind == "torn" and operation == "read":
+                return False
+            self.failed = f"{self._kind} at operation {number}, {operation} {where}"
+            if self._kind in ("short", "torn"):
+                return True
+            if self._kind == "full":
+                self._full = True
+                if operation not in ("open_new", "write", "make_directory"):
+                    return False
+            code = ERRORS.get(self._kind, errno.ENOSPC)
+            raise OSError(code, os.strerror(code))
+
+
+# --- one that remembers ----------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class Inode:
+    """A file: its content now, and what of it is on the disk."""
+
+    data: bytes = b""
+    durable: bytes = b""
+
+
+@dataclass(eq=False)
+class Folder:
+    """A directory: its entries now, and what of them is on the disk."""
+
+    entries: dict[str, Inode | Folder] = field(default_factory=dict)
+    durable: dict[str, Inode | Folder] = field(default_factory=dict)
+
+
+Edits = list[tuple[Folder, str, "Inode | Folder | None"]]
+"""One operation on directories: entries that are set, or removed (None), all together or not at all."""
+
+
+class Disk:
+    """What would be on a disk: `apply` takes the operations that were recorded, in their order."""
+
+    def __init__(self) -> None:
+        self.root = Folder()
+        self._pending: list[Edits] = []
+        self._inodes: dict[int, Inode] = {}
+
+    def apply(self, operation: tuple[object, ...]) -> None:
+        """Take one operation."""
+        kind, *rest = operation
+        getattr(self, f"_{kind}")(*rest)
+
+    def _open_new(self, path: str, number: int) -> None:
+        self._inodes[number] = Inode()
+        folder, name = self._parent(path)
+        self._edit([(folder, name, self._inodes[number])])
+
+    def _write(self, number: int, data: bytes, offset: int) -> None:
+        inode = self._inodes[number]
+        before = inode.data.ljust(offset, b"\0")
+        inode.data = before[:offset] + data + before[offset + len(data) :]
+
+    def _fsync(self, number: int) -> None:
+        self._inodes[number].durable = self._inodes[number].data
+
+    def _fsync_directory(self, path: str) -> None:
+        folder = self._find(path)
+        left = []
+        for edits in self._pending:
+            if any(touched is folder for touched, _, _ in edits):
+                for touched, name, entry in edits:
+                    _set(touched.durable, name, entry)
+            else:
+                left.append(edits)
+        self._pending = left
+
+    def _rename(self, source: str, target: str) -> None:
+        (old, old_name), (new, new_name) = self._parent(source), self._parent(target)
+        self._edit([(old, old_name, None), (new, new_name, old.entries[old_name])])
+
+    def _link(self, source: str, target: str) -> None:
+        (old, old_name), (new, new_name) = self._parent(source), self._parent(target)
+        self._edit([(new, new_name, old.entries[old_name])])
+
+    def _unlink(self, path: str) -> None:
+        folder, name = self._parent(path)
+        self._edit([(folder, name, None)])
+
+    _remove_directory = _unlink
+
+    def _make_directory(self, path: str) -> None:
+        folder, name = self._parent(path)
+        if name not in folder.entries:
+            self._edit([(folder, name, Folder())])
+
+    def _note(self, *_: object) -> None:
+        """Something that the scenario says; no operation."""
+
+    def _edit(self, edits: Edits) -> None:
+        self._pending.append(edits)
+        for folder, name, entry in edits:
+            _set(folder.entries, name, entry)
+
+    def _parent(self, path: str) -> tuple[Folder, str]:
+        head, _, name = path.rpartition("/")
+        return self._find(head), name
+
+    def _find(self, path: str) -> Folder:
+        folder = self.root
+        for part in path.split("/"):
+            if part not in ("", "."):
+                found = folder.entries[part]
+                assert isinstance(found, Folder)
+                folder = found
+        return folder
+
+    # --- what a crash leaves -----------------------------------------------------------------------
+
+    def leave(self, place: Path, crash: str, chance: random.Random) -> None:
+        """Make in `place` what is there after a crash.
+
+        Arguments:
+            crash: "kill" (the process dies, the system lives), or a loss of power after which "nothing" that was not
+                synced is there, every "name" is there but no content that was not synced, or "some" of it is.
+        """
+        chosen = {} if crash in ("kill", "names") else self._survivors(chance if crash == "some" else None)
+        self._leave(self.root, place, crash, chosen, chance)
+
+    def _survivors(self, chance: random.Random | None) -> dict[int, dict[str, Inode | Folder]]:
+        """Entries by the folder: what was synced, and some of what was not."""
+        chosen: dict[int, dict[str, Inode | Folder]] = {}
+        for folder in self._folders(self.root, set()):
+            chosen[id(folder)] = dict(folder.durable)
+        for edits in self._pending:
+            if chance is not None and chance.random() < 0.5:
+                for folder, name, entry in edits:
+                    _set(chosen.setdefault(id(folder), dict(folder.durable)), name, entry)
+        return chosen
+
+    def _folders(self, folder: Folder, seen: set[int]) -> Iterator[Folder]:
+        if id(folder) not in seen:
+            seen.add(id(folder))
+            yield folder
+            for entry in [*folder.entries.values(), *folder.durable.values()]:
+                if isinstance(entry, Folder):
+                    yield from self._folders(entry, seen)
+
+    def _leave(
+        self,
+        folder: Folder,
+        place: Path,
+        crash: str,
+        chosen: dict[int, dict[str, Inode | Folder]],
+        chance: random.Random,
+    ) -> None:
+        place.mkdir(exist_ok=True)
+        entries = folder.entries if crash in ("kill", "names") else chosen.get(id(folder), folder.durable)
+        for name, entry in entries.items():
+            if isinstance(entry, Folder):
+                self._leave(entry, place / name, crash, chosen, chance)
+            else:
+                (place / name).write_bytes(_content(entry, crash, chance))
+
+
+def _set(entries: dict[str, Inode | Folder], name: str, entry: Inode | Folder | None) -> None:
+    if entry is None:
+        entries.pop(name, None)
+    else:
+        entries[name] = entry
+
+
+def _content(inode: Inode, crash: str, chance: random.Random) -> bytes:
+    if crash == "kill":
+        return inode.data
+    if crash == "some" and inode.data != inode.durable:
+        end = chance.randrange(len(inode.data) + 1)
+        return chance.choice((inode.durable, inode.data[:end], inode.data[:end].ljust(len(inode.data), b"\0")))
+    return inode.durable
+
+
+class Recording(files.FileSystem):
+    """Does everything, and remembers it in the order in which it was done; paths below `root` only.
+
+    Attributes:
+        operations: what `Disk.apply` takes.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._lock = threading.Lock()
+        self._numbers: dict[int, int] = {}
+        self.operations: list[tuple[object, ...]] = []
+
+    def note(self, *what: object) -> None:
+        """Remember something that the scenario says."""
+        with self._lock:
+            self.operations.append(("note", *what))
+
+    def open_new(self, path: Path) -> int:
+        with self._lock:
+            descriptor = super().open_new(path)
+            self._numbers[descriptor] = len(self.operations)
+            self.operations.append(("open_new", self._name(path), len(self.operations)))
+        return descriptor
+
+    def close(self, descriptor: int) -> None:
+        with self._lock:
+            self._numbers.pop(descriptor, None)
+            super().close(descriptor)
+
+    def write(self, descriptor: int, view: memoryview, offset: int) -> int:
+        with self._lock:
+            written = super().write(descriptor, view, offset)
+            self.operations.append(("write", self._numbers[descriptor], bytes(view[:written]), offset))
+        return written
+
+    def fsync(self, descriptor: int) -> None:
+        with self._lock:
+            self.operations.append(("fsync", self._numbers[descriptor]))
+
+    def fsync_directory(self, path: Path) -> None:
+        with self._lock:
+            self.operations.append(("fsync_directory", self._name(path)))
+
+    def rename(self, source: Path, target: Path) -> None:
+        with self._lock:
+            super().rename(source, target)
+            self.operations.append(("rename", self._name(source), self._name(target)))
+
+    def link(self, source: Path, target: Path) -> None:
+        with self._lock:
+            super().link(source, target)
+            self.operations.append(("link", self._name(source), self._name(target)))
+
+    def unlink(self, path: Path) -> None:
+        with self._lock:
+            super().unlink(path)
+            self.operations.append(("unlink", self._name(path)))
+
+    def make_directory(self, path: Path) -> None:
+        with self._lock:
+            super().make_directory(path)
+            self.operations.append(("make_directory", self._name(path)))
+
+    def remove_directory(self, path: Path) -> None:
+        with self._lock:
+            super().remove_directory(path)
+            self.operations.append(("remove_directory", self._name(path)))
+
+    def _name(self, path: Path) -> str:
+        return str(path.relative_to(self._root))
