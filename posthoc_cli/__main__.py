@@ -1,11 +1,12 @@
 """`python -m posthoc_cli` is the command `ema`."""
 
+import signal
 import sys
 from typing import NoReturn
 
 
 def main() -> NoReturn:
-    """Run the command line; Ctrl-C is no traceback also while the imports go on."""
+    """Run the command line; Ctrl-C is no traceback, neither while the imports go on nor while the interpreter ends."""
     try:
         from posthoc_cli.cli import main as run
 
@@ -13,6 +14,10 @@ def main() -> NoReturn:
     except KeyboardInterrupt:
         sys.stderr.write("ema: interrupted\n")
         sys.exit(130)
+    finally:
+        # Everything is done, or undone. Libraries take a while to go, and would print a traceback for each signal.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, signal.SIG_IGN)
 
 
 if __name__ == "__main__":

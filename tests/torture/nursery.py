@@ -1,0 +1,83 @@
+"""Runs in a process of its own, with torch loaded: forks processes that are killed or interrupted at random moments.
+
+    python nursery.py kills FOLDER COUNT SEED
+    python nursery.py signals FOLDER COUNT SEED
+
+A forked process starts in milliseconds where a new one takes seconds. Prints one JSON object.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+
+torch.set_num_threads(1)  # before anything starts a pool of threads, which no fork would have
+
+from torture.killing import killed_trainings  # noqa: E402
+from torture.signalling import signalled_commands  # noqa: E402
+
+PATIENCE = 60.0
+"""Seconds after which a process that should have ended is taken to hang."""
+
+
+class Nursery:
+    """Forks processes one at a time.
+
+    A child leaves through the very top of this program, so that it ends as any process of Python does.
+    """
+
+    def __init__(self, err: Path) -> None:
+        self._err = err
+
+    def run(self, work: Callable[[], object], after: float | None, number: int) -> tuple[int, str, float]:
+        """Do `work` in a child.
+
+        Arguments:
+            after: seconds until the child gets a signal; None: none.
+            number: of the signal.
+
+        Returns:
+            The exit code, negative for a signal; what it wrote to stderr; how long it took.
+        """
+        started = time.monotonic()
+        child = os.fork()
+        if child == 0:
+            out = os.open(self._err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(out, 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            work()
+            sys.exit(0)
+        if after is not None:
+            time.sleep(after)
+            os.kill(child, number)
+        code = self._wait(child)
+        return code, self._err.read_text(errors="replace") if self._err.exists() else "", time.monotonic() - started
+
+    def _wait(self, child: int) -> int:
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return -1000
+
+
+EXPERIMENTS = {"kills": killed_trainings, "signals": signalled_commands}
+
+if __name__ == "__main__":
+    name, folder, count, seed = sys.argv[1:]
+    tally = EXPERIMENTS[name](Nursery(Path(folder) / "stderr"), Path(folder), int(count), random.Random(int(seed)))
+    print(json.dumps(vars(tally)))

@@ -1,0 +1,138 @@
+"""Every command, stopped by Ctrl-C, by SIGTERM or by SIGKILL at a random moment."""
+
+from __future__ import annotations
+
+import functools
+import random
+import shutil
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from factories import random_walk, write_run
+
+from posthoc_cli import files
+from posthoc_cli.__main__ import main
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.store import find_snapshots
+from posthoc_cli.snapshots.verifying import verify_payload
+from torture.tally import Tally
+
+if TYPE_CHECKING:
+    from torture.nursery import Nursery
+
+COMMANDS = (
+    "synthesize RUN --sigma-rel 0.15 --out OUT/one.safetensors",
+    "synthesize RUN --sigma-rel 0.05,0.1,0.2 --out OUT/many",
+    "synthesize RUN --sigma-rel 0.15 --out OUT/one.pt",
+    "synthesize RUN --sigma-rel 0.15 --out OUT/shards --format sharded --max-shard-size 100KB",
+    "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 1/2 --force",
+    "synthesize RUN --sigma-rel 0.15 --out PARTS --finish --force",
+    "synthesize RUN --sigma-rel 0.15 --dry-run --json",
+    "export OLD --out OUT/exported.safetensors --dtype float16",
+    "export OLD --out SHARDS --max-shard-size 90KB --force",
+    "error-plot RUN --out OUT/error.png",
+    "info RUN",
+    "plan --steps 1000 --params 1e6 --max-size 50MB --out OUT/plan.png",
+    "prune RUN --keep 3 --yes",
+    "profile --sigma-rel 0.05,0.1 --steps 1000",
+    "demo --out OUT/demo --steps 100",
+)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
+ENDS = {signal.SIGINT: {0, 130}, signal.SIGTERM: {0, 143, -signal.SIGTERM}, signal.SIGKILL: {0, -signal.SIGKILL}}
+"""Exit codes after a signal; the last one of SIGTERM before the command has begun."""
+
+
+def signalled_commands(nursery: Nursery, folder: Path, count: int, chance: random.Random) -> Tally:
+    """Stop commands `count` times in all: afterwards outputs are whole or not there, and no snapshot is harmed."""
+    tally = Tally()
+    template = folder / "template"
+    _prepare(nursery, template)
+    rounds = -(-count // (len(COMMANDS) * len(SIGNALS)))
+    every = [(command, signalled) for command in COMMANDS for signalled in SIGNALS] * rounds
+    seconds: dict[str, float] = {}
+    work = folder / "work"
+    for command, signalled in chance.sample(every, count):
+        if command not in seconds:
+            seconds[command] = _uninterrupted(nursery, template, work, command)
+        shutil.copytree(template, work)
+        before = {path: path.read_bytes() for path in (work / "run").glob("*.safetensors")}
+        after = chance.uniform(0, 1.1 * seconds[command])
+        code, err, _ = nursery.run(functools.partial(_run, command, work), after, signalled)
+        tally.tried += 1
+        where = f"{signalled.name} after {after:.3f} s of {seconds[command]:.3f}: ema {command}"
+        if code not in ENDS[signalled] or "Traceback" in err or "Exception ignored" in err:
+            tally.missed.append(f"{where}: ended with {code}: {err.strip()[-1500:]}")
+        if signalled != signal.SIGKILL:
+            tally.lost += [f"{where}: {path.name} is left" for path in work.rglob(f"{files.TEMPORARY_PREFIX}*")]
+        tally.lost += [f"{where}: {line}" for line in _harmed(work, before, "prune" in command)]
+        shutil.rmtree(work)
+    return tally
+
+
+def _prepare(nursery: Nursery, template: Path) -> None:
+    torch.manual_seed(0)
+    write_run(template / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
+    for command in (
+        "synthesize RUN --sigma-rel 0.1 --out OLD",
+        "export OLD --out SHARDS --max-shard-size 60KB",
+        "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 1/2",
+        "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 2/2",
+    ):
+        code, err, _ = nursery.run(functools.partial(_run, command, template), None, 0)
+        assert code == 0, err
+
+
+def _uninterrupted(nursery: Nursery, template: Path, work: Path, command: str) -> float:
+    shutil.copytree(template, work)
+    code, err, seconds = nursery.run(functools.partial(_run, command, work), None, 0)
+    assert code == 0, (command, err)
+    shutil.rmtree(work)
+    return seconds
+
+
+def _run(command: str, work: Path) -> None:
+    (work / "out").mkdir(exist_ok=True)
+    places = {"RUN": "run", "OUT": "out", "PARTS": "parts", "OLD": "old.safetensors", "SHARDS": "shards"}
+    words = []
+    for word in command.split():
+        head, slash, tail = word.partition("/")
+        words.append(f"{work / places[head]}{slash}{tail}" if head in places else word)
+    sys.argv = ["ema", *words]
+    main()
+
+
+def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str]:
+    """Files under their names that are not whole, and snapshots that are not what they were."""
+    found = []
+    for path in work.rglob("*.safetensors"):
+        try:
+            verify_payload(path, read_header(path))
+        except FileFormatError as error:
+            found.append(str(error))
+    for path, content in before.items():
+        if not (may_shrink and not path.exists()) and path.read_bytes() != content:
+            found.append(f"{path.name} has changed")
+    for path in work.rglob("*.pt"):
+        torch.load(path, weights_only=True)
+    for path in work.rglob("*.png"):
+        data = path.read_bytes()
+        if not (data.startswith(b"\x89PNG") and b"IEND" in data[-12:]):
+            found.append(f"{path.name} is not whole")
+    for index in work.rglob("*.index.json"):
+        _check_index(index, found)
+    if len(find_snapshots(work / "run")) < 6:
+        found.append("snapshots are missing")
+    return found
+
+
+def _check_index(index: Path, found: list[str]) -> None:
+    from posthoc_cli.snapshots.index import read_index
+
+    for name, tensors in read_index(index).items():
+        path = index.parent / name
+        if not path.exists() or set(read_header(path).tensors) != set(tensors):
+            found.append(f"{index.parent.name}: the index leads to a shard that is not there or another one")
