@@ -1,7 +1,8 @@
-# make demo   train a small network with the hook and choose the length of its average afterwards
-# make test   lint, type check and test
-# make bench  the measurements that the README quotes
-# make torture  every experiment on the guarantees of snapshots and outputs, whole (an hour or less)
+# make demo     train a small network with the hook and choose the length of its average afterwards
+# make test     lint, type check and test
+# make bench    the measurements that the README quotes
+# make torture  every experiment on the guarantees of snapshots and outputs, whole
+# make audit    known security holes in what is installed; asks a database on the network
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
 
@@ -13,7 +14,7 @@ READY := $(VENV)/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit bench torture clean
+.PHONY: help demo test lint types unit bench torture audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -50,6 +51,10 @@ bench: $(READY)
 
 torture: $(READY)
 	$(BIN)/python scripts/torture.py
+
+audit: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
+	$(BIN)/pip-audit --skip-editable
 
 clean:
 	rm -rf $(VENV) ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
