@@ -99,13 +99,14 @@ def test_the_stated_error_is_the_distance_of_the_profiles() -> None:
     assert result.profile_error[0] == pytest.approx((distance2 / norm2) ** 0.5, rel=1e-6)
 
 
-@given(st.floats(0, 60), st.floats(0, 60), st.floats(0.05, 1.0))
+@given(st.floats(0, 60), st.floats(0, 60), st.floats(0.05, 1.0), st.sampled_from([1, 3, 1000]))
 @settings(max_examples=30)
-def test_the_inner_product_is_the_integral(gamma_a: float, gamma_b: float, ratio: float) -> None:
+def test_the_inner_product_is_the_integral(gamma_a: float, gamma_b: float, ratio: float, unit: int) -> None:
     a, b = PowerFunction(gamma_a, ratio), PowerFunction(gamma_b, 1.0)
     product = integrate.quad(lambda s: float(a.density(s) * b.density(s)), 0, ratio, epsabs=1e-13)[0]
-    assert inner_product(gamma_a, ratio, gamma_b, 1.0) == pytest.approx(product, rel=1e-6, abs=1e-10)
-    assert inner_product(gamma_b, 1.0, gamma_a, ratio) == inner_product(gamma_a, ratio, gamma_b, 1.0)
+    found = inner_product(gamma_a, ratio * unit, gamma_b, unit)
+    assert found == pytest.approx(product / unit, rel=1e-6, abs=1e-10 / unit)  # densities are per unit of time
+    assert inner_product(gamma_b, unit, gamma_a, ratio * unit) == found
 
 
 @given(
