@@ -320,9 +320,14 @@ def _listed(sigma_rels: tuple[float, ...]) -> str:
 
 
 def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
-    if not 0 < info.t_first <= info.t or info.step < 1 or info.max_interval < 0:
+    if not 0 < info.t_first <= info.t or info.step < 1:
         raise FileFormatError(
             f"{path}: t {info.t:g}, first update {info.t_first:g}, step {info.step}: not a time of training"
+        )
+    if not 0 <= info.max_interval <= info.t:
+        raise FileFormatError(
+            f"{path}: ema.max_interval: {info.max_interval:g} must lie in [0, {info.t:g}]: no interval is longer than "
+            "the training so far"
         )
     try:
         gamma = gamma_from_sigma_rel(info.sigma_rel)

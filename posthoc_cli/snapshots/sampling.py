@@ -142,7 +142,7 @@ def _read(snapshot: Snapshot, segments: Sequence[_Segment]) -> _Sample:
         for segment in segments:
             stored = snapshot.header.tensors[segment.name].dtype
             item = ITEM_BYTES[stored]
-            values = _decode(file.read_unverified(segment.name, segment.begin * item, segment.end * item), stored)
+            values = decode_values(file.read_unverified(segment.name, segment.begin * item, segment.end * item), stored)
             if not np.isfinite(values).all():
                 raise NonFiniteError(f"{snapshot.path}: tensor {segment.name!r}: holds nan or infinity")
             parts.append(values)
@@ -164,7 +164,7 @@ def _e4m3_values() -> FloatArray:
 _E4M3 = _e4m3_values()
 
 
-def _decode(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
+def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
     """Little-endian bytes as float64."""
     if dtype == "BF16":  # the upper half of a float32
         return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
