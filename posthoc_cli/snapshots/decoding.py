@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 
-def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
-    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes.
+def decode_header(path: Path, start: bytes, file_bytes: int | None) -> fmt.FileHeader:
+    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes; None where that does not matter.
 
     Checks everything that can be checked without the payload: JSON without duplicate keys, known dtypes,
     offsets that tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
@@ -53,7 +53,7 @@ def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
     tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
     _check_offsets(path, tensors)
     header = fmt.FileHeader(metadata, tensors, len(start))
-    if header.file_bytes != file_bytes:
+    if file_bytes is not None and header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "longer than it should be"
         raise FileFormatError(f"{path}: {state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
     if "ema.checksum" in metadata or "ema.format" in metadata:
