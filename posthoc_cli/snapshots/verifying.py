@@ -170,9 +170,9 @@ def _pieces(header: fmt.FileHeader) -> Iterator[list[Piece]]:
 
 
 @contextmanager
-def worker_threads() -> Iterator[Executor]:
+def worker_threads(count: int = THREADS) -> Iterator[Executor]:
     """Threads for the block; at its end, also on error, they finish what they have begun and nothing else."""
-    pool = ThreadPoolExecutor(THREADS, "ema-verify")
+    pool = ThreadPoolExecutor(count, "ema-verify")
     try:
         yield pool
     finally:

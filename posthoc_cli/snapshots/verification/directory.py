@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import CancelledError
 from dataclasses import replace
 
 from posthoc_cli.snapshots.matching import difference, time_order
@@ -14,8 +16,12 @@ from posthoc_cli.snapshots.verification.gaps import gaps
 from posthoc_cli.snapshots.verification.reading import read_file
 from posthoc_cli.snapshots.verification.reports import Examined, FileReport, Verification
 from posthoc_cli.snapshots.verification.shards import read_shards
+from posthoc_cli.snapshots.verifying import in_order, worker_threads
 
 Progress = Callable[[int], object]
+
+UNITS_AT_A_TIME = 3
+"""While the header of one is taken apart, the payload of another is read."""
 
 
 def verify(contents: Contents, progress: Progress = lambda _: None) -> Verification:
@@ -25,10 +31,11 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
 
     Arguments:
         contents: see `list_contents`.
-        progress: told the bytes that were read.
+        progress: told the bytes that were read, by several threads.
     """
-    examined = [(unit, _examine(unit, progress)) for unit in contents.units]
-    found = [(unit, one) for unit, one in examined if one.reports]
+    with worker_threads(UNITS_AT_A_TIME) as pool, _Stoppable(progress) as told:
+        examined = in_order(pool, lambda unit: _examine(unit, told), contents.units)
+        found = [(unit, one) for unit, one in zip(contents.units, examined, strict=True) if one.reports]
     whole = [one.snapshot for unit, one in found if one.snapshot and one.is_fine and not unit.superseded]
     wrong = strangers(whole)
     belonging = [snapshot for snapshot in whole if snapshot.path not in wrong]
@@ -69,6 +76,25 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
         snapshots=tuple(snapshot for snapshot in found.snapshots if snapshot not in gone),
         lost=(*found.lost, *gone),
     )
+
+
+class _Stoppable:
+    """Tells progress until the block is left: then whoever still reads a large file for it stops."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._stopped = threading.Event()
+
+    def __call__(self, nbytes: int) -> None:
+        if self._stopped.is_set():
+            raise CancelledError
+        self._progress(nbytes)
+
+    def __enter__(self) -> _Stoppable:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stopped.set()
 
 
 def _examine(unit: Unit, progress: Progress) -> Examined:

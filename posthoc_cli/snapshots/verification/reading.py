@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -67,11 +68,11 @@ def read_file(path: Path, unit: Path, progress: Progress) -> ReadFile | None:
     """
     nbytes = 0
     try:
-        with TensorFile(path) as file:
+        with TensorFile(path) as file, closing(check_payload(file)) as found:
             content = _content(path, file.header)
             damaged: dict[str, str] = {}
             nonfinite: dict[str, None] = {}
-            for checked in check_payload(file):
+            for checked in found:
                 damaged |= dict.fromkeys(checked.damaged, checked.reason)
                 nonfinite |= dict.fromkeys(checked.nonfinite)
                 nbytes += checked.nbytes
