@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
-from math import isfinite, sqrt
+from math import inf, sqrt
 from pathlib import Path
 
 import numpy as np
@@ -153,14 +153,14 @@ def _wrong_in(group: _Group, snapshots: Sequence[Snapshot], progress: Callable[[
     for (i, own), squared in zip(group.own.items(), squares, strict=False):
         stored, said = sqrt(squared), sqrt(own.norm)
         allowed = sqrt(own.rounding) * (1 + _DIFFERENCE + off) + off * (stored + said)
-        if isfinite(stored) and abs(stored - said) > allowed:
+        if not abs(stored - said) <= allowed < inf:
             path = snapshots[i].path
             yield _Wrong((path, path), f"its norm is {stored:.9g}, and {said:.9g} as measured")
     for pair, squared in zip(group.pairs, squares[len(group.own) :], strict=True):
         first, other = snapshots[pair.i], snapshots[pair.j]
         stored, said = sqrt(squared), sqrt(pair.distance.squared)
         allowed = pair.rounding * (1 + _DIFFERENCE + off) + (_DIFFERENCE + off) * (stored + said)
-        if isfinite(stored) and abs(stored - said) > allowed:
+        if not abs(stored - said) <= allowed < inf:
             names = f"{first.path.name} and {other.path.name}"
             yield _Wrong(
                 (first.path, other.path), f"the distance of {names} is {stored:.9g}, and {said:.9g} as measured"
@@ -190,7 +190,7 @@ def _squares(
 
 
 def _tile_sums(group: _Group, values: dict[int, FloatArray]) -> FloatArray:
-    with np.errstate(over="ignore", invalid="ignore"):  # float64 values that cannot be squared: not compared
+    with np.errstate(over="ignore", invalid="ignore"):  # values too large to be squared: nothing that was measured
         vectors = [values[i] for i in group.own] + [values[pair.i] - values[pair.j] for pair in group.pairs]
         return np.array([np.einsum("i,i->", vector, vector) for vector in vectors])
 

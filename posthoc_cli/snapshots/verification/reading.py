@@ -40,6 +40,7 @@ class Content:
         averages: names of the tensors that must be finite.
         run_id: of its run, where it says one.
         snapshot: where it is one.
+        model: what it is a shard of, where it is one; the same words as `what`, but for a part of an output.
     """
 
     what: str
@@ -47,6 +48,7 @@ class Content:
     averages: Collection[str] = ()
     run_id: str | None = None
     snapshot: Snapshot | None = None
+    model: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,8 +111,9 @@ def _content(path: Path, header: fmt.FileHeader) -> Content:
     if kind == "output":
         output = decode_output(path, header)
         part = f"part {shortened(header.metadata['ema.part'])} of " if "ema.part" in header.metadata else ""
-        what = f"{part}output {shortened(output.profile)} at t = {output.t:,.12g}"
-        return Content(what, kind, header.tensors.keys() - set(output.copies), output.run_id)
+        model = f"output {shortened(output.profile)} at t = {output.t:,.12g}"
+        averages = header.tensors.keys() - set(output.copies)
+        return Content(f"{part}{model}", kind, averages, output.run_id, model=model)
     if kind == "state":
         state = decode_state(path, header)
         _check_state_tensors(path, header, state)
@@ -119,7 +122,7 @@ def _content(path: Path, header: fmt.FileHeader) -> Content:
     info = decode_snapshot(path, header)
     averages = {name for name, tensor in info.tensors.items() if tensor.role == "average"}
     what = f"snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
-    return Content(what, kind, averages, info.run_id, Snapshot(path, header, info))
+    return Content(what, kind, averages, info.run_id, Snapshot(path, header, info), what)
 
 
 def _check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -> None:

@@ -41,7 +41,7 @@ def read_shards(unit: Unit, index: Path, progress: Progress) -> Examined:
         return Examined(())
     there = [file for file in found.values() if file is not None]
     kinds = {file.content.kind for file in there if file.header is not None}
-    what = next((file.content.what for file in there if file.content.kind is not None), "")
+    what = next((file.content.model for file in there if file.content.model), "")
     of = f" of {what}" if what else ""
     reports = [
         _report_of_shard(path, file, unit, index, f"shard{of}")
