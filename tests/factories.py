@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from safetensors.torch import load_file
 
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
@@ -134,8 +135,22 @@ def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str,
                 writer.write(key, tensor_bytes(value))
             writer.commit()
         weight_map |= dict.fromkeys(values, path.name)
-    (folder / INDEX_NAME).write_bytes(encode_index(weight_map, 0))
+    total = sum(value.nbytes for values in parts for value in values.values())
+    (folder / INDEX_NAME).write_bytes(encode_index(weight_map, total))
     return folder
+
+
+def rewrite_snapshot(
+    path: Path, change: Callable[[dict[str, torch.Tensor]], object] = lambda _: None, **fields: object
+) -> None:
+    """Write a snapshot anew, with right checksums and other values or other `fields` of its SnapshotInfo."""
+    info, values = read_snapshot(path).info, load_file(path)
+    change(values)
+    specs = [TensorSpec(name, stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()]
+    with TensorFileWriter(path, specs, snapshot_metadata(replace(info, **fields)), overwrite=True) as writer:  # type: ignore[arg-type]
+        for name, value in values.items():
+            writer.write(name, tensor_bytes(value))
+        writer.commit()
 
 
 def read_snapshot(path: Path) -> Snapshot:

@@ -5,11 +5,13 @@ Nothing here loads torch or matplotlib before a command needs it, so that help i
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
 import sys
 import warnings
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
@@ -18,8 +20,8 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import posthoc_cli
-from posthoc_cli.cli import demo, error_plot, export, info, plan, profile, prune, synthesize
-from posthoc_cli.errors import InvalidValueError, PostHocError
+from posthoc_cli.cli import demo, error_plot, export, info, plan, profile, prune, synthesize, verify
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.
@@ -34,8 +36,29 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (synthesize, error_plot, info, export, plan, prune, profile, demo):
-    app.command(epilog=_module.EPILOG)(_module.COMMAND)
+
+
+def _leading_to_verify(command: Callable[..., None]) -> Callable[..., None]:
+    """The same command, which where something in a directory that it reads is broken says how to go on."""
+
+    @functools.wraps(command)
+    def run(**options: Any) -> None:
+        try:
+            command(**options)
+        except VanishedError:
+            raise
+        except (FileFormatError, MismatchError) as error:
+            for directory in [options.get("directory"), *(options.get("directories") or ())]:
+                if directory is not None and str(error).startswith(f"{directory.expanduser()}{os.sep}"):
+                    hint = f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
+                    raise type(error)(f"{error}; {hint}") from error
+            raise
+
+    return run
+
+
+for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo):
+    app.command(epilog=_module.EPILOG)(_leading_to_verify(_module.COMMAND))
 
 
 def _print_version(wanted: bool) -> None:

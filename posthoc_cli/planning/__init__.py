@@ -13,7 +13,7 @@ from posthoc_cli.planning.curves import (
     profile_fit,
     ranges_text,
 )
-from posthoc_cli.planning.forecast import Forecast, forecast
+from posthoc_cli.planning.forecast import Forecast, forecast, forecast_at, sigma_rels_in
 from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_loss, snapshots_to_drop
 from posthoc_cli.planning.proposals import Proposal, judge, propose
 from posthoc_cli.planning.schedule import MOST_SNAPSHOTS, MOST_TIMES, Schedule, listed
@@ -36,11 +36,13 @@ __all__ = [
     "error_curve",
     "errors_after_loss",
     "forecast",
+    "forecast_at",
     "judge",
     "listed",
     "profile_fit",
     "propose",
     "ranges_text",
     "relative_rounding",
+    "sigma_rels_in",
     "snapshots_to_drop",
 ]

@@ -17,7 +17,7 @@ class Forecast:
     """Errors over a range of sigma_rel, at the time of the last snapshot.
 
     Attributes:
-        sigma_rels: evenly spaced in the logarithm, both ends included: shape [points].
+        sigma_rels: what the errors are of: shape [points].
         predicted_error: expected relative L2 error of the weights: shape [points].
         profile_error: relative L2 error of the profile: shape [points].
     """
@@ -52,8 +52,17 @@ def forecast(
         sigma_range: lowest and highest sigma_rel.
         points: how many sigma_rels, spread over the range.
     """
+    return forecast_at(snapshots, prior, sigma_rels_in(sigma_range, points))
+
+
+def sigma_rels_in(sigma_range: tuple[float, float], points: int = 41) -> FloatArray:
+    """Evenly spaced in the logarithm, both ends included: shape [points]."""
+    return np.clip(np.geomspace(*sigma_range, points), *sigma_range)
+
+
+def forecast_at(snapshots: Sequence[PowerFunction], prior: Prior, sigma_rels: FloatArray) -> Forecast:
+    """As `forecast`, at these sigma_rels."""
     t = max(p.t for p in snapshots)
-    sigma_rels = np.clip(np.geomspace(*sigma_range, points), *sigma_range)
     targets = [PowerFunction.from_sigma_rel(float(s), t) for s in sigma_rels]
     result = reconstruct(snapshots, targets, prior=prior, t=t)
     return Forecast(sigma_rels, np.nan_to_num(result.predicted_error, nan=0.0), result.profile_error)

@@ -32,8 +32,8 @@ __all__ = [
 ]
 
 
-def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
-    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes.
+def decode_header(path: Path, start: bytes, file_bytes: int | None) -> fmt.FileHeader:
+    """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes; None where that does not matter.
 
     Checks everything that can be checked without the payload: JSON without duplicate keys, known dtypes,
     offsets that tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
@@ -53,7 +53,7 @@ def decode_header(path: Path, start: bytes, file_bytes: int) -> fmt.FileHeader:
     tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
     _check_offsets(path, tensors)
     header = fmt.FileHeader(metadata, tensors, len(start))
-    if header.file_bytes != file_bytes:
+    if file_bytes is not None and header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "longer than it should be"
         raise FileFormatError(f"{path}: {state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
     if "ema.checksum" in metadata or "ema.format" in metadata:
@@ -320,9 +320,14 @@ def _listed(sigma_rels: tuple[float, ...]) -> str:
 
 
 def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
-    if not 0 < info.t_first <= info.t or info.step < 1 or info.max_interval < 0:
+    if not 0 < info.t_first <= info.t or info.step < 1:
         raise FileFormatError(
             f"{path}: t {info.t:g}, first update {info.t_first:g}, step {info.step}: not a time of training"
+        )
+    if not 0 <= info.max_interval <= info.t:
+        raise FileFormatError(
+            f"{path}: ema.max_interval: {info.max_interval:g} must lie in [0, {info.t:g}]: no interval is longer than "
+            "the training so far"
         )
     try:
         gamma = gamma_from_sigma_rel(info.sigma_rel)

@@ -46,6 +46,21 @@ def read_header(path: Path) -> fmt.FileHeader:
         files.system.close(descriptor)
 
 
+def read_header_alone(path: Path) -> fmt.FileHeader:
+    """As `read_header`, whatever became of the tensors behind it: what a damaged file was.
+
+    Raises:
+        FileFormatError: as there, but not for a file that is shorter or longer than its header says.
+    """
+    descriptor = _open(path)
+    try:
+        with _reported(path, "read"):
+            start, _ = _read_start(path, descriptor)
+        return decoding.decode_header(path, start, None)
+    finally:
+        files.system.close(descriptor)
+
+
 class TensorFile:
     """A safetensors file opened for its tensors. Use it as a context manager.
 

@@ -142,7 +142,7 @@ def _read(snapshot: Snapshot, segments: Sequence[_Segment]) -> _Sample:
         for segment in segments:
             stored = snapshot.header.tensors[segment.name].dtype
             item = ITEM_BYTES[stored]
-            values = _decode(file.read_unverified(segment.name, segment.begin * item, segment.end * item), stored)
+            values = decode_values(file.read_unverified(segment.name, segment.begin * item, segment.end * item), stored)
             if not np.isfinite(values).all():
                 raise NonFiniteError(f"{snapshot.path}: tensor {segment.name!r}: holds nan or infinity")
             parts.append(values)
@@ -164,15 +164,18 @@ def _e4m3_values() -> FloatArray:
 _E4M3 = _e4m3_values()
 
 
-def _decode(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
+def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
     """Little-endian bytes as float64."""
-    if dtype == "BF16":  # the upper half of a float32
-        return (data.view("<u2").astype(np.uint32) << 16).view(np.float32).astype(np.float64)
-    if dtype == "F8_E5M2":  # the upper half of a float16
-        return (data.astype(np.uint16) << 8).view(np.float16).astype(np.float64)
     if dtype == "F8_E4M3":
         return _E4M3[data]
-    return data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype]).astype(np.float64)
+    if dtype == "BF16":  # the upper half of a float32
+        values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "F8_E5M2":  # the upper half of a float16
+        values = (data.astype(np.uint16) << 8).view(np.float16)
+    else:
+        values = data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
+    with np.errstate(invalid="ignore"):  # the processor reports some kinds of nan
+        return values.astype(np.float64)
 
 
 # --- sums ------------------------------------------------------------------------------------------

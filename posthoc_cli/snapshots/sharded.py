@@ -80,8 +80,11 @@ class TensorReader(Protocol):
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path leads to a directory with an index."""
-    return (path / INDEX_NAME).is_file()
+    """Whether a path leads to a directory with an index; not one that may not be looked into."""
+    try:
+        return (path / INDEX_NAME).is_file()
+    except PermissionError:
+        return False
 
 
 def open_path(path: Path) -> TensorReader:

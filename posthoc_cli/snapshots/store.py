@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
@@ -21,6 +21,7 @@ from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import measured_prior
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.matching import difference, missing_at_newest, pairs_to_compare, time_order
 from posthoc_cli.snapshots.priors import stored_average
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.segments import by_segment
@@ -99,11 +100,11 @@ def read_directory(directory: Path) -> list[Snapshot]:
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """As `read_directory`, where it is no mistake that there is no directory or no snapshot yet."""
     try:
-        found = [_open_candidate(path) for path in _candidates(directory)]
+        found = [_open_candidate(path) for path in candidates(directory)]
     except FileNotFoundError:
         return []
-    snapshots = sorted((s for s in found if s is not None), key=_order)
-    for first, other in _pairs(snapshots):
+    snapshots = sorted((s for s in found if s is not None), key=time_order)
+    for first, other in pairs_to_compare(snapshots):
         _check_pair(first, other)
     doubles = _doubles(snapshots)
     if doubles:
@@ -118,11 +119,11 @@ def inspect_directory(directory: Path) -> Inspection:
         DirectoryError: the directory is absent, cannot be read, or holds nothing of this package.
     """
     try:
-        candidates = _candidates(directory)
+        paths = candidates(directory)
     except FileNotFoundError:
         raise _without_snapshots(directory) from None
     snapshots, problems = [], []
-    for path in candidates:
+    for path in paths:
         try:
             snapshot = _open_candidate(path)
             if snapshot is not None:
@@ -131,13 +132,13 @@ def inspect_directory(directory: Path) -> Inspection:
             problems.append(str(error))
     if not snapshots and not problems:
         raise _without_snapshots(directory)
-    snapshots.sort(key=_order)
-    for first, other in _pairs(snapshots):
+    snapshots.sort(key=time_order)
+    for first, other in pairs_to_compare(snapshots):
         try:
             _check_pair(first, other)
         except MismatchError as error:
             problems.append(str(error))
-    problems += _doubles(snapshots) + _gaps(snapshots)
+    problems += _doubles(snapshots) + missing_at_newest(snapshots)
     aside = directory / SUPERSEDED
     return Inspection(
         snapshots=tuple(snapshots),
@@ -149,8 +150,13 @@ def inspect_directory(directory: Path) -> Inspection:
     )
 
 
-def _candidates(directory: Path) -> list[Path]:
-    """Files, and directories with an index, that may be snapshots; FileNotFoundError where there is no directory."""
+def candidates(directory: Path) -> list[Path]:
+    """Files, and directories with an index, that may be snapshots by their names.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        DirectoryError: it is no directory, or cannot be read.
+    """
     try:
         entries = files.system.list(directory)
     except FileNotFoundError:
@@ -196,54 +202,10 @@ def _without_snapshots(directory: Path) -> DirectoryError:
     return DirectoryError(f"{directory}: no snapshots here; {wanted}{hint}")
 
 
-def _order(snapshot: Snapshot) -> tuple[float, float, str]:
-    return snapshot.info.t, snapshot.info.sigma_rel, snapshot.path.name
-
-
-def _pairs(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, Snapshot]]:
-    """Each but the first beside the first, and beside the first of its segment."""
-    firsts: dict[int, Snapshot] = {}
-    for snapshot in snapshots:
-        first = firsts.setdefault(snapshot.info.segment, snapshot)
-        if first is not snapshots[0] and snapshot is first:
-            yield snapshots[0], snapshot
-        if first is not snapshot:
-            yield first, snapshot
-
-
 def _check_pair(first: Snapshot, other: Snapshot) -> None:
-    pair = f"{first.path} and {other.path}"
-    a, b = first.info, other.info
-    if a.run_id != b.run_id:
-        raise MismatchError(
-            f"{pair} are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
-        )
-    if a.t_unit != b.t_unit:
-        raise MismatchError(f"{pair} count time in {a.t_unit!r} and {b.t_unit!r}")
-    # A run whose last snapshot of a profile was deleted may have gone on without that profile.
-    if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
-        raise MismatchError(
-            f"{pair} do not match: their runs track the profiles "
-            f"{', '.join(f'{s:g}' for s in a.sigma_rels)} and {', '.join(f'{s:g}' for s in b.sigma_rels)}"
-        )
-    if a.segment != b.segment:
-        if a.t >= b.t or a.segment > b.segment:
-            raise MismatchError(f"{pair}: the segments {a.segment} and {b.segment} do not follow each other in time")
-        return
-    for name in sorted(a.tensors.keys() | b.tensors.keys()):
-        if name not in a.tensors or name not in b.tensors:
-            missing = other if name in a.tensors else first
-            raise MismatchError(f"{pair} do not match: tensor {name!r} is missing in {missing.path.name}")
-        shapes = [list(s.header.tensors[name].shape) for s in (first, other)]
-        if shapes[0] != shapes[1]:
-            raise MismatchError(f"{pair} do not match: tensor {name!r} has the shapes {shapes[0]} and {shapes[1]}")
-        if a.tensors[name] != b.tensors[name]:
-            raise MismatchError(
-                f"{pair} do not match: tensor {name!r} is {a.tensors[name].role} of {a.tensors[name].dtype} "
-                f"and {b.tensors[name].role} of {b.tensors[name].dtype}"
-            )
-    if a.aliases != b.aliases:
-        raise MismatchError(f"{pair} do not match: they tie different names together")
+    found = difference(first, other)
+    if found is not None:
+        raise MismatchError(f"{first.path} and {other.path} {found}")
 
 
 def _doubles(snapshots: Sequence[Snapshot]) -> list[str]:
@@ -257,21 +219,6 @@ def _doubles(snapshots: Sequence[Snapshot]) -> list[str]:
             )
         seen.setdefault(key, snapshot)
     return problems
-
-
-def _gaps(snapshots: Sequence[Snapshot]) -> list[str]:
-    """Profiles that are missing at the newest time, where thinning never removes one.
-
-    Not those that the run no longer tracks: it went on without them.
-    """
-    own = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
-    newest = max((info.t for info in own), default=0.0)
-    there = [info for info in own if info.t == newest]
-    tracked = {sigma_rel for info in there for sigma_rel in info.sigma_rels}
-    missing = ({info.sigma_rel for info in own} & tracked) - {info.sigma_rel for info in there}
-    if not missing:
-        return []
-    return [f"t = {newest:g}, the newest: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(missing))}"]
 
 
 # --- adding to a directory -------------------------------------------------------------------------
@@ -315,18 +262,25 @@ def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
     """Move snapshots to the folder `superseded` beside them, never replacing one; returns where they went."""
     if not stored:
         return []
-    directory = stored[0].path.parent
-    aside = directory / SUPERSEDED
-    with files.reported_as_write_error(aside):
-        files.make_directory(aside)
+    return move_aside([snapshot.path for snapshot in stored], stored[0].path.parent / SUPERSEDED)
+
+
+def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
+    """Move files and directories, durably, into a folder of their file system; returns where they went.
+
+    Nothing there is replaced. What is gone from its place (moved by another hand, or an earlier try) is passed over.
+    """
+    with files.reported_as_write_error(folder):
+        files.make_directory(folder)
         moved = []
-        for snapshot in stored:
-            if os.path.lexists(snapshot.path):  # else moved or deleted by another hand, or an earlier try
-                target = _free_name(aside / snapshot.path.name)
-                files.system.rename(snapshot.path, target)
+        for path in paths:
+            if os.path.lexists(path):
+                target = _free_name(folder / path.name)
+                files.system.rename(path, target)
                 moved.append(target)
-        files.system.fsync_directory(aside)
-        files.system.fsync_directory(directory)
+        # First where they are now: a crash in between may leave both names, and never none.
+        for directory in (folder, *sorted({path.parent for path in paths})):
+            files.system.fsync_directory(directory)
     return moved
 
 

@@ -1,17 +1,58 @@
-"""Every byte of a file against its checksums, on all cores and in constant memory."""
+"""Every byte of a file against its checksums, on all cores and in constant memory; values that are not finite."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from pathlib import Path
+from typing import TypeVar
 
+import numpy as np
+import xxhash
+
+from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.reader import TensorFile
 
 THREADS = 8
 """Blocks that are read at a time: some devices need several requests in flight."""
+
+_LEAST = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
+"""The bits, without the sign, of the first number that is not finite; all above it are not, either."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """The bytes `begin` to `end` of a tensor, within one of its blocks."""
+
+    name: str
+    begin: int
+    end: int
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found in some bytes of a payload.
+
+    Attributes:
+        nbytes: how many.
+        damaged: tensors that are not what their checksums say.
+        reason: why, for the first of them: an error's message.
+        nonfinite: tensors that hold nan or infinity.
+    """
+
+    nbytes: int
+    damaged: tuple[str, ...] = ()
+    reason: str = ""
+    nonfinite: tuple[str, ...] = ()
 
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:
@@ -20,27 +61,130 @@ def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int],
     Arguments:
         path: the file.
         header: what it must still have.
-        progress: called with the bytes of each tensor that was read, in this thread.
+        progress: called with the bytes that were read, in this thread.
 
     Raises:
         FileFormatError: the file was replaced, or naming it and the tensor that is damaged.
     """
-    own = threading.local()
+    with TensorFile(path, header) as file, closing(check_payload(file)) as found:
+        for checked in found:
+            if checked.damaged:
+                raise FileFormatError(checked.reason)
+            if progress is not None:
+                progress(checked.nbytes)
 
-    def check(name: str) -> int:
-        if not hasattr(own, "room"):
-            own.room = memoryview(bytearray(fmt.BLOCK_BYTES))
-        nbytes = header.tensors[name].nbytes
-        reader = file.read_range(name, 0, nbytes)
-        for begin in range(0, nbytes, fmt.BLOCK_BYTES):
-            reader.read_into(own.room[: min(fmt.BLOCK_BYTES, nbytes - begin)])
-        return nbytes
 
-    with TensorFile(path, header) as file, ThreadPoolExecutor(THREADS, "ema-verify") as pool:
+def check_payload(file: TensorFile) -> Generator[Checked, None, None]:
+    """What is in the bytes of a file, from its first to its last; goes on where something is wrong."""
+    check = _Check(file)
+    jobs = _pieces(file.header)
+    first = list(islice(jobs, 2))
+    if len(first) < 2:  # threads take longer to start than to read a small file
+        yield from map(check, first)
+        return
+    with worker_threads() as pool:
+        yield from in_order(pool, check, chain(first, jobs))
+
+
+class _Check:
+    """Reads some pieces that follow each other in a file, and looks at them."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self._own = threading.local()
+
+    def __call__(self, pieces: Sequence[Piece]) -> Checked:
+        nbytes = sum(piece.end - piece.begin for piece in pieces)
+        view = self._room()[:nbytes]
         try:
-            for nbytes in pool.map(check, header.tensors):
-                if progress is not None:
-                    progress(nbytes)
-        except BaseException:
-            pool.shutdown(wait=True, cancel_futures=True)
-            raise
+            self._file.fill(pieces[0].name, view, pieces[0].begin)
+        except FileFormatError as error:
+            return Checked(nbytes, tuple(piece.name for piece in pieces), str(error))
+        damaged, begin = [], 0
+        for piece in pieces:
+            end = begin + piece.end - piece.begin
+            expected = self._file.checksum(piece.name, piece.begin // fmt.BLOCK_BYTES)
+            if expected is not None and xxhash.xxh3_64_hexdigest(view[begin:end]) != expected:
+                damaged.append(piece.name)
+            begin = end
+        reason = str(self._file.damaged(damaged[0])) if damaged else ""
+        return Checked(nbytes, tuple(damaged), reason, self._nonfinite(pieces, view))
+
+    def _room(self) -> memoryview:
+        if not hasattr(self._own, "room"):
+            self._own.room = memoryview(bytearray(fmt.BLOCK_BYTES))
+        room: memoryview = self._own.room
+        return room
+
+    def _nonfinite(self, pieces: Sequence[Piece], view: memoryview) -> tuple[str, ...]:
+        """Neighbours of one dtype are looked at together, and one by one only where there is something."""
+        tensors = self._file.header.tensors
+        found: list[str] = []
+        begin = 0
+        for dtype, group in groupby(pieces, lambda piece: tensors[piece.name].dtype):
+            own = list(group)
+            end = begin + sum(piece.end - piece.begin for piece in own)
+            if holds_nonfinite(view[begin:end], dtype):
+                place = begin
+                for piece in own:
+                    stop = place + piece.end - piece.begin
+                    if holds_nonfinite(view[place:stop], dtype):
+                        found.append(piece.name)
+                    place = stop
+            begin = end
+        return tuple(found)
+
+
+def holds_nonfinite(data: memoryview, dtype: str) -> bool:
+    """Whether little-endian numbers of a dtype (a safetensors name) have nan or infinity among them.
+
+    Without their signs, the bits of floating-point numbers are in the order of the numbers, and what is not finite
+    comes last. As signed integers the positive ones are in this order, and all others below; as unsigned ones the
+    negative ones are, and all others below. So the two largest tell, without a copy.
+    """
+    if dtype not in _LEAST or not len(data):
+        return False
+    item = fmt.ITEM_BYTES[dtype]
+    least, sign = _LEAST[dtype], 1 << (8 * item - 1)
+    signed = np.frombuffer(data, f"<i{item}")
+    return int(signed.max()) >= least or int(signed.view(f"<u{item}").max()) >= sign | least
+
+
+def _pieces(header: fmt.FileHeader) -> Iterator[list[Piece]]:
+    """The whole payload from its first byte to its last, in pieces of at most a block together."""
+    batch: list[Piece] = []
+    room = fmt.BLOCK_BYTES
+    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
+        for begin in range(0, entry.nbytes, fmt.BLOCK_BYTES):
+            piece = Piece(name, begin, min(begin + fmt.BLOCK_BYTES, entry.nbytes))
+            if piece.end - begin > room:
+                yield batch
+                batch, room = [], fmt.BLOCK_BYTES
+            batch.append(piece)
+            room -= piece.end - begin
+    if batch:
+        yield batch
+
+
+# --- threads ---------------------------------------------------------------------------------------
+
+
+@contextmanager
+def worker_threads(count: int = THREADS) -> Iterator[Executor]:
+    """Threads for the block; at its end, also on error, they finish what they have begun and nothing else."""
+    pool = ThreadPoolExecutor(count, "ema-verify")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_order(pool: Executor, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """What a function makes of each item, in their order; only some are under way, however many there are."""
+    under_way: deque[Future[_Result]] = deque()
+    for item in items:
+        under_way.append(pool.submit(function, item))
+        if len(under_way) > 4 * THREADS:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()

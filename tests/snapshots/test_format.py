@@ -201,7 +201,7 @@ times = st.floats(1e-9, 1e18)
     t=times,
     early=st.floats(1e-6, 0.999),
     known=st.booleans(),
-    interval=st.floats(0, 1e18),
+    interval=st.floats(0, 1),
     sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
     step=st.integers(2, 10**18 - 1),
     unit=names,
@@ -225,7 +225,7 @@ def test_what_a_snapshot_says_comes_back_exactly(
     alias, *stored = tensor_names
     values = {name: torch.zeros(1) for name in stored}
     info = make_info(
-        values, t, sigma_rel, OTHER_RUN_ID, step=step, t_first=t * early, max_interval=interval, t_unit=unit,
+        values, t, sigma_rel, OTHER_RUN_ID, step=step, t_first=t * early, max_interval=t * interval, t_unit=unit,
         aliases={alias: stored[0]}, left_out=tuple(tensor_names), measurements=measurements,
         sigma_rels=tuple(sorted({sigma_rel, 0.28, 0.2885})), clock=((step // 2, t * early), (step, t)) if known else (),
     )  # fmt: skip

@@ -448,6 +448,7 @@ def test_a_value_that_is_malformed_is_named(tmp_path: Path, make: Callable[[Path
         set_key("ema.t_first", "0"),
         set_key("ema.step", "0"),
         set_key("ema.max_interval", "-1"),
+        set_key("ema.max_interval", "10.5"),
         set_key("ema.schedule", '{"update_every":1}'),
         set_key("ema.schedule", json.dumps({**vars(fmt.TrackingSchedule()), "update_every": True})),
         set_key("ema.schedule", json.dumps({**vars(fmt.TrackingSchedule()), "update_every": None})),

@@ -1,0 +1,288 @@
+"""`ema verify`: whether everything is as it was written, and setting aside what is not."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from posthoc_cli.cli import output
+from posthoc_cli.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.verification import Cleaning, Errors, FileReport, Repair, Verification
+
+EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify model.safetensors --json"
+
+MOST_LINES = 100
+"""Up to so many files each has its line; of more only those of which something is wrong."""
+
+
+def verify(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="DIR|FILE", help="Snapshots, outputs, states, parts or shards; or one such file."),
+    ],
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Also compare the values with what was measured when they were written.")
+    ] = False,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Set aside what is broken in a snapshot directory: in DIR/quarantine."),
+    ] = False,
+    clean: Annotated[
+        bool, typer.Option("--clean", help="Delete the temporaries that interrupted writes have left.")
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask, with --repair or --clean.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what --repair or --clean would do; change nothing.")
+    ] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", "-a", help=f"A line for each file, also where there are more than {MOST_LINES}.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Check every byte of snapshots, outputs and states.
+
+    Reads everything: checksums, headers against content, nan and infinity, profiles against times, whether all is of
+    one run. Exit code 1 when anything is wrong. Gaps in the schedule are only noted, since deleting is allowed.
+
+    --repair moves broken snapshots, and whatever else is broken beside them, to DIR/quarantine, deletes nothing, and
+    says what the loss does to the predicted error. --clean deletes leftovers that have been still for a minute; for
+    an hour where a folder has no snapshots. Both only while no tracker writes to the directory; both ask.
+    """
+    from posthoc_cli.snapshots import verification
+
+    output.log_to_stderr(False)
+    _check_options(repair or clean, yes, dry_run, as_json)
+    started = time.perf_counter()
+    contents = verification.list_contents(path.expanduser())
+    with output.progress_bar("verifying", contents.nbytes, False) as progress:
+        found = verification.verify(contents, progress)
+    if deep:
+        with output.progress_bar("measuring", verification.deep_bytes(found.snapshots), False) as progress:
+            found = verification.verify_measurements(found, progress)
+    seconds = time.perf_counter() - started
+    plan = verification.plan_repair(found) if repair else None
+    if not as_json:
+        _print(found, seconds, everything, plan is None)
+        _print_loss(plan) if plan is not None and plan.gone else None
+    repaired = plan is not None and _agreed(bool(plan.gone), yes, dry_run, _question(plan.directory, plan.gone))
+    moved = verification.repair(plan) if plan is not None and repaired else []
+    cleaned = clean and _agreed(
+        bool(found.leftovers), yes, dry_run, f"delete {_counted(len(found.leftovers), 'leftover')} for good?"
+    )
+    cleaning = verification.clean(found) if cleaned else None
+    if as_json:
+        report = _report(found, seconds)
+        report |= {} if plan is None else {"repair": _repair_report(plan, moved, repaired)}
+        report |= {"clean": _clean_report(cleaning)} if clean else {}
+        output.print_json(report)
+    else:
+        _print_repair(plan, moved, repaired, dry_run) if plan is not None else None
+        _print_cleaning(found, cleaning, dry_run) if clean else None
+    if found.problems or (plan.staying if plan is not None and (repaired or not plan.gone) else found.broken):
+        raise typer.Exit(1)
+
+
+def _check_options(changes: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
+    if not changes:
+        if yes or dry_run:
+            raise InvalidValueError(f"{'--yes' if yes else '--dry-run'}: goes with --repair or --clean")
+        return
+    if as_json and not (yes or dry_run):
+        raise InvalidValueError("--json: shows what would change only afterwards; give --yes or --dry-run with it")
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise InvalidValueError("--yes: is needed where nobody can be asked; --dry-run shows what would be done")
+
+
+def _agreed(anything: bool, yes: bool, dry_run: bool, question: str) -> bool:
+    """Whether to go on. Asked without the lock: a question that nobody answers must not stop a training."""
+    return anything and not dry_run and (yes or typer.confirm(question, err=True))
+
+
+def _question(directory: Path, gone: tuple[Path, ...]) -> str:
+    return f"set {_counted(len(gone), 'file')} aside in {directory / 'quarantine'}?"
+
+
+# --- as data ---------------------------------------------------------------------------------------
+
+
+def _report(found: Verification, seconds: float) -> dict[str, Any]:
+    return {
+        "kind": "directory" if found.is_directory else "file",
+        "path": str(found.path),
+        "files": [
+            {
+                "path": _name(report.path, found),
+                "what": report.what,
+                "state": report.state,
+                "detail": report.detail,
+                "bytes": report.nbytes,
+            }
+            for report in found.files
+        ],
+        "problems": list(found.problems),
+        "notes": list(found.notes),
+        "leftovers": [_name(leftover, found) for leftover in found.leftovers],
+        "superseded": found.superseded,
+        "quarantined": found.quarantined,
+        "bytes": found.nbytes,
+        "seconds": seconds,
+    }
+
+
+def _repair_report(plan: Repair, moved: list[Path], done: bool) -> dict[str, Any]:
+    return {
+        "gone": [str(path.relative_to(plan.directory)) for path in plan.gone],
+        "moved": [str(path.relative_to(plan.directory)) for path in moved],
+        "before": _errors_report(plan.before),
+        "after": _errors_report(plan.after),
+        "done": done,
+    }
+
+
+def _errors_report(errors: Errors | None) -> dict[str, Any] | None:
+    from posthoc_cli.snapshots.verification import SIGMA_RELS
+
+    if errors is None:
+        return None
+    points = [
+        {"sigma_rel": sigma_rel, "predicted_error": float(error)}
+        for sigma_rel, error in zip(SIGMA_RELS, errors.predicted, strict=True)
+    ]
+    return {"t": errors.t, "errors": points, "worst_error": errors.worst}
+
+
+def _clean_report(cleaning: Cleaning | None) -> dict[str, Any]:
+    removed, left = ((), ()) if cleaning is None else (cleaning.removed, cleaning.left)
+    return {
+        "removed": [path.name for path in removed],
+        "left": [{"file": path.name, "why": why} for path, why in left],
+        "done": cleaning is not None,
+    }
+
+
+def _name(path: Path, found: Verification) -> str:
+    return str(path.relative_to(found.path)) if found.is_directory else str(path)
+
+
+# --- as text ---------------------------------------------------------------------------------------
+
+
+def _print(found: Verification, seconds: float, everything: bool, offer: bool) -> None:
+    lines = len(found.files) + len(found.leftovers)
+    shown = [r for r in found.files if everything or lines <= MOST_LINES or not r.is_fine]
+    rows = [[_name(report.path, found), report.what, _state(report)] for report in shown]
+    rows += [
+        [_name(path, found), "leftover", "of an interrupted write, or of one under way"] for path in found.leftovers
+    ]
+    if rows:
+        output.print_table(["file", "what", "state"], rows, left=["file", "what", "state"])
+    if len(shown) < len(found.files):
+        output.print_line(f"and {_counted(len(found.files) - len(shown), 'file')} with nothing wrong; --all lists them")
+    output.print_line("") if rows else None
+    for note in found.notes:
+        output.print_line(f"note: {note}")
+    for problem in found.problems:
+        output.print_line(f"problem: {problem}")
+    if found.leftovers and offer:
+        output.print_line(f"note: `ema verify {found.path} --clean` deletes what interrupted writes have left")
+    output.print_line(_summary(found, seconds, offer))
+
+
+def _state(report: FileReport) -> str:
+    from posthoc_cli.snapshots.verification import STATES, UNCHECKED
+
+    if report.state == UNCHECKED:
+        return STATES[UNCHECKED]
+    if report.detail.startswith(report.state):
+        return report.detail
+    return f"{report.state}: {report.detail}" if report.detail else report.state
+
+
+def _summary(found: Verification, seconds: float, offer: bool) -> str:
+    from posthoc_cli.snapshots.verification import UNCHECKED, is_snapshot_directory
+
+    count = len(found.files)
+    wrong = [report for report in found.files if not report.is_fine]
+    if not wrong:
+        unchecked = sum(report.state == UNCHECKED for report in found.files)
+        what = "all whole" if not unchecked else f"{count - unchecked:,} whole, {unchecked:,} without checksums"
+        return f"{_counted(count, 'file')}, {output.size_text(found.nbytes)} verified in {seconds:.1f} s: {what}"
+    named = ", ".join(_name(report.path, found) for report in wrong[:3])
+    more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
+    states = {report.state for report in wrong}
+    what = states.pop() if len(states) == 1 else "not in order"
+    verb = "is" if len(wrong) == 1 else "are"
+    text = f"{len(wrong):,} of {_counted(count, 'file')} {verb} {what}: {named}{more}"
+    return (
+        f"{text}; `ema verify {found.path} --repair` sets aside what is broken"
+        if offer and is_snapshot_directory(found)
+        else text
+    )
+
+
+def _print_loss(plan: Repair) -> None:
+    """What the errors are now, as far as headers tell, and without what goes."""
+    from posthoc_cli.snapshots.verification import SIGMA_RELS
+
+    before, after = plan.before, plan.after
+    if after is None:
+        output.print_line("predicted errors: none can be given without what is broken")
+        return
+    rows = [
+        [
+            f"{sigma_rel:g}",
+            output.percent(None if before is None else float(before.predicted[k])),
+            output.percent(float(after.predicted[k])),
+        ]
+        for k, sigma_rel in enumerate(SIGMA_RELS)
+    ]
+    rows.append(["worst", output.percent(None if before is None else before.worst), output.percent(after.worst)])
+    output.print_line("")
+    output.print_table(["sigma_rel", "predicted error", "without what is broken"], rows)
+    where = f"at t = {after.t:,.12g}"
+    if before is not None and before.t != after.t:
+        where = f"at t = {before.t:,.12g}, and then at t = {after.t:,.12g}"
+    if plan.unknown:
+        where += f"; {plan.unknown:,} whose header is damaged {'is' if plan.unknown == 1 else 'are'} in neither column"
+    output.print_line(where)
+
+
+def _print_repair(plan: Repair, moved: list[Path], done: bool, dry_run: bool) -> None:
+    where = plan.directory / "quarantine"
+    if not plan.gone:
+        output.print_line("nothing has to be set aside")
+    elif done:
+        output.print_line(f"set {_counted(len(moved), 'file')} aside in {where}")
+    elif dry_run:
+        output.print_line(f"would set {_counted(len(plan.gone), 'file')} aside in {where}; nothing was moved")
+    else:
+        output.print_line("nothing was moved")
+    if plan.staying:
+        names = ", ".join(report.path.name for report in plan.staying[:3]) + ", ..." * (len(plan.staying) > 3)
+        output.print_line(f"{names}: left where {'it is' if len(plan.staying) == 1 else 'they are'}; see above")
+
+
+def _print_cleaning(found: Verification, cleaning: Cleaning | None, dry_run: bool) -> None:
+    if not found.leftovers:
+        output.print_line("no leftovers")
+    elif cleaning is not None:
+        for path, why in cleaning.left:
+            output.print_line(f"{_name(path, found)}: left, since it {why}")
+        output.print_line(f"deleted {_counted(len(cleaning.removed), 'leftover')}")
+    elif dry_run:
+        output.print_line(f"would delete {_counted(len(found.leftovers), 'leftover')}; nothing was deleted")
+    else:
+        output.print_line("nothing was deleted")
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}{'s' * (count != 1)}"
+
+
+COMMAND = verify

@@ -1,0 +1,330 @@
+"""`ema verify`: a line a file, a summary, an exit code; asks before it changes anything."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from ema_command import Ema
+from factories import RUN_ID, rewrite_snapshot, write_snapshot
+from safetensors.torch import save_file
+
+from posthoc_cli.cli import output
+from posthoc_cli.snapshots.lock import DirectoryLock
+
+
+def snapshots(run: Path) -> list[Path]:
+    return sorted(run.glob("0*.safetensors"))
+
+
+def flip(path: Path, position: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+def leave(run: Path) -> Path:
+    path = run / ".ema-0123.tmp"
+    path.write_text("half")
+    os.utime(path, (0, 0))
+    return path
+
+
+def state(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def terminal(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """Somebody to ask."""
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    return monkeypatch
+
+
+# --- what it says ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [(), ("--deep",)])
+def test_a_run_that_is_whole(ema: Ema, run: Path, options: tuple[str, ...]) -> None:
+    before = state(run)
+    result = ema("verify", run, *options)
+    assert (result.code, result.err) == (0, "")
+    lines = result.out.splitlines()
+    assert lines[0].split() == ["file", "what", "state"]
+    assert lines[1].split("  ")[0] == "0000000000000100-0.05.safetensors"
+    assert [line.split()[-1] for line in lines[1:41]] == ["whole"] * 40
+    assert len({line.index("snapshot") for line in lines[1:41]}) == 1
+    assert lines[41] == ""
+    assert lines[42].startswith("40 files, ")
+    assert lines[42].endswith(" s: all whole")
+    assert len(lines) == 43
+    assert state(run) == before
+
+
+def test_json(ema: Ema, run: Path) -> None:
+    flip(snapshots(run)[3])
+    leave(run)
+    result = ema("verify", run, "--json", "--deep")
+    assert (result.code, result.err) == (1, "")
+    report = json.loads(result.out)
+    assert (report["kind"], report["path"], report["superseded"], report["quarantined"]) == (
+        "directory",
+        str(run),
+        0,
+        0,
+    )
+    assert len(report["files"]) == 40
+    (wrong,) = (file for file in report["files"] if file["state"] != "whole")
+    assert wrong.keys() == {"path", "what", "state", "detail", "bytes"}
+    assert (wrong["path"], wrong["state"]) == (snapshots(run)[3].name, "damaged")
+    assert "its checksum does not match" in wrong["detail"]
+    assert report["leftovers"] == [".ema-0123.tmp"]
+    assert report["notes"] == ["sigma_rel 0.28: no snapshot at step 200, where the schedule had one"]
+    assert report["bytes"] == sum(file["bytes"] for file in report["files"])
+    assert report["seconds"] > 0
+
+
+def test_damaged_files_are_named_and_the_way_on(ema: Ema, run: Path) -> None:
+    for path in snapshots(run)[:5]:
+        flip(path)
+    last = ema("verify", run).out.splitlines()[-1]
+    first = [path.name for path in snapshots(run)]
+    assert last == (
+        f"5 of 40 files are damaged: {', '.join(first[:3])} and 2 more; `ema verify {run} --repair` sets aside what is "
+        "broken"
+    )
+    (run / "x.safetensors").symlink_to("nowhere")
+    flip(snapshots(run)[0], 30)
+    result = ema("verify", run)
+    assert result.code == 1
+    assert "6 of 41 files are damaged" in result.out
+
+
+def test_of_many_files_only_what_is_wrong_has_a_line(ema: Ema, tmp_path: Path) -> None:
+    for t in range(10, 1030, 10):
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.ones(3)})
+    flip(snapshots(tmp_path)[3])
+    lines = ema("verify", tmp_path).out.splitlines()
+    assert [line.split()[0] for line in lines[:2]] == ["file", snapshots(tmp_path)[3].name]
+    assert lines[2] == "and 101 files with nothing wrong; --all lists them"
+    assert len(lines) < 8
+    assert len(ema("verify", tmp_path, "--all").out.splitlines()) > 102
+
+
+def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "model.safetensors"
+    ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
+    for path, what in (
+        (snapshots(run)[0], "snapshot sigma_rel 0.05 at t = 100"),
+        (out, "output sigma_rel 0.15 at t = 2,000"),
+    ):
+        result = ema("verify", path)
+        assert result.code == 0
+        assert result.out.splitlines()[1].split("  ")[1:] == [what, "whole"]
+    save_file({"w": torch.ones(3)}, tmp_path / "foreign.safetensors")
+    result = ema("verify", tmp_path / "foreign.safetensors")
+    assert result.code == 0
+    assert result.out.splitlines()[1].endswith("foreign  no checksums: only its structure was checked")
+    assert result.out.splitlines()[-1].endswith("0 whole, 1 without checksums")
+    flip(out)
+    result = ema("verify", out)
+    assert result.code == 1
+    assert result.out.splitlines()[-1] == f"1 of 1 file is damaged: {out}"
+
+
+def test_parts_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        ema(
+            "synthesize",
+            run,
+            "--sigma-rel",
+            "0.15",
+            "--step",
+            "2000",
+            "--out",
+            tmp_path / "m",
+            "--shard",
+            f"{number}/2",
+            "-q",
+        )
+    result = ema("verify", tmp_path / "m")
+    assert result.code == 0
+    assert "part 2/2 of output sigma_rel 0.15 at t = 2,000" in result.out
+    ema("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "--out", tmp_path / "m", "--finish", "-q")
+    result = ema("verify", tmp_path / "m")
+    assert result.code == 0
+    assert "index of part 1/2" not in result.out
+    assert len(json.loads(ema("verify", tmp_path / "m", "--json").out)["files"]) == 3
+
+
+def test_names_cannot_steer_a_terminal(ema: Ema, run: Path) -> None:
+    (run / "\x1b[31mred\u202e.safetensors").write_text("x")
+    result = ema("verify", run)
+    assert result.code == 1
+    assert "\x1b" not in result.out
+    assert "\u202e" not in result.out
+    assert "\\x1b[31mred\\u202e.safetensors" in result.out
+    json.loads(ema("verify", run, "--json").out)
+
+
+def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, list[int]] = {}
+    from contextlib import contextmanager
+
+    @contextmanager
+    def bar(what: str, total: int, quiet: bool):
+        told[what] = [total]
+        yield lambda count: told[what].append(count)
+
+    monkeypatch.setattr(output, "progress_bar", bar)
+    assert ema("verify", run, "--deep").code == 0
+    assert set(told) == {"verifying", "measuring"}
+    assert sum(told["measuring"][1:]) == told["measuring"][0]
+    total, *parts = told["verifying"]
+    assert 0 < sum(parts) <= total
+
+
+# --- what it changes -------------------------------------------------------------------------------
+
+
+def test_repair_and_clean(ema: Ema, run: Path) -> None:
+    flip(snapshots(run)[2])
+    leave(run)
+    result = ema("verify", run, "--repair", "--clean", "--yes")
+    assert (result.code, result.err) == (0, "")
+    table = result.out[result.out.index("sigma_rel  predicted error") :].splitlines()
+    assert [line.split()[0] for line in table[1:8]] == ["0.05", "0.1", "0.15", "0.2", "0.25", "0.28", "worst"]
+    assert table[8] == "at t = 2,000"
+    assert table[9] == f"set 1 file aside in {run / 'quarantine'}"
+    assert table[10] == "deleted 1 leftover"
+    result = ema("verify", run)
+    assert result.code == 0
+    assert "note: 1 set aside in quarantine/ as broken; not looked at" in result.out
+    result = ema("verify", run, "--repair", "--clean", "--yes")
+    assert result.code == 0
+    assert result.out.splitlines()[-2:] == ["nothing has to be set aside", "no leftovers"]
+
+
+def test_repair_as_json(ema: Ema, run: Path) -> None:
+    flip(snapshots(run)[2])
+    leave(run)
+    report = json.loads(ema("verify", run, "--repair", "--clean", "--yes", "--json").out)
+    name = "0000000000000200-0.05.safetensors"
+    assert report["repair"]["gone"] == [name]
+    assert report["repair"]["moved"] == [f"quarantine/{name}"]
+    assert report["repair"]["done"] is True
+    for when in ("before", "after"):
+        assert [point["sigma_rel"] for point in report["repair"][when]["errors"]] == [0.05, 0.1, 0.15, 0.2, 0.25, 0.28]
+    assert report["clean"] == {"removed": [".ema-0123.tmp"], "left": [], "done": True}
+
+
+def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
+    flip(snapshots(run)[2])
+    leave(run)
+    before = state(run)
+    result = ema("verify", run, "--repair", "--clean", "--dry-run")
+    assert result.code == 1
+    assert result.out.splitlines()[-2:] == [
+        f"would set 1 file aside in {run / 'quarantine'}; nothing was moved",
+        "would delete 1 leftover; nothing was deleted",
+    ]
+    report = json.loads(ema("verify", run, "--repair", "--clean", "--dry-run", "--json").out)
+    assert (report["repair"]["done"], report["clean"]["done"]) == (False, False)
+    assert state(run) == before
+
+
+@pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0), ("", 130)])
+def test_it_asks(ema: Ema, run: Path, terminal: pytest.MonkeyPatch, answer: str, code: int) -> None:
+    flip(snapshots(run)[2])
+    leave(run)
+    before = state(run)
+    asked = []
+
+    def confirm(question: str, err: bool) -> bool:
+        assert err
+        lock = DirectoryLock(run)  # nobody who is asked holds it
+        lock.release()
+        asked.append(question)
+        if not answer:
+            raise typer.Abort
+        return answer == "y"
+
+    terminal.setattr(typer, "confirm", confirm)
+    result = ema("verify", run, "--repair", "--clean")
+    assert result.code == code
+    assert asked[0] == f"set 1 file aside in {run / 'quarantine'}?"
+    if answer:
+        assert asked[1] == "delete 1 leftover for good?"
+    changed = {name for name in before if state(run).get(name) != before[name] and "lock" not in name}
+    assert changed == ({"0000000000000200-0.05.safetensors", ".ema-0123.tmp"} if answer == "y" else set())
+    if answer == "n":
+        assert result.out.splitlines()[-2:] == ["nothing was moved", "nothing was deleted"]
+
+
+def test_what_nobody_can_tell_stays_and_is_named(ema: Ema, run: Path) -> None:
+    write_snapshot(run, 5, 0.05, RUN_ID, {"w": torch.ones(2)}, name="stranger.safetensors")
+    rival = run / "rival.safetensors"
+    rival.write_bytes(snapshots(run)[0].read_bytes())
+    rewrite_snapshot(rival, left_out=("x",))
+    result = ema("verify", run, "--repair", "--yes")
+    assert result.code == 1
+    lines = result.out.splitlines()
+    assert lines[-2].startswith("set 1 file aside in ")
+    assert lines[-1] == f"{snapshots(run)[0].name}, rival.safetensors: left where they are; see above"
+    result = ema("verify", run, "--repair", "--yes")
+    assert result.code == 1
+    assert "nothing has to be set aside" in result.out
+
+
+def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
+    flip(snapshots(run)[2])
+    leave(run)
+    before = {name: data for name, data in state(run).items() if "lock" not in name}
+    lock = DirectoryLock(run)
+    try:
+        for option in ("--repair", "--clean"):
+            result = ema("verify", run, option, "--yes")
+            assert result.code == 1
+            assert "is writing here" in result.error
+        assert ema("verify", run).code == 1
+    finally:
+        lock.release()
+    assert {name: data for name, data in state(run).items() if "lock" not in name} == before
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "message"),
+    [
+        (("--repair",), 2, "--yes: is needed where nobody can be asked"),
+        (("--clean",), 2, "--yes: is needed where nobody can be asked"),
+        (("--yes",), 2, "--yes: goes with --repair or --clean"),
+        (("--dry-run",), 2, "--dry-run: goes with --repair or --clean"),
+        (("--repair", "--json"), 2, "--json: shows what would change only afterwards"),
+    ],
+)
+def test_wrong_usage(ema: Ema, run: Path, options: tuple[str, ...], code: int, message: str) -> None:
+    result = ema("verify", run, *options)
+    assert result.code == code
+    assert message in result.error
+    assert result.out == ""
+
+
+def test_wrong_paths(ema: Ema, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(b"\x80\x04.")
+    result = ema("verify", tmp_path / "model.pt")
+    assert result.code == 2
+    assert "model.pt: has no checksums, and no pickle is opened here; name a snapshot directory" in result.error
+    result = ema("verify", tmp_path / "absent")
+    assert result.code == 1
+    assert "absent: no such file or directory" in result.error
+    assert ema("verify", tmp_path).code == 1
+    save_file({"w": torch.ones(3)}, tmp_path / "x.safetensors")
+    result = ema("verify", tmp_path, "--repair", "--yes")
+    assert result.code == 1
+    assert "is no directory of snapshots" in result.error
+    assert list(tmp_path.glob(".ema*")) == []

@@ -1,0 +1,461 @@
+"""What is broken is set aside and not lost, what is left works, and nothing is touched while somebody writes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema, unmeasured_environment
+from factories import OTHER_RUN_ID, RUN_ID, make_info, random_walk, write_run, write_sharded, write_snapshot
+
+from posthoc_cli import PostHocEMA, files
+from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import reconstruct
+from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.priors import snapshot_prior
+from posthoc_cli.snapshots.store import find_snapshots, inspect_directory
+from posthoc_cli.snapshots.verification import (
+    SIGMA_RELS,
+    Repair,
+    clean,
+    is_snapshot_directory,
+    list_contents,
+    plan_repair,
+    repair,
+    verify,
+)
+from posthoc_cli.synthesis import disk_sources, plan_synthesis
+
+
+class Walk:
+    """A model whose weights wander the same way whenever it is trained."""
+
+    def __init__(self) -> None:
+        self.model = torch.nn.Linear(30, 20)
+        torch.nn.init.ones_(self.model.weight)
+        torch.nn.init.ones_(self.model.bias)
+        self.generator = torch.Generator().manual_seed(1)
+
+    def train(self, tracker: PostHocEMA, steps: int) -> None:
+        for _ in range(steps):
+            with torch.no_grad():
+                for parameter in self.model.parameters():
+                    parameter.add_(0.1 * torch.randn(parameter.shape, generator=self.generator))
+            tracker.update_(self.model)
+
+
+@pytest.fixture(scope="session")
+def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("recorded") / "run"
+    torch.manual_seed(0)
+    walk = Walk()
+    options = {"update_every": 1, "checkpoint_every": 10, "max_checkpoints": None}
+    with PostHocEMA.from_model(walk.model, folder, **options) as tracker:
+        walk.train(tracker, 100)
+        tracker.save_state(folder / "state.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(_recorded: Path, tmp_path: Path) -> Path:
+    """A directory of 10 times x 2 profiles, up to step 100, and a state; a copy that may be harmed."""
+    return Path(shutil.copytree(_recorded, tmp_path / "run"))
+
+
+def snapshots(run: Path) -> list[Path]:
+    return sorted(run.glob("0*.safetensors"))
+
+
+def flip(path: Path, position: int = -1) -> None:
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
+def planned(run: Path) -> Repair:
+    return plan_repair(verify(list_contents(run)))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.safetensors") if p.is_file()}
+
+
+# --- repair ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("which", [(0,), (4, 5), (-1,), (-2, -1), (0, 3, 9, -1), tuple(range(18))])
+def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_path: Path, which: tuple[int]) -> None:
+    paths = snapshots(run)
+    bar = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
+    for index in which:
+        flip(paths[index])
+    plan = planned(run)
+    before = contents(run)
+    moved = repair(plan)
+    assert {path.name for path in moved} == {paths[index].name for index in which}
+    assert {Path(name).name: data for name, data in contents(run).items()} == {
+        Path(name).name: data for name, data in before.items()
+    }
+    assert verify(list_contents(run)).is_fine
+    assert len(find_snapshots(run)) == 20 - len(which)
+    now = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
+    assert None not in (bar, now)
+    assert now > 0.98 * bar  # type: ignore[operator]
+    if len(which) > 1:
+        assert now > bar  # type: ignore[operator]
+    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "o.safetensors")
+    assert result.code == 0, result.err
+    if len(which) == 5:
+        assert ema("error-plot", run, "--out", tmp_path / "o.png").code == 0
+    result = ema("info", run, "--json")
+    assert result.code == (1 if inspect_directory(run).problems else 0)
+
+
+@pytest.mark.parametrize("which", [(0,), (-1,), (-2, -1)])
+def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
+    for index in which:
+        flip(snapshots(run)[index])
+    repair(planned(run))
+    walk = Walk()
+    with PostHocEMA.from_path(run, walk.model) as tracker:
+        walk.train(tracker, 20)
+        assert tracker.step >= 100
+    found = verify(list_contents(run))
+    assert found.is_fine, found
+    assert max(s.info.t for s in found.snapshots) >= 110
+
+
+@pytest.mark.parametrize("which", [(0,), (-1,), (4, 5, -1)])
+def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path: Path, which: tuple[int]) -> None:
+    whole = Path(shutil.copytree(run, tmp_path / "whole"))
+    lost = [snapshots(run)[index] for index in which]
+    for path in lost:
+        flip(path)
+    repair(planned(run))
+    for folder in (run, whole):
+        walk = Walk()
+        with PostHocEMA.from_model(
+            walk.model, folder, update_every=1, checkpoint_every=10, max_checkpoints=None
+        ) as tracker:
+            tracker.load_state(folder / "state.safetensors")
+            walk.train(tracker, 20)
+    assert verify(list_contents(run)).is_fine
+    names = {path.name for path in snapshots(whole)}
+    assert {path.name for path in snapshots(run)} == names - {path.name for path in lost}
+    from safetensors.torch import load_file
+
+    for name in sorted(names)[-4:]:
+        ours, theirs = load_file(run / name), load_file(whole / name)
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
+    everything = find_snapshots(run)
+    flip(snapshots(run)[7])
+    os.truncate(snapshots(run)[8], snapshots(run)[8].stat().st_size - 1)
+    plan = planned(run)
+    left = find_snapshots_without(everything, plan.gone)
+    assert plan.unknown == 0
+    for errors, those in ((plan.before, everything), (plan.after, left)):
+        assert errors is not None
+        targets = [PowerFunction.from_sigma_rel(s, 100.0) for s in SIGMA_RELS]
+        profiles = [s.info.profile.pure for s in those]
+        expected = reconstruct(profiles, targets, prior=snapshot_prior(those), t=100.0).predicted_error
+        assert errors.predicted == pytest.approx(expected, rel=1e-9)
+        assert errors.worst >= errors.predicted.max()
+        assert errors.t == 100
+    assert plan.before is not None
+    assert plan.after is not None
+    assert (plan.after.predicted >= 0.999 * plan.before.predicted).all()
+    assert np.any(plan.after.predicted > 1.01 * plan.before.predicted)
+
+
+def find_snapshots_without(everything: list, gone: tuple[Path, ...]) -> list:
+    return [snapshot for snapshot in everything if snapshot.path not in gone]
+
+
+def test_a_lost_header_is_counted_and_no_snapshot_at_all_has_no_error(run: Path) -> None:
+    flip(snapshots(run)[7], 20)
+    plan = planned(run)
+    assert plan.unknown == 1
+    assert plan.before is not None
+    for path in snapshots(run):
+        flip(path, 30)
+    plan = planned(run)
+    assert (plan.before, plan.after) == (None, None)
+    assert len(repair(plan)) == 20
+    assert find_snapshots(run) == []
+
+
+def test_unmeasured_snapshots_are_judged_by_a_sample_that_may_be_damaged(tmp_path: Path) -> None:
+    write_run(tmp_path, random_walk(40, {"w": (6, 5)}), (10, 20, 30, 40))
+    flip(snapshots(tmp_path)[3])
+    plan = planned(tmp_path)
+    assert plan.after is not None
+    os.truncate(snapshots(tmp_path)[3], snapshots(tmp_path)[3].stat().st_size - 100)
+    plan = planned(tmp_path)
+    assert plan.before is None
+    assert plan.after is not None
+
+
+def test_strangers_copies_states_and_outputs_go_too_and_rivals_stay(run: Path) -> None:
+    first = snapshots(run)[0]
+    shutil.copy(first, run / "copy.safetensors")
+    write_snapshot(run, 5, 0.05, OTHER_RUN_ID, {"w": torch.ones(3)}, name="stranger.safetensors")
+    flip(run / "state.safetensors")
+    (run / "fifo.safetensors").unlink(missing_ok=True)
+    os.mkfifo(run / "fifo.safetensors")
+    (run / "nowhere.safetensors").symlink_to("nowhere")
+    moved = {path.name for path in repair(planned(run))}
+    assert moved == {f"{name}.safetensors" for name in ("copy", "stranger", "state", "fifo", "nowhere")}
+    assert len(find_snapshots(run)) == 20
+    found = verify(list_contents(run))
+    assert found.is_fine
+    assert found.notes == ("5 set aside in quarantine/ as broken; not looked at",)
+
+
+def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere.safetensors"
+    path = snapshots(run)[3]
+    path.rename(elsewhere)
+    flip(elsewhere)
+    path.symlink_to(elsewhere)
+    (moved,) = repair(planned(run))
+    assert moved.is_symlink()
+    assert elsewhere.exists()
+    assert not elsewhere.is_symlink()
+
+
+def test_nothing_in_quarantine_is_replaced(run: Path) -> None:
+    path = snapshots(run)[3]
+    kept = path.read_bytes()
+    seen = set()
+    for k in range(3):
+        path.write_bytes(kept[: -1 - k])
+        seen.add(path.read_bytes())
+        repair(planned(run))
+    assert {p.read_bytes() for p in (run / "quarantine").iterdir()} == seen
+
+
+def test_a_quarantine_that_leads_elsewhere_is_not_used(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (run / "quarantine").symlink_to(tmp_path / "elsewhere")
+    flip(snapshots(run)[0])
+    with pytest.raises(DirectoryError, match="is a symbolic link"):
+        repair(planned(run))
+    assert len(snapshots(run)) == 20
+
+
+def test_a_sharded_snapshot_is_set_aside_whole(tmp_path: Path) -> None:
+    values = {"a": torch.arange(6.0), "b": torch.ones(4)}
+    for t in (10, 20):
+        info = make_info(values, t, sigma_rels=(0.05,))
+        write_sharded(tmp_path / f"{t}", info, [{name: value} for name, value in values.items()])
+    next((tmp_path / "10").glob("*.safetensors")).unlink()
+    (moved,) = repair(planned(tmp_path))
+    assert moved == tmp_path / "quarantine" / "10"
+    assert len(list(moved.iterdir())) == 2
+    assert [s.path.name for s in find_snapshots(tmp_path)] == ["20"]
+    assert not is_snapshot_directory(verify(list_contents(tmp_path / "20")))
+
+
+def test_a_superseded_one_is_set_aside_too(run: Path) -> None:
+    (run / "superseded").mkdir()
+    shutil.copy(snapshots(run)[0], run / "superseded")
+    flip(run / "superseded" / snapshots(run)[0].name)
+    (moved,) = repair(planned(run))
+    assert moved.parent == run / "quarantine"
+    assert verify(list_contents(run)).is_fine
+
+
+def test_only_in_a_snapshot_directory(tmp_path: Path) -> None:
+    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(3)})
+    (tmp_path / "outputs").mkdir()
+    from posthoc_cli.export import export_file
+
+    output = tmp_path / "outputs" / "model.safetensors"
+    export_file(snapshots(tmp_path / "run")[0], output)
+    flip(output)
+    for path in (tmp_path / "outputs", output, snapshots(tmp_path / "run")[0]):
+        with pytest.raises(DirectoryError, match="is no directory of snapshots"):
+            planned(path)
+
+
+def test_what_has_changed_since_is_not_moved(run: Path) -> None:
+    first, second = snapshots(run)[:2]
+    flip(first)
+    flip(second)
+    plan = planned(run)
+    first.unlink()
+    shutil.copy(second, first.with_name("x"))
+    first.with_name("x").rename(second)
+    with pytest.raises(MismatchError, match="has changed since it was read; nothing was set aside; run again"):
+        repair(plan)
+    assert not (run / "quarantine").exists()
+
+
+def test_what_has_gone_since_is_passed_over(run: Path) -> None:
+    flip(snapshots(run)[0])
+    plan = planned(run)
+    snapshots(run)[0].unlink()
+    assert repair(plan) == []
+
+
+@pytest.fixture
+def other_writer(run: Path) -> Iterator[subprocess.Popen]:
+    """Another process that holds the directory."""
+    code = (
+        "import sys, time; from pathlib import Path; from posthoc_cli.snapshots.lock import DirectoryLock\n"
+        f"lock = DirectoryLock(Path({str(run)!r})); print('held', flush=True); time.sleep(60)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=unmeasured_environment()
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "held\n"
+    yield process
+    process.kill()
+    process.wait()
+    process.stdout.close()
+
+
+def test_not_while_another_process_writes(run: Path, other_writer: subprocess.Popen) -> None:
+    flip(snapshots(run)[0])
+    leftover = run / ".ema-1.tmp"
+    leftover.write_text("x")
+    os.utime(leftover, (0, 0))
+    found = verify(list_contents(run))
+    plan = plan_repair(found)
+    for change in (lambda: repair(plan), lambda: clean(found)):
+        with pytest.raises(LockedError, match=f"process {other_writer.pid} on .* is writing here"):
+            change()
+    assert len(snapshots(run)) == 20
+    assert leftover.exists()
+    other_writer.kill()
+    other_writer.wait()
+    assert len(repair(plan)) == 1
+    assert clean(found).removed == (leftover,)
+
+
+@pytest.mark.parametrize("operation", ["make_directory", "rename", "fsync_directory"])
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(
+    run: Path, monkeypatch: pytest.MonkeyPatch, operation: str, after: int
+) -> None:
+    for path in snapshots(run)[:3]:
+        flip(path)
+    before = sorted(contents(run).values())
+    own, done = getattr(files.system, operation), []
+
+    def fail(*arguments: Path) -> None:
+        if len(done) == after:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        done.append(arguments)
+        own(*arguments)
+
+    plan = planned(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(files.system, operation, fail)
+        try:
+            repair(plan)
+        except WriteError as error:
+            assert "quarantine" in str(error)
+    assert sorted(contents(run).values()) == before
+    repair(planned(run))
+    assert verify(list_contents(run)).is_fine
+    assert sorted(contents(run).values()) == before
+    DirectoryLock(run).release()  # it was given back
+
+
+# --- leftovers -------------------------------------------------------------------------------------
+
+
+def leave(path: Path, age: float) -> Path:
+    path.write_text("half")
+    os.utime(path, (time.time() - age, time.time() - age))
+    return path
+
+
+def test_leftovers_that_are_still_are_removed(run: Path, tmp_path: Path) -> None:
+    old, young = leave(run / ".ema-1.tmp", 120), leave(run / ".ema-2.tmp", 5)
+    ahead = leave(run / ".ema-3.tmp", -3600)  # by another host's clock
+    (tmp_path / "precious").write_text("x")
+    (run / ".ema-4.tmp").symlink_to(tmp_path / "precious")
+    os.utime(run / ".ema-4.tmp", (0, 0), follow_symlinks=False)
+    (run / ".ema-not-ours").write_text("x")
+    before = contents(run)
+    found = verify(list_contents(run))
+    assert found.is_fine
+    cleaning = clean(found)
+    assert set(cleaning.removed) == {old, run / ".ema-4.tmp"}
+    assert {path for path, _ in cleaning.left} == {young, ahead}
+    assert contents(run) == before
+    assert (tmp_path / "precious").exists()
+    assert (run / ".ema-not-ours").exists()
+    assert not old.exists()
+
+
+def test_without_a_lock_leftovers_must_be_an_hour_old(tmp_path: Path) -> None:
+    young, old = leave(tmp_path / ".ema-1.tmp", 3000), leave(tmp_path / ".ema-2.tmp", 4000)
+    found = verify(list_contents(tmp_path))
+    assert found.files == ()
+    cleaning = clean(found)
+    assert cleaning.removed == (old,)
+    assert young.exists()
+    assert [path.name for path in tmp_path.iterdir()] == [young.name]  # nor was a lock made
+
+
+def test_leftover_folders_lose_their_shards_and_nothing_else(run: Path) -> None:
+    for name, further in (("1", None), ("2", "notes.txt"), ("3", "folder.safetensors")):
+        values = {"a": torch.arange(6.0)}
+        folder = write_sharded(run / f".ema-{name}.tmp", make_info(values, 10), [values])
+        if further == "notes.txt":
+            (folder / further).write_text("mine")
+        if further == "folder.safetensors":
+            (folder / further).mkdir()
+            (folder / further / "x.safetensors").write_text("mine")
+        os.utime(folder, (0, 0))
+    cleaning = clean(verify(list_contents(run)))
+    assert [path.name for path in cleaning.removed] == [".ema-1.tmp"]
+    assert [(path.name, why) for path, why in cleaning.left] == [
+        (f".ema-{name}.tmp", "is a folder that holds more than shards") for name in "23"
+    ]
+    assert (run / ".ema-2.tmp" / "notes.txt").exists()
+    assert (run / ".ema-3.tmp" / "folder.safetensors" / "x.safetensors").exists()
+    assert find_snapshots(run)
+
+
+def test_leftovers_in_folders_of_shards_are_listed(tmp_path: Path) -> None:
+    values = {"a": torch.arange(6.0)}
+    folder = write_sharded(tmp_path / "10", make_info(values, 10), [values])
+    leftover = leave(folder / ".ema-1.tmp", 7200)
+    found = verify(list_contents(tmp_path))
+    assert found.leftovers == (leftover,)
+    assert clean(found).removed == (leftover,)
+
+
+def test_a_directory_with_a_damaged_file_says_how_to_go_on(ema: Ema, run: Path, tmp_path: Path) -> None:
+    flip(snapshots(run)[0], 30)
+    with pytest.raises(FileFormatError) as raised:
+        find_snapshots(run)
+    assert "ema verify" not in str(raised.value)
+    hint = f"; `ema verify {run}` checks every file, and with --repair sets aside what is broken"
+    for arguments in (
+        ("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "o.safetensors"),
+        ("error-plot", run, "--out", tmp_path / "o.png"),
+        ("prune", run, "--keep", "2", "--yes"),
+    ):
+        assert ema(*arguments).error.endswith(hint)
+    assert "ema verify" not in ema("info", snapshots(run)[0]).error
+    shutil.rmtree(run)
+    assert "ema verify" not in ema("prune", run, "--keep", "2", "--yes").error
