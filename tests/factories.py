@@ -134,7 +134,8 @@ def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str,
                 writer.write(key, tensor_bytes(value))
             writer.commit()
         weight_map |= dict.fromkeys(values, path.name)
-    (folder / INDEX_NAME).write_bytes(encode_index(weight_map, 0))
+    total = sum(value.nbytes for values in parts for value in values.values())
+    (folder / INDEX_NAME).write_bytes(encode_index(weight_map, total))
     return folder
 
 

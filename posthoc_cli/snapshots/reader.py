@@ -19,7 +19,7 @@ import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, VanishedError
+from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
 
@@ -116,7 +116,7 @@ class TensorFile:
 
     def damaged(self, name: str) -> FileFormatError:
         """The error for a block that is not what its checksum says."""
-        return FileFormatError(f"{self.path}: tensor {name!r} is damaged: its checksum does not match")
+        return FileFormatError(f"{self.path}: tensor {shown(name)} is damaged: its checksum does not match")
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a tensor, for estimates only: no checksum is looked at. Shape [end - begin].
@@ -135,7 +135,7 @@ class TensorFile:
             except OSError as error:
                 raise _cannot(self.path, "read", error) from error
             if count == 0:
-                raise FileFormatError(f"{self.path}: tensor {name!r}: the file became shorter while it was read")
+                raise FileFormatError(f"{self.path}: tensor {shown(name)}: the file became shorter while it was read")
             view, offset = view[count:], offset + count
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError, shown
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reader import Snapshot
@@ -21,7 +21,7 @@ from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.facts import Facts, shown
+from posthoc_cli.tracker.facts import Facts
 from posthoc_cli.tracker.layout import accumulator_dtype
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Settings, check_sigma_rels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torture import damage
 from torture.tally import Experiment
 
-EXPERIMENTS: list[Experiment] = []
+EXPERIMENTS: list[Experiment] = [*damage.EXPERIMENTS]
