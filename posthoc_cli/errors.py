@@ -35,7 +35,7 @@ def shown(value: object) -> str:
     if isinstance(value, str):
         return repr(value[:_LONGEST]) + "..." * (len(value) > _LONGEST)
     if isinstance(value, int) and abs(value) >= 2**63:
-        return "a number of many digits"
+        return "an int of many digits"
     if value is None or isinstance(value, bool | int | float):
         return repr(value)
     return f"a {type(value).__name__}"

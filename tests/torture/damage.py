@@ -9,6 +9,7 @@ from itertools import combinations
 from pathlib import Path
 
 import torch
+
 from torture.tally import Experiment, Tally
 from torture.victims import Victim, small_index, small_output, small_shard, small_snapshot, small_state
 

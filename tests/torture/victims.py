@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 from factories import make_info, write_sharded, write_snapshot
-from torture.examining import examine
-from torture.tally import Tally
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
@@ -18,6 +16,8 @@ from posthoc_cli.export import export_file, write_synthesis
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.synthesis import disk_sources, plan_synthesis
+from torture.examining import examine
+from torture.tally import Tally
 
 RUN_ID = "ab12" * 8
 VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
