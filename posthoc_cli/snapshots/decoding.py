@@ -16,6 +16,7 @@ from typing import Any
 import xxhash
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
+from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
@@ -95,11 +96,15 @@ def decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
     """
     raw = reader.json_object("ema.schedule")
     for name in fmt.TrackingSchedule.__dataclass_fields__:
-        if not _fits_schedule(name, raw.get(name)):
+        if name not in raw or not _fits_schedule(name, raw[name]):
             raise reader.bad("ema.schedule", f"{name} is {shown(raw.get(name))}")
     values = {name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__}
-    low, high = values["sigma_range"]
-    return fmt.TrackingSchedule(**(values | {"sigma_range": (float(low), float(high))}))
+    if values["checkpoint_every"] % values["update_every"]:
+        raise reader.bad("ema.schedule", "checkpoint_every is no multiple of update_every")
+    try:
+        return fmt.TrackingSchedule(**(values | {"sigma_range": check_sigma_range(values["sigma_range"])}))
+    except InvalidValueError as error:
+        raise reader.bad("ema.schedule", str(error)) from error
 
 
 def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
@@ -200,12 +205,12 @@ def _decode_aliases(reader: Metadata, tensors: Mapping[str, fmt.TrackedTensor]) 
 
 def _fits_schedule(name: str, value: Any) -> bool:
     if name == "sigma_range":
-        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 < value[0] < value[1]
+        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
     if value is None:
         return name in ("max_checkpoints", "checkpoint_dtype")
     if name == "checkpoint_dtype":
         return str(value) in fmt.ITEM_BYTES
-    return type(value) is int and value >= (0 if name == "update_after_step" else 1)
+    return type(value) is int and (0 if name == "update_after_step" else 1) <= value < 2**63
 
 
 def _decode_selection(reader: Metadata) -> Selection | None:

@@ -13,6 +13,8 @@ from typing import Any
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 
+_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+
 _MOST_DIGITS = 4_300
 """What Python itself accepts since 3.10.7, unless told otherwise."""
 
@@ -122,10 +124,9 @@ class Metadata:
 
     def number(self, key: str) -> float:
         """A finite number."""
-        try:
-            value = float(self.text(key))
-        except ValueError:
-            raise self.bad(key, f"{shown(self.text(key))} is not a number") from None
+        if not _DECIMAL.fullmatch(self.text(key)):  # float() takes more: 1_0, digits of other scripts
+            raise self.bad(key, f"{shown(self.text(key))} is not a number")
+        value = float(self.text(key))
         if not math.isfinite(value):
             raise self.bad(key, f"{value} is not finite")
         return value
