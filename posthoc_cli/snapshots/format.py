@@ -272,6 +272,8 @@ def encode_header(
     except UnicodeEncodeError as error:
         near = str(error.object)[max(0, error.start - 40) : error.end + 40]
         raise InvalidValueError(f"a name or value cannot be written in UTF-8: {near!r}") from error
+    if b"\\u0000" in text:  # no reader takes it back
+        raise InvalidValueError("a name or value has a zero byte, which cannot be written")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise InvalidValueError(f"the header would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")

@@ -124,9 +124,8 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if version != STATE_VERSION:
         raise InvalidValueError(f"state: has version {shown(version)}; this release reads {STATE_VERSION}")
     if facts.text("t_unit") != settings.t_unit:
-        raise InvalidValueError(
-            f"state: counts time in {shown(facts.text('t_unit'))}, this tracker in {settings.t_unit!r}"
-        )
+        found = shown(facts.text("t_unit"))
+        raise InvalidValueError(f"state: counts time in {found}, this tracker in {settings.t_unit!r}")
     averages = RunningAverages(settings.sigma_rels)
     averages.t, averages.step = facts.number("averages_t"), facts.whole("averages_step")
     averages.t_first, averages.max_interval = facts.number("t_first"), facts.number("max_interval")

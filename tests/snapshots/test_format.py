@@ -189,7 +189,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
     }
 
 
-names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
+names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20).filter(
     lambda n: n != "__metadata__"
 )
 times = st.floats(1e-9, 1e18)
@@ -204,7 +204,7 @@ times = st.floats(1e-9, 1e18)
     interval=st.floats(0, 1e18),
     sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
     step=st.integers(2, 10**18 - 1),
-    unit=names,
+    unit=names.filter(str.isprintable),
     sums=st.none() | st.lists(st.floats(0, 1e300), min_size=4, max_size=4),
 )
 def test_what_a_snapshot_says_comes_back_exactly(
@@ -252,7 +252,7 @@ def test_names_that_look_like_the_format_itself_do_no_harm(tmp_path: Path) -> No
         '","x":"',
         "ema.checksums",
         "../../x",
-        "line\nbreak\x00\x1b[31m",
+        "line\nbreak\x01\x1b[31m",
         "ß→𝛾",
     ]
     values = {name: torch.full((2,), float(k)) for k, name in enumerate(tricky)}
@@ -326,3 +326,12 @@ def test_checksums_are_those_of_xxh3_over_each_block(monkeypatch: pytest.MonkeyP
     assert fmt.block_checksums(b"") == []
     # The value that xxHash's own test vectors give for no input, so that "XXH3, 64 bits, seed 0" is pinned.
     assert xxhash.xxh3_64_hexdigest(b"") == "2d06800538d394c2"
+
+
+@pytest.mark.parametrize("where", ["tensors", "aliases", "left_out"])
+def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(tmp_path: Path, where: str) -> None:
+    values = {"a\0" if where == "tensors" else "a": torch.ones(1)}
+    others = {"tensors": {}, "aliases": {"aliases": {"b\0": "a"}}, "left_out": {"left_out": ("b\0",)}}[where]
+    with pytest.raises(InvalidValueError, match="zero byte"):
+        write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, **others)
+    assert list(tmp_path.iterdir()) == []

@@ -31,29 +31,18 @@ SLOWEST = 10.0
 """Seconds that a file of 2 KB may take on a busy machine."""
 
 ODD_TEXT = st.sampled_from(
-    ["", "a", "b", "w", "tied", "__metadata__", "../../x", "/etc/x", "C:\\x", "A", "é", "e\u0301", "\x1b]0;x\x07"]
-    + [
-        "\u202e",
-        "\ud800",
-        "\0",
-        "$x$",
-        "=1",
-        "state",
-        "output",
-        "snapshot",
-        "1",
-        "-0",
-        "1e999",
-        "null",
-        "F32",
-        "F8_E5M2",
+    [
+        "", "a", "b", "w", "tied", "__metadata__", "../../x", "/etc/x", "C:\\x", "A", "é", "e\u0301", "\x1b]0;x\x07",
+        "\u202e", "\ud800", "\0", "$x$", "=1", "state", "output", "snapshot", "1", "-0", "1e999", "null", "F32",
+        "F8_E5M2", "0.05/w", "copy/w", "x" * 10_000, "model-00001-of-00002.safetensors", "[" * 2_000, "{}", "[]",
     ]
-    + ["0.05/w", "copy/w", "x" * 10_000, "model-00001-of-00002.safetensors", "[" * 2_000, "{}", "[]"]
-)
+)  # fmt: skip
 ODD_NUMBER = st.sampled_from(
-    [0, -1, 1, 2, 7, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1.5, 0.05, 0.28, 0.2886]
-    + [1e308, 5e-324, 1e-300, -1e308, True, False, None]
-)
+    [
+        0, -1, 1, 2, 7, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1.5, 0.05, 0.28, 0.2886,
+        1e308, 5e-324, 1e-300, -1e308, True, False, None,
+    ]
+)  # fmt: skip
 ODD = st.recursive(
     ODD_TEXT | ODD_NUMBER | st.text(max_size=5) | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
     lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(ODD_TEXT, inner), max_size=3).map(Pairs),
