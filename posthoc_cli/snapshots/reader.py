@@ -23,6 +23,9 @@ from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
 
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""What archives of torch.save begin with, and pickles."""
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -244,6 +247,8 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
         raise FileFormatError(f"{path}: truncated: {size:,} bytes cannot hold a safetensors header")
     length = int.from_bytes(prefix, "little")
     if length > fmt.MAX_HEADER_BYTES or 8 + length > size:
+        if prefix.startswith(_PICKLES):
+            raise FileFormatError(f"{path}: is a pickle (.pt, .bin), which is never read; save it as safetensors")
         raise FileFormatError(
             f"{path}: damaged, truncated or not safetensors: its header would take {length:,} bytes "
             f"of a file of {size:,}"

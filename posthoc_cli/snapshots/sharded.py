@@ -81,7 +81,10 @@ class TensorReader(Protocol):
 
 def is_sharded(path: Path) -> bool:
     """Whether a path leads to a directory with an index."""
-    return (path / INDEX_NAME).is_file()
+    try:
+        return (path / INDEX_NAME).is_file()
+    except OSError:  # no permission, or a name too long to have one
+        return False
 
 
 def open_path(path: Path) -> TensorReader:

@@ -317,6 +317,8 @@ def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
         return []
     directory = stored[0].path.parent
     aside = directory / SUPERSEDED
+    if aside.is_symlink():
+        raise DirectoryError(f"{aside}: is a symbolic link; snapshots would leave the directory; remove it")
     with files.reported_as_write_error(aside):
         files.make_directory(aside)
         moved = []
