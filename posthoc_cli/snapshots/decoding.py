@@ -23,6 +23,8 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import Metadata, file_kind, is_number, parse_json
 from posthoc_cli.snapshots.selection import BUFFERS, Selection
 
+_LEAST_SQUARE = 1e-120
+
 __all__ = [
     "decode_checksums",
     "decode_header",
@@ -288,7 +290,15 @@ def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measuremen
     if sums.get("weights") is None:
         sums.pop("weights", None)
     names = "norm rounding weights" if "weights" in sums else "norm rounding"
-    return Measurements(**_quantities(reader, key, sums, names), distances=distances)
+    measured = Measurements(**_quantities(reader, key, sums, names), distances=distances)
+    return measured if _can_be_used(measured) else None
+
+
+def _can_be_used(measured: Measurements) -> bool:
+    """Whether products and ratios of what was measured are numbers still; of absurd weights they are not."""
+    squares = [measured.norm, measured.rounding, measured.weights]
+    squares += [square for distance in measured.distances for square in (distance.squared, distance.rounding)]
+    return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
 
 
 def _quantities(reader: Metadata, key: str, item: Any, names: str) -> dict[str, float]:
@@ -324,7 +334,7 @@ def _listed(sigma_rels: tuple[float, ...]) -> str:
 
 
 def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
-    if not 0 < info.t_first <= info.t or info.step < 1 or info.max_interval < 0:
+    if not fmt.EARLIEST <= info.t_first <= info.t <= fmt.LATEST or info.step < 1 or info.max_interval < 0:
         raise FileFormatError(
             f"{path}: t {info.t:g}, first update {info.t_first:g}, step {info.step}: not a time of training"
         )

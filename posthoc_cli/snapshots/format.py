@@ -111,6 +111,8 @@ VERSION = "1"
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
 MAX_KNOTS = 1_000
+EARLIEST, LATEST = 1e-100, 1e100
+"""Training times lie between these: products of those beyond leave what a float holds."""
 SUFFIX = ".safetensors"
 
 ITEM_BYTES = {

@@ -205,7 +205,7 @@ times = st.floats(1e-9, 1e18)
     sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
     step=st.integers(2, 10**18 - 1),
     unit=names.filter(str.isprintable),
-    sums=st.none() | st.lists(st.floats(0, 1e300), min_size=4, max_size=4),
+    sums=st.none() | st.lists(st.just(0.0) | st.floats(1e-100, 1e100), min_size=4, max_size=4),
 )
 def test_what_a_snapshot_says_comes_back_exactly(
     tensor_names: list[str],
@@ -335,3 +335,13 @@ def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(tmp_path: Path
     with pytest.raises(InvalidValueError, match="zero byte"):
         write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, **others)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sums", [(5e-324, 1.0), (1e308, 1.0), (1.0, 1e200)])
+def test_measurements_too_far_from_1_to_reckon_with_are_read_as_none(sums: tuple[float, float]) -> None:
+    """Of float64 weights of 1e100 and more, say: the snapshot is as good as any other."""
+    info = make_info({"a": torch.ones(1)}, measurements=Measurements(*sums, ()))
+    path = Path("x")
+    entries = fmt.lay_out([fmt.TensorSpec("a", "F32", (1,))])
+    start = fmt.encode_header(entries, fmt.snapshot_metadata(info), {"a": "0" * 16})
+    assert decode_snapshot(path, decode_header(path, start, len(start) + 4)).measurements is None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torture import damage, forged, fuzz
+from torture import damage, forged, fuzz, strangers
 from torture.tally import Experiment
 
-EXPERIMENTS: list[Experiment] = [*damage.EXPERIMENTS, *forged.EXPERIMENTS, *fuzz.EXPERIMENTS]
+EXPERIMENTS: list[Experiment] = [*damage.EXPERIMENTS, *forged.EXPERIMENTS, *fuzz.EXPERIMENTS, *strangers.EXPERIMENTS]
