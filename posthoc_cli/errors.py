@@ -16,8 +16,29 @@
     ├── WriteError (OSError)           1   the system refused a write; nothing partial is left
     └── NotReadyError (RuntimeError)   1   an average that does not exist yet
 
-A message is one line. It names the file, the tensor or the option, and what would be accepted.
+A message is one line. It names the file, the tensor or the option, and what would be accepted. Names and values of
+strangers stand in it as `shown` gives them.
 """
+
+from __future__ import annotations
+
+_LONGEST = 200
+
+
+def printable(text: str) -> str:
+    """`text` with all that steers a terminal escaped: control characters, line ends, changes of direction."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def shown(value: object) -> str:
+    """A stranger's name or value for a message: escaped, in one line, and short whatever it is."""
+    if isinstance(value, str):
+        return repr(value[:_LONGEST]) + "..." * (len(value) > _LONGEST)
+    if isinstance(value, int) and abs(value) >= 2**63:
+        return "an int of many digits"
+    if value is None or isinstance(value, bool | int | float):
+        return repr(value)
+    return f"a {type(value).__name__}"
 
 
 class PostHocError(Exception):

@@ -18,6 +18,7 @@ import atexit
 import errno
 import os
 import secrets
+import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -327,11 +328,13 @@ def write_whole(path: Path, data: bytes, overwrite: bool = False) -> None:
 
 def _check_free(path: Path, overwrite: bool) -> None:
     try:
-        path.lstat()
+        mode = path.lstat().st_mode
     except FileNotFoundError:
         return
     if path.is_dir():
         raise OutputExistsError(f"{path}: is a directory; name a file")
+    if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):  # of a link only the link itself would be replaced
+        raise OutputExistsError(f"{path}: is a pipe, socket or device, which is never replaced; choose another name")
     if not overwrite:
         raise _exists(path)
 

@@ -6,16 +6,29 @@ page (the background is opaque white). No pyplot: a figure belongs to its caller
 
 from __future__ import annotations
 
+import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from posthoc_cli.errors import printable
+
+_METADATA: dict[str, dict[str, None]] = {
+    ".png": {"Software": None},
+    ".svg": {"Creator": None, "Date": None, "Format": None, "Type": None},
+    ".pdf": {"Creator": None, "Producer": None, "CreationDate": None},
+}
+"""What matplotlib says of itself and of the time, left out."""
+
+_LONGEST_TEXT = 120
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -108,6 +121,20 @@ def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = ()) -> Figure:
     return figure
 
 
+def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
+    """What `draw` draws, as a file: `.png`, `.svg` or `.pdf`. The same bytes, whoever draws it, where and when.
+
+    In matplotlib's own style: a matplotlibrc may lie in the working directory, come from a stranger, and ask for LaTeX,
+    which runs programs.
+    """
+    stream = io.BytesIO()
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["svg.hashsalt"] = "ema"
+        draw().savefig(stream, format=suffix.removeprefix("."), metadata=_METADATA[suffix])
+    return stream.getvalue()
+
+
 def loss_figure(sigma_rels: FloatArray, losses: FloatArray, raw_loss: float, metric: str) -> Figure:
     """A metric, lower is better, against sigma_rel, with the best marked and the raw weights as a line.
 
@@ -174,7 +201,8 @@ def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool) -> Non
 
 def _draw_curve(axes: Axes, curve: Curve, index: int, least: float, alone: bool) -> None:
     colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-    label = curve.label if alone else f"{curve.label}: {_good_range(curve)}"
+    name = _plain(curve.label)
+    label = name if alone else f"{name}: {_good_range(curve)}"
     axes.plot(curve.sigma_rels, curve.error, color=colour, linestyle=style, linewidth=1.8, label=label)
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
     heights = [float(np.interp(s, curve.sigma_rels, curve.error)) for s in marked]
@@ -195,7 +223,7 @@ def _draw_points(axes: Axes, curve: Curve, index: int, least: float) -> None:
             max(point.sigma_rel, _WIDE_SIGMA_TICKS[0]), float(np.clip(error, least, _MOST_ERROR)), linestyle="none",
             marker=f"$\\mathrm{{{chr(ord('A') + number % 26)}}}$", markersize=8, color=COLOURS[index % len(COLOURS)],
             markeredgewidth=0.6, path_effects=[withStroke(linewidth=3.5, foreground="white")],
-            clip_on=False, zorder=6, label=f"{point.label}: {100 * error:.2g} %",
+            clip_on=False, zorder=6, label=f"{_plain(point.label)}: {100 * error:.2g} %",
         )  # fmt: skip
 
 
@@ -246,8 +274,8 @@ def _good_range(curve: Curve) -> str:
 def _draw_profile(axes: Axes, fit: Fit) -> None:
     axes.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
     axes.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
-    axes.set_title("\n".join(textwrap.wrap(fit.title, 48)), fontsize=10)
-    axes.set_ylabel(f"density (1 / {fit.t_unit})")
+    axes.set_title("\n".join(textwrap.wrap(_plain(fit.title), 48)), fontsize=10)
+    axes.set_ylabel(f"density (1 / {_plain(fit.t_unit)})")
     _time_axis(axes, fit)
     _finish(axes)
 
@@ -273,7 +301,13 @@ def _time_axis(axes: Axes, fit: Fit) -> None:
     axes.set_xlim(0, 1.02 * float(fit.times[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.12g}"))
-    axes.set_xlabel(f"training time ({fit.t_unit})")
+    axes.set_xlabel(f"training time ({_plain(fit.t_unit)})")
+
+
+def _plain(text: str) -> str:
+    """A stranger's text for a picture: no formula, which `$` would make it, no control characters, not too long."""
+    shown = printable(text)
+    return (shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}...").replace("$", "\\$")
 
 
 def _tiled(images: npt.NDArray[Any]) -> npt.NDArray[Any]:

@@ -10,23 +10,32 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import FrameType
+from types import FrameType, TracebackType
 from typing import Annotated, Any, NoReturn
 
 import typer
 
 import posthoc_cli
-from posthoc_cli.cli import demo, error_plot, export, info, plan, profile, prune, synthesize, verify
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError
+from posthoc_cli.cli import demo, error_plot, export, info, output, plan, profile, prune, synthesize, verify
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    PostHocError,
+    VanishedError,
+    printable,
+)
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
+_LONGEST_LINE = 5_000
 
 app = typer.Typer(
     name="ema",
@@ -82,8 +91,8 @@ def main() -> NoReturn:
     """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
     arguments = sys.argv[1:] or ["--help"]
     debug = _DEBUG in arguments
-    if not debug:
-        sys.excepthook = _report_unexpected
+    sys.excepthook = _show_traceback if debug else _report_unexpected
+    output.log_to_stderr(False)
     warnings.showwarning = _show_warning
     # Streams that the caller has closed.
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
@@ -119,13 +128,23 @@ def main() -> NoReturn:
 
 
 def _fail(message: str, code: int) -> int:
-    line = " ".join(message.split())
-    print(f"ema: error: {line}", file=sys.stderr)  # noqa: T201
+    _print_message("error", message)
     return code
+
+
+def _print_message(kind: str, message: str) -> None:
+    """One line, with what steers a terminal escaped, and not longer than the longest path and a sentence."""
+    line = printable(" ".join(message.split()))
+    print(f"ema: {kind}: {line[:_LONGEST_LINE]}{'...' * (len(line) > _LONGEST_LINE)}", file=sys.stderr)  # noqa: T201
 
 
 def _report_unexpected(kind: type[BaseException], error: BaseException, _: object) -> None:
     _fail(f"unexpected {kind.__name__}: {error}; run again with {_DEBUG} to see where, and report it", 1)
+
+
+def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
+        print(printable(line), file=sys.stderr)  # noqa: T201
 
 
 def _see_help(error: Any) -> str:
@@ -153,7 +172,7 @@ def _option_names() -> set[str]:
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    print(f"ema: warning: {' '.join(str(message).split())}", file=sys.stderr)  # noqa: T201
+    _print_message("warning", str(message))
 
 
 def _allow_many_files() -> None:

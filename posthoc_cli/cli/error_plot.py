@@ -21,7 +21,7 @@ from posthoc_cli.cli.values import (
     parse_sigma_rels,
     parse_targets,
 )
-from posthoc_cli.errors import InvalidValueError, OutputExistsError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, printable
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorCurve
@@ -34,6 +34,7 @@ EPILOG = (
 )
 
 PICTURES = (".png", ".svg", ".pdf")
+_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter where a spreadsheet speaks Chinese or Japanese
 MOST_ROWS = 24
 """Targets over time in one picture."""
 
@@ -164,10 +165,7 @@ def _draw(
     from posthoc_cli import files, plots
 
     fits = [each.fit(target, t, method) for target in targets for each in judged]
-    figure = plots.error_figure(curves, fits)
-    picture = io.BytesIO()
-    figure.savefig(picture, format=out.suffix.removeprefix("."))
-    files.write_whole(out, picture.getvalue(), force)
+    files.write_whole(out, plots.as_file(lambda: plots.error_figure(curves, fits), out.suffix), force)
 
 
 def _write_csv(path: Path, curves: list[ErrorCurve], force: bool) -> None:
@@ -200,8 +198,8 @@ def _predicted(curve: ErrorCurve) -> list[float | None] | None:
 
 
 def _harmless(text: str) -> str:
-    """A cell that a spreadsheet will not take for a formula."""
-    return f"'{text}" if text[:1] in ("=", "+", "-", "@") else text
+    """A cell that a spreadsheet will not take for a formula; what is no text (tabs, line ends) is escaped."""
+    return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
 
 
 def _curve_json(curve: ErrorCurve) -> dict[str, Any]:

@@ -20,6 +20,9 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 from rich.table import Table
+from rich.text import Text
+
+from posthoc_cli.errors import printable
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
@@ -27,9 +30,9 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for column in columns:
         side = "left" if column in left else "right"
-        table.add_column(column, justify=side, no_wrap=True)  # type: ignore[arg-type]
+        table.add_column(Text(printable(column)), justify=side, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*(printable(cell).replace("[", "\\[") for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))  # as text, and not as rich's markup
     console = _console()
     with console.capture() as capture:
         console.print(table, crop=False)
@@ -58,11 +61,6 @@ def print_json(value: Any) -> None:
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
-def printable(text: str) -> str:
-    """`text` with control characters escaped, so that a name from a file cannot steer a terminal."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def size_text(nbytes: float) -> str:
     """Bytes for people, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -85,12 +83,16 @@ def log_to_stderr(verbose: bool) -> None:
     """Show the library's messages: warnings always, what it does with `verbose`."""
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.INFO, "info")
-    logging.basicConfig(
-        level=logging.INFO if verbose else logging.WARNING,
-        stream=sys.stderr,
-        format="ema: %(levelname)s: %(message)s",
-        force=True,
-    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_OneLine("ema: %(levelname)s: %(message)s"))
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, handlers=[handler], force=True)
+
+
+class _OneLine(logging.Formatter):
+    """A message in one line, with the names in it escaped."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record))
 
 
 REPORT_SECONDS = 30.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -133,9 +132,7 @@ def _draw(out: Path, proposals: list[Proposal], force: bool) -> None:
         )
         for proposal in proposals
     ]
-    picture = io.BytesIO()
-    plots.error_figure(curves).savefig(picture, format=out.suffix.removeprefix("."))
-    files.write_whole(out, picture.getvalue(), force)
+    files.write_whole(out, plots.as_file(lambda: plots.error_figure(curves), out.suffix), force)
 
 
 # --- what is printed -------------------------------------------------------------------------------

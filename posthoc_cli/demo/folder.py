@@ -89,6 +89,9 @@ class Folder:
                 raise OutputExistsError(
                     f"{self.root}: holds an earlier demo; name another folder, or --force to replace it"
                 )
+        for folder in (self.snapshots, self.averages, self.root / "tracked"):
+            if folder.is_symlink():
+                raise OutputExistsError(f"{folder}: is a symbolic link, which no demo made; remove it")
         with files.reported_as_write_error(self.root):
             for pattern in _MADE:
                 for path in self.root.glob(pattern):

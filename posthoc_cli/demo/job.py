@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -153,7 +152,7 @@ def _draw(folder: Folder, model: Denoiser, digits: Digits, raw: Measured, averag
 
     widths = np.array([measured.sigma_rel for measured in averages])
     losses = np.array([measured.loss for measured in averages])
-    _save_figure(folder.picture("loss"), plots.loss_figure(widths, losses, raw.loss, "validation loss"))
+    _save_figure(folder.picture("loss"), lambda: plots.loss_figure(widths, losses, raw.loss, "validation loss"))
     best = best_of(averages)
     model.load_state_dict(load_file(folder.raw))
     of_raw = _sample_grid(model)
@@ -164,7 +163,7 @@ def _draw(folder: Folder, model: Denoiser, digits: Digits, raw: Measured, averag
         (f"samples, sigma_rel {best.sigma_rel:g} (loss {best.loss:.4f})", of_best),
         ("real digits, for comparison", _real_grid(digits)),
     ]
-    _save_figure(folder.picture("samples"), plots.samples_figure(groups))
+    _save_figure(folder.picture("samples"), lambda: plots.samples_figure(groups))
 
 
 # --- helpers ---------------------------------------------------------------------------------------
@@ -190,10 +189,10 @@ def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     files.write_whole(path, safetensors.torch.save(dict(tensors)))
 
 
-def _save_figure(path: Path, figure: Figure) -> None:
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    files.write_whole(path, picture.getvalue())
+def _save_figure(path: Path, draw: Callable[[], Figure]) -> None:
+    from posthoc_cli import plots
+
+    files.write_whole(path, plots.as_file(draw, path.suffix))
 
 
 @contextmanager

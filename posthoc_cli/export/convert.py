@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, shown
 from posthoc_cli.export.layouts import DEFAULT_SHARD_SIZE, layout_of, make_sink, parse_size
 from posthoc_cli.export.sharded import SHARD_PATTERN
 from posthoc_cli.snapshots import decoding
@@ -122,6 +122,8 @@ def _read_source(
         return _read_snapshot(file, dtype)
     if kind == "state":
         raise FileFormatError(f"{source}: is a tracker's state, not weights; export a snapshot, or a synthesis")
+    if kind not in (None, "output"):
+        raise FileFormatError(f"{source}: its ema.format is {shown(kind)}, which this release does not know")
     info = decode_output(source, file.header) if kind == "output" else None
     if info is None:
         return {name: _plan(file, name, "other", dtype) for name in file.header.tensors}, None

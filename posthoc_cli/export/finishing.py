@@ -16,7 +16,7 @@ from posthoc_cli.export.parted import PartedSynthesis, part_counts
 from posthoc_cli.export.sharded import MODEL_FILE, holds_snapshot
 from posthoc_cli.snapshots.format import FileHeader
 from posthoc_cli.snapshots.index import INDEX_NAME, encode_index
-from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.reader import read_header, read_small_file
 from posthoc_cli.snapshots.verifying import verify_payload
 from posthoc_cli.synthesis import Progress
 from posthoc_cli.synthesis.division import Part
@@ -61,7 +61,7 @@ def finish(
     """
     contents = [_checked_index(parted, target, verify, progress) for target in range(len(parted.folders))]
     indexes = [folder / INDEX_NAME for folder in parted.folders]
-    there = frozenset(i for i, index in enumerate(indexes) if index.is_file() and index.read_bytes() == contents[i][0])
+    there = frozenset(i for i, index in enumerate(indexes) if _holds(index, contents[i][0]))
     for target, folder in enumerate(parted.folders):
         _check_alone(folder, parted, target in there)
     for target, (index, (text, _)) in enumerate(zip(indexes, contents, strict=True)):
@@ -120,6 +120,14 @@ def _checked_index(parted: PartedSynthesis, target: int, verify: bool, progress:
     weight_map = {name: part_path(folder, file.part).name for file in wanted for name in (s.name for s in file.specs)}
     total = sum(file.nbytes for file in wanted)
     return encode_index(weight_map, total), total
+
+
+def _holds(path: Path, content: bytes) -> bool:
+    """Whether a file is there, and is that."""
+    try:
+        return read_small_file(path, len(content)) == content
+    except FileFormatError:
+        return False
 
 
 def _header(file: PartFile) -> FileHeader:

@@ -12,12 +12,15 @@ The header line may be missing. The text is UTF-8, with or without a byte order 
 from __future__ import annotations
 
 import io
+import os
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles.tabulated import Tabulated, first_fault
 
@@ -69,12 +72,18 @@ def _bad(path: Path, reason: str) -> InvalidValueError:
 
 
 def _text(path: Path) -> str:
-    """The whole file. Read up to the limit, not asked for its size, which a pipe or a device does not know."""
-    if path.is_dir():
-        raise _bad(path, "is a directory; must be a text file, a line time,density each")
+    """The whole file, up to the limit. Nothing that could keep a reader waiting, such as a pipe, is read."""
     try:
-        with path.open("rb") as file:
+        descriptor = files.system.open(path)
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            files.system.close(descriptor)
+            kind = "a directory" if stat.S_ISDIR(mode) else "no regular file"
+            raise _bad(path, f"is {kind}; must be a text file, a line time,density each")
+        with os.fdopen(descriptor, "rb") as file:
             data = file.read(MOST_BYTES + 1)
+    except InvalidValueError:
+        raise
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise _bad(path, f"cannot be read: {reason}; must be a text file, a line time,density each") from error

@@ -40,7 +40,9 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
-    near = (apart < _FAR * scale) & ~np.eye(root.size, dtype=bool)
+    with np.errstate(over="ignore"):  # of absurdly large ones, which are far below their limit then
+        limit = _FAR * scale
+    near = (apart < limit) & ~np.eye(root.size, dtype=bool)
     if not near.any():
         return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)

@@ -15,12 +15,15 @@ from typing import Any
 
 import xxhash
 
-from posthoc_cli.errors import FileFormatError, InvalidValueError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
+from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import Metadata, file_kind, is_number, parse_json
 from posthoc_cli.snapshots.selection import BUFFERS, Selection
+
+_LEAST_SQUARE = 1e-120
 
 __all__ = [
     "decode_checksums",
@@ -47,9 +50,6 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None) -> fmt.FileH
     metadata = raw.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ must map names to strings")
-    for text in raw:
-        if any("\ud800" <= c <= "\udfff" for c in text):
-            raise FileFormatError(f"{path}: damaged header: {text[:40]!r} is not Unicode text")
     tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
     _check_offsets(path, tensors)
     header = fmt.FileHeader(metadata, tensors, len(start))
@@ -75,7 +75,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         gamma=reader.number("ema.gamma"),
         sigma_rels=_decode_sigma_rels(reader),
         t=reader.number("ema.t"),
-        t_unit=reader.text("ema.t_unit"),
+        t_unit=reader.unit(),
         step=reader.integer("ema.step"),
         t_first=reader.number("ema.t_first"),
         max_interval=reader.number("ema.max_interval"),
@@ -98,11 +98,15 @@ def decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
     """
     raw = reader.json_object("ema.schedule")
     for name in fmt.TrackingSchedule.__dataclass_fields__:
-        if not _fits_schedule(name, raw.get(name)):
-            raise reader.bad("ema.schedule", f"{name} is {str(raw.get(name))[:40]!r}")
+        if name not in raw or not _fits_schedule(name, raw[name]):
+            raise reader.bad("ema.schedule", f"{name} is {shown(raw.get(name))}")
     values = {name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__}
-    low, high = values["sigma_range"]
-    return fmt.TrackingSchedule(**(values | {"sigma_range": (float(low), float(high))}))
+    if values["checkpoint_every"] % values["update_every"]:
+        raise reader.bad("ema.schedule", "checkpoint_every is no multiple of update_every")
+    try:
+        return fmt.TrackingSchedule(**(values | {"sigma_range": check_sigma_range(values["sigma_range"])}))
+    except InvalidValueError as error:
+        raise reader.bad("ema.schedule", str(error)) from error
 
 
 def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
@@ -121,7 +125,7 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
     for name, entry in header.tensors.items():
         value = raw.get(name)
         if not isinstance(value, str) or len(value) != fmt.CHECKSUM_DIGITS * -(-entry.nbytes // fmt.BLOCK_BYTES):
-            raise FileFormatError(f"{path}: tensor {name!r}: ema.checksums does not hold one checksum a block")
+            raise FileFormatError(f"{path}: tensor {shown(name)}: ema.checksums does not hold one checksum a block")
     return raw
 
 
@@ -137,14 +141,13 @@ def has_header_checksum(start: bytes, checksum: str) -> bool:
 
 
 def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
-    malformed = FileFormatError(f"{path}: tensor {name!r}: its header entry is malformed")
+    where = f"{path}: tensor {shown(name)}"
+    malformed = FileFormatError(f"{where}: its header entry is malformed")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
         raise malformed
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in fmt.ITEM_BYTES:
-        raise FileFormatError(
-            f"{path}: tensor {name!r}: dtype {str(dtype)[:40]!r} is none of {', '.join(fmt.ITEM_BYTES)}"
-        )
+        raise FileFormatError(f"{where}: dtype {shown(dtype)} is none of {', '.join(fmt.ITEM_BYTES)}")
     if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
         raise malformed
     if math.prod(size or 1 for size in shape) >= 2**60:
@@ -152,7 +155,7 @@ def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
         raise malformed
     begin, end = offsets
     if end - begin != math.prod(shape) * fmt.ITEM_BYTES[dtype]:
-        raise FileFormatError(f"{path}: tensor {name!r}: {end - begin:,} bytes do not make {dtype} of shape {shape}")
+        raise FileFormatError(f"{where}: {end - begin:,} bytes do not make {dtype} of shape {shape}")
     return fmt.TensorEntry(dtype, tuple(shape), begin, end - begin)
 
 
@@ -164,7 +167,7 @@ def _check_offsets(path: Path, tensors: Mapping[str, fmt.TensorEntry]) -> None:
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
         if entry.begin != position:
-            raise FileFormatError(f"{path}: tensor {name!r}: begins at {entry.begin:,} where {position:,} was due")
+            raise FileFormatError(f"{path}: tensor {shown(name)}: begins at {entry.begin:,} where {position:,} was due")
         position += entry.nbytes
 
 
@@ -186,30 +189,30 @@ def _decode_tensors(reader: Metadata, header: fmt.FileHeader) -> dict[str, fmt.T
     }
     for name in sorted(tensors.keys() | header.tensors.keys()):
         if name not in tensors or name not in header.tensors:
-            raise reader.bad(key, f"tensor {name!r} is in the payload or here, but not in both")
+            raise reader.bad(key, f"tensor {shown(name)} is in the payload or here, but not in both")
         own, stored = tensors[name].dtype, header.tensors[name].dtype
         fits = own == stored if tensors[name].role == "copy" else own in fmt.AVERAGED and stored in fmt.AVERAGED
         if not fits:
-            raise reader.bad(key, f"tensor {name!r}: {stored} cannot hold {tensors[name].role} of {own}")
+            raise reader.bad(key, f"tensor {shown(name)}: {stored} cannot hold {tensors[name].role} of {own}")
     return tensors
 
 
 def _decode_aliases(reader: Metadata, tensors: Mapping[str, fmt.TrackedTensor]) -> dict[str, str]:
     aliases = reader.json_object("ema.aliases")
     for alias, name in aliases.items():
-        if not isinstance(name, str) or name not in tensors or alias in tensors:
-            raise reader.bad("ema.aliases", f"{alias!r} must be a further name of a stored tensor")
+        if not isinstance(name, str) or name not in tensors or alias in tensors or alias == "__metadata__":
+            raise reader.bad("ema.aliases", f"{shown(alias)} must be a further name of a stored tensor")
     return aliases
 
 
 def _fits_schedule(name: str, value: Any) -> bool:
     if name == "sigma_range":
-        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value)) and 0 < value[0] < value[1]
+        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
     if value is None:
         return name in ("max_checkpoints", "checkpoint_dtype")
     if name == "checkpoint_dtype":
         return str(value) in fmt.ITEM_BYTES
-    return type(value) is int and value >= (0 if name == "update_after_step" else 1)
+    return type(value) is int and (0 if name == "update_after_step" else 1) <= value < 2**63
 
 
 def _decode_selection(reader: Metadata) -> Selection | None:
@@ -252,7 +255,7 @@ def _decode_clock(reader: Metadata, info: fmt.SnapshotInfo) -> tuple[tuple[int, 
         raise reader.bad(key, f"has {len(pairs):,} pairs; at most {fmt.MAX_KNOTS:,} are allowed")
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and is_number(pair[1])):
-            raise reader.bad(key, f"must be a list of pairs, a whole step and its time each: {str(pair)[:40]!r}")
+            raise reader.bad(key, f"must be a list of pairs, a whole step and its time each, not {shown(pair)}")
     knots = tuple((step, float(t)) for step, t in pairs)
     for (step, t), (next_step, next_t) in pairwise(((0, 0.0), *knots)):
         if not (step < next_step and t < next_t):
@@ -265,7 +268,7 @@ def _decode_clock(reader: Metadata, info: fmt.SnapshotInfo) -> tuple[tuple[int, 
 
 
 def _pair(step: int, t: float) -> str:
-    return f"step {str(step)[:40]} at t = {t:g}"
+    return f"step {shown(step)} at t = {t:g}"
 
 
 def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measurements | None:
@@ -278,35 +281,46 @@ def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measuremen
     if not isinstance(items, list) or len(items) > most:
         raise reader.bad(key, f"distances must be a list of at most {most} for {len(info.sigma_rels)} profiles")
     distances = tuple(Distance(**_quantities(reader, key, item, "t sigma_rel squared rounding")) for item in items)
+    tracked = frozenset(info.sigma_rels)  # there may be as many of each as a header can hold
     for distance in distances:
-        _check_partner(reader, key, info, distance)
+        _check_partner(reader, key, info, tracked, distance)
     if len({(d.t, d.sigma_rel) for d in distances}) < len(distances):
         raise reader.bad(key, "distances name the same t and sigma_rel twice")
     sums = {name: value for name, value in raw.items() if name != "distances"}
     if sums.get("weights") is None:
         sums.pop("weights", None)
     names = "norm rounding weights" if "weights" in sums else "norm rounding"
-    return Measurements(**_quantities(reader, key, sums, names), distances=distances)
+    measured = Measurements(**_quantities(reader, key, sums, names), distances=distances)
+    return measured if _can_be_used(measured) else None
+
+
+def _can_be_used(measured: Measurements) -> bool:
+    """Whether products and ratios of what was measured are numbers still; of absurd weights they are not."""
+    squares = [measured.norm, measured.rounding, measured.weights]
+    squares += [square for distance in measured.distances for square in (distance.squared, distance.rounding)]
+    return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
 
 
 def _quantities(reader: Metadata, key: str, item: Any, names: str) -> dict[str, float]:
     """Finite numbers, none negative, under exactly these names."""
     if not isinstance(item, dict) or set(item) != set(names.split()):
-        raise reader.bad(key, f"must have {', '.join(names.split())}, and nothing else: {str(item)[:40]!r}")
+        raise reader.bad(key, f"must have {', '.join(names.split())}, and nothing else")
     for name, value in item.items():
         if not is_number(value) or value < 0:
-            raise reader.bad(key, f"{name} {str(value)[:40]!r} must be a finite number, at least 0")
+            raise reader.bad(key, f"{name} {shown(value)} must be a finite number, at least 0")
     return {name: float(value) for name, value in item.items()}
 
 
-def _check_partner(reader: Metadata, key: str, info: fmt.SnapshotInfo, distance: Distance) -> None:
+def _check_partner(
+    reader: Metadata, key: str, info: fmt.SnapshotInfo, tracked: frozenset[float], distance: Distance
+) -> None:
     if not info.t_first <= distance.t <= info.t:
         raise reader.bad(
             key,
             f"a distance to t {distance.t:g}: must lie in [{info.t_first:g}, {info.t:g}], from the first update to the "
             "snapshot's own time",
         )
-    if distance.sigma_rel not in info.sigma_rels:
+    if distance.sigma_rel not in tracked:
         raise reader.bad(
             key, f"a distance to sigma_rel {distance.sigma_rel:g}, none of the tracked {_listed(info.sigma_rels)}"
         )
@@ -315,12 +329,12 @@ def _check_partner(reader: Metadata, key: str, info: fmt.SnapshotInfo, distance:
 
 
 def _listed(sigma_rels: tuple[float, ...]) -> str:
-    shown = ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels[:8])
-    return shown if len(sigma_rels) <= 8 else f"{shown}, ..."
+    first = ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels[:8])
+    return first if len(sigma_rels) <= 8 else f"{first}, ..."
 
 
 def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
-    if not 0 < info.t_first <= info.t or info.step < 1:
+    if not fmt.EARLIEST <= info.t_first <= info.t <= fmt.LATEST or info.step < 1:
         raise FileFormatError(
             f"{path}: t {info.t:g}, first update {info.t_first:g}, step {info.step}: not a time of training"
         )

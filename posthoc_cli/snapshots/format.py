@@ -111,6 +111,8 @@ VERSION = "1"
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
 MAX_KNOTS = 1_000
+EARLIEST, LATEST = 1e-100, 1e100
+"""Training times lie between these: products of those beyond leave what a float holds."""
 SUFFIX = ".safetensors"
 
 ITEM_BYTES = {
@@ -272,6 +274,8 @@ def encode_header(
     except UnicodeEncodeError as error:
         near = str(error.object)[max(0, error.start - 40) : error.end + 40]
         raise InvalidValueError(f"a name or value cannot be written in UTF-8: {near!r}") from error
+    if b"\\u0000" in text:  # no reader takes it back
+        raise InvalidValueError("a name or value has a zero byte, which cannot be written")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
         raise InvalidValueError(f"the header would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")

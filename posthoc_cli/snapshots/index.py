@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import parse_json
 from posthoc_cli.snapshots.reader import read_small_file
@@ -18,23 +19,43 @@ from posthoc_cli.snapshots.reader import read_small_file
 INDEX_NAME = "model.safetensors.index.json"
 
 
+@dataclass(frozen=True)
+class ShardIndex:
+    """What an index says.
+
+    Attributes:
+        shards: the tensors in each file, by the file's name, growing.
+        total_size: bytes of all tensors; None where it says nothing of the kind.
+    """
+
+    shards: dict[str, list[str]]
+    total_size: int | None
+
+
 def read_index(path: Path) -> dict[str, list[str]]:
-    """The tensors in each file of a sharded model, by the file's name, growing.
+    """The tensors in each file of a sharded model, by the file's name, growing. Raises what `decode_index` raises."""
+    return decode_index(path).shards
+
+
+def decode_index(path: Path) -> ShardIndex:
+    """The index of a sharded model.
 
     Nothing in an index is believed: a name leads to a file beside it and nowhere else.
 
     Raises:
         FileFormatError: naming the index and what is wrong with it.
     """
-    weight_map = _read_object(path).get("weight_map")
+    found = _read_object(path)
+    weight_map, metadata = found.get("weight_map"), found.get("metadata")
     if not isinstance(weight_map, dict):
         raise FileFormatError(f"{path}: is not an index of shards: it has no weight_map")
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and is_plain_name(name)):
-            raise FileFormatError(f"{path}: tensor {tensor!r}: {str(name)[:60]!r} is not the name of a file beside it")
+            raise FileFormatError(f"{path}: tensor {shown(tensor)}: {shown(name)} is not the name of a file beside it")
         shards.setdefault(name, []).append(tensor)
-    return dict(sorted(shards.items()))
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return ShardIndex(dict(sorted(shards.items())), total if type(total) is int else None)
 
 
 def read_total_size(path: Path) -> int | None:

@@ -16,7 +16,7 @@ from pathlib import Path
 import filelock
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, LockedError
+from posthoc_cli.errors import FileFormatError, LockedError, printable
 from posthoc_cli.snapshots.reader import read_small_file
 
 log = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ class DirectoryLock:
         age = f"lock taken {_age(time.time() - since)} ago" if math.isfinite(since) else "lock taken at no known time"
         if process == os.getpid() and host == socket.gethostname():
             return f"another tracker of this process ({process}, {age})"
-        return f"process {process} on {_shown(host)} ({age})"
+        return f"process {process} on {printable(host[:80])} ({age})"
 
 
 def _forget(holder: Path, process: int) -> None:
@@ -92,8 +92,3 @@ def _age(seconds: float) -> str:
         if seconds >= 2 * length:
             return f"{seconds / length:.0f} {unit}"
     return f"{max(0.0, seconds):.0f} s"
-
-
-def _shown(text: str) -> str:
-    """A stranger's text, with what a terminal would obey escaped."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text[:80])

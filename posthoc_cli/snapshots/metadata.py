@@ -6,11 +6,17 @@ import json
 import math
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
+
+_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+
+_MOST_DIGITS = 4_300
+"""What Python itself accepts since 3.10.7, unless told otherwise."""
 
 
 def file_kind(header: fmt.FileHeader) -> str | None:
@@ -19,7 +25,7 @@ def file_kind(header: fmt.FileHeader) -> str | None:
 
 
 def parse_json(path: Path, data: bytes | str, what: str) -> Any:
-    """JSON without the liberties that Python takes: no key twice, no NaN.
+    """JSON without the liberties that Python takes: no key twice, no NaN, no text that is none.
 
     Raises:
         FileFormatError: naming the file and `what`.
@@ -36,9 +42,37 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
 
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
-        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse)
+        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=_parse_int())
+        if "\\u" in text:  # all other text is as it was decoded
+            _check_text(value)
+        return value
     except (ValueError, RecursionError) as error:
         raise FileFormatError(f"{path}: damaged {what}: {str(error)[:200]}") from error
+
+
+def _parse_int() -> Callable[[str], int] | None:
+    """None, the fast way, where Python itself refuses numbers of thousands of digits, which take it hours."""
+    limit: Callable[[], int] = getattr(sys, "get_int_max_str_digits", lambda: 0)
+    return None if limit() else _short_int
+
+
+def _short_int(digits: str) -> int:
+    if len(digits) > _MOST_DIGITS:
+        raise ValueError(f"a number of {len(digits):,} digits")
+    return int(digits)
+
+
+def _check_text(value: Any) -> None:
+    """Refuse text that escapes have made of what is none: halves of a character, zero bytes."""
+    left = [("", value)]
+    while left:
+        key, one = left.pop()
+        if isinstance(one, dict):
+            left += [*((name, name) for name in one), *one.items()]
+        elif isinstance(one, list):
+            left += [(key, item) for item in one]
+        elif isinstance(one, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in one):
+            raise ValueError(f"{shown(key)}: {shown(one)} is not Unicode text, or has a zero byte")
 
 
 def is_number(value: Any) -> bool:
@@ -54,11 +88,11 @@ class Metadata:
         self._metadata = header.metadata
         found = file_kind(header)
         if found != expected:
-            what = "has no ema.format" if found is None else f"its ema.format is {found[:40]!r}"
+            what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
             article = "an" if expected.startswith("o") else "a"
             raise FileFormatError(f"{path}: not {article} {expected} of this package: {what}")
         if self.text("ema.version") != fmt.VERSION:
-            raise self.bad("ema.version", f"{self.text('ema.version')[:40]!r}; this release reads {fmt.VERSION}")
+            raise self.bad("ema.version", f"{shown(self.text('ema.version'))}; this release reads {fmt.VERSION}")
 
     def bad(self, key: str, reason: str) -> FileFormatError:
         """An error to raise: what is wrong with a key."""
@@ -74,19 +108,25 @@ class Metadata:
             raise self.bad(key, "is missing")
         return self._metadata[key]
 
+    def unit(self) -> str:
+        """What time counts, as `tracker.settings` accepts it: a word for tables and pictures."""
+        text = self.text("ema.t_unit")
+        if not (text and text.isprintable()):
+            raise self.bad("ema.t_unit", f"{shown(text)} does not name what t counts")
+        return text
+
     def run_id(self) -> str:
         """32 hexadecimal digits."""
         text = self.text("ema.run_id")
         if not re.fullmatch(r"[0-9a-f]{32}", text):
-            raise self.bad("ema.run_id", f"{text[:40]!r} is not 32 hexadecimal digits")
+            raise self.bad("ema.run_id", f"{shown(text)} is not 32 hexadecimal digits")
         return text
 
     def number(self, key: str) -> float:
         """A finite number."""
-        try:
-            value = float(self.text(key))
-        except ValueError:
-            raise self.bad(key, f"{self.text(key)[:40]!r} is not a number") from None
+        if not _DECIMAL.fullmatch(self.text(key)):  # float() takes more: 1_0, digits of other scripts
+            raise self.bad(key, f"{shown(self.text(key))} is not a number")
+        value = float(self.text(key))
         if not math.isfinite(value):
             raise self.bad(key, f"{value} is not finite")
         return value
@@ -99,7 +139,7 @@ class Metadata:
         """A whole number."""
         text = self.text(key)
         if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise self.bad(key, f"{text[:40]!r} is not a whole number")
+            raise self.bad(key, f"{shown(text)} is not a whole number")
         return int(text)
 
     def json_object(self, key: str) -> dict[str, Any]:
@@ -127,5 +167,5 @@ class Metadata:
         """The string `part` of the object `value`, one of those accepted."""
         found = value.get(part) if isinstance(value, dict) else None
         if not isinstance(found, str) or found not in accepted:
-            raise self.bad(key, f"{part} {str(found)[:40]!r} is none of {', '.join(accepted)}")
+            raise self.bad(key, f"{part} {shown(found)} is none of {', '.join(accepted)}")
         return found

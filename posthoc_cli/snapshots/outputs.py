@@ -67,7 +67,7 @@ def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
         sigma_rel=reader.optional_number("ema.sigma_rel"),
         gamma=reader.optional_number("ema.gamma"),
         t=reader.number("ema.t"),
-        t_unit=reader.text("ema.t_unit"),
+        t_unit=reader.unit(),
         method=reader.text("ema.method"),
         profile_error=reader.number("ema.profile_error"),
         predicted_error=reader.optional_number("ema.predicted_error"),

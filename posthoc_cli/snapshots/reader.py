@@ -19,9 +19,12 @@ import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, VanishedError
+from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
+
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+"""What archives of torch.save begin with, and pickles."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +134,7 @@ class TensorFile:
 
     def damaged(self, name: str) -> FileFormatError:
         """The error for a block that is not what its checksum says."""
-        return FileFormatError(f"{self.path}: tensor {name!r} is damaged: its checksum does not match")
+        return FileFormatError(f"{self.path}: tensor {shown(name)} is damaged: its checksum does not match")
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a tensor, for estimates only: no checksum is looked at. Shape [end - begin].
@@ -150,7 +153,7 @@ class TensorFile:
             except OSError as error:
                 raise _cannot(self.path, "read", error) from error
             if count == 0:
-                raise FileFormatError(f"{self.path}: tensor {name!r}: the file became shorter while it was read")
+                raise FileFormatError(f"{self.path}: tensor {shown(name)}: the file became shorter while it was read")
             view, offset = view[count:], offset + count
 
     def close(self) -> None:
@@ -259,6 +262,8 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
         raise FileFormatError(f"{path}: truncated: {size:,} bytes cannot hold a safetensors header")
     length = int.from_bytes(prefix, "little")
     if length > fmt.MAX_HEADER_BYTES or 8 + length > size:
+        if prefix.startswith(_PICKLES):
+            raise FileFormatError(f"{path}: is a pickle (.pt, .bin), which is never read; save it as safetensors")
         raise FileFormatError(
             f"{path}: damaged, truncated or not safetensors: its header would take {length:,} bytes "
             f"of a file of {size:,}"

@@ -21,11 +21,11 @@ import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
-from posthoc_cli.snapshots.index import INDEX_NAME, read_index
+from posthoc_cli.snapshots.index import INDEX_NAME, decode_index, read_index
 from posthoc_cli.snapshots.reader import RangeReader, Snapshot, TensorFile, read_header
 
 
@@ -80,10 +80,10 @@ class TensorReader(Protocol):
 
 
 def is_sharded(path: Path) -> bool:
-    """Whether a path leads to a directory with an index; not one that may not be looked into."""
+    """Whether a path leads to a directory with an index."""
     try:
         return (path / INDEX_NAME).is_file()
-    except PermissionError:
+    except OSError:  # no permission, or a name too long to have one
         return False
 
 
@@ -169,7 +169,8 @@ def read_sharded(directory: Path) -> ShardedSnapshot | None:
         FileFormatError: the index or a shard is damaged, or they contradict each other.
     """
     index = directory / INDEX_NAME
-    names = read_index(index)
+    found = decode_index(index)
+    names = found.shards
     headers, problems = _read_headers(directory, names)
     if not names:
         raise FileFormatError(f"{index}: names no shard")
@@ -185,6 +186,7 @@ def read_sharded(directory: Path) -> ShardedSnapshot | None:
         _check_names(index, shard, names[shard.path.name])
     for other in shards[1:]:
         _check_same(shards[0], other)
+    _check_total(index, found.total_size, shards)
     return ShardedSnapshot(directory, _joined_header(shards), _joined_info(shards), tuple(shards))
 
 
@@ -204,9 +206,16 @@ def _check_names(index: Path, shard: Snapshot, names: Sequence[str]) -> None:
     """Check that a shard holds what the index says, and nothing else."""
     missing, further = set(names) - shard.header.tensors.keys(), shard.header.tensors.keys() - set(names)
     if missing:
-        raise FileFormatError(f"{shard.path}: tensor {min(missing)!r} is not in it, as {index.name} says")
+        raise FileFormatError(f"{shard.path}: tensor {shown(min(missing))} is not in it, as {index.name} says")
     if further:
-        raise FileFormatError(f"{shard.path}: tensor {min(further)!r} is in it, and not in {index.name}")
+        raise FileFormatError(f"{shard.path}: tensor {shown(min(further))} is in it, and not in {index.name}")
+
+
+def _check_total(index: Path, total: int | None, shards: Sequence[Snapshot]) -> None:
+    """Check the size that an index says, if any: no reader uses it, but a wrong one is damage."""
+    found = sum(entry.nbytes for shard in shards for entry in shard.header.tensors.values())
+    if total not in (None, found):
+        raise FileFormatError(f"{index}: total_size is {shown(total)}; the tensors of its shards have {found:,} bytes")
 
 
 def _check_same(first: Snapshot, other: Snapshot) -> None:
@@ -221,7 +230,7 @@ def _check_same(first: Snapshot, other: Snapshot) -> None:
             )
     for alias, name in other.info.aliases.items():
         if first.info.aliases.get(alias, name) != name:
-            raise FileFormatError(f"{first.path} and {other.path}: both have a tensor that goes by {alias!r}, too")
+            raise FileFormatError(f"{first.path} and {other.path}: both have a tensor that goes by {shown(alias)}, too")
 
 
 def _joined_header(shards: Sequence[Snapshot]) -> fmt.FileHeader:
@@ -248,7 +257,7 @@ def _joined_info(shards: Sequence[Snapshot]) -> fmt.SnapshotInfo:
         tensors |= shard.info.tensors
         aliases |= shard.info.aliases
     for alias in aliases.keys() & tensors.keys():
-        raise FileFormatError(f"{shards[0].path.parent}: {alias!r} is a tensor and a further name of another one")
+        raise FileFormatError(f"{shards[0].path.parent}: {shown(alias)} is a tensor and a further name of another one")
     measured = [shard.info.measurements for shard in shards]
     return replace(shards[0].info, tensors=tensors, aliases=aliases, measurements=_joined_measurements(measured))
 

@@ -81,7 +81,7 @@ def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
         run_id=reader.run_id(),
         step=reader.integer("ema.step"),
         t=reader.number("ema.t"),
-        t_unit=reader.text("ema.t_unit"),
+        t_unit=reader.unit(),
         sigma_rels=_numbers(reader, "ema.sigma_rels"),
         averages_t=reader.number("ema.averages_t"),
         averages_step=reader.integer("ema.averages_step"),

@@ -269,7 +269,13 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Move files and directories, durably, into a folder of their file system; returns where they went.
 
     Nothing there is replaced. What is gone from its place (moved by another hand, or an earlier try) is passed over.
+
+    Raises:
+        DirectoryError: the folder is a symbolic link.
+        WriteError: the system refused.
     """
+    if folder.is_symlink():
+        raise DirectoryError(f"{folder}: is a symbolic link; snapshots would leave the directory; remove it")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.snapshots.metadata import is_number
 from posthoc_cli.tracker.settings import check_sigma_rels
 
@@ -84,13 +84,6 @@ class Facts:
         if not isinstance(value, Mapping):
             raise _bad(key, "a dict", value)
         return value
-
-
-def shown(value: object) -> str:
-    """A value in few words, whatever it is: in one line, and no number of thousands of digits."""
-    if isinstance(value, (str, bool, float)) or value is None or (isinstance(value, int) and abs(value) < 2**63):
-        return repr(value)[:60]
-    return f"a {type(value).__name__}"
 
 
 def _bad(key: str, accepted: str, value: object) -> InvalidValueError:

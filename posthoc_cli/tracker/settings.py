@@ -15,6 +15,7 @@ import torch
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE, check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel
+from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, torch_dtype
@@ -165,6 +166,8 @@ def next_time(settings: Settings, own_clock: bool | None, last: float, step: int
         raise InvalidValueError(
             f"t {time:g}: must be finite and grow at every call; the last was {last:g} {settings.t_unit}"
         )
+    if not fmt.EARLIEST <= time <= fmt.LATEST:
+        raise InvalidValueError(f"t {time:g}: must lie within {fmt.EARLIEST:g} and {fmt.LATEST:g}")
     return time
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError, shown
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reader import Snapshot
@@ -21,7 +21,7 @@ from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.facts import Facts, shown
+from posthoc_cli.tracker.facts import Facts
 from posthoc_cli.tracker.layout import accumulator_dtype
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Settings, check_sigma_rels
@@ -124,7 +124,8 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if version != STATE_VERSION:
         raise InvalidValueError(f"state: has version {shown(version)}; this release reads {STATE_VERSION}")
     if facts.text("t_unit") != settings.t_unit:
-        raise InvalidValueError(f"state: counts time in {facts.text('t_unit')!r}, this tracker in {settings.t_unit!r}")
+        found = shown(facts.text("t_unit"))
+        raise InvalidValueError(f"state: counts time in {found}, this tracker in {settings.t_unit!r}")
     averages = RunningAverages(settings.sigma_rels)
     averages.t, averages.step = facts.number("averages_t"), facts.whole("averages_step")
     averages.t_first, averages.max_interval = facts.number("t_first"), facts.number("max_interval")

@@ -189,7 +189,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
     }
 
 
-names = st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20).filter(
+names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), min_size=1, max_size=20).filter(
     lambda n: n != "__metadata__"
 )
 times = st.floats(1e-9, 1e18)
@@ -204,8 +204,8 @@ times = st.floats(1e-9, 1e18)
     interval=st.floats(0, 1),
     sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
     step=st.integers(2, 10**18 - 1),
-    unit=names,
-    sums=st.none() | st.lists(st.floats(0, 1e300), min_size=4, max_size=4),
+    unit=names.filter(str.isprintable),
+    sums=st.none() | st.lists(st.just(0.0) | st.floats(1e-100, 1e100), min_size=4, max_size=4),
 )
 def test_what_a_snapshot_says_comes_back_exactly(
     tensor_names: list[str],
@@ -252,7 +252,7 @@ def test_names_that_look_like_the_format_itself_do_no_harm(tmp_path: Path) -> No
         '","x":"',
         "ema.checksums",
         "../../x",
-        "line\nbreak\x00\x1b[31m",
+        "line\nbreak\x01\x1b[31m",
         "ß→𝛾",
     ]
     values = {name: torch.full((2,), float(k)) for k, name in enumerate(tricky)}
@@ -326,3 +326,22 @@ def test_checksums_are_those_of_xxh3_over_each_block(monkeypatch: pytest.MonkeyP
     assert fmt.block_checksums(b"") == []
     # The value that xxHash's own test vectors give for no input, so that "XXH3, 64 bits, seed 0" is pinned.
     assert xxhash.xxh3_64_hexdigest(b"") == "2d06800538d394c2"
+
+
+@pytest.mark.parametrize("where", ["tensors", "aliases", "left_out"])
+def test_a_name_with_a_zero_byte_is_refused_before_a_file_appears(tmp_path: Path, where: str) -> None:
+    values = {"a\0" if where == "tensors" else "a": torch.ones(1)}
+    others = {"tensors": {}, "aliases": {"aliases": {"b\0": "a"}}, "left_out": {"left_out": ("b\0",)}}[where]
+    with pytest.raises(InvalidValueError, match="zero byte"):
+        write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, **others)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sums", [(5e-324, 1.0), (1e308, 1.0), (1.0, 1e200)])
+def test_measurements_too_far_from_1_to_reckon_with_are_read_as_none(sums: tuple[float, float]) -> None:
+    """Of float64 weights of 1e100 and more, say: the snapshot is as good as any other."""
+    info = make_info({"a": torch.ones(1)}, measurements=Measurements(*sums, ()))
+    path = Path("x")
+    entries = fmt.lay_out([fmt.TensorSpec("a", "F32", (1,))])
+    start = fmt.encode_header(entries, fmt.snapshot_metadata(info), {"a": "0" * 16})
+    assert decode_snapshot(path, decode_header(path, start, len(start) + 4)).measurements is None

@@ -1,0 +1,68 @@
+"""`ema` in this process, as a script may run it: what it prints, how it ends, and that it ends at all."""
+
+from __future__ import annotations
+
+import io
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from types import FrameType
+
+from ema_command import Result
+
+from posthoc_cli.cli import main
+
+LONGEST = 60
+"""Seconds that a command on a tiny directory may take on a busy machine."""
+
+
+class HungError(BaseException):
+    """Something has taken too long. Not an Exception: nobody may swallow it."""
+
+
+def run_ema(*arguments: object) -> Result:
+    """Run `ema` with these arguments."""
+    out, err = io.StringIO(), io.StringIO()
+    code = 0
+    with _undone(), redirect_stdout(out), redirect_stderr(err), time_limit():
+        sys.argv = ["ema", *map(str, arguments)]
+        try:
+            main()
+        except SystemExit as ended:
+            code = ended.code if isinstance(ended.code, int) else 1
+    return Result(code, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def time_limit() -> Iterator[None]:
+    """HungError where the block takes too long."""
+    before = signal.signal(signal.SIGALRM, _hang_up)
+    signal.alarm(LONGEST)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _hang_up(_: int, __: FrameType | None) -> None:
+    raise HungError(f"took more than {LONGEST} s")
+
+
+@contextmanager
+def _undone() -> Iterator[None]:
+    """What `main` sets for its process is set back."""
+    argv, hook, show = sys.argv, sys.excepthook, warnings.showwarning
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    root, level = list(logging.root.handlers), logging.root.level
+    try:
+        yield
+    finally:
+        sys.argv, sys.excepthook, warnings.showwarning = argv, hook, show
+        logging.root.handlers[:] = root
+        logging.root.setLevel(level)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)

@@ -1,0 +1,43 @@
+"""Everything that is checked of a file without making anything of it, behind one function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.sharded import read_sharded
+from posthoc_cli.snapshots.states import decode_state
+
+Content = dict[str, object]
+"""What a file holds: the bytes of each tensor by name, and what the file says about itself under ""."""
+
+
+def examine(path: Path) -> Content:
+    """Check every byte of a snapshot, an output, a state, or of the shards beside an index; returns what is there.
+
+    Raises:
+        PostHocError: naming the file.
+    """
+    if path.name != INDEX_NAME:
+        return _examine_file(path)
+    sharded = read_sharded(path.parent)
+    if sharded is None:
+        raise FileFormatError(f"{path}: leads to no snapshot")
+    content: Content = {}
+    for shard in sharded.shards:
+        content |= _examine_file(shard.path)
+    return content | {"": sharded.info}
+
+
+def _examine_file(path: Path) -> Content:
+    decoders = {"snapshot": decode_snapshot, "output": decode_output, "state": decode_state}
+    with TensorFile(path) as file:
+        kind = file_kind(file.header)
+        if kind not in decoders:
+            raise FileFormatError(f"{path}: its ema.format is {str(kind)[:40]!r}")
+        said = decoders[kind](path, file.header)
+        return {"": said} | {name: file.read(name).tobytes() for name in file.header.tensors}

@@ -1,0 +1,112 @@
+"""Headers that lie under right checksums: each must be found before a result is written, or change nothing."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from torture.forging import Inner, Pairs, Raw, dump, places, replaced, seal, take_apart
+from torture.tally import Experiment, Tally
+from torture.victims import Victim, small_index, small_output, small_shard, small_snapshot, small_state
+
+MAKERS: Sequence[Callable[[Path], Victim]] = (small_snapshot, small_output, small_state, small_index, small_shard)
+NO_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 400, "9" * 1_000_000, "0x10", "1_0", "--1")
+NO_TEXTS = (
+    '"\udcff"', '"\udcc3("', '"\udcc0\udcaf"', '"\udced\udca0\udc80"', '"\udcf0\udc9f"',  # no UTF-8
+    '"\\ud800"', '"\\udfff\\ud800"', '"a\\u0000b"', '"\\u0000"', '"\x00"', '"\x1b"', '"\n"', '"\\x"', "'a'",
+)  # fmt: skip
+DEPTHS = (100, 900, 2_000, 100_000)
+HUGE = 2 * 10**9
+
+
+def lie(folder: Path, share: float, seed: int) -> Tally:
+    """Every kind of lie, at every place of every header."""
+    tally, chance = Tally(), random.Random(seed)
+    for make in MAKERS:
+        (folder / make.__name__).mkdir()
+        victim = make(folder / make.__name__)
+        intact, data = victim.intact(), victim.path.read_bytes()
+        tree, payload = take_apart(victim.path)
+        lies = list(_lies(tree))
+        for what, lied in chance.sample(lies, max(1, round(share * len(lies)))):
+            victim.path.write_bytes(written(victim, lied, payload))
+            victim.tried(tally, what, intact)
+        _make_huge(victim, tally, intact)
+        victim.path.write_bytes(data)
+        if victim.intact() != intact:
+            tally.lost.append(f"{victim.kind}: is not what it was before")
+    return tally
+
+
+def written(victim: Victim, tree: Any, payload: bytes) -> bytes:
+    """The content of a file with this header."""
+    return dump(tree).encode("utf-8", "surrogateescape") if victim.is_index else seal(tree) + payload
+
+
+def _lies(tree: Any) -> Iterator[tuple[str, Any]]:
+    for at, found in places(tree):
+        if isinstance(found, Pairs):
+            for key, value in found:
+                yield f"key {key!r} twice, at {at}", replaced(tree, at, Pairs([*found, (key, value)]))
+                yield f"key {key!r} twice, null first, at {at}", replaced(tree, at, Pairs([(key, None), *found]))
+        if _is_number(found):
+            for other in NO_NUMBERS:
+                new = other if isinstance(found, str) else Raw(other)
+                yield f"{found!r} at {at} became {other[:20]}", replaced(tree, at, new)
+        if isinstance(found, str):
+            for other in NO_TEXTS:
+                yield f"{found[:20]!r} at {at} became {other!a}", replaced(tree, at, Raw(other))
+        for depth in DEPTHS:
+            for opened, closed in (("[", "]"), ('{"a":', "}")):
+                nested = Raw(opened * depth + "0" + closed * depth)
+                yield f"{depth} times {opened} at {at}", replaced(tree, at, nested)
+    yield from _wrong_offsets(tree)
+
+
+def _is_number(found: Any) -> bool:
+    """A number of JSON, or a metadata value that is one."""
+    if isinstance(found, Inner):
+        return False
+    try:
+        float(found)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(found, bool)
+
+
+def _wrong_offsets(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Offsets that overlap, leave gaps, descend, lie outside, or are not those of the shape."""
+    for at, found in places(tree):
+        if not (isinstance(found, Pairs) and [key for key, _ in found] == ["dtype", "shape", "data_offsets"]):
+            continue
+        begin, end = found[2][1]
+        wrong = [
+            [end, begin], [begin, begin], [end, end], [0, end - begin + 1], [begin + 1, end + 1], [begin - 1, end - 1],
+            [begin + 2**40, end + 2**40], [begin, 10**10], [begin - 2**63, end], [-begin - 1, -end - 1],
+            [begin + 2**63, end + 2**63], [begin + 2**64, end + 2**64], [begin], [begin, end, end], [begin, str(end)],
+            [float(begin), float(end)], [False, True], [None, None],
+        ]  # fmt: skip
+        for offsets in wrong:
+            yield f"offsets {offsets} at {at}", replaced(tree, (*at, 5), offsets)
+        for shape in ([-1], [2**62, 4], [0], [0, 2**62], [1.0], [True], ["1"], [1] * 100_000, [10**10], [[1]], 1):
+            yield f"shape {str(shape)[:30]} at {at}", replaced(tree, (*at, 3), shape)
+
+
+def _make_huge(victim: Victim, tally: Tally, intact: tuple[object, object]) -> None:
+    """A header of 2 GB, declared alone and really there, as a hole in the file."""
+    data = victim.path.read_bytes()
+    if victim.is_index:
+        os.truncate(victim.path, HUGE)
+        victim.tried(tally, "an index of 2 GB", intact)
+        return
+    for real in (False, True):
+        victim.path.write_bytes(HUGE.to_bytes(8, "little") + data[8:])
+        if real:
+            os.truncate(victim.path, HUGE + 8)
+        victim.tried(tally, f"a header of 2 GB, really there: {real}", intact)
+
+
+EXPERIMENTS = [Experiment("headers that lie, rightly sealed", lie, 0.05)]

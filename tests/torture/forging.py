@@ -1,0 +1,116 @@
+"""Headers taken apart, changed anywhere, and sealed again with a right checksum: what a stranger can write.
+
+A header is a tree: JSON objects as lists of pairs, so that a key may come twice, and the JSON in metadata strings as
+trees of their own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+MARK = b'"ema.checksum":"'
+
+
+class Pairs(list[tuple[Any, Any]]):
+    """A JSON object: keys (strings, or `Raw`) with their values."""
+
+
+@dataclass(frozen=True)
+class Inner:
+    """JSON in a string."""
+
+    value: Any
+
+
+@dataclass(frozen=True)
+class Raw:
+    """Text that stands in the file as it is; what it has of surrogateescape becomes bytes that are no UTF-8."""
+
+    text: str
+
+
+Place = tuple[int, ...]
+"""Where something is in a tree: 2 i for the key and 2 i + 1 for the value of a pair, i in a list, 0 in a string."""
+
+
+def take_apart(path: Path) -> tuple[Any, bytes]:
+    """The header of a file as a tree, and the payload; an index is all header."""
+    data = path.read_bytes()
+    if path.suffix == ".json":
+        return json.loads(data, object_pairs_hook=Pairs), b""
+    end = 8 + int.from_bytes(data[:8], "little")
+    tree = Pairs(json.loads(data[8:end], object_pairs_hook=Pairs))
+    return Pairs((k, Pairs((n, _inner(v)) for n, v in v) if k == "__metadata__" else v) for k, v in tree), data[end:]
+
+
+def _inner(text: str) -> Any:
+    try:
+        value = json.loads(text, object_pairs_hook=Pairs)
+    except ValueError:
+        return text
+    return Inner(value) if dump(value) == text else text
+
+
+def dump(tree: Any) -> str:
+    """A tree as JSON without spaces."""
+    if isinstance(tree, Pairs):
+        return "{" + ",".join(f"{dump(key)}:{dump(value)}" for key, value in tree) + "}"
+    if isinstance(tree, list):
+        return "[" + ",".join(map(dump, tree)) + "]"
+    if isinstance(tree, Inner):
+        return dump(dump(tree.value))
+    if isinstance(tree, Raw):
+        return tree.text
+    if isinstance(tree, str):
+        plain = json.dumps(tree, ensure_ascii=False)
+        return json.dumps(tree) if any("\ud800" <= c <= "\udfff" for c in tree) else plain
+    return json.dumps(tree)
+
+
+def seal(tree: Any) -> bytes:
+    """The first bytes of a file with this header, with a right checksum where the header has a place for it."""
+    text = dump(tree).encode("utf-8", "surrogateescape")
+    blank = len(text).to_bytes(8, "little") + text
+    before, mark, after = blank.partition(MARK)
+    if not mark:
+        return blank
+    blank = before + mark + b"0" * 16 + after[16:]
+    return before + mark + xxhash.xxh3_64_hexdigest(blank).encode() + after[16:]
+
+
+def places(tree: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Everything in a tree, keys too, with its place."""
+    yield at, tree
+    if isinstance(tree, Pairs):
+        for i, (key, value) in enumerate(tree):
+            yield (*at, 2 * i), key
+            yield from places(value, (*at, 2 * i + 1))
+    elif isinstance(tree, list):
+        for i, item in enumerate(tree):
+            yield from places(item, (*at, i))
+    elif isinstance(tree, Inner):
+        yield from places(tree.value, (*at, 0))
+
+
+def replaced(tree: Any, at: Place, new: Any) -> Any:
+    """The tree with something else at a place."""
+    if not at:
+        return new
+    step, *rest = at
+    further = tuple(rest)
+    if isinstance(tree, Inner):
+        return Inner(replaced(tree.value, further, new))
+    changed = type(tree)(tree)
+    if isinstance(tree, Pairs):
+        key, value = tree[step // 2]
+        pair = (replaced(key, further, new), value) if step % 2 == 0 else (key, replaced(value, further, new))
+        changed[step // 2] = pair
+    else:
+        changed[step] = replaced(tree[step], further, new)
+    return changed

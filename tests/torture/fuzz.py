@@ -1,0 +1,187 @@
+"""Headers changed at random and rightly sealed: one error of the package, or a file that everything can work with."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.cli.info import describe_directory, describe_file
+from posthoc_cli.errors import PostHocError
+from posthoc_cli.export import export_file
+from posthoc_cli.synthesis.judging import Judged
+from torture.examining import examine
+from torture.forged import written
+from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart
+from torture.tally import Experiment, Tally
+from torture.victims import Tiny, Victim, small_index, small_output, small_shard, small_snapshot, small_state
+
+EXAMPLES = 4_000
+"""Of each kind of file, for a share of 1."""
+
+SLOWEST = 10.0
+"""Seconds that a file of 2 KB may take on a busy machine."""
+
+ODD_TEXT = st.sampled_from(
+    [
+        "", "a", "b", "w", "tied", "__metadata__", "../../x", "/etc/x", "C:\\x", "A", "é", "e\u0301", "\x1b]0;x\x07",
+        "\u202e", "\ud800", "\0", "$x$", "=1", "state", "output", "snapshot", "1", "-0", "1e999", "null", "F32",
+        "F8_E5M2", "0.05/w", "copy/w", "x" * 10_000, "model-00001-of-00002.safetensors", "[" * 2_000, "{}", "[]",
+    ]
+)  # fmt: skip
+ODD_NUMBER = st.sampled_from(
+    [
+        0, -1, 1, 2, 7, 2**31, 2**53, 2**63 - 1, 2**63, 2**64, 10**30, 10**400, 0.5, -0.0, 1.5, 0.05, 0.28, 0.2886,
+        1e308, 5e-324, 1e-300, -1e308, True, False, None,
+    ]
+)  # fmt: skip
+ODD = st.recursive(
+    ODD_TEXT | ODD_NUMBER | st.text(max_size=5) | st.integers() | st.floats(allow_nan=False, allow_infinity=False),
+    lambda inner: st.lists(inner, max_size=3) | st.lists(st.tuples(ODD_TEXT, inner), max_size=3).map(Pairs),
+    max_leaves=5,
+) | st.sampled_from([Raw("NaN"), Raw("1e999"), Raw('"\udcff"'), Inner(Pairs()), Inner([])])
+
+
+def fuzz(folder: Path, share: float, chance: int) -> Tally:
+    """Change the header of each kind of file, many times."""
+    tally = Tally()
+    for make in (small_snapshot, small_output, small_state, small_index, small_shard):
+        (folder / make.__name__).mkdir()
+        _fuzz_one(make(folder / make.__name__), tally, max(10, round(share * EXAMPLES)), chance)
+    return tally
+
+
+def _fuzz_one(victim: Victim, tally: Tally, examples: int, chance: int) -> None:
+    tree, payload = take_apart(victim.path)
+
+    @seed(chance)
+    @settings(
+        max_examples=examples, deadline=None, database=None, phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+    )  # fmt: skip
+    @given(st.data())
+    def try_one(data: st.DataObject) -> None:
+        changed = tree
+        for _ in range(data.draw(st.sampled_from([1, 1, 1, 2]))):
+            changed = data.draw(_mutations(changed))
+        content = written(victim, changed, payload)
+        victim.path.write_bytes(content)
+        started = time.monotonic()
+        for name, use in _uses(victim).items():
+            _try(victim, tally, f"{victim.kind}, {name}", content, use)
+        if time.monotonic() - started > SLOWEST:
+            tally.missed.append(f"{victim.kind}: took {time.monotonic() - started:.0f} s: {content!r}"[:2000])
+
+    try_one()
+
+
+def _try(victim: Victim, tally: Tally, what: str, content: bytes, use: Callable[[], object]) -> None:
+    tally.tried += 1
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            use()
+    except PostHocError as error:
+        text = str(error)
+        if str(victim.path.parent) not in text or not text.isprintable() or len(text) > 2_000:
+            tally.missed.append(f"{what}: {text[:300]!r} of {content!r}"[:4000])
+        if victim.out.exists():
+            tally.lost.append(f"{what}: an output was left by {content!r}"[:4000])
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is no error of the package
+        tally.missed.append(f"{what}: {type(error).__name__}: {str(error)[:300]!r} of {content!r}"[:4000])
+    victim.out.unlink(missing_ok=True)
+
+
+@st.composite
+def _mutations(draw: Callable[[Any], Any], tree: Any) -> Any:
+    """The tree with one thing in it dropped, doubled, or become another."""
+    everything: list[tuple[Place, Any]] = list(places(tree))
+    at, found = everything[draw(st.integers(0, len(everything) - 1))]
+    if _is_key(tree, at):
+        return replaced(tree, at, draw(ODD_TEXT))
+    kind = draw(st.sampled_from(["like", "like", "like", "odd", "drop", "double", "other"]))
+    if kind in ("drop", "double") and isinstance(found, list) and found:
+        index = draw(st.integers(0, len(found) - 1))
+        rest = [*found[:index], *found[index + 1 :]] if kind == "drop" else [*found, found[index]]
+        return replaced(tree, at, type(found)(rest))
+    if kind == "like" and isinstance(found, str | int | float):
+        return replaced(tree, at, draw(ODD_TEXT if isinstance(found, str) else ODD_NUMBER))
+    if kind == "other":
+        return replaced(tree, at, everything[draw(st.integers(0, len(everything) - 1))][1])
+    return replaced(tree, at, draw(ODD))
+
+
+def _is_key(tree: Any, at: Place) -> bool:
+    for step in at:
+        if isinstance(tree, Pairs) and step % 2 == 0:
+            return True
+        tree = tree.value if isinstance(tree, Inner) else tree[step // 2][1] if isinstance(tree, Pairs) else tree[step]
+    return False
+
+
+# --- what is done with a file ----------------------------------------------------------------------
+
+
+def _uses(victim: Victim) -> dict[str, Callable[[], object]]:
+    uses: dict[str, Callable[[], object]] = {"examined": lambda: examine(victim.path)}
+    if victim.kind == "state":
+        return uses | {"info": lambda: _info(victim.path), "loaded": lambda: _load(victim.path)}
+    if victim.kind == "output":
+        return uses | {"info": lambda: _info(victim.path), "exported": lambda: export_file(victim.path, victim.out)}
+    run = victim.path.parent if victim.kind == "snapshot" else victim.path.parent.parent
+    return uses | {
+        "info": lambda: _info(victim.path if victim.kind == "snapshot" else victim.path.parent),
+        "info of all": lambda: _info(run),
+        "synthesized": victim.use,
+        "judged": lambda: Judged.of_directory(run).curve((0.05, 0.28), [], None, None),
+        "resumed": lambda: _resume(run),
+    }
+
+
+def _info(path: Path) -> None:
+    json.dumps(describe_directory(path) if path.is_dir() else describe_file(path), allow_nan=False).encode()
+
+
+def _load(path: Path) -> None:
+    """Go on from a state, in a directory of its own."""
+    home, model = path.with_name("fresh"), Tiny()
+    try:
+        with PostHocEMA.from_model(model, home, update_every=1, checkpoint_every=1) as tracker:
+            tracker.load_state(path)
+            _go_on(tracker, model, path)
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _resume(run: Path) -> None:
+    """Go on from snapshots, and put everything back."""
+    copy = run.with_name("copy")
+    shutil.copytree(run, copy)
+    try:
+        tracker = PostHocEMA.from_path(copy)
+        tracker.state_dict(0.05)
+        tracker.state_dict()
+    except PostHocError as error:
+        raise type(error)(str(error).replace(str(copy), str(run))) from error
+    finally:
+        shutil.rmtree(copy)
+
+
+def _go_on(tracker: PostHocEMA, model: Tiny, path: Path) -> None:
+    try:
+        tracker.update_(model, t=None if tracker.settings.t_unit == "steps" else tracker.t + 1)
+        tracker.flush()
+        tracker.state_dict()
+    except PostHocError as error:  # what is wrong is told of the training, which has taken the state
+        raise type(error)(f"{path}: {error}") from error
+
+
+EXPERIMENTS = [Experiment("headers changed at random, rightly sealed", fuzz, 0.02)]
