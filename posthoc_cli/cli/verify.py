@@ -59,12 +59,7 @@ def verify(
     output.log_to_stderr(False)
     _check_options(repair or clean, yes, dry_run, as_json)
     started = time.perf_counter()
-    contents = verification.list_contents(path.expanduser())
-    with output.progress_bar("verifying", contents.nbytes, False) as progress:
-        found = verification.verify(contents, progress)
-    if deep:
-        with output.progress_bar("measuring", verification.deep_bytes(found.snapshots), False) as progress:
-            found = verification.verify_measurements(found, progress)
+    found = _read(path.expanduser(), deep)
     seconds = time.perf_counter() - started
     plan = verification.plan_repair(found) if repair else None
     if not as_json:
@@ -86,6 +81,18 @@ def verify(
         _print_cleaning(found, cleaning, dry_run) if clean else None
     if found.problems or (plan.staying if plan is not None and (repaired or not plan.gone) else found.broken):
         raise typer.Exit(1)
+
+
+def _read(path: Path, deep: bool) -> Verification:
+    from posthoc_cli.snapshots import verification
+
+    contents = verification.list_contents(path)
+    with output.progress_bar("verifying", contents.nbytes, False) as progress:
+        found = verification.verify(contents, progress)
+    if not deep:
+        return found
+    with output.progress_bar("measuring", verification.deep_bytes(found.snapshots), False) as progress:
+        return verification.verify_measurements(found, progress)
 
 
 def _check_options(changes: bool, yes: bool, dry_run: bool, as_json: bool) -> None:

@@ -21,6 +21,7 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct
+from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.priors import snapshot_prior
 from posthoc_cli.snapshots.store import find_snapshots, inspect_directory
@@ -267,6 +268,39 @@ def test_a_sharded_snapshot_is_set_aside_whole(tmp_path: Path) -> None:
     assert len(list(moved.iterdir())) == 2
     assert [s.path.name for s in find_snapshots(tmp_path)] == ["20"]
     assert not is_snapshot_directory(verify(list_contents(tmp_path / "20")))
+
+
+def test_an_index_that_nobody_can_read_takes_nothing_with_it(run: Path, tmp_path: Path) -> None:
+    (run / INDEX_NAME).write_text("{")
+    values = {"a": torch.arange(6.0), "b": torch.ones(4)}
+    parts = [{name: value} for name, value in values.items()]
+    folder = write_sharded(tmp_path / "sharded" / "10", make_info(values, 10, sigma_rels=(0.05,)), parts)
+    shutil.copytree(folder, run / "110")
+    (run / "110" / INDEX_NAME).write_text("{")
+    moved = repair(planned(run))
+    assert {path.name for path in moved} == {INDEX_NAME, "110"}
+    assert len(list((run / "quarantine" / "110").iterdir())) == 3
+    assert len(find_snapshots(run)) == 20
+    assert verify(list_contents(run)).is_fine
+    (folder / INDEX_NAME).write_text("{")
+    found = verify(list_contents(folder))
+    assert found.broken == (folder,)
+    with pytest.raises(DirectoryError, match="is no directory of snapshots"):
+        plan_repair(found)
+
+
+def test_shards_of_an_output_in_the_directory_itself(ema: Ema, run: Path) -> None:
+    options = ("--sigma-rel", "0.15", "--format", "sharded", "--max-shard-size", "1KB")
+    result = ema("synthesize", run, "--out", run, *options)
+    assert result.code == 0, result.err
+    shards = sorted(run.glob("model-*"))
+    assert len(shards) == 2
+    assert verify(list_contents(run)).is_fine
+    flip(shards[0])
+    moved = {path.name for path in repair(planned(run))}
+    assert moved == {INDEX_NAME, *(path.name for path in shards)}
+    assert len(find_snapshots(run)) == 20
+    assert verify(list_contents(run)).is_fine
 
 
 def test_a_superseded_one_is_set_aside_too(run: Path) -> None:

@@ -12,6 +12,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, VanishedError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.index import INDEX_NAME, read_index
+from posthoc_cli.snapshots.lock import LOCK_NAME
 from posthoc_cli.snapshots.sharded import is_sharded
 from posthoc_cli.snapshots.store import QUARANTINE, SUPERSEDED, candidates
 
@@ -29,7 +30,7 @@ class Unit:
         path: the file, or the folder of the shards.
         files: the safetensors files; those that the index names need not be there.
         index: that of the shards.
-        tensors: what the index says is in each file, by the file's name.
+        tensors: what the index says is in each file, by the file's name; None where it cannot be read.
         problem: what is wrong with the index, an error's message.
         superseded: whether it was set aside, as not on the way of the training.
     """
@@ -65,6 +66,12 @@ class Contents:
     pickles: int = 0
 
     @property
+    def holds_a_run(self) -> bool:
+        """Whether the files in it are looked at as snapshots of one run: not as shards whose index is damaged."""
+        shards = any(unit.path == self.path and unit.problem for unit in self.units)
+        return self.is_directory and (not shards or (self.path / LOCK_NAME).exists())
+
+    @property
     def nbytes(self) -> int:
         """About how much there is to read."""
         return sum(_size(file) for unit in self.units for file in unit.files)
@@ -84,7 +91,7 @@ def list_contents(path: Path) -> Contents:
     if path.suffix in PICKLES:
         raise InvalidValueError(f"{path}: has no checksums, and no pickle is opened here; {ACCEPTED}")
     if path.name.endswith(".safetensors.index.json"):
-        return Contents(path, False, (_sharded(path, ()),))
+        return Contents(path, False, (_sharded(path),))
     return Contents(path, False, (Unit(path, (path,)),))
 
 
@@ -128,15 +135,15 @@ def _units_of_folder(folder: Path, paths: Iterable[Path]) -> list[Unit]:
     if not is_sharded(folder):
         return [Unit(path, (path,)) for path in found]
     try:
-        shards = _sharded(folder / INDEX_NAME, found)
+        shards = _sharded(folder / INDEX_NAME)
     except VanishedError:
         return []
     loose = [path for path in found if path not in shards.files]
     return [shards, *(Unit(path, (path,)) for path in loose)]
 
 
-def _sharded(index: Path, there: Iterable[Path]) -> Unit:
-    """The shards of an index; all that are `there` where it cannot be read.
+def _sharded(index: Path) -> Unit:
+    """The shards of an index; none where it cannot be read, so that files beside it are judged by themselves.
 
     Raises:
         VanishedError: the index is gone.
@@ -146,7 +153,7 @@ def _sharded(index: Path, there: Iterable[Path]) -> Unit:
     except FileFormatError as error:
         if isinstance(error, VanishedError) and not os.path.lexists(index):
             raise
-        return Unit(index.parent, tuple(there), index, problem=str(error))
+        return Unit(index.parent, (), index, problem=str(error))
     return Unit(index.parent, tuple(index.parent / name for name in tensors), index, tensors)
 
 

@@ -36,12 +36,13 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
     with worker_threads(UNITS_AT_A_TIME) as pool, _Stoppable(progress) as told:
         examined = in_order(pool, lambda unit: _examine(unit, told), contents.units)
         found = [(unit, one) for unit, one in zip(contents.units, examined, strict=True) if one.reports]
-    whole = [one.snapshot for unit, one in found if one.snapshot and one.is_fine and not unit.superseded]
+    own = [(one.snapshot, one.is_fine) for unit, one in found if one.snapshot and _is_of_the_run(unit, contents)]
+    whole = [snapshot for snapshot, is_fine in own if is_fine]
     wrong = strangers(whole)
     belonging = [snapshot for snapshot in whole if snapshot.path not in wrong]
     twice = doubles(belonging)
     snapshots = sorted((s for s in belonging if s.path not in twice), key=time_order)
-    harmed = [one.snapshot for unit, one in found if one.snapshot and not one.is_fine and not unit.superseded]
+    harmed = [snapshot for snapshot, is_fine in own if not is_fine]
     clock = clock_problem(snapshots)
     reports = _with_problems([report for _, one in found for report in one.reports], wrong | twice)
     return Verification(
@@ -76,6 +77,11 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
         snapshots=tuple(snapshot for snapshot in found.snapshots if snapshot not in gone),
         lost=(*found.lost, *gone),
     )
+
+
+def _is_of_the_run(unit: Unit, contents: Contents) -> bool:
+    """Whether readers of the directory see a unit: not what was superseded, nor a file in a folder of shards."""
+    return unit.path == contents.path or (contents.holds_a_run and unit.path.parent == contents.path)
 
 
 class _Stoppable:

@@ -95,8 +95,11 @@ def is_snapshot_directory(found: Verification) -> bool:
     """Whether it is a directory that a tracker writes to, good or bad."""
     if not found.is_directory:
         return False
-    own = [report for report in found.files if report.unit.parent == found.path]
-    return (found.path / LOCK_NAME).exists() or any(report.kind == "snapshot" for report in own)
+    if (found.path / LOCK_NAME).exists():
+        return True
+    # Beside an index, snapshots are as good as always shards, of one that stands in another directory.
+    is_shards = (found.path / INDEX_NAME).exists()
+    return not is_shards and any(r.kind == "snapshot" and r.unit.parent == found.path for r in found.files)
 
 
 def plan_repair(found: Verification) -> Repair:

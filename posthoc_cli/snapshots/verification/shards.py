@@ -43,12 +43,7 @@ def read_shards(unit: Unit, index: Path, progress: Progress) -> Examined:
     kinds = {file.content.kind for file in there if file.header is not None}
     what = next((file.content.model for file in there if file.content.model), "")
     of = f" of {what}" if what else ""
-    reports = [
-        _report_of_shard(path, file, unit, index, f"shard{of}")
-        if unit.tensors is not None or file is None
-        else file.report
-        for path, file in found.items()
-    ]
+    reports = [_report_of_shard(path, file, unit, index, f"shard{of}") for path, file in found.items()]
     snapshot, problem = _together(unit, index, there)
     if problem is not None and problem.state == MISMATCHED and not all(report.is_fine for report in reports):
         problem = None  # the cause has a line of its own
