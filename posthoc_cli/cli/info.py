@@ -26,7 +26,8 @@ def info(
 ) -> None:
     """Say what a directory or a file holds.
 
-    Reads headers only. Exit code 1 when something is wrong with a directory: mixed runs, gaps, damaged headers.
+    Reads headers only. Exit code 1 when something is wrong with a directory: mixed runs, damaged headers. Every byte
+    is checked by ema verify.
     """
     path = path.expanduser()
     report = describe_directory(path) if path.is_dir() else describe_file(path)
@@ -55,6 +56,7 @@ def describe_directory(path: Path) -> dict[str, Any]:
         report |= _describe_run(found)
     report["superseded"] = found.superseded
     report["leftovers"] = [leftover.name for leftover in found.leftovers]
+    report["notes"] = list(found.notes)
     report["problems"] = list(found.problems)
     return report
 
@@ -227,12 +229,14 @@ def _print(report: dict[str, Any]) -> None:
     pairs = [
         (key.replace("_", " "), _text(key, value))
         for key, value in report.items()
-        if key not in ("problems", "profiles")
+        if key not in ("notes", "problems", "profiles")
     ]
     output.print_pairs([(name, text) for name, text in pairs if text])
     if "profiles" in report:
         output.print_line("")
         _print_profiles(report["profiles"])
+    for note in report.get("notes", ()):
+        output.print_line(f"note: {note}")
     for problem in report.get("problems", ()):
         output.print_line(f"problem: {problem}")
 

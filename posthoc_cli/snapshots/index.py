@@ -58,17 +58,6 @@ def decode_index(path: Path) -> ShardIndex:
     return ShardIndex(dict(sorted(shards.items())), total if type(total) is int else None)
 
 
-def read_total_size(path: Path) -> int | None:
-    """What an index says of the bytes of all tensors; None where it says nothing.
-
-    Raises:
-        FileFormatError: as `read_index`.
-    """
-    metadata = _read_object(path).get("metadata")
-    total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return total if type(total) is int else None
-
-
 def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
     """The content of an index."""
     index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}

@@ -70,12 +70,14 @@ class Inspection:
     Attributes:
         snapshots: those that can be read, by time, then sigma_rel.
         problems: one line for each thing that is wrong.
+        notes: one line for each that is strange and not wrong.
         leftovers: temporaries of interrupted writes.
         superseded: number of snapshots set aside.
     """
 
     snapshots: tuple[Snapshot, ...]
     problems: tuple[str, ...]
+    notes: tuple[str, ...]
     leftovers: tuple[Path, ...]
     superseded: int
 
@@ -138,15 +140,14 @@ def inspect_directory(directory: Path) -> Inspection:
             _check_pair(first, other)
         except MismatchError as error:
             problems.append(str(error))
-    problems += _doubles(snapshots) + missing_at_newest(snapshots)
+    problems += _doubles(snapshots)
     aside = directory / SUPERSEDED
     return Inspection(
         snapshots=tuple(snapshots),
         problems=tuple(problems),
+        notes=tuple(missing_at_newest(snapshots)),
         leftovers=tuple(files.leftovers(directory)),
-        superseded=sum(p.suffix == fmt.SUFFIX or is_sharded(p) for p in files.system.list(aside))
-        if aside.is_dir()
-        else 0,
+        superseded=len(_snapshot_paths(files.system.list(aside))) if aside.is_dir() else 0,
     )
 
 

@@ -215,9 +215,9 @@ def test_an_inspection_lists_every_problem_and_goes_on(tmp_path: Path) -> None:
         "damaged.safetensors: truncated",
         "different runs",
         "both hold",
-        "t = 30, the newest: no snapshot of sigma_rel 0.28",
     ):
         assert sum(part in problem for problem in found.problems) == 1
+    assert found.notes == ("t = 30, the newest: no snapshot of sigma_rel 0.28",)
     assert found.leftovers == (tmp_path / ".ema-0123.tmp",)
     assert found.superseded == 1
 

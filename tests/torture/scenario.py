@@ -26,7 +26,8 @@ from posthoc_cli.cli import main
 from posthoc_cli.errors import PostHocError, WriteError
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.store import SUPERSEDED, find_snapshots, inspect_directory
+from posthoc_cli.snapshots.store import find_snapshots
+from posthoc_cli.snapshots.verification import list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.verifying import verify_payload
 
 SIGMA_RELS = (0.05, 0.28)
@@ -219,11 +220,8 @@ def problems_of(directory: Path) -> list[str]:
     """What is wrong in a directory of snapshots, by all that can be verified."""
     if not any(path.suffix == ".safetensors" for path in directory.iterdir()):
         return []
-    found = list(inspect_directory(directory).problems) if find_snapshots(directory) else []
-    found = [line for line in found if "the newest: no snapshot" not in line]
-    for path in [*directory.glob("*.safetensors"), *(directory / SUPERSEDED).glob("*.safetensors")]:
-        verify_payload(path, read_header(path))
-    return found
+    found = verify_measurements(verify(list_contents(directory)))
+    return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
 
 
 def wrong_snapshots(directory: Path) -> list[str]:

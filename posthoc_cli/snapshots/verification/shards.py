@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from posthoc_cli.errors import FileFormatError
-from posthoc_cli.snapshots.index import INDEX_NAME, read_total_size
+from posthoc_cli.snapshots.index import INDEX_NAME, decode_index
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import read_sharded
 from posthoc_cli.snapshots.verification.contents import Unit
@@ -79,14 +79,14 @@ def _together(unit: Unit, index: Path, there: Sequence[ReadFile]) -> tuple[Snaps
     kinds = {file.content.kind for file in there if file.header is not None}
     if len(there) < len(unit.files) or any(file.header is None for file in there):
         return None, None
-    problem = _difference(there)
+    problem = _difference(there) or _wrong_size(index, there)
     snapshot = None
     if problem is None and kinds == {"snapshot"} and index.name == INDEX_NAME:
         try:
             snapshot = read_sharded(unit.path)
         except FileFormatError as error:
             problem = Problem(MISMATCHED, str(error).replace(f"{unit.path}{os.sep}", ""))
-    return snapshot, problem or _wrong_size(index, there)
+    return snapshot, problem
 
 
 def _difference(there: Sequence[ReadFile]) -> Problem | None:
@@ -111,7 +111,7 @@ def _wrong_size(index: Path, there: Sequence[ReadFile]) -> Problem | None:
     """An index has no checksum: what nothing else tells is compared with the shards. Other libraries' may be off."""
     held = sum(entry.nbytes for file in there if file.header for entry in file.header.tensors.values())
     try:
-        said = read_total_size(index)
+        said = decode_index(index).total_size
     except FileFormatError as error:
         return problem_of(error, index)
     if said == held or all(file.content.kind is None for file in there):
