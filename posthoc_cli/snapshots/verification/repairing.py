@@ -131,16 +131,14 @@ def repair(plan: Repair) -> list[Path]:
     Raises:
         LockedError: a tracker is writing to the directory.
         MismatchError: something of it has changed since; nothing was moved.
+        DirectoryError: the folder `quarantine` is a symbolic link; nothing was moved.
         WriteError: the system refused. What was moved is in the folder `quarantine`, the rest where it was.
     """
     with _held(plan.directory):
         for path, known in zip(plan.gone, plan.stamps, strict=True):
             if _stamp(path) not in (known, None):
                 raise MismatchError(f"{path}: has changed since it was read; nothing was set aside; run again")
-        aside = plan.directory / QUARANTINE
-        if aside.is_symlink():
-            raise DirectoryError(f"{aside}: is a symbolic link; nothing is moved to where it leads")
-        return move_aside(plan.gone, aside) if plan.gone else []
+        return move_aside(plan.gone, plan.directory / QUARANTINE) if plan.gone else []
 
 
 def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning:
