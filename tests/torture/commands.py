@@ -33,6 +33,9 @@ def run_ema(*arguments: object) -> Result:
             main()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
+        except Exception as error:  # noqa: BLE001 - as the interpreter does at the end of a process
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
     return Result(code, out.getvalue(), err.getvalue())
 
 

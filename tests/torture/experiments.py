@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torture import damage, forged, fuzz, strangers
+from torture import bounds, damage, forged, fuzz, steering, strangers
 from torture.tally import Experiment
 
-EXPERIMENTS: list[Experiment] = [*damage.EXPERIMENTS, *forged.EXPERIMENTS, *fuzz.EXPERIMENTS, *strangers.EXPERIMENTS]
+ROOMS = (damage, forged, fuzz, strangers, steering, bounds)
+
+EXPERIMENTS: list[Experiment] = [experiment for room in ROOMS for experiment in room.EXPERIMENTS]
