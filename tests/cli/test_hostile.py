@@ -16,6 +16,7 @@ import torch
 from ema_command import Ema, unmeasured_environment
 from factories import RUN_ID, write_snapshot
 from safetensors.torch import load_file
+from torture.commands import run_ema
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli import output
@@ -24,7 +25,6 @@ from posthoc_cli.errors import DirectoryError, OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile, system
 from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from torture.commands import run_ema
 
 # --- links -----------------------------------------------------------------------------------------
 
