@@ -110,4 +110,5 @@ def _numbers(reader: Metadata, key: str, null: float | None = None) -> tuple[flo
     values = reader.json_list(key)
     if not all(is_number(value) or (value is None and null is not None) for value in values):
         raise reader.bad(key, "is not a list of numbers")
-    return tuple(null if value is None else value for value in values)
+    found: list[Any] = [null if value is None else value for value in values]
+    return tuple(found)

@@ -79,6 +79,17 @@ def test_links_among_shards_are_replaced_themselves(
     assert precious.read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("name", [INDEX_NAME, "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_directory_among_shards_is_refused_and_keeps_its_name(ema: Ema, run: Path, tmp_path: Path, name: str) -> None:
+    keep = tmp_path / "out" / name / "mine"
+    keep.parent.mkdir(parents=True)
+    keep.write_bytes(b"mine")
+    command = ("synthesize", run, "--sigma-rel", "0.1", "--format", "sharded", "--out", tmp_path / "out", "--force")
+    assert f"{name}: is a directory" in ema(*command).error
+    assert keep.read_bytes() == b"mine"
+    assert [path.name for path in keep.parent.parent.iterdir()] == [name]
+
+
 def test_a_pipe_or_device_is_never_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     with pytest.raises(OutputExistsError, match="pipe, socket or device"):

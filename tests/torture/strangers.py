@@ -282,9 +282,9 @@ def _meet(scene: Scene, place: Place, thing: str, tally: Tally) -> None:
 
 
 def _is_named_folder(path: Path) -> bool:
-    """A folder for the output that is itself a link: as with the folders above it, the user has named what it leads
-    to. Names *in* it are never followed."""
-    return path.name == "folder" and path.is_symlink()
+    """A folder for outputs that is itself a link: as with the folders above it, the user has named what it leads to.
+    Names *in* it are never followed."""
+    return path.parent.name == "out" and path.is_symlink() and path.is_dir()
 
 
 def _temporaries(scene: Scene) -> set[Path]:
