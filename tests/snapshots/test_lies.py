@@ -19,7 +19,7 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.export import export_file, write_synthesis
 from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.snapshots.metadata import parse_json
-from posthoc_cli.snapshots.sharded import read_sharded
+from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
 from posthoc_cli.synthesis import disk_sources, plan_synthesis
 
 
@@ -139,6 +139,10 @@ def test_a_total_size_that_is_not_that_of_the_shards_is_damage(tmp_path: Path, t
     index.write_text(json.dumps(text))
     with pytest.raises(FileFormatError, match=r"total_size is .*; the tensors of its shards have 12 bytes"):
         read_sharded(index.parent)
+
+
+def test_a_name_that_no_file_can_have_is_no_sharded_snapshot(tmp_path: Path) -> None:
+    assert not is_sharded(tmp_path / ("x" * 300))
 
 
 def test_an_index_may_leave_its_total_size_out(tmp_path: Path) -> None:

@@ -102,7 +102,9 @@ class Stage:
         yield "export", home / "broken" / "0000000000000010-0.05.safetensors", "--out", f"{new}-3.pt"
         yield "error-plot", run, "--out", f"{new}.svg", "--csv", f"{new}.csv", "--draw", "0.1"
         yield "error-plot", run, "--profile", home / f"{self.name}.csv", "--out", f"{new}.png"
-        yield "plan", "--steps", "1000", "--params", "10", "--max-size", "1MB", "--like", run, "--out", f"{new}.pdf"
+        quick = ("--sigma-rels", "0.05,0.28", "--dtype", "float16")
+        task = ("--steps", "1000", "--params", "10", "--max-size", "1MB", *quick)
+        yield "plan", *task, "--like", run, "--out", f"{new}.pdf"
         yield "prune", run, "--keep", "1", "--dry-run"
         yield "prune", run, "--keep", "99", "--yes"
         yield "profile", "--sigma-rel", self.name

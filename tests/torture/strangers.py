@@ -205,7 +205,6 @@ SHARD = "sharded/10/model-00001-of-00002.safetensors"
 ALL_OF_A_RUN = (
     ("info", "RUN"), ("synthesize", "RUN", *SIGMA_REL, "--out", "OUT"), ("prune", "RUN", "--keep", "2", "--yes"),
     ("error-plot", "RUN", "--csv", "OUT"),
-    ("plan", "--steps", "1000", "--params", "10", "--max-size", "1MB", "--like", "RUN"),
 )  # fmt: skip
 
 
