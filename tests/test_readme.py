@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from ema_command import Ema
+from torture.experiments import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA
 
@@ -79,3 +80,18 @@ def test_every_command_line_in_the_readme_is_accepted(
             continue
         result = ema(*line.split())
         assert result.code != 2, (line, result.err)
+
+
+def test_every_test_in_the_table_of_invariants_exists() -> None:
+    _, _, section = README.partition("### What holds, and what shows it")
+    named = set(re.findall(r"`(test_\w+)`", section.partition("\n## ")[0]))
+    assert len(named) >= 20
+    folder = Path(__file__).resolve().parent
+    defined = {name for path in folder.rglob("*.py") for name in re.findall(r"def (test_\w+)", path.read_text())}
+    assert named <= defined, sorted(named - defined)
+
+
+def test_every_experiment_in_the_readme_exists() -> None:
+    _, _, section = README.partition("### What holds, and what shows it")
+    named = set(re.findall(r"\*([^*|]+)\*", section.partition("\n## ")[0]))
+    assert named <= {experiment.name for experiment in EXPERIMENTS}

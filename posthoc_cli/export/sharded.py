@@ -49,6 +49,14 @@ def _is_snapshot(path: Path) -> bool:
         return False
 
 
+def _model_files(folder: Path) -> list[Path]:
+    """What a folder has under the names of a model's files, sorted."""
+    if not folder.is_dir():
+        return []
+    found = files.system.list(folder)
+    return sorted(path for path in found if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
+
+
 class ShardedSink:
     """Shards and an index in a folder, as the Hugging Face libraries lay them out.
 
@@ -69,6 +77,9 @@ class ShardedSink:
             raise OutputExistsError(f"{folder}: is a file; shards need a folder")
         if not overwrite and holds_model(folder):
             raise OutputExistsError(f"{folder}: holds a model already; choose another folder, or --force to replace it")
+        for path in _model_files(folder):
+            if path.is_dir() and not path.is_symlink():
+                raise OutputExistsError(f"{path}: is a directory, which no model replaces; choose another folder")
         self._folder = folder
         self._overwrite = overwrite
         by_name = {spec.name: spec for spec in specs}
@@ -143,10 +154,9 @@ class _OldModel:
     def keep(self) -> None:
         """Give every file a second name. The index loses its first: it must not lead to shards of two models."""
         with files.reported_as_write_error(self._folder):
-            for path in sorted(files.system.list(self._folder)):
-                if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name):
-                    self._kept[path] = files.temporary_path(self._folder)
-                    self._rename_or_link(path)
+            for path in _model_files(self._folder):
+                self._kept[path] = files.temporary_path(self._folder)
+                self._rename_or_link(path)
 
     def _rename_or_link(self, path: Path) -> None:
         if path.name != INDEX_NAME:

@@ -105,9 +105,10 @@ def tensors_with(prefix: str, header: fmt.FileHeader) -> dict[str, str]:
     return {name: full for full, (first, _, name) in split.items() if first == prefix}
 
 
-def _numbers(reader: Metadata, key: str, null: Any = None) -> tuple[float, ...]:
-    """A JSON list of finite numbers, whole ones as such; `null` stands for nulls."""
-    values = [null if value is None else value for value in reader.json_list(key)]
-    if not all(value == math.inf or is_number(value) for value in values):
+def _numbers(reader: Metadata, key: str, null: float | None = None) -> tuple[float, ...]:
+    """A JSON list of finite numbers, whole ones as such; `null` stands for nulls, if any may be there."""
+    values = reader.json_list(key)
+    if not all(is_number(value) or (value is None and null is not None) for value in values):
         raise reader.bad(key, "is not a list of numbers")
-    return tuple(values)
+    found: list[Any] = [null if value is None else value for value in values]
+    return tuple(found)

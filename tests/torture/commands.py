@@ -15,7 +15,7 @@ from ema_command import Result
 
 from posthoc_cli.cli import main
 
-LONGEST = 60
+LONGEST = 180
 """Seconds that a command on a tiny directory may take on a busy machine."""
 
 
@@ -33,6 +33,9 @@ def run_ema(*arguments: object) -> Result:
             main()
         except SystemExit as ended:
             code = ended.code if isinstance(ended.code, int) else 1
+        except Exception as error:  # noqa: BLE001 - as the interpreter does at the end of a process
+            sys.excepthook(type(error), error, error.__traceback__)
+            code = 1
     return Result(code, out.getvalue(), err.getvalue())
 
 

@@ -14,7 +14,7 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.store import SUPERSEDED, find_snapshots
 from torture.scenario import STEPS, Run, contents, problems_of, tensors_of, wrong_output, wrong_snapshots
 from torture.simulated import KINDS, Disk, Faulty, Recording, installed
-from torture.tally import Tally
+from torture.tally import Experiment, Tally
 
 CRASHES = ("kill", "nothing", "names", "some")
 """What `Disk.leave` takes."""
@@ -171,3 +171,9 @@ def _go_on(tally: Tally, run: Run, where: str, kept: Mapping[str, Mapping[str, b
     tally.lost += [f"{where}: going on: {name} is not there" for name in newest - now.keys()]
     tally.lost += [f"{where}: going on: {line}" for path in run.outputs for line in _wrong_output(path)]
     tally.lost += [f"{where}: going on: {line}" for line in _wrong_shards(run.shards)]
+
+
+EXPERIMENTS = (
+    Experiment("an error at every file operation", errors_at_every_operation, 0.006),
+    Experiment("a kill or a loss of power at every file operation", crashes_at_every_operation, 0.03),
+)

@@ -54,7 +54,7 @@ def _inner(text: str) -> Any:
         value = json.loads(text, object_pairs_hook=Pairs)
     except ValueError:
         return text
-    return Inner(value) if dump(value) == text else text
+    return Inner(value) if isinstance(value, list) or dump(value) == text else text
 
 
 def dump(tree: Any) -> str:

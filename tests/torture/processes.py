@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ema_command import unmeasured_environment
 
-from torture.tally import Tally
+from torture.tally import Experiment, Tally
 
 
 def kills(folder: Path, share: float, seed: int) -> Tally:
@@ -31,3 +31,9 @@ def _in_nursery(name: str, folder: Path, count: int, seed: int) -> Tally:
         env=unmeasured_environment(),  # coverage would be written by every child, or half of it
     )
     return Tally(**json.loads(done.stdout))
+
+
+EXPERIMENTS = (
+    Experiment("trainings killed and resumed by their own script", kills, 0.02),
+    Experiment("every command stopped at a random moment", signals, 0.01),
+)

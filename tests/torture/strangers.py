@@ -205,7 +205,6 @@ SHARD = "sharded/10/model-00001-of-00002.safetensors"
 ALL_OF_A_RUN = (
     ("info", "RUN"), ("synthesize", "RUN", *SIGMA_REL, "--out", "OUT"), ("prune", "RUN", "--keep", "2", "--yes"),
     ("error-plot", "RUN", "--csv", "OUT"),
-    ("plan", "--steps", "1000", "--params", "10", "--max-size", "1MB", "--like", "RUN"),
 )  # fmt: skip
 
 
@@ -282,9 +281,9 @@ def _meet(scene: Scene, place: Place, thing: str, tally: Tally) -> None:
 
 
 def _is_named_folder(path: Path) -> bool:
-    """A folder for the output that is itself a link: as with the folders above it, the user has named what it leads
-    to. Names *in* it are never followed."""
-    return path.name == "folder" and path.is_symlink()
+    """A folder for outputs that is itself a link: as with the folders above it, the user has named what it leads to.
+    Names *in* it are never followed."""
+    return path.parent.name == "out" and path.is_symlink() and path.is_dir()
 
 
 def _temporaries(scene: Scene) -> set[Path]:

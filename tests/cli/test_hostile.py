@@ -1,0 +1,311 @@
+"""Strangers' directories, names and surroundings: nothing leaves the named places, nothing steers, nothing leaks."""
+
+from __future__ import annotations
+
+import getpass
+import os
+import pickle
+import socket
+import subprocess
+import sys
+import unicodedata
+from pathlib import Path
+
+import pytest
+import torch
+from ema_command import Ema, unmeasured_environment
+from factories import RUN_ID, write_snapshot
+from safetensors.torch import load_file
+from torture.commands import run_ema
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.cli import output
+from posthoc_cli.demo.folder import Folder
+from posthoc_cli.errors import DirectoryError, OutputExistsError, WriteError
+from posthoc_cli.files import PendingFile, system
+from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
+
+# --- links -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def precious(tmp_path: Path) -> Path:
+    """Somebody's file, elsewhere."""
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "elsewhere" / "precious"
+    path.write_bytes(b"mine")
+    return path
+
+
+@pytest.mark.parametrize("name", ["out.safetensors", "out.pt", "out.png", "out.csv"])
+def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_by_force(
+    ema: Ema, run: Path, tmp_path: Path, precious: Path, name: str
+) -> None:
+    out = tmp_path / name
+    out.symlink_to(precious)
+    option = "--csv" if name.endswith("csv") else "--out"
+    plot = ("error-plot", run, option, out)
+    command = plot if name.endswith(("png", "csv")) else ("synthesize", run, "--sigma-rel", "0.1", "--out", out)
+    assert "is there already" in ema(*command).error
+    assert out.is_symlink()
+    assert ema(*command, "--force").code == 0
+    assert not out.is_symlink()
+    assert precious.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", INDEX_NAME, "model-00001-of-00002.safetensors"])
+def test_links_among_shards_are_replaced_themselves(
+    ema: Ema, run: Path, tmp_path: Path, precious: Path, name: str
+) -> None:
+    folder = tmp_path / "out"
+    folder.mkdir()
+    (folder / name).symlink_to(precious)
+    command = (
+        "synthesize",
+        run,
+        "--sigma-rel",
+        "0.1",
+        "--format",
+        "sharded",
+        "--max-shard-size",
+        "60",
+        "--out",
+        folder,
+    )
+    assert ema(*command, "--force", "-q").code == 0
+    assert (folder / INDEX_NAME).exists()
+    assert not any(path.is_symlink() for path in folder.iterdir())
+    assert precious.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", [INDEX_NAME, "model.safetensors", "model-00001-of-00002.safetensors"])
+def test_a_directory_among_shards_is_refused_and_keeps_its_name(ema: Ema, run: Path, tmp_path: Path, name: str) -> None:
+    keep = tmp_path / "out" / name / "mine"
+    keep.parent.mkdir(parents=True)
+    keep.write_bytes(b"mine")
+    command = ("synthesize", run, "--sigma-rel", "0.1", "--format", "sharded", "--out", tmp_path / "out", "--force")
+    assert f"{name}: is a directory" in ema(*command).error
+    assert keep.read_bytes() == b"mine"
+    assert [path.name for path in keep.parent.parent.iterdir()] == [name]
+
+
+def test_a_pipe_or_device_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(OutputExistsError, match="pipe, socket or device"):
+        PendingFile(tmp_path / "pipe", overwrite=True)
+
+
+def test_snapshots_are_not_set_aside_through_a_link(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    model = torch.nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=1) as tracker:
+        tracker.update_(model)
+        state = tracker.state_dict()
+        tracker.update_(model)
+        tracker.flush()
+        (tmp_path / "run" / "superseded").symlink_to(tmp_path / "elsewhere")
+        with pytest.raises(DirectoryError, match="superseded: is a symbolic link"):
+            tracker.load_state_dict(state)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_lock_that_is_a_link_is_refused_and_not_followed(tmp_path: Path, precious: Path, there: bool) -> None:
+    target = precious if there else precious.with_name("nothing")
+    (tmp_path / LOCK_NAME).symlink_to(target)
+    with pytest.raises(WriteError, match=str(tmp_path)):
+        DirectoryLock(tmp_path)
+    assert precious.read_bytes() == b"mine"
+    assert not precious.with_name("nothing").exists()
+
+
+def test_a_lock_that_is_another_name_of_a_file_leaves_it_as_it_is(tmp_path: Path, precious: Path) -> None:
+    (tmp_path / LOCK_NAME).hardlink_to(precious)
+    DirectoryLock(tmp_path).release()
+    assert precious.read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("name", ["snapshots", "averages", "tracked"])
+def test_a_demo_clears_nothing_through_a_link(tmp_path: Path, name: str) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "sigma_rel-0.1.safetensors").write_bytes(b"mine")
+    folder = Folder(tmp_path / "demo")
+    folder.prepare(force=False)
+    if (tmp_path / "demo" / name).is_dir():
+        (tmp_path / "demo" / name).rmdir()
+    (tmp_path / "demo" / name).symlink_to(elsewhere)
+    with pytest.raises(OutputExistsError, match=f"{name}: is a symbolic link"):
+        folder.prepare(force=True)
+    assert (elsewhere / "sigma_rel-0.1.safetensors").read_bytes() == b"mine"
+
+
+def test_a_temporary_that_a_stranger_was_first_to_make_is_left_alone(
+    tmp_path: Path, precious: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("posthoc_cli.files.secrets.token_hex", lambda _: "guessed")
+    (tmp_path / ".ema-guessed.tmp").symlink_to(precious)
+    with pytest.raises(WriteError, match="file exists"):
+        PendingFile(tmp_path / "out")
+    assert precious.read_bytes() == b"mine"
+    assert (tmp_path / ".ema-guessed.tmp").is_symlink()
+
+
+# --- what is shown ---------------------------------------------------------------------------------
+
+
+def test_nothing_from_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
+    name = "\x1b]0;x\x07\u202e\nema: error: "
+    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])})
+    for debug in ((), ("--debug",)):
+        result = run_ema(*debug, "synthesize", tmp_path / "run", "--sigma-rel", "0.1", "--out", tmp_path / f"{name}.pt")
+        assert result.code == 1
+        assert ("Traceback" in result.err) == bool(debug)
+        assert result.err.replace("\n", "").isprintable()
+        assert "\\x1b]0;x\\x07\\u202e\\n" in result.err
+
+
+@pytest.mark.parametrize("name", ["[bold]x[/]", "\\[red]x", "[link=file:///etc/passwd]x", ":smile:"])
+def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], name: str) -> None:
+    output.print_table([f"c({name})", "n"], [[name, "1"]])
+    header, row = capsys.readouterr().out.splitlines()
+    assert header.split() == [f"c({name})", "n"]
+    assert row.split() == [name, "1"]
+
+
+def test_a_message_is_cut_where_a_name_is_endless(ema: Ema, tmp_path: Path) -> None:
+    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"x" * 100_000: torch.tensor([float("nan")])})
+    assert len(ema("synthesize", tmp_path / "run", "--sigma-rel", "0.1", "--out", tmp_path / "o.pt").err) < 6_000
+
+
+def test_a_pipe_in_place_of_a_profile_does_not_keep_the_command_waiting(ema: Ema, run: Path, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "p.csv")
+    result = ema("synthesize", run, "--profile", tmp_path / "p.csv", "--out", tmp_path / "out.pt")
+    assert result.code == 2
+    assert "is no regular file; must be a text file" in result.error
+
+
+# --- names -----------------------------------------------------------------------------------------
+
+
+def test_names_that_some_file_systems_take_for_one_are_two_tensors(ema: Ema, tmp_path: Path) -> None:
+    names = ["w", "W", unicodedata.normalize("NFC", "é"), unicodedata.normalize("NFD", "é"), "../../x", "/etc/x", ""]
+    values = {name: torch.full((2,), float(index)) for index, name in enumerate(names)}
+    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, values, sigma_rels=(0.05,))
+    folder = tmp_path / "out"
+    command = ("synthesize", tmp_path / "run", "--sigma-rel", "0.05", "--format", "sharded", "--max-shard-size", "8")
+    assert ema(*command, "--out", folder, "-q").code == 0
+    shards = [path for path in folder.iterdir() if path.name != INDEX_NAME]
+    assert sorted(path.name for path in shards) == [f"model-{n:05d}-of-00007.safetensors" for n in range(1, 8)]
+    found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert {name: tensor.tolist() for name, tensor in found.items()} == {n: v.tolist() for n, v in values.items()}
+
+
+def test_a_pickle_is_refused_in_plain_words(ema: Ema, run: Path, tmp_path: Path) -> None:
+    assert ema("synthesize", run, "--sigma-rel", "0.1", "--out", tmp_path / "a.safetensors", "-q").code == 0
+    torch.save({"w": torch.ones(2)}, tmp_path / "base.pt")
+    (tmp_path / "base.bin").write_bytes(pickle.dumps({"w": 1}))
+    for name in ("base.pt", "base.bin"):
+        base = tmp_path / name
+        result = ema("export", tmp_path / "a.safetensors", "--base", base, "--out", tmp_path / "b.safetensors")
+        assert f"{base}: is a pickle (.pt, .bin), which is never read; save it as safetensors" in result.error
+
+
+# --- surroundings ----------------------------------------------------------------------------------
+
+LEAKING = """
+import sys, torch
+from posthoc_cli import PostHocEMA
+from posthoc_cli.cli import main
+model = torch.nn.Linear(3, 3)
+tracker = PostHocEMA.from_model(model, "run", update_every=1, checkpoint_every=1)
+for _ in range(3):
+    tracker.update_(model)
+tracker.save_state("state.safetensors")
+tracker.close()
+for line in (
+    "synthesize run --sigma-rel 0.1 --out a.safetensors", "synthesize run --sigma-rel 0.1 --out a.pt",
+    "synthesize run --sigma-rel 0.1 --format sharded --max-shard-size 20 --out shards",
+    "synthesize run --profile profile.csv --out b.safetensors",
+    "synthesize run --sigma-rel 0.1 --out parts --shard 1/1",
+    "export a.safetensors --out c.safetensors", "error-plot run --out a.png --csv a.csv", "error-plot run --out a.svg",
+    "plan --steps 1000 --params 10 --max-size 1MB --like run --out a.pdf",
+):
+    sys.argv = ["ema", *line.split()]
+    try:
+        main()
+    except SystemExit as ended:
+        assert not ended.code, line
+"""
+
+
+def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path: Path) -> None:
+    home = tmp_path / "home-of-somebody"
+    home.mkdir()
+    (home / "profile.csv").write_text("0,1\n3,1\n")
+    own = {
+        "HOME": str(home),
+        "HOSTNAME": "secret-host",
+        "USER": "secret-user",
+        "LOGNAME": "secret-user",
+        "KEY": "s3cret",
+    }
+    code = [sys.executable, "-c", LEAKING]
+    subprocess.run(code, cwd=home, env=unmeasured_environment() | own, check=True, capture_output=True)
+    words = ["home-of-somebody", "secret-host", "secret-user", "s3cret", str(tmp_path), sys.prefix]
+    words += [word for word in (socket.gethostname(), getpass.getuser()) if len(word) >= 8]  # shorter ones by chance
+    made = [path for path in home.rglob("*") if path.is_file()]
+    assert {path.suffix for path in made} >= {".safetensors", ".pt", ".png", ".svg", ".pdf", ".csv", ".json"}
+    for path in made:
+        content = path.read_bytes()
+        for word in words:
+            assert word.encode() not in content, (path, word)
+        if path.suffix in (".png", ".svg", ".pdf"):
+            assert b"Date" not in content
+            assert b"Matplotlib v" not in content
+
+
+EVIL = """
+backend: module://evil
+text.usetex: True
+text.latex.preamble: \\\\input{/etc/passwd}
+font.size: 40
+axes.facecolor: red
+savefig.directory: /
+"""
+
+
+def test_a_matplotlibrc_in_the_working_directory_neither_runs_anything_nor_changes_a_picture(tmp_path: Path) -> None:
+    code = "import sys; from posthoc_cli.cli import main; main()"
+    line = "error-plot --sigma-rels 0.05,0.28 --steps 1000 --checkpoint-every 100 --out"
+    pictures = []
+    for folder in (tmp_path / "plain", tmp_path / "evil"):
+        folder.mkdir()
+        if folder.name == "evil":
+            (folder / "matplotlibrc").write_text(EVIL)
+            (folder / "evil.py").write_text("open('executed', 'w')")
+            for program in ("latex", "dvipng", "kpsewhich"):
+                (folder / program).write_text("#!/bin/sh\ntouch executed\n")
+                (folder / program).chmod(0o755)
+        path = os.pathsep.join([str(folder), os.environ["PATH"]])
+        for suffix in ("png", "svg"):
+            arguments = [sys.executable, "-c", code, *line.split(), f"picture.{suffix}"]
+            subprocess.run(arguments, cwd=folder, env=unmeasured_environment() | {"PATH": path}, check=True)
+            pictures.append((folder / f"picture.{suffix}").read_bytes())
+        assert not (folder / "executed").exists()
+    assert pictures[:2] == pictures[2:]
+
+
+def test_a_name_with_dollars_is_no_formula_in_a_picture(ema: Ema, run: Path, tmp_path: Path) -> None:
+    odd = run.rename(tmp_path / "$\\undefined{$ run")
+    assert ema("error-plot", odd, "--draw", "0.1", "--out", tmp_path / "a.svg").code == 0
+
+
+def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        os.close(system.open_new(tmp_path / "new"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new").stat().st_mode & 0o777 == 0o640

@@ -1,0 +1,173 @@
+"""Names and texts that would steer a terminal, a table, a picture or a spreadsheet: shown escaped, everywhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from ema_command import Result
+from factories import RUN_ID, write_snapshot
+
+from posthoc_cli.snapshots.lock import HOLDER_NAME, DirectoryLock
+from torture.commands import HungError, run_ema
+from torture.forging import Inner, Pairs, seal, take_apart
+from torture.tally import Experiment, Tally
+from torture.victims import synthesize
+
+NAMES = (
+    "\x1b]0;owned\x07", "\x1b[2J\x1b[31m", "\x9b31m", "\u202egnp.exe", "a\nema: error: forged", "a\r\nb",
+    "\x08\x08", "\u2028", "\x7f", "\x01", "[bold red]x[/]", "\\[link=file:///etc/passwd]x", ":smile:", "$x$",
+    "$\\undefined{$", "$", '=HYPERLINK("x")', "+1", "@x", "-1", "\t=1", "%s%n", "{sigma_rel}", "~", "é", "e\u0301",
+    "\u200b", "\ufeff", "\U000e0041", "x" * 100,
+)  # fmt: skip
+SIGMA_REL = ("--sigma-rel", "0.1")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Where a name stands in everything that can have one.
+
+    Attributes:
+        home: holds the rest.
+        name: of the directory, of a profile, a picture, an output, a tensor; and in texts.
+    """
+
+    home: Path
+    name: str
+
+    @property
+    def run(self) -> Path:
+        return self.home / f"{self.name} run"
+
+    @property
+    def output(self) -> Path:
+        return self.home / f"{self.name}.safetensors"
+
+    def prepare(self) -> None:
+        """Everything anew."""
+        shutil.rmtree(self.home, ignore_errors=True)
+        self.home.mkdir()
+        values = {"w": torch.arange(4.0), self.name: torch.ones(2), f"{self.name}n": torch.tensor([1])}
+        for t in (5, 10):
+            for sigma_rel in (0.05, 0.28):
+                left = {"left_out": (self.name, "frozen"), "sigma_rels": (0.05, 0.28)}
+                write_snapshot(self.run, t, sigma_rel, RUN_ID, values, **left)
+        write_snapshot(self.home / "broken", 10, 0.05, RUN_ID, {self.name: torch.tensor([math.nan])})
+        self._harm(write_snapshot(self.home / "harmed", 10, 0.05, RUN_ID, {self.name: torch.ones(3)}))
+        synthesize(self.run, self.output)
+        self._tell_lies()
+        (self.home / f"{self.name}.csv").write_text("0,1\n10,1\n")
+        (self.home / f"{self.name}bad.csv").write_text(f"0,1\n{self.name},{self.name},\n")
+
+    @staticmethod
+    def _harm(path: Path) -> None:
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    def _tell_lies(self) -> None:
+        """Free texts in the output's metadata."""
+        tree, payload = take_apart(self.output)
+        (key, metadata), *tensors = tree
+        lies = {"ema.profile": self.name, "ema.method": self.name}
+        lies |= {"ema.snapshots": Inner([Pairs([("file", self.name), ("coefficient", 1.0)])])}
+        metadata = Pairs((k, lies.get(k, v)) for k, v in metadata)
+        self.output.write_bytes(seal(Pairs([(key, metadata), *tensors])) + payload)
+
+    def commands(self) -> Iterator[tuple[object, ...]]:
+        """What is run on it."""
+        home, run, new = self.home, self.run, self.home / f"new {self.name}"
+        yield "info", run
+        yield "info", run, "--json"
+        yield "info", self.output
+        yield "info", home / self.name / "absent"
+        yield "synthesize", run, *SIGMA_REL, "--dry-run", "--verbose"
+        yield "synthesize", run, *SIGMA_REL, "--out", f"{new}.safetensors"
+        yield "synthesize", run, *SIGMA_REL, "--out", f"{new}.safetensors"
+        yield "synthesize", run, "--sigma-rel", "0.1,0.2", "--out", f"{new} folder", "--verbose"
+        yield "synthesize", run, "--profile", home / f"{self.name}.csv", "--verbose", "--out", f"{new} profile"
+        yield "synthesize", run, "--profile", home / f"{self.name}bad.csv", "--out", f"{new} bad"
+        yield "synthesize", run, *SIGMA_REL, "--out", f"{new}.pt", "--dtype", self.name
+        yield "synthesize", run, "--sigma-rel", self.name, "--out", f"{new}.pt"
+        yield "synthesize", home / "harmed", *SIGMA_REL, "--out", f"{new}.pt"
+        yield "synthesize", home / "broken", *SIGMA_REL, "--out", f"{new}.pt"
+        yield "--debug", "synthesize", home / "broken", *SIGMA_REL, "--out", f"{new}.pt"
+        yield "export", self.output, "--out", f"{new}.pt"
+        yield "export", self.output, "--out", f"{new}-2.pt", "--strip-prefix", f"{self.name}zz"
+        yield "export", home / "broken" / "0000000000000010-0.05.safetensors", "--out", f"{new}-3.pt"
+        yield "error-plot", run, "--out", f"{new}.svg", "--csv", f"{new}.csv", "--draw", "0.1"
+        yield "error-plot", run, "--profile", home / f"{self.name}.csv", "--out", f"{new}.png"
+        quick = ("--sigma-rels", "0.05,0.28", "--dtype", "float16")
+        task = ("--steps", "1000", "--params", "10", "--max-size", "1MB", *quick)
+        yield "plan", *task, "--like", run, "--out", f"{new}.pdf"
+        yield "prune", run, "--keep", "1", "--dry-run"
+        yield "prune", run, "--keep", "99", "--yes"
+        yield "profile", "--sigma-rel", self.name
+        yield (self.name,)
+        yield "info", f"--{self.name}"
+
+
+def steer(folder: Path, share: float, seed: int) -> Tally:
+    """Every name through every command; of a share of the names a few."""
+    tally, chance = Tally(), random.Random(seed)
+    for name in chance.sample(NAMES, max(1, round(share * len(NAMES)))):
+        stage = Stage(folder / "stage", name)
+        stage.prepare()
+        commands = list(stage.commands())
+        for arguments in commands if share == 1 else chance.sample(commands, 6):
+            _run(tally, name, arguments)
+        _hold(tally, stage)
+        for table in stage.home.rglob("*.csv"):
+            if table.name.startswith("new "):
+                _check_cells(tally, name, table)
+    return tally
+
+
+def _run(tally: Tally, name: str, arguments: tuple[object, ...]) -> None:
+    tally.tried += 1
+    what = f"{name!r}: {' '.join(map(str, arguments))[:200]!a}"
+    try:
+        result = run_ema(*arguments)
+    except HungError as error:
+        tally.missed.append(f"{what}: {error}")
+        return
+    _check_result(tally, what, result)
+
+
+def _check_result(tally: Tally, what: str, result: Result) -> None:
+    for text in (result.out, result.err):
+        raw = {c for c in text if not c.isprintable() and c != "\n"}
+        if raw:
+            tally.missed.append(f"{what}: {sorted(raw)!a} came through")
+    errors = sum(line.startswith("ema: error: ") for line in result.err.splitlines())
+    if "unexpected" in result.err or errors > 1 or ("Traceback" in result.err and "--debug" not in what):
+        tally.missed.append(f"{what}: {result.err[-500:]}")
+
+
+def _hold(tally: Tally, stage: Stage) -> None:
+    """A directory whose holder's note a stranger has written."""
+    lock = DirectoryLock(stage.run)
+    try:
+        for note in (
+            {"host": stage.name, "process": 1, "since": 0.0},
+            {"host": stage.name, "process": "9" * 5_000, "since": 1e400},
+            {"host": stage.name, "process": 10**4000, "since": -1e308}, [[[]]], stage.name,
+        ):  # fmt: skip
+            (stage.run / HOLDER_NAME).write_text(json.dumps(note))
+            _run(tally, stage.name, ("prune", stage.run, "--keep", "1", "--yes"))
+    finally:
+        lock.release()
+
+
+def _check_cells(tally: Tally, name: str, table: Path) -> None:
+    for line in table.read_text(encoding="utf-8").splitlines():
+        if not line.isprintable() or line.lstrip('"')[:1] in tuple("=+-@"):
+            tally.missed.append(f"{name!r}: a live cell: {line!r}")
+
+
+EXPERIMENTS = [Experiment("names that steer terminals, tables and pictures", steer, 0.05)]
