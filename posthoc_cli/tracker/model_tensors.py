@@ -43,9 +43,9 @@ class ModelTensors:
 class TrackedModel:
     """What a run tracks of a model: the part of a snapshot's header that must not change."""
 
-    tensors: Mapping[str, TrackedTensor]
+    tensors: dict[str, TrackedTensor]
     shapes: Mapping[str, tuple[int, ...]]
-    aliases: Mapping[str, str]
+    aliases: dict[str, str]
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     segment: int = 0
