@@ -253,10 +253,10 @@ def _time_of_step(sources: Sequence[Source], step: int) -> float:
 
 def _output_rounding(source: Source, dtype: torch.dtype | str | None) -> float:
     """Of the averages of a source, were they put out in `dtype`; as if elements of all tensors were alike."""
-    elements, squares = 0, 0.0
+    elements, squares, shapes = 0, 0.0, source.shapes
     for name, tensor in source.info.tensors.items():
         if tensor.role == "average":
-            count = math.prod(source.shapes[name])
+            count = math.prod(shapes[name])
             elements += count
             squares += count * (ROUNDING * _EPS.get(output_dtype(tensor.role, tensor.dtype, dtype), 0.0)) ** 2
     return math.sqrt(squares / elements) if elements else 0.0

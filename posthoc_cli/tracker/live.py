@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -43,12 +44,12 @@ class LiveSource:
         """A word for it, where a snapshot has a file name."""
         return f"live average of sigma_rel {self.info.sigma_rel:g}"
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of its tensors."""
         return {name: tuple(tensor.shape) for name, tensor in {**self.averages, **self.copies}.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> Mapping[str, str]:
         """Dtypes of its tensors."""
         return {name: stored_name(tensor.dtype) for name, tensor in {**self.averages, **self.copies}.items()}
