@@ -98,7 +98,7 @@ def error_plot(
         raise InvalidValueError(f"--csv {csv_out}: is the picture's name too; take another")
     targets = parse_targets(draw, beta, window, between, profile, "--draw")
     ends = parse_sigma_range(sigma_range)
-    judged = _judged(directories or [], sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or [])
+    judged = _judged(directories or [], t, sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or [])
     rows = len(targets) * len(judged)
     if out is not None and rows > MOST_ROWS:
         raise InvalidValueError(f"--out {out}: {rows} drawings over training time; at most {MOST_ROWS} go into it")
@@ -118,15 +118,20 @@ def error_plot(
 
 
 def _judged(
-    directories: list[Path], sigma_rels: list[str], steps: list[int], every: list[int], most: list[int]
+    directories: list[Path],
+    t: float | None,
+    sigma_rels: list[str],
+    steps: list[int],
+    every: list[int],
+    most: list[int],
 ) -> list[Judged]:
-    """What to draw: a run for each directory, a schedule for each --sigma-rels."""
+    """What to draw: a run for each directory, as of `t`, and a schedule for each --sigma-rels."""
     from posthoc_cli.planning import Schedule
     from posthoc_cli.synthesis.judging import Judged
 
     if not sigma_rels and (steps or every or most):
         raise InvalidValueError("--sigma-rels: is missing; --steps and the like describe a schedule of tracked widths")
-    judged = [Judged.of_directory(directory) for directory in directories]
+    judged = [Judged.of_directory(directory, t) for directory in directories]
     for index, widths in enumerate(sigma_rels):
         schedule = Schedule(
             tuple(parse_sigma_rels(widths, "--sigma-rels")),

@@ -197,6 +197,8 @@ def synthesize(
             f"{plan.aside} snapshots are not used: they are of the time when the model had other tensors than at "
             f"t = {plan.t:,.12g}"
         )
+    if plan.choice is not None and not quiet and not as_json:
+        output.print_line(f"from {plan.choice}")
     if wanted and not quiet and not as_json:
         _note_left_out(plan, paths[wanted[0]])
     if as_json:
@@ -251,7 +253,8 @@ def _report(plan: Plan, paths: list[Path], skipped: set[int], seconds: float) ->
             }
         )
     movement = _movement(plan.reconstruction.prior)
-    return {"run": plan.newest.info.run_id, "movement": movement, "targets": targets}
+    chosen = {"solved_with": plan.solved, "of": plan.there}
+    return {"run": plan.newest.info.run_id, "movement": movement, "snapshots": chosen, "targets": targets}
 
 
 def _movement(prior: Prior) -> dict[str, Any]:

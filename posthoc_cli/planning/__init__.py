@@ -3,6 +3,7 @@
 Pure NumPy; nothing here reads a file, so that a schedule can be judged before training.
 """
 
+from posthoc_cli.planning.choosing import MOST_SOLVED, choose
 from posthoc_cli.planning.curves import (
     Candidate,
     ErrorCurve,
@@ -21,6 +22,7 @@ from posthoc_cli.planning.task import Task, check_dtype, relative_rounding
 
 __all__ = [
     "MOST_SNAPSHOTS",
+    "MOST_SOLVED",
     "MOST_TIMES",
     "USEFUL_RANGE",
     "Candidate",
@@ -33,6 +35,7 @@ __all__ = [
     "Task",
     "check_dtype",
     "check_sigma_range",
+    "choose",
     "error_curve",
     "errors_after_loss",
     "forecast",

@@ -14,6 +14,7 @@ from itertools import combinations
 
 import numpy as np
 
+from posthoc_cli.planning.choosing import LATER
 from posthoc_cli.planning.forecast import Forecast, forecast
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.planning.task import MOST_KEPT, Task
@@ -30,9 +31,6 @@ _REFINEMENTS = (1.25, 1.1)
 
 _SCREENED = 24
 """Snapshots a profile that are enough for screening; each stands for several where there are more."""
-
-_LATER = 1.5
-"""Thinning leaves more late snapshots than early ones: about 1 - (1 - x)**_LATER of training, x evenly spaced."""
 
 _TAKEN = (1, 2, 4)
 _TAKEN_BY_THE_BEST = (3, 6, 8)
@@ -186,7 +184,7 @@ def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str) -> float:
     count = min(kept, _SCREENED)
     x = np.arange(1, count + 1) / count
     dense = task.taken_most() > kept  # else every snapshot is kept
-    times = task.steps * (1 - (1 - x) ** _LATER if dense else x)
+    times = task.steps * (1 - (1 - x) ** LATER if dense else x)
     snapshots = [PowerFunction(_gamma(s), float(t)) for t in times for s in sigma_rels]
     prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.path)
     return forecast(snapshots, prior, task.sigma_range, points=15).worst

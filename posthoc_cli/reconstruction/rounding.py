@@ -47,7 +47,8 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
         return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)
     correlation[near] = _MOST * _correlation(apart[near] / scale[near])
-    values, vectors = linalg.eigh(correlation * scale + np.diag(arithmetic))
+    # Divide and conquer: the default driver fails on one in some hundred of these, whose eigenvalues cluster.
+    values, vectors = linalg.eigh(correlation * scale + np.diag(arithmetic), driver="evd")
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 

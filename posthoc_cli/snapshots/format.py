@@ -306,9 +306,7 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         "ema.t_first": repr(info.t_first),
         "ema.max_interval": repr(info.max_interval),
         "ema.schedule": compact(vars(info.schedule)),
-        "ema.tensors": compact({name: vars(tensor) for name, tensor in info.tensors.items()}),
-        "ema.aliases": compact(info.aliases),
-        "ema.left_out": compact(list(info.left_out)),
+        **tensor_metadata(info.tensors, info.aliases, info.left_out),
     }
     if info.selection is not None:
         metadata["ema.selection"] = compact(vars(info.selection))
@@ -319,6 +317,17 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     if info.measurements is not None:
         metadata["ema.measurements"] = compact(asdict(info.measurements))
     return metadata
+
+
+def tensor_metadata(
+    tensors: Mapping[str, TrackedTensor], aliases: Mapping[str, str], left_out: Sequence[str]
+) -> dict[str, str]:
+    """The part of a snapshot's metadata that grows with the number of tensors."""
+    return {
+        "ema.tensors": compact({name: vars(tensor) for name, tensor in tensors.items()}),
+        "ema.aliases": compact(aliases),
+        "ema.left_out": compact(left_out),
+    }
 
 
 def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:

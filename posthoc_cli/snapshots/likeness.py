@@ -11,6 +11,7 @@ import numpy as np
 
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.reconstruction.prior import ASSUMED
+from posthoc_cli.snapshots.chosen import chosen_up_to
 from posthoc_cli.snapshots.priors import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.segments import of_newest_segment
@@ -39,6 +40,7 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
         FileFormatError, NonFiniteError: while reading a sample, where headers have no measurements.
     """
     snapshots = of_newest_segment(snapshots)
+    snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
     prior = snapshot_prior(snapshots)
     times = np.array([snapshot.info.t for snapshot in snapshots])
     norm = float(prior.norm[times == times.max()].mean())

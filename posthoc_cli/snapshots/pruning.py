@@ -15,7 +15,7 @@ from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.errors import InexactError, InvalidValueError
-from posthoc_cli.planning import USEFUL_RANGE, Forecast, errors_after_loss, forecast
+from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_loss, forecast
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -36,7 +36,8 @@ class Pruning:
     Attributes:
         kept: survivors, by time, then sigma_rel.
         gone: in the order to delete.
-        before, after: expected errors from everything, and from the survivors alone: from what their headers say.
+        before, after: expected errors from everything, and from the survivors alone: from what their headers say. Of
+            very many snapshots some are worked with, see `planning.choose`.
         source: what the errors rest on, see `reconstruction.Prior`.
     """
 
@@ -79,6 +80,7 @@ def plan_pruning(
 
     The newest one of each profile stays, and so do those of the newest time that all profiles have: training can go
     on from these. So do those of earlier segments, before the model's tensors changed: they are all there is of then.
+    Of very many, those go first that a reconstruction would not work with.
 
     Arguments:
         snapshots: all of one directory.
@@ -99,15 +101,21 @@ def plan_pruning(
         max_bytes -= sum(snapshot.header.file_bytes for snapshot in older)
     if keep is not None:
         _check_keep(snapshots, keep)
-    prior = snapshot_prior(snapshots)
     profiles = [snapshot.info.profile.pure for snapshot in snapshots]
-    before = forecast(profiles, prior, sigma_range)
+    needed = _needed(profiles)
+    solved = sorted({*choose(profiles), *needed})
+    prior = snapshot_prior([snapshots[index] for index in solved])
+    before = forecast([profiles[index] for index in solved], prior, sigma_range)
     if max_error is not None and before.worst > max_error:
         raise InexactError(
             f"max_error {max_error:g}: all {len(snapshots)} snapshots together have a predicted error of up to "
             f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go"
         )
-    order = removal_order(profiles, prior, keep or 1, sigma_range)
+    staying = {*choose(profiles, keep=keep or 1), *needed}
+    order = _spread_out([index for index in range(len(profiles)) if index not in staying])
+    if staying == set(solved):
+        found = removal_order([profiles[index] for index in solved], prior, keep or 1, sigma_range)
+        order += [solved[index] for index in found]
     count = len(order)
     if max_bytes is not None:
         count = _enough_bytes(snapshots, order, max_bytes)
@@ -171,9 +179,17 @@ def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
     """The newest of each profile, and those of the newest time that has all."""
     gammas = {p.gamma for p in profiles}
     newest = {gamma: max(p.t for p in profiles if p.gamma == gamma) for gamma in gammas}
-    at = {t: {p.gamma for p in profiles if p.t == t} for t in {p.t for p in profiles}}
+    at: dict[float, set[float]] = {}
+    for p in profiles:
+        at.setdefault(p.t, set()).add(p.gamma)
     complete = max((t for t, found in at.items() if found == gammas), default=None)
     return {index for index, p in enumerate(profiles) if p.t in (newest[p.gamma], complete)}
+
+
+def _spread_out(indices: Sequence[int]) -> list[int]:
+    """The same in an order any beginning of which is spread evenly over them: by their places' bits, read backwards."""
+    bits = len(indices).bit_length()
+    return [indices[place] for place in sorted(range(len(indices)), key=lambda place: f"{place:0{bits}b}"[::-1])]
 
 
 def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerFunction], most: int) -> list[int]:
@@ -235,4 +251,7 @@ def _without(snapshots: Sequence[Snapshot], gone: Sequence[int]) -> list[Snapsho
 
 def _errors(snapshots: Sequence[Snapshot], sigma_range: tuple[float, float]) -> Forecast:
     """Expected errors from these alone."""
-    return forecast([snapshot.info.profile.pure for snapshot in snapshots], snapshot_prior(snapshots), sigma_range)
+    profiles = [snapshot.info.profile.pure for snapshot in snapshots]
+    solved = choose(profiles)
+    prior = snapshot_prior([snapshots[index] for index in solved])
+    return forecast([profiles[index] for index in solved], prior, sigma_range)

@@ -37,5 +37,7 @@ def of_segment_at(items: Sequence[One], t: float) -> list[One]:
 
 def by_segment(items: Sequence[One]) -> list[list[One]]:
     """All of them, a list a segment, the earliest first."""
-    segments = sorted({item.info.segment for item in items})
-    return [[item for item in items if item.info.segment == segment] for segment in segments]
+    found: dict[int, list[One]] = {}
+    for item in items:
+        found.setdefault(item.info.segment, []).append(item)
+    return [found[segment] for segment in sorted(found)]

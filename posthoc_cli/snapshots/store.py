@@ -239,24 +239,26 @@ def thin(
 
     Reads no tensor: what headers measured is at hand. See `planning.keeping`. Returns what is left.
     """
+    if max_checkpoints is None:
+        return list(stored)
     return [left for segment in by_segment(stored) for left in _thin_segment(segment, max_checkpoints, sigma_range)]
 
 
 def _thin_segment(
-    stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float]
+    stored: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
 ) -> list[StoredSnapshot]:
     counts = Counter(snapshot.sigma_rel for snapshot in stored)
-    if max_checkpoints is None or max(counts.values(), default=0) <= max_checkpoints:
+    if max(counts.values()) <= max_checkpoints:
         return list(stored)
     averages = [stored_average(snapshot.info) for snapshot in stored]
     profiles = [average.profile.pure for average in averages]
     prior = measured_prior(averages)
-    gone = [stored[index] for index in snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range)]
-    for snapshot in gone:
+    gone = dict.fromkeys(snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range))
+    for snapshot in (stored[index] for index in gone):
         log.debug("thinning: %s goes", snapshot.path)
         with suppress(FileNotFoundError):  # gone by another hand
             remove_snapshot(snapshot.path)
-    return [snapshot for snapshot in stored if snapshot not in gone]
+    return [snapshot for index, snapshot in enumerate(stored) if index not in gone]
 
 
 def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:

@@ -9,9 +9,11 @@ from pathlib import Path
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import Candidate, ErrorCurve, ProfileFit, Schedule, error_curve, profile_fit
 from posthoc_cli.profiles import Clock
+from posthoc_cli.snapshots.chosen import chosen_up_to
+from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.priors import run_clock
 from posthoc_cli.snapshots.segments import of_newest_segment
-from posthoc_cli.synthesis.sources import disk_sources, source_prior
+from posthoc_cli.synthesis.sources import Source, disk_sources, source_prior
 from posthoc_cli.targets import Target
 
 
@@ -30,20 +32,22 @@ class Judged:
     t_first: float
 
     @classmethod
-    def of_directory(cls, directory: Path) -> Judged:
+    def of_directory(cls, directory: Path, t: float | None = None) -> Judged:
         """What a tracker wrote since the model's tensors changed last.
 
-        Reads a sample of the tensors where headers have no measurements.
+        Reads a sample of the tensors where headers have no measurements. Of more snapshots than a solve can take those
+        are chosen that a synthesis at `t` works with; by default at the time of the last one.
 
         Raises:
-            what `read_directory` raises.
+            InvalidValueError: `t` is not between the first snapshot and the last.
+            others: as `read_directory`.
         """
         sources = of_newest_segment(disk_sources(directory.expanduser()))
         infos = [source.info for source in sources]
-        profiles = [info.profile.pure for info in infos]
-        unit, count = infos[0].t_unit, f"{len(infos)} snapshot{'s' * (len(infos) != 1)}"
-        label = f"{directory}: {count} up to {max(info.t for info in infos):,.12g} {unit}"
-        candidate = Candidate(label, profiles, unit, source_prior(sources))
+        usable, later = chosen_up_to(sources, _checked_time(t, [info.t for info in infos]))
+        profiles = [source.info.profile.pure for source in (*usable, *later)]
+        label = f"{directory}: {_counted(usable, infos)} {infos[0].t_unit}"
+        candidate = Candidate(label, profiles, infos[0].t_unit, source_prior([*usable, *later]))
         return cls(candidate, run_clock(infos), min(info.t_first for info in infos))
 
     @classmethod
@@ -66,14 +70,27 @@ class Judged:
         return profile_fit(self.candidate, target.title, profile, at, method=method)
 
     def _time(self, t: float | None) -> float:
-        times = [profile.t for profile in self.candidate.snapshots]
-        if t is None:
-            return max(times)
-        if not min(times) <= t <= max(times):
-            raise InvalidValueError(
-                f"t {t:g}: must lie between the first snapshot, {min(times):g}, and the last, {max(times):g}"
-            )
-        return t
+        return _checked_time(t, [profile.t for profile in self.candidate.snapshots])
+
+
+def _checked_time(t: float | None, times: Sequence[float]) -> float:
+    """A time that snapshots of these times reach; the last one for None."""
+    if t is None:
+        return max(times)
+    if not min(times) <= t <= max(times):
+        raise InvalidValueError(
+            f"t {t:g}: must lie between the first snapshot, {min(times):g}, and the last, {max(times):g}"
+        )
+    return t
+
+
+def _counted(usable: Sequence[Source], infos: Sequence[SnapshotInfo]) -> str:
+    """How many snapshots there are; up to the time, where only some of those are worked with."""
+    count, last = len(infos), max(info.t for info in infos)
+    there = sum(info.t <= usable[-1].info.t for info in infos)
+    if len(usable) < there:
+        return f"{len(usable):,} of {there:,} snapshots up to {usable[-1].info.t:,.12g}"
+    return f"{count:,} snapshot{'s' * (count != 1)} up to {last:,.12g}"
 
 
 def comparable(curves: Sequence[ErrorCurve]) -> list[ErrorCurve]:

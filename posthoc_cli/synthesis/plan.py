@@ -16,6 +16,7 @@ from posthoc_cli.errors import InexactError, InvalidValueError
 from posthoc_cli.planning import Candidate, error_curve, ranges_text
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
+from posthoc_cli.snapshots.chosen import chosen_up_to
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, parse_dtype_word
 from posthoc_cli.snapshots.outputs import OutputInfo
 from posthoc_cli.snapshots.priors import run_clock
@@ -49,8 +50,10 @@ class Plan:
         method: the solver.
         reconstruction: coefficients [sources, targets] and errors [targets].
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
-        places: of each source among all at or before `t`, in their order; its number here where there are none.
+        places: of each source among those that were solved with, by time; its number here where there are none.
         aside: how many sources are not used since they are of other tensors: from before the model changed, or after.
+        solved: how many sources, all at or before `t`, the coefficients were sought for.
+        there: how many there are; of more than `planning.MOST_SOLVED` some are chosen, see `planning.choose`.
     """
 
     sources: tuple[Source, ...]
@@ -61,6 +64,16 @@ class Plan:
     output_rounding: float = 0.0
     places: tuple[int, ...] = ()
     aside: int = 0
+    solved: int = 0
+    there: int = 0
+
+    @property
+    def choice(self) -> str | None:
+        """What was chosen of very many sources, in words; None where all were worked with."""
+        if self.solved == self.there:
+            return None
+        counts = f"{self.solved:,} of {self.there:,} snapshots up to t = {self.t:,.12g}"
+        return f"{counts}, spread as thinning would leave them"
 
     @property
     def newest(self) -> Source:
@@ -135,7 +148,8 @@ def plan_synthesis(
     """Choose snapshots and coefficients. Reads no tensor, but a sample where headers have no measurements.
 
     Arguments:
-        sources: averages of one run, in any order.
+        sources: averages of one run, in any order. Of more than `planning.MOST_SOLVED` at or before the time of the
+            targets so many are worked with, by their times alone: the same for any targets (`Plan.choice`).
         targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object with `density` and
             `tail` over training time.
         t: time of the targets: the average as it stood then, from sources at or before it. By default the
@@ -156,24 +170,25 @@ def plan_synthesis(
         raise InvalidValueError(f"max_error {max_error!r}: must be above 0, such as 0.01")
     wanted = tuple(as_target(target) for target in targets)
     time = _target_time(sources, t, step)
-    everything_there, sources = len(sources), _alike(sources, time)
-    usable = sorted((s for s in sources if s.info.t <= time), key=lambda s: (s.info.t, s.info.sigma_rel))
-    clock = run_clock([source.info for source in sources])
+    alike = _alike(sources, time)
+    usable, later = chosen_up_to(alike, time)
+    clock = run_clock([source.info for source in alike])
     first = min(source.info.t_first for source in usable)
     wanted_profiles = [target.profile(time, clock, first) for target in wanted]
     profiles = [source.info.profile.pure for source in usable]
     # All sources tell how the network moved, also those that are too late to be used.
-    everything = source_prior(sources)
-    prior = everything.of([list(sources).index(source) for source in usable])
+    everything = source_prior([*usable, *later])
+    prior = everything.of(range(len(usable)))
     result = reconstruct(profiles, wanted_profiles, method, prior, time)
     used = _used(usable, result)
     rounding = _output_rounding(usable[-1], dtype)
     chosen = tuple(usable[i] for i in used)
-    aside = everything_there - len(sources)
-    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), aside)
+    counts = len(sources) - len(alike), len(usable), sum(source.info.t <= time for source in alike)
+    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts)
     if max_error is not None:
         _check_errors(plan, max_error)
-    _warn_of_poor_targets(plan, Candidate("", [source.info.profile.pure for source in sources], prior=everything))
+    candidate = Candidate("", [source.info.profile.pure for source in (*usable, *later)], prior=everything)
+    _warn_of_poor_targets(plan, candidate)
     return plan
 
 
@@ -238,10 +253,10 @@ def _time_of_step(sources: Sequence[Source], step: int) -> float:
 
 def _output_rounding(source: Source, dtype: torch.dtype | str | None) -> float:
     """Of the averages of a source, were they put out in `dtype`; as if elements of all tensors were alike."""
-    elements, squares = 0, 0.0
+    elements, squares, shapes = 0, 0.0, source.shapes
     for name, tensor in source.info.tensors.items():
         if tensor.role == "average":
-            count = math.prod(source.shapes[name])
+            count = math.prod(shapes[name])
             elements += count
             squares += count * (ROUNDING * _EPS.get(output_dtype(tensor.role, tensor.dtype, dtype), 0.0)) ** 2
     return math.sqrt(squares / elements) if elements else 0.0

@@ -34,6 +34,7 @@ def follow_change(averages: RunningAverages, tracked: TrackedModel, found: Model
             and this is none.
     """
     wanted = replace(TrackedModel.of_model(found), segment=tracked.segment + 1)
+    wanted.check_header()
     kept = {name for name in found.averaged if _same(name, tracked, wanted)}
     new = {name: tensor for name, tensor in found.averaged.items() if name not in kept}
     bad = nonfinite_name(found.averaged)

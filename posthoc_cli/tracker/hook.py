@@ -118,6 +118,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite, on_change)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
+        tracked.check_header()
         tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
         tracker._follows = is_replica(model)
         tracker._model = weakref.ref(model)

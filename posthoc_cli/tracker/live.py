@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -13,6 +14,7 @@ import torch
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.snapshots.chosen import chosen_up_to
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.segments import of_newest_segment
 from posthoc_cli.snapshots.store import find_snapshots
@@ -42,12 +44,12 @@ class LiveSource:
         """A word for it, where a snapshot has a file name."""
         return f"live average of sigma_rel {self.info.sigma_rel:g}"
 
-    @property
+    @cached_property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of its tensors."""
         return {name: tuple(tensor.shape) for name, tensor in {**self.averages, **self.copies}.items()}
 
-    @property
+    @cached_property
     def dtypes(self) -> Mapping[str, str]:
         """Dtypes of its tensors."""
         return {name: stored_name(tensor.dtype) for name, tensor in {**self.averages, **self.copies}.items()}
@@ -95,8 +97,8 @@ def live_sources(
             t_first=averages.t_first,
             max_interval=averages.max_interval,
             schedule=settings.schedule,
-            tensors=dict(tracked.tensors),
-            aliases=dict(tracked.aliases),
+            tensors=tracked.tensors,
+            aliases=tracked.aliases,
             left_out=tracked.left_out,
             selection=settings.selection,
             segment=tracked.segment,
@@ -150,9 +152,13 @@ def reconstruction_figure(
 
     sources = of_newest_segment(sources)
     if sources:
-        profiles = [source.info.profile.pure for source in sources]
-        label = f"{len(profiles)} averages up to t = {max(p.t for p in profiles):,.12g}"
-        candidate = Candidate(label, profiles, settings.t_unit, source_prior(sources))
+        last = max(source.info.t for source in sources)
+        chosen, _ = chosen_up_to(sources, last)
+        counted = f"{len(chosen):,} of {len(sources):,}" if len(chosen) < len(sources) else f"{len(sources):,}"
+        label = f"{counted} averages up to t = {last:,.12g}"
+        candidate = Candidate(
+            label, [source.info.profile.pure for source in chosen], settings.t_unit, source_prior(chosen)
+        )
     else:
         every = settings.schedule.checkpoint_every
         count = settings.schedule.max_checkpoints or 20

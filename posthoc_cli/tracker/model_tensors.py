@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.selection import Selection
@@ -43,9 +44,9 @@ class ModelTensors:
 class TrackedModel:
     """What a run tracks of a model: the part of a snapshot's header that must not change."""
 
-    tensors: Mapping[str, TrackedTensor]
+    tensors: dict[str, TrackedTensor]
     shapes: Mapping[str, tuple[int, ...]]
-    aliases: Mapping[str, str]
+    aliases: dict[str, str]
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     segment: int = 0
@@ -66,6 +67,26 @@ class TrackedModel:
         shapes = {name: entry.shape for name, entry in snapshot.header.tensors.items()}
         info = snapshot.info
         return cls(info.tensors, shapes, info.aliases, info.left_out, segment=info.segment)
+
+    def check_header(self) -> None:
+        """Raise an InvalidValueError where there are so many tensors that no snapshot's header can name them.
+
+        Now, and not when the first snapshot is due. What else a header holds is small, and not counted.
+        """
+        names = [*self.tensors, *self.aliases, *self.left_out]
+        # A tensor's name stands in a header three times, beside at most 300 bytes.
+        if 3 * sum(map(len, names)) + 300 * len(names) < fmt.MAX_HEADER_BYTES // 4:
+            return
+        entries = fmt.lay_out(
+            [fmt.TensorSpec(name, own.dtype, self.shapes[name]) for name, own in self.tensors.items()]
+        )
+        checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
+        try:
+            fmt.encode_header(entries, fmt.tensor_metadata(self.tensors, self.aliases, self.left_out), checksums)
+        except InvalidValueError as error:
+            raise InvalidValueError(
+                f"model: {error}; it has {len(names):,} tensors: leave some out with include or exclude, or join them"
+            ) from error
 
     def check(self, found: TrackedModel) -> None:
         """Raise a ModelMismatchError, naming the tensor, unless names, shapes, dtypes and roles are these."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -45,6 +46,7 @@ class Recorder:
             raise
         # From here on nobody else writes: what is here need not be read again.
         self._run_id = snapshots[0].info.run_id if snapshots else None
+        # By time: later ones are set aside before an earlier one is written.
         self._stored = [StoredSnapshot.of(snapshot) for snapshot in snapshots]
 
     @property
@@ -66,10 +68,14 @@ class Recorder:
         Snapshots later than `t` and, where the header checksums of its own ones are `known`, all others: they are
         of another attempt, that went on from an earlier state.
         """
-        others = [s for s in self._stored if s.t > t or (known is not None and s.checksum not in known)]
+        own: list[StoredSnapshot] = []
+        others: list[StoredSnapshot] = []
+        for snapshot in self._stored:
+            behind = snapshot.t <= t and (known is None or snapshot.checksum in known)
+            (own if behind else others).append(snapshot)
         for path in set_aside(others):
             log.warning("training goes on from t = %g: %s is not on its way and was set aside", t, path)
-        self._stored = [s for s in self._stored if s not in others]
+        self._stored = own
 
     def write(self, sources: Sequence[LiveSource], weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the snapshots of one time, each durably, with what is measured of them.
@@ -118,19 +124,22 @@ class Recorder:
         log.info("wrote %s", path)
 
     def _has_written(self, info: SnapshotInfo) -> bool:
-        return any((s.t, s.sigma_rel) == (info.t, info.sigma_rel) for s in self._stored)
+        newest = takewhile(lambda s: s.t >= info.t, reversed(self._stored))
+        return any((s.t, s.sigma_rel) == (info.t, info.sigma_rel) for s in newest)
 
     def _newest_before(self, info: SnapshotInfo) -> list[StoredSnapshot]:
         """The two newest earlier snapshots of each profile that say how they were rounded.
 
         Two, since distances over one interval and over two tell a walk from noise.
         """
-        newest = []
-        for sigma_rel in info.sigma_rels:
-            alike = [s for s in self._stored if s.sigma_rel == sigma_rel and s.info.segment == info.segment]
-            earlier = [s for s in alike if s.t < info.t and s.info.measurements]
-            newest += sorted(earlier, key=lambda s: s.t)[-2:]
-        return newest
+        newest: dict[float, list[StoredSnapshot]] = {sigma_rel: [] for sigma_rel in info.sigma_rels}
+        for snapshot in takewhile(lambda s: s.info.segment == info.segment, reversed(self._stored)):
+            own = newest.get(snapshot.sigma_rel, [])
+            if snapshot.t < info.t and snapshot.info.measurements and len(own) < 2:
+                own.insert(0, snapshot)
+            if all(len(found) == 2 for found in newest.values()):
+                break
+        return [snapshot for found in newest.values() for snapshot in found]
 
     def thin(self, max_checkpoints: int | None, sigma_range: tuple[float, float]) -> None:
         """Leave `max_checkpoints` snapshots a profile, those that are missed most over `sigma_range`."""

@@ -180,6 +180,8 @@ class Synthesizing(ABC):
         error = plan.predicted_error(0)
         predicted = "unknown" if error is None else f"{error:.2g}"
         log.info("average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted)
+        if plan.choice is not None:
+            log.info("made from %s", plan.choice)
         return plan
 
     def _tracked_source(self, tracked: float) -> LiveSource:

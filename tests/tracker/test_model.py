@@ -12,6 +12,7 @@ import torch
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
+from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.store import read_directory
 
 
@@ -398,3 +399,21 @@ def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None
         with tracker.model(model, sigma_rel=0.15):
             assert next(model.parameters()).is_cuda
         assert torch.cuda.max_memory_allocated() - before < 0.1 * 4096 * 4096 * 4
+
+
+def test_more_tensors_than_a_header_can_name_are_refused_when_the_hook_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not when the first snapshot is due, after hours of training."""
+    model = torch.nn.ParameterList([torch.nn.Parameter(torch.zeros(1)) for _ in range(200)])
+    options = {"update_every": 1, "checkpoint_every": 1}
+    with PostHocEMA.from_model(model, tmp_path / "ema", **options) as tracker:
+        tracker.update_(model)
+    (path, *_) = read_directory(tmp_path / "ema")
+    needed = path.header.payload_start
+    monkeypatch.setattr(fmt, "MAX_HEADER_BYTES", needed - 2000)
+    with pytest.raises(InvalidValueError, match=r"model: the header would take .* it has 200 tensors: leave some out"):
+        PostHocEMA.from_model(model, tmp_path / "more")
+    monkeypatch.setattr(fmt, "MAX_HEADER_BYTES", needed)
+    PostHocEMA.from_model(model, tmp_path / "more")
+    assert not (tmp_path / "more").exists()

@@ -1,0 +1,230 @@
+"""Which of very many snapshots a reconstruction works with."""
+
+from __future__ import annotations
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
+from posthoc_cli.planning import MOST_SOLVED, choose, keeping, snapshots_to_drop
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import Motion, assumed_prior, reconstruct
+from posthoc_cli.snapshots import chosen, pruning
+from posthoc_cli.snapshots.pruning import plan_pruning
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.synthesis.judging import Judged
+
+SIGMA_RELS = (0.05, 0.28)
+
+
+def pure(sigma_rel: float, t: float) -> PowerFunction:
+    return PowerFunction.from_sigma_rel(sigma_rel, t)
+
+
+def regular(count: int) -> list[PowerFunction]:
+    """Snapshots of two profiles at `count` times."""
+    return [pure(s, float(t)) for t in range(1, count + 1) for s in SIGMA_RELS]
+
+
+# --- the choice ------------------------------------------------------------------------------------
+
+
+@given(st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=60, unique=True), st.integers(1, 40), st.integers(1, 3))
+@settings(deadline=None, max_examples=60)
+def test_so_many_are_chosen_each_once_with_the_newest_of_each_profile(
+    times: list[float], most: int, profiles: int
+) -> None:
+    sigma_rels = (0.05, 0.28, 0.1)[:profiles]
+    snapshots = [pure(s, t) for t in times for s in sigma_rels]
+    found = choose(snapshots, most)
+    each = max(1, most // profiles)
+    assert found == sorted(set(found))
+    assert len(found) <= max(most, profiles)
+    for sigma_rel in sigma_rels:
+        own = [snapshots[i].t for i in found if snapshots[i].gamma == pure(sigma_rel, 1.0).gamma]
+        assert len(own) >= min(each, len(times))
+        assert max(own) == max(times)
+
+
+def test_few_snapshots_are_all_chosen() -> None:
+    assert choose(regular(MOST_SOLVED // 2)) == list(range(MOST_SOLVED))
+    assert len(choose(regular(MOST_SOLVED))) == MOST_SOLVED
+
+
+def test_a_profile_of_few_snapshots_leaves_its_share_to_the_other() -> None:
+    snapshots = [pure(0.05, float(t)) for t in range(1, 101)] + [pure(0.28, float(t)) for t in (50, 100)]
+    found = choose(snapshots, 20)
+    assert len(found) == 20
+    assert {100, 101} <= set(found)
+
+
+def test_so_many_of_each_are_kept_however_few_are_wanted() -> None:
+    found = choose(regular(50), 10, keep=20)
+    assert len(found) == 40
+
+
+def test_late_ones_are_chosen_more_densely_and_the_newest_ones_one_after_another() -> None:
+    times = [regular(1000)[i].t for i in choose(regular(1000), 200)][::2]
+    gaps = np.diff(times)
+    assert times[-3:] == [998, 999, 1000]
+    assert gaps[:10].mean() == pytest.approx(15, abs=1)
+    assert (np.diff(gaps.reshape(-1, 11).mean(axis=1)) < 0).all()
+
+
+@pytest.mark.parametrize("rounding", [2e-4, 1.5e-3], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("cooling", [0.0, 2.0], ids=["even", "cooling"])
+def test_the_choice_loses_little_and_less_than_even_spacing(rounding: float, cooling: float) -> None:
+    """Half of them: narrow averages lose nothing, the worst one about what roundings alone would lose."""
+    snapshots, t = regular(150), 150.0
+    edges = np.linspace(1, t, 33)
+    walk = (1.02 - edges[1:] / t) ** cooling
+    prior = assumed_prior(snapshots, rounding, Motion(edges, walk * 0.06 / t, np.zeros(32)))
+    targets = [pure(s, t) for s in (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28)]
+
+    def errors(which: list[int]) -> np.ndarray:
+        own = [snapshots[i] for i in which]
+        return reconstruct(own, targets, prior=prior.of(which), t=t).predicted_error
+
+    everything, found = errors(list(range(300))), errors(choose(snapshots, 150))
+    even = errors(sorted({*range(298, 300), *(2 * (i // 2) + s for i in range(1, 300, 4) for s in (0, 1))}))
+    assert found[0] / everything[0] < 1.005
+    assert (found[:4] / everything[:4]).max() < 1.15
+    assert (found / everything).max() < 1.5
+    assert np.mean(found / everything) < np.mean(even / everything)
+
+
+def test_thinning_of_very_many_begins_with_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshots = regular(60)
+    prior = assumed_prior(snapshots, 2e-4)
+    exact = snapshots_to_drop(snapshots, prior, 3)
+    monkeypatch.setattr(keeping, "MOST_SOLVED", 60)
+    found = snapshots_to_drop(snapshots, prior, 3)
+    first = sorted(set(range(120)) - set(choose(snapshots, 48, 3)))
+    assert found[: len(first)] == first
+    assert len(found) == len(set(found)) == len(exact) == 114
+    assert not {118, 119} & set(found)
+
+
+# --- what rests on it ------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """40 times x 2 profiles."""
+    folder = tmp_path_factory.mktemp("many") / "run"
+    torch.manual_seed(0)
+    model = torch.nn.Linear(30, 20)
+    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=5, max_checkpoints=None) as tracker:
+        for _ in range(200):
+            with torch.no_grad():
+                model.weight += 0.01 * torch.randn(20, 30)
+            tracker.update_(model)
+    return folder
+
+
+@pytest.fixture
+def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reconstructions work with 20 snapshots at most."""
+    for module in (chosen, pruning):
+        monkeypatch.setattr(module, "choose", partial(choose, most=20))
+
+
+def of_choice(run: Path, t: float) -> list[float]:
+    profiles = [s.info.profile.pure for s in read_directory(run) if s.info.t <= t]
+    return [profiles[i].t for i in choose(profiles, 20)]
+
+
+@pytest.mark.usefixtures("_twenty")
+@pytest.mark.parametrize("method", ["minvar", "paper"])
+@pytest.mark.parametrize("t", [200.0, 143.0])
+def test_a_synthesis_works_with_the_choice_up_to_its_time(run: Path, t: float, method: str) -> None:
+    plan = plan_synthesis(disk_sources(run), [0.15], t, method=method)
+    assert (plan.solved, plan.there) == (20, 2 * int(t // 5))
+    assert [source.info.t for source in plan.sources] == of_choice(run, t)
+    assert plan.choice == f"20 of {plan.there} snapshots up to t = {t:g}, spread as thinning would leave them"
+    few = plan_synthesis(disk_sources(run), [0.15], 50.0)
+    assert (few.solved, few.there, few.choice) == (20, 20, None)
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_the_choice_does_not_depend_on_the_targets_and_nor_do_their_bits(run: Path) -> None:
+    sources = disk_sources(run)
+    alone = plan_synthesis(sources, [0.15], 143.0)
+    company = plan_synthesis(sources[::-1], [0.02, 0.15, Window(30)], 143.0)
+    assert company.solved == 20
+    assert torch.equal(dict(synthesize(alone))["weight"][0], dict(synthesize(company))["weight"][1])
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_the_choice_is_told(run: Path, ema: Ema, tmp_path: Path) -> None:
+    line = "20 of 80 snapshots up to t = 200, spread as thinning would leave them"
+    text = ema("synthesize", str(run), "--sigma-rel", "0.15", "--out", str(tmp_path / "m.safetensors"))
+    assert f"from {line}\n" in text.out
+    report = ema("synthesize", str(run), "--sigma-rel", "0.15", "--dry-run", "--json")
+    assert '"snapshots": {\n    "solved_with": 20,\n    "of": 80\n  }' in report.out
+    plot = ema("error-plot", str(run), "--csv", str(tmp_path / "e.csv"))
+    assert f"{run}: 20 of 80 snapshots up to 200 steps" in plot.out
+    assert "20 of 40 snapshots up to 100 steps" in ema("error-plot", str(run), "--t", "102", "--json").out
+    tracker = PostHocEMA.from_path(run)
+    assert "20 of 80 averages" in tracker.reconstruction_error().axes[0].get_legend().get_texts()[0].get_text()
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_the_log_tells_the_choice(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
+    assert "made from 20 of 80 snapshots up to t = 200" in caplog.text
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_the_curve_is_that_of_the_synthesis(run: Path) -> None:
+    for t in (None, 143.0):
+        curve = Judged.of_directory(run, t).curve((0.1, 0.2), [], t, None)
+        plan = plan_synthesis(disk_sources(run), [0.1], t, dtype="float32")
+        assert curve.predicted_error is not None
+        assert curve.predicted_error[0] == pytest.approx(float(plan.reconstruction.predicted_error[0]), rel=1e-9)
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_a_time_before_all_snapshots_is_refused_as_ever(run: Path, ema: Ema) -> None:
+    assert "must lie between the first snapshot, 5, and" in ema("error-plot", str(run), "--t", "2", "--json").error
+
+
+# --- pruning ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_pruning_deletes_first_what_no_reconstruction_works_with(run: Path) -> None:
+    snapshots = read_directory(run)
+    outside = [s.path for s in snapshots if s.info.t not in of_choice(run, 200.0)]
+    pruned = plan_pruning(snapshots, keep=3)
+    assert [s.path for s in pruned.gone[:60]] != sorted(outside)  # spread over time
+    assert {s.path for s in pruned.gone[:60]} == set(outside)
+    assert len(pruned.kept) == 6
+    few = plan_pruning(snapshots, keep=35)
+    assert len(few.gone) == 10
+    assert few.before.worst == pytest.approx(few.after.worst, rel=0.05)
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_any_beginning_of_the_deletions_leaves_an_evenly_thinned_directory(run: Path) -> None:
+    snapshots = read_directory(run)
+    gone = plan_pruning(snapshots, max_bytes=sum(s.header.file_bytes for s in snapshots) * 3 // 4).gone
+    times = np.array([s.info.t for s in gone])
+    assert len(times) == 21
+    assert np.histogram(times, bins=4, range=(0, 200))[0].min() >= 3
+
+
+@pytest.mark.usefixtures("_twenty")
+def test_what_training_goes_on_from_stays_though_it_is_not_chosen(run: Path) -> None:
+    snapshots = [s for s in read_directory(run) if (s.info.t, s.info.sigma_rel) != (200.0, 0.28)]
+    kept = plan_pruning(snapshots, keep=1).kept
+    assert {(s.info.t, s.info.sigma_rel) for s in kept} == {(200.0, 0.05), (195.0, 0.05), (195.0, 0.28)}
