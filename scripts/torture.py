@@ -8,6 +8,7 @@ python scripts/torture.py --share 0.1         # a tenth of each
 from __future__ import annotations
 
 import argparse
+import logging
 import sys
 import tempfile
 import time
@@ -29,6 +30,7 @@ def main() -> int:
     chosen = [one for one in EXPERIMENTS if options.only in one.name]
     if not chosen or not 0 < options.share <= 1:
         parser.error(f"--only: one of {', '.join(one.name for one in EXPERIMENTS)}; --share: above 0, up to 1")
+    logging.getLogger("posthoc_cli").setLevel(logging.CRITICAL)  # thousands of messages that say what is wrong
     print(f"seed {options.seed}\n")
     print("| experiment | tried | lost | missed | executed | time |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")

@@ -11,29 +11,34 @@ from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.sharded import read_sharded
 from posthoc_cli.snapshots.states import decode_state
+from posthoc_cli.snapshots.verification import list_contents, verify
 
 Content = dict[str, object]
 """What a file holds: the bytes of each tensor by name, and what the file says about itself under ""."""
 
 
 def examine(path: Path) -> Content:
-    """Check every byte of a snapshot, an output, a state, or of the shards beside an index; returns what is there.
+    """Verify a snapshot, an output, a state, or the shards beside an index as `ema verify` does; returns what is there.
 
     Raises:
         PostHocError: naming the file.
     """
+    found = verify(list_contents(path))
+    for report in found.files:
+        if not report.is_fine:
+            raise FileFormatError(f"{report.path}: {report.detail}")
     if path.name != INDEX_NAME:
-        return _examine_file(path)
+        return _content(path)
     sharded = read_sharded(path.parent)
     if sharded is None:
         raise FileFormatError(f"{path}: leads to no snapshot")
     content: Content = {}
     for shard in sharded.shards:
-        content |= _examine_file(shard.path)
+        content |= _content(shard.path)
     return content | {"": sharded.info}
 
 
-def _examine_file(path: Path) -> Content:
+def _content(path: Path) -> Content:
     decoders = {"snapshot": decode_snapshot, "output": decode_output, "state": decode_state}
     with TensorFile(path) as file:
         kind = file_kind(file.header)

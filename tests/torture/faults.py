@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import random
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 
 from posthoc_cli import files
@@ -23,17 +21,6 @@ CRASHES = ("kill", "nothing", "names", "some")
 # --- errors ----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the thousands of messages that say what is wrong: this looks at the errors."""
-    logging.disable(logging.ERROR)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)
-
-
-@_quiet()
 def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     """Each kind of error at each operation of reading and writing; the user does again what has failed."""
     tally = Tally()
@@ -97,7 +84,6 @@ def _wrong_shards(folder: Path) -> list[str]:
 # --- crashes ---------------------------------------------------------------------------------------
 
 
-@_quiet()
 def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     """The process is killed, or the machine loses its power, between any two operations; the user starts again."""
     tally = Tally()
