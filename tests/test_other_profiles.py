@@ -172,6 +172,31 @@ def test_the_tail_is_the_integral_of_the_density(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
+def test_times_of_any_dtype_are_reckoned_with_in_float64(name: str) -> None:
+    profile, _ = OTHERS[name]
+    times = np.array([0.0, 1.0, 3.0, 60.0, 69.0, 90.0, 97.0])
+    for method in (profile.density, profile.tail):
+        found = method(times.astype(np.float32))
+        assert np.asarray(found).dtype == np.float64
+        np.testing.assert_array_equal(found, method(times))
+
+
+@pytest.mark.parametrize(
+    ("profile", "start", "end"),
+    [
+        (ClassicalEMA(0.97, 85.0, UNEVEN, start=3.0), 3.0, 85.0),
+        (StepWindow(30, 90.0, Clock.of_steps()), 60.0, 90.0),
+        (Uniform(20.0, 70.0), 20.0, 70.0),
+    ],
+)
+def test_a_density_is_that_of_a_span_open_on_the_left(profile: Profile, start: float, end: float) -> None:
+    assert profile.density(start) == 0
+    assert profile.density(np.nextafter(start, end)) > 0
+    assert profile.density(end) > 0
+    assert profile.density(np.nextafter(end, 1e9)) == 0
+
+
+@pytest.mark.parametrize("name", OTHERS)
 def test_no_profile_has_mass_outside_the_run(name: str) -> None:
     profile, _ = OTHERS[name]
     np.testing.assert_array_equal(profile.tail([[-5.0, -1e-9], [90.0, 1e6]]), [[1, 1], [0, 0]])
@@ -266,7 +291,11 @@ def test_tabulated_densities_may_have_any_scale() -> None:
     ("make", "reason"),
     [
         (lambda: ClassicalEMA(1.0, 5.0, Clock.of_steps()), r"beta 1\.0: must lie in \(0, 1\)"),
+        (lambda: ClassicalEMA(0.0, 5.0, Clock.of_steps()), r"beta 0\.0: must lie in \(0, 1\)"),
         (lambda: ClassicalEMA(0.9, 5.0, Clock.of_steps(), start=6.0), "from 6 to t = 5"),
+        (lambda: ClassicalEMA(0.9, 0.0, Clock.of_steps()), "to t = 0"),
+        (lambda: ClassicalEMA(0.9, math.inf, Clock.of_steps()), "to t = inf"),
+        (lambda: Uniform(5.0, math.inf), "must start at 0 or later and before its end"),
         (lambda: Uniform(5.0, 5.0), "must start at 0 or later and before its end"),
         (lambda: Uniform(-1.0, 5.0), "must start at 0 or later"),
         (lambda: StepWindow(0, 5.0, Clock.of_steps()), "window 0: must be a whole number"),

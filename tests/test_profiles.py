@@ -190,12 +190,13 @@ def test_beta_and_back_gives_the_sigma_rel(sigma_rel: float, steps: int) -> None
     assert found == pytest.approx(sigma_rel, rel=1e-9)
 
 
-@pytest.mark.parametrize("sigma_rel", [1e-8, 1e-7, 1e-6, 1e-3, 0.05, 0.28])
+@pytest.mark.parametrize("sigma_rel", [1e-8, 1e-7, 1e-6, 1.02e-5, 1.1e-5, 3e-5, 1e-3, 0.05, 0.28])
 def test_the_closed_form_for_long_runs_agrees_with_the_sum(sigma_rel: float) -> None:
     steps = 1_000_001  # the first length that is not summed term by term
     gamma = gamma_from_sigma_rel(sigma_rel)
     direct = float(np.sum(np.exp((gamma + 1) * np.log(np.arange(1, steps) / steps))))
-    assert mean_lag(gamma, steps) == pytest.approx(direct, rel=1e-8)
+    # Where the first term that is left out is largest, (x/T)**5 / 30240 of a lag of T/x, x = T/10: 3e-11.
+    assert mean_lag(gamma, steps) == pytest.approx(direct, rel=1e-10)
 
 
 @pytest.mark.parametrize("beta_value", [0.0, 1.0, -0.5, 1.5, math.nan])
@@ -209,3 +210,29 @@ def test_training_has_at_least_a_step() -> None:
         mean_lag(1.0, 0)
     with pytest.raises(InvalidValueError, match="steps"):
         sigma_rel_from_classical_beta(0.5, 1)
+    assert mean_lag(1.0, 1) == 0.0
+    # Two steps: the mean lag is (1/2)**(gamma + 1), here 1/4, and beta / (1 - beta) the same.
+    assert sigma_rel_from_classical_beta(0.2, 2) == pytest.approx(18**-0.5, rel=1e-12)
+    with pytest.raises(InvalidValueError, match="must lie in"):
+        sigma_rel_from_classical_beta(0.5, 3)  # the uniform average's
+
+
+def test_times_of_any_dtype_are_reckoned_with_in_float64() -> None:
+    """At values that float32 holds exactly, so that only the arithmetic can differ."""
+    times = np.array([0.0, 1.0, 3.0, 60.0, 97.0, 100.0])
+    pure = PowerFunction.from_sigma_rel(0.07, 100.0)
+    for profile in (pure, RecordedPowerFunction(pure.gamma, 100.0, 2.0, 1.0)):
+        for method in (profile.density, profile.tail):
+            found = method(times.astype(np.float32))
+            assert found.dtype == np.float64
+            np.testing.assert_array_equal(found, method(times))
+    np.testing.assert_array_equal(
+        pure.discrete_weights(np.array([3, 60, 100], np.float16)), pure.discrete_weights([3.0, 60.0, 100.0])
+    )
+
+
+def test_densities_are_those_of_spans_open_on_the_left() -> None:
+    late = RecordedPowerFunction(6.0, 100.0, 20.0, 1.0)
+    assert late.density(20.0) == 0
+    assert late.density(20.001) == pytest.approx(7 * 0.20001**6 / 100)
+    assert PowerFunction(0.0, 100.0).density([0.0, 100.0]).tolist() == [0.0, 0.01]

@@ -238,6 +238,8 @@ def test_every_digit_of_a_file_counts(tmp_path_factory: pytest.TempPathFactory, 
         ("0,1\n1,1\n150,0\n200,0\n", "line 3: time 150 puts mass outside the run; times must lie within 0 and t = 100"),
         (b"0,1\n5,\xff\n", "line 2: not a text file in UTF-8; must be one"),
         (b"0,1\n5,1\n\0\0\0\0", "line 3: not a text file in UTF-8"),
+        (b"\n0,1\n5,1\n\0\n\n\0", "line 4: not a text file in UTF-8"),
+        (b"\n0,\xff\n5,\xff\n", "line 2: not a text file in UTF-8"),
         ("0,1\n5,1\n".encode("utf-16"), "line 1: not a text file in UTF-8"),
     ],
 )
