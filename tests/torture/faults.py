@@ -11,7 +11,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.store import SUPERSEDED, find_snapshots
 from torture.scenario import STEPS, Run, contents, problems_of, tensors_of, wrong_output, wrong_snapshots
-from torture.simulated import KINDS, Disk, Faulty, Recording, installed
+from torture.simulated import HALVED, KINDS, Disk, Faulty, Recording, installed
 from torture.tally import Experiment, Tally
 
 CRASHES = ("kill", "nothing", "names", "some")
@@ -32,8 +32,8 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     kept = snapshots_of(reference.directory)
     chance = random.Random(seed)
     for kind in KINDS:
-        count = max(2, round(share * counting.count))
-        for at in sorted(chance.sample(range(counting.count), min(count, counting.count))):
+        able = [at for at, name in enumerate(counting.operations) if name in HALVED.get(kind, (name,))]
+        for at in sorted(chance.sample(able, max(2, round(share * len(able))))):
             root = folder / "faulty"
             root.mkdir()
             system = Faulty(at, kind)

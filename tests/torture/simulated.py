@@ -17,12 +17,12 @@ from pathlib import Path
 
 from posthoc_cli import files
 
-WRITES = ("open_new", "write", "fsync", "fsync_directory", "rename", "link", "unlink", "make_directory")
-READS = ("open", "read", "list")
 ERRORS = {"EIO": errno.EIO, "ENOSPC": errno.ENOSPC, "EACCES": errno.EACCES}
 KINDS = (*ERRORS, "short", "torn", "full")
 """Faults: an error once; a write that takes half, which is allowed; half a write, then an error; a disk that is full
 until somebody makes room."""
+HALVED = {"short": ("write", "read"), "torn": ("write",)}
+"""Operations that can be done by half."""
 
 
 @contextmanager
@@ -46,7 +46,7 @@ class Faulty(files.FileSystem):
         kind: one of KINDS.
 
     Attributes:
-        count: operations so far.
+        operations: the names of the operations so far.
         failed: what failed, in words; None before.
     """
 
@@ -54,7 +54,7 @@ class Faulty(files.FileSystem):
         self._at, self._kind = at, kind
         self._lock = threading.Lock()
         self._full = False
-        self.count = 0
+        self.operations: list[str] = []
         self.failed: str | None = None
 
     def make_room(self) -> None:
@@ -111,17 +111,14 @@ class Faulty(files.FileSystem):
     def _pass(self, operation: str, where: object) -> bool:
         """Count an operation, and raise where it is to fail; True where it is to be done by half."""
         with self._lock:
-            number, self.count = self.count, self.count + 1
+            number = len(self.operations)
+            self.operations.append(operation)
             if self._full and operation in ("open_new", "write", "make_directory"):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            if number != self._at:
-                return False
-            if self._kind in ("short", "torn") and operation not in ("write", "read"):
-                return False
-            if self._kind == "torn" and operation == "read":
+            if number != self._at or operation not in HALVED.get(self._kind, (operation,)):
                 return False
             self.failed = f"{self._kind} at operation {number}, {operation} {where}"
-            if self._kind in ("short", "torn"):
+            if self._kind in HALVED:
                 return True
             if self._kind == "full":
                 self._full = True
