@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from posthoc_cli.errors import shown
 from posthoc_cli.snapshots.reader import Snapshot
 
 
@@ -29,7 +30,7 @@ def difference(first: Snapshot, other: Snapshot) -> str | None:
     if a.run_id != b.run_id:
         return f"are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
     if a.t_unit != b.t_unit:
-        return f"count time in {a.t_unit!r} and {b.t_unit!r}"
+        return f"count time in {shown(a.t_unit)} and {shown(b.t_unit)}"
     # A run whose last snapshot of a profile was deleted may have gone on without that profile.
     if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
         return (
@@ -48,13 +49,13 @@ def _tensor_difference(first: Snapshot, other: Snapshot) -> str | None:
     for name in sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
             missing = other if name in a.tensors else first
-            return f"do not match: tensor {name!r} is missing in {missing.path.name}"
+            return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
         shapes = [list(s.header.tensors[name].shape) for s in (first, other)]
         if shapes[0] != shapes[1]:
-            return f"do not match: tensor {name!r} has the shapes {shapes[0]} and {shapes[1]}"
+            return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
         if a.tensors[name] != b.tensors[name]:
             return (
-                f"do not match: tensor {name!r} is {a.tensors[name].role} of {a.tensors[name].dtype} "
+                f"do not match: tensor {shown(name)} is {a.tensors[name].role} of {a.tensors[name].dtype} "
                 f"and {b.tensors[name].role} of {b.tensors[name].dtype}"
             )
     return None if a.aliases == b.aliases else "do not match: they tie different names together"

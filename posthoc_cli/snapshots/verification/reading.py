@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from posthoc_cli.errors import FileFormatError, VanishedError
+from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import decode_output
@@ -131,7 +131,7 @@ def _check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -
     named = {kind: tensors_with(kind, header) for kind in (*kinds, COPY)}
     if sum(map(len, named.values())) != len(header.tensors):
         stranger = min(header.tensors.keys() - {full for one in named.values() for full in one.values()})
-        raise FileFormatError(f"{path}: tensor {stranger!r} is of no profile that the state has")
+        raise FileFormatError(f"{path}: tensor {shown(stranger)} is of no profile that the state has")
     averages = [
         {name: (header.tensors[full].dtype, header.tensors[full].shape) for name, full in named[kind].items()}
         for kind in kinds
@@ -139,7 +139,7 @@ def _check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -
     for other, kind in zip(averages, kinds, strict=True):
         if other != averages[0]:
             name = min(set(other.items()) ^ set(averages[0].items()))[0]
-            raise FileFormatError(f"{path}: tensor {name!r} is not the same for sigma_rel {kinds[0]} and {kind}")
+            raise FileFormatError(f"{path}: tensor {shown(name)} is not the same for sigma_rel {kinds[0]} and {kind}")
 
 
 def _unsupported(header: fmt.FileHeader | None) -> Problem | None:
@@ -148,9 +148,9 @@ def _unsupported(header: fmt.FileHeader | None) -> Problem | None:
         return None
     kind, version = file_kind(header), header.metadata.get("ema.version", fmt.VERSION)
     if kind not in (None, "snapshot", "output", "state"):
-        return Problem(UNSUPPORTED, f"its ema.format is {shortened(str(kind))!r}, which this release does not know")
+        return Problem(UNSUPPORTED, f"its ema.format is {shown(str(kind))}, which this release does not know")
     if version != fmt.VERSION:
-        return Problem(UNSUPPORTED, f"its ema.version is {shortened(version)!r}; this release reads {fmt.VERSION}")
+        return Problem(UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {fmt.VERSION}")
     return None
 
 
@@ -160,7 +160,7 @@ def _problem(path: Path, damaged: Mapping[str, str], nonfinite: Iterable[str], c
         return Problem(DAMAGED, f"{first.detail}{and_more(len(damaged) - 1, 'tensor')}")
     bad = [name for name in nonfinite if name in content.averages]
     if bad:
-        return Problem(NONFINITE, f"average {bad[0]!r} holds nan or infinity{and_more(len(bad) - 1, 'average')}")
+        return Problem(NONFINITE, f"average {shown(bad[0])} holds nan or infinity{and_more(len(bad) - 1, 'average')}")
     return Problem(UNCHECKED, "") if content.kind is None else None
 
 
@@ -169,7 +169,7 @@ def _notes(path: Path, content: Content, nonfinite: Iterable[str]) -> tuple[str,
     odd = [name for name in nonfinite if name not in content.averages]
     if odd:
         what = "tensor" if content.kind is None else "copy"
-        notes.append(f"{what} {odd[0]!r} holds nan or infinity{and_more(len(odd) - 1, 'tensor')}")
+        notes.append(f"{what} {shown(odd[0])} holds nan or infinity{and_more(len(odd) - 1, 'tensor')}")
     if content.snapshot is not None and _is_snapshot_name(path):
         info = content.snapshot.info
         if path.name != snapshot_path(path.parent, info.t, info.sigma_rel).name:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots.index import INDEX_NAME, decode_index
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import read_sharded
@@ -63,9 +63,9 @@ def _report_of_shard(path: Path, file: ReadFile | None, unit: Unit, index: Path,
         return report
     missing = named - file.header.tensors.keys()
     detail = (
-        f"tensor {min(missing)!r} is not in it, as {index.name} says"
+        f"tensor {shown(min(missing))} is not in it, as {index.name} says"
         if missing
-        else f"tensor {min(file.header.tensors.keys() - named)!r} is in it, and not in {index.name}"
+        else f"tensor {shown(min(file.header.tensors.keys() - named))} is in it, and not in {index.name}"
     )
     return replace(report, state=MISMATCHED, detail=detail)
 
