@@ -97,8 +97,10 @@ def measure(sizes: Sizes, folder: Path) -> None:
 
 
 def run_job(name: str, count: int, folder: Path) -> None:
-    """Run one of the jobs below; it prints its rows."""
-    subprocess.run([sys.executable, __file__, "--job", name, str(count), str(folder)], check=True)
+    """Run one of the jobs below, with one thread: it prints its rows."""
+    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+    job = [sys.executable, "-W", "ignore", __file__, "--job", name, str(count), str(folder)]
+    subprocess.run(job, check=True, env=os.environ | one)
 
 
 def command(words: Sequence[str], directory: Path, repeats: int) -> list[str]:
