@@ -1,7 +1,13 @@
-"""One writer a directory. The system frees the lock when its holder dies, however it dies."""
+"""One writer a directory. The system frees the lock when its holder dies, however it dies.
+
+The lock is `flock`: of the local file system, or of a network file system that passes it on to its server. Where the
+file system has no locks, or a mount keeps them to one host, nothing can keep a second writer out; a warning says so as
+far as that can be told. Beside the lock lies a note of who holds it, for people.
+"""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import math
@@ -25,6 +31,9 @@ LOCK_NAME = ".ema.lock"
 HOLDER_NAME = ".ema.lock.holder"
 MOST_HOLDER_BYTES = 10_000
 
+NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
+"""What `flock` fails with on a file system without locks."""
+
 
 class DirectoryLock:
     """The right to write to a directory; taken when made, given back by `release` or the process's end."""
@@ -33,7 +42,10 @@ class DirectoryLock:
         self._holder = directory / HOLDER_NAME
         self._forget: Callable[[], object] = lambda: None
         with files.reported_as_write_error(directory):
-            self._lock = filelock.FileLock(directory / LOCK_NAME, blocking=False, is_singleton=False)
+            # Not filelock's own substitute, a file that is there or not: after a crash it would be there for good.
+            self._lock = filelock.FileLock(
+                directory / LOCK_NAME, blocking=False, is_singleton=False, fallback_to_soft=False
+            )
             try:
                 self._lock.acquire()
             except filelock.Timeout:
@@ -41,9 +53,17 @@ class DirectoryLock:
                     f"{directory}: {self._named_holder()} is writing here; close that tracker, "
                     "or take another directory"
                 ) from None
+            except OSError as error:
+                if error.errno not in NO_LOCKS:
+                    raise
+                log.warning(
+                    "%s: this file system has no locks (%s): nothing keeps a second writer out; see that there is none",
+                    directory,
+                    (error.strerror or str(error)).lower(),
+                )
             try:
                 if self._holder.exists():
-                    log.warning("%s: %s died without giving it free; taken over", directory, self._named_holder())
+                    log.warning("%s: %s", directory, self._left_behind())
                 self._note_holder()
                 # Also where nobody releases it: at the end of the process, or of all references.
                 self._forget = weakref.finalize(self, _forget, self._holder, os.getpid())
@@ -53,8 +73,8 @@ class DirectoryLock:
 
     def release(self) -> None:
         """Give the lock back."""
+        self._forget()
         if self._lock.is_locked:
-            self._forget()
             self._lock.release()
 
     def _note_holder(self) -> None:
@@ -67,12 +87,29 @@ class DirectoryLock:
         finally:
             files.system.close(descriptor)
 
-    def _named_holder(self) -> str:
+    def _left_behind(self) -> str:
+        """What to say of a note that no lock belongs to."""
+        holder = self._read_holder()
+        if self._lock.is_locked and (holder is None or holder[1] == socket.gethostname()):
+            return f"{self._named_holder()} died without giving it free; taken over"
+        return (
+            f"{self._named_holder()} has not given it free, and holds no lock that can be seen here; taken over: "
+            "see that it is not running any more"
+        )
+
+    def _read_holder(self) -> tuple[int, str, float] | None:
+        """Process, host and time of the note; None where it cannot be read."""
         try:
             holder = json.loads(read_small_file(self._holder, MOST_HOLDER_BYTES))
-            process, host, since = int(holder["process"]), str(holder["host"]), float(holder["since"])
+            return int(holder["process"]), str(holder["host"]), float(holder["since"])
         except (FileFormatError, ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            return None
+
+    def _named_holder(self) -> str:
+        holder = self._read_holder()
+        if holder is None:
             return "another process"
+        process, host, since = holder
         age = f"lock taken {_age(time.time() - since)} ago" if math.isfinite(since) else "lock taken at no known time"
         if process == os.getpid() and host == socket.gethostname():
             return f"another tracker of this process ({process}, {age})"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import threading
 import types
@@ -36,6 +37,8 @@ from posthoc_cli.tracker.settings import Settings, next_time, same_place
 from posthoc_cli.tracker.state import load_averages
 from posthoc_cli.tracker.watching import WatchedModel
 from posthoc_cli.tracker.weights import is_swapped
+
+log = logging.getLogger(__name__)
 
 _writing: weakref.WeakSet[Updating] = weakref.WeakSet()
 """The trackers of this process that have become writers of a directory."""
@@ -180,6 +183,14 @@ class Updating(Attachable):
             if self._resumes_from_directory:
                 averages, clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
                 recorder.set_aside_others(averages.t)
+                if averages.step != self._step:
+                    log.warning(
+                        "%s: the run has gone on since from_path looked, from step %d to %d; the averages go on from "
+                        "there, and the model should be of then, too",
+                        self.checkpoint_dir,
+                        self._step,
+                        averages.step,
+                    )
                 self._averages, self._clock = averages, clock
                 self._step, self._t = averages.step, averages.t
                 self._resumes_from_directory = False

@@ -311,8 +311,11 @@ def test_a_directory_without_snapshots_is_refused(tmp_path: Path, name: str) -> 
         PostHocEMA.from_path(tmp_path / name)
 
 
-def test_looking_at_the_state_does_not_take_the_run_over(tmp_path: Path) -> None:
-    """A reader asks for the state; the writer goes on; then the reader does: from what is there by then."""
+def test_looking_at_the_state_does_not_take_the_run_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A reader asks for the state; the writer goes on; then the reader does: from what is there by then, and says so.
+
+    Where the two are trainings, the model may well be of the time when the second one looked.
+    """
     model = network()
     writer = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     train(model, writer, 1, 20)
@@ -322,6 +325,7 @@ def test_looking_at_the_state_does_not_take_the_run_over(tmp_path: Path) -> None
     writer.close()
     with reader:
         train(model, reader, 41, 50)
+    assert "the run has gone on since from_path looked, from step 20 to 40" in caplog.text
     assert {s.info.t for s in read_directory(tmp_path)} == {10, 20, 30, 40, 50}
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "whole", **SETTINGS) as whole:
