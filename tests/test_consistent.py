@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
 from ema_command import Ema
+from factories import random_walk, write_run
 from safetensors.torch import load_file
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import VanishedError
+from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.snapshots import sampling
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.synthesis import Plan, consistent, disk_sources, plan_synthesis, with_consistent_plan
 from posthoc_cli.tracker import synthesizing
 
@@ -98,6 +107,70 @@ def test_the_command_makes_its_output_from_what_is_left(
     expected = PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15)
     assert torch.equal(load_file(tmp_path / "out.safetensors")["weight"], expected["weight"])
     assert not list(tmp_path.glob(".ema-*"))
+
+
+def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Headers without measurements: the plan itself reads tensors."""
+    write_run(tmp_path, random_walk(80, {"w": (3,)}), range(10, 81, 10))
+    real, removed = sampling.sample_measurements, []
+
+    def sample(snapshots: Sequence[Snapshot]) -> list[Measurements]:
+        if not removed:
+            removed.append(snapshots[3].path)
+            snapshots[3].path.unlink()
+        return real(snapshots)
+
+    monkeypatch.setattr("posthoc_cli.snapshots.priors.sample_measurements", sample)
+    found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["w"]
+    assert f"{removed[0]}: cannot be opened: no such file or directory; planning again" in caplog.text
+    monkeypatch.undo()
+    assert torch.equal(found, PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["w"])
+
+
+def test_an_open_file_that_another_host_removes_has_gone_away_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a local file system it would stay readable; a client of a network one gets ESTALE."""
+    trained(tmp_path)
+    reader = PostHocEMA.from_path(tmp_path)
+    expected = reader.state_dict(sigma_rel=0.15)["weight"]
+    real, refused = TensorFile.fill, []
+
+    def fill(self: TensorFile, *arguments: object) -> None:
+        if refused:
+            return real(self, *arguments)  # type: ignore[arg-type]
+        refused.append(self.path)
+        monkeypatch.setattr(files.system, "read", stale)
+        try:
+            return real(self, *arguments)  # type: ignore[arg-type]
+        finally:
+            monkeypatch.setattr(files.system, "read", os_read)
+
+    def stale(*_: object) -> int:
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    os_read = files.system.read
+    monkeypatch.setattr(TensorFile, "fill", fill)
+    assert torch.equal(reader.state_dict(sigma_rel=0.15)["weight"], expected)
+    (record,) = caplog.records
+    assert f"{refused[0]}: cannot be read: stale file handle; planning again" in record.getMessage()
+
+
+def test_too_many_open_files_are_told_with_the_limit_to_raise(tmp_path: Path) -> None:
+    trained(tmp_path)
+    script = (
+        "import resource, sys; from posthoc_cli import PostHocEMA; import torch\n"
+        "tracker = PostHocEMA.from_path(sys.argv[1])\n"
+        "tracker.state_dict(sigma_rel=0.15)\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))\n"
+        "try: tracker.state_dict(sigma_rel=0.15)\n"
+        "except Exception as error: print(type(error).__name__, error)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("FileFormatError ")
+    assert "too many open files; a synthesis holds all its snapshots open: raise the limit" in done.stdout
 
 
 def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planned(

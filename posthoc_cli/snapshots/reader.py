@@ -6,6 +6,7 @@ an error and not a crash.
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from collections.abc import Iterator, Sequence
@@ -227,8 +228,12 @@ def _reported(path: Path, verb: str) -> Iterator[None]:
 
 
 def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
-    kind = VanishedError if isinstance(error, FileNotFoundError) else FileFormatError
-    return kind(f"{path}: cannot be {verb}: {(error.strerror or str(error)).lower()}")
+    # On a network file system an open file goes away, too, when another host removes it.
+    kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
+    reason = (error.strerror or str(error)).lower()
+    if error.errno == errno.EMFILE:
+        reason += "; a synthesis holds all its snapshots open: raise the limit of this process, as by ulimit -n 4096"
+    return kind(f"{path}: cannot be {verb}: {reason}")
 
 
 def _open(path: Path) -> int:

@@ -25,7 +25,7 @@ def with_consistent_plan(make: Callable[[], Plan], use: Callable[[Plan], _T]) ->
     A file that is open stays readable when it is removed, and all are opened before anything is made of them.
 
     Arguments:
-        make: plans with what is there.
+        make: plans with what is there; where headers have no measurements it reads tensors itself.
         use: opens the snapshots of the plan; must leave nothing behind when it raises.
 
     Raises:
@@ -33,9 +33,8 @@ def with_consistent_plan(make: Callable[[], Plan], use: Callable[[Plan], _T]) ->
         others: as `make` and `use`.
     """
     for _ in range(ATTEMPTS - 1):
-        plan = make()
         try:
-            return use(plan)
+            return use(make())
         except VanishedError as error:
             log.warning("%s; planning again with what is there", error)
     return use(make())
