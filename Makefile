@@ -48,6 +48,7 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_averages.py
 	$(BIN)/python scripts/bench_differentiable.py
 	$(BIN)/python scripts/bench_update.py
+	$(BIN)/python scripts/bench_load.py
 
 torture: $(READY)
 	$(BIN)/python scripts/torture.py

@@ -2,10 +2,11 @@
 
     python scripts/bench_load.py [--repeats 3] [--quick]
 
-Three tables. Of a training of 100,000 updates with a snapshot of two profiles every 10: memory and open files on the
+Four tables. Of a training of 100,000 updates with a snapshot of two profiles every 10: memory and open files on the
 way, with thinning to 20 and, half as long, with 10,000 snapshots kept. Of the commands on those 10,000: wall time of a
 fresh process, the best of several, and its peak memory; also without measurements in the headers, as of files that
 another tool wrote. Of a model of 100,000 tensors: time and memory of every step. The network is as small as it may be.
+And what the choice of some of very many snapshots costs: predicted errors, as multiples of those from all.
 """
 
 from __future__ import annotations
@@ -21,9 +22,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, PowerFunction, reconstruct
+from posthoc_cli.planning import MOST_SOLVED, choose, relative_rounding
+from posthoc_cli.reconstruction import Prior, assumed_prior
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.store import read_directory
@@ -40,10 +45,11 @@ class Sizes:
     updates: int = 100_000
     kept_updates: int = 50_000
     tensors: int = 100_000
+    solved: int = 2_000
     repeats: int = 3
 
 
-QUICK = Sizes(400, 300, 500, 1)
+QUICK = Sizes(400, 300, 500, 100, 1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -91,6 +97,7 @@ def measure(sizes: Sizes, folder: Path) -> None:
         print(f"| `ema {what[0]}`, {len(read_directory(folder / 'tensors'))} snapshots | {' | '.join(cells)} |")
     cells = command(["export", str(folder / "t.safetensors"), "--out", str(folder / "t.pt"), "--force"], folder, 1)
     print(f"| `ema export` to a `.pt` | {' | '.join(cells)} |")
+    compare_choices(sizes.solved)
 
 
 # --- in processes of their own ---------------------------------------------------------------------
@@ -132,6 +139,36 @@ def without_measurements(source: Path, target: Path) -> None:
             for spec in specs:
                 writer.write(spec.name, file.read(spec.name).data)
             writer.commit()
+
+
+# --- what a choice costs ---------------------------------------------------------------------------
+
+SIGMA_RELS = (0.02, 0.05, 0.10, 0.15, 0.20, 0.25, 0.28)
+
+
+def compare_choices(count: int) -> None:
+    """Predicted errors of choices among so many snapshots of two profiles, relative to those from all of them."""
+    t = float(count // 2)
+    snapshots = [
+        PowerFunction.from_sigma_rel(sigma_rel, time + 1.0) for time in range(int(t)) for sigma_rel in (0.05, 0.28)
+    ]
+    targets = [PowerFunction.from_sigma_rel(sigma_rel, t) for sigma_rel in SIGMA_RELS]
+    print(f"\n| of {count:,} snapshots, {' | '.join(f'{sigma_rel:g}' for sigma_rel in SIGMA_RELS)} |")
+    print(f"| --- | {' | '.join(['---:'] * len(SIGMA_RELS))} |", flush=True)
+    for dtype in ("float16", "bfloat16"):
+        prior = assumed_prior(snapshots, relative_rounding(dtype))
+
+        def errors(chosen: Sequence[int], prior: Prior = prior) -> npt.NDArray[np.float64]:
+            return reconstruct([snapshots[i] for i in chosen], targets, prior=prior.of(chosen), t=t).predicted_error
+
+        everything = errors(range(count))
+        cells = [f"{100 * error:.2g} %" for error in everything.tolist()]
+        print(f"| all, in {dtype} | {' | '.join(cells)} |", flush=True)
+        for most in (min(MOST_SOLVED, count // 2), count // 10):
+            spaced = [count - 2 - 2 * round(i * count / most) + profile for i in range(most // 2) for profile in (0, 1)]
+            for what, chosen in (("as chosen", choose(snapshots, most)), ("evenly spaced", sorted(spaced))):
+                cells = [f"x {ratio:.2f}" for ratio in (errors(chosen) / everything).tolist()]
+                print(f"| {len(chosen):,} of them, {what} | {' | '.join(cells)} |", flush=True)
 
 
 # --- jobs ------------------------------------------------------------------------------------------

@@ -36,3 +36,10 @@ def test_a_command_is_timed_also_without_measurements(tmp_path: Path) -> None:
     seconds, memory = bench_load.command(["info", "DIR"], tmp_path / "plain", 1)
     assert seconds.endswith(" s")
     assert float(memory.removesuffix(" MB")) > 10
+
+
+def test_the_choice_is_compared_with_all_and_with_even_spacing(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_load.compare_choices(40)
+    found = rows(capsys.readouterr().out)[3:]
+    assert [row[0].partition(",")[0] for row in found] == ["all", *["20 of them"] * 2, *["4 of them"] * 2] * 2
+    assert float(found[1][1].removeprefix("x ")) <= float(found[2][1].removeprefix("x "))
