@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -64,7 +65,7 @@ def killed_trainings(nursery: Nursery, folder: Path, count: int, chance: random.
         directory = folder / f"unkilled-{most}"
         code, err, seconds = nursery.run(lambda d=directory, m=most: train(d, m), None, 0)
         assert code == 0, err
-        right[most] = _contents(directory)
+        right[most] = _contents(directory, most)
     while tally.tried < count:
         most, directory = chance.choice((None, 3)), folder / "killed"
         for attempt in range(1_000):
@@ -79,7 +80,7 @@ def killed_trainings(nursery: Nursery, folder: Path, count: int, chance: random.
             if code != -signal.SIGKILL:
                 tally.missed.append(f"{where}: going on ended with {code}: {err.strip()[-500:]}")
                 break
-        _compare(tally, where, _contents(directory), right[most], most)
+        _compare(tally, where, _contents(directory, most), right[most], most)
         shutil.rmtree(directory)
     return tally
 
@@ -95,12 +96,19 @@ def _damaged(directory: Path) -> list[str]:
     return found
 
 
-def _contents(directory: Path) -> dict[str, tuple[object, dict[str, bytes]]]:
-    """All that a snapshot says but the random name of its run, and its bytes."""
-    found = {}
+def _contents(directory: Path, most: int | None) -> dict[str, tuple[object, bytes]]:
+    """All that a snapshot says but the random name of its run, and its bytes.
+
+    Where snapshots are thinned, those from which the distances are measured may be others after a kill.
+    """
+    found: dict[str, tuple[object, bytes]] = {}
     for snapshot in find_snapshots(directory):
         data = snapshot.path.read_bytes()[snapshot.header.payload_start :]
-        found[snapshot.path.name] = ({**vars(snapshot.info), "run_id": None}, data)
+        measured = snapshot.info.measurements
+        assert measured is not None
+        if most is not None:
+            measured = replace(measured, distances=())
+        found[snapshot.path.name] = ({**vars(snapshot.info), "run_id": None, "measurements": measured}, data)
     return found
 
 
