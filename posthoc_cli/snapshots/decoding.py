@@ -141,21 +141,20 @@ def has_header_checksum(start: bytes, checksum: str) -> bool:
 
 
 def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
-    where = f"{path}: tensor {shown(name)}"
-    malformed = FileFormatError(f"{where}: its header entry is malformed")
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise malformed
+        raise FileFormatError(f"{path}: tensor {shown(name)}: its header entry is malformed")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in fmt.ITEM_BYTES:
-        raise FileFormatError(f"{where}: dtype {shown(dtype)} is none of {', '.join(fmt.ITEM_BYTES)}")
-    if not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2 or len(shape) > 64:
-        raise malformed
-    if math.prod(size or 1 for size in shape) >= 2**60:
-        # Also where another size is 0: no array library can hold the strides of such a shape.
-        raise malformed
+        known = ", ".join(fmt.ITEM_BYTES)
+        raise FileFormatError(f"{path}: tensor {shown(name)}: dtype {shown(dtype)} is none of {known}")
+    sizes = _is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
+    # Also where another size is 0: no array library can hold the strides of such a shape.
+    if not sizes or math.prod(size or 1 for size in shape) >= 2**60:
+        raise FileFormatError(f"{path}: tensor {shown(name)}: its header entry is malformed")
     begin, end = offsets
     if end - begin != math.prod(shape) * fmt.ITEM_BYTES[dtype]:
-        raise FileFormatError(f"{where}: {end - begin:,} bytes do not make {dtype} of shape {shape}")
+        what = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        raise FileFormatError(f"{path}: tensor {shown(name)}: {what}")
     return fmt.TensorEntry(dtype, tuple(shape), begin, end - begin)
 
 

@@ -26,6 +26,7 @@ from posthoc_cli.snapshots.priors import stored_average
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.segments import by_segment
 from posthoc_cli.snapshots.sharded import is_sharded, read_sharded, remove_snapshot
+from posthoc_cli.snapshots.sharing import Sharing
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +103,11 @@ def read_directory(directory: Path) -> list[Snapshot]:
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """As `read_directory`, where it is no mistake that there is no directory or no snapshot yet."""
     try:
-        found = [_open_candidate(path) for path in candidates(directory)]
+        paths = candidates(directory)
     except FileNotFoundError:
         return []
-    snapshots = sorted((s for s in found if s is not None), key=time_order)
+    share = Sharing()
+    snapshots = sorted((share(s) for s in map(_open_candidate, paths) if s is not None), key=time_order)
     for first, other in pairs_to_compare(snapshots):
         _check_pair(first, other)
     doubles = _doubles(snapshots)
@@ -124,12 +126,12 @@ def inspect_directory(directory: Path) -> Inspection:
         paths = candidates(directory)
     except FileNotFoundError:
         raise _without_snapshots(directory) from None
-    snapshots, problems = [], []
+    snapshots, problems, share = [], [], Sharing()
     for path in paths:
         try:
             snapshot = _open_candidate(path)
             if snapshot is not None:
-                snapshots.append(snapshot)
+                snapshots.append(share(snapshot))
         except FileFormatError as error:
             problems.append(str(error))
     if not snapshots and not problems:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, write_run, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, read_snapshot, write_run, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -358,3 +358,17 @@ def test_setting_aside_that_fails_is_told_and_loses_nothing(
     with pytest.raises(WriteError, match="input/output error"):
         set_aside([s for s in stored(tmp_path) if s.t > 10])
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
+
+
+def test_what_snapshots_say_alike_is_in_memory_once(tmp_path: Path) -> None:
+    """A directory may have thousands of them, each of which names every tensor."""
+    values = {"w": torch.ones(3), "b": torch.zeros(2)}
+    for t in (10, 20, 30):
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, values)
+    for found in (store.find_snapshots(tmp_path), inspect_directory(tmp_path).snapshots):
+        assert [s.info.t for s in found] == [10, 20, 30]
+        assert len({id(s.info.tensors) for s in found}) == len({id(s.header.tensors) for s in found}) == 1
+        assert len({id(s.header.metadata["ema.tensors"]) for s in found}) == 1
+        assert len({s.header.metadata["ema.checksum"] for s in found}) == 3
+        for snapshot in found:
+            assert snapshot == read_snapshot(snapshot.path)
