@@ -214,7 +214,7 @@ def _places() -> Iterator[Place]:
     yield Place("x", _command("export", "X", "--out", "OUT"))
     yield Place("x.pt", _command("export", "MADE", "--base", "X", "--out", "OUT"))
     yield Place("x", _command("error-plot", "X", "--out", "picture.png"))
-    yield Place("x", _command("plan", "--steps", "1000", "--params", "10", "--max-size", "1MB", "--like", "X"))
+    yield Place("x", _command("plan", "--steps", "1000", "--params", "10", "--max-size", "9kB", "--like", "X"))
     yield Place("x", _command("prune", "X", "--keep", "1", "--yes"))
     yield Place("x.csv", _command("synthesize", "RUN", "--profile", "X", "-q", "--out", "OUT"))
     yield Place("x.csv", _command("error-plot", "RUN", "--profile", "X", "--csv", "OUT"))
