@@ -3,10 +3,11 @@
     python scripts/bench_load.py [--repeats 3] [--quick]
 
 Four tables. Of a training of 100,000 updates with a snapshot of two profiles every 10: memory and open files on the
-way, with thinning to 20 and, half as long, with 10,000 snapshots kept. Of the commands on those 10,000: wall time of a
-fresh process, the best of several, and its peak memory; also without measurements in the headers, as of files that
-another tool wrote. Of a model of 100,000 tensors: time and memory of every step. The network is as small as it may be.
-And what the choice of some of very many snapshots costs: predicted errors, as multiples of those from all.
+way, with thinning to 20 and, half as long, with 10,000 snapshots kept. Of the commands on those 10,000: processor time
+of a fresh process with one thread, the least of several, and its peak memory; also without measurements in the headers,
+as of files that another tool wrote. Of a model of 100,000 tensors: time and memory of every step. The network is as
+small as it may be. And what the choice of some of very many snapshots costs: predicted errors, as multiples of those
+from all. Times are those of the processor: where nothing else runs nobody waits longer.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ from posthoc_cli.snapshots.writer import TensorFileWriter
 
 EVERY = 10
 """Updates from one snapshot to the next."""
+
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+"""So that a neighbour makes no difference."""
 
 
 @dataclass(frozen=True)
@@ -70,13 +75,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def measure(sizes: Sizes, folder: Path) -> None:
     """All tables."""
-    print("| updates | snapshots in the directory | memory | open files | time so far |")
+    print("| updates | snapshots in the directory | memory | open files | processor time so far |")
     print("| ---: | ---: | ---: | ---: | ---: |", flush=True)
     run_job("thinned", sizes.updates, folder / "thinned")
     run_job("kept", sizes.kept_updates, folder / "kept")
     without_measurements(folder / "kept", folder / "plain")
     count = len(read_directory(folder / "kept"))
-    print(f"\n| command on {count:,} snapshots | time | memory | without measurements | memory |")
+    print(f"\n| command on {count:,} snapshots | processor time | memory | without measurements | memory |")
     print("| --- | ---: | ---: | ---: | ---: |", flush=True)
     for what in (
         ["info", "DIR"],
@@ -89,7 +94,7 @@ def measure(sizes: Sizes, folder: Path) -> None:
         cells = [cell for run in ("kept", "plain") for cell in command(what, folder / run, sizes.repeats)]
         shown = [word for word in what if word != "DIR" and word != "--force"]
         print(f"| `ema {' '.join(Path(word).name for word in shown)}` | {' | '.join(cells)} |", flush=True)
-    print(f"\n| a model of {sizes.tensors:,} tensors | time | memory |")
+    print(f"\n| a model of {sizes.tensors:,} tensors | processor time | memory |")
     print("| --- | ---: | ---: |", flush=True)
     run_job("tensors", sizes.tensors, folder / "tensors")
     for what in (["info", "DIR"], ["synthesize", "DIR", "--sigma-rel", "0.15", "--out", str(folder / "t.safetensors")]):
@@ -105,22 +110,24 @@ def measure(sizes: Sizes, folder: Path) -> None:
 
 def run_job(name: str, count: int, folder: Path) -> None:
     """Run one of the jobs below, with one thread: it prints its rows."""
-    one = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     job = [sys.executable, "-W", "ignore", __file__, "--job", name, str(count), str(folder)]
-    subprocess.run(job, check=True, env=os.environ | one)
+    subprocess.run(job, check=True, env=os.environ | ONE_THREAD)
 
 
 def command(words: Sequence[str], directory: Path, repeats: int) -> list[str]:
-    """Best wall time of a command and its peak memory, as cells."""
+    """Least processor time of a command, and its peak memory, as cells."""
     code = (
-        "import json, resource, subprocess, sys, time; start = time.perf_counter(); "
-        "done = subprocess.run(sys.argv[1:], capture_output=True); seconds = time.perf_counter() - start; "
-        "assert not done.returncode, done.stderr; "
-        "print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss]))"
+        "import json, resource, subprocess, sys; done = subprocess.run(sys.argv[1:], capture_output=True); "
+        "assert not done.returncode, done.stderr; used = resource.getrusage(resource.RUSAGE_CHILDREN); "
+        "print(json.dumps([used.ru_utime + used.ru_stime, used.ru_maxrss]))"
     )
     call = [sys.executable, "-m", "posthoc_cli", *(str(directory) if word == "DIR" else word for word in words)]
     found = [
-        json.loads(subprocess.run([sys.executable, "-c", code, *call], check=True, capture_output=True).stdout)
+        json.loads(
+            subprocess.run(
+                [sys.executable, "-c", code, *call], check=True, stdout=subprocess.PIPE, env=os.environ | ONE_THREAD
+            ).stdout
+        )
         for _ in range(repeats)
     ]
     return [f"{min(seconds for seconds, _ in found):.1f} s", f"{max(memory for _, memory in found) / 1000:.0f} MB"]
@@ -195,7 +202,6 @@ def train(updates: int, folder: Path, max_checkpoints: int | None) -> None:
     model = torch.nn.Linear(16, 16)
     told = {updates // 100, updates // 10, updates // 2, updates}
     options = {"update_every": 1, "checkpoint_every": EVERY, "max_checkpoints": max_checkpoints}
-    start = time.perf_counter()
     with PostHocEMA.from_model(model, folder, **options) as tracker:
         for update in range(1, updates + 1):
             with torch.no_grad():
@@ -205,7 +211,7 @@ def train(updates: int, folder: Path, max_checkpoints: int | None) -> None:
                 tracker.flush()
                 there = len(list(folder.glob("*.safetensors")))
                 cells = [f"{update:,}", f"{there:,}", f"{memory():.0f} MB", f"{open_files()}"]
-                print(f"| {' | '.join(cells)} | {time.perf_counter() - start:.0f} s |", flush=True)
+                print(f"| {' | '.join(cells)} | {time.process_time():.0f} s |", flush=True)
 
 
 def many_tensors(count: int, folder: Path) -> None:
@@ -213,9 +219,9 @@ def many_tensors(count: int, folder: Path) -> None:
     torch.set_num_threads(1)
 
     def timed(what: str, step: Callable[[], object]) -> None:
-        start = time.perf_counter()
+        start = time.process_time()
         step()
-        print(f"| {what} | {time.perf_counter() - start:.1f} s | {memory():.0f} MB |", flush=True)
+        print(f"| {what} | {time.process_time() - start:.1f} s | {memory():.0f} MB |", flush=True)
 
     def swapped_in() -> None:
         with tracker.model(model, sigma_rel=0.15):

@@ -34,6 +34,6 @@ def _meeting(name: str, folder: Path, count: int, seed: int) -> Tally:
 
 
 EXPERIMENTS = (
-    Experiment("readers beside a training that thins, and prunings", readers, 0.05),
+    Experiment("readers beside a training that thins, and prunings", readers, 0.03),
     Experiment("two writers on one directory", writers, 0.03),
 )
