@@ -14,18 +14,18 @@ from torture.tally import Experiment, Tally
 
 def kills(folder: Path, share: float, seed: int) -> Tally:
     """Trainings killed with SIGKILL, 1,000 times in all, and resumed by their own script."""
-    return _in_nursery("kills", folder, round(1_000 * share), seed)
+    return run_apart("nursery.py", "kills", folder, round(1_000 * share), seed)
 
 
 def signals(folder: Path, share: float, seed: int) -> Tally:
     """Every command, stopped 600 times in all by Ctrl-C, SIGTERM or SIGKILL."""
-    return _in_nursery("signals", folder, round(600 * share), seed)
+    return run_apart("nursery.py", "signals", folder, round(600 * share), seed)
 
 
-def _in_nursery(name: str, folder: Path, count: int, seed: int) -> Tally:
-    script = Path(__file__).with_name("nursery.py")
+def run_apart(script: str, name: str, folder: Path, count: int, seed: int) -> Tally:
+    """What a script beside this one counts in an experiment, in a process of its own."""
     done = subprocess.run(
-        [sys.executable, script, name, folder, str(count), str(seed)],
+        [sys.executable, Path(__file__).with_name(script), name, folder, str(count), str(seed)],
         stdout=subprocess.PIPE,
         check=True,
         env=unmeasured_environment(),  # coverage would be written by every child, or half of it
