@@ -228,6 +228,21 @@ def tiny_model(seed: int = 0) -> TinyModel:
         return TinyModel()
 
 
+# --- damage ---------------------------------------------------------------------------------------
+
+
+def snapshot_files(run: Path) -> list[Path]:
+    """The snapshots of a directory, by their names."""
+    return sorted(run.glob("0*.safetensors"))
+
+
+def flip_bit(path: Path, position: int = -1) -> None:
+    """Flip one bit of the byte at `position`."""
+    data = bytearray(path.read_bytes())
+    data[position] ^= 4
+    path.write_bytes(data)
+
+
 # --- faults ----------------------------------------------------------------------------------------
 
 

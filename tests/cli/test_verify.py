@@ -11,21 +11,11 @@ import pytest
 import torch
 import typer
 from ema_command import Ema
-from factories import RUN_ID, rewrite_snapshot, write_snapshot
+from factories import RUN_ID, flip_bit, rewrite_snapshot, snapshot_files, write_snapshot
 from safetensors.torch import save_file
 
 from posthoc_cli.cli import output
 from posthoc_cli.snapshots.lock import DirectoryLock
-
-
-def snapshots(run: Path) -> list[Path]:
-    return sorted(run.glob("0*.safetensors"))
-
-
-def flip(path: Path, position: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 4
-    path.write_bytes(data)
 
 
 def leave(run: Path) -> Path:
@@ -67,7 +57,7 @@ def test_a_run_that_is_whole(ema: Ema, run: Path, options: tuple[str, ...]) -> N
 
 
 def test_json(ema: Ema, run: Path) -> None:
-    flip(snapshots(run)[3])
+    flip_bit(snapshot_files(run)[3])
     leave(run)
     result = ema("verify", run, "--json", "--deep")
     assert (result.code, result.err) == (1, "")
@@ -81,7 +71,7 @@ def test_json(ema: Ema, run: Path) -> None:
     assert len(report["files"]) == 40
     (wrong,) = (file for file in report["files"] if file["state"] != "whole")
     assert wrong.keys() == {"path", "what", "state", "detail", "bytes"}
-    assert (wrong["path"], wrong["state"]) == (snapshots(run)[3].name, "damaged")
+    assert (wrong["path"], wrong["state"]) == (snapshot_files(run)[3].name, "damaged")
     assert "its checksum does not match" in wrong["detail"]
     assert report["leftovers"] == [".ema-0123.tmp"]
     assert report["notes"] == ["sigma_rel 0.28: no snapshot at step 200, where the schedule had one"]
@@ -90,16 +80,16 @@ def test_json(ema: Ema, run: Path) -> None:
 
 
 def test_damaged_files_are_named_and_the_way_on(ema: Ema, run: Path) -> None:
-    for path in snapshots(run)[:5]:
-        flip(path)
+    for path in snapshot_files(run)[:5]:
+        flip_bit(path)
     last = ema("verify", run).out.splitlines()[-1]
-    first = [path.name for path in snapshots(run)]
+    first = [path.name for path in snapshot_files(run)]
     assert last == (
         f"5 of 40 files are damaged: {', '.join(first[:3])} and 2 more; `ema verify {run} --repair` sets aside what is "
         "broken"
     )
     (run / "x.safetensors").symlink_to("nowhere")
-    flip(snapshots(run)[0], 30)
+    flip_bit(snapshot_files(run)[0], 30)
     result = ema("verify", run)
     assert result.code == 1
     assert "6 of 41 files are damaged" in result.out
@@ -108,9 +98,9 @@ def test_damaged_files_are_named_and_the_way_on(ema: Ema, run: Path) -> None:
 def test_of_many_files_only_what_is_wrong_has_a_line(ema: Ema, tmp_path: Path) -> None:
     for t in range(10, 1030, 10):
         write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.ones(3)})
-    flip(snapshots(tmp_path)[3])
+    flip_bit(snapshot_files(tmp_path)[3])
     lines = ema("verify", tmp_path).out.splitlines()
-    assert [line.split()[0] for line in lines[:2]] == ["file", snapshots(tmp_path)[3].name]
+    assert [line.split()[0] for line in lines[:2]] == ["file", snapshot_files(tmp_path)[3].name]
     assert lines[2] == "and 101 files with nothing wrong; --all lists them"
     assert len(lines) < 8
     assert len(ema("verify", tmp_path, "--all").out.splitlines()) > 102
@@ -120,7 +110,7 @@ def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "model.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
     for path, what in (
-        (snapshots(run)[0], "snapshot sigma_rel 0.05 at t = 100"),
+        (snapshot_files(run)[0], "snapshot sigma_rel 0.05 at t = 100"),
         (out, "output sigma_rel 0.15 at t = 2,000"),
     ):
         result = ema("verify", path)
@@ -131,7 +121,7 @@ def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert result.code == 0
     assert result.out.splitlines()[1].endswith("foreign  no checksums: only its structure was checked")
     assert result.out.splitlines()[-1].endswith("0 whole, 1 without checksums")
-    flip(out)
+    flip_bit(out)
     result = ema("verify", out)
     assert result.code == 1
     assert result.out.splitlines()[-1] == f"1 of 1 file is damaged: {out}"
@@ -193,7 +183,7 @@ def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch:
 
 
 def test_repair_and_clean(ema: Ema, run: Path) -> None:
-    flip(snapshots(run)[2])
+    flip_bit(snapshot_files(run)[2])
     leave(run)
     result = ema("verify", run, "--repair", "--clean", "--yes")
     assert (result.code, result.err) == (0, "")
@@ -211,7 +201,7 @@ def test_repair_and_clean(ema: Ema, run: Path) -> None:
 
 
 def test_repair_as_json(ema: Ema, run: Path) -> None:
-    flip(snapshots(run)[2])
+    flip_bit(snapshot_files(run)[2])
     leave(run)
     report = json.loads(ema("verify", run, "--repair", "--clean", "--yes", "--json").out)
     name = "0000000000000200-0.05.safetensors"
@@ -224,7 +214,7 @@ def test_repair_as_json(ema: Ema, run: Path) -> None:
 
 
 def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
-    flip(snapshots(run)[2])
+    flip_bit(snapshot_files(run)[2])
     leave(run)
     before = state(run)
     result = ema("verify", run, "--repair", "--clean", "--dry-run")
@@ -240,7 +230,7 @@ def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
 
 @pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0), ("", 130)])
 def test_it_asks(ema: Ema, run: Path, terminal: pytest.MonkeyPatch, answer: str, code: int) -> None:
-    flip(snapshots(run)[2])
+    flip_bit(snapshot_files(run)[2])
     leave(run)
     before = state(run)
     asked = []
@@ -269,20 +259,20 @@ def test_it_asks(ema: Ema, run: Path, terminal: pytest.MonkeyPatch, answer: str,
 def test_what_nobody_can_tell_stays_and_is_named(ema: Ema, run: Path) -> None:
     write_snapshot(run, 5, 0.05, RUN_ID, {"w": torch.ones(2)}, name="stranger.safetensors")
     rival = run / "rival.safetensors"
-    rival.write_bytes(snapshots(run)[0].read_bytes())
+    rival.write_bytes(snapshot_files(run)[0].read_bytes())
     rewrite_snapshot(rival, left_out=("x",))
     result = ema("verify", run, "--repair", "--yes")
     assert result.code == 1
     lines = result.out.splitlines()
     assert lines[-2].startswith("set 1 file aside in ")
-    assert lines[-1] == f"{snapshots(run)[0].name}, rival.safetensors: left where they are; see above"
+    assert lines[-1] == f"{snapshot_files(run)[0].name}, rival.safetensors: left where they are; see above"
     result = ema("verify", run, "--repair", "--yes")
     assert result.code == 1
     assert "nothing has to be set aside" in result.out
 
 
 def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
-    flip(snapshots(run)[2])
+    flip_bit(snapshot_files(run)[2])
     leave(run)
     before = {name: data for name, data in state(run).items() if "lock" not in name}
     lock = DirectoryLock(run)

@@ -15,7 +15,17 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema, unmeasured_environment
-from factories import OTHER_RUN_ID, RUN_ID, make_info, random_walk, write_run, write_sharded, write_snapshot
+from factories import (
+    OTHER_RUN_ID,
+    RUN_ID,
+    flip_bit,
+    make_info,
+    random_walk,
+    snapshot_files,
+    write_run,
+    write_sharded,
+    write_snapshot,
+)
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
@@ -73,16 +83,6 @@ def run(_recorded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_recorded, tmp_path / "run"))
 
 
-def snapshots(run: Path) -> list[Path]:
-    return sorted(run.glob("0*.safetensors"))
-
-
-def flip(path: Path, position: int = -1) -> None:
-    data = bytearray(path.read_bytes())
-    data[position] ^= 4
-    path.write_bytes(data)
-
-
 def planned(run: Path) -> Repair:
     return plan_repair(verify(list_contents(run)))
 
@@ -96,10 +96,10 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("which", [(0,), (4, 5), (-1,), (-2, -1), (0, 3, 9, -1), tuple(range(18))])
 def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_path: Path, which: tuple[int]) -> None:
-    paths = snapshots(run)
+    paths = snapshot_files(run)
     bar = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
     for index in which:
-        flip(paths[index])
+        flip_bit(paths[index])
     plan = planned(run)
     before = contents(run)
     moved = repair(plan)
@@ -125,7 +125,7 @@ def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_p
 @pytest.mark.parametrize("which", [(0,), (-1,), (-2, -1)])
 def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
     for index in which:
-        flip(snapshots(run)[index])
+        flip_bit(snapshot_files(run)[index])
     repair(planned(run))
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model) as tracker:
@@ -139,9 +139,9 @@ def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
 @pytest.mark.parametrize("which", [(0,), (-1,), (4, 5, -1)])
 def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path: Path, which: tuple[int]) -> None:
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
-    lost = [snapshots(run)[index] for index in which]
+    lost = [snapshot_files(run)[index] for index in which]
     for path in lost:
-        flip(path)
+        flip_bit(path)
     repair(planned(run))
     for folder in (run, whole):
         walk = Walk()
@@ -151,8 +151,8 @@ def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path
             tracker.load_state(folder / "state.safetensors")
             walk.train(tracker, 20)
     assert verify(list_contents(run)).is_fine
-    names = {path.name for path in snapshots(whole)}
-    assert {path.name for path in snapshots(run)} == names - {path.name for path in lost}
+    names = {path.name for path in snapshot_files(whole)}
+    assert {path.name for path in snapshot_files(run)} == names - {path.name for path in lost}
     from safetensors.torch import load_file
 
     for name in sorted(names)[-4:]:
@@ -162,8 +162,8 @@ def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path
 
 def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
     everything = find_snapshots(run)
-    flip(snapshots(run)[7])
-    os.truncate(snapshots(run)[8], snapshots(run)[8].stat().st_size - 1)
+    flip_bit(snapshot_files(run)[7])
+    os.truncate(snapshot_files(run)[8], snapshot_files(run)[8].stat().st_size - 1)
     plan = planned(run)
     left = find_snapshots_without(everything, plan.gone)
     assert plan.unknown == 0
@@ -186,12 +186,12 @@ def find_snapshots_without(everything: list, gone: tuple[Path, ...]) -> list:
 
 
 def test_a_lost_header_is_counted_and_no_snapshot_at_all_has_no_error(run: Path) -> None:
-    flip(snapshots(run)[7], 20)
+    flip_bit(snapshot_files(run)[7], 20)
     plan = planned(run)
     assert plan.unknown == 1
     assert plan.before is not None
-    for path in snapshots(run):
-        flip(path, 30)
+    for path in snapshot_files(run):
+        flip_bit(path, 30)
     plan = planned(run)
     assert (plan.before, plan.after) == (None, None)
     assert len(repair(plan)) == 20
@@ -200,20 +200,20 @@ def test_a_lost_header_is_counted_and_no_snapshot_at_all_has_no_error(run: Path)
 
 def test_unmeasured_snapshots_are_judged_by_a_sample_that_may_be_damaged(tmp_path: Path) -> None:
     write_run(tmp_path, random_walk(40, {"w": (6, 5)}), (10, 20, 30, 40))
-    flip(snapshots(tmp_path)[3])
+    flip_bit(snapshot_files(tmp_path)[3])
     plan = planned(tmp_path)
     assert plan.after is not None
-    os.truncate(snapshots(tmp_path)[3], snapshots(tmp_path)[3].stat().st_size - 100)
+    os.truncate(snapshot_files(tmp_path)[3], snapshot_files(tmp_path)[3].stat().st_size - 100)
     plan = planned(tmp_path)
     assert plan.before is None
     assert plan.after is not None
 
 
 def test_strangers_copies_states_and_outputs_go_too_and_rivals_stay(run: Path) -> None:
-    first = snapshots(run)[0]
+    first = snapshot_files(run)[0]
     shutil.copy(first, run / "copy.safetensors")
     write_snapshot(run, 5, 0.05, OTHER_RUN_ID, {"w": torch.ones(3)}, name="stranger.safetensors")
-    flip(run / "state.safetensors")
+    flip_bit(run / "state.safetensors")
     (run / "fifo.safetensors").unlink(missing_ok=True)
     os.mkfifo(run / "fifo.safetensors")
     (run / "nowhere.safetensors").symlink_to("nowhere")
@@ -227,9 +227,9 @@ def test_strangers_copies_states_and_outputs_go_too_and_rivals_stay(run: Path) -
 
 def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere.safetensors"
-    path = snapshots(run)[3]
+    path = snapshot_files(run)[3]
     path.rename(elsewhere)
-    flip(elsewhere)
+    flip_bit(elsewhere)
     path.symlink_to(elsewhere)
     (moved,) = repair(planned(run))
     assert moved.is_symlink()
@@ -238,7 +238,7 @@ def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> 
 
 
 def test_nothing_in_quarantine_is_replaced(run: Path) -> None:
-    path = snapshots(run)[3]
+    path = snapshot_files(run)[3]
     kept = path.read_bytes()
     seen = set()
     for k in range(3):
@@ -251,10 +251,10 @@ def test_nothing_in_quarantine_is_replaced(run: Path) -> None:
 def test_a_quarantine_that_leads_elsewhere_is_not_used(run: Path, tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir()
     (run / "quarantine").symlink_to(tmp_path / "elsewhere")
-    flip(snapshots(run)[0])
+    flip_bit(snapshot_files(run)[0])
     with pytest.raises(DirectoryError, match="is a symbolic link"):
         repair(planned(run))
-    assert len(snapshots(run)) == 20
+    assert len(snapshot_files(run)) == 20
 
 
 def test_a_sharded_snapshot_is_set_aside_whole(tmp_path: Path) -> None:
@@ -296,7 +296,7 @@ def test_shards_of_an_output_in_the_directory_itself(ema: Ema, run: Path) -> Non
     shards = sorted(run.glob("model-*"))
     assert len(shards) == 2
     assert verify(list_contents(run)).is_fine
-    flip(shards[0])
+    flip_bit(shards[0])
     moved = {path.name for path in repair(planned(run))}
     assert moved == {INDEX_NAME, *(path.name for path in shards)}
     assert len(find_snapshots(run)) == 20
@@ -305,8 +305,8 @@ def test_shards_of_an_output_in_the_directory_itself(ema: Ema, run: Path) -> Non
 
 def test_a_superseded_one_is_set_aside_too(run: Path) -> None:
     (run / "superseded").mkdir()
-    shutil.copy(snapshots(run)[0], run / "superseded")
-    flip(run / "superseded" / snapshots(run)[0].name)
+    shutil.copy(snapshot_files(run)[0], run / "superseded")
+    flip_bit(run / "superseded" / snapshot_files(run)[0].name)
     (moved,) = repair(planned(run))
     assert moved.parent == run / "quarantine"
     assert verify(list_contents(run)).is_fine
@@ -318,17 +318,17 @@ def test_only_in_a_snapshot_directory(tmp_path: Path) -> None:
     from posthoc_cli.export import export_file
 
     output = tmp_path / "outputs" / "model.safetensors"
-    export_file(snapshots(tmp_path / "run")[0], output)
-    flip(output)
-    for path in (tmp_path / "outputs", output, snapshots(tmp_path / "run")[0]):
+    export_file(snapshot_files(tmp_path / "run")[0], output)
+    flip_bit(output)
+    for path in (tmp_path / "outputs", output, snapshot_files(tmp_path / "run")[0]):
         with pytest.raises(DirectoryError, match="is no directory of snapshots"):
             planned(path)
 
 
 def test_what_has_changed_since_is_not_moved(run: Path) -> None:
-    first, second = snapshots(run)[:2]
-    flip(first)
-    flip(second)
+    first, second = snapshot_files(run)[:2]
+    flip_bit(first)
+    flip_bit(second)
     plan = planned(run)
     first.unlink()
     shutil.copy(second, first.with_name("x"))
@@ -339,9 +339,9 @@ def test_what_has_changed_since_is_not_moved(run: Path) -> None:
 
 
 def test_what_has_gone_since_is_passed_over(run: Path) -> None:
-    flip(snapshots(run)[0])
+    flip_bit(snapshot_files(run)[0])
     plan = planned(run)
-    snapshots(run)[0].unlink()
+    snapshot_files(run)[0].unlink()
     assert repair(plan) == []
 
 
@@ -364,7 +364,7 @@ def other_writer(run: Path) -> Iterator[subprocess.Popen]:
 
 
 def test_not_while_another_process_writes(run: Path, other_writer: subprocess.Popen) -> None:
-    flip(snapshots(run)[0])
+    flip_bit(snapshot_files(run)[0])
     leftover = run / ".ema-1.tmp"
     leftover.write_text("x")
     os.utime(leftover, (0, 0))
@@ -373,7 +373,7 @@ def test_not_while_another_process_writes(run: Path, other_writer: subprocess.Po
     for change in (lambda: repair(plan), lambda: clean(found)):
         with pytest.raises(LockedError, match=f"process {other_writer.pid} on .* is writing here"):
             change()
-    assert len(snapshots(run)) == 20
+    assert len(snapshot_files(run)) == 20
     assert leftover.exists()
     other_writer.kill()
     other_writer.wait()
@@ -386,8 +386,8 @@ def test_not_while_another_process_writes(run: Path, other_writer: subprocess.Po
 def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(
     run: Path, monkeypatch: pytest.MonkeyPatch, operation: str, after: int
 ) -> None:
-    for path in snapshots(run)[:3]:
-        flip(path)
+    for path in snapshot_files(run)[:3]:
+        flip_bit(path)
     before = sorted(contents(run).values())
     own, done = getattr(files.system, operation), []
 
@@ -479,7 +479,7 @@ def test_leftovers_in_folders_of_shards_are_listed(tmp_path: Path) -> None:
 
 
 def test_a_directory_with_a_damaged_file_says_how_to_go_on(ema: Ema, run: Path, tmp_path: Path) -> None:
-    flip(snapshots(run)[0], 30)
+    flip_bit(snapshot_files(run)[0], 30)
     with pytest.raises(FileFormatError) as raised:
         find_snapshots(run)
     assert "ema verify" not in str(raised.value)
@@ -490,6 +490,6 @@ def test_a_directory_with_a_damaged_file_says_how_to_go_on(ema: Ema, run: Path, 
         ("prune", run, "--keep", "2", "--yes"),
     ):
         assert ema(*arguments).error.endswith(hint)
-    assert "ema verify" not in ema("info", snapshots(run)[0]).error
+    assert "ema verify" not in ema("info", snapshot_files(run)[0]).error
     shutil.rmtree(run)
     assert "ema verify" not in ema("prune", run, "--keep", "2", "--yes").error

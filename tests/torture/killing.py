@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import FileFormatError
-from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.store import find_snapshots
-from posthoc_cli.snapshots.verifying import verify_payload
+from torture.scenario import damaged_files
 from torture.tally import Tally
 
 if TYPE_CHECKING:
@@ -74,7 +72,7 @@ def killed_trainings(nursery: Nursery, folder: Path, count: int, chance: random.
             tally.tried += after is not None
             where = f"kill {tally.tried}, max_checkpoints={most}, attempt {attempt}"
             if directory.exists():
-                tally.lost += [f"{where}: {line}" for line in _damaged(directory)]
+                tally.lost += [f"{where}: {line}" for line in damaged_files(directory)]
             if code == 0:
                 break
             if code != -signal.SIGKILL:
@@ -83,17 +81,6 @@ def killed_trainings(nursery: Nursery, folder: Path, count: int, chance: random.
         _compare(tally, where, _contents(directory, most), right[most], most)
         shutil.rmtree(directory)
     return tally
-
-
-def _damaged(directory: Path) -> list[str]:
-    """Files under names of snapshots and states that are not whole."""
-    found = []
-    for path in directory.rglob("*.safetensors"):
-        try:
-            verify_payload(path, read_header(path))
-        except FileFormatError as error:
-            found.append(str(error))
-    return found
 
 
 def _contents(directory: Path, most: int | None) -> dict[str, tuple[object, bytes]]:

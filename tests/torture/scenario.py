@@ -23,7 +23,7 @@ from factories import FloatArray, exact_average
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli import main
-from posthoc_cli.errors import PostHocError, WriteError
+from posthoc_cli.errors import FileFormatError, PostHocError, WriteError
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.store import find_snapshots
@@ -222,6 +222,17 @@ def problems_of(directory: Path) -> list[str]:
         return []
     found = verify_measurements(verify(list_contents(directory)))
     return [*found.problems, *(f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine)]
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Safetensors files anywhere under a folder that are not whole, a line each."""
+    found = []
+    for path in folder.rglob("*.safetensors"):
+        try:
+            verify_payload(path, read_header(path))
+        except FileFormatError as error:
+            found.append(str(error))
+    return found
 
 
 def wrong_snapshots(directory: Path) -> list[str]:

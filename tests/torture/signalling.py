@@ -15,10 +15,9 @@ from factories import random_walk, write_run
 
 from posthoc_cli import files
 from posthoc_cli.__main__ import main
-from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.store import find_snapshots
-from posthoc_cli.snapshots.verifying import verify_payload
+from torture.scenario import damaged_files
 from torture.tally import Tally
 
 if TYPE_CHECKING:
@@ -107,12 +106,7 @@ def _run(command: str, work: Path) -> None:
 
 def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str]:
     """Files under their names that are not whole, and snapshots that are not what they were."""
-    found = []
-    for path in work.rglob("*.safetensors"):
-        try:
-            verify_payload(path, read_header(path))
-        except FileFormatError as error:
-            found.append(str(error))
+    found = damaged_files(work)
     for path, content in before.items():
         if not (may_shrink and not path.exists()) and path.read_bytes() != content:
             found.append(f"{path.name} has changed")
