@@ -63,5 +63,7 @@ def _spread(times: FloatArray, count: int) -> npt.NDArray[np.intp]:
         if not (shares > 1).any():
             break
         certain |= shares >= 1
-    whole = np.floor(np.cumsum(shares) + 1e-6)
+    whole = np.floor(np.cumsum(shares) + 1e-6)  # the slack is for rounding
+    whole[:-1] = np.minimum(whole[:-1], count - 1)  # the last one's share may be less than the slack
+    whole[-1] = count
     return np.flatnonzero(np.diff(whole, prepend=0.0))
