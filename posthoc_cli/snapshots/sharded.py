@@ -228,9 +228,6 @@ def _check_same(first: Snapshot, other: Snapshot) -> None:
                 f"{first.path} and {other.path} are not of one snapshot: their {name} are {str(values[0])[:60]} and "
                 f"{str(values[1])[:60]}"
             )
-    for alias, name in other.info.aliases.items():
-        if first.info.aliases.get(alias, name) != name:
-            raise FileFormatError(f"{first.path} and {other.path}: both have a tensor that goes by {shown(alias)}, too")
 
 
 def _joined_header(shards: Sequence[Snapshot]) -> fmt.FileHeader:
@@ -251,13 +248,16 @@ def _joined_checksum(shards: Sequence[Snapshot]) -> str:
 
 
 def _joined_info(shards: Sequence[Snapshot]) -> fmt.SnapshotInfo:
-    tensors: dict[str, fmt.TrackedTensor] = {}
+    directory = shards[0].path.parent
+    tensors = {name: tensor for shard in shards for name, tensor in shard.info.tensors.items()}
     aliases: dict[str, str] = {}
-    for shard in shards:
-        tensors |= shard.info.tensors
-        aliases |= shard.info.aliases
-    for alias in aliases.keys() & tensors.keys():
-        raise FileFormatError(f"{shards[0].path.parent}: {shown(alias)} is a tensor and a further name of another one")
+    for alias, name in (item for shard in shards for item in shard.info.aliases.items()):
+        if alias in tensors:
+            raise FileFormatError(f"{directory}: {shown(alias)} is a tensor and a further name of {shown(name)}")
+        if aliases.setdefault(alias, name) != name:
+            raise FileFormatError(
+                f"{directory}: {shown(alias)} is a further name of {shown(aliases[alias])} and of {shown(name)}"
+            )
     measured = [shard.info.measurements for shard in shards]
     return replace(shards[0].info, tensors=tensors, aliases=aliases, measurements=_joined_measurements(measured))
 

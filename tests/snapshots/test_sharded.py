@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from ema_command import Ema
-from factories import OTHER_RUN_ID, RUN_ID, make_info, random_walk, write_run, write_sharded, write_snapshot
+from factories import (
+    OTHER_RUN_ID,
+    RUN_ID,
+    make_info,
+    random_walk,
+    rewrite_snapshot,
+    write_run,
+    write_sharded,
+    write_snapshot,
+)
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
@@ -69,6 +80,66 @@ def test_measurements_of_shards_add_up(tmp_path: Path) -> None:
     assert read.info.measurements == Measurements(2.0, 0.2, (Distance(5.0, 0.05, 4.0, 0.5),))
     assert read.info.tensors == make_info(VALUES).tensors
     assert read.header.file_bytes == sum(p.stat().st_size for p in path.glob("*.safetensors"))
+
+
+def measured_apart(path: Path, *found: Measurements | None) -> ShardedSnapshot:
+    """A snapshot of `VALUES` whose shards were measured apart."""
+    simple(path)
+    for number, one in enumerate(found, 1):
+        rewrite_snapshot(path / f"model-{number:05d}-of-00002.safetensors", measurements=one)
+    read = read_sharded(path)
+    assert isinstance(read, ShardedSnapshot)
+    return read
+
+
+def test_measurements_of_shards_do_not_add_up_where_their_partners_differ(tmp_path: Path) -> None:
+    one = Measurements(1.0, 0.1, (Distance(5.0, 0.05, 2.0, 0.25), Distance(5.0, 0.28, 3.0, 0.5)))
+    turned = Measurements(4.0, 0.2, (Distance(5.0, 0.28, 30.0, 1.5), Distance(5.0, 0.05, 20.0, 2.25)))
+    whole = Measurements(5.0, 0.1 + 0.2, (Distance(5.0, 0.05, 22.0, 2.5), Distance(5.0, 0.28, 33.0, 2.0)))
+    assert measured_apart(tmp_path / "turned", one, turned).info.measurements == whole
+    fewer = Measurements(4.0, 0.2, turned.distances[:1])
+    for name, pair in {"fewer": (one, fewer), "more": (fewer, one), "none": (one, None)}.items():
+        assert measured_apart(tmp_path / name, *pair).info.measurements is None
+
+
+def test_further_names_of_all_shards_are_those_of_the_snapshot(tmp_path: Path) -> None:
+    read = read_sharded(simple(tmp_path / "s", aliases={"head": "a", "twin": "b", "third": "c"}))
+    assert read is not None
+    assert read.info.aliases == {"head": "a", "twin": "b", "third": "c"}
+
+
+def test_one_further_name_of_two_tensors_is_refused(tmp_path: Path) -> None:
+    path = simple(tmp_path / "s", aliases={"head": "a", "twin": "b"})
+    first, second = sorted(path.glob("*.safetensors"))
+    rewrite_snapshot(second, aliases={"twin": "b", "head": "c"})
+    with pytest.raises(FileFormatError, match=f"^{re.escape(str(path))}: 'head' is a further name of 'a' and of 'c'$"):
+        read_sharded(path)
+    rewrite_snapshot(second, aliases={"a": "b"})
+    rewrite_snapshot(first, aliases={})
+    with pytest.raises(FileFormatError, match=f"^{re.escape(str(path))}: 'a' is a tensor and a further name of 'b'$"):
+        read_sharded(path)
+
+
+def test_one_further_name_in_two_later_shards_is_refused(tmp_path: Path) -> None:
+    path = write_sharded(tmp_path / "s", make_info(VALUES), [{name: VALUES[name]} for name in "abcn"])
+    for number, name in ((2, "b"), (3, "c")):
+        rewrite_snapshot(path / f"model-{number:05d}-of-00004.safetensors", aliases={"head": name})
+    with pytest.raises(FileFormatError, match="'head' is a further name of 'b' and of 'c'"):
+        read_sharded(path)
+
+
+def test_shards_follow_each_other_with_a_gap_in_the_joined_header(tmp_path: Path) -> None:
+    read = read_sharded(simple(tmp_path / "s"))
+    assert isinstance(read, ShardedSnapshot)
+    joined = read.header.tensors
+    for shard in read.shards:
+        own = sorted(shard.header.tensors.items(), key=lambda item: item[1].begin)
+        for (one, entry), (other, _) in pairwise(own):
+            assert joined[one].begin + entry.nbytes == joined[other].begin
+    (_, last), (following, _), *_ = joined.items()
+    assert last.begin == 0
+    assert joined[following].begin > last.nbytes
+    assert read.header.metadata["ema.checksum"] not in {s.header.metadata["ema.checksum"] for s in read.shards}
 
 
 def test_a_directory_without_an_index_or_without_snapshots_is_passed_over(tmp_path: Path) -> None:
