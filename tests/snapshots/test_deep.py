@@ -15,7 +15,10 @@ from factories import read_snapshot, rewrite_snapshot, write_sharded
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.snapshots.sharded import TensorReader
+from posthoc_cli.snapshots.store import Snapshot
 from posthoc_cli.snapshots.verification import (
     Verification,
     deep,
@@ -66,6 +69,9 @@ def blamed(folder: Path) -> dict[str, str]:
     wrong = {report.path.name: report.detail for report in found.files if not report.is_fine}
     assert {report.state for report in found.files} <= {"whole", "mismeasured"}
     assert {snapshot.path.name for snapshot in found.lost} == set(wrong)
+    assert {snapshot.path for snapshot in found.snapshots} == {r.unit for r in found.files} - {
+        snapshot.path for snapshot in found.lost
+    }
     return wrong
 
 
@@ -127,6 +133,27 @@ def test_values_of_the_same_norm_are_told_by_their_distances(run: Path, which: i
     ((name, detail),) = blamed(run).items()
     assert name == path.name
     assert detail.startswith("the distance of ")
+
+
+def test_two_that_are_told_by_their_distances_are_both_named(run: Path) -> None:
+    paths = [snapshots(run)[which] for which in (1, -2)]
+    for path in paths:
+        rewrite_snapshot(path, lambda values: values.update({"0.weight": values["0.weight"].flip(0).contiguous()}))
+    assert set(blamed(run)) == {path.name for path in paths}
+
+
+def test_what_is_thinned_away_meanwhile_hides_nothing_that_follows(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    last, own = snapshots(run)[-1], deep.open_tensors
+    rewrite_snapshot(last, CHANGES["scaled"])
+
+    def vanished(snapshot: Snapshot) -> TensorReader:
+        if snapshot.path == snapshots(run)[0]:
+            raise VanishedError(f"{snapshot.path}: cannot be opened: no such file")
+        return own(snapshot)
+
+    monkeypatch.setattr(deep, "open_tensors", vanished)
+    found = verify_measurements(verify(list_contents(run)))
+    assert [report.path for report in found.files if not report.is_fine] == [last]
 
 
 def test_swapped_values_of_two_snapshots(run: Path) -> None:
@@ -204,7 +231,12 @@ def test_values_too_large_to_be_squared_were_not_measured(tmp_path: Path) -> Non
     path = snapshots(run)[-1]
     rewrite_snapshot(path, lambda values: values["0.weight"].fill_(1e300))
     assert set(blamed(run)) == {path.name}
-    rewrite_snapshot(path, lambda _: None, measurements=None)
+    # The difference of two finite values may be infinite.
+    rewrite_snapshot(snapshots(run)[-2], lambda values: values["0.weight"].fill_(-1.7e308))
+    rewrite_snapshot(path, lambda values: values["0.weight"].fill_(1.7e308))
+    assert set(blamed(run)) == {path.name, snapshots(run)[-2].name}
+    for large in snapshots(run)[-2:]:
+        rewrite_snapshot(large, lambda _: None, measurements=None)
     assert blamed(run) == {}
 
 

@@ -102,6 +102,17 @@ def test_a_process_that_ends_without_a_release_has_not_died(tmp_path: Path, capl
     assert not caplog.records
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (-5, "0 s"), (0, "0 s"), (119.4, "119 s"), (120, "2 minutes"), (2 * 3600 - 1, "120 minutes"),
+        (2 * 3600, "2 hours"), (2 * 86_400 - 1, "48 hours"), (2 * 86_400, "2 days"), (1000 * 86_400, "1000 days"),
+    ],
+)  # fmt: skip
+def test_an_age_in_words(seconds: float, words: str) -> None:
+    assert lock._age(seconds) == words
+
+
 @pytest.mark.parametrize(("hours", "words"), [(0.02, "72 s"), (0.5, "30 minutes"), (30, "30 hours"), (72, "3 days")])
 def test_the_age_of_a_lock_is_told_and_a_strangers_host_is_shown_escaped(
     tmp_path: Path, hours: float, words: str
@@ -110,6 +121,15 @@ def test_the_age_of_a_lock_is_told_and_a_strangers_host_is_shown_escaped(
     note = {"host": "h\x1b[31m", "process": 7, "since": time.time() - 3600 * hours}
     (tmp_path / lock.HOLDER_NAME).write_text(json.dumps(note))
     with pytest.raises(LockedError, match=rf"process 7 on h\\x1b\[31m \(lock taken {words} ago"):
+        DirectoryLock(tmp_path)
+    held.release()
+
+
+@pytest.mark.parametrize("since", [float("nan"), float("inf"), -float("inf")])
+def test_a_time_that_is_no_number_is_not_told(tmp_path: Path, since: float) -> None:
+    held = DirectoryLock(tmp_path)
+    (tmp_path / lock.HOLDER_NAME).write_text(json.dumps({"host": "h", "process": 7, "since": since}))
+    with pytest.raises(LockedError, match=r"process 7 on h \(lock taken at no known time\) is writing"):
         DirectoryLock(tmp_path)
     held.release()
 

@@ -485,6 +485,57 @@ def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
     assert "their ema.profile are sigma_rel 0.2 and sigma_rel 0.1" in detail
 
 
+def test_the_last_shard_is_of_another_output(run: Path, shards: Path, tmp_path: Path) -> None:
+    """The message names the two, and what differs."""
+    write_synthesis(plan_synthesis(disk_sources(run), [0.2]), [tmp_path / "other.safetensors"])
+    export_file(tmp_path / "other.safetensors", tmp_path / "others", max_shard_size="1KB")
+    first, *_, last = sorted(path.name for path in shards.glob("*.safetensors"))
+    shutil.copy(tmp_path / "others" / last, shards / last)
+    assert wrong(shards) == {
+        INDEX_NAME: (
+            "mismatched",
+            f"{first} and {last} are not of one output: their ema.profile are sigma_rel 0.1 and sigma_rel 0.2",
+        )
+    }
+
+
+def test_shards_of_two_kinds(run: Path, shards: Path) -> None:
+    """A snapshot's values under the name of a shard that has the same tensors."""
+    first, *_, last = sorted(shards.glob("*.safetensors"))
+    names = set(load_file(last))
+    info, values = read_snapshot(snapshots(run)[0]).info, load_file(snapshots(run)[0])
+    tensors = {name: tensor for name, tensor in info.tensors.items() if name in names}
+    folder = write_sharded(shards.parent / "part", replace(info, tensors=tensors), [{n: values[n] for n in tensors}])
+    shutil.copy(next(folder.glob("*.safetensors")), last)
+    ((state, detail),) = wrong(shards).values()
+    assert state == "mismatched"
+    assert detail.startswith(f"{first.name} and {last.name} are not of one model: output sigma_rel 0.1")
+    assert detail.endswith(", and snapshot sigma_rel 0.05 at t = 10")
+
+
+def test_shards_of_other_libraries_are_told_apart_from_checked_ones(tmp_path: Path) -> None:
+    for number in (1, 2):
+        save_file({f"w{number}": torch.ones(3)}, tmp_path / f"model-{number:05d}-of-00002.safetensors")
+    names = {f"w{number}": f"model-{number:05d}-of-00002.safetensors" for number in (1, 2)}
+    (tmp_path / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 24}, "weight_map": names}))
+    found = verified(tmp_path)
+    assert found.is_fine
+    assert [(report.path.name, report.what, report.state, report.detail) for report in found.files] == [
+        (INDEX_NAME, "index", "unchecked", ""),
+        *((name, "foreign", "unchecked", "") for name in names.values()),
+    ]
+    (tmp_path / names["w2"]).unlink()
+    assert wrong(tmp_path) == {names["w2"]: ("missing", f"{INDEX_NAME} names it")}
+
+
+def test_an_index_that_went_with_all_its_shards_is_passed_over(sharded: Path) -> None:
+    contents = list_contents(sharded)
+    (sharded / "10" / INDEX_NAME).unlink()
+    found = verify(contents)
+    assert found.is_fine
+    assert {report.unit.name for report in found.files} == {"20"}
+
+
 # --- what the system says --------------------------------------------------------------------------
 
 

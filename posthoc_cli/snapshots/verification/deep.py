@@ -191,7 +191,7 @@ def _squares(
 
 
 def _tile_sums(group: _Group, values: dict[int, FloatArray]) -> FloatArray:
-    with np.errstate(over="ignore", invalid="ignore"):  # values too large to be squared: nothing that was measured
+    with np.errstate(over="ignore"):  # the difference of finite values may be infinite: nothing that was measured
         vectors = [values[i] for i in group.own] + [values[pair.i] - values[pair.j] for pair in group.pairs]
         return np.array([np.einsum("i,i->", vector, vector) for vector in vectors])
 
