@@ -16,6 +16,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, In
 from posthoc_cli.planning import forecast, snapshots_to_drop
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Motion, assumed_prior
+from posthoc_cli.snapshots import pruning as pruning_room
 from posthoc_cli.snapshots.likeness import likeness, stretched
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.priors import snapshot_prior
@@ -88,6 +89,16 @@ def test_max_size_leaves_as_many_as_fit(run: Path) -> None:
     left = sum(sizes[s.path] for s in pruning.kept)
     assert left <= limit < left + sizes[pruning.gone[-1].path]
     assert plan_pruning(snapshots, max_bytes=sum(sizes.values())).gone == ()
+    newest = sum(sizes[snapshot.path] for snapshot in plan_pruning(snapshots, keep=1).kept)
+    assert len(plan_pruning(snapshots, max_bytes=newest).kept) == 2
+    with pytest.raises(InvalidValueError, match="which stay, take"):
+        plan_pruning(snapshots, max_bytes=newest - 1)
+
+
+@pytest.mark.parametrize("limit", range(6))
+def test_the_largest_number_for_which_something_holds(limit: int) -> None:
+    for largest in range(limit + 3):
+        assert pruning_room._most(limit, lambda count, largest=largest: count <= largest) == min(limit, largest)
 
 
 def test_max_error_leaves_as_few_as_hold_it(run: Path) -> None:

@@ -220,3 +220,13 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(TensorFile, "read_unverified", shrink)
     with pytest.raises(FileFormatError, match=r"tensor 'w': the file became shorter"):
         sample_measurements([snapshot])
+
+
+def test_runs_of_a_long_vector_are_cut_where_tensors_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All runs together tile all tensors, and each lies within one."""
+    monkeypatch.setattr(sampling, "RUN_ELEMENTS", 4)
+    names, sizes = list("abcde"), [3, 0, 9, 1, 6]
+    ends = [int(end) for end in np.cumsum(sizes)]
+    segments = [one for begin in range(0, ends[-1], 4) for one in sampling._segments(names, ends, begin)]
+    read = [(one.name, element) for one in segments for element in range(one.begin, one.end)]
+    assert read == [(name, element) for name, size in zip(names, sizes, strict=True) for element in range(size)]
