@@ -20,10 +20,14 @@ from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.metadata import Metadata, file_kind, is_number, parse_json
+from posthoc_cli.snapshots.metadata import Metadata, decode_text, file_kind, is_number, parse_json, parse_json_at
 from posthoc_cli.snapshots.selection import BUFFERS, Selection
+from posthoc_cli.snapshots.sharing import Sharing
 
 _LEAST_SQUARE = 1e-120
+
+_BEGINNING = '{"__metadata__":'
+"""What headers begin with that were written by us, or by the safetensors library."""
 
 __all__ = [
     "decode_checksums",
@@ -35,24 +39,28 @@ __all__ = [
 ]
 
 
-def decode_header(path: Path, start: bytes, file_bytes: int | None) -> fmt.FileHeader:
+def decode_header(path: Path, start: bytes, file_bytes: int | None, sharing: Sharing | None = None) -> fmt.FileHeader:
     """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes; None where that does not matter.
 
     Checks everything that can be checked without the payload: JSON without duplicate keys, known dtypes,
     offsets that tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
 
+    Arguments:
+        sharing: of the files that are read one after another.
+
     Raises:
         FileFormatError: naming the file, and the tensor where there is one.
     """
-    raw = parse_json(path, start[8:], "header")
-    if not isinstance(raw, dict):
-        raise FileFormatError(f"{path}: the header is not a JSON object; not a safetensors file")
-    metadata = raw.pop("__metadata__", {})
+    sharing = sharing or Sharing()
+    metadata, text = _split(path, start[8:])
+    if metadata is None:
+        raw = _header_object(path, text)
+        metadata, tensors = raw.pop("__metadata__", {}), _decode_entries(path, raw)
+    else:
+        tensors = sharing.once("header", text, lambda: _decode_entries(path, _header_object(path, text)))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ must map names to strings")
-    tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
-    _check_offsets(path, tensors)
-    header = fmt.FileHeader(metadata, tensors, len(start))
+    header = fmt.FileHeader(sharing.texts(metadata), tensors, len(start))
     if file_bytes is not None and header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "longer than it should be"
         raise FileFormatError(f"{path}: {state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
@@ -61,14 +69,19 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None) -> fmt.FileH
     return header
 
 
-def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
+def decode_snapshot(path: Path, header: fmt.FileHeader, sharing: Sharing | None = None) -> fmt.SnapshotInfo:
     """What a snapshot's metadata says, checked against itself and against the tensors.
+
+    Arguments:
+        sharing: of the snapshots that are read one after another; that of their headers.
 
     Raises:
         FileFormatError: naming the file and the key.
     """
+    sharing = sharing or Sharing()
     reader = Metadata(path, header, "snapshot")
-    tensors = _decode_tensors(reader, header)
+    said = (reader.text("ema.tensors"), header.tensors)
+    tensors = sharing.once("ema.tensors", said, lambda: _decode_tensors(reader, header))
     info = fmt.SnapshotInfo(
         run_id=reader.run_id(),
         sigma_rel=reader.number("ema.sigma_rel"),
@@ -82,7 +95,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader) -> fmt.SnapshotInfo:
         schedule=decode_schedule(reader),
         tensors=tensors,
         aliases=_decode_aliases(reader, tensors),
-        left_out=reader.names("ema.left_out"),
+        left_out=sharing.once("ema.left_out", reader.text("ema.left_out"), lambda: reader.names("ema.left_out")),
         selection=_decode_selection(reader),
         segment=reader.integer("ema.segment") if reader.has("ema.segment") else 0,
     )
@@ -138,6 +151,34 @@ def has_header_checksum(start: bytes, checksum: str) -> bool:
 
 
 # --- in parts --------------------------------------------------------------------------------------
+
+
+def _split(path: Path, data: bytes) -> tuple[Any, str]:
+    """The metadata, and the other entries as an object of their own: the same text in every snapshot of a run.
+
+    Where a header does not begin with its metadata, None and all of it.
+    """
+    text = decode_text(path, data, "header")
+    if text.startswith(_BEGINNING):
+        metadata, end = parse_json_at(path, text, len(_BEGINNING), "header")
+        if text.startswith(',"', end):
+            return metadata, "{" + text[end + 1 :].rstrip(" ")  # padding, as the length of the metadata wants it
+    return None, text
+
+
+def _header_object(path: Path, text: str) -> dict[str, Any]:
+    raw = parse_json(path, text, "header")
+    if not isinstance(raw, dict):
+        raise FileFormatError(f"{path}: the header is not a JSON object; not a safetensors file")
+    return raw
+
+
+def _decode_entries(path: Path, raw: Mapping[str, Any]) -> dict[str, fmt.TensorEntry]:
+    if "__metadata__" in raw:  # split off before, or taken out
+        raise FileFormatError(f"{path}: damaged header: the same key twice")
+    tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
+    _check_offsets(path, tensors)
+    return tensors
 
 
 def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:

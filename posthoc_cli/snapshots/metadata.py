@@ -6,7 +6,8 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,46 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
     Raises:
         FileFormatError: naming the file and `what`.
     """
+    text = data if isinstance(data, str) else decode_text(path, data, what)
+    with _damage_named(path, what):
+        value = _decoder().decode(text)
+        if "\\u" in text:  # all other text is as it was decoded
+            _check_text(value)
+        return value
 
+
+def decode_text(path: Path, data: bytes, what: str) -> str:
+    """Text from UTF-8.
+
+    Raises:
+        FileFormatError: naming the file and `what`.
+    """
+    with _damage_named(path, what):
+        return data.decode("utf-8")
+
+
+def parse_json_at(path: Path, text: str, begin: int, what: str) -> tuple[Any, int]:
+    """As `parse_json`, a value within a text, and where it ends.
+
+    Raises:
+        FileFormatError: naming the file and `what`.
+    """
+    with _damage_named(path, what):
+        value, end = _decoder().raw_decode(text, begin)
+        if "\\u" in text[begin:end]:
+            _check_text(value)
+        return value, end
+
+
+@contextmanager
+def _damage_named(path: Path, what: str) -> Iterator[None]:
+    try:
+        yield
+    except (ValueError, RecursionError) as error:
+        raise FileFormatError(f"{path}: damaged {what}: {str(error)[:200]}") from error
+
+
+def _decoder() -> json.JSONDecoder:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
@@ -40,14 +80,7 @@ def parse_json(path: Path, data: bytes | str, what: str) -> Any:
     def refuse(constant: str) -> None:
         raise ValueError(f"{constant} is not JSON")
 
-    try:
-        text = data if isinstance(data, str) else data.decode("utf-8")
-        value = json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_int=_parse_int())
-        if "\\u" in text:  # all other text is as it was decoded
-            _check_text(value)
-        return value
-    except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: damaged {what}: {str(error)[:200]}") from error
+    return json.JSONDecoder(object_pairs_hook=unique, parse_constant=refuse, parse_int=_parse_int())
 
 
 def _parse_int() -> Callable[[str], int] | None:

@@ -23,6 +23,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.sharing import Sharing
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """What archives of torch.save begin with, and pickles."""
@@ -37,15 +38,20 @@ class Snapshot:
     info: fmt.SnapshotInfo
 
 
-def read_header(path: Path) -> fmt.FileHeader:
+def read_header(path: Path, sharing: Sharing | None = None) -> fmt.FileHeader:
     """The checked header of a safetensors file.
+
+    Arguments:
+        sharing: of the files that are read one after another.
 
     Raises:
         FileFormatError: the file cannot be opened, is no regular file, or is damaged.
     """
     descriptor = _open(path)
     try:
-        return _read_header(path, descriptor)
+        with _reported(path, "read"):
+            start, size = _read_start(path, descriptor)
+        return decoding.decode_header(path, start, size, sharing)
     finally:
         files.system.close(descriptor)
 
@@ -76,7 +82,7 @@ class TensorFile:
         self.path = path
         self._descriptor = _open(path)
         try:
-            self.header = _read_header(path, self._descriptor, expected)
+            self.header = _known_header(path, self._descriptor, expected)
             if expected is not None and self.header != expected:
                 raise FileFormatError(f"{path}: was replaced while it was being used; run again")
             self._checksums = decoding.decode_checksums(path, self.header)
@@ -248,7 +254,7 @@ def _open(path: Path) -> int:
     return descriptor
 
 
-def _read_header(path: Path, descriptor: int, known: fmt.FileHeader | None = None) -> fmt.FileHeader:
+def _known_header(path: Path, descriptor: int, known: fmt.FileHeader | None) -> fmt.FileHeader:
     """The checked header; `known` itself where the file still has it, which saves taking it apart again."""
     with _reported(path, "read"):
         start, size = _read_start(path, descriptor)

@@ -1,30 +1,36 @@
-"""What the snapshots of a run say alike, held once in memory: there may be thousands, each naming every tensor."""
+"""What the headers of a run say alike, decoded once and held once in memory: there may be thousands, each naming every
+tensor."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Callable
+from typing import Any, TypeVar
 
-from posthoc_cli.snapshots.reader import Snapshot
+T = TypeVar("T")
 
 
 class Sharing:
-    """Snapshots, one after another, each with what it has in common with the one before."""
+    """What the header before said, for the next one: most of both is the same, word for word."""
 
     def __init__(self) -> None:
-        self._last: Snapshot | None = None
+        self._texts: dict[str, str] = {}
+        self._decoded: dict[str, tuple[object, Any]] = {}
 
-    def __call__(self, snapshot: Snapshot) -> Snapshot:
-        """The same snapshot; what it says of its tensors is the last one's object, where that is equal."""
-        last, self._last = self._last, snapshot
-        if last is None:
-            return snapshot
-        texts, own, info = last.header.metadata, snapshot.header, snapshot.info
-        metadata = {key: texts[key] if texts.get(key) == text else text for key, text in own.metadata.items()}
-        entries = last.header.tensors if own.tensors == last.header.tensors else own.tensors
-        tensors = last.info.tensors if info.tensors == last.info.tensors else info.tensors
-        self._last = replace(
-            snapshot,
-            header=replace(own, metadata=metadata, tensors=entries),
-            info=replace(info, tensors=tensors),
-        )
-        return self._last
+    def texts(self, metadata: dict[str, str]) -> dict[str, str]:
+        """The same metadata; a text that the header before had, too, is that one's object."""
+        last = self._texts
+        self._texts = {key: last[key] if last.get(key) == text else text for key, text in metadata.items()}
+        return self._texts
+
+    def once(self, key: str, said: object, decode: Callable[[], T]) -> T:
+        """What `decode` makes of what is said: the same object again where the last one under this key said the same.
+
+        Arguments:
+            said: all that the result follows from.
+            decode: how; whoever gets the result does not change it.
+        """
+        last = self._decoded.get(key)
+        if last is None or last[0] != said:
+            last = self._decoded[key] = said, decode()
+        result: T = last[1]
+        return result

@@ -106,8 +106,9 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
         paths = candidates(directory)
     except FileNotFoundError:
         return []
-    share = Sharing()
-    snapshots = sorted((share(s) for s in map(_open_candidate, paths) if s is not None), key=time_order)
+    sharing = Sharing()
+    found = (_open_candidate(path, sharing) for path in paths)
+    snapshots = sorted((snapshot for snapshot in found if snapshot is not None), key=time_order)
     for first, other in pairs_to_compare(snapshots):
         _check_pair(first, other)
     doubles = _doubles(snapshots)
@@ -126,12 +127,12 @@ def inspect_directory(directory: Path) -> Inspection:
         paths = candidates(directory)
     except FileNotFoundError:
         raise _without_snapshots(directory) from None
-    snapshots, problems, share = [], [], Sharing()
+    snapshots, problems, sharing = [], [], Sharing()
     for path in paths:
         try:
-            snapshot = _open_candidate(path)
+            snapshot = _open_candidate(path, sharing)
             if snapshot is not None:
-                snapshots.append(share(snapshot))
+                snapshots.append(snapshot)
         except FileFormatError as error:
             problems.append(str(error))
     if not snapshots and not problems:
@@ -181,19 +182,19 @@ def _snapshot_paths(entries: Iterable[Path]) -> list[Path]:
     return sorted(path for path in visible if path.suffix == fmt.SUFFIX or is_sharded(path))
 
 
-def _open_candidate(path: Path) -> Snapshot | None:
+def _open_candidate(path: Path, sharing: Sharing) -> Snapshot | None:
     """The snapshot at a path; None for a synthesis, a tracker's state or a foreign file kept beside the snapshots."""
     try:
         if is_sharded(path):
             return read_sharded(path)
-        header = read_header(path)
+        header = read_header(path, sharing)
     except FileFormatError:
         if not os.path.lexists(path):
             return None  # a writer has thinned it away since the directory was listed
         raise
     if file_kind(header) in (None, "output", "state"):
         return None
-    return Snapshot(path, header, decode_snapshot(path, header))
+    return Snapshot(path, header, decode_snapshot(path, header, sharing))
 
 
 def _without_snapshots(directory: Path) -> DirectoryError:

@@ -23,6 +23,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import store
 from posthoc_cli.snapshots.outputs import OutputInfo, output_metadata
 from posthoc_cli.snapshots.priors import with_sampled_measurements
+from posthoc_cli.snapshots.sharing import Sharing
 from posthoc_cli.snapshots.store import (
     StoredSnapshot,
     inspect_directory,
@@ -189,9 +190,9 @@ def test_a_snapshot_that_is_thinned_away_while_a_reader_looks_is_not_missed(
     write_times(tmp_path, [10, 20, 30])
     gone, real = snapshot_path(tmp_path, 20, 0.05), store.read_header
 
-    def read_late(path: Path) -> fmt.FileHeader:
+    def read_late(path: Path, sharing: Sharing) -> fmt.FileHeader:
         gone.unlink(missing_ok=True)
-        return real(path)
+        return real(path, sharing)
 
     monkeypatch.setattr(store, "read_header", read_late)
     assert times_in(tmp_path) == [10, 30]

@@ -1,0 +1,130 @@
+"""What headers say alike is decoded once, and never believed of a header that says something else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import make_info, rewrite_snapshot, write_snapshot
+
+from posthoc_cli.errors import FileFormatError, MismatchError
+from posthoc_cli.snapshots import decoding
+from posthoc_cli.snapshots.decoding import decode_header, decode_snapshot
+from posthoc_cli.snapshots.format import TensorSpec, encode_header, lay_out, snapshot_metadata
+from posthoc_cli.snapshots.sharing import Sharing
+from posthoc_cli.snapshots.store import inspect_directory, read_directory
+
+VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "n": torch.tensor(3)}
+
+
+def write_times(folder: Path, times: range) -> list[Path]:
+    return [write_snapshot(folder, t, 0.05, "a" * 32, VALUES) for t in times]
+
+
+def start_of(changes: dict[str, Any] | None = None, dtype: str = "F32", **fields: Any) -> bytes:
+    """The first bytes of a snapshot of one tensor `a` of 12 bytes."""
+    info = make_info({"a": torch.zeros(3)}, **fields)
+    entries = lay_out([TensorSpec("a", dtype, (12 // {"F32": 4, "F16": 2}[dtype],))])
+    return encode_header(entries, snapshot_metadata(info) | (changes or {}), {"a": "0" * 16})
+
+
+def test_tables_of_a_run_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_times(tmp_path, range(5, 200, 13))  # numbers of other lengths, and so other padding
+    calls = []
+    for name in ("_decode_entry", "_decode_tensors"):
+        own = getattr(decoding, name)
+        monkeypatch.setattr(decoding, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
+    for read in (read_directory, lambda directory: inspect_directory(directory).snapshots):
+        found = read(tmp_path)
+        assert len(found) == 15
+        assert sorted(calls) == ["_decode_entry"] * len(VALUES) + ["_decode_tensors"]
+        assert len({id(snapshot.header.tensors) for snapshot in found}) == 1
+        assert len({id(snapshot.header.metadata["ema.tensors"]) for snapshot in found}) == 1
+        calls.clear()
+
+
+def test_what_is_read_is_what_is_read_alone(tmp_path: Path) -> None:
+    """One in the middle is stored otherwise, one has another selection of what is a copy."""
+    paths = write_times(tmp_path, range(10, 60, 10))
+    rewrite_snapshot(paths[2], lambda values: values.update(a=values["a"].half()))
+    sharing = Sharing()
+    for path in paths:
+        start = path.read_bytes()
+        start = start[: 8 + int.from_bytes(start[:8], "little")]
+        together, alone = (decode_header(path, start, None, one) for one in (sharing, None))
+        assert together == alone
+        assert decode_snapshot(path, together, sharing) == decode_snapshot(path, alone)
+    assert [s.header.tensors["a"].dtype for s in read_directory(tmp_path)] == ["F32", "F32", "F16", "F32", "F32"]
+
+
+def test_the_same_words_about_other_tensors_are_refused() -> None:
+    """The table of roles is checked against the entries, also where its text is that of the one before."""
+    sharing, path = Sharing(), Path("x")
+    good = start_of()
+    assert decode_snapshot(path, decode_header(path, good, None, sharing), sharing).tensors.keys() == {"a"}
+    roles = json.dumps({"a": {"role": "copy", "dtype": "F32"}}, separators=(",", ":"))
+    for start in (start_of({"ema.tensors": roles}, dtype="F16"), start_of({"ema.tensors": '{"b":{}}'})):
+        header = decode_header(path, start, None, sharing)
+        for _ in range(2):  # what was refused is not remembered
+            with pytest.raises(FileFormatError, match=r"x: ema\.tensors: "):
+                decode_snapshot(path, header, sharing)
+    copies = start_of({"ema.tensors": roles})
+    assert decode_snapshot(path, decode_header(path, copies, None, sharing), sharing).tensors["a"].role == "copy"
+    with pytest.raises(FileFormatError, match=r"F16 cannot hold copy of F32"):
+        decode_snapshot(
+            path, decode_header(path, start_of({"ema.tensors": roles}, dtype="F16"), None, sharing), sharing
+        )
+
+
+def test_snapshots_of_one_text_and_two_shapes_do_not_match(tmp_path: Path) -> None:
+    paths = write_times(tmp_path, range(10, 40, 10))
+    rewrite_snapshot(paths[1], lambda values: values.update(b=torch.ones(5)))
+    with pytest.raises(MismatchError, match=r"tensor 'b' has the shapes \[4\] and \[5\]"):
+        read_directory(tmp_path)
+
+
+ENTRY = '"a":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}'
+
+
+@pytest.mark.parametrize(
+    "order", ['{{"__metadata__":{m},{e}}}', '{{{e},"__metadata__":{m}}}', ' {{ "__metadata__" : {m} , {e} }}']
+)
+def test_metadata_may_stand_anywhere(order: str) -> None:
+    text = order.format(m='{"k":"a},\\"b"}', e=ENTRY).encode()
+    header = decode_header(Path("x"), len(text).to_bytes(8, "little") + text, None)
+    assert header.metadata == {"k": 'a},"b'}
+    assert {name: (e.dtype, e.shape, e.begin, e.nbytes) for name, e in header.tensors.items()} == {
+        "a": ("F32", (3,), 0, 12)
+    }
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f'{{"__metadata__":{{}},{ENTRY},"__metadata__":{{}}}}', f'{{"__metadata__":{{}},{ENTRY},{ENTRY}}}',
+        f'{{{ENTRY},"__metadata__":{{}},"__metadata__":{{}}}}', '{"__metadata__":{},}', '{"__metadata__":{}',
+        f'{{"__metadata__":{{}},{ENTRY}', f'{{"__metadata__":{{}},{ENTRY}}}}}', f'{{"__metadata__":{{}},{ENTRY}}} x',
+        f'{{"__metadata__":{{}} {ENTRY}}}', f'{{"__metadata__":{{"k":"a","k":"b"}},{ENTRY}}}',
+        f'{{"__metadata__":{{"k":NaN}},{ENTRY}}}', f'{{"__metadata__":{{"k":"\\ud800"}},{ENTRY}}}',
+        f'{{"__metadata__":{{}},"\\u0000":{ENTRY[4:]}}}', f'{{"__metadata__":{{"k":1}},{ENTRY}}}',
+        f'{{"__metadata__":[],{ENTRY}}}', '{"__metadata__":', '{"__metadata__":"a",' + ENTRY + "}",
+    ],
+)  # fmt: skip
+def test_a_malformed_header_is_refused_however_it_begins(text: str) -> None:
+    data = text.encode()
+    with pytest.raises(FileFormatError, match=r"^x: "):
+        decode_header(Path("x"), len(data).to_bytes(8, "little") + data, None)
+
+
+def test_a_longer_list_of_what_was_left_out_is_another_one() -> None:
+    sharing, path = Sharing(), Path("x")
+    found = []
+    for names in (("b",), ("b",), ("b", "c"), ()):
+        start = start_of(left_out=names)
+        found.append(decode_snapshot(path, decode_header(path, start, None, sharing), sharing))
+    assert [info.left_out for info in found] == [("b",), ("b",), ("b", "c"), ()]
+    assert found[0] == replace(found[2], left_out=("b",))
