@@ -14,7 +14,7 @@ def rows(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines()]
 
 
-@pytest.mark.parametrize(("job", "kept"), [("thinned", 40), ("kept", 60)])
+@pytest.mark.parametrize(("job", "kept"), [("thinned", 40), ("kept", 60), ("layers", 60)])
 def test_a_training_tells_memory_and_open_files_on_the_way(
     job: str, kept: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
