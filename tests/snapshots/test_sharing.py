@@ -15,6 +15,7 @@ from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots.decoding import decode_header, decode_snapshot
 from posthoc_cli.snapshots.format import TensorSpec, encode_header, lay_out, snapshot_metadata
+from posthoc_cli.snapshots.metadata import parse_json
 from posthoc_cli.snapshots.sharing import Sharing
 from posthoc_cli.snapshots.store import inspect_directory, read_directory
 
@@ -128,3 +129,21 @@ def test_a_longer_list_of_what_was_left_out_is_another_one() -> None:
         found.append(decode_snapshot(path, decode_header(path, start, None, sharing), sharing))
     assert [info.left_out for info in found] == [("b",), ("b",), ("b", "c"), ()]
     assert found[0] == replace(found[2], left_out=("b",))
+
+
+@pytest.mark.parametrize(
+    ("text", "is_text"),
+    [
+        ('["a\\u0000"]', False), ('["\\u0001", "b"]', True), ('[["\\ud800"], "b"]', False),
+        ('{"k": ["\\udfff"]}', False),
+        ('{"k": {"\\udc00": 1}, "l": "b"}', False), ('["\\ud7ff", "\\ue000"]', True), ('["\\ud83d\\ude00"]', True),
+        ('[1, ["b", "\\udbff"], 2]', False), ('["\\u0041", {"a": "\\u0000"}, {"c": "d"}]', False),
+    ],
+)  # fmt: skip
+def test_escapes_make_text_or_are_refused(text: str, is_text: bool) -> None:
+    """Halves of a character and zero bytes are none, however deep they lie and whatever follows."""
+    if is_text:
+        assert parse_json(Path("x"), text, "it") == json.loads(text)
+        return
+    with pytest.raises(FileFormatError, match=r"^x: damaged it: .*is not Unicode text, or has a zero byte$"):
+        parse_json(Path("x"), text, "it")

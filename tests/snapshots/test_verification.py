@@ -29,6 +29,7 @@ from posthoc_cli.snapshots.sampling import decode_values
 from posthoc_cli.snapshots.store import find_snapshots
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.verification import Verification, list_contents, verify
+from posthoc_cli.snapshots.verification.reading import and_more, shortened
 from posthoc_cli.snapshots.verifying import check_payload, holds_nonfinite, verify_payload
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis import disk_sources, plan_synthesis
@@ -415,6 +416,32 @@ def test_fewer_than_thinning_leaves_are_noted(tmp_path: Path) -> None:
     assert verified(tmp_path).notes == ()
 
 
+@pytest.mark.parametrize(
+    ("after", "times", "missing"),
+    [
+        (0, [50], "1 snapshot of the 5"), (25, [50], "1 snapshot of the 3"), (30, [50], "1 snapshot of the 2"),
+        (39, [50], "1 snapshot of the 2"), (40, [50], None), (0, [55], "1 snapshot of the 5"), (30, [45, 59], None),
+    ],
+)  # fmt: skip
+def test_what_was_due_begins_with_the_first_update(
+    tmp_path: Path, after: int, times: list[int], missing: str | None
+) -> None:
+    schedule = TrackingSchedule(update_every=1, checkpoint_every=10, max_checkpoints=9, update_after_step=after)
+    for t in times:
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.ones(3)}, schedule=schedule, t_first=40.0)
+    expected = () if missing is None else (f"sigma_rel 0.05: {missing} that thinning would have left",)
+    assert verified(tmp_path).notes == expected
+
+
+def test_a_limit_that_was_lifted_or_set_in_mid_run_tells_nothing_of_what_was_due(tmp_path: Path) -> None:
+    schedule = TrackingSchedule(update_every=1, checkpoint_every=10, max_checkpoints=None)
+    for folder, limits in (("lifted", (9, None)), ("set", (None, 9))):
+        for t, most in zip((10, 40), limits, strict=True):
+            own = replace(schedule, max_checkpoints=most)
+            write_snapshot(tmp_path / folder, t, 0.05, RUN_ID, {"w": torch.ones(3)}, schedule=own)
+        assert verified(tmp_path / folder).notes == ()
+
+
 def test_a_schedule_of_a_stranger_costs_no_time(tmp_path: Path) -> None:
     schedule = TrackingSchedule(update_every=1, checkpoint_every=1, max_checkpoints=None)
     for step in (1, 10**17):
@@ -471,7 +498,10 @@ def test_shards_of_two_snapshots_and_an_index_that_lies(sharded: Path) -> None:
     index.write_text(json.dumps(changed))
     assert wrong(sharded) == {INDEX_NAME: ("damaged", "its total_size is 41; the shards hold 40 bytes")}
     index.write_text("{}")
-    assert wrong(sharded)[INDEX_NAME][0] == "damaged"
+    assert wrong(sharded)[INDEX_NAME] == ("damaged", "is not an index of shards: it has no weight_map")
+    index.write_text('{"weight_map": {}}')
+    assert wrong(sharded)[INDEX_NAME] == ("damaged", "names no shard")
+    index.write_text("{}")
     assert len(verified(sharded).files) == 6
 
 
@@ -626,6 +656,24 @@ def test_no_pickle_is_opened(run: Path, tmp_path: Path, suffix: str) -> None:
         list_contents(tmp_path / "only")
     shutil.copy(tmp_path / "only" / path.name, run)
     assert "1 pickled files (.pt and the like)" in verified(run).notes[0]
+
+
+def test_a_damaged_file_is_what_its_name_says_if_anything(run: Path) -> None:
+    for name in ("0000000000000010-0.3.safetensors", "mine.safetensors", "1-2-3.safetensors", "x-0.05.safetensors"):
+        (run / name).write_bytes(b"\0")
+    found = {report.path.name: report.what for report in verified(run).files if not report.is_fine}
+    assert found == {
+        "0000000000000010-0.3.safetensors": "snapshot, by its name", "mine.safetensors": "unknown",
+        "1-2-3.safetensors": "unknown", "x-0.05.safetensors": "unknown",
+    }  # fmt: skip
+
+
+def test_long_texts_are_cut_and_numbers_agree() -> None:
+    assert shortened("x" * 60) == "x" * 60
+    assert shortened("x" * 61) == "x" * 57 + "..."
+    assert [and_more(count, "tensor") for count in (0, 1, 2, 1000)] == [
+        "", " (and 1 tensor more)", " (and 2 tensors more)", " (and 1,000 tensors more)",
+    ]  # fmt: skip
 
 
 def test_nothing_to_verify(tmp_path: Path) -> None:
