@@ -161,7 +161,13 @@ def _errors_report(errors: Errors | None) -> dict[str, Any] | None:
         {"sigma_rel": sigma_rel, "predicted_error": float(error)}
         for sigma_rel, error in zip(SIGMA_RELS, errors.predicted, strict=True)
     ]
-    return {"t": errors.t, "errors": points, "worst_error": errors.worst}
+    return {
+        "t": errors.t,
+        "errors": points,
+        "worst_error": errors.worst,
+        "solved_with": errors.solved,
+        "of": errors.count,
+    }
 
 
 def _clean_report(cleaning: Cleaning | None) -> dict[str, Any]:
@@ -255,6 +261,8 @@ def _print_loss(plan: Repair) -> None:
     where = f"at t = {after.t:,.12g}"
     if before is not None and before.t != after.t:
         where = f"at t = {before.t:,.12g}, and then at t = {after.t:,.12g}"
+    if after.solved < after.count:
+        where += f"; from {after.solved:,} of {after.count:,} snapshots"
     if plan.unknown:
         where += f"; {plan.unknown:,} whose header is damaged {'is' if plan.unknown == 1 else 'are'} in neither column"
     output.print_line(where)

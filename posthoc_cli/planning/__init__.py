@@ -17,11 +17,10 @@ from posthoc_cli.planning.curves import (
 from posthoc_cli.planning.forecast import Forecast, forecast, forecast_at, sigma_rels_in
 from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_loss, snapshots_to_drop
 from posthoc_cli.planning.proposals import Proposal, judge, propose
-from posthoc_cli.planning.schedule import MOST_SNAPSHOTS, MOST_TIMES, Schedule, listed
+from posthoc_cli.planning.schedule import MOST_TIMES, Schedule, listed
 from posthoc_cli.planning.task import Task, check_dtype, relative_rounding
 
 __all__ = [
-    "MOST_SNAPSHOTS",
     "MOST_SOLVED",
     "MOST_TIMES",
     "USEFUL_RANGE",

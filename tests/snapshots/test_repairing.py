@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,10 @@ from factories import (
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
+from posthoc_cli.planning import choose
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct
+from posthoc_cli.snapshots import chosen
 from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.priors import snapshot_prior
@@ -174,11 +177,23 @@ def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
         expected = reconstruct(profiles, targets, prior=snapshot_prior(those), t=100.0).predicted_error
         assert errors.predicted == pytest.approx(expected, rel=1e-9)
         assert errors.worst >= errors.predicted.max()
-        assert errors.t == 100
+        assert (errors.t, errors.solved, errors.count) == (100, len(those), len(those))
     assert plan.before is not None
     assert plan.after is not None
     assert (plan.after.predicted >= 0.999 * plan.before.predicted).all()
     assert np.any(plan.after.predicted > 1.01 * plan.before.predicted)
+
+
+def test_of_very_many_the_errors_are_those_of_the_choice(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chosen, "choose", partial(choose, most=12))
+    flip_bit(snapshot_files(run)[7])
+    plan = planned(run)
+    for errors, count in ((plan.before, 20), (plan.after, 19)):
+        assert errors is not None
+        assert (errors.solved, errors.count) == (12, count)
+        assert np.isfinite(errors.predicted).all()
+    result = ema("verify", run, "--repair", "--yes")
+    assert "at t = 100; from 12 of 19 snapshots" in result.out
 
 
 def find_snapshots_without(everything: list, gone: tuple[Path, ...]) -> list:

@@ -17,9 +17,10 @@ import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError
-from posthoc_cli.planning import MOST_SNAPSHOTS, USEFUL_RANGE, forecast_at, sigma_rels_in
+from posthoc_cli.planning import USEFUL_RANGE, forecast_at, sigma_rels_in
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.chosen import chosen_up_to
 from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.matching import time_order
@@ -54,11 +55,21 @@ STILL_SECONDS_UNLOCKED = 3600.0
 
 @dataclass(frozen=True)
 class Errors:
-    """Predicted errors at SIGMA_RELS, and the worst over the whole range, at the time `t` of the last snapshot."""
+    """What to expect of the snapshots of the newest segment.
+
+    Attributes:
+        t: time of the last one, and of the averages.
+        predicted: errors at SIGMA_RELS.
+        worst: the worst over the whole range.
+        solved: with how many snapshots a reconstruction works.
+        count: how many there are.
+    """
 
     t: float
     predicted: FloatArray
     worst: float
+    solved: int
+    count: int
 
 
 @dataclass(frozen=True)
@@ -170,17 +181,19 @@ def _held(directory: Path) -> Iterator[None]:
 
 
 def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
-    """Expected errors from these alone; None where there are none, very many, or a sample of them cannot be read."""
+    """Expected errors from these alone; None where there are none, or a sample of them cannot be read."""
     newest = of_newest_segment(snapshots)
-    if not newest or len(newest) > MOST_SNAPSHOTS:
+    if not newest:
         return None
+    t = max(snapshot.info.t for snapshot in newest)
+    solved, _ = chosen_up_to(newest, t)
     try:
-        prior = snapshot_prior(newest)
+        prior = snapshot_prior(solved)
     except (FileFormatError, NonFiniteError):
         return None
-    profiles = [snapshot.info.profile.pure for snapshot in newest]
+    profiles = [snapshot.info.profile.pure for snapshot in solved]
     expected = forecast_at(profiles, prior, np.concatenate((SIGMA_RELS, sigma_rels_in(USEFUL_RANGE)))).predicted_error
-    return Errors(max(profile.t for profile in profiles), expected[: len(SIGMA_RELS)], float(expected.max()))
+    return Errors(t, expected[: len(SIGMA_RELS)], float(expected.max()), len(solved), len(newest))
 
 
 # --- what to move and to remove --------------------------------------------------------------------
