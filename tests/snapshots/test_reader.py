@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import FileFormatError, VanishedError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
-from posthoc_cli.snapshots.reader import TensorFile, read_header
+from posthoc_cli.snapshots.reader import TensorFile, read_header, read_header_alone, read_small_file
 from posthoc_cli.snapshots.tensors import tensor_bytes, tensor_from_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
@@ -184,6 +184,46 @@ def test_a_disk_that_cannot_read_is_told_with_the_file(
     assert str(path) in str(caught.value)
 
 
+@pytest.mark.parametrize("read", [read_header, read_header_alone, lambda path: read_small_file(path, 10**6)])
+def test_whoever_reads_says_what_could_not_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
+) -> None:
+    path = small_snapshot(tmp_path)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files.system, "read", refuse)
+        with pytest.raises(FileFormatError, match=rf"^{path}: cannot be read: input/output error$"):
+            read(path)
+    path.unlink()
+    with pytest.raises(VanishedError, match=rf"^{path}: cannot be opened: no such file or directory$"):
+        read(path)
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "told"),
+    [
+        (errno.ENOENT, VanishedError, "no such file or directory"), (errno.ESTALE, VanishedError, "stale file handle"),
+        (errno.EACCES, FileFormatError, "permission denied"),
+        (errno.EMFILE, FileFormatError, "too many open files; a synthesis holds all its snapshots open: raise"),
+    ],
+)  # fmt: skip
+def test_why_a_file_cannot_be_opened(
+    monkeypatch: pytest.MonkeyPatch, code: int, kind: type[FileFormatError], told: str
+) -> None:
+    def refuse(_: Path) -> int:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(files.system, "open", refuse)
+    with pytest.raises(FileFormatError) as caught:
+        read_header(Path("x"))
+    assert type(caught.value) is kind
+    assert str(caught.value).startswith(f"x: cannot be opened: {told}")
+    assert ("raise the limit" in str(caught.value)) == (code == errno.EMFILE)
+
+
 def test_a_part_of_a_tensor_is_read_as_it_is(tmp_path: Path) -> None:
     with TensorFile(small_snapshot(tmp_path)) as file:
         assert file.read_unverified("a", 4, 8).tobytes() == struct.pack("<f", -2.5)
@@ -197,6 +237,29 @@ def test_a_file_that_was_replaced_since_it_was_planned_with_is_refused(tmp_path:
     write_snapshot(tmp_path, 10, 0.05, RUN_ID, {**VALUES, "a": VALUES["a"] + 1}, name=planned.path.name)
     with pytest.raises(FileFormatError, match="was replaced"):
         TensorFile(planned.path, planned.header)
+    TensorFile(planned.path).close()
+
+
+@pytest.mark.parametrize("make", [small_snapshot, small_output])
+def test_a_file_of_another_content_and_the_same_size_was_replaced(tmp_path: Path, make: Callable[[Path], Path]) -> None:
+    """Also one whose header has the same checksum written in it, wrongly."""
+    path = make(tmp_path)
+    header = read_header(path)
+    TensorFile(path, header).close()
+    start = bytearray(path.read_bytes())
+    other = start.replace(b'"ema.t":"10.0"', b'"ema.t":"11.0"')
+    assert other != start
+    path.write_bytes(other)
+    with pytest.raises(FileFormatError, match="damaged header: its checksum does not match"):
+        TensorFile(path, header)
+    digits = other.index(fmt.CHECKSUM_MARK) + len(fmt.CHECKSUM_MARK)
+    other[digits : digits + 16] = b"0" * 16
+    length = 8 + int.from_bytes(other[:8], "little")
+    other[digits : digits + 16] = xxhash.xxh3_64_hexdigest(bytes(other[:length])).encode()
+    path.write_bytes(other)
+    assert read_header(path).file_bytes == header.file_bytes
+    with pytest.raises(FileFormatError, match="was replaced while it was being used"):
+        TensorFile(path, header)
 
 
 # --- what is no file -------------------------------------------------------------------------------
@@ -430,6 +493,7 @@ def test_a_value_that_is_malformed_is_named(tmp_path: Path, make: Callable[[Path
     path = forge(make(tmp_path), set_key(key, value))
     with pytest.raises(FileFormatError, match=key) as caught:
         read_everything(path)
+    assert str(caught.value).startswith(f"{path}: ")
     assert all(character.isprintable() for character in str(caught.value))
 
 

@@ -17,6 +17,7 @@ from factories import (
     RUN_ID,
     make_info,
     random_walk,
+    read_snapshot,
     rewrite_snapshot,
     write_run,
     write_sharded,
@@ -30,7 +31,13 @@ from posthoc_cli.export import write_synthesis
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
-from posthoc_cli.snapshots.sharded import ShardedSnapshot, read_sharded, remove_snapshot
+from posthoc_cli.snapshots.sharded import (
+    ShardedSnapshot,
+    open_path,
+    open_tensors,
+    read_sharded,
+    remove_snapshot,
+)
 from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, inspect_directory, set_aside
 from posthoc_cli.synthesis import disk_sources, plan_synthesis
 
@@ -47,8 +54,6 @@ def both_runs(tmp_path: Path, measured: bool = True) -> tuple[Path, Path]:
 
 
 def split_snapshot(path: Path, folder: Path) -> None:
-    from factories import read_snapshot
-
     info, values = read_snapshot(path).info, load_file(path)
     names = list(values)
     shards = [names[:1], names[1:3], names[3:]]
@@ -197,9 +202,47 @@ def test_an_index_that_contradicts_its_shards_is_named(tmp_path: Path) -> None:
 @pytest.mark.parametrize("other", [{"t": 20.0}, {"run_id": OTHER_RUN_ID}, {"sigma_rel": 0.1}, {"left_out": ("x",)}])
 def test_shards_of_two_snapshots_are_not_one(tmp_path: Path, other: dict[str, Any]) -> None:
     path, stranger = simple(tmp_path / "s"), simple(tmp_path / "o", **other)
-    second = sorted(path.glob("*.safetensors"))[1]
+    first, second = sorted(path.glob("*.safetensors"))
     (stranger / second.name).replace(second)
-    with pytest.raises(FileFormatError, match="are not of one snapshot"):
+    ((name, value),) = other.items()
+    own = make_info(VALUES)
+    told = f"{first} and {second} are not of one snapshot: their {name} are {getattr(own, name)} and {value}"
+    with pytest.raises(FileFormatError, match=f"^{re.escape(told)}$"):
+        read_sharded(path)
+
+
+def test_a_path_is_opened_as_what_it_is_and_a_snapshot_as_what_it_was(tmp_path: Path) -> None:
+    path = simple(tmp_path / "s")
+    plain = write_snapshot(tmp_path, 10, 0.05, RUN_ID, VALUES)
+    for one in (path, plain):
+        with open_path(one) as file:
+            assert file.read("b").tobytes() == VALUES["b"].numpy().tobytes()
+    found = {snapshot.path.name: snapshot for snapshot in (read_sharded(path), read_snapshot(plain)) if snapshot}
+    for snapshot in found.values():
+        with open_tensors(snapshot) as file:
+            assert file.header == snapshot.header
+            assert file.read("b").tobytes() == VALUES["b"].numpy().tobytes()
+    for file in (plain, *path.glob("*-00002-*.safetensors")):
+        rewrite_snapshot(file, lambda values: values["b"].add_(1))
+    for snapshot in found.values():
+        with pytest.raises(FileFormatError, match="was replaced while it was being used"):
+            open_tensors(snapshot)
+
+
+def test_a_shard_that_contradicts_itself_is_named(tmp_path: Path) -> None:
+    path = simple(tmp_path / "s")
+    second = sorted(path.glob("*.safetensors"))[1]
+    rewrite_snapshot(second, t=20.0, t_first=30.0)
+    with pytest.raises(FileFormatError, match=f"^{re.escape(str(second))}: t 20, first update 30"):
+        read_sharded(path)
+
+
+def test_the_size_in_an_index_is_compared(tmp_path: Path) -> None:
+    path = simple(tmp_path / "s")
+    index = path / INDEX_NAME
+    index.write_text(index.read_text().replace('"total_size": 52', '"total_size": 53'))
+    told = f"{index}: total_size is 53; the tensors of its shards have 52 bytes"
+    with pytest.raises(FileFormatError, match=f"^{re.escape(told)}$"):
         read_sharded(path)
 
 

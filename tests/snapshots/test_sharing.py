@@ -16,6 +16,7 @@ from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots.decoding import decode_header, decode_snapshot
 from posthoc_cli.snapshots.format import TensorSpec, encode_header, lay_out, snapshot_metadata
 from posthoc_cli.snapshots.metadata import parse_json
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.sharing import Sharing
 from posthoc_cli.snapshots.store import inspect_directory, read_directory
 
@@ -147,3 +148,33 @@ def test_escapes_make_text_or_are_refused(text: str, is_text: bool) -> None:
         return
     with pytest.raises(FileFormatError, match=r"^x: damaged it: .*is not Unicode text, or has a zero byte$"):
         parse_json(Path("x"), text, "it")
+
+
+SELECTION = {"only_trainable": True, "include": ["a*"], "exclude": ["b", "c"], "buffers": "copy"}
+
+
+def test_a_selection_is_read_as_it_was_made() -> None:
+    given = Selection(True, ("a*",), ("b", "c"), "copy")
+    found = decode_snapshot(Path("x"), decode_header(Path("x"), start_of(selection=given), None))
+    assert found.selection == given
+    assert decode_header(Path("x"), start_of(selection=given), None).metadata["ema.selection"] == json.dumps(
+        SELECTION, separators=(",", ":")
+    )
+    assert decode_snapshot(Path("x"), decode_header(Path("x"), start_of(), None)).selection is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"only_trainable": 1}, "must have only_trainable, include, exclude, buffers, and nothing else"),
+        ({"further": 1}, "must have only_trainable, include, exclude, buffers, and nothing else"),
+        ({"include": "a*"}, "include and exclude must be lists of globs"),
+        ({"include": {"a": 1}}, "include and exclude must be lists of globs"),
+        ({"exclude": ["a", 1]}, "include and exclude must be lists of globs"),
+        ({"buffers": "keep"}, "buffers 'keep' is none of "),
+    ],
+)
+def test_a_selection_that_nobody_made_is_refused(changes: dict[str, Any], told: str) -> None:
+    start = start_of({"ema.selection": json.dumps(SELECTION | changes)})
+    with pytest.raises(FileFormatError, match=rf"^x: ema\.selection: {told}"):
+        decode_snapshot(Path("x"), decode_header(Path("x"), start, None))
