@@ -172,9 +172,24 @@ def test_what_is_no_file_under_a_snapshots_name_is_named(tmp_path: Path, make: C
 )
 def test_a_directory_that_is_none_is_told(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
     make(tmp_path / "run")
-    with pytest.raises(DirectoryError, match=reason) as caught:
-        read_directory(tmp_path / "run")
-    assert str(tmp_path / "run") in str(caught.value)
+    for read in (read_directory, inspect_directory):
+        with pytest.raises(DirectoryError, match=f"{reason}; name the directory that a tracker writes") as caught:
+            read(tmp_path / "run")
+        assert str(caught.value).startswith(f"{tmp_path / 'run'}: ")
+
+
+def test_a_directory_that_cannot_be_listed_is_told_with_the_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(DirectoryError, match=r"^'a\\x00b': cannot be read: .*null byte"):
+        read_directory(Path("a\0b"))
+
+    def refuse(_: Path) -> list[Path]:
+        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(files.system, "list", refuse)
+    with pytest.raises(DirectoryError, match=f"^'{tmp_path}': cannot be read: permission denied$"):
+        read_directory(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["0.1000.pt", "network-snapshot-1000-0.050.pkl"])
@@ -283,6 +298,17 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     assert sum(40 <= s.t <= 60 for s in left) == 4
 
 
+def test_thinning_keeps_what_the_wanted_range_needs(tmp_path: Path) -> None:
+    """Short averages need the latest times, long ones the whole of training."""
+    times = [float(t) for t in range(10, 310, 10)]
+    kept = {}
+    for wanted in ((0.02, 0.03), (0.25, 0.28)):
+        write_times(tmp_path / str(wanted), times, (0.05, 0.28))
+        kept[wanted] = [s.t for s in thin(stored(tmp_path / str(wanted)), 6, wanted)]
+        assert len(kept[wanted]) == 12
+    assert np.median(kept[(0.02, 0.03)]) > np.median(kept[(0.25, 0.28)]) + 20
+
+
 def test_thinning_goes_by_headers_and_neither_by_names_nor_by_dates(tmp_path: Path) -> None:
     for name, t in (("z", 10), ("y", 20), ("x", 30)):
         path = write_snapshot(tmp_path, t, 0.05, RUN_ID, W, name=f"{name}.safetensors")
@@ -322,8 +348,9 @@ def test_later_snapshots_are_set_aside_and_never_overwritten_or_deleted(tmp_path
             if t > 10 or attempt == 0:
                 write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.full((2, 3), float(attempt))})
         moved = set_aside([s for s in stored(tmp_path) if s.t > 10])
-        assert len(moved) == 2
-    aside = tmp_path / "superseded"
+        again = f".{attempt}" if attempt else ""
+        aside = tmp_path / "superseded"
+        assert moved == [aside / f"00000000000000{t}-0.05{again}.safetensors" for t in (20, 30)]
     contents = {safetensors.torch.load_file(path)["w"][0, 0].item() for path in aside.iterdir()}
     assert len(list(aside.iterdir())) == 6
     assert contents == {0.0, 1.0, 2.0}
@@ -338,6 +365,15 @@ def test_a_dangling_link_in_the_way_is_not_overwritten_either(tmp_path: Path) ->
     (moved,) = set_aside([s for s in stored(tmp_path) if s.t > 10])
     assert in_the_way.is_symlink()
     assert moved != in_the_way
+
+
+def test_a_folder_that_is_a_link_is_not_used(tmp_path: Path) -> None:
+    write_times(tmp_path / "run", [10, 20])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "superseded").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DirectoryError, match=f"^{tmp_path}/run/superseded: is a symbolic link; snapshots would leave"):
+        set_aside(stored(tmp_path / "run"))
+    assert times_in(tmp_path / "run") == [10, 20]
 
 
 def test_nothing_later_means_nothing_is_touched(tmp_path: Path) -> None:
