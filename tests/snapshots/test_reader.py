@@ -616,6 +616,14 @@ def test_a_snapshot_without_measurements_is_one_too(tmp_path: Path) -> None:
         ("[0.05,0.05,0.28]", "must grow, each profile once"),
         ("[0.05,0.3]", "sigma_rel 0.3: must lie in (0, 0.2887)"),
         ("[0.1,0.28]", "0.1, 0.28 has not the snapshot's own 0.05"),
+        (
+            "[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17]",
+            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17 has not the snapshot's own 0.05",
+        ),
+        (
+            "[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17,0.18]",
+            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, ... has not the snapshot's own 0.05",
+        ),
     ],
 )
 def test_tracked_profiles_that_cannot_be_are_refused(tmp_path: Path, text: str, told: str) -> None:
@@ -666,6 +674,28 @@ def test_a_clock_that_can_be_is_read(tmp_path: Path) -> None:
     path = forge(small_snapshot(tmp_path), set_key("ema.clock", "[[1,7],[10,10]]"))
     assert read_snapshot(path).info.clock == ((1, 7.0), (10, 10.0))
     assert read_snapshot(small_snapshot(tmp_path / "without")).info.clock == ()
+    knots = [[k, k / 2] for k in range(1, 1001)]
+    path = write_snapshot(tmp_path / "long", 500, 0.05, RUN_ID, VALUES, step=1000)
+    assert len(read_snapshot(forge(path, set_key("ema.clock", json.dumps(knots)))).info.clock) == 1000
+
+
+@pytest.mark.parametrize(
+    ("square", "usable"), [(0, True), (1e-119, True), (1e119, True), (1e-121, False), (1e121, False), (1e300, False)]
+)
+@pytest.mark.parametrize("which", ["norm", "rounding", "weights", "distance"])
+def test_measurements_of_absurd_weights_are_as_good_as_none(
+    tmp_path: Path, which: str, square: float, usable: bool
+) -> None:
+    measured = {"norm": 1.0, "rounding": 1e-7, "weights": 1.0}
+    distance = {"t": 5.0, "sigma_rel": 0.05, "squared": 0.5, "rounding": 0.0}
+    if which == "distance":
+        distance["squared"] = square
+    else:
+        measured[which] = square
+    path = forge(
+        small_snapshot(tmp_path), set_key("ema.measurements", json.dumps(measured | {"distances": [distance]}))
+    )
+    assert (read_snapshot(path).info.measurements is not None) == usable
 
 
 @pytest.mark.parametrize("coefficient", ["1" * 400, "1e999", "true", '"1"', "null"])
