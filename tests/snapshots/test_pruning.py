@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import RUN_ID, random_walk, write_run, write_snapshot
+from factories import RUN_ID, make_info, random_walk, write_run, write_snapshot
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, InvalidValueError, LockedError, WriteError
@@ -127,6 +127,11 @@ def test_the_errors_are_those_of_the_directory_as_it_is_before_and_after(
     pruning = plan_pruning(snapshots, keep=3)
     assert pruning.source == ("measured" if folder == "run" else "sampled")
     before = forecast([s.info.profile.pure for s in snapshots], snapshot_prior(snapshots))
+    narrow = plan_pruning(snapshots, keep=3, sigma_range=(0.1, 0.2))
+    assert narrow.before.worst == pytest.approx(
+        forecast([s.info.profile.pure for s in snapshots], snapshot_prior(snapshots), (0.1, 0.2)).worst, rel=1e-12
+    )
+    assert {float(side.sigma_rels[k]) for side in (narrow.before, narrow.after) for k in (0, -1)} == {0.1, 0.2}
     execute(pruning)
     left = read_directory(path)
     assert len(left) == 6
@@ -147,6 +152,38 @@ def test_of_very_many_several_go_at_a_time_and_the_result_is_as_good() -> None:
     errors = [forecast([snapshots[i] for i in which], prior.of(which)) for which in (left, exact)]
     assert errors[0].worst == pytest.approx(errors[1].worst, rel=0.05)
     assert errors[0].median == pytest.approx(errors[1].median, rel=0.05)
+
+
+def test_as_many_of_each_are_left_where_several_go_at_a_time() -> None:
+    """One profile has twice as many; the loss of the one does not stand for the other's."""
+    snapshots = [PowerFunction.from_sigma_rel(0.05, float(t)) for t in range(1, 161)]
+    snapshots += [PowerFunction.from_sigma_rel(0.28, float(t)) for t in range(2, 161, 2)]
+    order = removal_order(snapshots, assumed_prior(snapshots, 2e-4), 60, (0.05, 0.28))
+    left = [snapshots[i] for i in range(240) if i not in order]
+    assert [sum(p.gamma == snapshots[k].gamma for p in left) for k in (0, -1)] == [60, 60]
+
+
+def test_no_two_neighbours_of_a_profile_go_at_once() -> None:
+    snapshots = [PowerFunction.from_sigma_rel(s, float(t)) for t in range(1, 6) for s in (0.05, 0.28)]
+    early = [2 * k for k in range(5)]  # of the first profile, by time
+    assert pruning_room._apart([4, 2, 6, 0, 8], range(10), snapshots, 9) == [4, 0, 8]
+    assert pruning_room._apart([2, 4, 6, 8], range(10), snapshots, 9) == [2, 6]
+    assert pruning_room._apart([4, 5, 3, 7], range(10), snapshots, 9) == [4, 5]
+    assert pruning_room._apart(early, range(10), snapshots, 2) == [0, 4]
+    # The last of one profile and the first of the other stand beside each other in no time.
+    assert pruning_room._apart([2, 6], [0, 2, 6, 8, 1, 3], snapshots, 9) == [2]
+
+
+def test_what_an_earlier_segment_takes_counts_and_stays(tmp_path: Path) -> None:
+    for t in range(10, 110, 10):
+        values = {"w": torch.full((40,), float(t))}
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, values, sigma_rels=(0.05,), segment=int(t > 30))
+    snapshots = read_directory(tmp_path)
+    sizes = {snapshot.info.t: snapshot.header.file_bytes for snapshot in snapshots}
+    limit = sum(sizes[t] for t in (10, 20, 30, 100)) + max(sizes.values())
+    pruning = plan_pruning(snapshots, max_bytes=limit)
+    kept = [snapshot.info.t for snapshot in pruning.kept]
+    assert (kept[:3], len(kept), kept[-1]) == ([10, 20, 30], 5, 100)
 
 
 def test_impossible_wishes_are_refused(run: Path) -> None:
@@ -290,6 +327,19 @@ def test_a_run_says_how_it_moved_and_how_it_was_stored(run: Path) -> None:
     assert found.motion.edges[-1] == pytest.approx(2400)
     # An average of values spread around zero is stored about as well as any.
     assert found.rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
+
+
+def test_the_rounding_of_mixed_dtypes_is_that_of_none(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    walk = torch.zeros(400)
+    for t in range(10, 60, 10):
+        walk = walk + torch.randn(400, generator=generator)
+        values = {"w": walk.half(), "v": walk.bfloat16() if t == 30 else walk.half(), "n": torch.tensor(3)}
+        own = make_info({name: value.float() if name != "n" else value for name, value in values.items()}).tensors
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, values, sigma_rels=(0.05,), tensors=own)
+    found = likeness(read_directory(tmp_path), 100)
+    assert list(found.rounding) == ["float16"]
+    assert found.rounding["float16"] == pytest.approx(2e-4, rel=0.3)
 
 
 def test_a_run_of_one_snapshot_says_nothing(tmp_path: Path) -> None:

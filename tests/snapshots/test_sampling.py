@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import OTHER_RUN_ID, RUN_ID, read_snapshot, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, make_info, read_snapshot, write_snapshot
 
 from posthoc_cli.errors import FileFormatError, NonFiniteError
 from posthoc_cli.reconstruction.measurements import Measurements
@@ -104,6 +104,10 @@ def test_float32_of_a_float64_model_is_rounded(tmp_path: Path) -> None:
     exact = draw(1, 100_000)
     expected = expected_rounding(exact.float().double().numpy(), "F32", "F64")
     assert expected == pytest.approx(squares((exact, exact.float())), rel=0.02)
+    info = make_info({"w": exact}, 10.0)
+    path = write_snapshot(tmp_path, 10.0, 0.05, RUN_ID, {"w": exact.float()}, tensors=info.tensors)
+    (measured,) = sample_measurements([read_snapshot(path)])
+    assert measured.rounding == pytest.approx(expected, rel=1e-12)
 
 
 def test_zeros_are_taken_for_exact() -> None:

@@ -91,3 +91,12 @@ def test_float64_is_rounded_once_to_sixteen_bits() -> None:
 )
 def test_float64_is_rounded_once_to_bfloat16(value: float, rounded: float) -> None:
     assert round_to(torch.tensor([value], dtype=torch.float64), torch.bfloat16).item() == rounded
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.float8_e5m2, torch.float64])
+def test_what_torch_rounds_once_is_what_torch_rounds(dtype: torch.dtype) -> None:
+    values = torch.randn(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    for own in (values, values.float()):
+        rounded = round_to(own, dtype)
+        assert rounded.dtype == dtype
+        assert torch.equal(rounded.double(), own.to(dtype).double())
