@@ -128,7 +128,8 @@ def test_the_expected_error_is_the_integral(target, noise: float) -> None:  # ty
 
 def test_the_width_of_a_profile_is_its_standard_deviation() -> None:
     for sigma_rel in (0.02, 0.1, 0.28):
-        assert relative_width(PowerFunction.from_sigma_rel(sigma_rel, T), T) == pytest.approx(sigma_rel, rel=1e-9)
+        for t in (T, 1e-3):
+            assert relative_width(PowerFunction.from_sigma_rel(sigma_rel, t), t) == pytest.approx(sigma_rel, rel=1e-9)
     assert relative_width(Uniform(200, 620), T) == pytest.approx(0.42 / 12**0.5, rel=1e-9)
     assert relative_width(ClassicalEMA(0.9, T, Clock.of_steps()), T) == pytest.approx(
         -1 / np.log(0.9) / T, rel=1e-6  # an exponential density in time

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -12,8 +13,17 @@ from hypothesis import strategies as st
 from scipy import integrate
 
 from posthoc_cli.profiles import PowerFunction, RecordedPowerFunction
-from posthoc_cli.reconstruction import Distance, Measurements, Motion, StoredAverage, measured_prior, reconstruct
+from posthoc_cli.reconstruction import (
+    ROUNDING,
+    Distance,
+    Measurements,
+    Motion,
+    StoredAverage,
+    measured_prior,
+    reconstruct,
+)
 from posthoc_cli.reconstruction.motion import MOST_PIECES, PairDistance, fit_motion
+from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH
 
 START = 2.0
 
@@ -191,6 +201,32 @@ def test_the_rounding_of_updates_is_that_of_a_float32_average(sigma_rel: float) 
     stored = average(float(steps), sigma_rel, float(exact @ exact), ())
     expected = measured_prior([stored]).arithmetic[0]
     assert np.sum((running - exact) ** 2) == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize("t_first", [1e-9, 1.0, 50.0, 99.9, 100.0])
+def test_the_rounding_of_updates_is_the_sum_over_updates(t_first: float) -> None:
+    """Each of n updates, evenly from the first to the last, rounds once; what it leaves fades as the average does."""
+    updates, gamma, t, eps, norm = 20_000, 6.94, 100.0, 2.0**-23, 4.0
+    times = t_first + (t - t_first) * (np.arange(updates) + 0.5) / updates
+    stored = StoredAverage(RecordedPowerFunction(gamma, t, t_first, 1.0), updates, eps, Measurements(norm, 0.0, ()))
+    one = norm * (ROUNDING * eps) ** 2
+    expected = one * np.sum((times / t) ** (2 * gamma + 2))
+    assert measured_prior([stored]).arithmetic[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_without_movement_or_without_distances_something_is_assumed() -> None:
+    still = [average(10.0, s, 4.0, (Distance(10.0, u, 0.0, 0.0),)) for s, u in ((0.05, 0.25), (0.25, 0.05))]
+    prior = measured_prior(still)
+    assert prior.source == "measured"
+    assert prior.motion.walk.max() < 1e-18
+    zeros = measured_prior([replace(one, measurements=replace(one.measurements, norm=0.0)) for one in still])
+    assert zeros.source == "measured"
+    assert (zeros.motion.edges[-1], zeros.motion.walk.sum()) == (10.0, 0.0)
+    alone = measured_prior([average(10.0, 0.1, 4.0, ())])
+    assert alone.motion.edges[-1] == 10.0
+    # Over the whole training the path has ASSUMED_STRETCH of the norm.
+    walked = float(np.sum(alone.motion.walk * np.diff(alone.motion.edges)))
+    assert walked == pytest.approx(ASSUMED_STRETCH**2 * 4.0)
 
 
 # --- the error bar ---------------------------------------------------------------------------------
