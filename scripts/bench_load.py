@@ -3,12 +3,11 @@
     python scripts/bench_load.py [--repeats 3] [--quick]
 
 Four tables. Of a training of 100,000 updates with a snapshot of two profiles every 10: memory and open files on the
-way, with thinning to 20 and, half as long, with 10,000 snapshots kept. Of the commands on those 10,000: processor time
-of a fresh process with one thread, the least of several, and its peak memory; also without measurements in the headers,
-as of files that another tool wrote; and of `ema info` where each has 100 tensors. Of a model of 100,000 tensors: time
-and memory of every step. Networks are as small as they may be. And what the choice of some of very many snapshots
-costs: predicted errors, as multiples of those from all. Times are those of the processor: where nothing else runs
-nobody waits longer.
+way, with thinning to 20 and, half as long, with 10,000 snapshots kept, of 2 and of 100 tensors. Of the commands on
+10,000 snapshots: processor time of a fresh process with one thread, the least of several, and its peak memory; also
+without measurements in the headers, as of files that another tool wrote. Of a model of 100,000 tensors: time and memory
+of every step. Networks are as small as they may be. And what the choice of some of very many snapshots costs: predicted
+errors, as multiples of those from all. Times are those of the processor: where nothing else runs nobody waits longer.
 """
 
 from __future__ import annotations
@@ -80,6 +79,7 @@ def measure(sizes: Sizes, folder: Path) -> None:
     print("| ---: | ---: | ---: | ---: | ---: |", flush=True)
     run_job("thinned", sizes.updates, folder / "thinned")
     run_job("kept", sizes.kept_updates, folder / "kept")
+    run_job("layers", sizes.kept_updates, folder / "layers")
     without_measurements(folder / "kept", folder / "plain")
     count = len(read_directory(folder / "kept"))
     print(f"\n| command on {count:,} snapshots | processor time | memory | without measurements | memory |")
@@ -95,7 +95,6 @@ def measure(sizes: Sizes, folder: Path) -> None:
         cells = [cell for run in ("kept", "plain") for cell in command(what, folder / run, sizes.repeats)]
         shown = [word for word in what if word != "DIR" and word != "--force"]
         print(f"| `ema {' '.join(Path(word).name for word in shown)}` | {' | '.join(cells)} |", flush=True)
-    run_job("layers", sizes.kept_updates, folder / "layers")
     snapshots = read_directory(folder / "layers")
     said = f"`ema info` on {len(snapshots):,} snapshots of {len(snapshots[0].header.tensors)} tensors"
     print(f"| {said} | {' | '.join(command(['info', 'DIR'], folder / 'layers', sizes.repeats))} | | |", flush=True)
