@@ -183,11 +183,18 @@ def large_run(tmp_path: Path) -> Path:
     return folder
 
 
+UNIGNORED = (
+    "import os, signal, sys; signal.signal(int(sys.argv[1]), signal.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
+)
+"""Runs a command that gets a signal, whether or not the tests were started where it is ignored (in the background)."""
+
+
 def interrupted_when_it_writes(command: list[object], target: Path, number: signal.Signals) -> tuple[int, str]:
     """Send a signal to a command as soon as it has a temporary in `target`: how it ended, and what it said."""
     # Unmeasured: coverage holds a lock at moments at which a signal may come, and then waits for itself.
+    unignored = [sys.executable, "-c", UNIGNORED, str(int(number)), *map(str, command)]
     with subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=unmeasured_environment()
+        unignored, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=unmeasured_environment()
     ) as process:
         started = threading.Event()
 

@@ -78,6 +78,9 @@ class Nursery:
 EXPERIMENTS = {"kills": killed_trainings, "signals": signalled_commands}
 
 if __name__ == "__main__":
+    # As from a terminal: what whoever has started this ignores, as a shell in the background does, stays ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     name, folder, count, seed = sys.argv[1:]
     tally = EXPERIMENTS[name](Nursery(Path(folder) / "stderr"), Path(folder), int(count), random.Random(int(seed)))
     print(json.dumps(vars(tally)))

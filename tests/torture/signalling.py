@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,6 +54,7 @@ def signalled_commands(nursery: Nursery, folder: Path, count: int, chance: rando
     rounds = -(-count // (len(COMMANDS) * len(SIGNALS)))
     every = [(command, signalled) for command in COMMANDS for signalled in SIGNALS] * rounds
     seconds: dict[str, float] = {}
+    stopped: Counter[signal.Signals] = Counter()
     work = folder / "work"
     for command, signalled in chance.sample(every, count):
         if command not in seconds:
@@ -62,6 +64,7 @@ def signalled_commands(nursery: Nursery, folder: Path, count: int, chance: rando
         after = chance.uniform(0, 1.1 * seconds[command])
         code, err, _ = nursery.run(functools.partial(_run, command, work), after, signalled)
         tally.tried += 1
+        stopped[signalled] += code != 0
         where = f"{signalled.name} after {after:.3f} s of {seconds[command]:.3f}: ema {command}"
         if code not in ENDS[signalled] or "Traceback" in err or "Exception ignored" in err:
             tally.missed.append(f"{where}: ended with {code}: {err.strip()[-1500:]}")
@@ -69,6 +72,8 @@ def signalled_commands(nursery: Nursery, folder: Path, count: int, chance: rando
             tally.lost += [f"{where}: {path.name} is left" for path in work.rglob(f"{files.TEMPORARY_PREFIX}*")]
         tally.lost += [f"{where}: {line}" for line in _harmed(work, before, "prune" in command)]
         shutil.rmtree(work)
+    # Moments are spread over a command's whole time: a signal that never stops one does not arrive.
+    tally.missed += [f"{signalled.name} stopped no command" for signalled in SIGNALS if not stopped[signalled]]
     return tally
 
 
