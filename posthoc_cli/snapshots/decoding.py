@@ -52,12 +52,14 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, sharing: Sha
         FileFormatError: naming the file, and the tensor where there is one.
     """
     sharing = sharing or Sharing()
-    metadata, text = _split(path, start[8:])
-    if metadata is None:
+    text = decode_text(path, start[8:], "header")
+    split = _split(path, text)
+    if split is None:
         raw = _header_object(path, text)
         metadata, tensors = raw.pop("__metadata__", {}), _decode_entries(path, raw)
     else:
-        tensors = sharing.once("header", text, lambda: _decode_entries(path, _header_object(path, text)))
+        metadata, rest = split
+        tensors = sharing.once("header", rest, lambda: _decode_entries(path, _header_object(path, rest)))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(f"{path}: __metadata__ must map names to strings")
     header = fmt.FileHeader(sharing.texts(metadata), tensors, len(start))
@@ -153,17 +155,17 @@ def has_header_checksum(start: bytes, checksum: str) -> bool:
 # --- in parts --------------------------------------------------------------------------------------
 
 
-def _split(path: Path, data: bytes) -> tuple[Any, str]:
+def _split(path: Path, text: str) -> tuple[Any, str] | None:
     """The metadata, and the other entries as an object of their own: the same text in every snapshot of a run.
 
-    Where a header does not begin with its metadata, None and all of it.
+    None for a header that does not begin with its metadata.
     """
-    text = decode_text(path, data, "header")
-    if text.startswith(_BEGINNING):
-        metadata, end = parse_json_at(path, text, len(_BEGINNING), "header")
-        if text.startswith(',"', end):
-            return metadata, "{" + text[end + 1 :].rstrip(" ")  # padding, as the length of the metadata wants it
-    return None, text
+    if not text.startswith(_BEGINNING):
+        return None
+    metadata, end = parse_json_at(path, text, len(_BEGINNING), "header")
+    if not text.startswith(',"', end):
+        return None
+    return metadata, "{" + text[end + 1 :].rstrip(" ")  # padding, as the length of the metadata wants it
 
 
 def _header_object(path: Path, text: str) -> dict[str, Any]:

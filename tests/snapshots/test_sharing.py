@@ -108,6 +108,7 @@ def test_metadata_may_stand_anywhere(order: str) -> None:
     "text",
     [
         f'{{"__metadata__":{{}},{ENTRY},"__metadata__":{{}}}}', f'{{"__metadata__":{{}},{ENTRY},{ENTRY}}}',
+        f'{{"__metadata__":null,"__metadata__":{{}},{ENTRY}}}', f'{{"__metadata__":null,{ENTRY}}}',
         f'{{{ENTRY},"__metadata__":{{}},"__metadata__":{{}}}}', '{"__metadata__":{},}', '{"__metadata__":{}',
         f'{{"__metadata__":{{}},{ENTRY}', f'{{"__metadata__":{{}},{ENTRY}}}}}', f'{{"__metadata__":{{}},{ENTRY}}} x',
         f'{{"__metadata__":{{}} {ENTRY}}}', f'{{"__metadata__":{{"k":"a","k":"b"}},{ENTRY}}}',
