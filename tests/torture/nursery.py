@@ -43,6 +43,7 @@ class Nursery:
         """Do `work` in a child.
 
         Arguments:
+            work: begins with SIGINT blocked.
             after: seconds until the child gets a signal; None: none.
             number: of the signal.
 
@@ -50,6 +51,8 @@ class Nursery:
             The exit code, negative for a signal; what it wrote to stderr; how long it took.
         """
         started = time.monotonic()
+        # Until `work` wants it: what comes before is no part of any command.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = os.fork()
         if child == 0:
             out = os.open(self._err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -57,6 +60,7 @@ class Nursery:
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             work()
             sys.exit(0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         if after is not None:
             time.sleep(after)
             os.kill(child, number)

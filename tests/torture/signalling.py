@@ -110,6 +110,10 @@ def _run(command: str, work: Path) -> None:
         head, slash, tail = word.partition("/")
         words.append(f"{work / places[head]}{slash}{tail}" if head in places else word)
     sys.argv = ["ema", *words]
+    try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    except KeyboardInterrupt:  # before the command has begun
+        sys.exit(130)
     main()
 
 
