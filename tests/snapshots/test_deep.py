@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -123,7 +124,9 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 def test_other_values_with_right_checksums_are_blamed(run: Path, change: str, which: int) -> None:
     path = snapshots(run)[which]
     rewrite_snapshot(path, CHANGES[change])
-    assert set(blamed(run)) == {path.name}
+    ((name, detail),) = blamed(run).items()
+    assert name == path.name
+    assert re.fullmatch(r"its norm is [\d.]+, and [\d.]+ as measured", detail)
 
 
 @pytest.mark.parametrize("which", [0, 5, 6, -1])
@@ -132,7 +135,10 @@ def test_values_of_the_same_norm_are_told_by_their_distances(run: Path, which: i
     rewrite_snapshot(path, lambda values: values.update({"0.weight": values["0.weight"].flip(0).contiguous()}))
     ((name, detail),) = blamed(run).items()
     assert name == path.name
-    assert detail.startswith("the distance of ")
+    told = re.fullmatch(r"the distance of (\S+) and (\S+) is [\d.]+, and [\d.]+ as measured", detail)
+    assert told is not None
+    assert path.name in told.groups()
+    assert set(told.groups()) <= {one.name for one in snapshots(run)}
 
 
 def test_two_that_are_told_by_their_distances_are_both_named(run: Path) -> None:
