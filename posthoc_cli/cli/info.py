@@ -110,7 +110,8 @@ def _relative_rounding(measured: Measurements | None) -> float | None:
 
 def describe_file(path: Path) -> dict[str, Any]:
     """What a file holds: the object that --json prints."""
-    from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+    from posthoc_cli.snapshots.decoding import decode_snapshot
+    from posthoc_cli.snapshots.metadata import file_kind
     from posthoc_cli.snapshots.outputs import decode_output
     from posthoc_cli.snapshots.reader import Snapshot, read_header
 

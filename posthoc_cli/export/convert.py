@@ -12,9 +12,10 @@ import torch
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, shown
 from posthoc_cli.export.layouts import DEFAULT_SHARD_SIZE, layout_of, make_sink, parse_size
 from posthoc_cli.export.sharded import SHARD_PATTERN
-from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.index import read_index
+from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_from_bytes, torch_dtype
@@ -117,7 +118,7 @@ def _read_source(
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """The tensors of the file to export, under all their names, and what it says about itself."""
     file = stack.enter_context(TensorFile(source))
-    kind = decoding.file_kind(file.header)
+    kind = file_kind(file.header)
     if kind == "snapshot":
         return _read_snapshot(file, dtype)
     if kind == "state":
@@ -132,7 +133,7 @@ def _read_source(
 
 
 def _read_snapshot(file: TensorFile, dtype: torch.dtype | None) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
-    snapshot = decoding.decode_snapshot(file.path, file.header)
+    snapshot = decode_snapshot(file.path, file.header)
     names = {name: name for name in snapshot.tensors} | snapshot.aliases
     tensors = {}
     for alias, name in names.items():

@@ -15,8 +15,8 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, OutputExistsError
 from posthoc_cli.export.parts import FilePart, TilePart
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import file_kind
 from posthoc_cli.snapshots.index import INDEX_NAME, encode_index, read_index
+from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter

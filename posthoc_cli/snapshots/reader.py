@@ -21,8 +21,8 @@ import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
-from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.sharing import Sharing
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
@@ -51,7 +51,7 @@ def read_header(path: Path, sharing: Sharing | None = None) -> fmt.FileHeader:
     try:
         with _reported(path, "read"):
             start, size = _read_start(path, descriptor)
-        return decoding.decode_header(path, start, size, sharing)
+        return headers.decode_header(path, start, size, sharing)
     finally:
         files.system.close(descriptor)
 
@@ -66,7 +66,7 @@ def read_header_alone(path: Path) -> fmt.FileHeader:
     try:
         with _reported(path, "read"):
             start, _ = _read_start(path, descriptor)
-        return decoding.decode_header(path, start, None)
+        return headers.decode_header(path, start, None)
     finally:
         files.system.close(descriptor)
 
@@ -85,7 +85,7 @@ class TensorFile:
             self.header = _known_header(path, self._descriptor, expected)
             if expected is not None and self.header != expected:
                 raise FileFormatError(f"{path}: was replaced while it was being used; run again")
-            self._checksums = decoding.decode_checksums(path, self.header)
+            self._checksums = headers.decode_checksums(path, self.header)
         except BaseException:
             files.system.close(self._descriptor)
             raise
@@ -260,9 +260,9 @@ def _known_header(path: Path, descriptor: int, known: fmt.FileHeader | None) -> 
         start, size = _read_start(path, descriptor)
     if known is not None and len(start) == known.payload_start and size == known.file_bytes:
         checksum = known.metadata.get("ema.checksum")
-        if checksum is not None and decoding.has_header_checksum(start, checksum):
+        if checksum is not None and headers.has_header_checksum(start, checksum):
             return known
-    return decoding.decode_header(path, start, size)
+    return headers.decode_header(path, start, size)
 
 
 def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:

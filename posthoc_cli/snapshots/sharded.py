@@ -24,8 +24,9 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.index import INDEX_NAME, decode_index, read_index
+from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.reader import RangeReader, Snapshot, TensorFile, read_header
 
 

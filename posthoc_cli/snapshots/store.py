@@ -20,8 +20,9 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
 from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import measured_prior
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.matching import difference, missing_at_newest, pairs_to_compare, time_order
+from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.priors import stored_average
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.segments import by_segment

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NonFiniteError, OutputExistsError
-from posthoc_cli.snapshots.decoding import file_kind
 from posthoc_cli.snapshots.format import TensorSpec
+from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.states import COPY, decode_state, state_metadata, tensor_name, tensors_with
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes

@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_header, decode_snapshot
+from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.headers import decode_header
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter

@@ -10,7 +10,7 @@ import xxhash
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_checksums
+from posthoc_cli.snapshots.headers import decode_checksums
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.writer import TensorFileWriter
 

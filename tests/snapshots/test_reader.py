@@ -22,8 +22,10 @@ from hypothesis import strategies as st
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, VanishedError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
-from posthoc_cli.snapshots import decoding
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.headers import decode_checksums, decode_header
+from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile, read_header, read_header_alone, read_small_file
 from posthoc_cli.snapshots.tensors import tensor_bytes, tensor_from_bytes
@@ -67,10 +69,10 @@ def read_everything(path: Path) -> tuple[object, dict[str, bytes]]:
     """All that a file says and holds."""
     with TensorFile(path) as file:
         kinds: dict[str | None, Callable[..., object]] = {
-            "snapshot": decoding.decode_snapshot,
+            "snapshot": decode_snapshot,
             "output": decode_output,
         }
-        info = kinds[decoding.file_kind(file.header)](path, file.header)
+        info = kinds[file_kind(file.header)](path, file.header)
         return info, {name: file.read(name).tobytes() for name in file.header.tensors}
 
 
@@ -546,7 +548,7 @@ def test_a_snapshot_that_contradicts_itself_is_refused(
 ) -> None:
     path = forge(small_snapshot(tmp_path), change)
     with pytest.raises(FileFormatError) as caught, TensorFile(path) as file:
-        decoding.decode_snapshot(path, file.header)
+        decode_snapshot(path, file.header)
         for name in file.header.tensors:
             file.read(name)
     assert str(caught.value).startswith(f"{path}: ")
@@ -724,8 +726,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
 
 
 def decode(start: bytes, size: int) -> tuple[fmt.FileHeader, fmt.SnapshotInfo, dict[str, str]]:
-    header = decoding.decode_header(Path("x"), start, size)
-    return header, decoding.decode_snapshot(Path("x"), header), decoding.decode_checksums(Path("x"), header)
+    header = decode_header(Path("x"), start, size)
+    return header, decode_snapshot(Path("x"), header), decode_checksums(Path("x"), header)
 
 
 @settings(deadline=None, max_examples=300)
@@ -787,7 +789,7 @@ def test_any_header_of_a_stranger_is_refused_or_tiles_the_payload(path: Sequence
     place[path[-1]] = value
     start = bytes(8) + json.dumps(header).encode()
     try:
-        found = decoding.decode_header(Path("x"), start, len(start) + 8)
+        found = decode_header(Path("x"), start, len(start) + 8)
     except FileFormatError as error:
         assert str(error).isprintable()
         return

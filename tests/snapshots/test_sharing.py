@@ -12,9 +12,10 @@ import torch
 from factories import make_info, rewrite_snapshot, write_snapshot
 
 from posthoc_cli.errors import FileFormatError, MismatchError
-from posthoc_cli.snapshots import decoding
-from posthoc_cli.snapshots.decoding import decode_header, decode_snapshot
+from posthoc_cli.snapshots import decoding, headers
+from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import TensorSpec, encode_header, lay_out, snapshot_metadata
+from posthoc_cli.snapshots.headers import decode_header
 from posthoc_cli.snapshots.metadata import parse_json
 from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.sharing import Sharing
@@ -37,9 +38,9 @@ def start_of(changes: dict[str, Any] | None = None, dtype: str = "F32", **fields
 def test_tables_of_a_run_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_times(tmp_path, range(5, 200, 13))  # numbers of other lengths, and so other padding
     calls = []
-    for name in ("_decode_entry", "_decode_tensors"):
-        own = getattr(decoding, name)
-        monkeypatch.setattr(decoding, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
+    for room, name in ((headers, "_decode_entry"), (decoding, "_decode_tensors")):
+        own = getattr(room, name)
+        monkeypatch.setattr(room, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
     for read in (read_directory, lambda directory: inspect_directory(directory).snapshots):
         found = read(tmp_path)
         assert len(found) == 15

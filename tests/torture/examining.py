@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from posthoc_cli.errors import FileFormatError
-from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.sharded import read_sharded

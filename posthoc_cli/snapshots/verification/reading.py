@@ -10,7 +10,8 @@ from pathlib import Path
 
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_snapshot, file_kind
+from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, read_header_alone
 from posthoc_cli.snapshots.states import COPY, StateInfo, decode_state, tensors_with
