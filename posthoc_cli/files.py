@@ -255,6 +255,7 @@ class PendingFile:
                     system.unlink(self.temporary)
                 self._close()
                 system.fsync_directory(self.path.parent)
+                _unfinished.pop(self.temporary, None)
             except BaseException:
                 if not replaces:
                     with suppress(OSError):
@@ -262,12 +263,13 @@ class PendingFile:
                 raise
 
     def discard(self) -> None:
-        """Remove the temporary, if it is still one."""
+        """Remove the temporary, if it is still one. What a signal interrupted is finished by the next call."""
         if self._open:
             self._close()
+        if self.temporary in _unfinished:
             with suppress(OSError):
                 system.unlink(self.temporary)
-        _unfinished.pop(self.temporary, None)
+            _unfinished.pop(self.temporary, None)
 
     def _take_name(self) -> bool:
         """Put the file under its name; returns whether it still has the temporary one, too."""

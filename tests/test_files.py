@@ -324,3 +324,23 @@ def test_a_file_system_that_cannot_sync_directories_is_good_enough(
 
     monkeypatch.setattr(os, "fsync", cannot)
     files.system.fsync_directory(tmp_path)
+
+
+@pytest.mark.parametrize("operation", ["close", "unlink"])
+@pytest.mark.parametrize("finish", ["discard", "end of the process"])
+def test_a_discard_that_was_interrupted_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, finish: str
+) -> None:
+    """A signal may come in the middle; whoever unwinds further discards once more, or the process ends."""
+
+    def interrupt(_: object) -> None:
+        raise KeyboardInterrupt
+
+    pending = files.PendingFile(tmp_path / "x")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.system, operation, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            pending.discard()
+    assert len(list(tmp_path.iterdir())) == 1
+    pending.discard() if finish == "discard" else files.remove_unfinished()
+    assert list(tmp_path.iterdir()) == []
