@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -231,22 +232,23 @@ main()
 """
 
 
-def test_an_output_directory_without_write_permission(run: Path, tmp_path: Path) -> None:
-    closed = tmp_path / "closed"
-    closed.mkdir(mode=0o555)
-    base = Path(tempfile.gettempdir())
-    for folder in (tmp_path, *(p for p in tmp_path.parents if base in p.parents)):
+def test_an_output_directory_without_write_permission(run: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to other users, by each session that begins
+        folder = Path(name)
         folder.chmod(0o755)
-    arguments = [run, tmp_path / "warm-up.safetensors", closed / "out.safetensors"]
-    done = subprocess.run(
-        [sys.executable, "-c", AS_ANOTHER_USER, *map(str, arguments)],
-        capture_output=True, text=True, check=False, env=unmeasured_environment(),
-    )  # fmt: skip
-    assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == (
-        f"ema: error: {closed}/out.safetensors: cannot be written: permission denied; nothing partial is left\n"
-    )
-    assert list(closed.iterdir()) == []
+        shutil.copytree(run, folder / "run")
+        closed = folder / "closed"
+        closed.mkdir(mode=0o555)
+        arguments = [folder / "run", folder / "warm-up.safetensors", closed / "out.safetensors"]
+        done = subprocess.run(
+            [sys.executable, "-c", AS_ANOTHER_USER, *map(str, arguments)],
+            capture_output=True, text=True, check=False, env=unmeasured_environment(),
+        )  # fmt: skip
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == (
+            f"ema: error: {closed}/out.safetensors: cannot be written: permission denied; nothing partial is left\n"
+        )
+        assert list(closed.iterdir()) == []
 
 
 @pytest.mark.parametrize("out", ["out.safetensors", "out.pt", "shards"])
