@@ -144,6 +144,85 @@ def test_steps_of_one_length_have_no_turn_however_often_a_run_goes_on() -> None:
     assert recorder.knots_until(1000, 7000.0) == ((1000, 7000.0),)
 
 
+def test_steps_of_one_length_after_a_turn_have_no_further_one() -> None:
+    """The slope of a run that goes on from its knots is that of the last piece, not of all training."""
+    recorder = ClockRecorder()
+    times = [3.0 * step if step <= 100 else 300 + 7.0 * (step - 100) for step in range(1, 1001)]
+    for step, t in enumerate(times, 1):
+        recorder.add(step, t)
+        if step % 50 == 0:
+            recorder = ClockRecorder.of_knots(recorder.knots_until(step, t))
+    assert recorder.knots_until(1000, times[-1]) == ((100, 300.0), (1000, times[-1]))
+
+
+def test_the_step_clock_needs_no_knots_and_any_other_does() -> None:
+    assert followed(np.arange(1.0, 101)).knots_until(100, 100.0) == ()
+    assert followed(np.arange(2.0, 201, 2)).knots_until(100, 200.0) == ((100, 200.0),)
+
+
+def test_the_knot_that_goes_is_the_one_that_is_missed_least() -> None:
+    """The first one too, whose line begins at step 0 and time 0."""
+    turns = [(10 * k, 10.0 * k + (3 if k % 2 else -3)) for k in range(2, 259)]
+    turns[:2] = (20, 20.1), (30, 30.2)  # 1/30 step from the line
+    turns[50] = (520, 523.1)  # 0.1 step
+    kept = [knot for knot in turns if knot != (20, 20.1)]
+    assert list(ClockRecorder.of_knots(turns).knots_until(*turns[-1])) == kept
+
+
+BEGUN = [0.5, 0.0, math.inf, 0, 0]
+FULL = [0.5, 0.9, 1.1, *(number for step in range(1, 257) for number in (step, float(step)))]
+
+
+@pytest.mark.parametrize("state", [BEGUN, FULL, [0.5, 1.0, 1.0, 5, 5.0], [7.25, 0.0, 2.0, 5, 2.5, 6, 2**62]])
+def test_a_state_is_gone_on_from(state: list[float]) -> None:
+    recorder = ClockRecorder.of_state(state)
+    assert recorder.state() == state
+    assert (recorder.step, recorder.t) == (state[-2], state[-1])
+
+
+def test_a_recorder_begins_at_step_and_time_0() -> None:
+    recorder = ClockRecorder()
+    assert (recorder.step, recorder.t, recorder.state()) == (0, 0.0, BEGUN)
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        tuple(BEGUN),
+        BEGUN[:3],
+        BEGUN[:4],
+        [*BEGUN, 1],
+        [*FULL, 257],
+        [*FULL, 257, 257.0],
+        [*FULL, *FULL[3:]],
+        [*BEGUN[:4], "0"],
+        [True, *BEGUN[1:]],
+        [0.5, 0.9, 1.1, 2**63, 4.0],
+        [0.5, 0.9, 1.1, 4, 2**63],
+        [0.49, 0.9, 1.1, 4, 4.0],
+        [math.inf, 0.9, 1.1, 4, 4.0],
+        [math.nan, 0.9, 1.1, 4, 4.0],
+        [0.5, -0.1, 1.1, 4, 4.0],
+        [0.5, 1.2, 1.1, 4, 4.0],
+        [0.5, 0.9, 1.1, 4.0, 4.0],
+        [0.5, 0.9, 1.1, 0, 4.0],
+        [0.5, 0.9, 1.1, 4, 0.0],
+        [0.5, 0.9, 1.1, 4, math.inf],
+        [0.5, 0.9, 1.1, 4, math.nan],
+        [0.5, 0.9, 1.1, 4, 4.0, 4, 5.0],
+        [0.5, 0.9, 1.1, 4, 4.0, 5, 4.0],
+        [0.5, 0.9, 1.1, 4, 4.0, 3, 5.0],
+        [0.5, 0.9, 1.1, 4, 4.0, 5, 3.0],
+    ],
+)
+def test_what_is_no_state_is_refused_in_one_line(state: list[float]) -> None:
+    text = "clock: must be a list of a tolerance, two slopes and up to 256 pairs of a step and its time, both growing"
+    with pytest.raises(InvalidValueError) as refused:
+        ClockRecorder.of_state(state)
+    assert str(refused.value) == text
+
+
 # --- other profiles ------------------------------------------------------------------------------
 
 # Each with the times at which its density jumps or bends.

@@ -353,6 +353,29 @@ def test_the_cost_of_a_loss_is_that_of_solving_without_it(problem) -> None:  # t
         assert after[index] == pytest.approx(without.expected_square(without.solve(target), target), rel=1e-3, abs=1e-8)
 
 
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_a_copy_of_a_snapshot_costs_nothing_when_it_is_lost(count: int) -> None:
+    """Rounding aside, of which there is none here; nor does the only snapshot have a share that could grow."""
+    snapshots = [PowerFunction.from_sigma_rel(0.1, T)] * count
+    solver = MinimumVariance(snapshots, prior_of(snapshots, uneven_motion(), 0.0), T)
+    np.testing.assert_array_equal(solver.removal_costs(), np.zeros(count))
+
+
+def test_what_is_assumed_is_an_even_walk_of_a_quarter_of_the_weights_norm() -> None:
+    snapshots = snapshots_at([100.0, 400.0])
+    prior = assumed_prior(snapshots, 3e-3)
+    np.testing.assert_array_equal(prior.rounding, np.full(4, 3e-3**2))
+    np.testing.assert_array_equal(prior.arithmetic, np.zeros(4))
+    np.testing.assert_array_equal(prior.norm, np.ones(4))
+    assert (prior.source, prior.interval) == ("assumed", 0.0)
+    np.testing.assert_array_equal(prior.motion.edges, [0, 400])
+    np.testing.assert_allclose(prior.motion.walk * 400, [0.25**2], rtol=1e-15)
+    np.testing.assert_array_equal(prior.motion.noise, [0])
+    np.testing.assert_array_equal(assumed_prior(snapshots).rounding, np.zeros(4))
+    own = uneven_motion()
+    assert assumed_prior(snapshots, motion=own).motion is own
+
+
 def test_with_noise_alone_it_is_the_published_method() -> None:
     """Up to the constraint: there the coefficients are divided by their sum, here they sum to 1 from the start."""
     snapshots = snapshots_at(np.linspace(0, T, 21)[1:])
