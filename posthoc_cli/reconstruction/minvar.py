@@ -78,15 +78,25 @@ class MinimumVariance:
         return unreachable + moved + float(np.sum((self._rounding @ ordered) ** 2))
 
     def expected_error(self, coefficients: FloatArray, target: Profile) -> float:
-        """The root of `expected_square`, relative to the norm of the stored average that is nearest the target.
+        """The root of `expected_square`, relative to the norm that the target probably has.
 
         nan where that norm is 0 and the error is not.
         """
-        goal, _ = self._goal(target)
-        nearest = int(np.argmin(np.sum((self._rows - goal[:, None]) ** 2, axis=0)))
-        norm = float(np.sqrt(self._prior.norm[nearest]))
+        norm = self._norm(target)
         error = float(np.sqrt(self.expected_square(coefficients, target)))
         return error / norm if norm > 0 else 0.0 if error == 0 else float("nan")
+
+    def _norm(self, target: Profile) -> float:
+        """Mean of the stored averages' squared norms, the nearer one is to the target the more it counts, and its root.
+
+        Averages of different lengths can differ by a tenth in it: that of the nearest one alone would jump where one
+        length takes over from another. By the fourth power of the distance, so that many far ones do not outweigh it.
+        """
+        goal, _ = self._goal(target)
+        apart = np.sum((self._rows - goal[:, None]) ** 2, axis=0)
+        apart = np.maximum(apart, np.finfo(np.float64).tiny)  # of one that is the target itself
+        weight = (apart.min() / apart) ** 2
+        return float(np.sqrt(weight @ self._prior.norm / weight.sum()))
 
     def removal_costs(self) -> FloatArray:
         """What E |error|^2 grows by, per c_i^2, when snapshot i is lost and the rest is solved anew: shape [n].

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import mpmath
@@ -336,6 +337,26 @@ def test_a_target_that_is_stored_exactly_is_its_snapshot(problem, data) -> None:
     result = reconstruct(snapshots, [snapshots[index]], prior=prior)
     np.testing.assert_array_equal(result.coefficients[:, 0], np.eye(len(snapshots))[index])
     assert result.profile_error[0] == 0
+
+
+def test_the_error_is_relative_to_a_norm_that_goes_from_one_stored_length_to_the_next_without_a_jump() -> None:
+    """Longer averages of a noisy path are shorter vectors: the norm is that of a stored one where that is the target,
+    never outside of theirs, and changes with the target as little as the squared error does."""
+    snapshots = snapshots_at(np.linspace(100, T, 10))
+    norms = np.array([4.0 if p.gamma > 10 else 1.0 for p in snapshots])
+    prior = replace(prior_of(snapshots, uneven_motion(), 1e-6), norm=norms)
+    solver = MinimumVariance(snapshots, prior, T)
+
+    def norm(sigma_rel: float) -> float:
+        target = PowerFunction.from_sigma_rel(sigma_rel, T)
+        c = solver.solve(target)
+        return float(np.sqrt(solver.expected_square(c, target))) / solver.expected_error(c, target)
+
+    assert norm(0.05) == pytest.approx(2, rel=1e-12)
+    assert norm(0.28) == pytest.approx(1, rel=1e-12)
+    between = np.array([norm(s) for s in np.geomspace(0.05, 0.28, 400)])
+    assert np.all(np.diff(between) < 0)
+    assert np.abs(np.diff(between)).max() < 0.05  # where one length takes over at a point it is 1
 
 
 @given(problems())
