@@ -101,10 +101,9 @@ def fit_motion(start: float, times: Sequence[float], distances: Sequence[PairDis
     Arguments:
         start: time of the first update.
         times: snapshot times after `start`; the pieces lie between them.
-        distances: at least one. Noise is only told from the walk where there are enough of them: of two profiles, or
-            over two intervals.
+        distances: at least one, none of them `alike`. Noise is only told from the walk where there are enough of
+            them: of two profiles, or over two intervals.
     """
-    distances = [distance for distance in distances if not distance.alike]
     edges = _piece_edges(start, times)
     shape = _Shape(edges)
     pieces = edges.size - 1

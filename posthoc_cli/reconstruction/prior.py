@@ -106,19 +106,19 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     arithmetic = np.array([_arithmetic(average) for average in averages])
     profiles = [average.profile for average in averages]
     start, last = min(p.t_first for p in profiles), max(p.t for p in profiles)
-    distances = _distances(averages, arithmetic)
+    distances = [distance for distance in _distances(averages, arithmetic) if not distance.alike]
     if distances:
         motion = fit_motion(start, [p.t for p in profiles], distances)
-    elif any(measurements.distances for measurements in known):
-        motion = Motion.even(last, 0.0)  # all of them 0, and so are the weights
     else:
         motion = Motion.even(last, ASSUMED_STRETCH**2 * float(norm.mean()))
+    # Weights that are all 0 have no distances above 0, and do not move.
+    told = bool(distances) or (not norm.any() and any(measurements.distances for measurements in known))
     return Prior(
         motion,
         np.array([measurements.rounding for measurements in known]),
         arithmetic,
         norm,
-        MEASURED if distances or any(measurements.distances for measurements in known) else ASSUMED,
+        MEASURED if told else ASSUMED,
         min((p.max_interval for p in profiles if p.max_interval > 0), default=0.0),
     )
 

@@ -359,6 +359,16 @@ def test_the_error_is_relative_to_a_norm_that_goes_from_one_stored_length_to_the
     assert np.abs(np.diff(between)).max() < 0.05  # where one length takes over at a point it is 1
 
 
+def test_weights_that_are_all_0_have_no_relative_error_but_0() -> None:
+    """Nothing moved: no error. Something did, and the norm says 0: no number."""
+    snapshots = snapshots_at([500.0, T])
+    zeros = np.zeros(len(snapshots))
+    target = PowerFunction.from_sigma_rel(0.1, T)
+    for motion, expected in ((Motion.even(T, 0.0), 0.0), (uneven_motion(), np.nan)):
+        solver = MinimumVariance(snapshots, Prior(motion, zeros, zeros, zeros, "measured"), T)
+        np.testing.assert_equal(solver.expected_error(solver.solve(target), target), expected)
+
+
 @given(problems())
 @settings(max_examples=40, deadline=None)
 def test_the_cost_of_a_loss_is_that_of_solving_without_it(problem) -> None:  # type: ignore[no-untyped-def]

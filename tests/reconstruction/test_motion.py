@@ -132,13 +132,11 @@ def test_many_snapshot_times_share_pieces() -> None:
     np.testing.assert_allclose(found.walk[-1], 1.0, rtol=0.1)
 
 
-def test_two_averages_of_one_profile_tell_nothing() -> None:
-    """Their distance is rounding, or a mistake; no motion explains it, and the others count as without it."""
-    times = [20.0, 50.0, 90.0]
-    distances = neighbours(times, (0.05, 0.28), Motion(np.array([START, *times]), np.ones(3), np.zeros(3)))
-    twin = PairDistance((6.9, 6.9 + 1e-9), (90.0, 90.0), 5.0, 0.0)
-    with_twin, without = (fit_motion(START, times, found) for found in ([*distances, twin], distances))
-    np.testing.assert_array_equal(with_twin.walk, without.walk)
+def test_a_distance_of_averages_from_before_the_training_is_no_motion() -> None:
+    found = fit_motion(START, [10.0, 20.0], [PairDistance((5.0, 3.0), (1.0, 0.5), 1.0, 0.0)])
+    assert (found.edges[0], found.edges[-1]) == (START, 20.0)
+    np.testing.assert_array_equal(found.walk, np.zeros(found.edges.size - 1))
+    np.testing.assert_array_equal(found.noise, np.zeros(found.edges.size - 1))
 
 
 def test_the_distance_to_the_weights_tells_how_fast_the_network_moves_within_an_interval() -> None:
@@ -184,6 +182,55 @@ def test_what_is_measured_and_what_is_assumed_is_told() -> None:
     assert not two.motion.noise.any()
     unmeasured = StoredAverage(RecordedPowerFunction(6.9, 10.0, 1.0, 1.0), 10, 2.0**-23, None)
     assert measured_prior([unmeasured, average(10.0, 0.05, 4.0, ())]).source == "assumed"
+
+
+def test_two_averages_of_one_profile_tell_nothing() -> None:
+    """Their distance is rounding, or a mistake; no motion explains it, and the others count as without it."""
+    twin = Distance(20.0, 0.1 * (1 + 1e-9), 5.0, 0.0)
+    real = Distance(10.0, 0.1, 0.5, 0.0)
+    with_twin, without = (
+        measured_prior([average(10.0, 0.1, 4.0, ()), average(20.0, 0.1, 4.0, found)])
+        for found in ((real, twin), (real,))
+    )
+    assert with_twin.source == without.source == "measured"
+    np.testing.assert_array_equal(with_twin.motion.walk, without.motion.walk)
+    alone = measured_prior([average(10.0, 0.1, 4.0, ()), average(20.0, 0.1, 8.0, (twin,))])
+    assert alone.source == "assumed"
+    np.testing.assert_array_equal(alone.motion.walk * 20.0, [ASSUMED_STRETCH**2 * 6.0])
+
+
+def test_of_two_records_of_one_pair_the_later_one_counts() -> None:
+    """Whichever of the two averages says it, with a sigma_rel that was computed elsewhere."""
+    first, other = (Distance(10.0, s, squared, 0.0) for s, squared in ((0.25 * (1 + 1e-15), 3.0), (0.05, 0.5)))
+    both = [average(10.0, 0.05, 4.0, (first,)), average(10.0, 0.25, 4.0, (other,))]
+    single = [average(10.0, 0.05, 4.0, (first,)), average(10.0, 0.25, 4.0, ())]
+    np.testing.assert_array_equal(measured_prior(both).motion.walk, measured_prior(both[::-1]).motion.walk)
+    np.testing.assert_allclose(measured_prior(both).motion.walk, measured_prior(single).motion.walk, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("weights", "step_length", "max_interval", "counts"),
+    [(9.0, 1.0, 1.0, True), (None, 1.0, 1.0, False), (0.0, 1.0, 1.0, False), (9.0, 0.0, 1.0, False),
+     (9.0, 1.04, 1.0, True), (9.0, 1.05, 1.0, False), (9.0, 1.0, 12.49, True), (9.0, 1.0, 12.51, False)],
+)  # fmt: skip
+def test_the_weights_count_where_they_are_much_shorter_than_the_average(
+    weights: float | None, step_length: float, max_interval: float, counts: bool
+) -> None:
+    """They are an average over 12 steps or an interval; an eighth of sigma_rel 0.1 at time 1,000 is 12.5."""
+    profile = RecordedPowerFunction(exact_gamma(0.1), 1000.0, 1.0, max_interval)
+    measured = Measurements(4.0, 0.0, (), weights)
+    prior = measured_prior([StoredAverage(profile, 100, 2.0**-23, measured, step_length)])
+    assert prior.source == ("measured" if counts else "assumed")
+
+
+def test_the_shortest_known_interval_is_that_between_updates() -> None:
+    stored = [average(10.0 * k, 0.1, 4.0, ()) for k in (1, 2, 3)]
+    intervals = [
+        replace(one, profile=replace(one.profile, max_interval=i))
+        for one, i in zip(stored, (0.0, 3.0, 2.0), strict=True)
+    ]
+    assert measured_prior(intervals).interval == 2.0
+    assert measured_prior(intervals[:1]).interval == 0.0
 
 
 @pytest.mark.parametrize("sigma_rel", [0.05, 0.28])
