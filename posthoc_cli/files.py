@@ -205,17 +205,16 @@ def new_directory(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def reported_as_write_error(path: Path) -> Iterator[None]:
-    """Turn an OSError within the block into a WriteError that names `path` and the system's reason."""
+def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[None]:
+    """Turn an OSError within the block into a WriteError that names `path`, what was `refused`, and the reason."""
     try:
         yield
     except (WriteError, OutputExistsError):
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        raise WriteError(
-            error.errno, f"{path}: cannot be written: {reason.lower()}; nothing partial is left"
-        ) from error
+        left = "; nothing partial is left" if refused == "written" else ""
+        raise WriteError(error.errno, f"{path}: cannot be {refused}: {reason.lower()}{left}") from error
 
 
 class PendingFile:

@@ -173,6 +173,6 @@ def _warn_of_leftovers(folder: Path) -> None:
 
 def _remove(paths: Sequence[Path]) -> None:
     for path in paths:
-        with files.reported_as_write_error(path):
+        with files.reported_as_write_error(path, "removed"):
             files.unlink_if_there(path)
             files.system.fsync_directory(path.parent)

@@ -226,6 +226,6 @@ def _remove_index_of(path: Path) -> None:
             return
     except FileFormatError:
         pass  # it leads nowhere
-    with files.reported_as_write_error(index):
+    with files.reported_as_write_error(index, "removed"):
         files.unlink_if_there(index)
         files.system.fsync_directory(index.parent)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -143,8 +143,7 @@ def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None
                 file.read(name)
                 progress(entry.nbytes)
     for snapshot in pruning.gone:
-        with files.reported_as_write_error(snapshot.path), suppress(FileNotFoundError):
-            remove_snapshot(snapshot.path)
+        remove_snapshot(snapshot.path)
     for directory in {snapshot.path.parent for snapshot in pruning.gone}:
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)

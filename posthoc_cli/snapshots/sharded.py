@@ -8,7 +8,7 @@ index says which tensor is in which shard; with it a snapshot is there, without 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from itertools import groupby
@@ -290,18 +290,23 @@ def _sum(one: Measurements, other: Measurements) -> Measurements:
 
 
 def remove_snapshot(snapshot: Path) -> None:
-    """Delete a snapshot: a file, or a directory with an index.
+    """Delete a snapshot: a file, or a directory with an index. One that has gone by another hand is no error.
 
     A directory first loses its name, in one step, so that an interruption leaves no half snapshot but a temporary.
     Only the index and its shards are deleted: where there is more, the directory gets its name back and keeps that.
 
     Raises:
-        OSError: the system refused.
+        WriteError: the system refused.
         FileFormatError: the index cannot be read; nothing was deleted.
     """
-    if snapshot.is_symlink() or not snapshot.is_dir():
-        files.system.unlink(snapshot)
-        return
+    with files.reported_as_write_error(snapshot, "removed"), suppress(FileNotFoundError):
+        if snapshot.is_symlink() or not snapshot.is_dir():
+            files.system.unlink(snapshot)
+        else:
+            _remove_shards(snapshot)
+
+
+def _remove_shards(snapshot: Path) -> None:
     names = list(read_index(snapshot / INDEX_NAME))
     aside = files.temporary_path(snapshot.parent)
     files.system.rename(snapshot, aside)

@@ -10,7 +10,6 @@ import logging
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -260,8 +259,7 @@ def _thin_segment(
     gone = dict.fromkeys(snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range))
     for snapshot in (stored[index] for index in gone):
         log.debug("thinning: %s goes", snapshot.path)
-        with suppress(FileNotFoundError):  # gone by another hand
-            remove_snapshot(snapshot.path)
+        remove_snapshot(snapshot.path)
     return [snapshot for index, snapshot in enumerate(stored) if index not in gone]
 
 

@@ -143,8 +143,7 @@ class Recorder:
 
     def thin(self, max_checkpoints: int | None, sigma_range: tuple[float, float]) -> None:
         """Leave `max_checkpoints` snapshots a profile, those that are missed most over `sigma_range`."""
-        with files.reported_as_write_error(self.directory):
-            self._stored = thin(self._stored, max_checkpoints, sigma_range)
+        self._stored = thin(self._stored, max_checkpoints, sigma_range)
 
     def close(self) -> None:
         """Let another writer in."""

@@ -353,6 +353,14 @@ def test_what_has_changed_since_is_not_moved(run: Path) -> None:
     assert not (run / "quarantine").exists()
 
 
+def test_nothing_wrong_means_nothing_to_do(run: Path) -> None:
+    plan = planned(run)
+    assert (plan.gone, plan.staying, plan.unknown) == ((), (), 0)
+    assert plan.before is plan.after
+    assert repair(plan) == []
+    assert not (run / "quarantine").exists()
+
+
 def test_what_has_gone_since_is_passed_over(run: Path) -> None:
     flip_bit(snapshot_files(run)[0])
     plan = planned(run)
@@ -447,7 +455,8 @@ def test_leftovers_that_are_still_are_removed(run: Path, tmp_path: Path) -> None
     assert found.is_fine
     cleaning = clean(found)
     assert set(cleaning.removed) == {old, run / ".ema-4.tmp"}
-    assert {path for path, _ in cleaning.left} == {young, ahead}
+    why = "was written to a moment ago; somebody may still be writing it"
+    assert sorted(cleaning.left) == [(young, why), (ahead, why)]
     assert contents(run) == before
     assert (tmp_path / "precious").exists()
     assert (run / ".ema-not-ours").exists()
@@ -462,6 +471,37 @@ def test_without_a_lock_leftovers_must_be_an_hour_old(tmp_path: Path) -> None:
     assert cleaning.removed == (old,)
     assert young.exists()
     assert [path.name for path in tmp_path.iterdir()] == [young.name]  # nor was a lock made
+
+
+def test_a_leftover_that_goes_meanwhile_is_passed_over(run: Path) -> None:
+    first, second = leave(run / ".ema-1.tmp", 120), leave(run / ".ema-2.tmp", 120)
+    found = verify(list_contents(run))
+    first.unlink()
+    cleaning = clean(found)
+    assert (cleaning.removed, cleaning.left) == ((second,), ())
+
+
+@pytest.mark.parametrize("operation", ["unlink", "fsync_directory"])
+def test_what_cannot_be_removed_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+    leftover = leave(run / ".ema-1.tmp", 120)
+    found = verify(list_contents(run))
+
+    named = leftover if operation == "unlink" else run
+    own = getattr(files.system, operation)
+
+    def refuse(path: Path) -> None:
+        if path == named:
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+        own(path)
+
+    monkeypatch.setattr(files.system, operation, refuse)
+    with pytest.raises(WriteError) as refused:
+        clean(found)
+    told = (
+        "removed: permission denied" if operation == "unlink" else "written: permission denied; nothing partial is left"
+    )
+    assert str(refused.value) == f"{named}: cannot be {told}"
+    DirectoryLock(run).release()  # it was given back
 
 
 def test_leftover_folders_lose_their_shards_and_nothing_else(run: Path) -> None:

@@ -23,12 +23,12 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.export import export_file, write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
-from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.snapshots.index import INDEX_NAME, read_index
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.sampling import decode_values
 from posthoc_cli.snapshots.store import find_snapshots
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
-from posthoc_cli.snapshots.verification import Verification, list_contents, verify
+from posthoc_cli.snapshots.verification import Verification, contents, list_contents, verify
 from posthoc_cli.snapshots.verification.reading import and_more, shortened
 from posthoc_cli.snapshots.verifying import check_payload, holds_nonfinite, verify_payload
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -497,12 +497,52 @@ def test_shards_of_two_snapshots_and_an_index_that_lies(sharded: Path) -> None:
     changed["metadata"]["total_size"] += 1
     index.write_text(json.dumps(changed))
     assert wrong(sharded) == {INDEX_NAME: ("damaged", "its total_size is 41; the shards hold 40 bytes")}
+    del changed["metadata"]["total_size"]
+    index.write_text(json.dumps(changed))
+    assert wrong(sharded) == {INDEX_NAME: ("damaged", "its total_size is missing; the shards hold 40 bytes")}
     index.write_text("{}")
     assert wrong(sharded)[INDEX_NAME] == ("damaged", "is not an index of shards: it has no weight_map")
     index.write_text('{"weight_map": {}}')
     assert wrong(sharded)[INDEX_NAME] == ("damaged", "names no shard")
     index.write_text("{}")
     assert len(verified(sharded).files) == 6
+
+
+def test_a_shard_may_not_hold_more_than_its_index_names(sharded: Path) -> None:
+    values = {"a": torch.arange(6.0), "b": torch.ones(4), "c": torch.ones(2)}
+    folder = write_sharded(sharded / "30", make_info(values, 30), [{"a": values["a"]}, {n: values[n] for n in "bc"}])
+    index = folder / INDEX_NAME
+    changed = json.loads(index.read_text())
+    last = changed["weight_map"].pop("c")
+    index.write_text(json.dumps(changed))
+    assert wrong(folder) == {last: ("mismatched", f"tensor 'c' is in it, and not in {INDEX_NAME}")}
+
+
+def test_an_index_is_of_the_kind_and_the_run_of_its_shards(sharded: Path, shards: Path, run: Path) -> None:
+    for folder, kind, run_id in ((sharded / "10", "snapshot", RUN_ID), (shards, "output", None)):
+        found = verified(folder)
+        assert found.files[0].path == folder / INDEX_NAME
+        assert {report.kind for report in found.files} == {kind}
+        assert len({report.run_id for report in found.files}) == 1
+        assert run_id is None or found.files[0].run_id == run_id
+    for shard in (sharded / "10").glob("*.safetensors"):
+        shard.unlink()
+    report = next(report for report in verified(sharded / "10").files if report.path.name == INDEX_NAME)
+    assert (report.what, report.kind) == ("index", None)
+
+
+def test_an_index_that_goes_while_it_is_looked_for_is_passed_over(
+    sharded: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(index: Path) -> dict[str, list[str]]:
+        if index.parent.name == "10":
+            index.unlink()
+        return read_index(index)
+
+    monkeypatch.setattr(contents, "read_index", gone)
+    found = verify(list_contents(sharded))
+    assert found.is_fine
+    assert {report.unit.name for report in found.files} == {"20"}
 
 
 def test_shards_of_two_outputs(run: Path, shards: Path, tmp_path: Path) -> None:
@@ -559,9 +599,9 @@ def test_shards_of_other_libraries_are_told_apart_from_checked_ones(tmp_path: Pa
 
 
 def test_an_index_that_went_with_all_its_shards_is_passed_over(sharded: Path) -> None:
-    contents = list_contents(sharded)
+    listed = list_contents(sharded)
     (sharded / "10" / INDEX_NAME).unlink()
-    found = verify(contents)
+    found = verify(listed)
     assert found.is_fine
     assert {report.unit.name for report in found.files} == {"20"}
 
@@ -616,10 +656,10 @@ def test_folders_of_others_are_passed_over(run: Path) -> None:
 
 def test_what_a_training_thins_away_meanwhile_is_no_error(run: Path, sharded: Path) -> None:
     for folder in (run, sharded):
-        contents = list_contents(folder)
+        listed = list_contents(folder)
         gone = sorted(folder.iterdir())[0]
         shutil.rmtree(gone) if gone.is_dir() else gone.unlink()
-        found = verify(contents)
+        found = verify(listed)
         assert found.is_fine
         assert gone not in {report.unit for report in found.files}
 

@@ -217,7 +217,7 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
 def _clean(leftovers: Sequence[Path], before: float) -> Cleaning:
     removed, left = [], []
     for path in leftovers:
-        with files.reported_as_write_error(path), suppress(FileNotFoundError):
+        with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
             known = path.lstat()
             if known.st_mtime > before:
                 left.append((path, "was written to a moment ago; somebody may still be writing it"))
