@@ -10,7 +10,7 @@ import pytest
 from factories import exact_gamma, exact_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy import integrate
+from scipy import integrate, optimize
 
 from posthoc_cli.profiles import PowerFunction, RecordedPowerFunction
 from posthoc_cli.reconstruction import (
@@ -22,7 +22,7 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.motion import MOST_PIECES, PairDistance, fit_motion
+from posthoc_cli.reconstruction.motion import MOST_PIECES, PairDistance, _influence, _solve_scaled, fit_motion
 from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH
 
 START = 2.0
@@ -137,6 +137,77 @@ def test_a_distance_of_averages_from_before_the_training_is_no_motion() -> None:
     assert (found.edges[0], found.edges[-1]) == (START, 20.0)
     np.testing.assert_array_equal(found.walk, np.zeros(found.edges.size - 1))
     np.testing.assert_array_equal(found.noise, np.zeros(found.edges.size - 1))
+
+
+def test_too_much_and_too_little_weigh_the_same() -> None:
+    """One pair, measured as 1, 1 and 8. Residuals x / s_i - 1 against the root of x / s_i: their squares are least
+    where sum_i (1 / s_i - 1 / x) = 0, at the harmonic mean.
+    """
+    p, q = PowerFunction.from_sigma_rel(0.05, 100.0), PowerFunction.from_sigma_rel(0.28, 100.0)
+    found = fit_motion(
+        START, [100.0], [PairDistance((p.gamma, q.gamma), (100.0, 100.0), squared, 0.0) for squared in (1.0, 8.0, 1.0)]
+    )
+    assert distance(p, q, found).squared == pytest.approx(3 / (1 + 1 + 1 / 8), rel=1e-6)
+
+
+def test_the_influence_of_each_piece_is_its_integral() -> None:
+    """Of the walk and of the noise, for pairs of the same time, of neighbouring ones, and far apart."""
+    edges = np.array([START, 20.0, 50.0, 90.0])
+    pairs = [
+        (PowerFunction.from_sigma_rel(s, t), PowerFunction.from_sigma_rel(u, v))
+        for s, t, u, v in ((0.05, 90, 0.28, 90), (0.1, 90, 0.1, 50), (0.28, 90, 0.05, 20), (0.07, 50, 0.2, 35))
+    ]
+    distances = [PairDistance((p.gamma, q.gamma), (p.t, q.t), 1.0, 0.0) for p, q in pairs]
+    for part, found in enumerate(_influence(edges, distances)):
+        for piece in range(3):
+            only = np.where(np.arange(3) == piece, 1.0, 0.0)
+            motion = Motion(edges, *((only, 0 * only) if part == 0 else (0 * only, only)))
+            expected = [distance(p, q, motion).squared for p, q in pairs]
+            np.testing.assert_allclose(found[:, piece], expected, rtol=1e-8, atol=1e-14)
+
+
+@pytest.mark.parametrize("pieces", [4, 8])
+def test_jumps_count_against_the_geometric_mean_of_their_sides(pieces: int) -> None:
+    """Against a bounded least-squares solver that is told so: for the walk alone, and for walk and noise."""
+    generator = np.random.default_rng(pieces)
+    influence, goal = generator.uniform(0, 1, (30, 8)), generator.uniform(0.5, 1.5, 30)
+    scale = 10 ** generator.uniform(-3, 3, 8)
+    least = 1e-2 * scale * (np.arange(8) < pieces)
+    influence /= scale
+    rows = []
+    for k in range(7):
+        if k != pieces - 1:
+            row = np.zeros(8)
+            row[k : k + 2] = np.array([-1.0, 1.0]) * 0.1 / np.sqrt(scale[k] * scale[k + 1])
+            rows.append(row)
+    factor, wanted = np.vstack((influence, rows)) * scale, np.concatenate((goal, np.zeros(len(rows))))
+    expected = scale * optimize.lsq_linear(factor, wanted, (least / scale, np.inf), tol=1e-14).x
+    np.testing.assert_allclose(_solve_scaled(influence, goal, scale, least, pieces), expected, rtol=1e-6)
+
+
+def test_a_run_of_one_update_has_a_piece() -> None:
+    """Nothing is known of what was before; the first update may have been anywhere since half its time."""
+    found = fit_motion(10.0, [10.0], [PairDistance((5.0, 3.0), (10.0, 10.0), 1.0, 0.0)])
+    np.testing.assert_array_equal(found.edges, [5, 10])
+    assert found.walk.size == found.noise.size == 1
+    assert np.isfinite(found.walk[0])
+
+
+@pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
+def test_the_first_piece_falls_and_keeps_its_integral(count: int) -> None:
+    times = np.linspace(40.0, 1000.0, count)
+    motion = Motion(np.array([START, times[-1]]), np.ones(1), np.zeros(1))
+    found = fit_motion(START, times.tolist(), neighbours([times[-1]], (0.05, 0.28), motion))
+    inner = found.edges[found.edges >= 40.0]
+    assert inner.size == min(count, MOST_PIECES)
+    assert set(inner) <= set(times)
+    assert inner[-1] == 1000.0 if count > 1 else 40.0
+    first = int(np.searchsorted(found.edges, inner[0]))
+    length = np.diff(found.edges[: first + 1])
+    # v = c s**-0.5: the mean over a part from a to b is 2 c / (sqrt(a) + sqrt(b)).
+    root = np.sqrt(found.edges[: first + 1])
+    np.testing.assert_allclose(length[1:] / length[:-1], length[1] / length[0], rtol=1e-9)
+    np.testing.assert_allclose(found.walk[:first] * (root[1:] + root[:-1]), found.walk[0] * (root[1] + root[0]))
 
 
 def test_the_distance_to_the_weights_tells_how_fast_the_network_moves_within_an_interval() -> None:
