@@ -14,14 +14,18 @@ def time_order(snapshot: Snapshot) -> tuple[float, float, str]:
 
 
 def pairs_to_compare(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, Snapshot]]:
-    """Of snapshots in order: each but the first beside the first, and beside the first of its segment."""
+    """Of snapshots in order: each but the first beside the first of its segment, the first of each segment beside the
+    first of all, and neighbours of different segments beside each other.
+    """
     firsts: dict[int, Snapshot] = {}
-    for snapshot in snapshots:
+    for index, snapshot in enumerate(snapshots):
         first = firsts.setdefault(snapshot.info.segment, snapshot)
-        if first is not snapshots[0] and snapshot is first:
-            yield snapshots[0], snapshot
         if first is not snapshot:
             yield first, snapshot
+        elif index > 0:
+            yield snapshots[0], snapshot
+        if index > 1 and snapshots[index - 1].info.segment != snapshot.info.segment:
+            yield snapshots[index - 1], snapshot
 
 
 def difference(first: Snapshot, other: Snapshot) -> str | None:

@@ -64,10 +64,10 @@ def test_segments_follow_each_other_in_time(segments: tuple[int, int], times: tu
     assert found == f"do not match: the segments {segments[0]} and {segments[1]} do not follow each other in time"
 
 
-def test_each_is_compared_with_the_first_and_with_the_first_of_its_segment() -> None:
+def test_each_is_compared_with_the_first_of_its_segment_and_segments_with_their_neighbours() -> None:
     own = [snapshot(float(t), segment=segment) for t, segment in enumerate((0, 0, 1, 1, 0, 1, 2), 1)]
     pairs = [(own.index(first), own.index(other)) for first, other in pairs_to_compare(own)]
-    assert pairs == [(0, 1), (0, 2), (2, 3), (0, 4), (2, 5), (0, 6)]
+    assert pairs == [(0, 1), (0, 2), (1, 2), (2, 3), (0, 4), (3, 4), (2, 5), (4, 5), (0, 6), (5, 6)]
     assert list(pairs_to_compare([])) == []
 
 
