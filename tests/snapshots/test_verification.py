@@ -356,10 +356,38 @@ def test_a_run_that_went_on_without_a_profile_is_one(tmp_path: Path) -> None:
     assert "0.07" in wrong(tmp_path)[stranger.name][1]
 
 
-def test_of_segments_out_of_order_the_smallest_is_the_stranger(tmp_path: Path) -> None:
-    for t, segment in ((10, 0), (20, 0), (30, 0), (40, 0), (25, 1), (50, 2), (60, 2)):
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.ones(3)}, segment=segment)
-    assert [name.lstrip("0")[:2] for name in wrong(tmp_path)] == ["25"]
+def test_of_segments_out_of_order_the_smaller_ones_are_the_strangers(tmp_path: Path) -> None:
+    at = {}
+    for t, segment in ((10, 0), (20, 0), (30, 0), (40, 0), (25, 1), (45, 1), (35, 2), (50, 3), (60, 3)):
+        at[t] = write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.ones(3)}, segment=segment).name
+    assert wrong(tmp_path) == {
+        at[t]: ("mismatched", f"{names} do not match: the segments {segment} and 0 do not follow each other in time")
+        for t, segment, names in (
+            (25, 1, f"it and {at[30]}"),
+            (45, 1, f"{at[25]} and {at[30]}"),
+            (35, 2, f"it and {at[40]}"),
+        )
+    }
+
+
+def test_what_is_there_a_second_time_or_of_another_run_is_not_lost(run: Path, tmp_path: Path) -> None:
+    first = snapshots(run)[0]
+    again = shutil.copy(first, run / "again.safetensors")
+    stranger = write_snapshot(tmp_path / "other", 5, 0.05, OTHER_RUN_ID, {"w": torch.ones(300)})
+    stranger = Path(shutil.copy(stranger, run))
+    for path in (again, stranger):
+        flip(path, -1)
+    assert verified(run).lost == ()
+    flip(first, -1)
+    assert [s.path for s in verified(run).lost] == [first, again]
+
+
+def test_a_file_is_no_directory(run: Path, shards: Path) -> None:
+    for path in (snapshots(run)[0], shards / INDEX_NAME):
+        assert list_contents(path).is_directory is False
+    (shards / "loose.safetensors").write_text("x")
+    loose = next(unit for unit in list_contents(shards).units if unit.path.name == "loose.safetensors")
+    assert (loose.files, loose.index) == ((loose.path,), None)
 
 
 def test_contradicting_clocks_are_a_problem_of_all(tmp_path: Path) -> None:

@@ -74,7 +74,7 @@ def _agreeing(snapshots: Sequence[Snapshot], key: Callable[[Snapshot], Hashable]
     right = max(sides.values(), key=_weight)
     for side in sides.values():
         if side is not right:
-            found |= {snapshot.path: _told(right[0], snapshot) for snapshot in side}
+            found |= {snapshot.path: _told((right[0], snapshot), snapshot) for snapshot in side}
     return right
 
 
@@ -101,7 +101,7 @@ def _with_nested_profiles(snapshots: Sequence[Snapshot], found: Problems) -> lis
         if other is None:
             right.append(profiles)
         else:
-            found |= {snapshot.path: _told(sides[other][0], snapshot) for snapshot in sides[profiles]}
+            found |= {s.path: _told((sides[other][0], s), s) for s in sides[profiles]}
     return [snapshot for snapshot in snapshots if snapshot.info.sigma_rels in right]
 
 
@@ -110,16 +110,16 @@ def _drop_disordered_segments(snapshots: Sequence[Snapshot], found: Problems) ->
     left = sorted(snapshots, key=time_order)
     while pair := next((pair for pair in pairs_to_compare(left) if difference(*pair)), None):
         sides = [[s for s in left if s.info.segment == one.info.segment] for one in pair]
-        wrong, right = sorted(sides, key=_weight)
-        found |= {snapshot.path: _told(right[0], snapshot) for snapshot in wrong}
+        wrong = min(sides, key=_weight)
+        found |= {snapshot.path: _told(pair, snapshot) for snapshot in wrong}
         left = [snapshot for snapshot in left if snapshot.path not in found]
 
 
-def _told(right: Snapshot, stranger: Snapshot) -> Problem:
-    first, second = sorted((right, stranger), key=time_order)
+def _told(pair: tuple[Snapshot, Snapshot], stranger: Snapshot) -> Problem:
+    """Why two do not belong together, one of which is on the stranger's side, and mostly itself."""
+    first, second = sorted(pair, key=time_order)
     names = ["it" if one is stranger else one.path.name for one in (first, second)]
-    why = difference(first, second) or "do not match"
-    return Problem(MISMATCHED, f"{names[0]} and {names[1]} {why}")
+    return Problem(MISMATCHED, f"{names[0]} and {names[1]} {difference(first, second) or 'do not match'}")
 
 
 # --- doubles ---------------------------------------------------------------------------------------
