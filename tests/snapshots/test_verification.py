@@ -101,6 +101,8 @@ def test_a_run_is_whole_and_each_file_has_its_line(run: Path) -> None:
     assert [report.path for report in found.files] == sorted(run.glob("*.safetensors"))
     assert found.files[0].what == "snapshot sigma_rel 0.05 at t = 10"
     assert found.files[-1].what == "state at t = 60"
+    assert {report.run_id for report in found.files} == {read_snapshot(found.files[0].path).info.run_id}
+    assert {(report.state, report.detail, report.notes) for report in found.files} == {("whole", "", ())}
     assert found.nbytes == sum(
         entry.nbytes for path in run.glob("*.safetensors") for entry in read_header(path).tensors.values()
     )
@@ -238,6 +240,24 @@ def test_a_value_that_is_not_finite_is_named_with_its_average(tmp_path: Path, dt
     found = verified(other)
     assert found.is_fine
     assert found.notes == (f"{other.name}: copy 'n' holds nan or infinity",)
+
+
+@pytest.mark.parametrize("size", [3, 2_000_000])
+def test_all_that_is_wrong_is_counted_wherever_it_lies(tmp_path: Path, size: int) -> None:
+    """In one block and in several; a file that is damaged and holds nan is damaged."""
+    values = {name: torch.full((size,), torch.nan if name in "bcd" else 1.0) for name in "abcde"}
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
+    assert wrong(path) == {path.name: ("nonfinite", "average 'b' holds nan or infinity (and 2 averages more)")}
+    data = bytearray(path.read_bytes())
+    header = read_header(path)
+    for name in "ae":
+        data[header.payload_start + header.tensors[name].begin + 2] ^= 1
+    path.write_bytes(data)
+    ((state, detail),) = wrong(path).values()
+    assert (state, detail.endswith(" (and 1 tensor more)")) == ("damaged", True)
+    assert detail.startswith("tensor 'a' is damaged: ")
+    (report,) = verified(path).files
+    assert (report.what, report.kind, report.nbytes) == ("snapshot sigma_rel 0.05 at t = 10", "snapshot", 20 * size)
 
 
 @pytest.mark.parametrize("dtype", ["F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"])
