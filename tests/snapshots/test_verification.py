@@ -281,36 +281,54 @@ def test_what_is_finite_is_told_from_the_bits(dtype: str) -> None:
     assert not holds_nonfinite(memoryview(b""), dtype)
 
 
+def write_anew(path: Path, values: dict[str, torch.Tensor], **changed: str) -> None:
+    """Write a file of any kind anew, with right checksums and other values or metadata."""
+    metadata = read_header(path).metadata | {f"ema.{key}": text for key, text in changed.items()}
+    metadata = {k: v for k, v in metadata.items() if k not in ("ema.checksum", "ema.checksums")}
+    specs = [TensorSpec(key, stored_name(value.dtype), tuple(value.shape)) for key, value in values.items()]
+    with TensorFileWriter(path, specs, metadata, overwrite=True) as writer:
+        for key, value in values.items():
+            writer.write(key, tensor_bytes(value))
+        writer.commit()
+
+
 def test_nan_in_an_output_and_in_a_state_is_named(run: Path, output: Path) -> None:
     for path, name in ((output, "0.weight"), (run / "state.safetensors", "0.05/0.weight")):
-        header, values = read_header(path), load_file(path)
+        values = load_file(path)
         values[name][2, 2] = np.nan
-        specs = [TensorSpec(key, entry.dtype, entry.shape) for key, entry in header.tensors.items()]
-        metadata = {k: v for k, v in header.metadata.items() if k not in ("ema.checksum", "ema.checksums")}
-        with TensorFileWriter(path, specs, metadata, overwrite=True) as writer:
-            for key, value in values.items():
-                writer.write(key, tensor_bytes(value))
-            writer.commit()
+        write_anew(path, values)
         assert wrong(path) == {path.name: ("nonfinite", f"average {name!r} holds nan or infinity")}
+
+
+def test_nan_in_copies_is_noted(run: Path, output: Path) -> None:
+    for path in (output, run / "state.safetensors"):
+        values = load_file(path)
+        first, second = sorted(name for name in values if "running" in name)
+        values[first][2] = values[second][3] = np.nan
+        write_anew(path, values)
+        found = verified(path)
+        assert found.is_fine
+        assert found.notes == (f"{path.name}: copy {first!r} holds nan or infinity (and 1 tensor more)",)
 
 
 def test_a_state_whose_profiles_differ_contradicts_itself(run: Path) -> None:
     path = run / "state.safetensors"
-    header, values = read_header(path), load_file(path)
-    metadata = {k: v for k, v in header.metadata.items() if k not in ("ema.checksum", "ema.checksums")}
+    values = load_file(path)
     for change, said in (
         ({"0.05/0.bias": torch.zeros(4)}, "tensor '0.bias' is not the same for sigma_rel 0.05 and 0.28"),
-        ({"0.07/0.bias": torch.zeros(4)}, "tensor '0.07/0.bias' is of no profile"),
+        ({"0.07/0.bias": torch.zeros(4)}, "tensor '0.07/0.bias' is of no profile that the state has"),
     ):
-        changed = values | change
-        specs = [TensorSpec(key, stored_name(value.dtype), tuple(value.shape)) for key, value in changed.items()]
-        with TensorFileWriter(path, specs, metadata, overwrite=True) as writer:
-            for key, value in changed.items():
-                writer.write(key, tensor_bytes(value))
-            writer.commit()
+        write_anew(path, values | change)
+        assert wrong(path) == {path.name: ("damaged", said)}
+
+
+def test_a_file_whose_header_contradicts_itself_is_told_without_its_own_name(run: Path, output: Path) -> None:
+    for path in (snapshots(run)[0], output, run / "state.safetensors"):
+        write_anew(path, load_file(path), t="-1.0")
         ((state, detail),) = wrong(path).values()
         assert state == "damaged"
-        assert said in detail
+        assert "-1" in detail
+        assert not any(name in detail for name in ("None", path.name))
 
 
 def test_the_fewer_ones_are_the_strangers(run: Path) -> None:
@@ -756,7 +774,8 @@ def test_of_another_run_beside_the_snapshots_is_noted(run: Path, tmp_path: Path)
     write_synthesis(plan_synthesis(disk_sources(tmp_path / "other"), [0.05]), [run / "model.safetensors"])
     found = verified(run)
     assert found.is_fine
-    assert found.notes[0].startswith(f"model.safetensors: is of run {OTHER_RUN_ID[:8]}; the snapshots are of ")
+    run_id = found.snapshots[0].info.run_id
+    assert found.notes == (f"model.safetensors: is of run {OTHER_RUN_ID[:8]}; the snapshots are of {run_id[:8]}",)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".ckpt", ".bin", ".pkl"])
