@@ -61,7 +61,7 @@ def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
         if not (isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))):
             raise FileFormatError(f"{path}: ema.snapshots must list files with their coefficients")
         snapshots.append((item["file"], float(item["coefficient"])))
-    return OutputInfo(
+    info = OutputInfo(
         run_id=reader.run_id(),
         profile=reader.text("ema.profile"),
         sigma_rel=reader.optional_number("ema.sigma_rel"),
@@ -74,3 +74,11 @@ def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
         snapshots=tuple(snapshots),
         copies=reader.names("ema.copies"),
     )
+    if not fmt.EARLIEST <= info.t <= fmt.LATEST:
+        raise reader.bad("ema.t", f"{info.t:g} is not a time of training")
+    if info.sigma_rel is not None and not info.sigma_rel > 0:
+        raise reader.bad("ema.sigma_rel", f"{info.sigma_rel:g} is not above 0")
+    for key, error in (("profile_error", info.profile_error), ("predicted_error", info.predicted_error)):
+        if error is not None and error < 0:
+            raise reader.bad(f"ema.{key}", f"{error:g} is below 0")
+    return info

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
+from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_schedule
 from posthoc_cli.snapshots.metadata import Metadata, is_number
@@ -71,13 +73,13 @@ def state_metadata(info: StateInfo) -> dict[str, str]:
 
 
 def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
-    """What a state's metadata says. That its numbers are those of a training is for the tracker to check.
+    """What a state's metadata says.
 
     Raises:
-        FileFormatError: naming the file and the key.
+        FileFormatError: naming the file and the key; its numbers are not those of one training.
     """
     reader = Metadata(path, header, "state")
-    return StateInfo(
+    info = StateInfo(
         run_id=reader.run_id(),
         step=reader.integer("ema.step"),
         t=reader.number("ema.t"),
@@ -92,6 +94,41 @@ def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
         snapshots=reader.names("ema.snapshots"),
         segment=reader.integer("ema.segment"),
     )
+    try:
+        check_times(info.step, info.t, info.averages_step, info.averages_t, info.t_first, info.max_interval)
+        clock_at(list(info.clock), info.step, info.t)
+    except InvalidValueError as error:
+        raise FileFormatError(f"{path}: {error}") from error
+    return info
+
+
+def check_times(
+    step: int, t: float, averages_step: int, averages_t: float, t_first: float, max_interval: float
+) -> None:
+    """Check times and counters of one training: finite, and none after what it must not be after.
+
+    Raises:
+        InvalidValueError: they are not.
+    """
+    in_order = 0 <= t_first <= averages_t <= t < math.inf and 0 <= averages_step <= step
+    if not in_order or not 0 <= max_interval <= averages_t or (averages_t > 0) != (t_first > 0):
+        raise InvalidValueError(
+            f"t {t!r}, step {step}, averages at {averages_t!r} since {t_first!r}: not times of one training"
+        )
+
+
+def clock_at(state: Any, step: int, t: float) -> ClockRecorder:
+    """The clock, as `ClockRecorder.state` gave it, of a training that is at `step` and `t`.
+
+    Raises:
+        InvalidValueError: it is none, or ends elsewhere.
+    """
+    clock = ClockRecorder.of_state(state)
+    if (clock.step, clock.t) != (step, t):
+        raise InvalidValueError(
+            f"clock: ends at step {shown(clock.step)}, t {clock.t!r}; the training is at step {step}, t {t!r}"
+        )
+    return clock
 
 
 def tensor_name(prefix: str, name: str) -> str:

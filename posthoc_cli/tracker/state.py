@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots.format import TrackingSchedule
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import open_tensors
-from posthoc_cli.snapshots.states import StateInfo
+from posthoc_cli.snapshots.states import StateInfo, check_times, clock_at
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.averages import RunningAverages
@@ -130,8 +129,11 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     averages.t, averages.step = facts.number("averages_t"), facts.whole("averages_step")
     averages.t_first, averages.max_interval = facts.number("t_first"), facts.number("max_interval")
     step, t = facts.whole("step"), facts.number("t")
-    _check_times(averages, step, t)
-    clock = _clock(facts.value("clock"), step, t)
+    try:
+        check_times(step, t, averages.step, averages.t, averages.t_first, averages.max_interval)
+        clock = clock_at(facts.value("clock"), step, t)
+    except InvalidValueError as error:
+        raise InvalidValueError(f"state: {error}") from error
     segment = facts.whole("segment")
     run_id, snapshots = facts.run_id(), frozenset(facts.texts("snapshots"))
     held, schedule = facts.sigma_rels(), facts.mapping("schedule")
@@ -165,29 +167,6 @@ def _log_changes(
     for key in ("update_every", "checkpoint_every", "update_after_step"):
         if schedule.get(key) != getattr(chosen, key):
             log.info("%s is %s from here on; it was %s", key, getattr(chosen, key), shown(schedule.get(key)))
-
-
-def _check_times(averages: RunningAverages, step: int, t: float) -> None:
-    """Times and counters of one training: finite, and none after what it must not be after."""
-    in_order = 0 <= averages.t_first <= averages.t <= t < math.inf and 0 <= averages.step <= step
-    if not in_order or not 0 <= averages.max_interval <= averages.t or averages.exist != (averages.t_first > 0):
-        raise InvalidValueError(
-            f"state: t {t!r}, step {step}, averages at {averages.t!r} since {averages.t_first!r}: "
-            "not times of one training"
-        )
-
-
-def _clock(state: Any, step: int, t: float) -> ClockRecorder:
-    """The clock of a training that is at `step` and `t`."""
-    try:
-        clock = ClockRecorder.of_state(state)
-    except InvalidValueError as error:
-        raise InvalidValueError(f"state: {error}") from error
-    if (clock.step, clock.t) != (step, t):
-        raise InvalidValueError(
-            f"state: clock: ends at step {shown(clock.step)}, t {clock.t!r}; the training is at step {step}, t {t!r}"
-        )
-    return clock
 
 
 def _checked(tensors: Mapping[str, Any], tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:

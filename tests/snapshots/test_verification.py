@@ -322,13 +322,26 @@ def test_a_state_whose_profiles_differ_contradicts_itself(run: Path) -> None:
         assert wrong(path) == {path.name: ("damaged", said)}
 
 
-def test_a_file_whose_header_contradicts_itself_is_told_without_its_own_name(run: Path, output: Path) -> None:
-    for path in (snapshots(run)[0], output, run / "state.safetensors"):
-        write_anew(path, load_file(path), t="-1.0")
-        ((state, detail),) = wrong(path).values()
-        assert state == "damaged"
-        assert "-1" in detail
-        assert not any(name in detail for name in ("None", path.name))
+@pytest.mark.parametrize(
+    ("kind", "key", "text", "said"),
+    [
+        ("snapshot", "t", "-1.0", "t -1, first update 1, step 10: not a time of training"),
+        ("output", "t", "-1.0", "ema.t: -1 is not a time of training"),
+        ("output", "t", "1e300", "ema.t: 1e+300 is not a time of training"),
+        ("output", "sigma_rel", "0", "ema.sigma_rel: 0 is not above 0"),
+        ("output", "profile_error", "-0.1", "ema.profile_error: -0.1 is below 0"),
+        ("output", "predicted_error", "-1e-9", "ema.predicted_error: -1e-09 is below 0"),
+        ("state", "t", "-1.0", "t -1.0, step 60, averages at 60.0 since 1.0: not times of one training"),
+        ("state", "averages_step", "61", "t 60.0, step 60, averages at 60.0 since 1.0: not times of one training"),
+        ("state", "step", "61", "clock: ends at step 60, t 60.0; the training is at step 61, t 60.0"),
+    ],
+)
+def test_numbers_that_no_training_has_are_told_without_the_files_own_name(
+    run: Path, output: Path, kind: str, key: str, text: str, said: str
+) -> None:
+    path = {"snapshot": snapshots(run)[0], "output": output, "state": run / "state.safetensors"}[kind]
+    write_anew(path, load_file(path), **{key: text})
+    assert wrong(path) == {path.name: ("damaged", said)}
 
 
 def test_the_fewer_ones_are_the_strangers(run: Path) -> None:
