@@ -112,6 +112,22 @@ system = FileSystem()
 # --- several operations ----------------------------------------------------------------------------
 
 
+def expanded(path: str | Path) -> Path:
+    """A path with the home directory in the place of a leading ~; as it is where nobody knows of which user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a user that is not there
+
+
+def is_gone(path: Path) -> bool:
+    """Whether nothing has the name any more; not where that cannot be told, as in a folder that cannot be entered."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
     """Write all of `data` at `offset`."""
     view = memoryview(data).cast("B")

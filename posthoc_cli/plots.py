@@ -242,7 +242,8 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[Curve]) -> None:
 
 def _bottom(curves: Sequence[Curve]) -> float:
     """The power of ten below which the curves hardly ever come."""
-    lowest = min(float(np.quantile(curve.error, 0.1)) for curve in curves)
+    known = [curve.error[np.isfinite(curve.error)] for curve in curves]
+    lowest = min((float(np.quantile(errors, 0.1)) for errors in known if errors.size), default=1.0)
     low, high = np.log10(_LEAST_ERRORS)
     return float(10 ** np.clip(np.floor(np.log10(max(lowest, 1e-300))), low, high))
 

@@ -6,6 +6,7 @@ Nothing here loads torch or matplotlib before a command needs it, so that help i
 from __future__ import annotations
 
 import functools
+import io
 import os
 import re
 import signal
@@ -21,6 +22,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 import posthoc_cli
+from posthoc_cli import files
 from posthoc_cli.cli import demo, error_plot, export, info, output, plan, profile, prune, synthesize, verify
 from posthoc_cli.errors import (
     FileFormatError,
@@ -58,7 +60,7 @@ def _leading_to_verify(command: Callable[..., None]) -> Callable[..., None]:
             raise
         except (FileFormatError, MismatchError) as error:
             for directory in [options.get("directory"), *(options.get("directories") or ())]:
-                if directory is not None and str(error).startswith(f"{directory.expanduser()}{os.sep}"):
+                if directory is not None and str(error).startswith(f"{files.expanded(directory)}{os.sep}"):
                     hint = f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
                     raise type(error)(f"{error}; {hint}") from error
             raise
@@ -97,6 +99,9 @@ def main() -> NoReturn:
     # Streams that the caller has closed.
     sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
     sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # of names that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     _clean_up_on_signals()
     _allow_many_files()
     try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def demo(
     from posthoc_cli.demo import run
 
     output.log_to_stderr(False)
-    result = run(out.expanduser(), steps, force, output.print_note if as_json else _print_now, _steps_bar)
+    result = run(files.expanded(out), steps, force, output.print_note if as_json else _print_now, _steps_bar)
     if as_json:
         output.print_json(_report(result))
     else:

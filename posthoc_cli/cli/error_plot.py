@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.cli.values import (
     BetaOption,
@@ -91,11 +91,13 @@ def error_plot(
 
     if out is None and csv_out is None and not as_json:
         raise InvalidValueError("--out: name a picture (.png, .svg, .pdf), or ask for --csv or --json")
-    out, csv_out = (None if path is None else path.expanduser() for path in (out, csv_out))
+    out, csv_out = (None if path is None else files.expanded(path) for path in (out, csv_out))
     if out is not None and out.suffix not in PICTURES:
         raise InvalidValueError(f"--out {out}: must end in {', '.join(PICTURES)}")
     if out is not None and out == csv_out:
         raise InvalidValueError(f"--csv {csv_out}: is the picture's name too; take another")
+    if csv_out is not None and csv_out.suffix != ".csv":
+        raise InvalidValueError(f"--csv {csv_out}: must end in .csv")
     targets = parse_targets(draw, beta, window, between, profile, "--draw")
     ends = parse_sigma_range(sigma_range)
     judged = _judged(directories or [], t, sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or [])
@@ -167,15 +169,13 @@ def _draw(
     method: str | None,
     force: bool,
 ) -> None:
-    from posthoc_cli import files, plots
+    from posthoc_cli import plots
 
     fits = [each.fit(target, t, method) for target in targets for each in judged]
     files.write_whole(out, plots.as_file(lambda: plots.error_figure(curves, fits), out.suffix), force)
 
 
 def _write_csv(path: Path, curves: list[ErrorCurve], force: bool) -> None:
-    from posthoc_cli import files
-
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
@@ -191,7 +191,10 @@ def _points(curve: ErrorCurve) -> list[tuple[str, float, float | None, float]]:
     count = len(curve.sigma_rels)
     predicted = _predicted(curve) or [None] * count
     along = zip(["sigma_rel"] * count, curve.sigma_rels.tolist(), predicted, curve.profile_error.tolist(), strict=True)
-    others = [(other.label, other.sigma_rel, other.predicted_error, other.profile_error) for other in curve.others]
+    others = [
+        (other.label, other.sigma_rel, output.finite(other.predicted_error), other.profile_error)
+        for other in curve.others
+    ]
     return [*along, *others]
 
 
@@ -199,7 +202,7 @@ def _predicted(curve: ErrorCurve) -> list[float | None] | None:
     """The predicted errors; None where there is none, of the curve or of a point."""
     if curve.predicted_error is None:
         return None
-    return [error if math.isfinite(error) else None for error in curve.predicted_error.tolist()]
+    return [output.finite(error) for error in curve.predicted_error.tolist()]
 
 
 def _harmless(text: str) -> str:
@@ -222,7 +225,7 @@ def _curve_json(curve: ErrorCurve) -> dict[str, Any]:
             {
                 "target": other.label,
                 "sigma_rel": other.sigma_rel,
-                "predicted_error": other.predicted_error,
+                "predicted_error": output.finite(other.predicted_error),
                 "profile_error": other.profile_error,
             }
             for other in curve.others

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output
 
 EPILOG = (
@@ -52,7 +53,7 @@ def export(
     from posthoc_cli.snapshots.reader import read_header
 
     output.log_to_stderr(False)
-    file, out, base = file.expanduser(), out.expanduser(), None if base is None else base.expanduser()
+    file, out, base = files.expanded(file), files.expanded(out), None if base is None else files.expanded(base)
     started = time.perf_counter()
     with output.progress_bar("exporting", read_header(file).file_bytes, quiet) as progress:
         made = export_file(file, out, layout, dtype, base, prefix, strip_prefix, force, max_shard_size, progress)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from posthoc_cli.snapshots.outputs import OutputInfo
     from posthoc_cli.snapshots.reader import Snapshot
     from posthoc_cli.snapshots.store import Inspection
+
+_LONGEST_TEXT = 200
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 
@@ -29,7 +32,7 @@ def info(
     Reads headers only. Exit code 1 when something is wrong with a directory: mixed runs, damaged headers. Every byte
     is checked by ema verify.
     """
-    path = path.expanduser()
+    path = files.expanded(path)
     report = describe_directory(path) if path.is_dir() else describe_file(path)
     if as_json:
         output.print_json(report)
@@ -272,7 +275,7 @@ def _text(key: str, value: Any) -> str:
     if key == "measured":
         return f"{value:,} of them" if value else "none of them: errors are predicted from a sample"
     if key == "snapshots" and isinstance(value, list):
-        return "; ".join(f"{item['file']} x {item['coefficient']:+.6f}" for item in value)
+        return "; ".join(f"{_cut(item['file'])} x {_coefficient(item['coefficient'])}" for item in value)
     if key in ("profile_error", "predicted_error", "relative_rounding"):
         return output.percent(value)
     if key == "norm":
@@ -287,7 +290,18 @@ def _text(key: str, value: Any) -> str:
         return f"{value:,.12g}"
     if value is None:
         return "none"
-    return f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return str(value) if key == "path" else _cut(str(value))
+
+
+def _coefficient(value: float) -> str:
+    return f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}"
+
+
+def _cut(text: str) -> str:
+    """A stranger's text, of a length that fits a few lines."""
+    return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
 
 
 COMMAND = info

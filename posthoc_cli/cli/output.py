@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -54,6 +55,11 @@ def print_line(text: str) -> None:
 def print_note(text: str) -> None:
     """One line on stderr."""
     sys.stderr.write(printable(text) + "\n")
+
+
+def finite(value: float | None) -> float | None:
+    """A number that JSON has; None in the place of nan and infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def print_json(value: Any) -> None:

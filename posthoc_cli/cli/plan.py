@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.cli.amounts import parse_bytes, parse_count
 from posthoc_cli.cli.error_plot import PICTURES
@@ -61,7 +62,7 @@ def plan(
     from posthoc_cli.planning import Task, propose
 
     output.log_to_stderr(False)
-    out = None if out is None else out.expanduser()
+    out = None if out is None else files.expanded(out)
     _check_picture(out, force)
     task = Task(
         steps=steps,
@@ -73,7 +74,7 @@ def plan(
         checkpoint_every=checkpoint_every,
         max_checkpoints=max_checkpoints,
     )
-    earlier = None if like is None else _likeness(like.expanduser(), steps)
+    earlier = None if like is None else _likeness(files.expanded(like), steps)
     proposals = propose(task if earlier is None else _like(task, earlier))
     if out is not None:
         _draw(out, proposals, force)
@@ -118,7 +119,7 @@ def call_text(proposal: Proposal, sigma_range: tuple[float, float]) -> str:
 
 
 def _draw(out: Path, proposals: list[Proposal], force: bool) -> None:
-    from posthoc_cli import files, plots
+    from posthoc_cli import plots
     from posthoc_cli.planning import ErrorCurve
 
     curves = [

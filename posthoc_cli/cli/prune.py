@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.cli.amounts import parse_bytes
 from posthoc_cli.cli.values import parse_max_error, parse_sigma_range
@@ -50,7 +51,7 @@ def prune(
         raise InvalidValueError("--json: shows what would go only afterwards; give --yes or --dry-run with it")
     if not (yes or dry_run or sys.stdin.isatty()):
         raise InvalidValueError("--yes: is needed where nobody can be asked; --dry-run shows what would go")
-    directory = directory.expanduser()
+    directory = files.expanded(directory)
     snapshots = read_directory(directory)
     pruning = plan_pruning(snapshots, keep, max_bytes, error, wanted)
     if not as_json:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output, spread
 from posthoc_cli.cli.values import (
     BetaOption,
@@ -189,7 +190,8 @@ def synthesize(
         return plan
 
     plan = with_consistent_plan(
-        lambda: plan_synthesis(disk_sources(directory.expanduser()), targets, t, step, method, accepted, dtype), write
+        lambda: plan_synthesis(disk_sources(files.expanded(directory)), targets, t, step, method, accepted, dtype),
+        write,
     )
     seconds = time.perf_counter() - started
     if plan.aside and not quiet and not as_json:

@@ -9,9 +9,13 @@ from typing import Annotated
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.targets import Beta, Between, ProfileFile, SigmaRel, Target, Window
+
+_MOST_DIGITS = 1_000
+"""Before and behind the point: far more than a float has, and few enough to count with."""
 
 MOST_VALUES = 10_000
 
@@ -88,7 +92,7 @@ def _number(text: str, option: str) -> Decimal:
         number = Decimal(text)
     except InvalidOperation:
         number = Decimal("nan")
-    if not text.strip() or not number.is_finite():
+    if not text.strip() or not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS:
         shown = text if text.strip() else "(empty)"
         raise InvalidValueError(
             f"{option} {shown}: must be a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
@@ -172,7 +176,7 @@ def parse_targets(
     targets += [] if beta is None else map(Beta, parse_numbers(beta, "--beta"))
     targets += [] if window is None else map(Window, map(_whole, parse_numbers(window, "--window")))
     targets += [] if between is None else map(_between, between.split(","))
-    targets += [ProfileFile(path.expanduser()) for path in profile or ()]
+    targets += [ProfileFile(files.expanded(path)) for path in profile or ()]
     return list(dict.fromkeys(targets))
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.errors import InvalidValueError
 
@@ -59,7 +60,7 @@ def verify(
     output.log_to_stderr(False)
     _check_options(repair or clean, yes, dry_run, as_json)
     started = time.perf_counter()
-    found = _read(path.expanduser(), deep)
+    found = _read(files.expanded(path), deep)
     seconds = time.perf_counter() - started
     plan = verification.plan_repair(found) if repair else None
     if not as_json:
@@ -158,13 +159,13 @@ def _errors_report(errors: Errors | None) -> dict[str, Any] | None:
     if errors is None:
         return None
     points = [
-        {"sigma_rel": sigma_rel, "predicted_error": float(error)}
+        {"sigma_rel": sigma_rel, "predicted_error": output.finite(float(error))}
         for sigma_rel, error in zip(SIGMA_RELS, errors.predicted, strict=True)
     ]
     return {
         "t": errors.t,
         "errors": points,
-        "worst_error": errors.worst,
+        "worst_error": output.finite(errors.worst),
         "solved_with": errors.solved,
         "of": errors.count,
     }
@@ -218,7 +219,7 @@ def _state(report: FileReport) -> str:
 
 
 def _summary(found: Verification, seconds: float, offer: bool) -> str:
-    from posthoc_cli.snapshots.verification import UNCHECKED, is_snapshot_directory
+    from posthoc_cli.snapshots.verification import MOVED, UNCHECKED, is_snapshot_directory
 
     count = len(found.files)
     wrong = [report for report in found.files if not report.is_fine]
@@ -234,7 +235,7 @@ def _summary(found: Verification, seconds: float, offer: bool) -> str:
     text = f"{len(wrong):,} of {_counted(count, 'file')} {verb} {what}: {named}{more}"
     return (
         f"{text}; `ema verify {found.path} --repair` sets aside what is broken"
-        if offer and is_snapshot_directory(found)
+        if offer and is_snapshot_directory(found) and any(report.state in MOVED for report in wrong)
         else text
     )
 

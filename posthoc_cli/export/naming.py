@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.export.layouts import layout_of
 from posthoc_cli.targets import Target
@@ -41,7 +42,9 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
 def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
     if _SIGMA_REL in out or _TARGET in out:
         return [_filled_in(out, target) for target in targets], None
-    path = Path(out).expanduser()
+    path = files.expanded(out)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise InvalidValueError(f"out {out}: is a pipe or a device; name a file or a folder")
     is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
     if len(targets) == 1 and (layout == "sharded" or not is_folder):
         return [path], None
@@ -58,7 +61,7 @@ def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[lis
 def _filled_in(pattern: str, target: Target) -> Path:
     if _SIGMA_REL in pattern and target.sigma_rel is None:
         raise InvalidValueError(f"out {pattern}: {target.title} has no sigma_rel; write {_TARGET} for it")
-    return Path(pattern.replace(_SIGMA_REL, repr(target.sigma_rel)).replace(_TARGET, _name(target))).expanduser()
+    return files.expanded(pattern.replace(_SIGMA_REL, repr(target.sigma_rel)).replace(_TARGET, _name(target)))
 
 
 def _name(target: Target) -> str:

@@ -21,7 +21,7 @@ import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
@@ -118,7 +118,10 @@ class ShardedTensors:
         self._files: dict[str, TensorFile] = {}
         with ExitStack() as stack:
             for shard in snapshot.shards:
-                file = stack.enter_context(TensorFile(shard.path, shard.header))
+                try:
+                    file = stack.enter_context(TensorFile(shard.path, shard.header))
+                except VanishedError as error:
+                    raise _missing(shard.path, error) from error
                 self._files |= dict.fromkeys(shard.header.tensors, file)
             self._stack = stack.pop_all()
 
@@ -198,9 +201,17 @@ def _read_headers(directory: Path, names: Iterable[str]) -> tuple[dict[str, fmt.
     for name in names:
         try:
             headers[name] = read_header(directory / name)
+        except VanishedError as error:
+            problems.append(_missing(directory / name, error))
         except FileFormatError as error:
             problems.append(error)
     return headers, problems
+
+
+def _missing(shard: Path, error: VanishedError) -> FileFormatError:
+    """What to say of a shard that is not there: damage, unless the whole snapshot has gone, whose index goes first."""
+    index = shard.parent / INDEX_NAME
+    return error if files.is_gone(index) else FileFormatError(f"{shard}: is missing; {INDEX_NAME} names it")
 
 
 def _check_names(index: Path, shard: Snapshot, names: Sequence[str]) -> None:

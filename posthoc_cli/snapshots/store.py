@@ -20,6 +20,7 @@ from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import measured_prior
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.snapshots.matching import difference, missing_at_newest, pairs_to_compare, time_order
 from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.priors import stored_average
@@ -103,11 +104,13 @@ def read_directory(directory: Path) -> list[Snapshot]:
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """As `read_directory`, where it is no mistake that there is no directory or no snapshot yet."""
     try:
-        paths = candidates(directory)
+        entries = _entries(directory)
     except FileNotFoundError:
         return []
+    for folder in closed_folders(entries):
+        log.warning("%s: %s", directory, closed_text(folder))
     sharing = Sharing()
-    found = (_open_candidate(path, sharing) for path in paths)
+    found = (_open_candidate(path, sharing) for path in _snapshot_paths(entries))
     snapshots = sorted((snapshot for snapshot in found if snapshot is not None), key=time_order)
     for first, other in pairs_to_compare(snapshots):
         _check_pair(first, other)
@@ -150,8 +153,16 @@ def inspect_directory(directory: Path) -> Inspection:
         problems=tuple(problems),
         notes=tuple(missing_at_newest(snapshots)),
         leftovers=tuple(files.leftovers(directory)),
-        superseded=len(_snapshot_paths(files.system.list(aside))) if aside.is_dir() else 0,
+        superseded=_count(aside),
     )
+
+
+def _count(aside: Path) -> int:
+    """How many snapshots were set aside; 0 where that folder is not there, or cannot be read."""
+    try:
+        return len(candidates(aside))
+    except (FileNotFoundError, DirectoryError):
+        return 0
 
 
 def candidates(directory: Path) -> list[Path]:
@@ -161,8 +172,12 @@ def candidates(directory: Path) -> list[Path]:
         FileNotFoundError: there is no such directory.
         DirectoryError: it is no directory, or cannot be read.
     """
+    return _snapshot_paths(_entries(directory))
+
+
+def _entries(directory: Path) -> list[Path]:
     try:
-        entries = files.system.list(directory)
+        return files.system.list(directory)
     except FileNotFoundError:
         raise
     except NotADirectoryError as error:
@@ -172,7 +187,25 @@ def candidates(directory: Path) -> list[Path]:
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
         raise DirectoryError(f"{str(directory)!r}: cannot be read: {reason.lower()}") from error
-    return _snapshot_paths(entries)
+
+
+def closed_folders(entries: Iterable[Path]) -> list[Path]:
+    """Folders that may be snapshots, in shards, and cannot be entered."""
+    found = []
+    for path in entries:
+        if path.suffix != fmt.SUFFIX and path.name not in (SUPERSEDED, QUARANTINE):
+            try:
+                (path / INDEX_NAME).lstat()
+            except PermissionError:
+                found.append(path)
+            except OSError:
+                pass
+    return found
+
+
+def closed_text(folder: Path) -> str:
+    """What to say of one of `closed_folders`."""
+    return f"{folder.name}/ cannot be entered; whether it is a snapshot is not known"
 
 
 def _snapshot_paths(entries: Iterable[Path]) -> list[Path]:
@@ -189,7 +222,7 @@ def _open_candidate(path: Path, sharing: Sharing) -> Snapshot | None:
             return read_sharded(path)
         header = read_header(path, sharing)
     except FileFormatError:
-        if not os.path.lexists(path):
+        if files.is_gone(path):
             return None  # a writer has thinned it away since the directory was listed
         raise
     if file_kind(header) in (None, "output", "state"):
@@ -281,6 +314,8 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
     """
     if folder.is_symlink():
         raise DirectoryError(f"{folder}: is a symbolic link; snapshots would leave the directory; remove it")
+    if folder.exists() and not folder.is_dir():
+        raise DirectoryError(f"{folder}: is not a directory; snapshots are set aside in one of that name; move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import Candidate, ErrorCurve, ProfileFit, Schedule, error_curve, profile_fit
 from posthoc_cli.profiles import Clock
@@ -42,7 +43,7 @@ class Judged:
             InvalidValueError: `t` is not between the first snapshot and the last.
             others: as `read_directory`.
         """
-        sources = of_newest_segment(disk_sources(directory.expanduser()))
+        sources = of_newest_segment(disk_sources(files.expanded(directory)))
         infos = [source.info for source in sources]
         usable, later = chosen_up_to(sources, _checked_time(t, [info.t for info in infos]))
         profiles = [source.info.profile.pure for source in (*usable, *later)]

@@ -138,7 +138,9 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
             raise NonFiniteError(
                 f"tensor {piece.name!r}: {dtype} cannot hold its largest value, {largest:.6g}; take float32 or bfloat16"
             )
-        raise NonFiniteError(f"tensor {piece.name!r}: the result is not finite; a snapshot holds nan or infinity")
+        raise NonFiniteError(
+            f"tensor {piece.name!r}: the result is not finite; a snapshot holds nan or infinity, or the sum overflows"
+        )
 
 
 def _holds(dtype: torch.dtype, values: torch.Tensor) -> bool:

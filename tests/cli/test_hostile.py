@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import getpass
+import json
 import os
 import pickle
+import shutil
 import socket
 import subprocess
 import sys
 import unicodedata
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from ema_command import Ema, unmeasured_environment
-from factories import RUN_ID, write_snapshot
-from safetensors.torch import load_file
+from factories import RUN_ID, flip_bit, make_info, read_snapshot, rewrite_snapshot, write_sharded, write_snapshot
+from safetensors.torch import load_file, save_file
 from torture.commands import run_ema
 
 from posthoc_cli import PostHocEMA
@@ -23,8 +26,12 @@ from posthoc_cli.cli import output
 from posthoc_cli.demo.folder import Folder
 from posthoc_cli.errors import DirectoryError, OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile, system
+from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.index import INDEX_NAME
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.tensors import tensor_bytes
+from posthoc_cli.snapshots.writer import TensorFileWriter
 
 # --- links -----------------------------------------------------------------------------------------
 
@@ -200,6 +207,103 @@ def test_names_that_some_file_systems_take_for_one_are_two_tensors(ema: Ema, tmp
     assert sorted(path.name for path in shards) == [f"model-{n:05d}-of-00007.safetensors" for n in range(1, 8)]
     found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
     assert {name: tensor.tolist() for name, tensor in found.items()} == {n: v.tolist() for n, v in values.items()}
+
+
+def test_a_shard_that_is_lost_stops_a_synthesis_at_once_and_leads_to_verify(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    values = {"a": torch.arange(6.0), "b": torch.ones(4)}
+    folder = write_sharded(run / "10", make_info(values, 10), [{name: value} for name, value in values.items()])
+    lost = sorted(folder.glob("*.safetensors"))[1]
+    lost.unlink()
+    told = ema("synthesize", run, "--sigma-rel", "0.1", "--out", tmp_path / "o.safetensors").error
+    assert told.startswith(f"{lost}: is missing; {INDEX_NAME} names it; `ema verify {run}` checks every file")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tmp_path: Path, encoding: str) -> None:
+    folder = Path(shutil.copytree(run, tmp_path / "\u65e5\u672c"))
+    save_file({"w": torch.ones(2)}, folder / "\u65e5\u672c.safetensors")
+    environment = {**unmeasured_environment(), "PYTHONIOENCODING": encoding}
+    for arguments in (
+        ["info", folder],
+        ["verify", folder],
+        ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-m", "posthoc_cli", *map(str, arguments)],
+            capture_output=True,
+            check=False,
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        assert b"\\u65e5\\u672c" in done.stdout
+
+
+def test_without_an_input_nobody_is_asked(run: Path) -> None:
+    code = "import os, sys; os.close(0); os.execv(sys.executable, [sys.executable, '-m', 'posthoc_cli', *sys.argv[1:]])"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "prune", str(run), "--keep", "3"],
+        capture_output=True, text=True, check=False, env=unmeasured_environment(),
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.startswith("ema: error: --yes: is needed where nobody can be asked")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["verify", "~nosuchuser/x"], 1, "~nosuchuser/x: no such file or directory"),
+        (["profile", "--sigma-rel", "0:1e1000000:1", "--steps", "100"], 2, "--sigma-rel 1e1000000: must be a number"),
+        (["profile", "--beta", "0:9e9999:1e-9999", "--steps", "100"], 2, "--beta 9e9999: must be a number"),
+        (["profile", "--beta", "0:1e1000:1e-1000", "--steps", "100"], 2, "--beta 0:1e1000:1e-1000: makes 1"),
+        (["profile", "--sigma-rel", "1,2,...,2e9999999999", "--steps", "100"], 2, "--sigma-rel 2e9999999999: must be"),
+        (
+            ["synthesize", "run", "--sigma-rel", "0.1", "--out", "/dev/null"],
+            2,
+            "--out /dev/null: is a pipe or a device",
+        ),
+        (["error-plot", "run", "--csv", "run/x.safetensors"], 2, "--csv run/x.safetensors: must end in .csv"),
+    ],
+)
+def test_what_nobody_would_ask_for_is_refused_in_one_line(ema: Ema, arguments: list[str], code: int, said: str) -> None:
+    result = ema(*arguments)
+    assert (result.code, result.out) == (code, "")
+    assert result.error.startswith(said)
+
+
+@pytest.mark.parametrize("which", [slice(-1, None), slice(None)])
+def test_a_run_that_says_its_norm_is_0_has_a_picture(ema: Ema, run: Path, tmp_path: Path, which: slice) -> None:
+    for path in sorted(run.glob("*.safetensors"))[which]:
+        measured = read_snapshot(path).info.measurements
+        assert measured is not None
+        rewrite_snapshot(path, measurements=replace(measured, norm=0.0))
+    plot, table = tmp_path / "e.png", tmp_path / "e.csv"
+    told = ema("error-plot", run, "--beta", "0.99", "--out", plot, "--csv", table, "--json")
+    assert told.code == 0, told.err
+    (curve,) = json.loads(told.out)["curves"]
+    assert (curve["predicted_error"] is None) == (which == slice(None))
+    assert (curve["others"][0]["predicted_error"] is None) == (which == slice(None))
+    assert "nan" not in table.read_text()
+    assert plot.stat().st_size > 1000
+    flip_bit(sorted(run.glob("*.safetensors"))[0])
+    repair = json.loads(ema("verify", run, "--repair", "--dry-run", "--json").out)["repair"]
+    assert len(repair["after"]["errors"]) == 6
+
+
+def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o.safetensors"
+    ema("synthesize", run, "--sigma-rel", "0.1", "--out", out)
+    header, values = read_header(out), load_file(out)
+    metadata = {k: v for k, v in header.metadata.items() if k not in ("ema.checksum", "ema.checksums")}
+    metadata |= {f"ema.{key}": "x" * 100_000 for key in ("profile", "method", "t_unit")}
+    metadata["ema.snapshots"] = json.dumps([{"file": "y" * 100_000, "coefficient": -1e308}])
+    specs = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in header.tensors.items()]
+    with TensorFileWriter(out, specs, metadata, overwrite=True) as writer:
+        for name, value in values.items():
+            writer.write(name, tensor_bytes(value))
+        writer.commit()
+    assert max(map(len, ema("info", out).out.splitlines())) < 300
 
 
 def test_a_pickle_is_refused_in_plain_words(ema: Ema, run: Path, tmp_path: Path) -> None:

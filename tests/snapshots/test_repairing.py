@@ -473,6 +473,35 @@ def test_without_a_lock_leftovers_must_be_an_hour_old(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [young.name]  # nor was a lock made
 
 
+def test_nothing_of_another_directory_is_moved_or_deleted(run: Path, tmp_path: Path) -> None:
+    """Through links in the place of `superseded` and of a folder of shards: its lock is another one."""
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    flip_bit(snapshot_files(other)[0])
+    values = {"a": torch.arange(6.0)}
+    shards = write_sharded(tmp_path / "shards", make_info(values, 10), [values])
+    (shards / "loose.safetensors").write_text("half")
+    leave(other / ".ema-1.tmp", 7200)
+    leave(shards / ".ema-2.tmp", 7200)
+    before = {folder: sorted(path.name for path in folder.iterdir()) for folder in (other, shards)}
+    (run / "superseded").symlink_to(other)
+    (run / "linked").symlink_to(shards)
+    found = verify(list_contents(run))
+    assert found.leftovers == ()
+    assert found.superseded == 0
+    assert "superseded/ is a symbolic link, which no training follows; not looked at" in found.notes
+    assert repair(plan_repair(found)) == [run / "quarantine" / "linked"]  # itself, as of another run
+    assert clean(found).removed == ()
+    assert {folder: sorted(path.name for path in folder.iterdir()) for folder in (other, shards)} == before
+
+
+def test_a_file_in_the_place_of_quarantine_is_named(run: Path) -> None:
+    (run / "quarantine").write_text("mine")
+    flip_bit(snapshot_files(run)[0])
+    with pytest.raises(DirectoryError, match=r"quarantine: is not a directory; .* move it away"):
+        repair(planned(run))
+    assert len(snapshot_files(run)) == 20
+
+
 def test_a_leftover_that_goes_meanwhile_is_passed_over(run: Path) -> None:
     first, second = leave(run / ".ema-1.tmp", 120), leave(run / ".ema-2.tmp", 120)
     found = verify(list_contents(run))

@@ -26,7 +26,7 @@ from factories import (
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import FileFormatError, PostHocError
+from posthoc_cli.errors import FileFormatError, PostHocError, VanishedError
 from posthoc_cli.export import write_synthesis
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots.index import INDEX_NAME
@@ -95,6 +95,23 @@ def measured_apart(path: Path, *found: Measurements | None) -> ShardedSnapshot:
     read = read_sharded(path)
     assert isinstance(read, ShardedSnapshot)
     return read
+
+
+def test_a_missing_shard_is_damage_unless_the_whole_snapshot_has_gone(tmp_path: Path) -> None:
+    values = {"a": torch.arange(6.0), "b": torch.ones(4)}
+    folder = write_sharded(tmp_path / "10", make_info(values, 10), [{name: value} for name, value in values.items()])
+    snapshot = read_sharded(folder)
+    assert snapshot is not None
+    second = sorted(folder.glob("*.safetensors"))[1]
+    second.unlink()
+    for read in (lambda: read_sharded(folder), lambda: open_tensors(snapshot)):
+        with pytest.raises(FileFormatError) as refused:
+            read()
+        assert type(refused.value) is FileFormatError
+        assert str(refused.value) == f"{second}: is missing; {INDEX_NAME} names it"
+    (folder / INDEX_NAME).unlink()
+    with pytest.raises(VanishedError):
+        open_tensors(snapshot)
 
 
 def test_measurements_of_shards_do_not_add_up_where_their_partners_differ(tmp_path: Path) -> None:

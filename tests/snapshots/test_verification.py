@@ -26,7 +26,7 @@ from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSche
 from posthoc_cli.snapshots.index import INDEX_NAME, read_index
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.sampling import decode_values
-from posthoc_cli.snapshots.store import find_snapshots
+from posthoc_cli.snapshots.store import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.verification import Verification, contents, list_contents, verify
 from posthoc_cli.snapshots.verification.reading import and_more, shortened
@@ -414,8 +414,8 @@ def test_of_segments_out_of_order_the_smaller_ones_are_the_strangers(tmp_path: P
     assert wrong(tmp_path) == {
         at[t]: ("mismatched", f"{names} do not match: the segments {segment} and 0 do not follow each other in time")
         for t, segment, names in (
-            (25, 1, f"it and {at[30]}"),
-            (45, 1, f"{at[25]} and {at[30]}"),
+            (25, 1, f"it and {at[40]}"),
+            (45, 1, f"{at[25]} and {at[40]}"),
             (35, 2, f"it and {at[40]}"),
         )
     }
@@ -603,6 +603,10 @@ def test_shards_of_two_snapshots_and_an_index_that_lies(sharded: Path) -> None:
     changed["metadata"]["total_size"] += 1
     index.write_text(json.dumps(changed))
     assert wrong(sharded) == {INDEX_NAME: ("damaged", "its total_size is 41; the shards hold 40 bytes")}
+    changed["metadata"]["total_size"] = 10**4000
+    index.write_text(json.dumps(changed))
+    told = "its total_size is an int of many digits; the shards hold 40 bytes"
+    assert wrong(sharded) == {INDEX_NAME: ("damaged", told)}
     del changed["metadata"]["total_size"]
     index.write_text(json.dumps(changed))
     assert wrong(sharded) == {INDEX_NAME: ("damaged", "its total_size is missing; the shards hold 40 bytes")}
@@ -732,6 +736,49 @@ def test_a_file_that_may_not_be_read_is_said_so_and_the_others_go_on(
         refused.name: ("unreadable", "cannot be opened: permission denied"),
         broken.name: ("damaged", "cannot be opened: input/output error"),
     }
+
+
+def out_of_reach(monkeypatch: pytest.MonkeyPatch, *folders: Path) -> None:
+    """Folders that may not be entered; whoever runs the tests may enter any."""
+    lstat, stat, own = Path.lstat, Path.stat, files.system.list
+
+    def refuse(path: Path) -> None:
+        if any(folder in path.parents for folder in folders):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    def list_(path: Path) -> list[Path]:
+        refuse(path / "x")
+        return own(path)
+
+    monkeypatch.setattr(Path, "lstat", lambda path: (refuse(path), lstat(path))[1])
+    monkeypatch.setattr(Path, "stat", lambda path, **options: (refuse(path), stat(path, **options))[1])
+    monkeypatch.setattr(files.system, "list", list_)
+
+
+def test_folders_that_cannot_be_entered_are_noted_and_the_rest_is_verified(
+    run: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("closed", "superseded", "quarantine"):
+        (run / name).mkdir()
+    out_of_reach(monkeypatch, run / "closed", run / "superseded")
+    found = verified(run)
+    assert found.is_fine
+    assert len(found.files) == 13
+    said = "closed/ cannot be entered; whether it is a snapshot is not known"
+    assert found.notes == ("superseded/ cannot be read; not looked at", said)
+    assert len(find_snapshots(run)) == 12
+    assert caplog.messages == [f"{run}: {said}"]
+    assert inspect_directory(run).superseded == 0
+
+
+def test_what_cannot_be_reached_has_not_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert files.is_gone(tmp_path / "x")
+    (tmp_path / "x").write_text("x")
+    assert not files.is_gone(tmp_path / "x")
+    assert files.is_gone(tmp_path / "x" / "y")
+    out_of_reach(monkeypatch, tmp_path)
+    assert not files.is_gone(tmp_path / "x")
+    assert not files.is_gone(tmp_path / "z")
 
 
 def test_what_is_no_regular_file_is_said_so(run: Path, tmp_path: Path) -> None:

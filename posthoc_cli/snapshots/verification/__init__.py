@@ -7,6 +7,7 @@ from posthoc_cli.snapshots.verification.contents import Contents, list_contents
 from posthoc_cli.snapshots.verification.deep import deep_bytes
 from posthoc_cli.snapshots.verification.directory import verify, verify_measurements
 from posthoc_cli.snapshots.verification.repairing import (
+    MOVED,
     SIGMA_RELS,
     Cleaning,
     Errors,
@@ -25,6 +26,7 @@ from posthoc_cli.snapshots.verification.reports import (
 )
 
 __all__ = [
+    "MOVED",
     "SIGMA_RELS",
     "STATES",
     "UNCHECKED",

@@ -6,7 +6,7 @@ from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 
 from posthoc_cli.errors import MismatchError
-from posthoc_cli.snapshots.matching import difference, pairs_to_compare, time_order
+from posthoc_cli.snapshots.matching import difference, time_order
 from posthoc_cli.snapshots.priors import run_clock
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.segments import by_segment
@@ -106,13 +106,21 @@ def _with_nested_profiles(snapshots: Sequence[Snapshot], found: Problems) -> lis
 
 
 def _drop_disordered_segments(snapshots: Sequence[Snapshot], found: Problems) -> None:
-    """Of segments that do not follow each other in time the smaller ones are the strangers."""
-    left = sorted(snapshots, key=time_order)
-    while pair := next((pair for pair in pairs_to_compare(left) if difference(*pair)), None):
-        sides = [[s for s in left if s.info.segment == one.info.segment] for one in pair]
-        wrong = min(sides, key=_weight)
-        found |= {snapshot.path: _told(pair, snapshot) for snapshot in wrong}
-        left = [snapshot for snapshot in left if snapshot.path not in found]
+    """Of segments that do not follow each other in time the smaller ones are the strangers.
+
+    One after the other is held against the last of those that do so far: what does not fit goes, it or that one.
+    """
+    kept: list[list[Snapshot]] = []
+    for segment in by_segment(sorted(snapshots, key=time_order)):
+        while kept and kept[-1][-1].info.t >= segment[0].info.t:
+            pair = kept[-1][-1], segment[0]
+            wrong = min(kept[-1], segment, key=_weight)
+            found |= {snapshot.path: _told(pair, snapshot) for snapshot in wrong}
+            if wrong is segment:
+                break
+            kept.pop()
+        else:
+            kept.append(segment)
 
 
 def _told(pair: tuple[Snapshot, Snapshot], stranger: Snapshot) -> Problem:

@@ -14,7 +14,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.index import INDEX_NAME, read_index
 from posthoc_cli.snapshots.lock import LOCK_NAME
 from posthoc_cli.snapshots.sharded import is_sharded
-from posthoc_cli.snapshots.store import QUARANTINE, SUPERSEDED, candidates
+from posthoc_cli.snapshots.store import QUARANTINE, SUPERSEDED, candidates, closed_folders, closed_text
 
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """What files are called that only a pickle's reader could check. None is opened."""
@@ -55,6 +55,7 @@ class Contents:
         superseded: how many snapshots were set aside by a training that went back.
         quarantined: how many things were set aside as broken.
         pickles: how many files cannot be checked.
+        notes: what is not looked at, and why.
     """
 
     path: Path
@@ -64,6 +65,7 @@ class Contents:
     superseded: int = 0
     quarantined: int = 0
     pickles: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def holds_a_run(self) -> bool:
@@ -98,8 +100,9 @@ def list_contents(path: Path) -> Contents:
 def _of_directory(directory: Path) -> Contents:
     aside, broken = directory / SUPERSEDED, directory / QUARANTINE
     units = _units(directory)
-    superseded = _units(aside) if aside.is_dir() else []
-    folders = {directory, *(unit.path for unit in units if unit.index is not None)} | ({aside} if superseded else set())
+    superseded, notes = _superseded(aside)
+    folders = {directory, *(unit.path for unit in units if unit.index is not None and not unit.path.is_symlink())}
+    folders |= {aside} if superseded else set()
     found = Contents(
         path=directory,
         is_directory=True,
@@ -108,11 +111,22 @@ def _of_directory(directory: Path) -> Contents:
         superseded=sum(unit.path.parent == aside for unit in superseded),
         quarantined=len(_listed(broken)) if broken.is_dir() else 0,
         pickles=sum(path.suffix in PICKLES for path in _listed(directory)),
+        notes=(*notes, *map(closed_text, closed_folders(_listed(directory)))),
     )
     if not (found.units or found.leftovers or found.quarantined):
         hint = "; no pickle is opened here" if found.pickles else ""
         raise DirectoryError(f"{directory}: holds no snapshots, outputs or states{hint}; {ACCEPTED}")
     return found
+
+
+def _superseded(aside: Path) -> tuple[list[Unit], list[str]]:
+    """What was set aside, and a note where that cannot be looked at: a link would lead out of the directory."""
+    if aside.is_symlink():
+        return [], [f"{aside.name}/ is a symbolic link, which no training follows; not looked at"]
+    try:
+        return (_units(aside) if aside.is_dir() else []), []
+    except DirectoryError:
+        return [], [f"{aside.name}/ cannot be read; not looked at"]
 
 
 def _units(directory: Path) -> list[Unit]:
@@ -125,12 +139,12 @@ def _units(directory: Path) -> list[Unit]:
     units = []
     for folder in folders:
         own = paths if folder is directory else _listed(folder)
-        units += _units_of_folder(folder, (path for path in own if path not in folders))
+        units += _units_of_folder(folder, (path for path in own if path not in folders), directory)
     return sorted(units, key=lambda unit: unit.index or unit.path)
 
 
-def _units_of_folder(folder: Path, paths: Iterable[Path]) -> list[Unit]:
-    """The shards in a folder, where it has an index, and files that are none of them."""
+def _units_of_folder(folder: Path, paths: Iterable[Path], directory: Path) -> list[Unit]:
+    """The shards in a folder of a directory, where it has an index, and files that are none of them."""
     found = sorted(path for path in paths if path.suffix == fmt.SUFFIX and not path.name.startswith("."))
     if not is_sharded(folder):
         return [Unit(path, (path,)) for path in found]
@@ -138,6 +152,8 @@ def _units_of_folder(folder: Path, paths: Iterable[Path]) -> list[Unit]:
         shards = _sharded(folder / INDEX_NAME)
     except VanishedError:
         return []
+    if folder.is_symlink() and folder != directory:
+        return [shards]  # what else is in it is of another directory
     loose = [path for path in found if path not in shards.files]
     return [shards, *(Unit(path, (path,)) for path in loose)]
 
@@ -151,7 +167,7 @@ def _sharded(index: Path) -> Unit:
     try:
         tensors = read_index(index)
     except FileFormatError as error:
-        if isinstance(error, VanishedError) and not os.path.lexists(index):
+        if isinstance(error, VanishedError) and files.is_gone(index):
             raise
         return Unit(index.parent, (), index, problem=str(error))
     return Unit(index.parent, tuple(index.parent / name for name in tensors), index, tensors)

@@ -148,6 +148,7 @@ def _notes(reports: Sequence[FileReport], snapshots: Sequence[Snapshot], content
     ]
     if contents.is_directory:
         notes += gaps(snapshots)
+    notes += contents.notes
     if contents.pickles:
         notes.append(f"{contents.pickles:,} pickled files (.pt and the like) have no checksums and were not looked at")
     if contents.quarantined:

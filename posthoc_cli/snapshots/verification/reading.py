@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
@@ -81,7 +81,7 @@ def read_file(path: Path, unit: Path, progress: Progress) -> ReadFile | None:
                 nbytes += checked.nbytes
                 progress(checked.nbytes)
     except FileFormatError as error:
-        if isinstance(error, VanishedError) and not os.path.lexists(path):
+        if isinstance(error, VanishedError) and files.is_gone(path):
             return None  # a writer has thinned it away since the directory was listed
         left, content = _what_it_was(path)
         problem = _unsupported(left) or problem_of(error, path)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots.index import INDEX_NAME, decode_index
 from posthoc_cli.snapshots.reader import Snapshot
@@ -37,7 +38,7 @@ def read_shards(unit: Unit, index: Path, progress: Progress) -> Examined:
         progress: told the bytes that were read.
     """
     found = {path: read_file(path, unit.path, progress) for path in unit.files}
-    if not os.path.lexists(index):
+    if files.is_gone(index):
         return Examined(())
     there = [file for file in found.values() if file is not None]
     kinds = {file.content.kind for file in there if file.header is not None}
@@ -116,6 +117,5 @@ def _wrong_size(index: Path, there: Sequence[ReadFile]) -> Problem | None:
         return problem_of(error, index)
     if said == held or all(file.content.kind is None for file in there):
         return None
-    return Problem(
-        DAMAGED, f"its total_size is {'missing' if said is None else f'{said:,}'}; the shards hold {held:,} bytes"
-    )
+    told = "missing" if said is None else f"{said:,}" if abs(said) < 2**63 else shown(said)
+    return Problem(DAMAGED, f"its total_size is {told}; the shards hold {held:,} bytes")
