@@ -171,6 +171,13 @@ def test_nothing_from_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
         assert ("Traceback" in result.err) == bool(debug)
         assert result.err.replace("\n", "").isprintable()
         assert "\\x1b]0;x\\x07\\u202e\\n" in result.err
+    write_snapshot(tmp_path / "whole", 10, 0.05, RUN_ID, {name: torch.ones(3)}, t_unit=name.replace("\n", ""))
+    (tmp_path / "whole" / "\x1b[31m\u202e.tmp.safetensors").write_text("no")
+    for arguments in (["verify", tmp_path / "run"], ["verify", tmp_path / "whole"], ["info", tmp_path / "whole"]):
+        result = run_ema(*arguments)
+        assert result.code == 1
+        assert (result.out + result.err).replace("\n", "").isprintable()
+        assert "\\x1b" in result.out
 
 
 @pytest.mark.parametrize("name", ["[bold]x[/]", "\\[red]x", "[link=file:///etc/passwd]x", ":smile:"])
