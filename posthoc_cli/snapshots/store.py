@@ -309,7 +309,7 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
     Nothing there is replaced. What is gone from its place (moved by another hand, or an earlier try) is passed over.
 
     Raises:
-        DirectoryError: the folder is a symbolic link.
+        DirectoryError: the folder is a symbolic link, or no folder.
         WriteError: the system refused.
     """
     if folder.is_symlink():

@@ -142,7 +142,7 @@ def repair(plan: Repair) -> list[Path]:
     Raises:
         LockedError: a tracker is writing to the directory.
         MismatchError: something of it has changed since; nothing was moved.
-        DirectoryError: the folder `quarantine` is a symbolic link; nothing was moved.
+        DirectoryError: `quarantine` is a symbolic link, or no folder; nothing was moved.
         WriteError: the system refused. What was moved is in the folder `quarantine`, the rest where it was.
     """
     with _held(plan.directory):
