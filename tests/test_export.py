@@ -638,6 +638,46 @@ def test_the_pt_file_of_one_of_many_targets_is_no_larger_than_of_one_alone(tmp_p
         assert (tmp_path / f"{target}.pt").stat().st_size == (tmp_path / "alone.pt").stat().st_size
 
 
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(143)])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_an_interruption_of_a_pt_file_is_one_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException, at: int
+) -> None:
+    """In the middle of torch's writer, which tells of positions that it did not expect."""
+    source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(100_000)})
+    own, calls = files.PendingFile.write_at, []
+
+    def write_at(file: files.PendingFile, data: memoryview, offset: int) -> None:
+        calls.append(offset)
+        if len(calls) == at:
+            raise raised
+        own(file, data, offset)
+
+    monkeypatch.setattr(files.PendingFile, "write_at", write_at)
+    with pytest.raises(type(raised)):
+        export_file(source, tmp_path / "out.pt")
+    assert len(calls) >= at
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_an_interruption_that_torch_hides_is_brought_to_light(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(3)})
+
+    def save(*_: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        finally:
+            raise RuntimeError("unexpected pos 768 vs 662")
+
+    monkeypatch.setattr(torch, "save", save)
+    with pytest.raises(KeyboardInterrupt):
+        export_file(source, tmp_path / "out.pt")
+    monkeypatch.setattr(torch, "save", lambda *_: (_ for _ in ()).throw(RuntimeError("of another kind")))
+    with pytest.raises(RuntimeError, match="of another kind"):
+        export_file(source, tmp_path / "out.pt")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
 def test_tied_tensors_share_their_bytes_in_a_pt_file(tmp_path: Path) -> None:
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.rand(10_000)}, aliases={"tied": "w"})
     write_synthesis(

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.export.parts import FilePart, MemoryPart, TilePart
 from posthoc_cli.export.sharded import ShardedSink, holds_model, holds_snapshot
 from posthoc_cli.snapshots import format as fmt
@@ -170,10 +170,11 @@ class _TorchSink:
             with io.BufferedWriter(stream) as buffered:
                 torch.save(self._tensors, buffered)
         except RuntimeError as error:
-            # torch's archive writer hides what its stream raised behind an error of its own.
-            if stream.error is None:
+            # torch's archive writer hides what its stream raised, and a Ctrl-C, behind an error of its own.
+            cause = stream.error or _interruption(error)
+            if cause is None:
                 raise
-            raise stream.error from error
+            raise cause from error
         self._file.publish()
 
     def __enter__(self) -> _TorchSink:
@@ -185,11 +186,19 @@ class _TorchSink:
         self._file.discard()
 
 
+def _interruption(error: BaseException) -> BaseException | None:
+    """The Ctrl-C or end of the process during which an error was raised, if any."""
+    before = error.__context__
+    while isinstance(before, Exception):
+        before = before.__context__
+    return before
+
+
 class _Stream(io.RawIOBase):
     """A pending file as the stream that torch.save writes to; keeps the error that a write ended with."""
 
     def __init__(self, file: files.PendingFile) -> None:
-        self.error: WriteError | None = None
+        self.error: BaseException | None = None
         self._file = file
         self._offset = 0
 
@@ -200,7 +209,7 @@ class _Stream(io.RawIOBase):
         view = memoryview(data).cast("B")
         try:
             self._file.write_at(view, self._offset)
-        except WriteError as error:
+        except BaseException as error:  # Ctrl-C, too
             self.error = error
             raise
         self._offset += len(view)
