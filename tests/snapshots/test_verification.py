@@ -459,6 +459,12 @@ def test_copies_and_rivals_of_a_snapshot(run: Path) -> None:
         "a-backup.safetensors": ("duplicate", f"a copy of {first.name}"),
         "link.safetensors": ("duplicate", f"a copy of {first.name}"),
     }
+    newest = shutil.copy(snapshots(run)[-1], run / "newest.safetensors")
+    rewrite_snapshot(newest, lambda values: values["0.bias"].add_(1))
+    found = verified(run)
+    assert found.notes == ()  # none is missing at the newest time
+    assert len(found.snapshots) == 11
+    newest.unlink()
     shutil.copy(second, run / "rival.safetensors")
     rewrite_snapshot(run / "rival.safetensors", lambda values: values["0.bias"].add_(1))
     found = wrong(run)

@@ -39,9 +39,9 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
     own = [(one.snapshot, one.is_fine) for unit, one in found if one.snapshot and _is_of_the_run(unit, contents)]
     whole = [snapshot for snapshot, is_fine in own if is_fine]
     wrong = strangers(whole)
-    belonging = [snapshot for snapshot in whole if snapshot.path not in wrong]
+    belonging = sorted((snapshot for snapshot in whole if snapshot.path not in wrong), key=time_order)
     twice = doubles(belonging)
-    snapshots = sorted((s for s in belonging if s.path not in twice), key=time_order)
+    snapshots = [snapshot for snapshot in belonging if snapshot.path not in twice]
     harmed = [snapshot for snapshot, is_fine in own if not is_fine]
     clock = clock_problem(snapshots)
     reports = _with_problems([report for _, one in found for report in one.reports], wrong | twice)
@@ -50,7 +50,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
         is_directory=contents.is_directory,
         files=tuple(reports),
         problems=() if clock is None else (clock,),
-        notes=(*_notes(reports, snapshots, contents),),
+        notes=(*_notes(reports, _once(belonging), contents),),
         snapshots=tuple(snapshots),
         lost=tuple(_of_the_run(harmed, snapshots)),
         leftovers=contents.leftovers,
@@ -77,6 +77,11 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
         snapshots=tuple(snapshot for snapshot in found.snapshots if snapshot not in gone),
         lost=(*found.lost, *gone),
     )
+
+
+def _once(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+    """One of each profile and time: where several contradict each other, none is missing."""
+    return list({(snapshot.info.t, snapshot.info.sigma_rel): snapshot for snapshot in snapshots}.values())
 
 
 def _is_of_the_run(unit: Unit, contents: Contents) -> bool:
