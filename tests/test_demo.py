@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import plots
 from posthoc_cli.demo import denoiser, digits
+from posthoc_cli.demo.commands import Commands
 from posthoc_cli.demo.folder import Folder
 from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS
 from posthoc_cli.demo.measuring import compare, measure
@@ -238,6 +239,38 @@ def test_another_library_that_is_missing_is_not_taken_for_scikit_learn(
 
 
 # --- its parts -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_demo_that_is_stopped_lets_its_command_clean_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException
+) -> None:
+    started = []
+
+    class Child(subprocess.Popen):  # type: ignore[type-arg]
+        """A command that says when it has cleaned up; its caller is stopped as soon as it works."""
+
+        def __init__(self, _: object, **options: object) -> None:
+            code = (
+                "import pathlib, signal, sys, time\n"
+                f"cleaned = pathlib.Path({str(tmp_path / 'cleaned')!r})\n"
+                "signal.signal(signal.SIGTERM, lambda *_: (cleaned.touch(), sys.exit(143)))\n"
+                "print('works', flush=True); time.sleep(60)"
+            )
+            super().__init__([sys.executable, "-c", code], **options)  # type: ignore[call-overload]
+            started.append(self)
+
+        def communicate(self, *_: object) -> tuple[str, str]:  # type: ignore[override]
+            assert self.stdout.readline() == "works\n"
+            raise raised
+
+    monkeypatch.setattr(subprocess, "Popen", Child)
+    commands = Commands(lambda _: None)
+    with pytest.raises(type(raised)):
+        commands.run("info", "run")
+    assert [child.returncode for child in started] == [143]
+    assert (tmp_path / "cleaned").exists()
+    assert commands.lines == []
 
 
 @pytest.mark.parametrize(

@@ -33,11 +33,15 @@ class Commands:
         line = shlex.join(["ema", *arguments])
         self._say("")
         self._say(f"$ {line}")
-        done = subprocess.run(
-            [sys.executable, "-m", "posthoc_cli", *arguments], capture_output=True, text=True, check=False
-        )
-        for printed in (done.stdout + done.stderr).splitlines():
+        command = [sys.executable, "-m", "posthoc_cli", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                out, err = process.communicate()
+            except BaseException:
+                process.terminate()  # and not kill, as subprocess.run does: it would leave half of what it writes
+                raise
+        for printed in (out + err).splitlines():
             self._say(printed)
-        if done.returncode != 0:
-            raise PostHocError(f"`{line}` ended with exit code {done.returncode}")
+        if process.returncode != 0:
+            raise PostHocError(f"`{line}` ended with exit code {process.returncode}")
         self.lines.append(line)

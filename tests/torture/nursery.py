@@ -48,13 +48,15 @@ class Nursery:
             number: of the signal.
 
         Returns:
-            The exit code, negative for a signal; what it wrote to stderr; how long it took.
+            The exit code, negative for a signal, -1000 where it hung and -1001 where it left a process; what it wrote
+            to stderr; how long it took.
         """
         started = time.monotonic()
         # Until `work` wants it: what comes before is no part of any command.
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         child = os.fork()
         if child == 0:
+            os.setpgid(0, 0)
             out = os.open(self._err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             os.dup2(out, 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -65,7 +67,20 @@ class Nursery:
             time.sleep(after)
             os.kill(child, number)
         code = self._wait(child)
+        if self._left(child, number):
+            code = -1001
         return code, self._err.read_text(errors="replace") if self._err.exists() else "", time.monotonic() - started
+
+    def _left(self, child: int, number: int) -> bool:
+        """Whether a child has left processes of its own; what a killed one leaves goes, and is no mistake of its."""
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            try:
+                os.killpg(child, signal.SIGKILL if number == signal.SIGKILL else 0)
+            except ProcessLookupError:
+                return False
+            time.sleep(0.01)
+        return number != signal.SIGKILL
 
     def _wait(self, child: int) -> int:
         until = time.monotonic() + PATIENCE
