@@ -143,7 +143,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         also: parameters that are taken though they do not require gradients.
 
     Raises:
-        InvalidValueError: nothing to average, or a parameter that cannot be, by name.
+        InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
     """
     averaged: dict[str, torch.Tensor] = {}
     copied: dict[str, torch.Tensor] = {}
@@ -162,6 +162,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             left_out.append(name)
             frozen.add(name)
             continue
+        _check_name(found)
         stored = first_name.setdefault(id(tensor), name)
         if stored != name:
             aliases[name] = stored
@@ -229,6 +230,16 @@ def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
             f"{', '.join(str(d).removeprefix('torch.') for d in AVERAGED_DTYPES)} can"
         )
     return tensor.is_floating_point()
+
+
+def _check_name(found: NamedTensor) -> None:
+    """Raise an InvalidValueError for the one name that no tensor in a safetensors file can have."""
+    if found.name == "__metadata__":
+        raise InvalidValueError(
+            f"{'parameter' if found.is_parameter else 'buffer'} {found.name!r}: safetensors files keep this name for "
+            f"themselves, so that no snapshot can hold it; rename it in the model, or leave it out with "
+            f"exclude={found.name!r}"
+        )
 
 
 def _check_dense(name: str, tensor: torch.Tensor) -> None:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from itertools import chain
 from types import TracebackType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.tracker.model_tensors import check_model
-from posthoc_cli.tracker.naming import NamedTensor, is_fsdp, named_tensors, unwrapped
+from posthoc_cli.tracker.naming import NamedTensor, is_fsdp, named_tensors
 
 
 class Weights(OrderedDict[str, torch.Tensor]):
@@ -99,10 +99,10 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     if not own_dtypes:
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
-    core = unwrapped(model)
+    held = _holders(model, {id(target.registered) for target in targets.values()})
     with ExitStack() as stack:
-        _swapped[core] = _swapped.get(core, 0) + 1
-        stack.callback(_leave, core)
+        _swapped.append(held)
+        stack.callback(_swapped.remove, held)
         new_dtypes = {id(target.registered): weights[name].dtype for name, target in targets.items()}
         with torch.inference_mode(False), torch.no_grad():
             _save(stack, model, new_dtypes, own_dtypes)
@@ -114,17 +114,32 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
         yield
 
 
-_swapped: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
-"""Models, without wrappers, that hold averaged weights now, and how many blocks deep."""
+_swapped: list[frozenset[int]] = []
+"""For each block that is open, the ids of the tensors that are swapped and of the modules that hold them.
+
+The block holds all of them, so that no id is given again meanwhile.
+"""
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
-    """Whether a model holds averaged weights, which no average may take in."""
-    return _swapped.get(unwrapped(model), 0) > 0
+    """Whether any part of a model holds averaged weights, which no average may take in.
+
+    Told by tensors and modules: what was swapped may be a part of this model, or this model a part of it.
+    """
+    if not _swapped:
+        return False
+    own = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
+    return any(own & held for held in [*_swapped])
 
 
-def _leave(model: torch.nn.Module) -> None:
-    _swapped[model] -= 1
+def _holders(model: torch.nn.Module, tensors: set[int]) -> frozenset[int]:
+    """Ids of these tensors and of the modules that hold them: the tensors may be replaced while they are swapped."""
+    modules = {
+        id(module)
+        for module in model.modules()
+        if any(id(tensor) in tensors for tensor in chain(module._parameters.values(), module._buffers.values()))
+    }
+    return frozenset(tensors | modules)
 
 
 def _is_writable(tensor: torch.Tensor) -> bool:

@@ -388,6 +388,55 @@ def test_another_model_is_refused_before_anything_changes(tmp_path: Path, other,
     assert_same(other, before)
 
 
+def parts(folder: Path) -> tuple[torch.nn.Sequential, dict[str, torch.nn.Module], dict[str, PostHocEMA]]:
+    """A model, itself and parts of it by name, and a tracker of each that has seen one update."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
+    model[2].weight = model[0].weight  # tied
+    modules = {"all": model, "0": model[0], "1": model[1], "2": model[2], "1 and 2": torch.nn.ModuleList(model[1:])}
+    settings: dict = {"update_every": 1, "checkpoint_every": 10, "device": "model"}
+    trackers = {name: PostHocEMA.from_model(module, folder / name, **settings) for name, module in modules.items()}
+    for name, module in modules.items():
+        trackers[name].update_(module)
+    return model, modules, trackers
+
+
+@pytest.mark.parametrize(
+    ("swapped", "refused"),
+    [
+        ("all", {"all", "0", "1", "2", "1 and 2"}),
+        ("0", {"all", "0", "2", "1 and 2"}),  # 2 has the same parameter
+        ("1", {"all", "1", "1 and 2"}),
+        ("1 and 2", {"all", "0", "1", "2", "1 and 2"}),
+    ],
+)
+def test_no_tracker_of_a_part_or_of_the_whole_takes_averaged_weights_in(
+    tmp_path: Path, swapped: str, refused: set[str]
+) -> None:
+    _, modules, trackers = parts(tmp_path)
+    found = set()
+    with trackers[swapped].model(modules[swapped], sigma_rel=0.28):
+        for name, module in modules.items():
+            try:
+                trackers[name].update_(module)
+            except NotReadyError as error:
+                assert "holds averaged weights" in str(error)
+                found.add(name)
+    assert found == refused
+    for name, module in modules.items():
+        trackers[name].update_(module)
+        trackers[name].close()
+
+
+def test_averaged_weights_are_known_in_a_module_whose_parameter_was_replaced_meanwhile(tmp_path: Path) -> None:
+    model, _, trackers = parts(tmp_path)
+    with trackers["all"].model(model, sigma_rel=0.28):
+        model[1].weight = torch.nn.Parameter(model[1].weight.detach().clone())
+        with pytest.raises(NotReadyError, match="holds averaged weights"):
+            trackers["1"].update_(model[1])
+    for tracker in trackers.values():
+        tracker.close()
+
+
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_on_an_accelerator_the_swap_takes_no_second_copy(tmp_path: Path) -> None:

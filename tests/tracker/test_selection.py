@@ -255,6 +255,20 @@ def test_a_complex_parameter_may_be_left_out(tmp_path: Path) -> None:
     assert PostHocEMA.from_model(model, tmp_path, exclude="phase")._tracked.left_out == ("phase",)
 
 
+@pytest.mark.parametrize(("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)])
+def test_the_name_that_no_tensor_in_a_file_can_have_is_refused(tmp_path: Path, kind: str, tied: bool) -> None:
+    """Before training, and not when the first snapshot is written; also as a second name of a tied parameter."""
+    model = torch.nn.Linear(3, 2)
+    if kind == "buffer":
+        model.register_buffer("__metadata__", torch.ones(2))
+    else:
+        model.register_parameter("__metadata__", model.weight if tied else torch.nn.Parameter(torch.ones(2)))
+    with pytest.raises(InvalidValueError, match=rf"^{kind} '__metadata__': .*rename it .*exclude='__metadata__'"):
+        PostHocEMA.from_model(model, tmp_path)
+    tracked(model, tmp_path, exclude="__metadata__")
+    assert set(roles(tmp_path)) == {"weight", "bias"}
+
+
 def test_a_buffer_on_meta_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     model.register_buffer("table", torch.zeros(3, device="meta"))
