@@ -6,9 +6,11 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,8 +24,18 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteErro
 from posthoc_cli.export import write_synthesis
 from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import BLOCK_BYTES, TrackedTensor
-from posthoc_cli.synthesis import Plan, disk_sources, making, place_synthesis, plan_synthesis, sums, synthesize
+from posthoc_cli.synthesis import (
+    Plan,
+    disk_sources,
+    making,
+    place_synthesis,
+    plan_synthesis,
+    sums,
+    synthesize,
+    workers,
+)
 from posthoc_cli.synthesis import plan as plan_module
+from posthoc_cli.synthesis.devices import numbered_device
 from posthoc_cli.synthesis.placing import Nowhere
 from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
 from posthoc_cli.synthesis.tiles import cut_tiles
@@ -198,6 +210,64 @@ def test_a_machine_whose_matrix_products_sum_otherwise_gives_the_same_bytes(
     expected = bits(plan_of(mixed))
     monkeypatch.setattr(sums, "product_is_exact", lambda *_: False)
     assert bits(plan_of(mixed)) == expected
+
+
+def test_a_program_that_allows_coarser_matrix_products_changes_no_byte(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As TF32 does: the factors lose bits where torch's setting allows it, which it does after the first synthesis,
+    and again in the middle of another one."""
+    multiply, expected = sums.multiply, bits(plan_of(mixed))
+    allowed, coarse = False, []
+
+    def rounded(matrix: torch.Tensor, values: torch.Tensor, result: torch.Tensor) -> None:
+        coarse.append(allowed)
+        multiply(matrix.bfloat16().to(matrix.dtype) if allowed else matrix, values, result)
+
+    def allow(now: bool) -> None:
+        nonlocal allowed
+        allowed = now
+        torch.set_float32_matmul_precision("high" if now else "highest")
+
+    monkeypatch.setattr(sums, "multiply", rounded)
+    sums.product_is_exact.cache_clear()
+    try:
+        for now in (False, True, False):
+            allow(now)
+            assert bits(plan_of(mixed)) == expected
+        assert set(coarse) == {False, True}
+        make, tiles = making.Maker.make, iter(range(1000))
+
+        def change_and_make(*arguments: Any) -> None:
+            allow(next(tiles) % 2 == 1)
+            make(*arguments)
+
+        monkeypatch.setattr(making.Maker, "make", change_and_make)
+        assert bits(plan_of(mixed), workers=1) == expected
+        assert next(tiles) > 2
+    finally:
+        allow(False)
+        sums.product_is_exact.cache_clear()
+
+
+def test_settings_of_torch_that_make_matrix_products_coarser_are_told_apart() -> None:
+    found, kinds = [sums.matmul_precision()], ("cuda", "mkldnn")
+    try:
+        torch.set_float32_matmul_precision("high")
+        found.append(sums.matmul_precision())
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cuda.matmul.allow_tf32 = True
+        found.append(sums.matmul_precision())
+        torch.backends.cuda.matmul.allow_tf32 = False
+        for kind in kinds if hasattr(torch.backends, "fp32_precision") else ():
+            matmul = getattr(torch.backends, kind).matmul
+            before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if kind == "cuda" else "bf16"
+            found.append(sums.matmul_precision())  # torch's own functions raise now: both kinds of settings are used
+            matmul.fp32_precision = before
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    exact = sums.matmul_precision()
+    assert all(other not in (found[0], exact) for other in found[1:])
 
 
 def test_every_element_is_in_one_tile_and_tiles_end_where_blocks_end(mixed: Path) -> None:
@@ -411,6 +481,135 @@ def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, mon
         bits(plan_of(mixed), workers=4)
     assert threads() == []
     assert len(after) <= 4
+
+
+# --- streams of an accelerator ---------------------------------------------------------------------
+
+
+class Streams:
+    """A device whose streams only say what they are told: in place of those of `making`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log: list[tuple[str, object]] = []
+        make = making.Maker.make
+
+        def with_stream(maker: making.Maker, *arguments: object) -> None:
+            maker._stream = SimpleNamespace(
+                wait_event=lambda event: self.log.append(("wait", event)),
+                synchronize=lambda: self.log.append(("synchronize", threading.get_ident())),
+            )
+            self.log.append(("make", id(arguments[1])))
+            make(maker, *arguments)  # type: ignore[arg-type]
+
+        def caller_event(_: torch.device) -> int:
+            assert threading.current_thread() is threading.main_thread()
+            self.log.append(("event", len(self.log)))
+            return len(self.log) - 1
+
+        monkeypatch.setattr(making.Maker, "make", with_stream)
+        monkeypatch.setattr(workers, "caller_event", caller_event)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
+
+    def open(self, tile: object) -> Nowhere:
+        placement = Nowhere(tile)  # type: ignore[arg-type]
+        self.log.append(("open", id(placement)))
+        self.kept = [*getattr(self, "kept", []), placement]  # so that no id is given again
+        return placement
+
+
+def test_a_tile_is_made_after_what_the_caller_did_up_to_its_opening(
+    mixed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its room may be of memory that the caller's stream still uses."""
+    streams = Streams(monkeypatch)
+    tiles = list(place_synthesis(plan_of(mixed), streams.open, workers=1))
+    log = streams.log
+    opened = {what: log[index + 1] for index, (kind, what) in enumerate(log) if kind == "open"}
+    made = [(what, log[index + 1 :]) for index, (kind, what) in enumerate(log) if kind == "make"]
+    assert len(opened) == len(made) == len(tiles)
+    for placement, rest in made:
+        assert opened[placement] == ("event", next(what for kind, what in rest if kind == "wait"))
+
+
+def test_no_thread_leaves_work_under_way_when_an_error_stops_it(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever gets the error frees what its streams write."""
+    streams = Streams(monkeypatch)
+
+    def fail(*_: object) -> None:
+        streams.log.append(("fail", threading.get_ident()))
+        raise NonFiniteError("an error")
+
+    monkeypatch.setattr(making.Maker, "_average", fail)
+    with pytest.raises(NonFiniteError, match="an error"):
+        list(place_synthesis(plan_of(mixed), streams.open, workers=3))
+    failed = [(index, what) for index, (kind, what) in enumerate(streams.log) if kind == "fail"]
+    assert failed
+    for index, thread in failed:
+        assert ("synchronize", thread) in streams.log[index:]
+
+
+def test_threads_make_sums_on_the_device_that_is_the_callers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The current device is each thread's own; in a new one it is the first."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    assert numbered_device("cuda") == torch.device("cuda:3")
+    for other in ("cuda:1", "cpu", torch.device("mps")):
+        assert numbered_device(other) == torch.device(other)
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: Path) -> None:
+    plan = plan_of(mixed)
+    reference = {name: [value.cpu() for value in values] for name, values in synthesize(plan, device="cuda")}
+    torch.cuda.empty_cache()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(3):
+            old = [torch.empty(LARGE, device="cuda") for _ in range(2 * len(TARGETS))]
+            torch.cuda._sleep(10**9)
+            for tensor in old:
+                tensor.fill_(torch.nan)
+            del old, tensor
+            made = dict(synthesize(plan, device="cuda"))
+            torch.cuda.synchronize()
+            for name, values in made.items():
+                for value, expected in zip(values, reference[name], strict=True):
+                    assert torch.equal(value.cpu(), expected), name
+            del made, values, value
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_tf32_that_is_allowed_later_changes_no_byte_on_a_gpu(mixed: Path) -> None:
+    def made() -> dict[str, list[torch.Tensor]]:
+        return {name: [value.cpu() for value in values] for name, values in synthesize(plan, device="cuda")}
+
+    plan = plan_of(mixed)
+    before = made()
+    try:
+        torch.set_float32_matmul_precision("high")
+        after = made()
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for name, values in before.items():
+        assert all(torch.equal(value, other) for value, other in zip(values, after[name], strict=True)), name
+
+
+@pytest.mark.cuda
+@needs_cuda
+def test_memory_that_a_failed_synthesis_has_freed_is_not_written_any_more(mixed: Path, tmp_path: Path) -> None:
+    run, path = harmed(mixed, tmp_path)
+    plan = plan_of(run)
+    header = plan.sources[1].snapshot.header  # type: ignore[attr-defined]
+    flip(path, header.payload_start + header.tensors["large"].begin + header.tensors["large"].nbytes - 1)
+    for _ in range(10):
+        with pytest.raises(FileFormatError, match="is damaged"):
+            list(synthesize(plan, device="cuda"))
+        new = [torch.zeros(LARGE, device="cuda") for _ in range(2 * len(TARGETS))]
+        torch.cuda.synchronize()
+        assert all(not bool(tensor.any()) for tensor in new)
 
 
 def test_the_number_of_threads_of_torch_is_as_it_was(mixed: Path) -> None:

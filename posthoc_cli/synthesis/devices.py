@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from posthoc_cli.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    import torch
 
 AUTO_REASON = "auto: reading and verifying on the CPU is the limit, and the bus would be one more"
 """Why `auto` is the CPU, whatever else is there: every byte is read and verified there in any case, and the sums take
@@ -26,6 +31,14 @@ def parse_device(device: str) -> str:
     if wanted not in available:
         raise InvalidValueError(f"device {device!r}: is not there; choose from auto, {', '.join(available)}")
     return wanted
+
+
+def numbered_device(device: torch.device | str) -> torch.device:
+    """The same device; for `cuda` the calling thread's current one, which is another in the threads that make sums."""
+    import torch
+
+    found = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if found == torch.device("cuda") else found
 
 
 def device_reason(device: str) -> str:

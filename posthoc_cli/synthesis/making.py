@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from posthoc_cli.snapshots.tensors import round_to, torch_dtype
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.reading import Scratch
 from posthoc_cli.synthesis.sources import OpenSource
-from posthoc_cli.synthesis.sums import Sums
+from posthoc_cli.synthesis.sums import Precision, Sums, matmul_precision
 from posthoc_cli.synthesis.tiles import Tile
 
 ONE_TARGET_CHUNK = 524_288
@@ -48,30 +48,50 @@ class Placement(Protocol):
         ...
 
 
+def caller_event(device: torch.device) -> Any:
+    """The event after which all is done that the calling thread's stream has to do on a device; None for the CPU."""
+    return torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+
+
 class Maker:
     """One thread's rooms, and the work that is done in them."""
 
     def __init__(self, plan: Plan, opened: Sequence[OpenSource], device: torch.device, chunk: int) -> None:
         self._plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
         self._scratch = Scratch(chunk * max(fmt.ITEM_BYTES.values()), device)
-        self._sums: dict[str, Sums] = {}
+        self._sums: dict[tuple[str, Precision], Sums] = {}
         self._rooms: dict[str, torch.Tensor] = {}
         cuda: Any = torch.cuda
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
 
-    def make(self, tile: Tile, placement: Placement, stop: threading.Event) -> None:
+    def make(self, tile: Tile, placement: Placement, stop: threading.Event, opened: Any) -> None:
         """Make all targets of a tile.
+
+        Arguments:
+            tile: what to make.
+            placement: where it goes.
+            stop: set when it is no longer wanted.
+            opened: the caller's event after which the sources can be read and the placement written.
 
         Raises:
             Stopped: `stop` was set meanwhile.
             FileFormatError, NonFiniteError: naming the tensor.
         """
-        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
-            if self._stream is not None:
-                self._stream.wait_stream(torch.cuda.default_stream(self._device))
+        with self._own_stream(opened):
             self._copy(tile, placement, stop) if tile.role == "copy" else self._average(tile, placement, stop)
             placement.close()
-            if self._stream is not None:
+
+    @contextmanager
+    def _own_stream(self, opened: Any) -> Iterator[None]:
+        """Work in this thread's stream, and leave none under way: whoever is told of an error frees what it writes."""
+        if self._stream is None:
+            yield
+            return
+        with torch.cuda.stream(self._stream):
+            self._stream.wait_event(opened)
+            try:
+                yield
+            finally:
                 self._stream.synchronize()
 
     def _copy(self, tile: Tile, placement: Placement, stop: threading.Event) -> None:
@@ -112,10 +132,11 @@ class Maker:
         return self._rooms[dtype]
 
     def _sums_in(self, wide: str) -> Sums:
-        if wide not in self._sums:
+        key = wide, matmul_precision()
+        if key not in self._sums:
             coefficients, places = self._plan.reconstruction.coefficients, self._plan.places
-            self._sums[wide] = Sums(coefficients, self._chunk, torch_dtype(wide), self._device, places)
-        return self._sums[wide]
+            self._sums[key] = Sums(coefficients, self._chunk, torch_dtype(wide), self._device, places)
+        return self._sums[key]
 
 
 def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:

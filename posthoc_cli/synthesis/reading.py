@@ -141,7 +141,13 @@ class BatchOfFile:
 
 
 class MemoryTile:
-    """A tile of tensors that are in memory."""
+    """A tile of tensors that are in memory.
+
+    Arguments:
+        tensors: on the host or, where their values are there already, elsewhere: sums on the CPU are made by threads
+            that do not wait for what is under way in the caller's stream.
+        tile: what is read of them.
+    """
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], tile: Tile) -> None:
         self._pieces = [tensors[piece.name].detach().reshape(-1)[piece.begin : piece.end] for piece in tile.pieces]

@@ -7,6 +7,7 @@ from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING
 
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.synthesis.devices import numbered_device
 from posthoc_cli.synthesis.plan import Plan, names_by_tensor
 from posthoc_cli.synthesis.tiles import Tile, cut_tiles
 
@@ -43,11 +44,10 @@ def synthesize(
         FileFormatError: a snapshot is damaged, naming it and the tensor.
         NonFiniteError: a result is not finite, or `dtype` cannot hold it, naming the tensor.
     """
-    import torch
-
     from posthoc_cli.synthesis.placing import PendingTensors
 
-    pending = PendingTensors(plan, torch.device(device))
+    device = numbered_device(device)
+    pending = PendingTensors(plan, device)
     names = names_by_tensor(plan.newest.info)
     with closing(place_synthesis(plan, pending.open, dtype, device, progress, accumulate, workers)) as made:
         for tile in made:
@@ -75,17 +75,16 @@ def place_synthesis(
         chunk, tile_elements: elements a thread works on, or makes, at a time; measured values for None.
         others: as in `synthesize`.
     """
-    import torch
-
     from posthoc_cli.synthesis.making import Maker, chunk_elements
     from posthoc_cli.synthesis.workers import make_tiles, worker_count
 
+    where = numbered_device(device)
     size = chunk or chunk_elements(len(plan.targets))
     tiles = cut_tiles(plan, size, dtype, parse_accumulate(accumulate), tile_elements)
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in plan.sources]
         count = min(worker_count(workers), max(1, len(tiles)))
-        made = make_tiles(tiles, open_placement, lambda: Maker(plan, opened, torch.device(device), size), count)
+        made = make_tiles(tiles, open_placement, lambda: Maker(plan, opened, where, size), count, where)
         # Closed before the files are: its threads read them.
         stack.callback(made.close)
         for tile in made:

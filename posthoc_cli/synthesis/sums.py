@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,10 @@ COLUMNS = 16_384
 
 MIN_ROWS = 4
 """Rows of the smallest matrix product: with fewer, libraries take kernels that sum in another order."""
+
+
+Precision = tuple[str, str]
+"""How torch may round the factors of a matrix product in float32, on CUDA and on the CPU."""
 
 
 class Sums:
@@ -58,8 +63,9 @@ class Sums:
         # The group of each source, and which one of the group it is.
         self._members = [(number, index) for number, group in enumerate(groups) for index in range(len(group))]
         self._last = [len(group) - 1 for group in groups]
+        shape, precision = max(self._targets, MIN_ROWS), matmul_precision()
         self._by_matrix = self._targets > 1 and all(
-            product_is_exact(max(self._targets, MIN_ROWS), size, chunk, wide, device) for size in set(map(len, groups))
+            product_is_exact(shape, size, chunk, wide, device, precision) for size in set(map(len, groups))
         )
         rows = max(self._targets, MIN_ROWS) if self._by_matrix else self._targets
         # Zeros, so that what stands beyond a shorter chunk is no nan that slows the arithmetic down.
@@ -130,11 +136,28 @@ def multiply(matrix: torch.Tensor, values: torch.Tensor, sums: torch.Tensor) -> 
         torch.mm(matrix, values[:, columns], out=sums[:, columns])
 
 
+def matmul_precision() -> Precision:
+    """What torch's settings allow now (TF32 and alike); a program may change them at any time."""
+    backends: Any = torch.backends
+    try:
+        return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
+    except AttributeError:  # before torch 2.9
+        return str(backends.cuda.matmul.allow_tf32), torch.get_float32_matmul_precision()
+
+
 @lru_cache(maxsize=256)
-def product_is_exact(rows: int, sources: int, chunk: int, wide: torch.dtype, device: torch.device) -> bool:
+def product_is_exact(
+    rows: int,
+    sources: int,
+    chunk: int,
+    wide: torch.dtype,
+    device: torch.device,
+    precision: Precision,  # noqa: ARG001
+) -> bool:
     """Whether a matrix product of this shape gives, bit for bit, the sums by definition.
 
-    The instructions depend on the shapes and strides alone, so that random numbers show whether the order is the same.
+    The instructions depend on the shapes, the strides and the precision that is allowed now, so that random numbers
+    show whether the order is the same.
     """
     generator = torch.Generator().manual_seed(20240229)
     matrix = torch.randn(rows, sources, dtype=torch.float64, generator=generator).to(wide)

@@ -7,10 +7,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import torch
 
-from posthoc_cli.synthesis.making import Maker, Placement, Stopped
+from posthoc_cli.synthesis.making import Maker, Placement, Stopped, caller_event
 from posthoc_cli.synthesis.tiles import Tile
 
 MAX_WORKERS = 16
@@ -30,6 +31,7 @@ def make_tiles(
     open_placement: Callable[[Tile], Placement],
     new_maker: Callable[[], Maker],
     workers: int,
+    device: torch.device,
 ) -> Generator[Tile, None, None]:
     """Make tiles with `workers` threads; yields each when it and all before it are made.
 
@@ -41,6 +43,7 @@ def make_tiles(
         open_placement: where the results of a tile go; called here, in order.
         new_maker: called once a thread, in it.
         workers: threads.
+        device: where the makers work; they wait for what the caller's stream there does up to the opening of a tile.
     """
     own, stop = threading.local(), threading.Event()
     threads = torch.get_num_threads()
@@ -48,12 +51,12 @@ def make_tiles(
     def begin() -> None:
         torch.set_num_threads(1)  # for this thread: the tiles themselves are what runs side by side
 
-    def work(tile: Tile, placement: Placement) -> Tile:
+    def work(tile: Tile, placement: Placement, opened: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
                 if not hasattr(own, "maker"):
                     own.maker = new_maker()
-                own.maker.make(tile, placement, stop)
+                own.maker.make(tile, placement, stop, opened)
             except BaseException:
                 stop.set()
                 raise
@@ -63,7 +66,7 @@ def make_tiles(
     with ThreadPoolExecutor(workers, "ema-synthesis", begin) as pool:
         try:
             for tile in tiles:
-                waiting.append(pool.submit(work, tile, open_placement(tile)))
+                waiting.append(pool.submit(work, tile, open_placement(tile), caller_event(device)))
                 if len(waiting) == 2 * workers:
                     yield waiting.popleft().result()
             while waiting:
