@@ -95,12 +95,9 @@ class Stager:
             known = self._known = _Known(averaged, copied, (lay_out(averaged), lay_out(copied or {})))
         layout, copied_layout = known.layouts
         staged = self._buffers(layout, copied_layout)
-        tensors = {**averaged, **(copied or {})}
-        rooms = [*staged.values.flats, *staged.copied.flats]
-        events = [
-            self._copy(index, group, tensors, room)
-            for index, (group, room) in enumerate(zip((*layout, *copied_layout), rooms, strict=True))
-        ]
+        work = [(group, averaged, room) for group, room in zip(layout, staged.values.flats, strict=True)]
+        work += [(group, copied or {}, room) for group, room in zip(copied_layout, staged.copied.flats, strict=True)]
+        events = [self._copy(index, *one) for index, one in enumerate(work)]
         return replace(staged, events=tuple(event for event in events if event is not None))
 
     def give_back(self, staged: Staged) -> None:

@@ -6,6 +6,7 @@ import gc
 import mmap
 import os
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -340,10 +341,14 @@ def test_pinned_memory_is_the_same_for_a_forked_process(monkeypatch: pytest.Monk
     pretend(monkeypatch, Cudart())
     flat = pinned_empty(2, torch.int64)
     flat.zero_()
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # that there are threads, from Python 3.12 on
+        child = os.fork()
     if not child:
-        flat.numpy()[1] = 5
-        os._exit(0)
+        try:
+            flat.numpy()[1] = 5
+        finally:
+            os._exit(0)
     os.waitpid(child, 0)
     assert flat.tolist() == [0, 5]
 
