@@ -18,7 +18,7 @@ _PORTABLE = 1
 def pinned_empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
     """A flat tensor without values in pinned memory of the host, less than a page larger than they are.
 
-    torch's own pinned memory comes in powers of two: 33 GB would take 64. This is memory of the system's, registered
+    torch's own pinned memory comes in powers of two, up to twice as much. This is memory of the system's, registered
     as it is, and registered no longer when the last tensor that uses it is gone. What is copied to it must be waited
     for by an event: torch does not keep it until the copy is done.
     """
@@ -39,7 +39,7 @@ def _register(address: int, nbytes: int) -> bool:
     cuda: Any = torch.cuda
     cudart = cuda.cudart()
     current = cuda.current_device()
-    # As torch does: on a device that is not in use yet, this would make a context, which takes half a gigabyte there.
+    # As torch does: on a device that is not in use yet, this would make a context, which takes memory there.
     with cuda.device(next(iter(_devices_in_use()), current)):
         if int(cudart.cudaHostRegister(address, nbytes, _PORTABLE)) == 0:
             return True
