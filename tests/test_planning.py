@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ from posthoc_cli.planning import (
     snapshots_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Motion, Prior, assumed_prior, reconstruct
+from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
 from posthoc_cli.snapshots.store import read_directory
 
 
@@ -85,8 +86,9 @@ def test_the_error_after_a_loss_is_that_of_solving_again_without_it() -> None:
     targets = [pure(float(s), 40.0) for s in np.geomspace(0.05, 0.28, 12)]
     for lost, error in enumerate(errors_after_loss(snapshots, prior)):
         rest = [index for index in range(len(snapshots)) if index != lost]
-        again = reconstruct([snapshots[i] for i in rest], targets, prior=prior.of(rest), t=40.0).predicted_error
-        assert error == pytest.approx(np.mean(again**8) ** (1 / 8), rel=1e-6)
+        solver = MinimumVariance([snapshots[i] for i in rest], prior.of(rest), 40.0)
+        again = np.array([solver.expected_square(solver.solve(target), target) for target in targets])
+        assert error == pytest.approx(np.mean(again**4) ** (1 / 8), rel=1e-6)
 
 
 def test_the_snapshot_that_goes_is_the_one_missed_least() -> None:
@@ -95,6 +97,27 @@ def test_the_snapshot_that_goes_is_the_one_missed_least() -> None:
     errors = errors_after_loss(snapshots, prior)
     gone = snapshots_to_drop(snapshots, prior, 4)
     assert gone[0] == int(np.argmin(errors))
+
+
+@pytest.mark.parametrize(("keep", "sigma_rels"), [(3, (0.10,)), (4, (0.10,)), (3, (0.05,))])
+@pytest.mark.parametrize("rates", [(1.0, 1.0), (1.0, 0.01), (0.01, 1.0)])
+def test_what_is_kept_is_nearly_the_best_choice_of_its_size(
+    keep: int, sigma_rels: tuple[float, ...], rates: tuple[float, float]
+) -> None:
+    """Against every choice of 3 or 4 of 16 snapshots with the newest among them."""
+    snapshots = [pure(s, float(t)) for t in range(1, 17) for s in sigma_rels]
+    motion = Motion(np.array([0.0, 8.0, 16.0]), np.array(rates), np.zeros(2))
+    prior = assumed_prior(snapshots, 2e-4, motion)
+
+    def worst(kept: Sequence[int]) -> float:
+        solver = MinimumVariance([snapshots[i] for i in kept], prior.of(kept), 16.0)
+        targets = [pure(float(s), 16.0) for s in np.geomspace(0.05, 0.28, 12)]
+        squares = np.array([solver.expected_square(solver.solve(target), target) for target in targets])
+        return float(np.mean(squares**4) ** (1 / 8))
+
+    gone = set(snapshots_to_drop(snapshots, prior, keep))
+    best = min(worst([*others, 15]) for others in combinations(range(15), keep - 1))
+    assert worst([i for i in range(16) if i not in gone]) <= 1.02 * best
 
 
 def test_keeping_one_keeps_the_newest() -> None:

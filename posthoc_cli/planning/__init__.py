@@ -15,7 +15,7 @@ from posthoc_cli.planning.curves import (
     ranges_text,
 )
 from posthoc_cli.planning.forecast import Forecast, forecast, forecast_at, sigma_rels_in
-from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_loss, snapshots_to_drop
+from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_loss, exchanged, snapshots_to_drop
 from posthoc_cli.planning.proposals import Proposal, judge, propose
 from posthoc_cli.planning.schedule import MOST_TIMES, Schedule, listed
 from posthoc_cli.planning.task import Task, check_dtype, relative_rounding
@@ -37,6 +37,7 @@ __all__ = [
     "choose",
     "error_curve",
     "errors_after_loss",
+    "exchanged",
     "forecast",
     "forecast_at",
     "judge",

@@ -11,6 +11,7 @@ from posthoc_cli.reconstruction.paper import inner_product
 from posthoc_cli.reconstruction.prior import ROUNDING, Prior, StoredAverage, assumed_prior, measured_prior
 from posthoc_cli.reconstruction.quadrature import relative_width
 from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, reconstruct
+from posthoc_cli.reconstruction.steps import Steps
 
 __all__ = [
     "METHODS",
@@ -21,6 +22,7 @@ __all__ = [
     "Motion",
     "Prior",
     "Reconstruction",
+    "Steps",
     "StoredAverage",
     "assumed_prior",
     "check_method",

@@ -14,8 +14,9 @@ The constraint is met by elimination: the last coefficient is 1 minus the others
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,10 @@ import numpy.typing as npt
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction.intervals import Densities, StoredFunctions, Tails
 from posthoc_cli.reconstruction.least_squares import LeastSquares
+from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.prior import Prior
 from posthoc_cli.reconstruction.rounding import rounding_factor
+from posthoc_cli.reconstruction.steps import Cells
 
 
 class MinimumVariance:
@@ -35,6 +38,9 @@ class MinimumVariance:
             its values.
         prior: of these snapshots, in the same order.
         t: the last time that counts.
+
+    Attributes:
+        has_sudden_movement: whether a piece of training stands out, see `_sudden`.
     """
 
     def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
@@ -43,18 +49,12 @@ class MinimumVariance:
         self._order = np.lexsort((gamma, times))
         self._gamma, self._times = gamma[self._order], times[self._order]
         self._prior = prior = prior.of(self._order.tolist())
-        edges = np.concatenate((prior.motion.edges, self._times, [t]))
-        edges = np.unique(edges[(edges >= prior.motion.edges[0]) & (edges <= t)])
-        walk, noise = prior.motion.on(edges)
-        gammas = np.unique(self._gamma)
-        self._parts: list[tuple[StoredFunctions, FloatArray]] = [(Tails(gammas, edges), np.sqrt(walk))]
-        if noise.any():
-            self._parts.append((Densities(gammas, edges), np.sqrt(noise)))
-        # Of a profile as short as one interval; noise at a point would be infinite.
-        self._most_noise = float(noise.max(initial=0.0)) / prior.interval if prior.interval > 0 else np.inf
-        self._rows = np.vstack([  # [rows, n]
-            _scaled(functions.of_powers(self._gamma, self._times), root) for functions, root in self._parts
-        ])  # fmt: skip
+        start = prior.motion.edges[0]
+        edges = np.unique(np.clip(np.concatenate((prior.motion.edges, self._times, [t])), min(start, t), t))
+        cells = prior.cells(edges)
+        self.has_sudden_movement = bool(_sudden(prior.motion, cells)[0])
+        self._parts = _parts(prior, cells, np.unique(self._gamma))
+        self._rows = np.vstack([part.of_powers(self._gamma, self._times) for part in self._parts])  # [rows, n]
 
     def solve(self, target: Profile) -> FloatArray:
         """The coefficients of least expected error: shape [n]; they sum to 1."""
@@ -137,14 +137,116 @@ class MinimumVariance:
 
     def _goal(self, target: Profile) -> tuple[FloatArray, float]:
         """The target in the orthonormal functions, and its squared norm under the motion."""
-        goals, norm2 = [], 0.0
-        for functions, root in self._parts:
-            rows, squares = functions.of_target(target)
-            goals.append(_scaled(rows[:, :, None], root)[:, 0])
-            norm2 += min(float(root**2 @ squares), self._most_noise if isinstance(functions, Densities) else np.inf)
-        return np.concatenate(goals), norm2
+        goals, norms = zip(*(part.of_target(target) for part in self._parts), strict=True)
+        return np.concatenate(goals), float(sum(norms))
 
 
-def _scaled(rows: FloatArray, root: FloatArray) -> FloatArray:
-    """Rows of the intervals, [K, G, n], times the root of their weight, [K]: shape [K * G, n]."""
-    return np.asarray((rows * root[:, None, None]).reshape(-1, rows.shape[2]), dtype=np.float64)
+# --- terms of the expected error -------------------------------------------------------------------
+
+
+class _Part(Protocol):
+    """One term of the expected squared error: a sum of squares over rows."""
+
+    def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        """Columns of power functions: shape [rows, n]."""
+        ...
+
+    def of_target(self, target: Profile) -> tuple[FloatArray, float]:
+        """The column of a target, [rows], and its squared norm, part of which no column may reach."""
+        ...
+
+
+@dataclass(frozen=True)
+class _Integral:
+    """An integral over intervals of many updates. `root`: of the weight in each interval, [K]."""
+
+    functions: StoredFunctions
+    root: FloatArray
+    most: float = np.inf
+    """The largest norm that there is: noise at a point would have an infinite one."""
+
+    def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        return self._scaled(self.functions.of_powers(gamma, t))
+
+    def of_target(self, target: Profile) -> tuple[FloatArray, float]:
+        rows, squares = self.functions.of_target(target)
+        return self._scaled(rows[:, :, None])[:, 0], min(float(self.root**2 @ squares), self.most)
+
+    def _scaled(self, rows: FloatArray) -> FloatArray:
+        """Rows of the intervals, [K, G, n], times the root of their weight: shape [K * G, n]."""
+        return np.asarray((rows * self.root[:, None, None]).reshape(-1, rows.shape[2]), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class _TailSum:
+    """The movement from each update to the next, where they are few. `root`: of its variance, [M]."""
+
+    cells: Cells
+    root: FloatArray
+
+    def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        return np.asarray(self.root[:, None] * self.cells.tails(gamma, t), dtype=np.float64)
+
+    def of_target(self, target: Profile) -> tuple[FloatArray, float]:
+        column = self.root * self.cells.target_tails(target)
+        return column, float(column @ column)
+
+
+@dataclass(frozen=True)
+class _MassSum:
+    """The noise of each update, where they are few. `root`: of its variance, [M]."""
+
+    cells: Cells
+    root: FloatArray
+
+    def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        return np.asarray(self.root[:, None] * self.cells.masses(gamma, t), dtype=np.float64)
+
+    def of_target(self, target: Profile) -> tuple[FloatArray, float]:
+        column = self.root * self.cells.target_masses(target)
+        return column, float(column @ column)
+
+
+def _parts(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Part]:
+    walk, noise = prior.motion.on(cells.edges)
+    sudden, share = _sudden(prior.motion, cells)
+    walk = walk * (1 - share)
+    parts: list[_Part] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
+    if cells.interval.size:
+        parts.append(_TailSum(cells, np.sqrt(walk[cells.interval] * cells.stride)))
+    parts += sudden
+    if noise.any():
+        most = float(noise.max()) / cells.stride if cells.stride else np.inf
+        parts.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
+        if cells.interval.size:
+            parts.append(_MassSum(cells, np.sqrt(noise[cells.interval] / cells.stride)))
+    return parts
+
+
+_STANDS_OUT = 3.0
+"""A piece that moves so many times faster than both neighbours may have moved at one moment: a layer drawn anew."""
+
+_AT_AN_END = 0.25
+"""The share of the movement, at most, that is then taken to happen at either end of the piece."""
+
+
+def _sudden(motion: Motion, cells: Cells) -> tuple[list[_Part], FloatArray]:
+    """Movement at the ends of pieces that stand out, and the share that it has of each interval's walk: shape [K].
+
+    Where in a piece a sudden movement lies is not measured; spread evenly, it would seem harmless to combinations
+    that miss the target right after a snapshot.
+    """
+    edges, rest = motion.edges, np.maximum(np.append(motion.walk[1:], 0.0), np.append(0.0, motion.walk[:-1]))
+    share = 2 * _AT_AN_END * np.clip(1 - _STANDS_OUT * rest / np.maximum(motion.walk, np.finfo(np.float64).tiny), 0, 1)
+    share[[0, -1] if rest.size < 2 else [0]] = 0.0  # with one neighbour or none, nothing stands out
+    found = np.flatnonzero((share > 0) & (edges[1:] <= cells.edges[-1]))
+    share = np.where(np.isin(np.arange(share.size), found), share, 0.0)
+    if not found.size:
+        return [], np.zeros(cells.density.size)
+    piece = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, share.size - 1)
+    steps = cells.density * np.diff(cells.edges) + cells.stride * np.bincount(cells.interval, minlength=piece.size)
+    moved = motion.walk * np.bincount(piece, steps, minlength=share.size)
+    step = 1e-6 * np.diff(edges)[found]
+    begin, end = edges[:-1][found], edges[1:][found]
+    ends = replace(cells, before=np.concatenate((begin, end - step)), after=np.concatenate((begin + step, end)))
+    return [_TailSum(ends, np.sqrt(np.tile(share[found] / 2 * moved[found], 2)))], share[piece]

@@ -11,6 +11,7 @@ import numpy as np
 from posthoc_cli.profiles import FloatArray, PowerFunction, RecordedPowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction.measurements import Measurements
 from posthoc_cli.reconstruction.motion import Motion, PairDistance, fit_motion
+from posthoc_cli.reconstruction.steps import Cells, Steps, unknown_steps
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
@@ -40,6 +41,8 @@ class StoredAverage:
         eps: distance from 1 to the next number of the accumulator's dtype.
         measurements: what it says about itself, if anything.
         step_length: time of a training step then; 0 where it is not known.
+        steps: the run's, up to then; None where they are not known.
+        motion: how the network had moved, as far as was known then.
     """
 
     profile: RecordedPowerFunction
@@ -47,6 +50,8 @@ class StoredAverage:
     eps: float
     measurements: Measurements | None
     step_length: float = 0.0
+    steps: Steps | None = None
+    motion: Motion | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,7 @@ class Prior:
         arithmetic: variance that the arithmetic of the updates left in each average.
         norm: squared norm of each average.
         source: "measured" while training, "sampled" from the files, or "assumed" where there was nothing to measure.
-        interval: time between two updates: no noise is faster than that; 0 where it is not known.
+        steps: when the network moved; None where it is not known.
     """
 
     motion: Motion
@@ -67,7 +72,11 @@ class Prior:
     arithmetic: FloatArray
     norm: FloatArray
     source: str
-    interval: float = 0.0
+    steps: Steps | None = None
+
+    def cells(self, edges: FloatArray) -> Cells:
+        """The intervals between `edges`, and the steps within them."""
+        return unknown_steps(edges) if self.steps is None else self.steps.cells(edges)
 
     def of(self, chosen: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
@@ -106,20 +115,25 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     arithmetic = np.array([_arithmetic(average) for average in averages])
     profiles = [average.profile for average in averages]
     start, last = min(p.t_first for p in profiles), max(p.t for p in profiles)
+    steps = max(averages, key=lambda average: average.profile.t).steps
+    told = [average for average in averages if average.motion is not None]
+    earlier = max(told, key=lambda average: (average.profile.t, average.profile.gamma)).motion if told else None
     distances = [distance for distance in _distances(averages, arithmetic) if not distance.alike]
     if distances:
-        motion = fit_motion(start, [p.t for p in profiles], distances)
+        motion = fit_motion(start, [p.t for p in profiles], distances, steps, earlier)
+    elif earlier is not None:
+        motion = earlier
     else:
-        motion = Motion.even(last, ASSUMED_STRETCH**2 * float(norm.mean()))
+        motion = Motion.even(last, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
     # Weights that are all 0 have no distances above 0, and do not move.
-    told = bool(distances) or (not norm.any() and any(measurements.distances for measurements in known))
+    still = not norm.any() and any(measurements.distances for measurements in known)
     return Prior(
         motion,
         np.array([measurements.rounding for measurements in known]),
         arithmetic,
         norm,
-        MEASURED if told else ASSUMED,
-        min((p.max_interval for p in profiles if p.max_interval > 0), default=0.0),
+        MEASURED if distances or earlier is not None or still else ASSUMED,
+        steps,
     )
 
 

@@ -12,10 +12,12 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import Metadata, is_number
 from posthoc_cli.snapshots.selection import BUFFERS, Selection
@@ -55,7 +57,12 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, sharing: Sharing | None 
         segment=reader.integer("ema.segment") if reader.has("ema.segment") else 0,
     )
     _check_profile(path, info)
-    return replace(info, clock=_decode_clock(reader, info), measurements=_decode_measurements(reader, info))
+    return replace(
+        info,
+        clock=_decode_clock(reader, info),
+        measurements=_decode_measurements(reader, info),
+        motion=_decode_motion(reader, info),
+    )
 
 
 def decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
@@ -194,6 +201,25 @@ def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measuremen
     names = "norm rounding weights" if "weights" in sums else "norm rounding"
     measured = Measurements(**_quantities(reader, key, sums, names), distances=distances)
     return measured if _can_be_used(measured) else None
+
+
+def _decode_motion(reader: Metadata, info: fmt.SnapshotInfo) -> Motion | None:
+    key = "ema.motion"
+    if not reader.has(key):
+        return None
+    raw = reader.json_object(key)
+    if set(raw) != {"edges", "walk", "noise"}:
+        raise reader.bad(key, "must have edges, walk, noise, and nothing else")
+    for name, values in raw.items():
+        if not isinstance(values, list) or not all(is_number(value) and value >= 0 for value in values):
+            raise reader.bad(key, f"{name} must be a list of finite numbers, at least 0")
+    edges, pieces = raw["edges"], len(raw["walk"])
+    if not 1 <= pieces <= fmt.MAX_PIECES or len(raw["noise"]) != pieces or len(edges) != pieces + 1:
+        raise reader.bad(key, f"must have 1 to {fmt.MAX_PIECES:,} pieces, an edge more than walk and noise each")
+    if not (edges[0] > 0 and edges[-1] <= info.t and all(a < b for a, b in pairwise(edges))):
+        raise reader.bad(key, f"edges must grow from above 0 to at most {info.t:g}, the snapshot's own time")
+    usable = all(not value or _LEAST_SQUARE < value < 1 / _LEAST_SQUARE for value in (*raw["walk"], *raw["noise"]))
+    return Motion(*(np.array(raw[name], dtype=np.float64) for name in ("edges", "walk", "noise"))) if usable else None
 
 
 def _can_be_used(measured: Measurements) -> bool:

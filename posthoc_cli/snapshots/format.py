@@ -37,6 +37,8 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.segment       how often the tracked tensors had changed before; missing for 0. Averages of different segments
                       are never combined: a tensor that is new in one began with its value at the segment's start
     ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
+    ema.motion        JSON object: edges, walk, noise: how the network had moved up to then, from the measurements of
+                      all snapshots so far, also of those deleted since; see below. May be missing
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
@@ -56,6 +58,10 @@ one): those of the run's other profiles at the same time, exact (rounding 0), an
 each profile as they were stored (rounding: their own). So it has at most 3 P - 1 entries in a run of P profiles. Each
 names its partner's t, in [ema.t_first, ema.t], and sigma_rel, one of ema.sigma_rels; none is named twice, nor is the
 snapshot itself. A partner may have been deleted since. No number is negative.
+
+The motion is constant on pieces of training: `edges` are their ends, growing, from above 0 to at most ema.t, at most
+MAX_PIECES of them; `walk` is the variance of the increments per step, `noise` the variance of the noise times a step,
+summed over all elements, one number a piece each, none negative.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -104,13 +110,14 @@ import xxhash
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import RecordedPowerFunction
-from posthoc_cli.reconstruction.measurements import Measurements
+from posthoc_cli.reconstruction import Measurements, Motion
 from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
 MAX_KNOTS = 1_000
+MAX_PIECES = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
 """Training times lie between these: products of those beyond leave what a float holds."""
 SUFFIX = ".safetensors"
@@ -197,8 +204,8 @@ class TrackingSchedule:
 class SnapshotInfo:
     """Everything that a snapshot says about itself, apart from where its bytes are.
 
-    `sigma_rels` are all profiles that the run tracks; `measurements` and `selection` are None and `clock` is empty
-    where the file has none.
+    `sigma_rels` are all profiles that the run tracks; `measurements`, `motion` and `selection` are None and `clock` is
+    empty where the file has none.
     """
 
     run_id: str
@@ -218,6 +225,7 @@ class SnapshotInfo:
     segment: int = 0
     clock: tuple[tuple[int, float], ...] = ()
     measurements: Measurements | None = None
+    motion: Motion | None = None
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -316,6 +324,8 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         metadata["ema.clock"] = compact(info.clock)
     if info.measurements is not None:
         metadata["ema.measurements"] = compact(asdict(info.measurements))
+    if info.motion is not None:
+        metadata["ema.motion"] = compact({name: values.tolist() for name, values in vars(info.motion).items()})
     return metadata
 
 

@@ -9,7 +9,7 @@ from math import sqrt
 
 import numpy as np
 
-from posthoc_cli.reconstruction import Motion
+from posthoc_cli.reconstruction import Motion, Prior
 from posthoc_cli.reconstruction.prior import ASSUMED
 from posthoc_cli.snapshots.chosen import chosen_up_to
 from posthoc_cli.snapshots.priors import snapshot_prior
@@ -45,7 +45,7 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
     times = np.array([snapshot.info.t for snapshot in snapshots])
     norm = float(prior.norm[times == times.max()].mean())
     known = prior.source != ASSUMED and norm > 0
-    motion = stretched(prior.motion, steps / float(times.max()), norm) if known else None
+    motion = stretched(prior, steps, float(times.max()), norm) if known else None
     found = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
         stored = {
@@ -59,12 +59,15 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
     return Likeness(motion, {name: sqrt(float(np.mean(values))) for name, values in found.items()})
 
 
-def stretched(motion: Motion, factor: float, norm: float) -> Motion:
-    """The same path in `factor` times the time, relative to a squared norm.
+def stretched(prior: Prior, steps: float, t: float, norm: float) -> Motion:
+    """How a run moved up to `t`, as one of `steps` steps would on the same path, relative to a squared norm.
 
-    A piece's increments have the variance v ds, so that v shrinks by the factor; densities shrink by it, too, and
-    with them integral w p^2 ds, so that w grows.
+    A piece's increments have the variance v dn over dn steps, so that v shrinks as steps grow in number; densities
+    shrink, too, and with them integral w p^2 dn, so that w grows.
     """
+    motion = prior.motion
+    edges = motion.edges if prior.steps is None else prior.steps.clock.step_at(motion.edges)
+    factor = steps / (t if prior.steps is None else float(prior.steps.clock.step_at(t)))
     # The new run moves from its start, whenever the earlier one's averages began.
-    edges = np.concatenate(([0.0], motion.edges[1:] * factor))
+    edges = np.concatenate(([0.0], edges[1:] * factor))
     return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)

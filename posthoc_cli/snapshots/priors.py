@@ -8,7 +8,8 @@ from itertools import pairwise
 
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.profiles import Clock
-from posthoc_cli.reconstruction import Prior, StoredAverage, measured_prior
+from posthoc_cli.reconstruction import Motion, Prior, Steps, StoredAverage, measured_prior
+from posthoc_cli.reconstruction.prior import MEASURED
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sampling import sample_measurements
@@ -24,7 +25,22 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
     own = {tensor.dtype for tensor in info.tensors.values() if tensor.role == "average"}
     # Averages accumulate in float64 for float64 parameters, else in float32.
     eps = _EPS["F64" if own == {"F64"} else "F32"]
-    return StoredAverage(info.profile, updates, eps, info.measurements, _step_length(info))
+    steps, times = zip(*info.clock_pairs, strict=True)
+    return StoredAverage(
+        info.profile,
+        updates,
+        eps,
+        info.measurements,
+        _step_length(info),
+        Steps(Clock(steps, times), schedule.update_every),
+        info.motion,
+    )
+
+
+def motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
+    """How the network has moved as far as snapshots tell, for the headers of the newest; None where they do not."""
+    prior = measured_prior([stored_average(info) for info in infos])
+    return prior.motion.handed_on() if prior.source == MEASURED else None
 
 
 def _step_length(info: SnapshotInfo) -> float:
@@ -57,9 +73,9 @@ def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     try:
         sampled = sample_measurements(snapshots)
     except OverflowError:
-        return [replace(s, info=replace(s.info, measurements=None)) for s in snapshots]
+        return [replace(s, info=replace(s.info, measurements=None, motion=None)) for s in snapshots]
     return [
-        replace(snapshot, info=replace(snapshot.info, measurements=measurements))
+        replace(snapshot, info=replace(snapshot.info, measurements=measurements, motion=None))
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 

@@ -10,12 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.errors import InexactError, InvalidValueError
-from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_loss, forecast
+from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_loss, exchanged, forecast
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -36,8 +38,8 @@ class Pruning:
     Attributes:
         kept: survivors, by time, then sigma_rel.
         gone: in the order to delete.
-        before, after: expected errors from everything, and from the survivors alone: from what their headers say. Of
-            very many snapshots some are worked with, see `planning.choose`.
+        before, after: expected errors from everything, and from the survivors alone, both judged by what all headers
+            tell of the run. Of very many snapshots some are worked with, see `planning.choose`.
         source: what the errors rest on, see `reconstruction.Prior`.
     """
 
@@ -106,6 +108,13 @@ def plan_pruning(
     solved = sorted({*choose(profiles), *needed})
     prior = snapshot_prior([snapshots[index] for index in solved])
     before = forecast([profiles[index] for index in solved], prior, sigma_range)
+
+    def errors_without(gone: Sequence[int]) -> Forecast:
+        left = [place for place, index in enumerate(solved) if index not in set(gone)]
+        after = forecast([profiles[solved[place]] for place in left], prior.of(left), sigma_range)
+        # The expected distance cannot fall; the norm that it is relative to is estimated from fewer averages.
+        return replace(after, predicted_error=np.maximum(after.predicted_error, before.predicted_error))
+
     if max_error is not None and before.worst > max_error:
         raise InexactError(
             f"max_error {max_error:g}: all {len(snapshots)} snapshots together have a predicted error of up to "
@@ -120,11 +129,13 @@ def plan_pruning(
     if max_bytes is not None:
         count = _enough_bytes(snapshots, order, max_bytes)
     if max_error is not None:
-        count = _most(count, lambda n: _errors(_without(snapshots, order[:n]), sigma_range).worst <= max_error)
-    kept = _without(snapshots, order[:count])
-    gone = [snapshots[index] for index in order[:count]]
-    after = _errors(kept, sigma_range) if gone else before
-    return Pruning((*older, *kept), tuple(gone), before, after, prior.source)
+        count = _most(count, lambda n: errors_without(order[:n]).worst <= max_error)
+    gone = order[:count]
+    if len(solved) == len(profiles):
+        gone = exchanged(profiles, prior, gone, needed, sigma_range)
+    kept = _without(snapshots, gone)
+    after = errors_without(gone) if gone else before
+    return Pruning((*older, *kept), tuple(snapshots[index] for index in gone), before, after, prior.source)
 
 
 def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> None:
@@ -235,7 +246,7 @@ def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes
 
 
 def _most(limit: int, holds: Callable[[int], bool]) -> int:
-    """A number up to `limit` for which something holds that holds for 0, the largest if it ends somewhere."""
+    """The largest number up to `limit` for which something holds that holds for 0 and up to some number."""
     low = 0
     while low < limit:
         middle = (low + limit + 1) // 2
@@ -246,11 +257,3 @@ def _most(limit: int, holds: Callable[[int], bool]) -> int:
 def _without(snapshots: Sequence[Snapshot], gone: Sequence[int]) -> list[Snapshot]:
     leaving = set(gone)
     return [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]
-
-
-def _errors(snapshots: Sequence[Snapshot], sigma_range: tuple[float, float]) -> Forecast:
-    """Expected errors from these alone."""
-    profiles = [snapshot.info.profile.pure for snapshot in snapshots]
-    solved = choose(profiles)
-    prior = snapshot_prior([snapshots[index] for index in solved])
-    return forecast([profiles[index] for index in solved], prior, sigma_range)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import MismatchError, NonFiniteError
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.priors import motion_so_far
 from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, set_aside, snapshot_path, thin
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -22,6 +23,9 @@ from posthoc_cli.tracker.measuring import measure_stored
 from posthoc_cli.tracker.model_tensors import nonfinite_name
 
 log = logging.getLogger(__name__)
+
+_FITTED = 128
+"""Snapshots that a motion is fitted to when another one is written; what those before told is in their headers."""
 
 
 class Recorder:
@@ -100,9 +104,11 @@ class Recorder:
             if measurements is None:
                 _check_finite(average)
         _warn_of_nan(sources[0].copies)
-        for source, measurements, dtypes, is_due in zip(sources, measured, storage, due, strict=True):
+        infos = [replace(info, measurements=found) for info, found in zip(infos, measured, strict=True)]
+        motion = motion_so_far([*(snapshot.info for snapshot in self._newest(infos[0])), *infos])
+        for source, info, dtypes, is_due in zip(sources, infos, storage, due, strict=True):
             if is_due:
-                self._write(replace(source.info, measurements=measurements), source, dtypes)
+                self._write(replace(info, motion=motion), source, dtypes)
 
     def _write(self, info: SnapshotInfo, source: LiveSource, dtypes: Mapping[str, torch.dtype]) -> None:
         tensors = {**source.averages, **source.copies}
@@ -140,6 +146,11 @@ class Recorder:
             if all(len(found) == 2 for found in newest.values()):
                 break
         return [snapshot for found in newest.values() for snapshot in found]
+
+    def _newest(self, info: SnapshotInfo) -> list[StoredSnapshot]:
+        """The newest snapshots of this segment, as many as are worth fitting a motion to."""
+        own = (s for s in reversed(self._stored) if s.info.segment == info.segment and s.info.measurements)
+        return [snapshot for snapshot in islice(own, _FITTED) if snapshot.t < info.t][::-1]
 
     def thin(self, max_checkpoints: int | None, sigma_range: tuple[float, float]) -> None:
         """Leave `max_checkpoints` snapshots a profile, those that are missed most over `sigma_range`."""

@@ -14,7 +14,15 @@ from scipy import integrate
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform
-from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior, reconstruct, relative_width
+from posthoc_cli.reconstruction import (
+    MinimumVariance,
+    Motion,
+    Prior,
+    Steps,
+    assumed_prior,
+    reconstruct,
+    relative_width,
+)
 from posthoc_cli.reconstruction.intervals import Densities, Tails
 
 T = 1000.0
@@ -240,7 +248,7 @@ def test_copies_between_which_nothing_moved_do_not_cancel() -> None:
     """Snapshots at the first update: no movement tells them apart, and their roundings differ a little."""
     snapshots = snapshots_at((START, 10.0))
     rounding = np.array([1.0, 1.1, 1.0, 1.2]) * 1e-6
-    prior = Prior(uneven_motion(5.0), rounding, 1e-9 * rounding, np.full(4, 4.0), "measured", interval=1.0)
+    prior = Prior(uneven_motion(5.0), rounding, 1e-9 * rounding, np.full(4, 4.0), "measured", Steps(Clock.of_steps()))
     for t in (START, 10.0):
         usable = [i for i, p in enumerate(snapshots) if p.t <= t]
         chosen = [snapshots[i] for i in usable]
@@ -252,8 +260,8 @@ def test_copies_between_which_nothing_moved_do_not_cancel() -> None:
 def test_noise_at_a_point_is_that_of_one_interval() -> None:
     """A target far shorter than the time between updates is the last weights, not something infinitely noisy."""
     snapshots = snapshots_at((500, 1000))
-    motion = Motion(np.array([1.0, T]), np.array([1e-9]), np.array([2.0]))
-    prior = Prior(motion, np.zeros(4), np.zeros(4), np.full(4, 4.0), "measured", interval=10.0)
+    motion = Motion(np.array([1.0, T]), np.array([1e-9]), np.array([2.0]))  # noise of a step; of an update 2 / 10
+    prior = Prior(motion, np.zeros(4), np.zeros(4), np.full(4, 4.0), "measured", Steps(Clock.of_steps(), 10))
     for sigma_rel in (1e-9, 1e-5):
         result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(sigma_rel, T)], prior=prior)
         assert (2 * result.predicted_error[0]) ** 2 <= 2.0 / 10 + 0.1
@@ -398,7 +406,7 @@ def test_what_is_assumed_is_an_even_walk_of_a_quarter_of_the_weights_norm() -> N
     np.testing.assert_array_equal(prior.rounding, np.full(4, 3e-3**2))
     np.testing.assert_array_equal(prior.arithmetic, np.zeros(4))
     np.testing.assert_array_equal(prior.norm, np.ones(4))
-    assert (prior.source, prior.interval) == ("assumed", 0.0)
+    assert (prior.source, prior.steps) == ("assumed", None)
     np.testing.assert_array_equal(prior.motion.edges, [0, 400])
     np.testing.assert_allclose(prior.motion.walk * 400, [0.25**2], rtol=1e-15)
     np.testing.assert_array_equal(prior.motion.noise, [0])
