@@ -155,9 +155,7 @@ def _solved(
     t = max(p.t for p in snapshots)
     solver = MinimumVariance(snapshots, prior, t)
     targets = [PowerFunction.from_sigma_rel(float(s), t) for s in np.geomspace(*sigma_range, _TARGETS)]
-    columns = [solver.solve(target) for target in targets]
-    squares = [solver.expected_square(c, target) for c, target in zip(columns, targets, strict=True)]
-    return solver, np.array(columns), np.array(squares)
+    return solver, *solver.solve_all(targets)
 
 
 def _together(squares: FloatArray) -> FloatArray:

@@ -96,13 +96,15 @@ class StoredFunctions(ABC):
         """
         if isinstance(target, PowerFunction):
             gamma, t = np.array([target.gamma]), np.array([target.t])
-            return self.of_powers(gamma, t)[:, :, 0], self._squares(self.terms(gamma, t))
+            return self.of_powers(gamma, t)[:, :, 0], self.squares(gamma, t)[:, 0]
         nodes = resolving_nodes(target, self._basis.edges)
         values = self.values(target, nodes.points)
         return self._basis.project(values, nodes), nodes.integrate(values**2, self._basis.ends.size)
 
-    def _squares(self, terms: list[tuple[FloatArray, FloatArray]]) -> FloatArray:
-        products = [a[:, 0] * b[:, 0] * self._basis.moment(float(p[0] + q[0])) for p, a in terms for q, b in terms]
+    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        """Integrals of the squares of power functions over each interval: shape [K, n]."""
+        terms = self.terms(gamma, t)
+        products = [a * b * self._basis.moment(p + q) for p, a in terms for q, b in terms]
         return np.asarray(sum(products), dtype=np.float64)
 
     def _ratio(self, t: FloatArray) -> tuple[FloatArray, FloatArray]:

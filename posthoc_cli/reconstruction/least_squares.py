@@ -31,8 +31,8 @@ class LeastSquares:
         self._r = np.asfortranarray(r[:rank, :rank])
 
     def solve(self, goal: FloatArray) -> FloatArray:
-        """Shape [rows] to shape [columns]."""
-        solution = np.zeros(self.factor.shape[1])
+        """Shape [rows] or [rows, goals] to shape [columns] or [columns, goals]."""
+        solution = np.zeros((self.factor.shape[1], *goal.shape[1:]))
         if self._order.size:
             solution[self._order] = linalg.solve_triangular(self._r, self._q_transposed @ goal, check_finite=False)
         return solution

@@ -54,6 +54,7 @@ class MinimumVariance:
         cells = prior.cells(edges)
         self.has_sudden_movement = bool(_sudden(prior.motion, cells)[0])
         self._parts = _parts(prior, cells, np.unique(self._gamma))
+        self._last: tuple[Profile, FloatArray, float] | None = None
         self._rows = np.vstack([part.of_powers(self._gamma, self._times) for part in self._parts])  # [rows, n]
 
     def solve(self, target: Profile) -> FloatArray:
@@ -76,6 +77,23 @@ class MinimumVariance:
         ordered = coefficients[self._order]
         moved = float(np.sum((self._rows @ ordered - goal) ** 2))
         return unreachable + moved + float(np.sum((self._rounding @ ordered) ** 2))
+
+    def solve_all(self, targets: Sequence[PowerFunction]) -> tuple[FloatArray, FloatArray]:
+        """Coefficients and expected squared errors of many targets at once: shapes [targets, n] and [targets].
+
+        As `solve`, but for what depends on the company: last bits, and coefficients too small to count.
+        """
+        gamma, t = np.array([p.gamma for p in targets]), np.array([p.t for p in targets])
+        goals = np.vstack([part.of_powers(gamma, t) for part in self._parts])  # [rows, targets]
+        norms = np.sum([part.squares(gamma, t) for part in self._parts], axis=0)
+        problem, last = self._problem
+        wanted = np.vstack((goals, np.zeros((self._gamma.size, gamma.size)))) - last[:, None]
+        others = problem.solve(wanted)
+        ordered = np.vstack((others, 1 - others.sum(axis=0)))
+        missed = np.sum((self._rows @ ordered - goals) ** 2, axis=0) + np.sum((self._rounding @ ordered) ** 2, axis=0)
+        columns = np.empty_like(ordered)
+        columns[self._order] = ordered
+        return columns.T, np.maximum(norms - np.sum(goals**2, axis=0), 0.0) + missed
 
     def expected_error(self, coefficients: FloatArray, target: Profile) -> float:
         """The root of `expected_square`, relative to the norm that the target probably has.
@@ -136,9 +154,11 @@ class MinimumVariance:
         return int(np.flatnonzero(same)[0]) if same.any() else None
 
     def _goal(self, target: Profile) -> tuple[FloatArray, float]:
-        """The target in the orthonormal functions, and its squared norm under the motion."""
-        goals, norms = zip(*(part.of_target(target) for part in self._parts), strict=True)
-        return np.concatenate(goals), float(sum(norms))
+        """The target in the orthonormal functions, and its squared norm under the motion. The last one is kept."""
+        if self._last is None or self._last[0] is not target:
+            goals, norms = zip(*(part.of_target(target) for part in self._parts), strict=True)
+            self._last = target, np.concatenate(goals), float(sum(norms))
+        return self._last[1:]
 
 
 # --- terms of the expected error -------------------------------------------------------------------
@@ -151,8 +171,12 @@ class _Part(Protocol):
         """Columns of power functions: shape [rows, n]."""
         ...
 
+    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        """Their squared norms, part of which no column may reach: shape [n]."""
+        ...
+
     def of_target(self, target: Profile) -> tuple[FloatArray, float]:
-        """The column of a target, [rows], and its squared norm, part of which no column may reach."""
+        """Column and squared norm of any profile: shape [rows], and a number."""
         ...
 
 
@@ -167,6 +191,9 @@ class _Integral:
 
     def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
         return self._scaled(self.functions.of_powers(gamma, t))
+
+    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        return np.minimum(self.root**2 @ self.functions.squares(gamma, t), self.most)
 
     def of_target(self, target: Profile) -> tuple[FloatArray, float]:
         rows, squares = self.functions.of_target(target)
@@ -187,6 +214,9 @@ class _TailSum:
     def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
         return np.asarray(self.root[:, None] * self.cells.tails(gamma, t), dtype=np.float64)
 
+    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        return np.asarray(np.sum(self.of_powers(gamma, t) ** 2, axis=0))
+
     def of_target(self, target: Profile) -> tuple[FloatArray, float]:
         column = self.root * self.cells.target_tails(target)
         return column, float(column @ column)
@@ -201,6 +231,9 @@ class _MassSum:
 
     def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
         return np.asarray(self.root[:, None] * self.cells.masses(gamma, t), dtype=np.float64)
+
+    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
+        return np.asarray(np.sum(self.of_powers(gamma, t) ** 2, axis=0))
 
     def of_target(self, target: Profile) -> tuple[FloatArray, float]:
         column = self.root * self.cells.target_masses(target)
@@ -223,7 +256,7 @@ def _parts(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Part]:
     return parts
 
 
-_STANDS_OUT = 3.0
+_STANDS_OUT = 8.0
 """A piece that moves so many times faster than both neighbours may have moved at one moment: a layer drawn anew."""
 
 _AT_AN_END = 0.25

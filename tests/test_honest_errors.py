@@ -1,0 +1,167 @@
+"""Predicted errors hold, and are not worse than the published method's, where little is left or much has happened.
+
+Walks of known rates go through the hook; every average that is made from the directory is held against the float64 sum
+over all updates.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from factories import exact_weights
+
+from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
+from posthoc_cli.profiles import Profile
+from posthoc_cli.snapshots.pruning import execute, plan_pruning
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.targets import Target
+
+Floats = npt.NDArray[np.float64]
+
+SIZE = 400
+STEPS = 4000
+STRIDE = 10
+WIDTHS = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.28)
+
+RATES: dict[str, Callable[[Floats], Floats]] = {
+    "constant": np.ones_like,
+    "cosine": lambda x: np.cos(np.pi * x / 2) ** 2,
+    "frozen": lambda x: np.where(x < 0.5, 1.0, 0.0),
+    "restarts": lambda x: 1.0 - 0.97 * (4 * x % 1),
+}
+
+
+def walk(rate: str, steps: int = STEPS, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Weights of norm about 1 that go a quarter of that by a random walk: shape [steps, SIZE]."""
+    generator = np.random.default_rng(seed)
+    speed = RATES[rate](np.arange(steps) / steps)
+    moves = generator.normal(size=(steps, SIZE)) * speed[:, None]
+    moves *= 0.25 / np.sqrt(SIZE * np.sum(speed**2))
+    return (generator.normal(size=SIZE) / SIZE**0.5 + np.cumsum(moves, axis=0)).astype(np.float32)
+
+
+def track(
+    folder: Path, path: npt.NDArray[np.float32], stride: int = STRIDE, times: Floats | None = None, **options: object
+) -> None:
+    """The hook over a path of weights."""
+    model = torch.nn.Linear(SIZE, 1, bias=False)
+    settings = {"update_every": stride, "checkpoint_every": 200, "max_checkpoints": None} | options
+    if times is not None:
+        settings["t_unit"] = "seconds"
+    with PostHocEMA.from_model(model, folder, **settings) as tracker:  # type: ignore[arg-type]
+        for index, row in enumerate(torch.from_numpy(path)):
+            with torch.no_grad():
+                model.weight[0].copy_(row)
+            tracker.update_(model, None if times is None else float(times[index]))
+
+
+def made(folder: Path, wanted: list[float | Target | Profile], method: str) -> tuple[Floats, Floats]:
+    """Averages from a directory, [targets, SIZE], and their predicted errors."""
+    plan = plan_synthesis(disk_sources(folder), wanted, method=method)
+    ((_, tensors),) = synthesize(plan)
+    return np.array([value[0].double().numpy() for value in tensors]), plan.reconstruction.predicted_error
+
+
+def true(path: npt.NDArray[np.float32], stride: int = STRIDE, times: Floats | None = None) -> Floats:
+    """The averages of WIDTHS over every update: shape [targets, SIZE]."""
+    seen = slice(stride - 1, None, stride)
+    clock = np.arange(1.0, len(path) + 1) if times is None else times
+    return np.array([exact_weights(s, clock[seen]) for s in WIDTHS]) @ path[seen].astype(np.float64)
+
+
+def errors(found: Floats, truth: Floats) -> Floats:
+    return np.linalg.norm(found - truth, axis=1) / np.linalg.norm(truth, axis=1)
+
+
+@pytest.mark.parametrize(("tracked", "keep"), [((0.05, 0.28), 1), ((0.05, 0.10), 2), ((0.10,), 3)])
+@pytest.mark.parametrize("rate", ["cosine", "frozen", "restarts"])
+def test_with_few_snapshots_left_the_predicted_error_holds(
+    tmp_path: Path, rate: str, tracked: tuple[float, ...], keep: int
+) -> None:
+    """Where the survivors alone told how the network moved, it was up to 200 times too small."""
+    path = walk(rate)
+    track(tmp_path, path, sigma_rels=tracked, max_checkpoints=keep)
+    assert len(read_directory(tmp_path)) == keep * len(tracked)
+    found, predicted = made(tmp_path, [*WIDTHS], "minvar")
+    published, _ = made(tmp_path, [*WIDTHS], "paper")
+    actual, theirs = errors(found, true(path)), errors(published, true(path))
+    # A walk of 400 elements: an error of one realisation is within a tenth of its expectation; the rest is the motion.
+    assert np.all(actual < 4 * predicted)
+    assert np.median(actual / predicted) == pytest.approx(1, abs=0.6)
+    assert np.all(actual <= 1.05 * theirs)
+
+
+@pytest.mark.parametrize(("tracked", "bound"), [((0.05, 0.28), 0.01), ((0.05, 0.10), 0.003)])
+@pytest.mark.parametrize("rate", ["cosine", "frozen", "restarts"])
+def test_pruning_to_an_error_leaves_that_error(
+    tmp_path: Path, rate: str, tracked: tuple[float, ...], bound: float
+) -> None:
+    """Judged by the survivors alone, a bound of 1 % left 5 to 15 %."""
+    path = walk(rate, seed=1)
+    track(tmp_path, path, sigma_rels=tracked, checkpoint_every=100)
+    snapshots = read_directory(tmp_path)
+    widest = max(tracked) if max(tracked) > 0.2 else 0.15  # nothing longer can be made well of short ones
+    pruning = plan_pruning(snapshots, max_error=bound, sigma_range=(0.05, widest))
+    assert pruning.gone
+    assert pruning.before.worst <= pruning.after.worst <= bound
+    assert np.all(pruning.after.predicted_error >= pruning.before.predicted_error)
+    execute(pruning)
+    wanted = [index for index, width in enumerate(WIDTHS) if width <= widest]
+    found, predicted = made(tmp_path, [WIDTHS[index] for index in wanted], "minvar")
+    actual = errors(found, true(path)[wanted])
+    assert actual.max() < 1.5 * bound
+    assert np.all(actual < 3 * predicted)
+
+
+@pytest.mark.parametrize("every", [10, 20])
+def test_a_snapshot_at_every_update_or_second_one_is_used(tmp_path: Path, every: int) -> None:
+    """The movement between two updates has no part in any average: minimum variance once spent its freedom on it."""
+    path = walk("cosine", 600)
+    track(tmp_path, path, checkpoint_every=every, checkpoint_dtype="float32")
+    (found, predicted), (published, _) = (made(tmp_path, [*WIDTHS], method) for method in ("minvar", "paper"))
+    actual, theirs = errors(found, true(path)), errors(published, true(path))
+    assert np.all(actual <= 1.05 * theirs + 3e-8)  # the last digit of float32 aside
+    assert np.all(predicted < 4 * actual + 1e-7)
+    assert actual.max() < (1e-5 if every == 20 else 2e-6)
+
+
+def test_a_pause_of_the_clock_costs_nothing(tmp_path: Path) -> None:
+    """A clock in seconds, on which nothing happens for as long as half of the training takes."""
+    path = walk("cosine")
+    times = np.arange(1.0, STEPS + 1) + np.where(np.arange(STEPS) < STEPS // 2, 0.0, 4000.0)
+    track(tmp_path, path, times=times, checkpoint_dtype="float32")
+    (found, predicted), (published, _) = (made(tmp_path, [*WIDTHS], method) for method in ("minvar", "paper"))
+    truth = true(path, times=times)
+    actual, theirs = errors(found, truth), errors(published, truth)
+    assert np.all(actual <= 1.05 * theirs + 3e-8)
+    assert np.all(actual < 3 * predicted + 3e-8)
+
+
+@pytest.mark.parametrize("tracked", [(0.10,), (0.05, 0.28)])
+def test_weights_drawn_anew_right_after_a_snapshot_are_expected(tmp_path: Path, tracked: tuple[float, ...]) -> None:
+    """Where within an interval a sudden movement lies is not known: a wide bar, and the published answer."""
+    path = walk("cosine")
+    path[2000:, :40] += np.float32(0.15) * np.random.default_rng(2).normal(size=40).astype(np.float32)
+    track(tmp_path, path, sigma_rels=tracked, checkpoint_dtype="float32")
+    (found, predicted), (published, _) = (made(tmp_path, [*WIDTHS], method) for method in ("minvar", "paper"))
+    actual, theirs = errors(found, true(path)), errors(published, true(path))
+    assert np.all(actual <= 1.05 * theirs + 3e-8)
+    assert np.all(actual < 3 * predicted + 3e-8)
+
+
+@pytest.mark.parametrize("updates", [2, 3, 5])
+def test_five_snapshots_of_a_few_updates_are_no_worse_than_the_published_answer(tmp_path: Path, updates: int) -> None:
+    for seed, rate in enumerate(("constant", "cosine")):
+        path = walk(rate, 5 * updates, seed)
+        for tracked in ((0.10,), (0.05, 0.28)):
+            folder = tmp_path / f"{rate}-{len(tracked)}"
+            track(folder, path, 1, sigma_rels=tracked, checkpoint_every=updates, checkpoint_dtype="float32")
+            (found, predicted), (published, _) = (made(folder, [*WIDTHS], method) for method in ("minvar", "paper"))
+            actual, theirs = errors(found, true(path, 1)), errors(published, true(path, 1))
+            assert np.all(actual <= 1.05 * theirs + 3e-8)
+            assert np.all(actual < 3 * predicted + 3e-8)
