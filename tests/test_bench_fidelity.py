@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Sequence
@@ -18,8 +17,8 @@ import pytest
 from fidelity_runs import Cell, Job
 from trajectories import HELD_OUT, Trajectory
 
-from posthoc_cli.profiles import gamma_from_sigma_rel
-from posthoc_cli.targets import Beta, Between, Target, Window, as_target
+from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.targets import Beta, Between, GivenProfile, Target, Window, as_target
 
 # --- the truth -------------------------------------------------------------------------------------
 
@@ -68,9 +67,18 @@ def test_the_true_window_is_the_mean_of_the_last_steps() -> None:
     np.testing.assert_allclose(_truth(run, Window(25), 10), np.array([0.2, 0.4, 0.4]) @ weights[39::10], rtol=1e-12)
 
 
+def test_the_true_stretch_is_the_mean_over_its_time() -> None:
+    """The clock runs in 16ths for 20 steps, then in 64ths: 320 to 480 is two and a half of the later steps."""
+    run = _walk()
+    weights = run.weights.astype(np.float64)
+    np.testing.assert_allclose(_truth(run, Between(320, 480), 1), np.array([2, 2, 1]) @ weights[20:23] / 5, rtol=1e-12)
+    # Of the update at step 30, which has the time from step 20 on, the whole of it.
+    np.testing.assert_allclose(_truth(run, Between(320, 480), 10), weights[29], rtol=1e-12)
+
+
 def test_another_profile_has_no_truth_here() -> None:
-    with pytest.raises(ValueError, match="between 1:2"):
-        _truth(_walk(), Between(1, 2), 1)
+    with pytest.raises(ValueError, match="profile given"):
+        _truth(_walk(), GivenProfile(PowerFunction(1.0, 60.0)), 1)
 
 
 def test_the_targets_stretch_with_the_run() -> None:
@@ -221,27 +229,25 @@ def test_the_benchmark_prints_its_tables(
 
 
 def test_the_benchmark_prints_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(runs, "measure", lambda *_: [GOOD])
+    monkeypatch.setattr(runs, "measure", lambda *_, **__: [GOOD])
     bench_fidelity.main(["--processes", "1", "--markdown"])
     table, goals = capsys.readouterr().out.split("\n\n")
     assert table.startswith("|  | cells | error/paper |")
     assert goals.startswith("| goal | all runs |")
 
 
-def test_results_come_in_the_order_of_the_runs(
+def test_each_run_has_a_process_with_one_blas_thread(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whichever is done first; and each process that starts has one BLAS thread."""
     monkeypatch.setattr(bench_fidelity, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
 
-    def work(job: Job, steps: int, cache: Path | None) -> tuple[str, int, Path | None, str]:
-        return job.label, steps, cache, os.environ["OMP_NUM_THREADS"] + os.environ["OPENBLAS_NUM_THREADS"]
+    def work(job: Job) -> tuple[str, str]:
+        return job.label, os.environ["OMP_NUM_THREADS"] + os.environ["OPENBLAS_NUM_THREADS"]
 
-    options = argparse.Namespace(processes=2, steps=7, cache=None)
-    found = bench_fidelity._in_processes(runs.JOBS, work, options)
-    assert found == [(job.label, 7, None, "11") for job in runs.JOBS]
+    found = bench_fidelity._in_processes(runs.JOBS, work, 2)
+    assert found == {job: (job.label, "11") for job in runs.JOBS}
     assert os.environ["OMP_NUM_THREADS"] == "5"
     assert "OPENBLAS_NUM_THREADS" not in os.environ
     assert "12 of 12" in capsys.readouterr().err
