@@ -49,6 +49,7 @@ from typing import TypeVar
 
 import corner_cases
 import corner_report
+import corner_runs
 import fidelity_report as report
 import fidelity_runs as runs
 import numpy as np
@@ -110,7 +111,7 @@ def _corners(options: argparse.Namespace) -> None:
         print(f"\n{corner_report.worst_cells(cells)}")
 
 
-def _write_json(file: Path | None, cells: Sequence[runs.Cell] | Sequence[corner_cases.Cell]) -> None:
+def _write_json(file: Path | None, cells: Sequence[runs.Cell] | Sequence[corner_runs.Cell]) -> None:
     if file is not None:
         file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
 
@@ -122,7 +123,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
     parser.add_argument("--corners", action="store_true", help="the corner cases instead of the recorded runs")
     parser.add_argument("--case", type=_cases, default=corner_cases.CASES, help="some of them, separated by commas")
-    parser.add_argument("--long", action="store_true", help="the corner cases' runs of a million updates, too")
+    parser.add_argument("--long", action="store_true", help="the corner cases' run of a million updates, too")
     parser.add_argument("--processes", type=int, default=2, help="runs, or cases, at a time (2)")
     parser.add_argument("--markdown", action="store_true", help="the compact table and the goals in Markdown")
     parser.add_argument("--worst", action="store_true", help="also the worst cells of each kind")

@@ -1,91 +1,44 @@
 """Corner cases of the fidelity benchmark: runs, schedules and questions that are unusual, and all of them allowed.
 
-Each case makes small synthetic runs (`corner_walks`), feeds them through the hook, makes averages from the directory as
-after training, and compares them with the truth of `fidelity_runs`: every update summed in float64 from the
-definition, by no code of the package.
+Each case makes small synthetic runs (`corner_walks`), or takes recorded ones, feeds them through the hook and compares
+what comes with the truth (`corner_runs`).
 """
 
 from __future__ import annotations
 
-import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import corner_walks as walks
 import fidelity_runs as runs
 import numpy as np
 import torch
-from compare_peers import distances
-from corner_walks import FloatArray
-from trajectories import Replay, Trajectory
+from compare_peers import distances, gamma_of
+from corner_runs import Cell, Options, Tracking, cells_of, compare, feed, flat, live_average, nearest_of, predicted_by
+from fidelity_runs import FloatArray
+from trajectories import Replay, Trajectory, record
 
-from posthoc_cli import Between, PostHocEMA
+from posthoc_cli import Between, PostHocEMA, Schedule
+from posthoc_cli.errors import InexactError
+from posthoc_cli.planning import USEFUL_RANGE, forecast, judge, snapshots_to_drop
+from posthoc_cli.planning.task import Task, relative_rounding
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import Prior
+from posthoc_cli.snapshots.priors import snapshot_prior
+from posthoc_cli.snapshots.pruning import plan_pruning
+from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.targets import Target, as_target
 
 USEFUL = (0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)
 """sigma_rel of most cases' targets."""
 
-TWO, CLOSE, ONE = (0.05, 0.28), (0.05, 0.10), (0.10,)
+TWO, CLOSE, ONE, THREE = (0.05, 0.28), (0.05, 0.10), (0.10,), (0.12, 0.2, 0.28)
 """What trackers track."""
-
-NAN = math.nan
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One average. Errors are Euclidean distances from the truth, relative to its norm; nan where there is none.
-
-    Attributes:
-        case: its name in `CASES`.
-        run, setup, target: in words.
-        error: of the default method.
-        paper: of the published method.
-        nearest: the smallest one among the tracked averages as they are stored at the newest time.
-        predicted: what the default method, or a plan, said that the error would be; nan where it did not say.
-        best: predicted for the best choice of snapshots there is; `predicted` then is of those that were kept.
-    """
-
-    case: str
-    run: str
-    setup: str
-    target: str
-    error: float = NAN
-    paper: float = NAN
-    nearest: float = NAN
-    predicted: float = NAN
-    best: float = NAN
-
-
-@dataclass(frozen=True)
-class Tracking:
-    """How a tracker is set up."""
-
-    tracked: tuple[float, ...]
-    dtype: str
-    checkpoint_every: int
-    update_every: int = 10
-    max_checkpoints: int | None = None
-
-    def __str__(self) -> str:
-        kept = "" if self.max_checkpoints is None else f", keeping {self.max_checkpoints}"
-        listed = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.tracked)
-        return f"{self.dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}"
-
-    def tracker(self, model: torch.nn.Module, folder: Path) -> PostHocEMA:
-        """One of a new run."""
-        return PostHocEMA.from_model(
-            model,
-            folder,
-            sigma_rels=self.tracked,
-            update_every=self.update_every,
-            checkpoint_every=self.checkpoint_every,
-            max_checkpoints=self.max_checkpoints,
-            checkpoint_dtype=self.dtype,
-        )
 
 
 @dataclass(frozen=True)
@@ -97,87 +50,15 @@ class Study:
     wanted: Sequence[Target]
 
 
-# --- measuring -------------------------------------------------------------------------------------
-
-
-def measure(name: str, long: bool = False, cache: Path | None = None) -> list[Cell]:
-    """All cells of one case.
-
-    Arguments:
-        name: one of `CASES`.
-        long: with a million updates, where the case has such runs.
-        cache: folder for recorded runs.
-    """
-    with runs.quiet(), tempfile.TemporaryDirectory() as root:
-        if name in STUDIES:
-            return [cell for study in STUDIES[name]() for cell in _studied(name, study, Path(root))]
-        return list(OTHERS[name](Options(name, Path(root), long, cache)))
-
-
-@dataclass(frozen=True)
-class Options:
-    """What a case that is no list of studies is given."""
-
-    case: str
-    root: Path
-    long: bool
-    cache: Path | None
-
-    def folder(self) -> Path:
-        """A new one."""
-        return Path(tempfile.mkdtemp(dir=self.root))
-
-
-def _studied(case: str, study: Study, root: Path) -> Iterator[Cell]:
+def _studied(options: Options, study: Study) -> Iterator[Cell]:
     truths: dict[int, FloatArray] = {}
     for tracking in study.trackings:
-        stride = tracking.update_every
+        stride, folder = tracking.update_every, options.folder()
         if stride not in truths:
             truths[stride] = runs.true_averages(study.run, study.wanted, stride)
-        with tempfile.TemporaryDirectory(dir=root) as folder:
-            feed(study.run, tracking, Path(folder))
-            found = compare(Path(folder), study.wanted, truths[stride], len(tracking.tracked))
-        yield from _cells(case, study.run.name, tracking, study.wanted, found)
-
-
-def _cells(
-    case: str, run: str, tracking: Tracking, wanted: Sequence[Target], found: FloatArray, titles: str = ""
-) -> Iterator[Cell]:
-    """Of what `compare` found."""
-    for target, errors in zip(wanted, found.T, strict=True):
-        yield Cell(case, run, str(tracking), titles + target.title, *map(float, errors))
-
-
-def feed(
-    run: Trajectory, tracking: Tracking, folder: Path, ahead: Callable[[PostHocEMA, int], None] | None = None
-) -> None:
-    """The whole run through the hook.
-
-    Arguments:
-        ahead: called with the tracker after every step, and the number of steps so far.
-    """
-    replay = Replay(run)
-    own_clock = bool(np.any(run.times != np.arange(1, run.steps + 1)))
-    with tracking.tracker(replay, folder) as tracker:
-        for index in range(run.steps):
-            if (index + 1) % tracking.update_every == 0:
-                replay.go_to(index)
-            tracker.update_(replay, t=float(run.times[index]) if own_clock else None)
-            if ahead is not None:
-                ahead(tracker, index + 1)
-
-
-def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray, profiles: int) -> FloatArray:
-    """Error, paper, nearest and predicted of each target, see `Cell`: shape [4, targets]."""
-    ours, predicted = runs.synthesized(folder, wanted, "minvar")
-    paper, _ = runs.synthesized(folder, wanted, "paper")
-    nearest = _nearest(runs.stored(folder)[-profiles:], truth)
-    return np.array([distances(ours, truth), distances(paper, truth), nearest, predicted])
-
-
-def _nearest(averages: FloatArray, truth: FloatArray) -> FloatArray:
-    """The smallest distance of any of the averages, [n, parameters], from each row of the truth: [targets]."""
-    return np.min([distances(average[None, :], truth) for average in averages], axis=0)
+        feed(study.run, tracking, folder)
+        found = compare(folder, study.wanted, truths[stride], len(tracking.tracked))
+        yield from cells_of(options.case, study.run.name, tracking, study.wanted, found)
 
 
 def _targets(*sigma_rels: float) -> list[Target]:
@@ -231,9 +112,7 @@ def reinit() -> Iterator[Study]:
 
 def subnormal() -> Iterator[Study]:
     """Weights that float32 holds with few digits, or whose squares it does not hold."""
-    trackings = [
-        Tracking(tracked, dtype, 100) for tracked in (TWO, ONE) for dtype in ("float32", "float16", "bfloat16")
-    ]
+    trackings = [Tracking(tracked, dtype, 100) for tracked in (TWO, ONE) for dtype in ("float32", "float16")]
     for rate, scale in product(("constant", "cosine"), (1e-41, 1e-40, 1e-39, 1e-30)):
         yield Study(walks.scaled(walks.walk(rate, 2000), scale / walks.SCALE), trackings, _targets(*USEFUL))
 
@@ -264,7 +143,7 @@ def tiny() -> Iterator[Study]:
 def live(options: Options) -> Iterator[Cell]:
     """Averages asked for while training, between snapshots."""
     wanted = _targets(*USEFUL)
-    made = (walks.walk("constant", 4000), walks.walk("cosine", 4000), walks.descent("cosine", 4000))
+    made = (*(walks.walk(rate, 4000) for rate in walks.RATES), walks.descent("cosine", 4000))
     for run, dtype in product(made, ("float16", "float32")):
         tracking = Tracking(TWO, dtype, 200)
         cells: list[Cell] = []
@@ -293,34 +172,181 @@ def _asked(
     truth = runs.true_averages(until(run, step), wanted, tracking.update_every)
     ours = [tracker.state_dict(target) for target in wanted]
     paper = [tracker.state_dict(target, method="paper") for target in wanted]
-    tracked = np.array([_flat(_live(tracker, run, sigma_rel)) for sigma_rel in tracking.tracked])
-    predicted = [NAN if weights.predicted_error is None else weights.predicted_error for weights in ours]
+    model = Replay(run)
+    tracked = np.array([live_average(tracker, model, sigma_rel) for sigma_rel in tracking.tracked])
+    predicted = [predicted_by(weights) for weights in ours]
     found = np.array(
         [
-            distances(np.array([_flat(weights) for weights in ours]), truth),
-            distances(np.array([_flat(weights) for weights in paper]), truth),
-            _nearest(tracked, truth),
+            distances(np.array([flat(weights) for weights in ours]), truth),
+            distances(np.array([flat(weights) for weights in paper]), truth),
+            nearest_of(tracked, truth),
             predicted,
         ]
     )
-    yield from _cells(case, run.name, tracking, wanted, found, f"step {step}, ")
-
-
-def _live(tracker: PostHocEMA, run: Trajectory, sigma_rel: float) -> dict[str, torch.Tensor]:
-    """The average that the tracker holds in memory."""
-    model = Replay(run)
-    with tracker.averaged(model, sigma_rel):
-        return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-
-
-def _flat(weights: dict[str, torch.Tensor]) -> FloatArray:
-    return np.asarray(torch.cat([weights[str(i)].flatten().double() for i in range(len(weights))]).numpy())
+    yield from cells_of(case, run.name, tracking, wanted, found, f"step {step}, ")
 
 
 def until(run: Trajectory, step: int) -> Trajectory:
     """The run as it was after so many steps."""
     return Trajectory(run.name, run.weights[:step], run.shapes, run.times[:step])
 
+
+# --- resumed and long runs -------------------------------------------------------------------------
+
+
+def resumes(options: Options) -> Iterator[Cell]:
+    """The tracker is closed at every snapshot, and the next one goes on from the directory."""
+    wanted = _targets(*USEFUL)
+    for times, every, kept in ((19, 100, None), (99, 20, 20)):
+        for rate, dtype in product(("constant", "cosine"), ("float16", "bfloat16")):
+            run, tracking = walks.walk(rate, (times + 1) * every), Tracking(TWO, dtype, every, max_checkpoints=kept)
+            folder = options.folder()
+            _feed_in_parts(run, tracking, folder)
+            found = compare(folder, wanted, runs.true_averages(run, wanted, tracking.update_every), len(TWO))
+            yield from cells_of(options.case, f"{run.name}, {times} resumes", tracking, wanted, found)
+
+
+def _feed_in_parts(run: Trajectory, tracking: Tracking, folder: Path) -> None:
+    replay = Replay(run)
+    tracker = tracking.tracker(replay, folder)
+    for index in range(run.steps):
+        replay.go_to(index)
+        tracker.update_(replay)
+        if (index + 1) % tracking.checkpoint_every == 0:
+            tracker.close()
+            tracker = PostHocEMA.from_path(folder, replay)
+    tracker.close()
+
+
+def long_runs(options: Options) -> Iterator[Cell]:
+    """An update at every one of many steps, at a rate that falls to 0."""
+    paths = {"adam, cosine": walks.adam_blocks, "descent, cosine": walks.descent_blocks}
+    # What is in memory does not depend on how snapshots are stored: one dtype will do for the slow ones.
+    choices = [
+        *product(paths, (10_000,), ("float32", "float16")),
+        ("adam, cosine", 100_000, "float32"),
+        ("descent, cosine", 100_000, "float16"),
+    ]
+    if options.long:
+        choices.append(("adam, cosine", 1_000_000, "float16"))
+    for name, steps, dtype in choices:
+        tracking = Tracking(TWO, dtype, steps // 20, update_every=1, max_checkpoints=20)
+        blocks = paths[name](walks.cosine, steps, _LONG_PARAMETERS, 0)
+        yield from _long_cells(options, f"{name}, {steps:,} updates", blocks, steps, tracking)
+
+
+_LONG_PARAMETERS = 300
+
+
+def _long_cells(
+    options: Options, label: str, blocks: Iterator[FloatArray], steps: int, tracking: Tracking
+) -> Iterator[Cell]:
+    """Of the averages in memory at the end, and of others made from the directory."""
+    wanted, folder = _targets(0.05, 0.15, 0.28), options.folder()
+    truth, step = np.zeros((len(wanted), _LONG_PARAMETERS)), 0
+    model = Replay(Trajectory("", np.zeros((1, _LONG_PARAMETERS), np.float32), walks.shapes_of(_LONG_PARAMETERS)))
+    with tracking.tracker(model, folder) as tracker:
+        for block in blocks:
+            seen = block.astype(np.float32)
+            for row in torch.from_numpy(seen):
+                model.take(row)
+                tracker.update_(model)
+            until = np.arange(step, step + len(seen) + 1) / steps
+            counts = [np.diff(until ** (gamma_of(float(target.sigma_rel or 0)) + 1)) for target in wanted]
+            truth += np.array(counts) @ seen.astype(np.float64)
+            step += len(seen)
+        for target, true in zip(wanted, truth, strict=True):
+            if target.sigma_rel in tracking.tracked:
+                (error,) = distances(live_average(tracker, model, target.sigma_rel)[None], true[None])
+                predicted = predicted_by(tracker.state_dict(target))
+                yield Cell(options.case, label, str(tracking), f"live {target.title}", error, predicted=predicted)
+    found = compare(folder, wanted, truth, len(tracking.tracked))
+    yield from cells_of(options.case, label, tracking, wanted, found)
+
+
+# --- what plans promise ----------------------------------------------------------------------------
+
+
+def plan_promise(options: Options) -> Iterator[Cell]:
+    """The walk that a plan assumes, tracked as planned: what it predicts before training against what comes."""
+    steps, dtype = 4000, "float32"
+    for tracked, every, kept in ((TWO, 200, None), (THREE, 200, None), (TWO, 50, 10), (THREE, 50, 10)):
+        schedule = Schedule(tracked, steps, every, kept, relative_rounding(dtype))
+        proposal = judge(Task(steps, 1000, 10**9), schedule, dtype)
+        places = slice(None, None, 8)
+        wanted = _targets(*proposal.errors.sigma_rels[places])
+        tracking = Tracking(tracked, dtype, every, proposal.update_every, kept)
+        for seed in range(3):
+            run, folder = walks.walk("constant", steps, seed=seed), options.folder()
+            feed(run, tracking, folder)
+            found = compare(folder, wanted, runs.true_averages(run, wanted, proposal.update_every), len(tracked))
+            found[-1] = proposal.errors.predicted_error[places]
+            yield from cells_of(options.case, run.name, tracking, wanted, found)
+
+
+def pruning(options: Options) -> Iterator[Cell]:
+    """As few of 40 snapshots as keep the predicted error within a bound: the worst one predicted, and the true one."""
+    wanted = _targets(*np.geomspace(*USEFUL_RANGE, 12).clip(*USEFUL_RANGE))
+    for place, run in enumerate(_prunable(options)):
+        tracking = Tracking((TWO, CLOSE)[place // 2 % 2], "float16", run.steps // 40)
+        truth, folder = runs.true_averages(run, wanted, tracking.update_every), options.folder()
+        feed(run, tracking, folder)
+        for bound in (0.003, 0.01, 0.03, 0.1):
+            try:
+                pruned = plan_pruning(read_directory(folder), max_error=bound)
+            except InexactError:  # all 40 miss it
+                continue
+            left = options.folder()
+            for snapshot in pruned.kept:
+                shutil.copy(snapshot.path, left)
+            error, paper, nearest, _ = compare(left, wanted, truth, len(tracking.tracked)).max(axis=1)
+            title = f"bound {100 * bound:g} %, {len(pruned.kept)} left"
+            yield Cell(options.case, run.name, str(tracking), title, error, paper, nearest, pruned.after.worst)
+
+
+def _prunable(options: Options) -> Iterator[Trajectory]:
+    """Twenty runs."""
+    for rate in walks.RATES:
+        for seed in range(2):
+            yield walks.walk(rate, 2000, seed=seed)
+            yield walks.descent(rate, 2000, seed=seed)
+    for name in ("denoiser-adam", "denoiser-constant", "denoiser-wsd", "denoiser-cosine"):
+        yield record(name, 2000, options.cache)
+
+
+def keeping(options: Options) -> Iterator[Cell]:
+    """What is kept when one snapshot after another is dropped, against the best choice of as many of them."""
+    for rate in walks.RATES:
+        run = walks.walk(rate, 2400)
+        for tracked, snapshots, kept in ((ONE, 20, 3), (ONE, 12, 4), (TWO, 6, 3)):
+            tracking, folder = Tracking(tracked, "float16", run.steps // snapshots), options.folder()
+            feed(run, tracking, folder)
+            there = read_directory(folder)
+            profiles, prior = [snapshot.info.profile.pure for snapshot in there], snapshot_prior(there)
+            gone = set(snapshots_to_drop(profiles, prior, kept))
+            left = [index for index in range(len(profiles)) if index not in gone]
+            greedy, *others = (_worst(profiles, prior, chosen) for chosen in (left, *_choices(profiles, kept)))
+            title = f"{kept} of {snapshots}"
+            yield Cell(options.case, run.name, str(tracking), title, predicted=greedy, best=min(others))
+
+
+def _worst(profiles: Sequence[PowerFunction], prior: Prior, chosen: Sequence[int]) -> float:
+    """The worst error that is predicted over the useful range, of averages made of the chosen ones."""
+    return forecast([profiles[index] for index in chosen], prior.of(chosen), USEFUL_RANGE, 11).worst
+
+
+def _choices(profiles: Sequence[PowerFunction], kept: int) -> Iterator[list[int]]:
+    """Every choice of so many of each profile that has the newest one."""
+    of_profiles = []
+    for gamma in {profile.gamma for profile in profiles}:
+        own = [index for index, profile in enumerate(profiles) if profile.gamma == gamma]
+        *others, newest = sorted(own, key=lambda index: profiles[index].t)
+        of_profiles.append([(*chosen, newest) for chosen in combinations(others, kept - 1)])
+    for parts in product(*of_profiles):
+        yield sorted(index for part in parts for index in part)
+
+
+# --- all of them -----------------------------------------------------------------------------------
 
 STUDIES: dict[str, Callable[[], Iterator[Study]]] = {
     "few-left": few_left,
@@ -331,5 +357,27 @@ STUDIES: dict[str, Callable[[], Iterator[Study]]] = {
     "alternating": alternating,
     "tiny": tiny,
 }
-OTHERS: dict[str, Callable[[Options], Iterator[Cell]]] = {"live": live}
+OTHERS: dict[str, Callable[[Options], Iterator[Cell]]] = {
+    "live": live,
+    "resumes": resumes,
+    "long": long_runs,
+    "plan-promise": plan_promise,
+    "pruning": pruning,
+    "keeping": keeping,
+}
 CASES = (*STUDIES, *OTHERS)
+
+
+def measure(name: str, long: bool = False, cache: Path | None = None) -> list[Cell]:
+    """All cells of one case.
+
+    Arguments:
+        name: one of `CASES`.
+        long: with a run of a million updates, where the case has one.
+        cache: folder for recorded runs.
+    """
+    with runs.quiet(), tempfile.TemporaryDirectory() as root:
+        options = Options(name, Path(root), long, cache)
+        if name in OTHERS:
+            return list(OTHERS[name](options))
+        return [cell for study in STUDIES[name]() for cell in _studied(options, study)]

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from corner_cases import Cell
-from corner_walks import FloatArray
+from corner_runs import Cell
 from fidelity_report import Goal, aligned, grouped, markdown, number
+from fidelity_runs import FloatArray
 
 MOST_OVER = 1.05
 """The largest error, relative to the published method's and to the nearest tracked average's."""
