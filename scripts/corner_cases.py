@@ -94,7 +94,7 @@ def every_update() -> Iterator[Study]:
 
 
 def pause() -> Iterator[Study]:
-    """The clock is in seconds, and no step is made for as long as half of the training takes."""
+    """No step is made for a while in the middle, on a clock of its own: 1 a step, and 400 or 4,000 for the pause."""
     trackings = [Tracking(tracked, dtype, 200) for tracked in (TWO, ONE) for dtype in ("float32", "float16")]
     for make, rate, seconds in product((walks.walk, walks.descent), ("constant", "cosine"), (400, 4000)):
         yield Study(walks.paused(make(rate, 4000), 2000, seconds), trackings, _targets(*USEFUL))
@@ -257,7 +257,7 @@ def _long_cells(
             step += len(seen)
         for target, true in zip(wanted, truth, strict=True):
             if target.sigma_rel in tracking.tracked:
-                (error,) = distances(live_average(tracker, model, target.sigma_rel)[None], true[None])
+                error = float(distances(live_average(tracker, model, target.sigma_rel)[None], true[None])[0])
                 predicted = predicted_by(tracker.state_dict(target))
                 yield Cell(options.case, label, str(tracking), f"live {target.title}", error, predicted=predicted)
     found = compare(folder, wanted, truth, len(tracking.tracked))

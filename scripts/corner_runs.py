@@ -111,12 +111,12 @@ def cells_of(
 
 
 def feed(
-    run: Trajectory, tracking: Tracking, folder: Path, ahead: Callable[[PostHocEMA, int], None] | None = None
+    run: Trajectory, tracking: Tracking, folder: Path, after_step: Callable[[PostHocEMA, int], None] | None = None
 ) -> None:
     """The whole run through the hook.
 
     Arguments:
-        ahead: called with the tracker after every step, and the number of steps so far.
+        after_step: called with the tracker after every step, and the number of steps so far.
     """
     replay = Replay(run)
     own_clock = bool(np.any(run.times != np.arange(1, run.steps + 1)))
@@ -125,8 +125,8 @@ def feed(
             if (index + 1) % tracking.update_every == 0:
                 replay.go_to(index)
             tracker.update_(replay, t=float(run.times[index]) if own_clock else None)
-            if ahead is not None:
-                ahead(tracker, index + 1)
+            if after_step is not None:
+                after_step(tracker, index + 1)
 
 
 def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray, profiles: int) -> FloatArray:
