@@ -2,6 +2,8 @@
 
     python scripts/bench_fidelity.py [--cache FOLDER] [--markdown] [--worst] [--json FILE] [--figure FILE.png]
                                      [--runs a,b] [--steps 9600] [--processes 2]
+    python scripts/bench_fidelity.py --corners [--case a,b] [--long] [--cache FOLDER] [--markdown] [--worst]
+                                     [--json FILE] [--processes 2]
 
 Ten recorded runs, of 9,600 steps each (see `trajectories.RECIPES`), two of them once more with update_every=10, go
 through the hook: tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 snapshot times evenly spaced in
@@ -21,6 +23,10 @@ For each of these cells:
 
 Half of the runs are held out: no constant of the method was chosen by them. The numbers are the same at every call on
 one machine.
+
+`--corners` measures unusual runs, schedules and questions instead (`corner_cases`), each against a truth of the same
+kind. For each case: the error relative to the published method's, and to that of the nearest tracked average as it is
+stored at the end, which costs nothing to take; and the error relative to the predicted one.
 """
 
 from __future__ import annotations
@@ -37,9 +43,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import corner_cases
+import corner_report
+import corner_runs
 import fidelity_report as report
 import fidelity_runs as runs
 import numpy as np
@@ -51,7 +61,7 @@ from matplotlib.ticker import NullFormatter
 from posthoc_cli.plots import COLOURS, STYLES
 
 Found = TypeVar("Found")
-Work = Callable[[Job, int, "Path | None"], Found]
+Asked = TypeVar("Asked")
 
 PICTURED = (Job("denoiser-cosine"), Setup((0.05, 0.28), 20, "float16"))
 """Held out, and set up as by default."""
@@ -59,22 +69,51 @@ PICTURED = (Job("denoiser-cosine"), Setup((0.05, 0.28), 20, "float16"))
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cells, print the tables and the goals."""
-    parser = _parser()
-    options = parser.parse_args(arguments)
+    options = _parser().parse_args(arguments)
     started = time.perf_counter()
+    if options.corners:
+        _corners(options)
+    else:
+        _recorded(options)
+    print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def _recorded(options: argparse.Namespace) -> None:
+    """The recorded runs."""
     if options.figure is not None:
-        (errors,) = _in_processes([PICTURED[0]], _curves, options)
+        errors = _curves(PICTURED[0], options.steps, options.cache)
         draw(_pictured_widths(), errors, options.steps).savefig(options.figure)
-    cells = [cell for found in _in_processes(options.runs, runs.measure, options) for cell in found]
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
+    work = partial(runs.measure, steps=options.steps, cache=options.cache)
+    # The long ones first, so that no process waits for the other in the end.
+    ordered = sorted(options.runs, key=lambda job: (job.stride, job.name != "transformer-adamw", "cnn" not in job.name))
+    found = _in_processes(ordered, work, options.processes)
+    cells = [cell for job in options.runs for cell in found[job]]
+    _write_json(options.json, cells)
     if options.markdown:
         print(f"{report.markdown_table(cells)}\n\n{report.goals_markdown(cells)}")
     else:
         print(f"{_setting(options.steps)}\n\n{report.text_tables(cells)}\n\n{report.goals_text(cells)}")
     if options.worst:
         print(f"\n{report.worst_cells(cells)}")
-    print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+
+
+def _corners(options: argparse.Namespace) -> None:
+    """The corner cases."""
+    work = partial(corner_cases.measure, long=options.long, cache=options.cache)
+    found = _in_processes(options.case, work, options.processes)
+    cells = [cell for case in options.case for cell in found[case]]
+    _write_json(options.json, cells)
+    if options.markdown:
+        print(f"{corner_report.markdown_table(cells)}\n\n{corner_report.goals_markdown(cells)}")
+    else:
+        print(f"{corner_report.text_tables(cells)}\n\n{corner_report.goals_text(cells)}")
+    if options.worst:
+        print(f"\n{corner_report.worst_cells(cells)}")
+
+
+def _write_json(file: Path | None, cells: Sequence[runs.Cell] | Sequence[corner_runs.Cell]) -> None:
+    if file is not None:
+        file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -82,7 +121,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=_steps, default=runs.STEPS, help="length of the runs (9600)")
     parser.add_argument("--runs", type=_jobs, default=runs.JOBS, help="some of the runs, separated by commas")
     parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
-    parser.add_argument("--processes", type=int, default=2, help="runs at a time (2)")
+    parser.add_argument("--corners", action="store_true", help="the corner cases instead of the recorded runs")
+    parser.add_argument("--case", type=_cases, default=corner_cases.CASES, help="some of them, separated by commas")
+    parser.add_argument("--long", action="store_true", help="the corner cases' run of a million updates, too")
+    parser.add_argument("--processes", type=int, default=2, help="runs, or cases, at a time (2)")
     parser.add_argument("--markdown", action="store_true", help="the compact table and the goals in Markdown")
     parser.add_argument("--worst", action="store_true", help="also the worst cells of each kind")
     parser.add_argument("--json", type=Path, help="file for all cells")
@@ -107,6 +149,13 @@ def _jobs(text: str) -> tuple[Job, ...]:
     return tuple(known[label] for label in wanted)
 
 
+def _cases(text: str) -> tuple[str, ...]:
+    wanted = tuple(text.split(","))
+    if unknown := [case for case in wanted if case not in corner_cases.CASES]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]}: no such case; choose from {', '.join(corner_cases.CASES)}")
+    return wanted
+
+
 def _setting(steps: int) -> str:
     return (
         f"{steps:,} steps; medians first, then the extremes; Python {platform.python_version()}, "
@@ -117,22 +166,22 @@ def _setting(steps: int) -> str:
 # --- many processes --------------------------------------------------------------------------------
 
 
-def _in_processes(jobs: Sequence[Job], work: Work[Found], options: argparse.Namespace) -> list[Found]:
-    """`work` on each job, in the jobs' order; with progress on stderr. One process is this one."""
-    if options.processes == 1:
-        return [work(job, options.steps, options.cache) for job in jobs]
-    found: dict[Job, Found] = {}
+def _in_processes(asked: Sequence[Asked], work: Callable[[Asked], Found], processes: int) -> dict[Asked, Found]:
+    """`work` on each, with progress on stderr. One process is this one."""
+    if processes == 1:
+        return {one: work(one) for one in asked}
+    found: dict[Asked, Found] = {}
     context = multiprocessing.get_context("spawn")  # a fork would inherit this one's BLAS threads
     started = time.perf_counter()
-    with _one_blas_thread(), ProcessPoolExecutor(options.processes, context, torch.set_num_threads, (1,)) as pool:
-        # The long ones first, so that no process waits for the other in the end.
-        ordered = sorted(jobs, key=lambda job: (job.stride, job.name != "transformer-adamw", "cnn" not in job.name))
-        futures = {pool.submit(work, job, options.steps, options.cache): job for job in ordered}
+    with _one_blas_thread(), ProcessPoolExecutor(processes, context, torch.set_num_threads, (1,)) as pool:
+        futures = {pool.submit(work, one): one for one in asked}
         for future in as_completed(futures):
-            found[futures[future]] = future.result()
+            one = futures[future]
+            found[one] = future.result()
+            label = getattr(one, "label", one)
             seconds = time.perf_counter() - started
-            print(f"{len(found)} of {len(jobs)}, {seconds:.0f} s: {futures[future].label}", file=sys.stderr, flush=True)
-    return [found[job] for job in jobs]
+            print(f"{len(found)} of {len(asked)}, {seconds:.0f} s: {label}", file=sys.stderr, flush=True)
+    return found
 
 
 @contextmanager

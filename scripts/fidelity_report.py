@@ -55,13 +55,13 @@ class Ratios:
         paper, floor, predicted = self.over_paper, self.over_floor, self.calibration
         return [
             str(paper.size),
-            *map(_number, (np.median(paper), paper.max(), paper.min())),
+            *map(number, (np.median(paper), paper.max(), paper.min())),
             str(int(np.sum(paper > MOST_OVER_PAPER))),
-            *map(_number, (np.median(floor), floor.max())),
-            *map(_number, (np.median(predicted), predicted.min(), predicted.max())),
+            *map(number, (np.median(floor), floor.max())),
+            *map(number, (np.median(predicted), predicted.min(), predicted.max())),
             f"{100 * self.calibrated:.1f} %",
             str(int(np.sum(predicted > MOST_MISJUDGED))),
-            _number(np.median(self.oracle)),
+            number(np.median(self.oracle)),
         ]
 
     def compact_row(self) -> list[str]:
@@ -100,9 +100,7 @@ def text_tables(cells: Sequence[Cell]) -> str:
     lines: list[Sequence[str]] = []
     for title, groups in blocks:
         lines += [(title, *HEADER[1:]), *((label, *Ratios.of(group).row()) for label, group in groups.items())]
-    return "\n".join(
-        ("\n" if line[1] == HEADER[1] and number else "") + text for number, (line, text) in _aligned(lines)
-    )
+    return "\n".join(("\n" if line[1] == HEADER[1] and place else "") + text for place, (line, text) in aligned(lines))
 
 
 def markdown_table(cells: Sequence[Cell]) -> str:
@@ -111,7 +109,7 @@ def markdown_table(cells: Sequence[Cell]) -> str:
     for title in ("stored as, tracked", "snapshots"):
         groups |= grouped(cells, GROUPINGS[title])
     rows = [(label, *Ratios.of(group).compact_row()) for label, group in groups.items()]
-    return _markdown([COMPACT, ("---", *["---:"] * (len(COMPACT) - 1)), *rows])
+    return markdown([COMPACT, ("---", *["---:"] * (len(COMPACT) - 1)), *rows])
 
 
 def worst_cells(cells: Sequence[Cell], count: int = 15) -> str:
@@ -126,7 +124,7 @@ def worst_cells(cells: Sequence[Cell], count: int = 15) -> str:
     ):
         chosen = [index for index in np.argsort(-badness, kind="stable")[:count].tolist() if badness[index] >= 0]
         lines: list[Sequence[str]] = [(title, *_CELL_COLUMNS), *(_cell_line(cells[index]) for index in chosen)]
-        blocks.append("\n".join(text for _, (_, text) in _aligned(lines)))
+        blocks.append("\n".join(text for _, (_, text) in aligned(lines)))
     return "\n\n".join(blocks)
 
 
@@ -137,7 +135,7 @@ def _cell_line(cell: Cell) -> tuple[str, ...]:
     label = f"{cell.run}{' *' * cell.held_out}, {cell.dtype}, {_listed(cell.tracked)} x {cell.snapshots}, {cell.target}"
     errors = (cell.error, cell.paper, cell.predicted, cell.floor, cell.oracle)
     ratios = (cell.error / cell.paper, cell.error / cell.predicted)
-    return (label, *(f"{error:.1e}" for error in errors), *map(_number, ratios))
+    return (label, *(f"{error:.1e}" for error in errors), *map(number, ratios))
 
 
 # --- goals -----------------------------------------------------------------------------------------
@@ -161,12 +159,12 @@ def goals(cells: Sequence[Cell]) -> list[Goal]:
     return [
         Goal(
             f"error/paper at most {MOST_OVER_PAPER} in every cell",
-            f"{_number(most)}; {above} of {len(cells)} cells above",
+            f"{number(most)}; {above} of {len(cells)} cells above",
             most <= MOST_OVER_PAPER,
         ),
         Goal(
             f"error/paper at most {MEDIAN_OVER_PAPER} in the median",
-            f"{median:.3f}; oracle/paper {_number(np.median(ratios.oracle))}{_prototype_median(cells)}",
+            f"{median:.3f}; oracle/paper {number(np.median(ratios.oracle))}{_prototype_median(cells)}",
             median <= MEDIAN_OVER_PAPER,
         ),
         *_exactness(cells),
@@ -175,7 +173,7 @@ def goals(cells: Sequence[Cell]) -> list[Goal]:
             f"{100 * ratios.calibrated:.1f} %",
             ratios.calibrated >= CALIBRATED_SHARE,
         ),
-        Goal("actual/predicted never above 4", _number(misjudged), misjudged <= MOST_MISJUDGED),
+        Goal("actual/predicted never above 4", number(misjudged), misjudged <= MOST_MISJUDGED),
         Goal(
             "actual/predicted within 10 % of 1 in the median",
             f"{middle:.3f}",
@@ -210,7 +208,7 @@ def _prototype_median(cells: Sequence[Cell]) -> str:
         return ""
     ratios = Ratios.of(chosen)
     return (
-        f"; {np.median(ratios.over_paper):.3f} (oracle {_number(np.median(ratios.oracle))}) over the {len(chosen)} "
+        f"; {np.median(ratios.over_paper):.3f} (oracle {number(np.median(ratios.oracle))}) over the {len(chosen)} "
         "cells of 16 bits, 20 or 64 snapshots, two profiles, a sigma_rel"
     )
 
@@ -232,21 +230,22 @@ def goals_markdown(cells: Sequence[Cell]) -> str:
         (demands[0].demand, *(f"{goal.measured.split(';')[0]}{', missed' * (not goal.met)}" for goal in demands))
         for demands in zip(*groups.values(), strict=True)
     ]
-    return _markdown([header, ("---", *["---:"] * len(groups)), *rows])
+    return markdown([header, ("---", *["---:"] * len(groups)), *rows])
 
 
 # --- text ------------------------------------------------------------------------------------------
 
 
-def _aligned(lines: Sequence[Sequence[str]]) -> Iterable[tuple[int, tuple[Sequence[str], str]]]:
-    """Each line with its number and its text: the first column to the left, the others to the right."""
+def aligned(lines: Sequence[Sequence[str]]) -> Iterable[tuple[int, tuple[Sequence[str], str]]]:
+    """Each line with its place and its text: the first column to the left, the others to the right."""
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    for number, line in enumerate(lines):
+    for place, line in enumerate(lines):
         cells = [line[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(line[1:], widths[1:], strict=True))]
-        yield number, (line, "  ".join(cells).rstrip())
+        yield place, (line, "  ".join(cells).rstrip())
 
 
-def _markdown(lines: Sequence[Sequence[str]]) -> str:
+def markdown(lines: Sequence[Sequence[str]]) -> str:
+    """A table; the second line is that of the alignments."""
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -254,6 +253,6 @@ def _listed(tracked: Sequence[float]) -> str:
     return f"({', '.join(f'{sigma_rel:.2f}' for sigma_rel in tracked)}{',' * (len(tracked) == 1)})"
 
 
-def _number(value: float | np.floating[npt.NBitBase]) -> str:
+def number(value: float | np.floating[npt.NBitBase]) -> str:
     """Three digits, never an exponent where a reader expects a ratio."""
     return f"{value:.3f}" if value < 10 else f"{value:.1f}" if value < 1000 else f"{value:.0f}"

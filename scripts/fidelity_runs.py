@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 from trajectories import HELD_OUT, NAMES, RECIPES, Replay, Trajectory, record
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.targets import Beta, Target, Window, as_target
+from posthoc_cli.targets import Beta, Between, Target, Window, as_target
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -110,7 +110,7 @@ def measure(job: Job, steps: int = STEPS, cache: Path | None = None) -> list[Cel
     wanted = targets(steps)
     truth = true_averages(run, wanted, job.stride)
     setups = [Setup(*choice) for choice in product(TRACKED, SNAPSHOTS, DTYPES)]
-    with tempfile.TemporaryDirectory() as root, _quiet():
+    with tempfile.TemporaryDirectory() as root, quiet():
         folders = track(run, job.stride, setups, Path(root))
         return [
             Cell(
@@ -126,7 +126,7 @@ def curves(job: Job, setup: Setup, sigma_rels: FloatArray, steps: int, cache: Pa
     """Error, paper, predicted, floor and oracle, [5, sigma_rels], of one run and setup."""
     run = record(job.name, steps, cache)
     wanted = [as_target(sigma_rel) for sigma_rel in sigma_rels]
-    with tempfile.TemporaryDirectory() as root, _quiet():
+    with tempfile.TemporaryDirectory() as root, quiet():
         (folder,) = track(run, job.stride, [setup], Path(root))
         return compare(folder, wanted, true_averages(run, wanted, job.stride), setup.dtype)
 
@@ -152,13 +152,15 @@ def true_averages(run: Trajectory, wanted: Sequence[Target], stride: int) -> Flo
 def mass_until(target: Target, seen: npt.NDArray[np.int64], run: Trajectory) -> FloatArray:
     """How much a profile at the end of the run has on the steps up to each of `seen`, from its definition.
 
-    A width is one on the run's clock; a decay and a window are in steps, whatever time each took. A classical
-    average begins as a copy of the first weights there are.
+    A width and a stretch of time are on the run's clock; a decay and a window are in steps, whatever time each took.
+    A classical average begins as a copy of the first weights there are.
     """
     if isinstance(target, Beta):
         return np.asarray(target.beta ** (run.steps - seen).astype(np.float64))
     if isinstance(target, Window):
         return np.clip((seen - (run.steps - target.steps)) / target.steps, 0.0, 1.0)
+    if isinstance(target, Between):
+        return np.clip((run.times[seen - 1] - target.start) / (target.end - target.start), 0.0, 1.0)
     if target.sigma_rel is None:
         raise ValueError(f"{target.title}: no definition of it here")
     return np.asarray((run.times[seen - 1] / run.times[-1]) ** (gamma_of(target.sigma_rel) + 1))
@@ -216,15 +218,15 @@ def _closed(tracker: PostHocEMA) -> dict[str, Any]:
 
 def compare(folder: Path, wanted: Sequence[Target], truth: FloatArray, dtype: str) -> FloatArray:
     """Error, paper, predicted, floor and oracle of each target, see `Cell`: shape [5, targets]."""
-    ours, predicted = _synthesized(folder, wanted, "minvar")
-    paper, _ = _synthesized(folder, wanted, "paper")
+    ours, predicted = synthesized(folder, wanted, "minvar")
+    paper, _ = synthesized(folder, wanted, "paper")
     rounded = torch.from_numpy(truth).to(getattr(torch, dtype)).double().numpy()
-    best = _oracle(_stored(folder), truth)
+    best = _oracle(stored(folder), truth)
     floor, oracle = distances(rounded, truth), distances(best, truth)
     return np.array([distances(ours, truth), distances(paper, truth), predicted, floor, oracle])
 
 
-def _synthesized(folder: Path, wanted: Sequence[Target], method: str) -> tuple[FloatArray, list[float]]:
+def synthesized(folder: Path, wanted: Sequence[Target], method: str) -> tuple[FloatArray, list[float]]:
     """The averages, [targets, parameters], and their predicted errors."""
     plan = plan_synthesis(disk_sources(folder), wanted, method=method)
     tensors = dict(synthesize(plan))
@@ -234,7 +236,7 @@ def _synthesized(folder: Path, wanted: Sequence[Target], method: str) -> tuple[F
     return np.array(rows), [math.nan if error is None else error for error in predicted]
 
 
-def _stored(folder: Path) -> FloatArray:
+def stored(folder: Path) -> FloatArray:
     """All snapshots as they are on disk: shape [snapshots, parameters]."""
     rows = []
     for file in sorted(folder.glob("*.safetensors")):
@@ -252,7 +254,7 @@ def _oracle(stored: FloatArray, truth: FloatArray) -> FloatArray:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No warnings of poor targets: they are the point here."""
     logger = logging.getLogger("posthoc_cli")
     level = logger.level

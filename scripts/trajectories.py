@@ -113,8 +113,12 @@ class Replay(nn.Module):
 
     def go_to(self, index: int) -> None:
         """Take the weights after step `index` + 1, in place as an optimizer does."""
+        self.take(self._weights[index])
+
+    def take(self, weights: torch.Tensor) -> None:
+        """The same with any weights: [parameters], in the recorded order."""
         with torch.no_grad():
-            rows = torch.split(self._weights[index], self._sizes)
+            rows = torch.split(weights, self._sizes)
             for parameter, row in zip(self.parameters(), rows, strict=True):
                 parameter.copy_(row.view_as(parameter))
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import bench_fidelity
+import corner_cases
+import corner_report
+import corner_walks
 import fidelity_report as report
 import fidelity_runs as runs
 import numpy as np
 import pytest
+from corner_runs import Cell as CornerCell
+from corner_runs import Tracking
 from fidelity_runs import Cell, Job
 from trajectories import HELD_OUT, Trajectory
 
-from posthoc_cli.profiles import gamma_from_sigma_rel
-from posthoc_cli.targets import Beta, Between, Target, Window, as_target
+from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.targets import Beta, Between, GivenProfile, Target, Window, as_target
 
 # --- the truth -------------------------------------------------------------------------------------
 
@@ -68,9 +73,18 @@ def test_the_true_window_is_the_mean_of_the_last_steps() -> None:
     np.testing.assert_allclose(_truth(run, Window(25), 10), np.array([0.2, 0.4, 0.4]) @ weights[39::10], rtol=1e-12)
 
 
+def test_the_true_stretch_is_the_mean_over_its_time() -> None:
+    """The clock runs in 16ths for 20 steps, then in 64ths: 320 to 480 is two and a half of the later steps."""
+    run = _walk()
+    weights = run.weights.astype(np.float64)
+    np.testing.assert_allclose(_truth(run, Between(320, 480), 1), np.array([2, 2, 1]) @ weights[20:23] / 5, rtol=1e-12)
+    # Of the update at step 30, which has the time from step 20 on, the whole of it.
+    np.testing.assert_allclose(_truth(run, Between(320, 480), 10), weights[29], rtol=1e-12)
+
+
 def test_another_profile_has_no_truth_here() -> None:
-    with pytest.raises(ValueError, match="between 1:2"):
-        _truth(_walk(), Between(1, 2), 1)
+    with pytest.raises(ValueError, match="profile given"):
+        _truth(_walk(), GivenProfile(PowerFunction(1.0, 60.0)), 1)
 
 
 def test_the_targets_stretch_with_the_run() -> None:
@@ -221,27 +235,25 @@ def test_the_benchmark_prints_its_tables(
 
 
 def test_the_benchmark_prints_markdown(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(runs, "measure", lambda *_: [GOOD])
+    monkeypatch.setattr(runs, "measure", lambda *_, **__: [GOOD])
     bench_fidelity.main(["--processes", "1", "--markdown"])
     table, goals = capsys.readouterr().out.split("\n\n")
     assert table.startswith("|  | cells | error/paper |")
     assert goals.startswith("| goal | all runs |")
 
 
-def test_results_come_in_the_order_of_the_runs(
+def test_each_run_has_a_process_with_one_blas_thread(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Whichever is done first; and each process that starts has one BLAS thread."""
     monkeypatch.setattr(bench_fidelity, "ProcessPoolExecutor", lambda processes, *_: ThreadPoolExecutor(processes))
     monkeypatch.setenv("OMP_NUM_THREADS", "5")
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
 
-    def work(job: Job, steps: int, cache: Path | None) -> tuple[str, int, Path | None, str]:
-        return job.label, steps, cache, os.environ["OMP_NUM_THREADS"] + os.environ["OPENBLAS_NUM_THREADS"]
+    def work(job: Job) -> tuple[str, str]:
+        return job.label, os.environ["OMP_NUM_THREADS"] + os.environ["OPENBLAS_NUM_THREADS"]
 
-    options = argparse.Namespace(processes=2, steps=7, cache=None)
-    found = bench_fidelity._in_processes(runs.JOBS, work, options)
-    assert found == [(job.label, 7, None, "11") for job in runs.JOBS]
+    found = bench_fidelity._in_processes(runs.JOBS, work, 2)
+    assert found == {job: (job.label, "11") for job in runs.JOBS}
     assert os.environ["OMP_NUM_THREADS"] == "5"
     assert "OPENBLAS_NUM_THREADS" not in os.environ
     assert "12 of 12" in capsys.readouterr().err
@@ -255,3 +267,153 @@ def test_what_cannot_be_measured_is_a_usage_error(options: list[str], capsys: py
         bench_fidelity.main(options)
     assert stopped.value.code == 2
     assert options[-1].split(",")[-1] in capsys.readouterr().err
+
+
+# --- corner cases ----------------------------------------------------------------------------------
+
+
+def test_rates_change_where_they_say() -> None:
+    fractions = np.array([0.0, 0.1, 0.3, 0.49, 0.5, 0.6, 0.8])
+    np.testing.assert_array_equal(corner_walks.frozen(fractions), [1, 1, 1, 1, 0, 0, 0])
+    np.testing.assert_array_equal(corner_walks.alternating(4)(fractions), [1, 1, 1e-3, 1e-3, 1, 1, 1e-3])
+    np.testing.assert_array_equal(corner_walks.alternating(2, slow_first=True)(fractions), [1e-3] * 4 + [1] * 3)
+    np.testing.assert_allclose(corner_walks.restarts(np.array([0, 0.125, 0.25, 0.875])), [1, 0.5, 1, 0.5], atol=1e-15)
+
+
+@pytest.mark.parametrize("make", [corner_walks.walk, corner_walks.descent])
+def test_a_synthetic_run_is_the_same_every_time_and_stands_still_when_frozen(
+    make: Callable[..., Trajectory],
+) -> None:
+    """Over the boundary between two blocks, 1,000 steps each, it goes on from where it was."""
+    run = make("frozen", 2500, 50, seed=3)
+    np.testing.assert_array_equal(run.weights, make("frozen", 2500, 50, seed=3).weights)
+    assert np.all(run.weights[1250:] == run.weights[1249])
+    moves = np.linalg.norm(np.diff(run.weights[:1250], axis=0), axis=1)
+    assert moves[999] < 2 * moves[990:1010].mean()
+
+
+def test_a_walk_is_as_long_as_asked() -> None:
+    """2,000 parameters: the root mean square of 2,000 squares is off by 1/sqrt(4000), 1.6 %; so is the start's norm."""
+    run = corner_walks.walk("constant", 1500, 2000, stretch=0.4)
+    length = np.linalg.norm(run.weights[-1].astype(float) - run.weights[0]) / np.linalg.norm(run.weights[0])
+    assert length == pytest.approx(0.4, rel=0.1)
+
+
+def test_a_pause_is_on_the_clock_only() -> None:
+    run = corner_walks.walk("constant", 6, 20)
+    later = corner_walks.paused(run, 4, 10)
+    np.testing.assert_array_equal(later.times, [1, 2, 3, 4, 15, 16])
+    np.testing.assert_array_equal(later.weights, run.weights)
+
+
+def test_a_layer_is_drawn_anew_right_after_a_step() -> None:
+    run = corner_walks.walk("constant", 60, 500)
+    changed = corner_walks.reinitialised(run, 30)
+    moved = np.abs(changed.weights - run.weights).max(axis=1) > 0.01
+    assert list(np.flatnonzero(moved)) == list(range(30, 60))
+    np.testing.assert_array_equal(changed.weights[:, :-50], run.weights[:, :-50])
+    # It goes on by the same steps, each rounded to float32 once more.
+    np.testing.assert_allclose(np.diff(changed.weights[30:], axis=0), np.diff(run.weights[30:], axis=0), atol=1e-7)
+
+
+def test_adam_steps_by_its_rate_and_stops_with_it() -> None:
+    """Before the moments have averaged anything, each element moves by the rate: 0.1 / sqrt(400).
+
+    Adam's epsilon, 1e-8, shortens that by 1e-8 over the gradient, which is above 1e-3.
+    """
+    path = np.concatenate(list(corner_walks.adam_blocks(corner_walks.cosine, 400, 30, 0)))
+    first = np.random.default_rng(0).standard_normal((2, 30)) * corner_walks.SCALE
+    np.testing.assert_allclose(np.abs(path[0] - first.sum(axis=0)), corner_walks.SCALE / 20, rtol=1e-5)
+    assert np.abs(path[-1] - path[-2]).max() < 1e-4 * corner_walks.SCALE
+
+
+@pytest.fixture
+def one_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = corner_walks.walk("cosine", 120, 200)
+    trackings = [Tracking((0.05, 0.28), dtype, 20) for dtype in ("float32", "float16")]
+    study = corner_cases.Study(run, trackings, [as_target(0.05), as_target(0.15)])
+    monkeypatch.setattr(corner_cases, "STUDIES", {"tiny": lambda: [study]})
+
+
+@pytest.mark.usefixtures("one_study")
+def test_a_tracked_average_is_its_own_nearest_and_another_is_not() -> None:
+    exact, made, rounded, _ = corner_cases.measure("tiny")
+    assert (exact.run, exact.target, exact.setup) == (
+        "walk, cosine", "sigma_rel 0.05", "float32, (0.05, 0.28), every 10 and 20"
+    )  # fmt: skip
+    # Twelve updates round once each.
+    assert exact.error == exact.nearest < 12 * 2**-24
+    assert exact.paper == pytest.approx(exact.error, rel=1e-3)
+    assert made.error < 0.1 * made.nearest
+    assert 2**-13 < rounded.error < 2**-11  # one rounding to float16, between no and half a spacing of values
+    assert exact.predicted > 0
+
+
+@pytest.mark.usefixtures("one_study")
+def test_the_corner_cases_print_their_tables_and_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cells.json"
+    bench_fidelity.main(["--corners", "--processes", "1", "--case", "tiny", "--worst", "--json", str(file)])
+    text = capsys.readouterr().out
+    assert "goals, tiny:" in text
+    assert "tiny, error/nearest" in text
+    assert len(json.loads(file.read_text())) == 4
+    bench_fidelity.main(["--corners", "--processes", "1", "--case", "tiny", "--markdown"])
+    table, goals = capsys.readouterr().out.split("\n\n")
+    assert len({row.count("|") for row in table.splitlines()}) == 1
+    assert goals.startswith("| goal | all cases |")
+
+
+def test_every_case_of_the_issue_is_there() -> None:
+    assert set(corner_cases.CASES) == {
+        "few-left", "long", "resumes", "plan-promise", "every-update", "pause", "reinit", "live", "subnormal",
+        "alternating", "tiny", "pruning", "keeping",
+    }  # fmt: skip
+
+
+def test_choices_are_all_those_with_the_newest_of_each_profile() -> None:
+    profiles = [PowerFunction(gamma, t) for t in (1.0, 2.0, 3.0) for gamma in (16.0, 1.0)]
+    assert sorted(corner_cases._choices(profiles, 2)) == [[0, 1, 4, 5], [0, 3, 4, 5], [1, 2, 4, 5], [2, 3, 4, 5]]
+
+
+CORNER = CornerCell("a", "walk", "float16", "0.1", error=1e-3, paper=1e-3, nearest=2e-3, predicted=1e-3)
+
+
+def _corner_verdicts(changes: dict[str, float], share: int) -> list[bool]:
+    cells = [*[CORNER] * (100 - share), *[replace(CORNER, **changes)] * share]
+    return [goal.met for goal in corner_report.goals(cells)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "share", "missed"),
+    [
+        ({}, 0, set()),
+        ({"paper": 0.9e-3}, 1, {0}),
+        ({"nearest": 0.9e-3}, 1, {1}),
+        ({"predicted": 0.3e-3}, 2, set()),
+        ({"predicted": 0.3e-3}, 3, {2, 3}),
+        ({"predicted": 4e-3}, 3, {2}),
+        ({"predicted": 0.0}, 3, {2, 3}),
+    ],
+)
+def test_each_corner_goal_bears_on_its_ratio(changes: dict[str, float], share: int, missed: set[int]) -> None:
+    assert {index for index, met in enumerate(_corner_verdicts(changes, share)) if not met} == missed
+
+
+def test_corner_ratios_leave_out_what_is_not_known() -> None:
+    unknown = replace(CORNER, predicted=math.nan, paper=math.nan)
+    kept = CornerCell("b", "walk", "float16", "3 of 20", predicted=3e-3, best=2e-3)
+    none = replace(CORNER, case="c", error=0.0, paper=0.0, nearest=0.0, predicted=0.0)
+    text = corner_report.text_tables([CORNER, unknown, kept, none])
+    rows = {line.split()[0]: line.split() for line in text.splitlines()[1:]}
+    assert rows["b"] == ["b", "1", "0", "1.500", "1.500"]
+    assert rows["c"][2:4] == ["1.000", "1.000"]
+    assert rows["a"][-1] == "1"
+    assert "kept/best" in corner_report.worst_cells([kept])
+
+
+@pytest.mark.parametrize("case", ["nothing", "tiny,nothing"])
+def test_a_case_that_is_none_is_a_usage_error(case: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        bench_fidelity.main(["--corners", "--case", case])
+    assert stopped.value.code == 2
+    assert "nothing: no such case" in capsys.readouterr().err
