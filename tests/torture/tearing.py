@@ -3,8 +3,8 @@
     python tearing.py reads FOLDER COUNT SEED
     python tearing.py states FOLDER COUNT SEED
 
-All elements of the model are equal, and so are all of an average: one that is not was read, or left, in the middle of an
-update. Which value it must have at each step is known from the definition. Prints one JSON object.
+All elements of the model are equal, and so are all of an average: one that is not was read, or left, in the middle of
+an update. Which value it must have at each step is known from the definition. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from factories import averages_in, exact_gamma  # noqa: E402
+import numpy as np
+import torch
+from factories import averages_in, exact_gamma
 
-from posthoc_cli import PostHocEMA  # noqa: E402
-from posthoc_cli.errors import NotReadyError  # noqa: E402
-from posthoc_cli.snapshots.store import read_directory  # noqa: E402
-from posthoc_cli.tracker.state_file import open_state  # noqa: E402
-from torture.tally import Tally  # noqa: E402
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import NotReadyError
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.tracker.state_file import open_state
+from torture.tally import Tally
 
 SIGMA_RELS = (0.05, 0.28)
 MOST = 100_000
