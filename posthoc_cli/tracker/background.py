@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import atexit
 import logging
-import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from weakref import WeakSet
@@ -26,6 +24,7 @@ from posthoc_cli.tracker.following import Change
 from posthoc_cli.tracker.layout import BlockReader, Layout, lay_out, on_host
 from posthoc_cli.tracker.live import Progress, Reading, Room, Tracking, Values
 from posthoc_cli.tracker.model_tensors import ModelTensors, nonfinite_name
+from posthoc_cli.tracker.pace import Pace, divisor
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.staging import Staged, Stager
 from posthoc_cli.tracker.streams import DeviceStreams, Marks, Streams
@@ -54,59 +53,6 @@ class Update:
     change: Change | None
 
 
-PATIENCE = 10.0
-"""Seconds that training has waited before it is told so."""
-
-
-class Pace:
-    """How long jobs take and how often they come; says once when training has to wait for them.
-
-    Arguments:
-        what: takes the time.
-        option: of the tracker, that says how often.
-        fitting: the value of the option with which jobs would come less often by at least a factor.
-    """
-
-    def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
-        self._what, self._option, self._fitting = what, option, fitting
-        self._done, self._seconds = 0, 0.0
-        self._came, self._waited = 0, 0.0
-        self._begin = time.monotonic()
-        self._told = False
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """A job is done within the block."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._done += 1
-            self._seconds += time.monotonic() - started
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A job has come, and waits within the block to be taken."""
-        started = time.monotonic()
-        yield
-        self._came += 1
-        self._waited += time.monotonic() - started
-
-    def tell(self) -> None:
-        """Warn where training has waited for long; called when nothing is left to do that a warning could stop."""
-        training = time.monotonic() - self._begin - self._waited
-        if self._told or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
-            return
-        self._told = True
-        takes, comes = self._seconds / self._done, training / self._came
-        warnings.warn(
-            f"{self._what} takes {takes:.3g} s, and training comes with the next after {comes:.3g} s: it has waited "
-            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-
-
 class Background:
     """Takes in a model's values, gives the averages to whoever asks, and has snapshots written beside the training.
 
@@ -128,7 +74,7 @@ class Background:
         self._updates, self._writes = Worker("averages"), Worker("snapshots")
         every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
         self._update_pace = Pace(
-            "an update of the averages", "update_every", lambda factor: _divisor(snapshots, every * factor)
+            "an update of the averages", "update_every", lambda factor: divisor(snapshots, every * factor)
         )
         self._write_pace = Pace(
             "writing snapshots", "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every)
@@ -168,6 +114,7 @@ class Background:
 
     def update(self, update: Update) -> None:
         """Take in a model's values, and have snapshots written where they are due. It was this call's turn."""
+        self._check_open()  # a signal handler may have closed the tracker since the call began
         copies = {name: tensor.clone() for name, tensor in update.tensors.copied.items()}
         room = None if update.due is None else self._snapshot_room(lay_out(update.tensors.averaged))
         if self._beside:
@@ -403,8 +350,3 @@ def finish() -> None:
     """Finish what is under way when the process ends; a job keeps its own alive."""
     for background in list(_at_work):
         background.flush()
-
-
-def _divisor(whole: int, least: float) -> int:
-    """The smallest divisor of `whole` that is at least `least`; `whole` itself where none is."""
-    return next((n for n in range(1, whole) if whole % n == 0 and n >= least), whole)

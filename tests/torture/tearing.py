@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,7 @@ class Interruptions:
         self.tracker, self.model, self.truth = tracker, model, truth
         self.way = ""
         self.armed = False
+        self.has_updated = False
         self.wrong: list[str] = []
 
     def handle(self, *_: object) -> None:
@@ -220,7 +222,7 @@ class Interruptions:
         if self.way == "state":
             self.wrong += wrong_state(self.tracker.state_dict(), self.truth)
         if self.way == "file":
-            path = self.tracker.checkpoint_dir / "state"
+            path = self.tracker.checkpoint_dir.with_name("state")  # the directory may not be there yet
             self.tracker.save_state(path)
             self.wrong += wrong_file(path, self.truth)
         if self.way == "flush":
@@ -236,6 +238,7 @@ class Interruptions:
             self.tracker.update_(self.model)
         except NotReadyError:
             return
+        self.has_updated = True  # before or after the other call, with values of that one's step
         if self.tracker.step != before + 1:
             self.wrong.append(f"an update within an update: step {before} became {self.tracker.step}")
 
@@ -258,6 +261,8 @@ def _interrupt(
             _one_call(interruptions, chance.uniform(1e-6, 1.5 * usual))
             usual = min(0.02, 0.9 * usual + 0.1 * (time.perf_counter() - started))
             tally.tried += 1
+            if interruptions.has_updated:
+                break
             where = f"{device}, {interruptions.way} at step {tracker.step}"
             if interruptions.way != "close":
                 interruptions.wrong += wrong_state(tracker.state_dict(), truth)
@@ -266,8 +271,10 @@ def _interrupt(
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
-        tracker.close()
-    tally.lost += [f"{device}: {line}" for line in _wrong_run(run, model, truth)]
+        with suppress(NotReadyError):  # the last update, where a handler has closed the tracker beneath it
+            tracker.close()
+    if not interruptions.has_updated:
+        tally.lost += [f"{device}: {line}" for line in _wrong_run(run, model, truth)]
 
 
 def _one_call(interruptions: Interruptions, after: float) -> None:

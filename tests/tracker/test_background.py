@@ -23,8 +23,7 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.store import read_directory
-from posthoc_cli.tracker import background
-from posthoc_cli.tracker.background import Pace
+from posthoc_cli.tracker import pace as pacing
 from posthoc_cli.tracker.layout import BlockReader
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.staging import Staged
@@ -406,8 +405,8 @@ def test_a_worker_that_falls_behind_is_waited_for_and_no_update_is_dropped(
 def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of 3 s where one comes after every second of training: every 40th step instead of every 10th."""
     now = [0.0]
-    monkeypatch.setattr(background.time, "monotonic", lambda: now[0])
-    pace = Pace("an update", "update_every", lambda factor: background._divisor(1000, 10 * factor))
+    monkeypatch.setattr(pacing.time, "monotonic", lambda: now[0])
+    pace = pacing.Pace("an update", "update_every", lambda factor: pacing.divisor(1000, 10 * factor))
 
     def come(training: float, waits: float, job: float) -> None:
         now[0] += training
