@@ -14,6 +14,9 @@ last half a second. Where a call only begins an update, a run ends when all of i
 flat tensors). An update needs the parameters beside each average, so that this is a limit, not another way. GB/s counts
 the same bytes for everyone, in the dtype of their averages: parameters once, averages twice.
 
+**Plain float32 lerp** is the arithmetic of float32 averages that each update changes in place, in the same blocks and
+with the same check for nan. Ours costs more, since such averages stop moving in long runs: see `tracker/averages.py`.
+
 **bfloat16 parameters.** Ours keeps float32 averages. Most others keep theirs in the parameters' dtype: half the
 bytes, and at a decay of 0.9999 such an average hardly moves. Where "best of all" is asked for, only those count that
 average in float32; some others can be told to.
@@ -180,6 +183,8 @@ def measure_large(
     who, best = _fastest(others)
     rests_on = [ours, *(times for _, times in others)]
     report.goal(f"{title}: in times of the best of all ({who.label})", ours.median / best.median, 1, rests_on)
+    (lerp,) = (times for who, times in found if who.role == "lerp")
+    report.goal(f"{title}: in times of plain float32 averages", ours.median / lerp.median, 1.3, [ours, lerp])
     (plain,) = (times for who, times in found if who.role == "plain")
     report.goal(f"{title}: in times of the bytes once", ours.median / plain.median, 1.3, [ours, plain])
 

@@ -14,6 +14,7 @@ import torch
 from synthesis_cases import TRACKED, without_noise
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker.layout import BlockReader, FlatTensors, lay_out
 
 NEVER = 10**9
 """A checkpoint interval that is never reached."""
@@ -43,7 +44,7 @@ class Contender:
         label: the name in the table.
         start: begins averages of (model, folder).
         average_dtype: of the averages; None for the parameters'.
-        role: "ours", "PyPI peer", "other", or "plain" for the pass over the bytes.
+        role: "ours", "PyPI peer", "other", "lerp" for plain float32 averages, or "plain" for the pass over the bytes.
         module: what must be installed.
     """
 
@@ -82,7 +83,11 @@ def contenders(dtype: torch.dtype, device: str) -> list[Contender]:
                 module="diffusers",
             ),
         ]
-    return [*field, Contender("the bytes once", start_plain_pass, full, "plain")]
+    return [
+        *field,
+        Contender("plain float32 lerp", start_plain_lerp, full, "lerp"),
+        Contender("the bytes once", start_plain_pass, full, "plain"),
+    ]
 
 
 # --- ours ------------------------------------------------------------------------------------------
@@ -189,6 +194,25 @@ def start_diffusers(
     def update() -> None:
         for average in averaged:
             average.step(model.parameters())
+
+    return Updates(update, partial(wait_for_device, device_of(model)))
+
+
+def start_plain_lerp(model: torch.nn.Module, _: Path) -> Updates:
+    """Float32 averages block by block, each changed in place by every update: what ours did, and what stops moving."""
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    reader = BlockReader.of_tensors(lay_out(parameters), parameters)
+    averages = [FlatTensors(reader.layout, wide=True) for _ in TRACKED]
+    for average in averages:
+        average.fill(parameters)
+
+    @torch.no_grad()
+    def update() -> None:
+        assert reader.surely_finite()
+        for block, own in reader:
+            for average in averages:
+                part = average.flats[block.group][block.begin : block.end]
+                torch.lerp(part, own, 1 - DECAY, out=part)
 
     return Updates(update, partial(wait_for_device, device_of(model)))
 

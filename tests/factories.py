@@ -228,6 +228,15 @@ def tiny_model(seed: int = 0) -> TinyModel:
         return TinyModel()
 
 
+def averages_in(state: Mapping[str, Any]) -> dict[str, dict[str, torch.Tensor]]:
+    """The averages of a tracker's own state, by sigma_rel and name, in float64: total + mass (recent - total)."""
+    found = {}
+    for key, mass in zip(state["totals"], state["masses"], strict=True):
+        recent = state["recent"][key]
+        found[key] = {name: t + mass * (recent[name].double() - t) for name, t in state["totals"][key].items()}
+    return found
+
+
 # --- damage ---------------------------------------------------------------------------------------
 
 

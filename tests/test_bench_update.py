@@ -17,7 +17,7 @@ from update_cases import contenders
 
 from posthoc_cli import PostHocEMA
 
-GOALS = 3 * 2 + 2
+GOALS = 4 * 2 + 2
 
 
 @pytest.fixture

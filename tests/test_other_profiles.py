@@ -60,7 +60,7 @@ def test_a_clock_that_does_not_go_forward_is_refused(steps: tuple[float, ...], t
 def followed(times: np.ndarray) -> ClockRecorder:
     recorder = ClockRecorder()
     for step, t in enumerate(times.tolist(), 1):
-        recorder.add(step, t)
+        recorder = recorder.add(step, t)
     return recorder
 
 
@@ -118,8 +118,8 @@ def test_following_goes_on_exactly_from_a_state_and_closely_from_knots(interrupt
     exact = ClockRecorder.of_state(part.state())
     near = ClockRecorder.of_knots(part.knots_until(part.step, part.t))
     for step, t in enumerate(times[interrupted_at:].tolist(), interrupted_at + 1):
-        exact.add(step, t)
-        near.add(step, t)
+        exact = exact.add(step, t)
+        near = near.add(step, t)
     assert exact.state() == whole.state()
     knots = near.knots_until(near.step, near.t)
     assert len(knots) <= 256
@@ -129,8 +129,8 @@ def test_following_goes_on_exactly_from_a_state_and_closely_from_knots(interrupt
 def test_more_knots_than_are_kept_may_be_gone_on_from() -> None:
     knots = [(step, step + 0.2 * (step % 3)) for step in range(1, 1001)]
     recorder = ClockRecorder.of_knots(knots)
-    recorder.add(1001, 2000.0)
-    recorder.add(1002, 2001.0)
+    recorder = recorder.add(1001, 2000.0)
+    recorder = recorder.add(1002, 2001.0)
     assert len(recorder.knots_until(1002, 2001.0)) <= 256
     assert len(ClockRecorder.of_state(recorder.state()).knots_until(1002, 2001.0)) <= 256
 
@@ -138,7 +138,7 @@ def test_more_knots_than_are_kept_may_be_gone_on_from() -> None:
 def test_steps_of_one_length_have_no_turn_however_often_a_run_goes_on() -> None:
     recorder = ClockRecorder()
     for step in range(1, 1001):
-        recorder.add(step, 7.0 * step)
+        recorder = recorder.add(step, 7.0 * step)
         if step % 100 == 0:
             recorder = ClockRecorder.of_knots(recorder.knots_until(step, 7.0 * step))
     assert recorder.knots_until(1000, 7000.0) == ((1000, 7000.0),)
@@ -149,7 +149,7 @@ def test_steps_of_one_length_after_a_turn_have_no_further_one() -> None:
     recorder = ClockRecorder()
     times = [3.0 * step if step <= 100 else 300 + 7.0 * (step - 100) for step in range(1, 1001)]
     for step, t in enumerate(times, 1):
-        recorder.add(step, t)
+        recorder = recorder.add(step, t)
         if step % 50 == 0:
             recorder = ClockRecorder.of_knots(recorder.knots_until(step, t))
     assert recorder.knots_until(1000, times[-1]) == ((100, 300.0), (1000, times[-1]))

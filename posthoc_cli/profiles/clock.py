@@ -88,14 +88,18 @@ class ClockRecorder:
     When `MOST_KNOTS` are reached, that one goes which lies nearest to the line between its neighbours; the tolerance
     grows to that distance, since it makes no sense to follow the rest of training more closely than what is past.
 
+    A recorder never changes: `add` gives another one, so that whoever holds one has a clock of one moment.
+
     Attributes:
         step, t: the newest pair; 0 before the first.
     """
 
+    __slots__ = ("_begin", "_begin_t", "_highest", "_knots", "_lowest", "_tolerance", "step", "t")
+
     def __init__(self) -> None:
         self.step = 0
         self.t = 0.0
-        self._knots: list[tuple[int, float]] = []
+        self._knots: tuple[tuple[int, float], ...] = ()
         self._begin, self._begin_t = 0, 0.0
         self._lowest, self._highest = 0.0, math.inf
         self._tolerance = TOLERANCE
@@ -108,28 +112,27 @@ class ClockRecorder:
         before: of the slopes that the last piece would have allowed, that is the only one known.
         """
         recorder = cls()
-        *recorder._knots, (recorder.step, recorder.t) = knots
-        recorder._make_room()
+        *earlier, (recorder.step, recorder.t) = knots
+        recorder._begin_after(earlier)
         slope = (recorder.step - recorder._begin) / (recorder.t - recorder._begin_t)
         recorder._lowest = recorder._highest = slope
         return recorder
 
-    def add(self, step: int, t: float) -> None:
-        """Take in the next call's pair: both must be above the last ones."""
+    def add(self, step: int, t: float) -> ClockRecorder:
+        """A recorder that has taken in the next call's pair, too: both must be above the last ones."""
+        new = ClockRecorder()
+        new.step, new.t = step, t
         time = t - self._begin_t
-        slope = (step - self._begin) / time
-        if not self._lowest <= slope <= self._highest:
-            self._knots.append((self.step, self.t))
-            self._make_room()
-            self._lowest, self._highest = 0.0, math.inf
-            time = t - self._begin_t
-        lowest = (step - self._begin - self._tolerance) / time
-        highest = (step - self._begin + self._tolerance) / time
-        if lowest > self._lowest:
-            self._lowest = lowest
-        if highest < self._highest:
-            self._highest = highest
-        self.step, self.t = step, t
+        if self._lowest <= (step - self._begin) / time <= self._highest:
+            new._knots, new._begin, new._begin_t = self._knots, self._begin, self._begin_t
+            new._lowest, new._highest, new._tolerance = self._lowest, self._highest, self._tolerance
+        else:
+            new._tolerance = self._tolerance
+            new._begin_after([*self._knots, (self.step, self.t)])
+            time = t - new._begin_t
+        new._lowest = max(new._lowest, (step - new._begin - new._tolerance) / time)
+        new._highest = min(new._highest, (step - new._begin + new._tolerance) / time)
+        return new
 
     def knots_until(self, step: int, t: float) -> tuple[tuple[int, float], ...]:
         """The clock up to one of the pairs that were added, which is the last of the knots.
@@ -159,20 +162,20 @@ class ClockRecorder:
             )
         recorder._tolerance, recorder._lowest, recorder._highest = map(float, state[:3])
         pairs = [(int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True)]
-        *recorder._knots, (recorder.step, recorder.t) = pairs
-        recorder._make_room()
+        *earlier, (recorder.step, recorder.t) = pairs
+        recorder._begin_after(earlier)
         return recorder
 
-    def _make_room(self) -> None:
-        """Leave room for the newest pair; the piece at hand begins at the last of the knots before it."""
-        while len(self._knots) >= MOST_KNOTS:
-            self._drop_one()
-        if self._knots:
-            self._begin, self._begin_t = self._knots[-1]
+    def _begin_after(self, knots: list[tuple[int, float]]) -> None:
+        """Begin a piece at the last of these knots, of which some go where there is no room for the newest pair."""
+        while len(knots) >= MOST_KNOTS:
+            self._drop_one(knots)
+        self._knots = tuple(knots)
+        if knots:
+            self._begin, self._begin_t = knots[-1]
 
-    def _drop_one(self) -> None:
+    def _drop_one(self, knots: list[tuple[int, float]]) -> None:
         """Drop the knot that is missed least; not the last, from which the piece at hand begins."""
-        knots = self._knots
         changes = [
             abs(step - a - (b - a) * ((t - a_t) / (b_t - a_t)))
             for (a, a_t), (step, t), (b, b_t) in zip([(0, 0.0), *knots], knots, knots[1:], strict=False)

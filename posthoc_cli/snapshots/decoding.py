@@ -55,6 +55,8 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, sharing: Sharing | None 
         left_out=sharing.once("ema.left_out", reader.text("ema.left_out"), lambda: reader.names("ema.left_out")),
         selection=_decode_selection(reader),
         segment=reader.integer("ema.segment") if reader.has("ema.segment") else 0,
+        updates=reader.integer("ema.updates") if reader.has("ema.updates") else None,
+        inherited=reader.number("ema.inherited") if reader.has("ema.inherited") else 0.0,
     )
     _check_profile(path, info)
     return replace(
@@ -271,6 +273,12 @@ def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
             f"{path}: ema.max_interval: {info.max_interval:g} must lie in [0, {info.t:g}]: no interval is longer than "
             "the training so far"
         )
+    if info.updates is not None and not 1 <= info.updates <= info.step:
+        raise FileFormatError(
+            f"{path}: ema.updates: {info.updates} must lie in [1, {info.step}]: at most one a call, and one at least"
+        )
+    if info.inherited < 0:
+        raise FileFormatError(f"{path}: ema.inherited: {info.inherited:g} must be at least 0")
     try:
         gamma = gamma_from_sigma_rel(info.sigma_rel)
     except InvalidValueError as error:

@@ -26,6 +26,9 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.clock         JSON list of [step, t]: the clock's knots up to the snapshot; see below. May be missing
     ema.t_first       time of the first update: the profile's mass before it sits on the values of that time
     ema.max_interval  the longest time between two updates since
+    ema.updates       how many updates the average has taken in, at least 1 and at most ema.step. May be missing
+    ema.inherited     expected square of the norm of the error that the average still has from snapshots, rounded when
+                      they were stored, that the run was resumed from; missing for 0
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
                       checkpoint_dtype (null: each tensor's own), sigma_range (what snapshots are kept for: [low, high])
     ema.tensors       JSON object: name -> {"role": "average" or "copy", "dtype": the model's own dtype}. An
@@ -82,11 +85,16 @@ t, t_unit, checksums and checksum as above, and
 
 A *state* (what a tracker goes on from exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
 sigma_rels, schedule, t_first, max_interval, segment, checksums and checksum as a snapshot; t and step are those of
-the last call, t_first is 0 before the first update. Its tensors are the averages in full precision, named
-`<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels, and the copies, named `copy/<name>`; none before the
-first update. And
+the last call, t_first is 0 before the first update. Its version is "2". An average is kept in two tensors: a total in
+F64, named `<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels, and the mean of the values since that was
+last added to, named `recent-<sigma_rel>/<name>`; with a mass m of the latter it is total + m (recent - total). The
+copies are named `copy/<name>`. There are no tensors before the first update. And
 
     ema.averages_t, ema.averages_step  time and calls at the last update; 0 before
+    ema.updates          how many updates there were; "null" where it is not known
+    ema.window           how many of them the recent means are of
+    ema.masses           JSON list: the mass of each profile's recent mean, in [0, 1]
+    ema.inherited        JSON list: ema.inherited of each profile
     ema.clock_state      JSON list: a tolerance and the two slopes (null: no limit) that the clock's next knot may have,
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots that the training had behind it
@@ -114,6 +122,8 @@ from posthoc_cli.reconstruction import Measurements, Motion
 from posthoc_cli.snapshots.selection import Selection
 
 VERSION = "1"
+STATE_VERSION = "2"
+"""Of snapshots and outputs, and of states."""
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
 MAX_KNOTS = 1_000
@@ -204,8 +214,8 @@ class TrackingSchedule:
 class SnapshotInfo:
     """Everything that a snapshot says about itself, apart from where its bytes are.
 
-    `sigma_rels` are all profiles that the run tracks; `measurements`, `motion` and `selection` are None and `clock` is
-    empty where the file has none.
+    `sigma_rels` are all profiles that the run tracks; `measurements`, `motion`, `selection` and `updates` are None and
+    `clock` is empty where the file has none.
     """
 
     run_id: str
@@ -226,6 +236,8 @@ class SnapshotInfo:
     clock: tuple[tuple[int, float], ...] = ()
     measurements: Measurements | None = None
     motion: Motion | None = None
+    updates: int | None = None
+    inherited: float = 0.0
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -236,6 +248,11 @@ class SnapshotInfo:
     def profile(self) -> RecordedPowerFunction:
         """The profile of the average, as it was recorded."""
         return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
+
+
+def version_of(kind: str | None) -> str:
+    """The version of a kind of file, as in ema.format, that this release writes and reads."""
+    return STATE_VERSION if kind == "state" else VERSION
 
 
 def parse_dtype_word(word: str) -> str | None:
@@ -322,6 +339,10 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         metadata["ema.segment"] = str(info.segment)
     if info.clock:
         metadata["ema.clock"] = compact(info.clock)
+    if info.updates is not None:
+        metadata["ema.updates"] = str(info.updates)
+    if info.inherited:
+        metadata["ema.inherited"] = repr(info.inherited)
     if info.measurements is not None:
         metadata["ema.measurements"] = compact(asdict(info.measurements))
     if info.motion is not None:

@@ -124,8 +124,9 @@ class Metadata:
             what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
             article = "an" if expected.startswith("o") else "a"
             raise FileFormatError(f"{path}: not {article} {expected} of this package: {what}")
-        if self.text("ema.version") != fmt.VERSION:
-            raise self.bad("ema.version", f"{shown(self.text('ema.version'))}; this release reads {fmt.VERSION}")
+        version = fmt.version_of(expected)
+        if self.text("ema.version") != version:
+            raise self.bad("ema.version", f"{shown(self.text('ema.version'))}; this release reads {version}")
 
     def bad(self, key: str, reason: str) -> FileFormatError:
         """An error to raise: what is wrong with a key."""

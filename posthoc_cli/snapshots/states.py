@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,17 @@ from posthoc_cli.snapshots.decoding import decode_schedule
 from posthoc_cli.snapshots.metadata import Metadata, is_number
 
 COPY = "copy"
-"""What the names of copied tensors begin with, before the slash; those of averages begin with their sigma_rel."""
+"""What the names of copied tensors begin with, before the slash."""
+
+
+def total_prefix(sigma_rel: float) -> str:
+    """What the names of a profile's totals begin with."""
+    return repr(sigma_rel)
+
+
+def recent_prefix(sigma_rel: float) -> str:
+    """What the names of a profile's recent means begin with."""
+    return f"recent-{sigma_rel!r}"
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,8 @@ class StateInfo:
         sigma_rels: the tracked profiles.
         averages_t, averages_step: time and calls at the last update; 0 before.
         t_first, max_interval: time of the first update, and the longest time between two since; 0 before.
+        updates: how many there were; None where that is not known.
+        window, masses, inherited: as in `tracker.averages.Standing`.
         schedule: what was chosen.
         clock: what `ClockRecorder.state` gives.
         snapshots: header checksums of those on disk.
@@ -42,6 +55,10 @@ class StateInfo:
     averages_step: int
     t_first: float
     max_interval: float
+    updates: int | None
+    window: int
+    masses: tuple[float, ...]
+    inherited: tuple[float, ...]
     schedule: fmt.TrackingSchedule
     clock: tuple[float, ...]
     snapshots: tuple[str, ...]
@@ -55,7 +72,7 @@ def state_metadata(info: StateInfo) -> dict[str, str]:
     return {
         "format": "pt",
         "ema.format": "state",
-        "ema.version": fmt.VERSION,
+        "ema.version": fmt.STATE_VERSION,
         "ema.run_id": info.run_id,
         "ema.step": str(info.step),
         "ema.t": repr(info.t),
@@ -65,6 +82,10 @@ def state_metadata(info: StateInfo) -> dict[str, str]:
         "ema.averages_step": str(info.averages_step),
         "ema.t_first": repr(info.t_first),
         "ema.max_interval": repr(info.max_interval),
+        "ema.updates": "null" if info.updates is None else str(info.updates),
+        "ema.window": str(info.window),
+        "ema.masses": json.dumps(info.masses),
+        "ema.inherited": json.dumps(info.inherited),
         "ema.schedule": json.dumps(vars(info.schedule)),
         "ema.clock_state": json.dumps(clock, allow_nan=False),
         "ema.snapshots": json.dumps(info.snapshots),
@@ -89,6 +110,10 @@ def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
         averages_step=reader.integer("ema.averages_step"),
         t_first=reader.number("ema.t_first"),
         max_interval=reader.number("ema.max_interval"),
+        updates=None if reader.text("ema.updates") == "null" else reader.integer("ema.updates"),
+        window=reader.integer("ema.window"),
+        masses=_numbers(reader, "ema.masses"),
+        inherited=_numbers(reader, "ema.inherited"),
         schedule=decode_schedule(reader),
         clock=_numbers(reader, "ema.clock_state", null=math.inf),
         snapshots=reader.names("ema.snapshots"),
@@ -96,6 +121,7 @@ def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
     )
     try:
         check_times(info.step, info.t, info.averages_step, info.averages_t, info.t_first, info.max_interval)
+        check_window(len(info.sigma_rels), info.averages_step, info.updates, info.window, info.masses, info.inherited)
         clock_at(list(info.clock), info.step, info.t)
     except InvalidValueError as error:
         raise FileFormatError(f"{path}: {error}") from error
@@ -114,6 +140,29 @@ def check_times(
     if not in_order or not 0 <= max_interval <= averages_t or (averages_t > 0) != (t_first > 0):
         raise InvalidValueError(
             f"t {t!r}, step {step}, averages at {averages_t!r} since {t_first!r}: not times of one training"
+        )
+
+
+def check_window(
+    profiles: int,
+    averages_step: int,
+    updates: int | None,
+    window: int,
+    masses: Sequence[float],
+    inherited: Sequence[float],
+) -> None:
+    """Check what says how averages are made up of their totals and their recent means; one number a profile.
+
+    Raises:
+        InvalidValueError: no updates can have left that.
+    """
+    counted = averages_step if updates is None else updates
+    in_order = (averages_step > 0) == (counted > 0) and window <= counted <= averages_step
+    fits = len(masses) == len(inherited) == profiles and all(0 <= error < math.inf for error in inherited)
+    if not (in_order and fits and all((0 < mass <= 1) if window else mass == 0 for mass in masses)):
+        raise InvalidValueError(
+            f"updates {shown(updates)}, window {window}, masses {shown(list(masses))}, inherited "
+            f"{shown(list(inherited))}: not those of {profiles} averages at step {averages_step}"
         )
 
 

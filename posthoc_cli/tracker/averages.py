@@ -1,98 +1,158 @@
-"""The running averages: state, and the arithmetic of one update."""
+"""The running averages: state, and the arithmetic of one update.
+
+An average over millions of updates cannot be kept in float32 alone: a change of less than half its last digit is lost,
+always in the same direction. So it is kept in two parts, a `total` in float64 and the mean of the `recent` values since
+that was last added to, which has the share `mass` of the whole:
+
+    average = total + mass (recent - total)
+
+An update with share s of the new value v changes the recent mean only, which costs no more than one of a plain average:
+
+    mass <- mass + s (1 - mass),    recent <- recent + (s / mass) (v - recent)
+
+At every `WINDOW`th update the average becomes the new total, and the next mean begins with the next value. What each
+value counts for in the end is the same as if all had been added to one number.
+"""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share
-from posthoc_cli.tracker.layout import BlockReader, FlatTensors, Layout, lay_out
+from posthoc_cli.tracker.layout import BlockReader, FlatTensors, Group, Layout, on_host
+
+WINDOW = 32
+"""Updates of a recent mean: adding it to the total costs a pass over both, and its float32 is off by no more digits
+than so many roundings take."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """All of running averages that is no tensor.
+
+    Attributes:
+        t, step: time and calls at the last update; 0 before the first.
+        t_first: time of the first update; 0 before.
+        max_interval: the longest time between two updates so far.
+        updates: how many there were; None where that is not known.
+        window: how many of them the recent means are of.
+        masses: of the recent mean, a profile.
+        inherited: expected squared norm of the error that each average has still from rounded snapshots which the run
+            went on from.
+    """
+
+    t: float = 0.0
+    step: int = 0
+    t_first: float = 0.0
+    max_interval: float = 0.0
+    updates: int | None = 0
+    window: int = 0
+    masses: tuple[float, ...] = ()
+    inherited: tuple[float, ...] = ()
+
+    @classmethod
+    def before(cls, profiles: int) -> Standing:
+        """That before the first update."""
+        return cls(masses=(0.0,) * profiles, inherited=(0.0,) * profiles)
+
+    def after(self, shares: Sequence[float], t: float, step: int) -> Standing:
+        """That after an update in which the new values have these shares."""
+        return Standing(
+            t=t,
+            step=step,
+            t_first=self.t_first or t,
+            max_interval=max(self.max_interval, t - self.t) if self.t else 0.0,
+            updates=None if self.updates is None else self.updates + 1,
+            window=self.window + 1,
+            masses=tuple(mass + share * (1 - mass) for mass, share in zip(self.masses, shares, strict=True)),
+            inherited=tuple(error * (1 - share) ** 2 for error, share in zip(self.inherited, shares, strict=True)),
+        )
+
+    def of_profiles(self, indices: Sequence[int]) -> Standing:
+        """That of some of the profiles."""
+        masses, inherited = (tuple(values[i] for i in indices) for values in (self.masses, self.inherited))
+        return replace(self, masses=masses, inherited=inherited)
+
+    def with_totals_of_all(self) -> Standing:
+        """The same when the recent means have been added to the totals."""
+        return replace(self, window=0, masses=(0.0,) * len(self.masses))
 
 
 @dataclass(frozen=True, eq=False)
-class AverageSet:
-    """One accumulator a profile, of the same tensors."""
+class Accumulators:
+    """What averages are kept in: a total and a recent mean a profile, of the same tensors."""
 
     layout: Layout
-    accumulators: tuple[FlatTensors, ...]
+    totals: tuple[FlatTensors, ...]
+    recent: tuple[FlatTensors, ...]
 
     @classmethod
-    def empty(cls, layout: Layout, profiles: int) -> AverageSet:
-        """Room for averages."""
-        return cls(layout, tuple(FlatTensors(layout, wide=True) for _ in range(profiles)))
+    def zeros(cls, layout: Layout, profiles: int) -> Accumulators:
+        """Room, which the system has really given."""
+        made = cls(
+            layout,
+            tuple(FlatTensors(layout, wide=True, exact=True) for _ in range(profiles)),
+            tuple(FlatTensors(layout, wide=True) for _ in range(profiles)),
+        )
+        for tensors in made:
+            tensors.zero_()
+        return made
 
-    @property
-    def on_host(self) -> bool:
-        """Whether all of it is in the host's memory."""
-        return all(group.device.type == "cpu" for group in self.layout)
+    def fits(self, others: Accumulators | None) -> bool:
+        """Whether this is room on the host for others."""
+        return others is not None and self.layout == on_host(others.layout) and len(self.totals) == len(others.totals)
 
-    def to_host(self) -> AverageSet:
-        """A copy in the host's memory."""
-        layout = tuple(replace(group, device=torch.device("cpu")) for group in self.layout)
-        copy = AverageSet.empty(layout, len(self.accumulators))
-        for own, other in zip(copy.accumulators, self.accumulators, strict=True):
-            own.fill(other.views)
-        return copy
+    def __iter__(self) -> Iterator[FlatTensors]:
+        yield from self.totals
+        yield from self.recent
+
+    def moved(self, layout: Layout, begun: Mapping[str, torch.Tensor]) -> Accumulators:
+        """The same in another layout, by name; averages of what is in `begun` begin with these values."""
+        made = Accumulators.zeros(layout, len(self.totals))
+        for own, other in zip(made, self, strict=True):
+            own.fill({**other.views, **begun})
+        return made
+
+    def copy_(self, other: Accumulators) -> None:
+        """Take the numbers of others of the same tensors, lying in the same order."""
+        for own, source in zip(self, other, strict=True):
+            for flat, values in zip(own.flats, source.flats, strict=True):
+                flat.copy_(values, non_blocking=True)
 
 
 @dataclass
-class _Pending:
-    """An update that may be interrupted.
-
-    Attributes:
-        old, new: the averages to change, and where to write them.
-        shares: see `RunningAverages._shares`.
-        copies, t, step: see `RunningAverages.update_`.
-        done: number of the last block that was taken in, and of the profile that took it.
-    """
-
-    old: AverageSet
-    new: AverageSet
-    shares: list[float] | None
-    copies: dict[str, torch.Tensor]
-    t: float
-    step: int
-    done: tuple[int, int] = (-1, -1)
-
-
 class RunningAverages:
-    """Averages of the same tensors with several profiles.
-
-    An update changes them in place, unless they are held: then it leaves what is held as it is and writes to another
-    set of tensors, which costs no more time. So snapshots are written while training goes on.
+    """Averages of the same tensors with several profiles. One thread at a time may work on them.
 
     Attributes:
-        sigma_rels, gammas: the profiles.
-        values: for each profile, name -> accumulator; empty before the first update.
-        copies: name -> tensor as it was at `t`.
-        t, step: time and calls at the last update; 0 before.
-        t_first: time of the first update; 0 before.
-        max_interval: the longest time between two updates so far.
+        sigma_rels: the profiles.
+        standing: all that is no tensor.
+        accumulators: None before the first update.
+        copies: name -> tensor as it was at the last update; never changed.
     """
 
-    def __init__(self, sigma_rels: Sequence[float]) -> None:
-        self.sigma_rels = tuple(sigma_rels)
-        self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in sigma_rels)
-        self.values: tuple[Mapping[str, torch.Tensor], ...] = tuple({} for _ in sigma_rels)
-        self.copies: dict[str, torch.Tensor] = {}
-        self.t = 0.0
-        self.step = 0
-        self.t_first = 0.0
-        self.max_interval = 0.0
-        self._set: AverageSet | None = None
-        self._held: list[AverageSet] = []
-        self._spare: list[AverageSet] = []
-        self._lock = threading.Lock()
+    sigma_rels: tuple[float, ...]
+    standing: Standing
+    accumulators: Accumulators | None = None
+    copies: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
+        self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+    @classmethod
+    def none_yet(cls, sigma_rels: Sequence[float]) -> RunningAverages:
+        """Those before the first update."""
+        return cls(tuple(sigma_rels), Standing.before(len(sigma_rels)))
 
     @property
     def exist(self) -> bool:
         """Whether there was an update yet."""
-        return self.t > 0
+        return self.standing.t > 0
 
-    @torch.inference_mode(False)  # made there, accumulators could never be updated outside
     @torch.no_grad()
     def update_(self, values: BlockReader, copies: Mapping[str, torch.Tensor], t: float, step: int) -> None:
         """Take in the model's values as they are at time `t`: averages <- averages + (1 - beta) (values - averages).
@@ -102,98 +162,71 @@ class RunningAverages:
             copies: buffers, by name; kept as they are given.
             t, step: time and number of the call.
         """
-        old = self._laid_out(values.layout)
-        pending = _Pending(old, self._target(old), self._shares(t), dict(copies), t, step)
-        try:
-            self._finish(pending, values)
-        except KeyboardInterrupt:
-            self._finish(pending, values)  # a part of the averages may have taken the values in: so must the rest
-            raise
+        kept = self._laid_out(values.layout)
+        before = self.standing
+        shares = [new_value_share(gamma, before.t, t) for gamma in self.gammas]
+        after = before.after(shares, t, step)
+        parts = [share / mass for share, mass in zip(shares, after.masses, strict=True)]
+        closes = after.window >= WINDOW
+        for block, own in values:
+            where = slice(block.begin, block.end)
+            for total, recent, part, mass in zip(kept.totals, kept.recent, parts, after.masses, strict=True):
+                mean = recent.flats[block.group][where]
+                if before.window == 0:
+                    mean.copy_(own)
+                else:
+                    torch.lerp(mean, own, part, out=mean)
+                if closes:
+                    self._add(values.layout[block.group], total.flats[block.group][where], mean, mass)
+        self.copies = copies
+        self.standing = after.with_totals_of_all() if closes else after
 
-    def _shares(self, t: float) -> list[float] | None:
-        """How much the values of `t` count, a profile; None for the first ones, which are the averages."""
-        return [new_value_share(gamma, self.t, t) for gamma in self.gammas] if self.exist else None
-
-    def _finish(self, update: _Pending, values: BlockReader) -> None:
-        """All of an update that is not done yet."""
-        accumulators = list(zip(update.old.accumulators, update.new.accumulators, strict=True))
-        for number, (block, own) in enumerate(values):
-            part = slice(block.begin, block.end)
-            for index, (source, target) in enumerate(accumulators):
-                if (number, index) > update.done:
-                    before, room = source.flats[block.group][part], target.flats[block.group][part]
-                    update.done = number, index  # Ctrl-C comes when what is called here has returned
-                    if update.shares is None:
-                        room.copy_(own)
-                    else:
-                        torch.lerp(before, own, update.shares[index], out=room)
-        self._take(update.old, update.new)
-        self.copies = update.copies
-        if self.exist:
-            self.max_interval = max(self.max_interval, update.t - self.t)
-        else:
-            self.t_first = update.t
-        self.step = update.step
-        self.t = update.t
-
-    @torch.inference_mode(False)
     @torch.no_grad()
-    def hold(self) -> AverageSet:
-        """The averages as they are now, in the host's memory, left as they are until `release`.
+    def followed(
+        self, layout: Layout, begun: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor]
+    ) -> RunningAverages:
+        """The same averages of other tensors: those of what is in `begun` begin with these values."""
+        moved = None if self.accumulators is None else self.accumulators.moved(layout, begun)
+        return RunningAverages(self.sigma_rels, self.standing, moved, copies)
 
-        Those on an accelerator are copied: it has no room for another set.
-        """
-        current = self._set if self._set is not None and self._is_current(self._set) else None
-        current = current or self._laid_out(lay_out(self.values[0]))
-        self.values = tuple(flat.views for flat in current.accumulators)
-        if not current.on_host:
-            return current.to_host()
-        with self._lock:
-            self._held.append(current)
-        return current
+    @torch.no_grad()
+    def read(self, room: Sequence[FlatTensors]) -> None:
+        """Write the averages as they are, rounded once, into buffers of the same tensors; nothing here changes."""
+        kept = self.accumulators
+        assert kept is not None, "called when there are some"
+        for total, recent, mass, target in zip(kept.totals, kept.recent, self.standing.masses, room, strict=True):
+            for group, *flats in zip(kept.layout, total.flats, recent.flats, target.flats, strict=True):
+                blocks = [torch.split(flat, group.exact_block) for flat in flats]
+                for totals, means, values in zip(*blocks, strict=True):
+                    exact = self._exact(group, means) if mass > 0 else means
+                    average = torch.lerp(totals, exact, mass, out=exact) if mass > 0 else totals
+                    values.copy_(average, non_blocking=True)
 
-    def release(self, held: AverageSet) -> None:
-        """What `hold` gave is no longer needed; from any thread."""
-        with self._lock:
-            if any(held is one for one in self._held):
-                self._held.remove(held)
-                self._recycle(held)
+    @torch.no_grad()
+    def copy_to(self, room: Accumulators) -> None:
+        """Copy all that the averages are kept in."""
+        assert self.accumulators is not None, "called when there are some"
+        room.copy_(self.accumulators)
 
-    def _recycle(self, used: AverageSet) -> None:
-        """Keep one set for the next time that averages are held: making one takes longer than an update."""
-        needed = used is self._set or any(used is held for held in self._held)
-        if not needed and not self._spare and self._set is not None and used.layout == self._set.layout:
-            self._spare.append(used)
+    def _add(self, group: Group, total: torch.Tensor, recent: torch.Tensor, mass: float) -> None:
+        """Make a part of the averages the new totals."""
+        blocks = [torch.split(flat, group.exact_block) for flat in (total, recent)]
+        for totals, means in zip(*blocks, strict=True):
+            torch.lerp(totals, self._exact(group, means), mass, out=totals)
 
-    def _target(self, old: AverageSet) -> AverageSet:
-        """Where an update may write."""
-        with self._lock:
-            if not any(old is held for held in self._held):
-                return old
-            if self._spare:
-                return self._spare.pop()
-        return AverageSet.empty(old.layout, len(self.gammas))
+    def _exact(self, group: Group, means: torch.Tensor) -> torch.Tensor:
+        """A block of recent means in the totals' dtype; valid until the next one."""
+        key = (group.device, group.exact)
+        if key not in self._scratch:
+            self._scratch[key] = torch.empty(group.exact_block, dtype=group.exact, device=group.device)
+        return self._scratch[key][: means.numel()].copy_(means)
 
-    def _take(self, old: AverageSet, new: AverageSet) -> None:
-        with self._lock:
-            self._set = new
-            self._recycle(old)
-        self.values = tuple(flat.views for flat in new.accumulators)
-
-    def _is_current(self, one: AverageSet) -> bool:
-        """Whether a set holds `values`, which may also have been loaded from elsewhere."""
-        return all(values is flat.views for values, flat in zip(self.values, one.accumulators, strict=True))
-
-    def _laid_out(self, layout: Layout) -> AverageSet:
+    def _laid_out(self, layout: Layout) -> Accumulators:
         """The averages in a layout; those that lie otherwise are moved, name by name."""
-        current = self._set
-        if current is not None and current.layout == layout and self._is_current(current):
-            return current
-        moved = AverageSet.empty(layout, len(self.gammas))
-        if self.exist:
-            for flat, values in zip(moved.accumulators, self.values, strict=True):
-                flat.fill(values)
-        with self._lock:
-            self._set = moved
-            self._spare.clear()
-        return moved
+        kept = self.accumulators
+        if kept is None:
+            kept = Accumulators.zeros(layout, len(self.gammas))
+        elif kept.layout != layout:
+            kept = kept.moved(layout, {})
+        self.accumulators = kept
+        return kept

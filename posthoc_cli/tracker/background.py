@@ -1,149 +1,176 @@
-"""The work of a tracker that training need not wait for: averages on the host, and the writing of snapshots."""
+"""The thread that has a tracker's averages, and the one that writes snapshots of them.
+
+Averages are changed and read by jobs of one worker only, one after the other: each reader sees those of one update,
+whichever thread it calls from, and no exception that a signal handler raises can stop an update halfway. What has been
+counted goes with them, see `Tracking`.
+"""
 
 from __future__ import annotations
 
 import atexit
 import logging
-import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from weakref import WeakSet
 
 import torch
 
-from posthoc_cli.errors import NonFiniteError
-from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.layout import BlockReader, lay_out
-from posthoc_cli.tracker.live import LiveSource
+from posthoc_cli.errors import NonFiniteError, NotReadyError
+from posthoc_cli.tracker.averages import Accumulators
+from posthoc_cli.tracker.following import Change
+from posthoc_cli.tracker.layout import BlockReader, Layout, lay_out, on_host
+from posthoc_cli.tracker.live import Progress, Reading, Room, Tracking, Values
 from posthoc_cli.tracker.model_tensors import ModelTensors, nonfinite_name
+from posthoc_cli.tracker.pace import Pace, divisor
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.staging import Staged, Stager
+from posthoc_cli.tracker.streams import DeviceStreams, Marks, Streams
 from posthoc_cli.tracker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-
-Writer = Callable[[Sequence[LiveSource], Mapping[str, torch.Tensor] | None], None]
+Writer = Callable[[Reading[Values], Mapping[str, torch.Tensor] | None], None]
 """Writes the averages of one time; given the network's weights, where they are at hand."""
 
 
 @dataclass(frozen=True)
-class Snapshots:
-    """Snapshots that are due: what they say of themselves, once the averages are there, and who writes them."""
+class Update:
+    """What a call brings to the averages.
 
-    describe: Callable[[], list[LiveSource]]
-    write: Writer
-
-
-PATIENCE = 10.0
-"""Seconds that training has waited before it is told so."""
-
-
-class Pace:
-    """How long jobs take and how often they come; says once when training has to wait for them.
-
-    Arguments:
-        what: takes the time.
-        option: of the tracker, that says how often.
-        fitting: the value of the option with which jobs would come less often by at least a factor.
+    Attributes:
+        tensors: the model's; the same object as long as they are the same.
+        progress: of the training with this call.
+        due: writes the averages afterwards, where snapshots are due.
+        change: where the model's tensors are others than before.
     """
 
-    def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
-        self._what, self._option, self._fitting = what, option, fitting
-        self._done, self._seconds = 0, 0.0
-        self._came, self._waited = 0, 0.0
-        self._begin = time.monotonic()
-        self._told = False
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """A job is done within the block."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._done += 1
-            self._seconds += time.monotonic() - started
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A job has come, and waits within the block to be taken."""
-        started = time.monotonic()
-        yield
-        self._came += 1
-        self._waited += time.monotonic() - started
-
-    def tell(self) -> None:
-        """Warn where training has waited for long; called when nothing is left to do that a warning could stop."""
-        training = time.monotonic() - self._begin - self._waited
-        if self._told or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
-            return
-        self._told = True
-        takes, comes = self._seconds / self._done, training / self._came
-        warnings.warn(
-            f"{self._what} takes {takes:.3g} s, and training comes with the next after {comes:.3g} s: it has waited "
-            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
-            RuntimeWarning,
-            stacklevel=5,
-        )
+    tensors: ModelTensors
+    progress: Progress
+    due: Writer | None
+    change: Change | None
 
 
 class Background:
-    """Takes in a model's values, and has snapshots written beside the training.
+    """Takes in a model's values, gives the averages to whoever asks, and has snapshots written beside the training.
 
     Arguments:
         settings: of the tracker.
-        beside: also the averages are updated beside the training, on the host, from a copy of the values.
+        tracking: where it begins.
+
+    Attributes:
+        now: what the last update, or whatever else came instead of one, has left. Only a job changes it.
     """
 
-    def __init__(self, settings: Settings, beside: bool) -> None:
+    def __init__(self, settings: Settings, tracking: Tracking) -> None:
+        self.now = tracking
         self._settings = settings
-        self._beside = beside
+        self._counted = tracking.progress
+        self._refusal: str | None = None
+        self._beside: bool | None = None
         self._stager = Stager()
-        self._updates, self._writes = Worker("averages", 1), Worker("snapshots", 1)
+        self._updates, self._writes = Worker("averages"), Worker("snapshots")
         every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
         self._update_pace = Pace(
-            "an update of the averages", "update_every", lambda factor: _divisor(snapshots, every * factor)
+            "an update of the averages", "update_every", lambda factor: divisor(snapshots, every * factor)
         )
         self._write_pace = Pace(
             "writing snapshots", "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every)
         )
         self._reader: BlockReader | None = None
         self._read: ModelTensors | None = None
+        self._rooms: deque[Values] = deque(maxlen=1)
+        self._streams = DeviceStreams()
         _at_work.add(self)
 
-    def update(
-        self,
-        averages: RunningAverages,
-        tensors: ModelTensors,
-        t: float,
-        step: int,
-        due: Snapshots | None,
-    ) -> None:
-        """Take in a model's values, and have snapshots written where they are `due`.
+    @property
+    def progress(self) -> Progress:
+        """How far the training is; behind by the last update where that was interrupted after it was handed over."""
+        counted, done = self._counted, self.now.progress
+        return counted if counted.step > done.step else done
 
-        Arguments:
-            tensors: the same object as long as the model's tensors are the same.
-        """
-        copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
+    # --- the training's side -------------------------------------------------------------------------
+
+    def place(self, parameters: Mapping[str, torch.Tensor], device: str | None) -> None:
+        """Decide where the averages are: "cpu" has them updated beside the training, from a copy of the values."""
+        if self._beside is None:
+            host = all(parameter.device.type == "cpu" for parameter in parameters.values())
+            self._beside = (device or ("model" if host else "cpu")) == "cpu"
+
+    def wait_for_turn(self, writes_too: bool) -> None:
+        """Return when an update may be handed over, and with `writes_too` snapshots to write."""
         if self._beside:
             with self._update_pace.waiting():
                 self._updates.wait()
-            staged = self._stager.stage(tensors.averaged)
-            self._updates.submit(lambda: self._update_beside(averages, staged, copies, t, step, due))
-            self._update_pace.tell()
-            return
-        reader = self._reader_of(tensors)
-        taken = self._take_in(averages, reader, tensors.averaged, copies, t, step)
-        if due is not None and averages.exist:
-            self._write(averages, due, self._stager.stage(tensors.averaged) if taken else None)
+        if writes_too:
+            with self._write_pace.waiting():
+                self._writes.wait()
 
-    def write(self, averages: RunningAverages, due: Snapshots) -> None:
-        """Have the averages written as they are."""
-        self._updates.wait()
-        self._write(averages, due, None)
+    def count(self, progress: Progress) -> None:
+        """Count a call at which nothing else is due."""
+        self._counted = progress
+
+    def update(self, update: Update) -> None:
+        """Take in a model's values, and have snapshots written where they are due. It was this call's turn."""
+        self._check_open()  # a signal handler may have closed the tracker since the call began
+        copies = {name: tensor.clone() for name, tensor in update.tensors.copied.items()}
+        room = None if update.due is None else self._snapshot_room(lay_out(update.tensors.averaged))
+        if self._beside:
+            staged = self._stager.stage(update.tensors.averaged)
+            marks = self._streams.marks(update.tensors.copied.values())
+            self._updates.submit(lambda: self._update_beside(update, staged, copies, marks, room))
+            self._counted = update.progress
+            message = None
+        else:
+            reader = self._reader_of(update.tensors)
+            streams = self._streams.current([*update.tensors.averaged.values(), *update.tensors.copied.values()])
+            message = self._updates.call(lambda: self._update_here(update, reader, copies, streams, room))
+            self._counted = update.progress
+        self._update_pace.tell()
+        self._write_pace.tell()
+        if message is not None:
+            skip_update(self._settings, message, stacklevel=5)
+
+    def leave_out(self, progress: Progress, due: Writer | None) -> None:
+        """Count a call whose update is left out; snapshots that are due hold the averages as they are."""
+        kept = self.now.averages.accumulators
+        room = None if due is None or kept is None else self._snapshot_room(kept.layout)
+
+        def work() -> None:
+            self._check_open()
+            self.now = replace(self.now, progress=progress)
+            self._have_written(due, None, room)
+
+        self._updates.call(work)
+        self._counted = progress
+
+    def set(self, tracking: Tracking) -> None:
+        """Go on from elsewhere."""
+
+        def work() -> None:
+            self._check_open()
+            self._counted = tracking.progress
+            self.now = tracking
+
+        self._updates.call(work)
+
+    # --- everybody's side ----------------------------------------------------------------------------
+
+    def read(self) -> Reading[Values]:
+        """The averages in memory of the caller's own."""
+        return self._ask(
+            lambda kept: Values(on_host(kept.layout), len(kept.totals)),
+            lambda room: self.now.averages.read(room.tensors),
+        )
+
+    def read_exactly(self) -> Reading[Accumulators]:
+        """What the averages are kept in, the same way."""
+        return self._ask(
+            lambda kept: Accumulators.zeros(on_host(kept.layout), len(kept.totals)),
+            lambda room: self.now.averages.copy_to(room),
+        )
 
     def flush(self) -> None:
         """Return when everything is done and durable."""
@@ -154,9 +181,16 @@ class Background:
         """What went wrong beside the training; each error is given once."""
         return self._updates.take_error() or self._writes.take_error()
 
-    def known_error(self) -> Exception | None:
-        """The same, of work that was waited for."""
-        return self._updates.known_error() or self._writes.known_error()
+    def refuse(self, message: str) -> None:
+        """Take in nothing that was not handed over yet: whatever is tried after this raises a NotReadyError."""
+
+        def work() -> None:
+            self._refusal = message
+
+        if self._updates.is_idle():
+            work()
+        else:
+            self._updates.submit(work)
 
     def close(self) -> None:
         """Finish everything."""
@@ -164,6 +198,51 @@ class Background:
         self._writes.close()
 
     # --- inside --------------------------------------------------------------------------------------
+
+    def _check_open(self) -> None:
+        if self._refusal is not None:
+            raise NotReadyError(self._refusal)
+
+    def _ask(self, make: Callable[[Accumulators], Room], fill: Callable[[Room], None]) -> Reading[Room]:
+        """Have a room filled that the caller has made: what the system takes to give memory holds up no update."""
+        while self.now.averages.exist or not self._updates.is_idle():
+            kept = self.now.averages.accumulators
+            with torch.inference_mode(False):
+                room = None if kept is None else make(kept)
+            found = self._updates.call(partial(self._fill, room, fill))
+            if found is not None:
+                return found
+        return Reading.of(self._known(), None, {})
+
+    def _fill(self, room: Room | None, fill: Callable[[Room], None]) -> Reading[Room] | None:
+        """A reading in `room`; None where there are averages, and it is none for them."""
+        known = self._known()
+        if not known.averages.exist:
+            return Reading.of(known, None, {})
+        if room is None or not room.fits(known.averages.accumulators):
+            return None
+        with self._streams.beside_training():
+            fill(room)
+            copies = {name: copy.to("cpu") for name, copy in known.averages.copies.items()}
+        return Reading.of(known, room, copies)
+
+    def _known(self) -> Tracking:
+        """What was counted last and what the averages are, where these belong together: else what was counted then."""
+        counted, now = self._counted, self.now
+        later = counted.updated == now.progress.updated and counted.step > now.progress.step
+        return replace(now, progress=counted) if later else now
+
+    @torch.inference_mode(False)
+    def _snapshot_room(self, layout: Layout) -> Values:
+        """Room for the averages that snapshots hold: making it takes longer than an update, so it is used again."""
+        wanted, profiles = on_host(layout), len(self.now.averages.sigma_rels)
+        try:
+            room = self._rooms.pop()
+            if room.layout == wanted and len(room.tensors) == profiles:
+                return room
+        except IndexError:
+            pass
+        return Values(wanted, profiles, pinned=any(group.device.type == "cuda" for group in layout))
 
     @torch.inference_mode(False)  # made there, its scratch could never be written to outside
     def _reader_of(self, tensors: ModelTensors) -> BlockReader:
@@ -173,65 +252,85 @@ class Background:
             self._read = tensors
         return self._reader
 
-    def _update_beside(
+    # --- jobs ----------------------------------------------------------------------------------------
+
+    def _update_here(
         self,
-        averages: RunningAverages,
-        staged: Staged,
+        update: Update,
+        reader: BlockReader,
         copies: Mapping[str, torch.Tensor],
-        t: float,
-        step: int,
-        due: Snapshots | None,
+        streams: Streams,
+        room: Values | None,
+    ) -> str | None:
+        """Take in values that stay as they are until this is done; returns why the update was left out."""
+        with self._streams.entered(streams):
+            message = self._take_in(update, reader, update.tensors.averaged, copies)
+            staged = None
+            if update.due is not None and message is None:
+                staged = self._stager.stage(update.tensors.averaged)
+        self._have_written(update.due, staged, room)
+        return message
+
+    def _update_beside(
+        self, update: Update, staged: Staged, copies: Mapping[str, torch.Tensor], marks: Marks, room: Values | None
     ) -> None:
-        taken = False
+        """Take in a copy of the values."""
+        handed_over = False
         try:
             with self._update_pace.working():
-                taken = self._take_in(averages, staged.reader(), staged.values.views, copies, t, step)
+                message = self._take_in(update, staged.reader(), staged.values.views, copies)
+            self._streams.last = marks
+            handed_over = update.due is not None and message is None
+            self._have_written(update.due, staged if handed_over else None, room)
         finally:
-            if due is None or not taken:
+            if not handed_over:
                 self._stager.give_back(staged)
-        if due is not None and averages.exist:
-            self._write(averages, due, staged if taken else None)
+        if message is not None:
+            skip_update(self._settings, message, stacklevel=2)
 
+    @torch.no_grad()
     def _take_in(
         self,
-        averages: RunningAverages,
+        update: Update,
         reader: BlockReader,
         values: Mapping[str, torch.Tensor],
         copies: Mapping[str, torch.Tensor],
-        t: float,
-        step: int,
-    ) -> bool:
-        """Update the averages; False where the update is skipped."""
-        with torch.no_grad():
-            name = None if reader.surely_finite() else nonfinite_name(values)
+    ) -> str | None:
+        """Update the averages, and say how far the training is; returns why the update was left out."""
+        self._check_open()
+        now, progress = self.now, update.progress
+        averages, tracked = now.averages, now.tracked
+        if update.change is not None:
+            begun = {name: values[name] for name in update.change.begun}
+            averages, tracked = averages.followed(reader.layout, begun, copies), update.change.tracked
+        name = None if reader.surely_finite() else nonfinite_name(values)
         if name is None:
-            averages.update_(reader, copies, t, step)
-            return True
-        message = f"parameter {name!r} holds nan or infinity at step {step}; no average has taken it in"
-        skip_update(self._settings, message, stacklevel=6)
-        return False
+            averages.update_(reader, copies, progress.t, progress.step)
+        self.now = replace(now, progress=progress, tracked=tracked, averages=averages)
+        if name is None:
+            return None
+        return f"parameter {name!r} holds nan or infinity at step {progress.step}; no average has taken it in"
 
-    def _write(self, averages: RunningAverages, due: Snapshots, staged: Staged | None) -> None:
-        with self._write_pace.waiting():
-            self._writes.wait()  # before anything is held, which Ctrl-C meanwhile would leave held for good
-            held = averages.hold()
-            # What is held, and not the live averages: on an accelerator updates go on changing those in place.
-            sources = [
-                replace(source, averages=values.views)
-                for source, values in zip(due.describe(), held.accumulators, strict=True)
-            ]
+    def _have_written(self, due: Writer | None, staged: Staged | None, room: Values | None) -> None:
+        """Have the averages written as they are."""
+        kept = self.now.averages.accumulators
+        if due is None or kept is None or not self.now.averages.exist:
+            return
+        # An update that was left out leaves averages of other tensors than its own.
+        fitting = room if room is not None and room.fits(kept) else self._snapshot_room(kept.layout)
+        reading = self._fill(fitting, lambda own: self.now.averages.read(own.tensors))
+        assert reading is not None, "the room fits"
 
-            def job() -> None:
-                try:
-                    with self._write_pace.working():
-                        due.write(sources, None if staged is None else staged.arrived())
-                finally:
-                    averages.release(held)
-                    if staged is not None:
-                        self._stager.give_back(staged)
+        def job() -> None:
+            try:
+                with self._write_pace.working():
+                    due(reading, None if staged is None else staged.arrived())
+            finally:
+                if staged is not None:
+                    self._stager.give_back(staged)
+                self._rooms.append(fitting)
 
-            self._writes.submit(job)
-        self._write_pace.tell()
+        self._writes.submit(job)
 
 
 def skip_update(settings: Settings, message: str, stacklevel: int) -> None:
@@ -251,8 +350,3 @@ def finish() -> None:
     """Finish what is under way when the process ends; a job keeps its own alive."""
     for background in list(_at_work):
         background.flush()
-
-
-def _divisor(whole: int, least: float) -> int:
-    """The smallest divisor of `whole` that is at least `least`; `whole` itself where none is."""
-    return next((n for n in range(1, whole) if whole % n == 0 and n >= least), whole)

@@ -64,6 +64,13 @@ class Facts:
             raise _bad(key, "a list of strings", value)
         return tuple(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers, at least 0."""
+        value = self.value(key)
+        if not isinstance(value, (list, tuple)) or not all(is_number(item) and item >= 0 for item in value):
+            raise _bad(key, "a list of finite numbers, at least 0", value)
+        return tuple(map(float, value))
+
     def sigma_rels(self) -> tuple[float, ...]:
         """The profiles."""
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 import types
 import weakref
 from collections.abc import Mapping, Sequence
@@ -13,12 +14,13 @@ from typing import Any, overload
 import torch
 
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.profiles import Profile
+from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
-from posthoc_cli.tracker.live import current_sources
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.live import Progress, Tracking, current_sources
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.naming import named_tensors
 from posthoc_cli.tracker.replicas import is_replica
@@ -41,7 +43,7 @@ from posthoc_cli.tracker.state import (
 )
 from posthoc_cli.tracker.state_file import Savable
 from posthoc_cli.tracker.synthesizing import Synthesizing
-from posthoc_cli.tracker.updating import Updating, wait_for_writers
+from posthoc_cli.tracker.updating import Call, Updating, wait_for_writers
 from posthoc_cli.tracker.weights import Weights
 
 
@@ -176,15 +178,16 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         settings = Settings(profiles, schedule, newest.info.t_unit, selection or Selection(), on_nonfinite, on_change)
         complete = newest_complete(snapshots, profiles)
         last = newest if complete is None else complete[profiles[0]]
-        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(last))
-        tracker._resumes_from_directory = True
+        step, t = last.info.step, last.info.t
+        clock = ClockRecorder.of_knots(last.info.clock_pairs)
+        progress = Progress(step, t, clock, resumed_habit(step, t), step)
+        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(last), progress, resumes=True)
         tracker._knows_selection = selection is not None
-        tracker._step, tracker._t = last.info.step, last.info.t
-        tracker._own_clock = resumed_habit(tracker._step, tracker._t)
         tracker._device = check_device(device)
         if model is not None:
             if on_change == "raise":
-                tracker._collect(model, frozen_too=True)  # a model that will only be filled may well be frozen
+                # A model that will only be filled may well be frozen.
+                tracker._change(tracker._collect(model, frozen_too=True))
             tracker._model = weakref.ref(model)
             tracker._follows = is_replica(model)
         return tracker
@@ -241,7 +244,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             return self._synthesized(sigma_rel, t, step, dtype, method)
         if self._follows:
             return {}
-        return pack_state(self._state(), self.settings, self._tracked)
+        return pack_state(self._state(), self.settings, self._background.now.tracked)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
@@ -258,35 +261,40 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         self._check_open()
-        self.flush()
-        if self._follows and not state:
-            return
-        unpacked = unpack_state(state, self.settings, self._tracked)
-        if self._follows:
-            self.run_id, self._clock = unpacked.run_id, unpacked.clock
-            self._step, self._t = unpacked.step, unpacked.t
-            self._own_clock = resumed_habit(self._step, self._t)
-            return
-        with self._as_writer(unpacked.run_id) as recorder:
-            recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
-            recorder.set_aside_others(unpacked.t, known=unpacked.snapshots)
-        self.run_id = unpacked.run_id
-        self._averages, self._clock = unpacked.averages, unpacked.clock
-        self._tracked = replace(self._tracked, segment=unpacked.segment)
-        self._step, self._t = unpacked.step, unpacked.t
-        self._own_clock = resumed_habit(self._step, self._t)
-        self._resumes_from_directory = False
+        call = Call(threading.get_ident())
+        try:
+            self._begin_alone("load_state_dict", call)
+            self.flush()
+            self._load(state)
+        finally:
+            self._end_alone(call)
 
     # --- inside --------------------------------------------------------------------------------------
 
+    def _load(self, state: Mapping[str, Any]) -> None:
+        if self._follows and not state:
+            return
+        tracked = self._background.now.tracked
+        unpacked = unpack_state(state, self.settings, tracked)
+        step, t = unpacked.step, unpacked.t
+        progress = Progress(step, t, unpacked.clock, resumed_habit(step, t), step)
+        if not self._follows:
+            with self._as_writer(unpacked.run_id) as recorder:
+                recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
+                recorder.set_aside_others(t, known=unpacked.snapshots)
+            tracked = replace(tracked, segment=unpacked.segment)
+        averages = RunningAverages.none_yet(self.settings.sigma_rels) if self._follows else unpacked.averages
+        self._background.set(Tracking(unpacked.run_id, progress, tracked, averages))
+
     def _state(self) -> TrackerState:
-        """What a tracker would continue from; its tensors are the live ones."""
+        """What a tracker would continue from; its tensors are copies."""
         self.flush()
-        if self._resumes_from_directory:
+        if self._background.now.resumes:
             return stored_state(self.checkpoint_dir, self.run_id, self.settings.sigma_rels)
+        reading = self._background.read_exactly()
+        self._background.flush()  # the snapshots of that time are on disk now
         snapshots = frozenset(() if self._recorder is None else self._recorder.checksums)
-        segment = self._tracked.segment
-        return TrackerState(self.run_id, self._step, self._t, self._clock, self._averages, snapshots, segment)
+        return TrackerState.of(reading, snapshots)
 
     def _sources(self) -> list[Source]:
         if self._follows:

@@ -6,9 +6,10 @@ memory once for all profiles, and a model of thousands of small tensors costs no
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -22,6 +23,9 @@ CPU_BLOCK = 1_048_576
 DEVICE_BLOCK = 2**24
 """Elements on an accelerator, where starting a kernel costs more than leaving the cache."""
 
+
+EXACT_BLOCK, EXACT_DEVICE_BLOCK = 131_072, 2**22
+"""Elements at a time, on the CPU and on an accelerator, of what is done in float64: scratch for it is small."""
 
 _LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
 """Dtypes of a range in which sums of ordinary values stay finite."""
@@ -49,6 +53,11 @@ class Group:
         return accumulator_dtype(self.dtype)
 
     @property
+    def exact(self) -> torch.dtype:
+        """The dtype of what many updates add up in: float64, but on Apple's GPUs, which have none."""
+        return self.wide if self.device.type == "mps" else torch.float64
+
+    @property
     def elements(self) -> int:
         """Elements of all tensors."""
         return self.bounds[-1]
@@ -57,6 +66,11 @@ class Group:
     def block(self) -> int:
         """Elements of a block."""
         return CPU_BLOCK if self.device.type == "cpu" else DEVICE_BLOCK
+
+    @property
+    def exact_block(self) -> int:
+        """Elements of a block of float64 numbers."""
+        return EXACT_BLOCK if self.device.type == "cpu" else EXACT_DEVICE_BLOCK
 
     def views(self, flat: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
         """Each tensor's name, and its place in a flat buffer."""
@@ -69,19 +83,29 @@ Layout = tuple[Group, ...]
 
 def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
     """Group tensors by device and dtype."""
+    return group_tensors({name: (tensor.device, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()})
+
+
+def group_tensors(tensors: Mapping[str, tuple[torch.device, torch.dtype, tuple[int, ...]]]) -> Layout:
+    """The same of tensors of which device, dtype and shape are known."""
     groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
-    for name, tensor in tensors.items():
-        groups[tensor.device, tensor.dtype].append(name)
+    for name, (device, dtype, _) in tensors.items():
+        groups[device, dtype].append(name)
     return tuple(
         Group(
             where,
             dtype,
             tuple(names),
-            tuple(tuple(tensors[name].shape) for name in names),
-            (0, *accumulate(tensors[name].numel() for name in names)),
+            tuple(tensors[name][2] for name in names),
+            (0, *accumulate(math.prod(tensors[name][2]) for name in names)),
         )
         for (where, dtype), names in groups.items()
     )
+
+
+def on_host(layout: Layout) -> Layout:
+    """The same tensors in the host's memory, where groups of several devices stay apart."""
+    return tuple(replace(group, device=torch.device("cpu")) for group in layout)
 
 
 class FlatTensors:
@@ -91,10 +115,11 @@ class FlatTensors:
         layout: the groups.
         wide: buffers of the averages' dtype in place of the tensors' own.
         pinned: in memory that an accelerator can copy to by itself; see `pinned_empty`.
+        exact: buffers of the dtype that many updates add up in.
     """
 
-    def __init__(self, layout: Layout, wide: bool, pinned: bool = False) -> None:
-        dtypes = [group.wide if wide else group.dtype for group in layout]
+    def __init__(self, layout: Layout, wide: bool, pinned: bool = False, exact: bool = False) -> None:
+        dtypes = [group.exact if exact else group.wide if wide else group.dtype for group in layout]
         self.flats = [
             pinned_empty(group.elements, dtype)
             if pinned
@@ -104,6 +129,11 @@ class FlatTensors:
         self.views = {
             name: view for group, flat in zip(layout, self.flats, strict=True) for name, view in group.views(flat)
         }
+
+    def zero_(self) -> None:
+        """Set all to 0, which also has the system give the memory now and not when it is first written to."""
+        for flat in self.flats:
+            flat.zero_()
 
     def fill(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Copy tensors into their places."""

@@ -1,13 +1,13 @@
-"""The running averages as sources of a synthesis, beside the snapshots on disk."""
+"""The running averages as they are at one moment, and as sources of a synthesis, beside the snapshots on disk."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
@@ -22,13 +22,95 @@ from posthoc_cli.snapshots.tensors import stored_name
 from posthoc_cli.synthesis import DiskSource, Source, source_prior
 from posthoc_cli.synthesis.reading import MemoryTile
 from posthoc_cli.synthesis.tiles import Tile
-from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
+from posthoc_cli.tracker.layout import FlatTensors, Layout, on_host
 from posthoc_cli.tracker.measuring import measure_live
 from posthoc_cli.tracker.model_tensors import TrackedModel
 from posthoc_cli.tracker.settings import Settings
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is.
+
+    Attributes:
+        step, t: the last call and its time; 0 before the first.
+        clock: of all calls.
+        own_clock: whether the calls pass a time; None while that is not known.
+        updated: the last call at which an update was due; 0 before.
+    """
+
+    step: int = 0
+    t: float = 0.0
+    clock: ClockRecorder = field(default_factory=ClockRecorder)
+    own_clock: bool | None = None
+    updated: int = 0
+
+    def after(self, t: float, own_clock: bool, is_update: bool) -> Progress:
+        """That with one call more."""
+        step = self.step + 1
+        return Progress(step, t, self.clock.add(step, t), own_clock, step if is_update else self.updated)
+
+
+@dataclass(frozen=True)
+class Tracking:
+    """What a tracker has; all of it changes in one assignment, so that the parts always belong together.
+
+    Attributes:
+        run_id: of its run.
+        progress: with which the averages are as they are.
+        tracked: what they are of.
+        averages: the running ones.
+        resumes: whether they are still to be loaded from the directory.
+    """
+
+    run_id: str
+    progress: Progress
+    tracked: TrackedModel
+    averages: RunningAverages
+    resumes: bool = False
+
+
+class Values:
+    """Averages on the host, one set of tensors a profile, in memory that the system has really given."""
+
+    def __init__(self, layout: Layout, profiles: int, pinned: bool = False) -> None:
+        self.layout = layout
+        self.tensors = tuple(FlatTensors(layout, wide=True, pinned=pinned) for _ in range(profiles))
+        for tensors in self.tensors:
+            tensors.zero_()
+
+    def fits(self, kept: Accumulators | None) -> bool:
+        """Whether this is room for averages."""
+        return kept is not None and self.layout == on_host(kept.layout) and len(self.tensors) == len(kept.totals)
+
+
+Room = TypeVar("Room", Values, Accumulators)
+
+
+@dataclass(frozen=True)
+class Reading(Generic[Room]):
+    """The averages as they were after one update.
+
+    Attributes:
+        tracking: what belonged to them; its own averages go on.
+        standing: all of them that is no tensor.
+        room: their tensors, on the host; None before the first update.
+        copies: name -> tensor as it was, on the host.
+    """
+
+    tracking: Tracking
+    standing: Standing
+    room: Room | None
+    copies: Mapping[str, torch.Tensor]
+
+    @classmethod
+    def of(cls, tracking: Tracking, room: Room | None, copies: Mapping[str, torch.Tensor]) -> Reading[Room]:
+        """A reading of what there is now."""
+        return cls(tracking, tracking.averages.standing, room, copies)
 
 
 @dataclass(frozen=True)
@@ -76,34 +158,36 @@ class LiveSource:
         return None
 
 
-def live_sources(
-    run_id: str, settings: Settings, tracked: TrackedModel, averages: RunningAverages, clock: ClockRecorder
-) -> list[LiveSource]:
+def live_sources(settings: Settings, reading: Reading[Values]) -> list[LiveSource]:
     """The running averages, each with the header that its snapshot would have; none before the first update."""
-    if not averages.exist:
+    if reading.room is None:
         return []
-    knots = clock.knots_until(averages.step, averages.t)
+    tracking, standing = reading.tracking, reading.standing
+    tracked, averages = tracking.tracked, tracking.averages
+    knots = tracking.progress.clock.knots_until(standing.step, standing.t)
     sources = []
-    for sigma_rel, gamma, values in zip(averages.sigma_rels, averages.gammas, averages.values, strict=True):
+    for index, (sigma_rel, gamma) in enumerate(zip(averages.sigma_rels, averages.gammas, strict=True)):
         info = SnapshotInfo(
-            run_id=run_id,
+            run_id=tracking.run_id,
             sigma_rel=sigma_rel,
             gamma=gamma,
             sigma_rels=averages.sigma_rels,
-            t=averages.t,
+            t=standing.t,
             t_unit=settings.t_unit,
-            step=averages.step,
+            step=standing.step,
             clock=knots,
-            t_first=averages.t_first,
-            max_interval=averages.max_interval,
+            t_first=standing.t_first,
+            max_interval=standing.max_interval,
             schedule=settings.schedule,
             tensors=tracked.tensors,
             aliases=tracked.aliases,
             left_out=tracked.left_out,
             selection=settings.selection,
             segment=tracked.segment,
+            updates=standing.updates,
+            inherited=standing.inherited[index],
         )
-        sources.append(LiveSource(info, values, averages.copies))
+        sources.append(LiveSource(info, reading.room.tensors[index].views, reading.copies))
     return sources
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,21 +14,23 @@ import torch
 
 from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError, shown
 from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.snapshots.format import TrackingSchedule
+from posthoc_cli.reconstruction import ROUNDING
+from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import open_tensors
-from posthoc_cli.snapshots.states import StateInfo, check_times, clock_at
+from posthoc_cli.snapshots.states import StateInfo, check_times, check_window, clock_at
 from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
-from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.facts import Facts
-from posthoc_cli.tracker.layout import accumulator_dtype
+from posthoc_cli.tracker.layout import FlatTensors, Layout, group_tensors
+from posthoc_cli.tracker.live import Reading
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Settings, check_sigma_rels
 
 log = logging.getLogger(__name__)
 
-STATE_VERSION = 1
+STATE_VERSION = int(fmt.STATE_VERSION)
 
 
 @dataclass(frozen=True)
@@ -43,23 +46,37 @@ class TrackerState:
     """Header checksums of the snapshots that the training had behind it."""
     segment: int = 0
 
+    @classmethod
+    def of(cls, reading: Reading[Accumulators], snapshots: frozenset[str]) -> TrackerState:
+        """A state with the tensors of a reading."""
+        tracking = reading.tracking
+        averages = RunningAverages(tracking.averages.sigma_rels, reading.standing, reading.room, reading.copies)
+        progress = tracking.progress
+        return cls(
+            tracking.run_id, progress.step, progress.t, progress.clock, averages, snapshots, tracking.tracked.segment
+        )
+
 
 # --- a plain dict ----------------------------------------------------------------------------------
 
 
 def state_info(state: TrackerState, settings: Settings) -> StateInfo:
     """All of a state that is no tensor."""
-    averages = state.averages
+    averages, standing = state.averages, state.averages.standing
     return StateInfo(
         run_id=state.run_id,
         step=state.step,
         t=state.t,
         t_unit=settings.t_unit,
         sigma_rels=averages.sigma_rels,
-        averages_t=averages.t,
-        averages_step=averages.step,
-        t_first=averages.t_first,
-        max_interval=averages.max_interval,
+        averages_t=standing.t,
+        averages_step=standing.step,
+        t_first=standing.t_first,
+        max_interval=standing.max_interval,
+        updates=standing.updates,
+        window=standing.window,
+        masses=standing.masses,
+        inherited=standing.inherited,
         schedule=settings.schedule,
         clock=tuple(state.clock.state()),
         snapshots=tuple(sorted(state.snapshots)),
@@ -84,27 +101,36 @@ def pack_state(state: TrackerState, settings: Settings, tracked: TrackedModel) -
     the tensors of a fresh object's state, such as torch.distributed.checkpoint, find them in their places.
     """
     averages = state.averages
-    values: Sequence[Mapping[str, torch.Tensor]] = averages.values
-    copies: Mapping[str, torch.Tensor] = averages.copies
-    if not averages.exist:
-        values = [_zeros(tracked, "average") for _ in averages.sigma_rels]
-        copies = _zeros(tracked, "copy")
+    kept, copies = averages.accumulators, averages.copies
+    if kept is None or not averages.exist:
+        kept = Accumulators.zeros(_layout(tracked), len(averages.sigma_rels))
+        copies = _zero_copies(tracked)
+    keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
     return as_dict(state_info(state, settings)) | {
-        "averages": {
-            repr(sigma_rel): {name: value.clone() for name, value in average.items()}
-            for sigma_rel, average in zip(averages.sigma_rels, values, strict=True)
-        },
+        "totals": {key: dict(own.views) for key, own in zip(keys, kept.totals, strict=True)},
+        "recent": {key: dict(own.views) for key, own in zip(keys, kept.recent, strict=True)},
         "copies": {name: value.clone() for name, value in copies.items()},
     }
 
 
-def _zeros(tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
-    zeros = {}
-    for name, tensor in tracked.tensors.items():
-        if tensor.role == role:
-            own = torch_dtype(tensor.dtype)
-            zeros[name] = torch.zeros(tracked.shapes[name], dtype=own if role == "copy" else accumulator_dtype(own))
-    return zeros
+def _layout(tracked: TrackedModel) -> Layout:
+    """How the averages lie in the host's memory: as those of a model there do."""
+    host = torch.device("cpu")
+    return group_tensors(
+        {
+            name: (host, torch_dtype(tensor.dtype), tracked.shapes[name])
+            for name, tensor in tracked.tensors.items()
+            if tensor.role == "average"
+        }
+    )
+
+
+def _zero_copies(tracked: TrackedModel) -> dict[str, torch.Tensor]:
+    return {
+        name: torch.zeros(tracked.shapes[name], dtype=torch_dtype(tensor.dtype))
+        for name, tensor in tracked.tensors.items()
+        if tensor.role == "copy"
+    }
 
 
 @torch.inference_mode(False)
@@ -125,25 +151,26 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     if facts.text("t_unit") != settings.t_unit:
         found = shown(facts.text("t_unit"))
         raise InvalidValueError(f"state: counts time in {found}, this tracker in {settings.t_unit!r}")
-    averages = RunningAverages(settings.sigma_rels)
-    averages.t, averages.step = facts.number("averages_t"), facts.whole("averages_step")
-    averages.t_first, averages.max_interval = facts.number("t_first"), facts.number("max_interval")
+    held, schedule = facts.sigma_rels(), facts.mapping("schedule")
+    standing = _standing(facts)
     step, t = facts.whole("step"), facts.number("t")
     try:
-        check_times(step, t, averages.step, averages.t, averages.t_first, averages.max_interval)
+        check_times(step, t, standing.step, standing.t, standing.t_first, standing.max_interval)
+        check_window(len(held), standing.step, standing.updates, standing.window, standing.masses, standing.inherited)
         clock = clock_at(facts.value("clock"), step, t)
     except InvalidValueError as error:
         raise InvalidValueError(f"state: {error}") from error
     segment = facts.whole("segment")
     run_id, snapshots = facts.run_id(), frozenset(facts.texts("snapshots"))
-    held, schedule = facts.sigma_rels(), facts.mapping("schedule")
-    if averages.exist:
+    averages = RunningAverages.none_yet(settings.sigma_rels)
+    if standing.t > 0:
         _check_profiles(held, settings.sigma_rels)
-        stored = facts.mapping("averages")
-        averages.values = tuple(
-            _checked(facts.tensors(stored, repr(sigma_rel)), tracked, "average") for sigma_rel in settings.sigma_rels
+        averages = RunningAverages(
+            settings.sigma_rels,
+            standing.of_profiles([held.index(sigma_rel) for sigma_rel in settings.sigma_rels]),
+            _checked_averages(facts, settings.sigma_rels, tracked),
+            _checked_copies(facts.mapping("copies"), tracked),
         )
-        averages.copies = _checked(facts.tensors(state, "copies"), tracked, "copy")
     _log_changes(held, settings.sigma_rels, schedule, settings.schedule)
     return TrackerState(run_id, step, t, clock, averages, snapshots, segment)
 
@@ -159,7 +186,7 @@ def _check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
 
 
 def _log_changes(
-    held: Sequence[float], wanted: Sequence[float], schedule: Mapping[str, Any], chosen: TrackingSchedule
+    held: Sequence[float], wanted: Sequence[float], schedule: Mapping[str, Any], chosen: fmt.TrackingSchedule
 ) -> None:
     for sigma_rel in held:
         if sigma_rel not in wanted:
@@ -169,29 +196,62 @@ def _log_changes(
             log.info("%s is %s from here on; it was %s", key, getattr(chosen, key), shown(schedule.get(key)))
 
 
-def _checked(tensors: Mapping[str, Any], tracked: TrackedModel, role: str) -> dict[str, torch.Tensor]:
-    """Copies of the tensors of a role, each checked before the next is looked at: they may be on disk."""
+def _standing(facts: Facts) -> Standing:
+    return Standing(
+        t=facts.number("averages_t"),
+        step=facts.whole("averages_step"),
+        t_first=facts.number("t_first"),
+        max_interval=facts.number("max_interval"),
+        updates=None if facts.value("updates") is None else facts.whole("updates"),
+        window=facts.whole("window"),
+        masses=facts.numbers("masses"),
+        inherited=facts.numbers("inherited"),
+    )
+
+
+def _checked_averages(facts: Facts, sigma_rels: Sequence[float], tracked: TrackedModel) -> Accumulators:
+    """Copies of the averages, each tensor checked before the next is looked at: they may be on disk."""
+    kept = Accumulators.zeros(_layout(tracked), len(sigma_rels))
+    for kind, rooms in (("totals", kept.totals), ("recent", kept.recent)):
+        stored = facts.mapping(kind)
+        for sigma_rel, room in zip(sigma_rels, rooms, strict=True):
+            tensors = facts.tensors(stored, repr(sigma_rel))
+            _check_names(tensors, tracked, "average")
+            for name, own in room.views.items():
+                own.copy_(_checked_tensor(name, tensors[name], tracked, own.dtype))
+    return kept
+
+
+def _checked_copies(tensors: Mapping[str, Any], tracked: TrackedModel) -> dict[str, torch.Tensor]:
+    _check_names(tensors, tracked, "copy")
+    return {
+        name: _checked_tensor(name, tensors[name], tracked, torch_dtype(own.dtype)).detach().clone()
+        for name, own in tracked.tensors.items()
+        if own.role == "copy"
+    }
+
+
+def _check_names(tensors: Mapping[str, Any], tracked: TrackedModel, role: str) -> None:
     expected = {name for name, tensor in tracked.tensors.items() if tensor.role == role}
     if set(tensors) != expected:
         name = min(set(tensors) ^ expected, key=str)
         raise ModelMismatchError(f"tensor {name!r}: is in the state or in the model, but not in both")
-    return {name: _checked_tensor(name, tensors[name], tracked, role) for name in tracked.tensors if name in expected}
 
 
-def _checked_tensor(name: str, tensor: Any, tracked: TrackedModel, role: str) -> torch.Tensor:
+def _checked_tensor(name: str, tensor: Any, tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
         raise InvalidValueError(f"tensor {name!r}: is {shown(tensor)} in the state, and no tensor")
     if tensor.layout != torch.strided or tensor.is_meta:
         raise InvalidValueError(f"tensor {name!r}: is {tensor.layout} on {tensor.device} in the state; must be dense")
-    own = torch_dtype(tracked.tensors[name].dtype)
     shapes = list(tensor.shape), list(tracked.shapes[name])
     if shapes[0] != shapes[1]:
         raise ModelMismatchError(f"tensor {name!r}: has the shape {shapes[0]} in the state, {shapes[1]} in the model")
-    if tensor.dtype != (own if role == "copy" else accumulator_dtype(own)):
-        raise ModelMismatchError(f"tensor {name!r}: is {tensor.dtype} in the state; the model's is {own}")
-    if role == "average" and nonfinite_name({name: tensor}) is not None:
+    if tensor.dtype != dtype:
+        own = torch_dtype(tracked.tensors[name].dtype)
+        raise ModelMismatchError(f"tensor {name!r}: is {tensor.dtype} in the state, not {dtype}; the model's is {own}")
+    if tracked.tensors[name].role == "average" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(f"tensor {name!r}: the state's average of it holds nan or infinity")
-    return tensor.detach().clone()
+    return tensor.detach()
 
 
 # --- snapshots -------------------------------------------------------------------------------------
@@ -228,9 +288,10 @@ def stored_state(directory: Path, run_id: str, sigma_rels: Sequence[float]) -> T
     """What a directory's newest snapshots hold, as a state."""
     averages, clock = load_averages(directory, sigma_rels)
     stored = [StoredSnapshot.of(snapshot) for snapshot in read_directory(directory)]
-    segment = max(snapshot.info.segment for snapshot in stored if snapshot.t == averages.t)
+    segment = max(snapshot.info.segment for snapshot in stored if snapshot.t == averages.standing.t)
     checksums = frozenset(snapshot.checksum for snapshot in stored)
-    return TrackerState(run_id, averages.step, averages.t, clock, averages, checksums, segment)
+    standing = averages.standing
+    return TrackerState(run_id, standing.step, standing.t, clock, averages, checksums, segment)
 
 
 @torch.inference_mode(False)
@@ -250,25 +311,48 @@ def load_averages(directory: Path, sigma_rels: Sequence[float]) -> tuple[Running
             f"go on without some (the newest are of {_listed(there)}) with from_path(..., sigma_rels=...), or begin a "
             "new run in another directory"
         )
-    averages = RunningAverages(sigma_rels)
-    averages.values = tuple(_read(newest[sigma_rel], "average") for sigma_rel in sigma_rels)
-    last = newest[sigma_rels[0]]
-    averages.copies = _read(last, "copy")
-    averages.t, averages.step = last.info.t, last.info.step
-    averages.t_first, averages.max_interval = last.info.t_first, last.info.max_interval
-    return averages, ClockRecorder.of_knots(last.info.clock_pairs)
+    chosen = [newest[sigma_rel] for sigma_rel in sigma_rels]
+    last = chosen[0].info
+    kept = Accumulators.zeros(_layout(TrackedModel.of_snapshot(chosen[0])), len(sigma_rels))
+    inherited = tuple(_read_total(snapshot, total) for snapshot, total in zip(chosen, kept.totals, strict=True))
+    standing = Standing(
+        t=last.t,
+        step=last.step,
+        t_first=last.t_first,
+        max_interval=last.max_interval,
+        updates=last.updates,
+        masses=(0.0,) * len(chosen),
+        inherited=inherited,
+    )
+    averages = RunningAverages(tuple(sigma_rels), standing, kept, _read_copies(chosen[0]))
+    return averages, ClockRecorder.of_knots(last.clock_pairs)
 
 
 def _listed(sigma_rels: Iterable[float]) -> str:
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
 
-def _read(snapshot: Snapshot, role: str) -> dict[str, torch.Tensor]:
+def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
+    """Fill a total with a snapshot; returns the expected squared norm of the error that it has by then."""
+    expected = 0.0
+    with open_tensors(snapshot) as file:
+        for name, own in total.views.items():
+            entry = snapshot.header.tensors[name]
+            own.copy_(tensor_from_bytes(file.read(name), entry.dtype, entry.shape))
+            if torch_dtype(entry.dtype).itemsize < own.dtype.itemsize:
+                eps = torch.finfo(torch_dtype(entry.dtype)).eps
+                expected += (ROUNDING * eps) ** 2 * float(torch.linalg.vector_norm(own)) ** 2
+    measured = snapshot.info.measurements
+    rounding = expected if measured is None else measured.rounding
+    found = rounding + snapshot.info.inherited
+    return found if math.isfinite(found) else 0.0
+
+
+def _read_copies(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     tensors = {}
     with open_tensors(snapshot) as file:
         for name, tensor in snapshot.info.tensors.items():
-            if tensor.role == role:
+            if tensor.role == "copy":
                 entry = snapshot.header.tensors[name]
-                value = tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
-                tensors[name] = value.to(accumulator_dtype(torch_dtype(tensor.dtype))) if role == "average" else value
+                tensors[name] = tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
     return tensors

@@ -15,7 +15,15 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatch
 from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.states import COPY, decode_state, state_metadata, tensor_name, tensors_with
+from posthoc_cli.snapshots.states import (
+    COPY,
+    decode_state,
+    recent_prefix,
+    state_metadata,
+    tensor_name,
+    tensors_with,
+    total_prefix,
+)
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.tracker.settings import Settings
@@ -29,7 +37,7 @@ class Savable(ABC):
 
     @abstractmethod
     def _state(self) -> TrackerState:
-        """What a tracker would continue from; its tensors are the live ones."""
+        """What a tracker would continue from; its tensors are copies."""
 
     @abstractmethod
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -38,8 +46,8 @@ class Savable(ABC):
     def save_state(self, path: str | Path) -> None:
         """Write the tracker's own state to a safetensors file: whole or not at all, durable, checksummed.
 
-        Tensors go to the file one after the other; no second copy of the averages is made. A state that is there
-        already is replaced when the new one is durable. The file may lie in the snapshot directory.
+        The averages are copied first, so that training may go on, and go to the file one after the other. A state that
+        is there already is replaced when the new one is durable. The file may lie in the snapshot directory.
 
         Raises:
             OutputExistsError: something else is there under that name.
@@ -78,9 +86,10 @@ def open_state(path: Path) -> Iterator[dict[str, Any]]:
     """
     with TensorFile(path) as file:
         info = decode_state(path, file.header)
-        averages = {repr(sigma_rel): _StoredTensors(file, repr(sigma_rel)) for sigma_rel in info.sigma_rels}
+        totals = {repr(sigma_rel): _StoredTensors(file, total_prefix(sigma_rel)) for sigma_rel in info.sigma_rels}
+        recent = {repr(sigma_rel): _StoredTensors(file, recent_prefix(sigma_rel)) for sigma_rel in info.sigma_rels}
         try:
-            yield as_dict(info) | {"averages": averages, "copies": _StoredTensors(file, COPY)}
+            yield as_dict(info) | {"totals": totals, "recent": recent, "copies": _StoredTensors(file, COPY)}
         except (InvalidValueError, ModelMismatchError, NonFiniteError) as error:
             raise type(error)(f"{path}: {error}") from error
 
@@ -105,11 +114,13 @@ class _StoredTensors(Mapping[str, torch.Tensor]):
 
 def _named_tensors(state: TrackerState) -> Iterator[tuple[str, torch.Tensor]]:
     """The tensors with the names that they have in the file; none before the first update."""
-    if not state.averages.exist:
+    kept = state.averages.accumulators
+    if kept is None:
         return
-    for sigma_rel, average in zip(state.averages.sigma_rels, state.averages.values, strict=True):
-        for name, value in average.items():
-            yield tensor_name(repr(sigma_rel), name), value
+    for sigma_rel, total, recent in zip(state.averages.sigma_rels, kept.totals, kept.recent, strict=True):
+        for prefix, tensors in ((total_prefix(sigma_rel), total), (recent_prefix(sigma_rel), recent)):
+            for name, value in tensors.views.items():
+                yield tensor_name(prefix, name), value
     for name, value in state.averages.copies.items():
         yield tensor_name(COPY, name), value
 

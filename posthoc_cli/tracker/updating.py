@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
+import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,12 +24,11 @@ from posthoc_cli.errors import (
     PostHocError,
     WriteError,
 )
-from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.background import Background, Snapshots, skip_update
-from posthoc_cli.tracker.following import follow_change
-from posthoc_cli.tracker.live import LiveSource, live_sources
+from posthoc_cli.tracker.background import Background, Update, Writer, skip_update
+from posthoc_cli.tracker.following import Change, find_change
+from posthoc_cli.tracker.live import LiveSource, Progress, Reading, Tracking, Values, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.replicas import is_in_group, is_replica
@@ -47,30 +46,48 @@ _writing: weakref.WeakSet[Updating] = weakref.WeakSet()
 def wait_for_writers(directory: Path) -> None:
     """Return when the trackers of this process have written what is due in a directory; their errors are theirs."""
     for tracker in [*_writing]:
-        if tracker._background is not None and same_place(tracker.checkpoint_dir, directory):
+        if same_place(tracker.checkpoint_dir, directory):
             tracker._background.flush()
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A call that changes what the tracker has: there is one at a time. It stands in a variable named `call`."""
+
+    thread: int
+
+    def is_under_way(self) -> bool:
+        """Whether its thread is in it still: an exception may have ended it before it could say so."""
+        frame = sys._current_frames().get(self.thread)
+        while frame is not None:
+            if frame.f_locals.get("call") is self:
+                return True
+            frame = frame.f_back
+        return False
 
 
 class Updating(Attachable):
     """A tracker that a training calls; see `PostHocEMA`."""
 
-    def __init__(self, directory: Path, run_id: str, settings: Settings, tracked: TrackedModel) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        run_id: str,
+        settings: Settings,
+        tracked: TrackedModel,
+        progress: Progress | None = None,
+        resumes: bool = False,
+    ) -> None:
         self.checkpoint_dir = directory
-        self.run_id = run_id
         self.settings = settings
-        self._tracked = tracked
-        self._averages = RunningAverages(settings.sigma_rels)
-        self._step = 0
-        self._t = 0.0
-        self._clock = ClockRecorder()
-        self._own_clock: bool | None = None
-        self._resumes_from_directory = False
+        averages = RunningAverages.none_yet(settings.sigma_rels)
+        self._background = Background(settings, Tracking(run_id, progress or Progress(), tracked, averages, resumes))
         self._recorder: Recorder | None = None
-        self._background: Background | None = None
         self._pending: Exception | None = None
         self._device: str | None = None
         self._watched = WatchedModel()
-        self._calling = threading.Lock()
+        self._checked: tuple[ModelTensors, TrackedModel] | None = None
+        self._calls: dict[None, Call] = {}
         self._closed = False
         self._process = os.getpid()
         self._model: weakref.ref[torch.nn.Module] | None = None
@@ -78,14 +95,19 @@ class Updating(Attachable):
         self._follows = False  # the first process of a group tracks the same model
 
     @property
+    def run_id(self) -> str:
+        """32 hexadecimal digits that all snapshots of this run carry."""
+        return self._background.now.run_id
+
+    @property
     def step(self) -> int:
         """Calls of `update_` so far in this run."""
-        return self._step
+        return self._background.progress.step
 
     @property
     def t(self) -> float:
         """Training time of the last call."""
-        return self._t
+        return self._background.progress.t
 
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
         """Tell the tracker that the model has made a step. Call it after every optimizer step.
@@ -102,7 +124,7 @@ class Updating(Attachable):
             WriteError: a snapshot that was due at an earlier call could not be written; raised once. Nothing partial
                 is left, and training may go on: this call has done its work, and later snapshots are tried again.
             NotReadyError: the tracker is closed, follows an optimizer or is a forked process's copy, the model holds
-                averaged weights, or another thread is calling.
+                averaged weights, or a call is under way: of another thread, or of the code that a signal handler stops.
             LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: another writer holds
                 the directory, it holds another run, what is in it is damaged, it cannot be read or written, or at no
                 time is there a snapshot of every profile to go on from. Nothing of the call has been done.
@@ -111,21 +133,12 @@ class Updating(Attachable):
         self._check_caller()
         if is_swapped(model):
             raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
-        if not self._calling.acquire(blocking=False):
-            raise NotReadyError("update_: another thread is calling it; call it from one thread, after every step")
+        call = Call(threading.get_ident())
         try:
-            self._check_process()
-            # Of work that was done beside the training since the last call; it stays there if this call fails itself.
-            self._pending = self._failure()
-            self._follows = self._follows or is_replica(model)
-            self._check_open() if self._follows else self._begin()
-            self._advance(t)
-            if not self._follows:
-                self._take_in(model)
-            if self._pending is None and self._background is not None:
-                self._pending = self._background.known_error()  # of the last update, which this one has waited for
+            self._begin_alone("update_", call)
+            self._advance(model, t)
         finally:
-            self._calling.release()
+            self._end_alone(call)
         failure, self._pending = self._pending, None
         if failure is not None:
             raise failure
@@ -137,9 +150,8 @@ class Updating(Attachable):
             WriteError, NonFiniteError: what went wrong since the last call; raised once.
         """
         self._check_process()
-        if self._background is not None:
-            self._background.flush()
-        failure = self._failure()
+        self._background.flush()
+        failure, self._pending = self._failure(), None
         if failure is not None:
             raise failure
 
@@ -149,11 +161,11 @@ class Updating(Attachable):
         self._closed = True
         if self._process != os.getpid():
             return  # of another process, as are the threads and the directory
+        self._background.refuse(self._closed_message())
         try:
             self.flush()
         finally:
-            if self._background is not None:
-                self._background.close()
+            self._background.close()
             if self._recorder is not None:
                 self._recorder.close()
 
@@ -168,32 +180,66 @@ class Updating(Attachable):
 
     # --- inside --------------------------------------------------------------------------------------
 
-    def _advance(self, t: float | None) -> None:
-        """Count a call."""
-        step = self._step + 1
-        self._t = next_time(self.settings, self._own_clock, self._t, step, t)
-        self._own_clock = t is not None
-        self._step = step
-        self._clock.add(step, self._t)
+    def _begin_alone(self, name: str, call: Call) -> None:
+        """Be the only call under way that changes anything."""
+        other = self._calls.setdefault(None, call)
+        if other is not call and not other.is_under_way():
+            self._calls.pop(None, None)
+            other = self._calls.setdefault(None, call)
+        if other is not call:
+            where = "this thread, beneath a signal handler," if other.thread == call.thread else "another thread"
+            raise NotReadyError(
+                f"{name}: {where} is calling the tracker; call update_ from one thread, after every step"
+            )
+
+    def _end_alone(self, call: Call) -> None:
+        if self._calls.get(None) is call:
+            self._calls.pop(None, None)
+
+    def _advance(self, model: torch.nn.Module, t: float | None) -> None:
+        """Do what is due at a call."""
+        self._check_process()
+        # Of work that was done beside the training since the last call; it stays there if this call fails itself.
+        self._pending = self._failure()
+        self._follows = self._follows or is_replica(model)
+        if self._follows:
+            self._check_open()
+            self._background.count(self._after(t))
+            return
+        self._begin()
+        progress = self._after(t)
+        if self.settings.update_is_due(progress.step) or self.settings.snapshot_is_due(progress.step):
+            # Before anything is counted: a wait for a slow disk can be interrupted, with nothing done.
+            self._background.wait_for_turn(self.settings.snapshot_is_due(progress.step))
+            self._pending = self._failure()
+            progress = self._after(t)  # the last update may have been interrupted when it was handed over already
+        self._take_in(model, progress)
+
+    def _after(self, t: float | None) -> Progress:
+        """How far the training is with one call more."""
+        last = self._background.progress
+        time = next_time(self.settings, last.own_clock, last.t, last.step + 1, t)
+        return last.after(time, t is not None, self.settings.update_is_due(last.step + 1))
 
     def _begin(self) -> None:
         """At the first update: become the directory's writer and, in a resumed run, load its averages."""
         self._check_open()
         with self._as_writer(self.run_id) as recorder:
-            if self._resumes_from_directory:
+            now = self._background.now
+            if now.resumes:
                 averages, clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
-                recorder.set_aside_others(averages.t)
-                if averages.step != self._step:
+                step, t = averages.standing.step, averages.standing.t
+                recorder.set_aside_others(t)
+                if step != now.progress.step:
                     log.warning(
                         "%s: the run has gone on since from_path looked, from step %d to %d; the averages go on from "
                         "there, and the model should be of then, too",
                         self.checkpoint_dir,
-                        self._step,
-                        averages.step,
+                        now.progress.step,
+                        step,
                     )
-                self._averages, self._clock = averages, clock
-                self._step, self._t = averages.step, averages.t
-                self._resumes_from_directory = False
+                progress = Progress(step, t, clock, now.progress.own_clock, step)
+                self._background.set(Tracking(now.run_id, progress, now.tracked, averages))
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
@@ -205,7 +251,10 @@ class Updating(Attachable):
     def _check_open(self) -> None:
         self._check_process()
         if self._closed:
-            raise NotReadyError(f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path")
+            raise NotReadyError(self._closed_message())
+
+    def _closed_message(self) -> str:
+        return f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path"
 
     @contextmanager
     def _as_writer(self, run_id: str) -> Iterator[Recorder]:
@@ -243,58 +292,63 @@ class Updating(Attachable):
         return self._recorder
 
     def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
-        """The model's tensors, after a check that they are those that are tracked; `frozen_too`: frozen meanwhile."""
+        """The model's tensors; `frozen_too`: those that were frozen meanwhile."""
+        tracked = self._background.now.tracked
         lenient = frozen_too or not self._knows_selection
-        known = frozenset(self._tracked.tensors.keys() | self._tracked.aliases.keys()) if lenient else None
-        tensors = collect_tensors(model, self.settings.selection, also=known)
+        known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if lenient else None
+        return collect_tensors(model, self.settings.selection, also=known)
+
+    def _change(self, tensors: ModelTensors) -> Change | None:
+        """How to go on where a model has other tensors than are tracked; None where they are the same.
+
+        Raises:
+            ModelMismatchError: they are others, and not to be followed.
+            NonFiniteError: see `find_change`.
+        """
+        tracked = self._background.now.tracked
+        if self._checked is not None and self._checked[0] is tensors and self._checked[1] is tracked:
+            return None
         try:
-            self._tracked.check(TrackedModel.of_model(tensors))
+            tracked.check(TrackedModel.of_model(tensors))
         except ModelMismatchError:
             if self.settings.on_change != "follow":
                 raise
-            if self._background is not None:
-                self._background.flush()  # what is still to be written is of the tensors as they were
-            self._tracked = follow_change(self._averages, self._tracked, tensors)
-        return tensors
+            return find_change(tracked, tensors)
+        self._checked = tensors, tracked
+        return None
 
-    def _take_in(self, model: torch.nn.Module) -> None:
-        """Do what is due at this call."""
-        due = None
-        if self.settings.snapshot_is_due(self._step):
-            due = Snapshots(partial(self._live_sources, copy.deepcopy(self._clock)), self._write_snapshots)
-        tensors = self._due_tensors(model)
-        if tensors is not None:
-            background = self._working(tensors.averaged)
-            background.update(self._averages, tensors, self._t, self._step, due)
-        elif due is not None and self._averages.exist and self._background is not None:
-            self._background.write(self._averages, due)
+    def _take_in(self, model: torch.nn.Module, progress: Progress) -> None:
+        """Do what is due at this call, and count it."""
+        due = self._write_snapshots if self.settings.snapshot_is_due(progress.step) else None
+        if self.settings.update_is_due(progress.step):
+            self._update(model, progress, due)
+        elif due is not None and self._background.now.averages.exist:
+            self._background.leave_out(progress, due)
+        else:
+            self._background.count(progress)
 
-    def _due_tensors(self, model: torch.nn.Module) -> ModelTensors | None:
-        """What is to be taken in at this call; None for nothing."""
-        if not self.settings.update_is_due(self._step):
-            return None
+    def _update(self, model: torch.nn.Module, progress: Progress, due: Writer | None) -> None:
         try:
-            return self._watched.tensors(model, self._collect)
+            tensors = self._watched.tensors(model, self._collect)
+            change = self._change(tensors)
         except NonFiniteError as error:  # a new segment cannot begin with it
-            skip_update(self.settings, str(error), stacklevel=5)
-            return None
-
-    def _working(self, parameters: Mapping[str, torch.Tensor]) -> Background:
-        if self._background is None:
-            on_host = all(parameter.device.type == "cpu" for parameter in parameters.values())
-            self._background = Background(self.settings, (self._device or ("model" if on_host else "cpu")) == "cpu")
-        return self._background
+            self._background.leave_out(progress, due)
+            skip_update(self.settings, str(error), stacklevel=6)
+            return
+        except PostHocError:
+            self._background.leave_out(progress, None)
+            raise
+        self._background.place(tensors.averaged, self._device)
+        self._background.update(Update(tensors, progress, due, change))
 
     def _failure(self) -> Exception | None:
-        pending, self._pending = self._pending, None
-        if pending is not None or self._background is None:
-            return pending
-        return self._background.take_error()
+        """What is to be raised by this call or the next one."""
+        return self._pending or self._background.take_error()
 
-    def _write_snapshots(self, sources: Sequence[LiveSource], weights: Mapping[str, torch.Tensor] | None) -> None:
+    def _write_snapshots(self, reading: Reading[Values], weights: Mapping[str, torch.Tensor] | None) -> None:
         recorder = self._open_recorder(self.run_id)
-        recorder.write(sources, weights)
+        recorder.write(live_sources(self.settings, reading), weights)
         recorder.thin(self.settings.schedule.max_checkpoints, self.settings.schedule.sigma_range)
 
-    def _live_sources(self, clock: ClockRecorder | None = None) -> list[LiveSource]:
-        return live_sources(self.run_id, self.settings, self._tracked, self._averages, clock or self._clock)
+    def _live_sources(self) -> list[LiveSource]:
+        return live_sources(self.settings, self._background.read())

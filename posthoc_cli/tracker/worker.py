@@ -1,4 +1,10 @@
-"""Work beside the training: one job after another in a thread of its own."""
+"""Work in threads of their own, one job after another.
+
+Signal handlers run in the main thread, between any two steps of what it does there, and may call whatever it is just
+in. So nothing here holds a lock while it runs Python code: a lock that a handler would wait for is one that the code
+beneath it cannot give back. Queues and deques are appended to and taken from in one step, and who has a job is decided
+by `dict.setdefault`, which is one as well.
+"""
 
 from __future__ import annotations
 
@@ -8,93 +14,153 @@ import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
 from queue import SimpleQueue
+from typing import Generic, TypeVar, cast
 
 log = logging.getLogger(__name__)
 
-Job = Callable[[], None]
+Result = TypeVar("Result")
+
+
+class Job(Generic[Result]):
+    """One piece of work, which is done once, or never where it was withdrawn before.
+
+    Arguments:
+        work: to be done.
+        errors: gets what goes wrong, where nobody waits for `result`.
+    """
+
+    def __init__(self, work: Callable[[], Result], errors: deque[Exception] | None = None) -> None:
+        self._work: Callable[[], Result] | None = work
+        self._errors = errors
+        self._taker: dict[None, str] = {}
+        self._finished = False
+        self._error: BaseException | None = None
+        self._value: Result | None = None
+        self._gate = threading.Lock()
+        self._gate.acquire()
+
+    def run(self) -> None:
+        """Do it; called by a worker."""
+        if self._taker.setdefault(None, "worker") != "worker" or self._work is None:
+            return
+        try:
+            self._value = self._work()
+        except BaseException as error:  # noqa: BLE001  # raised where it is waited for, or at the next call
+            self._error = error
+            if self._errors is not None and isinstance(error, Exception):
+                self._errors.append(error)
+        self._work = None  # it may hold a model
+        self._finished = True
+        self._gate.release()
+        if self._errors is not None and self._error is not None:
+            log.error("beside the training: %s", self._error)
+
+    def wait(self) -> None:
+        """Return when it is done."""
+        if not self._finished:
+            with self._gate:
+                pass
+
+    def settle(self) -> None:
+        """Return when it is done, or will never be; whatever is raised meanwhile waits for that, too."""
+        try:
+            if not self._withdrawn():
+                self.wait()
+        finally:
+            if not (self._finished or self._withdrawn()):
+                self.settle()
+
+    def result(self) -> Result:
+        """What came of it."""
+        if self._error is not None:
+            raise self._error
+        return cast("Result", self._value)
+
+    def _withdrawn(self) -> bool:
+        return self._taker.setdefault(None, "owner") == "owner"
 
 
 class Worker:
-    """Jobs in the order they were given, in a thread that ends with `close` or when nobody has the worker any more.
+    """Jobs in the order they were given, in a thread that begins with the first and ends with `close`.
 
-    The thread does not keep the process from ending: whoever needs the jobs done by then has to `wait`. It is none of
-    `concurrent.futures`, which at the end of the process take no job any more, not even one that another job gives.
-    An error of a job is logged, and kept until `take_error`; the jobs after it are done all the same.
+    It also ends when nobody has the worker any more, and does not keep the process from ending: whoever needs the jobs
+    done by then has to `wait`. It is none of `concurrent.futures`, which at the end of the process take no job more,
+    not even one that another job gives. An error of a job that nobody waits for is logged, and kept until `take_error`;
+    the jobs after it are done all the same.
 
     Arguments:
         name: for the thread.
-        most: jobs that may wait or be under way; `submit` waits for the oldest beyond.
     """
 
-    def __init__(self, name: str, most: int) -> None:
-        self._name, self._most = name, most
-        self._queue: SimpleQueue[tuple[Future[None], Job] | None] = SimpleQueue()
-        self._thread: threading.Thread | None = None
-        self._process = os.getpid()
-        self._jobs: deque[Future[None]] = deque()
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
+        self._vacancy: deque[None] = deque((None,))
         self._errors: deque[Exception] = deque()
-        self._lock = threading.Lock()
+        self._process = os.getpid()
+        # Not when the process ends: jobs may still begin others then.
+        weakref.finalize(self, self._queue.put, None).atexit = False
 
-    def submit(self, job: Job) -> None:
-        """Do `job` later; waits while too many others are under way."""
-        while len(self._jobs) >= self._most:
-            self._take_oldest()
-        if self._thread is None:
-            self._thread = threading.Thread(target=_work, args=(self._queue,), name=f"ema-{self._name}", daemon=True)
-            self._thread.start()
-            # Not when the process ends: jobs may still begin others then.
-            weakref.finalize(self, self._queue.put, None).atexit = False
-        done: Future[None] = Future()
-        self._jobs.append(done)
-        self._queue.put((done, job))
+    def submit(self, work: Callable[[], None]) -> None:
+        """Do `work` later."""
+        self._put(Job(work, self._errors))
+
+    def call(self, work: Callable[[], Result]) -> Result:
+        """Have `work` done, and return what comes of it, or raise its error.
+
+        What is raised by a signal handler meanwhile waits until the work is done, unless it had not begun: then it is
+        never done.
+        """
+        job = Job(work)
+        try:
+            self._put(job)
+            job.wait()
+        finally:
+            job.settle()
+        return job.result()
 
     def wait(self) -> None:
         """Return when every job is done; in a child that was forked meanwhile, which has no thread, at once."""
-        while self._jobs and os.getpid() == self._process:
-            self._take_oldest()
+        if not self.is_idle() and os.getpid() == self._process:
+            job = Job(lambda: None)
+            self._put(job)
+            job.wait()
 
     def take_error(self) -> Exception | None:
-        """The first error of a finished job that was not taken yet."""
-        while any(job.done() for job in [*self._jobs][:1]):
-            self._take_oldest()
-        return self.known_error()
-
-    def known_error(self) -> Exception | None:
-        """The same, of jobs that somebody has waited for."""
-        return self._errors.popleft() if self._errors else None
+        """The first error of a job that was not taken yet."""
+        try:
+            return self._errors.popleft()
+        except IndexError:
+            return None
 
     def close(self) -> None:
-        """Finish every job, and end the thread."""
+        """Finish every job, and end the thread; the next job would begin another one."""
         self.wait()
-        if self._thread is not None and os.getpid() == self._process:
+        if not self._vacancy:
             self._queue.put(None)
-            self._thread.join()
-            self._thread = None
 
-    def _take_oldest(self) -> None:
-        with self._lock:
-            if not self._jobs:
-                return
-            job = self._jobs[0]
-        error = job.exception()  # waits, without the lock; Ctrl-C meanwhile leaves the job in its place
-        with self._lock:
-            if not self._jobs or self._jobs[0] is not job:
-                return  # another thread has taken it
-            self._jobs.popleft()
-            if isinstance(error, Exception):
-                self._errors.append(error)
+    def is_idle(self) -> bool:
+        """Whether there is no thread, and nothing for one to do."""
+        return bool(self._vacancy) and self._queue.empty()
+
+    def _put(self, job: Job[Result]) -> None:
+        self._queue.put(cast("Job[object]", job))
+        if self._vacancy:
+            target = (self._queue, self._vacancy)
+            threading.Thread(target=_serve, args=target, name=f"ema-{self._name}", daemon=True).start()
 
 
-def _work(queue: SimpleQueue[tuple[Future[None], Job] | None]) -> None:
-    while (item := queue.get()) is not None:
-        done, job = item
+def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
+    """Do jobs until there comes None. Of several threads that a moment may begin, one does, and the others end."""
+    while True:
         try:
-            job()
-        except Exception as error:  # noqa: BLE001  # raised at the next call
-            log.error("beside the training: %s", error)
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-        del item, job, done  # while it waits, a thread must not keep alive what it has worked on
+            vacancy.pop()
+        except IndexError:
+            return
+        while (job := queue.get()) is not None:
+            job.run()
+            del job  # while it waits, a thread must not keep alive what it has worked on
+        vacancy.append(None)
+        if queue.empty():  # else a job came after the None, from somebody who saw no vacancy
+            return

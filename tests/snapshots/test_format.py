@@ -18,11 +18,11 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import xxhash
-from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, make_info, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, make_info, read_snapshot, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
@@ -346,3 +346,31 @@ def test_measurements_too_far_from_1_to_reckon_with_are_read_as_none(sums: tuple
     entries = fmt.lay_out([fmt.TensorSpec("a", "F32", (1,))])
     start = fmt.encode_header(entries, fmt.snapshot_metadata(info), {"a": "0" * 16})
     assert decode_snapshot(path, decode_header(path, start, len(start) + 4)).measurements is None
+
+
+def test_updates_and_inherited_error_come_back_and_may_be_missing(tmp_path: Path) -> None:
+    values = {"a": torch.zeros(2)}
+    path = write_snapshot(tmp_path / "with", 8, 0.1, RUN_ID, values, updates=3, inherited=1.0 / 3)
+    assert (read_snapshot(path).info.updates, read_snapshot(path).info.inherited) == (3, 1.0 / 3)
+    path = write_snapshot(tmp_path / "without", 8, 0.1, RUN_ID, values)
+    assert (read_snapshot(path).info.updates, read_snapshot(path).info.inherited) == (None, 0.0)
+    assert {"ema.updates", "ema.inherited"}.isdisjoint(read_snapshot(path).header.metadata)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("updates", 0, r"ema\.updates: 0 must lie in \[1, 8\]"),
+        ("updates", 9, r"ema\.updates: 9 must lie in \[1, 8\]"),
+        ("updates", -1, r"ema\.updates: '-1' is not a whole number"),
+        ("inherited", -0.5, r"ema\.inherited: -0\.5 must be at least 0"),
+        ("inherited", float("nan"), r"ema\.inherited: 'nan' is not a number"),
+        ("inherited", float("inf"), r"ema\.inherited: 'inf' is not a number"),
+    ],
+)
+def test_updates_and_inherited_errors_that_cannot_be_are_refused(
+    tmp_path: Path, field: str, value: float, message: str
+) -> None:
+    path = write_snapshot(tmp_path, 8, 0.1, RUN_ID, {"a": torch.zeros(2)}, **{field: value})
+    with pytest.raises(FileFormatError, match=message):
+        read_snapshot(path)

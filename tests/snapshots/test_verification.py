@@ -315,7 +315,7 @@ def test_a_state_whose_profiles_differ_contradicts_itself(run: Path) -> None:
     path = run / "state.safetensors"
     values = load_file(path)
     for change, said in (
-        ({"0.05/0.bias": torch.zeros(4)}, "tensor '0.bias' is not the same for sigma_rel 0.05 and 0.28"),
+        ({"0.05/0.bias": torch.zeros(4)}, "tensor '0.bias' is not the same in 0.05 and 0.28"),
         ({"0.07/0.bias": torch.zeros(4)}, "tensor '0.07/0.bias' is of no profile that the state has"),
     ):
         write_anew(path, values | change)

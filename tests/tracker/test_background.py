@@ -3,26 +3,27 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from factories import refuse_for_space
+from factories import averages_in, exact_gamma, refuse_for_space
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.store import read_directory
-from posthoc_cli.tracker import background, layout
-from posthoc_cli.tracker.averages import AverageSet
-from posthoc_cli.tracker.background import Pace
+from posthoc_cli.tracker import pace as pacing
 from posthoc_cli.tracker.layout import BlockReader
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.staging import Staged
@@ -95,10 +96,10 @@ def test_values_are_those_of_the_step_that_was_asked_for(tmp_path: Path, device:
             step(model, number)
             tracker.update_(model)
             if number % 2 == 0:
-                own, gamma = model.weight.detach().numpy().copy(), tracker._averages.gammas[0]
+                own, gamma = model.weight.detach().numpy().copy(), exact_gamma(0.28)
                 beta = (last / number) ** (gamma + 1)
                 exact, last = own if exact is None else beta * exact + (1 - beta) * own, number
-        live = tracker.state_dict()["averages"]["0.28"]["weight"].numpy()
+        live = averages_in(tracker.state_dict())["0.28"]["weight"].numpy()
     np.testing.assert_allclose(live, exact, rtol=1e-13)
 
 
@@ -109,7 +110,7 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
         for first in range(1, 40, 2):
             train(model, tracker, first, first + 1)
             step(model, 1000 + first)  # what nobody may see
-            assert tracker._averages.step < first + 1
+            assert tracker._background.now.averages.standing.step < first + 1
             gate.set()
             tracker.flush()
             gate.clear()
@@ -157,22 +158,6 @@ def test_snapshots_hold_the_averages_of_their_time_however_late_they_are_written
     ]
 
 
-def test_snapshots_of_averages_on_an_accelerator_are_of_their_time_too(
-    tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """There, updates go on changing the averages in place while a copy of them is written."""
-    model = network()
-    with monkeypatch.context() as elsewhere:
-        elsewhere.setattr(AverageSet, "on_host", property(lambda _: False))
-        with PostHocEMA.from_model(model, tmp_path / "late", device="model", **SETTINGS) as late:
-            train(model, late, 1, 7)
-            slow_disk.set()
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "prompt", device="model", **SETTINGS) as prompt:
-        train(model, prompt, 1, 4)
-    assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
-
-
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_reader_in_the_same_process_waits_for_what_is_due(
     tmp_path: Path, device: str, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
@@ -191,71 +176,54 @@ def test_a_reader_in_the_same_process_waits_for_what_is_due(
         assert found[0].t == 4
 
 
-@pytest.mark.parametrize("call", range(6))
-def test_an_update_that_is_interrupted_is_finished_first(
-    tmp_path: Path, call: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ctrl-C comes when a call into torch returns; no average has the values of a step in a part of it only."""
-    monkeypatch.setattr(layout, "CPU_BLOCK", 8)
-    model, plain = torch.nn.Linear(5, 4), torch.nn.Linear(5, 4)
-    plain.load_state_dict(model.state_dict())
-    real, calls = torch.lerp, []
-
-    def lerp(*arguments: Any, **keywords: Any) -> None:
-        real(*arguments, **keywords)
-        calls.append(None)
-        if len(calls) == call + 1:
-            raise KeyboardInterrupt
-
-    runs = {"update_every": 1, "checkpoint_every": 100}
-    with (
-        PostHocEMA.from_model(model, tmp_path / "cut", device="model", **runs) as cut,
-        PostHocEMA.from_model(plain, tmp_path / "straight", device="model", **runs) as straight,
-    ):
-        train(model, cut, 1, 3)
-        train(plain, straight, 1, 5)
-        with monkeypatch.context() as fault:
-            fault.setattr(torch, "lerp", lerp)
-            with pytest.raises(KeyboardInterrupt):
-                train(model, cut, 4, 4)
-        train(model, cut, 5, 5)
-        averages = [run.state_dict()["averages"] for run in (cut, straight)]
-    for sigma_rel, expected in averages[1].items():
-        assert all(torch.equal(averages[0][sigma_rel][name], tensor) for name, tensor in expected.items())
-
-
-def test_averages_that_are_held_take_one_more_set_and_no_third(tmp_path: Path, slow_disk: threading.Event) -> None:
+def test_snapshots_take_the_same_memory_each_time(tmp_path: Path) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device="model", **SETTINGS) as tracker:
-        train(model, tracker, 1, 4)
-        first = tracker._averages.values
-        train(model, tracker, 5, 6)
-        second = tracker._averages.values
-        train(model, tracker, 7, 7)
-        assert [a is b for a, b in zip(first, second, strict=True)] == [False, False]
-        slow_disk.set()
-        sets = set()
-        for number in range(8, 40):
-            train(model, tracker, number, number)
+        rooms = set()
+        for number in range(1, 41, 4):
+            train(model, tracker, number, number + 3)
             tracker.flush()
-            sets.add(id(tracker._averages.values[0]))
-    assert sets <= {id(first[0]), id(second[0])}
+            (room,) = tracker._background._rooms
+            rooms.add(id(room.tensors[0].flats[0]))
+        assert len(rooms) == 1
 
 
-def test_nothing_stays_held_where_the_wait_for_the_disk_is_interrupted(
-    tmp_path: Path, slow_disk: threading.Event, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_a_wait_for_the_disk_that_is_interrupted_has_counted_nothing(
+    tmp_path: Path, device: str, slow_disk: threading.Event
 ) -> None:
     model = network()
-    with PostHocEMA.from_model(model, tmp_path, device="model", **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path / "cut", device=device, **SETTINGS) as tracker:
         train(model, tracker, 1, 7)
-        with monkeypatch.context() as fault:
-            fault.setattr(Worker, "_take_oldest", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
-            fault.setattr(Worker, "take_error", lambda _: None)
-            with pytest.raises(KeyboardInterrupt):
-                train(model, tracker, 8, 8)
+        step(model, 8)
+        started = time.monotonic()
+        with pytest.raises(KeyboardInterrupt), interrupted(after=0.2):
+            tracker.update_(model)
+        assert time.monotonic() - started < 30  # the disk would have taken 60 s
+        assert tracker.step == 7
         slow_disk.set()
-        tracker.flush()
-        assert tracker._averages._held == []
+        tracker.update_(model)
+        train(model, tracker, 9, 12)
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "plain", device=device, **SETTINGS) as plain:
+        train(model, plain, 1, 12)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "plain")
+
+
+@contextmanager
+def interrupted(after: float) -> Iterator[None]:
+    """Raise KeyboardInterrupt in the block after so many seconds."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, after)
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 # --- errors ----------------------------------------------------------------------------------------
@@ -276,28 +244,31 @@ def test_a_value_that_is_not_finite_is_raised_at_the_next_call_and_taken_in_by_n
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
     assert (state["step"], state["averages_step"]) == (5, 5)
-    assert all(bool(average["weight"].isfinite().all()) for average in state["averages"].values())
+    assert all(bool(average["weight"].isfinite().all()) for average in averages_in(state).values())
 
 
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, gate: threading.Event
 ) -> None:
     model = torch.nn.Linear(3, 2)
     with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=2, checkpoint_every=100) as tracker:
+        gate.set()
         train(model, tracker, 1, 3)
+        tracker.flush()
+        gate.clear()
         kept = model.weight.detach().clone()
-        monkeypatch.setattr(Worker, "take_error", lambda _: None)  # it has not come so far when the call begins
         with torch.no_grad():
             model.weight[0, 0] = torch.nan
         tracker.update_(model)
         with torch.no_grad():
             model.weight.copy_(kept)
         tracker.update_(model)
+        threading.Timer(0.2, gate.set).start()  # it has not come so far when the call begins
         with pytest.raises(NonFiniteError, match="'weight' holds nan or infinity at step 4"):
             tracker.update_(model)
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
-    assert (state["step"], state["averages_step"]) == (7, 6)
+    assert (state["step"], state["averages_step"], state["updates"]) == (7, 6, 2)
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
@@ -355,10 +326,10 @@ def test_two_threads_must_not_call_at_once(tmp_path: Path, monkeypatch: pytest.M
         inside, go_on = threading.Event(), threading.Event()
         real = PostHocEMA._take_in
 
-        def wait(self: PostHocEMA, own: torch.nn.Module) -> None:
+        def wait(self: PostHocEMA, *arguments: Any) -> None:
             inside.set()
             assert go_on.wait(60)
-            real(self, own)
+            real(self, *arguments)
 
         monkeypatch.setattr(PostHocEMA, "_take_in", wait)
         other = threading.Thread(target=tracker.update_, args=(model,))
@@ -434,8 +405,8 @@ def test_a_worker_that_falls_behind_is_waited_for_and_no_update_is_dropped(
 def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Jobs of 3 s where one comes after every second of training: every 40th step instead of every 10th."""
     now = [0.0]
-    monkeypatch.setattr(background.time, "monotonic", lambda: now[0])
-    pace = Pace("an update", "update_every", lambda factor: background._divisor(1000, 10 * factor))
+    monkeypatch.setattr(pacing.time, "monotonic", lambda: now[0])
+    pace = pacing.Pace("an update", "update_every", lambda factor: pacing.divisor(1000, 10 * factor))
 
     def come(training: float, waits: float, job: float) -> None:
         now[0] += training
@@ -457,7 +428,7 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
 
 
 def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
-    worker = Worker("test", 2)
+    worker = Worker("test")
 
     def fail(number: int) -> None:
         raise WriteError(28, f"the {number}th")
@@ -575,7 +546,7 @@ def test_a_tensor_turned_in_its_place_is_followed(tmp_path: Path, device: str) -
         model.weight.data = model.weight.data.t()
         for _ in range(300):
             tracker.update_(model)
-        average = tracker.state_dict()["averages"]["0.05"]["weight"]
+        average = averages_in(tracker.state_dict())["0.05"]["weight"].float()
     torch.testing.assert_close(average, model.weight.detach(), rtol=1e-6, atol=1e-6)
 
 
@@ -591,7 +562,7 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
                 tracker.update_(model)
         for _ in range(300):
             tracker.update_(model)
-        average = tracker.state_dict()["averages"]["0.05"]["weight"]
+        average = averages_in(tracker.state_dict())["0.05"]["weight"].float()
     torch.testing.assert_close(average, torch.full((2, 3), 7.0))
 
 

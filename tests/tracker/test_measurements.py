@@ -25,6 +25,7 @@ from posthoc_cli.reconstruction.measurements import Measurements
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.tracker import measuring
+from posthoc_cli.tracker.layout import FlatTensors
 
 Tensors = dict[str, torch.Tensor]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
@@ -45,10 +46,16 @@ class Watched:
                     change = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
                     parameter.add_((change * 0.1).to(parameter))
             self.tracker.update_(model)
-            averages = self.tracker._averages
-            for sigma_rel, values in zip(averages.sigma_rels, averages.values, strict=True):
-                self.exact[averages.t, sigma_rel] = {name: value.clone() for name, value in values.items()}
+            for source in self.tracker._live_sources():
+                self.exact[source.info.t, source.info.sigma_rel] = dict(source.averages)
         self.tracker.flush()
+
+
+def kept_by(tracker: PostHocEMA) -> tuple[tuple[FlatTensors, ...], tuple[FlatTensors, ...]]:
+    """What the averages are kept in: totals and recent means."""
+    kept = tracker._background.now.averages.accumulators
+    assert kept is not None
+    return kept.totals, kept.recent
 
 
 def squares(tensors: Tensors, other: Tensors | None = None) -> float:
@@ -185,9 +192,10 @@ def test_a_distance_that_overflows_is_left_out(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2, bias=False)
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
         tracker.update_(model)
-        for average, value in zip(tracker._averages.values, (-3e38, 3e38), strict=True):
-            average["weight"].fill_(value)
-        tracker._write_snapshots(tracker._live_sources(), None)
+        for total, recent, value in zip(*kept_by(tracker), (-3e38, 3e38), strict=True):
+            total.views["weight"].fill_(value)
+            recent.views["weight"].fill_(value)
+        tracker._write_snapshots(tracker._background.read(), None)
     for snapshot in read_directory(tmp_path):
         assert snapshot.info.measurements == Measurements(pytest.approx(4 * 9e76), 0.0, ())  # type: ignore[arg-type]
 
@@ -337,9 +345,9 @@ def test_a_profile_that_could_not_be_written_is_written_when_it_is_due_again(
                 watched.train(model, 10, 10)
         assert [(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path)] == [(5, 0.05), (5, 0.28), (10, 0.05)]
         assert not list(tmp_path.glob(".ema-*"))
-        tracker._write_snapshots(tracker._live_sources(), None)
-        for sigma_rel, values in zip(tracker._averages.sigma_rels, tracker._averages.values, strict=True):
-            watched.exact[10, sigma_rel] = values
+        tracker._write_snapshots(tracker._background.read(), None)
+        for source in tracker._live_sources():
+            watched.exact[10, source.info.sigma_rel] = dict(source.averages)
         check_all(watched, tmp_path)
 
 
@@ -347,7 +355,8 @@ def test_an_average_that_is_not_finite_is_refused_before_anything_is_written(tmp
     model = tiny_model()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         Watched(tracker).train(model, 1, 4)
-        tracker._averages.values[1]["norm.bias"][1] = float("nan")
+        _, recent = kept_by(tracker)
+        recent[1].views["norm.bias"][1] = float("nan")
         with pytest.raises(NonFiniteError, match=r"the average of 'norm\.bias' holds nan or infinity"):
             Watched(tracker).train(model, 5, 5)
     assert not list(tmp_path.glob("*.safetensors"))

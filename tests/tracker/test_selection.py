@@ -252,7 +252,7 @@ def test_a_complex_parameter_may_be_left_out(tmp_path: Path) -> None:
     model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
     with pytest.raises(InvalidValueError, match=r"'phase': is complex, .*exclude='phase'"):
         PostHocEMA.from_model(model, tmp_path)
-    assert PostHocEMA.from_model(model, tmp_path, exclude="phase")._tracked.left_out == ("phase",)
+    assert PostHocEMA.from_model(model, tmp_path, exclude="phase")._background.now.tracked.left_out == ("phase",)
 
 
 @pytest.mark.parametrize(("kind", "tied"), [("parameter", False), ("buffer", False), ("parameter", True)])
@@ -274,7 +274,7 @@ def test_a_buffer_on_meta_is_refused(tmp_path: Path) -> None:
     model.register_buffer("table", torch.zeros(3, device="meta"))
     with pytest.raises(InvalidValueError, match=r"tensor 'table': is on the meta device .* to_empty"):
         PostHocEMA.from_model(model, tmp_path)
-    assert PostHocEMA.from_model(model, tmp_path, buffers="skip")._tracked.left_out == ("table",)
+    assert PostHocEMA.from_model(model, tmp_path, buffers="skip")._background.now.tracked.left_out == ("table",)
 
 
 def old_weight_norm(layer: torch.nn.Module) -> torch.nn.Module:

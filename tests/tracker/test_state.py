@@ -125,7 +125,7 @@ def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) 
     found = json.loads(ema("info", path, "--json").out)
     expected = {"kind": "state", "run": run.tracker.run_id, "step": 23, "t": 23.0, "averages_t": 22.0, "t_first": 2.0}
     assert {key: found[key] for key in expected} == expected
-    assert (found["sigma_rels"], found["known_snapshots"], found["tensors"]) == ([0.05, 0.28], 4, 11)
+    assert (found["sigma_rels"], found["known_snapshots"], found["tensors"]) == ([0.05, 0.28], 4, 19)
     text = ema("info", path).out
     assert re.search(r"kind +state", text)
     assert re.search(r"sigma rels +0\.05, 0\.28", text)
@@ -157,8 +157,8 @@ def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(TensorFileWriter, "write", watched_write)
     run.tracker.save_state(tmp_path / "state")
     run.tracker.load_state(tmp_path / "state")
-    assert len(alive) == len(sizes) == 11
-    assert max(sizes) == 4 * 12
+    assert len(alive) == len(sizes) == 19
+    assert max(sizes) == 8 * 12
 
 
 def test_a_state_is_replaced_when_the_new_one_is_durable_and_not_before(
@@ -282,7 +282,8 @@ def test_a_model_without_buffers_and_a_profile_less_through_it(tmp_path: Path) -
             dcp.load({"ema": fewer}, checkpoint_id=tmp_path / f"dcp-{sigma_rel}")
             found = fewer.state_dict()
         assert found["sigma_rels"] == [sigma_rel]
-        assert same(found["averages"], {repr(sigma_rel): expected["averages"][repr(sigma_rel)]})
+        for kind in ("totals", "recent"):
+            assert same(found[kind], {repr(sigma_rel): expected[kind][repr(sigma_rel)]})
 
 
 @pytest.mark.parametrize("steps", [1, 15])
@@ -389,16 +390,20 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
 # --- states that were tampered with ----------------------------------------------------------------
 
 NOT_OF_ONE_TRAINING = "not times of one training"
+NOT_THE_AVERAGES = "not those of 2 averages at step 4"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, r"state: has version 2; this release reads 1"),
+        ({"version": 1}, r"state: has version 1; this release reads 2"),
         ({"version": None}, r"state: has version None"),
         ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
         ({"t_unit": 3}, r"state: t_unit: must be a string, not 3"),
-        ({"sigma_rels": [0.1]}, r"sigma_rels: 0\.05 is none of the tracked ones, 0\.1"),
+        (
+            {"sigma_rels": [0.1], "masses": [1.0], "inherited": [0.0]},
+            r"sigma_rels: 0\.05 is none of the tracked ones, 0\.1",
+        ),
         ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rel nan: must"),
         ({"sigma_rels": 7}, r"state: sigma_rels 7: must be a sequence"),
         ({"step": "zz"}, r"state: step: must be a whole number, at least 0, not 'zz'"),
@@ -425,10 +430,25 @@ NOT_OF_ONE_TRAINING = "not times of one training"
         ({"snapshots": "abc"}, r"state: snapshots: must be a list of strings, not 'abc'"),
         ({"snapshots": [1]}, r"state: snapshots: must be a list of strings, not a list"),
         ({"schedule": 5}, r"state: schedule: must be a dict, not 5"),
-        ({"averages": []}, r"state: averages: must be a dict, not a list"),
-        ({"averages": {}}, r"state: 0\.05: is missing"),
-        ({"averages": {"0.05": 5, "0.28": {}}}, r"state: 0\.05: must be a dict, not 5"),
-        ({"averages": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': is in the state or in the model, but not in both"),
+        ({"updates": 1}, NOT_THE_AVERAGES),
+        ({"updates": 0}, NOT_THE_AVERAGES),
+        ({"updates": 5}, NOT_THE_AVERAGES),
+        ({"updates": 1.0}, r"state: updates: must be a whole number"),
+        ({"window": 3}, NOT_THE_AVERAGES),
+        ({"window": 0}, NOT_THE_AVERAGES),
+        ({"masses": [1.0]}, NOT_THE_AVERAGES),
+        ({"masses": [1.0, 0.0]}, NOT_THE_AVERAGES),
+        ({"masses": [1.0, 1.5]}, NOT_THE_AVERAGES),
+        ({"masses": [1.0, float("nan")]}, r"state: masses: must be a list of finite numbers"),
+        ({"masses": [1.0, -0.5]}, r"state: masses: must be a list of finite numbers"),
+        ({"masses": 5}, r"state: masses: must be a list of finite numbers"),
+        ({"inherited": [0.0]}, NOT_THE_AVERAGES),
+        ({"inherited": [0.0, -1.0]}, r"state: inherited: must be a list of finite numbers"),
+        ({"totals": []}, r"state: totals: must be a dict, not a list"),
+        ({"totals": {}}, r"state: 0\.05: is missing"),
+        ({"totals": {"0.05": 5, "0.28": {}}}, r"state: 0\.05: must be a dict, not 5"),
+        ({"totals": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': is in the state or in the model, but not in both"),
+        ({"recent": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': is in the state or in the model, but not in both"),
         ({"copies": {5: torch.zeros(1)}}, "is in the state or in the model, but not in both"),
         ({"copies": None}, r"state: copies: must be a dict, not None"),
     ],
@@ -465,7 +485,7 @@ def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, tensor, error,
     run.train(1, 4)
     state = copy.deepcopy(run.tracker.state_dict())
     before = run.tracker.state_dict()
-    state["averages"]["0.28"]["0.weight"] = tensor
+    state["recent"]["0.28"]["0.weight"] = tensor
     with pytest.raises(error, match=rf"tensor '0\.weight': .*{message}"):
         run.tracker.load_state_dict(state)
     assert same(run.tracker.state_dict(), before)
@@ -475,7 +495,8 @@ def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, tensor, error,
     "key",
     [
         "version", "run_id", "step", "t", "t_unit", "sigma_rels", "averages_t", "averages_step", "t_first",
-        "max_interval", "schedule", "clock", "snapshots", "averages", "copies",
+        "max_interval", "schedule", "clock", "snapshots", "totals", "recent", "updates",
+        "window", "masses", "inherited", "copies",
     ],
 )  # fmt: skip
 def test_an_entry_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
@@ -500,6 +521,7 @@ def test_what_the_tracker_goes_on_with_is_its_own(tmp_path: Path) -> None:
     run.train(5, 8)
     assert same(state, kept)
     live = run.live(0.28)
-    for tensor in state["averages"]["0.28"].values():
-        tensor.zero_()
+    for kind in ("totals", "recent"):
+        for tensor in state[kind]["0.28"].values():
+            tensor.zero_()
     assert np.array_equal(run.live(0.28), live)

@@ -109,15 +109,46 @@ def test_averages_of_half_precision_models_keep_moving(tmp_path: Path, dtype: to
     """At a decay of 0.9999 an accumulator in half precision would stay where it began, at 1."""
     model = Scalar(dtype)
     model.set(np.ones(3))
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, update_after_step=4999) as tracker:
-        tracker._step, tracker._t = 4999, 4999.0
-        tracker.update_(model)
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1) as tracker:
+        tracker.update_(model, t=5000.0)
         model.set(np.full(3, 2.0))
-        for _ in range(500):
-            tracker.update_(model)
+        for k in range(1, 501):
+            tracker.update_(model, t=5000.0 + k)
         exact = 2 - (5000 / 5500) ** (exact_gamma(0.28) + 1)
-        # 500 updates of a float32 near 1: half a unit in the last place each, at worst in one direction.
-        np.testing.assert_allclose(tracked(tracker, 0.28), exact, atol=500 * 2**-24)
+        # Values of 1 and 2 are exact, and so are their means but in the first window: half a last digit of 2 an update.
+        np.testing.assert_allclose(tracked(tracker, 0.28), exact, atol=32 * 2**-24)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "begin", "change"),
+    # A change of all values by so much moves float32 averages by less than half their last digit an update.
+    [(torch.float32, 1e6, 1e-3), (torch.bfloat16, 1e7, 2**-7), (torch.float16, 1e7, 2**-10)],
+)
+@pytest.mark.parametrize("sigma_rel", SIGMA_RELS)
+def test_averages_keep_moving_after_a_million_updates(
+    tmp_path: Path, dtype: torch.dtype, begin: float, change: float, sigma_rel: float
+) -> None:
+    """Late in a long run a new value counts 1e-6 to 2e-5: float32 alone would lose the change, and all of it."""
+    base = torch.rand(1000, generator=torch.Generator().manual_seed(0)).add(1.0).to(dtype)
+    later = (base.double() * (1 + change)).to(dtype)
+    model, plain, gamma, updates = Scalar(dtype), base.float(), exact_gamma(sigma_rel), 3000
+    model.weight.data = base.clone()
+    with PostHocEMA.from_model(model, tmp_path, (sigma_rel,), update_every=1, checkpoint_every=10_000) as tracker:
+        tracker.update_(model, t=begin)
+        model.weight.data.copy_(later)
+        for k in range(1, updates + 1):
+            tracker.update_(model, t=begin + k)
+            share = -math.expm1((gamma + 1) * math.log1p(-1 / (begin + k)))
+            plain = torch.lerp(plain, later.float(), share)
+        found = tracker.state_dict(sigma_rel=sigma_rel, dtype="float64")["weight"].double()
+    kept = math.exp((gamma + 1) * math.log1p(-updates / (begin + updates)))
+    exact = kept * base.double() + (1 - kept) * later.double()
+    # The first window's mean moves by its own roundings, 2^-24 each of up to 31; the average is rounded once.
+    moved = float((exact - base.double()).norm())
+    assert float((found - exact).norm()) < 1e-6 * float(exact.norm())
+    if moved > 1e-6 * float(exact.norm()):
+        assert float((found - exact).norm()) < 0.1 * moved
+    assert float((plain.double() - exact).norm()) > 0.9 * moved
 
 
 def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:

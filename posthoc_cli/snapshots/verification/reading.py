@@ -14,7 +14,7 @@ from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.metadata import file_kind
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, read_header_alone
-from posthoc_cli.snapshots.states import COPY, StateInfo, decode_state, tensors_with
+from posthoc_cli.snapshots.states import COPY, StateInfo, decode_state, recent_prefix, tensors_with, total_prefix
 from posthoc_cli.snapshots.store import snapshot_path
 from posthoc_cli.snapshots.verification.reports import (
     DAMAGED,
@@ -128,30 +128,38 @@ def _content(path: Path, header: fmt.FileHeader) -> Content:
 
 def _check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -> None:
     """Check that each profile of a state has the same averages, and that there is nothing else but copies."""
-    kinds = [repr(sigma_rel) for sigma_rel in state.sigma_rels]
-    named = {kind: tensors_with(kind, header) for kind in (*kinds, COPY)}
+    totals = [total_prefix(sigma_rel) for sigma_rel in state.sigma_rels]
+    recent = [recent_prefix(sigma_rel) for sigma_rel in state.sigma_rels]
+    named = {kind: tensors_with(kind, header) for kind in (*totals, *recent, COPY)}
     if sum(map(len, named.values())) != len(header.tensors):
         stranger = min(header.tensors.keys() - {full for one in named.values() for full in one.values()})
         raise FileFormatError(f"{path}: tensor {shown(stranger)} is of no profile that the state has")
-    averages = [
-        {name: (header.tensors[full].dtype, header.tensors[full].shape) for name, full in named[kind].items()}
-        for kind in kinds
-    ]
-    for other, kind in zip(averages, kinds, strict=True):
-        if other != averages[0]:
-            name = min(set(other.items()) ^ set(averages[0].items()))[0]
-            raise FileFormatError(f"{path}: tensor {shown(name)} is not the same for sigma_rel {kinds[0]} and {kind}")
+    averages = {
+        kind: {(name, header.tensors[full].dtype, header.tensors[full].shape) for name, full in named[kind].items()}
+        for kind in (*totals, *recent)
+    }
+    for kinds in (totals, recent):
+        for kind in kinds:
+            if averages[kind] != averages[kinds[0]]:
+                name = min(averages[kind] ^ averages[kinds[0]])[0]
+                raise FileFormatError(f"{path}: tensor {shown(name)} is not the same in {kinds[0]} and {kind}")
+    if {(name, shape) for name, _, shape in averages[totals[0]]} != {
+        (name, shape) for name, _, shape in averages[recent[0]]
+    }:
+        raise FileFormatError(f"{path}: the tensors of {totals[0]} are not those of {recent[0]}")
 
 
 def _unsupported(header: fmt.FileHeader | None) -> Problem | None:
     """Whether a file, whose header is as it was written, is of a kind or version from the future."""
     if header is None:
         return None
-    kind, version = file_kind(header), header.metadata.get("ema.version", fmt.VERSION)
+    kind = file_kind(header)
+    known = fmt.version_of(kind)
+    version = header.metadata.get("ema.version", known)
     if kind not in (None, "snapshot", "output", "state"):
         return Problem(UNSUPPORTED, f"its ema.format is {shown(str(kind))}, which this release does not know")
-    if version != fmt.VERSION:
-        return Problem(UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {fmt.VERSION}")
+    if version != known:
+        return Problem(UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}")
     return None
 
 
