@@ -10,6 +10,7 @@ from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.paper import inner_product
 from posthoc_cli.reconstruction.prior import ROUNDING, Prior, StoredAverage, assumed_prior, measured_prior
 from posthoc_cli.reconstruction.quadrature import relative_width
+from posthoc_cli.reconstruction.rounding import error_after_rounding
 from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, reconstruct
 from posthoc_cli.reconstruction.steps import Steps
 
@@ -26,6 +27,7 @@ __all__ = [
     "StoredAverage",
     "assumed_prior",
     "check_method",
+    "error_after_rounding",
     "inner_product",
     "measured_prior",
     "reconstruct",

@@ -29,6 +29,9 @@ from posthoc_cli.reconstruction.prior import Prior
 from posthoc_cli.reconstruction.rounding import rounding_factor
 from posthoc_cli.reconstruction.steps import Cells
 
+_NO_ROUNDING = 1e-30
+"""Squared rounding, relative to the squared norm, that is far below any dtype's."""
+
 
 class MinimumVariance:
     """Expected errors of averages made of one set of snapshots, for targets up to one time.
@@ -64,7 +67,7 @@ class MinimumVariance:
             return self._as_given(np.arange(self._gamma.size) == stored)
         goal, _ = self._goal(target)
         problem, last = self._problem
-        others = problem.solve(np.concatenate((goal, np.zeros(self._gamma.size))) - last)
+        others = problem.solve(np.concatenate((goal, np.zeros(self._rounding.shape[0]))) - last)
         solution = np.append(others, 1 - others.sum())
         # What is below the rounding of the sum is nothing, and need not be read.
         solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum()] = 0.0
@@ -87,7 +90,7 @@ class MinimumVariance:
         goals = np.vstack([part.of_powers(gamma, t) for part in self._parts])  # [rows, targets]
         norms = np.sum([part.squares(gamma, t) for part in self._parts], axis=0)
         problem, last = self._problem
-        wanted = np.vstack((goals, np.zeros((self._gamma.size, gamma.size)))) - last[:, None]
+        wanted = np.vstack((goals, np.zeros((self._rounding.shape[0], gamma.size)))) - last[:, None]
         others = problem.solve(wanted)
         ordered = np.vstack((others, 1 - others.sum(axis=0)))
         missed = np.sum((self._rows @ ordered - goals) ** 2, axis=0) + np.sum((self._rounding @ ordered) ** 2, axis=0)
@@ -129,10 +132,15 @@ class MinimumVariance:
 
     @cached_property
     def _rounding(self) -> FloatArray:
-        """A root of the covariance of the stored copies' errors: shape [n, n]."""
+        """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
         squared = np.sum(self._rows**2, axis=0)
         apart = np.maximum(squared[:, None] + squared - 2 * self._rows.T @ self._rows, 0.0)
-        return rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
+        own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
+        if self._prior.inherited is None:
+            return own
+        # One error a profile, which all its averages have.
+        shared = np.sqrt(self._prior.inherited) * (np.unique(self._gamma)[:, None] == self._gamma)
+        return np.vstack((own, shared))
 
     @cached_property
     def _problem(self) -> tuple[LeastSquares, FloatArray]:
@@ -147,10 +155,11 @@ class MinimumVariance:
         return given
 
     def _stored_exactly(self, target: Profile) -> int | None:
-        """The snapshot that is the target, where its stored copy is free of rounding."""
+        """The snapshot that is the target, where its stored copy is free of rounding that counts."""
         if not isinstance(target, PowerFunction):
             return None
-        same = (self._gamma == target.gamma) & (self._times == target.t) & (self._prior.rounding == 0)
+        same = (self._gamma == target.gamma) & (self._times == target.t)
+        same &= self._prior.rounding <= _NO_ROUNDING * self._prior.norm
         return int(np.flatnonzero(same)[0]) if same.any() else None
 
     def _goal(self, target: Profile) -> tuple[FloatArray, float]:

@@ -43,6 +43,7 @@ class StoredAverage:
         step_length: time of a training step then; 0 where it is not known.
         steps: the run's, up to then; None where they are not known.
         motion: how the network had moved, as far as was known then.
+        inherited: expected squared error that is left of snapshots, rounded as they are, which the run went on from.
     """
 
     profile: RecordedPowerFunction
@@ -52,6 +53,7 @@ class StoredAverage:
     step_length: float = 0.0
     steps: Steps | None = None
     motion: Motion | None = None
+    inherited: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Prior:
         norm: squared norm of each average.
         source: "measured" while training, "sampled" from the files, or "assumed" where there was nothing to measure.
         steps: when the network moved; None where it is not known.
+        inherited: variance that going on from rounded snapshots left in each average, the same error in all of one
+            profile; None for none.
     """
 
     motion: Motion
@@ -73,6 +77,7 @@ class Prior:
     norm: FloatArray
     source: str
     steps: Steps | None = None
+    inherited: FloatArray | None = None
 
     def cells(self, edges: FloatArray) -> Cells:
         """The intervals between `edges`, and the steps within them."""
@@ -81,7 +86,13 @@ class Prior:
     def of(self, chosen: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
         index = np.asarray(chosen, dtype=np.intp)
-        return replace(self, rounding=self.rounding[index], arithmetic=self.arithmetic[index], norm=self.norm[index])
+        return replace(
+            self,
+            rounding=self.rounding[index],
+            arithmetic=self.arithmetic[index],
+            norm=self.norm[index],
+            inherited=None if self.inherited is None else self.inherited[index],
+        )
 
     def sampled(self) -> Prior:
         """The same, marked as estimated from a sample of elements."""
@@ -134,22 +145,25 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
         norm,
         MEASURED if distances or earlier is not None or still else ASSUMED,
         steps,
+        np.array([average.inherited for average in averages]) if any(a.inherited for a in averages) else None,
     )
 
 
-def _arithmetic(average: StoredAverage) -> float:
-    """Every update rounds each element once, and what an update at t_k leaves fades like (t_k / t)**(gamma + 1).
+WINDOW = 32
+"""Updates that a tracker averages in the parameters' precision before they are added to a total of double that."""
 
-    With n updates evenly from t_first to t the squares add up to those of
-    n (1 - (t_first / t)**(2 gamma + 3)) / ((2 gamma + 3) (1 - t_first / t)) roundings.
+
+def _arithmetic(average: StoredAverage) -> float:
+    """Expected squared error of an exact average that was never stored.
+
+    It is rounded once when it is read. The mean of a window of n updates is rounded at each of them, and what that
+    leaves fades as k / n within the window: n / 3 roundings; over windows it averages out. With window masses
+    p(s) n dt the sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
     """
     norm = average.measurements.norm if average.measurements is not None else 0.0
-    profile = average.profile
-    power, since = 2 * profile.gamma + 3, 1 - profile.t_first / profile.t
-    count = float(average.updates)
-    if since > 0:
-        count *= -math.expm1(power * math.log1p(-since)) / (power * since) if since < 1 else 1 / power
-    return float(norm * (ROUNDING * average.eps) ** 2 * count)
+    gamma, window = average.profile.gamma, min(WINDOW, average.updates)
+    share = min(1.0, window / average.updates * (gamma + 1) ** 2 / (2 * gamma + 1))
+    return float(norm * (ROUNDING * average.eps) ** 2 * (1 + window / 3 * share))
 
 
 def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> list[PairDistance]:

@@ -52,6 +52,23 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 
+def error_after_rounding(error: float, rounding: float, moved: float) -> float:
+    """Expected squared error of an average that goes on from its stored copy, after it had an error before.
+
+    Where it has moved little since it was last rounded, it is rounded to the same value again: then all errors are of
+    one sign, and add up.
+
+    Arguments:
+        error: expected squared error that it had already.
+        rounding: squared rounding error of the stored copy.
+        moved: squared distance from the copy that it went on from the last time.
+    """
+    if not rounding > 0:
+        return error
+    alike = float(_correlation(np.array([moved / rounding]))[0])
+    return error + rounding + 2 * alike * float(np.sqrt(error * rounding))
+
+
 def _correlation(distance: FloatArray) -> FloatArray:
     """Of two errors, by squared distance in units of their variance."""
     total, weight = np.zeros(distance.shape), 0.0

@@ -66,7 +66,8 @@ class Cells:
         """Tails of those averages that had taken the update in; 0 for the others."""
         there = self.after[:, None] <= t * (1 + _SAME)
         ratio = np.minimum(s[:, None] / t, 1.0)
-        return np.where(there, -np.expm1((gamma + 1) * np.log(ratio)), 0.0)
+        with np.errstate(divide="ignore"):  # all of the mass is after time 0
+            return np.where(there, -np.expm1((gamma + 1) * np.log(ratio)), 0.0)
 
 
 @dataclass(frozen=True)

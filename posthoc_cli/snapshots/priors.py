@@ -21,7 +21,7 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
     """A snapshot as reconstruction sees it."""
     schedule = info.schedule
     before = schedule.update_after_step // schedule.update_every
-    updates = max(info.step // schedule.update_every - before, 1)
+    updates = info.updates or max(info.step // schedule.update_every - before, 1)
     own = {tensor.dtype for tensor in info.tensors.values() if tensor.role == "average"}
     # Averages accumulate in float64 for float64 parameters, else in float32.
     eps = _EPS["F64" if own == {"F64"} else "F32"]
@@ -34,13 +34,15 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
         _step_length(info),
         Steps(Clock(steps, times), schedule.update_every),
         info.motion,
+        info.inherited,
     )
 
 
 def motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
     """How the network has moved as far as snapshots tell, for the headers of the newest; None where they do not."""
     prior = measured_prior([stored_average(info) for info in infos])
-    return prior.motion.handed_on() if prior.source == MEASURED else None
+    known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed one begins at time 0
+    return prior.motion.handed_on() if known else None
 
 
 def _step_length(info: SnapshotInfo) -> float:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from itertools import takewhile
 from pathlib import Path
 
 from posthoc_cli import files
@@ -266,6 +267,21 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
     whole, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
     clock = f"{int(whole):016d}" + (f".{fraction}" if fraction.strip("0") else "")
     return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
+
+
+def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
+    """The two newest earlier snapshots of each profile that say how they were rounded; `stored` is in order of time.
+
+    Two, since distances over one interval and over two tell a walk from noise.
+    """
+    newest: dict[float, list[StoredSnapshot]] = {sigma_rel: [] for sigma_rel in info.sigma_rels}
+    for snapshot in takewhile(lambda s: s.info.segment == info.segment, reversed(stored)):
+        own = newest.get(snapshot.sigma_rel, [])
+        if snapshot.t < info.t and snapshot.info.measurements and len(own) < 2:
+            own.insert(0, snapshot)
+        if all(len(found) == 2 for found in newest.values()):
+            break
+    return [snapshot for found in newest.values() for snapshot in found]
 
 
 def thin(

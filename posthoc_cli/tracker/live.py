@@ -13,11 +13,10 @@ import torch
 
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.chosen import chosen_up_to
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.segments import of_newest_segment
-from posthoc_cli.snapshots.store import find_snapshots
+from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, newest_before
 from posthoc_cli.snapshots.tensors import stored_name
 from posthoc_cli.synthesis import DiskSource, Source, source_prior
 from posthoc_cli.synthesis.reading import MemoryTile
@@ -197,9 +196,8 @@ def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) ->
     if snapshots and snapshots[0].info.run_id != run_id:
         snapshots = []
     own = {source.info.segment for source in live}
-    alike = [snapshot.info for snapshot in snapshots if snapshot.info.segment in own]
-    stored = {(info.t, info.sigma_rel): info.measurements for info in alike}
-    sources: list[Source] = list(_measured(live, stored))
+    alike = [StoredSnapshot.of(snapshot) for snapshot in snapshots if snapshot.info.segment in own]
+    sources: list[Source] = list(_measured(live, alike))
     now = live[0].info.t if live else max((snapshot.info.t for snapshot in snapshots), default=0.0)
     held = {source.info.sigma_rel for source in live}
     for snapshot in snapshots:
@@ -209,22 +207,21 @@ def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) ->
     return sources
 
 
-def _measured(
-    live: Sequence[LiveSource], stored: Mapping[tuple[float, float], Measurements | None]
-) -> list[LiveSource]:
-    """The same sources, each with its measurements: exact, and to the other live averages only.
+def _measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> list[LiveSource]:
+    """The same sources, each with its measurements, as a snapshot has them: the earlier ones are read from disk.
 
-    One that was stored just now has what was measured then, which is more.
+    One that was stored just now has what was measured then.
     """
     if not live:
         return []
-    known = [stored.get((source.info.t, source.info.sigma_rel)) for source in live]
-    found = [None if measurements is None else replace(measurements, rounding=0.0) for measurements in known]
+    known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in stored}
+    found = [known.get((source.info.t, source.info.sigma_rel)) for source in live]
     if None in found:
-        found = measure_live([source.info for source in live], [source.averages for source in live])
+        infos = [source.info for source in live]
+        found = measure_live(infos, [source.averages for source in live], newest_before(infos[0], stored))
     return [
-        replace(source, info=replace(source.info, measurements=measurements))
-        for source, measurements in zip(live, found, strict=True)
+        replace(source, info=replace(source.info, measurements=measured and replace(measured, rounding=0.0)))
+        for source, measured in zip(live, found, strict=True)
     ]
 
 

@@ -31,16 +31,24 @@ data loaders that keep every core busy, the thousands of barriers in between wou
 DEVICE_CHUNK = 2**24
 """Elements at a time on an accelerator, where starting a kernel costs more than leaving the cache."""
 
+_SMALL, _SPACING = 2.0**-120, 2.0**-149
+"""Values below which float32 has few digits, and the distance between its smallest ones."""
+
 Averages = Sequence[Mapping[str, torch.Tensor]]
 """The averages of one time, one a profile: equal names, shapes and, tensor by tensor, devices."""
 
 
-def measure_live(infos: Sequence[SnapshotInfo], averages: Averages) -> list[Measurements | None]:
-    """Measurements of averages that are not stored: no rounding, distances to each other; as `measure_stored`."""
+def measure_live(
+    infos: Sequence[SnapshotInfo], averages: Averages, earlier: Sequence[StoredSnapshot]
+) -> list[Measurements | None]:
+    """Measurements of averages that are not stored, and so not rounded; as `measure_stored`."""
     sums = _Sums()
-    for name in averages[0]:
-        sums.add(_sums_of(dict(enumerate(_flat(average[name]) for average in averages)), {}, {}))
-    return [sums.measurements(infos, index, []) for index in range(len(infos))]
+    with _EarlierFiles(earlier) as files:
+        for name in averages[0]:
+            exact = dict(enumerate(_flat(average[name]) for average in averages))
+            sums.add(_sums_of(exact, {}, files.read(name, exact[0].device)))
+        known = [snapshot if index in files.readable else None for index, snapshot in enumerate(earlier)]
+    return [sums.measurements(infos, index, known) for index in range(len(infos))]
 
 
 def measure_stored(
@@ -199,6 +207,10 @@ def _widened(
             again = _sums_of({index: averages[index]}, {index: dtype}, {})
             sums[rounding] = again[rounding]
         lost = sums.get(rounding, 0.0)
+        if dtype == torch.float32 and 0 < sums.get(norm, 0.0) < averages[index].numel() * _SMALL**2:
+            # Below float32's normal numbers all values have one spacing, whatever their size: so has the average.
+            sums[rounding] = lost + averages[index].numel() * _SPACING**2 / 12
+            return dtype
         if math.isfinite(lost) and lost <= (torch.finfo(dtype).eps / 2) ** 2 * sums.get(norm, 0.0):
             return dtype
     sums[rounding] = 0.0

@@ -15,7 +15,7 @@ from posthoc_cli.errors import MismatchError, NonFiniteError
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.priors import motion_so_far
-from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, set_aside, snapshot_path, thin
+from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, newest_before, set_aside, snapshot_path, thin
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.tracker.live import LiveSource
@@ -99,7 +99,7 @@ class Recorder:
             return
         infos = [source.info for source in sources]
         averages = [source.averages for source in sources]
-        measured, storage = measure_stored(infos, averages, self._newest_before(infos[0]), weights)
+        measured, storage = measure_stored(infos, averages, newest_before(infos[0], self._stored), weights)
         for average, measurements in zip(averages, measured, strict=True):
             if measurements is None:
                 _check_finite(average)
@@ -132,20 +132,6 @@ class Recorder:
     def _has_written(self, info: SnapshotInfo) -> bool:
         newest = takewhile(lambda s: s.t >= info.t, reversed(self._stored))
         return any((s.t, s.sigma_rel) == (info.t, info.sigma_rel) for s in newest)
-
-    def _newest_before(self, info: SnapshotInfo) -> list[StoredSnapshot]:
-        """The two newest earlier snapshots of each profile that say how they were rounded.
-
-        Two, since distances over one interval and over two tell a walk from noise.
-        """
-        newest: dict[float, list[StoredSnapshot]] = {sigma_rel: [] for sigma_rel in info.sigma_rels}
-        for snapshot in takewhile(lambda s: s.info.segment == info.segment, reversed(self._stored)):
-            own = newest.get(snapshot.sigma_rel, [])
-            if snapshot.t < info.t and snapshot.info.measurements and len(own) < 2:
-                own.insert(0, snapshot)
-            if all(len(found) == 2 for found in newest.values()):
-                break
-        return [snapshot for found in newest.values() for snapshot in found]
 
     def _newest(self, info: SnapshotInfo) -> list[StoredSnapshot]:
         """The newest snapshots of this segment, as many as are worth fitting a motion to."""

@@ -14,7 +14,7 @@ import torch
 
 from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError, shown
 from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.reconstruction import ROUNDING
+from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import open_tensors
@@ -342,9 +342,10 @@ def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
             if torch_dtype(entry.dtype).itemsize < own.dtype.itemsize:
                 eps = torch.finfo(torch_dtype(entry.dtype)).eps
                 expected += (ROUNDING * eps) ** 2 * float(torch.linalg.vector_norm(own)) ** 2
-    measured = snapshot.info.measurements
-    rounding = expected if measured is None else measured.rounding
-    found = rounding + snapshot.info.inherited
+    info, measured = snapshot.info, snapshot.info.measurements
+    before = [d for d in measured.distances if d.sigma_rel == info.sigma_rel] if measured is not None else []
+    moved = max(before, key=lambda d: d.t).squared if before else math.inf
+    found = error_after_rounding(info.inherited, expected if measured is None else measured.rounding, moved)
     return found if math.isfinite(found) else 0.0
 
 
