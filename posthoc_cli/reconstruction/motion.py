@@ -153,6 +153,8 @@ def fit_motion(
         known: what was found while snapshots were there that are gone now. Where no distance tells more, the motion
             stays as it was.
     """
+    if known is not None and not known.walk.any():
+        known = None  # it stood still: nothing to go on from
     course = _Course.first(start, times) if known is None else _Course.after(known, times)
     pieces = course.count
     squared = np.array([distance.squared for distance in distances])

@@ -52,7 +52,7 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 
-def error_after_rounding(error: float, rounding: float, moved: float) -> float:
+def error_after_rounding(error: float, rounding: float, spread: float, moved: float) -> float:
     """Expected squared error of an average that goes on from its stored copy, after it had an error before.
 
     Where it has moved little since it was last rounded, it is rounded to the same value again: then all errors are of
@@ -61,11 +61,10 @@ def error_after_rounding(error: float, rounding: float, moved: float) -> float:
     Arguments:
         error: expected squared error that it had already.
         rounding: squared rounding error of the stored copy.
+        spread: what that is to be expected of values that lie anywhere between those of the storage dtype.
         moved: squared distance from the copy that it went on from the last time.
     """
-    if not rounding > 0:
-        return error
-    alike = float(_correlation(np.array([moved / rounding]))[0])
+    alike = float(_correlation(np.array([moved / spread]))[0]) if spread > 0 else 0.0
     return error + rounding + 2 * alike * float(np.sqrt(error * rounding))
 
 

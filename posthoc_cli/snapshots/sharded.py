@@ -232,7 +232,7 @@ def _check_total(index: Path, total: int | None, shards: Sequence[Snapshot]) -> 
 
 def _check_same(first: Snapshot, other: Snapshot) -> None:
     """Check that two shards are of one snapshot."""
-    own = ("tensors", "aliases", "measurements")
+    own = ("tensors", "aliases", "measurements", "motion")
     for name in fmt.SnapshotInfo.__dataclass_fields__:
         values = [getattr(shard.info, name) for shard in (first, other)]
         if name not in own and values[0] != values[1]:
@@ -271,7 +271,8 @@ def _joined_info(shards: Sequence[Snapshot]) -> fmt.SnapshotInfo:
                 f"{directory}: {shown(alias)} is a further name of {shown(aliases[alias])} and of {shown(name)}"
             )
     measured = [shard.info.measurements for shard in shards]
-    return replace(shards[0].info, tensors=tensors, aliases=aliases, measurements=_joined_measurements(measured))
+    joined = _joined_measurements(measured)
+    return replace(shards[0].info, tensors=tensors, aliases=aliases, measurements=joined, motion=None)
 
 
 def _joined_measurements(measured: Sequence[Measurements | None]) -> Measurements | None:

@@ -345,7 +345,8 @@ def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
     info, measured = snapshot.info, snapshot.info.measurements
     before = [d for d in measured.distances if d.sigma_rel == info.sigma_rel] if measured is not None else []
     moved = max(before, key=lambda d: d.t).squared if before else math.inf
-    found = error_after_rounding(info.inherited, expected if measured is None else measured.rounding, moved)
+    rounding = expected if measured is None else measured.rounding
+    found = error_after_rounding(info.inherited, rounding, expected, moved)
     return found if math.isfinite(found) else 0.0
 
 

@@ -182,6 +182,14 @@ def test_what_was_known_stays_where_no_distance_tells_more() -> None:
     assert distance(long, longer, without).squared < true / 2  # it takes the quiet end for the whole
 
 
+def test_a_network_that_begins_to_move_after_it_stood_still_is_seen() -> None:
+    still = Motion(np.array([START, 100.0]), np.zeros(1), np.zeros(1))
+    motion = Motion(np.array([START, 100.0, 200.0]), np.array([1e-9, 1.0]), np.zeros(2))
+    now = neighbours([100.0, 200.0], (0.05, 0.28), motion)[1:]
+    found = fit_motion(START, [100.0, 200.0], now, known=still)
+    assert float(found.on(np.array([150.0, 151.0]))[0][0]) == pytest.approx(1, rel=0.3)
+
+
 def test_a_motion_that_is_handed_on_has_few_pieces_and_moves_as_much() -> None:
     edges = np.arange(1.0, 302.0)
     motion = Motion(edges, np.linspace(1, 3, 300), np.linspace(0, 1, 300))

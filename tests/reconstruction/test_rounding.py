@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from posthoc_cli.reconstruction.rounding import rounding_factor
+from posthoc_cli.reconstruction.rounding import error_after_rounding, rounding_factor
 
 
 @pytest.mark.parametrize("spacings", [0.0, 0.05, 0.15, 0.3, 0.6, 3.0])
@@ -37,3 +37,29 @@ def test_nothing_rounded_is_no_trouble() -> None:
     np.testing.assert_array_equal(rounding_factor(np.zeros(3), np.zeros(3), np.zeros((3, 3))), np.zeros((3, 3)))
     mixed = rounding_factor(np.array([0.0, 1.0]), np.array([3.0, 0.0]), np.zeros((2, 2)))
     np.testing.assert_allclose(mixed.T @ mixed, np.diag([3.0, 1.0]), atol=1e-15)
+
+
+@pytest.mark.parametrize(("share", "resumes"), [(0.5, 30), (1e-3, 30), (1e-4, 100)])
+def test_the_error_of_resumes_is_that_of_averages_that_were_rounded_again_and_again(share: float, resumes: int) -> None:
+    """20,000 averages on a grid of spacing 1 that go towards values 3 to 30 away, and are rounded after every step:
+    those that move by less than half a spacing stay where they are, and their errors add up.
+    """
+    generator = np.random.default_rng(4)
+    values = generator.uniform(3, 30, 20_000)
+    rounded = exact = generator.uniform(-0.5, 0.5, 20_000)
+    begun = rounded = np.round(rounded)
+    exact = begun.copy()
+    error = 0.0
+    for _ in range(resumes):
+        exact = exact + share * (values - exact)
+        moving = begun + share * (values - begun)
+        rounded = np.round(moving)
+        error = error_after_rounding(
+            error * (1 - share) ** 2,
+            float(np.sum((rounded - moving) ** 2)),
+            rounded.size / 12,
+            float(np.sum((moving - begun) ** 2)),
+        )
+        begun = rounded
+    true = float(np.sum((rounded - exact) ** 2))
+    assert 0.5 < np.sqrt(true / error) < 2

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.headers import decode_header
@@ -159,6 +159,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
         measurements=Measurements(
             1 / 3, 1e-9, (Distance(1234.5, 0.28, 0.5, 0.0), Distance(999.0, 0.1, 2.0, 1e-9)), 0.25
         ),
+        motion=Motion(np.array([0.1, 600.0, 1234.5]), np.array([2.0, 0.5]), np.array([0.0, 1e-3])),
     )  # fmt: skip
     metadata = read_by_the_book(path).metadata
     assert {key: value for key, value in metadata.items() if not key.startswith("ema.checksum")} == {
@@ -187,6 +188,7 @@ def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Pa
             '{"t":1234.5,"sigma_rel":0.28,"squared":0.5,"rounding":0.0},'
             '{"t":999.0,"sigma_rel":0.1,"squared":2.0,"rounding":1e-09}],"weights":0.25}'
         ),
+        "ema.motion": '{"edges":[0.1,600.0,1234.5],"walk":[2.0,0.5],"noise":[0.0,0.001]}',
     }
 
 

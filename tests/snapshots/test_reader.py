@@ -604,6 +604,44 @@ def test_measurements_that_cannot_be_are_refused_in_one_line(tmp_path: Path, tex
     assert str(caught.value).isprintable()
 
 
+def motion(**changes: Any) -> str:
+    return json.dumps({"edges": [1, 5, 10], "walk": [2, 0.5], "noise": [0, 1e-3], **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        (motion(walk=[-1, 1]), "walk must be a list of finite numbers, at least 0"),
+        (motion(noise=[0, "1"]), "noise must be a list"),
+        (motion(edges={}), "edges must be a list"),
+        (motion(walk=[1, 10**400]), "walk must be a list"),
+        (motion(extra=1), "must have edges, walk, noise, and nothing else"),
+        (motion(walk=[1]), "must have 1 to 1,000 pieces, an edge more"),
+        (motion(noise=[1, 1, 1]), "must have 1 to 1,000 pieces"),
+        (motion(edges=[1, 10]), "must have 1 to 1,000 pieces"),
+        (motion(edges=[1], walk=[], noise=[]), "must have 1 to 1,000 pieces"),
+        (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), "must have 1 to 1,000 pieces"),
+        (motion(edges=[0, 5, 10]), "must grow from above 0 to at most 10"),
+        (motion(edges=[1, 5, 11]), "must grow from above 0 to at most 10"),
+        (motion(edges=[1, 1, 10]), "must grow"),
+        ("[]", "is not a JSON object"),
+        (motion(walk=[float("nan"), 1]), "NaN is not JSON"),
+    ],
+)
+def test_a_motion_that_cannot_be_is_refused_in_one_line(tmp_path: Path, text: str, told: str) -> None:
+    path = forge(small_snapshot(tmp_path), set_key("ema.motion", text))
+    with pytest.raises(FileFormatError) as caught:
+        read_snapshot(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "ema.motion" in str(caught.value)
+    assert told in str(caught.value)
+
+
+def test_a_motion_too_far_from_1_to_reckon_with_is_read_as_none(tmp_path: Path) -> None:
+    forged = forge(small_snapshot(tmp_path), set_key("ema.motion", motion(walk=[1e200, 1])))
+    assert read_snapshot(forged).info.motion is None
+
+
 def test_a_snapshot_without_measurements_is_one_too(tmp_path: Path) -> None:
     path = forge(small_snapshot(tmp_path), lambda header: header["__metadata__"].pop("ema.measurements"))
     assert read_snapshot(path).info.measurements is None
