@@ -337,7 +337,7 @@ def test_the_rounding_of_updates_is_that_of_float32_means_in_a_float64_total(ste
         RecordedPowerFunction(gamma, float(steps), 1.0, 1.0), steps, 2.0**-23, Measurements(float(exact @ exact), 0.0)
     )
     error = np.sum((found - exact) ** 2) / measured_prior([stored]).arithmetic[0]
-    assert 0.3 < error < 2  # the first windows' steps are large, and their roundings fade sooner than k / n
+    assert 0.25 < error < 2  # the first windows' steps are large, and their roundings fade sooner than k / n
 
 
 def test_without_movement_or_without_distances_something_is_assumed() -> None:

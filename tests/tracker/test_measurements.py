@@ -365,12 +365,14 @@ def test_an_average_that_is_not_finite_is_refused_before_anything_is_written(tmp
 # --- live averages ---------------------------------------------------------------------------------
 
 
-def test_live_averages_are_measured_to_each_other_and_without_rounding(tmp_path: Path) -> None:
+def test_live_averages_are_measured_as_snapshots_are_and_without_rounding(tmp_path: Path) -> None:
+    """To each other, and to the newest stored ones: without these, a target between snapshots was 11 times off."""
     model = tiny_model()
     with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28), **SETTINGS) as tracker:
         watched = Watched(tracker)
         watched.train(model, 1, 7)
         live = [source.info for source in tracker._sources() if source.info.t == 7]
+        stored = read_directory(tmp_path)
     assert [info.sigma_rel for info in live] == [0.05, 0.1, 0.28]
     for info in live:
         found = info.measurements
@@ -378,10 +380,15 @@ def test_live_averages_are_measured_to_each_other_and_without_rounding(tmp_path:
         exact = watched.exact[7, info.sigma_rel]
         assert found.norm == pytest.approx(squares(exact), rel=1e-12)
         assert found.rounding == 0
-        assert [d.sigma_rel for d in found.distances] == [s for s in (0.05, 0.1, 0.28) if s != info.sigma_rel]
+        expected = {(7, s): (watched.exact[7, s], 0.0) for s in (0.05, 0.1, 0.28) if s != info.sigma_rel}
+        for snapshot in stored:
+            key, copy = (snapshot.info.t, snapshot.info.sigma_rel), load_file(snapshot.path)
+            expected[key] = copy, squares(watched.exact[key], copy)
+        assert {(d.t, d.sigma_rel) for d in found.distances} == set(expected)
         for distance in found.distances:
-            assert (distance.t, distance.rounding) == (7, 0)
-            assert distance.squared == pytest.approx(squares(exact, watched.exact[7, distance.sigma_rel]), rel=1e-6)
+            other, rounding = expected[distance.t, distance.sigma_rel]
+            assert distance.squared == pytest.approx(squares(exact, other), rel=1e-6)
+            assert distance.rounding == pytest.approx(rounding, rel=1e-6)
     assert [source.info.measurements for source in tracker._live_sources()] == [None] * 3  # only when asked for
 
 
