@@ -49,17 +49,18 @@ def snapshots_to_drop(
     if keep < 1:
         raise InvalidValueError(f"max_checkpoints {keep}: must be at least 1, or None to keep all")
     left = list(range(len(snapshots)))
+    beyond: list[int] = []
     dropped: list[int] = []
     if len(left) > MOST_SOLVED:
         profiles = len({p.gamma for p in snapshots})
         left = choose(snapshots, min(MOST_SOLVED, _FOLLOWED * keep * profiles), keep)
-        dropped = sorted(set(range(len(snapshots))) - set(left))
+        beyond = sorted(set(range(len(snapshots))) - set(left))
     while True:
         counts = Counter(snapshots[i].gamma for i in left)
         newest = newest_of_each(snapshots)
         may_go = [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]
         if not may_go:
-            return exchanged(snapshots, prior, dropped, set(newest_of_each(snapshots)), sigma_range)
+            return [*beyond, *exchanged(snapshots, prior, left, dropped, set(newest), sigma_range)]
         found = errors_after_loss([snapshots[i] for i in left], prior.of(left), sigma_range)
         errors, gaps = dict(zip(left, found, strict=True)), _merged_gaps(snapshots, left)
         gone = min(may_go, key=lambda i: (errors[i], gaps[i], -snapshots[i].t))
@@ -85,6 +86,7 @@ trial is a solve; one that lowers the error by less than a hundredth is not made
 def exchanged(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
+    kept: Sequence[int],
     dropped: Sequence[int],
     needed: Collection[int],
     sigma_range: tuple[float, float] = USEFUL_RANGE,
@@ -95,11 +97,10 @@ def exchanged(
     be of little use beside those left in the end.
 
     Arguments:
-        dropped: indices, in the order to drop.
+        kept, dropped: indices, the latter in the order to drop.
         needed: indices that must stay.
     """
-    order = list(dropped)
-    kept = [index for index in range(len(snapshots)) if index not in set(order)]
+    kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
     least = _error(snapshots, prior, kept, sigma_range)

@@ -110,8 +110,13 @@ def plan_pruning(
     before = forecast([profiles[index] for index in solved], prior, sigma_range)
 
     def errors_without(gone: Sequence[int]) -> Forecast:
-        left = [place for place, index in enumerate(solved) if index not in set(gone)]
-        after = forecast([profiles[solved[place]] for place in left], prior.of(left), sigma_range)
+        left = sorted(set(range(len(profiles))) - set(gone))
+        chosen = [left[place] for place in choose([profiles[index] for index in left])]
+        if set(chosen) <= set(solved):
+            known = prior.of([solved.index(index) for index in chosen])
+        else:
+            known = replace(snapshot_prior([snapshots[index] for index in chosen]), motion=prior.motion)
+        after = forecast([profiles[index] for index in chosen], known, sigma_range)
         # The expected distance cannot fall; the norm that it is relative to is estimated from fewer averages.
         return replace(after, predicted_error=np.maximum(after.predicted_error, before.predicted_error))
 
@@ -132,7 +137,8 @@ def plan_pruning(
         count = _most(count, lambda n: errors_without(order[:n]).worst <= max_error)
     gone = order[:count]
     if len(solved) == len(profiles):
-        gone = exchanged(profiles, prior, gone, needed, sigma_range)
+        left = sorted(set(range(len(profiles))) - set(gone))
+        gone = exchanged(profiles, prior, left, gone, needed, sigma_range)
     kept = _without(snapshots, gone)
     after = errors_without(gone) if gone else before
     return Pruning((*older, *kept), tuple(snapshots[index] for index in gone), before, after, prior.source)

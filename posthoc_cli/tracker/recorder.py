@@ -24,7 +24,7 @@ from posthoc_cli.tracker.model_tensors import nonfinite_name
 
 log = logging.getLogger(__name__)
 
-_FITTED = 128
+_FITTED = 24
 """Snapshots that a motion is fitted to when another one is written; what those before told is in their headers."""
 
 

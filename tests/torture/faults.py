@@ -10,7 +10,7 @@ from pathlib import Path
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.store import SUPERSEDED, find_snapshots
-from torture.scenario import STEPS, Run, contents, problems_of, tensors_of, wrong_output, wrong_snapshots
+from torture.scenario import STEPS, Run, alike, contents, problems_of, tensors_of, wrong_output, wrong_snapshots
 from torture.simulated import HALVED, KINDS, Disk, Faulty, Recording, installed
 from torture.tally import Experiment, Tally
 
@@ -56,7 +56,9 @@ def _judge(tally: Tally, run: Run, failed: str, kept: Mapping[str, Mapping[str, 
     tally.lost += [f"{failed}: {line}" for line in (*problems_of(run.directory), *wrong_snapshots(run.directory))]
     tally.lost += [f"{failed}: {line}" for path in run.outputs for line in _wrong_output(path)]
     tally.lost += [f"{failed}: {line}" for line in _wrong_shards(run.shards)]
-    tally.lost += [f"{failed}: {name} has other tensors" for name in kept.keys() & now if kept[name] != now[name]]
+    tally.lost += [
+        f"{failed}: {name} has other tensors" for name in kept.keys() & now if not alike(kept[name], now[name])
+    ]
     tally.lost += [f"{failed}: {path.name} is left over" for path in run.root.rglob(f"{files.TEMPORARY_PREFIX}*.tmp")]
     if not run.errors and now.keys() != kept.keys():
         tally.missed.append(f"{failed}: nobody was told, and snapshots differ: {sorted(kept.keys() ^ now.keys())}")
@@ -152,7 +154,9 @@ def _go_on(tally: Tally, run: Run, where: str, kept: Mapping[str, Mapping[str, b
     now = snapshots_of(run.directory)
     tally.missed += [f"{where}: going on: {error}" for error in run.errors]
     tally.lost += [f"{where}: going on: {line}" for line in wrong_snapshots(run.directory)]
-    tally.lost += [f"{where}: going on: {name} differs" for name in kept.keys() & now if kept[name] != now[name]]
+    tally.lost += [
+        f"{where}: going on: {name} differs" for name in kept.keys() & now if not alike(kept[name], now[name])
+    ]
     newest = {name for name in kept if name.startswith(f"{STEPS:016d}")}
     tally.lost += [f"{where}: going on: {name} is not there" for name in newest - now.keys()]
     tally.lost += [f"{where}: going on: {line}" for path in run.outputs for line in _wrong_output(path)]

@@ -86,16 +86,17 @@ def killed_trainings(nursery: Nursery, folder: Path, count: int, chance: random.
 def _contents(directory: Path, most: int | None) -> dict[str, tuple[object, bytes]]:
     """All that a snapshot says but the random name of its run, and its bytes.
 
-    Where snapshots are thinned, those from which the distances are measured may be others after a kill.
+    Where snapshots are thinned, those from which distances and motion are measured may be others after a kill.
     """
     found: dict[str, tuple[object, bytes]] = {}
     for snapshot in find_snapshots(directory):
         data = snapshot.path.read_bytes()[snapshot.header.payload_start :]
-        measured = snapshot.info.measurements
+        measured, motion = snapshot.info.measurements, snapshot.info.motion
         assert measured is not None
         if most is not None:
-            measured = replace(measured, distances=())
-        found[snapshot.path.name] = ({**vars(snapshot.info), "run_id": None, "measurements": measured}, data)
+            measured, motion = replace(measured, distances=()), None
+        said = {**vars(snapshot.info), "run_id": None, "measurements": measured, "motion": motion}
+        found[snapshot.path.name] = (said, data)
     return found
 
 

@@ -216,6 +216,19 @@ def tensors_of(path: Path) -> dict[str, bytes]:
         return {name: file.read(name).tobytes() for name in file.header.tensors}
 
 
+def alike(tensors: dict[str, bytes], others: dict[str, bytes]) -> bool:
+    """Whether two runs hold the same: the averages but for float32's last digits, to which going on from snapshots has
+    rounded what was kept in float64. Whether they are right is another question: see `wrong_snapshots`.
+    """
+    if tensors.keys() != others.keys():
+        return False
+    for name in tensors.keys() - {"count"}:
+        one, other = (np.frombuffer(held[name], dtype=np.float32) for held in (tensors, others))
+        if one.shape != other.shape or not np.abs(one - other).max() <= 2.0**-20 * np.abs(one).max():
+            return False
+    return tensors.get("count") == others.get("count")
+
+
 def problems_of(directory: Path) -> list[str]:
     """What is wrong in a directory of snapshots, by all that can be verified."""
     if not any(path.suffix == ".safetensors" for path in directory.iterdir()):
