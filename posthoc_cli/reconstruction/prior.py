@@ -150,7 +150,8 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
 
 
 WINDOW = 32
-"""Updates that a tracker averages in the parameters' precision before they are added to a total of double that."""
+"""Updates of a recent mean, see `tracker.averages`: adding it to the total costs a pass over both, and its float32 is
+off by no more digits than so many roundings take."""
 
 
 def _arithmetic(average: StoredAverage) -> float:

@@ -138,7 +138,9 @@ def plan_pruning(
     gone = order[:count]
     if len(solved) == len(profiles):
         left = sorted(set(range(len(profiles))) - set(gone))
-        gone = exchanged(profiles, prior, left, gone, needed, sigma_range)
+        better = exchanged(profiles, prior, left, gone, needed, sigma_range)
+        if max_error is None or errors_without(better).worst <= max_error:
+            gone = better
     kept = _without(snapshots, gone)
     after = errors_without(gone) if gone else before
     return Pruning((*older, *kept), tuple(snapshots[index] for index in gone), before, after, prior.source)

@@ -22,11 +22,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share
+from posthoc_cli.reconstruction import WINDOW
 from posthoc_cli.tracker.layout import BlockReader, FlatTensors, Group, Layout, on_host
-
-WINDOW = 32
-"""Updates of a recent mean: adding it to the total costs a pass over both, and its float32 is off by no more digits
-than so many roundings take."""
 
 
 @dataclass(frozen=True)
