@@ -165,3 +165,14 @@ def test_five_snapshots_of_a_few_updates_are_no_worse_than_the_published_answer(
             actual, theirs = errors(found, true(path, 1)), errors(published, true(path, 1))
             assert np.all(actual <= 1.05 * theirs + 3e-8)
             assert np.all(actual < 3 * predicted + 3e-8)
+
+
+@pytest.mark.parametrize("scale", [1e-41, 1e-40, 1e-30])
+def test_weights_below_float32s_normal_numbers_have_the_error_that_is_predicted(tmp_path: Path, scale: float) -> None:
+    """With few digits left, errors are those of the spacing of float32's smallest numbers; they were 10,000 times
+    larger than predicted.
+    """
+    path = (walk("cosine", 2000).astype(np.float64) * SIZE**0.5 * scale).astype(np.float32)
+    track(tmp_path, path, checkpoint_every=100, checkpoint_dtype="float32")
+    found, predicted = made(tmp_path, [*WIDTHS], "minvar")
+    assert np.all(errors(found, true(path)) < 8 * predicted)

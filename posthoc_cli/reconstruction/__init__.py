@@ -8,7 +8,15 @@ from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.reconstruction.minvar import MinimumVariance
 from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.paper import inner_product
-from posthoc_cli.reconstruction.prior import ROUNDING, WINDOW, Prior, StoredAverage, assumed_prior, measured_prior
+from posthoc_cli.reconstruction.prior import (
+    ROUNDING,
+    WINDOW,
+    Prior,
+    StoredAverage,
+    assumed_prior,
+    measured_prior,
+    roundings,
+)
 from posthoc_cli.reconstruction.quadrature import relative_width
 from posthoc_cli.reconstruction.rounding import error_after_rounding
 from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, reconstruct
@@ -33,4 +41,5 @@ __all__ = [
     "measured_prior",
     "reconstruct",
     "relative_width",
+    "roundings",
 ]

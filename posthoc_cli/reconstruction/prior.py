@@ -154,21 +154,23 @@ WINDOW = 32
 off by no more digits than so many roundings take."""
 
 
-def _arithmetic(average: StoredAverage) -> float:
-    """Expected squared error of an exact average that was never stored.
+def roundings(gamma: float, updates: int) -> float:
+    """How many independent roundings of an average's size the arithmetic of its updates has left in it.
 
     It is rounded once when it is read. The mean of a window of n updates is rounded at each of them, and what that
     leaves fades as k / n within the window, n / 3 roundings in all; in the first one faster, as (k / n)^(gamma + 1).
     Over windows it averages out: with masses p(s) n dt the sum of their squares is n dt integral p^2 ds,
     (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
     """
-    norm = average.measurements.norm if average.measurements is not None else 0.0
-    gamma, updates = average.profile.gamma, average.updates
     if updates <= WINDOW:
-        roundings = updates / (2 * gamma + 3)
-    else:
-        roundings = WINDOW / 3 * min(1.0, WINDOW / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
-    return float(norm * (ROUNDING * average.eps) ** 2 * (1 + roundings))
+        return 1 + updates / (2 * gamma + 3)
+    return 1 + WINDOW / 3 * min(1.0, WINDOW / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
+
+
+def _arithmetic(average: StoredAverage) -> float:
+    """Expected squared error of an exact average that was never stored."""
+    norm = average.measurements.norm if average.measurements is not None else 0.0
+    return float(norm * (ROUNDING * average.eps) ** 2 * roundings(average.profile.gamma, average.updates))
 
 
 def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> list[PairDistance]:

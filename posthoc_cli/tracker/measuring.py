@@ -15,7 +15,7 @@ from itertools import combinations
 import torch
 
 from posthoc_cli.errors import FileFormatError
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.reconstruction import Distance, Measurements, roundings
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.sharded import TensorReader, open_path
 from posthoc_cli.snapshots.store import StoredSnapshot
@@ -78,6 +78,8 @@ def measure_stored(
             found = _sums_of(exact, wanted, files.read(name, exact[0].device), own)
             for index, chosen in enumerate(storage):
                 chosen[name] = _widened(exact, wanted, index, found)
+                lost = _lost_below_normal(exact[index], infos[index], found.get(("norm", index, index), 0.0))
+                found["rounding", index, index] = found.get(("rounding", index, index), 0.0) + lost
             sums.add(found)
         known = [snapshot if index in files.readable else None for index, snapshot in enumerate(earlier)]
     return [sums.measurements(infos, index, known) for index in range(len(infos))], storage
@@ -207,14 +209,20 @@ def _widened(
             again = _sums_of({index: averages[index]}, {index: dtype}, {})
             sums[rounding] = again[rounding]
         lost = sums.get(rounding, 0.0)
-        if dtype == torch.float32 and 0 < sums.get(norm, 0.0) < averages[index].numel() * _SMALL**2:
-            # Below float32's normal numbers all values have one spacing, whatever their size: so has the average.
-            sums[rounding] = lost + averages[index].numel() * _SPACING**2 / 12
-            return dtype
         if math.isfinite(lost) and lost <= (torch.finfo(dtype).eps / 2) ** 2 * sums.get(norm, 0.0):
             return dtype
     sums[rounding] = 0.0
     return averages[index].dtype
+
+
+def _lost_below_normal(average: torch.Tensor, info: SnapshotInfo, norm: float) -> float:
+    """Expected squared error of a float32 average whose values lie among float32's subnormal numbers; else 0.
+
+    These have one spacing, whatever their size. A product and a sum are rounded at every update.
+    """
+    if average.dtype != torch.float32 or not 0 < norm < average.numel() * _SMALL**2:
+        return 0.0
+    return average.numel() * _SPACING**2 / 12 * 2 * roundings(info.gamma, info.updates or info.step)
 
 
 # --- earlier snapshots -----------------------------------------------------------------------------
