@@ -44,6 +44,7 @@ bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]" "$(TORCH)"
 	$(BIN)/python scripts/compare_peers.py
 	$(BIN)/python scripts/bench_fidelity.py
+	$(BIN)/python scripts/bench_fidelity.py --corners
 	$(BIN)/python scripts/bench_synthesis.py
 	$(BIN)/python scripts/bench_averages.py
 	$(BIN)/python scripts/bench_differentiable.py
