@@ -13,7 +13,7 @@ The constraint is met by elimination: the last coefficient is 1 minus the others
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -214,38 +214,24 @@ class _Integral:
 
 
 @dataclass(frozen=True)
-class _TailSum:
-    """The movement from each update to the next, where they are few. `root`: of its variance, [M]."""
+class _Sum:
+    """A sum over the updates of intervals that have few. `root`: of the variance at each of them, [M].
 
-    cells: Cells
+    `columns` and `column` are a function of power functions and of any profile at these updates.
+    """
+
     root: FloatArray
+    columns: Callable[[FloatArray, FloatArray], FloatArray]
+    column: Callable[[Profile], FloatArray]
 
     def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        return np.asarray(self.root[:, None] * self.cells.tails(gamma, t), dtype=np.float64)
+        return np.asarray(self.root[:, None] * self.columns(gamma, t), dtype=np.float64)
 
     def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
         return np.asarray(np.sum(self.of_powers(gamma, t) ** 2, axis=0))
 
     def of_target(self, target: Profile) -> tuple[FloatArray, float]:
-        column = self.root * self.cells.target_tails(target)
-        return column, float(column @ column)
-
-
-@dataclass(frozen=True)
-class _MassSum:
-    """The noise of each update, where they are few. `root`: of its variance, [M]."""
-
-    cells: Cells
-    root: FloatArray
-
-    def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        return np.asarray(self.root[:, None] * self.cells.masses(gamma, t), dtype=np.float64)
-
-    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        return np.asarray(np.sum(self.of_powers(gamma, t) ** 2, axis=0))
-
-    def of_target(self, target: Profile) -> tuple[FloatArray, float]:
-        column = self.root * self.cells.target_masses(target)
+        column = self.root * self.column(target)
         return column, float(column @ column)
 
 
@@ -255,13 +241,13 @@ def _parts(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Part]:
     walk = walk * (1 - share)
     parts: list[_Part] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
     if cells.interval.size:
-        parts.append(_TailSum(cells, np.sqrt(walk[cells.interval] * cells.stride)))
+        parts.append(_Sum(np.sqrt(walk[cells.interval] * cells.stride), cells.tails, cells.target_tails))
     parts += sudden
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
         parts.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
         if cells.interval.size:
-            parts.append(_MassSum(cells, np.sqrt(noise[cells.interval] / cells.stride)))
+            parts.append(_Sum(np.sqrt(noise[cells.interval] / cells.stride), cells.masses, cells.target_masses))
     return parts
 
 
@@ -291,4 +277,5 @@ def _sudden(motion: Motion, cells: Cells) -> tuple[list[_Part], FloatArray]:
     step = 1e-6 * np.diff(edges)[found]
     begin, end = edges[:-1][found], edges[1:][found]
     ends = replace(cells, before=np.concatenate((begin, end - step)), after=np.concatenate((begin + step, end)))
-    return [_TailSum(ends, np.sqrt(np.tile(share[found] / 2 * moved[found], 2)))], share[piece]
+    root = np.sqrt(np.tile(share[found] / 2 * moved[found], 2))
+    return [_Sum(root, ends.tails, ends.target_tails)], share[piece]
