@@ -2,6 +2,7 @@
 # make test     lint, type check and test
 # make bench    the measurements that the README quotes
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
+# make coverage the tests with branch coverage, which takes half as long again
 # make audit    known security holes in what is installed; asks a database on the network
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
@@ -14,7 +15,7 @@ READY := $(VENV)/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit bench torture audit clean
+.PHONY: help demo test lint types unit coverage bench torture audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -37,8 +38,12 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy --strict posthoc_cli
 
+# One thread a process: the tests' tensors are small, and each core has a process of its own.
 unit: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --cov --cov-report=term
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+coverage: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --cov --cov-report=term
 
 bench: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]" "$(TORCH)"

@@ -18,12 +18,19 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 from ema_command import Ema, Result  # noqa: E402
 
 from posthoc_cli.cli import main  # noqa: E402
+from posthoc_cli.tracker import pace  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Small tensors: more threads only get in the way of the other test processes."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Warnings are errors, and how long a loaded machine makes a training wait is luck."""
+    monkeypatch.setattr(pace, "PATIENCE", 1e9)
 
 
 @pytest.fixture
