@@ -406,6 +406,7 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
     """Jobs of 3 s where one comes after every second of training: every 40th step instead of every 10th."""
     now = [0.0]
     monkeypatch.setattr(pacing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(pacing, "PATIENCE", 10.0)
     pace = pacing.Pace("an update", "update_every", lambda factor: pacing.divisor(1000, 10 * factor))
 
     def come(training: float, waits: float, job: float) -> None:
