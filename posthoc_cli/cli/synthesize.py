@@ -73,7 +73,9 @@ def synthesize(
     device: Annotated[str, typer.Option(help="Where to make the sums: auto, cpu, cuda, cuda:1, mps.")] = "auto",
     accumulate: Annotated[
         str | None,
-        typer.Option(help="dtype of the sums: float32 or float64. [default: float32; float64 for float64 parameters]"),
+        typer.Option(
+            help="dtype of the sums: float32 or float64. [default: float64 for averages in float32 or float64]"
+        ),
     ] = None,
     method: MethodOption = None,
     shard: Annotated[

@@ -17,11 +17,11 @@ from posthoc_cli.planning import Candidate, error_curve, ranges_text
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.chosen import chosen_up_to
-from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, parse_dtype_word
+from posthoc_cli.snapshots.format import ITEM_BYTES, SnapshotInfo, TensorSpec, parse_dtype_word
 from posthoc_cli.snapshots.outputs import OutputInfo
 from posthoc_cli.snapshots.priors import run_clock
 from posthoc_cli.snapshots.segments import of_segment_at
-from posthoc_cli.synthesis.sources import Source, source_prior
+from posthoc_cli.synthesis.sources import Source, distinct_dtypes, source_prior
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -54,6 +54,8 @@ class Plan:
         aside: how many sources are not used since they are of other tensors: from before the model changed, or after.
         solved: how many sources, all at or before `t`, the coefficients were sought for.
         there: how many there are; of more than `planning.MOST_SOLVED` some are chosen, see `planning.choose`.
+        coarse: tensors that one of those solved with stores in fewer bytes than float32 has. The others are summed in
+            float64: large coefficients of both signs would leave of a float32 sum fewer digits than they have.
     """
 
     sources: tuple[Source, ...]
@@ -66,6 +68,7 @@ class Plan:
     aside: int = 0
     solved: int = 0
     there: int = 0
+    coarse: frozenset[str] = frozenset()
 
     @property
     def choice(self) -> str | None:
@@ -184,12 +187,20 @@ def plan_synthesis(
     rounding = _output_rounding(usable[-1], dtype)
     chosen = tuple(usable[i] for i in used)
     counts = len(sources) - len(alike), len(usable), sum(source.info.t <= time for source in alike)
-    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts)
+    coarse = _coarse_tensors(usable)
+    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts, coarse)
     if max_error is not None:
         _check_errors(plan, max_error)
     candidate = Candidate("", [source.info.profile.pure for source in (*usable, *later)], prior=everything)
     _warn_of_poor_targets(plan, candidate)
     return plan
+
+
+def _coarse_tensors(sources: Sequence[Source]) -> frozenset[str]:
+    """Tensors that one of the sources stores in fewer bytes than float32 has."""
+    return frozenset(
+        name for types, _ in distinct_dtypes(sources) for name, dtype in types.items() if ITEM_BYTES[dtype] < 4
+    )
 
 
 def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:

@@ -133,3 +133,12 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     prior = snapshot_prior([source.snapshot for source in on_disk], [source.info for source in in_memory])
     place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
     return prior.of([place[id(source)] for source in sources])
+
+
+def distinct_dtypes(sources: Sequence[Source]) -> list[tuple[Mapping[str, str], int]]:
+    """What the sources' tensors are stored in, and how many sources alike: those of a run are, as a rule."""
+    found: list[tuple[Mapping[str, str], int]] = []
+    for source in sources:
+        index = next((index for index, (other, _) in enumerate(found) if source.dtypes == other), len(found))
+        found[index : index + 1] = [(source.dtypes, found[index][1] + 1 if index < len(found) else 1)]
+    return found

@@ -37,7 +37,8 @@ def synthesize(
         dtype: of the averages; None for each parameter's own. Copies (buffers) keep their own.
         device: where the sums are made.
         progress: told the bytes read so far.
-        accumulate: dtype of the sums, float32 or float64; None for float32, and float64 for float64 parameters.
+        accumulate: dtype of the sums, float32 or float64; None for float64 where parameters are in float64, or averages
+            are stored in float32 or better, and float32 for all others.
         workers: threads; None for one a core. The results are the same bits for any number.
 
     Raises:
@@ -80,7 +81,8 @@ def place_synthesis(
 
     where = numbered_device(device)
     size = chunk or chunk_elements(len(plan.targets))
-    tiles = cut_tiles(plan, size, dtype, parse_accumulate(accumulate), tile_elements)
+    wide = parse_accumulate(accumulate) or ("F32" if where.type == "mps" else None)  # which has no float64
+    tiles = cut_tiles(plan, size, dtype, wide, tile_elements)
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in plan.sources]
         count = min(worker_count(workers), max(1, len(tiles)))

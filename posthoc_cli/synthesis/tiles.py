@@ -8,7 +8,7 @@ output, whatever their dtypes; so each byte is verified in the pass that reads i
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.synthesis.plan import Plan, output_dtype
+from posthoc_cli.synthesis.sources import distinct_dtypes
 
 if TYPE_CHECKING:
     import torch
@@ -90,17 +91,19 @@ def cut_tiles(
         plan: what will be made.
         chunk: elements that a worker has room for, a power of two up to 2**19: what is no larger is batched.
         dtype: of the averages; None for each parameter's own.
-        wide_dtype: safetensors name of the dtype of all sums; None for F32, and F64 for F64 parameters.
+        wide_dtype: safetensors name of the dtype of all sums; None for F32, and F64 where the
+            parameters, or all averages of them, are stored that exactly: see `Plan.coarse`.
         tile_elements: wanted elements a tile, made a whole number of blocks; one block for None.
     """
     tiles: list[Tile] = []
     batches: dict[tuple[str, str, str], _Batch] = {}
     newest = plan.newest
     shapes = newest.shapes
-    dtypes = _distinct([source.dtypes for source in plan.sources])
+    dtypes = distinct_dtypes(plan.sources)
     for name, tensor in newest.info.tensors.items():
         stored = output_dtype(tensor.role, tensor.dtype, dtype)
-        wide = stored if tensor.role == "copy" else wide_dtype or ("F64" if tensor.dtype == "F64" else "F32")
+        exact = tensor.dtype == "F64" or name not in plan.coarse
+        wide = stored if tensor.role == "copy" else wide_dtype or ("F64" if exact else "F32")
         sizes = [fmt.ITEM_BYTES[types[name]] for types, _ in dtypes]
         count, each = math.prod(shapes[name]), sum(n * size for size, (_, n) in zip(sizes, dtypes, strict=True))
         if tensor.role == "copy":
@@ -120,15 +123,6 @@ def cut_tiles(
             batch = batches[kind] = _Batch()
         batch.add(Piece(name, 0, count), each * count)
     return tiles + [batch.tile(kind) for kind, batch in batches.items()]
-
-
-def _distinct(dtypes: Sequence[Mapping[str, str]]) -> list[tuple[Mapping[str, str], int]]:
-    """Each of these, and how often it is there: the snapshots of a run have the same dtypes, as a rule."""
-    found: list[tuple[Mapping[str, str], int]] = []
-    for one in dtypes:
-        index = next((index for index, (other, _) in enumerate(found) if one == other), len(found))
-        found[index : index + 1] = [(one, found[index][1] + 1 if index < len(found) else 1)]
-    return found
 
 
 class _Batch:
