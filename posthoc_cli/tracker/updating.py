@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -298,7 +299,7 @@ class Updating(Attachable):
     def _open_recorder(self, run_id: str) -> Recorder:
         if self._recorder is None:
             try:
-                recorder = Recorder(self.checkpoint_dir)
+                recorder = self._make_recorder()
             except WriteError as error:  # not as one: nothing of this call has been done
                 raise DirectoryError(str(error)) from error
             except LockedError as error:
@@ -316,6 +317,15 @@ class Updating(Attachable):
             self._recorder = recorder
             _writing.add(self)
         return self._recorder
+
+    def _make_recorder(self) -> Recorder:
+        try:
+            return Recorder(self.checkpoint_dir)
+        except LockedError:
+            # The holder may be a tracker that nobody has any more, as in a notebook whose cell made everything anew:
+            # optimizers that have a scheduler, and so their hooks, wait for the garbage collector.
+            gc.collect()
+            return Recorder(self.checkpoint_dir)
 
     def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
         """The model's tensors; `frozen_too`: those that were frozen meanwhile."""
