@@ -9,10 +9,11 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 
+from posthoc_cli.errors import NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.store import read_directory
@@ -200,6 +201,14 @@ class PostHocEMA(Updating, Savable, Synthesizing):
 
     def __enter__(self) -> PostHocEMA:
         return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be pickled or copied: the threads, and the right to write to the directory, are there once."""
+        raise NotReadyError(
+            "PostHocEMA: a tracker can be neither saved nor copied as an object. Save its state: ema.state_dict() "
+            "within a checkpoint, ema.save_state(path) as a file of its own. To copy or save a module that holds it, "
+            "keep the tracker outside of the module"
+        )
 
     # --- the average of any length -------------------------------------------------------------------
 

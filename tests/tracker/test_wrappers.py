@@ -217,6 +217,22 @@ def test_sharded_models_are_refused_by_name(tmp_path: Path, one_process: None) -
         PostHocEMA.from_model(model, tmp_path)
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 4)])
+def test_parameters_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A placeholder stands for them, or for a while all of their values."""
+    model = network()
+    head = torch.nn.Parameter(torch.empty(shape))
+    head.ds_id, head.ds_tensor = 7, torch.zeros(6)  # type: ignore[attr-defined]
+    model.head[0].bias = head  # type: ignore[union-attr]
+    with pytest.raises(InvalidValueError, match=r"'head\.0\.bias': is sharded over processes \(DeepSpeed ZeRO-3\)"):
+        PostHocEMA.from_model(model, tmp_path)
+    with PostHocEMA.from_model(model, tmp_path, exclude="head.0.bias", **SETTINGS) as tracker:
+        tracker.update_(model)
+        model.module.bias = head  # type: ignore[assignment]
+        with pytest.raises(InvalidValueError, match=r"'module\.bias': .* \(DeepSpeed ZeRO-3\)"):
+            tracker.update_(model)
+
+
 # --- several processes -----------------------------------------------------------------------------
 
 JOB = """
