@@ -125,8 +125,8 @@ class Attachable(ABC):
 
         A step that a GradScaler skips does not count. What `update_` raises, `optimizer.step()` then does. Attaching
         to the same optimizer again changes nothing but `t`. Another tracker that follows the optimizer for the same
-        model is closed, with a warning: in a notebook it is the one of the cell's last run, which nobody else can
-        close any more. To have two of one model, call `update_` of one of them by hand.
+        model is closed, with a warning: where a notebook's cell runs again, nothing else can close the tracker of its
+        last run. To have two of one model, call `update_` of one of them by hand.
 
         Arguments:
             optimizer: the one that trains the model; of several, the one that steps last in an iteration. It may be
@@ -246,8 +246,8 @@ def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step had no other purpose than to make the optimizer's state: rates of 0, and gradients of 0.
 
     `get_optimizer_state_dict` and `set_state_dict` of torch.distributed.checkpoint.state_dict make such a step where an
-    optimizer has no state yet; plain SGD never has one. No other step is told by what it does: with a rate of 0 at the
-    start of a warm-up, gradients are not 0.
+    optimizer has no state yet; plain SGD never has one. The first step of a warm-up may have a rate of 0, too, but
+    its gradients are not 0.
     """
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     if not all(map(_is_zero, rates)):
@@ -259,8 +259,9 @@ def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _is_zero(rate: float | torch.Tensor) -> bool:
-    # On an accelerator it is none of these, and to look at it would wait for the accelerator at every step.
-    return bool(rate == 0) if not isinstance(rate, torch.Tensor) or rate.device.type == "cpu" else False
+    if isinstance(rate, torch.Tensor) and rate.device.type != "cpu":
+        return False  # torch puts its 0 on the CPU; to look at this one would wait for the device, at every step
+    return bool(rate == 0)
 
 
 def _forget_scale(optimizer: torch.optim.Optimizer) -> None:

@@ -111,6 +111,11 @@ class Updating(Attachable):
         return self._background.progress.t
 
     @property
+    def keeps_averages(self) -> bool:
+        """Whether this process keeps the averages and writes them, or only counts for another one of its group."""
+        return not self._follows
+
+    @property
     def _follows(self) -> bool:
         """Whether another process of the group keeps the averages, and this one only counts."""
         self._decide_writer(None if self._model is None else self._model())
@@ -230,17 +235,19 @@ class Updating(Attachable):
         """Raise a NotReadyError in a process that keeps no averages."""
         if self._follows:
             raise NotReadyError(
-                "this process keeps no averages, the writer of its group does: make them there and broadcast them, "
-                "or read the snapshots on disk with a new PostHocEMA.from_path(directory), before any update_ of it"
+                "this process keeps no averages, the first one of its group does, or the one that was made with "
+                "writer=True: make them there and broadcast them, or read the snapshots on disk with a new "
+                "PostHocEMA.from_path(directory), before any update_ of it"
             )
 
     def _count_only(self, t: float | None) -> None:
         """A call on a process that keeps no averages."""
         self._check_open()
         progress, now = self._after(t), self._background.now
-        if now.resumes:  # what is on disk is another time's from here on
+        if now.resumes:  # the writer's averages differ from those on disk from here on
             self._background.set(replace(now, progress=progress, resumes=False))
-        self._background.count(progress)
+        else:
+            self._background.count(progress)
 
     def _after(self, t: float | None) -> Progress:
         """How far the training is with one call more."""
@@ -322,8 +329,8 @@ class Updating(Attachable):
         try:
             return Recorder(self.checkpoint_dir)
         except LockedError:
-            # The holder may be a tracker that nobody has any more, as in a notebook whose cell made everything anew:
-            # optimizers that have a scheduler, and so their hooks, wait for the garbage collector.
+            # The holder may be garbage, as where a notebook's cell has made everything anew: an optimizer with a
+            # scheduler, and a tracker that is attached to it, stay until the collector runs.
             gc.collect()
             return Recorder(self.checkpoint_dir)
 

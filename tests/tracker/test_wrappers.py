@@ -280,7 +280,7 @@ JOB = """
         try:
             run.state_dict(sigma_rel=0.15)
         except NotReadyError as error:
-            assert "the writer of its group does" in str(error)
+            assert "the first one of its group does" in str(error)
         else:
             sys.exit("gave an average that it cannot have")
     else:
@@ -355,7 +355,7 @@ BEFORE_WRAPPING = """
         try:
             call()
         except NotReadyError as error:
-            return "this process keeps no averages, the writer of its group does" in str(error)
+            return "this process keeps no averages, the first one of its group does" in str(error)
 
     bare, run = launch()
     train(bare, run)
