@@ -41,11 +41,11 @@ def choose_writer(chosen: bool | None, model: torch.nn.Module | None) -> bool | 
 
 
 def warn_of_assumption(chosen: bool | None, model: torch.nn.Module) -> None:
-    """Say that this process keeps nothing, where only its rank tells so: processes may train different models."""
+    """Warn where only the rank says that this process keeps nothing: processes may train different models."""
     if chosen is None and choose_writer(None, model) is False and _replicating(model) is None:
         log.warning(
-            "process %d of its group keeps no averages: the first one does, taken that all train one model; "
-            "from_model(..., writer=True) where this process trains one of its own, writer=False for no warning",
+            "process %d of its group keeps no averages, as the first one is assumed to train the same model; if this "
+            "process trains another one, say from_model(..., writer=True), else writer=False to silence this warning",
             dist.get_rank(),
         )
 
