@@ -215,6 +215,11 @@ class _OfTracker:
 
     def update(self, model: torch.nn.Module) -> None:
         self._tracker.update_(model)
+        if not self._tracker.keeps_averages:
+            raise InvalidValueError(
+                "this process keeps no averages to train from, so that its model would become another than the "
+                "writer's: give each process a tracker with writer=True and a directory of its own"
+            )
 
     def copy_into(self, model: torch.nn.Module) -> None:
         self._tracker.load_into(model, self._target)

@@ -92,7 +92,8 @@ def synthesize(
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace outputs that are there.")] = False,
     skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Leave outputs that are there as they are.")
+        bool,
+        typer.Option("--skip-existing", help="Leave outputs that are there, whole and of the same plan, as they are."),
     ] = False,
     dry_run: Annotated[
         bool,
@@ -168,14 +169,17 @@ def synthesize(
         )
         _make_parts(mode, options, {"device": device, "reason": reason}, quiet, verbose, as_json)
         return
-    skipped = _existing(paths, layout) if skip_existing else set()
-    wanted = [index for index in range(len(paths)) if index not in skipped]
+    skipped: set[int] = set()
+    wanted = list(range(len(paths)))
 
     def write(plan: Plan) -> Plan:
+        from posthoc_cli.export import existing_outputs, write_synthesis
+
+        if skip_existing:
+            skipped.update(existing_outputs(plan, paths, layout, dtype))
+            wanted[:] = [index for index in range(len(paths)) if index not in skipped]
         if not wanted:
             return plan
-        from posthoc_cli.export import write_synthesis
-
         with output.progress_bar("synthesizing", plan.read_bytes, quiet, verbose) as progress:
             write_synthesis(
                 plan.only(wanted),
@@ -227,12 +231,6 @@ def _make_parts(
     elif not quiet:
         _print_coefficients(done.plan) if verbose else None
         output.print_line(done.text)
-
-
-def _existing(paths: list[Path], layout: str | None) -> set[int]:
-    from posthoc_cli.export import layout_of, output_exists
-
-    return {i for i, path in enumerate(paths) if output_exists(path, layout_of(path, layout))}
 
 
 # --- what is printed -------------------------------------------------------------------------------

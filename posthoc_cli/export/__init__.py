@@ -6,6 +6,15 @@ Each layout is a sink (`layouts.Sink`): it takes tensors one by one and appears 
 
 from posthoc_cli.export.convert import Exported, export_file
 from posthoc_cli.export.layouts import LAYOUTS, layout_of, output_exists, parse_size
-from posthoc_cli.export.synthesized import write_synthesis
+from posthoc_cli.export.synthesized import existing_outputs, write_synthesis
 
-__all__ = ["LAYOUTS", "Exported", "export_file", "layout_of", "output_exists", "parse_size", "write_synthesis"]
+__all__ = [
+    "LAYOUTS",
+    "Exported",
+    "existing_outputs",
+    "export_file",
+    "layout_of",
+    "output_exists",
+    "parse_size",
+    "write_synthesis",
+]

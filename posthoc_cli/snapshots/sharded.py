@@ -270,15 +270,19 @@ def _joined_info(shards: Sequence[Snapshot]) -> fmt.SnapshotInfo:
             raise FileFormatError(
                 f"{directory}: {shown(alias)} is a further name of {shown(aliases[alias])} and of {shown(name)}"
             )
-    measured = [shard.info.measurements for shard in shards]
-    joined = _joined_measurements(measured)
+    joined = _joined_measurements([shard.info.measurements for shard in shards if _holds_averages(shard.info)])
     return replace(shards[0].info, tensors=tensors, aliases=aliases, measurements=joined, motion=None)
+
+
+def _holds_averages(info: fmt.SnapshotInfo) -> bool:
+    """Whether anything of a shard was measured: copies are not."""
+    return any(tensor.role == "average" for tensor in info.tensors.values())
 
 
 def _joined_measurements(measured: Sequence[Measurements | None]) -> Measurements | None:
     """The sums over all shards; None where a shard has none, or has others than the first."""
     known = [one for one in measured if one is not None]
-    if len(known) < len(measured) or len({frozenset(_partners(one)) for one in known}) > 1:
+    if not known or len(known) < len(measured) or len({frozenset(_partners(one)) for one in known}) > 1:
         return None
     return reduce(_sum, known)
 
@@ -295,7 +299,8 @@ def _sum(one: Measurements, other: Measurements) -> Measurements:
         for partner, distance in _partners(one).items()
         for twin in (further[partner],)
     )
-    return Measurements(one.norm + other.norm, one.rounding + other.rounding, distances)
+    weights = None if one.weights is None or other.weights is None else one.weights + other.weights
+    return Measurements(one.norm + other.norm, one.rounding + other.rounding, distances, weights)
 
 
 # --- away with it ----------------------------------------------------------------------------------

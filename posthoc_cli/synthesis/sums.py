@@ -57,7 +57,7 @@ class Sums:
     ) -> None:
         self._sources, self._targets = coefficients.shape
         self._scales = coefficients.tolist()
-        self._size = self._padded = 0
+        self._size = self._padded = -1  # none yet: a chunk may well be empty
         self._weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
         groups = group_sources(places or range(self._sources))
         # The group of each source, and which one of the group it is.

@@ -9,7 +9,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 
@@ -23,7 +23,7 @@ from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.live import Progress, Tracking, current_sources
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.naming import named_tensors
-from posthoc_cli.tracker.replicas import is_replica
+from posthoc_cli.tracker.replicas import choose_writer, warn_of_assumption
 from posthoc_cli.tracker.settings import (
     Settings,
     absolute_directory,
@@ -81,12 +81,12 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         buffers: str = "copy",
         on_change: str = "raise",
         device: str | None = None,
+        writer: bool | None = None,
     ) -> PostHocEMA:
         """A tracker for a new run. Nothing is written before the first `update_`.
 
         Arguments:
-            model: what will be tracked, wrapped or bare: names are those of the bare model. Under
-                DistributedDataParallel all processes may make a tracker and call it; the first one writes.
+            model: what will be tracked, wrapped or bare: names are those of the bare model.
             checkpoint_dir: the directory for the snapshots, made when it is missing. One run a directory.
             sigma_rels: profiles to track; two reach almost everything, see `ema error-plot`.
             update_every: averages are updated at the calls that are multiples of it.
@@ -109,6 +109,9 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             device: where the averages are: "model", beside the parameters and updated by the training's own thread,
                 or "cpu", on the host and updated by a thread of their own; None for "cpu" where a parameter is on an
                 accelerator, else "model". For a model on the CPU both give the same bits.
+            writer: in a group of processes that train one model, each of which may make a tracker and call it:
+                whether this one keeps the averages and writes. The others only count. None for the first process of
+                the model's DistributedDataParallel; of a model that is not wrapped (yet), of all processes.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -122,7 +125,8 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
         tracked.check_header()
         tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
-        tracker._follows = is_replica(model)
+        tracker._writer = choose_writer(writer, model)
+        warn_of_assumption(writer, model)
         tracker._model = weakref.ref(model)
         tracker._device = check_device(device)
         return tracker
@@ -142,6 +146,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         device: str | None = None,
         on_change: str = "raise",
         sigma_rels: Sequence[float] | types.EllipsisType = ...,
+        writer: bool | None = None,
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -184,18 +189,26 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(last), progress, resumes=True)
         tracker._knows_selection = selection is not None
         tracker._device = check_device(device)
+        tracker._writer = choose_writer(writer, model)
         if model is not None:
             if on_change == "raise":
                 # A model that will only be filled may well be frozen.
                 tracker._change(tracker._collect(model, frozen_too=True))
             tracker._model = weakref.ref(model)
-            tracker._follows = is_replica(model)
         return tracker
 
     # --- tracking ------------------------------------------------------------------------------------
 
     def __enter__(self) -> PostHocEMA:
         return self
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        """Refuse to be pickled or copied: the threads, and the right to write to the directory, are there once."""
+        raise NotReadyError(
+            "PostHocEMA: a tracker can be neither saved nor copied as an object. Save its state: ema.state_dict() "
+            "within a checkpoint, ema.save_state(path) as a file of its own. To copy or save a module that holds it, "
+            "keep the tracker outside of the module"
+        )
 
     # --- the average of any length -------------------------------------------------------------------
 
@@ -255,7 +268,8 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         say exactly what they are all the same. Where anything is wrong, nothing is changed.
 
         Raises:
-            InvalidValueError: not such a state, without a profile that this tracker has, or of another clock.
+            InvalidValueError: not such a state, one of a process that keeps no averages, without a profile that this
+                tracker has, or of another clock.
             ModelMismatchError: of another model.
             NonFiniteError: an average in it holds nan or infinity.
             LockedError, MismatchError: another writer, or another run, has the directory.
@@ -297,10 +311,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         return TrackerState.of(reading, snapshots)
 
     def _sources(self) -> list[Source]:
-        if self._follows:
-            raise NotReadyError(
-                "this process keeps no averages, the first one of its group does: make them there and broadcast them, "
-                "or read the snapshots with PostHocEMA.from_path"
-            )
+        if not self._background.now.resumes:  # else what is on disk is all that the writer has, too
+            self._check_keeps()
         self.flush()
         return current_sources(self.checkpoint_dir, self.run_id, self._live_sources())

@@ -251,6 +251,11 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
             f"tensor {name!r}: is sharded over processes (DTensor), and sharded models cannot be tracked yet; "
             "DistributedDataParallel can"
         )
+    if hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
+        raise InvalidValueError(
+            f"tensor {name!r}: is sharded over processes (DeepSpeed ZeRO-3), which leaves a placeholder here, and "
+            "sharded models cannot be tracked yet; ZeRO-1 and ZeRO-2 can"
+        )
     if tensor.layout != torch.strided:
         raise InvalidValueError(f"tensor {name!r}: is {tensor.layout}; only dense tensors can be tracked")
     if tensor.is_meta:

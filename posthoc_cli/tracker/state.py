@@ -144,6 +144,10 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     Raises:
         InvalidValueError, ModelMismatchError, NonFiniteError: naming what does not fit.
     """
+    if isinstance(state, Mapping) and not state:
+        raise InvalidValueError(
+            "state: is empty: it is of a process that keeps no averages; load the one of the group's writer"
+        )
     facts = Facts(state)
     version = facts.value("version")
     if version != STATE_VERSION:

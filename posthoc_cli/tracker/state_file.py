@@ -35,6 +35,11 @@ class Savable(ABC):
 
     settings: Settings
 
+    @property
+    @abstractmethod
+    def _follows(self) -> bool:
+        """Whether another process of the group keeps the averages."""
+
     @abstractmethod
     def _state(self) -> TrackerState:
         """What a tracker would continue from; its tensors are copies."""
@@ -47,22 +52,30 @@ class Savable(ABC):
         """Write the tracker's own state to a safetensors file: whole or not at all, durable, checksummed.
 
         The averages are copied first, so that training may go on, and go to the file one after the other. A state that
-        is there already is replaced when the new one is durable. The file may lie in the snapshot directory.
+        is there already is replaced when the new one is durable. The file may lie in the snapshot directory. In the
+        processes of a group that keep no averages nothing is written: all may make the call, with the same path.
 
         Raises:
             OutputExistsError: something else is there under that name.
             WriteError: the system refused; nothing partial is left, and an older state is as it was.
         """
-        write_state(_checked_path(path), self._state(), self.settings)
+        path = _checked_path(path)
+        if not self._follows:
+            write_state(path, self._state(), self.settings)
 
     def load_state(self, path: str | Path) -> None:
         """Continue exactly from a file of `save_state`, as `load_state_dict` does. Tensors are read one by one.
+
+        A process that keeps no averages takes the counters, or nothing where the file is on another machine's disk.
 
         Raises:
             FileFormatError: no such file, not a state, or damaged.
             others: as `load_state_dict`.
         """
-        with open_state(_checked_path(path)) as state:
+        path = _checked_path(path)
+        if self._follows and not path.exists():
+            return
+        with open_state(path) as state:
             self.load_state_dict(state)
 
 

@@ -46,6 +46,10 @@ class Synthesizing(ABC):
     def flush(self) -> None:
         """Return when every update that was asked for is taken in, and every snapshot durable."""
 
+    @abstractmethod
+    def _check_keeps(self) -> None:
+        """Raise a NotReadyError in a process that keeps no averages."""
+
     @property
     @abstractmethod
     def step(self) -> int:
@@ -196,6 +200,7 @@ class Synthesizing(ABC):
                 f"tracked {tracked:g}: must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}; "
                 f"for any other, model(model, sigma_rel={tracked:g})"
             )
+        self._check_keeps()
         self.flush()
         for source in self._live_sources():
             if math.isclose(wanted, source.info.sigma_rel, rel_tol=1e-6):  # 0.05 of float32 is the same profile

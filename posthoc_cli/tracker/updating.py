@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import sys
@@ -10,7 +11,7 @@ import types
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ from posthoc_cli.tracker.following import Change, find_change
 from posthoc_cli.tracker.live import LiveSource, Progress, Reading, Tracking, Values, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
-from posthoc_cli.tracker.replicas import is_in_group, is_replica
+from posthoc_cli.tracker.replicas import choose_writer, is_in_group
 from posthoc_cli.tracker.settings import Settings, next_time, same_place
 from posthoc_cli.tracker.state import load_averages
 from posthoc_cli.tracker.watching import WatchedModel
@@ -92,7 +93,7 @@ class Updating(Attachable):
         self._process = os.getpid()
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._knows_selection = True
-        self._follows = False  # the first process of a group tracks the same model
+        self._writer: bool | None = None
 
     @property
     def run_id(self) -> str:
@@ -108,6 +109,17 @@ class Updating(Attachable):
     def t(self) -> float:
         """Training time of the last call."""
         return self._background.progress.t
+
+    @property
+    def keeps_averages(self) -> bool:
+        """Whether this process keeps the averages and writes them, or only counts for another one of its group."""
+        return not self._follows
+
+    @property
+    def _follows(self) -> bool:
+        """Whether another process of the group keeps the averages, and this one only counts."""
+        self._decide_writer(None if self._model is None else self._model())
+        return self._writer is False
 
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
         """Tell the tracker that the model has made a step. Call it after every optimizer step.
@@ -201,10 +213,9 @@ class Updating(Attachable):
         self._check_process()
         # Of work that was done beside the training since the last call; it stays there if this call fails itself.
         self._pending = self._failure()
-        self._follows = self._follows or is_replica(model)
+        self._decide_writer(model)
         if self._follows:
-            self._check_open()
-            self._background.count(self._after(t))
+            self._count_only(t)
             return
         self._begin()
         progress = self._after(t)
@@ -214,6 +225,29 @@ class Updating(Attachable):
             self._pending = self._failure()
             progress = self._after(t)  # the last update may have been interrupted when it was handed over already
         self._take_in(model, progress)
+
+    def _decide_writer(self, model: torch.nn.Module | None) -> None:
+        """Decide, for good, who keeps the averages: where the tracker is made, or once there is a group."""
+        if self._writer is None and self._recorder is None:
+            self._writer = choose_writer(None, model)
+
+    def _check_keeps(self) -> None:
+        """Raise a NotReadyError in a process that keeps no averages."""
+        if self._follows:
+            raise NotReadyError(
+                "this process keeps no averages, the first one of its group does, or the one that was made with "
+                "writer=True: make them there and broadcast them, or read the snapshots on disk with a new "
+                "PostHocEMA.from_path(directory), before any update_ of it"
+            )
+
+    def _count_only(self, t: float | None) -> None:
+        """A call on a process that keeps no averages."""
+        self._check_open()
+        progress, now = self._after(t), self._background.now
+        if now.resumes:  # the writer's averages differ from those on disk from here on
+            self._background.set(replace(now, progress=progress, resumes=False))
+        else:
+            self._background.count(progress)
 
     def _after(self, t: float | None) -> Progress:
         """How far the training is with one call more."""
@@ -272,15 +306,15 @@ class Updating(Attachable):
     def _open_recorder(self, run_id: str) -> Recorder:
         if self._recorder is None:
             try:
-                recorder = Recorder(self.checkpoint_dir)
+                recorder = self._make_recorder()
             except WriteError as error:  # not as one: nothing of this call has been done
                 raise DirectoryError(str(error)) from error
             except LockedError as error:
                 if not is_in_group():
                     raise
                 raise LockedError(
-                    f"{error}. In a group of processes, make the tracker with the DistributedDataParallel model, "
-                    "or call it in one process only"
+                    f"{error}. In a group of processes one writes: from_model(..., writer=rank == 0), and the same "
+                    "for from_path"
                 ) from error
             try:
                 recorder.check_run(run_id)
@@ -290,6 +324,15 @@ class Updating(Attachable):
             self._recorder = recorder
             _writing.add(self)
         return self._recorder
+
+    def _make_recorder(self) -> Recorder:
+        try:
+            return Recorder(self.checkpoint_dir)
+        except LockedError:
+            # The holder may be garbage, as where a notebook's cell has made everything anew: an optimizer with a
+            # scheduler, and a tracker that is attached to it, stay until the collector runs.
+            gc.collect()
+            return Recorder(self.checkpoint_dir)
 
     def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
         """The model's tensors; `frozen_too`: those that were frozen meanwhile."""

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from ema_command import Ema
+from factories import flip_bit
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
@@ -150,8 +152,9 @@ def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path
     assert "is there already" in result.error
     assert out.read_text() == "precious"
     skipped = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--skip-existing")
-    assert (skipped.code, out.read_text()) == (0, "precious")
-    assert "there already" in skipped.out
+    assert (skipped.code, out.read_text()) == (1, "precious")
+    assert f"{out}: " in skipped.error
+    assert "--force to replace it" in skipped.error
     assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--force").code == 0
     assert load_file(out)
 
@@ -180,6 +183,51 @@ def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path
     )
     assert [target["skipped"] for target in report["targets"]] == [True, True, False]
     assert states(folder).items() > before.items()
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--sigma-rel", "0.12"), "its target is sigma_rel 0.12, not sigma_rel 0.15"),
+        (("--t", "1000"), "its t is 1000.0, not 2000.0"),
+        (("--method", "paper"), "its method is paper, not minvar"),
+        (("--dtype", "float32"), "it has other tensors, or other dtypes; see '2.weight'"),
+    ],
+)
+def test_an_output_of_another_plan_is_not_skipped(
+    ema: Ema, run: Path, tmp_path: Path, options: tuple[str, str], said: str
+) -> None:
+    for layout, out in (("safetensors", tmp_path / "m.safetensors"), ("sharded", tmp_path / "m")):
+        base = ("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--format", layout, "--quiet")
+        assert ema(*base, *options).code == 0
+        before = states(tmp_path)
+        refused = ema(*base, "--skip-existing")
+        assert refused.code == 1
+        assert f"is another output: {said}; choose another name, or --force to replace it" in refused.error
+        assert ema(*base, *options, "--skip-existing").code == 0
+        assert states(tmp_path) == before
+
+
+def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skipped(
+    ema: Ema, run: Path, tmp_path: Path
+) -> None:
+    copy, out, folder = tmp_path / "copy", tmp_path / "m.safetensors", tmp_path / "m"
+    shutil.copytree(run, copy)
+    base = ("synthesize", copy, "--sigma-rel", "0.15", "--quiet", "--out")
+    shards = (*base, folder, "--format", "sharded", "--max-shard-size", "40")
+    assert (ema(*base, out).code, ema(*shards).code) == (0, 0)
+    assert (ema(*base, out, "--skip-existing").code, ema(*shards, "--skip-existing").code) == (0, 0)
+    whole = out.read_bytes()
+    flip_bit(out)
+    assert "m.safetensors: " in ema(*base, out, "--skip-existing").error
+    out.write_bytes(whole)
+    sorted(folder.glob("*.safetensors"))[-1].unlink()
+    assert "00004.safetensors: cannot be opened" in ema(*shards, "--skip-existing").error
+    sorted(copy.glob("*.safetensors"))[8].unlink()
+    refused = ema(*base, out, "--skip-existing")
+    assert "is another output: its snapshots or their coefficients are others" in refused.error
+    assert ema(*base, tmp_path / "m.pt").code == 0
+    assert "does not say which average it holds" in ema(*base, tmp_path / "m.pt", "--skip-existing").error
 
 
 def test_quiet_says_nothing_and_verbose_the_coefficients(ema: Ema, run: Path, tmp_path: Path) -> None:

@@ -124,6 +124,26 @@ def test_measurements_of_shards_do_not_add_up_where_their_partners_differ(tmp_pa
         assert measured_apart(tmp_path / name, *pair).info.measurements is None
 
 
+def test_measured_distances_to_the_weights_add_up_where_every_shard_with_averages_has_one(tmp_path: Path) -> None:
+    """A shard of copies alone has measured nothing, and there is nothing of it in the sum."""
+    values = {"a": torch.ones(3), "b": torch.ones(2), "n": torch.tensor(3)}
+    sums = {"a": Measurements(3.0, 0.0, (), 0.5), "b": Measurements(2.0, 0.0, (), 0.25), "n": None}
+
+    def joined(name: str, **others: Measurements | None) -> Measurements | None:
+        folder = write_sharded(tmp_path / name, make_info(values), [{key: value} for key, value in values.items()])
+        for number, found in enumerate((sums | others).values(), 1):
+            rewrite_snapshot(folder / f"model-{number:05d}-of-00003.safetensors", measurements=found)
+        read = read_sharded(folder)
+        assert read is not None
+        return read.info.measurements
+
+    assert joined("all") == Measurements(5.0, 0.0, (), 0.75)
+    assert joined("one without", b=Measurements(2.0, 0.0)) == Measurements(5.0, 0.0)
+    assert joined("copies measured", n=Measurements(0.0, 0.0)) == Measurements(5.0, 0.0, (), 0.75)
+    assert joined("two without", a=Measurements(3.0, 0.0), b=Measurements(2.0, 0.0)) == Measurements(5.0, 0.0)
+    assert joined("not measured", a=None) is None
+
+
 def test_further_names_of_all_shards_are_those_of_the_snapshot(tmp_path: Path) -> None:
     read = read_sharded(simple(tmp_path / "s", aliases={"head": "a", "twin": "b", "third": "c"}))
     assert read is not None

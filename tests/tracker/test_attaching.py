@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from factories import exact_average, refuse_for_space
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_state_dict
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.snapshots.store import read_directory
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 2, generator=torch.Generator().manual_seed(2))
@@ -161,27 +165,106 @@ def test_a_step_that_calls_the_one_it_overrides_counts_once_and_at_its_end(tmp_p
             assert model.weight.abs().max() <= 0.1
 
 
-def test_a_scheduler_and_a_wrapper_of_the_optimizer_make_no_difference(tmp_path: Path) -> None:
-    class Wrapper(torch.optim.Optimizer):
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer = optimizer
-            self.calls = 0
-
-        def step(self, closure=None):  # type: ignore[no-untyped-def]
-            self.calls += 1
-            if self.calls % 2 == 0:  # as accelerate's, which accumulates gradients
-                self.optimizer.step(closure)
-
+def test_the_wrapper_of_accelerate_is_looked_through(tmp_path: Path) -> None:
+    """With accumulated gradients it makes a step at every other call, and a scheduler makes none."""
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model = network()
-    inner = torch.optim.SGD(model.parameters(), lr=0.1)
-    scheduler = torch.optim.lr_scheduler.StepLR(inner, 1)
-    wrapper = Wrapper(inner)
-    with attached(model, tmp_path, wrapper) as tracker:
-        for _ in range(4):
-            backward(model)
-            wrapper.step()
+    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.StepLR(plain, 1)
+    prepared, optimizer = accelerator.prepare(model, plain)
+    assert type(optimizer) is AcceleratedOptimizer
+    with attached(prepared, tmp_path, optimizer) as tracker:
+        for _ in range(6):
+            with accelerator.accumulate(prepared):
+                accelerator.backward((prepared(X) - Y).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
         scheduler.step()
-        assert tracker.step == 2
+        assert tracker.step == 3
+
+
+class Wrapper(torch.optim.Optimizer):
+    """Steps as often as it likes: DeepSpeed's of ZeRO-1 and 2 does once for each group of parameters."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, closure=None):  # type: ignore[no-untyped-def]
+        for _ in range(2):
+            self.optimizer.step(closure)
+
+
+class PlainWrapper:
+    def __init__(self, optimizer: object) -> None:
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.optimizer, name)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [Wrapper, PlainWrapper, lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False)],
+)
+def test_other_wrappers_are_refused_with_the_line_to_write(tmp_path: Path, wrap) -> None:  # type: ignore[no-untyped-def]
+    Accelerator(cpu=True)
+    model = network()
+    tracker = PostHocEMA.from_model(model, tmp_path)
+    with pytest.raises(InvalidValueError, match=r"Wrapper is a wrapper.*call ema\.update_\(model\) after each step"):
+        tracker.attach(wrap(torch.optim.SGD(model.parameters(), lr=0.1)))
+
+
+def test_a_scheduler_is_refused(tmp_path: Path) -> None:
+    model = network()
+    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
+    with pytest.raises(InvalidValueError, match="StepLR is a scheduler of learning rates; attach to the optimizer"):
+        PostHocEMA.from_model(model, tmp_path).attach(scheduler)  # type: ignore[arg-type]
+
+
+OPTIMIZERS = [
+    torch.optim.SGD,
+    lambda parameters, lr: torch.optim.SGD(parameters, lr=lr, momentum=0.9),
+    lambda parameters, lr: torch.optim.AdamW(parameters, lr=torch.tensor(lr), capturable=False, foreach=False),
+    torch.optim.Adafactor,
+]
+
+
+@pytest.mark.parametrize("make", OPTIMIZERS)
+def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path: Path, make) -> None:  # type: ignore[no-untyped-def]
+    """torch makes one at every checkpoint of an optimizer without state, and when one is loaded."""
+    model = network().double()
+    optimizer = make(model.parameters(), lr=0.1)
+    values = []
+    with attached(model, tmp_path, optimizer) as tracker:
+        stored = get_optimizer_state_dict(model, optimizer)
+        for _ in range(3):
+            for _ in range(2):
+                (model(X.double()) - Y.double()).square().mean().backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                values.append(model.weight.detach().clone().numpy())
+            stored = get_optimizer_state_dict(model, optimizer)
+        weights = get_model_state_dict(model)
+        fresh = make(model.parameters(), lr=0.1)
+        tracker.detach()
+        tracker.attach(fresh)
+        set_state_dict(model, fresh, model_state_dict=weights, optim_state_dict=stored)
+        assert (tracker.step, tracker.t) == (6, 6)
+        with tracker.averaged(model, tracked=0.28):
+            # Six updates in float64: each rounds by at most half a unit in the last place of values below 2.
+            assert abs(model.weight.detach().numpy() - exact_average(values, 0.28, range(1, 7))).max() < 6 * 2**-52
+
+
+def test_a_first_step_of_a_warm_up_counts(tmp_path: Path) -> None:
+    """Its rate is 0, its gradients are not."""
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda number: number / 10)
+    with attached(model, tmp_path, optimizer) as tracker:
+        for _ in range(3):
+            step(model, optimizer)
+            scheduler.step()
+        assert tracker.step == 3
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
@@ -319,6 +402,82 @@ def test_the_model_is_not_kept_alive(tmp_path: Path) -> None:
     del model
     gc.collect()
     assert alive() is None
+
+
+# --- a cell of a notebook that runs again ----------------------------------------------------------
+
+
+def test_a_cell_that_runs_again_before_training_goes_on_with_its_last_tracker(tmp_path: Path) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached(model, tmp_path, optimizer)
+    wrapped = torch.nn.DataParallel(model)
+    with attached(wrapped, tmp_path, optimizer) as last:
+        for _ in range(10):
+            step(model, optimizer)
+        assert last.step == 10
+    assert {snapshot.info.run_id for snapshot in read_directory(tmp_path)} == {last.run_id}
+
+
+@pytest.mark.parametrize("again", ["one", "other"])
+def test_a_cell_that_runs_again_after_training_has_closed_its_first_tracker(
+    tmp_path: Path, again: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    first = attached(model, tmp_path / "one", optimizer)
+    for _ in range(3):
+        step(model, optimizer)
+    second = attached(model, tmp_path / again, optimizer)
+    assert f"the tracker of {tmp_path / 'one'} followed this optimizer for the same model; it is closed" in caplog.text
+    with pytest.raises(NotReadyError, match="was closed"):
+        first.update_(model)
+    with second:
+        for _ in range(2):
+            try:
+                step(model, optimizer)
+            except MismatchError:  # of the directory, where the first tracker has left snapshots: no lock
+                assert again == "one"
+        assert second.step == (0 if again == "one" and list((tmp_path / "one").glob("*.safetensors")) else 2)
+    assert first.step == 3
+
+
+def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_path: Path) -> None:
+    """A scheduler and its optimizer hold each other, and the optimizer the tracker, which holds the directory."""
+    gc.disable()
+    try:
+        for _ in range(2):
+            model = network()
+            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
+            tracker = attached(model, tmp_path, optimizer)
+            step(model, optimizer)
+            scheduler.step()
+    finally:
+        gc.enable()
+    tracker.close()
+
+
+def test_trackers_of_two_models_that_one_optimizer_trains_are_both_kept(tmp_path: Path) -> None:
+    one, two = network(), network()
+    optimizer = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
+    with attached(one, tmp_path / "1", optimizer) as first, attached(two, tmp_path / "2", optimizer) as second:
+        optimizer.zero_grad()
+        backward(one)
+        step(two, optimizer)
+        assert (first.step, second.step) == (1, 1)
+
+
+def test_a_tracker_that_follows_another_optimizer_by_now_is_left_alone(tmp_path: Path) -> None:
+    model = network()
+    before, now = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    with attached(model, tmp_path / "1", before) as first:
+        first.detach()
+        first.attach(now)
+        with attached(model, tmp_path / "2", before) as second:
+            step(model, now)
+            step(model, before)
+            assert (first.step, second.step) == (1, 1)
 
 
 # --- errors ----------------------------------------------------------------------------------------

@@ -149,6 +149,22 @@ def test_tying_that_changes_is_refused(tmp_path: Path) -> None:
         tracker.update_(model)
 
 
+def test_a_model_of_empty_tensors_has_averages_of_them(tmp_path: Path) -> None:
+    model = torch.nn.Module()
+    model.none = torch.nn.Parameter(torch.empty(0, 3))
+    model.columns = torch.nn.Parameter(torch.empty(5, 0, dtype=torch.float64))
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as tracker:
+        for _ in range(4):
+            tracker.update_(model)
+        weights = tracker.state_dict(sigma_rel=0.15)
+        assert {name: (value.shape, value.dtype) for name, value in weights.items()} == {
+            "none": ((0, 3), torch.float32),
+            "columns": ((5, 0), torch.float64),
+        }
+        with tracker.model(model, sigma_rel=0.1), tracker.averaged(model, tracked=0.28):
+            pass
+
+
 # --- the state dict --------------------------------------------------------------------------------
 
 

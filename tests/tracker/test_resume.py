@@ -470,19 +470,18 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
     reader.close()
 
 
-def test_a_second_process_of_a_group_is_told_to_track_the_wrapped_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_second_writer_of_a_group_is_told_that_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as writer:
         train(model, writer, 1, 10)
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
         monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 1)
-        with pytest.raises(
-            LockedError, match=r"is writing here.*make the tracker with the DistributedDataParallel model"
-        ):
-            PostHocEMA.from_path(tmp_path, model).update_(model)
+        with pytest.raises(LockedError, match=r"is writing here.*from_model\(\.\.\., writer=rank == 0\)"):
+            PostHocEMA.from_path(tmp_path, model, writer=True).update_(model)
+        other = PostHocEMA.from_path(tmp_path, model)
+        other.update_(model)
+        assert (other.step, other.keeps_averages) == (11, False)
 
 
 def test_a_state_of_another_run_is_refused_where_this_one_has_begun(tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import logging
+import pickle
 import re
 import warnings
 import weakref
@@ -27,6 +29,7 @@ from posthoc_cli.errors import (
     InvalidValueError,
     ModelMismatchError,
     NonFiniteError,
+    NotReadyError,
     OutputExistsError,
     WriteError,
 )
@@ -302,6 +305,22 @@ def test_torch_loads_it_weights_only_and_it_is_made_of_plain_things(tmp_path: Pa
     assert plain(state)
     torch.save(state, tmp_path / "state.pt")
     assert same(torch.load(tmp_path / "state.pt", weights_only=True), state)
+
+
+class Holder(torch.nn.Module):
+    def __init__(self, tracker: PostHocEMA) -> None:
+        super().__init__()
+        self.tracker = tracker
+
+
+@pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps, lambda one: torch.save(one, io.BytesIO())])
+def test_a_tracker_is_no_object_to_copy_or_pickle_and_says_what_to_do(tmp_path: Path, take) -> None:  # type: ignore[no-untyped-def]
+    model = torch.nn.Linear(2, 2)
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        for one in (tracker, Holder(tracker)):
+            with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*ema\.save_state.*outside of the module"):
+                take(one)
+        tracker.update_(model)  # as before
 
 
 # --- other settings than before --------------------------------------------------------------------

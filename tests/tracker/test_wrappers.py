@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from factories import exact_average
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
@@ -216,6 +217,22 @@ def test_sharded_models_are_refused_by_name(tmp_path: Path, one_process: None) -
         PostHocEMA.from_model(model, tmp_path)
 
 
+@pytest.mark.parametrize("shape", [(0,), (3, 4)])
+def test_parameters_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    """A placeholder stands for them, or for a while all of their values."""
+    model = network()
+    head = torch.nn.Parameter(torch.empty(shape))
+    head.ds_id, head.ds_tensor = 7, torch.zeros(6)  # type: ignore[attr-defined]
+    model.head[0].bias = head  # type: ignore[union-attr]
+    with pytest.raises(InvalidValueError, match=r"'head\.0\.bias': is sharded over processes \(DeepSpeed ZeRO-3\)"):
+        PostHocEMA.from_model(model, tmp_path)
+    with PostHocEMA.from_model(model, tmp_path, exclude="head.0.bias", **SETTINGS) as tracker:
+        tracker.update_(model)
+        model.module.bias = head  # type: ignore[assignment]
+        with pytest.raises(InvalidValueError, match=r"'module\.bias': .* \(DeepSpeed ZeRO-3\)"):
+            tracker.update_(model)
+
+
 # --- several processes -----------------------------------------------------------------------------
 
 JOB = """
@@ -225,7 +242,7 @@ JOB = """
     from posthoc_cli import PostHocEMA
     from posthoc_cli.errors import InvalidValueError, NotReadyError
 
-    what, rank, folder = sys.argv[1], int(sys.argv[2]), sys.argv[3]
+    what, folder, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(0)
@@ -281,21 +298,157 @@ JOB = """
 """
 
 
-@pytest.mark.parametrize("what", ["ddp", "part", "no_shard", "sharded"])
-def test_of_two_processes_the_first_one_writes(tmp_path: Path, what: str) -> None:
-    command = [sys.executable, "-c", textwrap.dedent(JOB), what]
-    jobs = [
-        subprocess.Popen([*command, str(rank), str(tmp_path)], stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
+def run_two(job: str, *arguments: str) -> list[str]:
+    """Run a job in two processes, which get the arguments and their rank; returns what each said on stderr."""
+    command = [sys.executable, "-c", textwrap.dedent(job), *arguments]
+    jobs = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
     try:
         errors = [job.communicate(timeout=120)[1] for job in jobs]
     finally:
         for job in jobs:
             job.kill()
     assert [job.returncode for job in jobs] == [0, 0], errors
+    return errors
+
+
+@pytest.mark.parametrize("what", ["ddp", "part", "no_shard", "sharded"])
+def test_of_two_processes_the_first_one_writes(tmp_path: Path, what: str) -> None:
+    run_two(JOB, what, str(tmp_path))
     if what == "sharded":
         assert not (tmp_path / "run").exists()
         return
     snapshots = read_directory(tmp_path / "run")
     assert sorted({snapshot.info.step for snapshot in snapshots}) == [3, 6]
     assert {name for name in snapshots[0].info.tensors if name.startswith("0.")} == {"0.weight", "0.bias"}
+
+
+BEFORE_WRAPPING = """
+    import sys
+    import torch, torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+    from posthoc_cli import PostHocEMA
+    from posthoc_cli.errors import InvalidValueError, NotReadyError
+
+    folder, rank = sys.argv[1], int(sys.argv[2])
+    dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
+    values = []
+
+    def launch():
+        torch.manual_seed(0)
+        bare = torch.nn.Linear(3, 2).double()
+        if values:
+            bare.load_state_dict(values[-1])
+        return bare, PostHocEMA.from_model(bare, folder + "/run", update_every=1, checkpoint_every=3)
+
+    def train(bare, run):
+        model = DistributedDataParallel(bare)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        run.attach(optimizer)
+        for _ in range(4):
+            generator = torch.Generator().manual_seed(2 * len(values) + rank)
+            optimizer.zero_grad()
+            model(torch.randn(5, 3, generator=generator).double()).square().mean().backward()
+            optimizer.step()
+            values.append({name: value.clone() for name, value in bare.state_dict().items()})
+
+    def refused(call):
+        try:
+            call()
+        except NotReadyError as error:
+            return "this process keeps no averages, the first one of its group does" in str(error)
+
+    bare, run = launch()
+    train(bare, run)
+    run.save_state(folder + "/state")
+    dist.barrier()
+    run.close()
+
+    bare, run = launch()
+    run.load_state(folder + "/state")
+    assert run.step == 4
+    train(bare, run)
+    assert (run.step, run.t) == (8, 8.0)
+    assert (run.state_dict() == {}) == (rank == 1)
+    if rank:
+        assert refused(lambda: run.averaged(bare, 0.28).__enter__())
+        assert refused(lambda: run.model(bare, 0.15).__enter__())
+    else:
+        with run.averaged(bare, 0.28):
+            torch.save((values, bare.state_dict()), folder + "/result.pt")
+    run.close()
+    dist.barrier()
+
+    # Every process may read what is on disk, until training goes on.
+    run = PostHocEMA.from_path(folder + "/run", bare)
+    torch.save(run.state_dict(sigma_rel=0.15), f"{folder}/read-{rank}.pt")
+    dist.barrier()
+    run.update_(bare)
+    assert rank == 0 or refused(lambda: run.state_dict(sigma_rel=0.15))
+    run.close()
+    dist.destroy_process_group()
+"""
+
+
+def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_processes(tmp_path: Path) -> None:
+    """As the training scripts of diffusers do; every process makes every call."""
+    said = run_two(BEFORE_WRAPPING, str(tmp_path))
+    assert ["keeps no averages, as the first one is assumed" in errors for errors in said] == [False, True]
+    values, averaged = torch.load(tmp_path / "result.pt", weights_only=True)
+    for name, value in averaged.items():
+        exact = exact_average([one[name].numpy() for one in values], 0.28, range(1, 9))
+        # Eight updates in float64: each rounds by at most half a unit in the last place of values below 1.
+        assert abs(value.numpy() - exact).max() < 8 * 2**-53
+    first, second = (torch.load(tmp_path / f"read-{rank}.pt", weights_only=True) for rank in range(2))
+    assert all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+# --- who keeps the averages, without processes -----------------------------------------------------
+
+
+def test_a_process_that_keeps_no_averages_counts_and_writes_nothing(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, tmp_path / "run", writer=False, **SETTINGS) as other:
+        for number in range(1, 5):
+            other.update_(model)
+            assert (other.step, other.t) == (number, number)
+        other.save_state(tmp_path / "state")
+        assert other.state_dict() == {}
+        other.load_state(tmp_path / "state")  # of another machine's disk
+        for average in (other.averaged, other.model):
+            with pytest.raises(NotReadyError, match="this process keeps no averages"), average(model, 0.28):
+                pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_state_of_a_process_that_keeps_no_averages_is_none_for_a_writer(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    with (
+        PostHocEMA.from_model(model, tmp_path / "run", writer=False, **SETTINGS) as other,
+        PostHocEMA.from_model(model, tmp_path / "run", writer=True, **SETTINGS) as writer,
+    ):
+        for tracker in (writer, other):
+            tracker.update_(model)
+            tracker.save_state(tmp_path / "state")
+        with pytest.raises(InvalidValueError, match=r"is empty: it is of a process that keeps no averages; load"):
+            writer.load_state_dict(other.state_dict())
+    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as again:
+        again.load_state(tmp_path / "state")
+        with again.averaged(model, 0.28):  # the writer's, whoever came last
+            pass
+
+
+@pytest.mark.parametrize("writer", [1, "yes"])
+def test_a_writer_is_chosen_by_true_false_or_none(tmp_path: Path, writer: object) -> None:
+    with pytest.raises(InvalidValueError, match="must be True, False or None"):
+        PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path, writer=writer)  # type: ignore[arg-type]
+
+
+def test_what_the_user_says_holds_against_the_wrapper(tmp_path: Path, one_process: None) -> None:
+    """As where each process of a group trains a model of its own, in a directory of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = replicated(network())
+    with PostHocEMA.from_model(model, tmp_path, writer=False, **SETTINGS) as tracker:
+        step(model, 0)
+        tracker.update_(model)
+    assert list(tmp_path.glob("*.safetensors")) == []
