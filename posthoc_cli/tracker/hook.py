@@ -81,6 +81,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         buffers: str = "copy",
         on_change: str = "raise",
         device: str | None = None,
+        copy_only: str | Sequence[str] | None = None,
     ) -> PostHocEMA:
         """A tracker for a new run. Nothing is written before the first `update_`.
 
@@ -109,6 +110,8 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             device: where the averages are: "model", beside the parameters and updated by the training's own thread,
                 or "cpu", on the host and updated by a thread of their own; None for "cpu" where a parameter is on an
                 accelerator, else "model". For a model on the CPU both give the same bits.
+            copy_only: globs on names: what one of them matches is copied and not averaged, as buffers are, whether it
+                requires gradients or not. Snapshots hold it in its own dtype, and every average that of the newest.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -116,7 +119,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         schedule = make_schedule(
             update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
         )
-        selection = make_selection(only_trainable, include, exclude, buffers)
+        selection = make_selection(only_trainable, include, exclude, buffers, copy_only)
         settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite, on_change)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))

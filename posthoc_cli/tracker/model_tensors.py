@@ -27,7 +27,7 @@ class ModelTensors:
 
     Attributes:
         averaged: floating-point parameters, and buffers that the user wants averaged.
-        copied: other persistent buffers, and parameters of whole numbers.
+        copied: other persistent buffers, parameters of whole numbers, and what the user wants copied.
         aliases: further names of tensors above (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked: what the selection leaves out, extra state.
         frozen: those of them that are left out only since they do not require gradients.
@@ -151,14 +151,19 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     left_out = list(_extra_state_names(check_model(model)))
     frozen: set[str] = set()
     first_name: dict[int, str] = {}
-    for found in named_tensors(model):
+    tensors = named_tensors(model)
+    # A tied parameter is one tensor: any of its names will do.
+    copy_only = {id(found.tensor) for found in tensors if selection.copies(found.name)}
+    for found in tensors:
         name, tensor = found.name, found.tensor
+        is_copied = id(tensor) in copy_only
         if not found.in_state:
             continue
         if not selection.names(name) or (not found.is_parameter and selection.buffers == "skip"):
             left_out.append(name)
             continue
-        if found.is_parameter and selection.only_trainable and not tensor.requires_grad and name not in (also or ()):
+        wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in (also or ())
+        if found.is_parameter and not wanted:
             left_out.append(name)
             frozen.add(name)
             continue
@@ -168,7 +173,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             aliases[name] = stored
             continue
         _check_dense(name, tensor)
-        (averaged if _is_averaged(found, selection) else copied)[name] = tensor.detach()
+        (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = tensor.detach()
     if not averaged:
         raise InvalidValueError(_nothing_to_average(selection, bool(frozen)))
     return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen))
@@ -222,7 +227,7 @@ def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
     if tensor.is_complex():
         raise InvalidValueError(
             f"parameter {name!r}: is complex, and only real numbers are averaged; let the model hold "
-            f"torch.view_as_real of it, or leave it out with exclude={name!r}"
+            f"torch.view_as_real of it, have it copied with copy_only={name!r}, or leave it out with exclude={name!r}"
         )
     if tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES:
         raise InvalidValueError(
@@ -261,9 +266,9 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
 
 
 def _nothing_to_average(selection: Selection, has_frozen: bool) -> str:
-    if has_frozen or not (selection.include or selection.exclude):
+    if has_frozen or not (selection.include or selection.exclude or selection.copy_only):
         return (
             "the model has no parameter to average: none of floating-point values requires gradients; "
             "only_trainable=False takes frozen ones too"
         )
-    return "the model has no parameter to average: include and exclude leave none"
+    return "the model has no parameter to average: include, exclude and copy_only leave none"

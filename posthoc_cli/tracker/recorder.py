@@ -179,4 +179,4 @@ def _check_finite(averages: Mapping[str, torch.Tensor]) -> None:
 def _warn_of_nan(copies: Mapping[str, torch.Tensor]) -> None:
     for name, copy in copies.items():
         if copy.is_floating_point() and bool(copy.isnan().any()):
-            log.warning("buffer %r holds nan; it is copied as it is", name)
+            log.warning("tensor %r holds nan; it is copied as it is", name)

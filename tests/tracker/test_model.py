@@ -139,7 +139,7 @@ def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.Lo
     model.norm.running_mean.fill_(float("nan"))
     tracker.update_(model)
     tracker.flush()
-    assert "buffer 'norm.running_mean' holds nan" in caplog.text
+    assert "tensor 'norm.running_mean' holds nan" in caplog.text
 
 
 def test_tying_that_changes_is_refused(tmp_path: Path) -> None:
