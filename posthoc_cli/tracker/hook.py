@@ -13,7 +13,7 @@ from typing import Any, overload
 
 import torch
 
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.store import read_directory
@@ -60,6 +60,27 @@ class PostHocEMA(Updating, Savable, Synthesizing):
     """
 
     # --- making one ----------------------------------------------------------------------------------
+
+    def __init__(self, *_: object, **__: object) -> None:
+        raise InvalidValueError(
+            "PostHocEMA(...): is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, "
+            "or by PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
+        )
+
+    @classmethod
+    def _of(
+        cls,
+        directory: Path,
+        run_id: str,
+        settings: Settings,
+        tracked: TrackedModel,
+        progress: Progress | None = None,
+        resumes: bool = False,
+    ) -> PostHocEMA:
+        """A tracker of checked parts; see `Updating`."""
+        tracker = cls.__new__(cls)
+        Updating.__init__(tracker, directory, run_id, settings, tracked, progress, resumes)
+        return tracker
 
     @classmethod
     def from_model(
@@ -124,7 +145,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
         tracked.check_header()
-        tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
+        tracker = cls._of(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
         tracker._follows = is_replica(model)
         tracker._model = weakref.ref(model)
         tracker._device = check_device(device)
@@ -184,7 +205,9 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         step, t = last.info.step, last.info.t
         clock = ClockRecorder.of_knots(last.info.clock_pairs)
         progress = Progress(step, t, clock, resumed_habit(step, t), step)
-        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(last), progress, resumes=True)
+        tracker = cls._of(
+            directory, newest.info.run_id, settings, TrackedModel.of_snapshot(last), progress, resumes=True
+        )
         tracker._knows_selection = selection is not None
         tracker._device = check_device(device)
         if model is not None:

@@ -18,6 +18,12 @@ from posthoc_cli.tracker.naming import NamedTensor, named_modules, named_tensors
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes that torch knows no arithmetic of."""
 
+ON_META = (
+    "is on the meta device and has no values; PostHocEMA.from_path(checkpoint_dir).load_into(model, sigma_rel=...) "
+    "fills a model with an average, load_state_dict(assign=True) with any values"
+)
+"""What to say of a tensor without values, after its name."""
+
 AVERAGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *EIGHT_BITS)
 
 
@@ -259,10 +265,7 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided:
         raise InvalidValueError(f"tensor {name!r}: is {tensor.layout}; only dense tensors can be tracked")
     if tensor.is_meta:
-        raise InvalidValueError(
-            f"tensor {name!r}: is on the meta device and has no values; give the model some with to_empty or "
-            "load_state_dict(assign=True) first"
-        )
+        raise InvalidValueError(f"tensor {name!r}: {ON_META}")
 
 
 def _nothing_to_average(selection: Selection, has_frozen: bool) -> str:

@@ -6,7 +6,6 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from posthoc_cli.tracker import batch_norm
 from posthoc_cli.tracker.filling import fill_model
 from posthoc_cli.tracker.live import LiveSource, reconstruction_figure
 from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.weights import Weights, swapped_in
+from posthoc_cli.tracker.weights import Weights, in_block, swapped_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -51,7 +50,7 @@ class Synthesizing(ABC):
     def step(self) -> int:
         """Calls of `update_` so far in this run."""
 
-    @contextmanager
+    @in_block
     def model(
         self,
         model: Module,
@@ -65,14 +64,23 @@ class Synthesizing(ABC):
 
         Afterwards weights, buffers, train or eval mode and device are as they were, also when the block raises;
         parameters that are not tracked are left alone. The model's own weights wait on the host meanwhile. Blocks
-        may stand in each other. The predicted error goes to the log. Arguments as in `state_dict`, except that
-        without `dtype` the weights take the dtypes that the model has.
+        may be nested. The predicted error is logged. Arguments as in `state_dict`, except that without `dtype` the
+        weights take the dtypes that the model has.
+
+        What the block gives is the model itself: `averaged.state_dict()` refers to its tensors, which hold its own
+        weights again after the block. To keep the averaged ones, save them within the block, or take
+        `ema.state_dict(sigma_rel=...)`.
+
+        Raises:
+            NotReadyError: the block is used without `with`; or no average exists yet.
+            InvalidValueError: an argument, or a tensor of the model is on the meta device; `load_into` fills those.
+            ModelMismatchError: the model has no such tensor, or in another shape.
         """
         weights = self._synthesized(sigma_rel, t, step, dtype, method)
         with swapped_in(model, weights, own_dtypes=dtype is None):
             yield model
 
-    @contextmanager
+    @in_block
     def averaged(self, model: Module, tracked: float) -> Iterator[Module]:
         """The same with the live average of a tracked profile, which is exact and needs no snapshot: none is read.
 

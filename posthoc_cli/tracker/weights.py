@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from itertools import chain
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.tracker.model_tensors import check_model
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
+from posthoc_cli.tracker.model_tensors import ON_META, check_model
 from posthoc_cli.tracker.naming import NamedTensor, is_fsdp, named_tensors
+
+Arguments = ParamSpec("Arguments")
+Given = TypeVar("Given")
 
 
 class Weights(OrderedDict[str, torch.Tensor]):
@@ -37,6 +41,49 @@ class Weights(OrderedDict[str, torch.Tensor]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, (), None, None, iter(self.items())
+
+
+class Block(Generic[Given]):
+    """A context manager that nobody takes for what it gives: any other use is an error that shows the statement."""
+
+    def __init__(self, name: str, opened: AbstractContextManager[Given]) -> None:
+        self._name = name
+        self._opened = opened
+
+    def __enter__(self) -> Given:
+        return self._opened.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._opened.__exit__(kind, error, trace)
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """Raise a NotReadyError: only what the block gives can be called."""
+        raise NotReadyError(self._advice("averaged(...)"))
+
+    def __reduce__(self) -> NoReturn:
+        raise NotReadyError(self._advice("torch.save(averaged.state_dict(), ...)"))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(self._advice(f"averaged.{name}"))
+
+    def _advice(self, use: str) -> str:
+        return (
+            f"{self._name}(...): is for a `with` statement, such as `with ema.{self._name}(...) as averaged: {use}`; "
+            "load_into fills a model for good"
+        )
+
+
+def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, Block[Given]]:
+    """`contextlib.contextmanager`, of which a call without `with` gives a decorator, for a `Block`."""
+    opened = contextmanager(make)
+
+    @wraps(make)
+    def begin(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Block[Given]:
+        return Block(make.__name__, opened(*args, **kwargs))
+
+    return begin
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
@@ -97,6 +144,9 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     Arguments as in `load_weights`.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
+    for name, target in targets.items():
+        if target.tensor.is_meta:
+            raise InvalidValueError(f"tensor {name!r}: {ON_META}")
     if not own_dtypes:
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
     held = _holders(model, {id(target.registered) for target in targets.values()})
@@ -225,7 +275,8 @@ class _SavedBuffer:
         self._key = key
         self._buffer = module._buffers[key]
         self._storage = None if self._buffer is None else self._buffer.data
-        writable = self._storage is not None and _is_writable(self._storage)
+        # On meta there are no values to save, nor can any be written.
+        writable = self._storage is not None and not self._storage.is_meta and _is_writable(self._storage)
         self._values = self._storage.to("cpu", copy=True) if self._storage is not None and writable else None
 
     @torch.inference_mode(False)

@@ -353,7 +353,7 @@ def test_the_name_that_no_tensor_in_a_file_can_have_is_refused(tmp_path: Path, k
 def test_a_buffer_on_meta_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     model.register_buffer("table", torch.zeros(3, device="meta"))
-    with pytest.raises(InvalidValueError, match=r"tensor 'table': is on the meta device .* to_empty"):
+    with pytest.raises(InvalidValueError, match=r"tensor 'table': is on the meta device .*load_state_dict"):
         PostHocEMA.from_model(model, tmp_path)
     assert PostHocEMA.from_model(model, tmp_path, buffers="skip")._background.now.tracked.left_out == ("table",)
 
