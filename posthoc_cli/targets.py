@@ -96,7 +96,15 @@ class SigmaRel:
     sigma_rel: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma_rel", check_sigma_rel(self.sigma_rel))
+        given = self.sigma_rel
+        try:
+            object.__setattr__(self, "sigma_rel", check_sigma_rel(given))
+        except InvalidValueError as error:
+            if isinstance(given, numbers.Real) and SHORTEST_BETA <= given < 1:
+                raise InvalidValueError(
+                    f"{error}; for a decay of {float(given)!r} a step take Beta({float(given)!r})"
+                ) from error
+            raise
 
     @property
     def label(self) -> str:

@@ -80,11 +80,17 @@ def reconstruct(
         t: the time of the targets; by default that of the power functions wanted, else of the last snapshot.
 
     Raises:
-        InvalidValueError: no snapshots, one after `t`, or a target that none of them reaches.
+        InvalidValueError: no snapshots, one after `t`, or a target that is no profile or that none of them reaches.
     """
     method = check_method(method)
     if not snapshots:
         raise InvalidValueError("no snapshots to reconstruct from")
+    for wanted in targets:
+        if not all(callable(getattr(wanted, name, None)) for name in ("density", "tail")):
+            raise InvalidValueError(
+                f"target {' '.join(repr(wanted)[:40].split())}: must be a profile, with density(s) and tail(s); "
+                "PowerFunction.from_sigma_rel(0.15, t) is that of a sigma_rel"
+            )
     t = _target_time(snapshots, targets) if t is None else t
     if any(snapshot.t > t for snapshot in snapshots):
         raise InvalidValueError("a target can only be made of snapshots at or before its time")

@@ -12,7 +12,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.snapshots.tensors import stored_name
+from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
 from posthoc_cli.tracker.naming import NamedTensor, named_modules, named_tensors, wrapped_child
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -103,14 +103,12 @@ class TrackedModel:
             if name not in self.tensors:
                 raise ModelMismatchError(f"tensor {name!r}: {self._why_new(name)}")
             if found.shapes[name] != self.shapes[name]:
+                shapes = list(found.shapes[name]), list(self.shapes[name])
                 raise ModelMismatchError(
-                    f"tensor {name!r}: has the shape {list(found.shapes[name])}, tracked is {list(self.shapes[name])}"
+                    f"tensor {name!r}: has the shape {shapes[0]}, and had {shapes[1]} when tracking began"
                 )
             if tensor != self.tensors[name]:
-                raise ModelMismatchError(
-                    f"tensor {name!r}: is {tensor.role} of {tensor.dtype}, "
-                    f"tracked is {self.tensors[name].role} of {self.tensors[name].dtype}"
-                )
+                raise ModelMismatchError(f"tensor {name!r}: {_why_other(tensor, self.tensors[name])}")
         for alias in self.aliases.keys() | found.aliases.keys():
             if self.aliases.get(alias) != found.aliases.get(alias):
                 raise ModelMismatchError(f"tensor {alias!r}: is not tied to the tensor that it was tied to")
@@ -131,6 +129,19 @@ def _why_missing(name: str, found: TrackedModel) -> str:
             "parameters whether they do or not, one with on_change='follow' goes on without it"
         )
     return "is tracked, but the model has no such tensor to track"
+
+
+def _why_other(found: TrackedTensor, tracked: TrackedTensor) -> str:
+    if found.role != tracked.role:
+        return f"is {_KEPT[found.role]} now, and was {_KEPT[tracked.role]} when tracking began"
+    return (
+        f"is {torch_dtype(found.dtype)}, and was {torch_dtype(tracked.dtype)} when tracking began; convert the model "
+        "before the hook is made, or compute in half precision with torch.autocast, which leaves parameters as they "
+        "are; a hook with on_change='follow' begins its average anew"
+    )
+
+
+_KEPT = {"average": "averaged", "copy": "copied"}
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:

@@ -580,11 +580,14 @@ def test_a_write_that_fails_is_raised_and_training_may_go_on(tmp_path: Path, mon
     assert {s.info.t for s in read_directory(tmp_path)} == {20}
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("place", ["file", "file/run", "nowhere"])
+def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path, place: str) -> None:
     (tmp_path / "file").write_text("")
-    tracker = PostHocEMA.from_model(network(), tmp_path / "file" / "run", **SETTINGS)
+    (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
+    tracker = PostHocEMA.from_model(network(), tmp_path / place, **SETTINGS)
+    said = rf"/{Path(place).parts[0]}: is not a directory; snapshots are written to the directory .*/{place}: "
     # Not a WriteError, after which training may go on: this update has not been made.
-    with pytest.raises(DirectoryError, match="file/run: cannot be written: not a directory"):
+    with pytest.raises(DirectoryError, match=said):
         tracker.update_(network())
 
 

@@ -430,10 +430,10 @@ def freeze_another(model: Scalar) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (grow, r"'weight': has the shape \[4\], tracked is \[3\]"),
+        (grow, r"'weight': has the shape \[4\], and had \[3\] when tracking began"),
         (add, "'extra': is in the model, but was not"),
         (remove, "'weight': is tracked, but the model has no such tensor"),
-        (halve, "'weight': is average of F16, tracked is average of F64"),
+        (halve, "'weight': is torch.float16, and was torch.float64 when .* torch.autocast, .*on_change='follow'"),
         (freeze_another, "'count': is in the model, but was not"),
     ],
 )
