@@ -25,7 +25,7 @@ from posthoc_cli.planning import (
     snapshots_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior, reconstruct
+from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
 from posthoc_cli.snapshots.store import read_directory
 
 
@@ -197,12 +197,11 @@ def test_an_impossible_schedule_is_refused(arguments: tuple, message: str) -> No
         Schedule(*arguments)
 
 
-def test_a_schedule_has_the_curve_of_the_snapshots_that_it_will_leave() -> None:
-    curve = error_curve(Schedule((0.05, 0.28), 1000, 100), (0.1, 0.2), points=3)
-    times = [100.0 * count for count in range(1, 11)]
-    snapshots = [PowerFunction.from_sigma_rel(s, t) for t in times for s in (0.05, 0.28)]
-    targets = [PowerFunction.from_sigma_rel(float(s), 1000.0) for s in curve.sigma_rels]
-    np.testing.assert_allclose(curve.profile_error, reconstruct(snapshots, targets).profile_error, rtol=1e-6)
+def test_a_schedule_is_taken_for_the_snapshots_that_it_will_leave() -> None:
+    schedule = Schedule((0.05, 0.28), 1000, 100, 5)
+    curve, same = (error_curve(given, (0.1, 0.2), points=3) for given in (schedule, Candidate.of_schedule(schedule)))
+    assert (curve.label, curve.t, curve.tracked) == (same.label, 1000.0, (0.05, 0.28))
+    assert (curve.profile_error == same.profile_error).all()
 
 
 def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() -> None:
