@@ -120,7 +120,7 @@ def test_a_target_that_fits_no_run_is_refused_when_it_is_made(make: Callable[[],
     ("target", "message"),
     [
         (Window(20_000), "window 20000: the run has 10,000 steps up to t = 1,000,000; must be at most that"),
-        (Between(5, 1_000_001), "between 5:1000001: ends after t = 1,000,000; must end then or before"),
+        (Between(5, 1_000_001), "between 5:1000001: ends after t = 1,000,000; must end at t or before"),
         (GivenProfile(Uniform(0, 1e6 + 1), "mine"), "profile mine: 9.99999e-07 of its mass lies after t = 1,000,000;"),
     ],
 )

@@ -1,4 +1,4 @@
-"""`PostHocEMA`: the hook that a training loop calls, and the averages it can give at any time."""
+"""`PostHocEMA`: the hook that a training loop calls, and the averages that it gives at any time."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ class PostHocEMA(Updating, Savable, Synthesizing):
     def __init__(self, *parts: Any, **others: Any) -> None:
         if len(parts) < 3 or not isinstance(parts[2], Settings):
             raise InvalidValueError(
-                "PostHocEMA(...): is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, "
-                "or by PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
+                "PostHocEMA(...): is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new "
+                "run, or by PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
             )
         super().__init__(*parts, **others)
 
@@ -112,7 +112,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             include: globs on names, such as "decoder.*": tensors that match none of them are left out.
             exclude: globs on names: tensors that match one of them are left out.
             copy_only: globs on names: tensors that match one of them are copied, as buffers are, and not averaged,
-                whether they require gradients or not. Every average holds the copy of the newest snapshot at its time.
+                whether they require gradients or not. Every average holds the newest copy at its time.
             buffers: "copy" them, "average" floating-point ones as if they were parameters, or "skip" them.
             on_change: what an update does when parameters were frozen, unfrozen, added or changed: "raise" an error
                 that names one, or "follow", which begins a new segment of snapshots. Unchanged tensors keep their

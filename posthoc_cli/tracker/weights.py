@@ -21,12 +21,12 @@ Given = TypeVar("Given")
 
 
 class Weights(OrderedDict[str, torch.Tensor]):
-    """A state dict that may also stand in a `with` statement. Pickles as a plain OrderedDict.
+    """A state dict that can also be used in a `with` statement, and pickles as a plain OrderedDict.
 
-    So `torch.save(weights, ...)` makes a file that loads with `weights_only=True`, without this package.
+    So a file of `torch.save(weights, ...)` loads with `weights_only=True` and without this package.
 
     Attributes:
-        predicted_error: expected relative L2 error of the weights; None where it is not known.
+        predicted_error: expected relative L2 error of the weights; None if unknown.
     """
 
     predicted_error: float | None = None
@@ -90,14 +90,13 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
     """Copy `weights` into a model's parameters and buffers.
 
     Arguments:
-        model: any module with tensors of these names and shapes, wrapped or bare; others of its tensors are left
-            alone.
-        weights: by name.
-        own_dtypes: the model keeps its dtypes and is changed in place; else it takes those of `weights`.
+        model: any module with tensors of these names and shapes, wrapped or bare; its other tensors do not change.
+        weights: tensors by name.
+        own_dtypes: whether the model keeps its dtypes and is changed in place; else it takes those of `weights`.
 
     Raises:
-        ModelMismatchError: naming the tensor, before anything is changed.
-        NonFiniteError: the same for a value that is too large for the model's dtype.
+        ModelMismatchError: the model has no such tensor, or in another shape; nothing is changed.
+        NonFiniteError: a value is too large for the model's dtype; nothing is changed.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     with torch.inference_mode(False), torch.no_grad():
@@ -118,7 +117,7 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
 
 
 def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """Check that a model's dtype can hold the values of a tensor, where it has a smaller range than theirs.
+    """Check that a model's dtype, if its range is smaller, can hold the values of a tensor.
 
     Raises:
         NonFiniteError: naming the tensor.
@@ -137,11 +136,11 @@ def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
 
 @contextmanager
 def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> Iterator[None]:
-    """The model with `weights`, in eval mode, for the block; afterwards everything is as it was, also on error.
+    """Give the model `weights` and eval mode for the block; afterwards everything is as before, also on an error.
 
-    Restored are the weights that were swapped, gradients, buffers, train or eval mode module by module, and the
-    device. The model's own values wait on the host meanwhile, so that an accelerator holds no second copy.
-    Arguments as in `load_weights`.
+    This restores the swapped weights, gradients, buffers, the train or eval mode of each module, and the device. The
+    model's own values are kept in host memory meanwhile, so that an accelerator holds no second copy. Arguments as in
+    `load_weights`.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     for name, target in targets.items():
@@ -165,16 +164,16 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
 
 
 _swapped: list[frozenset[int]] = []
-"""For each block that is open, the ids of the tensors that are swapped and of the modules that hold them.
+"""For each open block, the ids of the swapped tensors and of the modules that hold them.
 
-The block holds all of them, so that no id is given again meanwhile.
+The block refers to all of these objects, so that no id is used again meanwhile.
 """
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
     """Whether any part of a model holds averaged weights, which no average may take in.
 
-    Told by tensors and modules: what was swapped may be a part of this model, or this model a part of it.
+    Compares tensors and modules, since the swapped model may be a part of this one, or this one a part of it.
     """
     if not _swapped:
         return False
@@ -200,7 +199,7 @@ def _is_writable(tensor: torch.Tensor) -> bool:
 
 
 def _save(stack: ExitStack, model: torch.nn.Module, new_dtypes: Mapping[int, torch.dtype], own_dtypes: bool) -> None:
-    """Put everything that restores the model on the stack; each part is restored also if another cannot be."""
+    """Push what restores the model onto the stack; if one part cannot be restored, the others are nevertheless."""
     for module in model.modules():
         stack.callback(setattr, module, "training", module.training)
         for key, parameter in module._parameters.items():
@@ -237,7 +236,7 @@ def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
 
 
 class _SavedParameter:
-    """A parameter's storage and, where its values will change, a copy of them on the host."""
+    """A parameter's storage and, if its values will change, a copy of them in host memory."""
 
     def __init__(
         self, module: torch.nn.Module, key: str, parameter: torch.nn.Parameter, swapped: bool, in_place: bool
@@ -268,7 +267,7 @@ class _SavedParameter:
 
 
 class _SavedBuffer:
-    """A buffer and a copy of its values on the host."""
+    """A buffer and a copy of its values in host memory."""
 
     def __init__(self, module: torch.nn.Module, key: str) -> None:
         self._module = module

@@ -385,7 +385,7 @@ def test_a_run_keeps_its_habit_of_passing_a_clock(tmp_path: Path) -> None:
         with resumed:
             if resumed.step == 0:
                 resumed.load_state_dict(state)
-            with pytest.raises(InvalidValueError, match="with t="):
+            with pytest.raises(InvalidValueError, match="passed t;"):
                 resumed.update_(model)
 
 
