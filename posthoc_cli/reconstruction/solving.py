@@ -86,11 +86,7 @@ def reconstruct(
     if not snapshots:
         raise InvalidValueError("no snapshots to reconstruct from")
     for wanted in targets:
-        if not all(callable(getattr(wanted, name, None)) for name in ("density", "tail")):
-            raise InvalidValueError(
-                f"target {' '.join(repr(wanted)[:40].split())}: must be a profile, with density(s) and tail(s); "
-                "PowerFunction.from_sigma_rel(0.15, t) is that of a sigma_rel"
-            )
+        _check_profile(wanted)
     t = _target_time(snapshots, targets) if t is None else t
     if any(snapshot.t > t for snapshot in snapshots):
         raise InvalidValueError("a target can only be made of snapshots at or before its time")
@@ -109,6 +105,14 @@ def reconstruct(
         predicted_error[index] = variance.expected_error(column, target)
         profile_error[index] = 0.0 if _is_stored(column, snapshots, target) else distance.error(column, target)
     return Reconstruction(coefficients, profile_error, predicted_error, prior)
+
+
+def _check_profile(target: object) -> None:
+    if not all(callable(getattr(target, name, None)) for name in ("density", "tail")):
+        raise InvalidValueError(
+            f"target {' '.join(repr(target)[:40].split())}: must be a profile, with density(s) and tail(s); "
+            "PowerFunction.from_sigma_rel(0.15, t) is that of a sigma_rel"
+        )
 
 
 def _target_time(snapshots: Sequence[PowerFunction], targets: Sequence[Profile]) -> float:

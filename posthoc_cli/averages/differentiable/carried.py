@@ -107,8 +107,8 @@ def _warn_of_unreached(unreached: Sequence[int], leaves: Sequence[torch.Tensor])
     listed = ", ".join(f"leaves[{index}] of the shape {list(leaves[index].shape)}" for index in unreached[:5])
     more = f" and {len(unreached) - 5} more" if len(unreached) > 5 else ""
     warnings.warn(
-        f"{listed}{more}: the value does not depend on it, so that no gradient reaches it; leave it out, or look for "
-        "a detach() on the way",
+        f"the value does not depend on {listed}{more}: no gradient will reach these leaves; leave them out, or look "
+        "for a detach() on the way",
         RuntimeWarning,
         stacklevel=CALLER + 1,
     )
