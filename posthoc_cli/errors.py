@@ -5,7 +5,7 @@
     ├── DirectoryError                 1   a snapshot directory that is absent, empty or foreign
     ├── FileFormatError                1   a file that is damaged, truncated or of another format
     │   └── VanishedError              1   a file that was there a moment ago
-    ├── MismatchError                  1   snapshots that do not belong together
+    ├── MismatchError (ValueError)     1   snapshots that do not belong together
     ├── ModelMismatchError             1   a model that is not the one that was tracked
     ├── NonFiniteError                 1   nan or infinity where an average would take it in
     ├── LockedError                    1   a directory that another writer holds
@@ -65,8 +65,8 @@ class VanishedError(FileFormatError):
     """A file that was there a moment ago: a writer has thinned it away, or somebody has moved it."""
 
 
-class MismatchError(PostHocError):
-    """Snapshots of different runs, shapes, dtypes or names in one place."""
+class MismatchError(PostHocError, ValueError):
+    """Snapshots of different runs, shapes, dtypes or names in one place; a ValueError, as in `pytorch-posthoc-ema`."""
 
 
 class ModelMismatchError(PostHocError):

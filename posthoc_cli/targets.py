@@ -1,9 +1,8 @@
-"""What one may ask for: an average by its width, its decay, its window, its stretch of time, or its whole profile.
+"""Targets: averages by their width, their decay, a window, a span of time, or a whole profile.
 
-A target says what is wanted without knowing the run. Its profile follows once the time, the run's clock and the time
-of the first update are known. An error begins with the target's title (`beta 0.3: ...`), so that the command line
-can name the option. What is wrong with a target whatever the run is found when it is made, the rest when its
-profile is asked for.
+A target is independent of the run; its profile follows from the time of the average, the run's clock and the time of
+the first update. Errors begin with the target's title (`beta 0.3: ...`), so that the command line can name the option.
+The constructor checks what does not depend on the run, `profile` the rest.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ SHORTEST_BETA = 0.5
 
 
 class Target(Protocol):
-    """What is wanted, whatever the run."""
+    """An average that is wanted, independent of the run."""
 
     @property
     def label(self) -> str:
@@ -67,10 +66,10 @@ class Target(Protocol):
 
 
 def as_target(value: object) -> Target:
-    """A target from what users write: a sigma_rel, a target, or any object with `density` and `tail`.
+    """The target that users mean by a sigma_rel, a target, or any object with `density` and `tail`.
 
     Raises:
-        InvalidValueError: it is none of these, or a sigma_rel out of range.
+        InvalidValueError: none of these, or a sigma_rel out of range.
     """
     if isinstance(value, SigmaRel | Beta | Window | Between | ProfileFile | GivenProfile):
         return value
@@ -96,7 +95,15 @@ class SigmaRel:
     sigma_rel: float
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sigma_rel", check_sigma_rel(self.sigma_rel))
+        given = self.sigma_rel
+        try:
+            object.__setattr__(self, "sigma_rel", check_sigma_rel(given))
+        except InvalidValueError as error:
+            if isinstance(given, numbers.Real) and SHORTEST_BETA <= given < 1:
+                raise InvalidValueError(
+                    f"{error}; for a decay of {float(given)!r} a step take Beta({float(given)!r})"
+                ) from error
+            raise
 
     @property
     def label(self) -> str:
@@ -115,7 +122,7 @@ class SigmaRel:
 
 @dataclass(frozen=True)
 class Beta:
-    """The classical average with one decay for every step: in [0.5, 1), since below that it is younger than a step."""
+    """The classical average with one decay for every step, in [0.5, 1): below, its mean age is less than a step."""
 
     beta: float
     sigma_rel = None
@@ -169,11 +176,11 @@ class Window:
         return f"window {self.steps}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> StepWindow:  # noqa: ARG002
-        """The last `steps` steps up to `t`, however long each of them took."""
+        """The last `steps` steps up to `t`, whatever the lengths of the steps."""
         return StepWindow(self.steps, float(t), clock)
 
 
-# --- a stretch of time -----------------------------------------------------------------------------
+# --- a span of time --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -203,9 +210,9 @@ class Between:
         return f"between {self.start:.12g}:{self.end:.12g}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
-        """Uniform over time, whatever steps there were in it."""
+        """Uniform over time, whatever the lengths of the steps in it."""
         if self.end > t:
-            raise InvalidValueError(f"{self.title}: ends after t = {t:,.12g}; must end then or before")
+            raise InvalidValueError(f"{self.title}: ends after t = {t:,.12g}; must end at t or before")
         return Uniform(self.start, self.end)
 
 
@@ -214,9 +221,9 @@ class Between:
 
 @dataclass(frozen=True)
 class ProfileFile:
-    """The profile in a file of times and densities, comma-separated: see `profiles.table_file`.
+    """The profile in a file of comma-separated times and densities, see `profiles.table_file`.
 
-    The file is read once, when its profile is first asked for.
+    The file is read once, when the profile is first needed.
     """
 
     path: Path
@@ -237,7 +244,7 @@ class ProfileFile:
 
     @cached_property
     def table(self) -> Table:
-        """What the file says.
+        """The content of the file.
 
         Raises:
             InvalidValueError: naming the file, the line where there is one, and what would be accepted.
@@ -261,8 +268,8 @@ class GivenProfile:
     """Any object with `density` and `tail`, see `profiles.Profile`.
 
     Attributes:
-        given: the object, whose mass must lie within (0, t] of the run. Made for an earlier time, it ends there.
-        name: what tables and file names call it: letters, digits and `._+-`, a letter or digit first.
+        given: the object; its mass must lie within (0, t] of the run, and may end before t.
+        name: its name in tables and file names: letters, digits and `._+-`, a letter or digit first.
     """
 
     given: Profile
@@ -292,7 +299,7 @@ class GivenProfile:
         return f"profile {self.name}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
-        """The object itself, tried at times from before the run to after `t`."""
+        """The object itself, after a check of its values at times from before the run to after `t`."""
         try_profile(self.given, float(t), self.title)
         return self.given
 

@@ -197,6 +197,13 @@ def test_an_impossible_schedule_is_refused(arguments: tuple, message: str) -> No
         Schedule(*arguments)
 
 
+def test_a_schedule_is_taken_for_the_snapshots_that_it_will_leave() -> None:
+    schedule = Schedule((0.05, 0.28), 1000, 100, 5)
+    curve, same = (error_curve(given, (0.1, 0.2), points=3) for given in (schedule, Candidate.of_schedule(schedule)))
+    assert (curve.label, curve.t, curve.tracked) == (same.label, 1000.0, (0.05, 0.28))
+    assert (curve.profile_error == same.profile_error).all()
+
+
 def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() -> None:
     curve = error_curve(Candidate.of_schedule(Schedule((0.05, 0.10), 10_000, 500)), (0.02, 0.28))
     assert curve.tracked == (0.05, 0.1)

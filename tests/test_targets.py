@@ -21,6 +21,9 @@ STEPS = Clock.of_steps()
 IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
 
 
+RANGE = "must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
+
+
 def refused(do: Callable[[], object], message: str) -> None:
     """Asserts an error of one line that is, or begins with, the message."""
     with pytest.raises(InvalidValueError) as caught:
@@ -88,7 +91,9 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
         (lambda: as_target(None), "target None: must be a sigma_rel in (0, 0.2887), a target such as Beta(0.9999), or"),
         (lambda: as_target([0.1, 0.2]), "target [0.1, 0.2]: must be a sigma_rel"),
         (lambda: as_target("abc"), "sigma_rel 'abc': must lie in (0, 0.2887)"),
-        (lambda: as_target(0.4), "sigma_rel 0.4: must lie in (0, 0.2887)"),
+        (lambda: as_target(0.4), f"sigma_rel 0.4: {RANGE}"),
+        (lambda: as_target(0.9999), f"sigma_rel 0.9999: {RANGE}; for a decay of 0.9999 a step take Beta(0.9999)"),
+        (lambda: as_target(0.99999999), f"sigma_rel 1: {RANGE}; for a decay of 0.99999999 a step take Beta("),
         (lambda: Beta(0.0), "beta 0.0: must lie in (0, 1)"),
         (lambda: Beta(1.0), "beta 1.0: must lie in (0, 1)"),
         (lambda: Beta(math.nan), "beta nan: must be a finite number"),
@@ -115,7 +120,7 @@ def test_a_target_that_fits_no_run_is_refused_when_it_is_made(make: Callable[[],
     ("target", "message"),
     [
         (Window(20_000), "window 20000: the run has 10,000 steps up to t = 1,000,000; must be at most that"),
-        (Between(5, 1_000_001), "between 5:1000001: ends after t = 1,000,000; must end then or before"),
+        (Between(5, 1_000_001), "between 5:1000001: ends after t = 1,000,000; must end at t or before"),
         (GivenProfile(Uniform(0, 1e6 + 1), "mine"), "profile mine: 9.99999e-07 of its mass lies after t = 1,000,000;"),
     ],
 )

@@ -36,7 +36,9 @@ class ExponentialMovingAverage(torch.nn.Module):
 
     and the others leave the parameters alone. `forward` runs the averaged module. The interface, and the names in
     the state dict (`module.*`, `steps`), are those of `mmengine.model.ExponentialMovingAverage` (and of mmedit's and
-    mmagic's), so that a configuration moves over by its import and a state that mmengine saved loads.
+    mmagic's), so that a configuration moves over by its import and a state that mmengine saved loads. So does one from
+    before mmengine 1.0, with the model's names without `module.` and no `steps`: it counts as one update, and the next
+    one averages.
 
     Parameters of bfloat16 and float16 are averaged in float32: rounded after every update, an average with a small
     momentum would never leave its start. `module` then holds the rounded average, and the exact one is in the state
@@ -171,6 +173,15 @@ class ExponentialMovingAverage(torch.nn.Module):
             f"momentum={self.momentum}, interval={self.interval}, update_buffers={self.update_buffers}, "
             f"warmup={self.warmup}"
         )
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Take the names of mmengine 0.x, too; `state_dict` is the loader's own copy."""
+        found = {name for name in self.module.state_dict() if f"{prefix}{name}" in state_dict} - {"steps"}
+        if found and not any(f"{prefix}module.{name}" in state_dict for name in found):
+            state_dict.update({f"{prefix}module.{name}": state_dict.pop(f"{prefix}{name}") for name in found})
+            # Not 0, after which the next update would replace the average by the model.
+            state_dict.setdefault(f"{prefix}steps", torch.tensor(1))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     def _begin(self, pairs: list[Pair]) -> None:
         copy_(pairs)

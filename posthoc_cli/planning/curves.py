@@ -102,7 +102,7 @@ def ranges_text(ranges: Sequence[tuple[float, float]]) -> str:
 
 
 def error_curve(
-    candidate: Candidate,
+    candidate: Candidate | Schedule,
     sigma_range: tuple[float, float] = (0.01, 0.2886),
     points: int = 200,
     t: float | None = None,
@@ -112,7 +112,7 @@ def error_curve(
     """Reconstruction error over a range of sigma_rel.
 
     Arguments:
-        candidate: the snapshots; those after `t` are left out.
+        candidate: the snapshots, or the schedule that will leave them; those after `t` are left out.
         sigma_range: lowest and highest sigma_rel, both included; spaced evenly in the logarithm. The
             tracked sigma_rels within it are points of their own.
         points: how many, before those.
@@ -121,6 +121,8 @@ def error_curve(
         others: titles and profiles of targets that are no power functions.
     """
     low, high = check_sigma_range(sigma_range)
+    if isinstance(candidate, Schedule):
+        candidate = Candidate.of_schedule(candidate)
     times = [p.t for p in candidate.snapshots]
     t = max(times) if t is None else t
     if not min(times) <= t <= max(times):

@@ -80,11 +80,13 @@ def reconstruct(
         t: the time of the targets; by default that of the power functions wanted, else of the last snapshot.
 
     Raises:
-        InvalidValueError: no snapshots, one after `t`, or a target that none of them reaches.
+        InvalidValueError: no snapshots, one after `t`, or a target that is no profile or that none of them reaches.
     """
     method = check_method(method)
     if not snapshots:
         raise InvalidValueError("no snapshots to reconstruct from")
+    for wanted in targets:
+        _check_profile(wanted)
     t = _target_time(snapshots, targets) if t is None else t
     if any(snapshot.t > t for snapshot in snapshots):
         raise InvalidValueError("a target can only be made of snapshots at or before its time")
@@ -103,6 +105,14 @@ def reconstruct(
         predicted_error[index] = variance.expected_error(column, target)
         profile_error[index] = 0.0 if _is_stored(column, snapshots, target) else distance.error(column, target)
     return Reconstruction(coefficients, profile_error, predicted_error, prior)
+
+
+def _check_profile(target: object) -> None:
+    if not all(callable(getattr(target, name, None)) for name in ("density", "tail")):
+        raise InvalidValueError(
+            f"target {' '.join(repr(target)[:40].split())}: must be a profile, with density(s) and tail(s); "
+            "PowerFunction.from_sigma_rel(0.15, t) is that of a sigma_rel"
+        )
 
 
 def _target_time(snapshots: Sequence[PowerFunction], targets: Sequence[Profile]) -> float:

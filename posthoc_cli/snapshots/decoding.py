@@ -130,15 +130,15 @@ def _decode_selection(reader: Metadata) -> Selection | None:
     key = "ema.selection"
     if not reader.has(key):
         return None
-    raw = reader.json_object(key)
+    raw = {"copy_only": []} | reader.json_object(key)
     names = Selection.__dataclass_fields__.keys()
     if set(raw) != set(names) or not isinstance(raw["only_trainable"], bool):
         raise reader.bad(key, f"must have {', '.join(names)}, and nothing else")
-    globs = [raw["include"], raw["exclude"]]
-    if not all(isinstance(listed, list) and all(isinstance(glob, str) for glob in listed) for listed in globs):
-        raise reader.bad(key, "include and exclude must be lists of globs")
+    globs = {what: raw[what] for what in ("include", "exclude", "copy_only")}
+    if not all(isinstance(listed, list) and all(isinstance(glob, str) for glob in listed) for listed in globs.values()):
+        raise reader.bad(key, f"{', '.join(globs)} must be lists of globs")
     buffers = reader.one_of(key, raw, "buffers", BUFFERS)
-    return Selection(raw["only_trainable"], tuple(globs[0]), tuple(globs[1]), buffers)
+    return Selection(raw["only_trainable"], buffers=buffers, **{what: tuple(listed) for what, listed in globs.items()})
 
 
 def _decode_sigma_rels(reader: Metadata) -> tuple[float, ...]:

@@ -32,11 +32,12 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
                       checkpoint_dtype (null: each tensor's own), sigma_range (what snapshots are kept for: [low, high])
     ema.tensors       JSON object: name -> {"role": "average" or "copy", "dtype": the model's own dtype}. An
-                      average is the weighted mean of a tensor; a copy is a buffer as it was at `t`
+                      average is the weighted mean of a tensor; a copy is a buffer, or a parameter that the user wants
+                      copied, as it was at `t`
     ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
     ema.left_out      JSON list: names of the model's state that the run does not track
-    ema.selection     JSON object: why not: only_trainable, include, exclude (globs), buffers; see `selection.py`. May
-                      be missing
+    ema.selection     JSON object: why not: only_trainable, include, exclude (globs), buffers, and copy_only (globs)
+                      where there are any; see `selection.py`. May be missing
     ema.segment       how often the tracked tensors had changed before; missing for 0. Averages of different segments
                       are never combined: a tensor that is new in one began with its value at the segment's start
     ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
@@ -334,7 +335,9 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         **tensor_metadata(info.tensors, info.aliases, info.left_out),
     }
     if info.selection is not None:
-        metadata["ema.selection"] = compact(vars(info.selection))
+        chosen = vars(info.selection)
+        # Without globs it is left out, so that readers from before there was `copy_only` take the file.
+        metadata["ema.selection"] = compact({k: v for k, v in chosen.items() if k != "copy_only" or v})
     if info.segment:
         metadata["ema.segment"] = str(info.segment)
     if info.clock:

@@ -21,12 +21,15 @@ class Selection:
         include: globs; what none of them matches is left out. Empty: all are included.
         exclude: globs; what one of them matches is left out.
         buffers: "copy", "average" or "skip".
+        copy_only: globs; a tensor that one of them matches is copied and not averaged, whether it requires gradients or
+            not.
     """
 
     only_trainable: bool = True
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
     buffers: str = "copy"
+    copy_only: tuple[str, ...] = ()
 
     def names(self, name: str) -> bool:
         """Whether the globs take a name. `*` stands for any characters, dots too."""
@@ -34,9 +37,17 @@ class Selection:
             return False
         return not any(fnmatchcase(name, glob) for glob in self.exclude)
 
+    def copies(self, name: str) -> bool:
+        """Whether `copy_only` has a glob for a name."""
+        return any(fnmatchcase(name, glob) for glob in self.copy_only)
+
 
 def make_selection(
-    only_trainable: bool, include: str | Iterable[str] | None, exclude: str | Iterable[str] | None, buffers: str
+    only_trainable: bool,
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    buffers: str,
+    copy_only: str | Iterable[str] | None = None,
 ) -> Selection:
     """A checked selection.
 
@@ -45,14 +56,17 @@ def make_selection(
     """
     if buffers not in BUFFERS:
         raise InvalidValueError(f"buffers {buffers!r}: must be one of {', '.join(BUFFERS)}")
-    return Selection(bool(only_trainable), _globs("include", include), _globs("exclude", exclude), buffers)
+    globs = {"include": include, "exclude": exclude, "copy_only": copy_only}
+    return Selection(
+        bool(only_trainable), buffers=buffers, **{what: _globs(what, given) for what, given in globs.items()}
+    )
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise an InvalidValueError where a glob matches none of a model's names: it is misspelt, as a rule."""
     names = list(names)
-    for what, globs in (("include", selection.include), ("exclude", selection.exclude)):
-        for glob in globs:
+    for what in ("include", "exclude", "copy_only"):
+        for glob in getattr(selection, what):
             if not any(fnmatchcase(name, glob) for name in names):
                 raise InvalidValueError(
                     f"{what} {glob!r}: matches no tensor of the model; its names are such as "

@@ -156,7 +156,7 @@ class RunningAverages:
 
         Arguments:
             values: the parameters'; where their layout is another than before, the averages follow it.
-            copies: buffers, by name; kept as they are given.
+            copies: buffers and other tensors that are copied, by name; kept as they are given.
             t, step: time and number of the call.
         """
         kept = self._laid_out(values.layout)

@@ -1,4 +1,4 @@
-"""`PostHocEMA`: the hook that a training loop calls, and the averages it can give at any time."""
+"""`PostHocEMA`: the hook that a training loop calls, and the averages that it gives at any time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, NoReturn, overload
 
 import torch
 
-from posthoc_cli.errors import NotReadyError
+from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.profiles import ClockRecorder, Profile
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.store import read_directory
@@ -61,6 +61,14 @@ class PostHocEMA(Updating, Savable, Synthesizing):
 
     # --- making one ----------------------------------------------------------------------------------
 
+    def __init__(self, *parts: Any, **others: Any) -> None:
+        if len(parts) < 3 or not isinstance(parts[2], Settings):
+            raise InvalidValueError(
+                "PostHocEMA(...): is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new "
+                "run, or by PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
+            )
+        super().__init__(*parts, **others)
+
     @classmethod
     def from_model(
         cls,
@@ -78,6 +86,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         sigma_range: tuple[float, float] = (0.05, 0.28),
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
+        copy_only: str | Sequence[str] | None = None,
         buffers: str = "copy",
         on_change: str = "raise",
         device: str | None = None,
@@ -92,20 +101,22 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             update_every: averages are updated at the calls that are multiples of it.
             checkpoint_every: snapshots are due at the calls that are multiples of it; a multiple of update_every.
             update_after_step: no update up to this call.
-            max_checkpoints: snapshots kept a profile, those that reconstruction needs most; None keeps all.
-            checkpoint_dtype: how averages are stored; None for each parameter's own dtype. A tensor with a
-                value too large for it is stored in float32.
-            t_unit: what `t` counts, when you pass a clock of your own to `update_`.
+            max_checkpoints: snapshots to keep of each profile: those that reconstruction needs most. None keeps all.
+            checkpoint_dtype: the dtype that averages are stored in; None for each parameter's own. A tensor whose
+                values do not fit into it is stored in float32.
+            t_unit: the unit of `t`, if you pass a clock of your own to `update_`.
             only_trainable: leave out parameters that do not require gradients.
             on_nonfinite: what an update does when a parameter holds nan or infinity: "raise" an error, "skip" the
-                update, or skip it and "warn". No average takes the value in, ever.
-            sigma_range: the averages that `max_checkpoints` keeps snapshots for.
-            include: globs on names, such as "decoder.*": what none of them matches is left out.
-            exclude: globs on names: what one of them matches is left out.
-            buffers: "copy" them, "average" those of floating-point values as if they were parameters, or "skip".
-            on_change: what an update does when parameters were frozen, thawed, added or changed: "raise" an error that
-                names one, or "follow": a new segment of snapshots begins. Averages of what is as it was go on, others
-                begin; a synthesis uses the segment of its time only.
+                update, or skip it and "warn". Such a value never enters an average.
+            sigma_range: the range of sigma_rel that `max_checkpoints` keeps snapshots for.
+            include: globs on names, such as "decoder.*": tensors that match none of them are left out.
+            exclude: globs on names: tensors that match one of them are left out.
+            copy_only: globs on names: tensors that match one of them are copied, as buffers are, and not averaged,
+                whether they require gradients or not. Every average holds the newest copy at its time.
+            buffers: "copy" them, "average" floating-point ones as if they were parameters, or "skip" them.
+            on_change: what an update does when parameters were frozen, unfrozen, added or changed: "raise" an error
+                that names one, or "follow", which begins a new segment of snapshots. Unchanged tensors keep their
+                averages, new ones start fresh; a synthesis uses only the segment of its time.
             device: where the averages are: "model", beside the parameters and updated by the training's own thread,
                 or "cpu", on the host and updated by a thread of their own; None for "cpu" where a parameter is on an
                 accelerator, else "model". For a model on the CPU both give the same bits.
@@ -119,7 +130,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         schedule = make_schedule(
             update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
         )
-        selection = make_selection(only_trainable, include, exclude, buffers)
+        selection = make_selection(only_trainable, include, exclude, buffers, copy_only)
         settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite, on_change)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
@@ -240,15 +251,16 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         write it is empty, and an empty one may be loaded there.
 
         Arguments:
-            sigma_rel: length of the average, in (0, 0.2887). Any other average may stand here, too: a target such as
-                `targets.Beta(0.9999)` or `targets.Window(1000)`, or any object with `density` and `tail`.
-            t: its time; by default the current one of a live tracker, else that of the last snapshot.
-            step: the same in calls of `update_`.
-            dtype: of the averages; None for each parameter's own.
-            method: the solver; None for the default one.
+            sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)` or
+                `targets.Window(1000)`; or any object with `density` and `tail`.
+            t: time of the average; by default the current time of a live tracker, else that of the last snapshot.
+            step: the same time as a number of calls of `update_`.
+            dtype: dtype of the averages; None for each parameter's own.
+            method: the solver, "minvar" or "paper"; None for the first.
 
         Returns:
-            Tensors on the CPU by name, and their `predicted_error`. It may also stand in a `with` statement.
+            A dict of tensors on the CPU by name, with their `predicted_error`; it can also be used in a `with`
+            statement. The tensors are copies: they stay as they are while training goes on.
 
         Raises:
             InvalidValueError, NotReadyError, FileFormatError, MismatchError.
@@ -262,10 +274,10 @@ class PostHocEMA(Updating, Savable, Synthesizing):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
 
-        Snapshots in the directory that are later than the state, or of another attempt that went on from an
-        earlier one, are set aside in its folder `superseded`. Of the settings, this tracker's hold from here on:
-        another `update_every` or `checkpoint_every`, or fewer `sigma_rels`, than the state was saved with; snapshots
-        say exactly what they are all the same. Where anything is wrong, nothing is changed.
+        Snapshots in the directory that are later than the state, or belong to another attempt that went on from an
+        earlier state, are moved to its folder `superseded`. From here on this tracker's settings hold: they may have
+        another `update_every` or `checkpoint_every`, or fewer `sigma_rels`, than those that the state was saved with,
+        and every profile stays exact. On an error nothing is changed.
 
         Raises:
             InvalidValueError: not such a state, one of a process that keeps no averages, without a profile that this

@@ -114,7 +114,7 @@ class Reading(Generic[Room]):
 
 @dataclass(frozen=True)
 class LiveSource:
-    """One running average, with the copies that belong to it. Reading it copies nothing but buffers."""
+    """One running average, with the copies that belong to it. Reading it copies the copies only."""
 
     info: SnapshotInfo
     averages: Mapping[str, torch.Tensor]

@@ -12,11 +12,17 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.snapshots.tensors import stored_name
+from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
 from posthoc_cli.tracker.naming import NamedTensor, named_modules, named_tensors, wrapped_child
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes that torch knows no arithmetic of."""
+
+ON_META = (
+    "is on the meta device and has no values; PostHocEMA.from_path(checkpoint_dir).load_into(model, sigma_rel=...) "
+    "fills a model with an average, load_state_dict(assign=True) with any values"
+)
+"""What to say of a tensor without values, after its name."""
 
 AVERAGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *EIGHT_BITS)
 
@@ -27,7 +33,7 @@ class ModelTensors:
 
     Attributes:
         averaged: floating-point parameters, and buffers that the user wants averaged.
-        copied: other persistent buffers, and parameters of whole numbers.
+        copied: other persistent buffers, parameters of whole numbers, and what the user wants copied.
         aliases: further names of tensors above (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked: what the selection leaves out, extra state.
         frozen: those of them that are left out only since they do not require gradients.
@@ -97,14 +103,12 @@ class TrackedModel:
             if name not in self.tensors:
                 raise ModelMismatchError(f"tensor {name!r}: {self._why_new(name)}")
             if found.shapes[name] != self.shapes[name]:
+                shapes = list(found.shapes[name]), list(self.shapes[name])
                 raise ModelMismatchError(
-                    f"tensor {name!r}: has the shape {list(found.shapes[name])}, tracked is {list(self.shapes[name])}"
+                    f"tensor {name!r}: has the shape {shapes[0]}, and had {shapes[1]} when tracking began"
                 )
             if tensor != self.tensors[name]:
-                raise ModelMismatchError(
-                    f"tensor {name!r}: is {tensor.role} of {tensor.dtype}, "
-                    f"tracked is {self.tensors[name].role} of {self.tensors[name].dtype}"
-                )
+                raise ModelMismatchError(f"tensor {name!r}: {_why_other(tensor, self.tensors[name])}")
         for alias in self.aliases.keys() | found.aliases.keys():
             if self.aliases.get(alias) != found.aliases.get(alias):
                 raise ModelMismatchError(f"tensor {alias!r}: is not tied to the tensor that it was tied to")
@@ -125,6 +129,19 @@ def _why_missing(name: str, found: TrackedModel) -> str:
             "parameters whether they do or not, one with on_change='follow' goes on without it"
         )
     return "is tracked, but the model has no such tensor to track"
+
+
+def _why_other(found: TrackedTensor, tracked: TrackedTensor) -> str:
+    if found.role != tracked.role:
+        return f"is {_KEPT[found.role]} now, and was {_KEPT[tracked.role]} when tracking began"
+    return (
+        f"is {torch_dtype(found.dtype)}, and was {torch_dtype(tracked.dtype)} when tracking began; convert the model "
+        "before the hook is made, or compute in half precision with torch.autocast, which leaves parameters as they "
+        "are; a hook with on_change='follow' begins its average anew"
+    )
+
+
+_KEPT = {"average": "averaged", "copy": "copied"}
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -151,14 +168,19 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     left_out = list(_extra_state_names(check_model(model)))
     frozen: set[str] = set()
     first_name: dict[int, str] = {}
-    for found in named_tensors(model):
+    tensors = named_tensors(model)
+    # A tied parameter is one tensor: any of its names will do.
+    copy_only = {id(found.tensor) for found in tensors if selection.copies(found.name)}
+    for found in tensors:
         name, tensor = found.name, found.tensor
+        is_copied = id(tensor) in copy_only
         if not found.in_state:
             continue
         if not selection.names(name) or (not found.is_parameter and selection.buffers == "skip"):
             left_out.append(name)
             continue
-        if found.is_parameter and selection.only_trainable and not tensor.requires_grad and name not in (also or ()):
+        wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in (also or ())
+        if found.is_parameter and not wanted:
             left_out.append(name)
             frozen.add(name)
             continue
@@ -168,7 +190,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             aliases[name] = stored
             continue
         _check_dense(name, tensor)
-        (averaged if _is_averaged(found, selection) else copied)[name] = tensor.detach()
+        (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = tensor.detach()
     if not averaged:
         raise InvalidValueError(_nothing_to_average(selection, bool(frozen)))
     return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen))
@@ -222,7 +244,7 @@ def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
     if tensor.is_complex():
         raise InvalidValueError(
             f"parameter {name!r}: is complex, and only real numbers are averaged; let the model hold "
-            f"torch.view_as_real of it, or leave it out with exclude={name!r}"
+            f"torch.view_as_real of it, have it copied with copy_only={name!r}, or leave it out with exclude={name!r}"
         )
     if tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES:
         raise InvalidValueError(
@@ -259,16 +281,13 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
     if tensor.layout != torch.strided:
         raise InvalidValueError(f"tensor {name!r}: is {tensor.layout}; only dense tensors can be tracked")
     if tensor.is_meta:
-        raise InvalidValueError(
-            f"tensor {name!r}: is on the meta device and has no values; give the model some with to_empty or "
-            "load_state_dict(assign=True) first"
-        )
+        raise InvalidValueError(f"tensor {name!r}: {ON_META}")
 
 
 def _nothing_to_average(selection: Selection, has_frozen: bool) -> str:
-    if has_frozen or not (selection.include or selection.exclude):
+    if has_frozen or not (selection.include or selection.exclude or selection.copy_only):
         return (
             "the model has no parameter to average: none of floating-point values requires gradients; "
             "only_trainable=False takes frozen ones too"
         )
-    return "the model has no parameter to average: include and exclude leave none"
+    return "the model has no parameter to average: include, exclude and copy_only leave none"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import MismatchError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, MismatchError, NonFiniteError
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.priors import motion_so_far
@@ -33,14 +33,15 @@ class Recorder:
 
     Raises:
         LockedError: another writer holds the directory.
-        DirectoryError, FileFormatError, MismatchError: what is in it cannot be read, is damaged, or does not
-            belong together.
+        DirectoryError, FileFormatError, MismatchError: a file is in its place, or what is in it cannot be read, is
+            damaged, or does not belong together.
         WriteError: the directory cannot be made or written.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         with files.reported_as_write_error(directory):
+            _check_no_file(directory)
             files.make_directory(directory)
         self._lock = DirectoryLock(directory)
         try:
@@ -147,6 +148,16 @@ class Recorder:
         self._lock.release()
 
 
+def _check_no_file(directory: Path) -> None:
+    """Raise a DirectoryError where a file is in the place of a directory or of one of its parents."""
+    for place in (directory, *directory.parents):
+        if (place.exists() or place.is_symlink()) and not place.is_dir():
+            raise DirectoryError(
+                f"{place}: is not a directory; snapshots are written to the directory {directory}: name another one, "
+                "or move the file away"
+            )
+
+
 def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
     """Names of small tensors of one dtype in batches, of large ones alone: a file is written in large pieces."""
     batch: list[str] = []
@@ -179,4 +190,4 @@ def _check_finite(averages: Mapping[str, torch.Tensor]) -> None:
 def _warn_of_nan(copies: Mapping[str, torch.Tensor]) -> None:
     for name, copy in copies.items():
         if copy.is_floating_point() and bool(copy.isnan().any()):
-            log.warning("buffer %r holds nan; it is copied as it is", name)
+            log.warning("tensor %r holds nan; it is copied as it is", name)

@@ -1,4 +1,4 @@
-"""What the user chose for a tracker, checked."""
+"""The settings of a tracker, and the checks of what users pass."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Settings:
 
 
 def absolute_directory(checkpoint_dir: str | Path) -> Path:
-    """The directory for snapshots; absolute, so that a later change of the working directory does not move the run."""
+    """The directory for snapshots as an absolute path: a later change of the working directory does not matter."""
     if not isinstance(checkpoint_dir, str | os.PathLike) or "\0" in str(checkpoint_dir):
         raise InvalidValueError(f"checkpoint_dir {checkpoint_dir!r}: must be a path")
     return Path(checkpoint_dir).absolute()
@@ -68,21 +68,21 @@ def same_place(one: Path, other: Path) -> bool:
 
 
 def check_device(device: str | None) -> str | None:
-    """Where averages are, or None; an InvalidValueError that lists the choices."""
+    """`device` if it is "cpu", "model" or None, else an InvalidValueError that lists the choices."""
     if device not in (None, "cpu", "model"):
         raise InvalidValueError(f"device {device!r}: must be 'cpu' (the host) or 'model' (beside the parameters)")
     return device
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
-    """Tracked profiles, the shortest first: at least one, each in range, none twice."""
+    """Tracked profiles, the shortest first; an InvalidValueError unless there is one, all are in range, none twice."""
     if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable):
         raise InvalidValueError(f"sigma_rels {sigma_rels!r}: must be a sequence of numbers, such as (0.05, 0.28)")
     checked = tuple(sorted(check_sigma_rel(sigma_rel) for sigma_rel in sigma_rels))
     if not checked:
         raise InvalidValueError("sigma_rels: at least one profile must be tracked, such as (0.05, 0.28)")
     if len(set(checked)) < len(checked):
-        raise InvalidValueError(f"sigma_rels {checked}: each profile once")
+        raise InvalidValueError(f"sigma_rels {checked}: must not name a profile twice")
     return checked
 
 
@@ -136,7 +136,7 @@ def override_schedule(
     checkpoint_dtype: torch.dtype | str | types.EllipsisType | None,
     sigma_range: tuple[float, float] | types.EllipsisType,
 ) -> TrackingSchedule:
-    """A stored schedule with what a user says instead; `...` is what he did not say."""
+    """A stored schedule with the arguments that a user passes in place of its own; `...` stands for none."""
     name = stored.checkpoint_dtype
     return make_schedule(
         stored.update_every if update_every is ... else update_every,
@@ -152,22 +152,22 @@ def next_time(settings: Settings, own_clock: bool | None, last: float, step: int
     """The time of the call number `step`, checked against the last one.
 
     Arguments:
-        own_clock: whether the run passes `t`; None while no call was made.
+        own_clock: whether earlier calls passed `t`; None before the first call.
         last: time of the last call.
         t: what the caller passed.
     """
     if own_clock is not None and own_clock != (t is not None):
-        habit = "with t=" if own_clock else "without t="
-        raise InvalidValueError(f"t: this run's calls of update_ so far came {habit}; pass it at every call or at none")
+        habit = "passed t" if own_clock else "did not pass t"
+        raise InvalidValueError(f"t: earlier calls of update_ in this run {habit}; pass it at every call or at none")
     if t is None and settings.t_unit != "steps":
         raise InvalidValueError(f"t: this run counts {settings.t_unit}; pass t= at every call of update_")
     time = float(step) if t is None else _number(t)
     if not math.isfinite(time) or not time > last:
         raise InvalidValueError(
-            f"t {time:g}: must be finite and grow at every call; the last was {last:g} {settings.t_unit}"
+            f"t {time:g}: must be finite, and larger than at the last call, {last:g} {settings.t_unit}"
         )
     if not fmt.EARLIEST <= time <= fmt.LATEST:
-        raise InvalidValueError(f"t {time:g}: must lie within {fmt.EARLIEST:g} and {fmt.LATEST:g}")
+        raise InvalidValueError(f"t {time:g}: must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}")
     return time
 
 
@@ -180,5 +180,5 @@ def _number(t: float) -> float:
 
 
 def resumed_habit(step: int, t: float) -> bool | None:
-    """Whether a run passes a clock of its own, as far as its last step and time tell; None where they agree."""
+    """Whether a resumed run passes `t`, judged by its last step and time; None where these are equal."""
     return True if t != step else None

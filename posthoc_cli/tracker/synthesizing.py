@@ -1,4 +1,4 @@
-"""The averages that a tracker gives at any time, of any length: from its snapshots and its live averages."""
+"""Averages of any length that a tracker gives at any time, from its snapshots and its live averages."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import logging
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -19,7 +18,7 @@ from posthoc_cli.tracker import batch_norm
 from posthoc_cli.tracker.filling import fill_model
 from posthoc_cli.tracker.live import LiveSource, reconstruction_figure
 from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.weights import Weights, swapped_in
+from posthoc_cli.tracker.weights import Weights, in_block, swapped_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -30,21 +29,21 @@ log = logging.getLogger(__name__)
 
 
 class Synthesizing(ABC):
-    """Averages of any length, for whatever has sources of them; see `PostHocEMA`."""
+    """The part of `PostHocEMA` that gives averages of any length."""
 
     settings: Settings
 
     @abstractmethod
     def _sources(self) -> Sequence[Source]:
-        """Snapshots and live averages, as they are now."""
+        """The snapshots and live averages that there are now."""
 
     @abstractmethod
     def _live_sources(self) -> Sequence[LiveSource]:
-        """The live averages, as they are now."""
+        """The live averages that there are now."""
 
     @abstractmethod
     def flush(self) -> None:
-        """Return when every update that was asked for is taken in, and every snapshot durable."""
+        """Wait until all updates so far are in the averages and all snapshots that are due are on disk."""
 
     @abstractmethod
     def _check_keeps(self) -> None:
@@ -55,7 +54,7 @@ class Synthesizing(ABC):
     def step(self) -> int:
         """Calls of `update_` so far in this run."""
 
-    @contextmanager
+    @in_block
     def model(
         self,
         model: Module,
@@ -67,26 +66,35 @@ class Synthesizing(ABC):
     ) -> Iterator[Module]:
         """The model itself with averaged weights, in eval mode, for the `with` block.
 
-        Afterwards weights, buffers, train or eval mode and device are as they were, also when the block raises;
-        parameters that are not tracked are left alone. The model's own weights wait on the host meanwhile. Blocks
-        may stand in each other. The predicted error goes to the log. Arguments as in `state_dict`, except that
-        without `dtype` the weights take the dtypes that the model has.
+        After the block weights, buffers, train or eval mode and device are as before, also on an error; parameters
+        that are not tracked do not change. The model's own weights are kept in host memory meanwhile. Blocks may be
+        nested. The predicted error is logged. Arguments as in `state_dict`, except that without `dtype` the
+        weights take the dtypes that the model has.
+
+        What the block gives is the model itself: `averaged.state_dict()` refers to its tensors, which hold its own
+        weights again after the block. To keep the averaged ones, save them within the block, or take
+        `ema.state_dict(sigma_rel=...)`.
+
+        Raises:
+            NotReadyError: the block is used without `with`; or no average exists yet.
+            InvalidValueError: an argument, or a tensor of the model is on the meta device; `load_into` fills those.
+            ModelMismatchError: the model has no such tensor, or in another shape.
         """
         weights = self._synthesized(sigma_rel, t, step, dtype, method)
         with swapped_in(model, weights, own_dtypes=dtype is None):
             yield model
 
-    @contextmanager
+    @in_block
     def averaged(self, model: Module, tracked: float) -> Iterator[Module]:
-        """The same with the live average of a tracked profile, which is exact and needs no snapshot: none is read.
+        """As `model`, with the live average of a tracked profile: it is exact, and no snapshot is read.
 
         Arguments:
             model: as in `model`.
             tracked: sigma_rel of the profile.
 
         Raises:
-            InvalidValueError: not one of the tracked profiles, which are listed.
-            NotReadyError: there was no update yet, or none since `from_path`.
+            InvalidValueError: `tracked` is none of the tracked profiles, which are listed.
+            NotReadyError: there was no update yet, or none since `from_path`; or there is no `with`.
             ModelMismatchError: as in `model`.
         """
         source = self._tracked_source(tracked)
@@ -106,18 +114,22 @@ class Synthesizing(ABC):
         method: str | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Fill a model with averaged weights in place, for good, wherever its tensors are.
+        """Fill a model with averaged weights for good, on any device, also a model on `meta`.
 
-        Tensors are filled as they are made, so that no second copy of the model is held; so that nothing changes
-        unless everything can be made, all is made twice, and dropped the first time. A tensor on `meta` that is
-        filled comes to be on `device`; those that stay there are named in a warning.
+        Memory for one tensor at a time is enough. Everything is computed twice: first only to check that it can be, so
+        that an error leaves the model as it was. A tensor on `meta` that an average fills is created on `device`; a
+        warning names those that stay on `meta`.
 
-        Between two steps of a training this is the switch of Switch EMA: parameters stay the objects that they are,
-        the optimizer keeps them and its state, and averages take in the weights as they are from then on.
+        Between two training steps this is the switch of Switch EMA: parameters stay the same objects, so that the
+        optimizer keeps them and its state, and later updates average the new weights.
 
         Arguments:
-            device: for tensors on `meta`.
+            device: where tensors that are on `meta` are created.
             others: as in `model`.
+
+        Raises:
+            ModelMismatchError: the model has no such tensor, or in another shape.
+            InvalidValueError, NotReadyError, FileFormatError, MismatchError, NonFiniteError: as `state_dict`.
         """
         with_consistent_plan(
             lambda: self._plan(sigma_rel, t, step, dtype, method),
@@ -125,27 +137,28 @@ class Synthesizing(ABC):
         )
 
     copy_to = load_into
-    """What other EMA classes call it (diffusers, torch-ema); the same function."""
+    """Another name of `load_into`, as in diffusers and torch-ema."""
 
     def update_bn(self, model: torch.nn.Module, loader: Iterable[Any]) -> None:
-        """Measure a model's BatchNorm statistics anew, for the weights that it has now.
+        """Recompute a model's BatchNorm statistics for the weights that it has now.
 
-        A snapshot copies those of the training, which belong to its raw weights. Within `with ema.model(...)` or
-        `ema.averaged(...)` the measured ones last as long as the averaged weights; after `copy_to`, for good.
+        A snapshot holds a copy of the training's statistics, which belong to the raw weights. Within `with
+        ema.model(...)` or `ema.averaged(...)` the new statistics last until the end of the block; after `load_into`
+        they stay.
 
         Arguments:
-            model: in any mode, on any device; without BatchNorm layers it is left alone.
-            loader: gives the model's inputs, or lists or tuples that begin with them.
+            model: in any mode, on any device; without BatchNorm layers nothing happens.
+            loader: yields the model's inputs, or lists or tuples whose first item they are.
 
         Raises:
-            InvalidValueError: a loader that gives nothing. The statistics are as before, as after any other error.
+            InvalidValueError: the loader yields nothing. After any error the statistics are as before.
         """
         batch_norm.update_bn(model, loader)
 
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None
     ) -> Figure:
-        """Reconstruction error against sigma_rel, for what is there now; for the plan, where nothing is.
+        """A figure of the reconstruction error against sigma_rel, of the current averages; of the planned ones before.
 
         Arguments:
             sigma_range: lowest and highest sigma_rel.

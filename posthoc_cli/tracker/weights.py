@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import wraps
 from itertools import chain
 from types import TracebackType
-from typing import Any
+from typing import Any, Generic, NoReturn, ParamSpec, TypeVar
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
-from posthoc_cli.tracker.model_tensors import check_model
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
+from posthoc_cli.tracker.model_tensors import ON_META, check_model
 from posthoc_cli.tracker.naming import NamedTensor, is_fsdp, named_tensors
+
+Arguments = ParamSpec("Arguments")
+Given = TypeVar("Given")
 
 
 class Weights(OrderedDict[str, torch.Tensor]):
-    """A state dict that may also stand in a `with` statement. Pickles as a plain OrderedDict.
+    """A state dict that can also be used in a `with` statement, and pickles as a plain OrderedDict.
 
-    So `torch.save(weights, ...)` makes a file that loads with `weights_only=True`, without this package.
+    So a file of `torch.save(weights, ...)` loads with `weights_only=True` and without this package.
 
     Attributes:
-        predicted_error: expected relative L2 error of the weights; None where it is not known.
+        predicted_error: expected relative L2 error of the weights; None if unknown.
     """
 
     predicted_error: float | None = None
@@ -39,18 +43,60 @@ class Weights(OrderedDict[str, torch.Tensor]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
+class Block(Generic[Given]):
+    """A context manager that nobody takes for what it gives: any other use is an error that shows the statement."""
+
+    def __init__(self, name: str, opened: AbstractContextManager[Given]) -> None:
+        self._name = name
+        self._opened = opened
+
+    def __enter__(self) -> Given:
+        return self._opened.__enter__()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        return self._opened.__exit__(kind, error, trace)
+
+    def __call__(self, *_: object, **__: object) -> NoReturn:
+        """Raise a NotReadyError: only what the block gives can be called."""
+        raise NotReadyError(self._advice("averaged(...)"))
+
+    def __reduce__(self) -> NoReturn:
+        raise NotReadyError(self._advice("torch.save(averaged.state_dict(), ...)"))
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(self._advice(f"averaged.{name}"))
+
+    def _advice(self, use: str) -> str:
+        return (
+            f"{self._name}(...): is for a `with` statement, such as `with ema.{self._name}(...) as averaged: {use}`; "
+            "load_into fills a model for good"
+        )
+
+
+def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, Block[Given]]:
+    """`contextlib.contextmanager`, of which a call without `with` gives a decorator, for a `Block`."""
+    opened = contextmanager(make)
+
+    @wraps(make)
+    def begin(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Block[Given]:
+        return Block(make.__name__, opened(*args, **kwargs))
+
+    return begin
+
+
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
     """Copy `weights` into a model's parameters and buffers.
 
     Arguments:
-        model: any module with tensors of these names and shapes, wrapped or bare; others of its tensors are left
-            alone.
-        weights: by name.
-        own_dtypes: the model keeps its dtypes and is changed in place; else it takes those of `weights`.
+        model: any module with tensors of these names and shapes, wrapped or bare; its other tensors do not change.
+        weights: tensors by name.
+        own_dtypes: whether the model keeps its dtypes and is changed in place; else it takes those of `weights`.
 
     Raises:
-        ModelMismatchError: naming the tensor, before anything is changed.
-        NonFiniteError: the same for a value that is too large for the model's dtype.
+        ModelMismatchError: the model has no such tensor, or in another shape; nothing is changed.
+        NonFiniteError: a value is too large for the model's dtype; nothing is changed.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     with torch.inference_mode(False), torch.no_grad():
@@ -71,7 +117,7 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
 
 
 def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
-    """Check that a model's dtype can hold the values of a tensor, where it has a smaller range than theirs.
+    """Check that a model's dtype, if its range is smaller, can hold the values of a tensor.
 
     Raises:
         NonFiniteError: naming the tensor.
@@ -90,13 +136,16 @@ def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
 
 @contextmanager
 def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> Iterator[None]:
-    """The model with `weights`, in eval mode, for the block; afterwards everything is as it was, also on error.
+    """Give the model `weights` and eval mode for the block; afterwards everything is as before, also on an error.
 
-    Restored are the weights that were swapped, gradients, buffers, train or eval mode module by module, and the
-    device. The model's own values wait on the host meanwhile, so that an accelerator holds no second copy.
-    Arguments as in `load_weights`.
+    This restores the swapped weights, gradients, buffers, the train or eval mode of each module, and the device. The
+    model's own values are kept in host memory meanwhile, so that an accelerator holds no second copy. Arguments as in
+    `load_weights`.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
+    for name, target in targets.items():
+        if target.tensor.is_meta:
+            raise InvalidValueError(f"tensor {name!r}: {ON_META}")
     if not own_dtypes:
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
     held = _holders(model, {id(target.registered) for target in targets.values()})
@@ -115,16 +164,16 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
 
 
 _swapped: list[frozenset[int]] = []
-"""For each block that is open, the ids of the tensors that are swapped and of the modules that hold them.
+"""For each open block, the ids of the swapped tensors and of the modules that hold them.
 
-The block holds all of them, so that no id is given again meanwhile.
+The block refers to all of these objects, so that no id is used again meanwhile.
 """
 
 
 def is_swapped(model: torch.nn.Module) -> bool:
     """Whether any part of a model holds averaged weights, which no average may take in.
 
-    Told by tensors and modules: what was swapped may be a part of this model, or this model a part of it.
+    Compares tensors and modules, since the swapped model may be a part of this one, or this one a part of it.
     """
     if not _swapped:
         return False
@@ -150,7 +199,7 @@ def _is_writable(tensor: torch.Tensor) -> bool:
 
 
 def _save(stack: ExitStack, model: torch.nn.Module, new_dtypes: Mapping[int, torch.dtype], own_dtypes: bool) -> None:
-    """Put everything that restores the model on the stack; each part is restored also if another cannot be."""
+    """Push what restores the model onto the stack; if one part cannot be restored, the others are nevertheless."""
     for module in model.modules():
         stack.callback(setattr, module, "training", module.training)
         for key, parameter in module._parameters.items():
@@ -187,7 +236,7 @@ def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
 
 
 class _SavedParameter:
-    """A parameter's storage and, where its values will change, a copy of them on the host."""
+    """A parameter's storage and, if its values will change, a copy of them in host memory."""
 
     def __init__(
         self, module: torch.nn.Module, key: str, parameter: torch.nn.Parameter, swapped: bool, in_place: bool
@@ -218,14 +267,15 @@ class _SavedParameter:
 
 
 class _SavedBuffer:
-    """A buffer and a copy of its values on the host."""
+    """A buffer and a copy of its values in host memory."""
 
     def __init__(self, module: torch.nn.Module, key: str) -> None:
         self._module = module
         self._key = key
         self._buffer = module._buffers[key]
         self._storage = None if self._buffer is None else self._buffer.data
-        writable = self._storage is not None and _is_writable(self._storage)
+        # On meta there are no values to save, nor can any be written.
+        writable = self._storage is not None and not self._storage.is_meta and _is_writable(self._storage)
         self._values = self._storage.to("cpu", copy=True) if self._storage is not None and writable else None
 
     @torch.inference_mode(False)

@@ -244,12 +244,22 @@ def test_a_gradient_across_the_cotangent_is_refused() -> None:
 def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
     one, two, other = (torch.nn.Parameter(torch.full((2,), 2.0, dtype=torch.float64)) for _ in range(3))
     ema = DifferentiableEMA((), 0.5, "carried", dtype=torch.float64)
-    ema((one * other).sum(), leaves=[one, two])  # does not depend on the second
+    with pytest.warns(RuntimeWarning, match=r"^the value does not depend on leaves\[1\] of the shape \[2\]: ") as told:
+        ema((one * other).sum(), leaves=[one, two])
+    assert [warning.filename for warning in told] == [__file__]
     average = ema((one * two * other).sum(), leaves=[one, two])
     average.backward()
     assert torch.equal(one.grad, torch.full((2,), 0.5 * 2 + 0.5 * 4, dtype=torch.float64))
     assert torch.equal(two.grad, torch.full((2,), 0.5 * 4, dtype=torch.float64))
     assert other.grad is None
+
+
+def test_many_leaves_out_of_reach_are_named_once_and_a_part_that_is_skipped_later_is_not() -> None:
+    used, *others = (torch.nn.Parameter(torch.ones(n)) for n in range(1, 9))
+    ema = DifferentiableEMA((), 0.5, "carried", cotangent=torch.tensor(1.0))
+    with pytest.warns(RuntimeWarning, match=r"leaves\[5\] of the shape \[6\] and 2 more: no gradient"):
+        ema(used.sum(), leaves=[used, *others])
+    ema(others[0].sum(), leaves=[used, *others])
 
 
 def test_an_earlier_result_keeps_its_own_gradient() -> None:

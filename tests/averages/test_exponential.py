@@ -294,6 +294,37 @@ def test_a_state_saved_by_mmengine_loads_and_goes_on() -> None:
     assert ema.steps == 42
 
 
+@pytest.mark.parametrize("steps", [None, 40])
+def test_a_state_of_mmengine_0_loads_and_goes_on(steps: int | None) -> None:
+    """Names without `module.`; where it has no `steps`, the average in it is one nevertheless."""
+    model = tiny_model()
+    saved = mmengine_state(model, steps=40)
+    state = {name.removeprefix("module."): value for name, value in saved.items()}
+    if steps is None:
+        del state["steps"]
+    inner = ExponentialMovingAverage(model, momentum=0.25)
+    whole = torch.nn.ModuleDict({"generator": torch.nn.Linear(1, 1), "generator_ema": inner})
+    given = {f"generator_ema.{name}": value for name, value in state.items()}
+    given |= {f"generator.{name}": value for name, value in whole["generator"].state_dict().items()}
+    before = set(given)
+    whole.load_state_dict(given, strict=True)
+    assert set(given) == before
+    assert inner.steps == (steps or 1)
+    for name, value in saved.items():
+        assert name == "steps" or torch.equal(inner.state_dict()[name], value)
+    inner.update_parameters(model)
+    expected = 0.75 * numbers(saved["module.head.bias"]) + 0.25 * numbers(model.head.bias)
+    np.testing.assert_allclose(numbers(inner.module.head.bias), expected, rtol=0, atol=1e-6)
+
+
+def test_a_model_with_a_child_called_module_loads_from_both_kinds_of_states() -> None:
+    model = torch.nn.ModuleDict({"module": torch.nn.Linear(1, 1, bias=False)})
+    for name in ("module.weight", "module.module.weight"):
+        ema = ExponentialMovingAverage(model)
+        ema.load_state_dict({name: torch.full((1, 1), 5.0), "steps": torch.tensor(3)})
+        assert ema.module["module"].weight == 5.0
+
+
 def test_the_counter_is_read_again_after_somebody_wrote_to_it() -> None:
     model = torch.nn.Linear(1, 1)
     ema = ExponentialMovingAverage(model, momentum=0.5)

@@ -190,5 +190,8 @@ def test_misuse_is_named() -> None:
         reconstruct([], [target])
     with pytest.raises(InvalidValueError, match="at or before"):
         reconstruct([PowerFunction.from_sigma_rel(0.05, 11.0)], [target])
+    for number in (0.15, [0.15], None):
+        with pytest.raises(InvalidValueError, match=r"^target .*: must be a profile, .*PowerFunction\.from_sigma_rel"):
+            reconstruct([target], [target, number])  # type: ignore[list-item]
     with pytest.raises(InvalidValueError, match="must be one of minvar, paper"):
         check_method("magic")

@@ -162,17 +162,20 @@ def test_a_selection_is_read_as_it_was_made() -> None:
     assert decode_header(Path("x"), start_of(selection=given), None).metadata["ema.selection"] == json.dumps(
         SELECTION, separators=(",", ":")
     )
+    with_copies = Selection(True, ("a*",), ("b", "c"), "copy", ("d.*",))
+    found = decode_snapshot(Path("x"), decode_header(Path("x"), start_of(selection=with_copies), None))
+    assert found.selection == with_copies
     assert decode_snapshot(Path("x"), decode_header(Path("x"), start_of(), None)).selection is None
 
 
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
-        ({"only_trainable": 1}, "must have only_trainable, include, exclude, buffers, and nothing else"),
-        ({"further": 1}, "must have only_trainable, include, exclude, buffers, and nothing else"),
-        ({"include": "a*"}, "include and exclude must be lists of globs"),
-        ({"include": {"a": 1}}, "include and exclude must be lists of globs"),
-        ({"exclude": ["a", 1]}, "include and exclude must be lists of globs"),
+        ({"only_trainable": 1}, "must have only_trainable, include, exclude, buffers, copy_only, and nothing else"),
+        ({"further": 1}, "must have only_trainable, include, exclude, buffers, copy_only, and nothing else"),
+        ({"include": "a*"}, "include, exclude, copy_only must be lists of globs"),
+        ({"include": {"a": 1}}, "include, exclude, copy_only must be lists of globs"),
+        ({"exclude": ["a", 1]}, "include, exclude, copy_only must be lists of globs"),
         ({"buffers": "keep"}, "buffers 'keep' is none of "),
     ],
 )

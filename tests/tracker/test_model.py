@@ -139,7 +139,7 @@ def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.Lo
     model.norm.running_mean.fill_(float("nan"))
     tracker.update_(model)
     tracker.flush()
-    assert "buffer 'norm.running_mean' holds nan" in caplog.text
+    assert "tensor 'norm.running_mean' holds nan" in caplog.text
 
 
 def test_tying_that_changes_is_refused(tmp_path: Path) -> None:
@@ -378,6 +378,74 @@ def test_blocks_nest(tmp_path: Path) -> None:
             pass
         assert_same(model, outer)
     assert_same(model, before)
+
+
+@pytest.mark.parametrize("way", ["model", "averaged"])
+def test_a_block_without_with_says_so_and_changes_nothing(tmp_path: Path, way: str) -> None:
+    model, tracker, _ = trained(tmp_path, steps=5)
+    before = snapshot_of(model)
+    taken_for_the_model = getattr(tracker, way)(model, 0.05)
+    said = rf"{way}\(\.\.\.\): is for a `with` statement, such as `with ema\.{way}\(\.\.\.\) as averaged: .*averaged"
+    with pytest.raises(NotReadyError, match=said):
+        taken_for_the_model(torch.zeros(2, 3, dtype=torch.long))
+    for use in ("eval", "parameters", "state_dict"):
+        with pytest.raises(AttributeError, match=rf"{said}\.{use}"):
+            getattr(taken_for_the_model, use)()
+    for use in (pickle.dumps, deepcopy):
+        with pytest.raises(NotReadyError, match=rf"{said}\.state_dict\(\)"):
+            use(taken_for_the_model)
+    assert_same(model, before)
+    with taken_for_the_model as averaged:
+        assert averaged is model
+
+
+def test_a_state_dict_taken_in_a_block_holds_the_models_own_weights_after_it(tmp_path: Path) -> None:
+    """As the documentation of `model` says, and what to take in its place."""
+    model, tracker, _ = trained(tmp_path)
+    raw = snapshot_of(model)
+    with tracker.model(model, sigma_rel=0.28) as averaged:
+        references = averaged.state_dict()
+        values = {name: tensor.clone() for name, tensor in references.items()}
+    kept = tracker.state_dict(sigma_rel=0.28)
+    assert torch.equal(references["embed.weight"], raw["embed.weight"])
+    assert not torch.equal(values["embed.weight"], raw["embed.weight"])
+    assert all(torch.equal(tensor, values[name]) for name, tensor in kept.items())
+
+
+def test_the_constructor_names_the_two_ways_to_make_a_tracker(tmp_path: Path) -> None:
+    for arguments in ((Network(),), (Network(), tmp_path), ()):
+        with pytest.raises(
+            InvalidValueError, match=r"from_model\(model, checkpoint_dir, .*from_path\(checkpoint_dir\)"
+        ):
+            PostHocEMA(*arguments, sigma_rels=(0.05, 0.28))
+
+
+def test_a_model_on_meta_is_named_with_what_fills_it(tmp_path: Path) -> None:
+    _, tracker, _ = trained(tmp_path, steps=5)
+    tracker.close()
+    model = Network().to("meta")
+    said = r"'embed\.weight': is on the meta device .*\.load_into\(model, sigma_rel=\.\.\.\) fills"
+    with pytest.raises(InvalidValueError, match=said), tracker.model(model, sigma_rel=0.2):
+        pass
+    with pytest.raises(InvalidValueError, match=said), tracker.averaged(model, tracked=0.05):
+        pass
+    with pytest.raises(InvalidValueError, match=said):
+        PostHocEMA.from_path(tmp_path, model)
+    with pytest.warns(RuntimeWarning, match=r"on meta still.*: frozen\.weight, frozen\.bias, cache;"):
+        PostHocEMA.from_path(tmp_path).load_into(model, sigma_rel=0.2)
+    for name, tensor in PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.2).items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_what_is_not_swapped_may_be_on_meta(tmp_path: Path) -> None:
+    """Offloading libraries leave it there between two calls."""
+    model, tracker, _ = trained(tmp_path, steps=5)
+    model.frozen.to("meta")
+    model.cache = model.cache.to("meta")
+    with tracker.model(model, sigma_rel=0.2):
+        pass
+    assert model.frozen.weight.is_meta
+    assert model.cache.is_meta
 
 
 def test_load_into_keeps_the_averaged_weights(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from factories import exact_average
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.tensors import stored_name, tensor_from_bytes
 
@@ -91,7 +92,10 @@ def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Pat
         ({"exclude": ["2.*", "3.*"]}, r"exclude '3\.\*': matches no tensor"),
         ({"include": 3}, "include 3: must be a glob on names"),
         ({"exclude": [""]}, "must be a glob on names"),
-        ({"exclude": "*"}, "include and exclude leave none"),
+        ({"exclude": "*"}, "include, exclude and copy_only leave none"),
+        ({"copy_only": "*"}, "include, exclude and copy_only leave none"),
+        ({"copy_only": "conv.*"}, r"copy_only 'conv\.\*': matches no tensor of the model"),
+        ({"copy_only": [0]}, r"copy_only \[0\]: must be a glob on names"),
         ({"buffers": "mean"}, "buffers 'mean': must be one of copy, average, skip"),
         ({"include": "2.bias"}, "only_trainable=False takes frozen ones too"),
     ],
@@ -124,7 +128,9 @@ def test_a_parameter_added_in_training_is_named(tmp_path: Path) -> None:
     ['[]', '{"only_trainable":true}', '{"only_trainable":1,"include":[],"exclude":[],"buffers":"copy"}',
      '{"only_trainable":true,"include":"a","exclude":[],"buffers":"copy"}',
      '{"only_trainable":true,"include":[1],"exclude":[],"buffers":"copy"}',
-     '{"only_trainable":true,"include":[],"exclude":[],"buffers":"all"}'],
+     '{"only_trainable":true,"include":[],"exclude":[],"buffers":"all"}',
+     '{"only_trainable":true,"include":[],"exclude":[],"buffers":"copy","copy_only":"a"}',
+     '{"only_trainable":true,"include":[],"exclude":[],"buffers":"copy","copies":[]}'],
 )  # fmt: skip
 def test_a_damaged_selection_is_found(tmp_path: Path, selection: str) -> None:
     from posthoc_cli.snapshots import format as fmt
@@ -154,6 +160,81 @@ def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path
     model = network()
     PostHocEMA.from_path(tmp_path, model).load_into(model, sigma_rel=0.28)
     assert torch.equal(model[1].running_mean, weights["1.running_mean"])
+
+
+# --- copied, not averaged --------------------------------------------------------------------------
+
+COPIED = {"0.weight", "0.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.bias"}
+
+
+def test_what_is_only_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: Path) -> None:
+    """Trainable or frozen (2.bias), in snapshots of float16, while tracking, from the directory and after a resume."""
+    model = network()
+    states = tracked(model, tmp_path, copy_only=["0.*", "2.bias"], checkpoint_dtype=torch.float16)
+    assert {name for name, role in roles(tmp_path).items() if role == "copy"} == COPIED
+    assert read_directory(tmp_path)[-1].header.tensors["0.weight"].dtype == "F32"
+    finished = PostHocEMA.from_path(tmp_path)
+    for step in (3, 6):
+        weights = finished.state_dict(sigma_rel=0.15, step=step)
+        assert all(torch.equal(weights[name], states[step - 1][name].to(weights[name].dtype)) for name in COPIED)
+    expected = exact_average([state["2.weight"] for state in states], 0.28, range(1, 7))
+    np.testing.assert_allclose(finished.state_dict(sigma_rel=0.28)["2.weight"], expected, rtol=2**-11)
+
+    for parameter in model[0].parameters():  # whether it requires gradients changes nothing
+        parameter.requires_grad_(False)
+    with PostHocEMA.from_path(tmp_path, model) as run:
+        wander(model, 7)
+        run.update_(model)
+        raw = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        state = run.state_dict()
+        wander(model, 8)
+        for block in (run.model(model, sigma_rel=0.15), run.averaged(model, tracked=0.05)):
+            with block:
+                assert all(torch.equal(model.state_dict()[name], raw[name]) for name in COPIED)
+        run.load_into(model, sigma_rel=0.15)
+        assert all(torch.equal(model.state_dict()[name], raw[name]) for name in COPIED)
+        run.load_state_dict(state)
+        assert all(torch.equal(run.state_dict()["copies"][name], raw[name]) for name in COPIED)
+
+
+def test_what_is_only_copied_is_what_the_other_library_leaves_out_of_its_average(tmp_path: Path) -> None:
+    ema_pytorch = pytest.importorskip("ema_pytorch")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    theirs = ema_pytorch.EMA(model, update_every=1, update_after_step=0, param_or_buffer_names_no_ema={"0.weight"})
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, copy_only="0.weight") as run:
+        for step in range(5):
+            wander(model, step)
+            theirs.update()
+            run.update_(model)
+        weights = run.state_dict(sigma_rel=0.1)
+    assert torch.equal(weights["0.weight"], theirs.ema_model[0].weight)
+    assert torch.equal(weights["0.weight"], model[0].weight)
+    assert not torch.equal(weights["1.weight"], model[1].weight)
+
+
+def test_one_name_of_a_tied_parameter_is_enough_to_copy_it(tmp_path: Path) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    tracked(model, tmp_path, copy_only="1.weight")
+    assert roles(tmp_path) == {"0.weight": "copy", "0.bias": "average", "1.bias": "average"}
+    assert read_directory(tmp_path)[-1].info.aliases == {"1.weight": "0.weight"}
+
+
+def test_averaged_buffers_and_complex_parameters_may_be_copied_and_what_is_left_out_stays_so(tmp_path: Path) -> None:
+    tracked(network(), tmp_path / "a", copy_only=["1.*", "2.*"], buffers="average", exclude="2.bias")
+    expected = {name: "average" if name.startswith("0.") else "copy" for name in ALL - {"2.bias"}}
+    assert roles(tmp_path / "a") == expected
+    model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
+    tracked(model, tmp_path / "b", copy_only="phase")
+    assert torch.equal(PostHocEMA.from_path(tmp_path / "b").state_dict(sigma_rel=0.1)["phase"], model.phase)
+
+
+def test_a_header_without_copies_asked_for_is_as_it_was_before_there_were_any(tmp_path: Path) -> None:
+    tracked(network(), tmp_path, steps=3)
+    snapshot = read_directory(tmp_path)[-1]
+    chosen = '{"only_trainable":true,"include":[],"exclude":[],"buffers":"copy"}'
+    assert snapshot.header.metadata["ema.selection"] == chosen
+    assert snapshot.info.selection == Selection()
 
 
 # --- kinds of tensors ------------------------------------------------------------------------------
@@ -250,7 +331,7 @@ def test_a_complex_buffer_is_copied(tmp_path: Path) -> None:
 
 def test_a_complex_parameter_may_be_left_out(tmp_path: Path) -> None:
     model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
-    with pytest.raises(InvalidValueError, match=r"'phase': is complex, .*exclude='phase'"):
+    with pytest.raises(InvalidValueError, match=r"'phase': is complex, .*copy_only='phase', .*exclude='phase'"):
         PostHocEMA.from_model(model, tmp_path)
     assert PostHocEMA.from_model(model, tmp_path, exclude="phase")._background.now.tracked.left_out == ("phase",)
 
@@ -272,7 +353,7 @@ def test_the_name_that_no_tensor_in_a_file_can_have_is_refused(tmp_path: Path, k
 def test_a_buffer_on_meta_is_refused(tmp_path: Path) -> None:
     model = torch.nn.Linear(2, 2)
     model.register_buffer("table", torch.zeros(3, device="meta"))
-    with pytest.raises(InvalidValueError, match=r"tensor 'table': is on the meta device .* to_empty"):
+    with pytest.raises(InvalidValueError, match=r"tensor 'table': is on the meta device .*load_state_dict"):
         PostHocEMA.from_model(model, tmp_path)
     assert PostHocEMA.from_model(model, tmp_path, buffers="skip")._background.now.tracked.left_out == ("table",)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
-from posthoc_cli.averages.differentiable.histories import Decay, blend
+from posthoc_cli.averages.differentiable.histories import CALLER, Decay, blend
 from posthoc_cli.errors import InvalidValueError
 
 
@@ -36,7 +37,9 @@ class Carried:
         if not value.requires_grad:
             raise InvalidValueError("value: has no graph to take the derivative from; make it outside of no_grad")
         cotangent = None if self._cotangent is None else self._cotangent.to(value)
-        jacobians = _jacobians(value, found, cotangent)
+        jacobians, unreached = _jacobians(value, found, cotangent)
+        if unreached and not self._jacobians:  # later on a part that is skipped now and then is no mistake
+            _warn_of_unreached(unreached, found)
         kept = 0.0 if average is None else float(decay)
         for index, jacobian in enumerate(jacobians):
             jacobian.mul_(1 - kept)
@@ -82,20 +85,33 @@ def check_cotangent(cotangent: torch.Tensor | None, shape: tuple[int, ...]) -> t
 
 def _jacobians(
     value: torch.Tensor, leaves: tuple[torch.Tensor, ...], cotangent: torch.Tensor | None
-) -> tuple[torch.Tensor, ...]:
-    """d value / d leaf for each leaf, one backward pass a row; in float32 at least."""
+) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+    """d value / d leaf for each leaf, one backward pass a row, in float32 at least; and which leaves have none."""
     rows = value.numel() if cotangent is None else 1
     jacobians = tuple(
         torch.zeros(rows, *leaf.shape, device=leaf.device, dtype=torch.promote_types(leaf.dtype, torch.float32))
         for leaf in leaves
     )
+    unreached = set(range(len(leaves))) if rows else set()
     for row, direction in enumerate(_directions(value, cotangent)):
         # The graph is the caller's, who may want gradients of the value itself.
         gradients = torch.autograd.grad(value, leaves, direction, retain_graph=True, allow_unused=True)
-        for jacobian, gradient in zip(jacobians, gradients, strict=True):
+        for index, gradient in enumerate(gradients):
             if gradient is not None:
-                jacobian[row] = gradient
-    return jacobians
+                jacobians[index][row] = gradient
+                unreached.discard(index)
+    return jacobians, sorted(unreached)
+
+
+def _warn_of_unreached(unreached: Sequence[int], leaves: Sequence[torch.Tensor]) -> None:
+    listed = ", ".join(f"leaves[{index}] of the shape {list(leaves[index].shape)}" for index in unreached[:5])
+    more = f" and {len(unreached) - 5} more" if len(unreached) > 5 else ""
+    warnings.warn(
+        f"the value does not depend on {listed}{more}: no gradient will reach these leaves; leave them out, or look "
+        "for a detach() on the way",
+        RuntimeWarning,
+        stacklevel=CALLER + 1,
+    )
 
 
 def _directions(value: torch.Tensor, cotangent: torch.Tensor | None) -> Iterator[torch.Tensor]:

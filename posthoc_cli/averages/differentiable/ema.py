@@ -45,7 +45,8 @@ class DifferentiableEMA(torch.nn.Module):
     else. An update costs a backward pass for each element of the average and memory of (elements of the average) x
     (elements of the leaves): it is for an average of few values. Or give a fixed `cotangent` c: then only c^T J is
     carried, one pass and the memory of the leaves, and `backward` accepts gradients g that are a multiple of c. There
-    are first derivatives only (no `create_graph`).
+    are first derivatives only (no `create_graph`). Leaves that the first value does not depend on are named in a
+    warning.
 
     What this derivative is: J_t = sum_i c_i df_i/dw(w_i), each term at the leaf's value *of then*. It is what moves a_t
     when one and the same shift is added to all of w_1, ..., w_t: d/ds sum_i c_i f_i(w_i + s) at s = 0. It equals the

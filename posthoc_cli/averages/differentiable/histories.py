@@ -125,7 +125,7 @@ class Full:
                 f"mode 'full' holds the graphs of {self._length} values, and one more with each; use 'window' or "
                 "'carried' for training, or call reset()",
                 RuntimeWarning,
-                stacklevel=_CALLER,
+                stacklevel=CALLER,
             )
         return self._average.clone()
 
@@ -134,7 +134,7 @@ class Full:
         return Full()
 
 
-_CALLER = 5
+CALLER = 5
 """Frames from a warning in `take_in` to the call of the module: take_in, forward, two of torch.nn.Module."""
 
 
