@@ -24,7 +24,15 @@ EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="Snapshots, or a single file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR|FILE", help="Snapshots, outputs, a model in shards or its index, or a single file."
+        ),
+    ],
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="All coefficients of an output, and its profile error.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a directory or a file holds.
@@ -37,7 +45,7 @@ def info(
     if as_json:
         output.print_json(report)
     else:
-        _print(report)
+        _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)
 
@@ -229,16 +237,20 @@ def _counts(header: FileHeader) -> dict[str, Any]:
 # --- as text ---------------------------------------------------------------------------------------
 
 
-def _print(report: dict[str, Any]) -> None:
-    pairs = [
-        (key.replace("_", " "), _text(key, value))
-        for key, value in report.items()
-        if key not in ("notes", "problems", "profiles")
-    ]
+def _print(report: dict[str, Any], verbose: bool) -> None:
+    hidden = {"notes", "problems", "profiles", "outputs"}
+    hidden |= set() if verbose or report.get("method") == "paper" else {"profile_error"}
+    pairs = [(key.replace("_", " "), _text(key, value)) for key, value in report.items() if key not in hidden]
     output.print_pairs([(name, text) for name, text in pairs if text])
     if "profiles" in report:
         output.print_line("")
         _print_profiles(report["profiles"])
+    if "outputs" in report:
+        output.print_line("")
+        _print_outputs(report["outputs"], verbose)
+    if report["kind"] == "output":
+        output.print_line("")
+        _print_coefficients(report["snapshots"], verbose)
     for note in report.get("notes", ()):
         output.print_line(f"note: {note}")
     for problem in report.get("problems", ()):
@@ -262,6 +274,36 @@ def _print_profiles(profiles: list[dict[str, Any]]) -> None:
     output.print_table(columns, rows)
 
 
+def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
+    shown = outputs if verbose else outputs[: output.MOST_ROWS]
+    rows = [
+        [
+            Path(report["path"]).name,
+            _cut(report["profile"]),
+            f"{report['t']:,.12g}",
+            output.percent(report["predicted_error"]),
+            output.size_text(report["bytes"]),
+        ]
+        for report in shown
+    ]
+    output.print_table(["output", "profile", "t", "predicted error", "size"], rows, left=["output", "profile"])
+    _print_rest(len(outputs) - len(shown))
+
+
+def _print_coefficients(snapshots: list[dict[str, Any]], verbose: bool) -> None:
+    """Those of the largest size, as they lie in the output."""
+    order = sorted(range(len(snapshots)), key=lambda index: -abs(snapshots[index]["coefficient"]))
+    shown = sorted(order[: len(order) if verbose else output.MOST_ROWS])
+    rows = [[_cut(snapshots[index]["file"]), _coefficient(snapshots[index]["coefficient"])] for index in shown]
+    output.print_table(["snapshot", "coefficient"], rows, left=["snapshot"])
+    _print_rest(len(order) - len(shown), " with smaller coefficients")
+
+
+def _print_rest(count: int, what: str = "") -> None:
+    if count:
+        output.print_line(f"and {count:,} more{what}; --verbose lists them")
+
+
 def _range_text(ends: list[float] | None) -> str:
     if ends is None:
         return "unknown"
@@ -275,7 +317,7 @@ def _text(key: str, value: Any) -> str:
     if key == "measured":
         return f"{value:,} of them" if value else "none of them: errors are predicted from a sample"
     if key == "snapshots" and isinstance(value, list):
-        return "; ".join(f"{_cut(item['file'])} x {_coefficient(item['coefficient'])}" for item in value)
+        return f"{len(value):,}"
     if key in ("profile_error", "predicted_error", "relative_rounding"):
         return output.percent(value)
     if key == "norm":
@@ -300,7 +342,7 @@ def _coefficient(value: float) -> str:
 
 
 def _cut(text: str) -> str:
-    """A stranger's text, of a length that fits a few lines."""
+    """A text from a file, of a length that fits a few lines."""
     return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
 
 
