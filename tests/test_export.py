@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from factories import RUN_ID, exact_gamma, write_snapshot
+from factories import RUN_ID, exact_gamma, read_snapshot, write_sharded, write_snapshot
 
 from posthoc_cli import files
 from posthoc_cli.errors import (
@@ -257,6 +257,14 @@ def test_a_snapshot_comes_in_the_models_own_dtypes_under_all_its_names(tmp_path:
     assert (info.sigma_rel, info.t, info.method, info.profile_error) == (0.05, 10, "tracked", 0)
     assert info.snapshots == ((source.name, 1.0),)
     assert sorted(info.copies) == ["var", "var too"]
+
+    folder = tmp_path / "10"
+    write_sharded(folder, read_snapshot(source).info, [{"w": w}, {"var": var}])
+    for number, shards in enumerate((folder, folder / INDEX)):
+        export_file(shards, tmp_path / f"{number}.safetensors")
+        assert_equal(load(tmp_path / f"{number}.safetensors"), expected)
+    info = decode_output(Path("out"), read_header(tmp_path / "1.safetensors"))
+    assert (info.snapshots, info.copies) == ((("10", 1.0),), ("var", "var too"))
 
     export_file(source, tmp_path / "half.pt", dtype="float16")
     assert_equal(load(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})

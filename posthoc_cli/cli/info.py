@@ -10,6 +10,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.errors import DirectoryError
 
 if TYPE_CHECKING:
     from posthoc_cli.reconstruction import Measurements
@@ -41,7 +42,7 @@ def info(
     is checked by ema verify.
     """
     path = files.expanded(path)
-    report = describe_directory(path) if path.is_dir() else describe_file(path)
+    report = describe_directory(path) if path.is_dir() else describe_model(path)
     if as_json:
         output.print_json(report)
     else:
@@ -54,14 +55,20 @@ def info(
 
 
 def describe_directory(path: Path) -> dict[str, Any]:
-    """What a snapshot directory holds, or a snapshot in several files: the object that --json prints."""
+    """What a directory holds: snapshots, one in several files, a model, or outputs. The object that --json prints."""
+    from posthoc_cli.snapshots.models import holds_model, models_at
     from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
     from posthoc_cli.snapshots.store import inspect_directory
 
     sharded = read_sharded(path) if is_sharded(path) else None
     if sharded is not None:
         return _describe_snapshot(sharded)
-    found = inspect_directory(path)
+    try:
+        found = inspect_directory(path)
+    except DirectoryError:  # no snapshots
+        models = [describe_model(model) for model in models_at(path)]
+        alone = holds_model(path)
+        return models[0] if alone else {"kind": "outputs", "path": str(path), "outputs": models}
     report: dict[str, Any] = {"kind": "directory", "path": str(path)}
     if found.snapshots:
         report |= _describe_run(found)
@@ -119,6 +126,34 @@ def _relative_rounding(measured: Measurements | None) -> float | None:
     return math.sqrt(measured.rounding / measured.norm)
 
 
+def describe_model(path: Path) -> dict[str, Any]:
+    """What a file holds, or the shards of an index: the object that --json prints."""
+    from posthoc_cli.snapshots.metadata import file_kind
+    from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files
+    from posthoc_cli.snapshots.outputs import decode_output
+    from posthoc_cli.snapshots.reader import read_header
+    from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
+
+    index = index_of(path)
+    if index is None:
+        return describe_file(next(iter(model_files(path))))
+    sharded = read_sharded(index.parent) if is_sharded(index.parent) else None
+    if sharded is not None:
+        return _describe_snapshot(sharded)
+    headers = {}
+    for file, names in model_files(path).items():
+        headers[file] = read_header(file)
+        check_indexed(file, headers[file], names)
+    outputs = [decode_output(file, header) for file, header in headers.items() if file_kind(header) == "output"]
+    if len(outputs) < len(headers):
+        size = sum(header.file_bytes for header in headers.values())
+        return {"kind": "safetensors", "path": str(path), **_counts(*headers.values()), "bytes": size}
+    first = next(iter(headers))
+    for file, found in zip(headers, outputs, strict=True):
+        check_alike(first, outputs[0], file, found)
+    return _describe_output(path, outputs[0], *headers.values())
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """What a file holds: the object that --json prints."""
     from posthoc_cli.snapshots.decoding import decode_snapshot
@@ -129,7 +164,7 @@ def describe_file(path: Path) -> dict[str, Any]:
     header = read_header(path)
     kind = file_kind(header)
     if kind == "output":
-        return _describe_output(path, header, decode_output(path, header))
+        return _describe_output(path, decode_output(path, header), header)
     if kind == "snapshot":
         return _describe_snapshot(Snapshot(path, header, decode_snapshot(path, header)))
     if kind == "state":
@@ -168,7 +203,7 @@ def _describe_measurements(measured: Measurements | None) -> dict[str, Any] | No
     }
 
 
-def _describe_output(path: Path, header: FileHeader, info: OutputInfo) -> dict[str, Any]:
+def _describe_output(path: Path, info: OutputInfo, *headers: FileHeader) -> dict[str, Any]:
     return {
         "kind": "output",
         "path": str(path),
@@ -182,8 +217,8 @@ def _describe_output(path: Path, header: FileHeader, info: OutputInfo) -> dict[s
         "profile_error": info.profile_error,
         "predicted_error": info.predicted_error,
         "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
-        **_counts(header),
-        "bytes": header.file_bytes,
+        **_counts(*headers),
+        "bytes": sum(header.file_bytes for header in headers),
     }
 
 
@@ -223,12 +258,13 @@ def _describe_tensors(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _counts(header: FileHeader) -> dict[str, Any]:
+def _counts(*headers: FileHeader) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
-    for entry in header.tensors.values():
+    for entry in (entry for header in headers for entry in header.tensors.values()):
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
     return {
-        "tensors": len(header.tensors),
+        **({"files": len(headers)} if len(headers) > 1 else {}),
+        "tensors": sum(len(header.tensors) for header in headers),
         "parameters": sum(dtypes.values()),
         "dtypes": dict(sorted(dtypes.items())),
     }

@@ -315,8 +315,9 @@ def _note_left_out(plan: Plan, path: Path) -> None:
     if not left_out:
         return
     shown = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
-    file = path if path.suffix == ".safetensors" else Path("model.safetensors")
-    command = f"ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
+    file = path.with_suffix(".safetensors") if path.suffix in (".pt", ".pth", ".bin") else path
+    how = "" if file == path else f"make {file.name} and not {path.name}, then: "
+    command = f"{how}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
     output.print_note(
         f"{len(left_out)} of the model's tensors are not in the output, since the run does not track them ({shown}); "
         f"to add them from a full model: {command}"

@@ -17,14 +17,10 @@ import xxhash
 import posthoc_cli
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
+from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata, same_coefficients
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis import DiskSource, Plan, Source
 from posthoc_cli.synthesis.division import Part
-
-SAME_COEFFICIENT = 1e-6
-"""Coefficients of one plan may differ by this fraction of the largest: processors of different kinds solve the same
-equations with other roundings. It is far below what float16 snapshots are exact to."""
 
 PART_PATTERN = "model-{number:05d}-of-{of:05d}.safetensors"
 
@@ -96,7 +92,7 @@ class PartFile:
                 return f"{words_of_key} {str(metadata.get(key))[:60]}, not {self.metadata[key]}"
         if metadata.get("ema.plan") != self.plan_id:
             return "its snapshots, dtype or tensors are others, or the targets that it was made together with"
-        if not _same_coefficients(found, self.info):
+        if not same_coefficients(found, self.info):
             return "its coefficients are others; snapshots were added or removed since"
         return None
 
@@ -137,11 +133,3 @@ def source_checksum(source: Source) -> str:
     if not isinstance(source, DiskSource):
         raise InvalidValueError(f"shard: {source.name} is in memory; parts are made from snapshots on disk")
     return source.snapshot.header.metadata["ema.checksum"]
-
-
-def _same_coefficients(found: OutputInfo, expected: OutputInfo) -> bool:
-    pairs = [[c for _, c in info.snapshots if c] for info in (found, expected)]
-    if len(pairs[0]) != len(pairs[1]):
-        return False
-    most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
-    return all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))

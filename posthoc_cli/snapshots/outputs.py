@@ -9,6 +9,10 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import Metadata, is_number
 
+SAME_COEFFICIENT = 1e-6
+"""Coefficients of one plan may differ by this fraction of the largest: processors of different kinds solve the same
+equations with other roundings. It is far below what float16 snapshots are exact to."""
+
 
 @dataclass(frozen=True)
 class OutputInfo:
@@ -82,3 +86,12 @@ def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
         if error is not None and error < 0:
             raise reader.bad(f"ema.{key}", f"{error:g} is below 0")
     return info
+
+
+def same_coefficients(found: OutputInfo, expected: OutputInfo) -> bool:
+    """Whether two outputs were made of snapshots by the same coefficients, but for rounding."""
+    pairs = [[c for _, c in info.snapshots if c] for info in (found, expected)]
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
+    return all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
