@@ -13,7 +13,7 @@ from posthoc_cli.cli import output
 from posthoc_cli.cli.amounts import parse_bytes, parse_count
 from posthoc_cli.cli.assumption import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.error_plot import PICTURES
-from posthoc_cli.cli.values import parse_sigma_range, parse_sigma_rels
+from posthoc_cli.cli.values import parse_max_error, parse_sigma_range, parse_sigma_rels
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -31,6 +31,12 @@ def plan(
     params: Annotated[str, typer.Option(help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M.")],
     max_size: Annotated[str, typer.Option(help="Disk for all snapshots at their fullest: 60GB, 500MiB.")],
     sigma_range: Annotated[str, typer.Option(help="The averages that will be wanted: LOW:HIGH.")] = "0.05:0.28",
+    max_error: Annotated[
+        str,
+        typer.Option(
+            metavar="ERROR", help="A worst predicted error that is good enough: of schedules below it, the cheapest."
+        ),
+    ] = "0.05%",
     like: LikeOption = None,
     sigma_rels: Annotated[
         str | None, typer.Option(help="Track these widths, such as 0.05,0.28. [default: the best]")
@@ -48,8 +54,10 @@ def plan(
 ) -> None:
     """Propose what to track and store before training.
 
-    Looks for the smallest worst predicted error in the range that the disk allows, shows what else there is (the
-    best of each dtype, of one, two and three profiles, of half the disk), and prints the call to paste.
+    Looks for the schedule that writes and updates least and whose worst predicted error in the range is good enough
+    (--max-error); where the disk does not allow that, for the smallest error. Shows what else there is (the best of
+    each dtype, of one, two and three profiles), with the snapshots kept of each profile and the steps from one to the
+    next, and prints the call to paste.
 
     Errors are those expected if the network moves evenly, like a random walk that in the whole of training goes a
     quarter of the norm of its weights; --like takes the movement of an earlier run instead, stretched over --steps,
@@ -66,6 +74,7 @@ def plan(
         parameters=parse_count(params, "--params"),
         max_bytes=parse_bytes(max_size, "--max-size"),
         sigma_range=parse_sigma_range(sigma_range),
+        max_error=parse_max_error(max_error),
         sigma_rels=None if sigma_rels is None else tuple(sorted(parse_sigma_rels(sigma_rels, "--sigma-rels"))),
         dtype=None if dtype is None else DTYPES.get(dtype, dtype),
         checkpoint_every=checkpoint_every,
@@ -129,6 +138,7 @@ def _report(task: Task, like: Path | None, earlier: Likeness, proposals: list[Pr
         "parameters": task.parameters,
         "max_bytes": task.max_bytes,
         "sigma_range": list(task.sigma_range),
+        "max_error": task.max_error,
         "like": None if like is None else str(like),
         "motion": "assumed" if earlier.motion is None else "like",
         "proposals": [
@@ -153,7 +163,7 @@ def _report(task: Task, like: Path | None, earlier: Likeness, proposals: list[Pr
 
 
 def _print(task: Task, like: Path | None, earlier: Likeness, proposals: list[Proposal], out: Path | None) -> None:
-    columns = ["tracked", "dtype", "snapshots each", "checkpoint_every", "disk", "worst error", "median error"]
+    columns = ["tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
     rows = [
         [
             ", ".join(f"{s:g}" for s in proposal.schedule.sigma_rels),

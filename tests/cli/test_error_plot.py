@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ema_command import Ema
+from factories import expected_error
 
 from posthoc_cli import PostHocEMA
 
@@ -60,30 +61,13 @@ def test_the_profile_error_is_for_those_who_ask(ema: Ema, run: Path, tmp_path: P
     assert "relative L2 error of the profile" in (tmp_path / "e.svg").read_text()
 
 
-def expected_error(sigma_rel: float, tracked: tuple[float, ...], steps: int, every: int, rounding: float) -> float:
-    """Of the best combination of all snapshots, for weights that walk a quarter of their norm, from the definition."""
-    s = (np.arange(20_000) + 0.5) / 20_000 * steps
-
-    def tail(width: float, t: float) -> np.ndarray:
-        gamma = np.roots([1, 7, 16 - width**-2, 12 - width**-2]).real.max()
-        return np.where(s < t, 1 - (np.minimum(s, t) / t) ** (gamma + 1), 0.0)
-
-    columns = np.stack([tail(width, t) for t in range(every, steps + 1, every) for width in tracked], axis=1)
-    walk = np.sqrt(0.25**2 / len(s))  # of each of the intervals
-    rows = np.vstack([walk * columns, rounding * np.eye(columns.shape[1])])
-    wanted = np.concatenate([walk * tail(sigma_rel, steps), np.zeros(columns.shape[1])])
-    # The last coefficient is 1 minus the others.
-    free, rest = rows[:, :-1] - rows[:, -1:], wanted - rows[:, -1]
-    return float(np.linalg.norm(free @ np.linalg.lstsq(free, rest, rcond=None)[0] - rest))
-
-
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_schedule_has_the_predicted_error_of_plan_under_the_same_assumption(ema: Ema, dtype: str) -> None:
     schedule = ("--sigma-rels", "0.05,0.28", "--steps", "8000", "--checkpoint-every", "1000", "--dtype", dtype)
     (curve,) = json.loads(ema("error-plot", *schedule, "--sigma-range", "0.05:0.28", "--json").out)["curves"]
     rounding = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype] * np.sqrt(2 * np.log(2) / 36)
     for index in range(20, 200, 30):
-        least = expected_error(curve["sigma_rel"][index], (0.05, 0.28), 8000, 1000, float(rounding))
+        least = expected_error(curve["sigma_rel"][index], (0.05, 0.28), range(1000, 8001, 1000), float(rounding))
         assert (
             0.99 * least < curve["predicted_error"][index] < 1.13 * least
         )  # a little more where the paper's are taken
@@ -123,10 +107,7 @@ def test_a_run_that_does_not_tell_how_it_moved_is_judged_as_a_schedule(ema: Ema,
             tracker.update_(model)
     (curve,) = json.loads(ema("error-plot", tmp_path / "one", "--sigma-range", "0.05:0.28", "--json").out)["curves"]
     assert curve["label"].endswith("/one: 1 snapshot up to 100 steps, if the network moves evenly")
-    # Nothing can be chosen: the distance between the two averages of the walk.
-    s = (np.arange(20_000) + 0.5) / 20_000
-    tails = [1 - s ** (np.roots([1, 7, 16 - w**-2, 12 - w**-2]).real.max() + 1) for w in (0.05, 0.28)]
-    assert curve["predicted_error"][-1] == pytest.approx(0.25 * np.sqrt(np.mean((tails[0] - tails[1]) ** 2)), rel=0.01)
+    assert curve["predicted_error"][-1] == pytest.approx(expected_error(0.28, (0.05,), (100,), 0.0), rel=0.01)
 
 
 def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it(
