@@ -315,9 +315,9 @@ def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
     rows = [
         [
             Path(report["path"]).name,
-            _cut(report["profile"]),
-            f"{report['t']:,.12g}",
-            output.percent(report["predicted_error"]),
+            _cut(report.get("profile", report["kind"])),
+            f"{report['t']:,.12g}" if "t" in report else "",
+            output.percent(report["predicted_error"]) if "predicted_error" in report else "",
             output.size_text(report["bytes"]),
         ]
         for report in shown

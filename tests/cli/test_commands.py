@@ -137,6 +137,14 @@ def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run:
         assert len(re.findall(r"^sigma_rel-0\.\S+ +sigma_rel 0\.\d+ +2,000 +0\.0\d+ % ", text, re.MULTILINE)) == 3
 
 
+def test_info_of_a_folder_of_files_of_other_kinds(ema: Ema, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"w": torch.zeros(3, 2)}, tmp_path / f"{name}.safetensors")
+    result = ema("info", tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert re.findall(r"^([ab])\.safetensors +safetensors .* B$", result.out, re.MULTILINE) == ["a", "b"]
+
+
 def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_averages(ema, run, tmp_path / "shards", "--format", "sharded", "--max-shard-size", "50")
     folder, other = (tmp_path / "shards" / name for name in ("sigma_rel-0.15", "sigma_rel-0.2"))

@@ -49,7 +49,7 @@ def test_json_has_everything(ema: Ema) -> None:
 
 
 def test_what_is_good_enough_can_be_said(ema: Ema) -> None:
-    fixed = (*TASK, "--dtype", "float16", "--sigma-rels", "0.05,0.28", "--json")
+    fixed = (*TASK, "--max-size", "100MB", "--dtype", "float16", "--sigma-rels", "0.05,0.28", "--json")
     coarse, fine = (json.loads(ema(*fixed, "--max-error", error).out)["proposals"] for error in ("1%", "1e-5"))
     assert coarse[0]["worst_error"] <= 0.01
     assert coarse[0]["bytes"] < fine[0]["bytes"]
