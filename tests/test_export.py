@@ -393,6 +393,17 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, index: str) -> None:
     assert not (tmp_path / "out.safetensors").exists()
 
 
+@pytest.mark.parametrize("kind", ["file", "folder", "index"])
+def test_a_model_of_another_library_is_exported_however_it_lies(tmp_path: Path, kind: str) -> None:
+    base = write_base(tmp_path, kind)
+    export_file(base, tmp_path / "out.safetensors")
+    assert_equal(load(tmp_path / "out.safetensors"), BASE)
+    if kind == "index":
+        (base / "ids.safetensors").write_bytes((base / "a.safetensors").read_bytes())
+        with pytest.raises(FileFormatError, match=r"ids\.safetensors: tensor 'ids' is not in it, as the index says"):
+            export_file(base, tmp_path / "other.safetensors")
+
+
 def test_a_folder_without_a_model_is_no_base(tmp_path: Path) -> None:
     (tmp_path / "base").mkdir()
     with pytest.raises(FileFormatError, match=r"base/model\.safetensors: cannot be opened"):

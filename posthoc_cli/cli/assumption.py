@@ -39,6 +39,6 @@ def assumption_text(like: Path | None, earlier: Likeness) -> str:
 
     if like is None:
         return EVENLY
-    return (
-        f"{EVENLY}: {like} does not tell how it moved" if earlier.motion is None else f"the network moves as in {like}"
-    )
+    if earlier.motion is None:
+        return f"{EVENLY}: {like} does not tell how it moved"
+    return f"the network moves as in {like}"

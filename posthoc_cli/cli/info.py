@@ -56,7 +56,7 @@ def info(
 
 def describe_directory(path: Path) -> dict[str, Any]:
     """What a directory holds: snapshots, one in several files, a model, or outputs. The object that --json prints."""
-    from posthoc_cli.snapshots.models import holds_model, models_at
+    from posthoc_cli.snapshots.models import is_model_folder, models_at
     from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
     from posthoc_cli.snapshots.store import inspect_directory
 
@@ -67,8 +67,7 @@ def describe_directory(path: Path) -> dict[str, Any]:
         found = inspect_directory(path)
     except DirectoryError:  # no snapshots
         models = [describe_model(model) for model in models_at(path)]
-        alone = holds_model(path)
-        return models[0] if alone else {"kind": "outputs", "path": str(path), "outputs": models}
+        return models[0] if is_model_folder(path) else {"kind": "outputs", "path": str(path), "outputs": models}
     report: dict[str, Any] = {"kind": "directory", "path": str(path)}
     if found.snapshots:
         report |= _describe_run(found)

@@ -40,7 +40,7 @@ def index_of(path: Path) -> Path | None:
     return own if own.exists() else min(path.glob(f"*{INDEX_SUFFIX}"), default=None)
 
 
-def holds_model(path: Path) -> bool:
+def is_model_folder(path: Path) -> bool:
     """Whether a folder holds one model: shards with an index, or the one file of a small one."""
     return path.is_dir() and (index_of(path) is not None or (path / SINGLE_NAME).exists())
 
@@ -51,7 +51,7 @@ def models_at(path: Path) -> list[Path]:
     Raises:
         DirectoryError: a folder without a model, with parts of one, or with the snapshots of a run.
     """
-    if not path.is_dir() or holds_model(path):
+    if not path.is_dir() or is_model_folder(path):
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     parts = [match for entry in entries if (match := _PART.fullmatch(entry.name))]
@@ -60,7 +60,7 @@ def models_at(path: Path) -> list[Path]:
             f"{path}: {len(parts)} of the {int(parts[0][1])} parts of a model are there, and no index; make all with "
             "`ema synthesize --shard`, then run it with --finish"
         )
-    found = [entry for entry in entries if entry.suffix == fmt.SUFFIX or holds_model(entry)]
+    found = [entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry)]
     if not found:
         raise DirectoryError(
             f"{path}: holds no snapshots, outputs or models; name a .safetensors file, an index of shards, or a folder "

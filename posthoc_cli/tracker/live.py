@@ -246,4 +246,5 @@ def reconstruction_figure(
         dtype = DTYPE_WORDS.get(settings.schedule.checkpoint_dtype or "F32", "float32")
         schedule = Schedule(settings.sigma_rels, count * every, every, count, relative_rounding(dtype))
         candidate = Candidate.of_schedule(schedule)
-    return plots.error_figure([error_curve(candidate, sigma_range, method=method)])
+    curve = error_curve(candidate, sigma_range, method=method)
+    return plots.error_figure([curve], profile_error=method == "paper")
