@@ -17,7 +17,13 @@ import xxhash
 import posthoc_cli
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata, same_coefficients
+from posthoc_cli.snapshots.outputs import (
+    OutputInfo,
+    decode_output,
+    output_difference,
+    output_metadata,
+    same_coefficients,
+)
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis import DiskSource, Plan, Source
 from posthoc_cli.synthesis.division import Part
@@ -83,13 +89,12 @@ class PartFile:
 
     def _difference(self, metadata: Mapping[str, str], found: OutputInfo) -> str | None:
         """What tells the file from this part, in words; None for nothing."""
-        words = (
-            ("ema.part", "it is part"), ("ema.release", "it was made by release"), ("ema.run_id", "its run is"),
-            ("ema.profile", "its target is"), ("ema.t", "its t is"), ("ema.method", "its method is"),
-        )  # fmt: skip
-        for key, words_of_key in words:
+        for key, words in (("ema.part", "it is part"), ("ema.release", "it was made by release")):
             if metadata.get(key) != self.metadata[key]:
-                return f"{words_of_key} {str(metadata.get(key))[:60]}, not {self.metadata[key]}"
+                return f"{words} {str(metadata.get(key))[:60]}, not {self.metadata[key]}"
+        difference = output_difference(found, self.info)
+        if difference is not None:
+            return difference
         if metadata.get("ema.plan") != self.plan_id:
             return "its snapshots, dtype or tensors are others, or the targets that it was made together with"
         if not same_coefficients(found, self.info):
@@ -104,7 +109,7 @@ def plan_digest(
 
     Over the release, the run, the target, its time, the method, the header checksums of the snapshots in use, the
     dtypes, names and shapes of the output, and the division. Not over coefficients, which another processor
-    computes with other roundings: those are compared, see SAME_COEFFICIENT.
+    computes with other roundings: those are compared, see `outputs.SAME_COEFFICIENT`.
 
     Arguments:
         plan: the whole plan.

@@ -10,7 +10,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, s
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.index import INDEX_NAME, read_index
 from posthoc_cli.snapshots.metadata import file_kind
-from posthoc_cli.snapshots.outputs import OutputInfo, same_coefficients
+from posthoc_cli.snapshots.outputs import OutputInfo, output_difference, same_coefficients
 from posthoc_cli.snapshots.reader import read_header
 
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -98,9 +98,10 @@ def check_alike(first: Path, info: OutputInfo | None, other: Path, found: Output
         MismatchError: naming both.
     """
     if info is None or found is None:
-        alike = info is found
+        difference = None if info is found else "only one of them is of a synthesis"
     else:
-        facts = [(i.run_id, i.profile, i.t, i.t_unit, i.method) for i in (info, found)]
-        alike = facts[0] == facts[1] and same_coefficients(found, info)
-    if not alike:
-        raise MismatchError(f"{first} and {other} are not of one model: they say that they hold different averages")
+        difference = output_difference(found, info)
+        if difference is None and not same_coefficients(found, info):
+            difference = "its coefficients are others"
+    if difference is not None:
+        raise MismatchError(f"{first} and {other} are not of one model: {difference}")

@@ -9,10 +9,6 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.metadata import Metadata, is_number
 
-SAME_COEFFICIENT = 1e-6
-"""Coefficients of one plan may differ by this fraction of the largest: processors of different kinds solve the same
-equations with other roundings. It is far below what float16 snapshots are exact to."""
-
 
 @dataclass(frozen=True)
 class OutputInfo:
@@ -31,6 +27,29 @@ class OutputInfo:
     snapshots: tuple[tuple[str, float], ...]
     """File name and coefficient of each snapshot."""
     copies: tuple[str, ...] = ()
+
+
+SAME_COEFFICIENT = 1e-6
+"""Coefficients of one plan may differ by this fraction of the largest: processors of different kinds solve the same
+equations with other roundings. It is far below what float16 snapshots are exact to."""
+
+
+def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
+    """What tells an output from the one that is wanted, in words: run, target, time or method; None for nothing."""
+    for name, words in (("run_id", "run"), ("profile", "target"), ("t", "t"), ("method", "method")):
+        values = getattr(found, name), getattr(wanted, name)
+        if values[0] != values[1]:
+            return f"its {words} is {str(values[0])[:60]}, not {values[1]}"
+    return None
+
+
+def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
+    """Whether two outputs are sums of as many snapshots with the same coefficients."""
+    pairs = [[c for _, c in info.snapshots if c] for info in (found, wanted)]
+    if len(pairs[0]) != len(pairs[1]):
+        return False
+    most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
+    return all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
 
 
 def output_metadata(info: OutputInfo) -> dict[str, str]:
@@ -86,12 +105,3 @@ def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
         if error is not None and error < 0:
             raise reader.bad(f"ema.{key}", f"{error:g} is below 0")
     return info
-
-
-def same_coefficients(found: OutputInfo, expected: OutputInfo) -> bool:
-    """Whether two outputs were made of snapshots by the same coefficients, but for rounding."""
-    pairs = [[c for _, c in info.snapshots if c] for info in (found, expected)]
-    if len(pairs[0]) != len(pairs[1]):
-        return False
-    most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
-    return all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
