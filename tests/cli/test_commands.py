@@ -153,7 +153,10 @@ def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tm
     for command in (("info", folder), ("export", folder, "--out", tmp_path / "m.pt")):
         result = ema(*command)
         assert result.code == 1
-        assert f"{name} are not of one model" in result.error
+        assert f"{name} are not of one model: its target is sigma_rel 0.2, not sigma_rel 0.15" in result.error
+    save_file(load_file(folder / name), folder / name)
+    result = ema("export", folder, "--out", tmp_path / "m.pt")
+    assert f"{name} are not of one model: only one of them is of a synthesis" in result.error
     (folder / name).unlink()
     for command in (("info", folder), ("export", folder, "--out", tmp_path / "m.pt")):
         assert f"{folder / name}: cannot be opened" in ema(*command).error
