@@ -82,6 +82,7 @@ class Curve(Protocol):
     @property
     def tracked(self) -> tuple[float, ...]: ...  # noqa: D102
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]: ...  # noqa: D102
+    def ranges_text(self, threshold: float) -> str: ...  # noqa: D102
 
 
 class Fit(Protocol):
@@ -103,10 +104,10 @@ class Fit(Protocol):
     def coefficients(self) -> dict[str, FloatArray]: ...  # noqa: D102
 
 
-def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = ()) -> Figure:
+def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = (), profile_error: bool = False) -> Figure:
     """Reconstruction error against sigma_rel; below it, a row for each fit.
 
-    Where every curve has a predicted error that is what is drawn, with the profile error on a second axis.
+    Where every curve has a predicted error that is what is drawn; with `profile_error` that one, too, on a second axis.
     """
     # The legend of more than one curve would cover them: it goes below, and the figure grows by it.
     entries = sum(1 + len(curve.others) for curve in curves)
@@ -114,7 +115,7 @@ def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = ()) -> Figure:
     height = 4.6 + 0.2 * legend_rows
     figure = Figure(figsize=(8, height + 3.4 * len(fits)), dpi=150, layout="constrained", facecolor="white")
     grid = figure.add_gridspec(1 + len(fits), 2, height_ratios=[height, *[3.4] * len(fits)])
-    _draw_errors(figure.add_subplot(grid[0, :]), curves, legend_below=legend_rows > 0)
+    _draw_errors(figure.add_subplot(grid[0, :]), curves, legend_rows > 0, profile_error)
     for row, fit in enumerate(fits, start=1):
         _draw_profile(figure.add_subplot(grid[row, 0]), fit)
         _draw_coefficients(figure.add_subplot(grid[row, 1]), fit)
@@ -180,7 +181,7 @@ def samples_figure(groups: Sequence[tuple[str, npt.NDArray[Any]]]) -> Figure:
 # --- parts -----------------------------------------------------------------------------------------
 
 
-def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool) -> None:
+def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool, profile_error: bool) -> None:
     predicted = all(curve.predicted_error is not None for curve in curves)
     least = _bottom(curves)
     for index, curve in enumerate(curves):
@@ -189,7 +190,7 @@ def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool) -> Non
     axes.axhline(GOOD_ERROR, color="0.35", linewidth=0.8)
     low, high = _error_axis(axes, least, curves)
     axes.set_ylabel("expected relative L2 error of the weights" if predicted else "relative L2 error of the profile")
-    if predicted:
+    if predicted and profile_error:
         _draw_profile_errors(axes, curves)
     title = "Predicted error of the weights" if predicted else "Profile error"
     axes.set_title(f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title)
@@ -268,7 +269,7 @@ def _listed(sigma_rels: Sequence[float]) -> str:
 
 
 def _good_range(curve: Curve) -> str:
-    ranges = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in curve.ranges_below(GOOD_ERROR))
+    ranges = curve.ranges_text(GOOD_ERROR)
     return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
 
 

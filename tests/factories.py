@@ -258,3 +258,23 @@ def flip_bit(path: Path, position: int = -1) -> None:
 def refuse_for_space(*_: object) -> None:
     """In place of an operation of `files.system`: the disk is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[float], rounding: float) -> float:
+    """Of the best combination of all snapshots for an average at the last of `times`, from the definition.
+
+    For weights that walk evenly, over all of that time a quarter of their norm; each snapshot is off by `rounding`.
+    """
+    last = max(times)
+    s = (np.arange(20_000) + 0.5) / 20_000 * last
+
+    def tail(width: float, t: float) -> FloatArray:
+        return np.where(s < t, 1 - (np.minimum(s, t) / t) ** (exact_gamma(width) + 1), 0.0)
+
+    columns = np.stack([tail(width, t) for t in times for width in tracked], axis=1)
+    walk = 0.25 / np.sqrt(len(s))  # in each interval
+    rows = np.vstack([walk * columns, rounding * np.eye(columns.shape[1])])
+    wanted = np.concatenate([walk * tail(sigma_rel, last), np.zeros(columns.shape[1])])
+    # The last coefficient is 1 minus the others.
+    free, rest = rows[:, :-1] - rows[:, -1:], wanted - rows[:, -1]
+    return float(np.linalg.norm(free @ np.linalg.lstsq(free, rest, rcond=None)[0] - rest))

@@ -14,7 +14,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from factories import RUN_ID, exact_gamma, write_snapshot
+from factories import RUN_ID, exact_gamma, read_snapshot, write_sharded, write_snapshot
 
 from posthoc_cli import files
 from posthoc_cli.errors import (
@@ -258,6 +258,14 @@ def test_a_snapshot_comes_in_the_models_own_dtypes_under_all_its_names(tmp_path:
     assert info.snapshots == ((source.name, 1.0),)
     assert sorted(info.copies) == ["var", "var too"]
 
+    folder = tmp_path / "10"
+    write_sharded(folder, read_snapshot(source).info, [{"w": w}, {"var": var}])
+    for number, shards in enumerate((folder, folder / INDEX)):
+        export_file(shards, tmp_path / f"{number}.safetensors")
+        assert_equal(load(tmp_path / f"{number}.safetensors"), expected)
+    info = decode_output(Path("out"), read_header(tmp_path / "1.safetensors"))
+    assert (info.snapshots, info.copies) == ((("10", 1.0),), ("var", "var too"))
+
     export_file(source, tmp_path / "half.pt", dtype="float16")
     assert_equal(load(tmp_path / "half.pt"), {"w": w, "tied": w, "var": var, "var too": var})
 
@@ -383,6 +391,17 @@ def test_an_index_that_lies_is_refused(tmp_path: Path, index: str) -> None:
     assert str(base) in str(caught.value)
     assert str(caught.value).isprintable()
     assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize("kind", ["file", "folder", "index"])
+def test_a_model_of_another_library_is_exported_however_it_lies(tmp_path: Path, kind: str) -> None:
+    base = write_base(tmp_path, kind)
+    export_file(base, tmp_path / "out.safetensors")
+    assert_equal(load(tmp_path / "out.safetensors"), BASE)
+    if kind == "index":
+        (base / "ids.safetensors").write_bytes((base / "a.safetensors").read_bytes())
+        with pytest.raises(FileFormatError, match=r"ids\.safetensors: tensor 'ids' is not in it, as the index says"):
+            export_file(base, tmp_path / "other.safetensors")
 
 
 def test_a_folder_without_a_model_is_no_base(tmp_path: Path) -> None:

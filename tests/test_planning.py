@@ -211,7 +211,8 @@ def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() 
     assert curve.sigma_rels[-1] == 0.28
     for tracked in curve.tracked:
         assert curve.profile_error[np.flatnonzero(curve.sigma_rels == tracked)[0]] < 1e-6
-    below = curve.profile_error < 0.01
+    assert curve.assumption == "the network moves evenly"
+    below = curve.predicted_error < 0.01
     for low, high in curve.ranges_below(0.01):
         inside = (curve.sigma_rels >= low) & (curve.sigma_rels <= high)
         assert below[inside].all()
@@ -219,6 +220,20 @@ def test_the_curve_touches_zero_at_tracked_profiles_and_names_the_good_ranges() 
         sum(((curve.sigma_rels >= a) & (curve.sigma_rels <= b)).sum() for a, b in curve.ranges_below(0.01))
         == below.sum()
     )
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "shown"),
+    [
+        (0.0119, 0.2886, "0.012 to 0.288"),  # 0.289 is above the uniform average and refused as input
+        (0.05, 0.28, "0.050 to 0.280"),
+        (0.0101, 0.0104, "0.0101 to 0.0104"),
+        (0.05001, 0.05002, "0.05001 to 0.05002"),
+    ],
+)
+def test_ranges_are_rounded_inwards(low: float, high: float, shown: str) -> None:
+    curve = ErrorCurve("x", 1.0, np.array([low, high]), np.array([1.0, 1.0]), np.array([1e-3, 1e-3]), (0.1,))
+    assert curve.ranges_text(0.01) == shown
 
 
 def test_a_lone_point_is_no_range() -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from factories import expected_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,8 +16,8 @@ from posthoc_cli.planning.proposals import Proposal
 from posthoc_cli.planning.task import ITEM_BYTES
 from posthoc_cli.reconstruction import Motion
 
-TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28))
-"""Room for 20 snapshots in half precision."""
+TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28), max_error=0.0)
+"""Room for 20 snapshots in half precision, and nothing but the least error is good enough."""
 
 
 @pytest.mark.parametrize("dtype", ITEM_BYTES)
@@ -44,6 +45,7 @@ def test_proposals_are_within_the_budget(steps: int, parameters: int, snapshots:
         assert proposal.dtype == dtype
         assert schedule.checkpoint_every % proposal.update_every == 0
         assert 0 < proposal.last_step <= steps
+        assert schedule.max_checkpoints == schedule.kept
 
 
 def even(task: Task, sigma_rels: tuple[float, ...], dtype: str) -> Proposal:
@@ -88,8 +90,55 @@ def test_the_last_snapshot_is_at_the_end_where_steps_can_be_divided() -> None:
         assert proposal.last_step > 0.98 * 39_989
 
 
-def test_short_runs_are_updated_more_often() -> None:
-    assert {p.update_every for p in propose(replace(TASK, steps=500))} == {1}
+# --- good enough -----------------------------------------------------------------------------------
+
+AMPLE = Task(steps=3_000, parameters=10**5, max_bytes=10**8)
+"""Disk for 500 snapshots in half precision of a small network: far more than it needs."""
+
+
+@pytest.mark.parametrize(("max_error", "dtype"), [(5e-4, None), (2e-3, "bfloat16")])
+def test_the_first_proposal_is_good_enough_and_the_cheapest_of_those(max_error: float, dtype: str | None) -> None:
+    first, *others = propose(replace(AMPLE, max_error=max_error, dtype=dtype))
+    schedule, times = first.schedule, range(first.schedule.checkpoint_every, 3_001, first.schedule.checkpoint_every)
+    assert first.errors.worst <= max_error
+    for sigma_rel in (0.05, 0.07, 0.14, 0.2, 0.28):
+        assert expected_error(sigma_rel, schedule.sigma_rels, times, schedule.rounding) <= max_error
+    assert first.update_every == 10
+    assert first.nbytes <= 0.1 * AMPLE.max_bytes
+    assert schedule.taken >= 10  # a training that is killed has lost at most a tenth
+    good = [p for p in others if p.errors.worst <= max_error]
+    written = [p.schedule.taken * len(p.schedule.sigma_rels) * ITEM_BYTES[p.dtype] for p in (first, *good)]
+    assert written == sorted(written)
+    # Those that are not good enough come after, the best of them first.
+    worst = [p.errors.worst for p in others if p not in good]
+    assert others == [*good, *others[len(good) :]]
+    assert worst == sorted(worst)
+
+
+def test_a_smaller_error_takes_more_snapshots() -> None:
+    fixed = replace(AMPLE, sigma_rels=(0.05, 0.28), dtype="float32")
+    (coarse,), (fine,) = (propose(replace(fixed, max_error=error)) for error in (2e-3, 5e-5))
+    assert fine.errors.worst <= 5e-5 < coarse.errors.worst <= 2e-3
+    assert fine.schedule.taken > coarse.schedule.taken
+
+
+@pytest.mark.parametrize("max_bytes", [10**7, 10**8, 10**13])
+@pytest.mark.parametrize("steps", [30, 3_000])
+def test_disk_is_always_bounded(max_bytes: int, steps: int) -> None:
+    for proposal in propose(replace(AMPLE, max_bytes=max_bytes, steps=steps, dtype="float16")):
+        assert proposal.schedule.max_checkpoints == proposal.schedule.kept
+
+
+def test_short_averages_are_updated_more_often() -> None:
+    for steps, low, every in ((3_000, 0.05, 10), (500, 0.05, 2), (500, 0.2, 10), (20, 0.05, 1)):
+        task = replace(AMPLE, steps=steps, sigma_range=(low, 0.28), checkpoint_every=20, dtype="float16")
+        assert {p.update_every for p in propose(replace(task, sigma_rels=(low, 0.28)))} == {every}
+
+
+@pytest.mark.parametrize("max_error", [-0.1, 1.0, float("nan")])
+def test_an_error_that_is_none_is_refused(max_error: float) -> None:
+    with pytest.raises(InvalidValueError, match="max_error"):
+        replace(AMPLE, max_error=max_error)
 
 
 def test_measured_rounding_counts() -> None:

@@ -38,6 +38,7 @@ def test_the_hook_in_ten_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     exec(compile(block, "README.md", "exec"), names)
     (averaged,) = evaluated
     assert torch.equal(model.weight, averaged)
+    assert "strict=False" not in README  # which hides what does not fit; load_into refuses it
     assert len(list((tmp_path / "run" / "ema").glob("*.safetensors"))) == 2
 
 

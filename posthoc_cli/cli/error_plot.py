@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.cli.assumption import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.values import (
     BetaOption,
     BetweenOption,
@@ -24,9 +26,8 @@ from posthoc_cli.cli.values import (
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.planning import ErrorCurve
+    from posthoc_cli.planning import ErrorCurve, ProfileFit
     from posthoc_cli.synthesis.judging import Judged
-    from posthoc_cli.targets import Target
 
 EPILOG = (
     "Example:  ema error-plot run/ema --out error.png   or, before training,   "
@@ -58,6 +59,8 @@ def error_plot(
     max_checkpoints: Annotated[
         list[int] | None, typer.Option(help="Of the schedule: snapshots kept a profile. [default: all]")
     ] = None,
+    dtype: Annotated[str, typer.Option(help="Of the schedule: snapshots in float16, bfloat16 or float32.")] = "float16",
+    like: LikeOption = None,
     draw: Annotated[
         str | None,
         typer.Option(
@@ -74,21 +77,22 @@ def error_plot(
     method: MethodOption = None,
     csv_out: Annotated[Path | None, typer.Option("--csv", help="Write the curves as a table too.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the profile error too.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the curves as one JSON object.")] = False,
 ) -> None:
     """Draw how exact averages of any length will be.
 
     For directories after training, or for schedules before it.
 
-    The curve is the predicted error: the expected relative L2 distance of the weights from the true average. Beside
-    it stands the profile error, the relative L2 distance between the wanted profile and the one that the snapshots
-    make. A schedule has only that. Tracked profiles are marked; the range below 1 % is shaded and named in the title.
+    The curve is the predicted error: the expected relative L2 distance of the weights from the true average. That of
+    a schedule is what ema plan expects, if the network moves evenly, or as in the run that --like names. Tracked
+    profiles are marked; the range below 1 % is shaded and named in the title. With --verbose or --method paper the
+    profile error, the published measure, is shown too: the relative L2 distance between the wanted profile and the
+    one that the snapshots make.
 
     --beta, --window, --between and --profile add targets of other kinds: points at the targets' own width (standard
     deviation / t), and drawings over training time as by --draw.
     """
-    from posthoc_cli.synthesis.judging import comparable
-
     if out is None and csv_out is None and not as_json:
         raise InvalidValueError("--out: name a picture (.png, .svg, .pdf), or ask for --csv or --json")
     out, csv_out = (None if path is None else files.expanded(path) for path in (out, csv_out))
@@ -100,7 +104,9 @@ def error_plot(
         raise InvalidValueError(f"--csv {csv_out}: must end in .csv")
     targets = parse_targets(draw, beta, window, between, profile, "--draw")
     ends = parse_sigma_range(sigma_range)
-    judged = _judged(directories or [], t, sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or [])
+    judged = _judged(
+        directories or [], t, sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or [], dtype, like
+    )
     rows = len(targets) * len(judged)
     if out is not None and rows > MOST_ROWS:
         raise InvalidValueError(f"--out {out}: {rows} drawings over training time; at most {MOST_ROWS} go into it")
@@ -108,15 +114,17 @@ def error_plot(
         if path is not None and path.exists() and not force:
             raise OutputExistsError(f"{path}: is there already; choose another name, or --force to replace it")
     others = [target for target in targets if target.sigma_rel is None]
+    profile_error = verbose or method == "paper"
     curves = [each.curve(ends, others, t, method) for each in judged]
     if out is not None:
-        _draw(out, comparable(curves), judged, targets, t, method, force)
+        fits = [each.fit(target, t, method) for target in targets for each in judged]
+        _draw(out, curves, fits, profile_error, force)
     if csv_out is not None:
         _write_csv(csv_out, curves, force)
     if as_json:
         output.print_json({"curves": [_curve_json(curve) for curve in curves]})
     else:
-        _print_summary(comparable(curves), [path for path in (out, csv_out) if path is not None])
+        _print_summary(curves, profile_error, [path for path in (out, csv_out) if path is not None])
 
 
 def _judged(
@@ -126,22 +134,29 @@ def _judged(
     steps: list[int],
     every: list[int],
     most: list[int],
+    dtype: str,
+    like: Path | None,
 ) -> list[Judged]:
     """What to draw: a run for each directory, as of `t`, and a schedule for each --sigma-rels."""
-    from posthoc_cli.planning import Schedule
+    from posthoc_cli.planning import Schedule, relative_rounding
     from posthoc_cli.synthesis.judging import Judged
 
-    if not sigma_rels and (steps or every or most):
+    if not sigma_rels and (steps or every or most or like):
         raise InvalidValueError("--sigma-rels: is missing; --steps and the like describe a schedule of tracked widths")
+    dtype = DTYPES.get(dtype, dtype)
+    rounding = relative_rounding(dtype)
     judged = [Judged.of_directory(directory, t) for directory in directories]
     for index, widths in enumerate(sigma_rels):
+        length = _nth(steps, index, len(sigma_rels), "--steps")
+        earlier = read_likeness(like, length)
         schedule = Schedule(
             tuple(parse_sigma_rels(widths, "--sigma-rels")),
-            _nth(steps, index, len(sigma_rels), "--steps"),
+            length,
             _nth(every, index, len(sigma_rels), "--checkpoint-every"),
             _nth(most, index, len(sigma_rels), "--max-checkpoints") if most else None,
+            earlier.rounding.get(dtype, rounding),
         )
-        judged.append(Judged.of_schedule(schedule))
+        judged.append(Judged.of_schedule(schedule, earlier.motion, assumption_text(like, earlier)))
     if not judged:
         raise InvalidValueError(
             "name a directory of snapshots, or a schedule: --sigma-rels, --steps, --checkpoint-every"
@@ -160,19 +175,11 @@ def _nth(values: list[int], index: int, schedules: int, option: str) -> int:
     return values[0] if len(values) == 1 else values[index]
 
 
-def _draw(
-    out: Path,
-    curves: list[ErrorCurve],
-    judged: list[Judged],
-    targets: list[Target],
-    t: float | None,
-    method: str | None,
-    force: bool,
-) -> None:
+def _draw(out: Path, curves: list[ErrorCurve], fits: list[ProfileFit], profile_error: bool, force: bool) -> None:
     from posthoc_cli import plots
 
-    fits = [each.fit(target, t, method) for target in targets for each in judged]
-    files.write_whole(out, plots.as_file(lambda: plots.error_figure(curves, fits), out.suffix), force)
+    draw = partial(plots.error_figure, curves, fits, profile_error)
+    files.write_whole(out, plots.as_file(draw, out.suffix), force)
 
 
 def _write_csv(path: Path, curves: list[ErrorCurve], force: bool) -> None:
@@ -189,8 +196,9 @@ def _write_csv(path: Path, curves: list[ErrorCurve], force: bool) -> None:
 def _points(curve: ErrorCurve) -> list[tuple[str, float, float | None, float]]:
     """Target, its width, predicted error and profile error: of the curve, then of the targets of other kinds."""
     count = len(curve.sigma_rels)
-    predicted = _predicted(curve) or [None] * count
-    along = zip(["sigma_rel"] * count, curve.sigma_rels.tolist(), predicted, curve.profile_error.tolist(), strict=True)
+    along = zip(
+        ["sigma_rel"] * count, curve.sigma_rels.tolist(), _predicted(curve), curve.profile_error.tolist(), strict=True
+    )
     others = [
         (other.label, other.sigma_rel, output.finite(other.predicted_error), other.profile_error)
         for other in curve.others
@@ -198,11 +206,9 @@ def _points(curve: ErrorCurve) -> list[tuple[str, float, float | None, float]]:
     return [*along, *others]
 
 
-def _predicted(curve: ErrorCurve) -> list[float | None] | None:
-    """The predicted errors; None where there is none, of the curve or of a point."""
-    if curve.predicted_error is None:
-        return None
-    return [output.finite(error) for error in curve.predicted_error.tolist()]
+def _predicted(curve: ErrorCurve) -> list[float | None]:
+    """The predicted errors; None for one that JSON has no number for."""
+    return [output.finite(error) for error in curve.error.tolist()]
 
 
 def _harmless(text: str) -> str:
@@ -211,15 +217,14 @@ def _harmless(text: str) -> str:
 
 
 def _curve_json(curve: ErrorCurve) -> dict[str, Any]:
-    predicted = _predicted(curve)
     return {
         "label": curve.label,
         "t": curve.t,
         "tracked": list(curve.tracked),
-        "error": "profile_error" if predicted is None else "predicted_error",
+        "assumption": curve.assumption or None,
         "below_1_percent": [list(ends) for ends in curve.ranges_below(0.01)],
         "sigma_rel": curve.sigma_rels.tolist(),
-        "predicted_error": predicted,
+        "predicted_error": _predicted(curve),
         "profile_error": curve.profile_error.tolist(),
         "others": [
             {
@@ -233,28 +238,24 @@ def _curve_json(curve: ErrorCurve) -> dict[str, Any]:
     }
 
 
-def _print_summary(curves: list[ErrorCurve], written: list[Path]) -> None:
-    error = "profile error" if curves[0].predicted_error is None else "predicted error"
-    rows = []
+def _print_summary(curves: list[ErrorCurve], profile_error: bool, written: list[Path]) -> None:
     for curve in curves:
-        good = ", ".join(f"{low:.3f} to {high:.3f}" for low, high in curve.ranges_below(0.01)) or "none"
-        rows.append([curve.label, ", ".join(f"{s:g}" for s in curve.tracked), good])
-    output.print_table(["snapshots", "tracked", f"sigma_rel with {error} below 1 %"], rows, left=["snapshots"])
-    rows = [
-        [
-            other.label,
-            f"{other.sigma_rel:.3g}",
-            output.percent(other.predicted_error),
-            output.percent(other.profile_error),
-            curve.label,
+        output.print_line(curve.label)
+        tracked = ", ".join(f"{s:g}" for s in curve.tracked)
+        below = curve.ranges_text(0.01) or "none"
+        output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")])
+        rows = [
+            [
+                f"  {other.label}",
+                f"{other.sigma_rel:.3g}",
+                output.percent(other.predicted_error),
+                *([output.percent(other.profile_error)] if profile_error else []),
+            ]
+            for other in curve.others
         ]
-        for curve in curves
-        for other in curve.others
-    ]
-    if rows:
-        output.print_line("")
-        columns = ["target", "width", "predicted error", "profile error", "snapshots"]
-        output.print_table(columns, rows, left=["target", "snapshots"])
+        if rows:
+            columns = ["  target", "width", "predicted error", *(["profile error"] if profile_error else [])]
+            output.print_table(columns, rows, left=["  target"])
     output.print_line(f"wrote {', '.join(map(str, written))}")
 
 

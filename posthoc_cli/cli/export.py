@@ -1,4 +1,4 @@
-"""`ema export`: a synthesized file in the layout that a consumer wants."""
+"""`ema export`: synthesized weights in the layout that a consumer wants."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.errors import OutputExistsError
 
 EPILOG = (
     "Example:  ema export model.safetensors --out model.pt   or   "
@@ -20,9 +21,15 @@ EPILOG = (
 def export(
     file: Annotated[
         Path,
-        typer.Argument(metavar="FILE", help="An output of ema synthesize, a snapshot, or any safetensors file."),
+        typer.Argument(
+            metavar="FILE|DIR",
+            help="An output of ema synthesize, a snapshot, or any safetensors file; shards, by their folder or their "
+            "index; or a folder of several outputs.",
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="The output: .safetensors, .pt, or a folder for shards.")],
+    out: Annotated[
+        Path, typer.Option(help="The output: .safetensors, .pt, or a folder, for shards or for several outputs.")
+    ],
     layout: Annotated[
         str | None,
         typer.Option("--format", help="safetensors, sharded (a folder) or pt. [default: what the output's name says]"),
@@ -49,22 +56,38 @@ def export(
     Layouts: one safetensors file; shards with an index, named as the Hugging Face libraries look for them (one
     file when it fits); a .pt state dict for torch.load(weights_only=True).
     """
-    from posthoc_cli.export import export_file
+    from posthoc_cli.export import export_file, layout_of, output_exists
+    from posthoc_cli.export.naming import export_paths
+    from posthoc_cli.snapshots.models import model_files, models_at
     from posthoc_cli.snapshots.reader import read_header
 
     output.log_to_stderr(False)
     file, out, base = files.expanded(file), files.expanded(out), None if base is None else files.expanded(base)
     started = time.perf_counter()
-    with output.progress_bar("exporting", read_header(file).file_bytes, quiet) as progress:
-        made = export_file(file, out, layout, dtype, base, prefix, strip_prefix, force, max_shard_size, progress)
+    sources = models_at(file)
+    outs = [out] if len(sources) == 1 else export_paths(sources, out, layout)
+    if len(outs) > 1:
+        for path in outs if not force else ():
+            if output_exists(path, layout_of(path, layout)):
+                raise OutputExistsError(f"{path}: is there already; choose another folder, or --force to replace it")
+        if out.parent.is_dir():
+            files.make_directory(out)
+    total = sum(read_header(path).file_bytes for source in sources for path in model_files(source))
+    made = []
+    with output.progress_bar("exporting", total, quiet) as progress:
+        for source, path in zip(sources, outs, strict=True):
+            made.append(
+                export_file(source, path, layout, dtype, base, prefix, strip_prefix, force, max_shard_size, progress)
+            )
     seconds = time.perf_counter() - started
+    reports = [{"output": str(path), **vars(one)} for path, one in zip(outs, made, strict=True)]
     if as_json:
-        output.print_json({"output": str(out), **vars(made), "seconds": seconds})
+        output.print_json({**(reports[0] if len(outs) == 1 else {"outputs": reports}), "seconds": seconds})
     elif not quiet:
-        added = f", {made.from_base} of them from {base}" if base is not None else ""
-        output.print_line(
-            f"wrote {made.tensors} tensors{added}, {output.size_text(made.nbytes)}, in {seconds:.1f} s: {out}"
-        )
+        count = f"{len(made)} models, " * (len(made) > 1) + f"{sum(one.tensors for one in made)} tensors"
+        added = f", {sum(one.from_base for one in made)} of them from {base}" if base is not None else ""
+        size = output.size_text(sum(one.nbytes for one in made))
+        output.print_line(f"wrote {count}{added}, {size}, in {seconds:.1f} s: {out}")
 
 
 COMMAND = export

@@ -10,6 +10,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.errors import DirectoryError
 
 if TYPE_CHECKING:
     from posthoc_cli.reconstruction import Measurements
@@ -24,7 +25,15 @@ EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 
 
 def info(
-    path: Annotated[Path, typer.Argument(metavar="DIR|FILE", help="Snapshots, or a single file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR|FILE", help="Snapshots, outputs, a model in shards or its index, or a single file."
+        ),
+    ],
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="All coefficients of an output, and its profile error.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Say what a directory or a file holds.
@@ -33,11 +42,11 @@ def info(
     is checked by ema verify.
     """
     path = files.expanded(path)
-    report = describe_directory(path) if path.is_dir() else describe_file(path)
+    report = describe_directory(path) if path.is_dir() else describe_model(path)
     if as_json:
         output.print_json(report)
     else:
-        _print(report)
+        _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)
 
@@ -46,14 +55,19 @@ def info(
 
 
 def describe_directory(path: Path) -> dict[str, Any]:
-    """What a snapshot directory holds, or a snapshot in several files: the object that --json prints."""
+    """What a directory holds: snapshots, one in several files, a model, or outputs. The object that --json prints."""
+    from posthoc_cli.snapshots.models import is_model_folder, models_at
     from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
     from posthoc_cli.snapshots.store import inspect_directory
 
     sharded = read_sharded(path) if is_sharded(path) else None
     if sharded is not None:
         return _describe_snapshot(sharded)
-    found = inspect_directory(path)
+    try:
+        found = inspect_directory(path)
+    except DirectoryError:  # no snapshots
+        models = [describe_model(model) for model in models_at(path)]
+        return models[0] if is_model_folder(path) else {"kind": "outputs", "path": str(path), "outputs": models}
     report: dict[str, Any] = {"kind": "directory", "path": str(path)}
     if found.snapshots:
         report |= _describe_run(found)
@@ -111,6 +125,34 @@ def _relative_rounding(measured: Measurements | None) -> float | None:
     return math.sqrt(measured.rounding / measured.norm)
 
 
+def describe_model(path: Path) -> dict[str, Any]:
+    """What a file holds, or the shards of an index: the object that --json prints."""
+    from posthoc_cli.snapshots.metadata import file_kind
+    from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files
+    from posthoc_cli.snapshots.outputs import decode_output
+    from posthoc_cli.snapshots.reader import read_header
+    from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
+
+    index = index_of(path)
+    if index is None:
+        return describe_file(next(iter(model_files(path))))
+    sharded = read_sharded(index.parent) if is_sharded(index.parent) else None
+    if sharded is not None:
+        return _describe_snapshot(sharded)
+    headers = {}
+    for file, names in model_files(path).items():
+        headers[file] = read_header(file)
+        check_indexed(file, headers[file], names)
+    outputs = [decode_output(file, header) for file, header in headers.items() if file_kind(header) == "output"]
+    if len(outputs) < len(headers):
+        size = sum(header.file_bytes for header in headers.values())
+        return {"kind": "safetensors", "path": str(path), **_counts(*headers.values()), "bytes": size}
+    first = next(iter(headers))
+    for file, found in zip(headers, outputs, strict=True):
+        check_alike(first, outputs[0], file, found)
+    return _describe_output(path, outputs[0], *headers.values())
+
+
 def describe_file(path: Path) -> dict[str, Any]:
     """What a file holds: the object that --json prints."""
     from posthoc_cli.snapshots.decoding import decode_snapshot
@@ -121,7 +163,7 @@ def describe_file(path: Path) -> dict[str, Any]:
     header = read_header(path)
     kind = file_kind(header)
     if kind == "output":
-        return _describe_output(path, header, decode_output(path, header))
+        return _describe_output(path, decode_output(path, header), header)
     if kind == "snapshot":
         return _describe_snapshot(Snapshot(path, header, decode_snapshot(path, header)))
     if kind == "state":
@@ -160,7 +202,7 @@ def _describe_measurements(measured: Measurements | None) -> dict[str, Any] | No
     }
 
 
-def _describe_output(path: Path, header: FileHeader, info: OutputInfo) -> dict[str, Any]:
+def _describe_output(path: Path, info: OutputInfo, *headers: FileHeader) -> dict[str, Any]:
     return {
         "kind": "output",
         "path": str(path),
@@ -174,8 +216,8 @@ def _describe_output(path: Path, header: FileHeader, info: OutputInfo) -> dict[s
         "profile_error": info.profile_error,
         "predicted_error": info.predicted_error,
         "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
-        **_counts(header),
-        "bytes": header.file_bytes,
+        **_counts(*headers),
+        "bytes": sum(header.file_bytes for header in headers),
     }
 
 
@@ -215,12 +257,13 @@ def _describe_tensors(snapshot: Snapshot) -> dict[str, Any]:
     }
 
 
-def _counts(header: FileHeader) -> dict[str, Any]:
+def _counts(*headers: FileHeader) -> dict[str, Any]:
     dtypes: dict[str, int] = {}
-    for entry in header.tensors.values():
+    for entry in (entry for header in headers for entry in header.tensors.values()):
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
     return {
-        "tensors": len(header.tensors),
+        **({"files": len(headers)} if len(headers) > 1 else {}),
+        "tensors": sum(len(header.tensors) for header in headers),
         "parameters": sum(dtypes.values()),
         "dtypes": dict(sorted(dtypes.items())),
     }
@@ -229,16 +272,20 @@ def _counts(header: FileHeader) -> dict[str, Any]:
 # --- as text ---------------------------------------------------------------------------------------
 
 
-def _print(report: dict[str, Any]) -> None:
-    pairs = [
-        (key.replace("_", " "), _text(key, value))
-        for key, value in report.items()
-        if key not in ("notes", "problems", "profiles")
-    ]
+def _print(report: dict[str, Any], verbose: bool) -> None:
+    hidden = {"notes", "problems", "profiles", "outputs"}
+    hidden |= set() if verbose or report.get("method") == "paper" else {"profile_error"}
+    pairs = [(key.replace("_", " "), _text(key, value)) for key, value in report.items() if key not in hidden]
     output.print_pairs([(name, text) for name, text in pairs if text])
     if "profiles" in report:
         output.print_line("")
         _print_profiles(report["profiles"])
+    if "outputs" in report:
+        output.print_line("")
+        _print_outputs(report["outputs"], verbose)
+    if report["kind"] == "output":
+        output.print_line("")
+        _print_coefficients(report["snapshots"], verbose)
     for note in report.get("notes", ()):
         output.print_line(f"note: {note}")
     for problem in report.get("problems", ()):
@@ -262,6 +309,36 @@ def _print_profiles(profiles: list[dict[str, Any]]) -> None:
     output.print_table(columns, rows)
 
 
+def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
+    shown = outputs if verbose else outputs[: output.MOST_ROWS]
+    rows = [
+        [
+            Path(report["path"]).name,
+            _cut(report.get("profile", report["kind"])),
+            f"{report['t']:,.12g}" if "t" in report else "",
+            output.percent(report["predicted_error"]) if "predicted_error" in report else "",
+            output.size_text(report["bytes"]),
+        ]
+        for report in shown
+    ]
+    output.print_table(["output", "profile", "t", "predicted error", "size"], rows, left=["output", "profile"])
+    _print_rest(len(outputs) - len(shown))
+
+
+def _print_coefficients(snapshots: list[dict[str, Any]], verbose: bool) -> None:
+    """Those of the largest size, as they lie in the output."""
+    order = sorted(range(len(snapshots)), key=lambda index: -abs(snapshots[index]["coefficient"]))
+    shown = sorted(order[: len(order) if verbose else output.MOST_ROWS])
+    rows = [[_cut(snapshots[index]["file"]), _coefficient(snapshots[index]["coefficient"])] for index in shown]
+    output.print_table(["snapshot", "coefficient"], rows, left=["snapshot"])
+    _print_rest(len(order) - len(shown), " with smaller coefficients")
+
+
+def _print_rest(count: int, what: str = "") -> None:
+    if count:
+        output.print_line(f"and {count:,} more{what}; --verbose lists them")
+
+
 def _range_text(ends: list[float] | None) -> str:
     if ends is None:
         return "unknown"
@@ -275,7 +352,7 @@ def _text(key: str, value: Any) -> str:
     if key == "measured":
         return f"{value:,} of them" if value else "none of them: errors are predicted from a sample"
     if key == "snapshots" and isinstance(value, list):
-        return "; ".join(f"{_cut(item['file'])} x {_coefficient(item['coefficient'])}" for item in value)
+        return f"{len(value):,}"
     if key in ("profile_error", "predicted_error", "relative_rounding"):
         return output.percent(value)
     if key == "norm":
@@ -300,7 +377,7 @@ def _coefficient(value: float) -> str:
 
 
 def _cut(text: str) -> str:
-    """A stranger's text, of a length that fits a few lines."""
+    """A text from a file, of a length that fits a few lines."""
     return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import logging
 import math
+import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -25,26 +28,70 @@ from rich.text import Text
 
 from posthoc_cli.errors import printable
 
+MOST_ROWS = 10
+"""Rows of a list that are shown unless all are asked for."""
+
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
-    """An aligned table without rules; columns named in `left` are text, the others numbers."""
+    """An aligned table without rules; columns named in `left` are text, the others numbers.
+
+    On a terminal that is too narrow for it the longest texts lose their middles; nothing is wrapped.
+    """
+    rows = _fitted(columns, rows, [index for index, column in enumerate(columns) if column in left])
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
     for column in columns:
         side = "left" if column in left else "right"
         table.add_column(Text(printable(column)), justify=side, no_wrap=True)  # type: ignore[arg-type]
     for row in rows:
-        table.add_row(*(Text(printable(cell)) for cell in row))  # as text, and not as rich's markup
+        table.add_row(*map(Text, row))  # as text, and not as rich's markup
     console = _console()
     with console.capture() as capture:
         console.print(table, crop=False)
     sys.stdout.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
 
 
+def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> list[list[str]]:
+    """The cells, those in the columns `texts` cut so that lines fit the terminal, if that leaves anything of them."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    room = _terminal_width() - 2 * (len(columns) - 1)
+    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
+    while texts and sum(widths) > room:
+        widest = max(texts, key=widths.__getitem__)
+        if widths[widest] <= max(_LEAST_TEXT, cell_len(columns[widest])):
+            break
+        widths[widest] -= 1
+    return [
+        [_without_middle(cell, width) if index in texts else cell for index, (cell, width) in enumerate(pairs)]
+        for pairs in (zip(row, widths, strict=True) for row in cells)
+    ]
+
+
+def _without_middle(text: str, width: int) -> str:
+    """Both ends of a text that is wider: what tells files apart is in their names' ends."""
+    if cell_len(text) <= width:
+        return text
+    head, tail = "", ""
+    for character in text:
+        if cell_len(head + character) > (width - 3) // 3:
+            break
+        head += character
+    for character in reversed(text):
+        if cell_len(head + character + tail) > width - 3:
+            break
+        tail = character + tail
+    return f"{head}...{tail}"
+
+
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Names and values, aligned."""
+    """Names and values, aligned; on a terminal long values go on in further lines, below where they begin."""
     width = max(len(name) for name, _ in pairs)
+    indent = " " * (width + 2)
     for name, value in pairs:
-        print_line(f"{name:<{width}}  {value}")
+        line = f"{name:<{width}}  {printable(value)}"
+        room = max(_terminal_width(), 2 * len(indent))
+        wrapped = textwrap.wrap(line, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+        for part in wrapped if len(line) > room else [line]:
+            print_line(part)
 
 
 def print_line(text: str) -> None:
@@ -147,6 +194,16 @@ class ProgressLines:
         )
 
 
+_LEAST_TEXT = 12
+"""A text in a table is not cut below that."""
+
+_WIDE = 10_000
+
+
+def _terminal_width() -> int:
+    """Columns of the terminal; in a pipe a line is as long as it has to be."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
+
+
 def _console() -> Console:
-    # A line is as long as it has to be: a terminal wraps it, a pipe takes it whole.
-    return Console(width=10_000, no_color=not sys.stdout.isatty())
+    return Console(width=_WIDE, no_color=not sys.stdout.isatty())

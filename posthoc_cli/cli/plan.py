@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,8 +11,9 @@ import typer
 from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.cli.amounts import parse_bytes, parse_count
+from posthoc_cli.cli.assumption import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.error_plot import PICTURES
-from posthoc_cli.cli.values import parse_sigma_range, parse_sigma_rels
+from posthoc_cli.cli.values import parse_max_error, parse_sigma_range, parse_sigma_rels
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 
 if TYPE_CHECKING:
@@ -23,18 +25,19 @@ EPILOG = (
     "ema plan --steps 400000 --params 1.2B --max-size 60GB --like run/ema --out plan.png"
 )
 
-_DTYPE_WORDS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-
 
 def plan(
     steps: Annotated[int, typer.Option(help="Length of training, in steps (calls of update_).")],
     params: Annotated[str, typer.Option(help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M.")],
     max_size: Annotated[str, typer.Option(help="Disk for all snapshots at their fullest: 60GB, 500MiB.")],
     sigma_range: Annotated[str, typer.Option(help="The averages that will be wanted: LOW:HIGH.")] = "0.05:0.28",
-    like: Annotated[
-        Path | None,
-        typer.Option(metavar="DIR", help="Snapshots of an earlier run that the network will move like."),
-    ] = None,
+    max_error: Annotated[
+        str,
+        typer.Option(
+            metavar="ERROR", help="A worst predicted error that is good enough: of schedules below it, the cheapest."
+        ),
+    ] = "0.05%",
+    like: LikeOption = None,
     sigma_rels: Annotated[
         str | None, typer.Option(help="Track these widths, such as 0.05,0.28. [default: the best]")
     ] = None,
@@ -51,8 +54,10 @@ def plan(
 ) -> None:
     """Propose what to track and store before training.
 
-    Looks for the smallest worst predicted error in the range that the disk allows, shows what else there is (the
-    best of each dtype, of one, two and three profiles, of half the disk), and prints the call to paste.
+    Looks for the schedule that writes and updates least and whose worst predicted error in the range is good enough
+    (--max-error); where the disk does not allow that, for the smallest error. Shows what else there is (the best of
+    each dtype, of one, two and three profiles), with the snapshots kept of each profile and the steps from one to the
+    next, and prints the call to paste.
 
     Errors are those expected if the network moves evenly, like a random walk that in the whole of training goes a
     quarter of the norm of its weights; --like takes the movement of an earlier run instead, stretched over --steps,
@@ -69,13 +74,14 @@ def plan(
         parameters=parse_count(params, "--params"),
         max_bytes=parse_bytes(max_size, "--max-size"),
         sigma_range=parse_sigma_range(sigma_range),
+        max_error=parse_max_error(max_error),
         sigma_rels=None if sigma_rels is None else tuple(sorted(parse_sigma_rels(sigma_rels, "--sigma-rels"))),
-        dtype=None if dtype is None else _DTYPE_WORDS.get(dtype, dtype),
+        dtype=None if dtype is None else DTYPES.get(dtype, dtype),
         checkpoint_every=checkpoint_every,
         max_checkpoints=max_checkpoints,
     )
-    earlier = None if like is None else _likeness(files.expanded(like), steps)
-    proposals = propose(task if earlier is None else _like(task, earlier))
+    earlier = read_likeness(like, steps)
+    proposals = propose(replace(task, motion=earlier.motion, rounding=earlier.rounding))
     if out is not None:
         _draw(out, proposals, force)
     if as_json:
@@ -89,19 +95,6 @@ def _check_picture(out: Path | None, force: bool) -> None:
         raise InvalidValueError(f"--out {out}: must end in {', '.join(PICTURES)}")
     if out is not None and out.exists() and not force:
         raise OutputExistsError(f"{out}: is there already; choose another name, or --force to replace it")
-
-
-def _likeness(directory: Path, steps: int) -> Likeness:
-    from posthoc_cli.snapshots.likeness import likeness
-    from posthoc_cli.snapshots.store import read_directory
-
-    return likeness(read_directory(directory), steps)
-
-
-def _like(task: Task, earlier: Likeness) -> Task:
-    from dataclasses import replace
-
-    return replace(task, motion=earlier.motion, rounding=earlier.rounding)
 
 
 def call_text(proposal: Proposal, sigma_range: tuple[float, float]) -> str:
@@ -139,14 +132,15 @@ def _draw(out: Path, proposals: list[Proposal], force: bool) -> None:
 # --- what is printed -------------------------------------------------------------------------------
 
 
-def _report(task: Task, like: Path | None, earlier: Likeness | None, proposals: list[Proposal]) -> dict[str, Any]:
+def _report(task: Task, like: Path | None, earlier: Likeness, proposals: list[Proposal]) -> dict[str, Any]:
     return {
         "steps": task.steps,
         "parameters": task.parameters,
         "max_bytes": task.max_bytes,
         "sigma_range": list(task.sigma_range),
+        "max_error": task.max_error,
         "like": None if like is None else str(like),
-        "motion": "assumed" if earlier is None or earlier.motion is None else "like",
+        "motion": "assumed" if earlier.motion is None else "like",
         "proposals": [
             {
                 "sigma_rels": list(proposal.schedule.sigma_rels),
@@ -168,10 +162,8 @@ def _report(task: Task, like: Path | None, earlier: Likeness | None, proposals: 
     }
 
 
-def _print(
-    task: Task, like: Path | None, earlier: Likeness | None, proposals: list[Proposal], out: Path | None
-) -> None:
-    columns = ["tracked", "dtype", "snapshots each", "checkpoint_every", "disk", "worst error", "median error"]
+def _print(task: Task, like: Path | None, earlier: Likeness, proposals: list[Proposal], out: Path | None) -> None:
+    columns = ["tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
     rows = [
         [
             ", ".join(f"{s:g}" for s in proposal.schedule.sigma_rels),
@@ -186,10 +178,8 @@ def _print(
     ]
     output.print_table(columns, rows, left=["tracked", "dtype"])
     low, high = task.sigma_range
-    moves = "evenly" if earlier is None else f"as in {like}"
-    if earlier is not None and earlier.motion is None:
-        moves = f"evenly: {like} does not tell how it moved"
-    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if the network moves {moves}")
+    assumed = assumption_text(like, earlier)
+    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {assumed}")
     best = proposals[0]
     if best.last_step < task.steps:
         output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {task.steps:,}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -104,7 +105,7 @@ def synthesize(
         ),
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and warnings.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print the coefficients too.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print coefficients and profile errors.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Make the average of any length from snapshots.
@@ -112,8 +113,8 @@ def synthesize(
     Name one target or several, of any kind: --sigma-rel, --beta, --window, --between, --profile. The snapshots are
     read once for all targets, each block is verified, and an output appears whole or not at all.
 
-    The predicted error is the expected relative L2 distance of the weights from the true average; the profile
-    error is that of the profile.
+    The predicted error is the expected relative L2 distance of the weights from the true average. The profile error,
+    shown with --verbose or --method paper, is that of the profile.
 
     One large model on many machines: --shard 1/8 to --shard 8/8 in any processes, then --finish. Under torchrun
     the processes do both by themselves. The output is then a folder of shards.
@@ -213,8 +214,8 @@ def synthesize(
         where = {"device": device, "reason": reason}
         output.print_json(_report(plan, paths, skipped, seconds) | where)
     elif not quiet:
-        _print_coefficients(plan) if verbose or (dry_run and len(targets) == 1) else None
-        _print_targets(plan, paths, skipped, dtype, seconds)
+        _print_coefficients(plan, verbose) if verbose or (dry_run and len(targets) == 1) else None
+        _print_targets(plan, paths, skipped, dtype, seconds, verbose or plan.method == "paper")
 
 
 def _make_parts(
@@ -229,7 +230,7 @@ def _make_parts(
         report = _report(done.plan, done.paths, done.there, time.perf_counter() - started)
         output.print_json(report | where | done.report)
     elif not quiet:
-        _print_coefficients(done.plan) if verbose else None
+        _print_coefficients(done.plan, verbose) if verbose else None
         output.print_line(done.text)
 
 
@@ -268,20 +269,31 @@ def _movement(prior: Prior) -> dict[str, Any]:
     }
 
 
-def _print_coefficients(plan: Plan) -> None:
-    columns = ["snapshot", "t", "tracked", *(f"c({target.label})" for target in plan.targets)]
-    rows = [
-        [source.name, f"{source.info.t:,.12g}", f"{source.info.sigma_rel:g}", *(f"{c:+.6f}" for c in row)]
-        for source, row in zip(plan.sources, plan.reconstruction.coefficients, strict=True)
-    ]
-    output.print_table(columns, rows, left=["snapshot"])
-    output.print_line("")
+def _print_coefficients(plan: Plan, verbose: bool) -> None:
+    """Each target's snapshots by time: all, or those with the largest coefficients."""
+    for target, column in zip(plan.targets, plan.reconstruction.coefficients.T, strict=True):
+        chosen = _largest(column.tolist(), len(column) if verbose else output.MOST_ROWS)
+        rows = [
+            [source.name, f"{source.info.t:,.12g}", f"{source.info.sigma_rel:g}", f"{column[index]:+.6f}"]
+            for index, source in ((index, plan.sources[index]) for index in chosen)
+        ]
+        output.print_table(["snapshot", "t", "tracked", f"c({target.label})"], rows, left=["snapshot"])
+        if len(chosen) < len(column):
+            output.print_line(f"and {len(column) - len(chosen):,} with smaller coefficients; --verbose lists them")
+        output.print_line("")
 
 
-def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str, seconds: float) -> None:
+def _largest(values: Sequence[float], count: int) -> list[int]:
+    """Where the values of the largest size are: indices, growing."""
+    return sorted(sorted(range(len(values)), key=lambda index: -abs(values[index]))[:count])
+
+
+def _print_targets(
+    plan: Plan, paths: list[Path], skipped: set[int], dtype: str, seconds: float, profile_error: bool
+) -> None:
     single = len(plan.targets) == 1
     if not single:
-        _print_table(plan, paths, skipped)
+        _print_table(plan, paths, skipped, profile_error)
     if paths and len(skipped) == len(paths):
         output.print_line("every output is there already; nothing was written")
         return
@@ -289,7 +301,7 @@ def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], dtype: str,
     which = plan.targets[0].title if single else f"{len(made)} average{'s' * (len(made) != 1)}"
     size = output.size_text(sum(spec.nbytes for spec in plan.specs(dtype))) + " each" * (not single)
     count = f"{len(plan.sources)} snapshot{'s' * (len(plan.sources) != 1)}"
-    what = f"{which} at t = {plan.t:,.12g} from {count}, {_errors_text(plan, made)}, {size}"
+    what = f"{which} at t = {plan.t:,.12g} from {count}, {_errors_text(plan, made, profile_error)}, {size}"
     if not paths:
         read = output.size_text(plan.read_bytes)
         output.print_line(f"would make {what}; would read {read}; nothing was written")
@@ -303,36 +315,38 @@ def _note_left_out(plan: Plan, path: Path) -> None:
     if not left_out:
         return
     shown = ", ".join(left_out[:3]) + ", ..." * (len(left_out) > 3)
-    file = path if path.suffix == ".safetensors" else Path("model.safetensors")
-    command = f"ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
+    file = path.with_suffix(".safetensors") if path.suffix in (".pt", ".pth", ".bin") else path
+    how = "" if file == path else f"make {file.name} and not {path.name}, then: "
+    command = f"{how}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
     output.print_note(
         f"{len(left_out)} of the model's tensors are not in the output, since the run does not track them ({shown}); "
         f"to add them from a full model: {command}"
     )
 
 
-def _print_table(plan: Plan, paths: list[Path], skipped: set[int]) -> None:
-    rows = [
-        [
-            target.title,
-            output.percent(plan.predicted_error(index)),
-            output.percent(float(plan.reconstruction.profile_error[index])),
-            f"{paths[index]}{' (was there)' * (index in skipped)}" if paths else "-",
-        ]
-        for index, target in enumerate(plan.targets)
-    ]
-    output.print_table(["target", "predicted error", "profile error", "output"], rows, left=["target", "output"])
+def _print_table(plan: Plan, paths: list[Path], skipped: set[int], profile_error: bool) -> None:
+    beside = len({path.parent for path in paths}) == 1  # the last line names their folder
+    rows = []
+    for index, target in enumerate(plan.targets):
+        errors = [plan.predicted_error(index)]
+        errors += [float(plan.reconstruction.profile_error[index])] if profile_error else []
+        path = "-" if not paths else paths[index].name if beside else str(paths[index])
+        rows.append([target.title, *map(output.percent, errors), path + " (was there)" * (index in skipped)])
+    names = ["predicted error", *(["profile error"] if profile_error else [])]
+    output.print_table(["target", *names, "output"], rows, left=["target", "output"])
     output.print_line("")
 
 
-def _errors_text(plan: Plan, made: list[int]) -> str:
-    """Both errors of what is made, the largest where it is several."""
+def _errors_text(plan: Plan, made: list[int], profile_error: bool) -> str:
+    """The error of what is made, the largest where it is several, and that of the profile."""
     up_to = "up to " if len(made) > 1 else ""
     predicted = [plan.predicted_error(index) for index in made]
     known = [error for error in predicted if error is not None]
-    worst = f"{up_to}{output.percent(max(known))}" if len(known) == len(made) else output.percent(None)
-    profile_error = float(plan.reconstruction.profile_error[made].max())
-    return f"predicted error {worst}, profile error {up_to}{output.percent(profile_error)}"
+    text = f"predicted error {up_to if len(known) == len(made) else ''}"
+    text += output.percent(max(known) if len(known) == len(made) else None)
+    if not profile_error:
+        return text
+    return f"{text}, profile error {up_to}{output.percent(float(plan.reconstruction.profile_error[made].max()))}"
 
 
 COMMAND = synthesize

@@ -18,9 +18,6 @@ if TYPE_CHECKING:
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify model.safetensors --json"
 
-MOST_LINES = 100
-"""Up to so many files each has its line; of more only those of which something is wrong."""
-
 
 def verify(
     path: Annotated[
@@ -41,8 +38,9 @@ def verify(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what --repair or --clean would do; change nothing.")
     ] = False,
-    everything: Annotated[
-        bool, typer.Option("--all", "-a", help=f"A line for each file, also where there are more than {MOST_LINES}.")
+    verbose: Annotated[
+        bool,
+        typer.Option("--verbose", "-v", help="A line for each file, and not only for those with something wrong."),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -64,7 +62,7 @@ def verify(
     seconds = time.perf_counter() - started
     plan = verification.plan_repair(found) if repair else None
     if not as_json:
-        _print(found, seconds, everything, plan is None)
+        _print(found, seconds, verbose, plan is None)
         _print_loss(plan) if plan is not None and plan.gone else None
     repaired = plan is not None and _agreed(bool(plan.gone), yes, dry_run, _question(plan.directory, plan.gone))
     moved = verification.repair(plan) if plan is not None and repaired else []
@@ -187,18 +185,20 @@ def _name(path: Path, found: Verification) -> str:
 # --- as text ---------------------------------------------------------------------------------------
 
 
-def _print(found: Verification, seconds: float, everything: bool, offer: bool) -> None:
-    lines = len(found.files) + len(found.leftovers)
-    shown = [r for r in found.files if everything or lines <= MOST_LINES or not r.is_fine]
-    rows = [[_name(report.path, found), report.what, _state(report)] for report in shown]
-    rows += [
-        [_name(path, found), "leftover", "of an interrupted write, or of one under way"] for path in found.leftovers
-    ]
+def _print(found: Verification, seconds: float, verbose: bool, offer: bool) -> None:
+    fine = [report for report in found.files if report.is_fine]
+    listed = fine if verbose or len(fine) <= output.MOST_ROWS else []
+    rows = [[_name(report.path, found), report.what, report.state] for report in listed]
     if rows:
         output.print_table(["file", "what", "state"], rows, left=["file", "what", "state"])
-    if len(shown) < len(found.files):
-        output.print_line(f"and {_counted(len(found.files) - len(shown), 'file')} with nothing wrong; --all lists them")
-    output.print_line("") if rows else None
+    elif fine:
+        output.print_line(f"{_counted(len(fine), 'file')} with nothing wrong; --verbose lists them")
+    for report in found.files:
+        if not report.is_fine:
+            output.print_line(f"{_name(report.path, found)}: {report.what}: {_state(report)}")
+    for path in found.leftovers:
+        output.print_line(f"{_name(path, found)}: left by an interrupted write, or by one under way")
+    output.print_line("") if found.files or found.leftovers else None
     for note in found.notes:
         output.print_line(f"note: {note}")
     for problem in found.problems:
@@ -209,10 +209,7 @@ def _print(found: Verification, seconds: float, everything: bool, offer: bool) -
 
 
 def _state(report: FileReport) -> str:
-    from posthoc_cli.snapshots.verification import STATES, UNCHECKED
-
-    if report.state == UNCHECKED:
-        return STATES[UNCHECKED]
+    """What is wrong with a file, in words."""
     if report.detail.startswith(report.state):
         return report.detail
     return f"{report.state}: {report.detail}" if report.detail else report.state

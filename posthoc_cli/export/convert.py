@@ -1,8 +1,8 @@
-"""One safetensors file into another layout, dtype or naming, completed from a full model."""
+"""A model into another layout, dtype or naming, completed from a full model."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,11 +11,10 @@ import torch
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, shown
 from posthoc_cli.export.layouts import DEFAULT_SHARD_SIZE, layout_of, make_sink, parse_size
-from posthoc_cli.export.sharded import SHARD_PATTERN
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.index import read_index
 from posthoc_cli.snapshots.metadata import file_kind
+from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_from_bytes, torch_dtype
@@ -43,13 +42,15 @@ def export_file(
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     progress: Progress | None = None,
 ) -> Exported:
-    """Write a safetensors file in another layout. One tensor at a time, except for .pt.
+    """Write a model in another layout. One tensor at a time, except for .pt.
 
     Arguments:
-        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file.
+        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; or
+            shards of one of these: their index, or its folder.
         out: the output; its name decides the layout unless `layout` says it.
         dtype: of all floating-point tensors but copies; None keeps each one's own.
-        base: a safetensors file, or a folder with an index, whose further tensors complete the output.
+        base: a safetensors file, an index of shards, or a folder of one of these, whose further tensors complete the
+            output.
         prefix, strip_prefix: put in front of, or taken from, the names in `source`, before they are compared
             with those in `base`.
         overwrite: replace what is there.
@@ -116,23 +117,43 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 def _read_source(
     stack: ExitStack, source: Path, dtype: torch.dtype | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """The tensors of the file to export, under all their names, and what it says about itself."""
-    file = stack.enter_context(TensorFile(source))
+    """The tensors of the model to export, under all their names, and what it says about itself."""
+    tensors: dict[str, _PlannedTensor] = {}
+    first: tuple[Path, OutputInfo | None] | None = None
+    index = index_of(source)
+    name = source.name if index is None else index.parent.name
+    for file in _open_model(stack, source):
+        own, info = _read_file(file, name, dtype)
+        first = (file.path, info) if first is None else first
+        check_alike(*first, file.path, info)
+        twice = own.keys() & tensors.keys()
+        if twice:
+            raise FileFormatError(f"{file.path}: tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
+        tensors |= own
+    return tensors, None if first is None else first[1]
+
+
+def _read_file(
+    file: TensorFile, model: str, dtype: torch.dtype | None
+) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
+    """The tensors of one file, under all their names, and what it says about the model, which is called `model`."""
     kind = file_kind(file.header)
     if kind == "snapshot":
-        return _read_snapshot(file, dtype)
+        return _read_snapshot(file, model, dtype)
     if kind == "state":
-        raise FileFormatError(f"{source}: is a tracker's state, not weights; export a snapshot, or a synthesis")
+        raise FileFormatError(f"{file.path}: is a tracker's state, not weights; export a snapshot, or a synthesis")
     if kind not in (None, "output"):
-        raise FileFormatError(f"{source}: its ema.format is {shown(kind)}, which this release does not know")
-    info = decode_output(source, file.header) if kind == "output" else None
+        raise FileFormatError(f"{file.path}: its ema.format is {shown(kind)}, which this release does not know")
+    info = decode_output(file.path, file.header) if kind == "output" else None
     if info is None:
         return {name: _plan(file, name, "other", dtype) for name in file.header.tensors}, None
     roles = {name: "copy" if name in info.copies else "average" for name in file.header.tensors}
     return {name: _plan(file, name, role, dtype) for name, role in roles.items()}, info
 
 
-def _read_snapshot(file: TensorFile, dtype: torch.dtype | None) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
+def _read_snapshot(
+    file: TensorFile, model: str, dtype: torch.dtype | None
+) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
     snapshot = decode_snapshot(file.path, file.header)
     names = {name: name for name in snapshot.tensors} | snapshot.aliases
     tensors = {}
@@ -150,7 +171,7 @@ def _read_snapshot(file: TensorFile, dtype: torch.dtype | None) -> tuple[dict[st
         method="tracked",
         profile_error=0.0,
         predicted_error=None,
-        snapshots=((file.path.name, 1.0),),
+        snapshots=((model, 1.0),),
     )
     return tensors, info
 
@@ -186,7 +207,7 @@ def _read_base(
     """The tensors that only the base has; those in both must have the same shape."""
     tensors = {}
     seen = set()
-    for file in _base_files(stack, base):
+    for file in _open_model(stack, base):
         for name, entry in file.header.tensors.items():
             seen.add(name)
             if name not in own:
@@ -204,17 +225,10 @@ def _read_base(
     return tensors
 
 
-def _base_files(stack: ExitStack, base: Path) -> Iterator[TensorFile]:
-    if not base.is_dir():
-        yield stack.enter_context(TensorFile(base))
-        return
-    indexes = sorted(base.glob("*.safetensors.index.json"))
-    if not indexes:
-        yield stack.enter_context(TensorFile(base / SHARD_PATTERN.format(suffix="")))
-        return
-    for shard, names in read_index(indexes[0]).items():
-        file = stack.enter_context(TensorFile(base / shard))
-        for name in names:
-            if name not in file.header.tensors:
-                raise FileFormatError(f"{file.path}: tensor {name!r} is not in it, as {indexes[0].name} says")
-        yield file
+def _open_model(stack: ExitStack, path: Path) -> list[TensorFile]:
+    """The files of a model, opened; each holds what the index says, if there is one."""
+    opened = []
+    for file_path, names in model_files(path).items():
+        opened.append(stack.enter_context(TensorFile(file_path)))
+        check_indexed(file_path, opened[-1].header, names)
+    return opened

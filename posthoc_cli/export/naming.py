@@ -39,6 +39,18 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     return paths, folder
 
 
+def export_paths(sources: Sequence[Path], out: Path, layout: str | None) -> list[Path]:
+    """Where the exports of several models go: into the folder `out`, each under the name that it has.
+
+    Raises:
+        InvalidValueError: the output is a file.
+    """
+    if out.suffix in (".safetensors", ".pt", ".pth", ".bin") and not out.is_dir():
+        raise InvalidValueError(f"out {out}: {len(sources)} models need a folder")
+    suffix = _SUFFIXES[layout_of(Path("x.safetensors"), layout)]
+    return [out / f"{source.name.removesuffix('.safetensors')}{suffix}" for source in sources]
+
+
 def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
     if _SIGMA_REL in out or _TARGET in out:
         return [_filled_in(out, target) for target in targets], None

@@ -17,6 +17,7 @@ from posthoc_cli.export.parts import FilePart, TilePart
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.index import INDEX_NAME, encode_index, read_index
 from posthoc_cli.snapshots.metadata import file_kind
+from posthoc_cli.snapshots.models import SINGLE_NAME
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -29,7 +30,7 @@ MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
 def holds_model(folder: Path) -> bool:
     """Whether there is a model in a folder, in shards or in one file."""
-    return any((folder / name).exists() for name in (INDEX_NAME, SHARD_PATTERN.format(suffix="")))
+    return any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
 
 
 def holds_snapshot(path: Path) -> bool:

@@ -5,6 +5,7 @@ Pure NumPy; nothing here reads a file, so that a schedule can be judged before t
 
 from posthoc_cli.planning.choosing import MOST_SOLVED, choose
 from posthoc_cli.planning.curves import (
+    EVENLY,
     Candidate,
     ErrorCurve,
     ErrorPoint,
@@ -12,7 +13,6 @@ from posthoc_cli.planning.curves import (
     check_sigma_range,
     error_curve,
     profile_fit,
-    ranges_text,
 )
 from posthoc_cli.planning.forecast import Forecast, forecast, forecast_at, sigma_rels_in
 from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_loss, exchanged, snapshots_to_drop
@@ -21,6 +21,7 @@ from posthoc_cli.planning.schedule import MOST_TIMES, Schedule, listed
 from posthoc_cli.planning.task import Task, check_dtype, relative_rounding
 
 __all__ = [
+    "EVENLY",
     "MOST_SOLVED",
     "MOST_TIMES",
     "USEFUL_RANGE",
@@ -44,7 +45,6 @@ __all__ = [
     "listed",
     "profile_fit",
     "propose",
-    "ranges_text",
     "relative_rounding",
     "sigma_rels_in",
     "snapshots_to_drop",

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL, FloatArray, PowerFunction, Profile, check_sigma_rel
-from posthoc_cli.reconstruction import Prior, reconstruct, relative_width
+from posthoc_cli.reconstruction import Motion, Prior, assumed_prior, reconstruct, relative_width
+from posthoc_cli.reconstruction.prior import ASSUMED
+
+EVENLY = "the network moves evenly"
+"""What the predicted errors of a schedule rest on, unless something is known of an earlier run."""
 
 
 @dataclass(frozen=True)
@@ -22,18 +27,34 @@ class Candidate:
         snapshots: their profiles.
         t_unit: what times count.
         prior: what is known of them besides; None where nothing is.
+        assumption: what predicted errors rest on where nothing was measured, "the network moves evenly"; empty where
+            it was. An assumed prior without one predicts no errors.
     """
 
     label: str
     snapshots: Sequence[PowerFunction]
     t_unit: str = "steps"
     prior: Prior | None = None
+    assumption: str = ""
 
     @classmethod
-    def of_schedule(cls, schedule: Schedule) -> Candidate:
-        """The snapshots that a schedule will leave."""
+    def of_run(cls, label: str, snapshots: Sequence[PowerFunction], prior: Prior, t_unit: str = "steps") -> Candidate:
+        """Snapshots of a run. Too few to tell how its network moved are judged as if it had moved evenly."""
+        return cls(label, snapshots, t_unit, prior, EVENLY if prior.source == ASSUMED else "")
+
+    @classmethod
+    def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
+        """The snapshots that a schedule will leave, with the errors that `ema plan` expects of them.
+
+        Arguments:
+            schedule: when they are taken, and how they are stored.
+            motion: how the network will move, relative to its norm; by default evenly.
+            assumption: the same in words.
+        """
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
-        return cls(label, schedule.snapshots())
+        motion = schedule.even_motion if motion is None else motion
+        snapshots = schedule.snapshots(motion)
+        return cls(label, snapshots, prior=assumed_prior(snapshots, schedule.rounding, motion), assumption=assumption)
 
     def up_to(self, t: float) -> tuple[list[PowerFunction], Prior | None]:
         """The snapshots at or before `t`, and their prior."""
@@ -62,13 +83,15 @@ class ErrorCurve:
     """Reconstruction error against sigma_rel, at one time.
 
     Attributes:
-        label: what the snapshots are, for a legend.
+        label: what the snapshots are, and what was assumed of them, for a legend.
         t: the time of the targets.
         sigma_rels: shape [points].
         profile_error: relative L2 error of the profile: shape [points].
-        predicted_error: expected relative L2 error of the weights, shape [points]; None where nothing was measured.
+        predicted_error: expected relative L2 error of the weights, shape [points]; None where nothing was measured or
+            assumed.
         tracked: sigma_rels that snapshots hold directly.
         others: targets that are no power functions.
+        assumption: what the predicted errors rest on; empty where the movement was measured.
     """
 
     label: str
@@ -78,6 +101,7 @@ class ErrorCurve:
     predicted_error: FloatArray | None
     tracked: tuple[float, ...]
     others: tuple[ErrorPoint, ...] = ()
+    assumption: str = ""
 
     @property
     def error(self) -> FloatArray:
@@ -95,10 +119,19 @@ class ErrorCurve:
         runs = np.split(below, np.flatnonzero(np.diff(below) > 1) + 1)
         return [(float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]])) for run in runs if run.size > 1]
 
+    def ranges_text(self, threshold: float) -> str:
+        """The same for people, "0.051 to 0.278": each end rounded inwards, so that it is in its range as it is read."""
+        return ", ".join(_range_text(low, high) for low, high in self.ranges_below(threshold))
 
-def ranges_text(ranges: Sequence[tuple[float, float]]) -> str:
-    """Ranges for people."""
-    return ", ".join(f"{low:.3f} to {high:.3f}" for low, high in ranges) or "no value"
+
+def _range_text(low: float, high: float) -> str:
+    for digits in range(3, 9):
+        unit = Decimal(1).scaleb(-digits)
+        first = Decimal(repr(low)).quantize(unit, ROUND_CEILING)
+        last = Decimal(repr(high)).quantize(unit, ROUND_FLOOR)
+        if first < last:
+            break
+    return f"{first} to {last}"
 
 
 def error_curve(
@@ -136,18 +169,25 @@ def error_curve(
     grid = np.clip(grid, low, high)
     targets: list[Profile] = [PowerFunction.from_sigma_rel(float(s), t) for s in grid]
     result = reconstruct(usable, targets + [profile for _, profile in others], method, prior, t)
-    known = result.known_error(0) is not None
+    known = bool(candidate.assumption) or result.prior.source != ASSUMED
+    errors = np.nan_to_num(result.predicted_error, nan=0.0)  # weights of norm 0 are reproduced exactly
     return ErrorCurve(
-        label=candidate.label,
+        label=f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label,
         t=t,
         sigma_rels=grid,
         profile_error=result.profile_error[: grid.size],
-        predicted_error=result.predicted_error[: grid.size] if known else None,
+        predicted_error=errors[: grid.size] if known else None,
         tracked=tracked,
         others=tuple(
-            ErrorPoint(title, relative_width(profile, t), float(result.profile_error[i]), result.known_error(i))
+            ErrorPoint(
+                title,
+                relative_width(profile, t),
+                float(result.profile_error[i]),
+                float(errors[i]) if known else None,
+            )
             for i, (title, profile) in enumerate(others, start=grid.size)
         ),
+        assumption=candidate.assumption,
     )
 
 

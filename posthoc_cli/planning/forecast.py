@@ -47,8 +47,7 @@ def forecast(
 
     Arguments:
         snapshots: profiles of what is stored, at least one.
-        prior: of these snapshots. Unlike in an `ErrorCurve` an assumed one counts, too. Weights of norm 0 are
-            reproduced exactly.
+        prior: of these snapshots; an assumed one counts, too. Weights of norm 0 are reproduced exactly.
         sigma_range: lowest and highest sigma_rel.
         points: how many sigma_rels, spread over the range.
     """

@@ -1,6 +1,7 @@
-"""What to track, how often to store it, and as what: the smallest worst predicted error within a disk budget.
+"""What to track, how often to store it, and as what: the least that is good enough, within a disk budget.
 
-Choices are screened with snapshots that lie about as thinning leaves them; the few finalists are judged by the
+Good enough is a worst predicted error of at most `Task.max_error`; where the budget does not allow it, the smallest
+one is looked for. Choices are screened with snapshots that lie about as they will; the few finalists are judged by the
 snapshots that a tracker would hold at the end (`Schedule.snapshots`).
 """
 
@@ -32,6 +33,14 @@ _REFINEMENTS = (1.25, 1.1)
 _SCREENED = 24
 """Snapshots a profile that are enough for screening; each stands for several where there are more."""
 
+_COUNTS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
+"""Times at which snapshots are taken, tried one after another until the error is good enough. A tenth of a training is
+what one that is killed may lose."""
+
+_UPDATE_EVERY = 10
+_UPDATES_IN_WIDTH = 10
+"""Steps between updates at most, and updates at least within the width of the shortest average that is wanted."""
+
 _TAKEN = (1, 2, 4)
 _TAKEN_BY_THE_BEST = (3, 6, 8)
 """Times at which snapshots are taken, in multiples of those kept: tried for every finalist, and for the best."""
@@ -55,9 +64,17 @@ class Proposal:
 
     @property
     def update_every(self) -> int:
-        """Steps between updates: 10, or fewer in a short run, and a divisor of `checkpoint_every`."""
-        most = max(1, min(10, self.schedule.steps // 1000))
+        """Steps between updates: 10, or fewer where averages are short, and a divisor of `checkpoint_every`."""
+        width = float(self.errors.sigma_rels[0]) * self.schedule.steps
+        most = max(1, min(_UPDATE_EVERY, int(width / _UPDATES_IN_WIDTH)))
         return next(every for every in range(most, 0, -1) if self.schedule.checkpoint_every % every == 0)
+
+    @property
+    def cost(self) -> tuple[float, float]:
+        """What it takes of the training: bytes written to disk, and averages updated in a step."""
+        schedule = self.schedule
+        written = self.nbytes / _fullest(schedule) * schedule.taken * len(schedule.sigma_rels)
+        return written, len(schedule.sigma_rels) / self.update_every
 
     @property
     def last_step(self) -> int:
@@ -71,24 +88,30 @@ class Proposal:
 
 
 def propose(task: Task) -> list[Proposal]:
-    """The best choice first, then others that are really different, by their worst errors.
+    """The cheapest choice that is good enough first, or where none is the best; then others that are really different.
 
-    Those are the best of each dtype, of one, two and three profiles, and of half the budget.
+    Those are the best of each dtype, of one, two and three profiles, and of half the budget where none is good enough.
     """
-    choices = sorted(_screened(task), key=lambda choice: choice.screened)
+    choices = sorted(_screened(task), key=lambda choice: choice.order(task))
     finalists = []
     for index, choice in enumerate(choices):
         earlier = choices[:index]
         if any(c.dtype == choice.dtype for c in earlier) and any(c.profiles == choice.profiles for c in earlier):
             continue
         finalists.append(choice)
-    judged = [_best(_judged(task, choice, _TAKEN)) for choice in finalists]
-    leader = finalists[judged.index(_best(judged))]
-    judged.append(_best([_best(judged), *_judged(task, leader, _TAKEN_BY_THE_BEST)]))
-    frugal = replace(task, max_bytes=task.max_bytes // 2) if _halves(task, leader) else None
-    if frugal is not None:
-        judged.append(_best(_judged(frugal, leader, _TAKEN)))
-    return _different(sorted(judged, key=_rank))
+    judged = [_cheapest_or_best(task, choice) for choice in finalists]
+    if not any(proposal.errors.worst <= task.max_error for proposal in judged):
+        leader = finalists[judged.index(_best(judged))]
+        judged.append(_best([_best(judged), *_judged(task, leader, _TAKEN_BY_THE_BEST)]))
+        frugal = replace(task, max_bytes=task.max_bytes // 2) if _halves(task, leader) else None
+        if frugal is not None:
+            judged.append(_best(_judged(frugal, leader, _TAKEN)))
+
+    def order(proposal: Proposal) -> tuple[float, ...]:
+        good = proposal.errors.worst <= task.max_error
+        return (not good, *(proposal.cost if good else ()), *_rank(proposal))
+
+    return _different(sorted(judged, key=order))
 
 
 def judge(task: Task, schedule: Schedule, dtype: str) -> Proposal:
@@ -130,12 +153,19 @@ def _different(ranked: Sequence[Proposal]) -> list[Proposal]:
 class _Choice:
     sigma_rels: tuple[float, ...]
     dtype: str
+    count: int
+    """Snapshots of each profile that it was screened with."""
     screened: float
-    """About the worst error."""
+    """About the worst error of those."""
 
     @property
     def profiles(self) -> int:
         return len(self.sigma_rels)
+
+    def order(self, task: Task) -> tuple[float, ...]:
+        """Those that seem good enough first, by about what they write."""
+        good = self.screened <= task.max_error
+        return not good, self.count * self.profiles * task.snapshot_bytes(self.dtype) * good, self.screened
 
 
 def _screened(task: Task) -> Iterator[_Choice]:
@@ -144,9 +174,14 @@ def _screened(task: Task) -> Iterator[_Choice]:
         for tracked in _starts(task):
             if not task.fits(dtype, len(tracked[0])):
                 continue
-            errors = {sigma_rels: _screen(task, sigma_rels, dtype) for sigma_rels in tracked}
-            best = min(errors, key=errors.__getitem__)
-            yield _Choice(best, dtype, errors[best]) if task.sigma_rels else _refined(task, best, dtype, errors[best])
+            kept = _kept(task, dtype, len(tracked[0]))
+            for count in sorted({min(_COUNTS[0], kept), kept}):
+                errors = {sigma_rels: _screen(task, sigma_rels, dtype, count) for sigma_rels in tracked}
+                best = min(errors, key=errors.__getitem__)
+                if errors[best] <= task.max_error:
+                    break  # with more only rounding would choose
+            choice = _Choice(best, dtype, count, errors[best])
+            yield choice if task.sigma_rels else _refined(task, choice)
 
 
 def _starts(task: Task) -> list[list[tuple[float, ...]]]:
@@ -159,18 +194,19 @@ def _starts(task: Task) -> list[list[tuple[float, ...]]]:
     return [list(combinations(grid, profiles)) for profiles in _PROFILES if len(grid) >= profiles]
 
 
-def _refined(task: Task, sigma_rels: tuple[float, ...], dtype: str, error: float) -> _Choice:
+def _refined(task: Task, choice: _Choice) -> _Choice:
     """The choice after moving one tracked profile at a time, as long as that helps."""
+    sigma_rels, dtype, error = choice.sigma_rels, choice.dtype, choice.screened
     for factor in _REFINEMENTS:
         for place in range(len(sigma_rels)):
             for moved in (sigma_rels[place] * factor, sigma_rels[place] / factor):
                 other = (*sigma_rels[:place], _rounded(min(moved, _LONGEST)), *sigma_rels[place + 1 :])
                 if len(set(other)) < len(other) or list(other) != sorted(other):
                     continue
-                found = _screen(task, other, dtype)
+                found = _screen(task, other, dtype, choice.count)
                 if found < error:
                     sigma_rels, error = other, found
-    return _Choice(sigma_rels, dtype, error)
+    return replace(choice, sigma_rels=sigma_rels, screened=error)
 
 
 def _rounded(sigma_rel: float) -> float:
@@ -178,12 +214,12 @@ def _rounded(sigma_rel: float) -> float:
     return float(f"{sigma_rel:.2g}")
 
 
-def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str) -> float:
-    """About the worst error of these profiles."""
-    kept = _kept(task, dtype, len(sigma_rels))
+def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) -> float:
+    """About the worst error of these profiles with so many snapshots of each."""
     count = min(kept, _SCREENED)
     x = np.arange(1, count + 1) / count
-    dense = task.taken_most() > kept  # else every snapshot is kept
+    # Where there is room for more, as many are taken as are kept.
+    dense = task.taken_most() > kept == _kept(task, dtype, len(sigma_rels))
     times = task.steps * (1 - (1 - x) ** LATER if dense else x)
     snapshots = [PowerFunction(_gamma(s), float(t)) for t in times for s in sigma_rels]
     prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.path)
@@ -205,19 +241,41 @@ def _kept(task: Task, dtype: str, profiles: int) -> int:
     return min(taken, kept) if taken <= min(places, kept) else max(1, min(kept, places - 1))
 
 
+def _cheapest_or_best(task: Task, choice: _Choice) -> Proposal:
+    """The choice with the fewest snapshots that are good enough, or, where none are, with those of the least error."""
+    proposals: list[Proposal] = []
+    if choice.screened > task.max_error:
+        proposals = _judged(task, choice, _TAKEN)
+        if _best(proposals).errors.worst > task.max_error:
+            return _best(proposals)
+    for count in _COUNTS:
+        if count > 4 * _kept(task, choice.dtype, choice.profiles):
+            break
+        proposal = judge(task, _schedule(task, choice, count), choice.dtype)
+        if proposal.errors.worst <= task.max_error:
+            return proposal
+    return _best(proposals or _judged(task, choice, _TAKEN))
+
+
 def _judged(task: Task, choice: _Choice, multiples: Sequence[int]) -> list[Proposal]:
     """The choice with snapshots at so many times of those it keeps; one for all cadences that come out the same."""
     kept = _kept(task, choice.dtype, choice.profiles)
-    schedules = {}
+    places = min(task.places(choice.dtype, choice.profiles), task.max_checkpoints or MOST_KEPT)
+    proposals = {}
     for multiple in multiples:
-        places = min(task.places(choice.dtype, choice.profiles), task.max_checkpoints or MOST_KEPT)
-        every = task.checkpoint_every or _round_interval(task.steps, places if multiple == 1 else kept * multiple)
-        taken = task.steps // every
-        thinned = taken > places or (task.max_checkpoints is not None and taken > kept)
-        keep = min(kept, taken) if thinned else task.max_checkpoints
-        rounding = task.rounding_of(choice.dtype)
-        schedules[every] = Schedule(choice.sigma_rels, task.steps, every, keep, rounding)
-    return [judge(task, schedule, choice.dtype) for schedule in schedules.values()]
+        schedule = _schedule(task, choice, places if multiple == 1 else kept * multiple)
+        if schedule.checkpoint_every not in proposals:
+            proposals[schedule.checkpoint_every] = judge(task, schedule, choice.dtype)
+    return list(proposals.values())
+
+
+def _schedule(task: Task, choice: _Choice, count: int) -> Schedule:
+    """The choice with snapshots at about so many times, of which as many are kept as there is room for."""
+    places = min(task.places(choice.dtype, choice.profiles), task.max_checkpoints or MOST_KEPT)
+    every = task.checkpoint_every or _round_interval(task.steps, count)
+    taken = task.steps // every
+    keep = task.max_checkpoints or (taken if taken <= places else _kept(task, choice.dtype, choice.profiles))
+    return Schedule(choice.sigma_rels, task.steps, every, keep, task.rounding_of(choice.dtype))
 
 
 def _halves(task: Task, leader: _Choice) -> bool:

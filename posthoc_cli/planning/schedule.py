@@ -73,6 +73,11 @@ class Schedule:
         """Snapshots of each profile that are left at the end."""
         return min(self.taken, self.max_checkpoints or self.taken)
 
+    @property
+    def even_motion(self) -> Motion:
+        """What is taken of a network's movement, relative to its norm, where nothing is known."""
+        return Motion.even(self.steps, ASSUMED_STRETCH**2)
+
     def snapshots(
         self, motion: Motion | None = None, sigma_range: tuple[float, float] = USEFUL_RANGE
     ) -> list[PowerFunction]:
@@ -83,7 +88,7 @@ class Schedule:
             sigma_range: what snapshots are kept for.
         """
         if motion is None:
-            motion = Motion.even(self.steps, ASSUMED_STRETCH**2)
+            motion = self.even_motion
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         if self.kept == self.taken:
             counts = range(1, self.taken + 1)

@@ -18,6 +18,10 @@ ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 MOST_KEPT = 64
 """Snapshots a profile that are proposed at most, unless asked for: more gain little, and make synthesis slow."""
 
+GOOD_ERROR = 5e-4
+"""A worst predicted error that is good enough, unless somebody says otherwise: rounding a result once to float16 costs
+2e-4, to bfloat16 1.5e-3."""
+
 _EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
 
 
@@ -43,6 +47,7 @@ class Task:
         max_bytes: for all snapshots at their fullest.
         sigma_range: the averages that are wanted.
         motion: how the network will move over (0, steps], relative to its norm; None for evenly.
+        max_error: a worst predicted error that is good enough; of schedules below it the cheapest is the best.
         rounding: measured root mean square error of a stored average by dtype, relative to its norm, where it is
             not `relative_rounding`.
         sigma_rels, dtype, checkpoint_every, max_checkpoints: fixed choices; None leaves them to the search.
@@ -56,6 +61,7 @@ class Task:
     max_bytes: int
     sigma_range: tuple[float, float] = USEFUL_RANGE
     motion: Motion | None = None
+    max_error: float = GOOD_ERROR
     rounding: Mapping[str, float] = field(default_factory=dict)
     sigma_rels: tuple[float, ...] | None = None
     dtype: str | None = None
@@ -70,6 +76,8 @@ class Task:
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 10**15:
                 raise InvalidValueError(f"{name} {value}: must be a whole number from 1 to 1e15")
+        if not 0 <= self.max_error < 1:
+            raise InvalidValueError(f"max_error {self.max_error!r}: must be a relative error in [0, 1), such as 0.0005")
         if self.parameters < 1:
             raise InvalidValueError(f"params {self.parameters}: must be at least 1, such as 1.2e9 or 350M")
         if self.dtype is not None:

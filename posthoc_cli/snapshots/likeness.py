@@ -16,7 +16,8 @@ from posthoc_cli.snapshots.priors import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.segments import of_newest_segment
 
-_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+DTYPE_WORDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
+"""What a plan calls the dtypes that snapshots are stored in."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
             for name, tensor in snapshot.info.tensors.items()
             if tensor.role == "average"
         }
-        name = _NAMES.get(stored.pop()) if len(stored) == 1 else None
+        name = DTYPE_WORDS.get(stored.pop()) if len(stored) == 1 else None
         if prior.source != ASSUMED and name is not None and rounding > 0 and squared > 0:
             found[name].append(float(rounding / squared))
     return Likeness(motion, {name: sqrt(float(np.mean(values))) for name, values in found.items()})

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.planning import Candidate, ErrorCurve, ProfileFit, Schedule, error_curve, profile_fit
+from posthoc_cli.planning import EVENLY, Candidate, ErrorCurve, ProfileFit, Schedule, error_curve, profile_fit
 from posthoc_cli.profiles import Clock
+from posthoc_cli.reconstruction import Motion
 from posthoc_cli.snapshots.chosen import chosen_up_to
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.priors import run_clock
@@ -37,7 +38,8 @@ class Judged:
         """What a tracker wrote since the model's tensors changed last.
 
         Reads a sample of the tensors where headers have no measurements. Of more snapshots than a solve can take those
-        are chosen that a synthesis at `t` works with; by default at the time of the last one.
+        are chosen that a synthesis at `t` works with; by default at the time of the last one. Where they are too few to
+        tell how the network moved, it is taken to move evenly, as in a schedule.
 
         Raises:
             InvalidValueError: `t` is not between the first snapshot and the last.
@@ -48,13 +50,13 @@ class Judged:
         usable, later = chosen_up_to(sources, _checked_time(t, [info.t for info in infos]))
         profiles = [source.info.profile.pure for source in (*usable, *later)]
         label = f"{directory}: {_counted(usable, infos)} {infos[0].t_unit}"
-        candidate = Candidate(label, profiles, infos[0].t_unit, source_prior([*usable, *later]))
+        candidate = Candidate.of_run(label, profiles, source_prior([*usable, *later]), infos[0].t_unit)
         return cls(candidate, run_clock(infos), min(info.t_first for info in infos))
 
     @classmethod
-    def of_schedule(cls, schedule: Schedule) -> Judged:
-        """What a tracker will write, that updates from the first step on."""
-        return cls(Candidate.of_schedule(schedule), Clock.of_steps(), 1.0)
+    def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Judged:
+        """What a tracker will write, that updates from the first step on; see `Candidate.of_schedule`."""
+        return cls(Candidate.of_schedule(schedule, motion, assumption), Clock.of_steps(), 1.0)
 
     def curve(
         self, sigma_range: tuple[float, float], others: Sequence[Target], t: float | None, method: str | None
@@ -92,17 +94,3 @@ def _counted(usable: Sequence[Source], infos: Sequence[SnapshotInfo]) -> str:
     if len(usable) < there:
         return f"{len(usable):,} of {there:,} snapshots up to {usable[-1].info.t:,.12g}"
     return f"{count:,} snapshot{'s' * (count != 1)} up to {last:,.12g}"
-
-
-def comparable(curves: Sequence[ErrorCurve]) -> list[ErrorCurve]:
-    """The same curves, all by one measure: where one has no predicted error, none has."""
-    if all(curve.predicted_error is not None for curve in curves):
-        return list(curves)
-    return [
-        replace(
-            curve,
-            predicted_error=None,
-            others=tuple(replace(other, predicted_error=None) for other in curve.others),
-        )
-        for curve in curves
-    ]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from posthoc_cli.errors import InexactError, InvalidValueError
-from posthoc_cli.planning import Candidate, error_curve, ranges_text
+from posthoc_cli.planning import Candidate, error_curve
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.chosen import chosen_up_to
@@ -34,9 +34,6 @@ _EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7, "F8_
 
 POOR_ERROR = 0.01
 """Predicted error above which a synthesis is made with a warning."""
-
-POOR_PROFILE_ERROR = 0.1
-"""The same for the profile error, where nothing can be predicted."""
 
 
 @dataclass(frozen=True)
@@ -191,8 +188,8 @@ def plan_synthesis(
     plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts, coarse)
     if max_error is not None:
         _check_errors(plan, max_error)
-    candidate = Candidate("", [source.info.profile.pure for source in (*usable, *later)], prior=everything)
-    _warn_of_poor_targets(plan, candidate)
+    stored = [source.info.profile.pure for source in (*usable, *later)]
+    _warn_of_poor_targets(plan, Candidate.of_run("", stored, everything))
     return plan
 
 
@@ -289,29 +286,22 @@ def _check_errors(plan: Plan, max_error: float) -> None:
 
 
 def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
-    errors = [plan.predicted_error(index) for index in range(len(plan.targets))]
-    profile_errors = plan.reconstruction.profile_error
-    poor = [
-        (target.title, error)
-        for target, error, other in zip(plan.targets, errors, profile_errors, strict=True)
-        if (error > POOR_ERROR if error is not None else other > POOR_PROFILE_ERROR)
-    ]
+    errors = np.hypot(plan.reconstruction.predicted_error, plan.output_rounding)
+    poor = [index for index, error in enumerate(errors) if error > POOR_ERROR]
     if not poor:
         return
-    predicted = [error for _, error in poor if error is not None]
-    said = (
-        f"predicted error {'up to ' * (len(poor) > 1)}{100 * max(predicted):.2g} %"
-        if predicted
-        else f"profile error up to {100 * float(profile_errors.max()):.0f} %"
-    )
-    curve = error_curve(candidate, points=40, t=plan.t, method=plan.method)
+    titles = [plan.targets[index].title for index in poor]
+    curve = error_curve(candidate, t=plan.t, method=plan.method)
     log.warning(
-        "%s: the %d snapshots up to t = %g cannot make it well: %s; below 1 %% is sigma_rel %s",
-        ", ".join(title for title, _ in poor[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
+        "%s: the %d snapshots up to t = %g cannot make it well: predicted error %s%.2g %%%s; "
+        "below 1 %% is sigma_rel %s",
+        ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
         sum(profile.t <= plan.t for profile in candidate.snapshots),
         plan.t,
-        said,
-        ranges_text(curve.ranges_below(POOR_ERROR)),
+        "up to " * (len(poor) > 1),
+        100 * float(errors[poor].max()),
+        f", if {candidate.assumption}" if candidate.assumption else "",
+        curve.ranges_text(POOR_ERROR) or "no value",
     )
 
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from posthoc_cli.planning import Candidate, Schedule, error_curve
+from posthoc_cli.planning import Candidate, Schedule, error_curve, relative_rounding
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots.chosen import chosen_up_to
 from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.likeness import DTYPE_WORDS
 from posthoc_cli.snapshots.segments import of_newest_segment
 from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, newest_before
 from posthoc_cli.snapshots.tensors import stored_name
@@ -237,11 +238,13 @@ def reconstruction_figure(
         chosen, _ = chosen_up_to(sources, last)
         counted = f"{len(chosen):,} of {len(sources):,}" if len(chosen) < len(sources) else f"{len(sources):,}"
         label = f"{counted} averages up to t = {last:,.12g}"
-        candidate = Candidate(
-            label, [source.info.profile.pure for source in chosen], settings.t_unit, source_prior(chosen)
-        )
+        profiles = [source.info.profile.pure for source in chosen]
+        candidate = Candidate.of_run(label, profiles, source_prior(chosen), settings.t_unit)
     else:
         every = settings.schedule.checkpoint_every
         count = settings.schedule.max_checkpoints or 20
-        candidate = Candidate.of_schedule(Schedule(settings.sigma_rels, count * every, every, count))
-    return plots.error_figure([error_curve(candidate, sigma_range, method=method)])
+        dtype = DTYPE_WORDS.get(settings.schedule.checkpoint_dtype or "F32", "float32")
+        schedule = Schedule(settings.sigma_rels, count * every, every, count, relative_rounding(dtype))
+        candidate = Candidate.of_schedule(schedule)
+    curve = error_curve(candidate, sigma_range, method=method)
+    return plots.error_figure([curve], profile_error=method == "paper")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.output import percent, printable, size_text
+from posthoc_cli.cli.output import percent, print_pairs, print_table, printable, size_text
 
 # --- info ------------------------------------------------------------------------------------------
 
@@ -76,7 +77,17 @@ def test_info_of_a_snapshot_an_output_and_a_stranger(ema: Ema, run: Path, tmp_pa
     assert 0 < report["predicted_error"] < 0.01
     assert re.search(r"^predicted error +0\.\d+ %$", ema("info", out).out, re.MULTILINE)
     assert len(report["snapshots"]) == 40
-    assert "sigma rel" in ema("info", out).out
+    text = ema("info", out).out
+    assert "sigma rel" in text
+    assert max(map(len, text.replace(str(out), "").splitlines())) <= 80
+    rows = re.findall(r"^(\S+\.safetensors) +([+-]\d\.\d{6})$", text, re.MULTILINE)
+    largest = sorted((abs(item["coefficient"]) for item in report["snapshots"]), reverse=True)[:10]
+    assert sorted((abs(float(c)) for _, c in rows), reverse=True) == pytest.approx(largest, abs=1e-6)
+    assert re.search(r"^and 30 more with smaller coefficients; --verbose lists them$", text, re.MULTILINE)
+    assert "profile error" not in text
+    verbose = ema("info", out, "-v").out
+    assert verbose.count(".safetensors  ") == 40
+    assert re.search(r"^profile error +\d", verbose, re.MULTILINE)
     save_file({"w": torch.zeros(3, 2)}, tmp_path / "other.safetensors")
     report = json.loads(ema("info", tmp_path / "other.safetensors", "--json").out)
     assert (report["kind"], report["parameters"]) == ("safetensors", 6)
@@ -100,7 +111,130 @@ def test_info_of_nothing(ema: Ema, tmp_path: Path, name: str) -> None:
     assert name in result.error
 
 
+def make_averages(ema: Ema, run: Path, folder: Path, *options: str) -> None:
+    assert ema("synthesize", run, "--sigma-rel", "0.1,0.15,0.2", "--out", folder, "-q", *options).code == 0
+
+
+def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run: Path, tmp_path: Path) -> None:
+    make_averages(ema, run, tmp_path / "averages")
+    make_averages(ema, run, tmp_path / "shards", "--format", "sharded", "--max-shard-size", "50")
+    alone = json.loads(ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").out)
+    folder = tmp_path / "shards" / "sigma_rel-0.15"
+    for path in (folder, folder / "model.safetensors.index.json"):
+        result = ema("info", path, "--json")
+        assert result.code == 0
+        report = json.loads(result.out)
+        assert report.pop("files") == len(list(folder.glob("*.safetensors"))) > 1
+        assert report.pop("path") == str(path)
+        assert report.pop("bytes") == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        assert report == {key: value for key, value in alone.items() if key not in ("path", "bytes")}
+        assert re.search(r"^profile +sigma_rel 0\.15$", ema("info", path).out, re.MULTILINE)
+    for container in ("averages", "shards"):
+        report = json.loads(ema("info", tmp_path / container, "--json").out)
+        assert report["kind"] == "outputs"
+        assert [one["profile"] for one in report["outputs"]] == ["sigma_rel 0.1", "sigma_rel 0.15", "sigma_rel 0.2"]
+        text = ema("info", tmp_path / container).out
+        assert len(re.findall(r"^sigma_rel-0\.\S+ +sigma_rel 0\.\d+ +2,000 +0\.0\d+ % ", text, re.MULTILINE)) == 3
+
+
+def test_info_of_a_folder_of_files_of_other_kinds(ema: Ema, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_file({"w": torch.zeros(3, 2)}, tmp_path / f"{name}.safetensors")
+    result = ema("info", tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert re.findall(r"^([ab])\.safetensors +safetensors .* B$", result.out, re.MULTILINE) == ["a", "b"]
+
+
+def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tmp_path: Path) -> None:
+    make_averages(ema, run, tmp_path / "shards", "--format", "sharded", "--max-shard-size", "50")
+    folder, other = (tmp_path / "shards" / name for name in ("sigma_rel-0.15", "sigma_rel-0.2"))
+    name = sorted(path.name for path in folder.glob("*.safetensors"))[1]
+    (folder / name).write_bytes((other / name).read_bytes())
+    for command in (("info", folder), ("export", folder, "--out", tmp_path / "m.pt")):
+        result = ema(*command)
+        assert result.code == 1
+        assert f"{name} are not of one model: its target is sigma_rel 0.2, not sigma_rel 0.15" in result.error
+    save_file(load_file(folder / name), folder / name)
+    result = ema("export", folder, "--out", tmp_path / "m.pt")
+    assert f"{name} are not of one model: only one of them is of a synthesis" in result.error
+    (folder / name).unlink()
+    for command in (("info", folder), ("export", folder, "--out", tmp_path / "m.pt")):
+        assert f"{folder / name}: cannot be opened" in ema(*command).error
+
+
 # --- export ----------------------------------------------------------------------------------------
+
+
+def test_what_shard_and_finish_leave_goes_on_to_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
+    average = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q")
+    assert ema(*average, "--out", tmp_path / "whole.safetensors").code == 0
+    refused = ema(*average, "--out", tmp_path / "m.safetensors", "--shard", "1/3").error
+    assert refused.endswith("makes a folder of shards; name a folder; ema export makes one file of it")
+    for number in (1, 2, 3):
+        assert ema(*average, "--out", tmp_path / "m", "--shard", f"{number}/3").code == 0
+    for command in (("info", tmp_path / "m"), ("export", tmp_path / "m", "--out", tmp_path / "x.safetensors")):
+        result = ema(*command)
+        assert result.code == 1
+        assert "3 of the 3 parts of a model are there, and no index" in result.error
+        assert "--finish" in result.error
+    assert ema(*average, "--out", tmp_path / "m", "--finish").code == 0
+    for name, source in (("a", tmp_path / "m"), ("b", tmp_path / "m" / "model.safetensors.index.json")):
+        result = ema("export", source, "--out", tmp_path / f"{name}.safetensors")
+        assert (result.code, result.err) == (0, "")
+        made, whole = (tmp_path / f"{file}.safetensors" for file in (name, "whole"))
+        expected = load_file(whole)
+        found = load_file(made)
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
+        reports = [json.loads(ema("info", path, "--json").out) for path in (made, whole)]
+        assert len({json.dumps({**report, "path": "", "bytes": 0}) for report in reports}) == 1
+
+
+@pytest.mark.parametrize(("layout", "ending"), [(None, ".safetensors"), ("pt", ".pt"), ("sharded", "")])
+def test_a_folder_of_outputs_is_exported_into_a_folder(
+    ema: Ema, run: Path, tmp_path: Path, layout: str | None, ending: str
+) -> None:
+    make_averages(ema, run, tmp_path / "averages")
+    options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16")
+    options = options if layout is None else (*options, "--format", layout)
+    result = ema(*options)
+    assert result.code == 0
+    assert result.out.startswith("wrote 3 models, 24 tensors, ")
+    assert {path.name for path in (tmp_path / "new").iterdir()} == {f"sigma_rel-{s}{ending}" for s in (0.1, 0.15, 0.2)}
+    found = tmp_path / "new" / f"sigma_rel-0.15{ending}"
+    loaded = torch.load(found, weights_only=True) if layout == "pt" else None
+    loaded = loaded or load_file(found if layout is None else found / "model.safetensors")
+    expected = load_file(tmp_path / "averages" / "sigma_rel-0.15.safetensors")
+    assert torch.equal(loaded["0.weight"], expected["0.weight"].bfloat16())
+    assert "is there already" in ema(*options).error
+    assert ema(*options, "--force").code == 0
+    assert "3 models need a folder" in ema("export", tmp_path / "averages", "--out", tmp_path / "x.pt").error
+
+
+def test_a_run_or_nothing_at_all_is_not_exported(ema: Ema, run: Path, tmp_path: Path) -> None:
+    result = ema("export", run, "--out", tmp_path / "x.pt")
+    assert result.code == 1
+    assert (
+        "run: holds the snapshots of a run; name one of them, or make an average with `ema synthesize" in result.error
+    )
+    (tmp_path / "empty").mkdir()
+    assert "empty: holds no snapshots, outputs" in ema("export", tmp_path / "empty", "--out", tmp_path / "x.pt").error
+
+
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors", "m"])
+def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_path: Path, name: str) -> None:
+    layout = ("--format", "sharded") if name == "m" else ()
+    made = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, *layout)
+    command = made.err.split("from a full model: ")[1].strip()
+    if name == "m.pt":
+        assert command.startswith("make m.safetensors and not m.pt, then: ")
+        ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "m.safetensors")
+        command = command.split("then: ")[1]
+    weights = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
+    save_file({**weights, "2.bias": torch.ones(2).half()}, tmp_path / "FULL.safetensors")
+    words = [re.sub(r"^(FULL|NEW)", rf"{tmp_path}/\1", word) for word in command.split()[1:]]
+    assert ema(*words).code == 0
+    assert "2.bias" in load_file(tmp_path / "NEW.safetensors")
 
 
 def test_export_into_a_pt_file_completed_from_a_full_model(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -216,6 +350,41 @@ def test_debug_shows_where(ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_name_from_a_file_cannot_steer_the_terminal() -> None:
     assert printable("a\x1b[31mb\nc") == "a\\x1b[31mb\\nc"
     assert printable("größe") == "größe"
+
+
+def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setenv("NO_COLOR", "1")
+
+
+def test_tables_fit_a_terminal_and_are_whole_in_a_pipe(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = f"{'very/' * 20}long/0001-0.05.safetensors"
+    print_table(["file", "what", "size"], [[path, "ein schöner größerer Text", "12 MB"]], left=["file", "what"])
+    assert path in capsys.readouterr().out
+    on_terminal(monkeypatch, 60)
+    print_table(["file", "what", "size"], [[path, "ein schöner größerer Text", "12 MB"]], left=["file", "what"])
+    header, line = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines())
+    assert len(line) == 60
+    assert re.match(r"very/ve\.\.\.\S+\.safetensors  ein schöner größerer Text  12 MB$", line)
+    assert header.endswith("  size")
+
+
+def test_long_values_go_on_below_where_they_begin(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    value = "update_every 10, checkpoint_every 1,000, update_after_step 0, max_checkpoints 20"
+    print_pairs([("run", "x"), ("schedule", value)])
+    assert capsys.readouterr().out == f"run       x\nschedule  {value}\n"
+    on_terminal(monkeypatch, 50)
+    print_pairs([("run", "x"), ("schedule", value)])
+    assert capsys.readouterr().out.splitlines() == [
+        "run       x",
+        "schedule  update_every 10, checkpoint_every 1,000,",
+        "          update_after_step 0, max_checkpoints 20",
+    ]
 
 
 def test_sizes_and_errors_for_people() -> None:

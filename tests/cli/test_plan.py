@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -21,9 +22,10 @@ def test_it_prints_alternatives_and_a_call_that_runs(ema: Ema, tmp_path: Path, m
     assert result.code == 0
     assert result.err == ""
     lines = result.out.splitlines()
-    assert lines[0].split() == [
-        "tracked", "dtype", "snapshots", "each", "checkpoint_every", "disk", "worst", "error", "median", "error"
-    ]  # fmt: skip
+    columns = ["tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
+    assert re.split(r"  +", lines[0]) == columns
+    table = lines[: next(index for index, line in enumerate(lines) if line.startswith("predicted errors"))]
+    assert max(map(len, table)) <= 80
     call = "\n".join(lines[next(i for i, line in enumerate(lines) if line.startswith("ema = ")) :])
     monkeypatch.chdir(tmp_path)
     names: dict = {"PostHocEMA": PostHocEMA, "model": torch.nn.Linear(2, 1)}
@@ -31,6 +33,7 @@ def test_it_prints_alternatives_and_a_call_that_runs(ema: Ema, tmp_path: Path, m
     schedule = names["ema"].settings.schedule
     assert names["ema"].settings.sigma_rels == tuple(float(s) for s in lines[1].split("  ")[0].split(", "))
     assert f"{schedule.checkpoint_every:,}" in lines[1]
+    assert str(schedule.max_checkpoints) in lines[1].split()
 
 
 def test_json_has_everything(ema: Ema) -> None:
@@ -38,11 +41,19 @@ def test_json_has_everything(ema: Ema) -> None:
     assert report["max_bytes"] == 24_000_000
     assert report["motion"] == "assumed"
     best = report["proposals"][0]
-    assert all(best["worst_error"] <= other["worst_error"] for other in report["proposals"])
+    assert best["worst_error"] <= 5e-4 == report["max_error"]
     assert best["worst_error"] == max(best["predicted_error"])
     assert best["bytes"] <= 24_000_000
     assert best["checkpoint_every"] % best["update_every"] == 0
     assert report["call"].startswith("ema = PostHocEMA.from_model(")
+
+
+def test_what_is_good_enough_can_be_said(ema: Ema) -> None:
+    fixed = (*TASK, "--max-size", "100MB", "--dtype", "float16", "--sigma-rels", "0.05,0.28", "--json")
+    coarse, fine = (json.loads(ema(*fixed, "--max-error", error).out)["proposals"] for error in ("1%", "1e-5"))
+    assert coarse[0]["worst_error"] <= 0.01
+    assert coarse[0]["bytes"] < fine[0]["bytes"]
+    assert fine[0]["worst_error"] == min(other["worst_error"] for other in fine)  # not to be had: the least
 
 
 def test_choices_can_be_fixed(ema: Ema) -> None:
@@ -72,6 +83,7 @@ def test_it_draws(ema: Ema, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (("--max-error", "2"), "--max-error 2: must be a relative error"),
         (("--max-size", "1MB"), "--max-size 1,000,000 bytes: has no room"),
         (("--max-size", "many"), "--max-size many: must be a size"),
         (("--steps", "0"), "--steps 0: must be"),
@@ -90,8 +102,6 @@ def test_it_draws(ema: Ema, tmp_path: Path) -> None:
     ],
 )
 def test_what_cannot_be_planned_is_one_line(ema: Ema, options: tuple[str, ...], message: str) -> None:
-    import re
-
     result = ema(*TASK, *options)
     assert result.code == (1 if options[0] == "--like" else 2)
     assert result.out == ""

@@ -28,7 +28,7 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     assert result.code == 0
     last = result.out.splitlines()[-1]
     made = r"made sigma_rel 0\.15 at t = 2,000 from 40 snapshots"
-    assert re.match(rf"{made}, predicted error 0\.\d+ %, profile error 0\.\d+ %, 128 B, in ", last)
+    assert re.match(rf"{made}, predicted error 0\.\d+ %, 128 B, in ", last)
     assert str(out) in last
     assert "1 of the model's tensors are not in the output" in result.err
     expected = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
@@ -98,7 +98,7 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run")
     assert result.code == 0
     assert "nothing was written" in result.out
-    assert result.out.count(".safetensors") == 40
+    assert result.out.count(".safetensors") == 10
     assert (
         json.loads(ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run", "--json").out)["targets"][0]["output"]
         is None
@@ -228,6 +228,24 @@ def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skip
     assert "is another output: its snapshots or their coefficients are others" in refused.error
     assert ema(*base, tmp_path / "m.pt").code == 0
     assert "does not say which average it holds" in ema(*base, tmp_path / "m.pt", "--skip-existing").error
+
+
+def test_a_dry_run_shows_the_largest_coefficients_and_verbose_all(ema: Ema, run: Path) -> None:
+    arguments = ["synthesize", run, "--sigma-rel", "0.15", "--dry-run"]
+    (target,) = json.loads(ema(*arguments, "--json").out)["targets"]
+    largest = sorted((abs(item["coefficient"]) for item in target["snapshots"]), reverse=True)[:10]
+    lines = ema(*arguments).out.splitlines()
+    assert all(len(line) <= 80 for line in lines[:-1])
+    assert sorted((abs(float(line.split()[-1])) for line in lines[1:11]), reverse=True) == pytest.approx(
+        largest, abs=1e-6
+    )
+    assert [line.split()[0] for line in lines[1:11]] == sorted(line.split()[0] for line in lines[1:11])  # by time
+    assert lines[11] == "and 30 with smaller coefficients; --verbose lists them"
+    assert ema(*arguments, "-v").out.count(".safetensors") == 40
+    # A table for each target, so that any number of them fits.
+    several = ema("synthesize", run, "--sigma-rel", "0.1,0.11,...,0.2", "--dry-run", "-v").out.splitlines()
+    assert sum(" c(0." in line for line in several) == 11
+    assert all(len(line) <= 80 for line in several[:-1])
 
 
 def test_quiet_says_nothing_and_verbose_the_coefficients(ema: Ema, run: Path, tmp_path: Path) -> None:

@@ -625,7 +625,7 @@ def test_the_error_figure_is_of_what_is_there_or_of_the_plan(tmp_path: Path) -> 
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=5) as tracker:
         planned = tracker.reconstruction_error()
-        assert "plan: 0.05, 0.28 at 5 times in 50 steps" in labels(planned)
+        assert "plan: 0.05, 0.28 at 5 times in 50 steps, if the network moves evenly" in labels(planned)
         train(model, tracker, 1, 20)
         made = tracker.reconstruction_error(sigma_range=(0.1, 0.2))
         assert "4 averages up to t = 20" in labels(made)
