@@ -30,7 +30,6 @@ _MADE = (
     "best.pt",
     "loss.png",
     "error.png",
-    "samples.png",
 )
 
 

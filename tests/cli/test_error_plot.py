@@ -41,8 +41,8 @@ def test_the_picture_names_the_good_range_and_marks_what_is_tracked(ema: Ema, ru
     text = (tmp_path / "e.svg").read_text()
     assert "Predicted error of the weights: below 1 % for sigma_rel 0.0" in text
     assert "tracked: 0.05, 0.28" in text
-    for axis in ("expected relative L2 error of the weights", "relative L2 error of the profile"):
-        assert axis in text
+    for error in ("expected relative L2 error of the weights", "thin: relative L2 error of the profile"):
+        assert error in text
 
 
 def test_without_measurements_the_error_is_that_of_the_profile(ema: Ema, run: Path, tmp_path: Path) -> None:
