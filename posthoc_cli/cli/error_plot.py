@@ -11,17 +11,20 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.cli.amounts import parse_count
 from posthoc_cli.cli.values import (
     BetaOption,
     BetweenOption,
     MethodOption,
     ProfileOption,
     WindowOption,
+    check_output,
+    existing_directory,
     parse_sigma_range,
     parse_sigma_rels,
     parse_targets,
 )
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, printable
+from posthoc_cli.errors import InvalidValueError, printable
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorCurve
@@ -44,19 +47,22 @@ def error_plot(
         list[Path] | None,
         typer.Argument(metavar="[DIR]...", help="Directories that trackers wrote.", show_default=False),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The picture: .png, .svg or .pdf.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The picture: .png, .svg or .pdf.")] = None,
     sigma_rels: Annotated[
         list[str] | None,
         typer.Option(
             help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule."
         ),
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Of the schedule: length of training.")] = None,
+    steps: Annotated[
+        list[str] | None, typer.Option(metavar="COUNT", help="Of the schedule: length of training, such as 100K.")
+    ] = None,
     checkpoint_every: Annotated[
-        list[int] | None, typer.Option(help="Of the schedule: steps between snapshots.")
+        list[str] | None, typer.Option(metavar="COUNT", help="Of the schedule: steps between snapshots.")
     ] = None,
     max_checkpoints: Annotated[
-        list[int] | None, typer.Option(help="Of the schedule: snapshots kept a profile. [default: all]")
+        list[str] | None,
+        typer.Option(metavar="COUNT", help="Of the schedule: snapshots kept a profile. [default: all]"),
     ] = None,
     draw: Annotated[
         str | None,
@@ -98,15 +104,15 @@ def error_plot(
         raise InvalidValueError(f"--csv {csv_out}: is the picture's name too; take another")
     if csv_out is not None and csv_out.suffix != ".csv":
         raise InvalidValueError(f"--csv {csv_out}: must end in .csv")
+    for path, option in ((out, "--out"), (csv_out, "--csv")):
+        if path is not None:
+            check_output(path, option, force)
     targets = parse_targets(draw, beta, window, between, profile, "--draw")
     ends = parse_sigma_range(sigma_range)
     judged = _judged(directories or [], t, sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or [])
     rows = len(targets) * len(judged)
     if out is not None and rows > MOST_ROWS:
         raise InvalidValueError(f"--out {out}: {rows} drawings over training time; at most {MOST_ROWS} go into it")
-    for path in (out, csv_out):
-        if path is not None and path.exists() and not force:
-            raise OutputExistsError(f"{path}: is there already; choose another name, or --force to replace it")
     others = [target for target in targets if target.sigma_rel is None]
     curves = [each.curve(ends, others, t, method) for each in judged]
     if out is not None:
@@ -123,9 +129,9 @@ def _judged(
     directories: list[Path],
     t: float | None,
     sigma_rels: list[str],
-    steps: list[int],
-    every: list[int],
-    most: list[int],
+    steps: list[str],
+    every: list[str],
+    most: list[str],
 ) -> list[Judged]:
     """What to draw: a run for each directory, as of `t`, and a schedule for each --sigma-rels."""
     from posthoc_cli.planning import Schedule
@@ -133,6 +139,8 @@ def _judged(
 
     if not sigma_rels and (steps or every or most):
         raise InvalidValueError("--sigma-rels: is missing; --steps and the like describe a schedule of tracked widths")
+    for directory in directories:
+        existing_directory(directory)
     judged = [Judged.of_directory(directory, t) for directory in directories]
     for index, widths in enumerate(sigma_rels):
         schedule = Schedule(
@@ -149,7 +157,7 @@ def _judged(
     return judged
 
 
-def _nth(values: list[int], index: int, schedules: int, option: str) -> int:
+def _nth(values: list[str], index: int, schedules: int, option: str) -> int:
     """The value for one schedule: one for all, or one each."""
     if not values:
         raise InvalidValueError(f"{option}: is missing; a schedule needs it")
@@ -157,7 +165,7 @@ def _nth(values: list[int], index: int, schedules: int, option: str) -> int:
         raise InvalidValueError(
             f"{option}: give it once, or once for each --sigma-rels ({schedules}); it came {len(values)} times"
         )
-    return values[0] if len(values) == 1 else values[index]
+    return parse_count(values[0] if len(values) == 1 else values[index], option)
 
 
 def _draw(
