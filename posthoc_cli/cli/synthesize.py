@@ -148,7 +148,6 @@ def synthesize(
             "no target: name one or several by --sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000 "
             "or --profile FILE"
         )
-    directory = existing_directory(directory)
     at_step = None if step is None else parse_count(step, "--step")
     accepted = None if max_error is None else parse_max_error(max_error)
     parse_dtype_word(dtype)
@@ -167,6 +166,7 @@ def synthesize(
     parse_accumulate(accumulate)
     reason = device_reason(device)
     device = "cpu" if dry_run and device == "auto" else parse_device(mode.device(device))
+    directory = existing_directory(directory)
     if mode.kind != "whole":
         options = spread.Options(
             directory,

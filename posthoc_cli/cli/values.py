@@ -191,7 +191,7 @@ def existing(path: Path) -> Path:
     if mode is None:
         raise InvalidValueError(f"{path}: no such file or directory")
     if path.suffix in PICKLES and not stat.S_ISDIR(mode):
-        raise InvalidValueError(f"{path}: is a pickle, which is never read; save it as safetensors")
+        raise InvalidValueError(f"{path}: is a pickle (.pt, .bin), which is never read; save it as safetensors")
     return path
 
 

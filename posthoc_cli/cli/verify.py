@@ -17,7 +17,7 @@ from posthoc_cli.errors import InvalidValueError
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.verification import Cleaning, Errors, FileReport, Repair, Verification
 
-EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify averages/ model.safetensors --json"
+EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify out/ m.safetensors --json"
 
 MOST_LINES = 100
 """Up to so many files each has its line; of more only those of which something is wrong."""
