@@ -18,6 +18,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.font_manager import FontProperties
 from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend import Legend
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
@@ -214,9 +215,7 @@ def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool, width:
     whole = f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title
     axes.set_title(_wrapped(whole, width - 1, size=12), fontsize=12)
     _sigma_axis(axes, low, high)
-    _finish(axes)
-    legend = axes.get_legend()
-    assert legend is not None
+    legend = _finish(axes)
     if legend_below:
         legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
     for text in legend.get_texts():
@@ -352,7 +351,7 @@ def _wrapped(text: str, width: float, size: float) -> str:
 
     lines = [""]
     for word in re.findall(r"\S+\s*", text):
-        for part in [word] if fits(word) else word:
+        for part in [word] if fits(word) else re.findall(r"\\*\$|.", word, re.DOTALL):  # no `$` without its escape
             if lines[-1] and not fits(lines[-1] + part):
                 lines.append("")
             lines[-1] += part
@@ -370,8 +369,8 @@ def _sigma_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
 
 
-def _finish(axes: Axes, title: str | None = None) -> None:
-    """Grid and legend, the latter with a title if need be."""
+def _finish(axes: Axes, title: str | None = None) -> Legend:
+    """Draw the grid and the legend, which has a title if need be."""
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, framealpha=0.9, title=title, title_fontsize=8)
+    return axes.legend(fontsize=8, framealpha=0.9, title=title, title_fontsize=8)

@@ -9,6 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
@@ -101,6 +102,12 @@ def test_no_text_leaves_the_page_or_covers_another_title(label: str, count: int)
     titles = [text.get_window_extent() for text in texts if " from " in text.get_text()]
     assert len(titles) == count
     assert not any(a.overlaps(b) for a in titles for b in titles if a is not b)
+
+
+def test_a_formula_in_a_name_is_shown_as_it_is_wherever_it_is_wrapped() -> None:
+    for label in ("$" * 120, "x$" * 60, "\\$" * 40):
+        for text in laid_out(plots.error_figure([curve(label=label)], [fit(label, times=3)])):
+            assert not any(is_math_text(line) for line in text.get_text().split("\n"))
 
 
 def test_a_pattern_is_in_bars_that_are_wide_enough_for_it() -> None:
