@@ -104,10 +104,13 @@ def test_no_text_leaves_the_page_or_covers_another_title(label: str, count: int)
     assert not any(a.overlaps(b) for a in titles for b in titles if a is not b)
 
 
-def test_a_formula_in_a_name_is_shown_as_it_is_wherever_it_is_wrapped() -> None:
-    for label in ("$" * 120, "x$" * 60, "\\$" * 40):
-        for text in laid_out(plots.error_figure([curve(label=label)], [fit(label, times=3)])):
-            assert not any(is_math_text(line) for line in text.get_text().split("\n"))
+def test_a_dollar_sign_keeps_its_escape_wherever_its_word_is_broken() -> None:
+    for label in ("$" * 110, "i$" * 55, "W$" * 55):
+        lines = [
+            line for text in laid_out(plots.error_figure([curve(label=label)])) for line in text.get_text().split("\n")
+        ]
+        assert sum("$" in line for line in lines) > 1
+        assert not any(line.endswith("\\") or is_math_text(line) for line in lines)
 
 
 def test_a_pattern_is_in_bars_that_are_wide_enough_for_it() -> None:
