@@ -16,6 +16,8 @@
     ├── WriteError (OSError)           1   the system refused a write; nothing partial is left
     └── NotReadyError (RuntimeError)   1   an average that does not exist yet
 
+A command looks for its inputs first: a path that does not exist is wrong usage there, and exit code 2.
+
 A message is one line. It names the file, the tensor or the option, and what would be accepted. Names and values of
 strangers stand in it as `shown` gives them.
 """

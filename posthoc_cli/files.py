@@ -357,6 +357,4 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 
 def _exists(path: Path) -> OutputExistsError:
-    return OutputExistsError(
-        f"{path}: is there already; choose another name, or --force (overwrite=True) to replace it"
-    )
+    return OutputExistsError(f"{path}: is there already; choose another name, or overwrite=True to replace it")

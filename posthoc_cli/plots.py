@@ -7,16 +7,20 @@ page (the background is opaque white). No pyplot: a figure belongs to its caller
 from __future__ import annotations
 
 import io
-import textwrap
+import re
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import matplotlib
 import numpy as np
 import numpy.typing as npt
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
+from matplotlib.font_manager import FontProperties
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.legend import Legend
 from matplotlib.patheffects import withStroke
+from matplotlib.textpath import text_to_path
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from posthoc_cli.errors import printable
@@ -42,6 +46,16 @@ _LEAST_ERRORS = (1e-8, 1e-5)
 """The bottom of the picture lies between these; tracked profiles with less are marked there."""
 
 _MOST_ERROR = 2.0
+
+_WIDTH = 8.0
+_FIT_HEIGHT = 2.6
+"""Inches: of a picture with one fit a row, and of such a row. Of more than two fits, two stand in a row."""
+
+_MARGIN = 0.1
+"""Inches around everything: on a dark page the edges of the white background show."""
+
+_MOST_HATCHED = 24
+"""Of more bars each is too narrow for a pattern, which would look like gaps in it."""
 
 _SIGMA_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.4)
 _WIDE_SIGMA_TICKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.10, 0.28)
@@ -105,20 +119,23 @@ class Fit(Protocol):
 
 
 def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = (), profile_error: bool = False) -> Figure:
-    """Reconstruction error against sigma_rel; below it, a row for each fit.
+    """Reconstruction error against sigma_rel; below it the fits, each with a title of its own.
 
-    Where every curve has a predicted error that is what is drawn; with `profile_error` that one, too, on a second axis.
+    Where every curve has a predicted error that is what is drawn; with `profile_error`, thin, at the same axis, that
+    one, too.
     """
     # The legend of more than one curve would cover them: it goes below, and the figure grows by it.
     entries = sum(1 + len(curve.others) for curve in curves)
     legend_rows = entries + 2 if entries > 1 else 0
     height = 4.6 + 0.2 * legend_rows
-    figure = Figure(figsize=(8, height + 3.4 * len(fits)), dpi=150, layout="constrained", facecolor="white")
-    grid = figure.add_gridspec(1 + len(fits), 2, height_ratios=[height, *[3.4] * len(fits)])
-    _draw_errors(figure.add_subplot(grid[0, :]), curves, legend_rows > 0, profile_error)
-    for row, fit in enumerate(fits, start=1):
-        _draw_profile(figure.add_subplot(grid[row, 0]), fit)
-        _draw_coefficients(figure.add_subplot(grid[row, 1]), fit)
+    columns = 1 if len(fits) <= 2 else 2
+    rows = -(-len(fits) // columns)
+    width = _WIDTH if columns == 1 else 1.5 * _WIDTH
+    figure = _figure(width, height + _FIT_HEIGHT * rows)
+    grid = figure.add_gridspec(1 + rows, columns, height_ratios=[height, *[_FIT_HEIGHT] * rows])
+    _draw_errors(figure.add_subfigure(grid[0, :]).add_subplot(), curves, legend_rows > 0, width, profile_error)
+    for index, fit in enumerate(fits):
+        _draw_fit(figure.add_subfigure(grid[1 + index // columns, index % columns]), fit, width / columns)
     return figure
 
 
@@ -136,16 +153,32 @@ def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
     return stream.getvalue()
 
 
-def loss_figure(sigma_rels: FloatArray, losses: FloatArray, raw_loss: float, metric: str) -> Figure:
+def loss_figure(
+    sigma_rels: FloatArray,
+    losses: FloatArray,
+    standard_errors: FloatArray,
+    raw: tuple[float, float],
+    metric: str,
+) -> Figure:
     """A metric, lower is better, against sigma_rel, with the best marked and the raw weights as a line.
 
     The axis is linear and begins at 0, where an average is no more than the raw weights.
+
+    Arguments:
+        sigma_rels, losses: shape [averages].
+        standard_errors: of each loss's distance to the lowest one, shape [averages]; drawn as bars.
+        raw: the loss of the raw weights, and the standard error of its distance.
+        metric: what a loss is called.
     """
-    figure = Figure(figsize=(8, 4.6), dpi=150, layout="constrained", facecolor="white")
+    figure = _figure(_WIDTH, 4.6)
     axes = figure.add_subplot()
     best = int(np.argmin(losses))
-    axes.axhline(raw_loss, color=COLOURS[1], linestyle="--", linewidth=1.8, label=f"raw weights: {raw_loss:.5f}")
-    axes.plot(sigma_rels, losses, color=COLOURS[0], marker="o", markersize=5, linewidth=1.8, label="averaged weights")
+    axes.axhspan(raw[0] - raw[1], raw[0] + raw[1], color=COLOURS[1], alpha=0.25, linewidth=0)
+    axes.axhline(raw[0], color=COLOURS[1], linestyle="--", linewidth=1.8, label=f"raw weights: {raw[0]:.5f}")
+    axes.errorbar(
+        sigma_rels, losses, standard_errors, color=COLOURS[0], marker="o", markersize=3.5, linewidth=1.2,
+        ecolor=COLOURS[4], elinewidth=1.2, capsize=4, label="averaged weights",
+    )  # fmt: skip
     axes.plot(
         sigma_rels[best], losses[best], color=COLOURS[4], marker="*", markersize=16, markeredgecolor="white",
         linestyle="none", zorder=5, label=f"best: sigma_rel {sigma_rels[best]:g}, {losses[best]:.5f}",
@@ -155,49 +188,40 @@ def loss_figure(sigma_rels: FloatArray, losses: FloatArray, raw_loss: float, met
     axes.set_ylabel(metric)
     axes.set_xlim(0, 1.04 * float(sigma_rels.max()))
     axes.margins(y=0.1)
-    _finish(axes)
-    return figure
-
-
-def samples_figure(groups: Sequence[tuple[str, npt.NDArray[Any]]]) -> Figure:
-    """Small grey images, the groups side by side: for each a title and an array [rows, columns, height, width].
-
-    Values run from 0, drawn white, to 1, drawn black.
-    """
-    rows, columns, height, width = groups[0][1].shape
-    panel_width = 4.4
-    panel_height = panel_width * rows * (height + 1) / (columns * (width + 1))
-    size = (1.08 * panel_width * len(groups), panel_height + 0.5)
-    figure = Figure(figsize=size, dpi=150, layout="constrained", facecolor="white")
-    grid = figure.add_gridspec(1, len(groups), wspace=0.08)
-    for index, (title, images) in enumerate(groups):
-        axes = figure.add_subplot(grid[0, index])
-        axes.imshow(_tiled(images), cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
-        axes.set_title(title, fontsize=11)
-        axes.set_axis_off()
+    _finish(axes, title="bars, band: standard error of\nthe distance to the best")
     return figure
 
 
 # --- parts -----------------------------------------------------------------------------------------
 
 
-def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool, profile_error: bool) -> None:
+def _figure(width: float, height: float) -> Figure:
+    """An empty figure of so many inches."""
+    left, bottom = _MARGIN / width, _MARGIN / height
+    layout = ConstrainedLayoutEngine(rect=(left, bottom, 1 - 2 * left, 1 - 2 * bottom))
+    return Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
+
+
+def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool, width: float, profile_error: bool) -> None:
     predicted = all(curve.predicted_error is not None for curve in curves)
     least = _bottom(curves)
     for index, curve in enumerate(curves):
         _draw_curve(axes, curve, index, least, alone=len(curves) == 1)
         _draw_points(axes, curve, index, least)
-    axes.axhline(GOOD_ERROR, color="0.35", linewidth=0.8)
+    axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
     low, high = _error_axis(axes, least, curves)
     axes.set_ylabel("expected relative L2 error of the weights" if predicted else "relative L2 error of the profile")
     if predicted and profile_error:
         _draw_profile_errors(axes, curves)
     title = "Predicted error of the weights" if predicted else "Profile error"
-    axes.set_title(f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title)
+    whole = f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title
+    axes.set_title(_wrapped(whole, width - 1, size=12), fontsize=12)
     _sigma_axis(axes, low, high)
-    _finish(axes)
+    legend = _finish(axes)
     if legend_below:
-        axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+        legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
+    for text in legend.get_texts():
+        text.set_text(_wrapped(text.get_text(), width - (1 if legend_below else 3), size=8))
 
 
 def _draw_curve(axes: Axes, curve: Curve, index: int, least: float, alone: bool) -> None:
@@ -206,11 +230,12 @@ def _draw_curve(axes: Axes, curve: Curve, index: int, least: float, alone: bool)
     label = name if alone else f"{name}: {_good_range(curve)}"
     axes.plot(curve.sigma_rels, curve.error, color=colour, linestyle=style, linewidth=1.8, label=label)
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
-    heights = [float(np.interp(s, curve.sigma_rels, curve.error)) for s in marked]
-    axes.plot(
-        marked, np.maximum(heights, least), color=colour, marker=MARKERS[index % len(MARKERS)],
-        linestyle="none", clip_on=False, zorder=5, label=f"tracked: {_listed(curve.tracked)}" if alone else None,
-    )  # fmt: skip
+    if marked:
+        heights = [float(np.interp(s, curve.sigma_rels, curve.error)) for s in marked]
+        axes.plot(
+            marked, np.maximum(heights, least), color=colour, marker=MARKERS[index % len(MARKERS)],
+            linestyle="none", clip_on=False, zorder=5, label=f"tracked: {_listed(marked)}" if alone else None,
+        )  # fmt: skip
     if alone:  # shades of several would lie over each other; the legend says their ranges
         for low, high in curve.ranges_below(GOOD_ERROR):
             axes.axvspan(low, high, color=colour, alpha=0.10, linewidth=0)
@@ -229,16 +254,13 @@ def _draw_points(axes: Axes, curve: Curve, index: int, least: float) -> None:
 
 
 def _draw_profile_errors(axes: Axes, curves: Sequence[Curve]) -> None:
-    """The second curves, thin, behind the others, to be read at an axis of their own name and the same scale."""
+    """The second curves, thin, behind the others; the first of them stands for all in the legend."""
     for index, curve in enumerate(curves):
         axes.plot(
             curve.sigma_rels, curve.profile_error, color=COLOURS[index % len(COLOURS)], alpha=0.55, linewidth=0.9,
             linestyle=STYLES[index % len(STYLES)], zorder=1.9,
+            label=None if index else "thin: relative L2 error of the profile",
         )  # fmt: skip
-    axes.plot([], [], color="0.35", linewidth=0.9, label="thin: profile error (right axis)")
-    right = axes.secondary_yaxis("right")
-    right.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
-    right.set_ylabel("relative L2 error of the profile (thin)")
 
 
 def _bottom(curves: Sequence[Curve]) -> float:
@@ -273,37 +295,47 @@ def _good_range(curve: Curve) -> str:
     return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
 
 
+def _draw_fit(figure: SubFigure, fit: Fit, width: float) -> None:
+    """The profile over training time, and beside it the coefficients."""
+    figure.suptitle(_wrapped(_plain(fit.title), width - 4 * _MARGIN, size=10), fontsize=10)
+    profile, coefficients = figure.subplots(1, 2)
+    _draw_profile(profile, fit)
+    _draw_coefficients(coefficients, fit)
+    for axes in (profile, coefficients):
+        _time_axis(axes, fit)
+        axes.tick_params(labelsize=8)
+        _finish(axes)
+
+
 def _draw_profile(axes: Axes, fit: Fit) -> None:
     axes.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
     axes.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
-    axes.set_title("\n".join(textwrap.wrap(_plain(fit.title), 48)), fontsize=10)
-    axes.set_ylabel(f"density (1 / {_plain(fit.t_unit)})")
-    _time_axis(axes, fit)
-    _finish(axes)
+    axes.set_ylabel(f"density (1 / {_plain(fit.t_unit)})", fontsize=9)
+    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    axes.yaxis.get_offset_text().set_fontsize(8)
 
 
 def _draw_coefficients(axes: Axes, fit: Fit) -> None:
     times = np.unique(np.concatenate(list(fit.snapshot_times.values())))
     spacing = float(np.min(np.diff(times))) if times.size > 1 else 0.1 * float(times[0])
     width = 0.8 * spacing / len(fit.snapshot_times)
+    hatches = ("", "////", "....") if times.size * len(fit.snapshot_times) <= _MOST_HATCHED else ("",)
     for index, (label, at) in enumerate(fit.snapshot_times.items()):
         # Bars of one time stand side by side and end at it.
         right = at - (len(fit.snapshot_times) - 1 - index) * width
         axes.bar(
             right, fit.coefficients[label], -width, align="edge", color=COLOURS[index % len(COLOURS)],
-            hatch=("", "////", "....")[index % 3], edgecolor="white", linewidth=0.3, label=label,
+            hatch=hatches[index % len(hatches)], edgecolor="white", linewidth=0.3, label=label,
         )  # fmt: skip
     axes.axhline(0, color="0.35", linewidth=0.8)
-    axes.set_title("coefficients", fontsize=10)
-    _time_axis(axes, fit)
-    _finish(axes)
+    axes.set_ylabel("coefficient", fontsize=9)
 
 
 def _time_axis(axes: Axes, fit: Fit) -> None:
     axes.set_xlim(0, 1.02 * float(fit.times[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.12g}"))
-    axes.set_xlabel(f"training time ({_plain(fit.t_unit)})")
+    axes.set_xlabel(f"training time ({_plain(fit.t_unit)})", fontsize=9)
 
 
 def _plain(text: str) -> str:
@@ -312,12 +344,20 @@ def _plain(text: str) -> str:
     return (shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}...").replace("$", "\\$")
 
 
-def _tiled(images: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """One picture of all images, [rows, columns, height, width], a white line between neighbours."""
-    spaced = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 1)), constant_values=0.0)
-    rows, columns, height, width = spaced.shape
-    tiled: npt.NDArray[Any] = spaced.transpose(0, 2, 1, 3).reshape(rows * height, columns * width)
-    return tiled[:-1, :-1]
+def _wrapped(text: str, width: float, size: float) -> str:
+    """`text` of so many points in lines of at most so many inches; breaks within a word only where that is longer."""
+    font = FontProperties(size=size)
+
+    def fits(line: str) -> bool:
+        return text_to_path.get_text_width_height_descent(line.rstrip(), font, ismath=False)[0] <= 72 * width
+
+    lines = [""]
+    for word in re.findall(r"\S+\s*", text):
+        for part in [word] if fits(word) else re.findall(r"\\*\$|.", word, re.DOTALL):  # no `$` without its escape
+            if lines[-1] and not fits(lines[-1] + part):
+                lines.append("")
+            lines[-1] += part
+    return "\n".join(line.rstrip() for line in lines)
 
 
 def _sigma_axis(axes: Axes, low: float, high: float) -> None:
@@ -331,7 +371,8 @@ def _sigma_axis(axes: Axes, low: float, high: float) -> None:
     axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
 
 
-def _finish(axes: Axes) -> None:
+def _finish(axes: Axes, title: str | None = None) -> Legend:
+    """Draw the grid and the legend, which has a title if need be."""
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.legend(fontsize=8, framealpha=0.9)
+    return axes.legend(fontsize=8, framealpha=0.9, title=title, title_fontsize=8)

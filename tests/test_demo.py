@@ -27,7 +27,7 @@ from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.snapshots.store import read_directory
 
-PICTURES = ("loss.png", "error.png", "samples.png")
+PICTURES = ("loss.png", "error.png")
 
 
 def ema(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -323,36 +323,29 @@ def test_a_network_that_answers_nothing_scores_about_one() -> None:
     assert float(losses.mean()) == pytest.approx(1, abs=0.3)
 
 
-def test_validation_and_samples_use_the_same_noise_for_all_weights() -> None:
+def test_validation_uses_the_same_noise_for_all_weights() -> None:
     split = digits.load_digits(seed=0)
     model = denoiser.make_denoiser(seed=0)
     validation = denoiser.Validation(split.validation, seed=0, draws=2)
     assert torch.equal(validation(model), validation(model))
-    labels = torch.arange(10)
-    assert torch.equal(denoiser.sample(model, labels, seed=3), denoiser.sample(model, labels, seed=3))
     raw, averages = measure(validation, model, model.state_dict(), {0.1: model.state_dict()})
     assert raw.loss == averages[0].loss
     assert (raw.above_best, raw.standard_error) == (0, 0)
 
 
-def test_the_loss_figure_marks_the_lowest_point() -> None:
-    widths, losses = np.array([0.05, 0.1, 0.2]), np.array([0.3, 0.2, 0.25])
-    axes = plots.loss_figure(widths, losses, 0.4, "loss").axes[0]
+def test_the_loss_figure_marks_the_lowest_point_and_the_standard_errors_of_the_table() -> None:
+    widths, losses, errors = np.array([0.05, 0.1, 0.2]), np.array([0.3, 0.2, 0.25]), np.array([0.01, 0.0, 0.02])
+    axes = plots.loss_figure(widths, losses, errors, (0.4, 0.03), "loss").axes[0]
     marked = next(line for line in axes.lines if line.get_marker() == "*")
     assert (marked.get_xdata()[0], marked.get_ydata()[0]) == (0.1, 0.2)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
         "raw weights: 0.40000",
         "averaged weights",
         "best: sigma_rel 0.1, 0.20000",
-    ]
-
-
-def test_the_samples_figure_puts_each_image_where_it_belongs() -> None:
-    images = np.zeros((2, 3, 4, 5))
-    images[1, 2] = 1.0
-    figure = plots.samples_figure([("left", images), ("right", images)])
-    assert [axes.get_title() for axes in figure.axes] == ["left", "right"]
-    drawn = np.asarray(figure.axes[0].images[0].get_array())
-    assert drawn.shape == (2 * 5 - 1, 3 * 6 - 1)
-    assert drawn[5:, 12:].all()
-    assert drawn.sum() == 4 * 5
+    }
+    assert "standard error" in axes.get_legend().get_title().get_text()
+    (bars,) = axes.containers
+    drawn = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]
+    assert np.allclose(drawn, [[0.29, 0.31], [0.2, 0.2], [0.23, 0.27]])
+    (band,) = axes.patches
+    assert np.allclose(band.get_window_extent().transformed(axes.transData.inverted()).intervaly, [0.37, 0.43])

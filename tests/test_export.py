@@ -421,7 +421,7 @@ def test_an_output_that_is_there_stays_unless_it_may_be_replaced(tmp_path: Path,
     export_file(old, out)
     assert output_exists(out, layout)
     before = tree(tmp_path)
-    with pytest.raises(OutputExistsError, match="--force"):
+    with pytest.raises(OutputExistsError, match="overwrite=True to replace it"):
         export_file(new, out)
     assert tree(tmp_path) == before
     export_file(new, out, overwrite=True)

@@ -21,7 +21,7 @@ ROOMS = (
     "errors", "files", "profiles", "targets", "reconstruction", "planning", "snapshots", "synthesis", "export", "plots",
     "tracker", "averages", "interop", "integrations", "sweep", "demo", "cli",
 )  # fmt: skip
-COMMANDS = {"synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo"}
+COMMANDS = {"synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo", "help"}
 
 
 def commands() -> dict:

@@ -19,7 +19,7 @@ from posthoc_cli.profiles import (
     beta,
     classical_beta,
     gamma_from_sigma_rel,
-    mean_lag,
+    mean_age,
     new_value_share,
     sigma_rel_from_classical_beta,
     sigma_rel_from_gamma,
@@ -167,13 +167,13 @@ def test_a_late_start_puts_the_early_mass_on_the_first_value() -> None:
 
 
 @pytest.mark.parametrize(("sigma_rel", "known"), KNOWN_TABLE.items())
-def test_the_table_that_users_know_follows_from_equal_mean_lag(sigma_rel: float, known: float) -> None:
+def test_the_table_that_users_know_follows_from_equal_mean_age(sigma_rel: float, known: float) -> None:
     gamma = gamma_from_sigma_rel(sigma_rel)
     steps = np.arange(1, 1001)
     weights = (steps / 1000) ** (gamma + 1) - ((steps - 1) / 1000) ** (gamma + 1)
-    lag = float(np.sum(weights * (1000 - steps)))
-    assert mean_lag(gamma, 1000) == pytest.approx(lag, rel=1e-9)
-    assert classical_beta(sigma_rel, 1000) == pytest.approx(lag / (1 + lag), rel=1e-12)
+    age = float(np.sum(weights * (1000 - steps)))
+    assert mean_age(gamma, 1000) == pytest.approx(age, rel=1e-9)
+    assert classical_beta(sigma_rel, 1000) == pytest.approx(age / (1 + age), rel=1e-12)
     assert classical_beta(sigma_rel, 1000) == pytest.approx(known, abs=0.002)
 
 
@@ -195,8 +195,8 @@ def test_the_closed_form_for_long_runs_agrees_with_the_sum(sigma_rel: float) -> 
     steps = 1_000_001  # the first length that is not summed term by term
     gamma = gamma_from_sigma_rel(sigma_rel)
     direct = float(np.sum(np.exp((gamma + 1) * np.log(np.arange(1, steps) / steps))))
-    # Where the first term that is left out is largest, (x/T)**5 / 30240 of a lag of T/x, x = T/10: 3e-11.
-    assert mean_lag(gamma, steps) == pytest.approx(direct, rel=1e-10)
+    # Where the first term that is left out is largest, (x/T)**5 / 30240 of an age of T/x, x = T/10: 3e-11.
+    assert mean_age(gamma, steps) == pytest.approx(direct, rel=1e-10)
 
 
 @pytest.mark.parametrize("beta_value", [0.0, 1.0, -0.5, 1.5, math.nan])
@@ -207,11 +207,11 @@ def test_an_impossible_beta_is_refused(beta_value: float) -> None:
 
 def test_training_has_at_least_a_step() -> None:
     with pytest.raises(InvalidValueError, match="steps"):
-        mean_lag(1.0, 0)
+        mean_age(1.0, 0)
     with pytest.raises(InvalidValueError, match="steps"):
         sigma_rel_from_classical_beta(0.5, 1)
-    assert mean_lag(1.0, 1) == 0.0
-    # Two steps: the mean lag is (1/2)**(gamma + 1), here 1/4, and beta / (1 - beta) the same.
+    assert mean_age(1.0, 1) == 0.0
+    # Two steps: the mean age is (1/2)**(gamma + 1), here 1/4, and beta / (1 - beta) the same.
     assert sigma_rel_from_classical_beta(0.2, 2) == pytest.approx(18**-0.5, rel=1e-12)
     with pytest.raises(InvalidValueError, match="must lie in"):
         sigma_rel_from_classical_beta(0.5, 3)  # the uniform average's

@@ -13,7 +13,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -39,8 +39,38 @@ _USAGE_ERROR: Any = typer.BadParameter.__base__
 _DEBUG = "--debug"
 _LONGEST_LINE = 5_000
 
+_HYPHEN = "\u2011"  # one that text is not wrapped at
+_CONTEXT: Any = typer.core.TyperCommand.context_class
+
+
+class _Formatter(_CONTEXT.formatter_class):  # type: ignore[misc]
+    """Help in which no line ends within --sigma-range or posthoc-cli."""
+
+    def write_text(self, text: str) -> None:
+        super().write_text(text.replace("-", _HYPHEN))
+
+    def write_dl(self, rows: Sequence[tuple[str, str]], *widths: int, **spacing: int) -> None:
+        super().write_dl([(term, text.replace("-", _HYPHEN)) for term, text in rows], *widths, **spacing)
+
+    def getvalue(self) -> str:
+        return str(super().getvalue()).replace(_HYPHEN, "-")
+
+
+class _Context(_CONTEXT):  # type: ignore[misc]
+    formatter_class = _Formatter
+
+
+class _Command(typer.core.TyperCommand):
+    context_class = _Context
+
+
+class _Group(typer.core.TyperGroup):
+    context_class = _Context
+
+
 app = typer.Typer(
     name="ema",
+    cls=_Group,
     help="Choose the length of a model's weight average after training.",
     epilog="Example:  ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors",
     pretty_exceptions_enable=False,
@@ -69,7 +99,24 @@ def _leading_to_verify(command: Callable[..., None]) -> Callable[..., None]:
 
 
 for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo):
-    app.command(epilog=_module.EPILOG)(_leading_to_verify(_module.COMMAND))
+    app.command(cls=_Command, epilog=_module.EPILOG)(_leading_to_verify(_module.COMMAND))
+
+
+def _names(incomplete: str) -> list[str]:
+    """What a shell offers as the name of a command."""
+    return [name for name in _commands() if name.startswith(incomplete)]
+
+
+@app.command("help", cls=_Command, epilog="Example:  ema help synthesize")
+def _help(
+    context: typer.Context,
+    command: Annotated[
+        str | None, typer.Argument(metavar="[COMMAND]", autocompletion=_names, help="The command; all by default.")
+    ] = None,
+) -> None:
+    """Show the help of a command, or of all."""
+    root: Any = context.find_root().command
+    root.main([*([] if command is None else [command]), "--help"], prog_name="ema", standalone_mode=False)
 
 
 def _print_version(wanted: bool) -> None:
@@ -82,7 +129,7 @@ def _print_version(wanted: bool) -> None:
 def _root(
     version: Annotated[
         bool,
-        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
     ] = False,
     debug: Annotated[bool, typer.Option(_DEBUG, help="Show a traceback when something goes wrong.")] = False,
 ) -> None:
@@ -90,7 +137,12 @@ def _root(
 
 
 def main() -> NoReturn:
-    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line and exit.
+
+    0: done. 1: the run failed, or what was checked is not in order. 2: the command line is wrong: an unknown option, a
+    value that cannot be, a path that does not exist or is of another kind, an output whose folder does not exist.
+    130: interrupted. 141: the reader of the output has gone, as `head` does.
+    """
     arguments = sys.argv[1:] or ["--help"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
@@ -108,16 +160,20 @@ def main() -> NoReturn:
         # Not app(...): that would put typer's own excepthook in the place of ours.
         command: Any = typer.main.get_command(app)
         code = command.main([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
+        sys.stdout.flush()
     except KeyboardInterrupt:
         code = 130
     except PostHocError as error:
         if debug:
             raise
-        code = _fail(_as_option(str(error)) if isinstance(error, InvalidValueError) else str(error), error.exit_code)
+        message = str(error).replace("overwrite=True", "--force")
+        code = _fail(_as_options(message) if isinstance(error, InvalidValueError) else message, error.exit_code)
     except BrokenPipeError:
-        # The reader of our output has gone; say nothing, and let the interpreter close a stream that works.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+        code = _reader_has_gone()
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):  # which the parser makes an exit code 1 of
+            raise
+        code = _reader_has_gone()
     except OSError as error:
         if debug:
             raise
@@ -157,19 +213,33 @@ def _see_help(error: Any) -> str:
     return "" if context is None else f" (see {context.command_path} --help)"
 
 
-def _as_option(message: str) -> str:
-    """A message about an argument, "sigma_rel 0.4: ...", said of the option of that name."""
-    match = re.match(r"[a-z_]+\b", message)
-    if match is None or match[0] not in _option_names():
+def _reader_has_gone() -> int:
+    """Let the interpreter close a stream that works; the exit code of a process that SIGPIPE ended."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
+
+
+def _as_options(message: str) -> str:
+    """A message about arguments, "sigma_rel 0.4: ..." or "t and step: ...", said of the options of these names."""
+    match = re.match(r"[a-z_]+\b(?:(?:, | and )[a-z_]+\b)*", message)
+    if match is None:
         return message
-    return f"--{match[0].replace('_', '-')}{message[match.end() :]}"
+    known = _option_names()
+    subject = re.sub(
+        r"[a-z_]+", lambda name: f"--{name[0].replace('_', '-')}" if name[0] in known else name[0], match[0]
+    )
+    return subject + message[match.end() :]
+
+
+def _commands() -> dict[str, Any]:
+    root: Any = typer.main.get_command(app)
+    return dict(root.commands)
 
 
 def _option_names() -> set[str]:
-    root: Any = typer.main.get_command(app)
     return {
         name.removeprefix("--").replace("-", "_")
-        for command in root.commands.values()
+        for command in _commands().values()
         for parameter in command.params
         for name in parameter.opts
         if name.startswith("--")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from decimal import Decimal, InvalidOperation
 
 from posthoc_cli.errors import InvalidValueError
 
@@ -20,25 +21,33 @@ def parse_bytes(text: str, option: str) -> int:
     Raises:
         InvalidValueError: naming the option and the accepted forms.
     """
-    return _amount(text, _BYTES, f"{option} {text}: must be a size above 0, such as 60GB, 500MiB or 1.5TB")
+    value = _amount(text, _BYTES)
+    if value is None:
+        raise InvalidValueError(f"{option} {text}: must be a size above 0, such as 60GB, 500MiB or 1.5TB")
+    return round(value)
 
 
-def parse_count(text: str, option: str) -> int:
-    """A number from 1.2e9, 1.2B, 350M or 350,000,000.
+def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
+    """A whole number from 1.2e9, 1.2B, 350M or 350,000,000.
 
     Raises:
         InvalidValueError: naming the option and the accepted forms.
     """
-    return _amount(text, _COUNTS, f"{option} {text}: must be a number, at least 1, such as 1.2e9, 1.2B or 350M")
+    value = _amount(text, _COUNTS)
+    if value is None or value != value.to_integral_value():
+        shown = text.strip() or "(empty)"
+        raise InvalidValueError(f"{option} {shown}: must be a whole number, at least 1, such as {example}")
+    return int(value)
 
 
-def _amount(text: str, units: dict[str, int], message: str) -> int:
+def _amount(text: str, units: dict[str, int]) -> Decimal | None:
+    """The amount; None where it is none, below 1 or too large."""
     match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
     unit = units.get(match[2].upper()) if match is not None else None
+    if match is None or unit is None:
+        return None
     try:
-        value = 0.0 if match is None or unit is None else float(match[1].replace(",", "")) * unit
-    except ValueError:
-        value = 0.0
-    if not 1 <= value < 2**63:
-        raise InvalidValueError(message)
-    return round(value)
+        value = Decimal(match[1].replace(",", "")) * unit
+    except InvalidOperation:
+        return None
+    return value if 1 <= value < 2**63 else None

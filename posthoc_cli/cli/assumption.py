@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from posthoc_cli import files
+from posthoc_cli.cli.values import existing_directory
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.likeness import Likeness
@@ -30,7 +30,7 @@ def read_likeness(like: Path | None, steps: int) -> Likeness:
     from posthoc_cli.snapshots.likeness import Likeness, likeness
     from posthoc_cli.snapshots.store import read_directory
 
-    return Likeness(None, {}) if like is None else likeness(read_directory(files.expanded(like)), steps)
+    return Likeness(None, {}) if like is None else likeness(read_directory(existing_directory(like)), steps)
 
 
 def assumption_text(like: Path | None, earlier: Likeness) -> str:

@@ -13,6 +13,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.cli.amounts import parse_count
 
 if TYPE_CHECKING:
     from posthoc_cli.demo import Result
@@ -22,10 +23,10 @@ EPILOG = "Example:  ema demo --out ema-demo"
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="The folder for everything that the demo makes; new, or empty.")] = Path(
-        "ema-demo"
-    ),
-    steps: Annotated[int, typer.Option(help="Steps of training: a multiple of 100.")] = 10_000,
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="The folder for everything that the demo makes; new, or empty.")
+    ] = Path("ema-demo"),
+    steps: Annotated[str, typer.Option(metavar="COUNT", help="Steps of training: a multiple of 100.")] = "10000",
     force: Annotated[
         bool, typer.Option("--force", help="Replace an earlier demo in that folder; other files stay.")
     ] = False,
@@ -40,7 +41,8 @@ def demo(
     from posthoc_cli.demo import run
 
     output.log_to_stderr(False)
-    result = run(files.expanded(out), steps, force, output.print_note if as_json else _print_now, _steps_bar)
+    count = parse_count(steps, "--steps", "10000, 1e4 or 10K")
+    result = run(files.expanded(out), count, force, output.print_note if as_json else _print_now, _steps_bar)
     if as_json:
         output.print_json(_report(result))
     else:

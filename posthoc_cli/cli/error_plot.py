@@ -12,6 +12,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.cli.amounts import parse_count
 from posthoc_cli.cli.assumption import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.values import (
     BetaOption,
@@ -19,11 +20,14 @@ from posthoc_cli.cli.values import (
     MethodOption,
     ProfileOption,
     WindowOption,
+    check_output,
+    existing_directory,
+    one_of,
     parse_sigma_range,
     parse_sigma_rels,
     parse_targets,
 )
-from posthoc_cli.errors import InvalidValueError, OutputExistsError, printable
+from posthoc_cli.errors import InvalidValueError, printable
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import ErrorCurve, ProfileFit
@@ -45,21 +49,29 @@ def error_plot(
         list[Path] | None,
         typer.Argument(metavar="[DIR]...", help="Directories that trackers wrote.", show_default=False),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The picture: .png, .svg or .pdf.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="The picture: .png, .svg or .pdf.")] = None,
     sigma_rels: Annotated[
         list[str] | None,
         typer.Option(
             help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule."
         ),
     ] = None,
-    steps: Annotated[list[int] | None, typer.Option(help="Of the schedule: length of training.")] = None,
+    steps: Annotated[
+        list[str] | None, typer.Option(metavar="COUNT", help="Of the schedule: length of training, such as 100K.")
+    ] = None,
     checkpoint_every: Annotated[
-        list[int] | None, typer.Option(help="Of the schedule: steps between snapshots.")
+        list[str] | None, typer.Option(metavar="COUNT", help="Of the schedule: steps between snapshots.")
     ] = None,
     max_checkpoints: Annotated[
-        list[int] | None, typer.Option(help="Of the schedule: snapshots kept a profile. [default: all]")
+        list[str] | None,
+        typer.Option(metavar="COUNT", help="Of the schedule: snapshots kept a profile. [default: all]"),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of the schedule: snapshots in float16, bfloat16 or float32.")] = "float16",
+    dtype: Annotated[
+        str,
+        typer.Option(
+            autocompletion=one_of(*DTYPES.values()), help="Of the schedule: snapshots in float16, bfloat16 or float32."
+        ),
+    ] = "float16",
     like: LikeOption = None,
     draw: Annotated[
         str | None,
@@ -102,6 +114,9 @@ def error_plot(
         raise InvalidValueError(f"--csv {csv_out}: is the picture's name too; take another")
     if csv_out is not None and csv_out.suffix != ".csv":
         raise InvalidValueError(f"--csv {csv_out}: must end in .csv")
+    for path, option in ((out, "--out"), (csv_out, "--csv")):
+        if path is not None:
+            check_output(path, option, force)
     targets = parse_targets(draw, beta, window, between, profile, "--draw")
     ends = parse_sigma_range(sigma_range)
     judged = _judged(
@@ -110,9 +125,6 @@ def error_plot(
     rows = len(targets) * len(judged)
     if out is not None and rows > MOST_ROWS:
         raise InvalidValueError(f"--out {out}: {rows} drawings over training time; at most {MOST_ROWS} go into it")
-    for path in (out, csv_out):
-        if path is not None and path.exists() and not force:
-            raise OutputExistsError(f"{path}: is there already; choose another name, or --force to replace it")
     others = [target for target in targets if target.sigma_rel is None]
     profile_error = verbose or method == "paper"
     curves = [each.curve(ends, others, t, method) for each in judged]
@@ -131,9 +143,9 @@ def _judged(
     directories: list[Path],
     t: float | None,
     sigma_rels: list[str],
-    steps: list[int],
-    every: list[int],
-    most: list[int],
+    steps: list[str],
+    every: list[str],
+    most: list[str],
     dtype: str,
     like: Path | None,
 ) -> list[Judged]:
@@ -145,6 +157,8 @@ def _judged(
         raise InvalidValueError("--sigma-rels: is missing; --steps and the like describe a schedule of tracked widths")
     dtype = DTYPES.get(dtype, dtype)
     rounding = relative_rounding(dtype)
+    for directory in directories:
+        existing_directory(directory)
     judged = [Judged.of_directory(directory, t) for directory in directories]
     for index, widths in enumerate(sigma_rels):
         length = _nth(steps, index, len(sigma_rels), "--steps")
@@ -164,7 +178,7 @@ def _judged(
     return judged
 
 
-def _nth(values: list[int], index: int, schedules: int, option: str) -> int:
+def _nth(values: list[str], index: int, schedules: int, option: str) -> int:
     """The value for one schedule: one for all, or one each."""
     if not values:
         raise InvalidValueError(f"{option}: is missing; a schedule needs it")
@@ -172,7 +186,7 @@ def _nth(values: list[int], index: int, schedules: int, option: str) -> int:
         raise InvalidValueError(
             f"{option}: give it once, or once for each --sigma-rels ({schedules}); it came {len(values)} times"
         )
-    return values[0] if len(values) == 1 else values[index]
+    return parse_count(values[0] if len(values) == 1 else values[index], option)
 
 
 def _draw(out: Path, curves: list[ErrorCurve], fits: list[ProfileFit], profile_error: bool, force: bool) -> None:

@@ -10,6 +10,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.cli.values import DTYPE_WORDS, LAYOUT_WORDS, existing
 from posthoc_cli.errors import OutputExistsError
 
 EPILOG = (
@@ -28,15 +29,25 @@ def export(
         ),
     ],
     out: Annotated[
-        Path, typer.Option(help="The output: .safetensors, .pt, or a folder, for shards or for several outputs.")
+        Path,
+        typer.Option(
+            "--out", "-o", help="The output: .safetensors, .pt, or a folder, for shards or for several outputs."
+        ),
     ],
     layout: Annotated[
         str | None,
-        typer.Option("--format", help="safetensors, sharded (a folder) or pt. [default: what the output's name says]"),
+        typer.Option(
+            "--format",
+            autocompletion=LAYOUT_WORDS,
+            help="safetensors, sharded (a folder) or pt. [default: what the output's name says]",
+        ),
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own."),
+        typer.Option(
+            autocompletion=DTYPE_WORDS,
+            help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
+        ),
     ] = "keep",
     base: Annotated[
         Path | None,
@@ -62,7 +73,7 @@ def export(
     from posthoc_cli.snapshots.reader import read_header
 
     output.log_to_stderr(False)
-    file, out, base = files.expanded(file), files.expanded(out), None if base is None else files.expanded(base)
+    file, out, base = existing(file), files.expanded(out), None if base is None else existing(base)
     started = time.perf_counter()
     sources = models_at(file)
     outs = [out] if len(sources) == 1 else export_paths(sources, out, layout)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.cli.values import existing
 from posthoc_cli.errors import DirectoryError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def info(
     Reads headers only. Exit code 1 when something is wrong with a directory: mixed runs, damaged headers. Every byte
     is checked by ema verify.
     """
-    path = files.expanded(path)
+    path = existing(path)
     report = describe_directory(path) if path.is_dir() else describe_model(path)
     if as_json:
         output.print_json(report)

@@ -13,8 +13,8 @@ from posthoc_cli.cli import output
 from posthoc_cli.cli.amounts import parse_bytes, parse_count
 from posthoc_cli.cli.assumption import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.error_plot import PICTURES
-from posthoc_cli.cli.values import parse_max_error, parse_sigma_range, parse_sigma_rels
-from posthoc_cli.errors import InvalidValueError, OutputExistsError
+from posthoc_cli.cli.values import check_output, one_of, parse_max_error, parse_sigma_range, parse_sigma_rels
+from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import Proposal, Task
@@ -27,9 +27,16 @@ EPILOG = (
 
 
 def plan(
-    steps: Annotated[int, typer.Option(help="Length of training, in steps (calls of update_).")],
-    params: Annotated[str, typer.Option(help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M.")],
-    max_size: Annotated[str, typer.Option(help="Disk for all snapshots at their fullest: 60GB, 500MiB.")],
+    steps: Annotated[
+        str, typer.Option(metavar="COUNT", help="Length of training, in steps (calls of update_): 400000, 4e5, 400K.")
+    ],
+    params: Annotated[
+        str,
+        typer.Option(metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."),
+    ],
+    max_size: Annotated[
+        str, typer.Option(metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB.")
+    ],
     sigma_range: Annotated[str, typer.Option(help="The averages that will be wanted: LOW:HIGH.")] = "0.05:0.28",
     max_error: Annotated[
         str,
@@ -42,13 +49,19 @@ def plan(
         str | None, typer.Option(help="Track these widths, such as 0.05,0.28. [default: the best]")
     ] = None,
     dtype: Annotated[
-        str | None, typer.Option(help="Store in float16, bfloat16 or float32. [default: the best]")
+        str | None,
+        typer.Option(
+            autocompletion=one_of(*DTYPES.values()),
+            help="Store in float16, bfloat16 or float32. [default: the best]",
+        ),
     ] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between snapshots. [default: the best]")] = None,
+    checkpoint_every: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Steps between snapshots. [default: the best]")
+    ] = None,
     max_checkpoints: Annotated[
-        int | None, typer.Option(help="Snapshots kept a profile. [default: the best, up to 64]")
+        str | None, typer.Option(metavar="COUNT", help="Snapshots kept a profile. [default: the best, up to 64]")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Draw it: a .png, .svg or .pdf.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw it: a .png, .svg or .pdf.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -70,17 +83,17 @@ def plan(
     out = None if out is None else files.expanded(out)
     _check_picture(out, force)
     task = Task(
-        steps=steps,
-        parameters=parse_count(params, "--params"),
+        steps=parse_count(steps, "--steps"),
+        parameters=parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
         max_bytes=parse_bytes(max_size, "--max-size"),
         sigma_range=parse_sigma_range(sigma_range),
         max_error=parse_max_error(max_error),
         sigma_rels=None if sigma_rels is None else tuple(sorted(parse_sigma_rels(sigma_rels, "--sigma-rels"))),
         dtype=None if dtype is None else DTYPES.get(dtype, dtype),
-        checkpoint_every=checkpoint_every,
-        max_checkpoints=max_checkpoints,
+        checkpoint_every=None if checkpoint_every is None else parse_count(checkpoint_every, "--checkpoint-every"),
+        max_checkpoints=None if max_checkpoints is None else parse_count(max_checkpoints, "--max-checkpoints", "20"),
     )
-    earlier = read_likeness(like, steps)
+    earlier = read_likeness(like, task.steps)
     proposals = propose(replace(task, motion=earlier.motion, rounding=earlier.rounding))
     if out is not None:
         _draw(out, proposals, force)
@@ -93,8 +106,8 @@ def plan(
 def _check_picture(out: Path | None, force: bool) -> None:
     if out is not None and out.suffix not in PICTURES:
         raise InvalidValueError(f"--out {out}: must end in {', '.join(PICTURES)}")
-    if out is not None and out.exists() and not force:
-        raise OutputExistsError(f"{out}: is there already; choose another name, or --force to replace it")
+    if out is not None:
+        check_output(out, "--out", force)
 
 
 def call_text(proposal: Proposal, sigma_range: tuple[float, float]) -> str:

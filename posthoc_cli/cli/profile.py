@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from posthoc_cli.cli import output
+from posthoc_cli.cli.amounts import parse_count
 from posthoc_cli.cli.values import parse_numbers, parse_sigma_rels
 from posthoc_cli.errors import InvalidValueError
 
@@ -26,43 +27,44 @@ def profile(
     beta: Annotated[
         str | None, typer.Option(help="The other way: decays of a classical EMA, a number, list or range.")
     ] = None,
-    steps: Annotated[int, typer.Option(help="Length of training, in steps.")] = 1000,
+    steps: Annotated[str, typer.Option(metavar="COUNT", help="Length of training, in steps: 100000, 1e5.")] = "1000",
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert between sigma_rel and a classical beta.
 
-    A classical EMA, average <- beta average + (1 - beta) weights, counts as equal when the values in it are
-    equally old in the mean after that many steps: beta / (1 - beta) steps. sigma_rel ends at 0.2887, the
-    uniform average; tables that list a beta for sigma_rel 0.40 list something that does not exist.
+    A classical EMA, average <- beta average + (1 - beta) weights, counts as equal when it has the same mean age
+    after that many steps: beta / (1 - beta) steps. sigma_rel ends at 0.2887, the uniform average; tables that
+    list a beta for sigma_rel 0.40 list something that does not exist.
     """
     from posthoc_cli import profiles
 
     if sigma_rel is not None and beta is not None:
         raise InvalidValueError("--sigma-rel and --beta: give one of them")
-    if not 1 <= steps <= 10**15:
+    count = parse_count(steps, "--steps")
+    if count > 10**15:
         raise InvalidValueError(f"--steps {steps}: must be from 1 to 1e15")
     if beta is None:
         widths = parse_sigma_rels(sigma_rel if sigma_rel is not None else _DEFAULT)
-        betas = [profiles.classical_beta(width, steps) for width in widths]
+        betas = [profiles.classical_beta(width, count) for width in widths]
     else:
         betas = parse_numbers(beta, "--beta")
-        widths = [profiles.sigma_rel_from_classical_beta(value, steps) for value in betas]
-    rows = [_row(width, value, steps) for width, value in zip(widths, betas, strict=True)]
+        widths = [profiles.sigma_rel_from_classical_beta(value, count) for value in betas]
+    rows = [_row(width, value, count) for width, value in zip(widths, betas, strict=True)]
     if as_json:
-        output.print_json({"steps": steps, "profiles": rows})
+        output.print_json({"steps": count, "profiles": rows})
     else:
         output.print_table(list(_COLUMNS), [[format(row[key], spec) for key, spec in _COLUMNS.items()] for row in rows])
-        output.print_line(f"mean_age and std in steps, at step {steps:,}; beta: classical EMA with the same mean age")
+        output.print_line(f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age")
 
 
 def _row(sigma_rel: float, beta: float, steps: int) -> dict[str, Any]:
-    from posthoc_cli.profiles import gamma_from_sigma_rel, mean_lag
+    from posthoc_cli.profiles import gamma_from_sigma_rel, mean_age
 
     gamma = gamma_from_sigma_rel(sigma_rel)
     return {
         "sigma_rel": sigma_rel,
         "gamma": gamma,
-        "mean_age": mean_lag(gamma, steps),
+        "mean_age": mean_age(gamma, steps),
         "std": sigma_rel * steps,
         "beta": beta,
     }

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posthoc_cli import files
 from posthoc_cli.cli import output
-from posthoc_cli.cli.amounts import parse_bytes
-from posthoc_cli.cli.values import parse_max_error, parse_sigma_range
+from posthoc_cli.cli.amounts import parse_bytes, parse_count
+from posthoc_cli.cli.values import existing_directory, parse_max_error, parse_sigma_range
 from posthoc_cli.errors import InvalidValueError, MismatchError
 
 if TYPE_CHECKING:
@@ -22,8 +21,10 @@ EPILOG = "Example:  ema prune run/ema --keep 20 --dry-run   or   ema prune run/e
 
 def prune(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory that the tracker wrote.")],
-    keep: Annotated[int | None, typer.Option(help="Leave so many snapshots of each profile; or")] = None,
-    max_size: Annotated[str | None, typer.Option(help="as many as fit: 10GB, 500MiB; or")] = None,
+    keep: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="Leave so many snapshots of each profile; or")
+    ] = None,
+    max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="as many as fit: 10GB, 500MiB; or")] = None,
     max_error: Annotated[
         str | None, typer.Option(help="as few as keep the worst predicted error in the range at most that: 1e-3.")
     ] = None,
@@ -44,16 +45,17 @@ def prune(
     output.log_to_stderr(False)
     if [keep, max_size, max_error].count(None) != 2:
         raise InvalidValueError("--keep, --max-size and --max-error: give one of them")
+    count = None if keep is None else parse_count(keep, "--keep", "20; the newest snapshot of each profile stays")
     max_bytes = None if max_size is None else parse_bytes(max_size, "--max-size")
     error = None if max_error is None else parse_max_error(max_error)
     wanted = parse_sigma_range(sigma_range)
+    directory = existing_directory(directory)
     if as_json and not (yes or dry_run):
         raise InvalidValueError("--json: shows what would go only afterwards; give --yes or --dry-run with it")
     if not (yes or dry_run or sys.stdin.isatty()):
         raise InvalidValueError("--yes: is needed where nobody can be asked; --dry-run shows what would go")
-    directory = files.expanded(directory)
     snapshots = read_directory(directory)
-    pruning = plan_pruning(snapshots, keep, max_bytes, error, wanted)
+    pruning = plan_pruning(snapshots, count, max_bytes, error, wanted)
     if not as_json:
         _print(pruning, wanted)
     # Asked without the lock: a question that nobody answers must not stop a training.

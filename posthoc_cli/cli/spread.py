@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.errors import InvalidValueError
 
@@ -63,7 +62,7 @@ class Options:
         """What is to be made of what."""
         from posthoc_cli.synthesis import disk_sources, plan_synthesis
 
-        sources = disk_sources(files.expanded(self.directory))
+        sources = disk_sources(self.directory)
         return plan_synthesis(sources, self.targets, self.t, self.step, self.method, self.max_error, self.dtype)
 
     def folders(self) -> tuple[list[Path], Path | None]:

@@ -10,14 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posthoc_cli import files
 from posthoc_cli.cli import output, spread
+from posthoc_cli.cli.amounts import parse_count
 from posthoc_cli.cli.values import (
+    DTYPE_WORDS,
+    LAYOUT_WORDS,
     BetaOption,
     BetweenOption,
     MethodOption,
     ProfileOption,
     WindowOption,
+    check_folder,
+    existing_directory,
     parse_max_error,
     parse_targets,
 )
@@ -48,14 +52,18 @@ def synthesize(
     out: Annotated[
         str | None,
         typer.Option(
+            "--out",
+            "-o",
             help="The output: a file; a folder for a file a target; or a name with {sigma_rel} in it, or {target}, "
-            "which any target fills in (sigma_rel-0.15, beta-0.9999, ...)."
+            "which any target fills in (sigma_rel-0.15, beta-0.9999, ...).",
         ),
     ] = None,
     t: Annotated[
         float | None, typer.Option(help="The average as it stood at this training time. [default: the last]")
     ] = None,
-    step: Annotated[int | None, typer.Option(help="The same in steps (calls of update_).")] = None,
+    step: Annotated[
+        str | None, typer.Option(metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
+    ] = None,
     max_error: Annotated[
         str | None,
         typer.Option(
@@ -64,11 +72,18 @@ def synthesize(
     ] = None,
     dtype: Annotated[
         str,
-        typer.Option(help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each parameter's own."),
+        typer.Option(
+            autocompletion=DTYPE_WORDS,
+            help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each parameter's own.",
+        ),
     ] = "keep",
     layout: Annotated[
         str | None,
-        typer.Option("--format", help="safetensors, sharded (a folder) or pt. [default: what the output's name says]"),
+        typer.Option(
+            "--format",
+            autocompletion=LAYOUT_WORDS,
+            help="safetensors, sharded (a folder) or pt. [default: what the output's name says]",
+        ),
     ] = None,
     max_shard_size: Annotated[str, typer.Option(help="With --format sharded.")] = "5GB",
     device: Annotated[str, typer.Option(help="Where to make the sums: auto, cpu, cuda, cuda:1, mps.")] = "auto",
@@ -137,6 +152,7 @@ def synthesize(
             "no target: name one or several by --sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000 "
             "or --profile FILE"
         )
+    at_step = None if step is None else parse_count(step, "--step")
     accepted = None if max_error is None else parse_max_error(max_error)
     parse_dtype_word(dtype)
     if force and skip_existing:
@@ -149,15 +165,18 @@ def synthesize(
     from posthoc_cli.export.naming import output_paths  # loads torch: not before wrong options are refused
 
     paths, folder = ([], None) if out is None or dry_run else output_paths(targets, out, layout)
+    for path in paths if folder is None else [folder]:
+        check_folder(path, "--out")
     parse_accumulate(accumulate)
     reason = device_reason(device)
     device = "cpu" if dry_run and device == "auto" else parse_device(mode.device(device))
+    directory = existing_directory(directory)
     if mode.kind != "whole":
         options = spread.Options(
             directory,
             targets,
             t,
-            step,
+            at_step,
             method,
             accepted,
             out,
@@ -197,7 +216,7 @@ def synthesize(
         return plan
 
     plan = with_consistent_plan(
-        lambda: plan_synthesis(disk_sources(files.expanded(directory)), targets, t, step, method, accepted, dtype),
+        lambda: plan_synthesis(disk_sources(directory), targets, t, at_step, method, accepted, dtype),
         write,
     )
     seconds = time.perf_counter() - started
@@ -306,7 +325,8 @@ def _print_targets(
         read = output.size_text(plan.read_bytes)
         output.print_line(f"would make {what}; would read {read}; nothing was written")
         return
-    output.print_line(f"made {what}, in {seconds:.1f} s: {paths[0] if single else paths[0].parent}")
+    where = str(paths[0] if single else paths[0].parent)
+    output.print_line(f"made {what}, in {seconds:.1f} s: {'in this folder' if where == '.' else where}")
 
 
 def _note_left_out(plan: Plan, path: Path) -> None:

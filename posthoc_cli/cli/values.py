@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import stat
+from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import Annotated
@@ -10,7 +11,7 @@ from typing import Annotated
 import typer
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.targets import Beta, Between, ProfileFile, SigmaRel, Target, Window
 
@@ -18,6 +19,28 @@ _MOST_DIGITS = 1_000
 """Before and behind the point: far more than a float has, and few enough to count with."""
 
 MOST_VALUES = 10_000
+
+_FORMS = {
+    "--window": "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
+    "--beta": "a number, a list such as 0.999,0.9999 or a range such as 0.99:0.999:0.003",
+}
+_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
+"""What `parse_numbers` takes, for each option."""
+
+
+def one_of(*words: str) -> Callable[[str], list[str]]:
+    """What a shell offers as the value of an option: those of `words` that begin as what was typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [word for word in words if word.startswith(incomplete)]
+
+    return complete
+
+
+# What help does not load names of its own: a test holds these lists and the library's together.
+DTYPE_WORDS = one_of("keep", "float32", "float16", "bfloat16", "float64")
+LAYOUT_WORDS = one_of("safetensors", "sharded", "pt")
+METHOD_WORDS = one_of("minvar", "paper")
 
 # --- options of several commands -------------------------------------------------------------------
 
@@ -47,9 +70,9 @@ ProfileOption = Annotated[
     ),
 ]
 MethodOption = Annotated[
-    # The names are those of reconstruction.METHODS, which help does not load; a test holds them together.
     str | None,
     typer.Option(
+        autocompletion=METHOD_WORDS,
         metavar="minvar|paper",
         help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as "
         "published. [default: minvar]",
@@ -94,9 +117,7 @@ def _number(text: str, option: str) -> Decimal:
         number = Decimal("nan")
     if not text.strip() or not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS:
         shown = text if text.strip() else "(empty)"
-        raise InvalidValueError(
-            f"{option} {shown}: must be a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
-        )
+        raise InvalidValueError(f"{option} {shown}: must be {_FORMS.get(option, _SIGMA_FORMS)}")
     return number
 
 
@@ -130,10 +151,12 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
     """
     from posthoc_cli.planning import check_sigma_range
 
-    ends = [parse_numbers(end, "--sigma-range") for end in text.split(":")]
-    if len(ends) != 2 or any(len(end) != 1 for end in ends):
-        raise InvalidValueError(f"--sigma-range {text}: must be LOW:HIGH, such as 0.05:0.28")
-    return check_sigma_range((ends[0][0], ends[1][0]))
+    try:
+        low, high = (float(end) for end in text.split(":"))
+    except ValueError:
+        shown = text.strip() or "(empty)"
+        raise InvalidValueError(f"--sigma-range {shown}: must be LOW:HIGH, such as 0.05:0.28") from None
+    return check_sigma_range((low, high))
 
 
 def parse_max_error(text: str) -> float:
@@ -151,6 +174,69 @@ def parse_max_error(text: str) -> float:
         shown = number or "(empty)"
         raise InvalidValueError(f"--max-error {shown}: must be a relative error in (0, 1), such as 0.01 or 1%")
     return float(value)
+
+
+# --- paths -----------------------------------------------------------------------------------------
+
+
+def existing(path: Path) -> Path:
+    """An input that the command line names, with ~ expanded.
+
+    Raises:
+        InvalidValueError: there is none, or it is a pickle.
+    """
+    from posthoc_cli.snapshots.verification.contents import PICKLES
+
+    path, mode = _looked_up(path)
+    if mode is None:
+        raise InvalidValueError(f"{path}: no such file or directory")
+    if path.suffix in PICKLES and not stat.S_ISDIR(mode):
+        raise InvalidValueError(f"{path}: is a pickle (.pt, .bin), which is never read; save it as safetensors")
+    return path
+
+
+def existing_directory(path: Path) -> Path:
+    """A directory of snapshots that the command line names, with ~ expanded.
+
+    Raises:
+        InvalidValueError: there is none, or it is no directory.
+    """
+    path, mode = _looked_up(path)
+    if mode is None or not stat.S_ISDIR(mode):
+        what = "no such directory" if mode is None else "is not a directory"
+        raise InvalidValueError(f"{path}: {what}; name the directory that a tracker writes its snapshots to")
+    return path
+
+
+def _looked_up(path: Path) -> tuple[Path, int | None]:
+    """A path with ~ expanded, and what it leads to as a file mode; None where that is nothing."""
+    path = files.expanded(path)
+    try:
+        return path, path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return path, None
+
+
+def check_folder(path: Path, option: str) -> None:
+    """Refuse, before any work, an output for which there is no folder.
+
+    Raises:
+        InvalidValueError: naming the option.
+    """
+    if not path.parent.is_dir():
+        raise InvalidValueError(f"{option} {path}: its folder does not exist")
+
+
+def check_output(path: Path, option: str, force: bool) -> None:
+    """Refuse, before any work, a file that could not be written.
+
+    Raises:
+        InvalidValueError: its folder does not exist.
+        OutputExistsError: it is there, and `force` is False.
+    """
+    check_folder(path, option)
+    if path.exists() and not force:
+        raise OutputExistsError(f"{path}: is there already; choose another name, or --force to replace it")
 
 
 # --- targets ---------------------------------------------------------------------------------------

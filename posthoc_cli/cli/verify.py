@@ -4,25 +4,26 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from posthoc_cli import files
 from posthoc_cli.cli import output
+from posthoc_cli.cli.values import existing
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.verification import Cleaning, Errors, FileReport, Repair, Verification
 
-EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify model.safetensors --json"
+EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify out/ m.safetensors --json"
 
 
 def verify(
-    path: Annotated[
-        Path,
-        typer.Argument(metavar="DIR|FILE", help="Snapshots, outputs, states, parts or shards; or one such file."),
+    paths: Annotated[
+        list[Path],
+        typer.Argument(metavar="DIR|FILE...", help="Snapshots, outputs, states, parts or shards; or such files."),
     ],
     deep: Annotated[
         bool, typer.Option("--deep", help="Also compare the values with what was measured when they were written.")
@@ -53,33 +54,64 @@ def verify(
     says what the loss does to the predicted error. --clean deletes leftovers that have been still for a minute; for
     an hour where a folder has no snapshots. Both only while no tracker writes to the directory; both ask.
     """
-    from posthoc_cli.snapshots import verification
-
     output.log_to_stderr(False)
     _check_options(repair or clean, yes, dry_run, as_json)
+    asked = _Asked(repair, clean, yes, dry_run, verbose, as_json)
+    # All of them are looked up first: reading takes long, and a wrong path is known at once.
+    done = [_verify_one(path, deep, asked) for path in [existing(path) for path in paths]]
+    if as_json:
+        output.print_json(
+            done[0].report if len(done) == 1 else {"kind": "several", "paths": [one.report for one in done]}
+        )
+    if not all(one.fine for one in done):
+        raise typer.Exit(1)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What to do and to show besides; see the options of these names."""
+
+    repair: bool
+    clean: bool
+    yes: bool
+    dry_run: bool
+    verbose: bool
+    as_json: bool
+
+
+@dataclass(frozen=True)
+class _Done:
+    """What came of one path: its report as data, and whether nothing is wrong with what stays there."""
+
+    report: dict[str, Any]
+    fine: bool
+
+
+def _verify_one(path: Path, deep: bool, asked: _Asked) -> _Done:
+    """Read a path, print what was found, and repair and clean it where that was asked for."""
+    from posthoc_cli.snapshots import verification
+
     started = time.perf_counter()
-    found = _read(files.expanded(path), deep)
+    found = _read(path, deep)
     seconds = time.perf_counter() - started
-    plan = verification.plan_repair(found) if repair else None
-    if not as_json:
-        _print(found, seconds, verbose, plan is None)
+    plan = verification.plan_repair(found) if asked.repair else None
+    if not asked.as_json:
+        _print(found, seconds, asked.verbose, plan is None)
         _print_loss(plan) if plan is not None and plan.gone else None
-    repaired = plan is not None and _agreed(bool(plan.gone), yes, dry_run, _question(plan.directory, plan.gone))
+    repaired = plan is not None and _agreed(bool(plan.gone), asked, _question(plan.directory, plan.gone))
     moved = verification.repair(plan) if plan is not None and repaired else []
-    cleaned = clean and _agreed(
-        bool(found.leftovers), yes, dry_run, f"delete {_counted(len(found.leftovers), 'leftover')} for good?"
+    cleaned = asked.clean and _agreed(
+        bool(found.leftovers), asked, f"delete {_counted(len(found.leftovers), 'leftover')} for good?"
     )
     cleaning = verification.clean(found) if cleaned else None
-    if as_json:
-        report = _report(found, seconds)
-        report |= {} if plan is None else {"repair": _repair_report(plan, moved, repaired)}
-        report |= {"clean": _clean_report(cleaning)} if clean else {}
-        output.print_json(report)
-    else:
-        _print_repair(plan, moved, repaired, dry_run) if plan is not None else None
-        _print_cleaning(found, cleaning, dry_run) if clean else None
-    if found.problems or (plan.staying if plan is not None and (repaired or not plan.gone) else found.broken):
-        raise typer.Exit(1)
+    if not asked.as_json:
+        _print_repair(plan, moved, repaired, asked.dry_run) if plan is not None else None
+        _print_cleaning(found, cleaning, asked.dry_run) if asked.clean else None
+    report = _report(found, seconds)
+    report |= {} if plan is None else {"repair": _repair_report(plan, moved, repaired)}
+    report |= {"clean": _clean_report(cleaning)} if asked.clean else {}
+    wrong = plan.staying if plan is not None and (repaired or not plan.gone) else found.broken
+    return _Done(report, not (found.problems or wrong))
 
 
 def _read(path: Path, deep: bool) -> Verification:
@@ -105,9 +137,9 @@ def _check_options(changes: bool, yes: bool, dry_run: bool, as_json: bool) -> No
         raise InvalidValueError("--yes: is needed where nobody can be asked; --dry-run shows what would be done")
 
 
-def _agreed(anything: bool, yes: bool, dry_run: bool, question: str) -> bool:
+def _agreed(anything: bool, asked: _Asked, question: str) -> bool:
     """Whether to go on. Asked without the lock: a question that nobody answers must not stop a training."""
-    return anything and not dry_run and (yes or typer.confirm(question, err=True))
+    return anything and not asked.dry_run and (asked.yes or typer.confirm(question, err=True))
 
 
 def _question(directory: Path, gone: tuple[Path, ...]) -> str:

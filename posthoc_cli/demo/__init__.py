@@ -1,7 +1,7 @@
 """The training that `ema demo` runs, and what it does with the snapshots afterwards.
 
     digits.py     the images
-    denoiser.py   the network, its loss, and the sampler
+    denoiser.py   the network and its loss
     training.py   the training loop with the hook, and averages tracked directly beside it
     folder.py     the folder that everything goes to
     commands.py   the `ema` commands that are run on it

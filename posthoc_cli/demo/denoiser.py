@@ -10,8 +10,6 @@ a width of an average.
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import nn
 
@@ -109,36 +107,6 @@ class Validation:
             for sigma, noise in zip(self._sigmas, self._noise, strict=True)
         ]
         return torch.stack(rows).double().mean(dim=0)
-
-
-# --- samples ---------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def sample(model: nn.Module, labels: torch.Tensor, seed: int, levels: int = 24) -> torch.Tensor:
-    """Draw one image for each of `labels`: shape [images, 64]. The same seed starts from the same noise.
-
-    Heun's method on the probability-flow ODE, algorithm 1 of arXiv 2206.00364, from noise of standard
-    deviation 20 down to 0.01 and to 0.
-    """
-    highest, lowest, rho = 20.0, 0.01, 7
-    ends = highest ** (1 / rho), lowest ** (1 / rho)
-    sigmas = [*(torch.linspace(*ends, levels, dtype=torch.float64) ** rho).tolist(), 0.0]
-    noise = torch.randn(len(labels), PIXELS, generator=torch.Generator().manual_seed(seed))
-    images = noise * highest
-    for level, after in itertools.pairwise(sigmas):
-        slope = _slope(model, images, level, labels)
-        ahead = images + (after - level) * slope
-        if after > 0:
-            slope = (slope + _slope(model, ahead, after, labels)) / 2
-            ahead = images + (after - level) * slope
-        images = ahead
-    return images
-
-
-def _slope(model: nn.Module, images: torch.Tensor, sigma: float, labels: torch.Tensor) -> torch.Tensor:
-    denoised: torch.Tensor = model(images, torch.full((len(images), 1), sigma), labels)
-    return (images - denoised) / sigma
 
 
 def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:

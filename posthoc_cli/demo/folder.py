@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posthoc_cli import files
-from posthoc_cli.errors import OutputExistsError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError
 
 _MARKER = "made-by-ema-demo.txt"
 _MARKER_TEXT = """\
@@ -30,7 +30,6 @@ _MADE = (
     "best.pt",
     "loss.png",
     "error.png",
-    "samples.png",
 )
 
 
@@ -76,9 +75,12 @@ class Folder:
         """Make the folder, or clear an earlier demo out of it.
 
         Raises:
+            InvalidValueError: the folder that it is to be in does not exist.
             OutputExistsError: it is there and not empty, and is not an earlier demo or `force` is False.
             WriteError: the system refused.
         """
+        if not self.root.parent.is_dir():
+            raise InvalidValueError(f"out {self.root}: its folder does not exist")
         if self.root.exists() and not self.root.is_dir():
             raise OutputExistsError(f"{self.root}: is a file; name a folder")
         marker = self.root / _MARKER

@@ -7,25 +7,19 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
 from posthoc_cli import files
 from posthoc_cli.demo.commands import Commands, Say
-from posthoc_cli.demo.denoiser import Denoiser, Validation, sample
-from posthoc_cli.demo.digits import CLASSES, SIDE, Digits, load_digits
+from posthoc_cli.demo.denoiser import Denoiser, Validation
+from posthoc_cli.demo.digits import Digits, load_digits
 from posthoc_cli.demo.folder import Folder
 from posthoc_cli.demo.measuring import DirectCheck, Measured, best_of, compare, measure
 from posthoc_cli.demo.training import UPDATE_EVERY, Settings, Trained, train
-from posthoc_cli.tracker import PostHocEMA
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
 """The averages that are synthesized: 0.025, 0.05, ..., 0.275."""
@@ -33,10 +27,7 @@ SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
 DIRECT_SIGMA_RELS = (0.05, 0.1, 0.15, 0.2, 0.25)
 """Those of them that are also tracked directly."""
 
-Images = npt.NDArray[np.float32]
-
 _SEED = 0
-_SAMPLE_ROWS = 5
 
 Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
 """Shows progress: of what, and of how many steps; gives a function that is told how many were done."""
@@ -98,7 +89,7 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: Watch) -> Result:
         raw, averages = _measure(trained.model, digits.validation, folder)
         best = best_of(averages)
         commands.run("export", str(folder.average(best.sigma_rel)), "--out", str(folder.best), "--force")
-        _draw(folder, trained.model, digits.validation, raw, averages)
+        _draw(folder, raw, averages)
         checks = [_check(folder, average.sigma_rel) for average in trained.direct]
     parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     seconds = time.perf_counter() - started
@@ -146,53 +137,22 @@ def _check(folder: Folder, sigma_rel: float) -> DirectCheck:
     return compare(sigma_rel, synthesized, tracked, load_file(folder.raw))
 
 
-def _draw(folder: Folder, model: Denoiser, digits: Digits, raw: Measured, averages: list[Measured]) -> None:
-    """Draw the losses, and samples: of the best average through the hook's own context manager."""
+def _draw(folder: Folder, raw: Measured, averages: list[Measured]) -> None:
     from posthoc_cli import plots
 
     widths = np.array([measured.sigma_rel for measured in averages])
     losses = np.array([measured.loss for measured in averages])
-    _save_figure(folder.picture("loss"), lambda: plots.loss_figure(widths, losses, raw.loss, "validation loss"))
-    best = best_of(averages)
-    model.load_state_dict(load_file(folder.raw))
-    of_raw = _sample_grid(model)
-    with PostHocEMA.from_path(folder.snapshots) as ema, ema.model(model, best.sigma_rel) as averaged:
-        of_best = _sample_grid(averaged)
-    groups = [
-        (f"samples, raw weights (loss {raw.loss:.4f})", of_raw),
-        (f"samples, sigma_rel {best.sigma_rel:g} (loss {best.loss:.4f})", of_best),
-        ("real digits, for comparison", _real_grid(digits)),
-    ]
-    _save_figure(folder.picture("samples"), lambda: plots.samples_figure(groups))
+    errors = np.array([measured.standard_error for measured in averages])
+    of_raw = raw.loss, raw.standard_error
+    picture = plots.as_file(lambda: plots.loss_figure(widths, losses, errors, of_raw, "validation loss"), ".png")
+    files.write_whole(folder.picture("loss"), picture)
 
 
 # --- helpers ---------------------------------------------------------------------------------------
 
 
-def _sample_grid(model: Denoiser) -> Images:
-    """A column a digit; every call starts from the same noise."""
-    return _grid(sample(model, torch.arange(CLASSES).repeat(_SAMPLE_ROWS), _SEED))
-
-
-def _real_grid(digits: Digits) -> Images:
-    columns = [digits.images[digits.labels == label][:_SAMPLE_ROWS] for label in range(CLASSES)]
-    return _grid(torch.stack(columns, dim=1))
-
-
-def _grid(images: torch.Tensor) -> Images:
-    """Images in -1 .. 1 as [rows, columns, height, width] in 0 .. 1."""
-    shades = ((images + 1) / 2).clamp(0, 1)
-    return shades.reshape(_SAMPLE_ROWS, CLASSES, SIDE, SIDE).numpy()
-
-
 def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     files.write_whole(path, safetensors.torch.save(dict(tensors)))
-
-
-def _save_figure(path: Path, draw: Callable[[], Figure]) -> None:
-    from posthoc_cli import plots
-
-    files.write_whole(path, plots.as_file(draw, path.suffix))
 
 
 @contextmanager

@@ -151,9 +151,9 @@ def _check_alone(folder: Path, parted: PartedSynthesis, has_index: bool) -> None
         return
     index, others = folder / INDEX_NAME, _strangers(folder, parted.parts)
     if os.path.lexists(index) and not has_index:
-        raise OutputExistsError(f"{index}: is there already, and is of another model; --force to replace it")
+        raise OutputExistsError(f"{index}: is there already, and is of another model; overwrite=True to replace it")
     if others:
-        raise OutputExistsError(f"{others[0]}: is of another model; remove it, or --force to replace that model")
+        raise OutputExistsError(f"{others[0]}: is of another model; remove it, or overwrite=True to replace that model")
 
 
 def _warn_of_leftovers(folder: Path) -> None:

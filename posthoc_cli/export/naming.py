@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,10 +24,13 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
 
     Raises:
         InvalidValueError: several targets, but one output for them or for two of them; a name to be filled in with
-            the sigma_rel of a target that has none.
+            the sigma_rel of a target that has none, or with anything else.
     """
     if not out:
         raise InvalidValueError(f"out: is empty; name a file, a folder, or a pattern with {_SIGMA_REL} or {_TARGET}")
+    unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
+    if unknown:
+        raise InvalidValueError(f"out {out}: {unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}")
     paths, folder = _paths(targets, out, layout)
     taken: dict[Path, Target] = {}
     for target, path in zip(targets, paths, strict=True):

@@ -192,14 +192,14 @@ class PartedSynthesis:
         if not os.path.lexists(file.path):
             if not self.overwrite and holds_model(folder):
                 raise OutputExistsError(
-                    f"{folder}: holds a model already; choose another folder, or --force to replace it"
+                    f"{folder}: holds a model already; choose another folder, or overwrite=True to replace it"
                 )
             return False
         try:
             verify_payload(file.path, file.read_header())
         except (FileFormatError, MismatchError) as error:
             if not self.overwrite:
-                raise OutputExistsError(f"{error}; choose another folder, or --force to replace it") from error
+                raise OutputExistsError(f"{error}; choose another folder, or overwrite=True to replace it") from error
             return False
         return True
 

@@ -77,7 +77,9 @@ class ShardedSink:
         if folder.exists() and not folder.is_dir():
             raise OutputExistsError(f"{folder}: is a file; shards need a folder")
         if not overwrite and holds_model(folder):
-            raise OutputExistsError(f"{folder}: holds a model already; choose another folder, or --force to replace it")
+            raise OutputExistsError(
+                f"{folder}: holds a model already; choose another folder, or overwrite=True to replace it"
+            )
         for path in _model_files(folder):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(f"{path}: is a directory, which no model replaces; choose another folder")

@@ -160,7 +160,7 @@ def error_curve(
     t = max(times) if t is None else t
     if not min(times) <= t <= max(times):
         raise InvalidValueError(
-            f"t {t:g}: must lie between the first snapshot, {min(times):g}, and the last, {max(times):g}"
+            f"t {t:.12g}: must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
         )
     usable, prior = candidate.up_to(t)
     tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable}))

@@ -10,7 +10,7 @@ started on is a point of mass at its start. A density leaves that out, a tail do
 besides; anything else with `density` and `tail` is a `Profile` too.
 """
 
-from posthoc_cli.profiles.classical import ClassicalEMA, classical_beta, mean_lag, sigma_rel_from_classical_beta
+from posthoc_cli.profiles.classical import ClassicalEMA, classical_beta, mean_age, sigma_rel_from_classical_beta
 from posthoc_cli.profiles.clock import Clock, ClockRecorder
 from posthoc_cli.profiles.power import (
     SHORTEST_SIGMA_REL,
@@ -47,7 +47,7 @@ __all__ = [
     "check_sigma_rel",
     "classical_beta",
     "gamma_from_sigma_rel",
-    "mean_lag",
+    "mean_age",
     "new_value_share",
     "read_table",
     "sigma_rel_from_classical_beta",

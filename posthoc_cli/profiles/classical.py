@@ -18,7 +18,7 @@ from posthoc_cli.profiles.power import gamma_from_sigma_rel, sigma_rel_from_gamm
 from posthoc_cli.profiles.protocol import FloatArray
 
 _DIRECT_SUM_LIMIT = 1_000_000
-"""Steps up to which the mean lag is summed term by term."""
+"""Steps up to which the mean age is summed term by term."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class ClassicalEMA:
 # --- the power function that it resembles ----------------------------------------------------------
 
 
-def mean_lag(gamma: float, steps: int) -> float:
+def mean_age(gamma: float, steps: int) -> float:
     """Mean age in steps of the values in an average updated at every step 1 .. `steps`.
 
     sum_k w_k (T - k) with the discrete weights of the power function; by partial summation
@@ -93,18 +93,18 @@ def mean_lag(gamma: float, steps: int) -> float:
 
 
 def classical_beta(sigma_rel: float, steps: int) -> float:
-    """The constant decay whose average has the same mean lag after `steps` steps as the power function.
+    """The constant decay whose average has the same mean age after `steps` steps as the power function.
 
-    A classical EMA with decay beta has mean lag beta / (1 - beta) steps.
+    A classical EMA with decay beta has mean age beta / (1 - beta) steps.
     """
-    lag = mean_lag(gamma_from_sigma_rel(sigma_rel), steps)
-    return lag / (1 + lag)
+    age = mean_age(gamma_from_sigma_rel(sigma_rel), steps)
+    return age / (1 + age)
 
 
 def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     """The inverse of `classical_beta`.
 
-    No power function has a longer mean lag than the uniform average, (steps - 1) / 2: a beta at or above
+    No power function has a higher mean age than the uniform average, (steps - 1) / 2: a beta at or above
     1 - 2 / (steps + 1) has no counterpart after that many steps, however its table may name one.
     """
     if steps < 2:
@@ -113,14 +113,14 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     if not 0 < beta < longest:
         raise InvalidValueError(
             f"beta {beta!r}: after {steps:,} steps it must lie in (0, {longest:.7g}); "
-            f"{longest:.7g} has the mean lag of the uniform average, and no power function a longer one"
+            f"{longest:.7g} has the mean age of the uniform average, and no power function a higher one"
         )
     from scipy.optimize import brentq  # slow to import, and needed here alone
 
-    lag = beta / (1 - beta)
-    # Mean lag falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
-    largest = steps * (2 + max(0.0, -math.log(lag))) * 2
+    age = beta / (1 - beta)
+    # Mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
+    largest = steps * (2 + max(0.0, -math.log(age))) * 2
     log_x = brentq(
-        lambda value: mean_lag(math.expm1(value), steps) - lag, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
+        lambda value: mean_age(math.expm1(value), steps) - age, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
     )
     return sigma_rel_from_gamma(math.expm1(log_x))

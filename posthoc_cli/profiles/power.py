@@ -93,7 +93,7 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     update closes. `t_prev` = 0 is the first update: all of the average.
     """
     if not 0 <= t_prev < t:
-        raise InvalidValueError(f"an update at t = {t:g} after one at t = {t_prev:g}: time must grow")
+        raise InvalidValueError(f"an update at t = {t:,.12g} after one at t = {t_prev:,.12g}: time must grow")
     if t_prev == 0:
         return 1.0
     return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
@@ -148,7 +148,7 @@ class PowerFunction:
         """
         grid = np.asarray(times, dtype=np.float64)
         if grid.size == 0 or grid[0] <= 0 or np.any(np.diff(grid) <= 0) or grid[-1] != self.t:
-            raise InvalidValueError(f"update times must grow from above 0 and end at t = {self.t:g}")
+            raise InvalidValueError(f"update times must grow from above 0 and end at t = {self.t:,.12g}")
         return -np.diff(self.tail(np.concatenate(([0.0], grid))))
 
 

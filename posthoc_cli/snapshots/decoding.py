@@ -179,7 +179,7 @@ def _decode_clock(reader: Metadata, info: fmt.SnapshotInfo) -> tuple[tuple[int, 
 
 
 def _pair(step: int, t: float) -> str:
-    return f"step {shown(step)} at t = {t:g}"
+    return f"step {shown(step)} at t = {t:,.12g}"
 
 
 def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measurements | None:
@@ -219,7 +219,7 @@ def _decode_motion(reader: Metadata, info: fmt.SnapshotInfo) -> Motion | None:
     if not 1 <= pieces <= fmt.MAX_PIECES or len(raw["noise"]) != pieces or len(edges) != pieces + 1:
         raise reader.bad(key, f"must have 1 to {fmt.MAX_PIECES:,} pieces, an edge more than walk and noise each")
     if not (edges[0] > 0 and edges[-1] <= info.t and all(a < b for a, b in pairwise(edges))):
-        raise reader.bad(key, f"edges must grow from above 0 to at most {info.t:g}, the snapshot's own time")
+        raise reader.bad(key, f"edges must grow from above 0 to at most {info.t:,.12g}, the snapshot's own time")
     usable = all(not value or _LEAST_SQUARE < value < 1 / _LEAST_SQUARE for value in (*raw["walk"], *raw["noise"]))
     return Motion(*(np.array(raw[name], dtype=np.float64) for name in ("edges", "walk", "noise"))) if usable else None
 
@@ -255,7 +255,7 @@ def _check_partner(
             key, f"a distance to sigma_rel {distance.sigma_rel:g}, none of the tracked {_listed(info.sigma_rels)}"
         )
     if (distance.t, distance.sigma_rel) == (info.t, info.sigma_rel):
-        raise reader.bad(key, f"a distance to the snapshot itself, sigma_rel {info.sigma_rel:g} at t = {info.t:g}")
+        raise reader.bad(key, f"a distance to the snapshot itself, sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
 
 
 def _listed(sigma_rels: tuple[float, ...]) -> str:

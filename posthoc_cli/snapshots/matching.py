@@ -79,4 +79,4 @@ def missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
     missing = ({info.sigma_rel for info in own} & tracked) - {info.sigma_rel for info in there}
     if not missing:
         return []
-    return [f"t = {newest:g}, the newest: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(missing))}"]
+    return [f"t = {newest:,.12g}, the newest: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(missing))}"]

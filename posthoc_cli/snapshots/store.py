@@ -253,7 +253,7 @@ def _doubles(snapshots: Sequence[Snapshot]) -> list[str]:
         key = (snapshot.info.t, snapshot.info.sigma_rel)
         if key in seen:
             problems.append(
-                f"{seen[key].path} and {snapshot.path} both hold sigma_rel {key[1]:g} at t = {key[0]:g}; remove one"
+                f"{seen[key].path} and {snapshot.path} both hold sigma_rel {key[1]:g} at t = {key[0]:,.12g}; remove one"
             )
         seen.setdefault(key, snapshot)
     return problems

@@ -82,7 +82,7 @@ def _checked_time(t: float | None, times: Sequence[float]) -> float:
         return max(times)
     if not min(times) <= t <= max(times):
         raise InvalidValueError(
-            f"t {t:g}: must lie between the first snapshot, {min(times):g}, and the last, {max(times):g}"
+            f"t {t:.12g}: must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
         )
     return t
 

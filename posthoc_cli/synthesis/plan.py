@@ -224,7 +224,7 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
         return times[-1]
     if not times[0] <= t <= times[-1]:
         raise InvalidValueError(
-            f"t {t:g}: must lie between the first snapshot, {times[0]:g}, and the last, {times[-1]:g}"
+            f"t {t:.12g}: must lie between the first snapshot, {times[0]:,.12g}, and the last, {times[-1]:,.12g}"
         )
     return float(t)
 
@@ -236,7 +236,8 @@ def _alike(sources: Sequence[Source], time: float) -> list[Source]:
     if time > last:
         after = min(source.info.t for source in sources if source.info.t > time)
         raise InvalidValueError(
-            f"t {time:g}: the model's tensors changed between the snapshots at {last:g} and {after:g}; take one of them"
+            f"t {time:.12g}: the model's tensors changed between the snapshots at {last:,.12g} and {after:,.12g}; "
+            "take one of them"
         )
     return alike
 
@@ -247,7 +248,7 @@ def _time_of_step(sources: Sequence[Source], step: int) -> float:
     if step != int(step):
         raise InvalidValueError(f"step {step!r}: must be a whole number")
     if not first <= step <= last:
-        raise InvalidValueError(f"step {step}: must lie between the first snapshot, {first}, and the last, {last}")
+        raise InvalidValueError(f"step {step}: must lie between the first snapshot, {first:,}, and the last, {last:,}")
     if step in times:
         return times[step]
     if all(t == s for s, t in times.items()):
@@ -255,7 +256,7 @@ def _time_of_step(sources: Sequence[Source], step: int) -> float:
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)
     unit = sources[0].info.t_unit
     raise InvalidValueError(
-        f"step {step}: between the snapshots at {before} and {after}; take one of them, or give t in {unit}"
+        f"step {step}: between the snapshots at {before:,} and {after:,}; take one of them, or give t in {unit}"
     )
 
 

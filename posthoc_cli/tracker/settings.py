@@ -164,7 +164,7 @@ def next_time(settings: Settings, own_clock: bool | None, last: float, step: int
     time = float(step) if t is None else _number(t)
     if not math.isfinite(time) or not time > last:
         raise InvalidValueError(
-            f"t {time:g}: must be finite, and larger than at the last call, {last:g} {settings.t_unit}"
+            f"t {time:.12g}: must be finite, and larger than at the last call, {last:,.12g} {settings.t_unit}"
         )
     if not fmt.EARLIEST <= time <= fmt.LATEST:
         raise InvalidValueError(f"t {time:g}: must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}")

@@ -107,7 +107,7 @@ def test_info_of_nothing(ema: Ema, tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "text").write_text("hello")
     result = ema("info", tmp_path / name)
-    assert result.code == 1
+    assert result.code == (2 if name == "nowhere" else 1)
     assert name in result.error
 
 
@@ -342,7 +342,8 @@ def test_debug_shows_where(ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyP
     from posthoc_cli.cli import main
     from posthoc_cli.errors import FileFormatError
 
-    monkeypatch.setattr("sys.argv", ["ema", "--debug", "info", str(tmp_path / "nowhere")])
+    (tmp_path / "text").write_text("hello")
+    monkeypatch.setattr("sys.argv", ["ema", "--debug", "info", str(tmp_path / "text")])
     with pytest.raises(FileFormatError):
         main()
 

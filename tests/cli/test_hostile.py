@@ -260,7 +260,7 @@ def test_without_an_input_nobody_is_asked(run: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "said"),
     [
-        (["verify", "~nosuchuser/x"], 1, "~nosuchuser/x: no such file or directory"),
+        (["verify", "~nosuchuser/x"], 2, "~nosuchuser/x: no such file or directory"),
         (["profile", "--sigma-rel", "0:1e1000000:1", "--steps", "100"], 2, "--sigma-rel 1e1000000: must be a number"),
         (["profile", "--beta", "0:9e9999:1e-9999", "--steps", "100"], 2, "--beta 9e9999: must be a number"),
         (["profile", "--beta", "0:1e1000:1e-1000", "--steps", "100"], 2, "--beta 0:1e1000:1e-1000: makes 1"),

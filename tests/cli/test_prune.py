@@ -112,7 +112,7 @@ def test_a_damaged_survivor_is_named_and_nothing_goes(ema: Ema, run: Path) -> No
     [
         (("--keep", "5"), 2, "--yes: is needed where nobody can be asked"),
         (("--keep", "21", "--yes"), 2, "--keep 21: there are only 20 snapshots a profile"),
-        (("--keep", "0", "--yes"), 2, "--keep 0: must be at least 1"),
+        (("--keep", "0", "--yes"), 2, "--keep 0: must be a whole number, at least 1"),
         (("--yes",), 2, "--keep, --max-size and --max-error: give one of them"),
         (("--keep", "5", "--max-size", "1GB", "--yes"), 2, "give one of them"),
         (("--max-size", "some", "--yes"), 2, "--max-size some: must be a size"),

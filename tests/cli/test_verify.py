@@ -316,9 +316,9 @@ def test_wrong_paths(ema: Ema, tmp_path: Path) -> None:
     (tmp_path / "model.pt").write_bytes(b"\x80\x04.")
     result = ema("verify", tmp_path / "model.pt")
     assert result.code == 2
-    assert "model.pt: has no checksums, and no pickle is opened here; name a snapshot directory" in result.error
+    assert "model.pt: is a pickle (.pt, .bin), which is never read; save it as safetensors" in result.error
     result = ema("verify", tmp_path / "absent")
-    assert result.code == 1
+    assert result.code == 2
     assert "absent: no such file or directory" in result.error
     assert ema("verify", tmp_path).code == 1
     save_file({"w": torch.ones(3)}, tmp_path / "x.safetensors")

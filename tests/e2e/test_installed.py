@@ -151,7 +151,7 @@ def test_the_module_is_the_command(tmp_path: Path) -> None:
 
 def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
     failed = ema("synthesize", "nowhere", "--sigma-rel", "0.15", "--out", "x.safetensors", cwd=tmp_path)
-    assert (failed.returncode, failed.stdout) == (1, "")
+    assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("ema: error: nowhere: no such directory")
     assert failed.stderr.count("\n") == 1
     shown = ema("--debug", "info", "nowhere", cwd=tmp_path)

@@ -1,0 +1,141 @@
+"""What pictures show: lines that can be told apart, a legend of what is drawn, text that stays within the page."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import matplotlib.image
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.cbook import is_math_text
+from matplotlib.figure import Figure
+from matplotlib.legend import Legend
+from matplotlib.lines import Line2D
+from matplotlib.text import Text
+
+from posthoc_cli import plots
+from posthoc_cli.planning import ErrorCurve, ErrorPoint, ProfileFit
+
+LONG = "/home/somebody/projects/diffusion/runs/2024-05-17-large-batch/ema: 40 snapshots up to 400,000 steps"
+
+
+def curve(low: float = 0.01, high: float = 0.2886, label: str = "run", others: Sequence[ErrorPoint] = ()) -> ErrorCurve:
+    widths = np.geomspace(low, high, 50)
+    return ErrorCurve(label, 1000.0, widths, 0.05 + 0 * widths, 1e-4 / widths, (0.05, 0.28), tuple(others))
+
+
+def fit(label: str = "run", times: int = 40) -> ProfileFit:
+    t, at = np.linspace(1, 1000, 100), np.linspace(25, 1000, times)
+    return ProfileFit(
+        f"sigma_rel 0.15 from {label}", "steps", t, 1e-6 * t, 1.1e-6 * t,
+        {"sigma_rel 0.05": at, "sigma_rel 0.28": at}, {"sigma_rel 0.05": 0.1 * at, "sigma_rel 0.28": -0.1 * at},
+    )  # fmt: skip
+
+
+def entries(axes: Axes) -> dict[str, Line2D]:
+    legend = axes.get_legend()
+    assert legend is not None
+    return {
+        " ".join(text.get_text().split()): handle
+        for text, handle in zip(legend.get_texts(), legend.get_lines(), strict=True)
+    }
+
+
+def laid_out(figure: Figure) -> list[Text]:
+    """Titles, names of axes and legends of a figure, with their places known."""
+    figure.draw_without_rendering()
+    texts = [text for axes in figure.findobj(Axes) for text in (axes.title, axes.xaxis.label, axes.yaxis.label)]
+    texts += [text for legend in figure.findobj(Legend) for text in legend.get_texts()]
+    texts += [text for part in figure.subfigs for text in part.texts]
+    return [text for text in texts if text.get_text()]
+
+
+def test_the_legends_thin_line_is_the_thin_curve_and_not_the_line_at_1_percent() -> None:
+    axes = plots.error_figure([curve()]).subfigs[0].axes[0]
+    (name,) = (name for name in entries(axes) if "thin" in name)
+    entry = entries(axes)[name]
+    (thin,) = (line for line in axes.lines if np.allclose(line.get_ydata(), 0.05))
+    (bound,) = (line for line in axes.lines if np.allclose(line.get_ydata(), 0.01))
+    for get in (Line2D.get_color, Line2D.get_linestyle, Line2D.get_linewidth, Line2D.get_alpha):
+        assert get(entry) == get(thin)
+    assert bound.get_linestyle() != thin.get_linestyle()
+    assert bound.get_color() != thin.get_color()
+
+
+def test_one_scale_has_one_axis() -> None:
+    axes = plots.error_figure([curve(), curve(label="other")]).subfigs[0].axes[0]
+    assert axes.child_axes == []
+    assert axes.get_ylabel() == "expected relative L2 error of the weights"
+
+
+@pytest.mark.parametrize(
+    ("ends", "listed"), [((0.01, 0.2886), "0.05, 0.28"), ((0.04, 0.2), "0.05"), ((0.1, 0.2), None)]
+)
+def test_tracked_profiles_are_listed_where_their_dots_are(ends: tuple[float, float], listed: str | None) -> None:
+    axes = plots.error_figure([curve(*ends)]).subfigs[0].axes[0]
+    dots = [x for line in axes.lines if line.get_marker() == "o" for x in line.get_xdata()]
+    assert [name.removeprefix("tracked: ") for name in entries(axes) if "tracked" in name] == (
+        [listed] if listed else []
+    )
+    assert ", ".join(f"{dot:g}" for dot in dots) == (listed or "")
+
+
+@pytest.mark.parametrize("count", [2, 5, 20])
+def test_many_fits_stand_side_by_side(count: int) -> None:
+    width, height = plots.error_figure([curve()], [fit(times=2)] * count).get_size_inches()
+    assert height <= (1.3 if count <= 5 else 3.1) * width
+
+
+@pytest.mark.parametrize(("label", "count"), [("run", 0), (LONG, 1), ("W" * 120, 3)])
+def test_no_text_leaves_the_page_or_covers_another_title(label: str, count: int) -> None:
+    others = [ErrorPoint("profile " + "w" * 110, 0.1, 0.1, 0.01)] if count == 1 else []
+    figure = plots.error_figure([curve(label=label, others=others)], [fit(label, times=3)] * count)
+    texts = laid_out(figure)
+    width, height = figure.get_size_inches() * figure.dpi
+    for text in texts:
+        box = text.get_window_extent()
+        assert min(box.x0, box.y0) >= 0, text
+        assert box.x1 <= width, text
+        assert box.y1 <= height, text
+    titles = [text.get_window_extent() for text in texts if " from " in text.get_text()]
+    assert len(titles) == count
+    assert not any(a.overlaps(b) for a in titles for b in titles if a is not b)
+
+
+def test_a_dollar_sign_keeps_its_escape_wherever_its_word_is_broken() -> None:
+    for label in ("$" * 110, "i$" * 55, "W$" * 55):
+        lines = [
+            line for text in laid_out(plots.error_figure([curve(label=label)])) for line in text.get_text().split("\n")
+        ]
+        assert sum("$" in line for line in lines) > 1
+        assert not any(line.endswith("\\") or is_math_text(line) for line in lines)
+
+
+def test_a_pattern_is_in_bars_that_are_wide_enough_for_it() -> None:
+    hatches = {
+        times: [
+            c.patches[0].get_hatch()
+            for c in plots.error_figure([curve()], [fit(times=times)]).subfigs[1].axes[1].containers
+        ]
+        for times in (10, 40)
+    }
+    assert hatches == {10: ["", "////"], 40: ["", ""]}
+
+
+def test_the_background_is_opaque_and_what_is_drawn_keeps_away_from_its_edges() -> None:
+    """On a dark page a picture without background would show black text on black."""
+    pictures = {
+        "error": lambda: plots.error_figure([curve(label=LONG)]),
+        "loss": lambda: plots.loss_figure(
+            np.array([0.1, 0.2]), np.array([0.3, 0.2]), np.array([0.01, 0.0]), (0.4, 0.02), "validation loss"
+        ),
+    }
+    for draw in pictures.values():
+        pixels = matplotlib.image.imread(io.BytesIO(plots.as_file(draw, ".png")))
+        assert (pixels[..., 3] == 1).all()
+        edge = np.ones(pixels.shape[:2], dtype=bool)
+        edge[10:-10, 10:-10] = False
+        assert (pixels[edge] == 1).all()
+        assert b'style="fill: #ffffff"' in plots.as_file(draw, ".svg")[:1500]
