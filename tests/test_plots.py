@@ -53,7 +53,7 @@ def laid_out(figure: Figure) -> list[Text]:
 
 
 def test_the_legends_thin_line_is_the_thin_curve_and_not_the_line_at_1_percent() -> None:
-    axes = plots.error_figure([curve()]).subfigs[0].axes[0]
+    axes = plots.error_figure([curve()], profile_error=True).subfigs[0].axes[0]
     (name,) = (name for name in entries(axes) if "thin" in name)
     entry = entries(axes)[name]
     (thin,) = (line for line in axes.lines if np.allclose(line.get_ydata(), 0.05))

@@ -68,7 +68,7 @@ def models_at(path: Path) -> list[Path]:
         )
     if any(map(_is_snapshot, found)):
         raise DirectoryError(
-            f"{path}: holds the snapshots of a run; name one, or make an average with `ema synthesize {path}`"
+            f"{path}: holds the snapshots of a run; name one of them, or make an average with `ema synthesize {path}`"
         )
     return found
 

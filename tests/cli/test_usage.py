@@ -175,7 +175,7 @@ def test_counts(text: str, count: int | None) -> None:
 def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
     schedule = ("--sigma-rels", "0.1", "--checkpoint-every", "1e3", "--max-checkpoints", "5e0", "--steps", "10K")
     (curve,) = json.loads(ema("error-plot", *schedule, "--json").out)["curves"]
-    assert curve["label"] == "plan: 0.1 at 5 times in 10,000 steps"
+    assert curve["label"] == "plan: 0.1 at 5 times in 10,000 steps, if the network moves evenly"
     assert json.loads(ema("profile", "--steps", "1e6", "--json").out)["steps"] == 1_000_000
     # What is refused is the option after it.
     late = ("--checkpoint-every", "0.1K", "--max-checkpoints", "many")
