@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import atexit
 import logging
+import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ from weakref import WeakSet
 import torch
 
 from posthoc_cli.errors import NonFiniteError, NotReadyError
-from posthoc_cli.tracker.averages import Accumulators
+from posthoc_cli.tracker.averages import Accumulators, Standing
 from posthoc_cli.tracker.following import Change
 from posthoc_cli.tracker.layout import BlockReader, Layout, lay_out, on_host
 from posthoc_cli.tracker.live import Progress, Reading, Room, Tracking, Values
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 Writer = Callable[[Reading[Values], Mapping[str, torch.Tensor] | None], None]
 """Writes the averages of one time; given the network's weights, where they are at hand."""
+
+Chooser = Callable[[Standing], Writer | None]
+"""Gives what writes the averages as they stand; None where nothing is to be written."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,13 @@ class Background:
 
     Attributes:
         now: what the last update, or whatever else came instead of one, has left. Only a job changes it.
+        last: what is to be written at the end; it must not hold the tracker.
     """
 
     def __init__(self, settings: Settings, tracking: Tracking) -> None:
         self.now = tracking
+        self.last: Chooser | None = None
+        self._process = os.getpid()
         self._settings = settings
         self._counted = tracking.progress
         self._refusal: str | None = None
@@ -171,6 +178,21 @@ class Background:
             lambda kept: Accumulators.zeros(on_host(kept.layout), len(kept.totals)),
             lambda room: self.now.averages.copy_to(room),
         )
+
+    def write(self, choose: Chooser) -> None:
+        """Have the averages of now written, when all that is due before is durable. Nobody waits."""
+
+        def work() -> None:
+            self._writes.wait()
+            self._have_written(choose(self.now.averages.standing), None, None)
+
+        self._updates.submit(work)
+
+    def end(self) -> None:
+        """Have written what is to be written at the end, once; not by a child that was forked. Nobody waits."""
+        last, self.last = self.last, None
+        if last is not None and os.getpid() == self._process:
+            self.write(last)
 
     def flush(self) -> None:
         """Return when everything is done and durable."""
@@ -349,4 +371,5 @@ _at_work: WeakSet[Background] = WeakSet()
 def finish() -> None:
     """Finish what is under way when the process ends; a job keeps its own alive."""
     for background in list(_at_work):
+        background.end()
         background.flush()

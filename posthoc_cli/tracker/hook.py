@@ -81,6 +81,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         buffers: str = "copy",
         on_change: str = "raise",
         device: str | None = None,
+        final_snapshot: bool = True,
     ) -> PostHocEMA:
         """A tracker for a new run. Nothing is written before the first `update_`.
 
@@ -109,6 +110,8 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             device: where the averages are: "model", beside the parameters and updated by the training's own thread,
                 or "cpu", on the host and updated by a thread of their own; None for "cpu" where a parameter is on an
                 accelerator, else "model". For a model on the CPU both give the same bits.
+            final_snapshot: write a last snapshot at `close`, at the end of a `with` block or of the process, where
+                updates were taken in since the newest one. See `snapshot`.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -117,7 +120,9 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
         )
         selection = make_selection(only_trainable, include, exclude, buffers)
-        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite, on_change)
+        settings = Settings(
+            check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite, on_change, final_snapshot
+        )
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
         tracked.check_header()
@@ -142,6 +147,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         device: str | None = None,
         on_change: str = "raise",
         sigma_rels: Sequence[float] | types.EllipsisType = ...,
+        final_snapshot: bool = True,
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -175,7 +181,15 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         )
         profiles = resumed_profiles(snapshots, sigma_rels)
         selection = newest.info.selection
-        settings = Settings(profiles, schedule, newest.info.t_unit, selection or Selection(), on_nonfinite, on_change)
+        settings = Settings(
+            profiles,
+            schedule,
+            newest.info.t_unit,
+            selection or Selection(),
+            on_nonfinite,
+            on_change,
+            final_snapshot,
+        )
         complete = newest_complete(snapshots, profiles)
         last = newest if complete is None else complete[profiles[0]]
         step, t = last.info.step, last.info.t

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import islice, takewhile
 from pathlib import Path
 
@@ -15,12 +16,23 @@ from posthoc_cli.errors import MismatchError, NonFiniteError
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.priors import motion_so_far
-from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, newest_before, set_aside, snapshot_path, thin
+from posthoc_cli.snapshots.store import (
+    StoredSnapshot,
+    find_snapshots,
+    newest_before,
+    on_schedule,
+    set_aside,
+    snapshot_path,
+    thin,
+)
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.tracker.live import LiveSource
+from posthoc_cli.tracker.averages import Standing
+from posthoc_cli.tracker.background import Writer
+from posthoc_cli.tracker.live import LiveSource, Reading, Values, live_sources
 from posthoc_cli.tracker.measuring import measure_stored
 from posthoc_cli.tracker.model_tensors import nonfinite_name
+from posthoc_cli.tracker.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +43,10 @@ _FITTED = 24
 class Recorder:
     """The one writer of a directory, from the moment it is made until `close`.
 
+    Arguments:
+        directory: made when it is missing.
+        settings: of the tracker that writes.
+
     Raises:
         LockedError: another writer holds the directory.
         DirectoryError, FileFormatError, MismatchError: what is in it cannot be read, is damaged, or does not
@@ -38,8 +54,9 @@ class Recorder:
         WriteError: the directory cannot be made or written.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, settings: Settings) -> None:
         self.directory = directory
+        self._settings = settings
         with files.reported_as_write_error(directory):
             files.make_directory(directory)
         self._lock = DirectoryLock(directory)
@@ -81,10 +98,47 @@ class Recorder:
             log.warning("training goes on from t = %g: %s is not on its way and was set aside", t, path)
         self._stored = own
 
+    # --- what is due -------------------------------------------------------------------------------
+
+    def record(
+        self, reading: Reading[Values], weights: Mapping[str, torch.Tensor] | None, off_schedule: bool = False
+    ) -> None:
+        """Write the averages of one time, and thin; see `write` and `store.thin`."""
+        self.write(live_sources(self._settings, reading, off_schedule), weights)
+        schedule = self._settings.schedule
+        self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
+
+    def missing(self, standing: Standing) -> Writer | None:
+        """What writes the averages at any time; None where there are none, or each has a snapshot."""
+        there = {snapshot.sigma_rel for snapshot in self._stored if snapshot.t == standing.t}
+        if not standing.t or there >= set(self._settings.sigma_rels):
+            return None
+        return partial(self.record, off_schedule=not self._settings.snapshot_is_due(standing.step))
+
+    def last(self, standing: Standing) -> Writer | None:
+        """The same at the end of training, if it is wanted then; why a directory stays empty goes to the log."""
+        chosen = self._settings
+        writer = self.missing(standing) if chosen.final_snapshot else None
+        if writer is None and not self._stored:
+            log.warning(
+                "%s: no snapshot: %s updates since the training began, checkpoint_every=%d, update_every=%d, "
+                "update_after_step=%d, final_snapshot=%s",
+                self.directory,
+                standing.updates,
+                chosen.schedule.checkpoint_every,
+                chosen.schedule.update_every,
+                chosen.schedule.update_after_step,
+                chosen.final_snapshot,
+            )
+        return writer
+
+    # --- writing -----------------------------------------------------------------------------------
+
     def write(self, sources: Sequence[LiveSource], weights: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the snapshots of one time, each durably, with what is measured of them.
 
-        After skipped updates an average may be due that is stored already: that one is not written again.
+        After skipped updates an average may be due that is stored already: that one is not written again. Snapshots on
+        the schedule are written, and measured, as if there were none off it.
 
         Arguments:
             sources: the running averages, one a profile.
@@ -99,13 +153,14 @@ class Recorder:
             return
         infos = [source.info for source in sources]
         averages = [source.averages for source in sources]
-        measured, storage = measure_stored(infos, averages, newest_before(infos[0], self._stored), weights)
+        behind = self._stored if infos[0].off_schedule else on_schedule(self._stored)
+        measured, storage = measure_stored(infos, averages, newest_before(infos[0], behind), weights)
         for average, measurements in zip(averages, measured, strict=True):
             if measurements is None:
                 _check_finite(average)
         _warn_of_nan(sources[0].copies)
         infos = [replace(info, measurements=found) for info, found in zip(infos, measured, strict=True)]
-        motion = motion_so_far([*(snapshot.info for snapshot in self._newest(infos[0])), *infos])
+        motion = motion_so_far([*(snapshot.info for snapshot in _newest(infos[0], behind)), *infos])
         for source, info, dtypes, is_due in zip(sources, infos, storage, due, strict=True):
             if is_due:
                 self._write(replace(info, motion=motion), source, dtypes)
@@ -117,7 +172,9 @@ class Recorder:
             TensorSpec(name, stored_name(dtype, name), tuple(tensors[name].shape)) for name, dtype in storage.items()
         ]
         path = snapshot_path(self.directory, info.t, info.sigma_rel)
-        with TensorFileWriter(path, specs, snapshot_metadata(info)) as writer:
+        others = [snapshot for snapshot in self._stored if snapshot.path != path]
+        replaces = len(others) < len(self._stored)  # one off the schedule, of the same average
+        with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:
             for names in _batches(specs):
                 if len(names) > 1:
                     parts = [tensors[name].reshape(-1).to(storage[name]) for name in names]
@@ -126,25 +183,23 @@ class Recorder:
                     _write_large(writer, names[0], tensors[names[0]], storage[names[0]])
             checksum = writer.commit()
         self._run_id = info.run_id
-        self._stored.append(StoredSnapshot(path, info, checksum))
+        self._stored = [*others, StoredSnapshot(path, info, checksum)]
         log.info("wrote %s", path)
 
     def _has_written(self, info: SnapshotInfo) -> bool:
         newest = takewhile(lambda s: s.t >= info.t, reversed(self._stored))
-        return any((s.t, s.sigma_rel) == (info.t, info.sigma_rel) for s in newest)
-
-    def _newest(self, info: SnapshotInfo) -> list[StoredSnapshot]:
-        """The newest snapshots of this segment, as many as are worth fitting a motion to."""
-        own = (s for s in reversed(self._stored) if s.info.segment == info.segment and s.info.measurements)
-        return [snapshot for snapshot in islice(own, _FITTED) if snapshot.t < info.t][::-1]
-
-    def thin(self, max_checkpoints: int | None, sigma_range: tuple[float, float]) -> None:
-        """Leave `max_checkpoints` snapshots a profile, those that are missed most over `sigma_range`."""
-        self._stored = thin(self._stored, max_checkpoints, sigma_range)
+        same = (s for s in newest if (s.t, s.sigma_rel) == (info.t, info.sigma_rel))
+        return any(info.off_schedule or not s.info.off_schedule for s in same)
 
     def close(self) -> None:
         """Let another writer in."""
         self._lock.release()
+
+
+def _newest(info: SnapshotInfo, behind: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
+    """The newest snapshots of this segment, as many as are worth fitting a motion to."""
+    own = (s for s in reversed(behind) if s.info.segment == info.segment and s.info.measurements)
+    return [snapshot for snapshot in islice(own, _FITTED) if snapshot.t < info.t][::-1]
 
 
 def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:

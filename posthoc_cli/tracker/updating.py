@@ -8,7 +8,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.background import Background, Update, Writer, skip_update
 from posthoc_cli.tracker.following import Change, find_change
-from posthoc_cli.tracker.live import LiveSource, Progress, Reading, Tracking, Values, live_sources
+from posthoc_cli.tracker.live import LiveSource, Progress, Tracking, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.replicas import is_in_group, is_replica
@@ -39,15 +39,15 @@ from posthoc_cli.tracker.weights import is_swapped
 
 log = logging.getLogger(__name__)
 
-_writing: weakref.WeakSet[Updating] = weakref.WeakSet()
-"""The trackers of this process that have become writers of a directory."""
+_writing: weakref.WeakKeyDictionary[Background, Path] = weakref.WeakKeyDictionary()
+"""The directories that trackers of this process write, also after somebody has forgotten a tracker."""
 
 
 def wait_for_writers(directory: Path) -> None:
     """Return when the trackers of this process have written what is due in a directory; their errors are theirs."""
-    for tracker in [*_writing]:
-        if same_place(tracker.checkpoint_dir, directory):
-            tracker._background.flush()
+    for background, place in [*_writing.items()]:
+        if same_place(place, directory):
+            background.flush()
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +82,8 @@ class Updating(Attachable):
         self.settings = settings
         averages = RunningAverages.none_yet(settings.sigma_rels)
         self._background = Background(settings, Tracking(run_id, progress or Progress(), tracked, averages, resumes))
+        # Also where nobody closes it. What waits for a thread cannot be done here: collecting garbage may be its work.
+        weakref.finalize(self, self._background.end).atexit = False
         self._recorder: Recorder | None = None
         self._pending: Exception | None = None
         self._device: str | None = None
@@ -155,14 +157,36 @@ class Updating(Attachable):
         if failure is not None:
             raise failure
 
+    def snapshot(self) -> None:
+        """Write a snapshot of every profile now, and return when they are durable.
+
+        They are marked as off the schedule: later snapshots do not depend on them, and when there is no more room for
+        them (`max_checkpoints`) they go first. Where the newest snapshots have all updates, nothing is written.
+
+        Raises:
+            NotReadyError: there was no update yet, or the tracker is closed.
+            WriteError, NonFiniteError: as `flush`.
+        """
+        self._check_open()
+        if self._recorder is not None:
+            self._background.write(self._recorder.missing)
+        elif not (self._follows or self._background.now.resumes):
+            raise NotReadyError("snapshot: there was no update yet")
+        self.flush()
+
     def close(self) -> None:
-        """Finish as `flush`, give the directory free and follow no optimizer. Averages can still be read."""
+        """Finish as `flush`, give the directory free and follow no optimizer. Averages can still be read.
+
+        Where updates were taken in since the newest snapshot, a last one is written, as by `snapshot`, unless
+        `final_snapshot=False` was chosen. So it is where a `with` block ends, or the process.
+        """
         self.detach()
         self._closed = True
         if self._process != os.getpid():
             return  # of another process, as are the threads and the directory
         self._background.refuse(self._closed_message())
         try:
+            self._background.end()
             self.flush()
         finally:
             self._background.close()
@@ -172,6 +196,13 @@ class Updating(Attachable):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
+        if error is not None and self.settings.final_snapshot and self._recorder is not None and not self._closed:
+            log.warning(
+                "%s: %s ended the training at step %d; what it has until then is written",
+                self.checkpoint_dir,
+                type(error).__name__,
+                self.step,
+            )
         try:
             self.close()
         except PostHocError:
@@ -265,14 +296,15 @@ class Updating(Attachable):
             yield recorder
         except BaseException:
             if not was_writer:
-                self._recorder = None
+                self._recorder = self._background.last = None
                 recorder.close()
             raise
 
     def _open_recorder(self, run_id: str) -> Recorder:
         if self._recorder is None:
+            wait_for_writers(self.checkpoint_dir)  # one that was forgotten may still be writing its last snapshot
             try:
-                recorder = Recorder(self.checkpoint_dir)
+                recorder = Recorder(self.checkpoint_dir, self.settings)
             except WriteError as error:  # not as one: nothing of this call has been done
                 raise DirectoryError(str(error)) from error
             except LockedError as error:
@@ -288,7 +320,8 @@ class Updating(Attachable):
                 recorder.close()
                 raise
             self._recorder = recorder
-            _writing.add(self)
+            self._background.last = recorder.last
+            _writing[self._background] = self.checkpoint_dir
         return self._recorder
 
     def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
@@ -319,7 +352,7 @@ class Updating(Attachable):
 
     def _take_in(self, model: torch.nn.Module, progress: Progress) -> None:
         """Do what is due at this call, and count it."""
-        due = self._write_snapshots if self.settings.snapshot_is_due(progress.step) else None
+        due = self._open_recorder(self.run_id).record if self.settings.snapshot_is_due(progress.step) else None
         if self.settings.update_is_due(progress.step):
             self._update(model, progress, due)
         elif due is not None and self._background.now.averages.exist:
@@ -344,11 +377,6 @@ class Updating(Attachable):
     def _failure(self) -> Exception | None:
         """What is to be raised by this call or the next one."""
         return self._pending or self._background.take_error()
-
-    def _write_snapshots(self, reading: Reading[Values], weights: Mapping[str, torch.Tensor] | None) -> None:
-        recorder = self._open_recorder(self.run_id)
-        recorder.write(live_sources(self.settings, reading), weights)
-        recorder.thin(self.settings.schedule.max_checkpoints, self.settings.schedule.sigma_range)
 
     def _live_sources(self) -> list[LiveSource]:
         return live_sources(self.settings, self._background.read())
