@@ -54,6 +54,7 @@ class Plan:
         aside: how many sources are not used since they are of other tensors: from before the model changed, or after.
         solved: how many sources, all at or before `t`, the coefficients were sought for.
         there: how many there are; of more than `planning.MOST_SOLVED` some are chosen, see `planning.choose`.
+        last: time of the newest source, used or not.
     """
 
     sources: tuple[Source, ...]
@@ -66,6 +67,7 @@ class Plan:
     aside: int = 0
     solved: int = 0
     there: int = 0
+    last: float = 0.0
 
     @property
     def choice(self) -> str | None:
@@ -184,7 +186,8 @@ def plan_synthesis(
     rounding = _output_rounding(usable[-1], dtype)
     chosen = tuple(usable[i] for i in used)
     counts = len(sources) - len(alike), len(usable), sum(source.info.t <= time for source in alike)
-    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts)
+    last = max(source.info.t for source in sources)
+    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts, last)
     if max_error is not None:
         _check_errors(plan, max_error)
     candidate = Candidate("", [source.info.profile.pure for source in (*usable, *later)], prior=everything)

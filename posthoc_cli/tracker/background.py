@@ -20,7 +20,7 @@ from weakref import WeakSet
 import torch
 
 from posthoc_cli.errors import NonFiniteError, NotReadyError
-from posthoc_cli.tracker.averages import Accumulators, Standing
+from posthoc_cli.tracker.averages import Accumulators
 from posthoc_cli.tracker.following import Change
 from posthoc_cli.tracker.layout import BlockReader, Layout, lay_out, on_host
 from posthoc_cli.tracker.live import Progress, Reading, Room, Tracking, Values
@@ -33,11 +33,12 @@ from posthoc_cli.tracker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-Writer = Callable[[Reading[Values], Mapping[str, torch.Tensor] | None], None]
-"""Writes the averages of one time; given the network's weights, where they are at hand."""
+Writer = Callable[[Reading[Values], Mapping[str, torch.Tensor] | None, Reading[Accumulators] | None], None]
+"""Writes the averages of one time; given the network's weights, where they are at hand, and, with `keep_state`, what
+the averages are kept in."""
 
-Chooser = Callable[[Standing], Writer | None]
-"""Gives what writes the averages as they stand; None where nothing is to be written."""
+Chooser = Callable[[Tracking], Writer | None]
+"""Gives what writes the averages as they are; None where nothing is to be written."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class Background:
         self._reader: BlockReader | None = None
         self._read: ModelTensors | None = None
         self._rooms: deque[Values] = deque(maxlen=1)
+        self._exact_rooms: deque[Accumulators] = deque(maxlen=1)
         self._streams = DeviceStreams()
         _at_work.add(self)
 
@@ -184,7 +186,8 @@ class Background:
 
         def work() -> None:
             self._writes.wait()
-            self._have_written(choose(self.now.averages.standing), None, None)
+            known = self._known()
+            self._have_written(choose(known), None, None, known)
 
         self._updates.submit(work)
 
@@ -236,9 +239,11 @@ class Background:
                 return found
         return Reading.of(self._known(), None, {})
 
-    def _fill(self, room: Room | None, fill: Callable[[Room], None]) -> Reading[Room] | None:
+    def _fill(
+        self, room: Room | None, fill: Callable[[Room], None], known: Tracking | None = None
+    ) -> Reading[Room] | None:
         """A reading in `room`; None where there are averages, and it is none for them."""
-        known = self._known()
+        known = known or self._known()
         if not known.averages.exist:
             return Reading.of(known, None, {})
         if room is None or not room.fits(known.averages.accumulators):
@@ -333,26 +338,40 @@ class Background:
             return None
         return f"parameter {name!r} holds nan or infinity at step {progress.step}; no average has taken it in"
 
-    def _have_written(self, due: Writer | None, staged: Staged | None, room: Values | None) -> None:
-        """Have the averages written as they are."""
-        kept = self.now.averages.accumulators
+    def _have_written(
+        self, due: Writer | None, staged: Staged | None, room: Values | None, known: Tracking | None = None
+    ) -> None:
+        """Have the averages written as they are; `known` says it where more calls than the last update count."""
+        known = known or self.now
+        kept = known.averages.accumulators
         if due is None or kept is None or not self.now.averages.exist:
             return
         # An update that was left out leaves averages of other tensors than its own.
         fitting = room if room is not None and room.fits(kept) else self._snapshot_room(kept.layout)
-        reading = self._fill(fitting, lambda own: self.now.averages.read(own.tensors))
+        reading = self._fill(fitting, lambda own: self.now.averages.read(own.tensors), known)
         assert reading is not None, "the room fits"
+        exact = self._exact_copy(kept, known) if self._settings.keep_state else None
 
         def job() -> None:
             try:
                 with self._write_pace.working():
-                    due(reading, None if staged is None else staged.arrived())
+                    due(reading, None if staged is None else staged.arrived(), exact)
             finally:
                 if staged is not None:
                     self._stager.give_back(staged)
                 self._rooms.append(fitting)
+                if exact is not None and exact.room is not None:
+                    self._exact_rooms.append(exact.room)
 
         self._writes.submit(job)
+
+    @torch.inference_mode(False)
+    def _exact_copy(self, kept: Accumulators, known: Tracking) -> Reading[Accumulators] | None:
+        """What the averages are kept in, in room that is used again."""
+        room = self._exact_rooms.pop() if self._exact_rooms else None
+        if room is None or not room.fits(kept):
+            room = Accumulators.zeros(on_host(kept.layout), len(kept.totals))
+        return self._fill(room, lambda own: self.now.averages.copy_to(own), known)
 
 
 def skip_update(settings: Settings, message: str, stacklevel: int) -> None:

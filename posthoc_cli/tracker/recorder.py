@@ -27,12 +27,15 @@ from posthoc_cli.snapshots.store import (
 )
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.tracker.averages import Standing
+from posthoc_cli.tracker.averages import Accumulators, Standing
 from posthoc_cli.tracker.background import Writer
-from posthoc_cli.tracker.live import LiveSource, Reading, Values, live_sources
+from posthoc_cli.tracker.live import LiveSource, Reading, Tracking, Values, live_sources
 from posthoc_cli.tracker.measuring import measure_stored
 from posthoc_cli.tracker.model_tensors import nonfinite_name
+from posthoc_cli.tracker.resuming import STATE_NAME
 from posthoc_cli.tracker.settings import Settings
+from posthoc_cli.tracker.state import TrackerState
+from posthoc_cli.tracker.state_file import write_state
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class Recorder:
         self._run_id = snapshots[0].info.run_id if snapshots else None
         # By time: later ones are set aside before an earlier one is written.
         self._stored = [StoredSnapshot.of(snapshot) for snapshot in snapshots]
+        self._kept_step = 0
 
     @property
     def checksums(self) -> list[str]:
@@ -101,36 +105,59 @@ class Recorder:
     # --- what is due -------------------------------------------------------------------------------
 
     def record(
-        self, reading: Reading[Values], weights: Mapping[str, torch.Tensor] | None, off_schedule: bool = False
+        self,
+        reading: Reading[Values],
+        weights: Mapping[str, torch.Tensor] | None,
+        exact: Reading[Accumulators] | None,
+        off_schedule: bool = False,
     ) -> None:
-        """Write the averages of one time, and thin; see `write` and `store.thin`."""
+        """Write the averages of one time, thin, and keep the exact state where one is given."""
         self.write(live_sources(self._settings, reading, off_schedule), weights)
         schedule = self._settings.schedule
         self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
+        self._keep(exact)
 
-    def missing(self, standing: Standing) -> Writer | None:
-        """What writes the averages at any time; None where there are none, or each has a snapshot."""
-        there = {snapshot.sigma_rel for snapshot in self._stored if snapshot.t == standing.t}
-        if not standing.t or there >= set(self._settings.sigma_rels):
+    def missing(self, tracking: Tracking) -> Writer | None:
+        """What writes the averages at any time; None where there are none, or all of this is written."""
+        standing = tracking.averages.standing
+        if not standing.t:
             return None
-        return partial(self.record, off_schedule=not self._settings.snapshot_is_due(standing.step))
+        if not self._holds(standing):
+            return partial(self.record, off_schedule=not self._settings.snapshot_is_due(standing.step))
+        # Calls may have been counted since that brought no update.
+        behind = self._settings.keep_state and self._kept_step != tracking.progress.step
+        return (lambda _, __, exact: self._keep(exact)) if behind else None
 
-    def last(self, standing: Standing) -> Writer | None:
-        """The same at the end of training, if it is wanted then; why a directory stays empty goes to the log."""
-        chosen = self._settings
-        writer = self.missing(standing) if chosen.final_snapshot else None
+    def last(self, tracking: Tracking) -> Writer | None:
+        """The same at the end of training, where it is wanted then; why a directory stays empty goes to the log."""
+        standing, schedule = tracking.averages.standing, self._settings.schedule
+        wanted = self._settings.final_snapshot or self._holds(standing)
+        writer = self.missing(tracking) if wanted else None
         if writer is None and not self._stored:
             log.warning(
-                "%s: no snapshot: %s updates since the training began, checkpoint_every=%d, update_every=%d, "
-                "update_after_step=%d, final_snapshot=%s",
+                "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d, "
+                "checkpoint_every=%d, final_snapshot=%s",
                 self.directory,
                 standing.updates,
-                chosen.schedule.checkpoint_every,
-                chosen.schedule.update_every,
-                chosen.schedule.update_after_step,
-                chosen.final_snapshot,
+                schedule.update_every,
+                schedule.update_after_step,
+                schedule.checkpoint_every,
+                self._settings.final_snapshot,
             )
         return writer
+
+    def _holds(self, standing: Standing) -> bool:
+        """Whether each average has a snapshot as it stands."""
+        there = {snapshot.sigma_rel for snapshot in self._stored if snapshot.t == standing.t}
+        return there >= set(self._settings.sigma_rels)
+
+    def _keep(self, exact: Reading[Accumulators] | None) -> None:
+        """Replace the exact state beside the snapshots; after them, so that it is never of a later time."""
+        if exact is None:
+            return
+        state = TrackerState.of(exact, frozenset(self.checksums))
+        write_state(self.directory / STATE_NAME, state, self._settings)
+        self._kept_step = state.step
 
     # --- writing -----------------------------------------------------------------------------------
 

@@ -32,8 +32,9 @@ from posthoc_cli.tracker.live import LiveSource, Progress, Tracking, live_source
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.replicas import is_in_group, is_replica
+from posthoc_cli.tracker.resuming import load_start
 from posthoc_cli.tracker.settings import Settings, next_time, same_place
-from posthoc_cli.tracker.state import load_averages
+from posthoc_cli.tracker.state import TrackerState
 from posthoc_cli.tracker.watching import WatchedModel
 from posthoc_cli.tracker.weights import is_swapped
 
@@ -94,6 +95,7 @@ class Updating(Attachable):
         self._process = os.getpid()
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._knows_selection = True
+        self._from_step: int | None = None  # where it goes on, if not from the newest snapshots
         self._follows = False  # the first process of a group tracks the same model
 
     @property
@@ -258,19 +260,25 @@ class Updating(Attachable):
         with self._as_writer(self.run_id) as recorder:
             now = self._background.now
             if now.resumes:
-                averages, clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
-                step, t = averages.standing.step, averages.standing.t
-                recorder.set_aside_others(t)
-                if step != now.progress.step:
+                found = self._stored_state()
+                recorder.set_aside_others(found.t, known=found.snapshots)
+                if found.step != now.progress.step:
                     log.warning(
                         "%s: the run has gone on since from_path looked, from step %d to %d; the averages go on from "
                         "there, and the model should be of then, too",
                         self.checkpoint_dir,
                         now.progress.step,
-                        step,
+                        found.step,
                     )
-                progress = Progress(step, t, clock, now.progress.own_clock, step)
-                self._background.set(Tracking(now.run_id, progress, now.tracked, averages))
+                progress = Progress(found.step, found.t, found.clock, now.progress.own_clock, found.step)
+                self._background.set(Tracking(now.run_id, progress, now.tracked, found.averages))
+
+    def _stored_state(self) -> TrackerState:
+        """What the directory has to go on from."""
+        now = self._background.now
+        if self._from_step == 0:
+            return TrackerState.before(now.run_id, self.settings.sigma_rels)
+        return load_start(self.checkpoint_dir, self.settings, now.tracked, self._from_step)
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
