@@ -351,7 +351,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         if not self._follows:
             with self._as_writer(unpacked.run_id) as recorder:
                 recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
-                recorder.set_aside_others(t, known=unpacked.snapshots)
+                recorder.set_aside_others(t, known=unpacked.snapshots | recorder.holding(unpacked.averages))
             tracked = replace(tracked, segment=unpacked.segment)
         averages = RunningAverages.none_yet(self.settings.sigma_rels) if self._follows else unpacked.averages
         self._background.set(Tracking(unpacked.run_id, progress, tracked, averages))

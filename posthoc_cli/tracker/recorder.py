@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -27,8 +28,9 @@ from posthoc_cli.snapshots.store import (
 )
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.tracker.averages import Accumulators, Standing
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.background import Writer
+from posthoc_cli.tracker.layout import on_host
 from posthoc_cli.tracker.live import LiveSource, Reading, Tracking, Values, live_sources
 from posthoc_cli.tracker.measuring import measure_stored
 from posthoc_cli.tracker.model_tensors import nonfinite_name
@@ -38,6 +40,9 @@ from posthoc_cli.tracker.state import TrackerState
 from posthoc_cli.tracker.state_file import write_state
 
 log = logging.getLogger(__name__)
+
+_SAME = 1e-12
+"""Relative difference of one norm, summed twice in float64 in different orders."""
 
 _FITTED = 24
 """Snapshots that a motion is fitted to when another one is written; what those before told is in their headers."""
@@ -101,6 +106,29 @@ class Recorder:
         for path in set_aside(others):
             log.warning("training goes on from t = %g: %s is not on its way and was set aside", t, path)
         self._stored = own
+
+    def holding(self, averages: RunningAverages) -> frozenset[str]:
+        """Header checksums of the snapshots off the schedule that hold these very averages.
+
+        A state that was saved before they were written does not know them. Of another attempt, averages of the same
+        time would have other norms.
+        """
+        t, kept = averages.standing.t, averages.accumulators
+        there = [s for s in self._stored if s.t == t and s.info.off_schedule and s.sigma_rel in averages.sigma_rels]
+        if not there or kept is None:
+            return frozenset()
+        room = Values(on_host(kept.layout), len(averages.sigma_rels))
+        averages.read(room.tensors)
+        norms = {
+            sigma_rel: sum(
+                float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in own.views.values()
+            )
+            for sigma_rel, own in zip(averages.sigma_rels, room.tensors, strict=True)
+        }
+        measured = [(s, s.info.measurements) for s in there]
+        return frozenset(
+            s.checksum for s, own in measured if own and math.isclose(own.norm, norms[s.sigma_rel], rel_tol=_SAME)
+        )
 
     # --- what is due -------------------------------------------------------------------------------
 

@@ -62,9 +62,8 @@ def test_the_table_shows_both_errors_of_every_target_and_the_last_line_the_large
         assert row[1:3] == [f"{100 * target[error]:.2g} %" for error in ("predicted_error", "profile_error")]
     worst = [max(target[error] for target in report["targets"]) for error in ("predicted_error", "profile_error")]
     said = f"predicted error up to {100 * worst[0]:.2g} %, profile error up to {100 * worst[1]:.2g} %"
-    assert lines[-1].startswith(
-        f"made 3 averages at t = 2,000 from 40 snapshots, training time of the newest snapshot: 2,000, {said}, 128 B each, in "
-    )
+    newest = "training time of the newest snapshot: 2,000"
+    assert lines[-1].startswith(f"made 3 averages at t = 2,000 from 40 snapshots, {newest}, {said}, 128 B each, in ")
     assert len({line.index(" %") for line in lines[1:4]}) == 1  # aligned
 
 
