@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import warnings
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -73,7 +72,6 @@ class Background:
     def __init__(self, settings: Settings, tracking: Tracking) -> None:
         self.now = tracking
         self.last: Chooser | None = None
-        self._process = os.getpid()
         self._settings = settings
         self._counted = tracking.progress
         self._refusal: str | None = None
@@ -192,9 +190,9 @@ class Background:
         self._updates.submit(work)
 
     def end(self) -> None:
-        """Have written what is to be written at the end, once; not by a child that was forked. Nobody waits."""
+        """Have written what is to be written at the end, once. Nobody waits."""
         last, self.last = self.last, None
-        if last is not None and os.getpid() == self._process:
+        if last is not None:
             self.write(last)
 
     def flush(self) -> None:

@@ -535,13 +535,15 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, torch
 from posthoc_cli import PostHocEMA
-model = torch.nn.Linear(2, 2)
-tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=1)
-tracker.update_(model)
-if sys.argv[2] == "wait":
-    tracker.flush()
-    print("ready", flush=True)
-    sys.stdin.read()
+def main(directory, way):
+    model = torch.nn.Linear(2, 2)
+    tracker = PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=1 if way == "wait" else 10)
+    tracker.update_(model)
+    if way == "wait":
+        tracker.flush()
+        print("ready", flush=True)
+        sys.stdin.read()
+main(*sys.argv[1:])
 """
 
 
