@@ -195,11 +195,12 @@ def until(run: Trajectory, step: int) -> Trajectory:
 
 
 def resumes(options: Options) -> Iterator[Cell]:
-    """The tracker is closed at every snapshot, and the next one goes on from the directory."""
+    """The tracker is closed at every snapshot, and the next one goes on from the directory, with a kept state or not."""
     wanted = _targets(*USEFUL)
-    for times, every, kept in ((19, 100, None), (99, 20, 20)):
+    for (times, every, kept), keep_state in product(((19, 100, None), (99, 20, 20)), (False, True)):
         for rate, dtype in product(("constant", "cosine"), ("float16", "bfloat16")):
-            run, tracking = walks.walk(rate, (times + 1) * every), Tracking(TWO, dtype, every, max_checkpoints=kept)
+            run = walks.walk(rate, (times + 1) * every)
+            tracking = Tracking(TWO, dtype, every, max_checkpoints=kept, keep_state=keep_state)
             folder = options.folder()
             _feed_in_parts(run, tracking, folder)
             found = compare(folder, wanted, runs.true_averages(run, wanted, tracking.update_every), len(TWO))

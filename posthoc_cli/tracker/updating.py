@@ -17,6 +17,7 @@ import torch
 
 from posthoc_cli.errors import (
     DirectoryError,
+    InvalidValueError,
     LockedError,
     ModelMismatchError,
     NonFiniteError,
@@ -96,6 +97,7 @@ class Updating(Attachable):
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._knows_selection = True
         self._from_step: int | None = None  # where it goes on, if not from the newest snapshots
+        self._resumed_at: int | None = None
         self._follows = False  # the first process of a group tracks the same model
 
     @property
@@ -251,7 +253,15 @@ class Updating(Attachable):
     def _after(self, t: float | None) -> Progress:
         """How far the training is with one call more."""
         last = self._background.progress
-        time = next_time(self.settings, last.own_clock, last.t, last.step + 1, t)
+        try:
+            time = next_time(self.settings, last.own_clock, last.t, last.step + 1, t)
+        except InvalidValueError as error:
+            if last.step != self._resumed_at:
+                raise
+            raise InvalidValueError(
+                f"{error}; the averages go on from there, and for an earlier checkpoint of the training there is "
+                "from_path(..., step=N)"
+            ) from error
         return last.after(time, t is not None, self.settings.update_is_due(last.step + 1))
 
     def _begin(self) -> None:
@@ -270,6 +280,7 @@ class Updating(Attachable):
                         now.progress.step,
                         found.step,
                     )
+                self._resumed_at = found.step
                 progress = Progress(found.step, found.t, found.clock, now.progress.own_clock, found.step)
                 self._background.set(Tracking(now.run_id, progress, now.tracked, found.averages))
 
