@@ -195,7 +195,7 @@ def until(run: Trajectory, step: int) -> Trajectory:
 
 
 def resumes(options: Options) -> Iterator[Cell]:
-    """The tracker is closed at every snapshot, and the next one goes on from the directory, with a kept state or not."""
+    """The tracker is closed at every snapshot, and the next one goes on from the directory, also with a kept state."""
     wanted = _targets(*USEFUL)
     for (times, every, kept), keep_state in product(((19, 100, None), (99, 20, 20)), (False, True)):
         for rate, dtype in product(("constant", "cosine"), ("float16", "bfloat16")):

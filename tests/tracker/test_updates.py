@@ -181,9 +181,8 @@ def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
 
 def test_snapshots_are_due_at_multiples_of_checkpoint_every(tmp_path: Path) -> None:
     model = Scalar()
-    with PostHocEMA.from_model(
-        model, tmp_path, (0.05,), update_every=2, checkpoint_every=6, final_snapshot=False
-    ) as tracker:
+    settings = {"update_every": 2, "checkpoint_every": 6, "final_snapshot": False}
+    with PostHocEMA.from_model(model, tmp_path, (0.05,), **settings) as tracker:
         for _ in range(20):
             tracker.update_(model)
     assert [s.info.t for s in read_directory(tmp_path)] == [6, 12, 18]
