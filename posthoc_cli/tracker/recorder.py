@@ -92,17 +92,16 @@ class Recorder:
                 "continue that run with PostHocEMA.from_path, or take another directory"
             )
 
-    def set_aside_others(self, t: float, known: Container[str] | None = None) -> None:
+    def set_aside_others(self, t: float, known: Container[str]) -> None:
         """Set aside what the training that goes on from `t` has not behind it.
 
-        Snapshots later than `t` and, where the header checksums of its own ones are `known`, all others: they are
-        of another attempt, that went on from an earlier state.
+        Snapshots later than `t`, and those whose header checksums are not `known`: they are of another attempt, that
+        went on from an earlier state.
         """
         own: list[StoredSnapshot] = []
         others: list[StoredSnapshot] = []
         for snapshot in self._stored:
-            behind = snapshot.t <= t and (known is None or snapshot.checksum in known)
-            (own if behind else others).append(snapshot)
+            (own if snapshot.t <= t and snapshot.checksum in known else others).append(snapshot)
         for path in set_aside(others):
             log.warning("training goes on from t = %g: %s is not on its way and was set aside", t, path)
         self._stored = own
