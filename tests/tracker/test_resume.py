@@ -50,8 +50,9 @@ def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) ->
 
 
 def contents(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Of the snapshots on the schedule: a last one, where training was stopped in between, belongs to that stop."""
     result = {}
-    for snapshot in read_directory(folder):
+    for snapshot in (one for one in read_directory(folder) if not one.info.off_schedule):
         with TensorFile(snapshot.path) as file:
             result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
     return result
