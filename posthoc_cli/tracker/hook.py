@@ -111,7 +111,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
                 updates were taken in since the newest one. See `snapshot`.
             keep_state: keep what the averages are exactly beside the snapshots, in `state.safetensors`, replaced after
                 each time of snapshots: `from_path` and `resume` then go on without rounding. It takes 12 bytes an
-                element and profile on the disk, and in memory while it is written.
+                element and profile (16 for float64 parameters) on the disk, and as much of the host's memory.
             resume: "auto" to go on, as `from_path` does but with the settings that are said here, where the directory
                 holds a run; it must be of this model. A number to go on from the snapshots of that call of `update_`.
                 None for a new run only: the first `update_` is refused where there is another one.
@@ -228,13 +228,15 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         stored = find_snapshots(directory) if resume == "auto" else read_directory(directory)
         if not stored:
             return None
-        if stored[-1].info.t_unit != settings.t_unit:
-            found = shown(stored[-1].info.t_unit)
+        newest, schedule = stored[-1].info, settings.schedule
+        if newest.t_unit != settings.t_unit:
+            found = shown(newest.t_unit)
             raise InvalidValueError(f"t_unit {settings.t_unit!r}: the run in {directory} counts {found}")
-        check_profiles(stored[-1].info.sigma_rels, settings.sigma_rels)
-        if resume == "auto" and len(stored) < len(settings.sigma_rels):
+        check_profiles(newest.sigma_rels, settings.sigma_rels)
+        is_first = newest.step <= schedule.update_after_step + schedule.checkpoint_every
+        if resume == "auto" and is_first and len(stored) < len(settings.sigma_rels):
             # Killed while it wrote its first snapshots: they are set aside when it begins again.
-            tracker = cls(directory, stored[-1].info.run_id, settings, tracked, resumes=True)
+            tracker = cls(directory, newest.run_id, settings, tracked, resumes=True)
             tracker._from_step = 0
             return tracker
         step = None if isinstance(resume, str) else resume

@@ -256,7 +256,7 @@ class Updating(Attachable):
         try:
             time = next_time(self.settings, last.own_clock, last.t, last.step + 1, t)
         except InvalidValueError as error:
-            if last.step != self._resumed_at:
+            if last.step != self._resumed_at or not isinstance(t, int | float) or t > last.t:
                 raise
             raise InvalidValueError(
                 f"{error}; the averages go on from there, and for an earlier checkpoint of the training there is "

@@ -115,6 +115,18 @@ def test_a_run_that_was_killed_in_its_first_snapshots_begins_again(tmp_path: Pat
     assert len(list((tmp_path / "superseded").iterdir())) == 1
 
 
+def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 30)
+    for snapshot in read_directory(tmp_path)[:-1]:
+        snapshot.path.unlink()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
+        assert tracker.step == 30
+        with pytest.raises(DirectoryError, match="at no time is there a snapshot of every profile"):
+            tracker.update_(model)
+
+
 # --- from an earlier call --------------------------------------------------------------------------
 
 
