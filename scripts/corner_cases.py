@@ -194,10 +194,10 @@ def until(run: Trajectory, step: int) -> Trajectory:
 # --- resumed and long runs -------------------------------------------------------------------------
 
 
-def resumes(options: Options) -> Iterator[Cell]:
-    """The tracker is closed at every snapshot, and the next one goes on from the directory, also with a kept state."""
+def resumes(options: Options, keep_state: bool = False) -> Iterator[Cell]:
+    """The tracker is closed at every snapshot, and the next one goes on from the directory."""
     wanted = _targets(*USEFUL)
-    for (times, every, kept), keep_state in product(((19, 100, None), (99, 20, 20)), (False, True)):
+    for times, every, kept in ((19, 100, None), (99, 20, 20)):
         for rate, dtype in product(("constant", "cosine"), ("float16", "bfloat16")):
             run = walks.walk(rate, (times + 1) * every)
             tracking = Tracking(TWO, dtype, every, max_checkpoints=kept, keep_state=keep_state)
@@ -361,6 +361,7 @@ STUDIES: dict[str, Callable[[], Iterator[Study]]] = {
 OTHERS: dict[str, Callable[[Options], Iterator[Cell]]] = {
     "live": live,
     "resumes": resumes,
+    "resumes-kept": partial(resumes, keep_state=True),
     "long": long_runs,
     "plan-promise": plan_promise,
     "pruning": pruning,
