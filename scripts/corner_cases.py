@@ -194,12 +194,13 @@ def until(run: Trajectory, step: int) -> Trajectory:
 # --- resumed and long runs -------------------------------------------------------------------------
 
 
-def resumes(options: Options) -> Iterator[Cell]:
+def resumes(options: Options, keep_state: bool = False) -> Iterator[Cell]:
     """The tracker is closed at every snapshot, and the next one goes on from the directory."""
     wanted = _targets(*USEFUL)
     for times, every, kept in ((19, 100, None), (99, 20, 20)):
         for rate, dtype in product(("constant", "cosine"), ("float16", "bfloat16")):
-            run, tracking = walks.walk(rate, (times + 1) * every), Tracking(TWO, dtype, every, max_checkpoints=kept)
+            run = walks.walk(rate, (times + 1) * every)
+            tracking = Tracking(TWO, dtype, every, max_checkpoints=kept, keep_state=keep_state)
             folder = options.folder()
             _feed_in_parts(run, tracking, folder)
             found = compare(folder, wanted, runs.true_averages(run, wanted, tracking.update_every), len(TWO))
@@ -360,6 +361,7 @@ STUDIES: dict[str, Callable[[], Iterator[Study]]] = {
 OTHERS: dict[str, Callable[[Options], Iterator[Cell]]] = {
     "live": live,
     "resumes": resumes,
+    "resumes-kept": partial(resumes, keep_state=True),
     "long": long_runs,
     "plan-promise": plan_promise,
     "pruning": pruning,

@@ -59,11 +59,13 @@ class Tracking:
     checkpoint_every: int
     update_every: int = 10
     max_checkpoints: int | None = None
+    keep_state: bool = False
 
     def __str__(self) -> str:
         kept = "" if self.max_checkpoints is None else f", keeping {self.max_checkpoints}"
         listed = ", ".join(f"{sigma_rel:g}" for sigma_rel in self.tracked)
-        return f"{self.dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}"
+        state = ", with a state" * self.keep_state
+        return f"{self.dtype}, ({listed}), every {self.update_every} and {self.checkpoint_every}{kept}{state}"
 
     def tracker(self, model: torch.nn.Module, folder: Path) -> PostHocEMA:
         """One of a new run."""
@@ -75,6 +77,7 @@ class Tracking:
             checkpoint_every=self.checkpoint_every,
             max_checkpoints=self.max_checkpoints,
             checkpoint_dtype=self.dtype,
+            keep_state=self.keep_state,
         )
 
 

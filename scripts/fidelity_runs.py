@@ -239,7 +239,7 @@ def synthesized(folder: Path, wanted: Sequence[Target], method: str) -> tuple[Fl
 def stored(folder: Path) -> FloatArray:
     """All snapshots as they are on disk: shape [snapshots, parameters]."""
     rows = []
-    for file in sorted(folder.glob("*.safetensors")):
+    for file in sorted(folder.glob("0*.safetensors")):
         tensors = load_file(file)
         rows.append(torch.cat([tensors[str(i)].flatten().double() for i in range(len(tensors))]).numpy())
     return np.array(rows)

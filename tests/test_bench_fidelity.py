@@ -365,8 +365,8 @@ def test_the_corner_cases_print_their_tables_and_goals(tmp_path: Path, capsys: p
 
 def test_every_case_of_the_issue_is_there() -> None:
     assert set(corner_cases.CASES) == {
-        "few-left", "long", "resumes", "plan-promise", "every-update", "pause", "reinit", "live", "subnormal",
-        "alternating", "tiny", "pruning", "keeping",
+        "few-left", "long", "resumes", "resumes-kept", "plan-promise", "every-update", "pause", "reinit", "live",
+        "subnormal", "alternating", "tiny", "pruning", "keeping",
     }  # fmt: skip
 
 

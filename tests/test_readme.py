@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from pathlib import Path
 
 import pytest
@@ -11,35 +12,43 @@ from ema_command import Ema
 from torture.experiments import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.tracker import background
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
 
-def test_the_hook_in_ten_lines_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("steps", "last"), [(2950, [1000, 2000, 2950]), (900, [900]), (1000, [1000])])
+def test_the_hook_in_ten_lines_runs_to_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, steps: int, last: list[int]
+) -> None:
+    """And a second time, from where the first one ended: nothing after the last snapshot is lost."""
     monkeypatch.chdir(tmp_path)
     block, _ = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     model = torch.nn.Linear(4, 4)
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    evaluated = []
+    evaluated: list[torch.Tensor] = []
 
-    def step(network: torch.nn.Module, batch: torch.Tensor) -> torch.Tensor:
-        optimizer.zero_grad()
-        loss = (network(batch) - batch).square().mean()
-        loss.backward()
-        return loss
+    def step(network: torch.nn.Linear, batch: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            network.weight.add_(batch)
+        return batch
 
     names = {
         "model": model,
-        "loader": torch.randn(1000, 8, 4),
-        "optimizer": optimizer,
+        "loader": torch.randn(steps, 4, 4),
+        "optimizer": types.SimpleNamespace(step=lambda: None),
         "step": step,
         "evaluate": lambda network: evaluated.append(network.weight.detach().clone()),
     }
     exec(compile(block, "README.md", "exec"), names)
-    (averaged,) = evaluated
-    assert torch.equal(model.weight, averaged)
+    assert torch.equal(model.weight, evaluated[0])
     assert "strict=False" not in README  # which hides what does not fit; load_into refuses it
-    assert len(list((tmp_path / "run" / "ema").glob("*.safetensors"))) == 2
+    background.finish()  # as the end of the process does
+    assert sorted({s.info.t for s in read_directory(tmp_path / "run" / "ema")}) == last
+    names["ema"].close()  # type: ignore[attr-defined]
+    exec(compile(block, "README.md", "exec"), names | {"loader": torch.randn(20, 4, 4)})
+    background.finish()
+    assert read_directory(tmp_path / "run" / "ema")[-1].info.t == steps + 20
 
 
 def test_the_lines_for_inside_training_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

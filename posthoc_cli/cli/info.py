@@ -89,6 +89,7 @@ def _describe_run(found: Inspection) -> dict[str, Any]:
     return {
         "run": runs[0] if len(runs) == 1 else runs,
         "t_unit": newest.info.t_unit,
+        "t": newest.info.t,
         "step": newest.info.step,
         "schedule": dict(vars(newest.info.schedule)),
         **_describe_tensors(newest),
@@ -182,6 +183,7 @@ def _describe_snapshot(snapshot: Snapshot) -> dict[str, Any]:
         "t": info.t,
         "t_unit": info.t_unit,
         "step": info.step,
+        "off_schedule": info.off_schedule,
         "t_first": info.t_first,
         "max_interval": info.max_interval,
         "schedule": dict(vars(info.schedule)),

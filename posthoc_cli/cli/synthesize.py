@@ -320,7 +320,9 @@ def _print_targets(
     which = plan.targets[0].title if single else f"{len(made)} average{'s' * (len(made) != 1)}"
     size = output.size_text(sum(spec.nbytes for spec in plan.specs(dtype))) + " each" * (not single)
     count = f"{len(plan.sources)} snapshot{'s' * (len(plan.sources) != 1)}"
-    what = f"{which} at t = {plan.t:,.12g} from {count}, {_errors_text(plan, made, profile_error)}, {size}"
+    newest = f"training time of the newest snapshot: {plan.last:,.12g}"
+    errors = _errors_text(plan, made, profile_error)
+    what = f"{which} at t = {plan.t:,.12g} from {count}, {newest}, {errors}, {size}"
     if not paths:
         read = output.size_text(plan.read_bytes)
         output.print_line(f"would make {what}; would read {read}; nothing was written")

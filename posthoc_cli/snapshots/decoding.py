@@ -57,6 +57,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, sharing: Sharing | None 
         segment=reader.integer("ema.segment") if reader.has("ema.segment") else 0,
         updates=reader.integer("ema.updates") if reader.has("ema.updates") else None,
         inherited=reader.number("ema.inherited") if reader.has("ema.inherited") else 0.0,
+        off_schedule=_decode_off_schedule(reader),
     )
     _check_profile(path, info)
     return replace(
@@ -139,6 +140,13 @@ def _decode_selection(reader: Metadata) -> Selection | None:
         raise reader.bad(key, f"{', '.join(globs)} must be lists of globs")
     buffers = reader.one_of(key, raw, "buffers", BUFFERS)
     return Selection(raw["only_trainable"], buffers=buffers, **{what: tuple(listed) for what, listed in globs.items()})
+
+
+def _decode_off_schedule(reader: Metadata) -> bool:
+    key = "ema.off_schedule"
+    if reader.has(key) and reader.text(key) != "true":
+        raise reader.bad(key, f"{shown(reader.text(key))} is not true")
+    return reader.has(key)
 
 
 def _decode_sigma_rels(reader: Metadata) -> tuple[float, ...]:

@@ -40,6 +40,8 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
                       where there are any; see `selection.py`. May be missing
     ema.segment       how often the tracked tensors had changed before; missing for 0. Averages of different segments
                       are never combined: a tensor that is new in one began with its value at the segment's start
+    ema.off_schedule  "true" where it was written between the times of the schedule: at the end of training, or when
+                      asked for; else missing. What later snapshots on the schedule say does not depend on it
     ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
     ema.motion        JSON object: edges, walk, noise: how the network had moved up to then, from the measurements of
                       all snapshots so far, also of those deleted since; see below. May be missing
@@ -239,6 +241,7 @@ class SnapshotInfo:
     motion: Motion | None = None
     updates: int | None = None
     inherited: float = 0.0
+    off_schedule: bool = False
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -346,6 +349,8 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
         metadata["ema.updates"] = str(info.updates)
     if info.inherited:
         metadata["ema.inherited"] = repr(info.inherited)
+    if info.off_schedule:
+        metadata["ema.off_schedule"] = "true"
     if info.measurements is not None:
         metadata["ema.measurements"] = compact(asdict(info.measurements))
     if info.motion is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -289,7 +289,9 @@ def thin(
 ) -> list[StoredSnapshot]:
     """Leave `max_checkpoints` snapshots a profile and segment, those that reconstruction needs most.
 
-    Reads no tensor: what headers measured is at hand. See `planning.keeping`. Returns what is left.
+    Those on the schedule are chosen as if there were no others, so that a training which was stopped in between keeps
+    the same ones. Of those off the schedule the latest stay where room is left, and the newest of all snapshots always.
+    Reads no tensor: what headers measured is at hand. See `planning.keeping`. Returns what is left, in order of time.
     """
     if max_checkpoints is None:
         return list(stored)
@@ -302,14 +304,45 @@ def _thin_segment(
     counts = Counter(snapshot.sigma_rel for snapshot in stored)
     if max(counts.values()) <= max_checkpoints:
         return list(stored)
-    averages = [stored_average(snapshot.info) for snapshot in stored]
-    profiles = [average.profile.pure for average in averages]
-    prior = measured_prior(averages)
-    gone = dict.fromkeys(snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range))
-    for snapshot in (stored[index] for index in gone):
+    scheduled = on_schedule(stored)
+    gone = _beyond(scheduled, max_checkpoints, sigma_range) + _off_schedule_beyond(stored, max_checkpoints)
+    for snapshot in gone:
         log.debug("thinning: %s goes", snapshot.path)
         remove_snapshot(snapshot.path)
-    return [snapshot for index, snapshot in enumerate(stored) if index not in gone]
+    return [snapshot for snapshot in stored if snapshot not in gone]
+
+
+def _beyond(
+    scheduled: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
+) -> list[StoredSnapshot]:
+    """Those on the schedule that go, in the order to delete."""
+    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
+    if max(counts.values(), default=0) <= max_checkpoints:
+        return []
+    averages = [stored_average(snapshot.info) for snapshot in scheduled]
+    profiles = [average.profile.pure for average in averages]
+    prior = measured_prior(averages)
+    return [scheduled[index] for index in snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range)]
+
+
+def _off_schedule_beyond(stored: Sequence[StoredSnapshot], max_checkpoints: int) -> list[StoredSnapshot]:
+    """Those off the schedule that go, the earliest first."""
+    newest = max(snapshot.t for snapshot in stored)
+    others: dict[float, list[StoredSnapshot]] = defaultdict(list)
+    for snapshot in stored:
+        if snapshot.info.off_schedule:
+            others[snapshot.sigma_rel].append(snapshot)
+    scheduled = Counter(snapshot.sigma_rel for snapshot in on_schedule(stored))
+    gone = []
+    for sigma_rel, own in others.items():
+        room = max(max_checkpoints - scheduled[sigma_rel], 0)
+        gone += [snapshot for snapshot in own[: max(len(own) - room, 0)] if snapshot.t < newest]
+    return gone
+
+
+def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
+    """Those that every run of this schedule has, wherever it was stopped in between."""
+    return [snapshot for snapshot in stored if not snapshot.info.off_schedule]
 
 
 def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:

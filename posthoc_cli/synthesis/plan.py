@@ -51,6 +51,7 @@ class Plan:
         aside: how many sources are not used since they are of other tensors: from before the model changed, or after.
         solved: how many sources, all at or before `t`, the coefficients were sought for.
         there: how many there are; of more than `planning.MOST_SOLVED` some are chosen, see `planning.choose`.
+        last: time of the newest source, used or not.
         coarse: tensors that one of those solved with stores in fewer bytes than float32 has. The others are summed in
             float64: large coefficients of both signs would leave of a float32 sum fewer digits than they have.
     """
@@ -65,6 +66,7 @@ class Plan:
     aside: int = 0
     solved: int = 0
     there: int = 0
+    last: float = 0.0
     coarse: frozenset[str] = frozenset()
 
     @property
@@ -184,8 +186,8 @@ def plan_synthesis(
     rounding = _output_rounding(usable[-1], dtype)
     chosen = tuple(usable[i] for i in used)
     counts = len(sources) - len(alike), len(usable), sum(source.info.t <= time for source in alike)
-    coarse = _coarse_tensors(usable)
-    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts, coarse)
+    last, coarse = max(source.info.t for source in sources), _coarse_tensors(usable)
+    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts, last, coarse)
     if max_error is not None:
         _check_errors(plan, max_error)
     stored = [source.info.profile.pure for source in (*usable, *later)]

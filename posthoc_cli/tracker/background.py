@@ -32,8 +32,12 @@ from posthoc_cli.tracker.worker import Worker
 
 log = logging.getLogger(__name__)
 
-Writer = Callable[[Reading[Values], Mapping[str, torch.Tensor] | None], None]
-"""Writes the averages of one time; given the network's weights, where they are at hand."""
+Writer = Callable[[Reading[Values], Mapping[str, torch.Tensor] | None, Reading[Accumulators] | None], None]
+"""Writes the averages of one time; given the network's weights, where they are at hand, and, with `keep_state`, what
+the averages are kept in."""
+
+Chooser = Callable[[Tracking], Writer | None]
+"""Gives what writes the averages as they are; None where nothing is to be written."""
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,12 @@ class Background:
 
     Attributes:
         now: what the last update, or whatever else came instead of one, has left. Only a job changes it.
+        last: what is to be written at the end; it must not hold the tracker.
     """
 
     def __init__(self, settings: Settings, tracking: Tracking) -> None:
         self.now = tracking
+        self.last: Chooser | None = None
         self._settings = settings
         self._counted = tracking.progress
         self._refusal: str | None = None
@@ -82,6 +88,7 @@ class Background:
         self._reader: BlockReader | None = None
         self._read: ModelTensors | None = None
         self._rooms: deque[Values] = deque(maxlen=1)
+        self._exact_rooms: deque[Accumulators] = deque(maxlen=1)
         self._streams = DeviceStreams()
         _at_work.add(self)
 
@@ -172,6 +179,22 @@ class Background:
             lambda room: self.now.averages.copy_to(room),
         )
 
+    def write(self, choose: Chooser) -> None:
+        """Have the averages of now written, when all that is due before is durable. Nobody waits."""
+
+        def work() -> None:
+            self._writes.wait()
+            known = self._known()
+            self._have_written(choose(known), None, None, known)
+
+        self._updates.submit(work)
+
+    def end(self) -> None:
+        """Have written what is to be written at the end, once. Nobody waits."""
+        last, self.last = self.last, None
+        if last is not None:
+            self.write(last)
+
     def flush(self) -> None:
         """Return when everything is done and durable."""
         self._updates.wait()
@@ -214,9 +237,11 @@ class Background:
                 return found
         return Reading.of(self._known(), None, {})
 
-    def _fill(self, room: Room | None, fill: Callable[[Room], None]) -> Reading[Room] | None:
+    def _fill(
+        self, room: Room | None, fill: Callable[[Room], None], known: Tracking | None = None
+    ) -> Reading[Room] | None:
         """A reading in `room`; None where there are averages, and it is none for them."""
-        known = self._known()
+        known = known or self._known()
         if not known.averages.exist:
             return Reading.of(known, None, {})
         if room is None or not room.fits(known.averages.accumulators):
@@ -311,26 +336,40 @@ class Background:
             return None
         return f"parameter {name!r} holds nan or infinity at step {progress.step}; no average has taken it in"
 
-    def _have_written(self, due: Writer | None, staged: Staged | None, room: Values | None) -> None:
-        """Have the averages written as they are."""
-        kept = self.now.averages.accumulators
+    def _have_written(
+        self, due: Writer | None, staged: Staged | None, room: Values | None, known: Tracking | None = None
+    ) -> None:
+        """Have the averages written as they are; `known` says it where more calls than the last update count."""
+        known = known or self.now
+        kept = known.averages.accumulators
         if due is None or kept is None or not self.now.averages.exist:
             return
         # An update that was left out leaves averages of other tensors than its own.
         fitting = room if room is not None and room.fits(kept) else self._snapshot_room(kept.layout)
-        reading = self._fill(fitting, lambda own: self.now.averages.read(own.tensors))
+        reading = self._fill(fitting, lambda own: self.now.averages.read(own.tensors), known)
         assert reading is not None, "the room fits"
+        exact = self._exact_copy(kept, known) if self._settings.keep_state else None
 
         def job() -> None:
             try:
                 with self._write_pace.working():
-                    due(reading, None if staged is None else staged.arrived())
+                    due(reading, None if staged is None else staged.arrived(), exact)
             finally:
                 if staged is not None:
                     self._stager.give_back(staged)
                 self._rooms.append(fitting)
+                if exact is not None and exact.room is not None:
+                    self._exact_rooms.append(exact.room)
 
         self._writes.submit(job)
+
+    @torch.inference_mode(False)
+    def _exact_copy(self, kept: Accumulators, known: Tracking) -> Reading[Accumulators] | None:
+        """What the averages are kept in, in room that is used again."""
+        room = self._exact_rooms.pop() if self._exact_rooms else None
+        if room is None or not room.fits(kept):
+            room = Accumulators.zeros(on_host(kept.layout), len(kept.totals))
+        return self._fill(room, lambda own: self.now.averages.copy_to(own), known)
 
 
 def skip_update(settings: Settings, message: str, stacklevel: int) -> None:
@@ -349,4 +388,5 @@ _at_work: WeakSet[Background] = WeakSet()
 def finish() -> None:
     """Finish what is under way when the process ends; a job keeps its own alive."""
     for background in list(_at_work):
+        background.end()
         background.flush()

@@ -13,10 +13,11 @@ from typing import Any, NoReturn, overload
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.errors import InvalidValueError, NotReadyError, shown
 from posthoc_cli.profiles import ClockRecorder, Profile
+from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.store import find_snapshots, read_directory
 from posthoc_cli.synthesis import Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.averages import RunningAverages
@@ -24,6 +25,7 @@ from posthoc_cli.tracker.live import Progress, Tracking, current_sources
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.naming import named_tensors
 from posthoc_cli.tracker.replicas import choose_writer, warn_of_assumption
+from posthoc_cli.tracker.resuming import find_start, keeps_state, resumed_profiles, snapshots_until
 from posthoc_cli.tracker.settings import (
     Settings,
     absolute_directory,
@@ -33,14 +35,7 @@ from posthoc_cli.tracker.settings import (
     override_schedule,
     resumed_habit,
 )
-from posthoc_cli.tracker.state import (
-    TrackerState,
-    newest_complete,
-    pack_state,
-    resumed_profiles,
-    stored_state,
-    unpack_state,
-)
+from posthoc_cli.tracker.state import TrackerState, check_profiles, pack_state, unpack_state
 from posthoc_cli.tracker.state_file import Savable
 from posthoc_cli.tracker.synthesizing import Synthesizing
 from posthoc_cli.tracker.updating import Call, Updating, wait_for_writers
@@ -91,8 +86,11 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         on_change: str = "raise",
         device: str | None = None,
         writer: bool | None = None,
+        final_snapshot: bool = True,
+        keep_state: bool = False,
+        resume: str | int | None = None,
     ) -> PostHocEMA:
-        """A tracker for a new run. Nothing is written before the first `update_`.
+        """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
         Arguments:
             model: what will be tracked, wrapped or bare: names are those of the bare model.
@@ -123,6 +121,14 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             writer: in a group of processes that train one model, each of which may make a tracker and call it:
                 whether this one keeps the averages and writes. The others only count. None for the first process of
                 the model's DistributedDataParallel; of a model that is not wrapped (yet), of all processes.
+            final_snapshot: write a last snapshot at `close`, at the end of a `with` block or of the process, where
+                updates were taken in since the newest one. See `snapshot`.
+            keep_state: keep what the averages are exactly beside the snapshots, in `state.safetensors`, replaced after
+                each time of snapshots: `from_path` and `resume` then go on without rounding. It takes 12 bytes an
+                element and profile (16 for float64 parameters) on the disk, and as much of the host's memory.
+            resume: "auto" to go on, as `from_path` does but with the settings that are said here, where the directory
+                holds a run; it must be of this model. A number to go on from the snapshots of that call of `update_`.
+                None for a new run only: the first `update_` is refused where there is another one.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -131,15 +137,27 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
         )
         selection = make_selection(only_trainable, include, exclude, buffers, copy_only)
-        settings = Settings(check_sigma_rels(sigma_rels), schedule, t_unit, selection, on_nonfinite, on_change)
+        settings = Settings(
+            check_sigma_rels(sigma_rels),
+            schedule,
+            t_unit,
+            selection,
+            on_nonfinite,
+            on_change,
+            final_snapshot,
+            keep_state,
+        )
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
         tracked.check_header()
-        tracker = cls(absolute_directory(checkpoint_dir), secrets.token_hex(16), settings, tracked)
+        directory = absolute_directory(checkpoint_dir)
+        tracker = None if resume is None else cls._resumed(directory, settings, tracked, resume)
+        if tracker is None:
+            tracker = cls(directory, secrets.token_hex(16), settings, tracked)
         tracker._writer = choose_writer(writer, model)
         warn_of_assumption(writer, model)
-        tracker._model = weakref.ref(model)
         tracker._device = check_device(device)
+        tracker._know(model)
         return tracker
 
     @classmethod
@@ -158,30 +176,40 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         on_change: str = "raise",
         sigma_rels: Sequence[float] | types.EllipsisType = ...,
         writer: bool | None = None,
+        final_snapshot: bool = True,
+        keep_state: bool | None = None,
+        step: int | None = None,
     ) -> PostHocEMA:
         """The run in a directory: to synthesize from, and to go on tracking.
 
         Tracking goes on at the first `update_` from the newest snapshots, with the schedule that they hold unless
         an argument says otherwise. The averages then are those snapshots' values, rounded to their storage dtype
-        (float16: 2e-4 relative); to go on exactly, restore `state_dict()` with `load_state_dict`. Where a tracker of
-        this process is writing to the directory, what that one has due is waited for first.
+        (float16: 2e-4 relative), unless `keep_state` has left an exact state of their time beside them; to go on
+        exactly without one, restore `state_dict()` with `load_state_dict`. Where a tracker of this process is writing
+        to the directory, what that one has due is waited for first.
 
         Arguments:
             checkpoint_dir: a directory with snapshots.
             model: the model to go on with; checked against the snapshots here and now.
             sigma_rels: the tracked profiles to go on with; the others' snapshots stay in use.
+            keep_state: as in `from_model`; None: where a state of this run is there.
+            step: go on from the snapshots of this call of `update_`, as the training's own checkpoint may be of then.
+                Later ones are set aside in the folder `superseded` when tracking begins.
             others: as in `from_model`; what is left out stays as stored.
 
         Raises:
             DirectoryError, FileFormatError, MismatchError: what is wrong with the directory.
             ModelMismatchError: the model is another one; names the tensor.
+            InvalidValueError: an argument, or a `step` without snapshots; names those that have some.
         """
         directory = absolute_directory(checkpoint_dir)
         wait_for_writers(directory)
-        snapshots = read_directory(directory)
-        newest = snapshots[-1]
+        stored = read_directory(directory)
+        profiles = resumed_profiles(stored, sigma_rels)
+        snapshots = snapshots_until(stored, profiles, step)
+        newest = snapshots[-1].info
         schedule = override_schedule(
-            newest.info.schedule,
+            newest.schedule,
             update_every,
             checkpoint_every,
             update_after_step,
@@ -189,24 +217,69 @@ class PostHocEMA(Updating, Savable, Synthesizing):
             checkpoint_dtype,
             sigma_range,
         )
-        profiles = resumed_profiles(snapshots, sigma_rels)
-        selection = newest.info.selection
-        settings = Settings(profiles, schedule, newest.info.t_unit, selection or Selection(), on_nonfinite, on_change)
-        complete = newest_complete(snapshots, profiles)
-        last = newest if complete is None else complete[profiles[0]]
-        step, t = last.info.step, last.info.t
-        clock = ClockRecorder.of_knots(last.info.clock_pairs)
-        progress = Progress(step, t, clock, resumed_habit(step, t), step)
-        tracker = cls(directory, newest.info.run_id, settings, TrackedModel.of_snapshot(last), progress, resumes=True)
-        tracker._knows_selection = selection is not None
+        settings = Settings(
+            profiles,
+            schedule,
+            newest.t_unit,
+            newest.selection or Selection(),
+            on_nonfinite,
+            on_change,
+            final_snapshot,
+            keeps_state(directory, newest.run_id) if keep_state is None else keep_state,
+        )
+        tracker = cls._going_on(directory, settings, snapshots, step)
+        tracker._knows_selection = newest.selection is not None
         tracker._device = check_device(device)
         tracker._writer = choose_writer(writer, model)
         if model is not None:
-            if on_change == "raise":
-                # A model that will only be filled may well be frozen.
-                tracker._change(tracker._collect(model, frozen_too=True))
-            tracker._model = weakref.ref(model)
+            tracker._know(model)
         return tracker
+
+    @classmethod
+    def _resumed(
+        cls, directory: Path, settings: Settings, tracked: TrackedModel, resume: str | int
+    ) -> PostHocEMA | None:
+        """A tracker that goes on with what a directory holds; None where it holds nothing, and may."""
+        if isinstance(resume, str) and resume != "auto":
+            raise InvalidValueError(f"resume {resume!r}: must be 'auto', a call of update_ that has snapshots, or None")
+        wait_for_writers(directory, last_too=True)
+        stored = find_snapshots(directory) if resume == "auto" else read_directory(directory)
+        if not stored:
+            return None
+        newest, schedule = stored[-1].info, settings.schedule
+        if newest.t_unit != settings.t_unit:
+            found = shown(newest.t_unit)
+            raise InvalidValueError(f"t_unit {settings.t_unit!r}: the run in {directory} counts {found}")
+        check_profiles(newest.sigma_rels, settings.sigma_rels)
+        is_first = newest.step <= schedule.update_after_step + schedule.checkpoint_every
+        if resume == "auto" and is_first and len(stored) < len(settings.sigma_rels):
+            # Killed while it wrote its first snapshots: they are set aside when it begins again.
+            tracker = cls(directory, newest.run_id, settings, tracked, resumes=True)
+            tracker._from_step = 0
+            return tracker
+        step = None if isinstance(resume, str) else resume
+        return cls._going_on(directory, settings, snapshots_until(stored, settings.sigma_rels, step), step)
+
+    @classmethod
+    def _going_on(
+        cls, directory: Path, settings: Settings, snapshots: Sequence[Snapshot], step: int | None
+    ) -> PostHocEMA:
+        """A tracker that goes on from the newest of some snapshots, or only reads them."""
+        start = find_start(directory, snapshots, settings.sigma_rels)
+        last = snapshots[-1] if start is None else start.snapshot
+        clock = ClockRecorder.of_knots(last.info.clock_pairs) if start is None else start.clock
+        progress = Progress(clock.step, clock.t, clock, resumed_habit(clock.step, clock.t), clock.step)
+        tracked = TrackedModel.of_snapshot(last)
+        tracker = cls(directory, last.info.run_id, settings, tracked, progress, resumes=True)
+        tracker._from_step = step
+        return tracker
+
+    def _know(self, model: torch.nn.Module) -> None:
+        """Take a model for the one to track."""
+        if self._background.now.resumes and self.settings.on_change == "raise":
+            # A model that will only be filled may well be frozen.
+            self._change(self._collect(model, frozen_too=True))
+        self._model = weakref.ref(model)
 
     # --- tracking ------------------------------------------------------------------------------------
 
@@ -307,7 +380,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         if not self._follows:
             with self._as_writer(unpacked.run_id) as recorder:
                 recorder.check_run(unpacked.run_id)  # this tracker may have begun another run here
-                recorder.set_aside_others(t, known=unpacked.snapshots)
+                recorder.set_aside_others(t, known=unpacked.snapshots | recorder.holding(unpacked.averages))
             tracked = replace(tracked, segment=unpacked.segment)
         averages = RunningAverages.none_yet(self.settings.sigma_rels) if self._follows else unpacked.averages
         self._background.set(Tracking(unpacked.run_id, progress, tracked, averages))
@@ -316,7 +389,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         """What a tracker would continue from; its tensors are copies."""
         self.flush()
         if self._background.now.resumes:
-            return stored_state(self.checkpoint_dir, self.run_id, self.settings.sigma_rels)
+            return self._stored_state()
         reading = self._background.read_exactly()
         self._background.flush()  # the snapshots of that time are on disk now
         snapshots = frozenset(() if self._recorder is None else self._recorder.checksums)
@@ -326,4 +399,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         if not self._background.now.resumes:  # else what is on disk is all that the writer has, too
             self._check_keeps()
         self.flush()
-        return current_sources(self.checkpoint_dir, self.run_id, self._live_sources())
+        sources = current_sources(self.checkpoint_dir, self.run_id, self._live_sources())
+        if self._background.now.resumes and self._from_step is not None:
+            return [source for source in sources if source.info.step <= self._from_step]
+        return sources

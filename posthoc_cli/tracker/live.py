@@ -158,7 +158,7 @@ class LiveSource:
         return None
 
 
-def live_sources(settings: Settings, reading: Reading[Values]) -> list[LiveSource]:
+def live_sources(settings: Settings, reading: Reading[Values], off_schedule: bool = False) -> list[LiveSource]:
     """The running averages, each with the header that its snapshot would have; none before the first update."""
     if reading.room is None:
         return []
@@ -186,6 +186,7 @@ def live_sources(settings: Settings, reading: Reading[Values]) -> list[LiveSourc
             segment=tracked.segment,
             updates=standing.updates,
             inherited=standing.inherited[index],
+            off_schedule=off_schedule,
         )
         sources.append(LiveSource(info, reading.room.tensors[index].views, reading.copies))
     return sources

@@ -34,6 +34,8 @@ class Settings:
     selection: Selection = field(default_factory=Selection)
     on_nonfinite: str = "raise"
     on_change: str = "raise"
+    final_snapshot: bool = True
+    keep_state: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.t_unit, str) or not self.t_unit or not self.t_unit.isprintable():

@@ -3,30 +3,23 @@
 from __future__ import annotations
 
 import logging
-import math
-import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NonFiniteError, shown
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, shown
 from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.sharded import open_tensors
 from posthoc_cli.snapshots.states import StateInfo, check_times, check_window, clock_at
-from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
-from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
+from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.facts import Facts
-from posthoc_cli.tracker.layout import FlatTensors, Layout, group_tensors
+from posthoc_cli.tracker.layout import Layout, group_tensors
 from posthoc_cli.tracker.live import Reading
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
-from posthoc_cli.tracker.settings import Settings, check_sigma_rels
+from posthoc_cli.tracker.settings import Settings
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +38,11 @@ class TrackerState:
     snapshots: frozenset[str]
     """Header checksums of the snapshots that the training had behind it."""
     segment: int = 0
+
+    @classmethod
+    def before(cls, run_id: str, sigma_rels: Sequence[float]) -> TrackerState:
+        """That before the first call of a run."""
+        return cls(run_id, 0, 0.0, ClockRecorder(), RunningAverages.none_yet(sigma_rels), frozenset())
 
     @classmethod
     def of(cls, reading: Reading[Accumulators], snapshots: frozenset[str]) -> TrackerState:
@@ -103,7 +101,7 @@ def pack_state(state: TrackerState, settings: Settings, tracked: TrackedModel) -
     averages = state.averages
     kept, copies = averages.accumulators, averages.copies
     if kept is None or not averages.exist:
-        kept = Accumulators.zeros(_layout(tracked), len(averages.sigma_rels))
+        kept = Accumulators.zeros(host_layout(tracked), len(averages.sigma_rels))
         copies = _zero_copies(tracked)
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
     return as_dict(state_info(state, settings)) | {
@@ -113,7 +111,7 @@ def pack_state(state: TrackerState, settings: Settings, tracked: TrackedModel) -
     }
 
 
-def _layout(tracked: TrackedModel) -> Layout:
+def host_layout(tracked: TrackedModel) -> Layout:
     """How the averages lie in the host's memory: as those of a model there do."""
     host = torch.device("cpu")
     return group_tensors(
@@ -168,7 +166,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     run_id, snapshots = facts.run_id(), frozenset(facts.texts("snapshots"))
     averages = RunningAverages.none_yet(settings.sigma_rels)
     if standing.t > 0:
-        _check_profiles(held, settings.sigma_rels)
+        check_profiles(held, settings.sigma_rels)
         averages = RunningAverages(
             settings.sigma_rels,
             standing.of_profiles([held.index(sigma_rel) for sigma_rel in settings.sigma_rels]),
@@ -179,14 +177,19 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     return TrackerState(run_id, step, t, clock, averages, snapshots, segment)
 
 
-def _check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
+def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
     """Every profile to go on with must be there."""
     for sigma_rel in wanted:
         if sigma_rel not in held:
             raise InvalidValueError(
-                f"sigma_rels: {sigma_rel:g} is none of the tracked ones, {_listed(held)}: an "
+                f"sigma_rels: {sigma_rel:g} is none of the tracked ones, {listed(held)}: an "
                 "average cannot begin in mid-run; leave it out, and synthesize it from the others"
             )
+
+
+def listed(sigma_rels: Iterable[float]) -> str:
+    """Profiles for a message."""
+    return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
 
 def _log_changes(
@@ -215,7 +218,7 @@ def _standing(facts: Facts) -> Standing:
 
 def _checked_averages(facts: Facts, sigma_rels: Sequence[float], tracked: TrackedModel) -> Accumulators:
     """Copies of the averages, each tensor checked before the next is looked at: they may be on disk."""
-    kept = Accumulators.zeros(_layout(tracked), len(sigma_rels))
+    kept = Accumulators.zeros(host_layout(tracked), len(sigma_rels))
     for kind, rooms in (("totals", kept.totals), ("recent", kept.recent)):
         stored = facts.mapping(kind)
         for sigma_rel, room in zip(sigma_rels, rooms, strict=True):
@@ -256,109 +259,3 @@ def _checked_tensor(name: str, tensor: Any, tracked: TrackedModel, dtype: torch.
     if tracked.tensors[name].role == "average" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(f"tensor {name!r}: the state's average of it holds nan or infinity")
     return tensor.detach()
-
-
-# --- snapshots -------------------------------------------------------------------------------------
-
-
-def newest_complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> dict[float, Snapshot] | None:
-    """The snapshots of the newest time that has one of every profile, by sigma_rel; None where no time has."""
-    by_time: dict[float, dict[float, Snapshot]] = {}
-    for snapshot in snapshots:
-        if snapshot.info.sigma_rel in sigma_rels:
-            by_time.setdefault(snapshot.info.t, {})[snapshot.info.sigma_rel] = snapshot
-    complete = [t for t, found in by_time.items() if len(found) == len(sigma_rels)]
-    return by_time[max(complete)] if complete else None
-
-
-def resumed_profiles(
-    snapshots: Sequence[Snapshot], chosen: Sequence[float] | types.EllipsisType = ...
-) -> tuple[float, ...]:
-    """The profiles to go on with: those that the run tracks, or the `chosen` ones, which must have snapshots.
-
-    Raises:
-        InvalidValueError: a chosen one has none.
-    """
-    tracked = snapshots[-1].info.sigma_rels
-    if chosen is ...:
-        return tracked
-    there = {snapshot.info.sigma_rel for snapshot in snapshots}
-    wanted = check_sigma_rels(chosen)
-    _check_profiles([sigma_rel for sigma_rel in tracked if sigma_rel in there], wanted)
-    return wanted
-
-
-def stored_state(directory: Path, run_id: str, sigma_rels: Sequence[float]) -> TrackerState:
-    """What a directory's newest snapshots hold, as a state."""
-    averages, clock = load_averages(directory, sigma_rels)
-    stored = [StoredSnapshot.of(snapshot) for snapshot in read_directory(directory)]
-    segment = max(snapshot.info.segment for snapshot in stored if snapshot.t == averages.standing.t)
-    checksums = frozenset(snapshot.checksum for snapshot in stored)
-    standing = averages.standing
-    return TrackerState(run_id, standing.step, standing.t, clock, averages, checksums, segment)
-
-
-@torch.inference_mode(False)
-@torch.no_grad()
-def load_averages(directory: Path, sigma_rels: Sequence[float]) -> tuple[RunningAverages, ClockRecorder]:
-    """The averages as the newest snapshots hold them that hold every profile, and the run's clock up to there.
-
-    Raises:
-        DirectoryError: at no time are all profiles there.
-    """
-    snapshots = read_directory(directory)
-    newest = newest_complete(snapshots, sigma_rels)
-    if newest is None:
-        there = sorted({snapshot.info.sigma_rel for snapshot in snapshots[-len(sigma_rels) :]})
-        raise DirectoryError(
-            f"{directory}: at no time is there a snapshot of every profile ({_listed(sigma_rels)}) to go on from: "
-            f"go on without some (the newest are of {_listed(there)}) with from_path(..., sigma_rels=...), or begin a "
-            "new run in another directory"
-        )
-    chosen = [newest[sigma_rel] for sigma_rel in sigma_rels]
-    last = chosen[0].info
-    kept = Accumulators.zeros(_layout(TrackedModel.of_snapshot(chosen[0])), len(sigma_rels))
-    inherited = tuple(_read_total(snapshot, total) for snapshot, total in zip(chosen, kept.totals, strict=True))
-    standing = Standing(
-        t=last.t,
-        step=last.step,
-        t_first=last.t_first,
-        max_interval=last.max_interval,
-        updates=last.updates,
-        masses=(0.0,) * len(chosen),
-        inherited=inherited,
-    )
-    averages = RunningAverages(tuple(sigma_rels), standing, kept, _read_copies(chosen[0]))
-    return averages, ClockRecorder.of_knots(last.clock_pairs)
-
-
-def _listed(sigma_rels: Iterable[float]) -> str:
-    return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
-
-
-def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
-    """Fill a total with a snapshot; returns the expected squared norm of the error that it has by then."""
-    expected = 0.0
-    with open_tensors(snapshot) as file:
-        for name, own in total.views.items():
-            entry = snapshot.header.tensors[name]
-            own.copy_(tensor_from_bytes(file.read(name), entry.dtype, entry.shape))
-            if torch_dtype(entry.dtype).itemsize < own.dtype.itemsize:
-                eps = torch.finfo(torch_dtype(entry.dtype)).eps
-                expected += (ROUNDING * eps) ** 2 * float(torch.linalg.vector_norm(own)) ** 2
-    info, measured = snapshot.info, snapshot.info.measurements
-    before = [d for d in measured.distances if d.sigma_rel == info.sigma_rel] if measured is not None else []
-    moved = max(before, key=lambda d: d.t).squared if before else math.inf
-    rounding = expected if measured is None else measured.rounding
-    found = error_after_rounding(info.inherited, rounding, expected, moved)
-    return found if math.isfinite(found) else 0.0
-
-
-def _read_copies(snapshot: Snapshot) -> dict[str, torch.Tensor]:
-    tensors = {}
-    with open_tensors(snapshot) as file:
-        for name, tensor in snapshot.info.tensors.items():
-            if tensor.role == "copy":
-                entry = snapshot.header.tensors[name]
-                tensors[name] = tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
-    return tensors

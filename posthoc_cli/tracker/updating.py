@@ -9,7 +9,7 @@ import sys
 import threading
 import types
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 
 from posthoc_cli.errors import (
     DirectoryError,
+    InvalidValueError,
     LockedError,
     ModelMismatchError,
     NonFiniteError,
@@ -29,26 +30,32 @@ from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.background import Background, Update, Writer, skip_update
 from posthoc_cli.tracker.following import Change, find_change
-from posthoc_cli.tracker.live import LiveSource, Progress, Reading, Tracking, Values, live_sources
+from posthoc_cli.tracker.live import LiveSource, Progress, Tracking, live_sources
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
 from posthoc_cli.tracker.recorder import Recorder
 from posthoc_cli.tracker.replicas import choose_writer, is_in_group
+from posthoc_cli.tracker.resuming import load_start
 from posthoc_cli.tracker.settings import Settings, next_time, same_place
-from posthoc_cli.tracker.state import load_averages
+from posthoc_cli.tracker.state import TrackerState
 from posthoc_cli.tracker.watching import WatchedModel
 from posthoc_cli.tracker.weights import is_swapped
 
 log = logging.getLogger(__name__)
 
-_writing: weakref.WeakSet[Updating] = weakref.WeakSet()
-"""The trackers of this process that have become writers of a directory."""
+_writing: weakref.WeakKeyDictionary[Background, Path] = weakref.WeakKeyDictionary()
+"""The directories that trackers of this process write, also after somebody has forgotten a tracker."""
 
 
-def wait_for_writers(directory: Path) -> None:
-    """Return when the trackers of this process have written what is due in a directory; their errors are theirs."""
-    for tracker in [*_writing]:
-        if same_place(tracker.checkpoint_dir, directory):
-            tracker._background.flush()
+def wait_for_writers(directory: Path, last_too: bool = False) -> None:
+    """Return when the trackers of this process have written what is due in a directory; their errors are theirs.
+
+    With `last_too` also what they would write at the end: another tracker is to go on from there.
+    """
+    for background, place in [*_writing.items()]:
+        if same_place(place, directory):
+            if last_too and background.last is not None:
+                background.write(background.last)
+            background.flush()
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,6 +90,8 @@ class Updating(Attachable):
         self.settings = settings
         averages = RunningAverages.none_yet(settings.sigma_rels)
         self._background = Background(settings, Tracking(run_id, progress or Progress(), tracked, averages, resumes))
+        # Also where nobody closes it. What waits for a thread cannot be done here: collecting garbage may be its work.
+        weakref.finalize(self, self._background.end).atexit = False
         self._recorder: Recorder | None = None
         self._pending: Exception | None = None
         self._device: str | None = None
@@ -93,6 +102,8 @@ class Updating(Attachable):
         self._process = os.getpid()
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._knows_selection = True
+        self._from_step: int | None = None  # where it goes on, if not from the newest snapshots
+        self._resumed_at: int | None = None
         self._writer: bool | None = None
 
     @property
@@ -167,14 +178,36 @@ class Updating(Attachable):
         if failure is not None:
             raise failure
 
+    def snapshot(self) -> None:
+        """Write a snapshot of every profile now, and return when they are durable.
+
+        They are marked as off the schedule: later snapshots do not depend on them, and when there is no more room for
+        them (`max_checkpoints`) they go first. Where the newest snapshots have all updates, nothing is written.
+
+        Raises:
+            NotReadyError: there was no update yet, or the tracker is closed.
+            WriteError, NonFiniteError: as `flush`.
+        """
+        self._check_open()
+        if self._recorder is not None:
+            self._background.write(self._recorder.missing)
+        elif not (self._follows or self._background.now.resumes):
+            raise NotReadyError("snapshot: there was no update yet")
+        self.flush()
+
     def close(self) -> None:
-        """Finish as `flush`, give the directory free and follow no optimizer. Averages can still be read."""
+        """Finish as `flush`, give the directory free and follow no optimizer. Averages can still be read.
+
+        Where updates were taken in since the newest snapshot, a last one is written, as by `snapshot`, unless
+        `final_snapshot=False` was chosen. So it is where a `with` block ends, or the process.
+        """
         self.detach()
         self._closed = True
         if self._process != os.getpid():
             return  # of another process, as are the threads and the directory
         self._background.refuse(self._closed_message())
         try:
+            self._background.end()
             self.flush()
         finally:
             self._background.close()
@@ -184,6 +217,13 @@ class Updating(Attachable):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
+        if error is not None and self.settings.final_snapshot and self._recorder is not None and not self._closed:
+            log.warning(
+                "%s: %s ended the training at step %d; what it has until then is written",
+                self.checkpoint_dir,
+                type(error).__name__,
+                self.step,
+            )
         try:
             self.close()
         except PostHocError:
@@ -252,7 +292,15 @@ class Updating(Attachable):
     def _after(self, t: float | None) -> Progress:
         """How far the training is with one call more."""
         last = self._background.progress
-        time = next_time(self.settings, last.own_clock, last.t, last.step + 1, t)
+        try:
+            time = next_time(self.settings, last.own_clock, last.t, last.step + 1, t)
+        except InvalidValueError as error:
+            if last.step != self._resumed_at or not isinstance(t, int | float) or t > last.t:
+                raise
+            raise InvalidValueError(
+                f"{error}; the averages go on from there, and for an earlier checkpoint of the training there is "
+                "from_path(..., step=N)"
+            ) from error
         return last.after(time, t is not None, self.settings.update_is_due(last.step + 1))
 
     def _begin(self) -> None:
@@ -261,19 +309,26 @@ class Updating(Attachable):
         with self._as_writer(self.run_id) as recorder:
             now = self._background.now
             if now.resumes:
-                averages, clock = load_averages(self.checkpoint_dir, self.settings.sigma_rels)
-                step, t = averages.standing.step, averages.standing.t
-                recorder.set_aside_others(t)
-                if step != now.progress.step:
+                found = self._stored_state()
+                recorder.set_aside_others(found.t, known=found.snapshots)
+                if found.step != now.progress.step:
                     log.warning(
                         "%s: the run has gone on since from_path looked, from step %d to %d; the averages go on from "
                         "there, and the model should be of then, too",
                         self.checkpoint_dir,
                         now.progress.step,
-                        step,
+                        found.step,
                     )
-                progress = Progress(step, t, clock, now.progress.own_clock, step)
-                self._background.set(Tracking(now.run_id, progress, now.tracked, averages))
+                self._resumed_at = found.step
+                progress = Progress(found.step, found.t, found.clock, now.progress.own_clock, found.step)
+                self._background.set(Tracking(now.run_id, progress, now.tracked, found.averages))
+
+    def _stored_state(self) -> TrackerState:
+        """What the directory has to go on from."""
+        now = self._background.now
+        if self._from_step == 0:
+            return TrackerState.before(now.run_id, self.settings.sigma_rels)
+        return load_start(self.checkpoint_dir, self.settings, now.tracked, self._from_step)
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
@@ -299,12 +354,13 @@ class Updating(Attachable):
             yield recorder
         except BaseException:
             if not was_writer:
-                self._recorder = None
+                self._recorder = self._background.last = None
                 recorder.close()
             raise
 
     def _open_recorder(self, run_id: str) -> Recorder:
         if self._recorder is None:
+            wait_for_writers(self.checkpoint_dir)  # one that was forgotten may still be writing its last snapshot
             try:
                 recorder = self._make_recorder()
             except WriteError as error:  # not as one: nothing of this call has been done
@@ -322,17 +378,19 @@ class Updating(Attachable):
                 recorder.close()
                 raise
             self._recorder = recorder
-            _writing.add(self)
+            self._background.last = recorder.last
+            _writing[self._background] = self.checkpoint_dir
         return self._recorder
 
     def _make_recorder(self) -> Recorder:
         try:
-            return Recorder(self.checkpoint_dir)
+            return Recorder(self.checkpoint_dir, self.settings)
         except LockedError:
             # The holder may be garbage, as where a notebook's cell has made everything anew: an optimizer with a
             # scheduler, and a tracker that is attached to it, stay until the collector runs.
             gc.collect()
-            return Recorder(self.checkpoint_dir)
+            wait_for_writers(self.checkpoint_dir)  # it may write a last snapshot
+            return Recorder(self.checkpoint_dir, self.settings)
 
     def _collect(self, model: torch.nn.Module, frozen_too: bool = False) -> ModelTensors:
         """The model's tensors; `frozen_too`: those that were frozen meanwhile."""
@@ -362,7 +420,7 @@ class Updating(Attachable):
 
     def _take_in(self, model: torch.nn.Module, progress: Progress) -> None:
         """Do what is due at this call, and count it."""
-        due = self._write_snapshots if self.settings.snapshot_is_due(progress.step) else None
+        due = self._open_recorder(self.run_id).record if self.settings.snapshot_is_due(progress.step) else None
         if self.settings.update_is_due(progress.step):
             self._update(model, progress, due)
         elif due is not None and self._background.now.averages.exist:
@@ -387,11 +445,6 @@ class Updating(Attachable):
     def _failure(self) -> Exception | None:
         """What is to be raised by this call or the next one."""
         return self._pending or self._background.take_error()
-
-    def _write_snapshots(self, reading: Reading[Values], weights: Mapping[str, torch.Tensor] | None) -> None:
-        recorder = self._open_recorder(self.run_id)
-        recorder.write(live_sources(self.settings, reading), weights)
-        recorder.thin(self.settings.schedule.max_checkpoints, self.settings.schedule.sigma_range)
 
     def _live_sources(self) -> list[LiveSource]:
         return live_sources(self.settings, self._background.read())

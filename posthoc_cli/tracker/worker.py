@@ -148,7 +148,11 @@ class Worker:
         self._queue.put(cast("Job[object]", job))
         if self._vacancy:
             target = (self._queue, self._vacancy)
-            threading.Thread(target=_serve, args=target, name=f"ema-{self._name}", daemon=True).start()
+            try:
+                threading.Thread(target=_serve, args=target, name=f"ema-{self._name}", daemon=True).start()
+            except RuntimeError:  # when the process ends, Python 3.12 and later begin none
+                self._queue.put(None)
+                _serve(*target)
 
 
 def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:

@@ -32,6 +32,7 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     assert report["bytes"] == sum(p.stat().st_size for p in run.glob("*.safetensors"))
     assert report["problems"] == []
     assert report["measured"] == 40
+    assert (report["t"], report["step"]) == (2000, 2000)
     low, high = report["profiles"][0]["relative_rounding"]
     assert 2**-13 < low <= high < 2**-11
 

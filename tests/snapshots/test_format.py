@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -376,3 +376,12 @@ def test_updates_and_inherited_errors_that_cannot_be_are_refused(
     path = write_snapshot(tmp_path, 8, 0.1, RUN_ID, {"a": torch.zeros(2)}, **{field: value})
     with pytest.raises(FileFormatError, match=message):
         read_snapshot(path)
+
+
+def test_a_snapshot_says_whether_it_is_off_the_schedule(tmp_path: Path) -> None:
+    path = write_snapshot(tmp_path, 8, 0.1, RUN_ID, {"a": torch.zeros(2)}, off_schedule=True)
+    assert read_snapshot(path).info.off_schedule
+    header = read_snapshot(path).header
+    lie = replace(header, metadata=header.metadata | {"ema.off_schedule": "yes"})
+    with pytest.raises(FileFormatError, match=r"ema\.off_schedule: 'yes' is not true"):
+        decode_snapshot(path, lie)

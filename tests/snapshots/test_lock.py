@@ -304,7 +304,8 @@ def test_a_second_tracker_is_refused_at_its_first_update_and_goes_on_after_the_f
     tmp_path: Path,
 ) -> None:
     model = tiny_model()
-    first, second = (PostHocEMA.from_model(model, tmp_path / "ema", update_every=1) for _ in range(2))
+    settings = {"update_every": 1, "final_snapshot": False}
+    first, second = (PostHocEMA.from_model(model, tmp_path / "ema", **settings) for _ in range(2))
     first.update_(model)
     with pytest.raises(LockedError, match="another tracker of this process"):
         second.update_(model)

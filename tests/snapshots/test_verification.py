@@ -520,6 +520,7 @@ def test_fewer_than_thinning_leaves_are_noted(tmp_path: Path) -> None:
     schedule = TrackingSchedule(update_every=1, checkpoint_every=10, max_checkpoints=3)
     for t in (30, 60):
         write_snapshot(tmp_path, t, 0.05, RUN_ID, {"w": torch.ones(3)}, schedule=schedule)
+    write_snapshot(tmp_path, 65, 0.05, RUN_ID, {"w": torch.ones(3)}, schedule=schedule, off_schedule=True)
     assert verified(tmp_path).notes == ("sigma_rel 0.05: 2 snapshots of the 3 that thinning would have left",)
     write_snapshot(tmp_path, 50, 0.05, RUN_ID, {"w": torch.ones(3)}, schedule=schedule)
     assert verified(tmp_path).notes == ()

@@ -352,7 +352,7 @@ import os, sys, torch
 from posthoc_cli import PostHocEMA
 model = torch.nn.Linear(700, 700)
 tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=3, device=sys.argv[2])
-for _ in range(6):
+for _ in range(7):
     tracker.update_(model)
 if len(sys.argv) > 3 and os.fork() == 0:
     sys.exit()
@@ -363,10 +363,10 @@ raise SystemExit(7)
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("fork", [[], ["fork"]])
 def test_a_process_that_ends_finishes_what_is_under_way(tmp_path: Path, device: str, fork: list[str]) -> None:
-    """Also what a job would have begun; and a child that was forked has nothing to finish and does not wait for it."""
+    """Also what a job would have begun, and the last snapshot; a child that was forked has nothing to finish."""
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), device, *fork], timeout=120, check=False)
     assert done.returncode == 7
-    assert [s.info.t for s in read_directory(tmp_path)] == [3, 3, 6, 6]
+    assert [s.info.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
 
 
 def test_threads_end_with_their_tracker(tmp_path: Path) -> None:

@@ -232,4 +232,4 @@ def test_a_new_average_does_not_begin_at_an_update_that_is_skipped(tmp_path: Pat
         average = averages_in(run.state_dict())["0.28"]
         assert torch.equal(average["back.weight"].float(), model["back"].weight)
         assert run.step == 11
-    assert {s.info.t: s.info.segment for s in read_directory(tmp_path)} == {5: 0, 9: 0}
+    assert {s.info.t: s.info.segment for s in read_directory(tmp_path)} == {5: 0, 9: 0, 11: 1}

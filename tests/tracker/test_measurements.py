@@ -195,7 +195,7 @@ def test_a_distance_that_overflows_is_left_out(tmp_path: Path) -> None:
         for total, recent, value in zip(*kept_by(tracker), (-3e38, 3e38), strict=True):
             total.views["weight"].fill_(value)
             recent.views["weight"].fill_(value)
-        tracker._write_snapshots(tracker._background.read(), None)
+        tracker.snapshot()
     for snapshot in read_directory(tmp_path):
         assert snapshot.info.measurements == Measurements(pytest.approx(4 * 9e76), 0.0, ())  # type: ignore[arg-type]
 
@@ -345,7 +345,7 @@ def test_a_profile_that_could_not_be_written_is_written_when_it_is_due_again(
                 watched.train(model, 10, 10)
         assert [(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path)] == [(5, 0.05), (5, 0.28), (10, 0.05)]
         assert not list(tmp_path.glob(".ema-*"))
-        tracker._write_snapshots(tracker._background.read(), None)
+        tracker.snapshot()
         for source in tracker._live_sources():
             watched.exact[10, source.info.sigma_rel] = dict(source.averages)
         check_all(watched, tmp_path)
@@ -353,7 +353,7 @@ def test_a_profile_that_could_not_be_written_is_written_when_it_is_due_again(
 
 def test_an_average_that_is_not_finite_is_refused_before_anything_is_written(tmp_path: Path) -> None:
     model = tiny_model()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
         Watched(tracker).train(model, 1, 4)
         _, recent = kept_by(tracker)
         recent[1].views["norm.bias"][1] = float("nan")

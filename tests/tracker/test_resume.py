@@ -50,8 +50,9 @@ def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) ->
 
 
 def contents(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Of the snapshots on the schedule: a last one, where training was stopped in between, belongs to that stop."""
     result = {}
-    for snapshot in read_directory(folder):
+    for snapshot in (one for one in read_directory(folder) if not one.info.off_schedule):
         with TensorFile(snapshot.path) as file:
             result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
     return result
@@ -123,12 +124,12 @@ def test_the_state_remembers_the_longest_interval(tmp_path: Path) -> None:
 
 def test_snapshots_later_than_the_state_are_set_aside_not_mixed_nor_lost(tmp_path: Path) -> None:
     model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
         train(model, tracker, 1, 15)
         state = tracker.state_dict()
         train(model, tracker, 16, 35)
     later = {name: data for name, data in contents(tmp_path).items() if int(name.partition("-")[0]) > 15}
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
         tracker.load_state_dict(state)
     assert {s.info.t for s in read_directory(tmp_path)} == {10}
     assert contents(tmp_path / "superseded") == later
@@ -162,7 +163,7 @@ def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_goes_on(tmp_path: P
 
 def test_setting_aside_that_failed_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
         train(model, tracker, 1, 5)
         state = tracker.state_dict()
         train(model, tracker, 6, 40)
@@ -535,13 +536,15 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
 SCRIPT = """
 import sys, torch
 from posthoc_cli import PostHocEMA
-model = torch.nn.Linear(2, 2)
-tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=1)
-tracker.update_(model)
-if sys.argv[2] == "wait":
-    tracker.flush()
-    print("ready", flush=True)
-    sys.stdin.read()
+def main(directory, way):
+    model = torch.nn.Linear(2, 2)
+    tracker = PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=1 if way == "wait" else 10)
+    tracker.update_(model)
+    if way == "wait":
+        tracker.flush()
+        print("ready", flush=True)
+        sys.stdin.read()
+main(*sys.argv[1:])
 """
 
 
@@ -640,7 +643,7 @@ def labels(figure) -> list[str]:  # type: ignore[no-untyped-def]
 @pytest.mark.parametrize("resumes", ["load_state", "from_path"])
 def test_a_resume_that_fails_gives_the_directory_free(tmp_path: Path, resumes: str) -> None:
     model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
         train(model, tracker, 1, 15)
         tracker.save_state(tmp_path / "early.state")
         train(model, tracker, 16, 25)

@@ -37,7 +37,10 @@ from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
-SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
+SETTINGS: dict = {
+    "sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None,
+    "final_snapshot": False,
+}  # fmt: skip
 
 
 class Run:

@@ -52,6 +52,7 @@ def _too_few(infos: Sequence[SnapshotInfo], before: int) -> str | None:
     if most is None or any((i.schedule.max_checkpoints, i.schedule.checkpoint_every) != (most, every) for i in infos):
         return None
     due = infos[-1].step // every - max(before, schedule.update_after_step) // every
-    if len(infos) >= min(due, most):
+    found = sum(not info.off_schedule for info in infos)
+    if found >= min(due, most):
         return None
-    return f"{len(infos):,} snapshot{'s' * (len(infos) > 1)} of the {min(due, most):,} that thinning would have left"
+    return f"{found:,} snapshot{'s' * (found != 1)} of the {min(due, most):,} that thinning would have left"

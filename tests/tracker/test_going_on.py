@@ -1,0 +1,260 @@
+"""Going on from a directory: by itself, from an earlier call, and exactly, from a state beside the snapshots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import averages_in, exact_average, flip_bit
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError, ModelMismatchError
+from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.tracker.resuming import STATE_NAME
+
+SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None, "max_checkpoints": 3}
+STEPS = 50
+VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
+
+
+@pytest.fixture(autouse=True)
+def one_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of two directories can be compared byte for byte."""
+    monkeypatch.setattr("posthoc_cli.tracker.hook.secrets.token_hex", lambda count: "5eed" * (count // 2))
+
+
+def network() -> torch.nn.Linear:
+    return torch.nn.Linear(4, 4, bias=False)
+
+
+def train(model: torch.nn.Linear, tracker: PostHocEMA, first: int, last: int, **clock: float) -> None:
+    for step in range(first, last + 1):
+        with torch.no_grad():
+            model.weight.copy_(VALUES[step])
+        tracker.update_(model, **{name: scale * step for name, scale in clock.items()})
+
+
+def error(tracker: PostHocEMA, last: int, every: int = 2) -> float:
+    """Largest distance of a tracked average, relative to its norm, from the sum over the updates in float64."""
+    found, updates = averages_in(tracker.state_dict()), range(every, last + 1, every)
+    distances = []
+    for sigma_rel in tracker.settings.sigma_rels:
+        exact = exact_average(VALUES[every : last + 1 : every].numpy(), sigma_rel, [float(t) for t in updates])
+        own = found[repr(sigma_rel)]["weight"].numpy()
+        distances.append(float(np.linalg.norm(own - exact) / np.linalg.norm(exact)))
+    return max(distances)
+
+
+def scheduled(folder: Path) -> dict[str, bytes]:
+    """Whole files of the snapshots on the schedule."""
+    return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.info.off_schedule}
+
+
+def times(folder: Path) -> list[float]:
+    return sorted({s.info.t for s in read_directory(folder)})
+
+
+# --- by itself -------------------------------------------------------------------------------------
+
+
+def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
+    """With the settings that it has by then."""
+    model, found = network(), []
+    for first, last, every in ((1, 23, 10), (23, 37, 10), (37, STEPS, 20)):
+        settings = SETTINGS | {"checkpoint_every": every}
+        with PostHocEMA.from_model(model, tmp_path, **settings, resume="auto") as tracker:
+            found.append(tracker.step)
+            train(model, tracker, tracker.step + 1 if first > 1 else first, last)
+            assert tracker.settings.schedule.checkpoint_every == every
+            assert error(tracker, last - last % 2) < 1e-6
+    assert found == [0, 22, 36]
+    assert len({s.info.run_id for s in read_directory(tmp_path)}) == 1
+
+
+def test_who_does_not_ask_is_refused_as_before(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    tracker._background.now.__dict__["run_id"] = "0ddd" * 8
+    with pytest.raises(MismatchError, match="this tracker is run 0ddd0ddd: continue that run with"):
+        tracker.update_(model)
+
+
+def test_a_run_that_is_another_one_is_not_gone_on_with(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+    with pytest.raises(ModelMismatchError, match="tensor 'weight'"):
+        PostHocEMA.from_model(torch.nn.Linear(3, 4, bias=False), tmp_path, **SETTINGS, resume="auto")
+    with pytest.raises(InvalidValueError, match=r"t_unit 'images': the run in .* counts 'steps'"):
+        PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto", t_unit="images")
+    with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones"):
+        PostHocEMA.from_model(model, tmp_path, (0.1, 0.28), **SETTINGS, resume="auto")
+    for wrong in ("yes", 0, True, 3.5):
+        with pytest.raises(InvalidValueError, match=r"resume 'yes': must be|step .*: must be a whole number"):
+            PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume=wrong)  # type: ignore[arg-type]
+    with pytest.raises(DirectoryError, match="no such directory"):
+        PostHocEMA.from_model(model, tmp_path / "new", **SETTINGS, resume=10)
+
+
+def test_a_run_that_was_killed_in_its_first_snapshots_begins_again(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 10)
+    read_directory(tmp_path)[-1].path.unlink()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
+        assert (tracker.step, tracker.state_dict()["averages_t"]) == (0, 0)
+        train(model, tracker, 1, 12)
+        assert error(tracker, 12) < 1e-6
+    assert times(tmp_path) == [10, 12]
+    assert len(list((tmp_path / "superseded").iterdir())) == 1
+
+
+def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 30)
+    for snapshot in read_directory(tmp_path)[:-1]:
+        snapshot.path.unlink()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
+        assert tracker.step == 30
+        with pytest.raises(DirectoryError, match="at no time is there a snapshot of every profile"):
+            tracker.update_(model)
+
+
+# --- from an earlier call --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("way", ["from_path", "from_model"])
+def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(tmp_path: Path, way: str) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 20)
+        with torch.no_grad():
+            model.weight.fill_(100.0)  # the part of the training that will be given up
+        for _ in range(15):
+            tracker.update_(model)
+    if way == "from_path":
+        tracker = PostHocEMA.from_path(tmp_path, model, step=20)
+    else:
+        tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume=20)
+    assert times(tmp_path) == [10, 20, 30, 34]
+    assert float(tracker.state_dict(sigma_rel=0.28)["weight"].max()) < 50
+    assert tracker.state_dict()["step"] == tracker.step == 20
+    with tracker:
+        train(model, tracker, 21, 30)
+        assert error(tracker, 30) < 1e-6
+    assert times(tmp_path) == [10, 20, 30]
+    assert len(list((tmp_path / "superseded").iterdir())) == 4
+
+
+def test_a_call_without_snapshots_of_every_profile_is_refused(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        train(model, tracker, 1, 33)
+    read_directory(tmp_path)[0].path.unlink()
+    for step in (10, 25, 99):
+        with pytest.raises(InvalidValueError, match=rf"step {step}: .* \(0\.05, 0\.28\) .*: 20, 30, 32$"):
+            PostHocEMA.from_path(tmp_path, model, step=step)
+
+
+def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, t_unit="images") as tracker:
+        train(model, tracker, 1, 30, t=64.0)
+    with PostHocEMA.from_path(tmp_path, model) as tracker:
+        with pytest.raises(
+            InvalidValueError, match=r"t 1344: .* the last was 1920 images; .* from_path\(\.\.\., step=N"
+        ):
+            train(model, tracker, 21, 21, t=64.0)
+        train(model, tracker, 31, 32, t=64.0)
+    with PostHocEMA.from_path(tmp_path, model, step=20) as tracker:
+        train(model, tracker, 21, 30, t=64.0)
+        assert tracker.t == 1920
+    assert times(tmp_path) == [640, 1280, 1920]
+
+
+# --- from an exact state ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str) -> None:
+    """At updates and between them, at snapshots and between them; float16, so that a resume without it would."""
+    model, last = network(), 0
+    settings = SETTINGS | {"checkpoint_dtype": "float16", "device": device}
+    with PostHocEMA.from_model(model, tmp_path / "whole", **settings) as tracker:
+        train(model, tracker, 1, STEPS)
+    for step in (7, 10, 11, 13, 20, 33, 45, STEPS):
+        with PostHocEMA.from_model(model, tmp_path / "run", **settings, resume="auto", keep_state=True) as tracker:
+            assert tracker.step == last
+            train(model, tracker, last + 1, step)
+            last = step
+    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
+    assert not (tmp_path / "run" / "superseded").exists()
+
+
+def test_99_resumes_lose_nothing_with_a_state(tmp_path: Path) -> None:
+    """From float16; the stops are between snapshots, so that only the newest have room beside those on the schedule."""
+    model = network()
+    values = (torch.randn(101, 4, 4, generator=torch.Generator().manual_seed(1)) * 1e-3).cumsum(0) + 1
+    settings = {"sigma_rels": (0.28,), "update_every": 1, "checkpoint_every": 50, "max_checkpoints": 1}
+    for step in range(1, 101):
+        with PostHocEMA.from_model(model, tmp_path, **settings, resume="auto", keep_state=True) as run:
+            with torch.no_grad():
+                model.weight.copy_(values[step])
+            run.update_(model)
+    found = averages_in(run.state_dict())["0.28"]["weight"].numpy()
+    exact = exact_average(values[1:].numpy(), 0.28, [float(t) for t in range(1, 101)])
+    assert np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
+
+
+def test_a_state_is_kept_on_where_it_was_kept_so_far(tmp_path: Path) -> None:
+    model = network()
+    for keep in (False, True):
+        with PostHocEMA.from_model(model, tmp_path / str(keep), **SETTINGS, keep_state=keep) as tracker:
+            train(model, tracker, 1, 15)
+        assert (tmp_path / str(keep) / STATE_NAME).exists() == keep
+        assert PostHocEMA.from_path(tmp_path / str(keep)).settings.keep_state == keep
+    assert not PostHocEMA.from_path(tmp_path / "True", keep_state=False).settings.keep_state
+
+
+def test_without_a_last_snapshot_the_state_is_that_of_the_newest_one(tmp_path: Path) -> None:
+    model = network()
+    settings = SETTINGS | {"keep_state": True, "final_snapshot": False}
+    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
+        train(model, tracker, 1, 27)
+    tracker = PostHocEMA.from_path(tmp_path, model)
+    assert (tracker.step, tracker.state_dict()["inherited"]) == (20, [0.0, 0.0])
+
+
+@pytest.mark.parametrize("wrong", ["older", "later", "of another version", "flipped"])
+def test_a_state_that_is_not_of_the_snapshots_is_not_gone_on_from(
+    tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The averages then are those of the snapshots, rounded; a state that is damaged is named."""
+    model = network()
+    half = SETTINGS | {"checkpoint_dtype": "float16", "keep_state": True}
+    with PostHocEMA.from_model(model, tmp_path, **half) as tracker:
+        train(model, tracker, 1, 20)
+    state = tmp_path / STATE_NAME
+    if wrong == "older":
+        with PostHocEMA.from_path(tmp_path, model, keep_state=False) as tracker:
+            train(model, tracker, 21, 30)
+    elif wrong == "of another version":
+        metadata = read_header(state).metadata | {"ema.version": "1"}
+        with TensorFileWriter(state, [], metadata, overwrite=True) as writer:
+            writer.commit()
+    elif wrong == "flipped":
+        flip_bit(state)
+    step = {"older": 30, "later": 10}.get(wrong, 20)
+    with PostHocEMA.from_path(tmp_path, model, step=10 if wrong == "later" else None) as tracker:
+        assert tracker.step == step
+        train(model, tracker, step + 1, STEPS)
+        assert 1e-6 < error(tracker, STEPS) < 1e-3
+        assert min(tracker.state_dict()["inherited"]) > 0
+    assert (f"{state}: " in caplog.text) == (wrong in ("of another version", "flipped"))
