@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.choosing import MOST_SOLVED, choose
-from posthoc_cli.profiles import FloatArray, PowerFunction
-from posthoc_cli.reconstruction import MinimumVariance, Prior
+from posthoc_cli.profiles import FloatArray, PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.reconstruction import Losses, MinimumVariance, Prior
 
 USEFUL_RANGE = (0.05, 0.28)
 """The sigma_rel that snapshots are kept for, unless somebody says otherwise."""
@@ -33,10 +34,9 @@ def snapshots_to_drop(
 
     One after another that one goes whose loss raises the predicted error over `sigma_range`, at the time of the last
     snapshot, least; between equals (where nothing moved) the one whose neighbours are closest together; then what is
-    kept is improved by exchanges, see `exchanged`. The last one of each profile stays. The cost of every loss follows
-    from one factorisation (`MinimumVariance.removal_costs`), so that a drop takes as many solves as there are targets,
-    however many snapshots there are. Of very many, those go first that are not chosen by `choose`: thinning is followed
-    from a few times as many as are kept.
+    kept is improved by exchanges, see `exchanged`. The last one of each profile stays. The costs of all losses follow
+    from one factorisation (`Losses`). Of very many, those go first that are not chosen by `choose`: thinning is
+    followed from a few times as many as are kept.
 
     Arguments:
         snapshots: profiles of what is stored, in any order.
@@ -50,22 +50,24 @@ def snapshots_to_drop(
         raise InvalidValueError(f"max_checkpoints {keep}: must be at least 1, or None to keep all")
     left = list(range(len(snapshots)))
     beyond: list[int] = []
-    dropped: list[int] = []
     if len(left) > MOST_SOLVED:
         profiles = len({p.gamma for p in snapshots})
         left = choose(snapshots, min(MOST_SOLVED, _FOLLOWED * keep * profiles), keep)
         beyond = sorted(set(range(len(snapshots))) - set(left))
-    while True:
-        counts = Counter(snapshots[i].gamma for i in left)
-        newest = newest_of_each(snapshots)
-        may_go = [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]
-        if not may_go:
-            return [*beyond, *exchanged(snapshots, prior, left, dropped, set(newest), sigma_range)]
-        found = errors_after_loss([snapshots[i] for i in left], prior.of(left), sigma_range)
-        errors, gaps = dict(zip(left, found, strict=True)), _merged_gaps(snapshots, left)
+    losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
+    numbers = np.array(left)
+    newest = set(newest_of_each(snapshots))
+    counts = Counter(snapshots[i].gamma for i in left)
+    dropped: list[int] = []
+    while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]:
+        found = errors_after_each(losses)
+        errors, gaps = dict(zip(left, found.tolist(), strict=True)), _merged_gaps(snapshots, left)
         gone = min(may_go, key=lambda i: (errors[i], gaps[i], -snapshots[i].t))
+        losses.lose(int(np.searchsorted(numbers, gone)))
         left.remove(gone)
         dropped.append(gone)
+        counts[snapshots[gone].gamma] -= 1
+    return [*beyond, *exchanged(snapshots, prior, left, dropped, newest, sigma_range)]
 
 
 def newest_of_each(snapshots: Sequence[PowerFunction]) -> list[int]:
@@ -103,12 +105,14 @@ def exchanged(
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
-    least = _error(snapshots, prior, kept, sigma_range)
+    everyone = [*kept, *order]
+    losses = losses_of([snapshots[i] for i in everyone], prior.of(everyone), sigma_range)
+    place = {index: number for number, index in enumerate(everyone)}
+    least = float(_together(losses.of([place[i] for i in kept]).squares[:, None])[0])
     for _ in range(_MOST_TRIED // max(len(order), 1)):
         trials = []
         for coming in order:
-            both = [*kept, coming]
-            errors = errors_after_loss([snapshots[i] for i in both], prior.of(both), sigma_range)
+            errors = errors_after_each(losses.of([place[i] for i in (*kept, coming)]))
             trials += [
                 (float(error), coming, leaving)
                 for error, leaving in zip(errors, kept, strict=False)
@@ -133,30 +137,22 @@ def _merged_gaps(snapshots: Sequence[PowerFunction], left: Sequence[int]) -> dic
     return gaps
 
 
-def errors_after_loss(
+def losses_of(
     snapshots: Sequence[PowerFunction], prior: Prior, sigma_range: tuple[float, float] = USEFUL_RANGE
-) -> FloatArray:
-    """The 8-norm of the expected errors over the range when each of the snapshots is lost: shape [n]."""
-    solver, columns, squares = _solved(snapshots, prior, sigma_range)
-    return _together(squares[:, None] + np.square(columns) * solver.removal_costs())
-
-
-def _error(
-    snapshots: Sequence[PowerFunction], prior: Prior, kept: Sequence[int], sigma_range: tuple[float, float]
-) -> float:
-    """The same of some of the snapshots when none of them is lost."""
-    _, _, squares = _solved([snapshots[index] for index in kept], prior.of(kept), sigma_range)
-    return float(_together(squares[:, None])[0])
-
-
-def _solved(
-    snapshots: Sequence[PowerFunction], prior: Prior, sigma_range: tuple[float, float]
-) -> tuple[MinimumVariance, FloatArray, FloatArray]:
-    """Coefficients of targets over the range, [targets, n], and their expected squared errors, [targets]."""
+) -> Losses:
+    """What losses of snapshots cost targets over the range, at the time of the last one."""
     t = max(p.t for p in snapshots)
-    solver = MinimumVariance(snapshots, prior, t)
-    targets = [PowerFunction.from_sigma_rel(float(s), t) for s in np.geomspace(*sigma_range, _TARGETS)]
-    return solver, *solver.solve_all(targets)
+    return MinimumVariance(snapshots, prior, t).losses([PowerFunction(gamma, t) for gamma in _gammas(sigma_range)])
+
+
+@lru_cache(maxsize=16)
+def _gammas(sigma_range: tuple[float, float]) -> tuple[float, ...]:
+    return tuple(gamma_from_sigma_rel(float(s)) for s in np.geomspace(*sigma_range, _TARGETS))
+
+
+def errors_after_each(losses: Losses) -> FloatArray:
+    """The 8-norm of the expected errors over the range when one more is lost: shape [snapshots left]."""
+    return _together(losses.squares_without_each())
 
 
 def _together(squares: FloatArray) -> FloatArray:

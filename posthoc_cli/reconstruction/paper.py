@@ -54,10 +54,24 @@ class ProfileDistance:
     def error(self, coefficients: FloatArray, target: Profile) -> float:
         """|| sum_i c_i p_i - p || / || p ||. Values below about 1e-7 are rounding."""
         goal, norm2 = self._goal(target)
+        return float(self._errors(coefficients[:, None], goal[:, None], np.array([norm2]))[0])
+
+    def solve_all(self, targets: Sequence[PowerFunction]) -> FloatArray:
+        """As `solve`, for many targets at once: shape [snapshots, targets]; nan where there is no answer."""
+        solution = self._problem.solve(self._goals(targets)[0])
+        total = solution.sum(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where((total > 0) & (total < np.inf), solution / total, np.nan)
+
+    def errors(self, coefficients: FloatArray, targets: Sequence[PowerFunction]) -> FloatArray:
+        """`error` of each target with its own column of coefficients: shape [targets]."""
+        return self._errors(coefficients, *self._goals(targets))
+
+    def _errors(self, coefficients: FloatArray, goals: FloatArray, norms: FloatArray) -> FloatArray:
         # What no combination reaches (outside the span of the basis), and how far this one is within it.
-        unreachable = max(norm2 - float(goal @ goal), 0.0)
-        missed = float(np.sum((self._factor @ coefficients - goal) ** 2))
-        return float(np.sqrt((unreachable + missed) / norm2))
+        unreachable = np.maximum(norms - np.sum(goals**2, axis=0), 0.0)
+        missed = np.sum((self._factor @ coefficients - goals) ** 2, axis=0)
+        return np.asarray(np.sqrt((unreachable + missed) / norms))
 
     @cached_property
     def _problem(self) -> LeastSquares:
@@ -67,6 +81,12 @@ class ProfileDistance:
         """The target in the orthonormal functions, and its squared norm."""
         rows, squares = self._densities.of_target(target)
         return rows.reshape(-1), float(squares.sum())
+
+    def _goals(self, targets: Sequence[PowerFunction]) -> tuple[FloatArray, FloatArray]:
+        """The same of many: shapes [rows, targets] and [targets]."""
+        gamma, t = np.array([p.gamma for p in targets]), np.array([p.t for p in targets])
+        columns = self._densities.of_powers(gamma, t).reshape(-1, gamma.size)
+        return columns, self._densities.squares(gamma, t).sum(axis=0)
 
 
 def inner_product(gamma_a: npt.ArrayLike, t_a: npt.ArrayLike, gamma_b: npt.ArrayLike, t_b: npt.ArrayLike) -> FloatArray:
