@@ -55,15 +55,15 @@ def snapshots_to_drop(
         left = choose(snapshots, min(MOST_SOLVED, _FOLLOWED * keep * profiles), keep)
         beyond = sorted(set(range(len(snapshots))) - set(left))
     losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
-    numbers = np.array(left)
+    column = {index: number for number, index in enumerate(left)}
     newest = set(newest_of_each(snapshots))
     counts = Counter(snapshots[i].gamma for i in left)
     dropped: list[int] = []
     while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]:
-        found = errors_after_each(losses)
-        errors, gaps = dict(zip(left, found.tolist(), strict=True)), _merged_gaps(snapshots, left)
-        gone = min(may_go, key=lambda i: (errors[i], gaps[i], -snapshots[i].t))
-        losses.lose(int(np.searchsorted(numbers, gone)))
+        errors = errors_after_each(losses)[[column[i] for i in may_go]]
+        equals = [may_go[place] for place in np.flatnonzero(errors == errors.min())]
+        gone = _closest_together(snapshots, left, equals)
+        losses.lose(column[gone])
         left.remove(gone)
         dropped.append(gone)
         counts[snapshots[gone].gamma] -= 1
@@ -127,14 +127,13 @@ def exchanged(
     return order
 
 
-def _merged_gaps(snapshots: Sequence[PowerFunction], left: Sequence[int]) -> dict[int, float]:
-    """Time between the neighbours, of the same profile, of each snapshot; infinite where it lacks one."""
-    gaps = dict.fromkeys(left, float("inf"))
-    for gamma in {snapshots[i].gamma for i in left}:
+def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]) -> int:
+    """The one of several whose neighbours of the same profile have the least time between them, and the latest such."""
+    gaps = dict.fromkeys(equals, float("inf"))  # where it lacks one
+    for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
         own = sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
-        for before, index, after in zip(own, own[1:], own[2:], strict=False):
-            gaps[index] = snapshots[after].t - snapshots[before].t
-    return gaps
+        gaps |= {i: snapshots[b].t - snapshots[a].t for a, i, b in zip(own, own[1:], own[2:], strict=False) if i in gaps}
+    return min(equals, key=lambda i: (gaps[i], -snapshots[i].t))
 
 
 def losses_of(
@@ -151,7 +150,7 @@ def _gammas(sigma_range: tuple[float, float]) -> tuple[float, ...]:
 
 
 def errors_after_each(losses: Losses) -> FloatArray:
-    """The 8-norm of the expected errors over the range when one more is lost: shape [snapshots left]."""
+    """The 8-norm of the expected errors over the range when one more is lost: shape [n]."""
     return _together(losses.squares_without_each())
 
 

@@ -51,13 +51,16 @@ class IntervalBasis:
         return np.asarray(self.ends.reshape(shape) * length, dtype=np.float64)
 
     def expand(self, exponent: FloatArray, amplitude: FloatArray) -> FloatArray:
-        """The functions amplitude_kn (s / end_k)**exponent_n in this basis: [N], [K, N] to [K, G, N].
+        """The functions amplitude_kn (s / end_k)**exponent_n in this basis: [N] or [1], [K, N] to [K, G, N].
 
         A power with the exponent of a basis function is represented exactly; others by their projection.
         """
-        overlap = self.moment(self._exponents[:, None] + exponent[None, :])  # [K, G, N]
-        overlap *= amplitude[:, None, :] / self._norms[:, :, None]
-        return np.asarray(np.einsum("kgj,kgn->kjn", self._to_basis, overlap), dtype=np.float64)
+        distinct, place = exponent, slice(None)
+        if exponent.size > self._exponents.size:  # many snapshots have the same
+            distinct, place = np.unique(exponent, return_inverse=True)
+        overlap = self.moment(self._exponents[:, None] + distinct) / self._norms[:, :, None]
+        projected = self._to_basis.transpose(0, 2, 1) @ overlap  # [K, G, distinct]
+        return np.asarray(projected[:, :, place] * amplitude[:, None, :], dtype=np.float64)
 
     def project(self, values: FloatArray, nodes: Nodes) -> FloatArray:
         """The projection of any function, given by its values at quadrature nodes: [M] to [K, G]."""
@@ -79,7 +82,7 @@ class StoredFunctions(ABC):
 
     @abstractmethod
     def terms(self, gamma: FloatArray, t: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
-        """(power [n], amplitude [K, n]) of each term, for power functions of `gamma` at `t`."""
+        """(power [n] or [1], amplitude [K, n]) of each term, for power functions of `gamma` at `t`."""
 
     @abstractmethod
     def values(self, profile: Profile, s: FloatArray) -> FloatArray:
@@ -123,7 +126,7 @@ class Tails(StoredFunctions):
     def terms(self, gamma: FloatArray, t: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
         """The two terms of 1 - (end/t)**(gamma+1) (s/end)**(gamma+1)."""
         present, ratio = self._ratio(t)
-        return [(np.zeros(gamma.size), present), (gamma + 1, -(ratio ** (gamma + 1)))]
+        return [(np.zeros(1), present), (gamma + 1, -(ratio ** (gamma + 1)))]
 
     def values(self, profile: Profile, s: FloatArray) -> FloatArray:
         """The tail."""

@@ -30,39 +30,38 @@ class Losses:
         unreachable: what no coefficients change of each squared error: shape [targets].
 
     Attributes:
-        there: the snapshots that are left, by their columns, in order.
-        squares: expected squared errors of the targets when they are made of these: shape [targets].
+        squares: expected squared errors of the targets when they are made of what is left: shape [targets].
     """
 
     def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
-        self.there = list(range(factor.shape[1]))
         self._factor, self._goals, self._unreachable = factor, goals, unreachable
+        self._left = np.arange(factor.shape[1])
         self._solve()
 
     def squares_without_each(self) -> FloatArray:
-        """Expected squared errors when one more is lost: shape [targets, snapshots left]."""
+        """Expected squared errors when one more is lost: shape [targets, n], `squares` for those that are gone."""
         return self.squares[:, None] + np.square(self._columns) * self.costs()
 
     def costs(self) -> FloatArray:
-        """What a squared error grows by, per c_i^2, when a snapshot is lost: shape [snapshots left].
+        """What a squared error grows by, per c_i^2, when a snapshot is lost: shape [n].
 
-        0 for one that rounding cannot tell from combinations of others.
+        0 for one that is gone, and for one that rounding cannot tell from combinations of others.
         """
         spread = np.diagonal(self._inverse)
-        return np.where(spread > 0, 1 / np.where(spread > 0, spread, 1.0), 0.0)
+        return np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
 
     def lose(self, snapshot: int) -> None:
         """Go on without one of those that are left."""
-        place = self.there.index(snapshot)
-        del self.there[place]
-        if self._is_degenerate or len(self.there) <= (1 - _SOLVED_ANEW) * self._solved:
+        self._left = self._left[self._left != snapshot]
+        if self._is_degenerate or self._left.size <= (1 - _SOLVED_ANEW) * self._solved:
             self._solve()
             return
-        pivot, lost = self._inverse[:, place] / self._inverse[place, place], self._columns[:, place]
-        self.squares = self.squares + lost * lost / self._inverse[place, place]
-        self._columns = np.delete(self._columns - lost[:, None] * pivot, place, axis=1)
-        inverse = self._inverse - np.outer(pivot, self._inverse[place])
-        self._inverse = np.delete(np.delete(inverse, place, axis=0), place, axis=1)
+        own, lost = self._inverse[snapshot, snapshot], self._columns[:, snapshot].copy()
+        pivot = self._inverse[snapshot] / own
+        self.squares = self.squares + lost * lost / own
+        self._columns -= np.multiply.outer(lost, pivot)
+        self._inverse -= np.multiply.outer(pivot, self._inverse[snapshot].copy())
+        self._columns[:, snapshot] = self._inverse[snapshot] = self._inverse[:, snapshot] = 0.0
 
     def of(self, snapshots: Sequence[int]) -> Losses:
         """The same of some of all the snapshots, numbered anew."""
@@ -70,27 +69,17 @@ class Losses:
         return Losses(factor[:, snapshots], goals, self._unreachable)
 
     def _solve(self) -> None:
-        factor, goals = (self._factor, self._goals) if len(self.there) == self._factor.shape[1] else self._reduced
-        factor = factor[:, self.there]
-        others, last = factor[:, :-1] - factor[:, -1:], factor[:, -1:]
-        count = others.shape[1]
-        triangle = np.linalg.qr(np.hstack((others, goals - last)), mode="r")
-        r = triangle[:count, :count]
-        least = max(others.shape) * np.finfo(np.float64).eps
-        self._is_degenerate = r.shape[0] < count or (count > 0 and linalg.lapack.dtrcon(r)[0] < least)
-        if self._is_degenerate:
-            problem = LeastSquares(others)
-            solution, root = problem.solve(goals - last), problem.inverse_factor()
-            missed = np.sum((others @ solution - (goals - last)) ** 2, axis=0)
-        else:
-            root = linalg.lapack.dtrtri(r)[0] if count else r
-            solution = root @ triangle[:count, count:]
-            missed = np.sum(triangle[count:, count:] ** 2, axis=0)
-        self._solved = len(self.there)
+        left, count = self._left, self._factor.shape[1]
+        factor, goals = (self._factor, self._goals) if left.size == count else self._reduced
+        others, last = factor[:, left[:-1]] - factor[:, left[-1:]], factor[:, left[-1:]]
+        solution, root, missed = _solved(others, goals - last)
+        self._solved = left.size
+        self._is_degenerate = root.shape[1] < others.shape[1]
         self.squares = self._unreachable + missed
-        self._columns = np.vstack((solution, 1 - solution.sum(axis=0))).T
+        self._columns, self._inverse = np.zeros((goals.shape[1], count)), np.zeros((count, count))
+        self._columns[:, left] = np.vstack((solution, 1 - solution.sum(axis=0))).T
         root = np.vstack((root, -root.sum(axis=0)))
-        self._inverse = root @ root.T
+        self._inverse[np.ix_(left, left)] = root @ root.T
 
     @cached_property
     def _reduced(self) -> tuple[FloatArray, FloatArray]:
@@ -98,3 +87,20 @@ class Losses:
         count = self._factor.shape[1]
         triangle = np.linalg.qr(np.hstack((self._factor, self._goals)), mode="r")
         return triangle[:, :count], triangle[:, count:]
+
+
+def _solved(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Solution, a root W with W W^T = (factor^T factor)^-1, and squared residuals, of a least-squares problem.
+
+    The root has fewer columns than rows where rounding cannot tell columns from combinations of others.
+    """
+    count = factor.shape[1]
+    triangle = np.linalg.qr(np.hstack((factor, goals)), mode="r")
+    r = triangle[:count, :count]
+    least = max(factor.shape) * np.finfo(np.float64).eps
+    if r.shape[0] < count or (count and linalg.lapack.dtrcon(r)[0] < least):
+        problem = LeastSquares(factor)
+        solution = problem.solve(goals)
+        return solution, problem.inverse_factor(), np.sum((factor @ solution - goals) ** 2, axis=0)
+    root = linalg.lapack.dtrtri(r)[0] if count else r
+    return root @ triangle[:count, count:], root, np.sum(triangle[count:, count:] ** 2, axis=0)

@@ -184,7 +184,7 @@ def removal_order(
         may_go = [index for index in left if index not in needed and counts[profiles[index].gamma] > keep]
         if not may_go:
             return order
-        after = dict(zip(left, errors_after_each(losses).tolist(), strict=True))
+        after = errors_after_each(losses)
         ranked = sorted(may_go, key=lambda index: (after[index], -profiles[index].t))
         for index in _apart(ranked, left, profiles, max(1, (len(left) - _ONE_BY_ONE) // 24)):
             if counts[profiles[index].gamma] > keep:
