@@ -1,7 +1,4 @@
-"""How many threads the libraries beneath take: small operations that wait for a pool of threads are slow on a busy machine.
-
-No setting of torch is touched: it would be taken over by threads that begin later, and be seen by the training.
-"""
+"""How many threads libraries beneath take: on a busy machine small operations should not wait for a pool of them."""
 
 from __future__ import annotations
 
@@ -22,7 +19,7 @@ def core_count() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def take_one_thread() -> None:
+def take_one_openmp_thread() -> None:
     """Have all that the calling thread asks OpenMP for done in itself, from now on; other threads are as before."""
     _openmp().limit(limits=1)
 
@@ -45,8 +42,7 @@ class _Limit:
         with self._lock:
             self._users += 1
             if self._users == 1:
-                # MKL is left alone, where it is torch's as well.
-                self._limiter = ThreadpoolController().select(internal_api="openblas").limit(limits=1)
+                self._limiter = _openblas().limit(limits=1)
 
     def end(self) -> None:
         with self._lock:
@@ -58,9 +54,18 @@ class _Limit:
 _limit = _Limit()
 
 
+@lru_cache
+def _openblas() -> ThreadpoolController:
+    """NumPy's and SciPy's own, which must have been imported. MKL is left alone: it is torch's as well."""
+    return ThreadpoolController().select(internal_api="openblas")
+
+
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """NumPy's and SciPy's linear algebra in one thread within the block: for many small problems."""
+    """NumPy's and SciPy's linear algebra in one thread within the block: for many small problems.
+
+    It is a setting of the process: other threads' linear algebra takes one thread meanwhile, too.
+    """
     _limit.begin()
     try:
         yield

@@ -75,7 +75,8 @@ def plan(
         max_checkpoints=max_checkpoints,
     )
     earlier = None if like is None else _likeness(files.expanded(like), steps)
-    proposals = propose(task if earlier is None else _like(task, earlier))
+    with output.working("looking for the best schedules"):
+        proposals = propose(task if earlier is None else _like(task, earlier))
     if out is not None:
         _draw(out, proposals, force)
     if as_json:

@@ -12,6 +12,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.choosing import MOST_SOLVED, choose
 from posthoc_cli.profiles import FloatArray, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Losses, MinimumVariance, Prior
+from posthoc_cli.threads import one_blas_thread
 
 USEFUL_RANGE = (0.05, 0.28)
 """The sigma_rel that snapshots are kept for, unless somebody says otherwise."""
@@ -24,6 +25,7 @@ _NORM = 8
 """Errors over the range are put together by their 8-norm: near the worst one, yet no target is for nothing."""
 
 
+@one_blas_thread()
 def snapshots_to_drop(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
@@ -132,7 +134,9 @@ def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], e
     gaps = dict.fromkeys(equals, float("inf"))  # where it lacks one
     for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
         own = sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
-        gaps |= {i: snapshots[b].t - snapshots[a].t for a, i, b in zip(own, own[1:], own[2:], strict=False) if i in gaps}
+        for before, index, after in zip(own, own[1:], own[2:], strict=False):
+            if index in gaps:
+                gaps[index] = snapshots[after].t - snapshots[before].t
     return min(equals, key=lambda i: (gaps[i], -snapshots[i].t))
 
 

@@ -55,9 +55,7 @@ class IntervalBasis:
 
         A power with the exponent of a basis function is represented exactly; others by their projection.
         """
-        distinct, place = exponent, slice(None)
-        if exponent.size > self._exponents.size:  # many snapshots have the same
-            distinct, place = np.unique(exponent, return_inverse=True)
+        distinct, place = np.unique(exponent, return_inverse=True)  # many snapshots have the same
         overlap = self.moment(self._exponents[:, None] + distinct) / self._norms[:, :, None]
         projected = self._to_basis.transpose(0, 2, 1) @ overlap  # [K, G, distinct]
         return np.asarray(projected[:, :, place] * amplitude[:, None, :], dtype=np.float64)

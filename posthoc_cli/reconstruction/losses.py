@@ -1,9 +1,9 @@
 """What the loss of snapshots costs, one after another, from one factorisation.
 
 With all coefficients but the last as unknowns, expected squared errors are residuals of a least-squares problem. Where
-c are its coefficients and P is the inverse of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to a squared error,
-takes P_ki c_i / P_ii from each c_k, and P_ki P_il / P_ii from each P_kl. So a loss costs as many operations as P has
-elements, and not a new solve.
+c are its coefficients and P is the inverse of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to a squared
+error, takes P_ki c_i / P_ii from each c_k, and P_ki P_il / P_ii from each P_kl. So a loss costs as many operations as P
+has elements, and not a new solve.
 """
 
 from __future__ import annotations
@@ -36,6 +36,9 @@ class Losses:
     def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
         self._factor, self._goals, self._unreachable = factor, goals, unreachable
         self._left = np.arange(factor.shape[1])
+        self.squares: FloatArray
+        self._columns: FloatArray  # [targets, n]
+        self._inverse: FloatArray  # [n, n]
         self._solve()
 
     def squares_without_each(self) -> FloatArray:
@@ -85,7 +88,7 @@ class Losses:
     def _reduced(self) -> tuple[FloatArray, FloatArray]:
         """Factor and goals with as many rows as there are columns, at most."""
         count = self._factor.shape[1]
-        triangle = np.linalg.qr(np.hstack((self._factor, self._goals)), mode="r")
+        triangle = _triangle(np.hstack((self._factor, self._goals)))
         return triangle[:, :count], triangle[:, count:]
 
 
@@ -95,7 +98,7 @@ def _solved(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArr
     The root has fewer columns than rows where rounding cannot tell columns from combinations of others.
     """
     count = factor.shape[1]
-    triangle = np.linalg.qr(np.hstack((factor, goals)), mode="r")
+    triangle = _triangle(np.hstack((factor, goals)))
     r = triangle[:count, :count]
     least = max(factor.shape) * np.finfo(np.float64).eps
     if r.shape[0] < count or (count and linalg.lapack.dtrcon(r)[0] < least):
@@ -104,3 +107,8 @@ def _solved(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArr
         return solution, problem.inverse_factor(), np.sum((factor @ solution - goals) ** 2, axis=0)
     root = linalg.lapack.dtrtri(r)[0] if count else r
     return root @ triangle[:count, count:], root, np.sum(triangle[count:, count:] ** 2, axis=0)
+
+
+def _triangle(matrix: FloatArray) -> FloatArray:
+    """R of a QR decomposition."""
+    return np.asarray(np.linalg.qr(matrix, mode="r"), dtype=np.float64)

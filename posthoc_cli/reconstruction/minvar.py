@@ -102,7 +102,8 @@ class MinimumVariance:
         """`expected_square` of each target with its own column of coefficients: shape [targets]."""
         ordered = coefficients[self._order]
         missed = np.sum((self._rows @ ordered - goals.columns) ** 2, axis=0)
-        return goals.unreachable + missed + np.sum((self._rounding @ ordered) ** 2, axis=0)
+        missed += np.sum((self._rounding @ ordered) ** 2, axis=0)
+        return np.asarray(goals.unreachable + missed)
 
     def expected_errors(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
         """`expected_error` of each target with its own column of coefficients: shape [targets]."""

@@ -158,9 +158,7 @@ def _careful(
     return own + _share_of_published(variance, snapshots, np.array(gain)) * (published - own)
 
 
-def _share_of_published(
-    variance: MinimumVariance, snapshots: Sequence[PowerFunction], gain: FloatArray
-) -> FloatArray:
+def _share_of_published(variance: MinimumVariance, snapshots: Sequence[PowerFunction], gain: FloatArray) -> FloatArray:
     """How much the published coefficients count, by the predicted error of the others relative to theirs."""
     few = len({snapshot.t for snapshot in snapshots}) <= _FEW_TIMES
     sure, none = _GAIN_OF_SUDDEN if variance.has_sudden_movement else _GAIN_OF_FEW if few else _GAIN_OF_MANY

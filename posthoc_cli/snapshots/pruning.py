@@ -26,6 +26,7 @@ from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.segments import by_segment
 from posthoc_cli.snapshots.sharded import open_tensors, remove_snapshot
 from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.threads import one_blas_thread
 
 _ONE_BY_ONE = 128
 """Up to so many snapshots one goes at a time; of more, several between two solves: single ones hardly matter."""
@@ -71,6 +72,7 @@ def writing_to(directory: Path) -> Iterator[list[Snapshot]]:
         lock.release()
 
 
+@one_blas_thread()
 def plan_pruning(
     snapshots: Sequence[Snapshot],
     keep: int | None = None,

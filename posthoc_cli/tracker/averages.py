@@ -200,6 +200,7 @@ class RunningAverages:
         kept = self.accumulators
         assert kept is not None, "called when there are some"
         self._make_scratch(kept.layout, crew)
+        parts = zip(kept.totals, kept.recent, self.standing.masses, room, strict=True)
 
         def work(item: tuple[Group, float, torch.Tensor, torch.Tensor, torch.Tensor], thread: int) -> None:
             group, mass, totals, means, values = item
@@ -211,7 +212,7 @@ class RunningAverages:
             work,
             (
                 (group, mass, *block)
-                for total, recent, mass, target in zip(kept.totals, kept.recent, self.standing.masses, room, strict=True)
+                for total, recent, mass, target in parts
                 for group, *flats in zip(kept.layout, total.flats, recent.flats, target.flats, strict=True)
                 for block in zip(*(torch.split(flat, group.exact_block) for flat in flats), strict=True)
             ),

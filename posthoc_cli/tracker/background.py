@@ -19,9 +19,8 @@ from weakref import WeakSet
 import torch
 
 from posthoc_cli.errors import NonFiniteError, NotReadyError
-from posthoc_cli.threads import take_one_thread
 from posthoc_cli.tracker.averages import Accumulators
-from posthoc_cli.tracker.crew import ALONE, Crew
+from posthoc_cli.tracker.crew import ALONE, Crew, take_one_thread
 from posthoc_cli.tracker.following import Change
 from posthoc_cli.tracker.layout import BlockReader, Layout, lay_out, on_host
 from posthoc_cli.tracker.live import Progress, Reading, Room, Tracking, Values
@@ -128,7 +127,8 @@ class Background:
             message = None
         else:
             reader = self._reader_of(update.tensors)
-            streams = self._streams.current([*update.tensors.averaged.values(), *update.tensors.copied.values()])
+            devices = [group.device for group in reader.layout] + [copy.device for copy in copies.values()]
+            streams = self._streams.current(devices)
             message = self._updates.call(lambda: self._update_here(update, reader, copies, streams, room))
             self._counted = update.progress
         self._update_pace.tell()
@@ -252,9 +252,7 @@ class Background:
     def _reader_of(self, tensors: ModelTensors) -> BlockReader:
         if self._reader is None or self._read is not tensors:
             self._reader = self._read = None  # also where making the next one fails
-            self._reader = BlockReader.of_tensors(
-                lay_out(tensors.averaged), tensors.averaged, self._crew.size
-            )
+            self._reader = BlockReader.of_tensors(lay_out(tensors.averaged), tensors.averaged, self._crew.size)
             self._read = tensors
         return self._reader
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import partial
 from typing import TypeVar
 
 import torch
 
-from posthoc_cli.threads import MAX_THREADS, core_count, take_one_thread
+from posthoc_cli.threads import MAX_THREADS, core_count, take_one_openmp_thread
 from posthoc_cli.tracker.worker import Job, Worker
 
 Item = TypeVar("Item")
@@ -59,8 +60,9 @@ class Crew:
 
         jobs = [Job(partial(take, thread)) for thread in range(1, min(self.size, len(todo)))]
         try:
-            for helper, job in zip(self._helpers, jobs, strict=False):
-                helper.put(job)
+            with suppress(RuntimeError):  # no thread is to be had any more: then the others do the work
+                for helper, job in zip(self._helpers, jobs, strict=False):
+                    helper.put(job)
             take(0)
         finally:
             for job in jobs:
@@ -76,3 +78,12 @@ class Crew:
 
 ALONE = Crew(1)
 """The calling thread."""
+
+
+def take_one_thread() -> None:
+    """Have torch do in the calling thread what it is asked for there.
+
+    `torch.set_num_threads(1)` would do that as well, and be taken over by all threads that begin later.
+    """
+    torch.get_num_threads()  # has it set OpenMP's number for this thread, which it does once
+    take_one_openmp_thread()
