@@ -56,9 +56,9 @@ class IntervalBasis:
         A power with the exponent of a basis function is represented exactly; others by their projection.
         """
         distinct, place = np.unique(exponent, return_inverse=True)  # many snapshots have the same
-        overlap = self.moment(self._exponents[:, None] + distinct) / self._norms[:, :, None]
-        projected = self._to_basis.transpose(0, 2, 1) @ overlap  # [K, G, distinct]
-        return np.asarray(projected[:, :, place] * amplitude[:, None, :], dtype=np.float64)
+        overlap = self.moment(self._exponents[:, None] + distinct)[:, :, place]  # [K, G, N]
+        overlap = overlap * (amplitude[:, None, :] / self._norms[:, :, None])
+        return np.asarray(np.einsum("kgj,kgn->kjn", self._to_basis, overlap), dtype=np.float64)
 
     def project(self, values: FloatArray, nodes: Nodes) -> FloatArray:
         """The projection of any function, given by its values at quadrature nodes: [M] to [K, G]."""

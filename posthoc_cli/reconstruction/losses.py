@@ -1,9 +1,9 @@
 """What the loss of snapshots costs, one after another, from one factorisation.
 
 With all coefficients but the last as unknowns, expected squared errors are residuals of a least-squares problem. Where
-c are its coefficients and P is the inverse of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to a squared
-error, takes P_ki c_i / P_ii from each c_k, and P_ki P_il / P_ii from each P_kl. So a loss costs as many operations as P
-has elements, and not a new solve.
+c are its coefficients and P = W W^T is the inverse of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to a
+squared error and takes P_ki c_i / P_ii from each c_k, and from each row of W what it has in the direction of row i. So
+a loss costs as many operations as W has elements, and not a new solve.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
-from scipy import linalg
 
 from posthoc_cli.profiles import FloatArray
-from posthoc_cli.reconstruction.least_squares import LeastSquares
+from posthoc_cli.reconstruction.least_squares import solve_once, triangle_of
 
 _SOLVED_ANEW = 0.25
-"""The share of the snapshots that go before the problem is solved anew: each loss takes digits from P."""
+"""The share of the snapshots that go before the problem is solved anew: each loss takes digits."""
 
 
 class Losses:
@@ -38,7 +37,7 @@ class Losses:
         self._left = np.arange(factor.shape[1])
         self.squares: FloatArray
         self._columns: FloatArray  # [targets, n]
-        self._inverse: FloatArray  # [n, n]
+        self._root: FloatArray  # W: [n, less than n]
         self._solve()
 
     def squares_without_each(self) -> FloatArray:
@@ -50,7 +49,7 @@ class Losses:
 
         0 for one that is gone, and for one that rounding cannot tell from combinations of others.
         """
-        spread = np.diagonal(self._inverse)
+        spread = np.sum(self._root**2, axis=1)
         return np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
 
     def lose(self, snapshot: int) -> None:
@@ -59,12 +58,13 @@ class Losses:
         if self._is_degenerate or self._left.size <= (1 - _SOLVED_ANEW) * self._solved:
             self._solve()
             return
-        own, lost = self._inverse[snapshot, snapshot], self._columns[:, snapshot].copy()
-        pivot = self._inverse[snapshot] / own
-        self.squares = self.squares + lost * lost / own
+        own, lost = self._root[snapshot].copy(), self._columns[:, snapshot].copy()
+        square = own @ own
+        pivot = self._root @ own / square
+        self.squares = self.squares + lost * lost / square
         self._columns -= np.multiply.outer(lost, pivot)
-        self._inverse -= np.multiply.outer(pivot, self._inverse[snapshot].copy())
-        self._columns[:, snapshot] = self._inverse[snapshot] = self._inverse[:, snapshot] = 0.0
+        self._root -= np.multiply.outer(pivot, own)
+        self._columns[:, snapshot] = self._root[snapshot] = 0.0
 
     def of(self, snapshots: Sequence[int]) -> Losses:
         """The same of some of all the snapshots, numbered anew."""
@@ -75,40 +75,17 @@ class Losses:
         left, count = self._left, self._factor.shape[1]
         factor, goals = (self._factor, self._goals) if left.size == count else self._reduced
         others, last = factor[:, left[:-1]] - factor[:, left[-1:]], factor[:, left[-1:]]
-        solution, root, missed = _solved(others, goals - last)
+        solution, missed, root = solve_once(others, goals - last)
         self._solved = left.size
         self._is_degenerate = root.shape[1] < others.shape[1]
         self.squares = self._unreachable + missed
-        self._columns, self._inverse = np.zeros((goals.shape[1], count)), np.zeros((count, count))
-        self._columns[:, left] = np.vstack((solution, 1 - solution.sum(axis=0))).T
-        root = np.vstack((root, -root.sum(axis=0)))
-        self._inverse[np.ix_(left, left)] = root @ root.T
+        self._columns, self._root = np.zeros((goals.shape[1], count)), np.zeros((count, root.shape[1]))
+        self._columns[:, left[:-1]], self._columns[:, left[-1]] = solution.T, 1 - solution.sum(axis=0)
+        self._root[left[:-1]], self._root[left[-1]] = root, -root.sum(axis=0)
 
     @cached_property
     def _reduced(self) -> tuple[FloatArray, FloatArray]:
         """Factor and goals with as many rows as there are columns, at most."""
         count = self._factor.shape[1]
-        triangle = _triangle(np.hstack((self._factor, self._goals)))
+        triangle = triangle_of(np.hstack((self._factor, self._goals)))
         return triangle[:, :count], triangle[:, count:]
-
-
-def _solved(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """Solution, a root W with W W^T = (factor^T factor)^-1, and squared residuals, of a least-squares problem.
-
-    The root has fewer columns than rows where rounding cannot tell columns from combinations of others.
-    """
-    count = factor.shape[1]
-    triangle = _triangle(np.hstack((factor, goals)))
-    r = triangle[:count, :count]
-    least = max(factor.shape) * np.finfo(np.float64).eps
-    if r.shape[0] < count or (count and linalg.lapack.dtrcon(r)[0] < least):
-        problem = LeastSquares(factor)
-        solution = problem.solve(goals)
-        return solution, problem.inverse_factor(), np.sum((factor @ solution - goals) ** 2, axis=0)
-    root = linalg.lapack.dtrtri(r)[0] if count else r
-    return root @ triangle[:count, count:], root, np.sum(triangle[count:, count:] ** 2, axis=0)
-
-
-def _triangle(matrix: FloatArray) -> FloatArray:
-    """R of a QR decomposition."""
-    return np.asarray(np.linalg.qr(matrix, mode="r"), dtype=np.float64)

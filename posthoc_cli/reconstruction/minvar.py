@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction.intervals import Densities, StoredFunctions, Tails
-from posthoc_cli.reconstruction.least_squares import LeastSquares
+from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
 from posthoc_cli.reconstruction.losses import Losses
 from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.prior import Prior
@@ -88,9 +88,10 @@ class MinimumVariance:
 
         The same but for what depends on the company: last bits, and coefficients too small to count.
         """
-        problem, last = self._problem
-        wanted = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.gamma.size)))) - last[:, None]
-        others = problem.solve(wanted)
+        stacked = np.vstack((self._rows, self._rounding))
+        others, last = stacked[:, :-1] - stacked[:, -1:], stacked[:, -1:]
+        wanted = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.gamma.size)))) - last
+        others = solve_once(others, wanted)[0]
         solution = self._as_given(np.vstack((others, 1 - others.sum(axis=0))))
         for target in np.flatnonzero(np.isin(goals.gamma, self._gamma) & np.isin(goals.t, self._times)):
             stored = self._stored_exactly(PowerFunction(float(goals.gamma[target]), float(goals.t[target])))

@@ -19,7 +19,10 @@ import numpy.typing as npt
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction.intervals import Densities
-from posthoc_cli.reconstruction.least_squares import LeastSquares
+from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
+
+ProfileGoals = tuple[FloatArray, FloatArray]
+"""Targets in the orthonormal functions, [rows, targets], and their squared norms, [targets]."""
 
 
 class ProfileDistance:
@@ -54,23 +57,21 @@ class ProfileDistance:
     def error(self, coefficients: FloatArray, target: Profile) -> float:
         """|| sum_i c_i p_i - p || / || p ||. Values below about 1e-7 are rounding."""
         goal, norm2 = self._goal(target)
-        return float(self._errors(coefficients[:, None], goal[:, None], np.array([norm2]))[0])
+        return float(self.errors(coefficients[:, None], (goal[:, None], np.array([norm2])))[0])
 
-    def solve_all(self, targets: Sequence[PowerFunction]) -> FloatArray:
+    def solve_all(self, goals: ProfileGoals) -> FloatArray:
         """As `solve`, for many targets at once: shape [snapshots, targets]; nan where there is no answer."""
-        solution = self._problem.solve(self._goals(targets)[0])
+        solution = solve_once(self._factor, goals[0])[0]
         total = solution.sum(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
             return np.where((total > 0) & (total < np.inf), solution / total, np.nan)
 
-    def errors(self, coefficients: FloatArray, targets: Sequence[PowerFunction]) -> FloatArray:
+    def errors(self, coefficients: FloatArray, goals: ProfileGoals) -> FloatArray:
         """`error` of each target with its own column of coefficients: shape [targets]."""
-        return self._errors(coefficients, *self._goals(targets))
-
-    def _errors(self, coefficients: FloatArray, goals: FloatArray, norms: FloatArray) -> FloatArray:
+        columns, norms = goals
         # What no combination reaches (outside the span of the basis), and how far this one is within it.
-        unreachable = np.maximum(norms - np.sum(goals**2, axis=0), 0.0)
-        missed = np.sum((self._factor @ coefficients - goals) ** 2, axis=0)
+        unreachable = np.maximum(norms - np.sum(columns**2, axis=0), 0.0)
+        missed = np.sum((self._factor @ coefficients - columns) ** 2, axis=0)
         return np.asarray(np.sqrt((unreachable + missed) / norms))
 
     @cached_property
@@ -82,8 +83,8 @@ class ProfileDistance:
         rows, squares = self._densities.of_target(target)
         return rows.reshape(-1), float(squares.sum())
 
-    def _goals(self, targets: Sequence[PowerFunction]) -> tuple[FloatArray, FloatArray]:
-        """The same of many: shapes [rows, targets] and [targets]."""
+    def goals(self, targets: Sequence[PowerFunction]) -> ProfileGoals:
+        """Many targets, for the methods that take them at once."""
         gamma, t = np.array([p.gamma for p in targets]), np.array([p.t for p in targets])
         columns = self._densities.of_powers(gamma, t).reshape(-1, gamma.size)
         return columns, self._densities.squares(gamma, t).sum(axis=0)

@@ -113,8 +113,8 @@ def expected_errors(
     As by `reconstruct`, but for last digits: all targets are solved for at once, which is many times faster.
     """
     distance, variance = ProfileDistance(snapshots, t), MinimumVariance(snapshots, prior, t)
-    goals = variance.goals(targets)
-    own, published = variance.solve_all(goals), distance.solve_all(targets)
+    goals, profiles = variance.goals(targets), distance.goals(targets)
+    own, published = variance.solve_all(goals), distance.solve_all(profiles)
     rows = {snapshot: row for row, snapshot in enumerate(snapshots)}
     stored = [(rows[target], column) for column, target in enumerate(targets) if target in rows]
     for row, column in stored:
@@ -123,7 +123,7 @@ def expected_errors(
     best, there = variance.expected_squares(own, goals), variance.expected_squares(published, goals)
     gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
     columns = own + _share_of_published(variance, snapshots, gain) * (published - own)
-    profile_error = distance.errors(columns, targets)
+    profile_error = distance.errors(columns, profiles)
     for row, column in stored:
         if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
             profile_error[column] = 0.0
