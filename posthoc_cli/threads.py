@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 
-from threadpoolctl import ThreadpoolController, threadpool_limits
-
-MAX_THREADS = 16
-"""Threads of ours at most: beyond, the memory bus is full, and Python's own lock is in the way."""
-
-
-def core_count() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+from threadpoolctl import ThreadpoolController
 
 
 def take_one_openmp_thread() -> None:
@@ -30,30 +20,6 @@ def _openmp() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="openmp")
 
 
-class _Limit:
-    """OpenBLAS in one thread while anybody wants it: the first limits it, and the last one lifts the limit."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # a signal handler may come while its thread has it
-        self._users = 0
-        self._limiter: threadpool_limits | None = None
-
-    def begin(self) -> None:
-        with self._lock:
-            self._users += 1
-            if self._users == 1:
-                self._limiter = _openblas().limit(limits=1)
-
-    def end(self) -> None:
-        with self._lock:
-            self._users -= 1
-            if self._users == 0 and self._limiter is not None:
-                self._limiter.restore_original_limits()
-
-
-_limit = _Limit()
-
-
 @lru_cache
 def _openblas() -> ThreadpoolController:
     """NumPy's and SciPy's own, which must have been imported. MKL is left alone: it is torch's as well."""
@@ -64,10 +30,8 @@ def _openblas() -> ThreadpoolController:
 def one_blas_thread() -> Iterator[None]:
     """NumPy's and SciPy's linear algebra in one thread within the block: for many small problems.
 
-    It is a setting of the process: other threads' linear algebra takes one thread meanwhile, too.
+    It is a setting of the process: other threads' linear algebra takes one thread meanwhile, too. The thread that comes
+    first makes and undoes it.
     """
-    _limit.begin()
-    try:
+    with _openblas().limit(limits=1):
         yield
-    finally:
-        _limit.end()

@@ -177,7 +177,7 @@ def measure_beside_others(report: Report, folder: Path, sizes: Sizes, device: st
     """An update of ours beside both peers', quiet and busy."""
     cases: list[tuple[str, Shapes, float, float]] = [
         (f"{sizes.layers:,} layers of 64 x 64 with biases", small_layers(sizes.layers), 0.4, 0.5),
-        (f"{sizes.parameters / 1e6:.3g} M parameters in 24", large_tensors(sizes.parameters, 24), 1, 1.3),
+        (f"{sizes.parameters / 1e6:.3g} M parameters in 24", large_tensors(sizes.parameters, 24), 1.3, 1.3),
     ]
     dtype = torch.float32
     field = [who for who in contenders(dtype, device) if who.role in ("ours", "PyPI peer")]

@@ -50,7 +50,8 @@ class Losses:
         0 for one that is gone, and for one that rounding cannot tell from combinations of others.
         """
         spread = np.sum(self._root**2, axis=1)
-        return np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
+        costs: FloatArray = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
+        return costs
 
     def lose(self, snapshot: int) -> None:
         """Go on without one of those that are left."""

@@ -16,7 +16,8 @@ from typing import TypeVar
 
 import torch
 
-from posthoc_cli.threads import MAX_THREADS, core_count, take_one_openmp_thread
+from posthoc_cli.synthesis.workers import worker_count
+from posthoc_cli.threads import take_one_openmp_thread
 from posthoc_cli.tracker.worker import Job, Worker
 
 Item = TypeVar("Item")
@@ -35,8 +36,8 @@ class Crew:
 
     @classmethod
     def like_torch(cls) -> Crew:
-        """As many threads as torch takes in the calling one, up to the cores that there are."""
-        return cls(min(torch.get_num_threads(), core_count(), MAX_THREADS))
+        """As many threads as torch takes in the calling one, up to those of a synthesis."""
+        return cls(min(torch.get_num_threads(), worker_count()))
 
     def each(self, work: Callable[[Item, int], None], items: Iterable[Item]) -> None:
         """Do `work` with every item, in any order; it gets the number of its thread, below `size`, too.
