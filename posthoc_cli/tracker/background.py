@@ -252,7 +252,8 @@ class Background:
     def _reader_of(self, tensors: ModelTensors) -> BlockReader:
         if self._reader is None or self._read is not tensors:
             self._reader = self._read = None  # also where making the next one fails
-            self._reader = BlockReader.of_tensors(lay_out(tensors.averaged), tensors.averaged, self._crew.size)
+            layout = lay_out(tensors.averaged)
+            self._reader = BlockReader.of_tensors(layout, tensors.averaged, self._crew_for(layout).size)
             self._read = tensors
         return self._reader
 

@@ -14,6 +14,7 @@ from posthoc_cli.tracker import layout
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.crew import ALONE, Crew
 from posthoc_cli.tracker.layout import BlockReader, FlatTensors, lay_out
+from posthoc_cli.tracker.model_tensors import ModelTensors
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -110,6 +111,18 @@ def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.Monk
     monkeypatch.setattr(threading.Thread, "start", refused)
     crew.each(lambda item, _: done.append(item), range(9))
     assert done == list(range(9))
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_an_accelerator_has_one_thread_and_one_block_of_scratch(tmp_path: Path) -> None:
+    with PostHocEMA.from_model(torch.nn.Linear(2, 2), tmp_path) as tracker:
+        here, elsewhere = ({"a": torch.empty(2, dtype=torch.bfloat16, device=device)} for device in ("cpu", "meta"))
+        sizes = [tracker._background._crew_for(lay_out(tensors)).size for tensors in (here, elsewhere)]
+        readers = [
+            tracker._background._reader_of(ModelTensors(tensors, {}, {}, (), ())) for tensors in (here, elsewhere)
+        ]
+    assert sizes == [2, 1]
+    assert [len(reader._scratch) for reader in readers] == [2, 1]
 
 
 @pytest.mark.usefixtures("_small_blocks", "_two_threads")
