@@ -10,12 +10,19 @@ from contextlib import contextmanager
 
 PER_CORE = 2
 
+_WORK = """
+import os
+parent = os.getppid()
+while os.getppid() == parent:  # it ends with whoever began it, however that ends
+    sum(range(1_000_000))
+"""
+
 
 @contextmanager
 def busy_machine(processes: int | None = None) -> Iterator[None]:
     """Keep processes busy within the block, PER_CORE for each core by default."""
     count = PER_CORE * (os.cpu_count() or 1) if processes is None else processes
-    running = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    running = [subprocess.Popen([sys.executable, "-c", _WORK]) for _ in range(count)]
     try:
         yield
     finally:
