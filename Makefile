@@ -54,6 +54,8 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_averages.py
 	$(BIN)/python scripts/bench_differentiable.py
 	$(BIN)/python scripts/bench_update.py
+	$(BIN)/python scripts/bench_update.py --busy
+	$(BIN)/python scripts/bench_planning.py
 	$(BIN)/python scripts/bench_load.py
 
 torture: $(READY)

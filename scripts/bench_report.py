@@ -22,10 +22,14 @@ class Report:
         return self.times({label: run}, nbytes, before)[0]
 
     def times(
-        self, runs: dict[str, Callable[[], object]], nbytes: int = 0, before: Callable[[], None] | None = None
+        self,
+        runs: dict[str, Callable[[], object]],
+        nbytes: int = 0,
+        before: Callable[[], None] | None = None,
+        busy: bool = False,
     ) -> list[Seconds]:
-        """Time runs that will be compared, in turns."""
-        found = take_turns(list(runs.values()), self.repeats, before)
+        """Time runs that will be compared, in turns; `busy`: beside other processes, that are there on purpose."""
+        found = take_turns(list(runs.values()), self.repeats, before, busy)
         for label, seconds in zip(runs, found, strict=True):
             rate = f"  {nbytes / seconds.median / 1e9:6.2f} GB/s" if nbytes else ""
             print(f"  {label:<44}{seconds}{rate}", flush=True)

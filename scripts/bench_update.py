@@ -1,6 +1,7 @@
 """What the hook costs training: an update beside those of others, the stall of a checkpoint, the share of a step.
 
     python scripts/bench_update.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick]
+    python scripts/bench_update.py --busy [--repeats 5]
 
 All runs keep two averages. Ours and both PyPI peers track sigma_rel 0.05 and 0.28; the others know one classical
 average at a time and are run twice. Everyone has a copy of the same model and is asked for an update after every step,
@@ -29,6 +30,10 @@ fsynced, also beyond a usual update. While writing is synchronous, the two are t
 without, at update_every=10. Updates lie in the middle between the ends of a run, so that what the hook makes a later
 step wait for is counted; what a worker has left to do when a run ends is not: it is waited for before the next run.
 
+**A busy machine** (`--busy`, nothing else then): 1,000 small layers with biases and the large model, ours beside both
+peers, as the machine is and beside twice as many busy processes as it has cores, as data loaders are. Everyone else's
+threads wait for each other there; nothing is waited for to be quiet.
+
 With `--device cuda` the models are on the accelerator. `posthoc_ema` keeps its averages on the CPU there.
 """
 
@@ -44,14 +49,16 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
 from bench_report import Report
+from busy import busy_machine, load_text
 from quiet_timing import Seconds, take_turns
-from synthesis_cases import TRACKED, Layers, Shapes, large_tensors, small_tensors, write_plainly
+from synthesis_cases import TRACKED, Layers, Shapes, large_tensors, small_layers, small_tensors, write_plainly
 from update_cases import (
     NEVER,
     Contender,
@@ -90,11 +97,14 @@ class Sizes:
     seconds: float = 0.5
     repeats: int = 5
     least_checkpoints: int = 5
+    layers: int = 1_000
+    processes: int | None = None
+    """Busy ones; None for twice as many as there are cores."""
     transformer: TransformerSize = SMALL_TRANSFORMER
     accelerated: TransformerSize = LARGE_TRANSFORMER
 
 
-QUICK = Sizes(20, 50_000, 0.0, 1, 1, TINY_TRANSFORMER, TINY_TRANSFORMER)
+QUICK = Sizes(20, 50_000, 0.0, 1, 1, 10, 1, TINY_TRANSFORMER, TINY_TRANSFORMER)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -110,6 +120,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = Report(sizes.repeats)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
+        if options.busy:
+            measure_beside_others(report, folder, sizes, device)
+            print("\nGoals:")
+            print("\n".join(report.goals))
+            return
         many, large = small_tensors(sizes.small), large_tensors(sizes.parameters, 24)
         for dtype in (torch.float32, torch.bfloat16):
             measure_many(report, folder, many, dtype, device, sizes.seconds)
@@ -129,6 +144,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="where the models are")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement; checkpoints at least 5")
     parser.add_argument("--folder", type=Path, help="for snapshots of up to 5 GB; by default the system's own")
+    parser.add_argument("--busy", action="store_true", help="only updates, on a quiet machine and on a busy one")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     return parser
 
@@ -152,6 +168,31 @@ def _setting(device: str) -> str:
         f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, {torch.get_num_threads()} threads, "
         f"models on {where}; {', '.join(versions)}"
     )
+
+
+# --- on a busy machine -----------------------------------------------------------------------------
+
+
+def measure_beside_others(report: Report, folder: Path, sizes: Sizes, device: str) -> None:
+    """An update of ours beside both peers', quiet and busy."""
+    cases: list[tuple[str, Shapes, float, float]] = [
+        (f"{sizes.layers:,} layers of 64 x 64 with biases", small_layers(sizes.layers), 0.4, 0.5),
+        (f"{sizes.parameters / 1e6:.3g} M parameters in 24", large_tensors(sizes.parameters, 24), 1.3, 1.3),
+    ]
+    dtype = torch.float32
+    field = [who for who in contenders(dtype, device) if who.role in ("ours", "PyPI peer")]
+    for busy in (False, True):
+        with busy_machine(sizes.processes) if busy else nullcontext():
+            for what, shapes, quiet_limit, busy_limit in cases:
+                title = f"{what}, {'busy' if busy else 'quiet'}"
+                print(f"\n{load_text()}", end="")
+                found = compare_updates(
+                    report, folder, shapes, title, torch.float32, device, sizes.seconds, field, busy
+                )
+                _, best = _fastest([(who, times) for who, times in found if who.role == "PyPI peer"])
+                ours, limit = _ours_beside(found), busy_limit if busy else quiet_limit
+                rests_on = [times for _, times in found]
+                report.goal(f"{title}: in times of the faster peer", ours.median / best.median, limit, rests_on)
 
 
 # --- one update ------------------------------------------------------------------------------------
@@ -190,20 +231,28 @@ def measure_large(
 
 
 def compare_updates(
-    report: Report, folder: Path, shapes: Shapes, title: str, dtype: torch.dtype, device: str, seconds: float
+    report: Report,
+    folder: Path,
+    shapes: Shapes,
+    title: str,
+    dtype: torch.dtype,
+    device: str,
+    seconds: float,
+    field: Sequence[Contender] | None = None,
+    busy: bool = False,
 ) -> list[tuple[Contender, Seconds]]:
-    """A table: one update of everyone who is installed."""
+    """A table: one update of everyone in the field, or of all, who is installed."""
     parameters = _parameters(shapes)
     print(f"\nOne update of two averages: {title} ({parameters:,} parameters) on {device}")
     begun: list[tuple[Contender, Updates, int]] = []
     with tempfile.TemporaryDirectory(dir=folder) as name:
-        for index, who in enumerate(contenders(dtype, device)):
+        for index, who in enumerate(contenders(dtype, device) if field is None else field):
             if not who.installed:
                 print(f"  {who.label:<36}not installed")
                 continue
             updates = who.start(Layers(shapes).to(device, dtype), Path(name) / str(index))
             begun.append((who, updates, _calls_that_last(updates, seconds)))
-        times = take_turns([_repeated(updates, calls) for _, updates, calls in begun], report.repeats)
+        times = take_turns([_repeated(updates, calls) for _, updates, calls in begun], report.repeats, busy=busy)
         for _, updates, _ in begun:
             updates.close()
     found = []

@@ -54,16 +54,18 @@ class Seconds:
 
 
 def take_turns(
-    runs: list[Callable[[], object]], repeats: int, before: Callable[[], None] | None = None
+    runs: list[Callable[[], object]], repeats: int, before: Callable[[], None] | None = None, busy: bool = False
 ) -> list[Seconds]:
-    """Time several runs `repeats` times, in turns."""
+    """Time several runs `repeats` times, in turns; `busy`: beside other processes, that are there on purpose."""
     found: list[list[tuple[float, float | None]]] = [[] for _ in runs]
     for _ in range(repeats):
         for index, run in enumerate(runs):
             if before is not None:
                 before()
-            _wait_for_quiet()
-            found[index].append(_timed(run))
+            if not busy:
+                _wait_for_quiet()
+            seconds, share = _timed(run)
+            found[index].append((seconds, 0.0 if busy else share))
     return [_summary(times) for times in found]
 
 
@@ -104,5 +106,5 @@ def _busy() -> float | None:
 
 
 def _own() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(one.ru_utime + one.ru_stime for one in used)

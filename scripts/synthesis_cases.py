@@ -35,6 +35,12 @@ def small_tensors(count: int) -> dict[str, tuple[int, ...]]:
     return {f"layers.{index}.weight": (64, 64) for index in range(count)}
 
 
+def small_layers(count: int) -> dict[str, tuple[int, ...]]:
+    """Linear layers from 64 to 64, with biases."""
+    sizes = {"weight": (64, 64), "bias": (64,)}
+    return {f"layers.{index}.{name}": size for index in range(count) for name, size in sizes.items()}
+
+
 # --- our snapshots ---------------------------------------------------------------------------------
 
 

@@ -209,7 +209,8 @@ def start_plain_lerp(model: torch.nn.Module, _: Path) -> Updates:
     @torch.no_grad()
     def update() -> None:
         assert reader.surely_finite()
-        for block, own in reader:
+        for block in reader.blocks:
+            own = reader.values(block)
             for average in averages:
                 part = average.flats[block.group][block.begin : block.end]
                 torch.lerp(part, own, 1 - DECAY, out=part)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import subprocess
 from pathlib import Path
 
 import bench_update
+import busy
 import pytest
 import quiet_timing
 import torch
@@ -34,6 +36,26 @@ def test_the_benchmark_runs_and_judges_every_goal(capsys: pytest.CaptureFixture[
     assert len(goals) == GOALS
     assert all(line.split()[0] in ("met", "MISSED", "NOT") for line in goals)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("_impatient")
+def test_beside_busy_processes_every_goal_is_judged_and_none_of_them_is_left(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[subprocess.Popen[bytes]] = []
+    real = subprocess.Popen
+
+    def begin(*arguments: object) -> subprocess.Popen[bytes]:
+        begun.append(real(*arguments))  # type: ignore[call-overload]
+        return begun[-1]
+
+    monkeypatch.setattr(busy.subprocess, "Popen", begin)
+    bench_update.main(["--quick", "--busy", "--folder", str(tmp_path)])
+    goals = capsys.readouterr().out.split("Goals:\n")[1].splitlines()
+    assert [line.split(":")[0].rpartition(", ")[2] for line in goals] == ["quiet", "quiet", "busy", "busy"]
+    assert all(line.split()[0] in ("met", "MISSED") for line in goals[2:])
+    assert len(begun) == 1
+    assert begun[0].returncode is not None
 
 
 @pytest.mark.usefixtures("_impatient")

@@ -19,8 +19,9 @@ from posthoc_cli.planning import (
     ErrorCurve,
     Schedule,
     error_curve,
-    errors_after_loss,
+    errors_after_each,
     forecast,
+    losses_of,
     profile_fit,
     snapshots_to_drop,
 )
@@ -84,7 +85,7 @@ def test_the_error_after_a_loss_is_that_of_solving_again_without_it() -> None:
     snapshots = [pure(s, float(t)) for t in (5, 11, 18, 30, 40) for s in (0.05, 0.28)]
     prior = assumed_prior(snapshots, 1e-3)
     targets = [pure(float(s), 40.0) for s in np.geomspace(0.05, 0.28, 12)]
-    for lost, error in enumerate(errors_after_loss(snapshots, prior)):
+    for lost, error in enumerate(errors_after_each(losses_of(snapshots, prior))):
         rest = [index for index in range(len(snapshots)) if index != lost]
         solver = MinimumVariance([snapshots[i] for i in rest], prior.of(rest), 40.0)
         again = np.array([solver.expected_square(solver.solve(target), target) for target in targets])
@@ -94,7 +95,7 @@ def test_the_error_after_a_loss_is_that_of_solving_again_without_it() -> None:
 def test_the_snapshot_that_goes_is_the_one_missed_least() -> None:
     snapshots = [pure(s, float(t)) for t in (2, 3, 20, 30, 40) for s in (0.05, 0.28)]
     prior = assumed_prior(snapshots, 2e-4)
-    errors = errors_after_loss(snapshots, prior)
+    errors = errors_after_each(losses_of(snapshots, prior))
     gone = snapshots_to_drop(snapshots, prior, 4)
     assert gone[0] == int(np.argmin(errors))
 

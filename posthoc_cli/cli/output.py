@@ -19,7 +19,9 @@ from rich.progress import (
     BarColumn,
     DownloadColumn,
     Progress,
+    SpinnerColumn,
     TextColumn,
+    TimeElapsedColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
@@ -169,6 +171,19 @@ def progress_bar(what: str, total: int, quiet: bool, verbose: bool = False) -> I
     with bar:
         task = bar.add_task(what, total=total)
         yield lambda count: bar.advance(task, count)
+
+
+@contextmanager
+def working(what: str) -> Iterator[None]:
+    """A line on stderr with the time so far, where that is a terminal, as long as the block takes."""
+    console = Console(stderr=True)
+    line = Progress(
+        SpinnerColumn(), TextColumn(what), TimeElapsedColumn(),
+        console=console, transient=True, disable=not console.is_terminal,
+    )  # fmt: skip
+    with line:
+        line.add_task(what, total=None)
+        yield
 
 
 class ProgressLines:

@@ -94,7 +94,8 @@ def plan(
         max_checkpoints=None if max_checkpoints is None else parse_count(max_checkpoints, "--max-checkpoints", "20"),
     )
     earlier = read_likeness(like, task.steps)
-    proposals = propose(replace(task, motion=earlier.motion, rounding=earlier.rounding))
+    with output.working("looking for the best schedules"):
+        proposals = propose(replace(task, motion=earlier.motion, rounding=earlier.rounding))
     if out is not None:
         _draw(out, proposals, force)
     if as_json:

@@ -15,7 +15,7 @@ from posthoc_cli.planning.curves import (
     profile_fit,
 )
 from posthoc_cli.planning.forecast import Forecast, forecast, forecast_at, sigma_rels_in
-from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_loss, exchanged, snapshots_to_drop
+from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_each, exchanged, losses_of, snapshots_to_drop
 from posthoc_cli.planning.proposals import Proposal, judge, propose
 from posthoc_cli.planning.schedule import MOST_TIMES, Schedule, listed
 from posthoc_cli.planning.task import Task, check_dtype, relative_rounding
@@ -37,12 +37,13 @@ __all__ = [
     "check_sigma_range",
     "choose",
     "error_curve",
-    "errors_after_loss",
+    "errors_after_each",
     "exchanged",
     "forecast",
     "forecast_at",
     "judge",
     "listed",
+    "losses_of",
     "profile_fit",
     "propose",
     "relative_rounding",

@@ -9,7 +9,7 @@ import numpy as np
 
 from posthoc_cli.planning.keeping import USEFUL_RANGE
 from posthoc_cli.profiles import FloatArray, PowerFunction
-from posthoc_cli.reconstruction import Prior, reconstruct
+from posthoc_cli.reconstruction import Prior, expected_errors
 
 
 @dataclass(frozen=True)
@@ -63,5 +63,5 @@ def forecast_at(snapshots: Sequence[PowerFunction], prior: Prior, sigma_rels: Fl
     """As `forecast`, at these sigma_rels."""
     t = max(p.t for p in snapshots)
     targets = [PowerFunction.from_sigma_rel(float(s), t) for s in sigma_rels]
-    result = reconstruct(snapshots, targets, prior=prior, t=t)
-    return Forecast(sigma_rels, np.nan_to_num(result.predicted_error, nan=0.0), result.profile_error)
+    predicted, profile = expected_errors(snapshots, targets, prior, t)
+    return Forecast(sigma_rels, np.nan_to_num(predicted, nan=0.0), profile)

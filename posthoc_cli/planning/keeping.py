@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Sequence
+from functools import lru_cache
 
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.choosing import MOST_SOLVED, choose
-from posthoc_cli.profiles import FloatArray, PowerFunction
-from posthoc_cli.reconstruction import MinimumVariance, Prior
+from posthoc_cli.profiles import FloatArray, PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.reconstruction import Losses, MinimumVariance, Prior
+from posthoc_cli.threads import one_blas_thread
 
 USEFUL_RANGE = (0.05, 0.28)
 """The sigma_rel that snapshots are kept for, unless somebody says otherwise."""
@@ -23,6 +25,7 @@ _NORM = 8
 """Errors over the range are put together by their 8-norm: near the worst one, yet no target is for nothing."""
 
 
+@one_blas_thread()
 def snapshots_to_drop(
     snapshots: Sequence[PowerFunction],
     prior: Prior,
@@ -33,10 +36,9 @@ def snapshots_to_drop(
 
     One after another that one goes whose loss raises the predicted error over `sigma_range`, at the time of the last
     snapshot, least; between equals (where nothing moved) the one whose neighbours are closest together; then what is
-    kept is improved by exchanges, see `exchanged`. The last one of each profile stays. The cost of every loss follows
-    from one factorisation (`MinimumVariance.removal_costs`), so that a drop takes as many solves as there are targets,
-    however many snapshots there are. Of very many, those go first that are not chosen by `choose`: thinning is followed
-    from a few times as many as are kept.
+    kept is improved by exchanges, see `exchanged`. The last one of each profile stays. The costs of all losses follow
+    from one factorisation (`Losses`). Of very many, those go first that are not chosen by `choose`: thinning is
+    followed from a few times as many as are kept.
 
     Arguments:
         snapshots: profiles of what is stored, in any order.
@@ -50,22 +52,24 @@ def snapshots_to_drop(
         raise InvalidValueError(f"max_checkpoints {keep}: must be at least 1, or None to keep all")
     left = list(range(len(snapshots)))
     beyond: list[int] = []
-    dropped: list[int] = []
     if len(left) > MOST_SOLVED:
         profiles = len({p.gamma for p in snapshots})
         left = choose(snapshots, min(MOST_SOLVED, _FOLLOWED * keep * profiles), keep)
         beyond = sorted(set(range(len(snapshots))) - set(left))
-    while True:
-        counts = Counter(snapshots[i].gamma for i in left)
-        newest = newest_of_each(snapshots)
-        may_go = [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]
-        if not may_go:
-            return [*beyond, *exchanged(snapshots, prior, left, dropped, set(newest), sigma_range)]
-        found = errors_after_loss([snapshots[i] for i in left], prior.of(left), sigma_range)
-        errors, gaps = dict(zip(left, found, strict=True)), _merged_gaps(snapshots, left)
-        gone = min(may_go, key=lambda i: (errors[i], gaps[i], -snapshots[i].t))
+    losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
+    column = {index: number for number, index in enumerate(left)}
+    newest = set(newest_of_each(snapshots))
+    counts = Counter(snapshots[i].gamma for i in left)
+    dropped: list[int] = []
+    while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]:
+        errors = errors_after_each(losses)[[column[i] for i in may_go]]
+        equals = [may_go[place] for place in np.flatnonzero(errors == errors.min())]
+        gone = _closest_together(snapshots, left, equals)
+        losses.lose(column[gone])
         left.remove(gone)
         dropped.append(gone)
+        counts[snapshots[gone].gamma] -= 1
+    return [*beyond, *exchanged(snapshots, prior, left, dropped, newest, sigma_range)]
 
 
 def newest_of_each(snapshots: Sequence[PowerFunction]) -> list[int]:
@@ -103,12 +107,14 @@ def exchanged(
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
         return order
-    least = _error(snapshots, prior, kept, sigma_range)
+    everyone = [*kept, *order]
+    losses = losses_of([snapshots[i] for i in everyone], prior.of(everyone), sigma_range)
+    place = {index: number for number, index in enumerate(everyone)}
+    least = float(_together(losses.of([place[i] for i in kept]).squares[:, None])[0])
     for _ in range(_MOST_TRIED // max(len(order), 1)):
         trials = []
         for coming in order:
-            both = [*kept, coming]
-            errors = errors_after_loss([snapshots[i] for i in both], prior.of(both), sigma_range)
+            errors = errors_after_each(losses.of([place[i] for i in (*kept, coming)]))
             trials += [
                 (float(error), coming, leaving)
                 for error, leaving in zip(errors, kept, strict=False)
@@ -123,40 +129,33 @@ def exchanged(
     return order
 
 
-def _merged_gaps(snapshots: Sequence[PowerFunction], left: Sequence[int]) -> dict[int, float]:
-    """Time between the neighbours, of the same profile, of each snapshot; infinite where it lacks one."""
-    gaps = dict.fromkeys(left, float("inf"))
-    for gamma in {snapshots[i].gamma for i in left}:
+def _closest_together(snapshots: Sequence[PowerFunction], left: Sequence[int], equals: Sequence[int]) -> int:
+    """The one of several whose neighbours of the same profile have the least time between them, and the latest such."""
+    gaps = dict.fromkeys(equals, float("inf"))  # where it lacks one
+    for gamma in {snapshots[i].gamma for i in equals} if len(equals) > 1 else ():
         own = sorted((i for i in left if snapshots[i].gamma == gamma), key=lambda i: snapshots[i].t)
         for before, index, after in zip(own, own[1:], own[2:], strict=False):
-            gaps[index] = snapshots[after].t - snapshots[before].t
-    return gaps
+            if index in gaps:
+                gaps[index] = snapshots[after].t - snapshots[before].t
+    return min(equals, key=lambda i: (gaps[i], -snapshots[i].t))
 
 
-def errors_after_loss(
+def losses_of(
     snapshots: Sequence[PowerFunction], prior: Prior, sigma_range: tuple[float, float] = USEFUL_RANGE
-) -> FloatArray:
-    """The 8-norm of the expected errors over the range when each of the snapshots is lost: shape [n]."""
-    solver, columns, squares = _solved(snapshots, prior, sigma_range)
-    return _together(squares[:, None] + np.square(columns) * solver.removal_costs())
-
-
-def _error(
-    snapshots: Sequence[PowerFunction], prior: Prior, kept: Sequence[int], sigma_range: tuple[float, float]
-) -> float:
-    """The same of some of the snapshots when none of them is lost."""
-    _, _, squares = _solved([snapshots[index] for index in kept], prior.of(kept), sigma_range)
-    return float(_together(squares[:, None])[0])
-
-
-def _solved(
-    snapshots: Sequence[PowerFunction], prior: Prior, sigma_range: tuple[float, float]
-) -> tuple[MinimumVariance, FloatArray, FloatArray]:
-    """Coefficients of targets over the range, [targets, n], and their expected squared errors, [targets]."""
+) -> Losses:
+    """What losses of snapshots cost targets over the range, at the time of the last one."""
     t = max(p.t for p in snapshots)
-    solver = MinimumVariance(snapshots, prior, t)
-    targets = [PowerFunction.from_sigma_rel(float(s), t) for s in np.geomspace(*sigma_range, _TARGETS)]
-    return solver, *solver.solve_all(targets)
+    return MinimumVariance(snapshots, prior, t).losses([PowerFunction(gamma, t) for gamma in _gammas(sigma_range)])
+
+
+@lru_cache(maxsize=16)
+def _gammas(sigma_range: tuple[float, float]) -> tuple[float, ...]:
+    return tuple(gamma_from_sigma_rel(float(s)) for s in np.geomspace(*sigma_range, _TARGETS))
+
+
+def errors_after_each(losses: Losses) -> FloatArray:
+    """The 8-norm of the expected errors over the range when one more is lost: shape [n]."""
+    return _together(losses.squares_without_each())
 
 
 def _together(squares: FloatArray) -> FloatArray:

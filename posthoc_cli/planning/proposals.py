@@ -21,6 +21,7 @@ from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.planning.task import MOST_KEPT, Task
 from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import assumed_prior
+from posthoc_cli.threads import one_blas_thread
 
 _PROFILES = (1, 2, 3)
 _GRID = 6
@@ -87,6 +88,7 @@ class Proposal:
         return f"{listed(self.schedule.sigma_rels)} in {self.dtype}, {self.schedule.kept} each"
 
 
+@one_blas_thread()
 def propose(task: Task) -> list[Proposal]:
     """The cheapest choice that is good enough first, or where none is the best; then others that are really different.
 

@@ -4,6 +4,7 @@
 `intervals` the closed forms that both rest on.
 """
 
+from posthoc_cli.reconstruction.losses import Losses
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.reconstruction.minvar import MinimumVariance
 from posthoc_cli.reconstruction.motion import Motion
@@ -19,7 +20,7 @@ from posthoc_cli.reconstruction.prior import (
 )
 from posthoc_cli.reconstruction.quadrature import relative_width
 from posthoc_cli.reconstruction.rounding import error_after_rounding
-from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, reconstruct
+from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, expected_errors, reconstruct
 from posthoc_cli.reconstruction.steps import Steps
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "ROUNDING",
     "WINDOW",
     "Distance",
+    "Losses",
     "Measurements",
     "MinimumVariance",
     "Motion",
@@ -37,6 +39,7 @@ __all__ = [
     "assumed_prior",
     "check_method",
     "error_after_rounding",
+    "expected_errors",
     "inner_product",
     "measured_prior",
     "reconstruct",

@@ -51,12 +51,13 @@ class IntervalBasis:
         return np.asarray(self.ends.reshape(shape) * length, dtype=np.float64)
 
     def expand(self, exponent: FloatArray, amplitude: FloatArray) -> FloatArray:
-        """The functions amplitude_kn (s / end_k)**exponent_n in this basis: [N], [K, N] to [K, G, N].
+        """The functions amplitude_kn (s / end_k)**exponent_n in this basis: [N] or [1], [K, N] to [K, G, N].
 
         A power with the exponent of a basis function is represented exactly; others by their projection.
         """
-        overlap = self.moment(self._exponents[:, None] + exponent[None, :])  # [K, G, N]
-        overlap *= amplitude[:, None, :] / self._norms[:, :, None]
+        distinct, place = np.unique(exponent, return_inverse=True)  # many snapshots have the same
+        overlap = self.moment(self._exponents[:, None] + distinct)[:, :, place]  # [K, G, N]
+        overlap = overlap * (amplitude[:, None, :] / self._norms[:, :, None])
         return np.asarray(np.einsum("kgj,kgn->kjn", self._to_basis, overlap), dtype=np.float64)
 
     def project(self, values: FloatArray, nodes: Nodes) -> FloatArray:
@@ -79,7 +80,7 @@ class StoredFunctions(ABC):
 
     @abstractmethod
     def terms(self, gamma: FloatArray, t: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
-        """(power [n], amplitude [K, n]) of each term, for power functions of `gamma` at `t`."""
+        """(power [n] or [1], amplitude [K, n]) of each term, for power functions of `gamma` at `t`."""
 
     @abstractmethod
     def values(self, profile: Profile, s: FloatArray) -> FloatArray:
@@ -123,7 +124,7 @@ class Tails(StoredFunctions):
     def terms(self, gamma: FloatArray, t: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
         """The two terms of 1 - (end/t)**(gamma+1) (s/end)**(gamma+1)."""
         present, ratio = self._ratio(t)
-        return [(np.zeros(gamma.size), present), (gamma + 1, -(ratio ** (gamma + 1)))]
+        return [(np.zeros(1), present), (gamma + 1, -(ratio ** (gamma + 1)))]
 
     def values(self, profile: Profile, s: FloatArray) -> FloatArray:
         """The tail."""

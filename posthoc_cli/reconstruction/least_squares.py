@@ -1,4 +1,4 @@
-"""Least squares for one right-hand side after another."""
+"""Least squares: for one right-hand side after another, and for many at once."""
 
 from __future__ import annotations
 
@@ -43,3 +43,29 @@ class LeastSquares:
         if self._order.size:
             result[self._order] = linalg.solve_triangular(self._r, np.eye(self._order.size), check_finite=False)
         return result
+
+
+def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """argmin_x || factor x - goals || of many goals, [rows, goals], the squared residuals, and a root W of an inverse.
+
+    W W^T = (factor^T factor)^-1; it has fewer columns than rows where rounding cannot tell columns of `factor` from
+    combinations of others. From one triangle and without an orthogonal matrix: several times faster than
+    `LeastSquares`.
+    """
+    count = factor.shape[1]
+    triangle = triangle_of(np.hstack((factor, goals)))
+    r = triangle[:count, :count]
+    least = max(factor.shape) * np.finfo(np.float64).eps
+    if r.shape[0] < count or (count > 0 and linalg.lapack.dtrcon(r)[0] < least):
+        problem = LeastSquares(factor)
+        solution = problem.solve(goals)
+        return solution, np.sum((factor @ solution - goals) ** 2, axis=0), problem.inverse_factor()
+    if count == 0:
+        return np.zeros((0, goals.shape[1])), np.sum(triangle**2, axis=0), np.zeros((0, 0))
+    solution, _ = linalg.lapack.dtrtrs(r, triangle[:count, count:])
+    return solution, np.sum(triangle[count:, count:] ** 2, axis=0), linalg.lapack.dtrtri(r)[0]
+
+
+def triangle_of(matrix: FloatArray) -> FloatArray:
+    """R of a QR decomposition."""
+    return np.asarray(np.linalg.qr(matrix, mode="r"), dtype=np.float64)

@@ -23,7 +23,8 @@ import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction.intervals import Densities, StoredFunctions, Tails
-from posthoc_cli.reconstruction.least_squares import LeastSquares
+from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
+from posthoc_cli.reconstruction.losses import Losses
 from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.prior import Prior
 from posthoc_cli.reconstruction.rounding import rounding_factor
@@ -55,8 +56,9 @@ class MinimumVariance:
         start = prior.motion.edges[0]
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, self._times, [t])), min(start, t), t))
         cells = prior.cells(edges)
-        self.has_sudden_movement = bool(_sudden(prior.motion, cells)[0])
-        self._parts = _parts(prior, cells, np.unique(self._gamma))
+        sudden, share = _sudden(prior.motion, cells)
+        self.has_sudden_movement = bool(sudden)
+        self._parts = _parts(prior, cells, np.unique(self._gamma), sudden, share)
         self._last: tuple[Profile, FloatArray, float] | None = None
         self._rows = np.vstack([part.of_powers(self._gamma, self._times) for part in self._parts])  # [rows, n]
 
@@ -81,22 +83,51 @@ class MinimumVariance:
         moved = float(np.sum((self._rows @ ordered - goal) ** 2))
         return unreachable + moved + float(np.sum((self._rounding @ ordered) ** 2))
 
-    def solve_all(self, targets: Sequence[PowerFunction]) -> tuple[FloatArray, FloatArray]:
-        """Coefficients and expected squared errors of many targets at once: shapes [targets, n] and [targets].
+    def solve_all(self, goals: Goals) -> FloatArray:
+        """As `solve`, for many targets at once: shape [n, targets].
 
-        As `solve`, but for what depends on the company: last bits, and coefficients too small to count.
+        The same but for what depends on the company: last bits, and coefficients too small to count.
         """
+        stacked = np.vstack((self._rows, self._rounding))
+        others, last = stacked[:, :-1] - stacked[:, -1:], stacked[:, -1:]
+        wanted = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.gamma.size)))) - last
+        others = solve_once(others, wanted)[0]
+        solution = self._as_given(np.vstack((others, 1 - others.sum(axis=0))))
+        for target in np.flatnonzero(np.isin(goals.gamma, self._gamma) & np.isin(goals.t, self._times)):
+            stored = self._stored_exactly(PowerFunction(float(goals.gamma[target]), float(goals.t[target])))
+            if stored is not None:
+                solution[:, target] = self._as_given(np.arange(self._gamma.size) == stored)
+        return solution
+
+    def expected_squares(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """`expected_square` of each target with its own column of coefficients: shape [targets]."""
+        ordered = coefficients[self._order]
+        missed = np.sum((self._rows @ ordered - goals.columns) ** 2, axis=0)
+        missed += np.sum((self._rounding @ ordered) ** 2, axis=0)
+        return np.asarray(goals.unreachable + missed)
+
+    def expected_errors(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """`expected_error` of each target with its own column of coefficients: shape [targets]."""
+        apart = np.sum(self._rows**2, axis=0)[:, None] - 2 * self._rows.T @ goals.columns + goals.squares
+        norms = self._norms(np.maximum(apart, 0.0))
+        errors = np.sqrt(self.expected_squares(coefficients, goals))
+        found = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
+        return np.where((norms > 0) | (errors > 0), found, 0.0)
+
+    def goals(self, targets: Sequence[PowerFunction]) -> Goals:
+        """Many targets, for the methods that take them at once."""
         gamma, t = np.array([p.gamma for p in targets]), np.array([p.t for p in targets])
-        goals = np.vstack([part.of_powers(gamma, t) for part in self._parts])  # [rows, targets]
+        columns = np.vstack([part.of_powers(gamma, t) for part in self._parts])
         norms = np.sum([part.squares(gamma, t) for part in self._parts], axis=0)
-        problem, last = self._problem
-        wanted = np.vstack((goals, np.zeros((self._rounding.shape[0], gamma.size)))) - last[:, None]
-        others = problem.solve(wanted)
-        ordered = np.vstack((others, 1 - others.sum(axis=0)))
-        missed = np.sum((self._rows @ ordered - goals) ** 2, axis=0) + np.sum((self._rounding @ ordered) ** 2, axis=0)
-        columns = np.empty_like(ordered)
-        columns[self._order] = ordered
-        return columns.T, np.maximum(norms - np.sum(goals**2, axis=0), 0.0) + missed
+        return Goals(gamma, t, columns, norms)
+
+    def losses(self, targets: Sequence[PowerFunction]) -> Losses:
+        """What the targets' squared errors become when snapshots are lost, in the caller's order."""
+        goals = self.goals(targets)
+        stacked = np.empty((self._rows.shape[0] + self._rounding.shape[0], self._gamma.size))
+        stacked[:, self._order] = np.vstack((self._rows, self._rounding))
+        columns = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.gamma.size))))
+        return Losses(stacked, columns, goals.unreachable)
 
     def expected_error(self, coefficients: FloatArray, target: Profile) -> float:
         """The root of `expected_square`, relative to the norm that the target probably has.
@@ -108,27 +139,22 @@ class MinimumVariance:
         return error / norm if norm > 0 else 0.0 if error == 0 else float("nan")
 
     def _norm(self, target: Profile) -> float:
+        """The norm of a target, see `_norms`."""
+        goal, _ = self._goal(target)
+        return float(self._norms(np.sum((self._rows - goal[:, None]) ** 2, axis=0)[:, None])[0])
+
+    def _norms(self, apart: FloatArray) -> FloatArray:
         """Mean of the stored averages' squared norms, the nearer one is to the target the more it counts, and its root.
 
         Averages of different lengths can differ by a tenth in it: that of the nearest one alone would jump where one
         length takes over from another. By the fourth power of the distance, so that many far ones do not outweigh it.
+
+        Arguments:
+            apart: squared distances from the targets: shape [n, targets].
         """
-        goal, _ = self._goal(target)
-        apart = np.sum((self._rows - goal[:, None]) ** 2, axis=0)
         apart = np.maximum(apart, np.finfo(np.float64).tiny)  # of one that is the target itself
-        weight = (apart.min() / apart) ** 2
-        return float(np.sqrt(weight @ self._prior.norm / weight.sum()))
-
-    def removal_costs(self) -> FloatArray:
-        """What E |error|^2 grows by, per c_i^2, when snapshot i is lost and the rest is solved anew: shape [n].
-
-        Forcing one coefficient of a constrained quadratic minimum to 0 costs its square over the corresponding
-        diagonal element of the inverse of the quadratic form.
-        """
-        factor = self._problem[0].inverse_factor()
-        spread = np.sum(np.vstack((factor, -factor.sum(axis=0))) ** 2, axis=1)
-        # 0 for one that rounding cannot tell from combinations of others.
-        return self._as_given(np.where(spread > 0, 1 / np.where(spread > 0, spread, 1.0), 0.0))
+        weight = (apart.min(axis=0) / apart) ** 2
+        return np.asarray(np.sqrt(self._prior.norm @ weight / weight.sum(axis=0)))
 
     @cached_property
     def _rounding(self) -> FloatArray:
@@ -150,7 +176,7 @@ class MinimumVariance:
 
     def _as_given(self, values: npt.NDArray[Any]) -> FloatArray:
         """Values of the snapshots, in the caller's order."""
-        given = np.empty(values.size)
+        given = np.empty(values.shape)
         given[self._order] = values
         return given
 
@@ -168,6 +194,29 @@ class MinimumVariance:
             goals, norms = zip(*(part.of_target(target) for part in self._parts), strict=True)
             self._last = target, np.concatenate(goals), float(sum(norms))
         return self._last[1:]
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Targets as columns of a least-squares problem: `gamma`, `t` and `norms` [targets], `columns` [rows, targets].
+
+    `norms` are squared norms under the motion, of which the columns may miss a part.
+    """
+
+    gamma: FloatArray
+    t: FloatArray
+    columns: FloatArray
+    norms: FloatArray
+
+    @cached_property
+    def squares(self) -> FloatArray:
+        """Squared norms of the columns: shape [targets]."""
+        return np.asarray(np.sum(self.columns**2, axis=0))
+
+    @property
+    def unreachable(self) -> FloatArray:
+        """What no coefficients reach of the squared norms: shape [targets]."""
+        return np.maximum(self.norms - self.squares, 0.0)
 
 
 # --- terms of the expected error -------------------------------------------------------------------
@@ -235,9 +284,9 @@ class _Sum:
         return column, float(column @ column)
 
 
-def _parts(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Part]:
+def _parts(prior: Prior, cells: Cells, gammas: FloatArray, sudden: list[_Part], share: FloatArray) -> list[_Part]:
+    """All terms; the sudden ones have a `share` of each interval's walk."""
     walk, noise = prior.motion.on(cells.edges)
-    sudden, share = _sudden(prior.motion, cells)
     walk = walk * (1 - share)
     parts: list[_Part] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
     if cells.interval.size:
@@ -264,9 +313,11 @@ def _sudden(motion: Motion, cells: Cells) -> tuple[list[_Part], FloatArray]:
     Where in a piece a sudden movement lies is not measured; spread evenly, it would seem harmless to combinations
     that miss the target right after a snapshot.
     """
+    if motion.walk.size == 1:
+        return [], np.zeros(cells.density.size)
     edges, rest = motion.edges, np.maximum(np.append(motion.walk[1:], 0.0), np.append(0.0, motion.walk[:-1]))
     share = 2 * _AT_AN_END * np.clip(1 - _STANDS_OUT * rest / np.maximum(motion.walk, np.finfo(np.float64).tiny), 0, 1)
-    share[[0, -1] if rest.size < 2 else [0]] = 0.0  # with one neighbour or none, nothing stands out
+    share[0] = 0.0  # with one neighbour, nothing stands out
     found = np.flatnonzero((share > 0) & (edges[1:] <= cells.edges[-1]))
     share = np.where(np.isin(np.arange(share.size), found), share, 0.0)
     if not found.size:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import minimize
 
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction.steps import Cells, Steps, unknown_steps
@@ -183,6 +182,8 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, pie
         rounding: the part of each distance that is rounding.
         anchors: what each unknown is without distances that tell more; nan where there is nothing to say.
     """
+    from scipy.optimize import minimize  # a plan needs none of it, and importing takes as long as planning
+
     told = np.isfinite(anchors)
     parts = np.split(influence, influence.shape[1] // pieces, axis=1)
     scale = np.concatenate([_first_estimate(own, 1 - rounding) for own in parts])

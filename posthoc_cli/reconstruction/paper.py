@@ -19,7 +19,10 @@ import numpy.typing as npt
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction.intervals import Densities
-from posthoc_cli.reconstruction.least_squares import LeastSquares
+from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
+
+ProfileGoals = tuple[FloatArray, FloatArray]
+"""Targets in the orthonormal functions, [rows, targets], and their squared norms, [targets]."""
 
 
 class ProfileDistance:
@@ -54,10 +57,22 @@ class ProfileDistance:
     def error(self, coefficients: FloatArray, target: Profile) -> float:
         """|| sum_i c_i p_i - p || / || p ||. Values below about 1e-7 are rounding."""
         goal, norm2 = self._goal(target)
+        return float(self.errors(coefficients[:, None], (goal[:, None], np.array([norm2])))[0])
+
+    def solve_all(self, goals: ProfileGoals) -> FloatArray:
+        """As `solve`, for many targets at once: shape [snapshots, targets]; nan where there is no answer."""
+        solution = solve_once(self._factor, goals[0])[0]
+        total = solution.sum(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return np.where((total > 0) & (total < np.inf), solution / total, np.nan)
+
+    def errors(self, coefficients: FloatArray, goals: ProfileGoals) -> FloatArray:
+        """`error` of each target with its own column of coefficients: shape [targets]."""
+        columns, norms = goals
         # What no combination reaches (outside the span of the basis), and how far this one is within it.
-        unreachable = max(norm2 - float(goal @ goal), 0.0)
-        missed = float(np.sum((self._factor @ coefficients - goal) ** 2))
-        return float(np.sqrt((unreachable + missed) / norm2))
+        unreachable = np.maximum(norms - np.sum(columns**2, axis=0), 0.0)
+        missed = np.sum((self._factor @ coefficients - columns) ** 2, axis=0)
+        return np.asarray(np.sqrt((unreachable + missed) / norms))
 
     @cached_property
     def _problem(self) -> LeastSquares:
@@ -67,6 +82,12 @@ class ProfileDistance:
         """The target in the orthonormal functions, and its squared norm."""
         rows, squares = self._densities.of_target(target)
         return rows.reshape(-1), float(squares.sum())
+
+    def goals(self, targets: Sequence[PowerFunction]) -> ProfileGoals:
+        """Many targets, for the methods that take them at once."""
+        gamma, t = np.array([p.gamma for p in targets]), np.array([p.t for p in targets])
+        columns = self._densities.of_powers(gamma, t).reshape(-1, gamma.size)
+        return columns, self._densities.squares(gamma, t).sum(axis=0)
 
 
 def inner_product(gamma_a: npt.ArrayLike, t_a: npt.ArrayLike, gamma_b: npt.ArrayLike, t_b: npt.ArrayLike) -> FloatArray:

@@ -17,7 +17,7 @@ import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.errors import InexactError, InvalidValueError
-from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_loss, exchanged, forecast
+from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_each, exchanged, forecast, losses_of
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -26,6 +26,7 @@ from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.segments import by_segment
 from posthoc_cli.snapshots.sharded import open_tensors, remove_snapshot
 from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.threads import one_blas_thread
 
 _ONE_BY_ONE = 128
 """Up to so many snapshots one goes at a time; of more, several between two solves: single ones hardly matter."""
@@ -71,6 +72,7 @@ def writing_to(directory: Path) -> Iterator[list[Snapshot]]:
         lock.release()
 
 
+@one_blas_thread()
 def plan_pruning(
     snapshots: Sequence[Snapshot],
     keep: int | None = None,
@@ -178,17 +180,18 @@ def removal_order(
     needed = _needed(profiles)
     left = list(range(len(profiles)))
     order: list[int] = []
+    losses = losses_of(profiles, prior, sigma_range)
     while True:
         counts = Counter(profiles[index].gamma for index in left)
         may_go = [index for index in left if index not in needed and counts[profiles[index].gamma] > keep]
         if not may_go:
             return order
-        errors = errors_after_loss([profiles[index] for index in left], prior.of(left), sigma_range)
-        after = dict(zip(left, errors, strict=True))
+        after = errors_after_each(losses)
         ranked = sorted(may_go, key=lambda index: (after[index], -profiles[index].t))
         for index in _apart(ranked, left, profiles, max(1, (len(left) - _ONE_BY_ONE) // 24)):
             if counts[profiles[index].gamma] > keep:
                 counts[profiles[index].gamma] -= 1
+                losses.lose(index)
                 left.remove(index)
                 order.append(index)
 

@@ -23,7 +23,8 @@ import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share
 from posthoc_cli.reconstruction import WINDOW
-from posthoc_cli.tracker.layout import BlockReader, FlatTensors, Group, Layout, on_host
+from posthoc_cli.tracker.crew import ALONE, Crew
+from posthoc_cli.tracker.layout import Block, BlockReader, FlatTensors, Group, Layout, on_host
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,7 @@ class RunningAverages:
 
     def __post_init__(self) -> None:
         self.gammas = tuple(gamma_from_sigma_rel(sigma_rel) for sigma_rel in self.sigma_rels)
-        self._scratch: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+        self._scratch: dict[tuple[int, torch.device, torch.dtype], torch.Tensor] = {}
 
     @classmethod
     def none_yet(cls, sigma_rels: Sequence[float]) -> RunningAverages:
@@ -151,22 +152,27 @@ class RunningAverages:
         return self.standing.t > 0
 
     @torch.no_grad()
-    def update_(self, values: BlockReader, copies: Mapping[str, torch.Tensor], t: float, step: int) -> None:
+    def update_(
+        self, values: BlockReader, copies: Mapping[str, torch.Tensor], t: float, step: int, crew: Crew = ALONE
+    ) -> None:
         """Take in the model's values as they are at time `t`: averages <- averages + (1 - beta) (values - averages).
 
         Arguments:
             values: the parameters'; where their layout is another than before, the averages follow it.
             copies: buffers and other tensors that are copied, by name; kept as they are given.
             t, step: time and number of the call.
+            crew: threads to do it with; `values` has room for them.
         """
         kept = self._laid_out(values.layout)
+        self._make_scratch(values.layout, crew)
         before = self.standing
         shares = [new_value_share(gamma, before.t, t) for gamma in self.gammas]
         after = before.after(shares, t, step)
         parts = [share / mass for share, mass in zip(shares, after.masses, strict=True)]
         closes = after.window >= WINDOW
-        for block, own in values:
-            where = slice(block.begin, block.end)
+
+        def work(block: Block, thread: int) -> None:
+            own, where = values.values(block, thread), slice(block.begin, block.end)
             for total, recent, part, mass in zip(kept.totals, kept.recent, parts, after.masses, strict=True):
                 mean = recent.flats[block.group][where]
                 if before.window == 0:
@@ -174,7 +180,9 @@ class RunningAverages:
                 else:
                     torch.lerp(mean, own, part, out=mean)
                 if closes:
-                    self._add(values.layout[block.group], total.flats[block.group][where], mean, mass)
+                    self._add(values.layout[block.group], total.flats[block.group][where], mean, mass, thread)
+
+        crew.each(work, values.blocks)
         self.copies = copies
         self.standing = after.with_totals_of_all() if closes else after
 
@@ -187,17 +195,28 @@ class RunningAverages:
         return RunningAverages(self.sigma_rels, self.standing, moved, copies)
 
     @torch.no_grad()
-    def read(self, room: Sequence[FlatTensors]) -> None:
+    def read(self, room: Sequence[FlatTensors], crew: Crew = ALONE) -> None:
         """Write the averages as they are, rounded once, into buffers of the same tensors; nothing here changes."""
         kept = self.accumulators
         assert kept is not None, "called when there are some"
-        for total, recent, mass, target in zip(kept.totals, kept.recent, self.standing.masses, room, strict=True):
-            for group, *flats in zip(kept.layout, total.flats, recent.flats, target.flats, strict=True):
-                blocks = [torch.split(flat, group.exact_block) for flat in flats]
-                for totals, means, values in zip(*blocks, strict=True):
-                    exact = self._exact(group, means) if mass > 0 else means
-                    average = torch.lerp(totals, exact, mass, out=exact) if mass > 0 else totals
-                    values.copy_(average, non_blocking=True)
+        self._make_scratch(kept.layout, crew)
+        parts = zip(kept.totals, kept.recent, self.standing.masses, room, strict=True)
+
+        def work(item: tuple[Group, float, torch.Tensor, torch.Tensor, torch.Tensor], thread: int) -> None:
+            group, mass, totals, means, values = item
+            exact = self._exact(group, means, thread) if mass > 0 else means
+            average = torch.lerp(totals, exact, mass, out=exact) if mass > 0 else totals
+            values.copy_(average, non_blocking=True)
+
+        crew.each(
+            work,
+            (
+                (group, mass, *block)
+                for total, recent, mass, target in parts
+                for group, *flats in zip(kept.layout, total.flats, recent.flats, target.flats, strict=True)
+                for block in zip(*(torch.split(flat, group.exact_block) for flat in flats), strict=True)
+            ),
+        )
 
     @torch.no_grad()
     def copy_to(self, room: Accumulators) -> None:
@@ -205,18 +224,23 @@ class RunningAverages:
         assert self.accumulators is not None, "called when there are some"
         room.copy_(self.accumulators)
 
-    def _add(self, group: Group, total: torch.Tensor, recent: torch.Tensor, mass: float) -> None:
+    def _add(self, group: Group, total: torch.Tensor, recent: torch.Tensor, mass: float, thread: int) -> None:
         """Make a part of the averages the new totals."""
         blocks = [torch.split(flat, group.exact_block) for flat in (total, recent)]
         for totals, means in zip(*blocks, strict=True):
-            torch.lerp(totals, self._exact(group, means), mass, out=totals)
+            torch.lerp(totals, self._exact(group, means, thread), mass, out=totals)
 
-    def _exact(self, group: Group, means: torch.Tensor) -> torch.Tensor:
-        """A block of recent means in the totals' dtype; valid until the next one."""
-        key = (group.device, group.exact)
-        if key not in self._scratch:
-            self._scratch[key] = torch.empty(group.exact_block, dtype=group.exact, device=group.device)
-        return self._scratch[key][: means.numel()].copy_(means)
+    def _exact(self, group: Group, means: torch.Tensor, thread: int) -> torch.Tensor:
+        """A block of recent means in the totals' dtype; valid until the same thread's next one."""
+        return self._scratch[thread, group.device, group.exact][: means.numel()].copy_(means)
+
+    def _make_scratch(self, layout: Layout, crew: Crew) -> None:
+        """Before anything is changed: memory may be short."""
+        for group in layout:
+            for thread in range(crew.size):
+                key = (thread, group.device, group.exact)
+                if key not in self._scratch:
+                    self._scratch[key] = torch.empty(group.exact_block, dtype=group.exact, device=group.device)
 
     def _laid_out(self, layout: Layout) -> Accumulators:
         """The averages in a layout; those that lie otherwise are moved, name by name."""

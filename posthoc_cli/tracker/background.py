@@ -20,6 +20,7 @@ import torch
 
 from posthoc_cli.errors import NonFiniteError, NotReadyError
 from posthoc_cli.tracker.averages import Accumulators
+from posthoc_cli.tracker.crew import ALONE, Crew, take_one_thread
 from posthoc_cli.tracker.following import Change
 from posthoc_cli.tracker.layout import BlockReader, Layout, lay_out, on_host
 from posthoc_cli.tracker.live import Progress, Reading, Room, Tracking, Values
@@ -77,7 +78,8 @@ class Background:
         self._refusal: str | None = None
         self._beside: bool | None = None
         self._stager = Stager()
-        self._updates, self._writes = Worker("averages"), Worker("snapshots")
+        self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots")
+        self._crew = Crew.like_torch()
         every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
         self._update_pace = Pace(
             "an update of the averages", "update_every", lambda factor: divisor(snapshots, every * factor)
@@ -132,7 +134,8 @@ class Background:
             message = None
         else:
             reader = self._reader_of(update.tensors)
-            streams = self._streams.current([*update.tensors.averaged.values(), *update.tensors.copied.values()])
+            devices = [group.device for group in reader.layout] + [copy.device for copy in copies.values()]
+            streams = self._streams.current(devices)
             message = self._updates.call(lambda: self._update_here(update, reader, copies, streams, room))
             self._counted = update.progress
         self._update_pace.tell()
@@ -169,7 +172,7 @@ class Background:
         """The averages in memory of the caller's own."""
         return self._ask(
             lambda kept: Values(on_host(kept.layout), len(kept.totals)),
-            lambda room: self.now.averages.read(room.tensors),
+            self._read_averages,
         )
 
     def read_exactly(self) -> Reading[Accumulators]:
@@ -218,6 +221,7 @@ class Background:
     def close(self) -> None:
         """Finish everything."""
         self._updates.close()
+        self._crew.close()
         self._writes.close()
 
     # --- inside --------------------------------------------------------------------------------------
@@ -273,7 +277,8 @@ class Background:
     def _reader_of(self, tensors: ModelTensors) -> BlockReader:
         if self._reader is None or self._read is not tensors:
             self._reader = self._read = None  # also where making the next one fails
-            self._reader = BlockReader.of_tensors(lay_out(tensors.averaged), tensors.averaged)
+            layout = lay_out(tensors.averaged)
+            self._reader = BlockReader.of_tensors(layout, tensors.averaged, self._crew_for(layout).size)
             self._read = tensors
         return self._reader
 
@@ -303,7 +308,7 @@ class Background:
         handed_over = False
         try:
             with self._update_pace.working():
-                message = self._take_in(update, staged.reader(), staged.values.views, copies)
+                message = self._take_in(update, staged.reader(self._crew.size), staged.values.views, copies)
             self._streams.last = marks
             handed_over = update.due is not None and message is None
             self._have_written(update.due, staged if handed_over else None, room)
@@ -328,13 +333,23 @@ class Background:
         if update.change is not None:
             begun = {name: values[name] for name in update.change.begun}
             averages, tracked = averages.followed(reader.layout, begun, copies), update.change.tracked
-        name = None if reader.surely_finite() else nonfinite_name(values)
+        crew = self._crew_for(reader.layout)
+        name = None if reader.surely_finite(crew) else nonfinite_name(values)
         if name is None:
-            averages.update_(reader, copies, progress.t, progress.step)
+            averages.update_(reader, copies, progress.t, progress.step, crew)
         self.now = replace(now, progress=progress, tracked=tracked, averages=averages)
         if name is None:
             return None
         return f"parameter {name!r} holds nan or infinity at step {progress.step}; no average has taken it in"
+
+    def _read_averages(self, room: Values) -> None:
+        kept = self.now.averages.accumulators
+        assert kept is not None, "called when there are some"
+        self.now.averages.read(room.tensors, self._crew_for(kept.layout))
+
+    def _crew_for(self, layout: Layout) -> Crew:
+        """Streams of an accelerator are a thread's own, and order what is done there."""
+        return self._crew if all(group.device.type == "cpu" for group in layout) else ALONE
 
     def _have_written(
         self, due: Writer | None, staged: Staged | None, room: Values | None, known: Tracking | None = None
@@ -346,7 +361,7 @@ class Background:
             return
         # An update that was left out leaves averages of other tensors than its own.
         fitting = room if room is not None and room.fits(kept) else self._snapshot_room(kept.layout)
-        reading = self._fill(fitting, lambda own: self.now.averages.read(own.tensors), known)
+        reading = self._fill(fitting, self._read_averages, known)
         assert reading is not None, "the room fits"
         exact = self._exact_copy(kept, known) if self._settings.keep_state else None
 

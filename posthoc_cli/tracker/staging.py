@@ -39,10 +39,10 @@ class Staged:
         self._wait()
         return {name: view.clone() for name, view in self.copied.views.items()}
 
-    def reader(self) -> BlockReader:
-        """The values, block by block; waits until they are there."""
+    def reader(self, threads: int = 1) -> BlockReader:
+        """The values, block by block, for so many threads; waits until they are there."""
         self._wait()
-        return BlockReader.of_flat(self.layout, self.values)
+        return BlockReader.of_flat(self.layout, self.values, threads)
 
     def _wait(self) -> None:
         for event in self.events:

@@ -28,15 +28,16 @@ class DeviceStreams:
         self._own: Streams = {}
 
     @staticmethod
-    def current(tensors: Iterable[torch.Tensor]) -> Streams:
-        """The streams that the calling thread uses on the devices of these tensors."""
-        devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-        return {device: torch.cuda.current_stream(device) for device in devices}
+    def current(devices: Iterable[torch.device]) -> Streams:
+        """The streams that the calling thread uses on these devices."""
+        return {device: torch.cuda.current_stream(device) for device in {*devices} if device.type == "cuda"}
 
     @classmethod
     def marks(cls, tensors: Iterable[torch.Tensor]) -> Marks:
         """Events after what the calling thread has asked for so far."""
-        return tuple((device, stream.record_event()) for device, stream in cls.current(tensors).items())
+        return tuple(
+            (device, stream.record_event()) for device, stream in cls.current(t.device for t in tensors).items()
+        )
 
     @contextmanager
     def entered(self, streams: Streams) -> Iterator[None]:

@@ -91,10 +91,11 @@ class Worker:
 
     Arguments:
         name: for the thread.
+        begin: called in the thread before its first job.
     """
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
+        self._name, self._begin = name, begin
         self._queue: SimpleQueue[Job[object] | None] = SimpleQueue()
         self._vacancy: deque[None] = deque((None,))
         self._errors: deque[Exception] = deque()
@@ -104,7 +105,7 @@ class Worker:
 
     def submit(self, work: Callable[[], None]) -> None:
         """Do `work` later."""
-        self._put(Job(work, self._errors))
+        self.put(Job(work, self._errors))
 
     def call(self, work: Callable[[], Result]) -> Result:
         """Have `work` done, and return what comes of it, or raise its error.
@@ -114,7 +115,7 @@ class Worker:
         """
         job = Job(work)
         try:
-            self._put(job)
+            self.put(job)
             job.wait()
         finally:
             job.settle()
@@ -124,7 +125,7 @@ class Worker:
         """Return when every job is done; in a child that was forked meanwhile, which has no thread, at once."""
         if not self.is_idle() and os.getpid() == self._process:
             job = Job(lambda: None)
-            self._put(job)
+            self.put(job)
             job.wait()
 
     def take_error(self) -> Exception | None:
@@ -144,10 +145,11 @@ class Worker:
         """Whether there is no thread, and nothing for one to do."""
         return bool(self._vacancy) and self._queue.empty()
 
-    def _put(self, job: Job[Result]) -> None:
+    def put(self, job: Job[Result]) -> None:
+        """Do a job later; whoever waits for it gets its error."""
         self._queue.put(cast("Job[object]", job))
         if self._vacancy:
-            target = (self._queue, self._vacancy)
+            target = (self._queue, self._vacancy, self._begin)
             try:
                 threading.Thread(target=_serve, args=target, name=f"ema-{self._name}", daemon=True).start()
             except RuntimeError:  # when the process ends, Python 3.12 and later begin none
@@ -155,8 +157,9 @@ class Worker:
                 _serve(*target)
 
 
-def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None]) -> None:
+def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None], begin: Callable[[], None]) -> None:
     """Do jobs until there comes None. Of several threads that a moment may begin, one does, and the others end."""
+    begin()
     while True:
         try:
             vacancy.pop()

@@ -20,6 +20,7 @@ from posthoc_cli.reconstruction import (
     Prior,
     Steps,
     assumed_prior,
+    expected_errors,
     reconstruct,
     relative_width,
 )
@@ -377,19 +378,22 @@ def test_weights_that_are_all_0_have_no_relative_error_but_0() -> None:
         np.testing.assert_equal(solver.expected_error(solver.solve(target), target), expected)
 
 
-@given(problems())
-@settings(max_examples=40, deadline=None)
-def test_the_cost_of_a_loss_is_that_of_solving_without_it(problem) -> None:  # type: ignore[no-untyped-def]
+@given(problems(), st.randoms(use_true_random=False))
+@settings(max_examples=30, deadline=None)
+def test_errors_after_losses_are_those_of_solving_without_them(problem, random) -> None:  # type: ignore[no-untyped-def]
+    """Of one more for each that is left, after any number of others."""
     snapshots, prior, target = problem
-    if len(snapshots) < 2:
-        return
-    solver = MinimumVariance(snapshots, prior, target.t)
-    c = solver.solve(target)
-    after = solver.expected_square(c, target) + c**2 * solver.removal_costs()
-    for index in range(len(snapshots)):
-        rest = [i for i in range(len(snapshots)) if i != index]
-        without = MinimumVariance([snapshots[i] for i in rest], prior.of(rest), target.t)
-        assert after[index] == pytest.approx(without.expected_square(without.solve(target), target), rel=1e-3, abs=1e-8)
+    losses = MinimumVariance(snapshots, prior, target.t).losses([target])
+    left = list(range(len(snapshots)))
+    while len(left) > 1:
+        after = losses.squares_without_each()[0]
+        gone = random.choice(left)
+        left.remove(gone)
+        anew = MinimumVariance([snapshots[i] for i in left], prior.of(left), target.t)
+        expected = pytest.approx(anew.expected_square(anew.solve(target), target), rel=1e-3, abs=1e-8)
+        assert after[gone] == expected
+        losses.lose(gone)
+        assert losses.squares[0] == expected
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
@@ -397,7 +401,34 @@ def test_a_copy_of_a_snapshot_costs_nothing_when_it_is_lost(count: int) -> None:
     """Rounding aside, of which there is none here; nor does the only snapshot have a share that could grow."""
     snapshots = [PowerFunction.from_sigma_rel(0.1, T)] * count
     solver = MinimumVariance(snapshots, prior_of(snapshots, uneven_motion(), 0.0), T)
-    np.testing.assert_array_equal(solver.removal_costs(), np.zeros(count))
+    losses = solver.losses([PowerFunction.from_sigma_rel(0.15, T)])
+    only = losses.squares.copy()
+    for lost in range(count - 1):
+        np.testing.assert_allclose(losses.costs(), np.zeros(count), atol=1e-30)
+        losses.lose(lost)
+    np.testing.assert_allclose(losses.squares, only)
+
+
+def test_losses_of_some_are_those_of_a_problem_without_the_others() -> None:
+    snapshots = snapshots_at(np.arange(50.0, T + 1, 50.0))
+    prior = prior_of(snapshots, uneven_motion(0.3), 1e-4)
+    targets = [PowerFunction.from_sigma_rel(s, T) for s in (0.06, 0.15, 0.27)]
+    some = [0, 3, 4, 11, 16, len(snapshots) - 1]
+    found = MinimumVariance(snapshots, prior, T).losses(targets).of(some)
+    anew = MinimumVariance([snapshots[i] for i in some], prior.of(some), T).losses(targets)
+    np.testing.assert_allclose(found.squares_without_each(), anew.squares_without_each(), rtol=1e-7)
+
+
+@given(problems())
+@settings(max_examples=30, deadline=None)
+def test_errors_of_many_at_once_are_those_of_one_at_a_time(problem) -> None:  # type: ignore[no-untyped-def]
+    snapshots, prior, target = problem
+    last = snapshots[-1]
+    targets = [target, PowerFunction.from_sigma_rel(0.11, target.t), *([last] if last.t == target.t else [])]
+    one_by_one = reconstruct(snapshots, targets, prior=prior, t=target.t)
+    predicted, profile = expected_errors(snapshots, targets, prior, target.t)
+    np.testing.assert_allclose(predicted, one_by_one.predicted_error, rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(profile, one_by_one.profile_error, rtol=1e-3, atol=1e-6)
 
 
 def test_what_is_assumed_is_an_even_walk_of_a_quarter_of_the_weights_norm() -> None:

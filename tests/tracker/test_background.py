@@ -64,7 +64,7 @@ def contents(folder: Path) -> dict[str, dict[str, bytes]]:
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While it is clear, the worker cannot begin with the values that it was given."""
     gate, real = threading.Event(), Staged.reader
-    monkeypatch.setattr(Staged, "reader", lambda staged: gate.wait(60) and real(staged))
+    monkeypatch.setattr(Staged, "reader", lambda *arguments: gate.wait(60) and real(*arguments))
     yield gate
     gate.set()
 
@@ -449,10 +449,10 @@ from concurrent.futures import thread
 from posthoc_cli import PostHocEMA
 from posthoc_cli.tracker.staging import Staged
 real = Staged.reader
-def late(staged):
+def late(*arguments):
     while not thread._shutdown:  # the interpreter has begun to end
         threading.Event().wait(0.01)
-    return real(staged)
+    return real(*arguments)
 model = torch.nn.Linear(2, 2)
 tracker = PostHocEMA.from_model(model, sys.argv[1], device="cpu", update_every=1, checkpoint_every=1)
 Staged.reader = late

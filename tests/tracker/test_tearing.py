@@ -122,7 +122,7 @@ def test_a_job_is_done_once_or_never() -> None:
     worker.submit(lambda: hold.wait(60) and None)
     jobs = [Job(lambda number=number: done.append(number)) for number in range(3)]
     for job in jobs:
-        worker._put(job)
+        worker.put(job)
     jobs[1].settle()  # not begun: withdrawn
     hold.set()
     worker.wait()

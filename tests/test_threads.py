@@ -1,0 +1,67 @@
+"""Libraries in one thread where problems are small, and as they were afterwards."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+import scipy.linalg  # noqa: F401  # its OpenBLAS is another than NumPy's
+from threadpoolctl import ThreadpoolController
+
+from posthoc_cli.planning import Task, keeping, proposals, propose, snapshots_to_drop
+from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.reconstruction import assumed_prior
+from posthoc_cli.threads import one_blas_thread
+
+
+def blas_threads() -> set[int]:
+    return {library["num_threads"] for library in ThreadpoolController().info() if library["user_api"] == "blas"}
+
+
+@pytest.fixture(autouse=True)
+def _three_threads() -> Iterator[None]:
+    with ThreadpoolController().limit(limits=3, user_api="blas"):
+        if blas_threads() != {3}:
+            pytest.skip("no OpenBLAS with threads here")
+        yield
+
+
+def test_blas_has_one_thread_in_a_block_and_as_many_as_before_afterwards() -> None:
+    """Also where blocks overlap, in one thread or in two."""
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with one_blas_thread():
+            inside.set()
+            leave.wait(60)
+
+    thread = threading.Thread(target=other)
+    with pytest.raises(ZeroDivisionError), one_blas_thread():
+        thread.start()
+        inside.wait(60)
+        with one_blas_thread():
+            assert blas_threads() == {1}
+        assert blas_threads() == {1}
+        raise ZeroDivisionError
+    leave.set()
+    thread.join()
+    assert blas_threads() == {3}
+
+
+def test_planning_and_thinning_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[set[int]] = []
+    for module, name in ((keeping, "losses_of"), (proposals, "forecast")):
+        real = getattr(module, name)
+
+        def watched(*arguments: object, real=real, **named: object) -> object:  # type: ignore[no-untyped-def]
+            seen.append(blas_threads())
+            return real(*arguments, **named)
+
+        monkeypatch.setattr(module, name, watched)
+    propose(Task(100, 10, 10**6, sigma_rels=(0.1,), dtype="float16", max_checkpoints=4, checkpoint_every=20))
+    snapshots = [PowerFunction.from_sigma_rel(0.1, float(t)) for t in range(1, 6)]
+    assert snapshots_to_drop(snapshots, assumed_prior(snapshots, 1e-4), 4)
+    assert len(seen) > 2
+    assert all(threads == {1} for threads in seen)
+    assert blas_threads() == {3}

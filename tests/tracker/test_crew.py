@@ -1,0 +1,157 @@
+"""Threads of our own for updates: none of torch's, none of its settings touched, and the same bits for any number."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.tracker import layout
+from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.crew import ALONE, Crew
+from posthoc_cli.tracker.layout import BlockReader, FlatTensors, lay_out
+from posthoc_cli.tracker.model_tensors import ModelTensors
+
+SIGMA_RELS = (0.05, 0.28)
+
+
+@pytest.fixture
+def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layout, "CPU_BLOCK", 1000)
+    monkeypatch.setattr(layout, "EXACT_BLOCK", 300)
+
+
+@pytest.fixture
+def _two_threads():  # type: ignore[no-untyped-def]
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def updated(tensors: list[dict[str, torch.Tensor]], crew: Crew) -> list[FlatTensors]:
+    """Averages of what the tensors are at times 1, 2, ..."""
+    averages = RunningAverages.none_yet(SIGMA_RELS)
+    for step, values in enumerate(tensors, start=1):
+        reader = BlockReader.of_tensors(lay_out(values), values, crew.size)
+        assert reader.surely_finite(crew)
+        averages.update_(reader, {}, float(step), step, crew)
+    room = [FlatTensors(lay_out(tensors[0]), wide=True) for _ in SIGMA_RELS]
+    averages.read(room, crew)
+    return room
+
+
+@pytest.mark.usefixtures("_small_blocks")
+@pytest.mark.parametrize("size", [2, 3, 7])
+def test_bits_are_the_same_for_any_number_of_threads(size: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"a": (37, 41), "b": (5003,), "c": (3,), "d": (64, 64), "e": ()}
+    dtypes = {"b": torch.bfloat16, "d": torch.float64}
+    tensors = [
+        {name: torch.randn(shape, generator=generator).to(dtypes.get(name)) for name, shape in shapes.items()}
+        for _ in range(40)  # more than a window: totals are added to as well
+    ]
+    crew = Crew(size)
+    alone, together = updated(tensors, ALONE), updated(tensors, crew)
+    crew.close()
+    for sigma_rel, one, other in zip(SIGMA_RELS, alone, together, strict=True):
+        shares = torch.arange(41, dtype=torch.float64).pow(gamma_from_sigma_rel(sigma_rel) + 1).diff() / 40 ** (
+            gamma_from_sigma_rel(sigma_rel) + 1
+        )
+        for name, view in other.views.items():
+            assert torch.equal(view, one.views[name])
+            true = sum(share * values[name].double() for share, values in zip(shares, tensors, strict=True))
+            torch.testing.assert_close(view.double(), true, rtol=1e-5, atol=1e-6)
+
+
+def test_every_item_is_done_once_and_by_several_threads() -> None:
+    crew, barrier = Crew(3), threading.Barrier(3)
+    done: list[tuple[int, int]] = []
+
+    def work(item: int, thread: int) -> None:
+        if item < 3:
+            barrier.wait(60)  # three items are under way at once
+        assert torch.get_num_threads() == 1 or thread == 0
+        done.append((item, thread))
+
+    crew.each(work, range(100))
+    assert sorted(item for item, _ in done) == list(range(100))
+    assert {thread for item, thread in done if item < 3} == {0, 1, 2}
+    crew.close()
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_an_error_in_any_thread_is_raised_when_nobody_works_any_more(failing: int) -> None:
+    crew, barrier, working = Crew(2), threading.Barrier(2), []
+
+    def work(item: int, thread: int) -> None:
+        working.append(thread)
+        barrier.wait(60)
+        if thread == failing:
+            raise MemoryError("none left")
+        working.remove(thread)
+
+    with pytest.raises(MemoryError, match="none left"):
+        crew.each(work, range(2))
+    assert working == [failing]
+    crew.each(lambda *_: None, range(2))  # and goes on afterwards
+    crew.close()
+
+
+def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(_: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    done: list[int] = []
+    crew = Crew(4)
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    crew.each(lambda item, _: done.append(item), range(9))
+    assert done == list(range(9))
+
+
+@pytest.mark.usefixtures("_two_threads")
+def test_an_accelerator_has_one_thread_and_one_block_of_scratch(tmp_path: Path) -> None:
+    with PostHocEMA.from_model(torch.nn.Linear(2, 2), tmp_path) as tracker:
+        here, elsewhere = ({"a": torch.empty(2, dtype=torch.bfloat16, device=device)} for device in ("cpu", "meta"))
+        sizes = [tracker._background._crew_for(lay_out(tensors)).size for tensors in (here, elsewhere)]
+        readers = [
+            tracker._background._reader_of(ModelTensors(tensors, {}, {}, (), ())) for tensors in (here, elsewhere)
+        ]
+    assert sizes == [2, 1]
+    assert [len(reader._scratch) for reader in readers] == [2, 1]
+
+
+@pytest.mark.usefixtures("_small_blocks", "_two_threads")
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_the_trainings_own_threads_are_left_as_they_are(
+    device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before, during and after an update, in its own thread and in those that begin later."""
+    seen: dict[str, list[int]] = {"averages": [], "training": [], "later": []}
+    real = RunningAverages.update_
+
+    def later() -> None:
+        thread = threading.Thread(target=lambda: seen["later"].append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+
+    def update_(*arguments: object) -> None:
+        seen["averages"].append(torch.get_num_threads())
+        later()
+        real(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(RunningAverages, "update_", update_)
+    with PostHocEMA.from_model(
+        model := torch.nn.Linear(60, 60), tmp_path, update_every=1, checkpoint_every=100, device=device
+    ) as tracker:
+        for _ in range(3):
+            tracker.update_(model)
+            seen["training"].append(torch.get_num_threads())
+        assert tracker._background._crew.size == 2
+    later()
+    assert seen == {"averages": [1] * 3, "training": [2] * 3, "later": [2] * 4}
+    assert torch.get_num_threads() == 2
