@@ -11,7 +11,16 @@ import numpy as np
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL, FloatArray, PowerFunction, Profile, check_sigma_rel
-from posthoc_cli.reconstruction import Motion, Prior, assumed_prior, reconstruct, relative_width
+from posthoc_cli.reconstruction import (
+    METHODS,
+    Motion,
+    Prior,
+    assumed_prior,
+    check_method,
+    expected_errors,
+    reconstruct,
+    relative_width,
+)
 from posthoc_cli.reconstruction.prior import ASSUMED
 
 EVENLY = "the network moves evenly"
@@ -167,28 +176,39 @@ def error_curve(
     inside = [s for s in tracked if low <= s <= high]
     grid = np.unique(np.concatenate((np.geomspace(low, high, points), inside)))
     grid = np.clip(grid, low, high)
-    targets: list[Profile] = [PowerFunction.from_sigma_rel(float(s), t) for s in grid]
-    result = reconstruct(usable, targets + [profile for _, profile in others], method, prior, t)
-    known = bool(candidate.assumption) or result.prior.source != ASSUMED
-    errors = np.nan_to_num(result.predicted_error, nan=0.0)  # weights of norm 0 are reproduced exactly
+    prior = assumed_prior(usable) if prior is None else prior
+    predicted_error, profile_error = _errors(usable, grid, method, prior, t)
+    points_of_others = reconstruct(usable, [profile for _, profile in others], method, prior, t)
+    known = bool(candidate.assumption) or prior.source != ASSUMED
     return ErrorCurve(
         label=f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label,
         t=t,
         sigma_rels=grid,
-        profile_error=result.profile_error[: grid.size],
-        predicted_error=errors[: grid.size] if known else None,
+        profile_error=profile_error,
+        predicted_error=np.nan_to_num(predicted_error, nan=0.0) if known else None,  # weights of norm 0 are exact
         tracked=tracked,
         others=tuple(
             ErrorPoint(
                 title,
                 relative_width(profile, t),
-                float(result.profile_error[i]),
-                float(errors[i]) if known else None,
+                float(points_of_others.profile_error[index]),
+                float(np.nan_to_num(points_of_others.predicted_error[index], nan=0.0)) if known else None,
             )
-            for i, (title, profile) in enumerate(others, start=grid.size)
+            for index, (title, profile) in enumerate(others)
         ),
         assumption=candidate.assumption,
     )
+
+
+def _errors(
+    snapshots: Sequence[PowerFunction], sigma_rels: FloatArray, method: str | None, prior: Prior, t: float
+) -> tuple[FloatArray, FloatArray]:
+    """Predicted and profile errors of the averages of these widths: shape [sigma_rels] each."""
+    targets = [PowerFunction.from_sigma_rel(float(s), t) for s in sigma_rels]
+    if check_method(method) == METHODS[0]:
+        return expected_errors(snapshots, targets, prior, t)
+    result = reconstruct(snapshots, targets, method, prior, t)
+    return result.predicted_error, result.profile_error
 
 
 @dataclass(frozen=True)
