@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -200,7 +200,7 @@ def interrupted_when_it_writes(command: list[object], target: Path, number: sign
 
         def watch() -> None:
             while process.poll() is None and not list(target.rglob(".ema-*")):
-                os.sched_yield()
+                time.sleep(2e-4)
             started.set()
 
         threading.Thread(target=watch, daemon=True).start()
