@@ -13,7 +13,7 @@ import typer
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.profiles import check_sigma_rel
-from posthoc_cli.targets import Beta, Between, ProfileFile, SigmaRel, Target, Window
+from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, ProfileFile, SigmaRel, Target, Window
 
 _MOST_DIGITS = 1_000
 """Before and behind the point: far more than a float has, and few enough to count with."""
@@ -136,11 +136,16 @@ def parse_sigma_rels(text: str, option: str = "--sigma-rel") -> list[float]:
     Raises:
         InvalidValueError: naming the option and the range.
     """
-    widths = parse_numbers(text, option)
+    return [_sigma_rel(width, option) for width in parse_numbers(text, option)]
+
+
+def _sigma_rel(width: float, option: str) -> float:
     try:
-        return [check_sigma_rel(width) for width in widths]
+        return check_sigma_rel(width)
     except InvalidValueError as error:
-        raise InvalidValueError(f"{option}{str(error).removeprefix('sigma_rel')}") from None
+        is_beta = SHORTEST_BETA <= width < 1 and option in ("--sigma-rel", "--draw")
+        hint = f"; for a decay of {width!r} a step there is --beta {width!r}" if is_beta else ""
+        raise InvalidValueError(f"{option}{str(error).removeprefix('sigma_rel')}{hint}") from None
 
 
 def parse_sigma_range(text: str) -> tuple[float, float]:

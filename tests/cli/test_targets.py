@@ -182,6 +182,11 @@ SPAN = "must be START:END, two training times, such as 50000:80000"
     ("options", "words"),
     [
         ([], "no target: name one or several by --sigma-rel 0.15, --beta 0.9999, --window 1000, --between "),
+        (
+            ["--sigma-rel", "0.9999"],
+            "--sigma-rel 0.9999: must lie in (0, 0.2887); 0.2887 is the uniform average over all of training; "
+            "for a decay of 0.9999 a step there is --beta 0.9999",
+        ),
         (["--beta", "0.3"], "--beta 0.3: must be at least 0.5; below that the mean age"),
         (["--beta", "1"], "--beta 1.0: must lie in (0, 1)"),
         (["--beta", "0.9,abc"], "--beta abc: must be a number"),

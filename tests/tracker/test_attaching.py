@@ -450,11 +450,12 @@ def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_pa
             model = network()
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-            tracker = attached(model, tmp_path, optimizer)
+            tracker = attached(model, tmp_path, optimizer, resume="auto")
             step(model, optimizer)
             scheduler.step()
     finally:
         gc.enable()
+    assert tracker.step == 2
     tracker.close()
 
 

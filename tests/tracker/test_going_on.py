@@ -169,7 +169,7 @@ def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> No
         train(model, tracker, 1, 30, t=64.0)
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         with pytest.raises(
-            InvalidValueError, match=r"t 1344: .* the last was 1920 images; .* from_path\(\.\.\., step=N"
+            InvalidValueError, match=r"t 1344: .* at the last call, 1,920 images; .* from_path\(\.\.\., step=N"
         ):
             train(model, tracker, 21, 21, t=64.0)
         train(model, tracker, 31, 32, t=64.0)
