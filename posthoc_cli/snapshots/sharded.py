@@ -270,8 +270,7 @@ def _joined_info(shards: Sequence[Snapshot]) -> fmt.SnapshotInfo:
             raise FileFormatError(
                 f"{directory}: {shown(alias)} is a further name of {shown(aliases[alias])} and of {shown(name)}"
             )
-    told = (shard.info for shard in shards if shard.info.measurements is not None or _holds_averages(shard.info))
-    joined = _joined_measurements([info.measurements for info in told])
+    joined = _joined_measurements([shard.info.measurements for shard in shards if _holds_averages(shard.info)])
     return replace(shards[0].info, tensors=tensors, aliases=aliases, measurements=joined, motion=None)
 
 
