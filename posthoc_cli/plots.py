@@ -318,6 +318,8 @@ def _draw_profile(axes: Axes, fit: Fit) -> None:
 def _draw_coefficients(axes: Axes, fit: Fit) -> None:
     times = np.unique(np.concatenate(list(fit.snapshot_times.values())))
     spacing = float(np.min(np.diff(times))) if times.size > 1 else 0.1 * float(times[0])
+    # A snapshot off the schedule may stand close to one on it: bars that overlap are better than invisible ones.
+    spacing = max(spacing, float(times[-1] - times[0]) / (3 * times.size))
     width = 0.8 * spacing / len(fit.snapshot_times)
     hatches = ("", "////", "....") if times.size * len(fit.snapshot_times) <= _MOST_HATCHED else ("",)
     for index, (label, at) in enumerate(fit.snapshot_times.items()):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 
 import matplotlib.image
 import numpy as np
@@ -122,6 +123,15 @@ def test_a_pattern_is_in_bars_that_are_wide_enough_for_it() -> None:
         for times in (10, 40)
     }
     assert hatches == {10: ["", "////"], 40: ["", ""]}
+
+
+def test_bars_stay_visible_where_a_snapshot_is_close_to_another() -> None:
+    drawn = fit(times=7)
+    close = {label: np.append(at, at[3] + 1) for label, at in drawn.snapshot_times.items()}
+    values = {label: np.append(values, 1.0) for label, values in drawn.coefficients.items()}
+    figure = plots.error_figure([curve()], [replace(drawn, snapshot_times=close, coefficients=values)])
+    widths = {abs(bar.get_width()) for c in figure.subfigs[1].axes[1].containers for bar in c.patches}
+    assert min(widths) > 1000 / 100
 
 
 def test_the_background_is_opaque_and_what_is_drawn_keeps_away_from_its_edges() -> None:
