@@ -38,6 +38,9 @@ def ema(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> sub
 # --- one short demo, looked at from all sides ------------------------------------------------------
 
 
+pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which `ema demo` ran, and what it printed."""

@@ -84,6 +84,9 @@ def all_batches() -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
     ]
 
 
+pytestmark = pytest.mark.xdist_group("gloo")  # one group of processes for all that look at it
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("gloo")

@@ -170,10 +170,10 @@ def test_a_reader_that_goes_away_is_no_error_message(tmp_path: Path) -> None:
         assert process.stderr.read() == b""
 
 
-@pytest.fixture
-def large_run(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """40 snapshots of 2,000 small tensors: some seconds of work."""
-    folder = tmp_path / "run"
+    folder = tmp_path_factory.mktemp("large") / "run"
     folder.mkdir()
     values = {f"layer{index}": torch.full((4,), float(index)) for index in range(2000)}
     first = write_snapshot(folder, 1.0, 0.05, RUN_ID, values)
@@ -210,6 +210,7 @@ def interrupted_when_it_writes(command: list[object], target: Path, number: sign
     return process.returncode, errors
 
 
+@pytest.mark.xdist_group("interruptions")  # one run, and one folder to write to
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 @pytest.mark.parametrize("out", ["out.safetensors", "folder"])
 def test_an_interruption_leaves_nothing(large_run: Path, number: signal.Signals, code: int, out: str) -> None:
