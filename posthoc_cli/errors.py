@@ -18,13 +18,18 @@
 
 A command looks for its inputs first: a path that does not exist is wrong usage there, and exit code 2.
 
-A message is one line. It names the file, the tensor or the option, and what would be accepted. Names and values of
-strangers stand in it as `shown` gives them.
+Each error has three fields: `subject`, the file, tensor, option or method that is wrong; `reason`, what is wrong and
+what would be accepted; `hint`, what to do, if there is something. The message joins them in one line. Names and values
+read from files stand in it as `shown` gives them.
 """
 
 from __future__ import annotations
 
+import copy
+from typing import Any, TypeVar
+
 _LONGEST = 200
+_Error = TypeVar("_Error", bound="PostHocError")
 
 
 def printable(text: str) -> str:
@@ -44,9 +49,36 @@ def shown(value: object) -> str:
 
 
 class PostHocError(Exception):
-    """The root: catch it to catch everything that this package raises on purpose."""
+    """The root: catch it to catch everything that this package raises on purpose.
+
+    Attributes:
+        subject: the file, tensor, option or method that is wrong.
+        reason: what is wrong with it, or what would be accepted.
+        hint: what to do about it; empty where the reason says it.
+        value: the value that is not accepted, as text; empty where the subject is no option.
+    """
 
     exit_code = 1
+
+    def __init__(self, subject: object, reason: str, hint: str = "", *, value: object = "") -> None:
+        super().__init__(subject, reason)
+        self.subject = str(subject)
+        self.reason = reason
+        self.hint = hint
+        self.value = str(value)
+
+    def __str__(self) -> str:
+        what = f"{self.subject} {self.value}" if self.value else self.subject
+        return f"{what}: {self.reason}" + (f"; {self.hint}" if self.hint else "")
+
+    def with_hint(self: _Error, hint: str) -> _Error:
+        """A copy of this error that also says what to do."""
+        error = copy.copy(self)
+        error.hint = f"{self.hint}; {hint}" if self.hint else hint
+        return error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.subject, self.reason, self.hint), self.__dict__
 
 
 class InvalidValueError(PostHocError, ValueError):
@@ -102,8 +134,9 @@ class RankError(PostHocError):
 class WriteError(PostHocError, OSError):
     """A write that the system refused (disk full, no permission). Nothing partial is left."""
 
-    def __str__(self) -> str:
-        return str(self.strerror) if self.strerror else super().__str__()
+    def __init__(self, subject: object, reason: str, hint: str = "", *, errno: int | None = None) -> None:
+        super().__init__(subject, reason, hint)
+        self.errno, self.strerror = errno, reason  # what OSError makes of its arguments is not this
 
 
 class NotReadyError(PostHocError, RuntimeError):

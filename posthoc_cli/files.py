@@ -230,7 +230,7 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
     except OSError as error:
         reason = error.strerror or str(error)
         left = "; nothing partial is left" if refused == "written" else ""
-        raise WriteError(error.errno, f"{path}: cannot be {refused}: {reason.lower()}{left}") from error
+        raise WriteError(path, f"cannot be {refused}: {reason.lower()}{left}", errno=error.errno) from error
 
 
 class PendingFile:
@@ -349,12 +349,12 @@ def _check_free(path: Path, overwrite: bool) -> None:
     except FileNotFoundError:
         return
     if path.is_dir():
-        raise OutputExistsError(f"{path}: is a directory; name a file")
+        raise OutputExistsError(path, "is a directory", "name a file")
     if not (stat.S_ISREG(mode) or stat.S_ISLNK(mode)):  # of a link only the link itself would be replaced
-        raise OutputExistsError(f"{path}: is a pipe, socket or device, which is never replaced; choose another name")
+        raise OutputExistsError(path, "is a pipe, socket or device, which is never replaced", "choose another name")
     if not overwrite:
         raise _exists(path)
 
 
 def _exists(path: Path) -> OutputExistsError:
-    return OutputExistsError(f"{path}: is there already; choose another name, or overwrite=True to replace it")
+    return OutputExistsError(path, "is there already", "choose another name, or overwrite=True to replace it")

@@ -80,8 +80,9 @@ def as_target(value: object) -> Target:
     if isinstance(value, str | numbers.Real) or hasattr(value, "__float__"):
         return SigmaRel(value)  # type: ignore[arg-type]  # checked there
     raise InvalidValueError(
-        f"target {_shown(value)}: must be a sigma_rel in (0, 0.2887), a target such as Beta(0.9999), or an object "
-        "with density and tail"
+        "target",
+        "must be a sigma_rel in (0, 0.2887), a target such as Beta(0.9999), or an object with density and tail",
+        value=_shown(value),
     )
 
 
@@ -100,9 +101,7 @@ class SigmaRel:
             object.__setattr__(self, "sigma_rel", check_sigma_rel(given))
         except InvalidValueError as error:
             if isinstance(given, numbers.Real) and SHORTEST_BETA <= given < 1:
-                raise InvalidValueError(
-                    f"{error}; for a decay of {float(given)!r} a step take Beta({float(given)!r})"
-                ) from error
+                raise error.with_hint(f"for a decay of {float(given)!r} a step take Beta({float(given)!r})") from error
             raise
 
     @property
@@ -130,11 +129,12 @@ class Beta:
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", _number("beta", self.beta))
         if not 0 < self.beta < 1:
-            raise InvalidValueError(f"{self.title}: must lie in (0, 1), in practice from {SHORTEST_BETA:g}")
+            raise InvalidValueError(self.title, f"must lie in (0, 1), in practice from {SHORTEST_BETA:g}")
         if self.beta < SHORTEST_BETA:
             raise InvalidValueError(
-                f"{self.title}: must be at least {SHORTEST_BETA:g}; below that the mean age of the average, "
-                f"beta / (1 - beta) = {self.beta / (1 - self.beta):.3g} steps, is less than one step"
+                self.title,
+                f"must be at least {SHORTEST_BETA:g}; below that the mean age of the average, beta / (1 - "
+                f"beta) = {self.beta / (1 - self.beta):.3g} steps, is less than one step",
             )
 
     @property
@@ -162,7 +162,7 @@ class Window:
     def __post_init__(self) -> None:
         steps = _number("window", self.steps)
         if steps < 1 or steps != math.floor(steps):
-            raise InvalidValueError(f"window {self.steps}: must be a whole number of steps, at least 1")
+            raise InvalidValueError("window", "must be a whole number of steps, at least 1", value=self.steps)
         object.__setattr__(self, "steps", int(steps))
 
     @property
@@ -195,9 +195,9 @@ class Between:
         for name in ("start", "end"):
             object.__setattr__(self, name, _number("between", getattr(self, name)))
         if self.start < 0:
-            raise InvalidValueError(f"{self.title}: must start at 0 or later")
+            raise InvalidValueError(self.title, "must start at 0 or later")
         if self.start >= self.end:
-            raise InvalidValueError(f"{self.title}: must end after its start")
+            raise InvalidValueError(self.title, "must end after its start")
 
     @property
     def label(self) -> str:
@@ -212,7 +212,7 @@ class Between:
     def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
         """Uniform over time, whatever the lengths of the steps in it."""
         if self.end > t:
-            raise InvalidValueError(f"{self.title}: ends after t = {t:,.12g}; must end at t or before")
+            raise InvalidValueError(self.title, f"ends after t = {t:,.12g}; must end at t or before")
         return Uniform(self.start, self.end)
 
 
@@ -257,8 +257,10 @@ class ProfileFile:
         if tabulated.times[-1] > t:
             late = next(index for index, time in enumerate(tabulated.times) if time > t)
             raise InvalidValueError(
-                f"profile {self.path}: line {self.table.lines[late]}: time {tabulated.times[late]:,.12g} puts mass "
-                f"outside the run; times must lie within 0 and t = {t:,.12g}"
+                "profile",
+                f"line {self.table.lines[late]}: time {tabulated.times[late]:,.12g} puts mass outside the "
+                f"run; times must lie within 0 and t = {t:,.12g}",
+                value=self.path,
             )
         return tabulated
 
@@ -279,13 +281,14 @@ class GivenProfile:
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and re.fullmatch(r"\w[\w.+-]*", self.name)):
             raise InvalidValueError(
-                f"profile {_shown(self.name)}: the name must be letters, digits and ._+-, a letter or digit first"
+                "profile", "the name must be letters, digits and ._+-, a letter or digit first", value=_shown(self.name)
             )
         missing = [name for name in ("density", "tail") if not callable(getattr(self.given, name, None))]
         if missing:
             raise InvalidValueError(
-                f"{self.title}: {type(self.given).__name__} has no {' and no '.join(missing)}; a profile has the "
-                "functions density(s) and tail(s)"
+                self.title,
+                f"{type(self.given).__name__} has no {' and no '.join(missing)}; a profile has the "
+                "functions density(s) and tail(s)",
             )
 
     @property
@@ -310,7 +313,7 @@ class GivenProfile:
 def _number(name: str, value: object) -> float:
     """A finite number, or an error that begins with `name` and the value."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise InvalidValueError(f"{name} {_shown(value)}: must be a finite number")
+        raise InvalidValueError(f"{name} {_shown(value)}", "must be a finite number")
     return float(value)
 
 

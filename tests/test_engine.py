@@ -472,7 +472,7 @@ def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, mon
     def fail(self: making.Maker, tile: object, placement: object, stop: threading.Event) -> None:
         if not failed.is_set():
             failed.set()
-            raise NonFiniteError("the first error")
+            raise NonFiniteError("w", "the first error")
         average(self, tile, placement, stop)
         after.append(tile)
 
@@ -537,7 +537,7 @@ def test_no_thread_leaves_work_under_way_when_an_error_stops_it(mixed: Path, mon
 
     def fail(*_: object) -> None:
         streams.log.append(("fail", threading.get_ident()))
-        raise NonFiniteError("an error")
+        raise NonFiniteError("w", "an error")
 
     monkeypatch.setattr(making.Maker, "_average", fail)
     with pytest.raises(NonFiniteError, match="an error"):

@@ -14,5 +14,5 @@ def check_number(name: str, value: float, accepts: Callable[[float], bool], acce
     is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     number = float(value) if is_number else math.nan
     if not accepts(number):
-        raise InvalidValueError(f"{name} {value!r}: must {accepted}")
+        raise InvalidValueError(f"{name} {value!r}", f"must {accepted}")
     return number

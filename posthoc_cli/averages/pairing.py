@@ -37,7 +37,9 @@ def make_average(model: torch.nn.Module, device: torch.device | str | None = Non
     source = unwrapped(check_model(model))
     for name, parameter in source.named_parameters():
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
-            raise InvalidValueError(f"parameter {name!r}: has no shape yet; run a batch through the model first")
+            raise InvalidValueError(
+                "parameter", "has no shape yet", "run a batch through the model first", value=f"{name!r}"
+            )
     average = copy.deepcopy(source).requires_grad_(False)
     return average if device is None else average.to(device)
 
@@ -71,15 +73,15 @@ def _pair(kind: str, average_module: torch.nn.Module, model: torch.nn.Module, na
     if averages.keys() != sources.keys():
         missing, surplus = _listed(averages.keys() - sources.keys()), _listed(sources.keys() - averages.keys())
         raise ModelMismatchError(
-            f"model: its {kind} are not the average's; only in the average: {missing}; only in the model: {surplus}"
+            "model", f"its {kind} are not the average's; only in the average: {missing}; only in the model: {surplus}"
         )
     pairs = []
     for name, average in averages.items():
         source = sources[name]
         if source.shape != average.shape:
             raise ModelMismatchError(
-                f"tensor {name!r}: has the shape {list(source.shape)} in the model, "
-                f"{list(average.shape)} in the average"
+                f"tensor {name!r}",
+                f"has the shape {list(source.shape)} in the model, {list(average.shape)} in the average",
             )
         pairs.append(Pair(name, average, source))
     return pairs

@@ -217,8 +217,9 @@ class _OfTracker:
         self._tracker.update_(model)
         if not self._tracker.keeps_averages:
             raise InvalidValueError(
-                "this process keeps no averages to train from, so that its model would become another than the "
-                "writer's: give each process a tracker with writer=True and a directory of its own"
+                "this process keeps no averages to train from, so that its model would become another than "
+                "the writer's",
+                "give each process a tracker with writer=True and a directory of its own",
             )
 
     def copy_into(self, model: torch.nn.Module) -> None:
@@ -244,15 +245,18 @@ def _as_average(
 ) -> _Average:
     if isinstance(average, PostHocEMA):
         if sigma_rel is None:
-            raise InvalidValueError("sigma_rel: must be given with a PostHocEMA, such as 0.05: which of its averages?")
+            raise InvalidValueError(
+                "sigma_rel", "must be given with a PostHocEMA, such as 0.05: which of its averages?"
+            )
         return _OfTracker(average, sigma_rel)
     if not isinstance(getattr(average, "module", None), torch.nn.Module) or not hasattr(average, "update_parameters"):
         raise InvalidValueError(
-            f"{name}: must be a PostHocEMA, or have `module` and `update_parameters` as "
-            f"torch.optim.swa_utils.AveragedModel has, not {type(average).__name__}"
+            name,
+            "must be a PostHocEMA, or have `module` and `update_parameters` as "
+            f"torch.optim.swa_utils.AveragedModel has, not {type(average).__name__}",
         )
     if sigma_rel is not None:
-        raise InvalidValueError(f"sigma_rel: is for a PostHocEMA; {type(average).__name__} has a single average")
+        raise InvalidValueError("sigma_rel", f"is for a PostHocEMA; {type(average).__name__} has a single average")
     return _OfModule(average)
 
 
@@ -264,17 +268,17 @@ def _check_every(name: str, every: int | None, update_every: int) -> int | None:
     except TypeError:
         count = -1
     if count < 1:
-        raise InvalidValueError(f"{name} {every!r}: must be a whole number, at least 1, or None")
+        raise InvalidValueError(f"{name} {every!r}", "must be a whole number, at least 1, or None")
     if count % update_every:
-        raise InvalidValueError(f"{name} {every}: must be a multiple of the tracker's update_every {update_every}")
+        raise InvalidValueError(f"{name} {every}", f"must be a multiple of the tracker's update_every {update_every}")
     return count
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidValueError(f"optimizer: must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        raise InvalidValueError("optimizer", f"must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.Adagrad):
         raise InvalidValueError(
-            "optimizer: Adagrad makes its state only once, when it is made; leave it out, or use Adam"
+            "optimizer", "Adagrad makes its state only once, when it is made", "leave it out, or use Adam"
         )
     return optimizer

@@ -157,7 +157,8 @@ class ShadowModel(WideBuffers):
 def _check_counter(counter: torch.Tensor) -> torch.Tensor:
     if counter.numel() != 1 or counter.is_complex() or counter.dtype == torch.bool:
         raise InvalidValueError(
-            f"num_updates: must be a whole number, or a tensor of one; this one has the shape {list(counter.shape)} "
-            f"and dtype {counter.dtype}"
+            "num_updates",
+            f"must be a whole number, or a tensor of one; this one has the shape {list(counter.shape)} "
+            f"and dtype {counter.dtype}",
         )
     return counter

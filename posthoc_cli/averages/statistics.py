@@ -111,13 +111,13 @@ class EMAStats(WideBuffers):
         if y is None:
             if not self._y_may_be_x:
                 raise InvalidValueError(
-                    f"y: is missing; with dim_y {self.dim_y} it must have the shape [n, {self.dim_y}]"
+                    "y", f"is missing; with dim_y {self.dim_y} it must have the shape [n, {self.dim_y}]"
                 )
             y = x
         self._check("x", x, self.dim_x)
         self._check("y", y, self.dim_y)
         if x.shape[0] != y.shape[0]:
-            raise InvalidValueError(f"y: has {y.shape[0]} rows, x has {x.shape[0]}; must be as many")
+            raise InvalidValueError("y", f"has {y.shape[0]} rows, x has {x.shape[0]}; must be as many")
         if self.training:
             with _without_autocast(x.device.type):
                 self._update(x.to(self.cov_xx.dtype), y.to(self.cov_xx.dtype))
@@ -216,23 +216,24 @@ class EMAStats(WideBuffers):
 
     def _check(self, name: str, batch: torch.Tensor, dim: int) -> None:
         if not isinstance(batch, torch.Tensor):
-            raise InvalidValueError(f"{name}: must be a tensor of the shape [n, {dim}], not {type(batch).__name__}")
+            raise InvalidValueError(name, f"must be a tensor of the shape [n, {dim}], not {type(batch).__name__}")
         if batch.dim() != 2 or batch.shape[1] != dim or batch.shape[0] == 0:
-            raise InvalidValueError(f"{name}: has the shape {list(batch.shape)}; must be [n, {dim}] with n at least 1")
+            raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be [n, {dim}] with n at least 1")
         own = self.cov_xx.dtype
         if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
             raise InvalidValueError(
-                f"{name}: is {batch.dtype}, the statistics are {own}; must be floating-point and no wider "
-                "(double() makes the statistics float64)"
+                name,
+                f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider (double() "
+                "makes the statistics float64)",
             )
         if batch.device != self.cov_xx.device:
             raise InvalidValueError(
-                f"{name}: is on {batch.device}, the statistics are on {self.cov_xx.device}; must be on one device"
+                name, f"is on {batch.device}, the statistics are on {self.cov_xx.device}; must be on one device"
             )
 
     def _check_ready(self, what: str) -> None:
         if int(self.num_batches_tracked) == 0:
-            raise NotReadyError(f"{what}: no batch was tracked yet; call the module in train mode first")
+            raise NotReadyError(what, "no batch was tracked yet", "call the module in train mode first")
 
     def _root(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The Cholesky factor of a covariance with its ridge."""
@@ -244,7 +245,9 @@ class EMAStats(WideBuffers):
         noise = covariance.shape[0] * torch.finfo(getattr(self, name).dtype).eps
         lost = factor.diagonal().square() <= noise * (covariance + ridge).diagonal()
         if int(info) != 0 or bool(lost.any()):
-            raise InvalidValueError(f"eps {self.eps:g}: too small for {name}, which has not full rank; must be larger")
+            raise InvalidValueError(
+                "eps", f"too small for {name}, which has not full rank; must be larger", value=f"{self.eps:g}"
+            )
         return factor
 
     # --- copies and states -----------------------------------------------------------------------------

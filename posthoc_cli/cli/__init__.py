@@ -92,7 +92,7 @@ def _leading_to_verify(command: Callable[..., None]) -> Callable[..., None]:
             for directory in [options.get("directory"), *(options.get("directories") or ())]:
                 if directory is not None and str(error).startswith(f"{files.expanded(directory)}{os.sep}"):
                     hint = f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
-                    raise type(error)(f"{error}; {hint}") from error
+                    raise error.with_hint(hint) from error
             raise
 
     return run

@@ -23,7 +23,7 @@ def parse_bytes(text: str, option: str) -> int:
     """
     value = _amount(text, _BYTES)
     if value is None:
-        raise InvalidValueError(f"{option} {text}: must be a size above 0, such as 60GB, 500MiB or 1.5TB")
+        raise InvalidValueError(f"{option} {text}", "must be a size above 0, such as 60GB, 500MiB or 1.5TB")
     return round(value)
 
 
@@ -36,7 +36,7 @@ def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") ->
     value = _amount(text, _COUNTS)
     if value is None or value != value.to_integral_value():
         shown = text.strip() or "(empty)"
-        raise InvalidValueError(f"{option} {shown}: must be a whole number, at least 1, such as {example}")
+        raise InvalidValueError(f"{option} {shown}", f"must be a whole number, at least 1, such as {example}")
     return int(value)
 
 

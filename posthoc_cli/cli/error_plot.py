@@ -106,14 +106,14 @@ def error_plot(
     deviation / t), and drawings over training time as by --draw.
     """
     if out is None and csv_out is None and not as_json:
-        raise InvalidValueError("--out: name a picture (.png, .svg, .pdf), or ask for --csv or --json")
+        raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or ask for --csv or --json")
     out, csv_out = (None if path is None else files.expanded(path) for path in (out, csv_out))
     if out is not None and out.suffix not in PICTURES:
-        raise InvalidValueError(f"--out {out}: must end in {', '.join(PICTURES)}")
+        raise InvalidValueError("--out", f"must end in {', '.join(PICTURES)}", value=out)
     if out is not None and out == csv_out:
-        raise InvalidValueError(f"--csv {csv_out}: is the picture's name too; take another")
+        raise InvalidValueError("--csv", "is the picture's name too", "take another", value=csv_out)
     if csv_out is not None and csv_out.suffix != ".csv":
-        raise InvalidValueError(f"--csv {csv_out}: must end in .csv")
+        raise InvalidValueError("--csv", "must end in .csv", value=csv_out)
     for path, option in ((out, "--out"), (csv_out, "--csv")):
         if path is not None:
             check_output(path, option, force)
@@ -124,7 +124,9 @@ def error_plot(
     )
     rows = len(targets) * len(judged)
     if out is not None and rows > MOST_ROWS:
-        raise InvalidValueError(f"--out {out}: {rows} drawings over training time; at most {MOST_ROWS} go into it")
+        raise InvalidValueError(
+            "--out", f"{rows} drawings over training time; at most {MOST_ROWS} go into it", value=out
+        )
     others = [target for target in targets if target.sigma_rel is None]
     profile_error = verbose or method == "paper"
     curves = [each.curve(ends, others, t, method) for each in judged]
@@ -154,7 +156,9 @@ def _judged(
     from posthoc_cli.synthesis.judging import Judged
 
     if not sigma_rels and (steps or every or most or like):
-        raise InvalidValueError("--sigma-rels: is missing; --steps and the like describe a schedule of tracked widths")
+        raise InvalidValueError(
+            "--sigma-rels", "is missing; --steps and the like describe a schedule of tracked widths"
+        )
     dtype = DTYPES.get(dtype, dtype)
     rounding = relative_rounding(dtype)
     for directory in directories:
@@ -173,7 +177,7 @@ def _judged(
         judged.append(Judged.of_schedule(schedule, earlier.motion, assumption_text(like, earlier)))
     if not judged:
         raise InvalidValueError(
-            "name a directory of snapshots, or a schedule: --sigma-rels, --steps, --checkpoint-every"
+            "name a directory of snapshots, or a schedule", "--sigma-rels, --steps, --checkpoint-every"
         )
     return judged
 
@@ -181,10 +185,10 @@ def _judged(
 def _nth(values: list[str], index: int, schedules: int, option: str) -> int:
     """The value for one schedule: one for all, or one each."""
     if not values:
-        raise InvalidValueError(f"{option}: is missing; a schedule needs it")
+        raise InvalidValueError(option, "is missing; a schedule needs it")
     if len(values) not in (1, schedules):
         raise InvalidValueError(
-            f"{option}: give it once, or once for each --sigma-rels ({schedules}); it came {len(values)} times"
+            option, f"give it once, or once for each --sigma-rels ({schedules}); it came {len(values)} times"
         )
     return parse_count(values[0] if len(values) == 1 else values[index], option)
 

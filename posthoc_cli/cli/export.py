@@ -80,7 +80,7 @@ def export(
     if len(outs) > 1:
         for path in outs if not force else ():
             if output_exists(path, layout_of(path, layout)):
-                raise OutputExistsError(f"{path}: is there already; choose another folder, or --force to replace it")
+                raise OutputExistsError(path, "is there already", "choose another folder, or --force to replace it")
         if out.parent.is_dir():
             files.make_directory(out)
     total = sum(read_header(path).file_bytes for source in sources for path in model_files(source))

@@ -106,7 +106,7 @@ def plan(
 
 def _check_picture(out: Path | None, force: bool) -> None:
     if out is not None and out.suffix not in PICTURES:
-        raise InvalidValueError(f"--out {out}: must end in {', '.join(PICTURES)}")
+        raise InvalidValueError("--out", f"must end in {', '.join(PICTURES)}", value=out)
     if out is not None:
         check_output(out, "--out", force)
 

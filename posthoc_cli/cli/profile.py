@@ -39,10 +39,10 @@ def profile(
     from posthoc_cli import profiles
 
     if sigma_rel is not None and beta is not None:
-        raise InvalidValueError("--sigma-rel and --beta: give one of them")
+        raise InvalidValueError("--sigma-rel and --beta", "give one of them")
     count = parse_count(steps, "--steps")
     if count > 10**15:
-        raise InvalidValueError(f"--steps {steps}: must be from 1 to 1e15")
+        raise InvalidValueError("--steps", "must be from 1 to 1e15", value=steps)
     if beta is None:
         widths = parse_sigma_rels(sigma_rel if sigma_rel is not None else _DEFAULT)
         betas = [profiles.classical_beta(width, count) for width in widths]

@@ -44,16 +44,16 @@ def prune(
 
     output.log_to_stderr(False)
     if [keep, max_size, max_error].count(None) != 2:
-        raise InvalidValueError("--keep, --max-size and --max-error: give one of them")
+        raise InvalidValueError("--keep, --max-size and --max-error", "give one of them")
     count = None if keep is None else parse_count(keep, "--keep", "20; the newest snapshot of each profile stays")
     max_bytes = None if max_size is None else parse_bytes(max_size, "--max-size")
     error = None if max_error is None else parse_max_error(max_error)
     wanted = parse_sigma_range(sigma_range)
     directory = existing_directory(directory)
     if as_json and not (yes or dry_run):
-        raise InvalidValueError("--json: shows what would go only afterwards; give --yes or --dry-run with it")
+        raise InvalidValueError("--json", "shows what would go only afterwards", "give --yes or --dry-run with it")
     if not (yes or dry_run or sys.stdin.isatty()):
-        raise InvalidValueError("--yes: is needed where nobody can be asked; --dry-run shows what would go")
+        raise InvalidValueError("--yes", "is needed where nobody can be asked; --dry-run shows what would go")
     snapshots = read_directory(directory)
     pruning = plan_pruning(snapshots, count, max_bytes, error, wanted)
     if not as_json:
@@ -63,7 +63,7 @@ def prune(
     if agreed:
         with writing_to(directory) as now:
             if [snapshot.header for snapshot in now] != [snapshot.header for snapshot in snapshots]:
-                raise MismatchError(f"{directory}: has changed since it was looked at; nothing was deleted; run again")
+                raise MismatchError(directory, "has changed since it was looked at; nothing was deleted", "run again")
             with output.progress_bar("verifying what stays", pruning.read_bytes, False) as progress:
                 execute(pruning, progress)
     if as_json:

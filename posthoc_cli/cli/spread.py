@@ -91,7 +91,7 @@ def parse_mode(shard: str | None, finish: bool, skip_existing: bool) -> Mode:
     from posthoc_cli.synthesis.ranks import is_rank
 
     if shard is not None and finish:
-        raise InvalidValueError("--shard and --finish: give one of them; --finish comes when all parts are made")
+        raise InvalidValueError("--shard and --finish", "give one of them; --finish comes when all parts are made")
     if shard is None and not finish:
         mode = Mode("rank" if is_rank() else "whole")
         if mode.kind == "rank":  # else torch shows a C++ trace when the process with the store has gone
@@ -99,7 +99,7 @@ def parse_mode(shard: str | None, finish: bool, skip_existing: bool) -> Mode:
     else:
         mode = Mode("finish") if shard is None else Mode("shard", parse_part(shard))
     if skip_existing and mode.kind != "whole":
-        raise InvalidValueError("--skip-existing: parts that are there are left as they are anyway; leave it out")
+        raise InvalidValueError("--skip-existing", "parts that are there are left as they are anyway", "leave it out")
     return mode
 
 
@@ -114,7 +114,7 @@ def parse_part(text: str) -> Part:
     match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", text)
     if match is None:
         raise InvalidValueError(
-            f"--shard {text or '(empty)'}: must be K/N, part K of N, such as 3/8 for the third of eight"
+            "--shard", "must be K/N, part K of N, such as 3/8 for the third of eight", value=text or "(empty)"
         )
     return Part(int(match[1]), int(match[2]))
 
@@ -131,7 +131,7 @@ def layout_of(mode: Mode, out: str | None, layout: str | None) -> str | None:
     if layout not in (None, "sharded") or (layout is None and is_file):
         who = "several processes make" if mode.kind == "rank" else f"--{mode.kind} makes"
         what = f"--format {layout}" if layout is not None else f"--out {out}"
-        raise InvalidValueError(f"{what}: {who} a folder of shards; name a folder; ema export makes one file of it")
+        raise InvalidValueError(what, f"{who} a folder of shards; name a folder", "ema export makes one file of it")
     return "sharded"
 
 

@@ -149,17 +149,18 @@ def synthesize(
     targets = parse_targets(sigma_rel, beta, window, between, profile)
     if not targets:
         raise InvalidValueError(
-            "no target: name one or several by --sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000 "
-            "or --profile FILE"
+            "no target",
+            "name one or several by --sigma-rel 0.15, --beta 0.9999, --window 1000, --between "
+            "50000:80000 or --profile FILE",
         )
     at_step = None if step is None else parse_count(step, "--step")
     accepted = None if max_error is None else parse_max_error(max_error)
     parse_dtype_word(dtype)
     if force and skip_existing:
-        raise InvalidValueError("--force and --skip-existing: give one of them")
+        raise InvalidValueError("--force and --skip-existing", "give one of them")
     if out is None and (finish or not dry_run):
         missing = "where the parts are is missing" if finish else "where to write is missing; --dry-run needs no output"
-        raise InvalidValueError(f"--out: {missing}")
+        raise InvalidValueError("--out", missing)
     mode = spread.parse_mode(shard, finish, skip_existing)
     layout = spread.layout_of(mode, out, layout)
     from posthoc_cli.export.naming import output_paths  # loads torch: not before wrong options are refused

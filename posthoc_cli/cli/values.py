@@ -96,13 +96,13 @@ def parse_numbers(text: str, option: str) -> list[float]:
     for index, part in enumerate(parts):
         if part == "...":
             if not 2 <= index < len(parts) - 1:
-                raise InvalidValueError(f"{option} {text}: '...' needs two numbers before it and one after")
+                raise InvalidValueError(f"{option} {text}", "'...' needs two numbers before it and one after")
             last, step = numbers[-1], numbers[-1] - numbers[-2]
             numbers += _steps(last + step, _number(parts[index + 1], option), step, text, option)
         elif ":" in part:
             ends = part.split(":")
             if len(ends) != 3:
-                raise InvalidValueError(f"{option} {part}: a range is START:STOP:STEP, such as 0.05:0.25:0.05")
+                raise InvalidValueError(f"{option} {part}", "a range is START:STOP:STEP, such as 0.05:0.25:0.05")
             start, stop, step = (_number(end, option) for end in ends)
             numbers += _steps(start, stop, step, part, option)
         else:
@@ -117,16 +117,16 @@ def _number(text: str, option: str) -> Decimal:
         number = Decimal("nan")
     if not text.strip() or not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS:
         shown = text if text.strip() else "(empty)"
-        raise InvalidValueError(f"{option} {shown}: must be {_FORMS.get(option, _SIGMA_FORMS)}")
+        raise InvalidValueError(f"{option} {shown}", f"must be {_FORMS.get(option, _SIGMA_FORMS)}")
     return number
 
 
 def _steps(start: Decimal, stop: Decimal, step: Decimal, text: str, option: str) -> list[Decimal]:
     if step == 0 or (stop - start) * step < 0:
-        raise InvalidValueError(f"{option} {text}: the step must lead from the start to the stop, and not be 0")
+        raise InvalidValueError(f"{option} {text}", "the step must lead from the start to the stop, and not be 0")
     count = int((stop - start) / step) + 1
     if count > MOST_VALUES:
-        raise InvalidValueError(f"{option} {text}: makes {count:,} values; at most {MOST_VALUES:,} are accepted")
+        raise InvalidValueError(f"{option} {text}", f"makes {count:,} values; at most {MOST_VALUES:,} are accepted")
     return [start + index * step for index in range(count)]
 
 
@@ -144,8 +144,8 @@ def _sigma_rel(width: float, option: str) -> float:
         return check_sigma_rel(width)
     except InvalidValueError as error:
         is_beta = SHORTEST_BETA <= width < 1 and option in ("--sigma-rel", "--draw")
-        hint = f"; for a decay of {width!r} a step there is --beta {width!r}" if is_beta else ""
-        raise InvalidValueError(f"{option}{str(error).removeprefix('sigma_rel')}{hint}") from None
+        hint = f"for a decay of {width!r} a step there is --beta {width!r}" if is_beta else error.hint
+        raise InvalidValueError(option, error.reason, hint, value=error.value) from None
 
 
 def parse_sigma_range(text: str) -> tuple[float, float]:
@@ -160,7 +160,7 @@ def parse_sigma_range(text: str) -> tuple[float, float]:
         low, high = (float(end) for end in text.split(":"))
     except ValueError:
         shown = text.strip() or "(empty)"
-        raise InvalidValueError(f"--sigma-range {shown}: must be LOW:HIGH, such as 0.05:0.28") from None
+        raise InvalidValueError("--sigma-range", "must be LOW:HIGH, such as 0.05:0.28", value=shown) from None
     return check_sigma_range((low, high))
 
 
@@ -177,7 +177,7 @@ def parse_max_error(text: str) -> float:
         value = Decimal("nan")
     if not (value.is_finite() and 0 < float(value) < 1):
         shown = number or "(empty)"
-        raise InvalidValueError(f"--max-error {shown}: must be a relative error in (0, 1), such as 0.01 or 1%")
+        raise InvalidValueError("--max-error", "must be a relative error in (0, 1), such as 0.01 or 1%", value=shown)
     return float(value)
 
 
@@ -194,9 +194,9 @@ def existing(path: Path) -> Path:
 
     path, mode = _looked_up(path)
     if mode is None:
-        raise InvalidValueError(f"{path}: no such file or directory")
+        raise InvalidValueError(path, "no such file or directory")
     if path.suffix in PICKLES and not stat.S_ISDIR(mode):
-        raise InvalidValueError(f"{path}: is a pickle (.pt, .bin), which is never read; save it as safetensors")
+        raise InvalidValueError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
     return path
 
 
@@ -209,7 +209,7 @@ def existing_directory(path: Path) -> Path:
     path, mode = _looked_up(path)
     if mode is None or not stat.S_ISDIR(mode):
         what = "no such directory" if mode is None else "is not a directory"
-        raise InvalidValueError(f"{path}: {what}; name the directory that a tracker writes its snapshots to")
+        raise InvalidValueError(path, f"{what}", "name the directory that a tracker writes its snapshots to")
     return path
 
 
@@ -229,7 +229,7 @@ def check_folder(path: Path, option: str) -> None:
         InvalidValueError: naming the option.
     """
     if not path.parent.is_dir():
-        raise InvalidValueError(f"{option} {path}: its folder does not exist")
+        raise InvalidValueError(f"{option} {path}", "its folder does not exist")
 
 
 def check_output(path: Path, option: str, force: bool) -> None:
@@ -241,7 +241,7 @@ def check_output(path: Path, option: str, force: bool) -> None:
     """
     check_folder(path, option)
     if path.exists() and not force:
-        raise OutputExistsError(f"{path}: is there already; choose another name, or --force to replace it")
+        raise OutputExistsError(path, "is there already", "choose another name, or --force to replace it")
 
 
 # --- targets ---------------------------------------------------------------------------------------
@@ -283,5 +283,5 @@ def _between(text: str) -> Between:
         start = end = Decimal("nan")
     if not (start.is_finite() and end.is_finite()):
         shown = text.strip() or "(empty)"
-        raise InvalidValueError(f"--between {shown}: must be START:END, two training times, such as 50000:80000")
+        raise InvalidValueError("--between", "must be START:END, two training times, such as 50000:80000", value=shown)
     return Between(float(start), float(end))

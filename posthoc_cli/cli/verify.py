@@ -129,12 +129,12 @@ def _read(path: Path, deep: bool) -> Verification:
 def _check_options(changes: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
     if not changes:
         if yes or dry_run:
-            raise InvalidValueError(f"{'--yes' if yes else '--dry-run'}: goes with --repair or --clean")
+            raise InvalidValueError("--yes" if yes else "--dry-run", "goes with --repair or --clean")
         return
     if as_json and not (yes or dry_run):
-        raise InvalidValueError("--json: shows what would change only afterwards; give --yes or --dry-run with it")
+        raise InvalidValueError("--json", "shows what would change only afterwards", "give --yes or --dry-run with it")
     if not (yes or dry_run or sys.stdin.isatty()):
-        raise InvalidValueError("--yes: is needed where nobody can be asked; --dry-run shows what would be done")
+        raise InvalidValueError("--yes", "is needed where nobody can be asked; --dry-run shows what would be done")
 
 
 def _agreed(anything: bool, asked: _Asked, question: str) -> bool:

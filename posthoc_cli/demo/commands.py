@@ -43,5 +43,5 @@ class Commands:
         for printed in (out + err).splitlines():
             self._say(printed)
         if process.returncode != 0:
-            raise PostHocError(f"`{line}` ended with exit code {process.returncode}")
+            raise PostHocError(f"`{line}`", f"ended with exit code {process.returncode}")
         self.lines.append(line)

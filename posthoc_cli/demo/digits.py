@@ -46,8 +46,8 @@ def load_digits(seed: int) -> Split:
         if (error.name or "").partition(".")[0] != "sklearn":
             raise
         raise MissingDependencyError(
-            "the demo trains on scikit-learn's digits, and scikit-learn is not installed: "
-            "pip install 'posthoc-cli[demo]'"
+            "the demo trains on scikit-learn's digits, and scikit-learn is not installed",
+            "pip install 'posthoc-cli[demo]'",
         ) from error
     pixels, labels = datasets.load_digits(return_X_y=True)
     images = torch.as_tensor(pixels, dtype=torch.float32) / (_LARGEST_VALUE / 2) - 1

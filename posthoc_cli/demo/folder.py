@@ -80,20 +80,20 @@ class Folder:
             WriteError: the system refused.
         """
         if not self.root.parent.is_dir():
-            raise InvalidValueError(f"out {self.root}: its folder does not exist")
+            raise InvalidValueError("out", "its folder does not exist", value=self.root)
         if self.root.exists() and not self.root.is_dir():
-            raise OutputExistsError(f"{self.root}: is a file; name a folder")
+            raise OutputExistsError(self.root, "is a file", "name a folder")
         marker = self.root / _MARKER
         if self.root.is_dir() and any(self.root.iterdir()):
             if not marker.is_file():
-                raise OutputExistsError(f"{self.root}: is not empty, and no earlier demo made it; name another folder")
+                raise OutputExistsError(self.root, "is not empty, and no earlier demo made it", "name another folder")
             if not force:
                 raise OutputExistsError(
-                    f"{self.root}: holds an earlier demo; name another folder, or --force to replace it"
+                    self.root, "holds an earlier demo", "name another folder, or --force to replace it"
                 )
         for folder in (self.snapshots, self.averages, self.root / "tracked"):
             if folder.is_symlink():
-                raise OutputExistsError(f"{folder}: is a symbolic link, which no demo made; remove it")
+                raise OutputExistsError(folder, "is a symbolic link, which no demo made", "remove it")
         with files.reported_as_write_error(self.root):
             for pattern in _MADE:
                 for path in self.root.glob(pattern):

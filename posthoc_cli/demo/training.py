@@ -37,7 +37,9 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.steps < _STEPS_UNIT or self.steps % _STEPS_UNIT:
-            raise InvalidValueError(f"steps {self.steps}: must be a multiple of {_STEPS_UNIT}, from {_STEPS_UNIT}")
+            raise InvalidValueError(
+                "steps", f"must be a multiple of {_STEPS_UNIT}, from {_STEPS_UNIT}", value=self.steps
+            )
 
     @property
     def checkpoint_every(self) -> int:

@@ -103,9 +103,9 @@ class _PlannedTensor:
         result = stored.to(torch_dtype(self.dtype))
         where = f"{self.file.path}: tensor {self.name!r}"
         if self.role == "average" and not bool(stored.isfinite().all()):
-            raise NonFiniteError(f"{where}: holds nan or infinity")
+            raise NonFiniteError(where, "holds nan or infinity")
         if result.dtype != stored.dtype and bool((_finite(stored) & ~_finite(result)).any()):
-            raise NonFiniteError(f"{where}: {self.dtype} cannot hold its largest value")
+            raise NonFiniteError(where, f"{self.dtype} cannot hold its largest value")
         return result
 
 
@@ -128,7 +128,7 @@ def _read_source(
         check_alike(*first, file.path, info)
         twice = own.keys() & tensors.keys()
         if twice:
-            raise FileFormatError(f"{file.path}: tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
+            raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= own
     return tensors, None if first is None else first[1]
 
@@ -141,9 +141,9 @@ def _read_file(
     if kind == "snapshot":
         return _read_snapshot(file, model, dtype)
     if kind == "state":
-        raise FileFormatError(f"{file.path}: is a tracker's state, not weights; export a snapshot, or a synthesis")
+        raise FileFormatError(file.path, "is a tracker's state, not weights", "export a snapshot, or a synthesis")
     if kind not in (None, "output"):
-        raise FileFormatError(f"{file.path}: its ema.format is {shown(kind)}, which this release does not know")
+        raise FileFormatError(file.path, f"its ema.format is {shown(kind)}, which this release does not know")
     info = decode_output(file.path, file.header) if kind == "output" else None
     if info is None:
         return {name: _plan(file, name, "other", dtype) for name in file.header.tensors}, None
@@ -190,13 +190,13 @@ def _with_copies(info: OutputInfo, tensors: Mapping[str, _PlannedTensor]) -> Out
 def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> dict[str, _PlannedTensor]:
     if strip and not any(name.startswith(strip) for name in tensors):
         raise InvalidValueError(
-            f"strip_prefix {strip!r}: no tensor's name begins so; the first is {min(tensors, default='')!r}"
+            "strip_prefix", f"no tensor's name begins so; the first is {min(tensors, default='')!r}", value=f"{strip!r}"
         )
     renamed: dict[str, _PlannedTensor] = {}
     for name, tensor in tensors.items():
         new = prefix + name.removeprefix(strip)
         if new in renamed:
-            raise InvalidValueError(f"strip_prefix {strip!r}: gives two tensors the name {new!r}")
+            raise InvalidValueError("strip_prefix", f"gives two tensors the name {new!r}", value=f"{strip!r}")
         renamed[new] = tensor
     return renamed
 
@@ -214,13 +214,13 @@ def _read_base(
                 tensors[name] = _plan(file, name, "other", dtype)
             elif own[name].shape != entry.shape:
                 raise MismatchError(
-                    f"{file.path}: tensor {name!r} has the shape {list(entry.shape)}, "
-                    f"the average {list(own[name].shape)}"
+                    file.path, f"tensor {name!r} has the shape {list(entry.shape)}, the average {list(own[name].shape)}"
                 )
     if not seen & own.keys():
         raise MismatchError(
-            f"{base}: none of the averaged tensors is in it: its names look like {min(seen, default='')!r}, "
-            f"theirs like {min(own, default='')!r}; --prefix and --strip-prefix rename"
+            base,
+            f"none of the averaged tensors is in it: its names look like {min(seen, default='')!r}, "
+            f"theirs like {min(own, default='')!r}; --prefix and --strip-prefix rename",
         )
     return tensors
 

@@ -86,14 +86,15 @@ def parts_to_finish(folders: Sequence[Path], plan_ids: Callable[[int], Collectio
     """
     counts = sorted({count for folder in folders for count in part_counts(folder)})
     if not counts:
-        raise NotReadyError(f"{folders[0]}: no part is here; make them with --shard 1/N to --shard N/N")
+        raise NotReadyError(folders[0], "no part is here", "make them with --shard 1/N to --shard N/N")
     if len(counts) > 1:
         found = {count: _found_plans(folders, count) for count in counts}
         matching = [count for count in counts if found[count] & set(plan_ids(count))]
         if len(matching) != 1:
             raise NotReadyError(
-                f"{folders[0]}: holds parts of models in {' and in '.join(map(str, counts))} parts; "
-                "remove those that are not wanted"
+                folders[0],
+                f"holds parts of models in {' and in '.join(map(str, counts))} parts",
+                "remove those that are not wanted",
             )
         counts = matching
     return counts[0]
@@ -132,7 +133,7 @@ def _holds(path: Path, content: bytes) -> bool:
 
 def _header(file: PartFile) -> FileHeader:
     if not os.path.lexists(file.path):
-        raise NotReadyError(f"{file.path}: is missing; make it with --shard {file.part}")
+        raise NotReadyError(file.path, "is missing", f"make it with --shard {file.part}")
     return file.read_header()
 
 
@@ -146,14 +147,14 @@ def _strangers(folder: Path, parts: int) -> list[Path]:
 
 def _check_alone(folder: Path, parted: PartedSynthesis, has_index: bool) -> None:
     if holds_snapshot(folder):
-        raise OutputExistsError(f"{folder}: is a snapshot of a run and is not replaced; choose another name")
+        raise OutputExistsError(folder, "is a snapshot of a run and is not replaced", "choose another name")
     if parted.overwrite:
         return
     index, others = folder / INDEX_NAME, _strangers(folder, parted.parts)
     if os.path.lexists(index) and not has_index:
-        raise OutputExistsError(f"{index}: is there already, and is of another model; overwrite=True to replace it")
+        raise OutputExistsError(index, "is there already, and is of another model; overwrite=True to replace it")
     if others:
-        raise OutputExistsError(f"{others[0]}: is of another model; remove it, or overwrite=True to replace that model")
+        raise OutputExistsError(others[0], "is of another model", "remove it, or overwrite=True to replace that model")
 
 
 def _warn_of_leftovers(folder: Path) -> None:

@@ -51,7 +51,7 @@ def layout_of(path: Path, layout: str | None) -> str:
     """The layout asked for, or the one that the output's name says: .pt, .safetensors, or a folder of shards."""
     if layout is not None:
         if layout not in LAYOUTS:
-            raise InvalidValueError(f"format {layout!r}: must be one of {', '.join(LAYOUTS)}")
+            raise InvalidValueError("format", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
         return layout
     if path.suffix == fmt.SUFFIX:
         return "safetensors"
@@ -59,7 +59,7 @@ def layout_of(path: Path, layout: str | None) -> str:
         return "pt"
     if path.suffix == "" or path.is_dir():
         return "sharded"
-    raise InvalidValueError(f"{path}: name a .safetensors or .pt file, or a folder for shards, or say --format")
+    raise InvalidValueError(path, "name a .safetensors or .pt file, or a folder for shards, or say --format")
 
 
 def parse_size(size: str) -> int:
@@ -76,7 +76,7 @@ def parse_size(size: str) -> int:
         value = 0.0
     if not 1 <= value < 2**63:
         raise InvalidValueError(
-            f"max_shard_size {size!r}: must be a number of bytes above 0, with or without KB, MB, GB or TB"
+            "max_shard_size", "must be a number of bytes above 0, with or without KB, MB, GB or TB", value=f"{size!r}"
         )
     return int(value)
 
@@ -110,9 +110,9 @@ def make_sink(
         OutputExistsError, WriteError.
     """
     if not path.parent.is_dir():
-        raise InvalidValueError(f"{path}: its folder does not exist")
+        raise InvalidValueError(path, "its folder does not exist")
     if overwrite and holds_snapshot(path):
-        raise OutputExistsError(f"{path}: is a snapshot of a run and is not replaced; choose another name")
+        raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
     if layout == "pt":
         return _TorchSink(path, specs, overwrite)
     if layout == "sharded":

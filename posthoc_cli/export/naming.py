@@ -27,17 +27,21 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
             the sigma_rel of a target that has none, or with anything else.
     """
     if not out:
-        raise InvalidValueError(f"out: is empty; name a file, a folder, or a pattern with {_SIGMA_REL} or {_TARGET}")
+        raise InvalidValueError(
+            "out", "is empty", f"name a file, a folder, or a pattern with {_SIGMA_REL} or {_TARGET}"
+        )
     unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
     if unknown:
-        raise InvalidValueError(f"out {out}: {unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}")
+        raise InvalidValueError("out", f"{unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}", value=out)
     paths, folder = _paths(targets, out, layout)
     taken: dict[Path, Target] = {}
     for target, path in zip(targets, paths, strict=True):
         if path in taken:
             raise InvalidValueError(
-                f"out {out}: {taken[path].title} and {target.title} would both become {path}; "
-                "a profile is named after its file: rename one"
+                "out",
+                f"{taken[path].title} and {target.title} would both become {path}; a profile is named after "
+                "its file: rename one",
+                value=out,
             )
         taken[path] = target
     return paths, folder
@@ -50,7 +54,7 @@ def export_paths(sources: Sequence[Path], out: Path, layout: str | None) -> list
         InvalidValueError: the output is a file.
     """
     if out.suffix in (".safetensors", ".pt", ".pth", ".bin") and not out.is_dir():
-        raise InvalidValueError(f"out {out}: {len(sources)} models need a folder")
+        raise InvalidValueError("out", f"{len(sources)} models need a folder", value=out)
     suffix = _SUFFIXES[layout_of(Path("x.safetensors"), layout)]
     return [out / f"{source.name.removesuffix('.safetensors')}{suffix}" for source in sources]
 
@@ -60,15 +64,17 @@ def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[lis
         return [_filled_in(out, target) for target in targets], None
     path = files.expanded(out)
     if path.exists() and not (path.is_file() or path.is_dir()):
-        raise InvalidValueError(f"out {out}: is a pipe or a device; name a file or a folder")
+        raise InvalidValueError("out", "is a pipe or a device", "name a file or a folder", value=out)
     is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
     if len(targets) == 1 and (layout == "sharded" or not is_folder):
         return [path], None
     if not is_folder and path.suffix in (".safetensors", ".pt", ".pth", ".bin"):
         place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
         raise InvalidValueError(
-            f"out {out}: {len(targets)} targets need a folder, or a name with {place} in it, such as "
-            f"{path.stem}-{place}{path.suffix}"
+            "out",
+            f"{len(targets)} targets need a folder, or a name with {place} in it, such as "
+            f"{path.stem}-{place}{path.suffix}",
+            value=out,
         )
     suffix = _SUFFIXES[layout_of(Path("x.safetensors"), layout)]
     return [path / f"{_name(target)}{suffix}" for target in targets], path
@@ -76,7 +82,7 @@ def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[lis
 
 def _filled_in(pattern: str, target: Target) -> Path:
     if _SIGMA_REL in pattern and target.sigma_rel is None:
-        raise InvalidValueError(f"out {pattern}: {target.title} has no sigma_rel; write {_TARGET} for it")
+        raise InvalidValueError("out", f"{target.title} has no sigma_rel", f"write {_TARGET} for it", value=pattern)
     return files.expanded(pattern.replace(_SIGMA_REL, repr(target.sigma_rel)).replace(_TARGET, _name(target)))
 
 

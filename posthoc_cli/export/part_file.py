@@ -78,13 +78,13 @@ class PartFile:
         header = read_header(self.path)
         found = decode_output(self.path, header)
         if "ema.part" not in header.metadata:
-            raise FileFormatError(f"{self.path}: is no part made by --shard")
+            raise FileFormatError(self.path, "is no part made by --shard")
         difference = self._difference(header.metadata, found)
         if difference is not None:
-            raise MismatchError(f"{self.path}: is a part of another plan: {difference}")
+            raise MismatchError(self.path, f"is a part of another plan: {difference}")
         tensors = {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
         if tensors != {spec.name: (spec.dtype, spec.shape) for spec in self.specs}:
-            raise FileFormatError(f"{self.path}: does not hold the tensors of part {self.part}")
+            raise FileFormatError(self.path, f"does not hold the tensors of part {self.part}")
         return header
 
     def _difference(self, metadata: Mapping[str, str], found: OutputInfo) -> str | None:
@@ -136,5 +136,5 @@ def source_checksum(source: Source) -> str:
         InvalidValueError: the source is not on disk.
     """
     if not isinstance(source, DiskSource):
-        raise InvalidValueError(f"shard: {source.name} is in memory; parts are made from snapshots on disk")
+        raise InvalidValueError("shard", f"{source.name} is in memory; parts are made from snapshots on disk")
     return source.snapshot.header.metadata["ema.checksum"]

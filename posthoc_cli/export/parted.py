@@ -156,7 +156,7 @@ class PartedSynthesis:
     ) -> None:
         outermost = self._container or wanted[0].path.parent
         if not outermost.parent.is_dir():
-            raise InvalidValueError(f"{outermost}: its folder does not exist")
+            raise InvalidValueError(outermost, "its folder does not exist")
         check_space({file.path: file.nbytes for file in wanted})
         with ExitStack() as stack:
             sinks: list[Sink] = []
@@ -186,20 +186,22 @@ class PartedSynthesis:
         """
         folder = file.path.parent
         if folder.exists() and not folder.is_dir():
-            raise OutputExistsError(f"{folder}: is a file; shards need a folder")
+            raise OutputExistsError(folder, "is a file; shards need a folder")
         if self.overwrite and holds_snapshot(folder):
-            raise OutputExistsError(f"{folder}: is a snapshot of a run and is not replaced; choose another name")
+            raise OutputExistsError(folder, "is a snapshot of a run and is not replaced", "choose another name")
         if not os.path.lexists(file.path):
             if not self.overwrite and holds_model(folder):
                 raise OutputExistsError(
-                    f"{folder}: holds a model already; choose another folder, or overwrite=True to replace it"
+                    folder, "holds a model already", "choose another folder, or overwrite=True to replace it"
                 )
             return False
         try:
             verify_payload(file.path, file.read_header())
         except (FileFormatError, MismatchError) as error:
             if not self.overwrite:
-                raise OutputExistsError(f"{error}; choose another folder, or overwrite=True to replace it") from error
+                raise OutputExistsError(
+                    error.subject, error.reason, "choose another folder, or overwrite=True to replace it"
+                ) from error
             return False
         return True
 

@@ -75,14 +75,14 @@ class ShardedSink:
         limit: int,
     ) -> None:
         if folder.exists() and not folder.is_dir():
-            raise OutputExistsError(f"{folder}: is a file; shards need a folder")
+            raise OutputExistsError(folder, "is a file; shards need a folder")
         if not overwrite and holds_model(folder):
             raise OutputExistsError(
-                f"{folder}: holds a model already; choose another folder, or overwrite=True to replace it"
+                folder, "holds a model already", "choose another folder, or overwrite=True to replace it"
             )
         for path in _model_files(folder):
             if path.is_dir() and not path.is_symlink():
-                raise OutputExistsError(f"{path}: is a directory, which no model replaces; choose another folder")
+                raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
         self._folder = folder
         self._overwrite = overwrite
         by_name = {spec.name: spec for spec in specs}

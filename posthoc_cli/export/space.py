@@ -30,6 +30,7 @@ def check_space(outputs: Mapping[Path, int]) -> None:
         if needed > free:
             count = "the output takes" if len(places) == 1 else f"the {len(places)} outputs take"
             raise WriteError(
-                errno.ENOSPC,
-                f"{place}: {count} {needed:,} bytes, and {free:,} are free on this disk; nothing was written",
+                place,
+                f"{count} {needed:,} bytes, and {free:,} are free on this disk; nothing was written",
+                errno=errno.ENOSPC,
             )

@@ -94,7 +94,9 @@ def existing_outputs(
         try:
             _check_output(path, kind, plan.output_info(index), specs)
         except (FileFormatError, MismatchError) as error:
-            raise OutputExistsError(f"{error}; choose another name, or --force to replace it") from error
+            raise OutputExistsError(
+                error.subject, error.reason, "choose another name, or overwrite=True to replace it"
+            ) from error
         there.add(index)
     return there
 
@@ -107,7 +109,7 @@ def _check_output(path: Path, layout: str, wanted: OutputInfo, specs: Mapping[st
         MismatchError: it is another one; says what differs.
     """
     if layout == "pt":
-        raise MismatchError(f"{path}: is there already, and a .pt file does not say which average it holds")
+        raise MismatchError(path, "is there already, and a .pt file does not say which average it holds")
     index = path / INDEX_NAME
     shards = [path] if layout == "safetensors" else [path / name for name in _shard_names(index)]
     found: dict[str, Contents] = {}
@@ -118,12 +120,12 @@ def _check_output(path: Path, layout: str, wanted: OutputInfo, specs: Mapping[st
         if difference is None and (_names(info) != _names(wanted) or not same_coefficients(info, wanted)):
             difference = "its snapshots or their coefficients are others"
         if difference is not None:
-            raise MismatchError(f"{shard}: is another output: {difference}")
+            raise MismatchError(shard, f"is another output: {difference}")
         verify_payload(shard, header)
         found |= {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
     for name in sorted(found.keys() | specs.keys()):
         if found.get(name) != specs.get(name):
-            raise MismatchError(f"{path}: is another output: it has other tensors, or other dtypes; see {shown(name)}")
+            raise MismatchError(path, "is another output: it has other tensors, or other dtypes", f"see {shown(name)}")
 
 
 def _shard_names(index: Path) -> list[str]:

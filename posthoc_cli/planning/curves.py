@@ -169,7 +169,9 @@ def error_curve(
     t = max(times) if t is None else t
     if not min(times) <= t <= max(times):
         raise InvalidValueError(
-            f"t {t:.12g}: must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
+            "t",
+            f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}",
+            value=f"{t:.12g}",
         )
     usable, prior = candidate.up_to(t)
     tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable}))
@@ -266,10 +268,14 @@ def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
         low, high = (check_sigma_rel(s) for s in sigma_range)
     except (TypeError, ValueError) as error:
         if isinstance(error, InvalidValueError):
-            raise InvalidValueError(f"sigma_range: {error}") from error
-        raise InvalidValueError(f"sigma_range {sigma_range!r}: must be two numbers, such as (0.05, 0.28)") from error
+            raise InvalidValueError("sigma_range", str(error)) from error
+        raise InvalidValueError(
+            "sigma_range", "must be two numbers, such as (0.05, 0.28)", value=f"{sigma_range!r}"
+        ) from error
     if not low < high:
         raise InvalidValueError(
-            f"sigma_range {low:g}:{high:g}: the first must be below the second, both in (0, {UNIFORM_SIGMA_REL:.4f})"
+            "sigma_range",
+            f"the first must be below the second, both in (0, {UNIFORM_SIGMA_REL:.4f})",
+            value=f"{low:g}:{high:g}",
         )
     return low, high

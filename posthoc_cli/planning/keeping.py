@@ -49,7 +49,7 @@ def snapshots_to_drop(
     if keep is None:
         return []
     if keep < 1:
-        raise InvalidValueError(f"max_checkpoints {keep}: must be at least 1, or None to keep all")
+        raise InvalidValueError("max_checkpoints", "must be at least 1, or None to keep all", value=keep)
     left = list(range(len(snapshots)))
     beyond: list[int] = []
     if len(left) > MOST_SOLVED:

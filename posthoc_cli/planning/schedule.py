@@ -47,20 +47,24 @@ class Schedule:
             check_sigma_rel(sigma_rel)
         for name, value in (("steps", self.steps), ("checkpoint_every", self.checkpoint_every)):
             if value < 1:
-                raise InvalidValueError(f"{name} {value}: must be at least 1")
+                raise InvalidValueError(f"{name} {value}", "must be at least 1")
         if self.max_checkpoints is not None and self.max_checkpoints < 1:
-            raise InvalidValueError(f"max_checkpoints {self.max_checkpoints}: must be at least 1, or None to keep all")
+            raise InvalidValueError(
+                "max_checkpoints", "must be at least 1, or None to keep all", value=self.max_checkpoints
+            )
         if self.checkpoint_every > self.steps:
             raise InvalidValueError(
-                f"checkpoint_every {self.checkpoint_every:,}: must be at most steps ({self.steps:,}), "
-                "or no snapshot is ever taken"
+                "checkpoint_every",
+                f"must be at most steps ({self.steps:,}), or no snapshot is ever taken",
+                value=f"{self.checkpoint_every:,}",
             )
         kept = self.kept * len(self.sigma_rels)
         if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
             raise InvalidValueError(
-                f"checkpoint_every {self.checkpoint_every:,}: takes snapshots at {self.taken:,} times and keeps "
-                f"{kept:,}; at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} can be judged: "
-                "take a larger one, or fewer max_checkpoints"
+                "checkpoint_every",
+                f"takes snapshots at {self.taken:,} times and keeps {kept:,}; at most {MOST_TIMES:,} and "
+                f"{MOST_SNAPSHOTS:,} can be judged: take a larger one, or fewer max_checkpoints",
+                value=f"{self.checkpoint_every:,}",
             )
 
     @property

@@ -33,7 +33,7 @@ def relative_rounding(dtype: str) -> float:
 def check_dtype(dtype: str) -> str:
     """A dtype that can be planned with, or an InvalidValueError that lists them."""
     if dtype not in ITEM_BYTES:
-        raise InvalidValueError(f"dtype {dtype!r}: must be one of {', '.join(ITEM_BYTES)}")
+        raise InvalidValueError("dtype", f"must be one of {', '.join(ITEM_BYTES)}", value=f"{dtype!r}")
     return dtype
 
 
@@ -75,17 +75,20 @@ class Task:
         for name in ("steps", "checkpoint_every", "max_checkpoints"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 10**15:
-                raise InvalidValueError(f"{name} {value}: must be a whole number from 1 to 1e15")
+                raise InvalidValueError(f"{name} {value}", "must be a whole number from 1 to 1e15")
         if not 0 <= self.max_error < 1:
-            raise InvalidValueError(f"max_error {self.max_error!r}: must be a relative error in [0, 1), such as 0.0005")
+            raise InvalidValueError(
+                "max_error", "must be a relative error in [0, 1), such as 0.0005", value=f"{self.max_error!r}"
+            )
         if self.parameters < 1:
-            raise InvalidValueError(f"params {self.parameters}: must be at least 1, such as 1.2e9 or 350M")
+            raise InvalidValueError("params", "must be at least 1, such as 1.2e9 or 350M", value=self.parameters)
         if self.dtype is not None:
             check_dtype(self.dtype)
         if self.checkpoint_every is not None and self.checkpoint_every > self.steps:
             raise InvalidValueError(
-                f"checkpoint_every {self.checkpoint_every:,}: must be at most steps ({self.steps:,}), "
-                "or no snapshot is ever taken"
+                "checkpoint_every",
+                f"must be at most steps ({self.steps:,}), or no snapshot is ever taken",
+                value=f"{self.checkpoint_every:,}",
             )
         self._check_budget()
 
@@ -128,6 +131,8 @@ class Task:
         kept, taken = self.max_checkpoints or 1, self.taken_most()
         moment = taken if taken <= kept else kept + 1
         raise InvalidValueError(
-            f"max_size {self.max_bytes:,} bytes: has no room for {kept:,} snapshot{'s' * (kept > 1)} of "
-            f"{profiles} profile{'s' * (profiles > 1)} and the one being written; it takes {least * moment:,} bytes"
+            "max_size",
+            f"has no room for {kept:,} snapshot{'s' * (kept > 1)} of {profiles} "
+            f"profile{'s' * (profiles > 1)} and the one being written; it takes {least * moment:,} bytes",
+            value=f"{self.max_bytes:,} bytes",
         )

@@ -42,10 +42,10 @@ class ClassicalEMA:
 
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
-            raise InvalidValueError(f"beta {self.beta!r}: must lie in (0, 1)")
+            raise InvalidValueError("beta", "must lie in (0, 1)", value=f"{self.beta!r}")
         if not (0 <= self.start <= self.t and 0 < self.t < math.inf):
             raise InvalidValueError(
-                f"an average from {self.start:,.12g} to t = {self.t:,.12g}: must start at 0 or later and by t"
+                f"an average from {self.start:,.12g} to t = {self.t:,.12g}", "must start at 0 or later and by t"
             )
 
     @property
@@ -80,7 +80,7 @@ def mean_age(gamma: float, steps: int) -> float:
     sum_{j=1}^{T-1} (j/T)**(gamma+1).
     """
     if steps < 1:
-        raise InvalidValueError(f"steps {steps}: must be at least 1")
+        raise InvalidValueError("steps", "must be at least 1", value=steps)
     x = gamma + 1
     if steps <= _DIRECT_SUM_LIMIT:
         return float(np.sum(np.power(np.arange(1, steps) / steps, x)))
@@ -108,12 +108,14 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     1 - 2 / (steps + 1) has no counterpart after that many steps, however its table may name one.
     """
     if steps < 2:
-        raise InvalidValueError(f"steps {steps}: must be at least 2")
+        raise InvalidValueError("steps", "must be at least 2", value=steps)
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
         raise InvalidValueError(
-            f"beta {beta!r}: after {steps:,} steps it must lie in (0, {longest:.7g}); "
-            f"{longest:.7g} has the mean age of the uniform average, and no power function a higher one"
+            "beta",
+            f"after {steps:,} steps it must lie in (0, {longest:.7g}); {longest:.7g} has the mean age "
+            "of the uniform average, and no power function a higher one",
+            value=f"{beta!r}",
         )
     from scipy.optimize import brentq  # slow to import, and needed here alone
 

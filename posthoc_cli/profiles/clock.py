@@ -37,10 +37,12 @@ class Clock:
             values = np.asarray(getattr(self, name), dtype=np.float64)
             growing = values.ndim == 1 and np.all(np.diff(values, prepend=0.0) > 0) and np.all(np.isfinite(values))
             if not growing or values.size == 0:
-                raise InvalidValueError(f"clock: {name} must be finite and grow from above 0, one at least")
+                raise InvalidValueError("clock", f"{name} must be finite and grow from above 0, one at least")
             object.__setattr__(self, name, tuple(values.tolist()))
         if len(self.steps) != len(self.times):
-            raise InvalidValueError(f"clock: {len(self.steps)} steps and {len(self.times)} times; each pair needs both")
+            raise InvalidValueError(
+                "clock", f"{len(self.steps)} steps and {len(self.times)} times; each pair needs both"
+            )
 
     @classmethod
     def of_steps(cls) -> Clock:
@@ -157,8 +159,9 @@ class ClockRecorder:
         recorder = cls()
         if not _is_state(state):
             raise InvalidValueError(
-                "clock: must be a list of a tolerance, two slopes and up to "
-                f"{MOST_KNOTS} pairs of a step and its time, both growing"
+                "clock",
+                f"must be a list of a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its "
+                "time, both growing",
             )
         recorder._tolerance, recorder._lowest, recorder._highest = map(float, state[:3])
         pairs = [(int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True)]

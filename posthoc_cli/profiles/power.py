@@ -42,11 +42,14 @@ def check_sigma_rel(sigma_rel: float) -> float:
     if not 0 < value < UNIFORM_SIGMA_REL:
         shown = f"{sigma_rel:g}" if isinstance(sigma_rel, int | float) else repr(sigma_rel)[:40]
         raise InvalidValueError(
-            f"sigma_rel {shown}: must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
+            "sigma_rel", "must lie in (0, 0.2887); 0.2887 is the uniform average over all of training", value=shown
         )
     if value < SHORTEST_SIGMA_REL:
         raise InvalidValueError(
-            f"sigma_rel {value:g}: too short to be told from no averaging; use {SHORTEST_SIGMA_REL:g} or more"
+            "sigma_rel",
+            "too short to be told from no averaging",
+            f"use {SHORTEST_SIGMA_REL:g} or more",
+            value=f"{value:g}",
         )
     return value
 
@@ -78,7 +81,7 @@ def gamma_from_sigma_rel(sigma_rel: float) -> float:
 def sigma_rel_from_gamma(gamma: float) -> float:
     """The width of the profile with exponent `gamma` > 0, as a fraction of training time."""
     if not (gamma > 0 and math.isfinite(gamma)):
-        raise InvalidValueError(f"gamma {gamma:g}: must be above 0, the uniform average, and finite")
+        raise InvalidValueError("gamma", "must be above 0, the uniform average, and finite", value=f"{gamma:g}")
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
@@ -93,7 +96,7 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     update closes. `t_prev` = 0 is the first update: all of the average.
     """
     if not 0 <= t_prev < t:
-        raise InvalidValueError(f"an update at t = {t:,.12g} after one at t = {t_prev:,.12g}: time must grow")
+        raise InvalidValueError(f"an update at t = {t:,.12g} after one at t = {t_prev:,.12g}", "time must grow")
     if t_prev == 0:
         return 1.0
     return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
@@ -148,7 +151,7 @@ class PowerFunction:
         """
         grid = np.asarray(times, dtype=np.float64)
         if grid.size == 0 or grid[0] <= 0 or np.any(np.diff(grid) <= 0) or grid[-1] != self.t:
-            raise InvalidValueError(f"update times must grow from above 0 and end at t = {self.t:,.12g}")
+            raise InvalidValueError("times", f"must grow from above 0 and end at t = {self.t:,.12g}")
         return -np.diff(self.tail(np.concatenate(([0.0], grid))))
 
 

@@ -64,11 +64,11 @@ def read_table(path: Path) -> Table:
     try:
         return Table(path, Tabulated(times, values), tuple(lines))
     except InvalidValueError as error:  # no mass: all that is left to find
-        raise _bad(path, f"lines {lines[0]} to {lines[-1]}: {str(error).removeprefix('profile: ')}") from error
+        raise _bad(path, f"lines {lines[0]} to {lines[-1]}: {error.reason}") from error
 
 
 def _bad(path: Path, reason: str) -> InvalidValueError:
-    return InvalidValueError(f"profile {path}: {reason}")
+    return InvalidValueError("profile", reason, value=path)
 
 
 def _text(path: Path) -> str:

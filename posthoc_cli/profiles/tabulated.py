@@ -32,17 +32,18 @@ class Tabulated:
         times, values = (np.asarray(given, dtype=np.float64) for given in (self.times, self.values))
         if times.ndim != 1 or times.shape != values.shape or times.size < 2:
             raise InvalidValueError(
-                f"profile: times of shape {times.shape} with densities of shape {values.shape}; "
-                "must be two lists of equal length, of two points or more"
+                "profile",
+                f"times of shape {times.shape} with densities of shape {values.shape}; must be two lists of "
+                "equal length, of two points or more",
             )
         fault = first_fault(times, values)
         if fault is not None:
             index, reason = fault
-            raise InvalidValueError(f"profile: point {index + 1}: {reason}")
+            raise InvalidValueError("profile", f"point {index + 1}: {reason}")
         object.__setattr__(self, "times", tuple(times.tolist()))
         object.__setattr__(self, "values", tuple(values.tolist()))
         if not (np.any(values > 0) and self._curve[2][0] > 0):
-            raise InvalidValueError("profile: its mass is 0; at least one density must be above 0")
+            raise InvalidValueError("profile", "its mass is 0; at least one density must be above 0")
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
         """Mass per unit of time at `s`; 0 outside the first and the last of `times`."""

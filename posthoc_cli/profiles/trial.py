@@ -69,4 +69,4 @@ def _values(profile: Profile, name: str, times: FloatArray, title: str) -> Float
 
 
 def _bad(title: str, reason: str) -> InvalidValueError:
-    return InvalidValueError(f"{title}: {reason}")
+    return InvalidValueError(title, reason)

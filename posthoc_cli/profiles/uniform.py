@@ -23,7 +23,7 @@ class Uniform:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end < math.inf:
             raise InvalidValueError(
-                f"uniform from {self.start:,.12g} to {self.end:,.12g}: must start at 0 or later and before its end"
+                f"uniform from {self.start:,.12g} to {self.end:,.12g}", "must start at 0 or later and before its end"
             )
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
@@ -56,12 +56,13 @@ class StepWindow:
 
     def __post_init__(self) -> None:
         if not self.steps >= 1:
-            raise InvalidValueError(f"window {self.steps}: must be a whole number of steps, at least 1")
+            raise InvalidValueError("window", "must be a whole number of steps, at least 1", value=self.steps)
         there = float(self.clock.step_at(self.t))
         if self.steps > there:
             raise InvalidValueError(
-                f"window {self.steps}: the run has {math.floor(there):,} steps up to t = {self.t:,.12g}; "
-                "must be at most that"
+                "window",
+                f"the run has {math.floor(there):,} steps up to t = {self.t:,.12g}; must be at most that",
+                value=self.steps,
             )
 
     @property

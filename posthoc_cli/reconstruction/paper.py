@@ -50,7 +50,7 @@ class ProfileDistance:
         total = float(solution.sum())
         if not 0 < total < np.inf:
             raise InvalidValueError(
-                "none of the target's mass lies before the last snapshot in use; take the time of a snapshot"
+                "target", "none of its mass lies before the last snapshot in use", "take the time of a snapshot"
             )
         return np.asarray(solution / total, dtype=np.float64)
 

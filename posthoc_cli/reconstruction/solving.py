@@ -57,7 +57,7 @@ def check_method(method: str | None) -> str:
     if method is None:
         return METHODS[0]
     if method not in METHODS:
-        raise InvalidValueError(f"method {method!r}: must be one of {', '.join(METHODS)}")
+        raise InvalidValueError("method", f"must be one of {', '.join(METHODS)}", value=f"{method!r}")
     return method
 
 
@@ -84,12 +84,12 @@ def reconstruct(
     """
     method = check_method(method)
     if not snapshots:
-        raise InvalidValueError("no snapshots to reconstruct from")
+        raise InvalidValueError("snapshots", "there are none to reconstruct from")
     for wanted in targets:
         _check_profile(wanted)
     t = _target_time(snapshots, targets) if t is None else t
     if any(snapshot.t > t for snapshot in snapshots):
-        raise InvalidValueError("a target can only be made of snapshots at or before its time")
+        raise InvalidValueError("snapshots", "must be at or before the time of the target")
     prior = assumed_prior(snapshots) if prior is None else prior
     distance = ProfileDistance(snapshots, t)
     variance = MinimumVariance(snapshots, prior, t)
@@ -135,8 +135,10 @@ def expected_errors(
 def _check_profile(target: object) -> None:
     if not all(callable(getattr(target, name, None)) for name in ("density", "tail")):
         raise InvalidValueError(
-            f"target {' '.join(repr(target)[:40].split())}: must be a profile, with density(s) and tail(s); "
-            "PowerFunction.from_sigma_rel(0.15, t) is that of a sigma_rel"
+            "target",
+            "must be a profile, with density(s) and tail(s); PowerFunction.from_sigma_rel(0.15, t) is "
+            "that of a sigma_rel",
+            value=" ".join(repr(target)[:40].split()),
         )
 
 

@@ -274,22 +274,23 @@ def _listed(sigma_rels: tuple[float, ...]) -> str:
 def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
     if not fmt.EARLIEST <= info.t_first <= info.t <= fmt.LATEST or info.step < 1:
         raise FileFormatError(
-            f"{path}: t {info.t:g}, first update {info.t_first:g}, step {info.step}: not a time of training"
+            path, f"t {info.t:g}, first update {info.t_first:g}, step {info.step}: not a time of training"
         )
     if not 0 <= info.max_interval <= info.t:
         raise FileFormatError(
-            f"{path}: ema.max_interval: {info.max_interval:g} must lie in [0, {info.t:g}]: no interval is longer than "
-            "the training so far"
+            path,
+            f"ema.max_interval: {info.max_interval:g} must lie in [0, {info.t:g}]: no interval is "
+            "longer than the training so far",
         )
     if info.updates is not None and not 1 <= info.updates <= info.step:
         raise FileFormatError(
-            f"{path}: ema.updates: {info.updates} must lie in [1, {info.step}]: at most one a call, and one at least"
+            path, f"ema.updates: {info.updates} must lie in [1, {info.step}]: at most one a call, and one at least"
         )
     if info.inherited < 0:
-        raise FileFormatError(f"{path}: ema.inherited: {info.inherited:g} must be at least 0")
+        raise FileFormatError(path, f"ema.inherited: {info.inherited:g} must be at least 0")
     try:
         gamma = gamma_from_sigma_rel(info.sigma_rel)
     except InvalidValueError as error:
-        raise FileFormatError(f"{path}: {error}") from error
+        raise FileFormatError(path, str(error)) from error
     if abs(info.gamma - gamma) > 1e-9 * (gamma + 1):
-        raise FileFormatError(f"{path}: gamma {info.gamma!r} is not that of sigma_rel {info.sigma_rel!r} ({gamma!r})")
+        raise FileFormatError(path, f"gamma {info.gamma!r} is not that of sigma_rel {info.sigma_rel!r} ({gamma!r})")

@@ -268,7 +268,7 @@ def parse_dtype_word(word: str) -> str | None:
     if word == "keep":
         return None
     if word not in DTYPE_WORDS:
-        raise InvalidValueError(f"dtype {word}: must be one of {', '.join(DTYPE_WORDS)}, keep")
+        raise InvalidValueError("dtype", f"must be one of {', '.join(DTYPE_WORDS)}, keep", value=word)
     return DTYPE_WORDS[word]
 
 
@@ -281,7 +281,7 @@ def lay_out(specs: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
     begin = 0
     for spec in sorted(specs, key=lambda s: -ITEM_BYTES[s.dtype]):
         if spec.name in entries or spec.name == "__metadata__":
-            raise InvalidValueError(f"tensor name {spec.name!r}: must be unique, and not __metadata__")
+            raise InvalidValueError(f"tensor name {spec.name!r}", "must be unique, and not __metadata__")
         entries[spec.name] = TensorEntry(spec.dtype, spec.shape, begin, spec.nbytes)
         begin += spec.nbytes
     return entries
@@ -302,12 +302,12 @@ def encode_header(
         text = compact(header).encode()
     except UnicodeEncodeError as error:
         near = str(error.object)[max(0, error.start - 40) : error.end + 40]
-        raise InvalidValueError(f"a name or value cannot be written in UTF-8: {near!r}") from error
+        raise InvalidValueError("header", f"a name or value cannot be written in UTF-8: {near!r}") from error
     if b"\\u0000" in text:  # no reader takes it back
-        raise InvalidValueError("a name or value has a zero byte, which cannot be written")
+        raise InvalidValueError("header", "a name or value has a zero byte, which cannot be written")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
-        raise InvalidValueError(f"the header would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
+        raise InvalidValueError("header", f"would take {len(text):,} bytes; at most {MAX_HEADER_BYTES:,} are allowed")
     blank = len(text).to_bytes(8, "little") + text
     start = blank.index(CHECKSUM_MARK) + len(CHECKSUM_MARK)
     return blank[:start] + xxhash.xxh3_64_hexdigest(blank).encode() + blank[start + CHECKSUM_DIGITS :]

@@ -44,11 +44,11 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, sharing: Sha
         metadata, rest = split
         tensors = sharing.once("header", rest, lambda: _decode_entries(path, _header_object(path, rest)))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        raise FileFormatError(f"{path}: __metadata__ must map names to strings")
+        raise FileFormatError(path, "__metadata__ must map names to strings")
     header = fmt.FileHeader(sharing.texts(metadata), tensors, len(start))
     if file_bytes is not None and header.file_bytes != file_bytes:
         state = "truncated" if file_bytes < header.file_bytes else "longer than it should be"
-        raise FileFormatError(f"{path}: {state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
+        raise FileFormatError(path, f"{state}: has {file_bytes:,} bytes, its header says {header.file_bytes:,}")
     if "ema.checksum" in metadata or "ema.format" in metadata:
         _check_header_checksum(path, start)
     return header
@@ -62,15 +62,15 @@ def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
     """
     if "ema.checksums" not in header.metadata:
         if file_kind(header) is not None:
-            raise FileFormatError(f"{path}: ema.checksums: is missing")
+            raise FileFormatError(path, "ema.checksums: is missing")
         return {}
     raw = parse_json(path, header.metadata["ema.checksums"], "ema.checksums")
     if not isinstance(raw, dict):
-        raise FileFormatError(f"{path}: ema.checksums must map names to checksums")
+        raise FileFormatError(path, "ema.checksums must map names to checksums")
     for name, entry in header.tensors.items():
         value = raw.get(name)
         if not isinstance(value, str) or len(value) != fmt.CHECKSUM_DIGITS * -(-entry.nbytes // fmt.BLOCK_BYTES):
-            raise FileFormatError(f"{path}: tensor {shown(name)}: ema.checksums does not hold one checksum a block")
+            raise FileFormatError(path, f"tensor {shown(name)}: ema.checksums does not hold one checksum a block")
     return raw
 
 
@@ -101,13 +101,13 @@ def _split(path: Path, text: str) -> tuple[Any, str] | None:
 def _header_object(path: Path, text: str) -> dict[str, Any]:
     raw = parse_json(path, text, "header")
     if not isinstance(raw, dict):
-        raise FileFormatError(f"{path}: the header is not a JSON object; not a safetensors file")
+        raise FileFormatError(path, "the header is not a JSON object; not a safetensors file")
     return raw
 
 
 def _decode_entries(path: Path, raw: Mapping[str, Any]) -> dict[str, fmt.TensorEntry]:
     if "__metadata__" in raw:  # split off before, or taken out
-        raise FileFormatError(f"{path}: damaged header: the same key twice")
+        raise FileFormatError(path, "damaged header: the same key twice")
     tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
     _check_offsets(path, tensors)
     return tensors
@@ -115,19 +115,19 @@ def _decode_entries(path: Path, raw: Mapping[str, Any]) -> dict[str, fmt.TensorE
 
 def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise FileFormatError(f"{path}: tensor {shown(name)}: its header entry is malformed")
+        raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in fmt.ITEM_BYTES:
         known = ", ".join(fmt.ITEM_BYTES)
-        raise FileFormatError(f"{path}: tensor {shown(name)}: dtype {shown(dtype)} is none of {known}")
+        raise FileFormatError(path, f"tensor {shown(name)}: dtype {shown(dtype)} is none of {known}")
     sizes = _is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
     # Also where another size is 0: no array library can hold the strides of such a shape.
     if not sizes or math.prod(size or 1 for size in shape) >= 2**60:
-        raise FileFormatError(f"{path}: tensor {shown(name)}: its header entry is malformed")
+        raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
     begin, end = offsets
     if end - begin != math.prod(shape) * fmt.ITEM_BYTES[dtype]:
         what = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
-        raise FileFormatError(f"{path}: tensor {shown(name)}: {what}")
+        raise FileFormatError(path, f"tensor {shown(name)}: {what}")
     return fmt.TensorEntry(dtype, tuple(shape), begin, end - begin)
 
 
@@ -139,12 +139,12 @@ def _check_offsets(path: Path, tensors: Mapping[str, fmt.TensorEntry]) -> None:
     position = 0
     for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
         if entry.begin != position:
-            raise FileFormatError(f"{path}: tensor {shown(name)}: begins at {entry.begin:,} where {position:,} was due")
+            raise FileFormatError(path, f"tensor {shown(name)}: begins at {entry.begin:,} where {position:,} was due")
         position += entry.nbytes
 
 
 def _check_header_checksum(path: Path, start: bytes) -> None:
     if start.count(fmt.CHECKSUM_MARK) != 1:
-        raise FileFormatError(f"{path}: the header has no checksum, or several")
+        raise FileFormatError(path, "the header has no checksum, or several")
     if not has_header_checksum(start, fmt.header_checksum(start)):
-        raise FileFormatError(f"{path}: damaged header: its checksum does not match")
+        raise FileFormatError(path, "damaged header: its checksum does not match")

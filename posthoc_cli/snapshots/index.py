@@ -48,11 +48,11 @@ def decode_index(path: Path) -> ShardIndex:
     found = _read_object(path)
     weight_map, metadata = found.get("weight_map"), found.get("metadata")
     if not isinstance(weight_map, dict):
-        raise FileFormatError(f"{path}: is not an index of shards: it has no weight_map")
+        raise FileFormatError(path, "is not an index of shards: it has no weight_map")
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
         if not (isinstance(name, str) and is_plain_name(name)):
-            raise FileFormatError(f"{path}: tensor {shown(tensor)}: {shown(name)} is not the name of a file beside it")
+            raise FileFormatError(path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file beside it")
         shards.setdefault(name, []).append(tensor)
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     return ShardIndex(dict(sorted(shards.items())), total if type(total) is int else None)
@@ -77,5 +77,5 @@ def is_plain_name(name: str) -> bool:
 def _read_object(path: Path) -> dict[str, Any]:
     found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
     if not isinstance(found, dict):
-        raise FileFormatError(f"{path}: is not an index of shards: it is no JSON object")
+        raise FileFormatError(path, "is not an index of shards: it is no JSON object")
     return found

@@ -50,8 +50,9 @@ class DirectoryLock:
                 self._lock.acquire()
             except filelock.Timeout:
                 raise LockedError(
-                    f"{directory}: {self._named_holder()} is writing here; close that tracker, "
-                    "or take another directory"
+                    directory,
+                    f"{self._named_holder()} is writing here",
+                    "close that tracker, or take another directory",
                 ) from None
             except OSError as error:
                 if error.errno not in NO_LOCKS:

@@ -67,7 +67,7 @@ def _damage_named(path: Path, what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RecursionError) as error:
-        raise FileFormatError(f"{path}: damaged {what}: {str(error)[:200]}") from error
+        raise FileFormatError(path, f"damaged {what}: {str(error)[:200]}") from error
 
 
 def _decoder() -> json.JSONDecoder:
@@ -123,14 +123,14 @@ class Metadata:
         if found != expected:
             what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
             article = "an" if expected.startswith("o") else "a"
-            raise FileFormatError(f"{path}: not {article} {expected} of this package: {what}")
+            raise FileFormatError(path, f"not {article} {expected} of this package: {what}")
         version = fmt.version_of(expected)
         if self.text("ema.version") != version:
             raise self.bad("ema.version", f"{shown(self.text('ema.version'))}; this release reads {version}")
 
     def bad(self, key: str, reason: str) -> FileFormatError:
         """An error to raise: what is wrong with a key."""
-        return FileFormatError(f"{self._path}: {key}: {reason}")
+        return FileFormatError(self._path, f"{key}: {reason}")
 
     def has(self, key: str) -> bool:
         """Whether the file has the key."""

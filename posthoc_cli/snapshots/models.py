@@ -57,18 +57,20 @@ def models_at(path: Path) -> list[Path]:
     parts = [match for entry in entries if (match := _PART.fullmatch(entry.name))]
     if parts:
         raise DirectoryError(
-            f"{path}: {len(parts)} of the {int(parts[0][1])} parts of a model are there, and no index; make all with "
-            "`ema synthesize --shard`, then run it with --finish"
+            path,
+            f"{len(parts)} of the {int(parts[0][1])} parts of a model are there, and no index",
+            "make all with `ema synthesize --shard`, then run it with --finish",
         )
     found = [entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry)]
     if not found:
         raise DirectoryError(
-            f"{path}: holds no snapshots, outputs or models; name a .safetensors file, an index of shards, or a folder "
-            "of these"
+            path,
+            "holds no snapshots, outputs or models",
+            "name a .safetensors file, an index of shards, or a folder of these",
         )
     if any(map(_is_snapshot, found)):
         raise DirectoryError(
-            f"{path}: holds the snapshots of a run; name one of them, or make an average with `ema synthesize {path}`"
+            path, "holds the snapshots of a run", f"name one of them, or make an average with `ema synthesize {path}`"
         )
     return found
 
@@ -88,7 +90,7 @@ def check_indexed(path: Path, header: fmt.FileHeader, names: list[str] | None) -
     """
     missing = set(names or ()) - header.tensors.keys()
     if missing:
-        raise FileFormatError(f"{path}: tensor {shown(min(missing))} is not in it, as the index says")
+        raise FileFormatError(path, f"tensor {shown(min(missing))} is not in it, as the index says")
 
 
 def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
@@ -104,4 +106,4 @@ def check_alike(first: Path, info: OutputInfo | None, other: Path, found: Output
         if difference is None and not same_coefficients(found, info):
             difference = "its coefficients are others"
     if difference is not None:
-        raise MismatchError(f"{first} and {other} are not of one model: {difference}")
+        raise MismatchError(f"{first} and {other} are not of one model", difference)

@@ -82,7 +82,7 @@ def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
     snapshots = []
     for item in reader.json_list("ema.snapshots"):
         if not (isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))):
-            raise FileFormatError(f"{path}: ema.snapshots must list files with their coefficients")
+            raise FileFormatError(path, "ema.snapshots must list files with their coefficients")
         snapshots.append((item["file"], float(item["coefficient"])))
     info = OutputInfo(
         run_id=reader.run_id(),

@@ -92,7 +92,7 @@ def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
             raise MismatchError(
-                f"the snapshots are not of one training: by their clocks step {step} was at t = {t:,.12g}, "
-                f"and step {next_step} at t = {next_t:,.12g}"
+                "the snapshots are not of one training",
+                f"by their clocks step {step} was at t = {t:,.12g}, and step {next_step} at t = {next_t:,.12g}",
             )
     return Clock([step for step, _ in pairs], [t for _, t in pairs])

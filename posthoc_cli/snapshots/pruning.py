@@ -98,7 +98,7 @@ def plan_pruning(
         InexactError: all snapshots together miss `max_error`.
     """
     if sum(wish is not None for wish in (keep, max_bytes, max_error)) != 1:
-        raise InvalidValueError("keep, max_size and max_error: give one of them")
+        raise InvalidValueError("keep, max_size and max_error", "give one of them")
     *earlier, snapshots = by_segment(snapshots)
     older = [snapshot for segment in earlier for snapshot in segment]
     if max_bytes is not None:
@@ -124,8 +124,9 @@ def plan_pruning(
 
     if max_error is not None and before.worst > max_error:
         raise InexactError(
-            f"max_error {max_error:g}: all {len(snapshots)} snapshots together have a predicted error of up to "
-            f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go"
+            f"max_error {max_error:g}",
+            f"all {len(snapshots)} snapshots together have a predicted error of up to "
+            f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go",
         )
     staying = {*choose(profiles, keep=keep or 1), *needed}
     order = _spread_out([index for index in range(len(profiles)) if index not in staying])
@@ -233,12 +234,14 @@ def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerF
 
 def _check_keep(snapshots: Sequence[Snapshot], keep: int) -> None:
     if keep < 1:
-        raise InvalidValueError(f"keep {keep}: must be at least 1; the newest snapshot of each profile stays")
+        raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
     most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
     if keep > most:
         raise InvalidValueError(
-            f"keep {keep}: there {'are' if most > 1 else 'is'} only {most} snapshot{'s' * (most > 1)} a profile; "
-            "nothing was deleted"
+            "keep",
+            f"there {('are' if most > 1 else 'is')} only {most} snapshot{'s' * (most > 1)} a profile; "
+            "nothing was deleted",
+            value=keep,
         )
 
 
@@ -251,7 +254,9 @@ def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes
         size -= snapshots[index].header.file_bytes
     if size > max_bytes:
         raise InvalidValueError(
-            f"max_size {max_bytes:,} bytes: the newest snapshots of each profile, which stay, take {size:,} bytes"
+            "max_size",
+            f"the newest snapshots of each profile, which stay, take {size:,} bytes",
+            value=f"{max_bytes:,} bytes",
         )
     return len(order)
 

@@ -84,7 +84,7 @@ class TensorFile:
         try:
             self.header = _known_header(path, self._descriptor, expected)
             if expected is not None and self.header != expected:
-                raise FileFormatError(f"{path}: was replaced while it was being used; run again")
+                raise FileFormatError(path, "was replaced while it was being used", "run again")
             self._checksums = headers.decode_checksums(path, self.header)
         except BaseException:
             files.system.close(self._descriptor)
@@ -141,7 +141,7 @@ class TensorFile:
 
     def damaged(self, name: str) -> FileFormatError:
         """The error for a block that is not what its checksum says."""
-        return FileFormatError(f"{self.path}: tensor {shown(name)} is damaged: its checksum does not match")
+        return FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a tensor, for estimates only: no checksum is looked at. Shape [end - begin].
@@ -160,7 +160,7 @@ class TensorFile:
             except OSError as error:
                 raise _cannot(self.path, "read", error) from error
             if count == 0:
-                raise FileFormatError(f"{self.path}: tensor {shown(name)}: the file became shorter while it was read")
+                raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
             view, offset = view[count:], offset + count
 
     def close(self) -> None:
@@ -218,7 +218,7 @@ def read_small_file(path: Path, most: int) -> bytes:
     try:
         size = os.fstat(descriptor).st_size
         if size > most:
-            raise FileFormatError(f"{path}: has {size:,} bytes; at most {most:,} are allowed")
+            raise FileFormatError(path, f"has {size:,} bytes; at most {most:,} are allowed")
         with _reported(path, "read"):
             return files.read_at(descriptor, size, 0)
     finally:
@@ -237,9 +237,10 @@ def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
     # On a network file system an open file goes away, too, when another host removes it.
     kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
     reason = (error.strerror or str(error)).lower()
+    hint = ""
     if error.errno == errno.EMFILE:
-        reason += "; a synthesis holds all its snapshots open: raise the limit of this process, as by ulimit -n 4096"
-    return kind(f"{path}: cannot be {verb}: {reason}")
+        hint = "a synthesis holds all its snapshots open: raise the limit of this process, as by ulimit -n 4096"
+    return kind(path, f"cannot be {verb}: {reason}", hint)
 
 
 def _open(path: Path) -> int:
@@ -247,10 +248,10 @@ def _open(path: Path) -> int:
         with _reported(path, "opened"):
             descriptor = files.system.open(path)
     except ValueError as error:
-        raise FileFormatError(f"{str(path)!r}: cannot be opened: no file can have this name") from error
+        raise FileFormatError(f"{str(path)!r}", "cannot be opened: no file can have this name") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         files.system.close(descriptor)
-        raise FileFormatError(f"{path}: is not a regular file")
+        raise FileFormatError(path, "is not a regular file")
     return descriptor
 
 
@@ -270,16 +271,15 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
     size = os.fstat(descriptor).st_size
     prefix = files.read_at(descriptor, 8, 0)
     if len(prefix) < 8:
-        raise FileFormatError(f"{path}: truncated: {size:,} bytes cannot hold a safetensors header")
+        raise FileFormatError(path, f"truncated: {size:,} bytes cannot hold a safetensors header")
     length = int.from_bytes(prefix, "little")
     if length > fmt.MAX_HEADER_BYTES or 8 + length > size:
         if prefix.startswith(_PICKLES):
-            raise FileFormatError(f"{path}: is a pickle (.pt, .bin), which is never read; save it as safetensors")
+            raise FileFormatError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
         raise FileFormatError(
-            f"{path}: damaged, truncated or not safetensors: its header would take {length:,} bytes "
-            f"of a file of {size:,}"
+            path, f"damaged, truncated or not safetensors: its header would take {length:,} bytes of a file of {size:,}"
         )
     start = prefix + files.read_at(descriptor, length, len(prefix))
     if len(start) < 8 + length:
-        raise FileFormatError(f"{path}: the file became shorter while it was read")
+        raise FileFormatError(path, "the file became shorter while it was read")
     return start, size

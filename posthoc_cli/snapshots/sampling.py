@@ -145,7 +145,7 @@ def _read(snapshot: Snapshot, segments: Sequence[_Segment]) -> _Sample:
             values = decode_values(file.read_unverified(segment.name, segment.begin * item, segment.end * item), stored)
             if not np.isfinite(values).all():
                 file.read(segment.name)  # a flipped bit is damage, and told so
-                raise NonFiniteError(f"{snapshot.path}: tensor {segment.name!r}: holds nan or infinity")
+                raise NonFiniteError(snapshot.path, f"tensor {segment.name!r}: holds nan or infinity")
             parts.append(values)
             rounding += expected_rounding(values, stored, snapshot.info.tensors[segment.name].dtype)
     values = np.concatenate(parts)

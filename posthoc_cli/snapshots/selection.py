@@ -55,7 +55,7 @@ def make_selection(
         InvalidValueError: naming the argument and what would be accepted.
     """
     if buffers not in BUFFERS:
-        raise InvalidValueError(f"buffers {buffers!r}: must be one of {', '.join(BUFFERS)}")
+        raise InvalidValueError("buffers", f"must be one of {', '.join(BUFFERS)}", value=f"{buffers!r}")
     globs = {"include": include, "exclude": exclude, "copy_only": copy_only}
     return Selection(
         bool(only_trainable), buffers=buffers, **{what: _globs(what, given) for what, given in globs.items()}
@@ -69,8 +69,9 @@ def check_globs(selection: Selection, names: Iterable[str]) -> None:
         for glob in getattr(selection, what):
             if not any(fnmatchcase(name, glob) for name in names):
                 raise InvalidValueError(
-                    f"{what} {glob!r}: matches no tensor of the model; its names are such as "
-                    f"{', '.join(map(repr, names[:3])) or 'none'}"
+                    f"{what} {glob!r}",
+                    "matches no tensor of the model; its names are such as "
+                    f"{', '.join(map(repr, names[:3])) or 'none'}",
                 )
 
 
@@ -80,5 +81,5 @@ def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
     given = (globs,) if isinstance(globs, str) else globs
     listed = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(glob, str) and glob for glob in listed):
-        raise InvalidValueError(f"{what} {globs!r}: must be a glob on names, such as 'decoder.*', or a list of them")
+        raise InvalidValueError(f"{what} {globs!r}", "must be a glob on names, such as 'decoder.*', or a list of them")
     return listed

@@ -177,7 +177,7 @@ def read_sharded(directory: Path) -> ShardedSnapshot | None:
     names = found.shards
     headers, problems = _read_headers(directory, names)
     if not names:
-        raise FileFormatError(f"{index}: names no shard")
+        raise FileFormatError(index, "names no shard")
     if headers and not any(file_kind(header) == "snapshot" for header in headers.values()):
         return None
     if problems:
@@ -211,23 +211,23 @@ def _read_headers(directory: Path, names: Iterable[str]) -> tuple[dict[str, fmt.
 def _missing(shard: Path, error: VanishedError) -> FileFormatError:
     """What to say of a shard that is not there: damage, unless the whole snapshot has gone, whose index goes first."""
     index = shard.parent / INDEX_NAME
-    return error if files.is_gone(index) else FileFormatError(f"{shard}: is missing; {INDEX_NAME} names it")
+    return error if files.is_gone(index) else FileFormatError(shard, f"is missing; {INDEX_NAME} names it")
 
 
 def _check_names(index: Path, shard: Snapshot, names: Sequence[str]) -> None:
     """Check that a shard holds what the index says, and nothing else."""
     missing, further = set(names) - shard.header.tensors.keys(), shard.header.tensors.keys() - set(names)
     if missing:
-        raise FileFormatError(f"{shard.path}: tensor {shown(min(missing))} is not in it, as {index.name} says")
+        raise FileFormatError(shard.path, f"tensor {shown(min(missing))} is not in it, as {index.name} says")
     if further:
-        raise FileFormatError(f"{shard.path}: tensor {shown(min(further))} is in it, and not in {index.name}")
+        raise FileFormatError(shard.path, f"tensor {shown(min(further))} is in it, and not in {index.name}")
 
 
 def _check_total(index: Path, total: int | None, shards: Sequence[Snapshot]) -> None:
     """Check the size that an index says, if any: no reader uses it, but a wrong one is damage."""
     found = sum(entry.nbytes for shard in shards for entry in shard.header.tensors.values())
     if total not in (None, found):
-        raise FileFormatError(f"{index}: total_size is {shown(total)}; the tensors of its shards have {found:,} bytes")
+        raise FileFormatError(index, f"total_size is {shown(total)}; the tensors of its shards have {found:,} bytes")
 
 
 def _check_same(first: Snapshot, other: Snapshot) -> None:
@@ -237,8 +237,8 @@ def _check_same(first: Snapshot, other: Snapshot) -> None:
         values = [getattr(shard.info, name) for shard in (first, other)]
         if name not in own and values[0] != values[1]:
             raise FileFormatError(
-                f"{first.path} and {other.path} are not of one snapshot: their {name} are {str(values[0])[:60]} and "
-                f"{str(values[1])[:60]}"
+                f"{first.path} and {other.path} are not of one snapshot",
+                f"their {name} are {str(values[0])[:60]} and {str(values[1])[:60]}",
             )
 
 
@@ -265,10 +265,10 @@ def _joined_info(shards: Sequence[Snapshot]) -> fmt.SnapshotInfo:
     aliases: dict[str, str] = {}
     for alias, name in (item for shard in shards for item in shard.info.aliases.items()):
         if alias in tensors:
-            raise FileFormatError(f"{directory}: {shown(alias)} is a tensor and a further name of {shown(name)}")
+            raise FileFormatError(directory, f"{shown(alias)} is a tensor and a further name of {shown(name)}")
         if aliases.setdefault(alias, name) != name:
             raise FileFormatError(
-                f"{directory}: {shown(alias)} is a further name of {shown(aliases[alias])} and of {shown(name)}"
+                directory, f"{shown(alias)} is a further name of {shown(aliases[alias])} and of {shown(name)}"
             )
     joined = _joined_measurements([shard.info.measurements for shard in shards if _holds_averages(shard.info)])
     return replace(shards[0].info, tensors=tensors, aliases=aliases, measurements=joined, motion=None)

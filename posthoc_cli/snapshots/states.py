@@ -124,7 +124,7 @@ def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
         check_window(len(info.sigma_rels), info.averages_step, info.updates, info.window, info.masses, info.inherited)
         clock_at(list(info.clock), info.step, info.t)
     except InvalidValueError as error:
-        raise FileFormatError(f"{path}: {error}") from error
+        raise FileFormatError(path, str(error)) from error
     return info
 
 
@@ -139,7 +139,7 @@ def check_times(
     in_order = 0 <= t_first <= averages_t <= t < math.inf and 0 <= averages_step <= step
     if not in_order or not 0 <= max_interval <= averages_t or (averages_t > 0) != (t_first > 0):
         raise InvalidValueError(
-            f"t {t!r}, step {step}, averages at {averages_t!r} since {t_first!r}: not times of one training"
+            "t", "not times of one training", value=f"{t!r}, step {step}, averages at {averages_t!r} since {t_first!r}"
         )
 
 
@@ -161,8 +161,10 @@ def check_window(
     fits = len(masses) == len(inherited) == profiles and all(0 <= error < math.inf for error in inherited)
     if not (in_order and fits and all((0 < mass <= 1) if window else mass == 0 for mass in masses)):
         raise InvalidValueError(
-            f"updates {shown(updates)}, window {window}, masses {shown(list(masses))}, inherited "
-            f"{shown(list(inherited))}: not those of {profiles} averages at step {averages_step}"
+            "updates",
+            f"not those of {profiles} averages at step {averages_step}",
+            value=f"{shown(updates)}, window {window}, masses {shown(list(masses))}, inherited "
+            f"{shown(list(inherited))}",
         )
 
 
@@ -175,7 +177,7 @@ def clock_at(state: Any, step: int, t: float) -> ClockRecorder:
     clock = ClockRecorder.of_state(state)
     if (clock.step, clock.t) != (step, t):
         raise InvalidValueError(
-            f"clock: ends at step {shown(clock.step)}, t {clock.t!r}; the training is at step {step}, t {t!r}"
+            "clock", f"ends at step {shown(clock.step)}, t {clock.t!r}; the training is at step {step}, t {t!r}"
         )
     return clock
 

@@ -117,7 +117,7 @@ def find_snapshots(directory: Path) -> list[Snapshot]:
         _check_pair(first, other)
     doubles = _doubles(snapshots)
     if doubles:
-        raise MismatchError(doubles[0])
+        raise doubles[0]
     return snapshots
 
 
@@ -147,7 +147,7 @@ def inspect_directory(directory: Path) -> Inspection:
             _check_pair(first, other)
         except MismatchError as error:
             problems.append(str(error))
-    problems += _doubles(snapshots)
+    problems += map(str, _doubles(snapshots))
     aside = directory / SUPERSEDED
     return Inspection(
         snapshots=tuple(snapshots),
@@ -183,11 +183,11 @@ def _entries(directory: Path) -> list[Path]:
         raise
     except NotADirectoryError as error:
         raise DirectoryError(
-            f"{directory}: is not a directory; name the directory that a tracker writes its snapshots to"
+            directory, "is not a directory", "name the directory that a tracker writes its snapshots to"
         ) from error
     except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
         reason = getattr(error, "strerror", None) or str(error)
-        raise DirectoryError(f"{str(directory)!r}: cannot be read: {reason.lower()}") from error
+        raise DirectoryError(f"{str(directory)!r}", f"cannot be read: {reason.lower()}") from error
 
 
 def closed_folders(entries: Iterable[Path]) -> list[Path]:
@@ -234,26 +234,30 @@ def _open_candidate(path: Path, sharing: Sharing) -> Snapshot | None:
 def _without_snapshots(directory: Path) -> DirectoryError:
     wanted = "name the directory that a tracker writes its snapshots to"
     if not directory.exists():
-        return DirectoryError(f"{directory}: no such directory; {wanted}")
+        return DirectoryError(directory, f"no such directory; {wanted}")
     strangers = sorted(p.name for p in files.system.list(directory) if p.suffix in (fmt.SUFFIX, ".pt", ".pkl"))
     hint = f" ({strangers[0]} is not a snapshot of this package)" if strangers else ""
-    return DirectoryError(f"{directory}: no snapshots here; {wanted}{hint}")
+    return DirectoryError(directory, f"no snapshots here; {wanted}{hint}")
 
 
 def _check_pair(first: Snapshot, other: Snapshot) -> None:
     found = difference(first, other)
     if found is not None:
-        raise MismatchError(f"{first.path} and {other.path} {found}")
+        raise MismatchError(f"{first.path} and {other.path}", found)
 
 
-def _doubles(snapshots: Sequence[Snapshot]) -> list[str]:
+def _doubles(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     seen: dict[tuple[float, float], Snapshot] = {}
     problems = []
     for snapshot in snapshots:
         key = (snapshot.info.t, snapshot.info.sigma_rel)
         if key in seen:
             problems.append(
-                f"{seen[key].path} and {snapshot.path} both hold sigma_rel {key[1]:g} at t = {key[0]:,.12g}; remove one"
+                MismatchError(
+                    f"{seen[key].path} and {snapshot.path}",
+                    f"both hold sigma_rel {key[1]:g} at t = {key[0]:,.12g}",
+                    "remove one",
+                )
             )
         seen.setdefault(key, snapshot)
     return problems
@@ -362,9 +366,9 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
         WriteError: the system refused.
     """
     if folder.is_symlink():
-        raise DirectoryError(f"{folder}: is a symbolic link; snapshots would leave the directory; remove it")
+        raise DirectoryError(folder, "is a symbolic link; snapshots would leave the directory", "remove it")
     if folder.exists() and not folder.is_dir():
-        raise DirectoryError(f"{folder}: is not a directory; snapshots are set aside in one of that name; move it away")
+        raise DirectoryError(folder, "is not a directory; snapshots are set aside in one of that name", "move it away")
     with files.reported_as_write_error(folder):
         files.make_directory(folder)
         moved = []

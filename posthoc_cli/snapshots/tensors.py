@@ -25,8 +25,8 @@ def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
         InvalidValueError: safetensors has none; `tensor` is named.
     """
     if dtype not in _NAMES:
-        where = f"tensor {tensor!r}: " if tensor else ""
-        raise InvalidValueError(f"{where}dtype {dtype} cannot be stored; one of {', '.join(map(str, _NAMES))} can")
+        where = f"tensor {tensor!r}" if tensor else "tensor"
+        raise InvalidValueError(where, f"dtype {dtype} cannot be stored; one of {', '.join(map(str, _NAMES))} can")
     return _NAMES[dtype]
 
 

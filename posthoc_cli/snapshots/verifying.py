@@ -45,13 +45,13 @@ class Checked:
     Attributes:
         nbytes: how many.
         damaged: tensors that are not what their checksums say.
-        reason: why, for the first of them: an error's message.
+        error: what is wrong with the first of them.
         nonfinite: tensors that hold nan or infinity.
     """
 
     nbytes: int
     damaged: tuple[str, ...] = ()
-    reason: str = ""
+    error: FileFormatError | None = None
     nonfinite: tuple[str, ...] = ()
 
 
@@ -68,8 +68,8 @@ def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int],
     """
     with TensorFile(path, header) as file, closing(check_payload(file)) as found:
         for checked in found:
-            if checked.damaged:
-                raise FileFormatError(checked.reason)
+            if checked.error is not None:
+                raise checked.error
             if progress is not None:
                 progress(checked.nbytes)
 
@@ -99,7 +99,7 @@ class _Check:
         try:
             self._file.fill(pieces[0].name, view, pieces[0].begin)
         except FileFormatError as error:
-            return Checked(nbytes, tuple(piece.name for piece in pieces), str(error))
+            return Checked(nbytes, tuple(piece.name for piece in pieces), error)
         damaged, begin = [], 0
         for piece in pieces:
             end = begin + piece.end - piece.begin
@@ -107,8 +107,8 @@ class _Check:
             if expected is not None and xxhash.xxh3_64_hexdigest(view[begin:end]) != expected:
                 damaged.append(piece.name)
             begin = end
-        reason = str(self._file.damaged(damaged[0])) if damaged else ""
-        return Checked(nbytes, tuple(damaged), reason, self._nonfinite(pieces, view))
+        wrong = self._file.damaged(damaged[0]) if damaged else None
+        return Checked(nbytes, tuple(damaged), wrong, self._nonfinite(pieces, view))
 
     def _room(self) -> memoryview:
         if not hasattr(self._own, "room"):

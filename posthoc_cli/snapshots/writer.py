@@ -62,9 +62,7 @@ class TensorFileWriter:
         view = data.cast("B")
         ends = list(accumulate(self._entry(name).nbytes for name in names))
         if len(view) != ends[-1]:
-            raise InvalidValueError(
-                f"{self.path}: tensor {names[-1]!r}: {len(view):,} bytes where {ends[-1]:,} were due"
-            )
+            raise InvalidValueError(self.path, f"tensor {names[-1]!r}: {len(view):,} bytes where {ends[-1]:,} were due")
         begin = run = 0
         for name, end, following in zip(names, ends, [*names[1:], None], strict=True):
             self._claim(name, 0, end - begin)
@@ -89,7 +87,7 @@ class TensorFileWriter:
         checksums = {name: "".join(block or "" for block in blocks) for name, blocks in self._blocks.items()}
         for name, entry in self._entries.items():
             if len(checksums[name]) != len(fmt.blank_checksums(entry.nbytes)):
-                raise InvalidValueError(f"{self.path}: tensor {name!r} was never written")
+                raise InvalidValueError(self.path, f"tensor {name!r} was never written")
         header = fmt.encode_header(self._entries, self._metadata, checksums)
         self._file.write_at(header, 0)
         self._file.publish()
@@ -97,7 +95,7 @@ class TensorFileWriter:
 
     def _entry(self, name: str) -> fmt.TensorEntry:
         if name not in self._entries:
-            raise InvalidValueError(f"{self.path}: tensor {name!r}: not one of those announced")
+            raise InvalidValueError(self.path, f"tensor {name!r}: not one of those announced")
         return self._entries[name]
 
     def _position(self, name: str) -> int:
@@ -109,7 +107,7 @@ class TensorFileWriter:
         blocks = self._blocks[name]
         for index in range(begin // fmt.BLOCK_BYTES, -(-end // fmt.BLOCK_BYTES)):
             if blocks[index] is not None:
-                raise InvalidValueError(f"{self.path}: tensor {name!r}: written twice")
+                raise InvalidValueError(self.path, f"tensor {name!r}: written twice")
             blocks[index] = ""
 
     def discard(self) -> None:

@@ -29,7 +29,9 @@ def parse_device(device: str) -> str:
         return "cpu"
     wanted = "cuda:0" if device == "cuda" else device
     if wanted not in available:
-        raise InvalidValueError(f"device {device!r}: is not there; choose from auto, {', '.join(available)}")
+        raise InvalidValueError(
+            "device", "is not there", f"choose from auto, {', '.join(available)}", value=f"{device!r}"
+        )
     return wanted
 
 

@@ -40,9 +40,9 @@ class Part:
 
     def __post_init__(self) -> None:
         if not 1 <= self.of <= MAX_PARTS:
-            raise InvalidValueError(f"shard {self}: the number of parts must be from 1 to {MAX_PARTS:,}")
+            raise InvalidValueError("shard", f"the number of parts must be from 1 to {MAX_PARTS:,}", value=self)
         if not 1 <= self.number <= self.of:
-            raise InvalidValueError(f"shard {self}: there are only the parts 1/{self.of} to {self.of}/{self.of}")
+            raise InvalidValueError("shard", f"there are only the parts 1/{self.of} to {self.of}/{self.of}", value=self)
 
     def __str__(self) -> str:
         return f"{self.number}/{self.of}"

@@ -82,7 +82,9 @@ def _checked_time(t: float | None, times: Sequence[float]) -> float:
         return max(times)
     if not min(times) <= t <= max(times):
         raise InvalidValueError(
-            f"t {t:.12g}: must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
+            "t",
+            f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}",
+            value=f"{t:.12g}",
         )
     return t
 

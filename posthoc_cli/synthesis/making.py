@@ -157,10 +157,12 @@ def check_finite(tile: Tile, begin: int, sums: torch.Tensor) -> None:
         if bool(own.isfinite().all()):
             largest = float(own.abs().max())
             raise NonFiniteError(
-                f"tensor {piece.name!r}: {dtype} cannot hold its largest value, {largest:.6g}; take float32 or bfloat16"
+                f"tensor {piece.name!r}",
+                f"{dtype} cannot hold its largest value, {largest:.6g}",
+                "take float32 or bfloat16",
             )
         raise NonFiniteError(
-            f"tensor {piece.name!r}: the result is not finite; a snapshot holds nan or infinity, or the sum overflows"
+            f"tensor {piece.name!r}", "the result is not finite; a snapshot holds nan or infinity, or the sum overflows"
         )
 
 

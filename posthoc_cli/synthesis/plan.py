@@ -167,9 +167,9 @@ def plan_synthesis(
     """
     method = check_method(method)
     if not targets:
-        raise InvalidValueError("sigma_rel: at least one value is needed, in (0, 0.2887)")
+        raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     if max_error is not None and not max_error > 0:
-        raise InvalidValueError(f"max_error {max_error!r}: must be above 0, such as 0.01")
+        raise InvalidValueError("max_error", "must be above 0, such as 0.01", value=f"{max_error!r}")
     wanted = tuple(as_target(target) for target in targets)
     time = _target_time(sources, t, step)
     alike = _alike(sources, time)
@@ -213,20 +213,22 @@ def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
 
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
     if not sources:
-        raise InvalidValueError("no snapshots to synthesize from")
+        raise InvalidValueError("snapshots", "there are none to synthesize from")
     times = sorted({source.info.t for source in sources})
     for what, value in (("t", t), ("step", step)):
         if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-            raise InvalidValueError(f"{what} {value!r}: must be a number")
+            raise InvalidValueError(f"{what} {value!r}", "must be a number")
     if t is not None and step is not None:
-        raise InvalidValueError("t and step: give one of them")
+        raise InvalidValueError("t and step", "give one of them")
     if step is not None:
         return _time_of_step(sources, step)
     if t is None:
         return times[-1]
     if not times[0] <= t <= times[-1]:
         raise InvalidValueError(
-            f"t {t:.12g}: must lie between the first snapshot, {times[0]:,.12g}, and the last, {times[-1]:,.12g}"
+            "t",
+            f"must lie between the first snapshot, {times[0]:,.12g}, and the last, {times[-1]:,.12g}",
+            value=f"{t:.12g}",
         )
     return float(t)
 
@@ -238,8 +240,10 @@ def _alike(sources: Sequence[Source], time: float) -> list[Source]:
     if time > last:
         after = min(source.info.t for source in sources if source.info.t > time)
         raise InvalidValueError(
-            f"t {time:.12g}: the model's tensors changed between the snapshots at {last:,.12g} and {after:,.12g}; "
-            "take one of them"
+            "t",
+            f"the model's tensors changed between the snapshots at {last:,.12g} and {after:,.12g}",
+            "take one of them",
+            value=f"{time:.12g}",
         )
     return alike
 
@@ -248,9 +252,11 @@ def _time_of_step(sources: Sequence[Source], step: int) -> float:
     times = {source.info.step: source.info.t for source in sources}
     first, last = min(times), max(times)
     if step != int(step):
-        raise InvalidValueError(f"step {step!r}: must be a whole number")
+        raise InvalidValueError("step", "must be a whole number", value=f"{step!r}")
     if not first <= step <= last:
-        raise InvalidValueError(f"step {step}: must lie between the first snapshot, {first:,}, and the last, {last:,}")
+        raise InvalidValueError(
+            "step", f"must lie between the first snapshot, {first:,}, and the last, {last:,}", value=step
+        )
     if step in times:
         return times[step]
     if all(t == s for s, t in times.items()):
@@ -258,7 +264,10 @@ def _time_of_step(sources: Sequence[Source], step: int) -> float:
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)
     unit = sources[0].info.t_unit
     raise InvalidValueError(
-        f"step {step}: between the snapshots at {before:,} and {after:,}; take one of them, or give t in {unit}"
+        "step",
+        f"between the snapshots at {before:,} and {after:,}",
+        f"take one of them, or give t in {unit}",
+        value=step,
     )
 
 
@@ -278,13 +287,15 @@ def _check_errors(plan: Plan, max_error: float) -> None:
         error = plan.predicted_error(index)
         if error is None:
             raise InexactError(
-                f"{target.title}: its error cannot be predicted: too few snapshots to tell how far the network "
-                "moves; make it without a limit on the error, or from more snapshots"
+                target.title,
+                "its error cannot be predicted: too few snapshots to tell how far the network moves",
+                "make it without a limit on the error, or from more snapshots",
             )
         if error > max_error:
             raise InexactError(
-                f"{target.title}: the predicted error is {100 * error:.3g} %, above the accepted "
-                f"{100 * max_error:.3g} %; ema error-plot shows what these snapshots can make"
+                target.title,
+                f"the predicted error is {100 * error:.3g} %, above the accepted {100 * max_error:.3g} %",
+                "ema error-plot shows what these snapshots can make",
             )
 
 

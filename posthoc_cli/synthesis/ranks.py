@@ -103,9 +103,9 @@ class Ranks:
         try:
             if isinstance(error, SystemExit):  # a launcher ends all when one has died
                 lost = self._look_for_dead()
-                self._note_failure(f"rank {self.rank} was told to stop" if lost is None else str(lost))
+                self._note_failure(f"rank {self.rank}: was told to stop" if lost is None else str(lost))
             elif error is not None and not isinstance(error, RankError):
-                self._note_failure(f"rank {self.rank} failed: {str(error) or type(error).__name__}")
+                self._note_failure(f"rank {self.rank}: failed: {str(error) or type(error).__name__}")
             self._add(f"left/{self.rank}", 1)
             # The store may live in rank 0, and a launcher ends the others as soon as one has failed.
             deadline = time.monotonic() + (FAREWELL if self.rank == 0 or error is not None else 0.0)
@@ -132,7 +132,7 @@ class Ranks:
             return self._store.add(f"ema/{key}", amount)
         except RuntimeError as error:
             raise self._failure or RankError(
-                f"rank 0, or the launcher beside it, has died: its store does not answer ({_first_line(error)})"
+                "rank 0, or the launcher beside it, has died", f"its store does not answer ({_first_line(error)})"
             ) from error
 
     def _note_failure(self, message: str) -> None:
@@ -142,7 +142,7 @@ class Ranks:
     def _noted_failure(self) -> RankError | None:
         if not self._store.check(["ema/failure"]):
             return None
-        return RankError(self._store.get("ema/failure").decode())
+        return RankError(*self._store.get("ema/failure").decode().split(": ", 1))
 
     def _wait(self, condition: Callable[[], bool]) -> None:
         while not condition():
@@ -162,12 +162,12 @@ class Ranks:
                 self._leaving.wait(BEAT)
         except (RankError, RuntimeError) as error:
             if not self._leaving.is_set():
-                self._failure = error if isinstance(error, RankError) else RankError(str(error))
+                self._failure = error if isinstance(error, RankError) else RankError("the store of the job", str(error))
 
     def _watch_next(self, pulse: _Pulse) -> None:
         dead = (self.rank + 1) % self.world
         if pulse.silent_for() > (SILENCE if pulse.began else START) and not self._add(f"left/{dead}", 0):
-            self._note_failure(f"rank {dead} has died: no sign of life for {pulse.silent_for():.0f} s")
+            self._note_failure(f"rank {dead}: has died, no sign of life for {pulse.silent_for():.0f} s")
 
     def _look_for_dead(self) -> RankError | None:
         """What made a launcher end this process: a failure that was noted, or a rank that is silent for a few beats."""
@@ -181,8 +181,8 @@ class Ranks:
         began = [r for r in silent if pulses[r].began]
         if silent and not began:  # one of them has died; the launcher may have ended the others as it ends this one
             named = " and ".join(f"rank {r}" for r in silent)
-            return RankError(f"{named} never began: died, or ended by the launcher")
-        return RankError(f"rank {began[0]} has died: it gives no sign of life") if began else None
+            return RankError(f"{named} never began", "died, or ended by the launcher")
+        return RankError(f"rank {began[0]} has died", "it gives no sign of life") if began else None
 
     def _all_left(self) -> bool:
         return all(self._add(f"left/{rank}", 0) for rank in range(self.world))
@@ -238,15 +238,17 @@ def join_ranks() -> Ranks:
         rank = world = -1
     if not 0 <= rank < world:
         raise InvalidValueError(
-            f"RANK {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r} in the environment: "
-            "must be whole numbers as torchrun sets them"
+            f"RANK {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r} in the environment",
+            "must be whole numbers as torchrun sets them",
         )
     meet: Any = rendezvous
     where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, _, _ = _interruptible(lambda: next(meet("env://", rank, world, timeout=timedelta(seconds=START))))
     except (RuntimeError, ValueError) as error:
-        raise RankError(f"rank {rank}: the {world} processes did not meet at {where}: {_first_line(error)}") from error
+        raise RankError(
+            f"rank {rank}", f"the {world} processes did not meet at {where}: {_first_line(error)}"
+        ) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     return Ranks(rank, world, PrefixStore(f"ema-attempt-{attempt}", store))
 

@@ -106,5 +106,5 @@ def parse_accumulate(accumulate: torch.dtype | str | None) -> str | None:
     wide = None if accumulate is None else parse_dtype(accumulate)
     name = None if wide is None else stored_name(wide)
     if name not in (None, "F32", "F64"):
-        raise InvalidValueError(f"accumulate {accumulate}: must be float32 or float64")
+        raise InvalidValueError("accumulate", "must be float32 or float64", value=accumulate)
     return name

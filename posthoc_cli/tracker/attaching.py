@@ -67,8 +67,9 @@ class Attachment:
         followed = self._optimizer()
         if self._handles and followed is not None and followed is not optimizer:
             raise InvalidValueError(
-                f"attach: this tracker follows another optimizer ({type(followed).__name__}); of several that train "
-                "one model, attach to the one that steps last in an iteration, or detach() first to change"
+                "attach",
+                f"this tracker follows another optimizer ({type(followed).__name__}); of several that train "
+                "one model, attach to the one that steps last in an iteration, or detach() first to change",
             )
 
     def follows(self, optimizer: torch.optim.Optimizer) -> bool:
@@ -79,8 +80,9 @@ class Attachment:
         """Raise a NotReadyError where `update_` is called by somebody else: each step would be counted twice."""
         if self._handles and self._optimizer() is not None and not self._is_updating:
             raise NotReadyError(
-                "update_: this tracker follows an optimizer and is updated by its steps; "
-                "leave out either this call or attach(), or detach() first"
+                "update_",
+                "this tracker follows an optimizer and is updated by its steps",
+                "leave out either this call or attach(), or detach() first",
             )
 
     def _after_step(self, optimizer: torch.optim.Optimizer, _: object, keywords: Mapping[str, Any]) -> None:
@@ -96,7 +98,7 @@ class Attachment:
     def _follow(self) -> None:
         model = self._model()
         if model is None:
-            raise NotReadyError("attach: the model that this tracker was made with is gone")
+            raise NotReadyError("attach", "the model that this tracker was made with is gone")
         self._is_updating = True
         try:
             self._update(model, None if self._t is None else self._t())
@@ -141,13 +143,15 @@ class Attachable(ABC):
             others: what closing the other tracker raises. This one is not attached then; the next try will be.
         """
         if t is not None and not callable(t):
-            raise InvalidValueError(f"attach: t {t!r}: must be a function that gives the training time, or None")
+            raise InvalidValueError("attach", f"t {t!r}: must be a function that gives the training time, or None")
         if t is None and self.settings.t_unit != "steps":
             raise InvalidValueError(
-                f"attach: this run counts {self.settings.t_unit}; give it the clock: attach(optimizer, t=function)"
+                "attach", f"this run counts {self.settings.t_unit}", "give it the clock: attach(optimizer, t=function)"
             )
         if self._model is None:
-            raise InvalidValueError("attach: this tracker was made without a model; give it to from_model or from_path")
+            raise InvalidValueError(
+                "attach", "this tracker was made without a model", "give it to from_model or from_path"
+            )
         stepping = _stepping(optimizer)
         if self._attachment is not None:
             self._attachment.check_alone(stepping)
@@ -196,13 +200,16 @@ def _stepping(optimizer: object) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.Optimizer) and "_optimizer_step_post_hooks" in vars(optimizer):
         return optimizer
     if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
-        raise InvalidValueError(f"attach: {kind} is a scheduler of learning rates; attach to the optimizer that it has")
+        raise InvalidValueError(
+            "attach", f"{kind} is a scheduler of learning rates; attach to the optimizer that it has"
+        )
     if isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
         raise InvalidValueError(
-            f"attach: {kind} is a wrapper around an optimizer, which may make other steps than the training; leave "
-            "attach out, and call ema.update_(model) after each step that was taken"
+            "attach",
+            f"{kind} is a wrapper around an optimizer, which may make other steps than the training",
+            "leave attach out, and call ema.update_(model) after each step that was taken",
         )
-    raise InvalidValueError(f"attach: must be given a torch.optim.Optimizer, not {kind}")
+    raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
 
 
 def _same_model(one: weakref.ref[torch.nn.Module] | None, other: weakref.ref[torch.nn.Module] | None) -> bool:

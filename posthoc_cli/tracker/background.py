@@ -75,7 +75,7 @@ class Background:
         self.last: Chooser | None = None
         self._settings = settings
         self._counted = tracking.progress
-        self._refusal: str | None = None
+        self._refusal: NotReadyError | None = None
         self._beside: bool | None = None
         self._stager = Stager()
         self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots")
@@ -131,17 +131,17 @@ class Background:
             marks = self._streams.marks(update.tensors.copied.values())
             self._updates.submit(lambda: self._update_beside(update, staged, copies, marks, room))
             self._counted = update.progress
-            message = None
+            refused = None
         else:
             reader = self._reader_of(update.tensors)
             devices = [group.device for group in reader.layout] + [copy.device for copy in copies.values()]
             streams = self._streams.current(devices)
-            message = self._updates.call(lambda: self._update_here(update, reader, copies, streams, room))
+            refused = self._updates.call(lambda: self._update_here(update, reader, copies, streams, room))
             self._counted = update.progress
         self._update_pace.tell()
         self._write_pace.tell()
-        if message is not None:
-            skip_update(self._settings, message, stacklevel=5)
+        if refused is not None:
+            skip_update(self._settings, refused, stacklevel=5)
 
     def leave_out(self, progress: Progress, due: Writer | None) -> None:
         """Count a call whose update is left out; snapshots that are due hold the averages as they are."""
@@ -207,11 +207,11 @@ class Background:
         """What went wrong beside the training; each error is given once."""
         return self._updates.take_error() or self._writes.take_error()
 
-    def refuse(self, message: str) -> None:
-        """Take in nothing that was not handed over yet: whatever is tried after this raises a NotReadyError."""
+    def refuse(self, error: NotReadyError) -> None:
+        """Take in nothing that was not handed over yet: whatever is tried after this raises `error`."""
 
         def work() -> None:
-            self._refusal = message
+            self._refusal = error
 
         if self._updates.is_idle():
             work()
@@ -228,7 +228,7 @@ class Background:
 
     def _check_open(self) -> None:
         if self._refusal is not None:
-            raise NotReadyError(self._refusal)
+            raise self._refusal
 
     def _ask(self, make: Callable[[Accumulators], Room], fill: Callable[[Room], None]) -> Reading[Room]:
         """Have a room filled that the caller has made: what the system takes to give memory holds up no update."""
@@ -291,15 +291,15 @@ class Background:
         copies: Mapping[str, torch.Tensor],
         streams: Streams,
         room: Values | None,
-    ) -> str | None:
+    ) -> NonFiniteError | None:
         """Take in values that stay as they are until this is done; returns why the update was left out."""
         with self._streams.entered(streams):
-            message = self._take_in(update, reader, update.tensors.averaged, copies)
+            refused = self._take_in(update, reader, update.tensors.averaged, copies)
             staged = None
-            if update.due is not None and message is None:
+            if update.due is not None and refused is None:
                 staged = self._stager.stage(update.tensors.averaged)
         self._have_written(update.due, staged, room)
-        return message
+        return refused
 
     def _update_beside(
         self, update: Update, staged: Staged, copies: Mapping[str, torch.Tensor], marks: Marks, room: Values | None
@@ -308,15 +308,15 @@ class Background:
         handed_over = False
         try:
             with self._update_pace.working():
-                message = self._take_in(update, staged.reader(self._crew.size), staged.values.views, copies)
+                refused = self._take_in(update, staged.reader(self._crew.size), staged.values.views, copies)
             self._streams.last = marks
-            handed_over = update.due is not None and message is None
+            handed_over = update.due is not None and refused is None
             self._have_written(update.due, staged if handed_over else None, room)
         finally:
             if not handed_over:
                 self._stager.give_back(staged)
-        if message is not None:
-            skip_update(self._settings, message, stacklevel=2)
+        if refused is not None:
+            skip_update(self._settings, refused, stacklevel=2)
 
     @torch.no_grad()
     def _take_in(
@@ -325,7 +325,7 @@ class Background:
         reader: BlockReader,
         values: Mapping[str, torch.Tensor],
         copies: Mapping[str, torch.Tensor],
-    ) -> str | None:
+    ) -> NonFiniteError | None:
         """Update the averages, and say how far the training is; returns why the update was left out."""
         self._check_open()
         now, progress = self.now, update.progress
@@ -340,7 +340,9 @@ class Background:
         self.now = replace(now, progress=progress, tracked=tracked, averages=averages)
         if name is None:
             return None
-        return f"parameter {name!r} holds nan or infinity at step {progress.step}; no average has taken it in"
+        return NonFiniteError(
+            f"parameter {name!r}", f"holds nan or infinity at step {progress.step}; no average has taken it in"
+        )
 
     def _read_averages(self, room: Values) -> None:
         kept = self.now.averages.accumulators
@@ -387,13 +389,13 @@ class Background:
         return self._fill(room, lambda own: self.now.averages.copy_to(own), known)
 
 
-def skip_update(settings: Settings, message: str, stacklevel: int) -> None:
+def skip_update(settings: Settings, error: NonFiniteError, stacklevel: int) -> None:
     """Say that an update is left out, in the way that the user has chosen, or raise a NonFiniteError."""
     if settings.on_nonfinite == "raise":
-        raise NonFiniteError(message)
+        raise error
     if settings.on_nonfinite == "warn":
-        warnings.warn(message, RuntimeWarning, stacklevel=stacklevel)
-    log.info("update skipped: %s", message)
+        warnings.warn(str(error), RuntimeWarning, stacklevel=stacklevel)
+    log.info("update skipped: %s", error)
 
 
 _at_work: WeakSet[Background] = WeakSet()

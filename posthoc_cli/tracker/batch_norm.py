@@ -42,7 +42,7 @@ def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
         with torch.no_grad():
             swa_utils.update_bn(batches, model)
         if not batches.count:
-            raise InvalidValueError("update_bn: the loader gave no batch to measure BatchNorm statistics on")
+            raise InvalidValueError("update_bn", "the loader gave no batch to measure BatchNorm statistics on")
         on_error.pop_all()
 
 

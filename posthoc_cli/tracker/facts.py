@@ -20,13 +20,13 @@ class Facts:
 
     def __init__(self, state: Mapping[str, Any]) -> None:
         if not isinstance(state, Mapping):
-            raise InvalidValueError(f"state: must be the dict that state_dict() gives, not {shown(state)}")
+            raise InvalidValueError("state", f"must be the dict that state_dict() gives, not {shown(state)}")
         self._state = state
 
     def value(self, key: str) -> Any:
         """Whatever is there."""
         if key not in self._state:
-            raise InvalidValueError(f"state: {key}: is missing; not a tracker's state, as state_dict() gives it")
+            raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
         return self._state[key]
 
     def whole(self, key: str) -> int:
@@ -76,7 +76,7 @@ class Facts:
         try:
             return check_sigma_rels(self.value("sigma_rels"))
         except InvalidValueError as error:
-            raise InvalidValueError(f"state: {error}") from error
+            raise InvalidValueError("state", str(error)) from error
 
     def mapping(self, key: str) -> Mapping[str, Any]:
         """A dict."""
@@ -86,7 +86,7 @@ class Facts:
     def tensors(entries: Mapping[str, Any], key: str) -> Mapping[str, Any]:
         """The dict under a key of `entries`."""
         if key not in entries:
-            raise InvalidValueError(f"state: {key}: is missing; not a tracker's state, as state_dict() gives it")
+            raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
         value = entries[key]
         if not isinstance(value, Mapping):
             raise _bad(key, "a dict", value)
@@ -94,4 +94,4 @@ class Facts:
 
 
 def _bad(key: str, accepted: str, value: object) -> InvalidValueError:
-    return InvalidValueError(f"state: {key}: must be {accepted}, not {shown(value)}")
+    return InvalidValueError("state", f"{key}: must be {accepted}, not {shown(value)}")

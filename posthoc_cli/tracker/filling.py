@@ -78,7 +78,7 @@ def _usable_device(device: torch.device | str) -> torch.device:
         return torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
         reason = str(error).split("\n")[0]
-        raise InvalidValueError(f"device {str(device)!r}: cannot be used: {reason}") from error
+        raise InvalidValueError("device", f"cannot be used: {reason}", value=f"{str(device)!r}") from error
 
 
 def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device) -> None:

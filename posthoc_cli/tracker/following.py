@@ -39,9 +39,9 @@ def find_change(tracked: TrackedModel, found: ModelTensors) -> Change:
     begun = [name for name in found.averaged if not _same(name, tracked, wanted)]
     bad = nonfinite_name(found.averaged)
     if bad is not None and bad not in begun:
-        raise NonFiniteError(f"parameter {bad!r} holds nan or infinity; no average has taken it in")
+        raise NonFiniteError(f"parameter {bad!r}", "holds nan or infinity; no average has taken it in")
     if bad is not None:
-        raise NonFiniteError(f"parameter {bad!r} is new, and holds nan or infinity; its average cannot begin")
+        raise NonFiniteError(f"parameter {bad!r}", "is new, and holds nan or infinity; its average cannot begin")
     log.warning(
         "the model's tensors have changed: %s; a new segment of snapshots begins",
         "; ".join(filter(None, (_listed("new", begun), _listed("gone", _gone(tracked, wanted))))) or "tied names",

@@ -59,8 +59,9 @@ class PostHocEMA(Updating, Savable, Synthesizing):
     def __init__(self, *parts: Any, **others: Any) -> None:
         if len(parts) < 3 or not isinstance(parts[2], Settings):
             raise InvalidValueError(
-                "PostHocEMA(...): is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new "
-                "run, or by PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
+                "PostHocEMA(...)",
+                "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or "
+                "by PostHocEMA.from_path(checkpoint_dir) for the run in a directory",
             )
         super().__init__(*parts, **others)
 
@@ -241,7 +242,9 @@ class PostHocEMA(Updating, Savable, Synthesizing):
     ) -> PostHocEMA | None:
         """A tracker that goes on with what a directory holds; None where it holds nothing, and may."""
         if isinstance(resume, str) and resume != "auto":
-            raise InvalidValueError(f"resume {resume!r}: must be 'auto', a call of update_ that has snapshots, or None")
+            raise InvalidValueError(
+                "resume", "must be 'auto', a call of update_ that has snapshots, or None", value=f"{resume!r}"
+            )
         wait_for_writers(directory, last_too=True)
         stored = find_snapshots(directory) if resume == "auto" else read_directory(directory)
         if not stored:
@@ -249,7 +252,7 @@ class PostHocEMA(Updating, Savable, Synthesizing):
         newest, schedule = stored[-1].info, settings.schedule
         if newest.t_unit != settings.t_unit:
             found = shown(newest.t_unit)
-            raise InvalidValueError(f"t_unit {settings.t_unit!r}: the run in {directory} counts {found}")
+            raise InvalidValueError("t_unit", f"the run in {directory} counts {found}", value=f"{settings.t_unit!r}")
         check_profiles(newest.sigma_rels, settings.sigma_rels)
         is_first = newest.step <= schedule.update_after_step + schedule.checkpoint_every
         if resume == "auto" and is_first and len(stored) < len(settings.sigma_rels):
@@ -289,9 +292,10 @@ class PostHocEMA(Updating, Savable, Synthesizing):
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         """Refuse to be pickled or copied: the threads, and the right to write to the directory, are there once."""
         raise NotReadyError(
-            "PostHocEMA: a tracker can be neither saved nor copied as an object. Save its state: ema.state_dict() "
-            "within a checkpoint, ema.save_state(path) as a file of its own. To copy or save a module that holds it, "
-            "keep the tracker outside of the module"
+            "PostHocEMA",
+            "a tracker can be neither saved nor copied as an object. Save its state: ema.state_dict() "
+            "within a checkpoint, ema.save_state(path) as a file of its own. To copy or save a module "
+            "that holds it, keep the tracker outside of the module",
         )
 
     # --- the average of any length -------------------------------------------------------------------

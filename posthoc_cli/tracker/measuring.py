@@ -241,7 +241,7 @@ class _EarlierFiles(ExitStack):
             with self._left_out_on_error(index):
                 file = self.enter_context(open_path(snapshot.path))
                 if file.header.metadata.get("ema.checksum") != snapshot.checksum:
-                    raise FileFormatError(f"{snapshot.path}: was replaced by another hand")
+                    raise FileFormatError(snapshot.path, "was replaced by another hand")
                 self._files[index] = file
         return self
 

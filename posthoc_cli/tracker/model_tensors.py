@@ -91,27 +91,27 @@ class TrackedModel:
             fmt.encode_header(entries, fmt.tensor_metadata(self.tensors, self.aliases, self.left_out), checksums)
         except InvalidValueError as error:
             raise InvalidValueError(
-                f"model: {error}; it has {len(names):,} tensors: leave some out with include or exclude, or join them"
+                "model", f"{error}; it has {len(names):,} tensors: leave some out with include or exclude, or join them"
             ) from error
 
     def check(self, found: TrackedModel) -> None:
         """Raise a ModelMismatchError, naming the tensor, unless names, shapes, dtypes and roles are these."""
         for name in self.tensors:
             if name not in found.tensors:
-                raise ModelMismatchError(f"tensor {name!r}: {_why_missing(name, found)}")
+                raise ModelMismatchError(f"tensor {name!r}", _why_missing(name, found))
         for name, tensor in found.tensors.items():
             if name not in self.tensors:
-                raise ModelMismatchError(f"tensor {name!r}: {self._why_new(name)}")
+                raise ModelMismatchError(f"tensor {name!r}", self._why_new(name))
             if found.shapes[name] != self.shapes[name]:
                 shapes = list(found.shapes[name]), list(self.shapes[name])
                 raise ModelMismatchError(
-                    f"tensor {name!r}: has the shape {shapes[0]}, and had {shapes[1]} when tracking began"
+                    f"tensor {name!r}", f"has the shape {shapes[0]}, and had {shapes[1]} when tracking began"
                 )
             if tensor != self.tensors[name]:
-                raise ModelMismatchError(f"tensor {name!r}: {_why_other(tensor, self.tensors[name])}")
+                raise ModelMismatchError(f"tensor {name!r}", _why_other(tensor, self.tensors[name]))
         for alias in self.aliases.keys() | found.aliases.keys():
             if self.aliases.get(alias) != found.aliases.get(alias):
-                raise ModelMismatchError(f"tensor {alias!r}: is not tied to the tensor that it was tied to")
+                raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to")
 
     def _why_new(self, name: str) -> str:
         if name in self.left_out:
@@ -147,7 +147,7 @@ _KEPT = {"average": "averaged", "copy": "copied"}
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
     """`model`, or an InvalidValueError that says what it is instead."""
     if not isinstance(model, torch.nn.Module):
-        raise InvalidValueError(f"model: must be a torch.nn.Module, not {type(model).__name__}")
+        raise InvalidValueError("model", f"must be a torch.nn.Module, not {type(model).__name__}")
     return model
 
 
@@ -192,7 +192,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         _check_dense(name, tensor)
         (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = tensor.detach()
     if not averaged:
-        raise InvalidValueError(_nothing_to_average(selection, bool(frozen)))
+        raise _nothing_to_average(selection, bool(frozen))
     return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen))
 
 
@@ -243,13 +243,17 @@ def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
     name, tensor = found.name, found.tensor
     if tensor.is_complex():
         raise InvalidValueError(
-            f"parameter {name!r}: is complex, and only real numbers are averaged; let the model hold "
-            f"torch.view_as_real of it, have it copied with copy_only={name!r}, or leave it out with exclude={name!r}"
+            "parameter",
+            "is complex, and only real numbers are averaged; let the model hold torch.view_as_real of "
+            f"it, have it copied with copy_only={name!r}, or leave it out with exclude={name!r}",
+            value=f"{name!r}",
         )
     if tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES:
         raise InvalidValueError(
-            f"parameter {name!r}: dtype {tensor.dtype} cannot be averaged; "
-            f"{', '.join(str(d).removeprefix('torch.') for d in AVERAGED_DTYPES)} can"
+            "parameter",
+            f"dtype {tensor.dtype} cannot be averaged; "
+            f"{', '.join(str(d).removeprefix('torch.') for d in AVERAGED_DTYPES)} can",
+            value=f"{name!r}",
         )
     return tensor.is_floating_point()
 
@@ -258,36 +262,41 @@ def _check_name(found: NamedTensor) -> None:
     """Raise an InvalidValueError for the one name that no tensor in a safetensors file can have."""
     if found.name == "__metadata__":
         raise InvalidValueError(
-            f"{'parameter' if found.is_parameter else 'buffer'} {found.name!r}: safetensors files keep this name for "
-            f"themselves, so that no snapshot can hold it; rename it in the model, or leave it out with "
-            f"exclude={found.name!r}"
+            f"{('parameter' if found.is_parameter else 'buffer')} {found.name!r}",
+            "safetensors files keep this name for themselves, so that no snapshot can hold it; rename "
+            f"it in the model, or leave it out with exclude={found.name!r}",
         )
 
 
 def _check_dense(name: str, tensor: torch.Tensor) -> None:
     """Raise an InvalidValueError for what has no values of its own, whole and here."""
     if torch.nn.parameter.is_lazy(tensor):
-        raise InvalidValueError(f"tensor {name!r}: has no shape yet; run a batch through the model first")
+        raise InvalidValueError("tensor", "has no shape yet", "run a batch through the model first", value=f"{name!r}")
     if hasattr(tensor, "to_local"):
         raise InvalidValueError(
-            f"tensor {name!r}: is sharded over processes (DTensor), and sharded models cannot be tracked yet; "
-            "DistributedDataParallel can"
+            "tensor",
+            "is sharded over processes (DTensor), and sharded models cannot be tracked yet; "
+            "DistributedDataParallel can",
+            value=f"{name!r}",
         )
     if hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
         raise InvalidValueError(
-            f"tensor {name!r}: is sharded over processes (DeepSpeed ZeRO-3), which leaves a placeholder here, and "
-            "sharded models cannot be tracked yet; ZeRO-1 and ZeRO-2 can"
+            "tensor",
+            "is sharded over processes (DeepSpeed ZeRO-3), which leaves a placeholder here, and "
+            "sharded models cannot be tracked yet; ZeRO-1 and ZeRO-2 can",
+            value=f"{name!r}",
         )
     if tensor.layout != torch.strided:
-        raise InvalidValueError(f"tensor {name!r}: is {tensor.layout}; only dense tensors can be tracked")
+        raise InvalidValueError("tensor", f"is {tensor.layout}; only dense tensors can be tracked", value=f"{name!r}")
     if tensor.is_meta:
-        raise InvalidValueError(f"tensor {name!r}: {ON_META}")
+        raise InvalidValueError("tensor", ON_META, value=f"{name!r}")
 
 
-def _nothing_to_average(selection: Selection, has_frozen: bool) -> str:
+def _nothing_to_average(selection: Selection, has_frozen: bool) -> InvalidValueError:
     if has_frozen or not (selection.include or selection.exclude or selection.copy_only):
-        return (
-            "the model has no parameter to average: none of floating-point values requires gradients; "
-            "only_trainable=False takes frozen ones too"
+        return InvalidValueError(
+            "model",
+            "has no parameter to average: none of floating-point values requires gradients",
+            "only_trainable=False takes frozen ones too",
         )
-    return "the model has no parameter to average: include, exclude and copy_only leave none"
+    return InvalidValueError("model", "has no parameter to average: include, exclude and copy_only leave none")

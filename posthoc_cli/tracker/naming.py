@@ -143,8 +143,10 @@ def _check_whole(place: NamedModule) -> None:
     if getattr(strategy, "name", None) != "NO_SHARD":
         where = f"module {place.path!r}" if place.path else "the model"
         raise InvalidValueError(
-            f"{where}: its parameters are sharded over processes (FSDP, {getattr(strategy, 'name', 'unknown')}), and "
-            "sharded models cannot be tracked yet; DistributedDataParallel and FSDP with NO_SHARD can"
+            where,
+            f"its parameters are sharded over processes (FSDP, {getattr(strategy, 'name', 'unknown')}), "
+            "and sharded models cannot be tracked yet; DistributedDataParallel and FSDP with NO_SHARD "
+            "can",
         )
 
 
@@ -193,7 +195,9 @@ def _check_distinct(tensors: list[NamedTensor]) -> None:
     seen: dict[str, str] = {}
     for tensor in tensors:
         if seen.setdefault(tensor.name, tensor.raw) != tensor.raw:
-            raise InvalidValueError(f"tensors {seen[tensor.name]!r} and {tensor.raw!r}: both are {tensor.name!r}")
+            raise InvalidValueError(
+                "tensors", f"both are {tensor.name!r}", value=f"{seen[tensor.name]!r} and {tensor.raw!r}"
+            )
 
 
 def _join(path: str, key: str) -> str:

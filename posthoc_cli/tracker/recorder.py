@@ -89,8 +89,9 @@ class Recorder:
         """Raise a MismatchError where the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
             raise MismatchError(
-                f"{self.directory}: holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}: "
-                "continue that run with PostHocEMA.from_path, or take another directory"
+                self.directory,
+                f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}: "
+                "continue that run with PostHocEMA.from_path, or take another directory",
             )
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
@@ -256,8 +257,9 @@ def _check_no_file(directory: Path) -> None:
     for place in (directory, *directory.parents):
         if (place.exists() or place.is_symlink()) and not place.is_dir():
             raise DirectoryError(
-                f"{place}: is not a directory; snapshots are written to the directory {directory}: name another one, "
-                "or move the file away"
+                place,
+                f"is not a directory; snapshots are written to the directory {directory}: name another one, "
+                "or move the file away",
             )
 
 
@@ -293,7 +295,7 @@ def _write_large(writer: TensorFileWriter, name: str, tensor: torch.Tensor, dtyp
 def _check_finite(averages: Mapping[str, torch.Tensor]) -> None:
     bad = nonfinite_name(averages)
     if bad is not None:
-        raise NonFiniteError(f"the average of {bad!r} holds nan or infinity; no snapshot of it is written")
+        raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
 
 
 def _warn_of_nan(copies: Mapping[str, torch.Tensor]) -> None:

@@ -32,7 +32,7 @@ def choose_writer(chosen: bool | None, model: torch.nn.Module | None) -> bool | 
     """
     if chosen is not None:
         if not isinstance(chosen, bool):
-            raise InvalidValueError(f"writer {chosen!r}: must be True, False or None")
+            raise InvalidValueError("writer", "must be True, False or None", value=f"{chosen!r}")
         return chosen
     if not (dist.is_available() and dist.is_initialized()):
         return None

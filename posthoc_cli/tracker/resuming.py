@@ -81,8 +81,10 @@ def snapshots_until(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], 
         shown = ", ".join(f"{one:,}" for one in there[-_MOST_NAMED:]) or "none"
         some = "..., " * (len(there) > _MOST_NAMED)
         raise InvalidValueError(
-            f"step {step:,}: there are no snapshots of every profile ({listed(sigma_rels)}) of this call of update_; "
-            f"of these there are: {some}{shown}"
+            "step",
+            f"there are no snapshots of every profile ({listed(sigma_rels)}) of this call of update_; "
+            f"of these there are: {some}{shown}",
+            value=f"{step:,}",
         )
     return [snapshot for snapshot in snapshots if snapshot.info.step <= step]
 
@@ -168,9 +170,10 @@ def load_start(directory: Path, settings: Settings, tracked: TrackedModel, step:
     if start is None:
         there = sorted({snapshot.info.sigma_rel for snapshot in snapshots[-len(sigma_rels) :]})
         raise DirectoryError(
-            f"{directory}: at no time is there a snapshot of every profile ({listed(sigma_rels)}) to go on from: "
-            f"go on without some (the newest are of {listed(there)}) with from_path(..., sigma_rels=...), or begin a "
-            "new run in another directory"
+            directory,
+            f"at no time is there a snapshot of every profile ({listed(sigma_rels)}) to go on from: go "
+            f"on without some (the newest are of {listed(there)}) with from_path(..., sigma_rels=...), "
+            "or begin a new run in another directory",
         )
     if start.kept is not None:
         try:

@@ -39,11 +39,15 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.t_unit, str) or not self.t_unit or not self.t_unit.isprintable():
-            raise InvalidValueError(f"t_unit {self.t_unit!r}: must name what t counts, such as 'steps' or 'images'")
+            raise InvalidValueError(
+                "t_unit", "must name what t counts, such as 'steps' or 'images'", value=f"{self.t_unit!r}"
+            )
         if self.on_nonfinite not in ON_NONFINITE:
-            raise InvalidValueError(f"on_nonfinite {self.on_nonfinite!r}: must be one of {', '.join(ON_NONFINITE)}")
+            raise InvalidValueError(
+                "on_nonfinite", f"must be one of {', '.join(ON_NONFINITE)}", value=f"{self.on_nonfinite!r}"
+            )
         if self.on_change not in ON_CHANGE:
-            raise InvalidValueError(f"on_change {self.on_change!r}: must be one of {', '.join(ON_CHANGE)}")
+            raise InvalidValueError("on_change", f"must be one of {', '.join(ON_CHANGE)}", value=f"{self.on_change!r}")
 
     def update_is_due(self, step: int) -> bool:
         """Whether averages take in the model at this call."""
@@ -57,7 +61,7 @@ class Settings:
 def absolute_directory(checkpoint_dir: str | Path) -> Path:
     """The directory for snapshots as an absolute path: a later change of the working directory does not matter."""
     if not isinstance(checkpoint_dir, str | os.PathLike) or "\0" in str(checkpoint_dir):
-        raise InvalidValueError(f"checkpoint_dir {checkpoint_dir!r}: must be a path")
+        raise InvalidValueError("checkpoint_dir", "must be a path", value=f"{checkpoint_dir!r}")
     return Path(checkpoint_dir).absolute()
 
 
@@ -72,19 +76,23 @@ def same_place(one: Path, other: Path) -> bool:
 def check_device(device: str | None) -> str | None:
     """`device` if it is "cpu", "model" or None, else an InvalidValueError that lists the choices."""
     if device not in (None, "cpu", "model"):
-        raise InvalidValueError(f"device {device!r}: must be 'cpu' (the host) or 'model' (beside the parameters)")
+        raise InvalidValueError(
+            "device", "must be 'cpu' (the host) or 'model' (beside the parameters)", value=f"{device!r}"
+        )
     return device
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
     """Tracked profiles, the shortest first; an InvalidValueError unless there is one, all are in range, none twice."""
     if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable):
-        raise InvalidValueError(f"sigma_rels {sigma_rels!r}: must be a sequence of numbers, such as (0.05, 0.28)")
+        raise InvalidValueError(
+            "sigma_rels", "must be a sequence of numbers, such as (0.05, 0.28)", value=f"{sigma_rels!r}"
+        )
     checked = tuple(sorted(check_sigma_rel(sigma_rel) for sigma_rel in sigma_rels))
     if not checked:
-        raise InvalidValueError("sigma_rels: at least one profile must be tracked, such as (0.05, 0.28)")
+        raise InvalidValueError("sigma_rels", "at least one profile must be tracked, such as (0.05, 0.28)")
     if len(set(checked)) < len(checked):
-        raise InvalidValueError(f"sigma_rels {checked}: must not name a profile twice")
+        raise InvalidValueError("sigma_rels", "must not name a profile twice", value=checked)
     return checked
 
 
@@ -108,8 +116,9 @@ def make_schedule(
         max_checkpoints = check_count("max_checkpoints", max_checkpoints, 1)
     if checkpoint_every % update_every:
         raise InvalidValueError(
-            f"checkpoint_every {checkpoint_every}: must be a multiple of update_every {update_every}, "
-            "so that a snapshot holds the average of its own time"
+            "checkpoint_every",
+            f"must be a multiple of update_every {update_every}, so that a snapshot holds the average of its own time",
+            value=checkpoint_every,
         )
     dtype = parse_dtype(checkpoint_dtype)
     stored = None if dtype is None else stored_name(dtype)
@@ -125,7 +134,7 @@ def check_count(name: str, value: int, least: int) -> int:
     except TypeError:
         count = -1
     if count < least:
-        raise InvalidValueError(f"{name} {value!r}: must be a whole number, at least {least}")
+        raise InvalidValueError(f"{name} {value!r}", f"must be a whole number, at least {least}")
     return count
 
 
@@ -160,16 +169,20 @@ def next_time(settings: Settings, own_clock: bool | None, last: float, step: int
     """
     if own_clock is not None and own_clock != (t is not None):
         habit = "passed t" if own_clock else "did not pass t"
-        raise InvalidValueError(f"t: earlier calls of update_ in this run {habit}; pass it at every call or at none")
+        raise InvalidValueError(
+            "t", f"earlier calls of update_ in this run {habit}", "pass it at every call or at none"
+        )
     if t is None and settings.t_unit != "steps":
-        raise InvalidValueError(f"t: this run counts {settings.t_unit}; pass t= at every call of update_")
+        raise InvalidValueError("t", f"this run counts {settings.t_unit}", "pass t= at every call of update_")
     time = float(step) if t is None else _number(t)
     if not math.isfinite(time) or not time > last:
         raise InvalidValueError(
-            f"t {time:.12g}: must be finite, and larger than at the last call, {last:,.12g} {settings.t_unit}"
+            "t",
+            f"must be finite, and larger than at the last call, {last:,.12g} {settings.t_unit}",
+            value=f"{time:.12g}",
         )
     if not fmt.EARLIEST <= time <= fmt.LATEST:
-        raise InvalidValueError(f"t {time:g}: must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}")
+        raise InvalidValueError("t", f"must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}", value=f"{time:g}")
     return time
 
 

@@ -144,15 +144,15 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     """
     if isinstance(state, Mapping) and not state:
         raise InvalidValueError(
-            "state: is empty: it is of a process that keeps no averages; load the one of the group's writer"
+            "state", "is empty: it is of a process that keeps no averages", "load the one of the group's writer"
         )
     facts = Facts(state)
     version = facts.value("version")
     if version != STATE_VERSION:
-        raise InvalidValueError(f"state: has version {shown(version)}; this release reads {STATE_VERSION}")
+        raise InvalidValueError("state", f"has version {shown(version)}; this release reads {STATE_VERSION}")
     if facts.text("t_unit") != settings.t_unit:
         found = shown(facts.text("t_unit"))
-        raise InvalidValueError(f"state: counts time in {found}, this tracker in {settings.t_unit!r}")
+        raise InvalidValueError("state", f"counts time in {found}, this tracker in {settings.t_unit!r}")
     held, schedule = facts.sigma_rels(), facts.mapping("schedule")
     standing = _standing(facts)
     step, t = facts.whole("step"), facts.number("t")
@@ -161,7 +161,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         check_window(len(held), standing.step, standing.updates, standing.window, standing.masses, standing.inherited)
         clock = clock_at(facts.value("clock"), step, t)
     except InvalidValueError as error:
-        raise InvalidValueError(f"state: {error}") from error
+        raise InvalidValueError("state", str(error)) from error
     segment = facts.whole("segment")
     run_id, snapshots = facts.run_id(), frozenset(facts.texts("snapshots"))
     averages = RunningAverages.none_yet(settings.sigma_rels)
@@ -182,8 +182,9 @@ def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
     for sigma_rel in wanted:
         if sigma_rel not in held:
             raise InvalidValueError(
-                f"sigma_rels: {sigma_rel:g} is none of the tracked ones, {listed(held)}: an "
-                "average cannot begin in mid-run; leave it out, and synthesize it from the others"
+                "sigma_rels",
+                f"{sigma_rel:g} is none of the tracked ones, {listed(held)}: an average cannot begin in mid-run",
+                "leave it out, and synthesize it from the others",
             )
 
 
@@ -242,20 +243,26 @@ def _check_names(tensors: Mapping[str, Any], tracked: TrackedModel, role: str) -
     expected = {name for name, tensor in tracked.tensors.items() if tensor.role == role}
     if set(tensors) != expected:
         name = min(set(tensors) ^ expected, key=str)
-        raise ModelMismatchError(f"tensor {name!r}: is in the state or in the model, but not in both")
+        raise ModelMismatchError(f"tensor {name!r}", "is in the state or in the model, but not in both")
 
 
 def _checked_tensor(name: str, tensor: Any, tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
     if not isinstance(tensor, torch.Tensor):
-        raise InvalidValueError(f"tensor {name!r}: is {shown(tensor)} in the state, and no tensor")
+        raise InvalidValueError("tensor", f"is {shown(tensor)} in the state, and no tensor", value=f"{name!r}")
     if tensor.layout != torch.strided or tensor.is_meta:
-        raise InvalidValueError(f"tensor {name!r}: is {tensor.layout} on {tensor.device} in the state; must be dense")
+        raise InvalidValueError(
+            "tensor", f"is {tensor.layout} on {tensor.device} in the state; must be dense", value=f"{name!r}"
+        )
     shapes = list(tensor.shape), list(tracked.shapes[name])
     if shapes[0] != shapes[1]:
-        raise ModelMismatchError(f"tensor {name!r}: has the shape {shapes[0]} in the state, {shapes[1]} in the model")
+        raise ModelMismatchError(
+            f"tensor {name!r}", f"has the shape {shapes[0]} in the state, {shapes[1]} in the model"
+        )
     if tensor.dtype != dtype:
         own = torch_dtype(tracked.tensors[name].dtype)
-        raise ModelMismatchError(f"tensor {name!r}: is {tensor.dtype} in the state, not {dtype}; the model's is {own}")
+        raise ModelMismatchError(
+            f"tensor {name!r}", f"is {tensor.dtype} in the state, not {dtype}; the model's is {own}"
+        )
     if tracked.tensors[name].role == "average" and nonfinite_name({name: tensor}) is not None:
-        raise NonFiniteError(f"tensor {name!r}: the state's average of it holds nan or infinity")
+        raise NonFiniteError(f"tensor {name!r}", "the state's average of it holds nan or infinity")
     return tensor.detach()

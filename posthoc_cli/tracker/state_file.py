@@ -104,7 +104,7 @@ def open_state(path: Path) -> Iterator[dict[str, Any]]:
         try:
             yield as_dict(info) | {"totals": totals, "recent": recent, "copies": _StoredTensors(file, COPY)}
         except (InvalidValueError, ModelMismatchError, NonFiniteError) as error:
-            raise type(error)(f"{path}: {error}") from error
+            raise type(error)(path, str(error)) from error
 
 
 class _StoredTensors(Mapping[str, torch.Tensor]):
@@ -140,7 +140,7 @@ def _named_tensors(state: TrackerState) -> Iterator[tuple[str, torch.Tensor]]:
 
 def _checked_path(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike):
-        raise InvalidValueError(f"path {path!r}: must be the path of a file")
+        raise InvalidValueError("path", "must be the path of a file", value=f"{path!r}")
     return Path(path)
 
 
@@ -152,7 +152,7 @@ def _check_replaceable(path: Path) -> None:
         kind = file_kind(read_header(path))
     except FileFormatError as error:
         raise OutputExistsError(
-            f"{path}: is there already, and cannot be read as a state; choose another name"
+            path, "is there already, and cannot be read as a state", "choose another name"
         ) from error
     if kind != "state":
-        raise OutputExistsError(f"{path}: is there already, and is no tracker's state; choose another name")
+        raise OutputExistsError(path, "is there already, and is no tracker's state", "choose another name")

@@ -206,12 +206,14 @@ class Synthesizing(ABC):
         try:
             wanted = check_sigma_rel(tracked)
         except InvalidValueError as error:
-            raise InvalidValueError(f"tracked: {error}") from error
+            raise InvalidValueError("tracked", str(error)) from error
         known = self.settings.sigma_rels
         if not any(math.isclose(wanted, sigma_rel, rel_tol=1e-6) for sigma_rel in known):
             raise InvalidValueError(
-                f"tracked {tracked:g}: must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}; "
-                f"for any other, model(model, sigma_rel={tracked:g})"
+                "tracked",
+                f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}; for any "
+                f"other, model(model, sigma_rel={tracked:g})",
+                value=f"{tracked:g}",
             )
         self._check_keeps()
         self.flush()
@@ -225,5 +227,5 @@ class Synthesizing(ABC):
         every = schedule.update_every
         first = (max(schedule.update_after_step, self.step) // every + 1) * every
         return NotReadyError(
-            f"no {what} yet: the first update is at call {first} of update_, this is after {self.step}"
+            f"no {what} yet", f"the first update is at call {first} of update_, this is after {self.step}"
         )

@@ -155,7 +155,9 @@ class Updating(Attachable):
         check_model(model)
         self._check_caller()
         if is_swapped(model):
-            raise NotReadyError("update_: the model holds averaged weights now; call it outside `with ema.model(...)`")
+            raise NotReadyError(
+                "update_", "the model holds averaged weights now", "call it outside `with ema.model(...)`"
+            )
         call = Call(threading.get_ident())
         try:
             self._begin_alone("update_", call)
@@ -192,7 +194,7 @@ class Updating(Attachable):
         if self._recorder is not None:
             self._background.write(self._recorder.missing)
         elif not (self._follows or self._background.now.resumes):
-            raise NotReadyError("snapshot: there was no update yet")
+            raise NotReadyError("snapshot", "there was no update yet")
         self.flush()
 
     def close(self) -> None:
@@ -205,7 +207,7 @@ class Updating(Attachable):
         self._closed = True
         if self._process != os.getpid():
             return  # of another process, as are the threads and the directory
-        self._background.refuse(self._closed_message())
+        self._background.refuse(self._closed_error())
         try:
             self._background.end()
             self.flush()
@@ -241,7 +243,7 @@ class Updating(Attachable):
         if other is not call:
             where = "this thread, beneath a signal handler," if other.thread == call.thread else "another thread"
             raise NotReadyError(
-                f"{name}: {where} is calling the tracker; call update_ from one thread, after every step"
+                name, f"{where} is calling the tracker", "call update_ from one thread, after every step"
             )
 
     def _end_alone(self, call: Call) -> None:
@@ -275,9 +277,10 @@ class Updating(Attachable):
         """Raise a NotReadyError in a process that keeps no averages."""
         if self._follows:
             raise NotReadyError(
-                "this process keeps no averages, the first one of its group does, or the one that was made with "
-                "writer=True: make them there and broadcast them, or read the snapshots on disk with a new "
-                "PostHocEMA.from_path(directory), before any update_ of it"
+                "this process keeps no averages, the first one of its group does, or the one that was made "
+                "with writer=True",
+                "make them there and broadcast them, or read the snapshots on disk with a new "
+                "PostHocEMA.from_path(directory), before any update_ of it",
             )
 
     def _count_only(self, t: float | None) -> None:
@@ -297,9 +300,8 @@ class Updating(Attachable):
         except InvalidValueError as error:
             if last.step != self._resumed_at or not isinstance(t, int | float) or t > last.t:
                 raise
-            raise InvalidValueError(
-                f"{error}; the averages go on from there, and for an earlier checkpoint of the training there is "
-                "from_path(..., step=N)"
+            raise error.with_hint(
+                "the averages go on from there; for an earlier checkpoint there is from_path(..., step=N)"
             ) from error
         return last.after(time, t is not None, self.settings.update_is_due(last.step + 1))
 
@@ -333,17 +335,18 @@ class Updating(Attachable):
     def _check_process(self) -> None:
         if self._process != os.getpid():
             raise NotReadyError(
-                f"{self.checkpoint_dir}: this process was forked from the one that has the tracker, and its threads; "
-                "call it there, or read the snapshots with PostHocEMA.from_path"
+                self.checkpoint_dir,
+                "this process was forked from the one that has the tracker, and its threads",
+                "call it there, or read the snapshots with PostHocEMA.from_path",
             )
 
     def _check_open(self) -> None:
         self._check_process()
         if self._closed:
-            raise NotReadyError(self._closed_message())
+            raise self._closed_error()
 
-    def _closed_message(self) -> str:
-        return f"{self.checkpoint_dir}: this tracker was closed; go on with PostHocEMA.from_path"
+    def _closed_error(self) -> NotReadyError:
+        return NotReadyError(self.checkpoint_dir, "this tracker was closed", "go on with PostHocEMA.from_path")
 
     @contextmanager
     def _as_writer(self, run_id: str) -> Iterator[Recorder]:
@@ -364,13 +367,12 @@ class Updating(Attachable):
             try:
                 recorder = self._make_recorder()
             except WriteError as error:  # not as one: nothing of this call has been done
-                raise DirectoryError(str(error)) from error
+                raise DirectoryError(error.subject, error.reason, error.hint) from error
             except LockedError as error:
                 if not is_in_group():
                     raise
-                raise LockedError(
-                    f"{error}. In a group of processes one writes: from_model(..., writer=rank == 0), and the same "
-                    "for from_path"
+                raise error.with_hint(
+                    "in a group of processes one writes: from_model(..., writer=rank == 0), and the same for from_path"
                 ) from error
             try:
                 recorder.check_run(run_id)
@@ -434,7 +436,7 @@ class Updating(Attachable):
             change = self._change(tensors)
         except NonFiniteError as error:  # a new segment cannot begin with it
             self._background.leave_out(progress, due)
-            skip_update(self.settings, str(error), stacklevel=6)
+            skip_update(self.settings, error, stacklevel=6)
             return
         except PostHocError:
             self._background.leave_out(progress, None)

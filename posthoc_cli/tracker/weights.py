@@ -60,17 +60,17 @@ class Block(Generic[Given]):
 
     def __call__(self, *_: object, **__: object) -> NoReturn:
         """Raise a NotReadyError: only what the block gives can be called."""
-        raise NotReadyError(self._advice("averaged(...)"))
+        raise NotReadyError(f"{self._name}(...)", self._advice("averaged(...)"))
 
     def __reduce__(self) -> NoReturn:
-        raise NotReadyError(self._advice("torch.save(averaged.state_dict(), ...)"))
+        raise NotReadyError(f"{self._name}(...)", self._advice("torch.save(averaged.state_dict(), ...)"))
 
     def __getattr__(self, name: str) -> NoReturn:
-        raise AttributeError(self._advice(f"averaged.{name}"))
+        raise AttributeError(f"{self._name}(...): {self._advice(f'averaged.{name}')}")
 
     def _advice(self, use: str) -> str:
         return (
-            f"{self._name}(...): is for a `with` statement, such as `with ema.{self._name}(...) as averaged: {use}`; "
+            f"is for a `with` statement, such as `with ema.{self._name}(...) as averaged: {use}`; "
             "load_into fills a model for good"
         )
 
@@ -129,8 +129,9 @@ def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
     if bool(lost.any()):
         largest = float(values[lost].abs().max())
         raise NonFiniteError(
-            f"tensor {name!r}: the model's {dtype} cannot hold its largest value, {largest:.6g}; "
-            "dtype=torch.float32 changes the model's"
+            f"tensor {name!r}",
+            f"the model's {dtype} cannot hold its largest value, {largest:.6g}; dtype=torch.float32 "
+            "changes the model's",
         )
 
 
@@ -145,7 +146,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     for name, target in targets.items():
         if target.tensor.is_meta:
-            raise InvalidValueError(f"tensor {name!r}: {ON_META}")
+            raise InvalidValueError("tensor", ON_META, value=f"{name!r}")
     if not own_dtypes:
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
     held = _holders(model, {id(target.registered) for target in targets.values()})
@@ -220,11 +221,11 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
     tensors = {found.name: found for found in named_tensors(check_model(model))}
     for name, shape in shapes.items():
         if name not in tensors:
-            raise ModelMismatchError(f"tensor {name!r}: is in the averaged weights, but the model has no such tensor")
+            raise ModelMismatchError(f"tensor {name!r}", "is in the averaged weights, but the model has no such tensor")
         if tuple(tensors[name].tensor.shape) != shape:
             raise ModelMismatchError(
-                f"tensor {name!r}: has the shape {list(tensors[name].tensor.shape)} in the model, "
-                f"{list(shape)} in the averaged weights"
+                f"tensor {name!r}",
+                f"has the shape {list(tensors[name].tensor.shape)} in the model, {list(shape)} in the averaged weights",
             )
     return {name: tensors[name] for name in shapes}
 
@@ -232,7 +233,7 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
 def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
     """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps them end to end."""
     if any(is_fsdp(module) for module in model.modules()):
-        raise InvalidValueError(f"dtype {dtype}: a model under FSDP keeps the dtypes it has; leave dtype out")
+        raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
 
 
 class _SavedParameter:

@@ -154,7 +154,7 @@ def test_what_is_thinned_away_meanwhile_hides_nothing_that_follows(run: Path, mo
 
     def vanished(snapshot: Snapshot) -> TensorReader:
         if snapshot.path == snapshots(run)[0]:
-            raise VanishedError(f"{snapshot.path}: cannot be opened: no such file")
+            raise VanishedError(snapshot.path, "cannot be opened: no such file")
         return own(snapshot)
 
     monkeypatch.setattr(deep, "open_tensors", vanished)

@@ -27,12 +27,12 @@ def examine(path: Path) -> Content:
     found = verify(list_contents(path))
     for report in found.files:
         if not report.is_fine:
-            raise FileFormatError(f"{report.path}: {report.detail}")
+            raise FileFormatError(report.path, report.detail)
     if path.name != INDEX_NAME:
         return _content(path)
     sharded = read_sharded(path.parent)
     if sharded is None:
-        raise FileFormatError(f"{path}: leads to no snapshot")
+        raise FileFormatError(path, "leads to no snapshot")
     content: Content = {}
     for shard in sharded.shards:
         content |= _content(shard.path)
@@ -44,6 +44,6 @@ def _content(path: Path) -> Content:
     with TensorFile(path) as file:
         kind = file_kind(file.header)
         if kind not in decoders:
-            raise FileFormatError(f"{path}: its ema.format is {str(kind)[:40]!r}")
+            raise FileFormatError(path, f"its ema.format is {str(kind)[:40]!r}")
         said = decoders[kind](path, file.header)
         return {"": said} | {name: file.read(name).tobytes() for name in file.header.tensors}

@@ -33,9 +33,11 @@ class Carried:
         """See `History`. A J of a leaf has the shape [elements of the average, *leaf]; [1, *leaf] with a cotangent."""
         found = self._check_leaves(leaves)
         if isinstance(decay, torch.Tensor) and decay.requires_grad:
-            raise InvalidValueError("decay: requires gradients, which mode 'carried' does not give it; use 'window'")
+            raise InvalidValueError(
+                "decay", "requires gradients, which mode 'carried' does not give it", "use 'window'"
+            )
         if not value.requires_grad:
-            raise InvalidValueError("value: has no graph to take the derivative from; make it outside of no_grad")
+            raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
         cotangent = None if self._cotangent is None else self._cotangent.to(value)
         jacobians, unreached = _jacobians(value, found, cotangent)
         if unreached and not self._jacobians:  # later on a part that is skipped now and then is no mistake
@@ -57,16 +59,18 @@ class Carried:
 
     def _check_leaves(self, leaves: Iterable[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
         if leaves is None or isinstance(leaves, torch.Tensor):
-            raise InvalidValueError("leaves: mode 'carried' needs a sequence of tensors at every update, such as [w]")
+            raise InvalidValueError("leaves", "mode 'carried' needs a sequence of tensors at every update, such as [w]")
         found = tuple(leaves)
         if not found or len({id(leaf) for leaf in found}) < len(found):
-            raise InvalidValueError("leaves: must be one tensor at least, and none of them twice")
+            raise InvalidValueError("leaves", "must be one tensor at least, and none of them twice")
         for index, leaf in enumerate(found):
             if not (isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad):
-                raise InvalidValueError(f"leaves[{index}]: must be a leaf that requires gradients, such as a parameter")
+                raise InvalidValueError(
+                    f"leaves[{index}]", "must be a leaf that requires gradients, such as a parameter"
+                )
         same = len(found) == len(self._leaves) and all(a is b for a, b in zip(found, self._leaves, strict=True))
         if self._leaves and not same:
-            raise InvalidValueError("leaves: must be the same tensors at every update; call reset() to take others")
+            raise InvalidValueError("leaves", "must be the same tensors at every update", "call reset() to take others")
         return found
 
 
@@ -76,10 +80,10 @@ def check_cotangent(cotangent: torch.Tensor | None, shape: tuple[int, ...]) -> t
         return None
     if not isinstance(cotangent, torch.Tensor) or tuple(cotangent.shape) != shape:
         found = list(cotangent.shape) if isinstance(cotangent, torch.Tensor) else type(cotangent).__name__
-        raise InvalidValueError(f"cotangent: must be a tensor of the average's shape {list(shape)}, not {found}")
+        raise InvalidValueError("cotangent", f"must be a tensor of the average's shape {list(shape)}, not {found}")
     length = float(cotangent.detach().double().norm())
     if not math.isfinite(length) or length == 0:
-        raise InvalidValueError("cotangent: must be finite, and not all zero")
+        raise InvalidValueError("cotangent", "must be finite, and not all zero")
     return cotangent.detach().double() / length
 
 
@@ -161,7 +165,9 @@ def _weights(gradient: torch.Tensor, cotangent: torch.Tensor | None) -> torch.Te
     # A gradient that is not finite passes, as it does everywhere else: a GradScaler looks for it later.
     if off > torch.finfo(gradient.dtype).eps ** 0.5 * size:
         raise InvalidValueError(
-            f"backward: the gradient of the average does not point along the cotangent ({100 * off / size:.2g} % of it "
-            "is across); use the loss that the cotangent was made for, or no cotangent"
+            "backward",
+            f"the gradient of the average does not point along the cotangent ({100 * off / size:.2g} % "
+            "of it is across)",
+            "use the loss that the cotangent was made for, or no cotangent",
         )
     return scale.reshape(1)

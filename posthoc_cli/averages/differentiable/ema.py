@@ -109,7 +109,7 @@ class DifferentiableEMA(torch.nn.Module):
         super().__init__()
         dtype = dtype or torch.get_default_dtype()
         if dtype not in _ACCUMULATORS:
-            raise InvalidValueError(f"dtype: must be torch.float32 or torch.float64, not {dtype}")
+            raise InvalidValueError("dtype", f"must be torch.float32 or torch.float64, not {dtype}")
         _check_decay(decay)
         self.decay = decay
         self.mode = mode
@@ -135,7 +135,7 @@ class DifferentiableEMA(torch.nn.Module):
         self._check_value(value)
         if not self.training:
             if not self._has_average:
-                raise NotReadyError("DifferentiableEMA: no value was taken in yet, and eval mode takes none in")
+                raise NotReadyError("DifferentiableEMA", "no value was taken in yet, and eval mode takes none in")
             return self.average.clone()
         _check_decay(self.decay)
         # The decay of this update, which an optimizer may change in place before the graph is used.
@@ -185,16 +185,18 @@ class DifferentiableEMA(torch.nn.Module):
     def _check_value(self, value: torch.Tensor) -> None:
         if not isinstance(value, torch.Tensor) or value.shape != self.average.shape:
             found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise InvalidValueError(f"value: must be a tensor of the shape {list(self.average.shape)}, not {found}")
+            raise InvalidValueError("value", f"must be a tensor of the shape {list(self.average.shape)}, not {found}")
         if self.average.dtype not in _ACCUMULATORS:
-            raise InvalidValueError(f"average: is {self.average.dtype}; keep it in torch.float32 with ema.float()")
+            raise InvalidValueError("average", f"is {self.average.dtype}", "keep it in torch.float32 with ema.float()")
         if value.dtype != self.average.dtype:
             raise InvalidValueError(
-                f"value: is {value.dtype}, the average {self.average.dtype}; convert it with value.to(...)"
+                "value", f"is {value.dtype}, the average {self.average.dtype}", "convert it with value.to(...)"
             )
         if value.device != self.average.device:
             raise InvalidValueError(
-                f"value: is on {value.device}, the average on {self.average.device}; move the module with ema.to(...)"
+                "value",
+                f"is on {value.device}, the average on {self.average.device}",
+                "move the module with ema.to(...)",
             )
 
 
@@ -204,28 +206,30 @@ def _check_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     except TypeError:
         size = (-1,)
     if any(n < 0 for n in size):
-        raise InvalidValueError(f"shape {shape!r}: must be a whole number or a sequence of them, none negative")
+        raise InvalidValueError(
+            "shape", "must be a whole number or a sequence of them, none negative", value=f"{shape!r}"
+        )
     return size
 
 
 def _check_decay(decay: Decay) -> None:
     if isinstance(decay, torch.Tensor) and (decay.numel() != 1 or not decay.is_floating_point()):
-        raise InvalidValueError(f"decay: a tensor must have one element of floating point, not {list(decay.shape)}")
+        raise InvalidValueError("decay", f"a tensor must have one element of floating point, not {list(decay.shape)}")
     number = float(decay.detach()) if isinstance(decay, torch.Tensor) else decay
     if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 1 or math.isnan(number):
-        raise InvalidValueError(f"decay {number!r}: must lie in [0, 1); 0.99 averages over about 100 values")
+        raise InvalidValueError("decay", "must lie in [0, 1); 0.99 averages over about 100 values", value=f"{number!r}")
 
 
 def _make_history(mode: str, window: int | None, cotangent: torch.Tensor | None) -> History:
     if mode not in MODES:
-        raise InvalidValueError(f"mode {mode!r}: must be one of {', '.join(MODES)}")
+        raise InvalidValueError("mode", f"must be one of {', '.join(MODES)}", value=f"{mode!r}")
     if (window is not None) != (mode == "window"):
-        raise InvalidValueError("window: the number of values to keep, to be given in mode 'window' and in no other")
+        raise InvalidValueError("window", "the number of values to keep, to be given in mode 'window' and in no other")
     if cotangent is not None and mode != "carried":
-        raise InvalidValueError("cotangent: is for mode 'carried'; the other modes take any gradient")
+        raise InvalidValueError("cotangent", "is for mode 'carried'; the other modes take any gradient")
     if window is not None:
         if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise InvalidValueError(f"window {window!r}: must be a whole number, at least 1")
+            raise InvalidValueError("window", "must be a whole number, at least 1", value=f"{window!r}")
         return Window(window)
     if mode == "carried":
         return Carried(cotangent)

@@ -47,7 +47,9 @@ def blend(average: torch.Tensor, value: torch.Tensor, decay: Decay) -> torch.Ten
 def refuse_leaves(leaves: Iterable[torch.Tensor] | None) -> None:
     """Raise an InvalidValueError where leaves were given to a mode that finds them by itself."""
     if leaves is not None:
-        raise InvalidValueError("leaves: only mode 'carried' takes them; the other modes follow the value's own graph")
+        raise InvalidValueError(
+            "leaves", "only mode 'carried' takes them; the other modes follow the value's own graph"
+        )
 
 
 class Truncated:

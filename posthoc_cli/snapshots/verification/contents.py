@@ -31,7 +31,7 @@ class Unit:
         files: the safetensors files; those that the index names need not be there.
         index: that of the shards.
         tensors: what the index says is in each file, by the file's name; None where it cannot be read.
-        problem: what is wrong with the index, an error's message.
+        problem: what is wrong with the index.
         superseded: whether it was set aside, as not on the way of the training.
     """
 
@@ -39,7 +39,7 @@ class Unit:
     files: tuple[Path, ...]
     index: Path | None = None
     tensors: dict[str, list[str]] | None = None
-    problem: str = ""
+    problem: FileFormatError | None = None
     superseded: bool = False
 
 
@@ -89,9 +89,9 @@ def list_contents(path: Path) -> Contents:
     if path.is_dir():
         return _of_directory(path)
     if not os.path.lexists(path):
-        raise DirectoryError(f"{path}: no such file or directory; {ACCEPTED}")
+        raise DirectoryError(path, f"no such file or directory; {ACCEPTED}")
     if path.suffix in PICKLES:
-        raise InvalidValueError(f"{path}: has no checksums, and no pickle is opened here; {ACCEPTED}")
+        raise InvalidValueError(path, f"has no checksums, and no pickle is opened here; {ACCEPTED}")
     if path.name.endswith(".safetensors.index.json"):
         return Contents(path, False, (_sharded(path),))
     return Contents(path, False, (Unit(path, (path,)),))
@@ -115,7 +115,7 @@ def _of_directory(directory: Path) -> Contents:
     )
     if not (found.units or found.leftovers or found.quarantined):
         hint = "; no pickle is opened here" if found.pickles else ""
-        raise DirectoryError(f"{directory}: holds no snapshots, outputs or states{hint}; {ACCEPTED}")
+        raise DirectoryError(directory, f"holds no snapshots, outputs or states{hint}; {ACCEPTED}")
     return found
 
 
@@ -134,7 +134,7 @@ def _units(directory: Path) -> list[Unit]:
     try:
         paths = candidates(directory)
     except FileNotFoundError:
-        raise DirectoryError(f"{directory}: no such directory; {ACCEPTED}") from None
+        raise DirectoryError(directory, f"no such directory; {ACCEPTED}") from None
     folders = [directory, *(path for path in paths if is_sharded(path))]
     units = []
     for folder in folders:
@@ -169,7 +169,7 @@ def _sharded(index: Path) -> Unit:
     except FileFormatError as error:
         if isinstance(error, VanishedError) and files.is_gone(index):
             raise
-        return Unit(index.parent, (), index, problem=str(error))
+        return Unit(index.parent, (), index, problem=error)
     return Unit(index.parent, tuple(index.parent / name for name in tensors), index, tensors)
 
 

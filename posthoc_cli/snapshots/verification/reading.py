@@ -73,10 +73,11 @@ def read_file(path: Path, unit: Path, progress: Progress) -> ReadFile | None:
     try:
         with TensorFile(path) as file, closing(check_payload(file)) as found:
             content = _content(path, file.header)
-            damaged: dict[str, str] = {}
+            damaged: dict[str, FileFormatError] = {}
             nonfinite: dict[str, None] = {}
             for checked in found:
-                damaged |= dict.fromkeys(checked.damaged, checked.reason)
+                if checked.error is not None:
+                    damaged |= dict.fromkeys(checked.damaged, checked.error)
                 nonfinite |= dict.fromkeys(checked.nonfinite)
                 nbytes += checked.nbytes
                 progress(checked.nbytes)
@@ -133,7 +134,7 @@ def _check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -
     named = {kind: tensors_with(kind, header) for kind in (*totals, *recent, COPY)}
     if sum(map(len, named.values())) != len(header.tensors):
         stranger = min(header.tensors.keys() - {full for one in named.values() for full in one.values()})
-        raise FileFormatError(f"{path}: tensor {shown(stranger)} is of no profile that the state has")
+        raise FileFormatError(path, f"tensor {shown(stranger)} is of no profile that the state has")
     averages = {
         kind: {(name, header.tensors[full].dtype, header.tensors[full].shape) for name, full in named[kind].items()}
         for kind in (*totals, *recent)
@@ -142,11 +143,11 @@ def _check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -
         for kind in kinds:
             if averages[kind] != averages[kinds[0]]:
                 name = min(averages[kind] ^ averages[kinds[0]])[0]
-                raise FileFormatError(f"{path}: tensor {shown(name)} is not the same in {kinds[0]} and {kind}")
+                raise FileFormatError(path, f"tensor {shown(name)} is not the same in {kinds[0]} and {kind}")
     if {(name, shape) for name, _, shape in averages[totals[0]]} != {
         (name, shape) for name, _, shape in averages[recent[0]]
     }:
-        raise FileFormatError(f"{path}: the tensors of {totals[0]} are not those of {recent[0]}")
+        raise FileFormatError(path, f"the tensors of {totals[0]} are not those of {recent[0]}")
 
 
 def _unsupported(header: fmt.FileHeader | None) -> Problem | None:
@@ -163,9 +164,11 @@ def _unsupported(header: fmt.FileHeader | None) -> Problem | None:
     return None
 
 
-def _problem(path: Path, damaged: Mapping[str, str], nonfinite: Iterable[str], content: Content) -> Problem | None:
+def _problem(
+    path: Path, damaged: Mapping[str, FileFormatError], nonfinite: Iterable[str], content: Content
+) -> Problem | None:
     if damaged:
-        first = problem_of(FileFormatError(next(iter(damaged.values()))), path)
+        first = problem_of(next(iter(damaged.values())), path)
         return Problem(DAMAGED, f"{first.detail}{and_more(len(damaged) - 1, 'tensor')}")
     bad = [name for name in nonfinite if name in content.averages]
     if bad:

@@ -121,8 +121,9 @@ def plan_repair(found: Verification) -> Repair:
     """
     if not is_snapshot_directory(found):
         raise DirectoryError(
-            f"{found.path}: is no directory of snapshots, in which alone files are set aside; an output can be made "
-            "again, and a snapshot is set aside in the directory that it stands in"
+            found.path,
+            "is no directory of snapshots, in which alone files are set aside; an output can be made "
+            "again, and a snapshot is set aside in the directory that it stands in",
         )
     moved = dict.fromkeys(report.unit for report in found.files if report.state in MOVED)
     gone = [path for unit in moved for path in _parts(unit, found)]
@@ -148,7 +149,7 @@ def repair(plan: Repair) -> list[Path]:
     with _held(plan.directory):
         for path, known in zip(plan.gone, plan.stamps, strict=True):
             if _stamp(path) not in (known, None):
-                raise MismatchError(f"{path}: has changed since it was read; nothing was set aside; run again")
+                raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
         return move_aside(plan.gone, plan.directory / QUARANTINE) if plan.gone else []
 
 

@@ -73,8 +73,8 @@ def _report_of_shard(path: Path, file: ReadFile | None, unit: Unit, index: Path,
 
 def _together(unit: Unit, index: Path, there: Sequence[ReadFile]) -> tuple[Snapshot | None, Problem | None]:
     """The snapshot that the shards are, where they are one, and what is wrong with all of them together."""
-    if unit.tensors is None:
-        return None, problem_of(FileFormatError(unit.problem), index)
+    if unit.problem is not None:
+        return None, problem_of(unit.problem, index)
     if not unit.tensors:
         return None, Problem(DAMAGED, "names no shard")
     kinds = {file.content.kind for file in there if file.header is not None}
