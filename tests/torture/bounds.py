@@ -47,13 +47,13 @@ def _measure(tally: Tally, what: str, path: Path, read: Callable[[Path], object]
     tally.tried += 1
     size = path.stat().st_size
     tracemalloc.start()
-    started = time.monotonic()
+    started = time.process_time()
     try:
         with time_limit(), suppress(PostHocError):
             read(path)
     except (Exception, HungError) as error:  # noqa: BLE001 - whatever it is, it is no error of the package
         tally.missed.append(f"{what}: {type(error).__name__}: {error}"[:300])
-    seconds, (_, peak) = time.monotonic() - started, tracemalloc.get_traced_memory()
+    seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
     tracemalloc.stop()
     if peak > BYTES_A_BYTE * size + MEGABYTE:
         tally.missed.append(f"{what}: {size:,} bytes took {peak:,} of memory")
