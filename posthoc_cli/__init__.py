@@ -15,16 +15,16 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from posthoc_cli import averages as averages
     from posthoc_cli.errors import PostHocError as PostHocError
-    from posthoc_cli.export import export_file as export_file
+    from posthoc_cli.export.convert import export_file as export_file
     from posthoc_cli.planning import Schedule as Schedule
     from posthoc_cli.planning import error_curve as error_curve
     from posthoc_cli.profiles import PowerFunction as PowerFunction
     from posthoc_cli.profiles import gamma_from_sigma_rel as gamma_from_sigma_rel
     from posthoc_cli.profiles import sigma_rel_from_gamma as sigma_rel_from_gamma
     from posthoc_cli.reconstruction import reconstruct as reconstruct
-    from posthoc_cli.synthesis import disk_sources as disk_sources
-    from posthoc_cli.synthesis import plan_synthesis as plan_synthesis
-    from posthoc_cli.synthesis import synthesize as synthesize
+    from posthoc_cli.synthesis.engine import synthesize as synthesize
+    from posthoc_cli.synthesis.plan import plan_synthesis as plan_synthesis
+    from posthoc_cli.synthesis.sources import disk_sources as disk_sources
     from posthoc_cli.targets import Beta as Beta
     from posthoc_cli.targets import Between as Between
     from posthoc_cli.targets import Window as Window
@@ -38,14 +38,14 @@ _HOMES = {
     "PostHocError": "errors",
     "PowerFunction": "profiles",
     "Schedule": "planning",
-    "disk_sources": "synthesis",
+    "disk_sources": "synthesis.sources",
     "error_curve": "planning",
-    "export_file": "export",
+    "export_file": "export.convert",
     "gamma_from_sigma_rel": "profiles",
-    "plan_synthesis": "synthesis",
+    "plan_synthesis": "synthesis.plan",
     "reconstruct": "reconstruction",
     "sigma_rel_from_gamma": "profiles",
-    "synthesize": "synthesis",
+    "synthesize": "synthesis.engine",
 }
 
 _ROOMS = ("averages",)

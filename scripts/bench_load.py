@@ -30,9 +30,9 @@ import torch
 from posthoc_cli import PostHocEMA, PowerFunction, reconstruct
 from posthoc_cli.planning import MOST_SOLVED, choose, relative_rounding
 from posthoc_cli.reconstruction import Prior, assumed_prior
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
 EVERY = 10

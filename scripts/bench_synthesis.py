@@ -39,9 +39,10 @@ from synthesis_cases import (
     write_sparse_snapshots,
 )
 
-from posthoc_cli.export import write_synthesis
-from posthoc_cli.synthesis import Plan, disk_sources, parse_device, place_synthesis, plan_synthesis, synthesize
-from posthoc_cli.synthesis.placing import Nowhere
+from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.synthesis.engine import Nowhere, parse_device, place_synthesis, synthesize
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 
 MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
 

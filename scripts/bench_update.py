@@ -73,7 +73,7 @@ from update_cases import (
     wait_for_device,
 )
 
-from posthoc_cli.synthesis import parse_device
+from posthoc_cli.synthesis.engine import parse_device
 
 PACKAGES = ("ema-pytorch", "pytorch-posthoc-ema", "diffusers")
 STEPS_BETWEEN_UPDATES = 10

@@ -25,13 +25,13 @@ from trajectories import Replay, Trajectory, record
 
 from posthoc_cli import Between, PostHocEMA, Schedule
 from posthoc_cli.errors import InexactError
-from posthoc_cli.planning import USEFUL_RANGE, forecast, judge, snapshots_to_drop
-from posthoc_cli.planning.task import Task, relative_rounding
+from posthoc_cli.planning import USEFUL_RANGE, judge, schedule, snapshots_to_drop
+from posthoc_cli.planning.proposals import Task, relative_rounding
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
-from posthoc_cli.snapshots.priors import snapshot_prior
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.pruning import plan_pruning
-from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.targets import Target, as_target
 
 USEFUL = (0.05, 0.07, 0.10, 0.15, 0.20, 0.25, 0.28)
@@ -333,7 +333,7 @@ def keeping(options: Options) -> Iterator[Cell]:
 
 def _worst(profiles: Sequence[PowerFunction], prior: Prior, chosen: Sequence[int]) -> float:
     """The worst error that is predicted over the useful range, of averages made of the chosen ones."""
-    return forecast([profiles[index] for index in chosen], prior.of(chosen), USEFUL_RANGE, 11).worst
+    return schedule([profiles[index] for index in chosen], prior.of(chosen), USEFUL_RANGE, 11).worst
 
 
 def _choices(profiles: Sequence[PowerFunction], kept: int) -> Iterator[list[int]]:

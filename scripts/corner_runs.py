@@ -20,7 +20,7 @@ from trajectories import Replay, Trajectory
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.targets import Target
-from posthoc_cli.tracker.weights import Weights
+from posthoc_cli.tracker.model_weights import Weights
 
 NAN = math.nan
 

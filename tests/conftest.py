@@ -18,7 +18,7 @@ sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "scripts")]
 from ema_command import Ema, Result  # noqa: E402
 
 from posthoc_cli.cli import main  # noqa: E402
-from posthoc_cli.tracker import background, pace  # noqa: E402
+from posthoc_cli.tracker import pipeline, worker  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -30,14 +30,14 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warnings are errors, and how long a loaded machine makes a training wait is luck."""
-    monkeypatch.setattr(pace, "PATIENCE", 1e9)
+    monkeypatch.setattr(worker, "PATIENCE", 1e9)
 
 
 @pytest.fixture(autouse=True)
 def _ended() -> Iterator[None]:
     """Trackers that a test forgets write their last snapshots now, and log nothing into another test."""
     yield
-    background.finish()
+    pipeline.finish()
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 import bench_load
 import pytest
 
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.directory import read_directory
 
 
 def rows(text: str) -> list[list[str]]:

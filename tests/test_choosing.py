@@ -14,12 +14,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.planning import MOST_SOLVED, choose, keeping, snapshots_to_drop
+from posthoc_cli.planning import MOST_SOLVED, choose, snapshots_to_drop, thinning
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Motion, assumed_prior, reconstruct
-from posthoc_cli.snapshots import chosen, pruning
+from posthoc_cli.snapshots import measurements, pruning
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning
-from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.synthesis.judging import Judged
 
 SIGMA_RELS = (0.05, 0.28)
@@ -106,7 +106,7 @@ def test_thinning_of_very_many_begins_with_the_choice(monkeypatch: pytest.Monkey
     snapshots = regular(60)
     prior = assumed_prior(snapshots, 2e-4)
     exact = snapshots_to_drop(snapshots, prior, 3)
-    monkeypatch.setattr(keeping, "MOST_SOLVED", 60)
+    monkeypatch.setattr(thinning, "MOST_SOLVED", 60)
     found = snapshots_to_drop(snapshots, prior, 3)
     first = sorted(set(range(120)) - set(choose(snapshots, 48, 3)))
     assert found[: len(first)] == first
@@ -134,7 +134,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reconstructions work with 20 snapshots at most."""
-    for module in (chosen, pruning):
+    for module in (measurements, pruning):
         monkeypatch.setattr(module, "choose", partial(choose, most=20))
 
 

@@ -19,9 +19,11 @@ from safetensors.torch import load_file
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction import Measurements
-from posthoc_cli.snapshots import sampling
+from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
-from posthoc_cli.synthesis import Plan, consistent, disk_sources, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis import plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.tracker import synthesizing
 
 
@@ -63,7 +65,7 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
         assert with_consistent_plan(make, use) is plans[2]
     assert [len(plan.sources) for plan in plans] == [20, 19, 18]
     assert [record.getMessage().count("planning again") for record in caplog.records] == [1, 1]
-    monkeypatch.setattr(consistent, "ATTEMPTS", 5)
+    monkeypatch.setattr(plan, "ATTEMPTS", 5)
     with pytest.raises(VanishedError, match="no such file"):
         with_consistent_plan(lambda: remove_one(plan_synthesis(disk_sources(tmp_path), [0.15])), use)
 
@@ -114,7 +116,7 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
 ) -> None:
     """Headers without measurements: the plan itself reads tensors."""
     write_run(tmp_path, random_walk(80, {"w": (3,)}), range(10, 81, 10))
-    real, removed = sampling.sample_measurements, []
+    real, removed = measurements.sample_measurements, []
 
     def sample(snapshots: Sequence[Snapshot]) -> list[Measurements]:
         if not removed:
@@ -122,7 +124,7 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
             snapshots[3].path.unlink()
         return real(snapshots)
 
-    monkeypatch.setattr("posthoc_cli.snapshots.priors.sample_measurements", sample)
+    monkeypatch.setattr("posthoc_cli.snapshots.measurements.sample_measurements", sample)
     found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["w"]
     assert f"{removed[0]}: cannot be opened: no such file or directory; planning again" in caplog.text
     monkeypatch.undo()

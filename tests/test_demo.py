@@ -17,15 +17,13 @@ import torch
 from safetensors.torch import load_file
 
 from posthoc_cli import plots
-from posthoc_cli.demo import denoiser, digits
-from posthoc_cli.demo.commands import Commands
+from posthoc_cli.demo import denoiser
 from posthoc_cli.demo.folder import Folder
-from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS
-from posthoc_cli.demo.measuring import compare, measure
+from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS, Commands, compare, measure
 from posthoc_cli.demo.training import DirectAverage, Settings, train
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.directory import read_directory
 
 PICTURES = ("loss.png", "error.png")
 
@@ -238,7 +236,7 @@ def test_another_library_that_is_missing_is_not_taken_for_scikit_learn(
     for name in [name for name in sys.modules if name.partition(".")[0] == "sklearn"]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ModuleNotFoundError, match="a_library_that_is_missing"):
-        digits.load_digits(seed=0)
+        denoiser.load_digits(seed=0)
 
 
 # --- its parts -------------------------------------------------------------------------------------
@@ -304,7 +302,7 @@ def test_a_direct_average_weighs_each_value_with_the_profiles_mass_on_its_interv
 
 
 def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
-    images = digits.load_digits(seed=0).training
+    images = denoiser.load_digits(seed=0).training
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     first, second = (train(Settings(100), images, tmp_path / name, [0.1], lambda _: None) for name in "ab")
     assert torch.equal(torch.get_rng_state(), state)
@@ -314,9 +312,9 @@ def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alo
 
 
 def test_a_network_that_answers_nothing_scores_about_one() -> None:
-    split = digits.load_digits(seed=0)
+    split = denoiser.load_digits(seed=0)
     assert len(split.training.images) + len(split.validation.images) == 1797
-    assert float(split.training.images.std()) == pytest.approx(digits.STANDARD_DEVIATION, abs=0.01)
+    assert float(split.training.images.std()) == pytest.approx(denoiser.STANDARD_DEVIATION, abs=0.01)
     model = denoiser.make_denoiser(seed=0)
     torch.nn.init.zeros_(model.outward.weight)
     torch.nn.init.zeros_(model.outward.bias)
@@ -327,7 +325,7 @@ def test_a_network_that_answers_nothing_scores_about_one() -> None:
 
 
 def test_validation_uses_the_same_noise_for_all_weights() -> None:
-    split = digits.load_digits(seed=0)
+    split = denoiser.load_digits(seed=0)
     model = denoiser.make_denoiser(seed=0)
     validation = denoiser.Validation(split.validation, seed=0, draws=2)
     assert torch.equal(validation(model), validation(model))

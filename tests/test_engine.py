@@ -21,25 +21,17 @@ from synthesis_cases import peak_memory, write_sparse_snapshots
 from posthoc_cli import Between, PostHocEMA, PowerFunction
 from posthoc_cli.cli.output import ProgressLines
 from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, WriteError
-from posthoc_cli.export import write_synthesis
+from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import BLOCK_BYTES, TrackedTensor
-from posthoc_cli.synthesis import (
-    Plan,
-    disk_sources,
-    making,
-    place_synthesis,
-    plan_synthesis,
-    sums,
-    synthesize,
-    workers,
-)
+from posthoc_cli.synthesis import engine, sums
 from posthoc_cli.synthesis import plan as plan_module
-from posthoc_cli.synthesis.devices import numbered_device
-from posthoc_cli.synthesis.placing import Nowhere
+from posthoc_cli.synthesis.engine import Nowhere, numbered_device, place_synthesis, synthesize
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
 from posthoc_cli.synthesis.tiles import cut_tiles
-from posthoc_cli.tracker.filling import fill_model
+from posthoc_cli.tracker.model_weights import fill_model
 
 LARGE = 2_500_003
 """Elements of a tensor that takes two tiles in float16, and ends within a block and a vector register."""
@@ -117,7 +109,7 @@ def test_tiles_chunks_and_threads_of_any_number_give_the_same_bytes(
 ) -> None:
     plan = plan_of(mixed)
     reference, kept = bits(plan, workers=1), Kept()
-    for _ in place_synthesis(plan, kept.open, workers=workers, chunk=chunk, tile_elements=tile):
+    for _ in place_synthesis(plan, kept.open, workers=engine, chunk=chunk, tile_elements=tile):
         pass
     for name in ("large", "changing", "own", "counter"):
         for target in range(len(TARGETS)):
@@ -236,13 +228,13 @@ def test_a_program_that_allows_coarser_matrix_products_changes_no_byte(
             allow(now)
             assert bits(plan_of(mixed)) == expected
         assert set(coarse) == {False, True}
-        make, tiles = making.Maker.make, iter(range(1000))
+        make, tiles = engine.Maker.make, iter(range(1000))
 
         def change_and_make(*arguments: Any) -> None:
             allow(next(tiles) % 2 == 1)
             make(*arguments)
 
-        monkeypatch.setattr(making.Maker, "make", change_and_make)
+        monkeypatch.setattr(engine.Maker, "make", change_and_make)
         assert bits(plan_of(mixed), workers=1) == expected
         assert next(tiles) > 2
     finally:
@@ -467,16 +459,16 @@ def test_a_caller_that_goes_away_stops_the_threads(mixed: Path) -> None:
 
 def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     failed, after = threading.Event(), []
-    average: Callable[..., None] = making.Maker._average
+    average: Callable[..., None] = engine.Maker._average
 
-    def fail(self: making.Maker, tile: object, placement: object, stop: threading.Event) -> None:
+    def fail(self: engine.Maker, tile: object, placement: object, stop: threading.Event) -> None:
         if not failed.is_set():
             failed.set()
             raise NonFiniteError("w", "the first error")
         average(self, tile, placement, stop)
         after.append(tile)
 
-    monkeypatch.setattr(making.Maker, "_average", fail)
+    monkeypatch.setattr(engine.Maker, "_average", fail)
     with pytest.raises(NonFiniteError, match="the first error"):
         bits(plan_of(mixed), workers=4)
     assert threads() == []
@@ -491,9 +483,9 @@ class Streams:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.log: list[tuple[str, object]] = []
-        make = making.Maker.make
+        make = engine.Maker.make
 
-        def with_stream(maker: making.Maker, *arguments: object) -> None:
+        def with_stream(maker: engine.Maker, *arguments: object) -> None:
             maker._stream = SimpleNamespace(
                 wait_event=lambda event: self.log.append(("wait", event)),
                 synchronize=lambda: self.log.append(("synchronize", threading.get_ident())),
@@ -506,8 +498,8 @@ class Streams:
             self.log.append(("event", len(self.log)))
             return len(self.log) - 1
 
-        monkeypatch.setattr(making.Maker, "make", with_stream)
-        monkeypatch.setattr(workers, "caller_event", caller_event)
+        monkeypatch.setattr(engine.Maker, "make", with_stream)
+        monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
     def open(self, tile: object) -> Nowhere:
@@ -539,7 +531,7 @@ def test_no_thread_leaves_work_under_way_when_an_error_stops_it(mixed: Path, mon
         streams.log.append(("fail", threading.get_ident()))
         raise NonFiniteError("w", "an error")
 
-    monkeypatch.setattr(making.Maker, "_average", fail)
+    monkeypatch.setattr(engine.Maker, "_average", fail)
     with pytest.raises(NonFiniteError, match="an error"):
         list(place_synthesis(plan_of(mixed), streams.open, workers=3))
     failed = [(index, what) for index, (kind, what) in enumerate(streams.log) if kind == "fail"]

@@ -25,13 +25,15 @@ from posthoc_cli.errors import (
     OutputExistsError,
     WriteError,
 )
-from posthoc_cli.export import LAYOUTS, export_file, layout_of, output_exists, parse_size, write_synthesis
+from posthoc_cli.export.convert import export_file
+from posthoc_cli.export.outputs import LAYOUTS, layout_of, output_exists, parse_size, write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis import disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]

@@ -17,8 +17,8 @@ from factories import exact_weights
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.profiles import Profile
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import execute, plan_pruning
-from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.targets import Target
 
 Floats = npt.NDArray[np.float64]

@@ -16,13 +16,12 @@ from safetensors.torch import load_file, save_file
 import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.errors import OutputExistsError, WriteError
-from posthoc_cli.export import write_synthesis
-from posthoc_cli.export.finishing import finish
-from posthoc_cli.export.parted import PartedSynthesis, parts_for
-from posthoc_cli.snapshots.index import INDEX_NAME
-from posthoc_cli.synthesis import disk_sources, plan_synthesis
-from posthoc_cli.synthesis.division import Part, divide
-from posthoc_cli.synthesis.plan import names_by_tensor
+from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.parts import PartedSynthesis, finish, parts_for
+from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.synthesis.parts import Part, divide
+from posthoc_cli.synthesis.plan import names_by_tensor, plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (300, 40), "a/../b": (7,), "ü 'quoted'": (3, 5), "none": (0, 4), "one": (),

@@ -20,14 +20,14 @@ from posthoc_cli.planning import (
     Schedule,
     error_curve,
     errors_after_each,
-    forecast,
     losses_of,
     profile_fit,
+    schedule,
     snapshots_to_drop,
 )
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.directory import read_directory
 
 
 def pure(sigma_rel: float, t: float) -> PowerFunction:
@@ -78,7 +78,7 @@ def test_thinning_a_long_run_is_better_than_even_spacing(sigma_rels: tuple[float
     left = thinned([float(t) for t in range(1, 121)], 8, sigma_rels, prior_of)
     even = [pure(s, 120.0 * k / 8) for k in range(1, 9) for s in sigma_rels]
     assert len(left) == len(even)
-    assert forecast(left, prior_of(left)).worst < forecast(even, prior_of(even)).worst
+    assert schedule(left, prior_of(left)).worst < schedule(even, prior_of(even)).worst
 
 
 def test_the_error_after_a_loss_is_that_of_solving_again_without_it() -> None:
@@ -180,7 +180,7 @@ def test_spreading_snapshots_like_fewer_ones_is_close_to_following_them_all() ->
     prior_of = walking(3000.0)
     full = thinned([float(t) for t in range(50, 3001, 50)], 30, (0.05, 0.28), prior_of)
     spread = schedule.snapshots()
-    followed, approximated = (forecast(snapshots, prior_of(snapshots)) for snapshots in (full, spread))
+    followed, approximated = (schedule(snapshots, prior_of(snapshots)) for snapshots in (full, spread))
     assert approximated.worst == pytest.approx(followed.worst, rel=0.1)
     assert approximated.median == pytest.approx(followed.median, rel=0.15)
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import Schedule, Task, judge, propose, relative_rounding
-from posthoc_cli.planning.proposals import Proposal
-from posthoc_cli.planning.task import ITEM_BYTES
+from posthoc_cli.planning.proposals import ITEM_BYTES, Proposal
 from posthoc_cli.reconstruction import Motion
 
 TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28), max_error=0.0)

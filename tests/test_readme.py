@@ -12,8 +12,8 @@ from ema_command import Ema
 from torture.experiments import EXPERIMENTS
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.snapshots.store import read_directory
-from posthoc_cli.tracker import background
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import pipeline
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
 
@@ -43,11 +43,11 @@ def test_the_hook_in_ten_lines_runs_to_its_end(
     exec(compile(block, "README.md", "exec"), names)
     assert torch.equal(model.weight, evaluated[0])
     assert "strict=False" not in README  # which hides what does not fit; load_into refuses it
-    background.finish()  # as the end of the process does
+    pipeline.finish()  # as the end of the process does
     assert sorted({s.info.t for s in read_directory(tmp_path / "run" / "ema")}) == last
     names["ema"].close()  # type: ignore[attr-defined]
     exec(compile(block, "README.md", "exec"), names | {"loader": torch.randn(20, 4, 4)})
-    background.finish()
+    pipeline.finish()
     assert read_directory(tmp_path / "run" / "ema")[-1].info.t == steps + 20
 
 

@@ -14,11 +14,13 @@ import torch
 from factories import RUN_ID, exact_average, exact_gamma, random_walk, write_run, write_snapshot
 
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, NonFiniteError
-from posthoc_cli.export import write_synthesis
+from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
-from posthoc_cli.synthesis import DiskSource, Plan, disk_sources, parse_device, plan_synthesis, synthesize
+from posthoc_cli.synthesis.engine import parse_device, synthesize
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis
+from posthoc_cli.synthesis.sources import DiskSource, disk_sources
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)

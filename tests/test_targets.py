@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform, table_file
+from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform, custom
 from posthoc_cli.targets import Beta, Between, GivenProfile, ProfileFile, SigmaRel, Target, Window, as_target
 
 STEPS = Clock.of_steps()
@@ -266,9 +266,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
 def test_a_huge_file_is_refused_before_it_is_taken_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "huge.csv"
     path.touch()
-    os.truncate(path, table_file.MOST_BYTES + 1)  # sparse: it takes no room
+    os.truncate(path, custom.MOST_BYTES + 1)  # sparse: it takes no room
     refused(lambda: ProfileFile(path).table, f"profile {path}: is larger than 100 MB; at most that is accepted")
-    monkeypatch.setattr(table_file, "MOST_LINES", 3)
+    monkeypatch.setattr(custom, "MOST_LINES", 3)
     path = written(tmp_path, "0,1\n1,1\n2,1\n3,1\n")
     refused(lambda: ProfileFile(path).table, f"profile {path}: line 4: at most 3 lines are accepted")
 

@@ -9,7 +9,7 @@ import pytest
 import scipy.linalg  # noqa: F401  # its OpenBLAS is another than NumPy's
 from threadpoolctl import ThreadpoolController
 
-from posthoc_cli.planning import Task, keeping, proposals, propose, snapshots_to_drop
+from posthoc_cli.planning import Task, proposals, propose, snapshots_to_drop, thinning
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import assumed_prior
 from posthoc_cli.threads import one_blas_thread
@@ -51,7 +51,7 @@ def test_blas_has_one_thread_in_a_block_and_as_many_as_before_afterwards() -> No
 
 def test_planning_and_thinning_take_one_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[set[int]] = []
-    for module, name in ((keeping, "losses_of"), (proposals, "forecast")):
+    for module, name in ((thinning, "losses_of"), (proposals, "forecast")):
         real = getattr(module, name)
 
         def watched(*arguments: object, real=real, **named: object) -> object:  # type: ignore[no-untyped-def]

@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.averages.arguments import check_number
-from posthoc_cli.averages.counting import HostNumber
 from posthoc_cli.averages.pairing import (
+    Accumulators,
+    HostNumber,
     Pair,
     average_,
     average_unless_equal_,
+    check_number,
     copy_,
     is_averaged,
     make_average,
@@ -20,8 +21,7 @@ from posthoc_cli.averages.pairing import (
     pair_parameters,
     with_wide_averages,
 )
-from posthoc_cli.averages.precision import Accumulators
-from posthoc_cli.tracker.naming import named_tensors
+from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import check_count
 
 SUSPICIOUS_MOMENTUM = 0.5

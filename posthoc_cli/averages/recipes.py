@@ -16,7 +16,7 @@ from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.profiles import Profile
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker import PostHocEMA
-from posthoc_cli.tracker.weights import load_weights
+from posthoc_cli.tracker.model_weights import load_weights
 
 
 class AveragedModule(Protocol):

@@ -7,10 +7,18 @@ from typing import Any
 
 import torch
 
-from posthoc_cli.averages.arguments import check_number
-from posthoc_cli.averages.counting import HostNumber
-from posthoc_cli.averages.pairing import average_, copy_, is_averaged, make_average, pair_buffers, pair_parameters
-from posthoc_cli.averages.precision import Accumulators, WideBuffers
+from posthoc_cli.averages.pairing import (
+    Accumulators,
+    HostNumber,
+    WideBuffers,
+    average_,
+    check_number,
+    copy_,
+    is_averaged,
+    make_average,
+    pair_buffers,
+    pair_parameters,
+)
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.tracker.model_tensors import check_model
 from posthoc_cli.tracker.settings import check_count

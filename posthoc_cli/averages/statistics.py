@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from posthoc_cli.averages.arguments import check_number
-from posthoc_cli.averages.precision import WideBuffers, is_narrow
+from posthoc_cli.averages.pairing import WideBuffers, check_number, is_narrow
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.settings import check_count
 

@@ -13,11 +13,11 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
-from posthoc_cli.cli.amounts import parse_count
+from posthoc_cli.cli.values import parse_count
 
 if TYPE_CHECKING:
     from posthoc_cli.demo import Result
-    from posthoc_cli.demo.measuring import Measured
+    from posthoc_cli.demo.job import Measured
 
 EPILOG = "Example:  ema demo --out ema-demo"
 

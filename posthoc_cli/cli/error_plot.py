@@ -12,8 +12,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
-from posthoc_cli.cli.amounts import parse_count
-from posthoc_cli.cli.assumption import DTYPES, LikeOption, assumption_text, read_likeness
+from posthoc_cli.cli.output import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.values import (
     BetaOption,
     BetweenOption,
@@ -23,6 +22,7 @@ from posthoc_cli.cli.values import (
     check_output,
     existing_directory,
     one_of,
+    parse_count,
     parse_sigma_range,
     parse_sigma_rels,
     parse_targets,

@@ -67,8 +67,8 @@ def export(
     Layouts: one safetensors file; shards with an index, named as the Hugging Face libraries look for them (one
     file when it fits); a .pt state dict for torch.load(weights_only=True).
     """
-    from posthoc_cli.export import export_file, layout_of, output_exists
-    from posthoc_cli.export.naming import export_paths
+    from posthoc_cli.export.convert import export_file
+    from posthoc_cli.export.outputs import export_paths, layout_of, output_exists
     from posthoc_cli.snapshots.models import model_files, models_at
     from posthoc_cli.snapshots.reader import read_header
 

@@ -14,10 +14,10 @@ from posthoc_cli.errors import DirectoryError
 
 if TYPE_CHECKING:
     from posthoc_cli.reconstruction import Measurements
+    from posthoc_cli.snapshots.directory import Inspection
     from posthoc_cli.snapshots.format import FileHeader
     from posthoc_cli.snapshots.outputs import OutputInfo
     from posthoc_cli.snapshots.reader import Snapshot
-    from posthoc_cli.snapshots.store import Inspection
 
 _LONGEST_TEXT = 200
 
@@ -56,9 +56,9 @@ def info(
 
 def describe_directory(path: Path) -> dict[str, Any]:
     """What a directory holds: snapshots, one in several files, a model, or outputs. The object that --json prints."""
+    from posthoc_cli.snapshots.directory import inspect_directory
     from posthoc_cli.snapshots.models import is_model_folder, models_at
     from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
-    from posthoc_cli.snapshots.store import inspect_directory
 
     sharded = read_sharded(path) if is_sharded(path) else None
     if sharded is not None:
@@ -79,7 +79,7 @@ def describe_directory(path: Path) -> dict[str, Any]:
 
 
 def _describe_run(found: Inspection) -> dict[str, Any]:
-    from posthoc_cli.snapshots.segments import by_segment
+    from posthoc_cli.snapshots.format import by_segment
 
     newest = found.snapshots[-1]
     runs = sorted({snapshot.info.run_id for snapshot in found.snapshots})
@@ -128,7 +128,7 @@ def _relative_rounding(measured: Measurements | None) -> float | None:
 
 def describe_model(path: Path) -> dict[str, Any]:
     """What a file holds, or the shards of an index: the object that --json prints."""
-    from posthoc_cli.snapshots.metadata import file_kind
+    from posthoc_cli.snapshots.headers import file_kind
     from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files
     from posthoc_cli.snapshots.outputs import decode_output
     from posthoc_cli.snapshots.reader import read_header
@@ -157,7 +157,7 @@ def describe_model(path: Path) -> dict[str, Any]:
 def describe_file(path: Path) -> dict[str, Any]:
     """What a file holds: the object that --json prints."""
     from posthoc_cli.snapshots.decoding import decode_snapshot
-    from posthoc_cli.snapshots.metadata import file_kind
+    from posthoc_cli.snapshots.headers import file_kind
     from posthoc_cli.snapshots.outputs import decode_output
     from posthoc_cli.snapshots.reader import Snapshot, read_header
 

@@ -11,8 +11,10 @@ import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
@@ -28,7 +30,11 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from posthoc_cli.cli.values import existing_directory
 from posthoc_cli.errors import printable
+
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.measurements import Likeness
 
 MOST_ROWS = 10
 """Rows of a list that are shown unless all are asked for."""
@@ -222,3 +228,38 @@ def _terminal_width() -> int:
 
 def _console() -> Console:
     return Console(width=_WIDE, no_color=not sys.stdout.isatty())
+
+
+# --- What predicted errors rest on before training: an even movement, or that of an earlier run ----
+
+
+LikeOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Snapshots of an earlier run that the network will move like. [default: evenly]"),
+]
+
+DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""Short words for the dtypes that a plan chooses from."""
+
+
+def read_likeness(like: Path | None, steps: int) -> Likeness:
+    """What the earlier run says about one of so many steps; nothing where there is none.
+
+    Raises:
+        FileFormatError, MismatchError: as `read_directory`.
+    """
+    from posthoc_cli.snapshots.directory import read_directory
+    from posthoc_cli.snapshots.measurements import Likeness, likeness
+
+    return Likeness(None, {}) if like is None else likeness(read_directory(existing_directory(like)), steps)
+
+
+def assumption_text(like: Path | None, earlier: Likeness) -> str:
+    """What is assumed, to follow "if": "the network moves evenly"."""
+    from posthoc_cli.planning import EVENLY
+
+    if like is None:
+        return EVENLY
+    if earlier.motion is None:
+        return f"{EVENLY}: {like} does not tell how it moved"
+    return f"the network moves as in {like}"

@@ -10,15 +10,22 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
-from posthoc_cli.cli.amounts import parse_bytes, parse_count
-from posthoc_cli.cli.assumption import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.error_plot import PICTURES
-from posthoc_cli.cli.values import check_output, one_of, parse_max_error, parse_sigma_range, parse_sigma_rels
+from posthoc_cli.cli.output import DTYPES, LikeOption, assumption_text, read_likeness
+from posthoc_cli.cli.values import (
+    check_output,
+    one_of,
+    parse_bytes,
+    parse_count,
+    parse_max_error,
+    parse_sigma_range,
+    parse_sigma_rels,
+)
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import Proposal, Task
-    from posthoc_cli.snapshots.likeness import Likeness
+    from posthoc_cli.snapshots.measurements import Likeness
 
 EPILOG = (
     "Example:  ema plan --steps 400000 --params 1.2e9 --max-size 60GB --sigma-range 0.03:0.28   or   "

@@ -7,8 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from posthoc_cli.cli import output
-from posthoc_cli.cli.amounts import parse_count
-from posthoc_cli.cli.values import parse_numbers, parse_sigma_rels
+from posthoc_cli.cli.values import parse_count, parse_numbers, parse_sigma_rels
 from posthoc_cli.errors import InvalidValueError
 
 EPILOG = (

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posthoc_cli.cli import output
-from posthoc_cli.cli.amounts import parse_bytes, parse_count
-from posthoc_cli.cli.values import existing_directory, parse_max_error, parse_sigma_range
+from posthoc_cli.cli.values import existing_directory, parse_bytes, parse_count, parse_max_error, parse_sigma_range
 from posthoc_cli.errors import InvalidValueError, MismatchError
 
 if TYPE_CHECKING:
@@ -39,8 +38,8 @@ def prune(
     each profile stays. Deletes only after every snapshot that stays was read and verified, and never while a
     tracker writes to the directory; an interruption leaves a directory that works.
     """
+    from posthoc_cli.snapshots.directory import read_directory
     from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
-    from posthoc_cli.snapshots.store import read_directory
 
     output.log_to_stderr(False)
     if [keep, max_size, max_error].count(None) != 2:

@@ -14,10 +14,9 @@ from posthoc_cli.cli import output
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.export.finishing import Finished
-    from posthoc_cli.export.parted import MadePart, PartedSynthesis
-    from posthoc_cli.synthesis import Plan
-    from posthoc_cli.synthesis.division import Part
+    from posthoc_cli.export.parts import Finished, MadePart, PartedSynthesis
+    from posthoc_cli.synthesis.parts import Part
+    from posthoc_cli.synthesis.plan import Plan
     from posthoc_cli.synthesis.ranks import Ranks
     from posthoc_cli.targets import Target
 
@@ -60,20 +59,21 @@ class Options:
 
     def plan(self) -> Plan:
         """What is to be made of what."""
-        from posthoc_cli.synthesis import disk_sources, plan_synthesis
+        from posthoc_cli.synthesis.plan import plan_synthesis
+        from posthoc_cli.synthesis.sources import disk_sources
 
         sources = disk_sources(self.directory)
         return plan_synthesis(sources, self.targets, self.t, self.step, self.method, self.max_error, self.dtype)
 
     def folders(self) -> tuple[list[Path], Path | None]:
         """The folder of each target's model, and that of all of them."""
-        from posthoc_cli.export.naming import output_paths
+        from posthoc_cli.export.outputs import output_paths
 
         return output_paths(self.targets, self.out or "(no output)", "sharded")
 
     def parted(self, plan: Plan, parts: int) -> PartedSynthesis:
         """The same, divided."""
-        from posthoc_cli.export.parted import PartedSynthesis
+        from posthoc_cli.export.parts import PartedSynthesis
 
         folders, container = self.folders()
         return PartedSynthesis(plan, folders, parts, self.dtype, self.accumulate, self.force, container)
@@ -109,7 +109,7 @@ def parse_part(text: str) -> Part:
     Raises:
         InvalidValueError: naming the option and the accepted form.
     """
-    from posthoc_cli.synthesis.division import Part
+    from posthoc_cli.synthesis.parts import Part
 
     match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", text)
     if match is None:
@@ -187,7 +187,7 @@ def _shard(plan: Plan, part: Part, options: Options, quiet: bool, verbose: bool)
 
 
 def _finish(plan: Plan, options: Options, quiet: bool, verbose: bool) -> Done:
-    from posthoc_cli.export.finishing import finish, parts_to_finish
+    from posthoc_cli.export.parts import finish, parts_to_finish
 
     folders, _ = options.folders()
     count = parts_to_finish(folders, lambda count: options.parted(plan, count).plan_ids)
@@ -198,12 +198,11 @@ def _finish(plan: Plan, options: Options, quiet: bool, verbose: bool) -> Done:
 
 
 def _run_rank(options: Options, quiet: bool, verbose: bool) -> Done | None:
-    from posthoc_cli.export.finishing import finish
-    from posthoc_cli.export.layouts import parse_size
-    from posthoc_cli.export.parted import parts_for
-    from posthoc_cli.synthesis.division import Part
+    from posthoc_cli.export.outputs import parse_size
+    from posthoc_cli.export.parts import finish, parts_for
+    from posthoc_cli.synthesis.engine import worker_count
+    from posthoc_cli.synthesis.parts import Part
     from posthoc_cli.synthesis.ranks import join_ranks, local_rank
-    from posthoc_cli.synthesis.workers import worker_count
 
     limit = parse_size(options.max_shard_size)
     finished: list[Finished] = []

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from posthoc_cli.cli import output, spread
-from posthoc_cli.cli.amounts import parse_count
 from posthoc_cli.cli.values import (
     DTYPE_WORDS,
     LAYOUT_WORDS,
@@ -22,6 +21,7 @@ from posthoc_cli.cli.values import (
     WindowOption,
     check_folder,
     existing_directory,
+    parse_count,
     parse_max_error,
     parse_targets,
 )
@@ -29,7 +29,7 @@ from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.reconstruction import Prior
-    from posthoc_cli.synthesis import Plan
+    from posthoc_cli.synthesis.plan import Plan
 
 EPILOG = (
     "Example:  ema synthesize run/ema --sigma-rel 0.15 --out model.safetensors   or   "
@@ -135,14 +135,9 @@ def synthesize(
     the processes do both by themselves. The output is then a folder of shards.
     """
     from posthoc_cli.snapshots.format import parse_dtype_word
-    from posthoc_cli.synthesis import (
-        device_reason,
-        disk_sources,
-        parse_accumulate,
-        parse_device,
-        plan_synthesis,
-        with_consistent_plan,
-    )
+    from posthoc_cli.synthesis.engine import device_reason, parse_accumulate, parse_device
+    from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
+    from posthoc_cli.synthesis.sources import disk_sources
 
     output.log_to_stderr(verbose)
     started = time.perf_counter()
@@ -163,7 +158,7 @@ def synthesize(
         raise InvalidValueError("--out", missing)
     mode = spread.parse_mode(shard, finish, skip_existing)
     layout = spread.layout_of(mode, out, layout)
-    from posthoc_cli.export.naming import output_paths  # loads torch: not before wrong options are refused
+    from posthoc_cli.export.outputs import output_paths  # loads torch: not before wrong options are refused
 
     paths, folder = ([], None) if out is None or dry_run else output_paths(targets, out, layout)
     for path in paths if folder is None else [folder]:
@@ -194,7 +189,7 @@ def synthesize(
     wanted = list(range(len(paths)))
 
     def write(plan: Plan) -> Plan:
-        from posthoc_cli.export import existing_outputs, write_synthesis
+        from posthoc_cli.export.outputs import existing_outputs, write_synthesis
 
         if skip_existing:
             skipped.update(existing_outputs(plan, paths, layout, dtype))

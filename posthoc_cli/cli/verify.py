@@ -15,7 +15,8 @@ from posthoc_cli.cli.values import existing
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.verification import Cleaning, Errors, FileReport, Repair, Verification
+    from posthoc_cli.snapshots.repair import Cleaning, Errors, Repair
+    from posthoc_cli.snapshots.reports import FileReport, Verification
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify out/ m.safetensors --json"
 
@@ -89,21 +90,21 @@ class _Done:
 
 def _verify_one(path: Path, deep: bool, asked: _Asked) -> _Done:
     """Read a path, print what was found, and repair and clean it where that was asked for."""
-    from posthoc_cli.snapshots import verification
+    from posthoc_cli.snapshots import repair
 
     started = time.perf_counter()
     found = _read(path, deep)
     seconds = time.perf_counter() - started
-    plan = verification.plan_repair(found) if asked.repair else None
+    plan = repair.plan_repair(found) if asked.repair else None
     if not asked.as_json:
         _print(found, seconds, asked.verbose, plan is None)
         _print_loss(plan) if plan is not None and plan.gone else None
     repaired = plan is not None and _agreed(bool(plan.gone), asked, _question(plan.directory, plan.gone))
-    moved = verification.repair(plan) if plan is not None and repaired else []
+    moved = repair.repair(plan) if plan is not None and repaired else []
     cleaned = asked.clean and _agreed(
         bool(found.leftovers), asked, f"delete {_counted(len(found.leftovers), 'leftover')} for good?"
     )
-    cleaning = verification.clean(found) if cleaned else None
+    cleaning = repair.clean(found) if cleaned else None
     if not asked.as_json:
         _print_repair(plan, moved, repaired, asked.dry_run) if plan is not None else None
         _print_cleaning(found, cleaning, asked.dry_run) if asked.clean else None
@@ -115,15 +116,17 @@ def _verify_one(path: Path, deep: bool, asked: _Asked) -> _Done:
 
 
 def _read(path: Path, deep: bool) -> Verification:
-    from posthoc_cli.snapshots import verification
+    from posthoc_cli.snapshots.check import list_contents, verify_measurements
+    from posthoc_cli.snapshots.check import verify as check
+    from posthoc_cli.snapshots.deep import deep_bytes
 
-    contents = verification.list_contents(path)
+    contents = list_contents(path)
     with output.progress_bar("verifying", contents.nbytes, False) as progress:
-        found = verification.verify(contents, progress)
+        found = check(contents, progress)
     if not deep:
         return found
-    with output.progress_bar("measuring", verification.deep_bytes(found.snapshots), False) as progress:
-        return verification.verify_measurements(found, progress)
+    with output.progress_bar("measuring", deep_bytes(found.snapshots), False) as progress:
+        return verify_measurements(found, progress)
 
 
 def _check_options(changes: bool, yes: bool, dry_run: bool, as_json: bool) -> None:
@@ -184,7 +187,7 @@ def _repair_report(plan: Repair, moved: list[Path], done: bool) -> dict[str, Any
 
 
 def _errors_report(errors: Errors | None) -> dict[str, Any] | None:
-    from posthoc_cli.snapshots.verification import SIGMA_RELS
+    from posthoc_cli.snapshots.repair import SIGMA_RELS
 
     if errors is None:
         return None
@@ -248,7 +251,8 @@ def _state(report: FileReport) -> str:
 
 
 def _summary(found: Verification, seconds: float, offer: bool) -> str:
-    from posthoc_cli.snapshots.verification import MOVED, UNCHECKED, is_snapshot_directory
+    from posthoc_cli.snapshots.repair import MOVED, is_snapshot_directory
+    from posthoc_cli.snapshots.reports import UNCHECKED
 
     count = len(found.files)
     wrong = [report for report in found.files if not report.is_fine]
@@ -271,7 +275,7 @@ def _summary(found: Verification, seconds: float, offer: bool) -> str:
 
 def _print_loss(plan: Repair) -> None:
     """What the errors are now, as far as headers tell, and without what goes."""
-    from posthoc_cli.snapshots.verification import SIGMA_RELS
+    from posthoc_cli.snapshots.repair import SIGMA_RELS
 
     before, after = plan.before, plan.after
     if after is None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import shlex
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +17,131 @@ import torch
 from safetensors.torch import load_file
 
 from posthoc_cli import files
-from posthoc_cli.demo.commands import Commands, Say
-from posthoc_cli.demo.denoiser import Denoiser, Validation
-from posthoc_cli.demo.digits import Digits, load_digits
+from posthoc_cli.demo.denoiser import Denoiser, Digits, Validation, load_digits
 from posthoc_cli.demo.folder import Folder
-from posthoc_cli.demo.measuring import DirectCheck, Measured, best_of, compare, measure
 from posthoc_cli.demo.training import UPDATE_EVERY, Settings, Trained, train
+from posthoc_cli.errors import PostHocError
+
+Say = Callable[[str], None]
+"""Takes a line that a reader should see."""
+
+
+class Commands:
+    """Runs `ema` in a process of its own, and remembers what was run.
+
+    Attributes:
+        lines: the commands so far, quoted for a shell; they hold in the current directory.
+    """
+
+    def __init__(self, say: Say) -> None:
+        self.lines: list[str] = []
+        self._say = say
+
+    def run(self, *arguments: str) -> None:
+        """Run `ema` with `arguments` and tell what it prints.
+
+        Raises:
+            PostHocError: it ended with an exit code other than 0.
+        """
+        line = shlex.join(["ema", *arguments])
+        self._say("")
+        self._say(f"$ {line}")
+        command = [sys.executable, "-m", "posthoc_cli", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                out, err = process.communicate()
+            except BaseException:
+                process.terminate()  # and not kill, as subprocess.run does: it would leave half of what it writes
+                raise
+        for printed in (out + err).splitlines():
+            self._say(printed)
+        if process.returncode != 0:
+            raise PostHocError(f"`{line}`", f"ended with exit code {process.returncode}")
+        self.lines.append(line)
+
+
+# --- What the demo measures: validation losses, and synthesized weights against directly tracked ones ---
+
+
+Weights = Mapping[str, torch.Tensor]
+
+
+RAW = 0.0
+"""sigma_rel of the raw weights: an average of no length."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One set of weights on the validation images.
+
+    Attributes:
+        sigma_rel: of the average; `RAW` for the raw weights.
+        loss: the validation loss.
+        above_best: how far it is above the lowest one of the averages.
+        standard_error: of `above_best`, over the images; both losses are measured with the same noise.
+    """
+
+    sigma_rel: float
+    loss: float
+    above_best: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class DirectCheck:
+    """Synthesized weights beside the average of the same length that was tracked directly, in float64.
+
+    Attributes:
+        relative_error: || synthesized - tracked || / || tracked || over all parameters.
+        raw_distance: the same of the raw weights: how far training ends from its average.
+    """
+
+    sigma_rel: float
+    relative_error: float
+    raw_distance: float
+
+
+def measure(
+    validation: Validation, model: Denoiser, raw: Weights, averages: Mapping[float, Weights]
+) -> tuple[Measured, list[Measured]]:
+    """The validation loss of the raw weights, and of averages by sigma_rel. `model` takes each of them in turn."""
+    losses = {sigma_rel: validation(_loaded(model, weights)) for sigma_rel, weights in averages.items()}
+    best = min(losses.values(), key=lambda loss: float(loss.mean()))
+    of_raw = _measured(RAW, validation(_loaded(model, raw)), best)
+    return of_raw, [_measured(sigma_rel, loss, best) for sigma_rel, loss in losses.items()]
+
+
+def best_of(averages: Sequence[Measured]) -> Measured:
+    """The one with the lowest loss."""
+    return min(averages, key=lambda measured: measured.loss)
+
+
+def compare(sigma_rel: float, synthesized: Weights, tracked: Weights, raw: Weights) -> DirectCheck:
+    """Distances to the directly tracked average, over the tensors that it holds."""
+    return DirectCheck(sigma_rel, _relative_distance(synthesized, tracked), _relative_distance(raw, tracked))
+
+
+def _loaded(model: Denoiser, weights: Weights) -> Denoiser:
+    model.load_state_dict(weights)
+    return model
+
+
+def _measured(sigma_rel: float, loss: torch.Tensor, best: torch.Tensor) -> Measured:
+    above = loss - best
+    return Measured(sigma_rel, float(loss.mean()), float(above.mean()), float(above.std() / len(above) ** 0.5))
+
+
+def _relative_distance(weights: Weights, reference: Weights) -> float:
+    apart = _flat({name: weights[name].double() - value for name, value in reference.items()})
+    return float(apart.norm() / _flat(reference).norm())
+
+
+def _flat(weights: Weights) -> torch.Tensor:
+    return torch.cat([value.reshape(-1) for value in weights.values()])
+
+
+# --- The whole job: train, synthesize, measure, choose, draw, compare ------------------------------
+
 
 SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
 """The averages that are synthesized: 0.025, 0.05, ..., 0.275."""

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from posthoc_cli.demo.denoiser import Denoiser, losses, make_denoiser, random_noise_levels
-from posthoc_cli.demo.digits import Digits
+from posthoc_cli.demo.denoiser import Denoiser, Digits, losses, make_denoiser, random_noise_levels
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.tracker import PostHocEMA
 

@@ -10,15 +10,15 @@ from pathlib import Path
 import torch
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, shown
-from posthoc_cli.export.layouts import DEFAULT_SHARD_SIZE, layout_of, make_sink, parse_size
+from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, layout_of, make_sink, parse_size
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.metadata import file_kind
+from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_from_bytes, torch_dtype
-from posthoc_cli.synthesis import Progress
+from posthoc_cli.synthesis.engine import Progress
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,6 @@
 Pure NumPy; nothing here reads a file, so that a schedule can be judged before training.
 """
 
-from posthoc_cli.planning.choosing import MOST_SOLVED, choose
 from posthoc_cli.planning.curves import (
     EVENLY,
     Candidate,
@@ -14,11 +13,17 @@ from posthoc_cli.planning.curves import (
     error_curve,
     profile_fit,
 )
-from posthoc_cli.planning.forecast import Forecast, forecast, forecast_at, sigma_rels_in
-from posthoc_cli.planning.keeping import USEFUL_RANGE, errors_after_each, exchanged, losses_of, snapshots_to_drop
-from posthoc_cli.planning.proposals import Proposal, judge, propose
-from posthoc_cli.planning.schedule import MOST_TIMES, Schedule, listed
-from posthoc_cli.planning.task import Task, check_dtype, relative_rounding
+from posthoc_cli.planning.proposals import Proposal, Task, check_dtype, judge, propose, relative_rounding
+from posthoc_cli.planning.schedule import MOST_TIMES, Forecast, Schedule, forecast, forecast_at, listed, sigma_rels_in
+from posthoc_cli.planning.thinning import (
+    MOST_SOLVED,
+    USEFUL_RANGE,
+    choose,
+    errors_after_each,
+    exchanged,
+    losses_of,
+    snapshots_to_drop,
+)
 
 __all__ = [
     "EVENLY",

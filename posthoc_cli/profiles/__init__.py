@@ -10,12 +10,23 @@ started on is a point of mass at its start. A density leaves that out, a tail do
 besides; anything else with `density` and `tail` is a `Profile` too.
 """
 
-from posthoc_cli.profiles.classical import ClassicalEMA, classical_beta, mean_age, sigma_rel_from_classical_beta
 from posthoc_cli.profiles.clock import Clock, ClockRecorder
+from posthoc_cli.profiles.custom import Table, read_table, try_profile
+from posthoc_cli.profiles.others import (
+    ClassicalEMA,
+    StepWindow,
+    Tabulated,
+    Uniform,
+    classical_beta,
+    mean_age,
+    sigma_rel_from_classical_beta,
+)
 from posthoc_cli.profiles.power import (
     SHORTEST_SIGMA_REL,
     UNIFORM_SIGMA_REL,
+    FloatArray,
     PowerFunction,
+    Profile,
     RecordedPowerFunction,
     beta,
     check_sigma_rel,
@@ -23,11 +34,6 @@ from posthoc_cli.profiles.power import (
     new_value_share,
     sigma_rel_from_gamma,
 )
-from posthoc_cli.profiles.protocol import FloatArray, Profile
-from posthoc_cli.profiles.table_file import Table, read_table
-from posthoc_cli.profiles.tabulated import Tabulated
-from posthoc_cli.profiles.trial import try_profile
-from posthoc_cli.profiles.uniform import StepWindow, Uniform
 
 __all__ = [
     "SHORTEST_SIGMA_REL",

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles.protocol import FloatArray
+from posthoc_cli.profiles.power import FloatArray
 
 
 @dataclass(frozen=True)

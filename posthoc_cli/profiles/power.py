@@ -17,12 +17,33 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles.protocol import FloatArray
+
+FloatArray = npt.NDArray[np.float64]
+
+
+class Profile(Protocol):
+    """What reconstruction needs to know of an average: its mass, 1 in all, over training time.
+
+    Both functions take times on the run's clock, in an array of any shape, and return an array of that shape.
+    """
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at times `s`; points of mass are left out."""
+        ...
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass at times after `s`: 1 before the start, 0 from the end on. It never grows."""
+        ...
+
+
+# --- The power function, the profile that is tracked: its width, its exponent, its updates ---------
+
 
 UNIFORM_SIGMA_REL = 12**-0.5
 """sigma_rel of the uniform average over all of training; every power function is shorter."""

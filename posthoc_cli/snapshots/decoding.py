@@ -19,9 +19,8 @@ from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.metadata import Metadata, is_number
-from posthoc_cli.snapshots.selection import BUFFERS, Selection
-from posthoc_cli.snapshots.sharing import Sharing
+from posthoc_cli.snapshots.format import BUFFERS, Selection
+from posthoc_cli.snapshots.headers import Metadata, Sharing, is_number
 
 _LEAST_SQUARE = 1e-120
 

@@ -106,15 +106,20 @@ A *part* of an output has some of its tensors, ema.part ("3/8": the third of eig
 the same in all parts of a plan) and ema.release (what made it). A snapshot may also be a *directory*: shards, and
 `model.safetensors.index.json` as the Hugging Face libraries define it. Each is a snapshot file of its own tensors,
 which ema.tensors, ema.aliases and ema.measurements are about (sums over the whole are the sums of theirs).
+
+Segments of a run: its averages between two changes of the tensors that it tracks.
+
+Averages of different segments are of different tensors, or were begun at different times; they are never combined.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, Protocol, TypeVar
 
 import xxhash
 
@@ -122,7 +127,86 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import RecordedPowerFunction
 from posthoc_cli.reconstruction import Measurements, Motion
-from posthoc_cli.snapshots.selection import Selection
+
+BUFFERS = ("copy", "average", "skip")
+"""What may become of buffers."""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The choice of tensors; see `PostHocEMA.from_model`.
+
+    Attributes:
+        only_trainable: parameters that do not require gradients are left out.
+        include: globs; what none of them matches is left out. Empty: all are included.
+        exclude: globs; what one of them matches is left out.
+        buffers: "copy", "average" or "skip".
+        copy_only: globs; a tensor that one of them matches is copied and not averaged, whether it requires gradients or
+            not.
+    """
+
+    only_trainable: bool = True
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    buffers: str = "copy"
+    copy_only: tuple[str, ...] = ()
+
+    def names(self, name: str) -> bool:
+        """Whether the globs take a name. `*` stands for any characters, dots too."""
+        if self.include and not any(fnmatchcase(name, glob) for glob in self.include):
+            return False
+        return not any(fnmatchcase(name, glob) for glob in self.exclude)
+
+    def copies(self, name: str) -> bool:
+        """Whether `copy_only` has a glob for a name."""
+        return any(fnmatchcase(name, glob) for glob in self.copy_only)
+
+
+def make_selection(
+    only_trainable: bool,
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    buffers: str,
+    copy_only: str | Iterable[str] | None = None,
+) -> Selection:
+    """A checked selection.
+
+    Raises:
+        InvalidValueError: naming the argument and what would be accepted.
+    """
+    if buffers not in BUFFERS:
+        raise InvalidValueError("buffers", f"must be one of {', '.join(BUFFERS)}", value=f"{buffers!r}")
+    globs = {"include": include, "exclude": exclude, "copy_only": copy_only}
+    return Selection(
+        bool(only_trainable), buffers=buffers, **{what: _globs(what, given) for what, given in globs.items()}
+    )
+
+
+def check_globs(selection: Selection, names: Iterable[str]) -> None:
+    """Raise an InvalidValueError where a glob matches none of a model's names: it is misspelt, as a rule."""
+    names = list(names)
+    for what in ("include", "exclude", "copy_only"):
+        for glob in getattr(selection, what):
+            if not any(fnmatchcase(name, glob) for name in names):
+                raise InvalidValueError(
+                    f"{what} {glob!r}",
+                    "matches no tensor of the model; its names are such as "
+                    f"{', '.join(map(repr, names[:3])) or 'none'}",
+                )
+
+
+def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
+    if globs is None:
+        return ()
+    given = (globs,) if isinstance(globs, str) else globs
+    listed = tuple(given) if isinstance(given, Iterable) else (given,)
+    if not all(isinstance(glob, str) and glob for glob in listed):
+        raise InvalidValueError(f"{what} {globs!r}", "must be a glob on names, such as 'decoder.*', or a list of them")
+    return listed
+
+
+# --- What a snapshot file is: the specification of the format, and how its header is written -------
+
 
 VERSION = "1"
 STATE_VERSION = "2"
@@ -383,3 +467,38 @@ def blank_checksums(nbytes: int) -> str:
 def compact(value: object) -> str:
     """JSON without spaces."""
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+# --- Segments of a run: its averages between two changes of the tensors that it tracks -------------
+
+
+class Described(Protocol):
+    """Anything with a snapshot's header."""
+
+    @property
+    def info(self) -> SnapshotInfo:
+        """What it says about itself."""
+        ...
+
+
+One = TypeVar("One", bound=Described)
+
+
+def of_newest_segment(items: Sequence[One]) -> list[One]:
+    """Those that belong with the newest."""
+    newest = max((item.info.segment for item in items), default=0)
+    return [item for item in items if item.info.segment == newest]
+
+
+def of_segment_at(items: Sequence[One], t: float) -> list[One]:
+    """Those that belong with the newest one up to the time `t`."""
+    segment = max(item.info.segment for item in items if item.info.t <= t)
+    return [item for item in items if item.info.segment == segment]
+
+
+def by_segment(items: Sequence[One]) -> list[list[One]]:
+    """All of them, a list a segment, the earliest first."""
+    found: dict[int, list[One]] = {}
+    for item in items:
+        found.setdefault(item.info.segment, []).append(item)
+    return [found[segment] for segment in sorted(found)]

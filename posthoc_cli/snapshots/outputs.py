@@ -7,7 +7,7 @@ from pathlib import Path
 
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.metadata import Metadata, is_number
+from posthoc_cli.snapshots.headers import Metadata, is_number
 
 
 @dataclass(frozen=True)

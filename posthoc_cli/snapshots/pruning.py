@@ -20,12 +20,12 @@ from posthoc_cli.errors import InexactError, InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_each, exchanged, forecast, losses_of
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.priors import snapshot_prior
+from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.segments import by_segment
 from posthoc_cli.snapshots.sharded import open_tensors, remove_snapshot
-from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.threads import one_blas_thread
 
 _ONE_BY_ONE = 128

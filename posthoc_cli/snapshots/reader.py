@@ -23,7 +23,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.sharing import Sharing
+from posthoc_cli.snapshots.headers import Sharing
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """What archives of torch.save begin with, and pickles."""

@@ -25,8 +25,8 @@ from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.index import INDEX_NAME, decode_index, read_index
-from posthoc_cli.snapshots.metadata import file_kind
+from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.models import INDEX_NAME, decode_index, read_index
 from posthoc_cli.snapshots.reader import RangeReader, Snapshot, TensorFile, read_header
 
 

@@ -13,7 +13,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_schedule
-from posthoc_cli.snapshots.metadata import Metadata, is_number
+from posthoc_cli.snapshots.headers import Metadata, is_number
 
 COPY = "copy"
 """What the names of copied tensors begin with, before the slash."""

@@ -11,10 +11,8 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import EVENLY, Candidate, ErrorCurve, ProfileFit, Schedule, error_curve, profile_fit
 from posthoc_cli.profiles import Clock
 from posthoc_cli.reconstruction import Motion
-from posthoc_cli.snapshots.chosen import chosen_up_to
-from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.priors import run_clock
-from posthoc_cli.snapshots.segments import of_newest_segment
+from posthoc_cli.snapshots.format import SnapshotInfo, of_newest_segment
+from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock
 from posthoc_cli.synthesis.sources import Source, disk_sources, source_prior
 from posthoc_cli.targets import Target
 

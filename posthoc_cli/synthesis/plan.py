@@ -6,21 +6,19 @@ import logging
 import math
 import numbers
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from posthoc_cli.errors import InexactError, InvalidValueError
+from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError
 from posthoc_cli.planning import Candidate, error_curve
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.chosen import chosen_up_to
-from posthoc_cli.snapshots.format import ITEM_BYTES, SnapshotInfo, TensorSpec, parse_dtype_word
+from posthoc_cli.snapshots.format import ITEM_BYTES, SnapshotInfo, TensorSpec, of_segment_at, parse_dtype_word
+from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock
 from posthoc_cli.snapshots.outputs import OutputInfo
-from posthoc_cli.snapshots.priors import run_clock
-from posthoc_cli.snapshots.segments import of_segment_at
 from posthoc_cli.synthesis.sources import Source, distinct_dtypes, source_prior
 from posthoc_cli.targets import Target, as_target
 
@@ -332,3 +330,33 @@ def names_by_tensor(info: SnapshotInfo) -> dict[str, list[str]]:
     for alias, name in info.aliases.items():
         names[name].append(alias)
     return names
+
+
+# --- Readers take no lock: what they have planned with may be thinned away before they open it. Then they ---
+
+
+ATTEMPTS = 100
+"""Plans at most: a writer that removes a file at each of them is no training."""
+
+_T = TypeVar("_T")
+
+
+def with_consistent_plan(make: Callable[[], Plan], use: Callable[[Plan], _T]) -> _T:
+    """What `use` makes of a plan, made again as long as snapshots of it vanish before they are open.
+
+    A file that is open stays readable when it is removed, and all are opened before anything is made of them.
+
+    Arguments:
+        make: plans with what is there; where headers have no measurements it reads tensors itself.
+        use: opens the snapshots of the plan; must leave nothing behind when it raises.
+
+    Raises:
+        VanishedError: snapshots went away at every attempt.
+        others: as `make` and `use`.
+    """
+    for _ in range(ATTEMPTS - 1):
+        try:
+            return use(make())
+        except VanishedError as error:
+            log.warning("%s; planning again with what is there", error)
+    return use(make())

@@ -11,11 +11,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from posthoc_cli.reconstruction import Prior
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.priors import snapshot_prior
+from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.sharded import open_tensors
-from posthoc_cli.snapshots.store import read_directory
 
 if TYPE_CHECKING:
     from posthoc_cli.synthesis.reading import TileReader

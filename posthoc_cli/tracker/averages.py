@@ -23,8 +23,8 @@ import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share
 from posthoc_cli.reconstruction import WINDOW
-from posthoc_cli.tracker.crew import ALONE, Crew
 from posthoc_cli.tracker.layout import Block, BlockReader, FlatTensors, Group, Layout, on_host
+from posthoc_cli.tracker.worker import ALONE, Crew
 
 
 @dataclass(frozen=True)

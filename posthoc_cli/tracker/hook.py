@@ -15,31 +15,32 @@ import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError, shown
 from posthoc_cli.profiles import ClockRecorder, Profile
+from posthoc_cli.snapshots.directory import find_snapshots, read_directory
+from posthoc_cli.snapshots.format import Selection, check_globs, make_selection
 from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.selection import Selection, check_globs, make_selection
-from posthoc_cli.snapshots.store import find_snapshots, read_directory
-from posthoc_cli.synthesis import Source
+from posthoc_cli.synthesis.sources import Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.live import Progress, Tracking, current_sources
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model, collect_tensors
-from posthoc_cli.tracker.naming import named_tensors
-from posthoc_cli.tracker.replicas import choose_writer, warn_of_assumption
+from posthoc_cli.tracker.model_weights import Weights
+from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.resuming import find_start, keeps_state, resumed_profiles, snapshots_until
 from posthoc_cli.tracker.settings import (
     Settings,
     absolute_directory,
     check_device,
     check_sigma_rels,
+    choose_writer,
     make_schedule,
     override_schedule,
     resumed_habit,
+    warn_of_assumption,
 )
 from posthoc_cli.tracker.state import TrackerState, check_profiles, pack_state, unpack_state
 from posthoc_cli.tracker.state_file import Savable
 from posthoc_cli.tracker.synthesizing import Synthesizing
 from posthoc_cli.tracker.updating import Call, Updating, wait_for_writers
-from posthoc_cli.tracker.weights import Weights
 
 
 class PostHocEMA(Updating, Savable, Synthesizing):

@@ -13,14 +13,12 @@ import torch
 
 from posthoc_cli.planning import Candidate, Schedule, error_curve, relative_rounding
 from posthoc_cli.profiles import ClockRecorder
-from posthoc_cli.snapshots.chosen import chosen_up_to
-from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.likeness import DTYPE_WORDS
-from posthoc_cli.snapshots.segments import of_newest_segment
-from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, newest_before
+from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, newest_before
+from posthoc_cli.snapshots.format import SnapshotInfo, of_newest_segment
+from posthoc_cli.snapshots.measurements import DTYPE_WORDS, chosen_up_to
 from posthoc_cli.snapshots.tensors import stored_name
-from posthoc_cli.synthesis import DiskSource, Source, source_prior
 from posthoc_cli.synthesis.reading import MemoryTile
+from posthoc_cli.synthesis.sources import DiskSource, Source, source_prior
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.layout import FlatTensors, Layout, on_host

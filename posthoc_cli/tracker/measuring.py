@@ -16,9 +16,9 @@ import torch
 
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Distance, Measurements, roundings
+from posthoc_cli.snapshots.directory import StoredSnapshot
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.sharded import TensorReader, open_path
-from posthoc_cli.snapshots.store import StoredSnapshot
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import logging
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
 
 import torch
 
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.format import TrackedTensor
+from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.selection import Selection
 from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
-from posthoc_cli.tracker.naming import NamedTensor, named_modules, named_tensors, wrapped_child
+from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes that torch knows no arithmetic of."""
@@ -300,3 +303,113 @@ def _nothing_to_average(selection: Selection, has_frozen: bool) -> InvalidValueE
             "only_trainable=False takes frozen ones too",
         )
     return InvalidValueError("model", "has no parameter to average: include, exclude and copy_only leave none")
+
+
+# --- A model's tensors, looked through once, and again only when they are others than before -------
+
+
+class WatchedModel:
+    """The tensors that were found in a model, as long as they stay the same.
+
+    What is compared at every update, in place of walking through the modules: the names and objects that the modules
+    hold, where the parameters' values are and how they lie, their shapes, dtypes and whether they require gradients.
+    """
+
+    def __init__(self) -> None:
+        self._model: weakref.ref[torch.nn.Module] | None = None
+        self._contents: list[dict[str, Any]] = []
+        self._filled: list[dict[str, Any]] = []
+        self._state_tensors: list[torch.Tensor] = []
+        self._held: list[object] = []
+        self._state: tuple[object, ...] = ()
+        self._tensors: ModelTensors | None = None
+
+    def tensors(self, model: torch.nn.Module, collect: Callable[[torch.nn.Module], ModelTensors]) -> ModelTensors:
+        """What `collect` finds in the model: the object of the last call, unless it had to be called again."""
+        if self._tensors is not None and self._model is not None and self._model() is model and self._is_same():
+            return self._tensors
+        self._tensors = None
+        found = collect(model)
+        self._model = weakref.ref(model)  # it may go before the tracker does
+        self._contents = [
+            contents
+            for module in model.modules()
+            for contents in (module._parameters, module._buffers, module._modules)
+        ]
+        self._state_tensors = [*model.parameters(), *model.buffers()]
+        self._filled = [contents for contents in self._contents if contents]
+        self._held = [*chain.from_iterable(map(dict.values, self._filled))]
+        self._state = self._now()
+        self._tensors = found
+        return found
+
+    def _is_same(self) -> bool:
+        return self._now() == self._state
+
+    def _now(self) -> tuple[object, ...]:
+        """What would be another if the tensors were others. `_held` keeps ids from being given again."""
+        tensors = self._state_tensors
+        return (
+            [*map(len, self._contents)],
+            [*chain.from_iterable(self._filled)],
+            [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
+            [p.data_ptr() for p in tensors],
+            [p.requires_grad for p in tensors],
+            [p.dtype for p in tensors],
+            [p.shape for p in tensors],
+            [p.stride() for p in tensors if p.layout == torch.strided],
+        )
+
+
+# --- A run whose model changes while it is trained: the averages go on with what is as it was ------
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A new segment: averages of tensors as they were go on, of others they begin with the present values.
+
+    Attributes:
+        tracked: what is tracked from now on.
+        begun: names of the tensors whose averages begin.
+    """
+
+    tracked: TrackedModel
+    begun: tuple[str, ...]
+
+
+@torch.no_grad()
+def find_change(tracked: TrackedModel, found: ModelTensors) -> Change:
+    """How to go on with what a model has now, in place of what was tracked.
+
+    Raises:
+        NonFiniteError: a tensor holds nan or infinity, by name. A new average begins at an update, and this is none.
+    """
+    wanted = replace(TrackedModel.of_model(found), segment=tracked.segment + 1)
+    wanted.check_header()
+    begun = [name for name in found.averaged if not _same(name, tracked, wanted)]
+    bad = nonfinite_name(found.averaged)
+    if bad is not None and bad not in begun:
+        raise NonFiniteError(f"parameter {bad!r}", "holds nan or infinity; no average has taken it in")
+    if bad is not None:
+        raise NonFiniteError(f"parameter {bad!r}", "is new, and holds nan or infinity; its average cannot begin")
+    log.warning(
+        "the model's tensors have changed: %s; a new segment of snapshots begins",
+        "; ".join(filter(None, (_listed("new", begun), _listed("gone", _gone(tracked, wanted))))) or "tied names",
+    )
+    return Change(wanted, tuple(begun))
+
+
+def _same(name: str, before: TrackedModel, now: TrackedModel) -> bool:
+    return before.tensors.get(name) == now.tensors[name] and before.shapes.get(name) == now.shapes[name]
+
+
+def _gone(before: TrackedModel, now: TrackedModel) -> list[str]:
+    return [name for name in before.tensors if name not in now.tensors]
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return f"{what}: {', '.join(names[:5])}{more}" if names else ""

@@ -14,11 +14,11 @@ import torch
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
-from posthoc_cli.snapshots.metadata import file_kind
+from posthoc_cli.snapshots.directory import StoredSnapshot, read_directory
+from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.sharded import open_tensors
 from posthoc_cli.snapshots.states import StateInfo, clock_at, decode_state
-from posthoc_cli.snapshots.store import StoredSnapshot, read_directory
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.layout import FlatTensors

@@ -13,7 +13,7 @@ import torch
 
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NonFiniteError, OutputExistsError
 from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.metadata import file_kind
+from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.states import (
     COPY,

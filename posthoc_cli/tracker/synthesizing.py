@@ -12,13 +12,14 @@ import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.profiles import Profile, check_sigma_rel
-from posthoc_cli.synthesis import Plan, Source, plan_synthesis, synthesize, with_consistent_plan
+from posthoc_cli.synthesis.engine import synthesize
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.sources import Source
 from posthoc_cli.targets import Target
-from posthoc_cli.tracker import batch_norm
-from posthoc_cli.tracker.filling import fill_model
+from posthoc_cli.tracker import model_weights
 from posthoc_cli.tracker.live import LiveSource, reconstruction_figure
+from posthoc_cli.tracker.model_weights import Weights, fill_model, in_block, swapped_in
 from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.weights import Weights, in_block, swapped_in
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -153,7 +154,7 @@ class Synthesizing(ABC):
         Raises:
             InvalidValueError: the loader yields nothing. After any error the statistics are as before.
         """
-        batch_norm.update_bn(model, loader)
+        model_weights.update_bn(model, loader)
 
     def reconstruction_error(
         self, sigma_range: tuple[float, float] = (0.05, 0.28), method: str | None = None

@@ -26,19 +26,24 @@ from posthoc_cli.errors import (
     PostHocError,
     WriteError,
 )
-from posthoc_cli.tracker.attaching import Attachable
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.background import Background, Update, Writer, skip_update
-from posthoc_cli.tracker.following import Change, find_change
 from posthoc_cli.tracker.live import LiveSource, Progress, Tracking, live_sources
-from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, check_model, collect_tensors
-from posthoc_cli.tracker.recorder import Recorder
-from posthoc_cli.tracker.replicas import choose_writer, is_in_group
+from posthoc_cli.tracker.model_tensors import (
+    Change,
+    ModelTensors,
+    TrackedModel,
+    WatchedModel,
+    check_model,
+    collect_tensors,
+    find_change,
+)
+from posthoc_cli.tracker.model_weights import is_swapped
+from posthoc_cli.tracker.optimizer import Attachable
+from posthoc_cli.tracker.pipeline import Background, Update, Writer, skip_update
 from posthoc_cli.tracker.resuming import load_start
-from posthoc_cli.tracker.settings import Settings, next_time, same_place
+from posthoc_cli.tracker.settings import Settings, choose_writer, is_in_group, next_time, same_place
+from posthoc_cli.tracker.snapshotter import Recorder
 from posthoc_cli.tracker.state import TrackerState
-from posthoc_cli.tracker.watching import WatchedModel
-from posthoc_cli.tracker.weights import is_swapped
 
 log = logging.getLogger(__name__)
 

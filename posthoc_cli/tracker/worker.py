@@ -4,6 +4,13 @@ Signal handlers run in the main thread, between any two steps of what it does th
 in. So nothing here holds a lock while it runs Python code: a lock that a handler would wait for is one that the code
 beneath it cannot give back. Queues and deques are appended to and taken from in one step, and who has a job is decided
 by `dict.setdefault`, which is one as well.
+
+Threads of our own for large updates.
+
+torch's own threads wait for each other at every operation: where other processes use the cores, each one waits for the
+slowest. Here each thread takes one item after another as long as there are any, and nobody waits but for the items
+that others have begun. What is done with an item is done by one thread, whichever it is, so that bits do not depend on
+the number of threads.
 """
 
 from __future__ import annotations
@@ -11,11 +18,81 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
+import warnings
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
+
+import torch
+
+from posthoc_cli.synthesis.engine import worker_count
+from posthoc_cli.threads import take_one_openmp_thread
+
+PATIENCE = 10.0
+"""Seconds that training has waited before it is told so."""
+
+
+class Pace:
+    """How long jobs take and how often they come; says once when training has to wait for them.
+
+    Arguments:
+        what: takes the time.
+        option: of the tracker, that says how often.
+        fitting: the value of the option with which jobs would come less often by at least a factor.
+    """
+
+    def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
+        self._what, self._option, self._fitting = what, option, fitting
+        self._done, self._seconds = 0, 0.0
+        self._came, self._waited = 0, 0.0
+        self._begin = time.monotonic()
+        self._told = False
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """A job is done within the block."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._done += 1
+            self._seconds += time.monotonic() - started
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A job has come, and waits within the block to be taken."""
+        started = time.monotonic()
+        yield
+        self._came += 1
+        self._waited += time.monotonic() - started
+
+    def tell(self) -> None:
+        """Warn where training has waited for long; called when nothing is left to do that a warning could stop."""
+        training = time.monotonic() - self._begin - self._waited
+        if self._told or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
+            return
+        self._told = True
+        takes, comes = self._seconds / self._done, training / self._came
+        warnings.warn(
+            f"{self._what} takes {takes:.3g} s, and training comes with the next after {comes:.3g} s: it has waited "
+            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def divisor(whole: int, least: float) -> int:
+    """The smallest divisor of `whole` that is at least `least`; `whole` itself where none is."""
+    return next((n for n in range(1, whole) if whole % n == 0 and n >= least), whole)
+
+
+# --- Work in threads of their own, one job after another -------------------------------------------
+
 
 log = logging.getLogger(__name__)
 
@@ -171,3 +248,76 @@ def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None], begin: 
         vacancy.append(None)
         if queue.empty():  # else a job came after the None, from somebody who saw no vacancy
             return
+
+
+# --- Threads of our own for large updates ----------------------------------------------------------
+
+
+Item = TypeVar("Item")
+
+
+class Crew:
+    """The calling thread, in which torch must take no threads of its own, and others that help it.
+
+    Arguments:
+        size: threads of them all.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._helpers = [Worker(f"averages-{number}", take_one_thread) for number in range(1, size)]
+
+    @classmethod
+    def like_torch(cls) -> Crew:
+        """As many threads as torch takes in the calling one, up to those of a synthesis."""
+        return cls(min(torch.get_num_threads(), worker_count()))
+
+    def each(self, work: Callable[[Item, int], None], items: Iterable[Item]) -> None:
+        """Do `work` with every item, in any order; it gets the number of its thread, below `size`, too.
+
+        The first error is raised when nobody works any more; items that nobody had begun are left then.
+        """
+        todo = deque(items)
+
+        def take(thread: int) -> None:
+            try:
+                with torch.no_grad():
+                    while True:
+                        try:
+                            item = todo.popleft()
+                        except IndexError:
+                            return
+                        work(item, thread)
+            except BaseException:
+                todo.clear()
+                raise
+
+        jobs = [Job(partial(take, thread)) for thread in range(1, min(self.size, len(todo)))]
+        try:
+            with suppress(RuntimeError):  # no thread is to be had any more: then the others do the work
+                for helper, job in zip(self._helpers, jobs, strict=False):
+                    helper.put(job)
+            take(0)
+        finally:
+            for job in jobs:
+                job.settle()
+        for job in jobs:
+            job.result()
+
+    def close(self) -> None:
+        """End the threads."""
+        for helper in self._helpers:
+            helper.close()
+
+
+ALONE = Crew(1)
+"""The calling thread."""
+
+
+def take_one_thread() -> None:
+    """Have torch do in the calling thread what it is asked for there.
+
+    `torch.set_num_threads(1)` would do that as well, and be taken over by all threads that begin later.
+    """
+    torch.get_num_threads()  # has it set OpenMP's number for this thread, which it does once
+    take_one_openmp_thread()

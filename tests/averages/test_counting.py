@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from posthoc_cli.averages.counting import HostNumber
+from posthoc_cli.averages.pairing import HostNumber
 
 
 class Asked(torch.Tensor):

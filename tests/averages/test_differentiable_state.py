@@ -18,7 +18,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from posthoc_cli.averages import DifferentiableEMA
-from posthoc_cli.averages.differentiable import ema as ema_module
+from posthoc_cli.averages import differentiable as ema_module
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 
 # --- what is kept ----------------------------------------------------------------------------------

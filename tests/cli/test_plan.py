@@ -11,7 +11,7 @@ import torch
 from ema_command import Ema
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.amounts import parse_bytes, parse_count
+from posthoc_cli.cli.values import parse_bytes, parse_count
 from posthoc_cli.errors import InvalidValueError
 
 TASK = ("plan", "--steps", "4000", "--params", "1M", "--max-size", "24MB")

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from ema_command import Ema
 
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.store import read_directory
 
 
 def snapshots(run: Path) -> dict[str, bytes]:

@@ -16,9 +16,9 @@ from ema_command import Ema
 from safetensors.torch import save_file
 
 from posthoc_cli.cli import app, main
-from posthoc_cli.cli.amounts import parse_bytes, parse_count
+from posthoc_cli.cli.values import parse_bytes, parse_count
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.export.layouts import LAYOUTS
+from posthoc_cli.export.outputs import LAYOUTS
 from posthoc_cli.reconstruction import METHODS
 from posthoc_cli.snapshots.format import DTYPE_WORDS
 

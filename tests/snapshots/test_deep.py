@@ -18,16 +18,12 @@ from safetensors.torch import load_file
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.snapshots import deep
+from posthoc_cli.snapshots.check import list_contents, verify, verify_measurements
+from posthoc_cli.snapshots.deep import deep_bytes
+from posthoc_cli.snapshots.directory import Snapshot
+from posthoc_cli.snapshots.reports import Verification
 from posthoc_cli.snapshots.sharded import TensorReader
-from posthoc_cli.snapshots.store import Snapshot
-from posthoc_cli.snapshots.verification import (
-    Verification,
-    deep,
-    deep_bytes,
-    list_contents,
-    verify,
-    verify_measurements,
-)
 
 
 def record(

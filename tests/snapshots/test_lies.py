@@ -16,11 +16,13 @@ from torture.forging import Inner, Pairs, Raw, seal, take_apart
 from torture.victims import small_output, small_snapshot, small_state
 
 from posthoc_cli.errors import FileFormatError
-from posthoc_cli.export import export_file, write_synthesis
-from posthoc_cli.snapshots.index import INDEX_NAME
-from posthoc_cli.snapshots.metadata import parse_json
+from posthoc_cli.export.convert import export_file
+from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.models import INDEX_NAME
 from posthoc_cli.snapshots.sharded import is_sharded, read_sharded
-from posthoc_cli.synthesis import disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 
 
 def lie(path: Path, key: str, change: Callable[[Any], Any]) -> Path:

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from factories import OTHER_RUN_ID, RUN_ID
 
+from posthoc_cli.snapshots.directory import difference, missing_at_newest, pairs_to_compare
 from posthoc_cli.snapshots.format import FileHeader, SnapshotInfo, TensorEntry, TrackedTensor, TrackingSchedule
-from posthoc_cli.snapshots.matching import difference, missing_at_newest, pairs_to_compare
 from posthoc_cli.snapshots.reader import Snapshot
 
 TENSORS = {"a": TrackedTensor("average", "F32"), "b": TrackedTensor("average", "F32")}

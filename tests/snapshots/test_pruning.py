@@ -17,11 +17,10 @@ from posthoc_cli.planning import forecast, snapshots_to_drop
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
 from posthoc_cli.snapshots import pruning as pruning_room
-from posthoc_cli.snapshots.likeness import likeness, stretched
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.priors import snapshot_prior
+from posthoc_cli.snapshots.measurements import likeness, snapshot_prior, stretched
 from posthoc_cli.snapshots.pruning import execute, plan_pruning, removal_order, writing_to
-from posthoc_cli.snapshots.store import read_directory
 
 
 @pytest.fixture(scope="session")

@@ -24,8 +24,7 @@ from posthoc_cli.errors import FileFormatError, VanishedError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.headers import decode_checksums, decode_header
-from posthoc_cli.snapshots.metadata import file_kind
+from posthoc_cli.snapshots.headers import decode_checksums, decode_header, file_kind
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile, read_header, read_header_alone, read_small_file
 from posthoc_cli.snapshots.tensors import tensor_bytes, tensor_from_bytes

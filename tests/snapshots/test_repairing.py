@@ -33,22 +33,15 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, Mis
 from posthoc_cli.planning import choose
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct
-from posthoc_cli.snapshots import chosen
-from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.snapshots import measurements
+from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.priors import snapshot_prior
-from posthoc_cli.snapshots.store import find_snapshots, inspect_directory
-from posthoc_cli.snapshots.verification import (
-    SIGMA_RELS,
-    Repair,
-    clean,
-    is_snapshot_directory,
-    list_contents,
-    plan_repair,
-    repair,
-    verify,
-)
-from posthoc_cli.synthesis import disk_sources, plan_synthesis
+from posthoc_cli.snapshots.measurements import snapshot_prior
+from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, clean, is_snapshot_directory, plan_repair, repair
+from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 
 
 class Walk:
@@ -185,7 +178,7 @@ def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
 
 
 def test_of_very_many_the_errors_are_those_of_the_choice(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chosen, "choose", partial(choose, most=12))
+    monkeypatch.setattr(measurements, "choose", partial(choose, most=12))
     flip_bit(snapshot_files(run)[7])
     plan = planned(run)
     for errors, count in ((plan.before, 20), (plan.after, 19)):
@@ -330,7 +323,7 @@ def test_a_superseded_one_is_set_aside_too(run: Path) -> None:
 def test_only_in_a_snapshot_directory(tmp_path: Path) -> None:
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {"w": torch.ones(3)})
     (tmp_path / "outputs").mkdir()
-    from posthoc_cli.export import export_file
+    from posthoc_cli.export.convert import export_file
 
     output = tmp_path / "outputs" / "model.safetensors"
     export_file(snapshot_files(tmp_path / "run")[0], output)

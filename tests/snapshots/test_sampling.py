@@ -12,11 +12,10 @@ from factories import OTHER_RUN_ID, RUN_ID, make_info, read_snapshot, write_snap
 
 from posthoc_cli.errors import FileFormatError, NonFiniteError
 from posthoc_cli.reconstruction.measurements import Measurements
-from posthoc_cli.snapshots import sampling
+from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.format import TrackedTensor
-from posthoc_cli.snapshots.priors import with_sampled_measurements
+from posthoc_cli.snapshots.measurements import expected_rounding, sample_measurements, with_sampled_measurements
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
-from posthoc_cli.snapshots.sampling import expected_rounding, sample_measurements
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 EPS = {torch.float64: 0.0, torch.float32: 0.0, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}
@@ -137,7 +136,7 @@ def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path:
 
 
 def test_estimates_are_right_on_the_average_over_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "MOST_ELEMENTS", 4_096)
+    monkeypatch.setattr(measurements, "MOST_ELEMENTS", 4_096)
     values = {"small": draw(0, 700) * 5, "large": draw(1, 20_000), "odd": draw(2, 31) * 20}
     snapshot = write(tmp_path, 10, 0.05, values)
     estimates = []
@@ -183,7 +182,7 @@ def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
 
 
 def test_a_run_of_elements_goes_on_in_the_next_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "MOST_ELEMENTS", 2_048)
+    monkeypatch.setattr(measurements, "MOST_ELEMENTS", 2_048)
     values = {f"{k:04}": torch.full((k % 7,), float(k)) for k in range(3000)}
     (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
     assert all(0 <= begin < end <= 4 * values[name].numel() for name, begin, end in parts)
@@ -228,9 +227,9 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path, monkeypatch: pytest
 
 def test_runs_of_a_long_vector_are_cut_where_tensors_end(monkeypatch: pytest.MonkeyPatch) -> None:
     """All runs together tile all tensors, and each lies within one."""
-    monkeypatch.setattr(sampling, "RUN_ELEMENTS", 4)
+    monkeypatch.setattr(measurements, "RUN_ELEMENTS", 4)
     names, sizes = list("abcde"), [3, 0, 9, 1, 6]
     ends = [int(end) for end in np.cumsum(sizes)]
-    segments = [one for begin in range(0, ends[-1], 4) for one in sampling._segments(names, ends, begin)]
+    segments = [one for begin in range(0, ends[-1], 4) for one in measurements._segments(names, ends, begin)]
     read = [(one.name, element) for one in segments for element in range(one.begin, one.end)]
     assert read == [(name, element) for name, size in zip(names, sizes, strict=True) for element in range(size)]

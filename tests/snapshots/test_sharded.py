@@ -27,9 +27,10 @@ from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, PostHocError, VanishedError
-from posthoc_cli.export import write_synthesis
+from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
-from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, inspect_directory, set_aside
+from posthoc_cli.snapshots.models import INDEX_NAME
 from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
 from posthoc_cli.snapshots.sharded import (
     ShardedSnapshot,
@@ -38,8 +39,8 @@ from posthoc_cli.snapshots.sharded import (
     read_sharded,
     remove_snapshot,
 )
-from posthoc_cli.snapshots.store import StoredSnapshot, find_snapshots, inspect_directory, set_aside
-from posthoc_cli.synthesis import disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 
 VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "c": torch.tensor(2.0), "n": torch.tensor(3)}
 

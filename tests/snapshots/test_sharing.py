@@ -14,12 +14,9 @@ from factories import make_info, rewrite_snapshot, write_snapshot
 from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.snapshots import decoding, headers
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.format import TensorSpec, encode_header, lay_out, snapshot_metadata
-from posthoc_cli.snapshots.headers import decode_header
-from posthoc_cli.snapshots.metadata import parse_json
-from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.snapshots.sharing import Sharing
-from posthoc_cli.snapshots.store import inspect_directory, read_directory
+from posthoc_cli.snapshots.directory import inspect_directory, read_directory
+from posthoc_cli.snapshots.format import Selection, TensorSpec, encode_header, lay_out, snapshot_metadata
+from posthoc_cli.snapshots.headers import Sharing, decode_header, parse_json
 
 VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "n": torch.tensor(3)}
 

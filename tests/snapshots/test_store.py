@@ -19,12 +19,9 @@ from hypothesis import strategies as st
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, WriteError
+from posthoc_cli.snapshots import directory
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots import store
-from posthoc_cli.snapshots.outputs import OutputInfo, output_metadata
-from posthoc_cli.snapshots.priors import with_sampled_measurements
-from posthoc_cli.snapshots.sharing import Sharing
-from posthoc_cli.snapshots.store import (
+from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
     inspect_directory,
     read_directory,
@@ -32,6 +29,9 @@ from posthoc_cli.snapshots.store import (
     snapshot_path,
     thin,
 )
+from posthoc_cli.snapshots.headers import Sharing
+from posthoc_cli.snapshots.measurements import with_sampled_measurements
+from posthoc_cli.snapshots.outputs import OutputInfo, output_metadata
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
 W = {"w": torch.ones(2, 3)}
@@ -203,13 +203,13 @@ def test_a_snapshot_that_is_thinned_away_while_a_reader_looks_is_not_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_times(tmp_path, [10, 20, 30])
-    gone, real = snapshot_path(tmp_path, 20, 0.05), store.read_header
+    gone, real = snapshot_path(tmp_path, 20, 0.05), directory.read_header
 
     def read_late(path: Path, sharing: Sharing) -> fmt.FileHeader:
         gone.unlink(missing_ok=True)
         return real(path, sharing)
 
-    monkeypatch.setattr(store, "read_header", read_late)
+    monkeypatch.setattr(directory, "read_header", read_late)
     assert times_in(tmp_path) == [10, 30]
 
 
@@ -402,7 +402,7 @@ def test_what_snapshots_say_alike_is_in_memory_once(tmp_path: Path) -> None:
     values = {"w": torch.ones(3), "b": torch.zeros(2)}
     for t in (10, 20, 30):
         write_snapshot(tmp_path, t, 0.05, RUN_ID, values)
-    for found in (store.find_snapshots(tmp_path), inspect_directory(tmp_path).snapshots):
+    for found in (directory.find_snapshots(tmp_path), inspect_directory(tmp_path).snapshots):
         assert [s.info.t for s in found] == [10, 20, 30]
         assert len({id(s.info.tensors) for s in found}) == len({id(s.header.tensors) for s in found}) == 1
         assert len({id(s.header.metadata["ema.tensors"]) for s in found}) == 1

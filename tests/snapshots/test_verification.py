@@ -20,19 +20,22 @@ from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
-from posthoc_cli.export import export_file, write_synthesis
+from posthoc_cli.export.convert import export_file
+from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.snapshots import check
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.check import and_more, list_contents, shortened, verify
+from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
-from posthoc_cli.snapshots.index import INDEX_NAME, read_index
+from posthoc_cli.snapshots.measurements import decode_values
+from posthoc_cli.snapshots.models import INDEX_NAME, read_index
+from posthoc_cli.snapshots.payload import check_payload, holds_nonfinite, verify_payload
 from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.sampling import decode_values
-from posthoc_cli.snapshots.store import find_snapshots, inspect_directory
+from posthoc_cli.snapshots.reports import Verification
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
-from posthoc_cli.snapshots.verification import Verification, contents, list_contents, verify
-from posthoc_cli.snapshots.verification.reading import and_more, shortened
-from posthoc_cli.snapshots.verifying import check_payload, holds_nonfinite, verify_payload
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis import disk_sources, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 
 
 @pytest.fixture(scope="session")
@@ -656,7 +659,7 @@ def test_an_index_that_goes_while_it_is_looked_for_is_passed_over(
             index.unlink()
         return read_index(index)
 
-    monkeypatch.setattr(contents, "read_index", gone)
+    monkeypatch.setattr(check, "read_index", gone)
     found = verify(list_contents(sharded))
     assert found.is_fine
     assert {report.unit.name for report in found.files} == {"20"}

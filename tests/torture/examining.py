@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from posthoc_cli.errors import FileFormatError
+from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.index import INDEX_NAME
-from posthoc_cli.snapshots.metadata import file_kind
+from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.models import INDEX_NAME
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.sharded import read_sharded
 from posthoc_cli.snapshots.states import decode_state
-from posthoc_cli.snapshots.verification import list_contents, verify
 
 Content = dict[str, object]
 """What a file holds: the bytes of each tensor by name, and what the file says about itself under ""."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.snapshots.store import SUPERSEDED, find_snapshots
+from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from torture.scenario import STEPS, Run, alike, contents, problems_of, tensors_of, wrong_output, wrong_snapshots
 from torture.simulated import HALVED, KINDS, Disk, Faulty, Recording, installed
 from torture.tally import Experiment, Tally

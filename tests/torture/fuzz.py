@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli.info import describe_directory, describe_file
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.export import export_file
+from posthoc_cli.export.convert import export_file
 from posthoc_cli.synthesis.judging import Judged
 from torture.examining import examine
 from torture.forged import written

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.snapshots.store import find_snapshots
+from posthoc_cli.snapshots.directory import find_snapshots
 from torture.scenario import damaged_files
 from torture.tally import Tally
 

@@ -35,12 +35,12 @@ from safetensors.numpy import load_file  # noqa: E402
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis  # noqa: E402
 from posthoc_cli.errors import LockedError, PostHocError  # noqa: E402
-from posthoc_cli.export import write_synthesis  # noqa: E402
+from posthoc_cli.export.outputs import write_synthesis  # noqa: E402
+from posthoc_cli.snapshots.directory import find_snapshots, read_directory  # noqa: E402
 from posthoc_cli.snapshots.outputs import decode_output  # noqa: E402
 from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to  # noqa: E402
 from posthoc_cli.snapshots.reader import read_header  # noqa: E402
-from posthoc_cli.snapshots.store import find_snapshots, read_directory  # noqa: E402
-from posthoc_cli.synthesis import Plan, with_consistent_plan  # noqa: E402
+from posthoc_cli.synthesis.plan import Plan, with_consistent_plan  # noqa: E402
 from torture.tally import Tally  # noqa: E402
 
 SIGMA_RELS = (0.05, 0.28)

@@ -24,11 +24,11 @@ from factories import FloatArray, exact_average
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli import main
 from posthoc_cli.errors import FileFormatError, PostHocError, WriteError
+from posthoc_cli.snapshots.check import list_contents, verify, verify_measurements
+from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.payload import verify_payload
 from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.store import find_snapshots
-from posthoc_cli.snapshots.verification import list_contents, verify, verify_measurements
-from posthoc_cli.snapshots.verifying import verify_payload
 
 SIGMA_RELS = (0.05, 0.28)
 STEPS = 10

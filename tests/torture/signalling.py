@@ -16,8 +16,8 @@ from factories import random_walk, write_run
 
 from posthoc_cli import files
 from posthoc_cli.__main__ import main
+from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.snapshots.store import find_snapshots
 from torture.scenario import damaged_files
 from torture.tally import Tally
 
@@ -137,7 +137,7 @@ def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str
 
 
 def _check_index(index: Path, found: list[str]) -> None:
-    from posthoc_cli.snapshots.index import read_index
+    from posthoc_cli.snapshots.models import read_index
 
     for name, tensors in read_index(index).items():
         path = index.parent / name

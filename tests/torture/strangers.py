@@ -21,9 +21,9 @@ from factories import make_info, random_walk, write_run, write_sharded
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.export import export_file
+from posthoc_cli.export.convert import export_file
 from posthoc_cli.files import is_temporary
-from posthoc_cli.snapshots.index import INDEX_NAME
+from posthoc_cli.snapshots.models import INDEX_NAME
 from torture.commands import HungError, run_ema, time_limit
 from torture.tally import Experiment, Tally
 from torture.victims import synthesize

@@ -12,10 +12,12 @@ from factories import make_info, write_sharded, write_snapshot
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.export import export_file, write_synthesis
+from posthoc_cli.export.convert import export_file
+from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
-from posthoc_cli.snapshots.index import INDEX_NAME
-from posthoc_cli.synthesis import disk_sources, plan_synthesis
+from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.synthesis.plan import plan_synthesis
+from posthoc_cli.synthesis.sources import disk_sources
 from torture.examining import examine
 from torture.tally import Tally
 

@@ -19,8 +19,8 @@ from peft import (
 from safetensors.torch import save_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.format import Selection
 from posthoc_cli.tracker.model_tensors import collect_tensors
 
 LORA = LoraConfig(r=2, target_modules=["middle", "embed"], modules_to_save=["head"])

@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_op
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, NotReadyError, WriteError
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.directory import read_directory
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
 Y = torch.randn(16, 2, generator=torch.Generator().manual_seed(2))

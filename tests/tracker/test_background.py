@@ -21,11 +21,11 @@ from factories import averages_in, exact_gamma, refuse_for_space
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.store import read_directory
-from posthoc_cli.tracker import pace as pacing
+from posthoc_cli.tracker import worker as pacing
 from posthoc_cli.tracker.layout import BlockReader
-from posthoc_cli.tracker.recorder import Recorder
+from posthoc_cli.tracker.snapshotter import Recorder
 from posthoc_cli.tracker.staging import Staged
 from posthoc_cli.tracker.worker import Worker
 

@@ -12,9 +12,9 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.tracker import layout
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.crew import ALONE, Crew
 from posthoc_cli.tracker.layout import BlockReader, FlatTensors, lay_out
 from posthoc_cli.tracker.model_tensors import ModelTensors
+from posthoc_cli.tracker.worker import ALONE, Crew
 
 SIGMA_RELS = (0.05, 0.28)
 

@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
-from posthoc_cli.snapshots.store import read_directory
-from posthoc_cli.tracker import background
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import pipeline
 
 SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
 STEPS = 50
@@ -76,13 +76,13 @@ def _leave_block(trackers: list[PostHocEMA]) -> None:
 
 
 def _end_process(_: list[PostHocEMA]) -> None:
-    background.finish()
+    pipeline.finish()
 
 
 def _forget(trackers: list[PostHocEMA]) -> None:
     del trackers[:]
     gc.collect()
-    background.finish()
+    pipeline.finish()
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
@@ -112,7 +112,7 @@ def test_without_threads_to_begin_the_end_writes_all_the_same(tmp_path: Path, mo
 
     with monkeypatch.context() as ending:
         ending.setattr(threading.Thread, "start", refuse)
-        background.finish()
+        pipeline.finish()
     assert times(tmp_path) == [(4, True)]
 
 

@@ -11,8 +11,8 @@ from factories import averages_in, exact_average, flip_bit
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError, ModelMismatchError
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.tracker.resuming import STATE_NAME
 

@@ -14,7 +14,7 @@ from factories import averages_in
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.directory import read_directory
 
 
 class Network(torch.nn.Module):

@@ -25,8 +25,8 @@ from posthoc_cli.errors import (
     NotReadyError,
     WriteError,
 )
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.store import read_directory
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
 

@@ -11,9 +11,9 @@ from factories import exact_average
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, InvalidValueError, ModelMismatchError, NonFiniteError
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.format import Selection
 from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.selection import Selection
-from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.tensors import stored_name, tensor_from_bytes
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 3, "checkpoint_dtype": None}
@@ -309,7 +309,7 @@ def test_nan_in_8_bits_is_named(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_a_result_too_large_for_8_bits_is_named(tmp_path: Path) -> None:
     """torch itself would round it down to the largest value."""
-    from posthoc_cli.synthesis.making import check_finite
+    from posthoc_cli.synthesis.engine import check_finite
     from posthoc_cli.synthesis.tiles import Piece, Tile
 
     tile = Tile((Piece("w", 0, 2),), "average", "F8_E4M3", "F32", 0)

@@ -17,9 +17,8 @@ from typing import Any
 import pytest
 import torch
 
-from posthoc_cli.tracker import layout, pinning, staging
-from posthoc_cli.tracker.layout import Layout, lay_out
-from posthoc_cli.tracker.pinning import pinned_empty
+from posthoc_cli.tracker import layout, staging
+from posthoc_cli.tracker.layout import Layout, lay_out, pinned_empty
 from posthoc_cli.tracker.staging import Staged, Stager
 
 # --- a device that is not there --------------------------------------------------------------------
@@ -329,7 +328,7 @@ def test_a_forked_process_unregisters_nothing(monkeypatch: pytest.MonkeyPatch) -
     cudart = Cudart()
     pretend(monkeypatch, cudart)
     flat = pinned_empty(10, torch.float32)
-    monkeypatch.setattr(pinning.os, "getpid", lambda: -1)
+    monkeypatch.setattr(layout.os, "getpid", lambda: -1)
     del flat
     gc.collect()
     assert len(cudart.registered) == 1

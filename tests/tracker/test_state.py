@@ -33,8 +33,8 @@ from posthoc_cli.errors import (
     OutputExistsError,
     WriteError,
 )
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import TensorFile, read_header
-from posthoc_cli.snapshots.store import read_directory
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
 SETTINGS: dict = {

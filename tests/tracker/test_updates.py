@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
-from posthoc_cli.snapshots.store import read_directory
+from posthoc_cli.snapshots.directory import read_directory
 
 SIGMA_RELS = (0.05, 0.28)
 

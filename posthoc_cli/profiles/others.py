@@ -1,0 +1,282 @@
+"""The classical average, with one constant decay: its profile, and which power function it resembles.
+
+Every step k makes x <- beta x + (1 - beta) theta_k, so that after step n the value of step k counts
+(1 - beta) beta**(n - k), and all values after step k count 1 - beta**(n - k) together.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles.clock import Clock
+from posthoc_cli.profiles.power import FloatArray, gamma_from_sigma_rel, sigma_rel_from_gamma
+
+_DIRECT_SUM_LIMIT = 1_000_000
+"""Steps up to which the mean age is summed term by term."""
+
+
+@dataclass(frozen=True)
+class ClassicalEMA:
+    """The average x <- beta x + (1 - beta) theta of every step, at time `t`.
+
+    With n(s) the step at time `s`, the mass after `s` is 1 - beta**(n(t) - n(s)). It began as a copy of the value
+    at time `start`, on which the rest sits: beta**(n(t) - n(start)), at `start` = 0 beta**n(t).
+
+    Attributes:
+        beta: decay of one step, in (0, 1).
+        t: the average's time, above 0.
+        clock: the run's steps over time.
+        start: time of the value that the average began as, in [0, t].
+    """
+
+    beta: float
+    t: float
+    clock: Clock
+    start: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.beta < 1:
+            raise InvalidValueError("beta", "must lie in (0, 1)", value=f"{self.beta!r}")
+        if not (0 <= self.start <= self.t and 0 < self.t < math.inf):
+            raise InvalidValueError(
+                f"an average from {self.start:,.12g} to t = {self.t:,.12g}", "must start at 0 or later and by t"
+            )
+
+    @property
+    def mass_on_start(self) -> float:
+        """The mass that sits on the value at `start`."""
+        return float(np.exp(self._log_kept(self.start)))
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at `s` in (start, t]; the mass at `start` itself is `mass_on_start`."""
+        times = np.asarray(s, dtype=np.float64)
+        kept = np.exp(self._log_kept(times)) * -math.log(self.beta) * self.clock.steps_per_time(times)
+        return np.where((times > self.start) & (times <= self.t), kept, 0.0)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`: 1 before `start`, 0 from `t` on."""
+        times = np.asarray(s, dtype=np.float64)
+        return np.where(times < self.start, 1.0, -np.expm1(self._log_kept(times)))
+
+    def _log_kept(self, s: npt.ArrayLike) -> FloatArray:
+        """log(beta**(n(t) - n(s))), 0 from `t` on: the logarithm keeps the digits of a beta near 1."""
+        later_steps = self.clock.step_at(self.t) - self.clock.step_at(s)
+        return np.asarray(math.log(self.beta) * np.maximum(later_steps, 0.0), dtype=np.float64)
+
+
+# --- the power function that it resembles ----------------------------------------------------------
+
+
+def mean_age(gamma: float, steps: int) -> float:
+    """Mean age in steps of the values in an average updated at every step 1 .. `steps`.
+
+    sum_k w_k (T - k) with the discrete weights of the power function; by partial summation
+    sum_{j=1}^{T-1} (j/T)**(gamma+1).
+    """
+    if steps < 1:
+        raise InvalidValueError("steps", "must be at least 1", value=steps)
+    x = gamma + 1
+    if steps <= _DIRECT_SUM_LIMIT:
+        return float(np.sum(np.power(np.arange(1, steps) / steps, x)))
+    if x > 0.1 * steps:
+        # The terms fall by a factor exp(-x/T) each: 400 of them leave out less than e**-40.
+        return float(np.sum(np.exp(x * np.log1p(-np.arange(1, 401) / steps))))
+    # Euler-Maclaurin; the next terms are of order (x/T)**5 / 30240.
+    ratio = x / steps
+    return float(steps / (x + 1) - 0.5 + ratio / 12 - ratio * (x - 1) * (x - 2) / steps**2 / 720)
+
+
+def classical_beta(sigma_rel: float, steps: int) -> float:
+    """The constant decay whose average has the same mean age after `steps` steps as the power function.
+
+    A classical EMA with decay beta has mean age beta / (1 - beta) steps.
+    """
+    age = mean_age(gamma_from_sigma_rel(sigma_rel), steps)
+    return age / (1 + age)
+
+
+def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
+    """The inverse of `classical_beta`.
+
+    No power function has a higher mean age than the uniform average, (steps - 1) / 2: a beta at or above
+    1 - 2 / (steps + 1) has no counterpart after that many steps, however its table may name one.
+    """
+    if steps < 2:
+        raise InvalidValueError("steps", "must be at least 2", value=steps)
+    longest = 1 - 2 / (steps + 1)
+    if not 0 < beta < longest:
+        raise InvalidValueError(
+            "beta",
+            f"after {steps:,} steps it must lie in (0, {longest:.7g}); {longest:.7g} has the mean age "
+            "of the uniform average, and no power function a higher one",
+            value=f"{beta!r}",
+        )
+    from scipy.optimize import brentq  # slow to import, and needed here alone
+
+    age = beta / (1 - beta)
+    # Mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
+    largest = steps * (2 + max(0.0, -math.log(age))) * 2
+    log_x = brentq(
+        lambda value: mean_age(math.expm1(value), steps) - age, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
+    )
+    return sigma_rel_from_gamma(math.expm1(log_x))
+
+
+# --- Uniform averages: every moment of a stretch of time, or every one of some steps, counts the same ---
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Density 1 / (end - start) on (start, end], in the run's unit of time; 0 <= start < end."""
+
+    start: float
+    end: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end < math.inf:
+            raise InvalidValueError(
+                f"uniform from {self.start:,.12g} to {self.end:,.12g}", "must start at 0 or later and before its end"
+            )
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at `s`."""
+        times = np.asarray(s, dtype=np.float64)
+        return np.where((times > self.start) & (times <= self.end), 1 / (self.end - self.start), 0.0)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`: (end - s) / (end - start) between the two."""
+        times = np.asarray(s, dtype=np.float64)
+        return np.clip((self.end - times) / (self.end - self.start), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class StepWindow:
+    """The mean of the last `steps` steps up to time `t`, 1 / steps each, whatever time each of them took.
+
+    With n(s) the step at time `s`, the mass after `s` is (n(t) - n(s)) / steps: uniform over steps, and over time
+    too where steps are equally long.
+
+    Attributes:
+        steps: at least 1, at most the steps that the run has up to `t`.
+        t: the average's time.
+        clock: the run's steps over time.
+    """
+
+    steps: int
+    t: float
+    clock: Clock
+
+    def __post_init__(self) -> None:
+        if not self.steps >= 1:
+            raise InvalidValueError("window", "must be a whole number of steps, at least 1", value=self.steps)
+        there = float(self.clock.step_at(self.t))
+        if self.steps > there:
+            raise InvalidValueError(
+                "window",
+                f"the run has {math.floor(there):,} steps up to t = {self.t:,.12g}; must be at most that",
+                value=self.steps,
+            )
+
+    @property
+    def start(self) -> float:
+        """The time at which the window begins: that of the step before its first."""
+        return float(self.clock.time_at(self.clock.step_at(self.t) - self.steps))
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at `s`: steps per unit of time, divided by `steps`, on (start, t]."""
+        times = np.asarray(s, dtype=np.float64)
+        inside = (times > self.start) & (times <= self.t)
+        return np.where(inside, self.clock.steps_per_time(times) / self.steps, 0.0)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`: (n(t) - n(s)) / steps, between 0 and 1."""
+        later_steps = self.clock.step_at(self.t) - self.clock.step_at(s)
+        return np.clip(later_steps / self.steps, 0.0, 1.0)
+
+
+# --- A profile from points: any curve that somebody drew or measured -------------------------------
+
+
+@dataclass(frozen=True)
+class Tabulated:
+    """Density linear between given points and 0 outside them, scaled to a mass of 1.
+
+    The given densities may have any scale: only their ratios count. The tail is the exact integral of the
+    density, quadratic between points.
+
+    Attributes:
+        times: at least two, growing, 0 or later. Any sequence of numbers will do.
+        values: the density at each of them, 0 or above and not all of them 0, in any unit.
+    """
+
+    times: Sequence[float]
+    values: Sequence[float]
+
+    def __post_init__(self) -> None:
+        times, values = (np.asarray(given, dtype=np.float64) for given in (self.times, self.values))
+        if times.ndim != 1 or times.shape != values.shape or times.size < 2:
+            raise InvalidValueError(
+                "profile",
+                f"times of shape {times.shape} with densities of shape {values.shape}; must be two lists of "
+                "equal length, of two points or more",
+            )
+        fault = first_fault(times, values)
+        if fault is not None:
+            index, reason = fault
+            raise InvalidValueError("profile", f"point {index + 1}: {reason}")
+        object.__setattr__(self, "times", tuple(times.tolist()))
+        object.__setattr__(self, "values", tuple(values.tolist()))
+        if not (np.any(values > 0) and self._curve[2][0] > 0):
+            raise InvalidValueError("profile", "its mass is 0; at least one density must be above 0")
+
+    def density(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass per unit of time at `s`; 0 outside the first and the last of `times`."""
+        knots, relative, later, scale = self._curve
+        height = np.interp(np.asarray(s, dtype=np.float64), knots, relative, left=0.0, right=0.0)
+        height = np.maximum(height, 0.0)  # on a steep way down to 0, rounding may go below it
+        return np.asarray(height / (later[0] * scale), dtype=np.float64)
+
+    def tail(self, s: npt.ArrayLike) -> FloatArray:
+        """Mass after `s`."""
+        knots, relative, later, scale = self._curve
+        at = np.clip(np.asarray(s, dtype=np.float64), knots[0], knots[-1])
+        right = np.clip(np.searchsorted(knots, at, side="right"), 1, len(knots) - 1)
+        heights = relative[right] + np.interp(at, knots, relative)
+        inside = heights / 2 * ((knots[right] - at) / scale)
+        return np.asarray(np.clip((later[right] + inside) / later[0], 0.0, 1.0), dtype=np.float64)
+
+    @cached_property
+    def _curve(self) -> tuple[FloatArray, FloatArray, FloatArray, float]:
+        """(times, densities relative to the highest, the integral from each time on, the unit of its time).
+
+        Relative to the highest density and to the length of time, so that no given scale overflows. The integral
+        is summed from the end, where tails are small and have to keep their digits.
+        """
+        knots, values = np.array(self.times), np.array(self.values)
+        relative = values / values.max()
+        scale = float(knots[-1] - knots[0])
+        pieces = (relative[1:] / 2 + relative[:-1] / 2) * (np.diff(knots) / scale)
+        later = np.append(np.cumsum(pieces[::-1])[::-1], 0.0)
+        return knots, relative, later, scale
+
+
+def first_fault(times: FloatArray, values: FloatArray) -> tuple[int, str] | None:
+    """The first point that no profile can have, counted from 0, and what is wrong with it; None if all are fine."""
+    after_last = np.diff(times, prepend=-np.inf) > 0
+    good = np.isfinite(times) & (times >= 0) & np.isfinite(values) & (values >= 0) & after_last
+    if good.all():
+        return None
+    index = int(np.argmin(good))
+    time, value = float(times[index]), float(values[index])
+    if not (np.isfinite(time) and time >= 0):
+        return index, f"time {time:,.12g}: must be 0 or later, and finite"
+    if not (np.isfinite(value) and value >= 0):
+        return index, f"density {value:g}: must be 0 or above, and finite"
+    return index, f"time {time:,.12g} after {float(times[index - 1]):,.12g}: times must grow"
