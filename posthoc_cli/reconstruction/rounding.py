@@ -15,6 +15,8 @@ semidefinite.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from scipy import linalg
 
@@ -50,6 +52,27 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
     # Divide and conquer: the default driver fails on one in some hundred of these, whose eigenvalues cluster.
     values, vectors = linalg.eigh(correlation * scale + np.diag(arithmetic), driver="evd")
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
+
+
+def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray) -> FloatArray:
+    """A matrix B with B^T B = the covariance of what averages inherited from rounded snapshots: shape [n, n].
+
+    Of one profile, an average has the error of an earlier one as far as it has its values, (t_i / t)^(gamma + 1), and
+    what it has beyond that came in between.
+
+    Arguments:
+        inherited: variance of each one's error: shape [n].
+        gamma, times: of the averages, the times growing: shape [n] each.
+    """
+    factor = np.zeros((times.size, times.size))
+    for own in (np.flatnonzero(gamma == one) for one in np.unique(gamma)):
+        factor[own[0], own[0]] = np.sqrt(inherited[own[0]])
+        for before, after in pairwise(own.tolist()):
+            kept = factor[:, before] * (times[before] / times[after]) ** (gamma[after] + 1)
+            have = float(kept @ kept)
+            factor[:, after] = kept * np.sqrt(min(1.0, inherited[after] / have)) if have > 0 else 0.0
+            factor[after, after] = np.sqrt(max(inherited[after] - have, 0.0))
+    return factor
 
 
 def error_after_rounding(error: float, rounding: float, spread: float, moved: float) -> float:
