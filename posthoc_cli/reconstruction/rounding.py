@@ -75,19 +75,22 @@ def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray
     return factor
 
 
-def error_after_rounding(error: float, rounding: float, spread: float, moved: float) -> float:
+def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
     """Expected squared error of an average that goes on from its stored copy, after it had an error before.
 
-    Where it has moved little since it was last rounded, it is rounded to the same value again: then all errors are of
-    one sign, and add up.
+    A copy lies on the values of the storage dtype: what the next rounding takes depends on the displacement from there
+    alone. The displacement is `share` times what the average lags behind, a lag that is forgotten by that share in the
+    same time; two in a row differ by 2 share times their square. Where that is little, all errors are of one sign, and
+    add up.
 
     Arguments:
         error: expected squared error that it had already.
         rounding: squared rounding error of the stored copy.
         spread: what that is to be expected of values that lie anywhere between those of the storage dtype.
         moved: squared distance from the copy that it went on from the last time.
+        share: of the average, what came in since then.
     """
-    alike = float(_correlation(np.array([moved / spread]))[0]) if spread > 0 else 0.0
+    alike = float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
     return error + rounding + 2 * alike * float(np.sqrt(error * rounding))
 
 

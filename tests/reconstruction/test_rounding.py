@@ -65,7 +65,7 @@ def test_inherited_errors_that_are_less_than_what_is_left_of_earlier_ones_are_no
     np.testing.assert_array_equal(inherited_factor(np.zeros(2), np.ones(2), np.ones(2)), np.zeros((2, 2)))
 
 
-@pytest.mark.parametrize(("share", "resumes"), [(0.5, 30), (1e-3, 30), (1e-4, 100)])
+@pytest.mark.parametrize(("share", "resumes"), [(0.5, 30), (0.05, 30), (0.01, 100), (1e-3, 30), (1e-4, 100)])
 def test_the_error_of_resumes_is_that_of_averages_that_were_rounded_again_and_again(share: float, resumes: int) -> None:
     """20,000 averages on a grid of spacing 1 that go towards values 3 to 30 away, and are rounded after every step:
     those that move by less than half a spacing stay where they are, and their errors add up.
@@ -85,6 +85,7 @@ def test_the_error_of_resumes_is_that_of_averages_that_were_rounded_again_and_ag
             float(np.sum((rounded - moving) ** 2)),
             rounded.size / 12,
             float(np.sum((moving - begun) ** 2)),
+            share,
         )
         begun = rounded
     true = float(np.sum((rounded - exact) ** 2))
