@@ -19,7 +19,8 @@ import sys
 import tempfile
 import time
 import types
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -94,6 +95,13 @@ class Forked:
         self.wait(timeout)
         return self._printed
 
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.wait()
+
     def send_signal(self, number: int) -> None:
         """Nothing where it has ended."""
         if self.poll() is None:
@@ -123,6 +131,16 @@ def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[s
     done = run(code, *arguments, cwd=cwd, env=env)
     assert done.code == 0, done.err
     return done
+
+
+@contextmanager
+def waiting(code: str, *arguments: object) -> Iterator[Forked]:
+    """A process that has run code and printed a line, and waits until it is killed, at the end of the block."""
+    out, its = os.pipe()
+    with open(out) as printed, Forked(f"{code}\nimport signal; signal.pause()", *arguments, stdout=its) as process:  # noqa: PTH123
+        os.close(its)
+        assert printed.readline()
+        yield process
 
 
 @functools.cache
