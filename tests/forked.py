@@ -84,13 +84,13 @@ class Forked:
                 self._printed = (out, err)
         return self.returncode
 
-    def wait(self, timeout: float = 120) -> int:
+    def wait(self, timeout: float = 250) -> int:
         """The exit code; fails where there is none after so many seconds."""
         ended = self.poll(timeout)
         assert ended is not None, f"still runs after {timeout} s"
         return ended
 
-    def communicate(self, timeout: float = 120) -> tuple[str, str]:
+    def communicate(self, timeout: float = 250) -> tuple[str, str]:
         """Wait; what it has printed on stdout and on stderr."""
         self.wait(timeout)
         return self._printed
@@ -231,7 +231,7 @@ def _become(request: dict[str, object], streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update(request["env"])  # type: ignore[call-overload]
     sys.argv = ["ema", *request["arguments"]]  # type: ignore[misc]
-    sys.path[0] = ""  # as `python -c` has it
+    sys.path.insert(0, "")  # as `python -c` has it; what tests are made of is there, too
     sys.modules["__main__"] = main = types.ModuleType("__main__")
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     exec(compile(str(request["code"]), "<string>", "exec"), vars(main))

@@ -26,9 +26,9 @@ def uniform_snapshots(count: int, sigma_rels: tuple[float, ...] = (0.05, 0.10)) 
 def gram(number, profiles: list[PowerFunction]):  # type: ignore[no-untyped-def]
     """Inner products of power functions in a number type of high precision, from equation 151."""
     rows = []
-    for a in profiles:
-        row = []
-        for b in profiles:
+    for i, a in enumerate(profiles):
+        row = [rows[j][i] for j in range(i)]
+        for b in profiles[i:]:
             early, late = (a, b) if a.t <= b.t else (b, a)
             g, h, s, t = (number(x) for x in (early.gamma, late.gamma, early.t, late.t))
             row.append((g + 1) * (h + 1) / (g + h + 1) * (s / t) ** h / t)
