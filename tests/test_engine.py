@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from factories import RUN_ID, write_snapshot
+from safetensors.torch import load_file
 from synthesis_cases import peak_memory, write_sparse_snapshots
 
 from posthoc_cli import Between, PostHocEMA, PowerFunction
@@ -163,8 +164,6 @@ def test_a_file_has_the_bytes_of_the_tensors(mixed: Path, tmp_path: Path) -> Non
     plan = plan_of(mixed)
     outputs = [tmp_path / f"{target}.safetensors" for target in TARGETS]
     write_synthesis(plan, outputs, workers=3)
-    from safetensors.torch import load_file
-
     for index, path in enumerate(outputs):
         found = load_file(path)
         for name, values in bits(plan).items():
