@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, suppress
@@ -722,6 +723,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
         contents: see `list_contents`.
         progress: told the bytes that were read, by several threads.
     """
+    started = time.perf_counter()
     with worker_threads(UNITS_AT_A_TIME) as pool, _Stoppable(progress) as told:
         examined = in_order(pool, lambda unit: _examine(unit, told), contents.units)
         found = [(unit, one) for unit, one in zip(contents.units, examined, strict=True) if one.reports]
@@ -745,6 +747,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
         leftovers=contents.leftovers,
         superseded=contents.superseded,
         quarantined=contents.quarantined,
+        seconds=time.perf_counter() - started,
     )
 
 
@@ -758,6 +761,7 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
     Raises:
         FileFormatError: a file was replaced meanwhile, or became shorter.
     """
+    started = time.perf_counter()
     wrong = contradictions(found.snapshots, progress)
     gone = tuple(snapshot for snapshot in found.snapshots if snapshot.path in wrong)
     return replace(
@@ -765,6 +769,7 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
         files=tuple(_with_problems(found.files, wrong)),
         snapshots=tuple(snapshot for snapshot in found.snapshots if snapshot not in gone),
         lost=(*found.lost, *gone),
+        seconds=found.seconds + time.perf_counter() - started,
     )
 
 

@@ -8,15 +8,15 @@ of its size.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import InexactError, InvalidValueError
+from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError
 from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_each, exchanged, forecast, losses_of
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
@@ -42,6 +42,7 @@ class Pruning:
         before, after: expected errors from everything, and from the survivors alone, both judged by what all headers
             tell of the run. Of very many snapshots some are worked with, see `planning.choose`.
         source: what the errors rest on, see `reconstruction.Prior`.
+        deleted: whether it was carried out.
     """
 
     kept: tuple[Snapshot, ...]
@@ -49,27 +50,38 @@ class Pruning:
     before: Forecast
     after: Forecast
     source: str
+    deleted: bool = False
 
     @property
     def read_bytes(self) -> int:
         """Bytes that verifying the survivors takes."""
         return sum(entry.nbytes for snapshot in self.kept for entry in snapshot.header.tensors.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON."""
+        return {
+            "run": self.kept[0].info.run_id,
+            "kept": [snapshot.path.name for snapshot in self.kept],
+            "gone": [
+                {
+                    "file": snapshot.path.name,
+                    "t": snapshot.info.t,
+                    "sigma_rel": snapshot.info.sigma_rel,
+                    "bytes": snapshot.header.file_bytes,
+                }
+                for snapshot in self.gone
+            ],
+            "bytes": {"kept": file_bytes(self.kept), "gone": file_bytes(self.gone)},
+            "before": {"worst_error": self.before.worst, "median_error": self.before.median},
+            "after": {"worst_error": self.after.worst, "median_error": self.after.median},
+            "prior": self.source,
+            "deleted": self.deleted,
+        }
 
-@contextmanager
-def writing_to(directory: Path) -> Iterator[list[Snapshot]]:
-    """The snapshots of a directory, while no tracker writes to it.
 
-    Raises:
-        LockedError: one does.
-        DirectoryError, FileFormatError, MismatchError: what is wrong with the directory.
-    """
-    read_directory(directory)  # no lock is left in a place that holds no run
-    lock = DirectoryLock(directory)
-    try:
-        yield read_directory(directory)
-    finally:
-        lock.release()
+def file_bytes(snapshots: Sequence[Snapshot]) -> int:
+    """The size of all their files."""
+    return sum(snapshot.header.file_bytes for snapshot in snapshots)
 
 
 @one_blas_thread()
@@ -149,26 +161,36 @@ def plan_pruning(
     return Pruning((*older, *kept), tuple(snapshots[index] for index in gone), before, after, prior.source)
 
 
-def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> None:
-    """Verify all survivors, then delete the others. Only while the directory is held, see `writing_to`.
+def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
+    """Delete what was planned, while the directory is locked: verify all survivors, then delete the others.
 
     Arguments:
         progress: called with the number of bytes of each tensor that was verified.
 
     Raises:
-        FileFormatError: a survivor is damaged, or was replaced; nothing is deleted.
-        WriteError: the system refused a deletion. What was to stay is there.
+        LockedError: a tracker is writing to the directory.
+        DirectoryError, MismatchError: the directory has changed since it was read; nothing is deleted.
+        FileFormatError: a survivor is damaged; nothing is deleted.
+        WriteError: the system refused a deletion. All survivors are there.
     """
-    for snapshot in pruning.kept:
-        with open_tensors(snapshot) as file:
-            for name, entry in snapshot.header.tensors.items():
-                file.read(name)
-                progress(entry.nbytes)
-    for snapshot in pruning.gone:
-        remove_snapshot(snapshot.path)
-    for directory in {snapshot.path.parent for snapshot in pruning.gone}:
+    read_directory(directory)  # no lock is left in a place that holds no run
+    lock = DirectoryLock(directory)
+    try:
+        planned = {snapshot.path: snapshot.header for snapshot in (*pruning.kept, *pruning.gone)}
+        if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
+            raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
+        for snapshot in pruning.kept:
+            with open_tensors(snapshot) as file:
+                for name, entry in snapshot.header.tensors.items():
+                    file.read(name)
+                    progress(entry.nbytes)
+        for snapshot in pruning.gone:
+            remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)
+    finally:
+        lock.release()
+    return replace(pruning, deleted=True)
 
 
 def removal_order(

@@ -6,12 +6,14 @@ no reader took is one again, with what is left.
 
 from __future__ import annotations
 
+import math
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -69,6 +71,20 @@ class Errors:
     solved: int
     count: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """The errors as data for JSON, where infinity is null."""
+        worst, *predicted = (float(e) if math.isfinite(e) else None for e in (self.worst, *self.predicted))
+        return {
+            "t": self.t,
+            "errors": [
+                {"sigma_rel": sigma_rel, "predicted_error": error}
+                for sigma_rel, error in zip(SIGMA_RELS, predicted, strict=True)
+            ],
+            "worst_error": worst,
+            "solved_with": self.solved,
+            "of": self.count,
+        }
+
 
 @dataclass(frozen=True)
 class Repair:
@@ -80,6 +96,9 @@ class Repair:
         staying: what is wrong and stays, since nobody knows that it is bad, or which of two is.
         before, after: expected errors with and without; None where there is nothing to expect them of.
         unknown: how many snapshots go of which `before` knows nothing, since their headers cannot be believed.
+        stamps: what the system says of each of `gone`, to notice files that were replaced.
+        moved: new paths.
+        done: whether it was carried out.
     """
 
     directory: Path
@@ -89,15 +108,35 @@ class Repair:
     after: Errors | None
     unknown: int
     stamps: tuple[tuple[int, ...] | None, ...]
-    """What the system says of each of `gone`, to notice whether it is another one later."""
+    moved: tuple[Path, ...] = ()
+    done: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON."""
+        return {
+            "gone": [str(path.relative_to(self.directory)) for path in self.gone],
+            "moved": [str(path.relative_to(self.directory)) for path in self.moved],
+            "before": None if self.before is None else self.before.to_dict(),
+            "after": None if self.after is None else self.after.to_dict(),
+            "done": self.done,
+        }
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What became of leftovers: those that were removed, and those left, each with a reason."""
+    """Leftovers that were removed, and those left, each with a reason."""
 
-    removed: tuple[Path, ...]
-    left: tuple[tuple[Path, str], ...]
+    removed: tuple[Path, ...] = ()
+    left: tuple[tuple[Path, str], ...] = ()
+    done: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON."""
+        return {
+            "removed": [path.name for path in self.removed],
+            "left": [{"file": path.name, "why": why} for path, why in self.left],
+            "done": self.done,
+        }
 
 
 def is_snapshot_directory(found: Verification) -> bool:
@@ -135,8 +174,8 @@ def plan_repair(found: Verification) -> Repair:
     )
 
 
-def repair(plan: Repair) -> list[Path]:
-    """Set aside what was planned, durably, while nobody else writes; returns where it went.
+def repair(plan: Repair) -> Repair:
+    """Set aside what was planned, durably, while the directory is locked; returns the plan with the new paths.
 
     Raises:
         LockedError: a tracker is writing to the directory.
@@ -148,7 +187,8 @@ def repair(plan: Repair) -> list[Path]:
         for path, known in zip(plan.gone, plan.stamps, strict=True):
             if _stamp(path) not in (known, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        return move_aside(plan.gone, plan.directory / QUARANTINE) if plan.gone else []
+        moved = move_aside(plan.gone, plan.directory / QUARANTINE) if plan.gone else []
+    return replace(plan, moved=tuple(moved), done=True)
 
 
 def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning:
@@ -227,7 +267,7 @@ def _clean(leftovers: Sequence[Path], before: float) -> Cleaning:
     for folder in sorted({path.parent for path in removed}):
         with files.reported_as_write_error(folder):
             files.system.fsync_directory(folder)
-    return Cleaning(tuple(removed), tuple(left))
+    return Cleaning(tuple(removed), tuple(left), done=True)
 
 
 def _remove(path: Path, mode: int) -> bool:

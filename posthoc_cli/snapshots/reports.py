@@ -6,6 +6,7 @@ import errno
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.reader import Snapshot
@@ -114,6 +115,7 @@ class Verification:
         snapshots: those that are whole and belong together, by time, then sigma_rel; none that was superseded.
         lost: of those that are not, the ones of the same run whose headers can be believed.
         leftovers, superseded, quarantined: see `Contents`.
+        seconds: how long it took.
     """
 
     path: Path
@@ -126,6 +128,7 @@ class Verification:
     leftovers: tuple[Path, ...] = ()
     superseded: int = 0
     quarantined: int = 0
+    seconds: float = 0.0
     broken: tuple[Path, ...] = field(init=False)
     """Units of which something is wrong."""
 
@@ -142,6 +145,28 @@ class Verification:
     def nbytes(self) -> int:
         """How much was read."""
         return sum(report.nbytes for report in self.files)
+
+    def name(self, path: Path) -> str:
+        """The name of a file in reports: relative to a directory that was verified."""
+        return str(path.relative_to(self.path)) if self.is_directory else str(path)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON."""
+        return {
+            "kind": "directory" if self.is_directory else "file",
+            "path": str(self.path),
+            "files": [
+                {"path": self.name(r.path), "what": r.what, "state": r.state, "detail": r.detail, "bytes": r.nbytes}
+                for r in self.files
+            ],
+            "problems": list(self.problems),
+            "notes": list(self.notes),
+            "leftovers": [self.name(path) for path in self.leftovers],
+            "superseded": self.superseded,
+            "quarantined": self.quarantined,
+            "bytes": self.nbytes,
+            "seconds": self.seconds,
+        }
 
 
 def problem_of(error: FileFormatError, path: Path) -> Problem:

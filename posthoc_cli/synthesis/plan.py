@@ -8,7 +8,7 @@ import numbers
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -109,6 +109,29 @@ class Plan:
         """
         error = self.reconstruction.known_error(target)
         return None if error is None else math.hypot(error, self.output_rounding)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Coefficients and errors as data for JSON."""
+        infos = [self.output_info(index) for index in range(len(self.targets))]
+        prior = self.reconstruction.prior
+        pieces, noise = int(prior.motion.walk.size), bool(prior.motion.noise.any())
+        return {
+            "run": self.newest.info.run_id,
+            "movement": {"source": prior.source, "pieces": pieces, "noise": noise},
+            "snapshots": {"solved_with": self.solved, "of": self.there},
+            "targets": [
+                {
+                    "target": info.profile,
+                    "sigma_rel": info.sigma_rel,
+                    "t": info.t,
+                    "method": info.method,
+                    "profile_error": info.profile_error,
+                    "predicted_error": info.predicted_error,
+                    "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
+                }
+                for info in infos
+            ],
+        }
 
     def output_info(self, target: int) -> OutputInfo:
         """What the output for one target will say about itself."""

@@ -81,34 +81,6 @@ def test_it_draws(ema: Ema, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--max-error", "2"), "--max-error 2: must be a relative error"),
-        (("--max-size", "1MB"), "--max-size 1,000,000 bytes: has no room"),
-        (("--max-size", "many"), "--max-size many: must be a size"),
-        (("--steps", "0"), "--steps 0: must be"),
-        (("--params", "0"), "--params 0: must be"),
-        (("--params", "huge"), "--params huge: must be"),
-        (("--sigma-range", "0.28:0.05"), "sigma.range"),
-        (("--sigma-range", "0.28"), "--sigma-range 0.28: must be LOW:HIGH"),
-        (("--dtype", "int8"), "--dtype 'int8': must be one of float16, bfloat16, float32"),
-        (("--checkpoint-every", "5000"), "--checkpoint-every 5,000: must be at most steps"),
-        (("--checkpoint-every", "0"), "--checkpoint-every 0"),
-        (("--max-checkpoints", "0"), "--max-checkpoints 0"),
-        (("--max-checkpoints", "50"), "--max-size 24,000,000 bytes: has no room for 50 snapshots"),
-        (("--sigma-rels", "0.4"), "0.4: must lie in"),
-        (("--out", "plan.txt"), "--out plan.txt: must end in"),
-        (("--like", "nowhere"), "nowhere: no such directory"),
-    ],
-)
-def test_what_cannot_be_planned_is_one_line(ema: Ema, options: tuple[str, ...], message: str) -> None:
-    result = ema(*TASK, *options)
-    assert result.code == 2
-    assert result.out == ""
-    assert re.search(message.replace("(", r"\("), result.error)
-
-
-@pytest.mark.parametrize(
     ("text", "value"),
     [("60GB", 60 * 10**9), ("500MiB", 500 * 2**20), ("1.5 tb", 15 * 10**11), ("7", 7), ("2kB", 2000), ("1KiB", 1024)],
 )

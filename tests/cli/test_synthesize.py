@@ -6,8 +6,10 @@ import json
 import re
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from ema_command import Ema
@@ -240,7 +242,7 @@ def test_a_dry_run_shows_the_largest_coefficients_and_verbose_all(ema: Ema, run:
         largest, abs=1e-6
     )
     assert [line.split()[0] for line in lines[1:11]] == sorted(line.split()[0] for line in lines[1:11])  # by time
-    assert lines[11] == "and 30 with smaller coefficients; --verbose lists them"
+    assert lines[11] == "and 30 more with smaller coefficients; --verbose lists them"
     assert ema(*arguments, "-v").out.count(".safetensors") == 40
     # A table for each target, so that any number of them fits.
     several = ema("synthesize", run, "--sigma-rel", "0.1,0.11,...,0.2", "--dry-run", "-v").out.splitlines()
@@ -279,7 +281,7 @@ def test_snapshots_of_before_the_model_changed_are_counted(ema: Ema, tmp_path: P
                 model.weight.add_(torch.randn(2, 2))
             tracker.update_(model)
     arguments = ("synthesize", tmp_path / "run", "--sigma-rel", "0.28", "--out", tmp_path / "m.safetensors")
-    assert "6 snapshots are not used: they are of the time when the model had other tensors" in ema(*arguments).err
+    assert "6 snapshots are not used: the model had other tensors then" in ema(*arguments).err
     assert set(load_file(tmp_path / "m.safetensors")) == {"weight"}
     assert json.loads(ema("info", tmp_path / "run", "--json").out)["segments"] == 2
     for command in ("info", "error-plot", "prune"):
@@ -316,3 +318,63 @@ def test_a_poor_target_is_made_with_a_warning(ema: Ema, run: Path, tmp_path: Pat
     result = ema("synthesize", run, "--sigma-rel", "0.01", "--out", tmp_path / "m.safetensors")
     assert result.code == 0
     assert result.err.startswith("ema: warning: sigma_rel 0.01: the 40 snapshots up to t = 2000 cannot make it well")
+
+
+def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path, tmp_path: Path) -> None:
+    """At the newest time; thinning leaves the profiles at different earlier ones."""
+    sorted(run.glob("*.safetensors"))[5].unlink()
+    assert ema("info", run).code == 0
+    newest = sorted(run.glob("*-0.28.safetensors"))[-1]
+    newest.unlink()
+    result = ema("info", run)
+    assert result.code == 0
+    assert "the newest: no snapshot of sigma_rel 0.28" in result.out
+    assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "out.safetensors").code == 0
+
+
+# --- the system ------------------------------------------------------------------------------------
+
+
+AS_ANOTHER_USER = """
+import contextlib, os, sys
+from posthoc_cli.cli import main
+run, warm_up, out = sys.argv[1:]
+sys.argv = ["ema", "synthesize", run, "--sigma-rel", "0.15", "--quiet", "--out", warm_up]
+with contextlib.suppress(SystemExit):
+    main()  # imports everything, while this process may still read it
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may write anywhere
+sys.argv[-1] = out
+main()
+"""
+
+
+def test_an_output_directory_without_write_permission(run: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to other users, by each session that begins
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(run, folder / "run")
+        closed = folder / "closed"
+        closed.mkdir(mode=0o555)
+        arguments = [folder / "run", folder / "warm-up.safetensors", closed / "out.safetensors"]
+        done = forked.run(AS_ANOTHER_USER, *arguments)
+        assert (done.code, done.out) == (1, "")
+        assert done.error == f"{closed}/out.safetensors: cannot be written: permission denied; nothing partial is left"
+        assert list(closed.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pt", "shards"])
+def test_a_full_disk(run: Path, tmp_path: Path, out: str) -> None:
+    """RLIMIT_FSIZE refuses the write as a full disk would, with another errno."""
+    code = (
+        "import resource, sys, torch, posthoc_cli.export; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); "
+        "from posthoc_cli.cli import main; main()"
+    )
+    before = states(tmp_path)
+    arguments = ["synthesize", str(run), "--sigma-rel", "0.15", "--out", str(tmp_path / out)]
+    done = forked.run(code, *arguments)
+    assert done.code == 1
+    assert done.error.startswith(str(tmp_path / out))
+    assert "cannot be written" in done.error
+    assert states(tmp_path) == before
+    assert not (tmp_path / out).exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +13,15 @@ import torch
 from factories import RUN_ID, make_info, random_walk, write_run, write_snapshot
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, InvalidValueError, LockedError, WriteError
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    InexactError,
+    InvalidValueError,
+    LockedError,
+    MismatchError,
+    WriteError,
+)
 from posthoc_cli.planning import forecast, snapshots_to_drop
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
@@ -20,7 +29,12 @@ from posthoc_cli.snapshots import pruning as pruning_room
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.measurements import likeness, snapshot_prior, stretched
-from posthoc_cli.snapshots.pruning import execute, plan_pruning, removal_order, writing_to
+from posthoc_cli.snapshots.pruning import Pruning, plan_pruning, prune, removal_order
+
+
+def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> None:
+    """Delete what was planned in the directory of the snapshots."""
+    prune(pruning.kept[0].path.parent, pruning, progress)
 
 
 @pytest.fixture(scope="session")
@@ -235,10 +249,10 @@ def test_nothing_is_deleted_when_a_survivor_was_replaced_or_is_gone(run: Path) -
     first, second = pruning.kept[0].path, pruning.kept[1].path
     shutil.copy(second, first)
     before = names(run)
-    with pytest.raises(FileFormatError, match="was replaced"):
+    with pytest.raises(MismatchError):
         execute(pruning)
     first.unlink()
-    with pytest.raises(FileFormatError, match="cannot be opened"):
+    with pytest.raises(MismatchError, match="has changed"):
         execute(pruning)
     assert names(run) == before - {first.name}
 
@@ -289,19 +303,24 @@ def test_tracking_goes_on_after_pruning(run: Path) -> None:
 
 
 def test_one_writer_a_directory(run: Path) -> None:
-    with writing_to(run) as snapshots:
-        assert len(snapshots) == 24
+    pruning = plan_pruning(read_directory(run), keep=4)
+    lock = DirectoryLock(run)
+    with pytest.raises(LockedError):
+        execute(pruning)
+    lock.release()
+    assert len(names(run)) == 24
+
+    def meanwhile(_: int) -> None:
         with pytest.raises(LockedError, match="is writing here"):
             DirectoryLock(run)
-    lock = DirectoryLock(run)
-    with pytest.raises(LockedError), writing_to(run):
-        pass
-    lock.release()
+
+    execute(pruning, meanwhile)
 
 
-def test_no_lock_is_left_where_there_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(DirectoryError), writing_to(tmp_path):
-        pass
+def test_no_lock_is_left_where_there_is_no_run(run: Path, tmp_path: Path) -> None:
+    pruning = plan_pruning(read_directory(run), keep=4)
+    with pytest.raises(DirectoryError):
+        prune(tmp_path, pruning)
     assert not (tmp_path / LOCK_NAME).exists()
 
 

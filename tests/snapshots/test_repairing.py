@@ -38,7 +38,8 @@ from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.models import INDEX_NAME
-from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, clean, is_snapshot_directory, plan_repair, repair
+from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, clean, is_snapshot_directory, plan_repair
+from posthoc_cli.snapshots.repair import repair as carry_out
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 
@@ -78,6 +79,11 @@ def run(_recorded: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(_recorded, tmp_path / "run"))
 
 
+def set_aside(plan: Repair) -> list[Path]:
+    """Carry out a plan; returns the new paths."""
+    return list(carry_out(plan).moved)
+
+
 def planned(run: Path) -> Repair:
     return plan_repair(verify(list_contents(run)))
 
@@ -97,7 +103,7 @@ def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_p
         flip_bit(paths[index])
     plan = planned(run)
     before = contents(run)
-    moved = repair(plan)
+    moved = set_aside(plan)
     assert {path.name for path in moved} == {paths[index].name for index in which}
     assert {Path(name).name: data for name, data in contents(run).items()} == {
         Path(name).name: data for name, data in before.items()
@@ -121,7 +127,7 @@ def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_p
 def test_training_goes_on_after_a_loss(run: Path, which: tuple[int]) -> None:
     for index in which:
         flip_bit(snapshot_files(run)[index])
-    repair(planned(run))
+    set_aside(planned(run))
     walk = Walk()
     with PostHocEMA.from_path(run, walk.model) as tracker:
         walk.train(tracker, 20)
@@ -137,7 +143,7 @@ def test_a_state_that_knew_the_lost_snapshot_goes_on_exactly(run: Path, tmp_path
     lost = [snapshot_files(run)[index] for index in which]
     for path in lost:
         flip_bit(path)
-    repair(planned(run))
+    set_aside(planned(run))
     for folder in (run, whole):
         walk = Walk()
         with PostHocEMA.from_model(
@@ -201,7 +207,7 @@ def test_a_lost_header_is_counted_and_no_snapshot_at_all_has_no_error(run: Path)
         flip_bit(path, 30)
     plan = planned(run)
     assert (plan.before, plan.after) == (None, None)
-    assert len(repair(plan)) == 20
+    assert len(set_aside(plan)) == 20
     assert find_snapshots(run) == []
 
 
@@ -224,7 +230,7 @@ def test_strangers_copies_states_and_outputs_go_too_and_rivals_stay(run: Path) -
     (run / "fifo.safetensors").unlink(missing_ok=True)
     os.mkfifo(run / "fifo.safetensors")
     (run / "nowhere.safetensors").symlink_to("nowhere")
-    moved = {path.name for path in repair(planned(run))}
+    moved = {path.name for path in set_aside(planned(run))}
     assert moved == {f"{name}.safetensors" for name in ("copy", "stranger", "state", "fifo", "nowhere")}
     assert len(find_snapshots(run)) == 20
     found = verify(list_contents(run))
@@ -238,7 +244,7 @@ def test_a_link_is_moved_and_not_what_it_leads_to(run: Path, tmp_path: Path) -> 
     path.rename(elsewhere)
     flip_bit(elsewhere)
     path.symlink_to(elsewhere)
-    (moved,) = repair(planned(run))
+    (moved,) = set_aside(planned(run))
     assert moved.is_symlink()
     assert elsewhere.exists()
     assert not elsewhere.is_symlink()
@@ -251,7 +257,7 @@ def test_nothing_in_quarantine_is_replaced(run: Path) -> None:
     for k in range(3):
         path.write_bytes(kept[: -1 - k])
         seen.add(path.read_bytes())
-        repair(planned(run))
+        set_aside(planned(run))
     assert {p.read_bytes() for p in (run / "quarantine").iterdir()} == seen
 
 
@@ -260,7 +266,7 @@ def test_a_quarantine_that_leads_elsewhere_is_not_used(run: Path, tmp_path: Path
     (run / "quarantine").symlink_to(tmp_path / "elsewhere")
     flip_bit(snapshot_files(run)[0])
     with pytest.raises(DirectoryError, match="is a symbolic link"):
-        repair(planned(run))
+        set_aside(planned(run))
     assert len(snapshot_files(run)) == 20
 
 
@@ -270,7 +276,7 @@ def test_a_sharded_snapshot_is_set_aside_whole(tmp_path: Path) -> None:
         info = make_info(values, t, sigma_rels=(0.05,))
         write_sharded(tmp_path / f"{t}", info, [{name: value} for name, value in values.items()])
     next((tmp_path / "10").glob("*.safetensors")).unlink()
-    (moved,) = repair(planned(tmp_path))
+    (moved,) = set_aside(planned(tmp_path))
     assert moved == tmp_path / "quarantine" / "10"
     assert len(list(moved.iterdir())) == 2
     assert [s.path.name for s in find_snapshots(tmp_path)] == ["20"]
@@ -284,7 +290,7 @@ def test_an_index_that_nobody_can_read_takes_nothing_with_it(run: Path, tmp_path
     folder = write_sharded(tmp_path / "sharded" / "10", make_info(values, 10, sigma_rels=(0.05,)), parts)
     shutil.copytree(folder, run / "110")
     (run / "110" / INDEX_NAME).write_text("{")
-    moved = repair(planned(run))
+    moved = set_aside(planned(run))
     assert {path.name for path in moved} == {INDEX_NAME, "110"}
     assert len(list((run / "quarantine" / "110").iterdir())) == 3
     assert len(find_snapshots(run)) == 20
@@ -304,7 +310,7 @@ def test_shards_of_an_output_in_the_directory_itself(ema: Ema, run: Path) -> Non
     assert len(shards) == 2
     assert verify(list_contents(run)).is_fine
     flip_bit(shards[0])
-    moved = {path.name for path in repair(planned(run))}
+    moved = {path.name for path in set_aside(planned(run))}
     assert moved == {INDEX_NAME, *(path.name for path in shards)}
     assert len(find_snapshots(run)) == 20
     assert verify(list_contents(run)).is_fine
@@ -314,7 +320,7 @@ def test_a_superseded_one_is_set_aside_too(run: Path) -> None:
     (run / "superseded").mkdir()
     shutil.copy(snapshot_files(run)[0], run / "superseded")
     flip_bit(run / "superseded" / snapshot_files(run)[0].name)
-    (moved,) = repair(planned(run))
+    (moved,) = set_aside(planned(run))
     assert moved.parent == run / "quarantine"
     assert verify(list_contents(run)).is_fine
 
@@ -341,7 +347,7 @@ def test_what_has_changed_since_is_not_moved(run: Path) -> None:
     shutil.copy(second, first.with_name("x"))
     first.with_name("x").rename(second)
     with pytest.raises(MismatchError, match="has changed since it was read; nothing was set aside; run again"):
-        repair(plan)
+        set_aside(plan)
     assert not (run / "quarantine").exists()
 
 
@@ -349,7 +355,7 @@ def test_nothing_wrong_means_nothing_to_do(run: Path) -> None:
     plan = planned(run)
     assert (plan.gone, plan.staying, plan.unknown) == ((), (), 0)
     assert plan.before is plan.after
-    assert repair(plan) == []
+    assert set_aside(plan) == []
     assert not (run / "quarantine").exists()
 
 
@@ -357,7 +363,7 @@ def test_what_has_gone_since_is_passed_over(run: Path) -> None:
     flip_bit(snapshot_files(run)[0])
     plan = planned(run)
     snapshot_files(run)[0].unlink()
-    assert repair(plan) == []
+    assert set_aside(plan) == []
 
 
 @pytest.fixture
@@ -375,14 +381,14 @@ def test_not_while_another_process_writes(run: Path, other_writer: forked.Forked
     os.utime(leftover, (0, 0))
     found = verify(list_contents(run))
     plan = plan_repair(found)
-    for change in (lambda: repair(plan), lambda: clean(found)):
+    for change in (lambda: set_aside(plan), lambda: clean(found)):
         with pytest.raises(LockedError, match=f"process {other_writer.pid} on .* is writing here"):
             change()
     assert len(snapshot_files(run)) == 20
     assert leftover.exists()
     other_writer.kill()
     other_writer.wait()
-    assert len(repair(plan)) == 1
+    assert len(set_aside(plan)) == 1
     assert clean(found).removed == (leftover,)
 
 
@@ -406,11 +412,11 @@ def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(files.system, operation, fail)
         try:
-            repair(plan)
+            set_aside(plan)
         except WriteError as error:
             assert "quarantine" in str(error)
     assert sorted(contents(run).values()) == before
-    repair(planned(run))
+    set_aside(planned(run))
     assert verify(list_contents(run)).is_fine
     assert sorted(contents(run).values()) == before
     DirectoryLock(run).release()  # it was given back
@@ -471,7 +477,7 @@ def test_nothing_of_another_directory_is_moved_or_deleted(run: Path, tmp_path: P
     assert found.leftovers == ()
     assert found.superseded == 0
     assert "superseded/ is a symbolic link, which no training follows; not looked at" in found.notes
-    assert repair(plan_repair(found)) == [run / "quarantine" / "linked"]  # itself, as of another run
+    assert set_aside(plan_repair(found)) == [run / "quarantine" / "linked"]  # itself, as of another run
     assert clean(found).removed == ()
     assert {folder: sorted(path.name for path in folder.iterdir()) for folder in (other, shards)} == before
 
@@ -480,7 +486,7 @@ def test_a_file_in_the_place_of_quarantine_is_named(run: Path) -> None:
     (run / "quarantine").write_text("mine")
     flip_bit(snapshot_files(run)[0])
     with pytest.raises(DirectoryError, match=r"quarantine: is not a directory; .* move it away"):
-        repair(planned(run))
+        set_aside(planned(run))
     assert len(snapshot_files(run)) == 20
 
 

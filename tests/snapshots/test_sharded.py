@@ -31,7 +31,7 @@ from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, inspect_directory, set_aside
 from posthoc_cli.snapshots.models import INDEX_NAME
-from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
+from posthoc_cli.snapshots.pruning import plan_pruning, prune
 from posthoc_cli.snapshots.sharded import (
     ShardedSnapshot,
     open_path,
@@ -301,9 +301,7 @@ def test_a_flipped_bit_in_a_shard_is_found(tmp_path: Path) -> None:
 
 def test_pruning_removes_whole_directories(tmp_path: Path) -> None:
     _, run = both_runs(tmp_path)
-    with writing_to(run) as snapshots:
-        pruning = plan_pruning(snapshots, keep=2)
-        execute(pruning)
+    pruning = prune(run, plan_pruning(find_snapshots(run), keep=2))
     assert sorted(p for p in run.iterdir() if p.is_dir()) == sorted(s.path for s in pruning.kept)
     assert len(find_snapshots(run)) == 4
 

@@ -32,7 +32,7 @@ from posthoc_cli.errors import LockedError, PostHocError
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
+from posthoc_cli.snapshots.pruning import plan_pruning, prune
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
 from torture.tally import Tally
@@ -189,9 +189,7 @@ def prunes(mine: Connection, folder: Path) -> None:
     while True:
         _, keep = mine.recv()
         with refusals(mine):
-            with writing_to(folder) as snapshots:
-                pruning = plan_pruning(snapshots, keep=keep)
-                execute(pruning)
+            pruning = prune(folder, plan_pruning(read_directory(folder), keep=keep))
             mine.send(("pruned", len(pruning.gone)))
 
 
