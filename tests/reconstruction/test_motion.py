@@ -68,7 +68,7 @@ def test_a_walk_is_found_again() -> None:
 
 
 def test_a_walk_that_falls_and_rises_a_millionfold_is_found_again_snapshot_by_snapshot() -> None:
-    """As by a learning rate that changes a thousandfold; each snapshot goes on from what the one before knew."""
+    """As by a learning rate that changes a thousandfold; every snapshot goes on from what was known at the one before."""
     times = [float(t) for t in range(50, 601, 50)]
     edges = np.array([START, *times])
     walk = np.where((edges[1:] > 200) & (edges[1:] <= 400), 1.0, 1e-6)
