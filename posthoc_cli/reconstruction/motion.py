@@ -47,7 +47,7 @@ _NO_NOISE = 1e-3
 """Noise that has a smaller part than this in every distance is none."""
 
 _WIDEST = 40.0
-_SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
+_SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-9, "gtol": 1e-6}
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,8 +141,7 @@ def fit_motion(
     Least squares on relative residuals, with light smoothing between neighbouring pieces that is relative, too. A
     residual counts against the geometric mean of the distance and what the motion makes of it, so that too much and
     too little weigh the same, and distances of a network that stood still for a while do not outweigh all others; a
-    jump counts by its logarithm, squared only where it is small: a learning rate that rises a thousandfold makes the
-    walk rise a millionfold at once, and noise that rises step by step would have to stand in for it otherwise.
+    jump counts against the geometric mean of its sides, so that a learning rate that falls a hundredfold may do so.
 
     Arguments:
         start: time of the first update.
@@ -203,12 +202,11 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, pie
         model = influence @ x + rounding  # each measured distance is 1
         slope = x * (influence.T @ (1 - model**-2))
         jump, off = u[left + 1] - u[left], u[told] - anchor
-        size = np.sqrt(1 + jump**2)
-        pull = _SMOOTHING**2 * 2 * jump / size
+        pull = _SMOOTHING**2 * 2 * np.sinh(jump)
         slope[left + 1] += pull
         slope[left] -= pull
         slope[told] += hold * 2 * np.sinh(off)
-        value = np.sum(model + 1 / model) + _SMOOTHING**2 * 2 * np.sum(size)
+        value = np.sum(model + 1 / model) + _SMOOTHING**2 * 2 * np.sum(np.cosh(jump))
         return float(value + 2 * hold @ np.cosh(off)), slope
 
     bounds = [(low, low + _WIDEST) for low in lowest]
