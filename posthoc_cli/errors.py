@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose, and the exit code that `ema` ends with.
+"""Every error that this package raises on purpose, and the exit code that `ema` ends with. A public module.
 
     PostHocError                       1
     ├── InvalidValueError (ValueError) 2   an argument or option outside what is accepted

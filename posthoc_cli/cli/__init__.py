@@ -24,7 +24,7 @@ import typer
 
 import posthoc_cli
 from posthoc_cli import files
-from posthoc_cli.cli import demo, error_plot, export, info, output, plan, profile, prune, synthesize, verify
+from posthoc_cli.cli import demo, error_plot, export, guide, info, output, plan, profile, prune, synthesize, verify
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -109,7 +109,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo):
+for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo, guide):
     app.command(cls=_Command, epilog=_module.EPILOG)(_module.COMMAND)
 
 
