@@ -25,6 +25,7 @@ from posthoc_cli.cli.values import (
     parse_max_error,
     parse_targets,
 )
+from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -134,7 +135,6 @@ def synthesize(
     One large model on many machines: --shard 1/8 to --shard 8/8 in any processes, then --finish. Under torchrun
     the processes do both by themselves. The output is then a folder of shards.
     """
-    from posthoc_cli.snapshots.format import parse_dtype_word
     from posthoc_cli.synthesis.engine import device_reason, parse_accumulate, parse_device
     from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
     from posthoc_cli.synthesis.sources import disk_sources
@@ -150,7 +150,7 @@ def synthesize(
         )
     at_step = None if step is None else parse_count(step, "--step")
     accepted = None if max_error is None else parse_max_error(max_error)
-    parse_dtype_word(dtype)
+    parse_dtype(dtype)
     if force and skip_existing:
         raise InvalidValueError("--force and --skip-existing", "give one of them")
     if out is None and (finish or not dry_run):

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError
 from posthoc_cli.planning import Candidate, error_curve
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import ITEM_BYTES, SnapshotInfo, TensorSpec, of_segment_at, parse_dtype_word
+from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, of_segment_at
 from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock
 from posthoc_cli.snapshots.outputs import OutputInfo
 from posthoc_cli.synthesis.sources import Source, distinct_dtypes, source_prior
@@ -26,9 +27,6 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
-
-_EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7, "F8_E4M3": 2.0**-3, "F8_E5M2": 2.0**-2}
-"""Distance from 1 to the next number."""
 
 POOR_ERROR = 0.01
 """Predicted error above which a synthesis is made with a warning."""
@@ -276,7 +274,7 @@ def _output_rounding(source: Source, dtype: torch.dtype | str | None) -> float:
         if tensor.role == "average":
             count = math.prod(shapes[name])
             elements += count
-            squares += count * (ROUNDING * _EPS.get(output_dtype(tensor.role, tensor.dtype, dtype), 0.0)) ** 2
+            squares += count * (ROUNDING * EPS.get(output_dtype(tensor.role, tensor.dtype, dtype), 0.0)) ** 2
     return math.sqrt(squares / elements) if elements else 0.0
 
 
@@ -321,7 +319,7 @@ def output_dtype(role: str, own: str, dtype: torch.dtype | str | None) -> str:
     """The safetensors name of an output tensor's dtype: copies keep their own."""
     if role == "copy" or dtype is None:
         return own
-    return parse_dtype_word(dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")) or own
+    return parse_dtype(dtype) or own
 
 
 def names_by_tensor(info: SnapshotInfo) -> dict[str, list[str]]:

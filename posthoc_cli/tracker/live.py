@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from posthoc_cli.planning import Candidate, Schedule, error_curve, relative_rounding
+from posthoc_cli.dtypes import EPS
+from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import ClockRecorder
+from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, newest_before
 from posthoc_cli.snapshots.format import SnapshotInfo, of_newest_segment
-from posthoc_cli.snapshots.measurements import DTYPE_WORDS, chosen_up_to
+from posthoc_cli.snapshots.measurements import chosen_up_to
 from posthoc_cli.snapshots.tensors import stored_name
 from posthoc_cli.synthesis.reading import MemoryTile
 from posthoc_cli.synthesis.sources import DiskSource, Source, source_prior
@@ -242,8 +244,8 @@ def reconstruction_figure(
     else:
         every = settings.schedule.checkpoint_every
         count = settings.schedule.max_checkpoints or 20
-        dtype = DTYPE_WORDS.get(settings.schedule.checkpoint_dtype or "F32", "float32")
-        schedule = Schedule(settings.sigma_rels, count * every, every, count, relative_rounding(dtype))
+        rounding = ROUNDING * EPS[settings.schedule.checkpoint_dtype or "F32"]
+        schedule = Schedule(settings.sigma_rels, count * every, every, count, rounding)
         candidate = Candidate.of_schedule(schedule)
     curve = error_curve(candidate, sigma_range, method=method)
     return plots.error_figure([curve], profile_error=method == "paper")
