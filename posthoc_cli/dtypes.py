@@ -56,13 +56,13 @@ WORDS = {
 """What users call the dtypes of results."""
 
 
-def parse_dtype(dtype: torch.dtype | str | None) -> str | None:
+def parse_dtype(dtype: torch.dtype | str | None, option: str = "dtype") -> str | None:
     """The safetensors name of a dtype given by a user's word or as torch's; None for None and "keep".
 
     Raises:
-        InvalidValueError: listing the accepted words.
+        InvalidValueError: listing the accepted words; its subject is `option`.
     """
     word = "keep" if dtype is None else str(dtype).removeprefix("torch.")
     if word != "keep" and word not in WORDS:
-        raise InvalidValueError("dtype", f"must be one of {', '.join(WORDS)}, keep", value=word)
+        raise InvalidValueError(option, f"must be one of {', '.join(WORDS)}, keep", value=word)
     return WORDS.get(word)

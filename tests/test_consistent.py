@@ -100,7 +100,7 @@ def test_the_command_makes_its_output_from_what_is_left(
         plan = real(*arguments, **options)  # type: ignore[arg-type]
         return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr("posthoc_cli.synthesis.plan_synthesis", plan_and_remove)
+    monkeypatch.setattr("posthoc_cli.export.job.plan_synthesis", plan_and_remove)
     result = ema("synthesize", str(tmp_path / "run"), "--sigma-rel", "0.15", "--out", str(tmp_path / "out.safetensors"))
     monkeypatch.undo()
     assert result.code == 0
