@@ -380,9 +380,7 @@ def parse_bytes(size: str, option: str) -> int:
     """
     value = parse_amount(size, _UNITS)
     if value is None:
-        raise InvalidValueError(
-            option, "must be a size above 0, such as 60GB, 500MiB or 1.5TB", value=size or "(empty)"
-        )
+        raise InvalidValueError(option, "must be a size above 0, such as 60GB, 500MiB or 1.5TB", value=f"{size!r}")
     return round(value)
 
 

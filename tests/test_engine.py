@@ -501,7 +501,7 @@ class Streams:
         monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
-    def open(self, tile: object) -> list[NoWriter]:
+    def open(self, _: object) -> list[NoWriter]:
         writers = [NoWriter()] * len(TARGETS)
         self.log.append(("open", id(writers)))
         self.kept = [*getattr(self, "kept", []), writers]  # so that no id is given again

@@ -170,8 +170,8 @@ def test_a_layout_that_is_not_there_is_refused(tmp_path: Path, name: str, layout
 @pytest.mark.parametrize(
     ("size", "expected"),
     [
-        ("5GB", 5_000_000_000), ("300MB", 300_000_000), ("1.5tb", 1_500_000_000_000), (" 2 KB ", 2000), ("5GiB", 5 << 30),
-        ("1", 1), ("123456", 123_456), ("0.001KB", 1), ("1e3", 1000),
+        ("5GB", 5_000_000_000), ("300MB", 300_000_000), ("1.5tb", 1_500_000_000_000), (" 2 KB ", 2000),
+        ("5GiB", 5 << 30), ("1", 1), ("123456", 123_456), ("0.001KB", 1), ("1e3", 1000),
     ],
 )  # fmt: skip
 def test_sizes_that_are_accepted(size: str, expected: int) -> None:
@@ -617,19 +617,6 @@ def test_an_output_above_the_size_limit_leaves_nothing_and_keeps_what_was_there(
     before = tree(tmp_path)
     with file_size_limit(500_000), pytest.raises(WriteError, match="cannot be written"):
         export_file(source, out, overwrite=existing)
-    assert tree(tmp_path) == before
-
-
-@pytest.mark.parametrize("layout", ["safetensors", "pt"])
-@pytest.mark.parametrize("operation", ["open_new", "fsync", "link", "unlink", "fsync_directory"])
-def test_a_file_that_fails_at_any_operation_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, layout: str
-) -> None:
-    source = write_output(tmp_path / "in.safetensors")
-    before = tree(tmp_path)
-    arm(monkeypatch, operation, 1, OSError)
-    with pytest.raises(WriteError, match="no space left"):
-        export_file(source, tmp_path / OUTPUTS[layout])
     assert tree(tmp_path) == before
 
 

@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from posthoc_cli import files
 from posthoc_cli.dtypes import EPS, parse_dtype
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, shown
-from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, layout_of
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    NonFiniteError,
+    OutputExistsError,
+    shown,
+)
+from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, export_paths, layout_of, output_exists
 from posthoc_cli.export.sinks import make_sink
-from posthoc_cli.files import parse_bytes
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files
+from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files, models_at
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
-from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
-from posthoc_cli.synthesis.engine import Options, Progress
+from posthoc_cli.synthesis.engine import Options, Progress, ProgressBar, no_bar
 
 
 @dataclass(frozen=True)
@@ -64,7 +73,7 @@ def export_file(
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
     """
     layout, wanted = layout_of(out, layout), parse_dtype(dtype)
-    options = Options(overwrite=overwrite, max_shard_size=parse_bytes(max_shard_size, "max_shard_size"))
+    options = Options(overwrite=overwrite, max_shard_size=files.parse_bytes(max_shard_size, "max_shard_size"))
     with ExitStack() as stack:
         own, info = _read_source(stack, source, wanted)
         renamed = _rename(own, prefix, strip_prefix)
@@ -82,6 +91,66 @@ def export_file(
                     progress(spec.nbytes)
             sink.commit()
     return Exported(len(tensors), len(added), sum(spec.nbytes for spec in specs))
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The outputs of an export, with what each holds.
+
+    Attributes:
+        made: by output.
+        several: whether a folder of models was exported into a folder.
+        seconds: how long it took.
+    """
+
+    made: dict[Path, Exported]
+    several: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values for JSON."""
+        reports = [{"output": str(path), **vars(one)} for path, one in self.made.items()]
+        return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
+
+
+def export_models(
+    source: Path,
+    out: Path,
+    layout: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    base: Path | None = None,
+    prefix: str = "",
+    strip_prefix: str = "",
+    overwrite: bool = False,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    progress: ProgressBar = no_bar,
+) -> ExportReport:
+    """As `export_file`, also for a folder of several outputs, which go into the folder `out`.
+
+    Raises:
+        OutputExistsError: one of several outputs is there already; nothing was written.
+        others: as `export_file`.
+    """
+    started = time.perf_counter()
+    sources = models_at(source)
+    several = len(sources) > 1
+    outs = export_paths(sources, out, layout) if several else [out]
+    if several:
+        for path in outs if not overwrite else ():
+            if output_exists(path, layout_of(path, layout)):
+                hint = "choose another folder, or overwrite=True to replace it"
+                raise OutputExistsError(path, "is there already", hint)
+        if out.parent.is_dir():
+            files.make_directory(out)
+    total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
+    with progress("exporting", total) as advance:
+        made = {
+            path: export_file(
+                model, path, layout, dtype, base, prefix, strip_prefix, overwrite, max_shard_size, advance
+            )
+            for model, path in zip(sources, outs, strict=True)
+        }
+    return ExportReport(made, several, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)

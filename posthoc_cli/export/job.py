@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,34 +13,19 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, OutputExistsError
-from posthoc_cli.export.convert import Exported, export_file
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.export.outputs import (
     DEFAULT_SHARD_SIZE,
     existing_outputs,
-    export_paths,
-    layout_of,
-    output_exists,
     output_paths,
     write_synthesis,
 )
 from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
 from posthoc_cli.export.ranks import join_ranks, local_rank
-from posthoc_cli.snapshots.models import model_files, models_at
-from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.synthesis.engine import AUTO_REASON, Options, Progress, parse_device, worker_count
+from posthoc_cli.synthesis.engine import AUTO_REASON, Options, ProgressBar, no_bar, parse_device, worker_count
 from posthoc_cli.synthesis.plan import Plan, parse_accumulate, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.targets import Target
-
-ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
-"""Opens a progress bar: (what is done, bytes in all) -> a context with a function that takes the bytes just done."""
-
-
-@contextmanager
-def no_bar(what: str, total: int) -> Iterator[Progress]:  # noqa: ARG001
-    """A progress bar that shows nothing."""
-    yield lambda _: None
 
 
 @dataclass(frozen=True)
@@ -161,19 +145,12 @@ class Synthesis:
         parse_accumulate(self.accumulate)
         device = "cpu" if self.dry_run and self.device == "auto" else parse_device(self._device())
         limit = files.parse_bytes(self.max_shard_size, "max_shard_size")
-        job = _Job(self, paths, folder, Options(device, None, None, layout, self.overwrite, limit))
-        made: _Made | None
+        job = _Job(self, started, paths, folder, Options(device, None, None, layout, self.overwrite, limit))
         if part is not None:
-            made = job.make_part(part)
-        elif self.finish:
-            made = job.finish()
-        else:
-            made = job.share() if self.distributed else job.make()
-        if made is None:
-            return None
-        reason = AUTO_REASON if self.device == "auto" else "asked for"
-        seconds = time.perf_counter() - started
-        return SynthesisReport(made.plan, made.outputs, made.existing, device, reason, seconds, made.parts)
+            return job.make_part(part)
+        if self.finish:
+            return job.finish()
+        return job.share() if self.distributed else job.make()
 
     def plan(self) -> Plan:
         """The plan of the snapshots that are there now."""
@@ -213,62 +190,51 @@ class Synthesis:
 
 
 @dataclass(frozen=True)
-class _Made:
-    """What a way of working gives for the report."""
-
-    plan: Plan
-    outputs: tuple[Path, ...]
-    existing: frozenset[int]
-    parts: MadePart | Finished | Shares | None = None
-
-
-@dataclass(frozen=True)
 class _Job:
-    """A request whose options are checked: the four ways to meet it."""
+    """A request whose options are checked, and the four ways to do it."""
 
     request: Synthesis
+    started: float
     paths: list[Path]
     folder: Path | None
     options: Options
 
-    def make(self) -> _Made:
+    def make(self) -> SynthesisReport:
         """All targets in this process."""
-        request = self.request
-        paths = [] if request.dry_run else self.paths
+        paths = [] if self.request.dry_run else self.paths
         existing: set[int] = set()
 
         def write(plan: Plan) -> Plan:
-            existing.update(existing_outputs(plan, paths, self.options.layout) if request.skip_existing else ())
+            existing.update(existing_outputs(plan, paths, self.options.layout) if self.request.skip_existing else ())
             wanted = [index for index in range(len(paths)) if index not in existing]
             if wanted:
-                with request.progress("synthesizing", plan.read_bytes) as advance:
+                with self.request.progress("synthesizing", plan.read_bytes) as advance:
                     options = replace(self.options, progress=advance)
                     write_synthesis(plan.only(wanted), [paths[index] for index in wanted], options, self.folder)
             return plan
 
-        return _Made(with_consistent_plan(request.plan, write), tuple(paths), frozenset(existing))
+        return self._report(with_consistent_plan(self.request.plan, write), paths, existing)
 
-    def make_part(self, part: Part) -> _Made:
+    def make_part(self, part: Part) -> SynthesisReport:
         """One part of every target."""
         plan = self.request.plan()
         parted = self._parted(plan, part.of)
         made = parted.describe(part)
-        if self.request.dry_run:
-            return _Made(plan, (), frozenset(), made)
-        with self.request.progress("synthesizing", made.read_bytes) as advance:
-            made = parted.make(part, advance)
-        return _Made(plan, made.paths, made.there, made)
+        if not self.request.dry_run:
+            with self.request.progress("synthesizing", made.read_bytes) as advance:
+                made = parted.make(part, advance)
+        return self._report(plan, made.paths, made.there, made)
 
-    def finish(self) -> _Made:
+    def finish(self) -> SynthesisReport:
         """Verify all parts, and write the indexes."""
         plan = self.request.plan()
         count = parts_to_finish(self.paths, lambda count: self._parted(plan, count).plan_ids)
         total = len(plan.targets) * sum(spec.nbytes for spec in plan.specs())
         with self.request.progress("verifying", total) as advance:
             done = finish(self._parted(plan, count), True, advance, write=not self.request.dry_run)
-        return self._finished(plan, done)
+        return self._report(plan, self.paths, done.there, done)
 
-    def share(self) -> _Made | None:
+    def share(self) -> SynthesisReport | None:
         """The parts of this process, beside the others of a torchrun job; None in all but the first."""
         done: list[Finished] = []
         with join_ranks() as ranks:
@@ -282,7 +248,7 @@ class _Job:
             described = tuple(map(parted.describe, own))
             if self.request.dry_run:
                 shares = Shares(count, described, ranks.world)
-                return None if ranks.rank else _Made(plan, (), frozenset(), shares)
+                return None if ranks.rank else self._report(plan, (), (), shares)
             ranks.begin(parted.check_space)  # for all parts, before any is made
             bar = no_bar if ranks.rank else self.request.progress
             with bar("synthesizing", sum(part.read_bytes for part in described)) as advance:
@@ -294,76 +260,23 @@ class _Job:
                 for part in own:
                     parted.make(part, progress)
             ranks.finish(lambda: done.append(finish(parted, verify=False)))
-        return self._finished(plan, done[0]) if done else None
+        return self._report(plan, self.paths, done[0].there, done[0]) if done else None
 
     def _parted(self, plan: Plan, parts: int, workers: int | None = None) -> PartedSynthesis:
         folders = self.paths or [Path("(no output)")] * len(plan.targets)
         return PartedSynthesis(plan, folders, parts, replace(self.options, workers=workers), self.folder)
 
-    def _finished(self, plan: Plan, done: Finished) -> _Made:
+    def _report(
+        self,
+        plan: Plan,
+        outputs: Iterable[Path],
+        existing: Iterable[int],
+        parts: MadePart | Finished | Shares | None = None,
+    ) -> SynthesisReport:
         if self.request.dry_run:
-            return _Made(plan, (), frozenset(), done)
-        return _Made(plan, tuple(path.parent for path in done.indexes), done.there, done)
-
-
-# --- export ------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """The outputs of an export, with what each holds.
-
-    Attributes:
-        made: by output.
-        several: whether a folder of models was exported into a folder.
-        seconds: how long it took.
-    """
-
-    made: dict[Path, Exported]
-    several: bool
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as plain values for JSON."""
-        reports = [{"output": str(path), **vars(one)} for path, one in self.made.items()]
-        return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
-
-
-def export_models(
-    source: Path,
-    out: Path,
-    layout: str | None = None,
-    dtype: torch.dtype | str | None = None,
-    base: Path | None = None,
-    prefix: str = "",
-    strip_prefix: str = "",
-    overwrite: bool = False,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
-    progress: ProgressBar = no_bar,
-) -> ExportReport:
-    """As `export_file`, also for a folder of several outputs, which go into the folder `out`.
-
-    Raises:
-        OutputExistsError: one of several outputs is there already; nothing was written.
-        others: as `export_file`.
-    """
-    started = time.perf_counter()
-    sources = models_at(source)
-    several = len(sources) > 1
-    outs = export_paths(sources, out, layout) if several else [out]
-    if several:
-        for path in outs if not overwrite else ():
-            if output_exists(path, layout_of(path, layout)):
-                hint = "choose another folder, or overwrite=True to replace it"
-                raise OutputExistsError(path, "is there already", hint)
-        if out.parent.is_dir():
-            files.make_directory(out)
-    total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
-    with progress("exporting", total) as advance:
-        made = {
-            path: export_file(
-                model, path, layout, dtype, base, prefix, strip_prefix, overwrite, max_shard_size, advance
-            )
-            for model, path in zip(sources, outs, strict=True)
-        }
-    return ExportReport(made, several, time.perf_counter() - started)
+            outputs = existing = ()
+        reason = AUTO_REASON if self.request.device == "auto" else "asked for"
+        seconds = time.perf_counter() - self.started
+        return SynthesisReport(
+            plan, tuple(outputs), frozenset(existing), str(self.options.device), reason, seconds, parts
+        )

@@ -104,7 +104,7 @@ def layout_of(path: Path, layout: str | None) -> str:
     """The given layout, or the one that the output's name says: .pt, .safetensors, or a folder of shards."""
     if layout is not None:
         if layout not in LAYOUTS:
-            raise InvalidValueError("layout", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
+            raise InvalidValueError("format", f"must be one of {', '.join(LAYOUTS)}", value=f"{layout!r}")
         return layout
     if path.suffix == fmt.SUFFIX:
         return "safetensors"
@@ -239,7 +239,7 @@ def _check_output(path: Path, layout: str, wanted: OutputInfo, specs: Sequence[f
         found |= {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
-            raise MismatchError(path, "is another output: it has other tensors, or other dtypes", f"see {shown(name)}")
+            raise MismatchError(path, f"is another output: it has other tensors, or other dtypes: see {shown(name)}")
 
 
 def _used(info: OutputInfo) -> list[str]:

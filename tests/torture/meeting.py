@@ -34,7 +34,7 @@ from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
 from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.synthesis.engine import Options  # noqa: E402
+from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
 from torture.tally import Tally
 
