@@ -239,7 +239,7 @@ def _check_output(path: Path, layout: str, wanted: OutputInfo, specs: Sequence[f
         found |= {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
-            raise MismatchError(path, f"is another output: it has other tensors, or other dtypes: see {shown(name)}")
+            raise MismatchError(path, f"is another output: tensor {shown(name)} differs")
 
 
 def _used(info: OutputInfo) -> list[str]:
