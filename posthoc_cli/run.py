@@ -22,7 +22,7 @@ from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
 from posthoc_cli.snapshots.measurements import Likeness, chosen_up_to, likeness, run_clock
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.reports import Verification
-from posthoc_cli.synthesis.plan import Plan, names_by_tensor, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import disk_sources, source_prior
 from posthoc_cli.targets import Target, as_target
 
@@ -100,11 +100,10 @@ class Run:
     def tensors(self) -> dict[str, TensorSpec]:
         """Dtype (its safetensors name) and shape of every tensor of an average, under all its names."""
         newest = self.snapshots[-1]
-        entries = newest.header.tensors
+        names = {name: name for name in newest.info.tensors} | newest.info.aliases
         return {
-            alias: TensorSpec(alias, newest.info.tensors[name].dtype, entries[name].shape)
-            for name, names in names_by_tensor(newest.info).items()
-            for alias in names
+            alias: TensorSpec(alias, newest.info.tensors[name].dtype, newest.header.tensors[name].shape)
+            for alias, name in names.items()
         }
 
     def info(self) -> dict[str, Any]:
@@ -149,10 +148,10 @@ class Run:
             InvalidValueError: an argument cannot be used.
             NonFiniteError: a value is not finite, or `dtype` cannot hold it.
         """
-        from posthoc_cli.synthesis.engine import synthesize
+        from posthoc_cli.synthesis.engine import Options, synthesize
 
         def make(plan: Plan) -> Weights:
-            made = {name: tensors[0] for name, tensors in synthesize(plan, dtype, device)}
+            made = {name: tensors[0] for name, tensors in synthesize(plan, Options(device))}
             weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
             weights.predicted_error = plan.predicted_error(0)
             weights.profile_error = float(plan.reconstruction.profile_error[0])

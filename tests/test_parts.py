@@ -18,10 +18,9 @@ import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.errors import OutputExistsError, WriteError
 from posthoc_cli.export.outputs import write_synthesis
-from posthoc_cli.export.parts import PartedSynthesis, finish, parts_for
+from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
 from posthoc_cli.snapshots.models import INDEX_NAME
-from posthoc_cli.synthesis.parts import Part, divide
-from posthoc_cli.synthesis.plan import names_by_tensor, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -52,10 +51,12 @@ def run(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "run"))
 
 
-def parted(run: Path, out: Path, parts: int, targets: tuple[float, ...] = (0.1,), **options: object) -> PartedSynthesis:
-    plan = plan_synthesis(disk_sources(run), list(targets))
+def parted(
+    run: Path, out: Path, parts: int, targets: tuple[float, ...] = (0.1,), dtype: str | None = None
+) -> PartedSynthesis:
+    plan = plan_synthesis(disk_sources(run), targets, dtype=dtype)
     folders = [out] if len(targets) == 1 else [out / str(target) for target in targets]
-    return PartedSynthesis(plan, folders, parts, container=out, **options)  # type: ignore[arg-type]
+    return PartedSynthesis(plan, folders, parts, container=out)
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,7 +85,7 @@ def test_any_number_of_parts_gives_together_the_bytes_of_one_file(
         assert not list((tmp_path / "out").rglob("*.json"))
     finish(job)
     whole = [tmp_path / f"{target}.safetensors" for target in targets]
-    write_synthesis(job.plan, whole, dtype=dtype)
+    write_synthesis(job.plan, whole)
     for path, folder in zip(whole, job.folders, strict=True):
         expected, found = load_file(path), load(folder)
         assert found.keys() == expected.keys()
@@ -95,13 +96,13 @@ def test_any_number_of_parts_gives_together_the_bytes_of_one_file(
 def test_parts_have_nearly_equal_bytes_and_keep_small_neighbours_together(run: Path) -> None:
     plan = plan_synthesis(disk_sources(run), [0.1])
     specs = {spec.name: spec.nbytes for spec in plan.specs()}
-    written = {name: sum(specs[n] for n in names) for name, names in names_by_tensor(plan.newest.info).items()}
-    division = divide(plan, 3, written)
+    written = {name: sum(specs[n] for n in names) for name, names in plan.names.items()}
+    division = divide(plan, 3)
     assert sorted(name for part in division for name in part) == sorted(plan.newest.info.tensors)
     loads = sorted(sum(written[name] for name in part) for part in division)
     assert loads[2] == written["embed"], "the largest tensor, under both its names, is not cut"
     assert loads[1] - loads[0] < 0.05 * loads[1]
-    assert division == divide(plan, 3, written)
+    assert division == divide(plan, 3)
 
 
 def test_parts_without_tensors_are_whole_files(run: Path, tmp_path: Path) -> None:
@@ -238,7 +239,7 @@ def test_a_missing_part_is_named(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_all(ema, run, tmp_path / "out", 3)
     (tmp_path / "out" / "model-00002-of-00003.safetensors").unlink()
     error = finish_it(ema, run, tmp_path / "out")
-    assert "model-00002-of-00003.safetensors: is missing; make it with --shard 2/3" in error
+    assert "model-00002-of-00003.safetensors: is missing; make part 2/3" in error
     assert "no part is here" in finish_it(ema, run, tmp_path / "elsewhere")
 
 

@@ -78,10 +78,22 @@ class _Command(typer.core.TyperCommand):
             raise _translated(error, ctx).with_traceback(error.__traceback__) from error.__cause__
 
 
+_OPTIONS = {
+    "overwrite=True": "--force",
+    "prefix and strip_prefix": "--prefix and --strip-prefix",
+    "give the layout": "give --format",
+    "make all parts first": "make all parts first, by --shard 1/N to --shard N/N",
+    "an export makes": "ema export makes",
+    "the error curve shows": "ema error-plot shows",
+}
+"""What hints of the library are called here."""
+
+
 def _translated(error: PostHocError, context: Any) -> PostHocError:
     """A copy of a library's error: arguments become options, and a broken snapshot leads to `ema verify`."""
     told = copy.copy(error)
-    told.hint = error.hint.replace("overwrite=True", "--force")
+    for words, here in _OPTIONS.items():
+        told.hint = told.hint.replace(words, here)
     if isinstance(error, InvalidValueError):
         options = [parameter for parameter in context.command.params if parameter.opts[0].startswith("--")]
         names = {option.opts[0].removeprefix("--").replace("-", "_"): option.opts[0] for option in options}

@@ -58,7 +58,7 @@ def export(
     Layouts: one safetensors file; shards with an index, named as the Hugging Face libraries look for them (one
     file when it fits); a .pt state dict for torch.load(weights_only=True).
     """
-    from posthoc_cli.export.job import export_models
+    from posthoc_cli.export.convert import export_models
 
     base = None if base is None else existing(base)
     report = export_models(

@@ -19,7 +19,6 @@ from posthoc_cli.cli.values import (
     new_file,
     one_of,
     optional,
-    parse_bytes,
     parse_count,
     parse_max_error,
     parse_sigma_range,
@@ -93,7 +92,7 @@ def plan(
     task = Task(
         steps=parse_count(steps, "--steps"),
         parameters=parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
-        max_bytes=parse_bytes(max_size, "--max-size"),
+        max_bytes=files.parse_bytes(max_size, "--max-size"),
         sigma_range=parse_sigma_range(sigma_range),
         max_error=parse_max_error(max_error),
         sigma_rels=None if sigma_rels is None else tuple(sorted(parse_sigma_rels(sigma_rels, "--sigma-rels"))),

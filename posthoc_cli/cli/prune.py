@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.cli.values import (
     JsonOption,
@@ -15,7 +16,6 @@ from posthoc_cli.cli.values import (
     YesOption,
     existing_directory,
     optional,
-    parse_bytes,
     parse_count,
     parse_max_error,
     parse_sigma_range,
@@ -54,7 +54,7 @@ def prune(
     if [keep, max_size, max_error].count(None) != 2:
         raise InvalidValueError("--keep, --max-size and --max-error", "give one of them")
     count = optional(parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
-    max_bytes = optional(parse_bytes, max_size, "--max-size")
+    max_bytes = optional(files.parse_bytes, max_size, "--max-size")
     error = optional(parse_max_error, max_error)
     wanted = parse_sigma_range(sigma_range)
     directory = existing_directory(directory)

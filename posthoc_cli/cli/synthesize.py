@@ -125,8 +125,8 @@ def synthesize(
     One large model on many machines: --shard 1/8 to --shard 8/8 in any processes, then --finish. Under torchrun
     the processes do both by themselves. The output is then a folder of shards.
     """
+    from posthoc_cli.export.ranks import is_rank
     from posthoc_cli.run import Run
-    from posthoc_cli.synthesis.ranks import is_rank
 
     output.log_to_stderr(verbose)
     targets = parse_targets(sigma_rel, beta, window, between, profile)
@@ -206,7 +206,7 @@ def _print_targets(report: SynthesisReport, made: list[int], profile_error: bool
         output.print_line("every output is there already; nothing was written")
         return
     which = plan.targets[0].title if single else output.counted(len(made), "average")
-    size = output.size_text(report.nbytes) + " each" * (not single)
+    size = output.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
     count = output.counted(len(plan.sources), "snapshot")
     newest = f"training time of the newest snapshot: {plan.last:,.12g}"
     errors = _errors_text(plan, made, profile_error)

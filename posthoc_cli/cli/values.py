@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
@@ -95,11 +94,6 @@ def bad(option: str, text: str, reason: str, hint: str = "") -> InvalidValueErro
 
 # --- numbers ---------------------------------------------------------------------------------------
 
-_BYTES = {"": 1, "B": 1} | {
-    prefix + unit: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for unit, base in (("B", 1000), ("IB", 1024))
-}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _MOST_DIGITS = 1_000
 """Before and after the point: far more than a float has, and few enough to calculate with."""
@@ -111,29 +105,12 @@ _FORMS = {
 _SIGMA_FORMS = "a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
 
 
-def parse_bytes(text: str, option: str) -> int:
-    """Bytes from 60GB, 500MiB, 1.5TB or a plain number."""
-    value = _amount(text, _BYTES)
-    if value is None:
-        raise bad(option, text, "must be a size above 0, such as 60GB, 500MiB or 1.5TB")
-    return round(value)
-
-
 def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
     """A whole number from 1.2e9, 1.2B, 350M or 350,000,000."""
-    value = _amount(text, _COUNTS)
+    value = files.parse_amount(text, _COUNTS)
     if value is None or value != value.to_integral_value():
         raise bad(option, text, f"must be a whole number, at least 1, such as {example}")
     return int(value)
-
-
-def _amount(text: str, units: dict[str, int]) -> Decimal | None:
-    """The amount; None if it is none, below 1 or too large."""
-    match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
-    if match is None or match[2].upper() not in units:
-        return None
-    value = _decimal(match[1].replace(",", "")) * units[match[2].upper()]
-    return value if value.is_finite() and 1 <= value < 2**63 else None
 
 
 def _decimal(text: str) -> Decimal:

@@ -3,37 +3,28 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, OutputExistsError
-from posthoc_cli.export.convert import Exported, export_file
+from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.export.outputs import (
     DEFAULT_SHARD_SIZE,
     existing_outputs,
-    export_paths,
-    layout_of,
-    output_exists,
     output_paths,
-    parse_size,
     write_synthesis,
 )
-from posthoc_cli.export.parts import Finished, MadePart, PartedSynthesis, finish, parts_for, parts_to_finish
+from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
+from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots.models import model_files, models_at
-from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.synthesis.engine import device_reason, parse_accumulate, parse_device, worker_count
-from posthoc_cli.synthesis.parts import Part
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
-from posthoc_cli.synthesis.ranks import Ranks, join_ranks, local_rank
+from posthoc_cli.synthesis.engine import AUTO_REASON, Options, parse_device, worker_count
+from posthoc_cli.synthesis.plan import Plan, parse_accumulate, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.targets import Target
 
@@ -55,13 +46,12 @@ class Shares:
 
 @dataclass(frozen=True)
 class SynthesisReport:
-    """What was made of what.
+    """The plan of a synthesis, and what became of it.
 
     Attributes:
         plan: of all targets.
         outputs: one a target; empty in a dry run.
         existing: the targets, by index, whose output was there already.
-        nbytes: size of one output.
         device: where the sums were made.
         reason: why there.
         seconds: how long it took.
@@ -71,14 +61,13 @@ class SynthesisReport:
     plan: Plan
     outputs: tuple[Path, ...]
     existing: frozenset[int]
-    nbytes: int
     device: str
     reason: str
     seconds: float
     parts: MadePart | Finished | Shares | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """The report as data for JSON."""
+        """The report as plain values for JSON."""
         report = self.plan.to_dict()
         for index, target in enumerate(report["targets"]):
             target["output"] = str(self.outputs[index]) if self.outputs else None
@@ -104,11 +93,10 @@ class Synthesis:
         directory: the run.
         targets: at least one.
         out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
-        t, step, method, max_error, dtype: as in `plan_synthesis`.
+        t, step, method, max_error, dtype, accumulate: as in `plan_synthesis`.
         layout: "safetensors", "sharded" or "pt"; by default from the output's name.
         max_shard_size: of the sharded layout, such as "5GB".
         device: "auto", "cpu", "cuda", ...
-        accumulate: dtype of the sums.
         overwrite: replace outputs that are there.
         skip_existing: leave outputs of the same plan as they are.
         dry_run: plan only.
@@ -157,24 +145,19 @@ class Synthesis:
                 raise InvalidValueError("out", "its folder does not exist", value=path)
         parse_accumulate(self.accumulate)
         device = "cpu" if self.dry_run and self.device == "auto" else parse_device(self._device())
-        paths = paths if in_parts or not self.dry_run else []
-        made: _Made | None
+        limit = files.parse_bytes(self.max_shard_size, "max_shard_size")
+        job = _Job(self, started, paths, folder, Options(device, None, None, layout, self.overwrite, limit))
         if part is not None:
-            made = self._make_part(part, paths, folder, device)
-        elif self.finish:
-            made = self._finish(paths, folder)
-        elif self.distributed:
-            made = self._share(paths, folder, device)
-        else:
-            made = self._make(paths, folder, device)
-        if made is None:
-            return None
-        plan, outputs, existing, parts = made
-        nbytes, reason = sum(spec.nbytes for spec in plan.specs(self.dtype)), device_reason(self.device)
-        seconds = time.perf_counter() - started
-        return SynthesisReport(plan, tuple(outputs), frozenset(existing), nbytes, device, reason, seconds, parts)
+            return job.make_part(part)
+        if self.finish:
+            return job.finish()
+        return job.share() if self.distributed else job.make()
 
-    # --- options
+    def plan(self) -> Plan:
+        """The plan of the snapshots that are there now."""
+        sources = disk_sources(self.directory)
+        options = (self.t, self.step, self.method, self.max_error, self.dtype, self.accumulate)
+        return plan_synthesis(sources, self.targets, *options)
 
     def _checked_part(self) -> Part | None:
         if self.overwrite and self.skip_existing:
@@ -185,18 +168,20 @@ class Synthesis:
             raise InvalidValueError("out", "is missing; only a dry run needs no output")
         if self.skip_existing and (self.shard or self.finish or self.distributed):
             raise InvalidValueError("skip_existing", "parts that are there stay as they are anyway", "leave it out")
-        match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", self.shard or "1/1")
-        if match is None or self.shard == "":
+        if self.shard is None:
+            return None
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", self.shard)
+        if match is None:
             example = "must be K/N, part K of N, such as 3/8 for the third of eight"
             raise InvalidValueError("shard", example, value=self.shard or "(empty)")
-        return None if self.shard is None else Part(int(match[1]), int(match[2]))
+        return Part(int(match[1]), int(match[2]))
 
     def _check_folder_of_shards(self) -> None:
         is_file = self.out is not None and re.search(r"\.(safetensors|pt|pth|bin)$", self.out) is not None
         name, value = ("out", self.out) if self.layout is None else ("layout", self.layout)
         if self.layout not in (None, "sharded") or (self.layout is None and is_file):
             reason = "a synthesis in parts makes a folder of shards; name a folder"
-            raise InvalidValueError(name, reason, value=value)
+            raise InvalidValueError(name, reason, "an export makes one file of it", value=value)
 
     def _device(self) -> str:
         """The device that was asked for; each rank of a machine takes one of its own."""
@@ -204,153 +189,95 @@ class Synthesis:
             return self.device
         return f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
 
-    # --- the four ways
 
-    def plan(self) -> Plan:
-        """What is to be made of what."""
-        sources = disk_sources(self.directory)
-        return plan_synthesis(sources, self.targets, self.t, self.step, self.method, self.max_error, self.dtype)
+@dataclass(frozen=True)
+class _Job:
+    """A request whose options are checked, and the four ways to do it."""
 
-    def _make(self, paths: list[Path], folder: Path | None, device: str) -> _Made:
+    request: Synthesis
+    started: float
+    paths: list[Path]
+    folder: Path | None
+    options: Options
+
+    def make(self) -> SynthesisReport:
+        """All targets in this process."""
+        paths = [] if self.request.dry_run else self.paths
         existing: set[int] = set()
 
         def write(plan: Plan) -> Plan:
-            existing.update(existing_outputs(plan, paths, self.layout, self.dtype) if self.skip_existing else ())
+            existing.update(existing_outputs(plan, paths, self.options.layout) if self.request.skip_existing else ())
             wanted = [index for index in range(len(paths)) if index not in existing]
-            if not wanted:
-                return plan
-            with self.progress("synthesizing", plan.read_bytes) as advance:
-                write_synthesis(
-                    plan.only(wanted), [paths[index] for index in wanted], self.layout, self.dtype, device,
-                    self.overwrite, self.max_shard_size, advance, folder, self.accumulate,
-                )  # fmt: skip
+            if wanted:
+                with self.request.progress("synthesizing", plan.read_bytes) as advance:
+                    options = replace(self.options, progress=advance)
+                    write_synthesis(plan.only(wanted), [paths[index] for index in wanted], options, self.folder)
             return plan
 
-        return with_consistent_plan(self.plan, write), paths, existing, None
+        return self._report(with_consistent_plan(self.request.plan, write), paths, existing)
 
-    def _parted(self, plan: Plan, parts: int, folders: list[Path], container: Path | None) -> PartedSynthesis:
-        return PartedSynthesis(plan, folders, parts, self.dtype, self.accumulate, self.overwrite, container)
-
-    def _make_part(self, part: Part, folders: list[Path], container: Path | None, device: str) -> _Made:
-        plan = self.plan()
-        parted = self._parted(plan, part.of, folders or [Path("(no output)")] * len(self.targets), container)
+    def make_part(self, part: Part) -> SynthesisReport:
+        """One part of every target."""
+        plan = self.request.plan()
+        parted = self._parted(plan, part.of)
         made = parted.describe(part)
-        if self.dry_run:
-            return plan, [], set(), made
-        with self.progress("synthesizing", made.read_bytes) as advance:
-            made = parted.make(part, device, advance)
-        return plan, list(made.paths), set(made.there), made
+        if not self.request.dry_run:
+            with self.request.progress("synthesizing", made.read_bytes) as advance:
+                made = parted.make(part, advance)
+        return self._report(plan, made.paths, made.there, made)
 
-    def _finish(self, folders: list[Path], container: Path | None) -> _Made:
-        plan = self.plan()
-        count = parts_to_finish(folders, lambda count: self._parted(plan, count, folders, container).plan_ids)
-        total = len(plan.targets) * sum(spec.nbytes for spec in plan.specs(self.dtype))
-        with self.progress("verifying", total) as advance:
-            done = finish(self._parted(plan, count, folders, container), True, advance, write=not self.dry_run)
-        return self._finished(plan, done)
+    def finish(self) -> SynthesisReport:
+        """Verify all parts, and write the indexes."""
+        plan = self.request.plan()
+        count = parts_to_finish(self.paths, lambda count: self._parted(plan, count).plan_ids)
+        total = len(plan.targets) * sum(spec.nbytes for spec in plan.specs())
+        with self.request.progress("verifying", total) as advance:
+            done = finish(self._parted(plan, count), True, advance, write=not self.request.dry_run)
+        return self._report(plan, self.paths, done.there, done)
 
-    def _finished(self, plan: Plan, done: Finished) -> _Made:
-        if self.dry_run:
-            return plan, [], set(), done
-        return plan, [path.parent for path in done.indexes], set(done.there), done
-
-    def _share(self, folders: list[Path], container: Path | None, device: str) -> _Made | None:
-        # Else torch prints a C++ trace when the process with the store has gone.
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-        limit = parse_size(self.max_shard_size)
+    def share(self) -> SynthesisReport | None:
+        """The parts of this process, beside the others of a torchrun job; None in all but the first."""
         done: list[Finished] = []
         with join_ranks() as ranks:
-            if ranks.rank:  # the first one speaks for all
+            if ranks.rank:  # the first one logs for all
                 logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
-            plan = self.plan()
-            count = parts_for(sum(spec.nbytes for spec in plan.specs(self.dtype)), limit, ranks.world)
-            parted = self._parted(plan, count, folders or [Path("(no output)")] * len(self.targets), container)
-            own = [Part(number, count) for number in range(ranks.rank + 1, count + 1, ranks.world)]
+            plan = self.request.plan()
+            nbytes = sum(spec.nbytes for spec in plan.specs())
+            count = parts_for(nbytes, self.options.max_shard_size, ranks.world)
+            parted = self._parted(plan, count, max(1, worker_count() // local_rank()[1]))
+            own = Part.all(count)[ranks.rank :: ranks.world]
             described = tuple(map(parted.describe, own))
-            if self.dry_run:
-                return None if ranks.rank else (plan, [], set(), Shares(count, described, ranks.world))
-            ranks.begin(parted.check_space)  # of all parts, while none is there
-            workers = max(1, worker_count() // local_rank()[1])
-            bar = no_bar if ranks.rank else self.progress
+            if self.request.dry_run:
+                shares = Shares(count, described, ranks.world)
+                return None if ranks.rank else self._report(plan, (), (), shares)
+            ranks.begin(parted.check_space)  # for all parts, before any is made
+            bar = no_bar if ranks.rank else self.request.progress
             with bar("synthesizing", sum(part.read_bytes for part in described)) as advance:
+
+                def progress(nbytes: int) -> None:
+                    ranks.check()
+                    advance(nbytes)
+
                 for part in own:
-                    parted.make(part, device, _checked(ranks, advance), workers)
+                    parted.make(part, progress)
             ranks.finish(lambda: done.append(finish(parted, verify=False)))
-        return self._finished(plan, done[0]) if done else None
+        return self._report(plan, self.paths, done[0].there, done[0]) if done else None
 
+    def _parted(self, plan: Plan, parts: int, workers: int | None = None) -> PartedSynthesis:
+        folders = self.paths or [Path("(no output)")] * len(plan.targets)
+        return PartedSynthesis(plan, folders, parts, replace(self.options, workers=workers), self.folder)
 
-_Made = tuple[Plan, list[Path], set[int], "MadePart | Finished | Shares | None"]
-
-
-def _checked(ranks: Ranks, advance: Callable[[int], None]) -> Callable[[int], None]:
-    """Progress that also stops this process when another one has failed."""
-
-    def progress(nbytes: int) -> None:
-        ranks.check()
-        advance(nbytes)
-
-    return progress
-
-
-# --- other layouts
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was exported: each output, and what is in it.
-
-    Attributes:
-        made: by output.
-        several: whether a folder of models was exported into a folder.
-        seconds: how long it took.
-    """
-
-    made: dict[Path, Exported]
-    several: bool
-    seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """The report as data for JSON."""
-        reports = [{"output": str(path), **vars(one)} for path, one in self.made.items()]
-        return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
-
-
-def export_models(
-    source: Path,
-    out: Path,
-    layout: str | None = None,
-    dtype: torch.dtype | str | None = None,
-    base: Path | None = None,
-    prefix: str = "",
-    strip_prefix: str = "",
-    overwrite: bool = False,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
-    progress: ProgressBar = no_bar,
-) -> ExportReport:
-    """As `export_file`, also for a folder of several outputs, which go into the folder `out`.
-
-    Raises:
-        OutputExistsError: one of several outputs is there already; nothing was written.
-        others: as `export_file`.
-    """
-    started = time.perf_counter()
-    sources = models_at(source)
-    several = len(sources) > 1
-    outs = export_paths(sources, out, layout) if several else [out]
-    if several:
-        for path in outs if not overwrite else ():
-            if output_exists(path, layout_of(path, layout)):
-                raise OutputExistsError(
-                    path, "is there already", "choose another folder, or overwrite=True to replace it"
-                )
-        if out.parent.is_dir():
-            files.make_directory(out)
-    total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
-    with progress("exporting", total) as advance:
-        made = {
-            path: export_file(
-                model, path, layout, dtype, base, prefix, strip_prefix, overwrite, max_shard_size, advance
-            )
-            for model, path in zip(sources, outs, strict=True)
-        }
-    return ExportReport(made, several, time.perf_counter() - started)
+    def _report(
+        self,
+        plan: Plan,
+        outputs: Iterable[Path],
+        existing: Iterable[int],
+        parts: MadePart | Finished | Shares | None = None,
+    ) -> SynthesisReport:
+        if self.request.dry_run:
+            outputs = existing = ()
+        reason = AUTO_REASON if self.request.device == "auto" else "asked for"
+        seconds = time.perf_counter() - self.started
+        return SynthesisReport(
+            plan, tuple(outputs), frozenset(existing), str(self.options.device), reason, seconds, parts
+        )

@@ -15,15 +15,13 @@ from typing import TypeVar
 import numpy as np
 import xxhash
 
+from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.reader import TensorFile
 
 THREADS = 8
 """Blocks that are read at a time: some devices need several requests in flight."""
-
-_LEAST = {"F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
-"""The bits, without the sign, of the first number that is not finite; all above it are not, either."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -142,10 +140,10 @@ def holds_nonfinite(data: memoryview, dtype: str) -> bool:
     comes last. As signed integers the positive ones are in this order, and all others below; as unsigned ones the
     negative ones are, and all others below. So the two largest tell, without a copy.
     """
-    if dtype not in _LEAST or not len(data):
+    item, least = DTYPES[dtype].nbytes, DTYPES[dtype].first_nonfinite
+    if not least or not len(data):
         return False
-    item = fmt.ITEM_BYTES[dtype]
-    least, sign = _LEAST[dtype], 1 << (8 * item - 1)
+    sign = 1 << (8 * item - 1)
     signed = np.frombuffer(data, f"<i{item}")
     return int(signed.max()) >= least or int(signed.view(f"<u{item}").max()) >= sign | least
 

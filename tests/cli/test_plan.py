@@ -11,8 +11,9 @@ import torch
 from ema_command import Ema
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.values import parse_bytes, parse_count
+from posthoc_cli.cli.values import parse_count
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.files import parse_bytes
 
 TASK = ("plan", "--steps", "4000", "--params", "1M", "--max-size", "24MB")
 
