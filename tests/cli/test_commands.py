@@ -161,7 +161,7 @@ def test_what_shard_and_finish_leave_goes_on_to_one_file(ema: Ema, run: Path, tm
     average = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q")
     assert ema(*average, "--out", tmp_path / "whole.safetensors").code == 0
     refused = ema(*average, "--out", tmp_path / "m.safetensors", "--shard", "1/3").error
-    assert refused.endswith("a synthesis in parts makes a folder of shards; name a folder")
+    assert refused.endswith("a synthesis in parts makes a folder of shards; name a folder; ema export makes one file of it")
     for number in (1, 2, 3):
         assert ema(*average, "--out", tmp_path / "m", "--shard", f"{number}/3").code == 0
     for command in (("info", tmp_path / "m"), ("export", tmp_path / "m", "--out", tmp_path / "x.safetensors")):

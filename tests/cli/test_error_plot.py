@@ -116,7 +116,7 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
     ema("error-plot", run, "--out", tmp_path / "e.svg")
     (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", (tmp_path / "e.svg").read_text()))
     warning = ema("synthesize", run, "--sigma-rel", "0.01", "--dry-run", "-q").err
-    assert warning.rstrip().endswith(f"; below 1 % is sigma_rel {shown}")
+    assert warning.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
     ends = re.findall(r"0\.\d+", shown)
     report = json.loads(ema("synthesize", run, "--sigma-rel", ",".join(ends), "--dry-run", "--json").out)
     assert all(target["predicted_error"] < 0.01 for target in report["targets"])
