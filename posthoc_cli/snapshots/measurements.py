@@ -29,8 +29,7 @@ from posthoc_cli.reconstruction import Motion, Prior, Steps, StoredAverage, meas
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.reconstruction.prior import ASSUMED, MEASURED
 from posthoc_cli.snapshots.format import ITEM_BYTES, One, SnapshotInfo, of_newest_segment
-from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.sharded import open_tensors
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
@@ -143,7 +142,7 @@ def _segments(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator
 
 def _read(snapshot: Snapshot, segments: Sequence[_Segment]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
-    with open_tensors(snapshot) as file:
+    with TensorFile(snapshot.path, snapshot.header) as file:
         for segment in segments:
             stored = snapshot.header.tensors[segment.name].dtype
             item = ITEM_BYTES[stored]

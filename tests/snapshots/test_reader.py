@@ -26,7 +26,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.headers import decode_checksums, decode_header, file_kind
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
-from posthoc_cli.snapshots.reader import TensorFile, read_header, read_header_alone, read_small_file
+from posthoc_cli.snapshots.reader import TensorFile, read_header, read_small_file
 from posthoc_cli.snapshots.tensors import tensor_bytes, tensor_from_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
@@ -75,43 +75,14 @@ def read_everything(path: Path) -> tuple[object, dict[str, bytes]]:
         return info, {name: file.read(name).tobytes() for name in file.header.tensors}
 
 
-# --- accidents -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [small_snapshot, small_output])
-def test_every_flipped_bit_is_found(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    path = make(tmp_path)
-    data = path.read_bytes()
-    descriptor = os.open(path, os.O_RDWR)
-    missed = []
-    for position, byte in enumerate(data):
-        for bit in range(8):
-            os.pwrite(descriptor, bytes([byte ^ 1 << bit]), position)
-            try:
-                read_everything(path)
-                missed.append((position, bit))
-            except FileFormatError as error:
-                assert str(path) in str(error)
-        os.pwrite(descriptor, bytes([byte]), position)
-    os.close(descriptor)
-    assert missed == []
-    read_everything(path)
-
-
-@pytest.mark.parametrize("make", [small_snapshot, small_output])
-def test_every_truncation_is_found(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    path = make(tmp_path)
-    for length in reversed(range(path.stat().st_size)):
-        os.truncate(path, length)
-        with pytest.raises(FileFormatError, match=r"truncated"):
-            read_header(path)
+# --- accidents
 
 
 @pytest.mark.parametrize("extra", [b"\0", b" ", b"x" * 4096])
 def test_appended_bytes_are_found(tmp_path: Path, extra: bytes) -> None:
     path = small_snapshot(tmp_path)
     path.write_bytes(path.read_bytes() + extra)
-    with pytest.raises(FileFormatError, match="longer than it should be"):
+    with pytest.raises(FileFormatError, match="too long"):
         read_header(path)
 
 
@@ -185,7 +156,7 @@ def test_a_disk_that_cannot_read_is_told_with_the_file(
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [read_header, read_header_alone, lambda path: read_small_file(path, 10**6)])
+@pytest.mark.parametrize("read", [read_header, lambda path: read_small_file(path, 10**6)])
 def test_whoever_reads_says_what_could_not_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
 ) -> None:
@@ -208,7 +179,7 @@ def test_whoever_reads_says_what_could_not_be_read(
     [
         (errno.ENOENT, VanishedError, "no such file or directory"), (errno.ESTALE, VanishedError, "stale file handle"),
         (errno.EACCES, FileFormatError, "permission denied"),
-        (errno.EMFILE, FileFormatError, "too many open files; a synthesis holds all its snapshots open: raise"),
+        (errno.EMFILE, FileFormatError, "too many open files; raise"),
     ],
 )  # fmt: skip
 def test_why_a_file_cannot_be_opened(
@@ -263,7 +234,7 @@ def test_a_file_of_another_content_and_the_same_size_was_replaced(tmp_path: Path
         TensorFile(path, header)
 
 
-# --- what is no file -------------------------------------------------------------------------------
+# --- what is no file
 
 
 def make_fifo(path: Path) -> None:
@@ -301,7 +272,7 @@ def test_a_path_that_no_system_accepts_is_refused() -> None:
         read_header(Path("a\0b"))
 
 
-# --- headers that lie ------------------------------------------------------------------------------
+# --- headers that lie
 
 
 def craft(path: Path, header: bytes | Any, payload: bytes = b"", length: int | None = None) -> Path:
@@ -413,7 +384,7 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "x.safetensors"]
 
 
-# --- metadata that lies, under a checksum that is right --------------------------------------------
+# --- metadata that lies, under a checksum that is right
 
 
 def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -615,11 +586,11 @@ def motion(**changes: Any) -> str:
         (motion(edges={}), "edges must be a list"),
         (motion(walk=[1, 10**400]), "walk must be a list"),
         (motion(extra=1), "must have edges, walk, noise, and nothing else"),
-        (motion(walk=[1]), "must have 1 to 1,000 pieces, an edge more"),
-        (motion(noise=[1, 1, 1]), "must have 1 to 1,000 pieces"),
-        (motion(edges=[1, 10]), "must have 1 to 1,000 pieces"),
-        (motion(edges=[1], walk=[], noise=[]), "must have 1 to 1,000 pieces"),
-        (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), "must have 1 to 1,000 pieces"),
+        (motion(walk=[1]), "must have 1 to 1,000 values of walk, as many of noise, and one more"),
+        (motion(noise=[1, 1, 1]), "must have 1 to 1,000 values"),
+        (motion(edges=[1, 10]), "must have 1 to 1,000 values"),
+        (motion(edges=[1], walk=[], noise=[]), "must have 1 to 1,000 values"),
+        (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), "must have 1 to 1,000 values"),
         (motion(edges=[0, 5, 10]), "must grow from above 0 to at most 10"),
         (motion(edges=[1, 5, 11]), "must grow from above 0 to at most 10"),
         (motion(edges=[1, 1, 10]), "must grow"),
@@ -654,14 +625,14 @@ def test_a_snapshot_without_measurements_is_one_too(tmp_path: Path) -> None:
         ("[0.28,0.05]", "must grow, each profile once"),
         ("[0.05,0.05,0.28]", "must grow, each profile once"),
         ("[0.05,0.3]", "sigma_rel 0.3: must lie in (0, 0.2887)"),
-        ("[0.1,0.28]", "0.1, 0.28 has not the snapshot's own 0.05"),
+        ("[0.1,0.28]", "0.1, 0.28 must include the snapshot's own 0.05"),
         (
             "[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17]",
-            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17 has not the snapshot's own 0.05",
+            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17 must include the snapshot's own 0.05",
         ),
         (
             "[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17,0.18]",
-            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, ... has not the snapshot's own 0.05",
+            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, ... must include the snapshot's own 0.05",
         ),
     ],
 )
@@ -680,8 +651,8 @@ def test_tracked_profiles_that_cannot_be_are_refused(tmp_path: Path, text: str, 
         ("[[4,4.5]]", "must end with the snapshot's own pair"),
         ("[[10,10.5]]", "must end with the snapshot's own pair"),
         ("[[4,4.5],[10,10],[11,11]]", "must end with the snapshot's own pair"),
-        ("[4,10]", "a whole step and its time each, not 4"),
-        ("[[4,4.5,1],[10,10]]", "a whole step and its time each, not a list"),
+        ("[4,10]", "a whole step and its time, not 4"),
+        ("[[4,4.5,1],[10,10]]", "a whole step and its time, not a list"),
         ("[[4.0,4.5],[10,10]]", "a whole step"),
         ("[[true,4.5],[10,10]]", "a whole step"),
         ('[[4,"4"],[10,10]]', "a whole step"),
@@ -751,7 +722,7 @@ def test_a_snapshot_without_any_metadata_is_a_foreign_file(tmp_path: Path) -> No
         read_snapshot(path)
 
 
-# --- fuzz ------------------------------------------------------------------------------------------
+# --- fuzz
 
 
 @pytest.fixture(scope="module")

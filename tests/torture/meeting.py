@@ -38,7 +38,7 @@ from posthoc_cli.errors import LockedError, PostHocError  # noqa: E402
 from posthoc_cli.export.outputs import write_synthesis  # noqa: E402
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory  # noqa: E402
 from posthoc_cli.snapshots.outputs import decode_output  # noqa: E402
-from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to  # noqa: E402
+from posthoc_cli.snapshots.pruning import plan_pruning, prune  # noqa: E402
 from posthoc_cli.snapshots.reader import read_header  # noqa: E402
 from posthoc_cli.synthesis.plan import Plan, with_consistent_plan  # noqa: E402
 from torture.tally import Tally  # noqa: E402
@@ -195,9 +195,7 @@ def prunes(mine: Connection, folder: Path) -> None:
     while True:
         _, keep = mine.recv()
         with refusals(mine):
-            with writing_to(folder) as snapshots:
-                pruning = plan_pruning(snapshots, keep=keep)
-                execute(pruning)
+            pruning = prune(folder, plan_pruning(read_directory(folder), keep=keep))
             mine.send(("pruned", len(pruning.gone)))
 
 

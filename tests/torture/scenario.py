@@ -27,8 +27,7 @@ from posthoc_cli.errors import FileFormatError, PostHocError, WriteError
 from posthoc_cli.snapshots.check import list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.payload import verify_payload
-from posthoc_cli.snapshots.reader import TensorFile, read_header
+from posthoc_cli.snapshots.reader import TensorFile, read_header, verify_payload
 
 SIGMA_RELS = (0.05, 0.28)
 STEPS = 10

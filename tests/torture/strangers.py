@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from factories import make_info, random_walk, write_run, write_sharded
+from factories import random_walk, write_run
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
@@ -83,12 +83,10 @@ class Scene:
 
 
 def make_template(home: Path) -> Path:
-    """A run of two profiles, an output of it, a sharded snapshot, a tracker's state, and the outside."""
+    """A run of two profiles, an output of it, its shards, a tracker's state, and the outside."""
     write_run(home / "run", random_walk(20, {"w": (3,), "v": (2, 2)}), (5, 10, 15, 20))
     synthesize(home / "run", home / "made.safetensors")
-    values = {"w": torch.ones(3), "v": torch.ones(2, 2)}
-    info = make_info(values, 10)
-    write_sharded(home / "sharded" / "10", info, [{name: value} for name, value in values.items()])
+    export_file(home / "made.safetensors", home / "sharded", max_shard_size="14")
     model = torch.nn.Linear(2, 2)
     tracker = PostHocEMA.from_model(model, home / "tracked", update_every=1)
     tracker.update_(model)
@@ -201,7 +199,7 @@ def _track(scene: Scene, _: Path) -> None:
 
 
 SNAPSHOT = "run/0000000000000010-0.05.safetensors"
-SHARD = "sharded/10/model-00001-of-00002.safetensors"
+SHARD = "sharded/model-00001-of-00002.safetensors"
 ALL_OF_A_RUN = (
     ("info", "RUN"), ("synthesize", "RUN", *SIGMA_REL, "--out", "OUT"), ("prune", "RUN", "--keep", "2", "--yes"),
     ("error-plot", "RUN", "--csv", "OUT"),
@@ -224,10 +222,10 @@ def _places() -> Iterator[Place]:
     for name in ("run/.ema.lock", "run/.ema.lock.holder", "run/superseded", "run/quarantine"):
         yield Place(name, _command("prune", "RUN", "--keep", "2", "--yes"))
         yield Place(name, _command("info", "RUN"))
-    for name in (SHARD, f"sharded/10/{INDEX_NAME}"):
+    for name in (SHARD, f"sharded/{INDEX_NAME}"):
         yield Place(name, _command("info", "HOME/sharded"))
-        yield Place(name, _python(lambda scene, _: synthesize(scene.home / "sharded", scene.out)))
-        yield Place(name, _python(lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded/10")))
+        yield Place(name, _python(lambda scene, _: export_file(scene.home / "sharded", scene.out)))
+        yield Place(name, _python(lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded")))
     for force in ((), ("--force",)):
         yield Place("out/x.safetensors", _command("synthesize", "RUN", *SIGMA_REL, "--out", "X", *force))
         yield Place("out/x.pt", _command("export", "MADE", "--out", "X", *force))

@@ -16,7 +16,7 @@ from posthoc_cli.snapshots import decoding, headers
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory
 from posthoc_cli.snapshots.format import Selection, TensorSpec, encode_header, lay_out, snapshot_metadata
-from posthoc_cli.snapshots.headers import Sharing, decode_header, parse_json
+from posthoc_cli.snapshots.headers import DecodeCache, decode_header, parse_json
 
 VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "n": torch.tensor(3)}
 
@@ -51,33 +51,31 @@ def test_what_is_read_is_what_is_read_alone(tmp_path: Path) -> None:
     """One in the middle is stored otherwise, one has another selection of what is a copy."""
     paths = write_times(tmp_path, range(10, 60, 10))
     rewrite_snapshot(paths[2], lambda values: values.update(a=values["a"].half()))
-    sharing = Sharing()
+    cache = DecodeCache()
     for path in paths:
         start = path.read_bytes()
         start = start[: 8 + int.from_bytes(start[:8], "little")]
-        together, alone = (decode_header(path, start, None, one) for one in (sharing, None))
+        together, alone = (decode_header(path, start, None, one) for one in (cache, None))
         assert together == alone
-        assert decode_snapshot(path, together, sharing) == decode_snapshot(path, alone)
+        assert decode_snapshot(path, together, cache) == decode_snapshot(path, alone)
     assert [s.header.tensors["a"].dtype for s in read_directory(tmp_path)] == ["F32", "F32", "F16", "F32", "F32"]
 
 
 def test_the_same_words_about_other_tensors_are_refused() -> None:
     """The table of roles is checked against the entries, also where its text is that of the one before."""
-    sharing, path = Sharing(), Path("x")
+    cache, path = DecodeCache(), Path("x")
     good = start_of()
-    assert decode_snapshot(path, decode_header(path, good, None, sharing), sharing).tensors.keys() == {"a"}
+    assert decode_snapshot(path, decode_header(path, good, None, cache), cache).tensors.keys() == {"a"}
     roles = json.dumps({"a": {"role": "copy", "dtype": "F32"}}, separators=(",", ":"))
     for start in (start_of({"ema.tensors": roles}, dtype="F16"), start_of({"ema.tensors": '{"b":{}}'})):
-        header = decode_header(path, start, None, sharing)
+        header = decode_header(path, start, None, cache)
         for _ in range(2):  # what was refused is not remembered
             with pytest.raises(FileFormatError, match=r"x: ema\.tensors: "):
-                decode_snapshot(path, header, sharing)
+                decode_snapshot(path, header, cache)
     copies = start_of({"ema.tensors": roles})
-    assert decode_snapshot(path, decode_header(path, copies, None, sharing), sharing).tensors["a"].role == "copy"
+    assert decode_snapshot(path, decode_header(path, copies, None, cache), cache).tensors["a"].role == "copy"
     with pytest.raises(FileFormatError, match=r"F16 cannot hold copy of F32"):
-        decode_snapshot(
-            path, decode_header(path, start_of({"ema.tensors": roles}, dtype="F16"), None, sharing), sharing
-        )
+        decode_snapshot(path, decode_header(path, start_of({"ema.tensors": roles}, dtype="F16"), None, cache), cache)
 
 
 def test_snapshots_of_one_text_and_two_shapes_do_not_match(tmp_path: Path) -> None:
@@ -122,11 +120,11 @@ def test_a_malformed_header_is_refused_however_it_begins(text: str) -> None:
 
 
 def test_a_longer_list_of_what_was_left_out_is_another_one() -> None:
-    sharing, path = Sharing(), Path("x")
+    cache, path = DecodeCache(), Path("x")
     found = []
     for names in (("b",), ("b",), ("b", "c"), ()):
         start = start_of(left_out=names)
-        found.append(decode_snapshot(path, decode_header(path, start, None, sharing), sharing))
+        found.append(decode_snapshot(path, decode_header(path, start, None, cache), cache))
     assert [info.left_out for info in found] == [("b",), ("b",), ("b", "c"), ()]
     assert found[0] == replace(found[2], left_out=("b",))
 
