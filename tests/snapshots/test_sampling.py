@@ -230,6 +230,6 @@ def test_runs_of_a_long_vector_are_cut_where_tensors_end(monkeypatch: pytest.Mon
     monkeypatch.setattr(measurements, "RUN_ELEMENTS", 4)
     names, sizes = list("abcde"), [3, 0, 9, 1, 6]
     ends = [int(end) for end in np.cumsum(sizes)]
-    segments = [one for begin in range(0, ends[-1], 4) for one in measurements._segments(names, ends, begin)]
+    segments = [one for begin in range(0, ends[-1], 4) for one in measurements._ranges(names, ends, begin)]
     read = [(one.name, element) for one in segments for element in range(one.begin, one.end)]
     assert read == [(name, element) for name, size in zip(names, sizes, strict=True) for element in range(size)]
