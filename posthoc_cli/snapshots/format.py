@@ -59,8 +59,8 @@ and taken from the exact average: `norm` its squares, `rounding` the squares of 
 "squared", "rounding"}, each the squares of (this exact average - another one): those of the run's other profiles at the
 same time, exact (rounding 0), and the two newest earlier snapshots of each profile as they were stored (rounding: their
 own). So it has at most 3 P - 1 entries in a run of P profiles. Each names its partner's t, in [ema.t_first, ema.t], and
-sigma_rel, one of ema.sigma_rels; none is named twice, nor is the snapshot itself. A partner may have been deleted since.
-No number is negative.
+sigma_rel, one of ema.sigma_rels; none is named twice, nor is the snapshot itself. A partner may have been deleted
+since. No number is negative.
 
 The motion is constant on intervals of training: `edges` are their ends, growing, from above 0 to at most ema.t, of at
 most MAX_PIECES intervals; `walk` is the variance of the increments per step, `noise` the variance of the noise times a
@@ -179,9 +179,8 @@ def check_globs(selection: Selection, names: Iterable[str]) -> None:
         for glob in getattr(selection, what):
             if not any(fnmatchcase(name, glob) for name in names):
                 some = ", ".join(map(repr, names[:3])) or "none"
-                raise InvalidValueError(
-                    what, f"matches no tensor of the model; it has names such as {some}", value=repr(glob)
-                )
+                reason = f"matches no tensor of the model; it has names such as {some}"
+                raise InvalidValueError(what, reason, value=repr(glob))
 
 
 def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
