@@ -41,7 +41,7 @@ def squares(*pairs: tuple[torch.Tensor, torch.Tensor]) -> float:
     return sum(float(((a.double() - b.double()) ** 2).sum()) for a, b in pairs)
 
 
-# --- small models ----------------------------------------------------------------------------------
+# --- small models
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +83,7 @@ def test_a_model_without_elements_measures_nothing(tmp_path: Path) -> None:
     assert sample_measurements([write(tmp_path, 10, 0.05, {"w": torch.empty(0, 3)})]) == [Measurements(0.0, 0.0)]
 
 
-# --- rounding --------------------------------------------------------------------------------------
+# --- rounding
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,7 +113,7 @@ def test_zeros_are_taken_for_exact() -> None:
     assert expected_rounding(np.zeros(10), "F16", "F32") == 0
 
 
-# --- large models ----------------------------------------------------------------------------------
+# --- large models
 
 
 def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_run_of_elements_goes_on_in_the_next_tensors(tmp_path: Path, monkeypat
     )
 
 
-# --- what cannot be measured -----------------------------------------------------------------------
+# --- what cannot be measured
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])

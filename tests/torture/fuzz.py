@@ -126,7 +126,7 @@ def _is_key(tree: Any, at: Place) -> bool:
     return False
 
 
-# --- what is done with a file ----------------------------------------------------------------------
+# --- what is done with a file
 
 
 def _uses(victim: Victim) -> dict[str, Callable[[], object]]:

@@ -72,7 +72,7 @@ def right_average(name: str, t: int, sigma_rel: float) -> FloatArray:
     return exact_average([weights_at(step)[name] for step in times], sigma_rel, [float(step) for step in times])
 
 
-# --- what the user does ----------------------------------------------------------------------------
+# --- what the user does
 
 
 def begin(directory: Path, model: Network) -> PostHocEMA:
@@ -201,7 +201,7 @@ class CommandError(Exception):
     """A command that ended with an exit code above 0."""
 
 
-# --- what must be so -------------------------------------------------------------------------------
+# --- what must be so
 
 
 def contents(directory: Path) -> dict[str, bytes]:

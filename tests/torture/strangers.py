@@ -42,35 +42,13 @@ class Bomb:
         return open, (str(self.marker), "w")
 
 
-@dataclass(frozen=True)
 class Scene:
-    """A directory of snapshots and what goes with it; `outside` is somebody else's.
+    """A directory of snapshots and what goes with it, all below `home`; `outside` is somebody else's."""
 
-    Attributes:
-        home: everything below is in it.
-    """
-
-    home: Path
-
-    @property
-    def run(self) -> Path:
-        return self.home / "run"
-
-    @property
-    def outside(self) -> Path:
-        return self.home / "outside"
-
-    @property
-    def marker(self) -> Path:
-        return self.home / "executed"
-
-    @property
-    def out(self) -> Path:
-        return self.home / "out" / "out.safetensors"
-
-    @property
-    def made(self) -> Path:
-        return self.home / "made.safetensors"
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.run, self.outside, self.marker = home / "run", home / "outside", home / "executed"
+        self.out, self.made = home / "out" / "out.safetensors", home / "made.safetensors"
 
     def prepare(self, template: Path) -> None:
         """Everything as at first."""
@@ -100,7 +78,7 @@ def make_template(home: Path) -> Path:
     return home
 
 
-# --- what stands there -----------------------------------------------------------------------------
+# --- what stands there
 
 
 def _socket(path: Path, _: Scene) -> None:
@@ -142,7 +120,7 @@ THINGS: dict[str, Callable[[Path, Scene], object]] = {
 }
 
 
-# --- where it stands, and who meets it -------------------------------------------------------------
+# --- where it stands, and who meets it
 
 
 @dataclass(frozen=True)
@@ -242,7 +220,7 @@ def _places() -> Iterator[Place]:
         yield Place(f"fresh/{name}", _python(_track))
 
 
-# --- the experiment --------------------------------------------------------------------------------
+# --- the experiment
 
 
 def meet(folder: Path, share: float, seed: int) -> Tally:
