@@ -310,17 +310,18 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
         progress: called with numbers of bytes that were read, by several threads.
     """
     started = time.perf_counter()
-    with worker_threads(_UNITS_AT_A_TIME) as pool, _Stoppable(progress) as told:
-        read = [*zip(contents.units, in_order(pool, lambda unit: _read_unit(unit, told), contents.units), strict=True)]
+    with worker_threads(_UNITS_AT_A_TIME) as pool, _Stoppable(progress) as stoppable:
+        found = in_order(pool, lambda unit: _read_unit(unit, stoppable), contents.units)
+        read = [*zip(contents.units, found, strict=True)]
     reports = [
         replace(one.report, what=f"superseded {one.report.what}") if unit.superseded else one.report
-        for unit, found in read
-        for one in found
+        for unit, files_read in read
+        for one in files_read
     ]
     of_run = [
         (one.content.snapshot, one.report.is_fine)
-        for unit, found in read
-        for one in found
+        for unit, files_read in read
+        for one in files_read
         if one.content.snapshot and not (unit.superseded or unit.index)
     ]
     own = sorted((snapshot for snapshot, is_fine in of_run if is_fine), key=time_order)
@@ -371,7 +372,7 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
 
 
 class _Stoppable:
-    """Calls `progress` until the block is left; then reading that still goes on is cancelled at its next call."""
+    """Calls `progress` until the block is left; then its next call cancels the reading that makes it."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress

@@ -7,7 +7,7 @@ averages, R the rounding that the header names, N the squared norm and D the squ
     | ||stored_i - stored_j|| - sqrt(D_ij) |    <=  sqrt(R_i) + sqrt(R_j)    j of the same time, measured exact to exact
     | ||stored_i - stored_j|| - sqrt(D_ij) |    <=  sqrt(R_i)                j earlier, measured to the stored copy
 
-up to the arithmetic of both sides. A sum of n squares in float64, in whatever order, is wrong by at most n units of
+up to the arithmetic of both sides. A sum of n squares in float64, in any order, is wrong by at most n units of
 2^-53, relatively; the tracker took differences of float32 values in float32, each wrong by at most 2^-24 of itself.
 """
 

@@ -136,7 +136,7 @@ class Inspection:
 
 
 def inspect_directory(directory: Path) -> Inspection:
-    """Read the headers of all snapshots in a directory, and continue after whatever is wrong.
+    """Read the headers of all snapshots in a directory, and continue after errors.
 
     Raises:
         DirectoryError: the directory is absent or cannot be read.

@@ -65,7 +65,7 @@ class DirectoryLock:
                 if self._holder.exists():
                     log.warning("%s: %s", directory, self._left_behind())
                 self._note_holder()
-                # Also if nobody calls `release`: at the end of the process, or of all references.
+                # Also without a call of `release`: at the end of the process, or of all references.
                 self._forget = weakref.finalize(self, _forget, self._holder, os.getpid())
             except BaseException:
                 self.release()

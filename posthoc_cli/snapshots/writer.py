@@ -1,6 +1,6 @@
 """Durable writing of safetensors files with checksums.
 
-What holds, whatever happens in between:
+Guarantees, also after errors, signals and loss of power:
 
 1. A file is absent or complete. It is written under a temporary name in its own directory, fsynced, put under its
    final name in one step, and the directory is fsynced.

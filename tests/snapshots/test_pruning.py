@@ -16,7 +16,6 @@ from posthoc_cli.errors import FileFormatError, InexactError, InvalidValueError,
 from posthoc_cli.planning import forecast, snapshots_to_drop
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
-from posthoc_cli.snapshots import pruning as pruning_room
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import likeness, snapshot_prior, stretched
@@ -94,12 +93,6 @@ def test_max_size_leaves_as_many_as_fit(run: Path) -> None:
         plan_pruning(snapshots, max_bytes=newest - 1)
 
 
-@pytest.mark.parametrize("limit", range(6))
-def test_the_largest_number_for_which_something_holds(limit: int) -> None:
-    for largest in range(limit + 3):
-        assert pruning_room._most(limit, lambda count, largest=largest: count <= largest) == min(limit, largest)
-
-
 def test_max_error_leaves_as_few_as_hold_it(run: Path) -> None:
     snapshots = read_directory(run)
     pruning = plan_pruning(snapshots, max_error=2e-3)
@@ -161,17 +154,6 @@ def test_as_many_of_each_are_left_where_several_go_at_a_time() -> None:
     order = removal_order(snapshots, assumed_prior(snapshots, 2e-4), 60, (0.05, 0.28))
     left = [snapshots[i] for i in range(240) if i not in order]
     assert [sum(p.gamma == snapshots[k].gamma for p in left) for k in (0, -1)] == [60, 60]
-
-
-def test_no_two_neighbours_of_a_profile_go_at_once() -> None:
-    snapshots = [PowerFunction.from_sigma_rel(s, float(t)) for t in range(1, 6) for s in (0.05, 0.28)]
-    early = [2 * k for k in range(5)]  # of the first profile, by time
-    assert pruning_room._apart([4, 2, 6, 0, 8], range(10), snapshots, 9) == [4, 0, 8]
-    assert pruning_room._apart([2, 4, 6, 8], range(10), snapshots, 9) == [2, 6]
-    assert pruning_room._apart([4, 5, 3, 7], range(10), snapshots, 9) == [4, 5]
-    assert pruning_room._apart(early, range(10), snapshots, 2) == [0, 4]
-    # The last of one profile and the first of the other stand beside each other in no time.
-    assert pruning_room._apart([2, 6], [0, 2, 6, 8, 1, 3], snapshots, 9) == [2]
 
 
 def test_what_an_earlier_segment_takes_counts_and_stays(tmp_path: Path) -> None:
