@@ -14,14 +14,13 @@ from posthoc_cli.planning import USEFUL_RANGE, Candidate, ErrorCurve, error_curv
 from posthoc_cli.profiles import Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
-from posthoc_cli.snapshots.check import list_contents, verify, verify_measurements
+from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.deep import deep_bytes
-from posthoc_cli.snapshots.description import describe_directory
+from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
 from posthoc_cli.snapshots.measurements import Likeness, chosen_up_to, likeness, run_clock
 from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.reports import Verification
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import disk_sources, source_prior
 from posthoc_cli.targets import Target, as_target
@@ -108,7 +107,7 @@ class Run:
 
     def info(self) -> dict[str, Any]:
         """All that headers tell of the directory, also where something is wrong with it: see `describe`."""
-        return describe_directory(self.directory)
+        return describe(self.directory)
 
     # --- averages
 

@@ -83,6 +83,8 @@ _OPTIONS = {
     "prefix and strip_prefix": "--prefix and --strip-prefix",
     "give the layout": "give --format",
     "make all parts first": "make all parts first, by --shard 1/N to --shard N/N",
+    "make the other shards, then finish the model": "make the others by `ema synthesize --shard`, then run --finish",
+    "make an average of them": "make an average by `ema synthesize`",
     "an export makes": "ema export makes",
     "the error curve shows": "ema error-plot shows",
 }

@@ -203,7 +203,7 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
 
 def existing(path: Path) -> Path:
     """An input file or directory that exists and is no pickle, with ~ expanded."""
-    from posthoc_cli.snapshots.check import PICKLES
+    from posthoc_cli.snapshots.directory import PICKLES
 
     path, mode = _looked_up(path)
     if mode is None:

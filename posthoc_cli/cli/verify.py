@@ -14,8 +14,8 @@ from posthoc_cli.cli.values import JsonOption, YesOption, existing
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
+    from posthoc_cli.snapshots.check import FileReport, Verification
     from posthoc_cli.snapshots.repair import Cleaning, Repair
-    from posthoc_cli.snapshots.reports import FileReport, Verification
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify out/ m.safetensors --json"
 
@@ -155,8 +155,8 @@ def _state(report: FileReport) -> str:
 
 
 def _summary(found: Verification, offer: bool) -> str:
+    from posthoc_cli.snapshots.check import UNCHECKED
     from posthoc_cli.snapshots.repair import MOVED, is_snapshot_directory
-    from posthoc_cli.snapshots.reports import UNCHECKED
 
     count = len(found.files)
     wrong = [report for report in found.files if not report.is_fine]

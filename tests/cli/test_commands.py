@@ -161,14 +161,16 @@ def test_what_shard_and_finish_leave_goes_on_to_one_file(ema: Ema, run: Path, tm
     average = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q")
     assert ema(*average, "--out", tmp_path / "whole.safetensors").code == 0
     refused = ema(*average, "--out", tmp_path / "m.safetensors", "--shard", "1/3").error
-    assert refused.endswith("a synthesis in parts makes a folder of shards; name a folder; ema export makes one file of it")
+    assert refused.endswith(
+        "a synthesis in parts makes a folder of shards; name a folder; ema export makes one file of it"
+    )
     for number in (1, 2, 3):
         assert ema(*average, "--out", tmp_path / "m", "--shard", f"{number}/3").code == 0
     for command in (("info", tmp_path / "m"), ("export", tmp_path / "m", "--out", tmp_path / "x.safetensors")):
         result = ema(*command)
         assert result.code == 1
-        assert "3 of the 3 parts of a model are there, and no index" in result.error
-        assert "--finish" in result.error
+        assert "3 of 3 shards of a model are there, and no index" in result.error
+        assert "finish the model" in result.error
     assert ema(*average, "--out", tmp_path / "m", "--finish").code == 0
     for name, source in (("a", tmp_path / "m"), ("b", tmp_path / "m" / "model.safetensors.index.json")):
         result = ema("export", source, "--out", tmp_path / f"{name}.safetensors")

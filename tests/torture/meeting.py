@@ -50,7 +50,7 @@ PATIENCE = 60.0
 STEP = 0.01
 """Seconds of a training step beside readers. Of one that thins every few milliseconds a reader never gets hold."""
 
-# --- a training, twice -----------------------------------------------------------------------------
+# --- a training, twice
 
 
 class Vector(torch.nn.Module):
@@ -114,7 +114,7 @@ def wrong_snapshots(folder: Path) -> list[str]:
     return wrong
 
 
-# --- processes -------------------------------------------------------------------------------------
+# --- processes
 
 
 class Other:
@@ -167,7 +167,7 @@ def refusals(mine: Connection) -> Iterator[None]:
         mine.send(("refused", str(error)))
 
 
-# --- readers beside a training and prunings --------------------------------------------------------
+# --- readers beside a training and prunings
 
 
 def trains(mine: Connection, folder: Path) -> None:
@@ -258,7 +258,7 @@ def read_once(tally: Tally, run: Path, out: Path, chance: random.Random) -> None
         tally.lost.append(f"reading {tally.tried}: {away:.2g} away from what it is made of, more than {tolerance:.2g}")
 
 
-# --- two writers -----------------------------------------------------------------------------------
+# --- two writers
 
 
 def writes(mine: Connection, folder: Path) -> None:
