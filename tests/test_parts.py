@@ -369,7 +369,7 @@ def test_finish_needs_to_know_where_the_parts_are(ema: Ema, run: Path) -> None:
     for options in ((), ("--dry-run",)):
         result = ema("synthesize", run, "--sigma-rel", "0.1", "--finish", *options)
         assert result.code == 2
-        assert result.error == "--out: where the parts are is missing"
+        assert result.error == "--out: is missing"
 
 
 def test_a_foreign_shard_of_a_part_s_name_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
