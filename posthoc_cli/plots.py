@@ -100,11 +100,7 @@ def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
 
 
 def loss_figure(
-    sigma_rels: FloatArray,
-    losses: FloatArray,
-    standard_errors: FloatArray,
-    raw: tuple[float, float],
-    metric: str,
+    sigma_rels: FloatArray, losses: FloatArray, standard_errors: FloatArray, raw: tuple[float, float], metric: str
 ) -> Figure:
     """A metric, lower is better, against sigma_rel, with the best marked and the raw weights as a line.
 

@@ -25,14 +25,7 @@ import typer
 import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.cli import demo, error_plot, export, guide, info, output, plan, profile, prune, synthesize, verify
-from posthoc_cli.errors import (
-    FileFormatError,
-    InvalidValueError,
-    MismatchError,
-    PostHocError,
-    VanishedError,
-    printable,
-)
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.

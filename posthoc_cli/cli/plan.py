@@ -40,8 +40,7 @@ def plan(
         str, typer.Option(metavar="COUNT", help="Length of training, in steps (calls of update_): 400000, 4e5, 400K.")
     ],
     params: Annotated[
-        str,
-        typer.Option(metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."),
+        str, typer.Option(metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M.")
     ],
     max_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB.")

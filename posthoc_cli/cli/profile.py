@@ -20,8 +20,7 @@ _COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g
 
 def profile(
     sigma_rel: Annotated[
-        str | None,
-        typer.Option(help=f"Widths: a number, list or range. [default: {_DEFAULT}]", show_default=False),
+        str | None, typer.Option(help=f"Widths: a number, list or range. [default: {_DEFAULT}]", show_default=False)
     ] = None,
     beta: Annotated[
         str | None, typer.Option(help="The other way: decays of a classical EMA, a number, list or range.")

@@ -35,8 +35,7 @@ def prune(
     ] = None,
     max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="as many as fit: 10GB, 500MiB; or")] = None,
     max_error: Annotated[
-        str | None,
-        typer.Option(help="as few as keep the worst predicted error in the range at or below this: 1e-3."),
+        str | None, typer.Option(help="as few as keep the worst predicted error in the range at or below this: 1e-3.")
     ] = None,
     sigma_range: SigmaRangeOption = "0.05:0.28",
     yes: YesOption = False,
@@ -98,12 +97,7 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
         output.print_line("")
     states = [("now", (*pruning.kept, *pruning.gone), pruning.before), ("then", pruning.kept, pruning.after)]
     table = [
-        [
-            when,
-            str(len(group)),
-            output.size_text(file_bytes(group)),
-            *map(output.percent, (e.worst, e.median)),
-        ]
+        [when, str(len(group)), output.size_text(file_bytes(group)), *map(output.percent, (e.worst, e.median))]
         for when, group, e in states
     ]
     output.print_table(["", "snapshots", "size", "worst error", "median error"], table, left=[""])

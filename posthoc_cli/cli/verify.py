@@ -29,8 +29,7 @@ def verify(
         bool, typer.Option("--deep", help="Also compare the values with what was measured when they were written.")
     ] = False,
     repair: Annotated[
-        bool,
-        typer.Option("--repair", help="Set aside what is broken in a snapshot directory: in DIR/quarantine."),
+        bool, typer.Option("--repair", help="Set aside what is broken in a snapshot directory: in DIR/quarantine.")
     ] = False,
     clean: Annotated[
         bool, typer.Option("--clean", help="Delete the temporaries that interrupted writes have left.")

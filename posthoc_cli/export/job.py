@@ -165,7 +165,9 @@ class Synthesis:
         if self.shard is not None and self.finish:
             raise InvalidValueError("shard and finish", "give one of them; finish when all parts are made")
         if self.out is None and (self.finish or not self.dry_run):
-            raise InvalidValueError("out", "is missing" if self.finish else "is missing; only a dry run needs no output")
+            raise InvalidValueError(
+                "out", "is missing" if self.finish else "is missing; only a dry run needs no output"
+            )
         if self.skip_existing and (self.shard or self.finish or self.distributed):
             raise InvalidValueError("skip_existing", "parts that are there stay as they are anyway", "leave it out")
         if self.shard is None:
