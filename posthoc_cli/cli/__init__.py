@@ -86,22 +86,24 @@ _OPTIONS = {
 
 def _translated(error: PostHocError, context: Any) -> PostHocError:
     """A copy of a library's error: arguments become options, and a broken snapshot leads to `ema verify`."""
-    told = copy.copy(error)
+    changed = copy.copy(error)
     for words, here in _OPTIONS.items():
-        told.hint = told.hint.replace(words, here)
+        changed.hint = changed.hint.replace(words, here)
     if isinstance(error, InvalidValueError):
         options = [parameter for parameter in context.command.params if parameter.opts[0].startswith("--")]
         names = {option.opts[0].removeprefix("--").replace("-", "_"): option.opts[0] for option in options}
         names |= {option.name: option.opts[0] for option in options}
         # A subject is an argument, or several: "t", "t and step", "beta 0.3".
-        told.subject = re.sub(r"(^|, | and )(\w+)(?=[, ]|$)", lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject)
+        changed.subject = re.sub(
+            r"(^|, | and )(\w+)(?=[, ]|$)", lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject
+        )
     if isinstance(error, FileFormatError | MismatchError) and not isinstance(error, VanishedError):
         for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
             if directory is not None and error.subject.startswith(f"{files.expanded(Path(directory))}{os.sep}"):
-                return told.with_hint(
+                return changed.with_hint(
                     f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
                 )
-    return told
+    return changed
 
 
 # --- commands --------------------------------------------------------------------------------------

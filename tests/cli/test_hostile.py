@@ -68,18 +68,8 @@ def test_links_among_shards_are_replaced_themselves(
     folder = tmp_path / "out"
     folder.mkdir()
     (folder / name).symlink_to(precious)
-    command = (
-        "synthesize",
-        run,
-        "--sigma-rel",
-        "0.1",
-        "--format",
-        "sharded",
-        "--max-shard-size",
-        "60",
-        "--out",
-        folder,
-    )
+    options = ["--sigma-rel", "0.1", "--format", "sharded", "--max-shard-size", "60"]
+    command = ("synthesize", run, *options, "--out", folder)
     assert ema(*command, "--force", "-q").code == 0
     assert (folder / INDEX_NAME).exists()
     assert not any(path.is_symlink() for path in folder.iterdir())

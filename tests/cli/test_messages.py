@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from ema_command import Ema
-from factories import OTHER_RUN_ID, flip_bit, read_snapshot, rewrite_snapshot
+from factories import OTHER_RUN_ID, contents, flip_bit, read_snapshot, rewrite_snapshot
 from safetensors.numpy import save_file
 
 MESSAGES = Path(__file__).parent.parent / "messages.txt"
@@ -81,16 +81,12 @@ def place(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return place
 
 
-def states(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.mark.parametrize("command", sorted({line.split()[0] for line in recorded()}))
 def test_wrong_input_is_one_line_and_changes_nothing(
     ema: Ema, place: Path, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(place)
-    before = states(place)
+    before = contents(place)
     expected = {line: answer for line, answer in recorded().items() if line.split()[0] == command}
     found = {}
     for line in expected:
@@ -99,7 +95,7 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         message = re.sub(r"\b[0-9a-f]{8} and", "ID and", re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error))
         found[line] = f"{result.code} {message}"
         assert result.out == "" or result.code == 1, line
-    assert states(place) == before
+    assert contents(place) == before
     if os.environ.get("EMA_RECORD_MESSAGES"):
         head = MESSAGES.read_text().split("\n")[0]
         cases = "".join(f"$ ema {line}\n{answer}\n" for line, answer in (recorded() | found).items())

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from ema_command import Ema
+from factories import flip_bit
 
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -98,9 +99,7 @@ def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
 
 def test_a_damaged_survivor_is_named_and_nothing_goes(ema: Ema, run: Path) -> None:
     newest = sorted(run.glob("*.safetensors"))[-1]
-    data = bytearray(newest.read_bytes())
-    data[-3] ^= 0x10
-    newest.write_bytes(data)
+    flip_bit(newest)
     result = ema("prune", run, "--keep", "5", "--yes", "--json")
     assert result.code == 1
     assert newest.name in result.error

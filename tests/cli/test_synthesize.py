@@ -13,15 +13,11 @@ import forked
 import pytest
 import torch
 from ema_command import Ema
-from factories import flip_bit
+from factories import contents, flip_bit
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.reconstruction import METHODS
-
-
-def states(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -93,10 +89,8 @@ def test_the_json_is_the_contract(ema: Ema, run: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) -> None:
     for path in run.glob("*.safetensors"):  # harm every payload: a dry run cannot notice
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-    before = states(run)
+        flip_bit(path)
+    before = contents(run)
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run")
     assert result.code == 0
     assert "nothing was written" in result.out
@@ -105,7 +99,7 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
         json.loads(ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run", "--json").out)["targets"][0]["output"]
         is None
     )
-    assert states(run) == before
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("when", [("--t", "1000"), ("--step", "1000")])
@@ -162,11 +156,11 @@ def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path
 
 
 def test_a_snapshot_is_never_replaced_even_with_force(ema: Ema, run: Path) -> None:
-    before = states(run)
+    before = contents(run)
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", sorted(run.glob("*.safetensors"))[3], "--force")
     assert result.code == 1
     assert "is a snapshot of a run" in result.error
-    assert states(run) == before
+    assert contents(run) == before
 
 
 def test_a_folder_takes_a_file_a_target_also_for_one(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -179,12 +173,12 @@ def test_a_folder_takes_a_file_a_target_also_for_one(ema: Ema, run: Path, tmp_pa
 def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "averages"
     ema("synthesize", run, "--sigma-rel", "0.05,0.10", "--out", folder)
-    before = states(folder)
+    before = contents(folder)
     report = json.loads(
         ema("synthesize", run, "--sigma-rel", "0.05,0.10,0.15", "--out", folder, "--skip-existing", "--json").out
     )
     assert [target["skipped"] for target in report["targets"]] == [True, True, False]
-    assert states(folder).items() > before.items()
+    assert contents(folder).items() > before.items()
 
 
 @pytest.mark.parametrize(
@@ -202,12 +196,12 @@ def test_an_output_of_another_plan_is_not_skipped(
     for layout, out in (("safetensors", tmp_path / "m.safetensors"), ("sharded", tmp_path / "m")):
         base = ("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--format", layout, "--quiet")
         assert ema(*base, *options).code == 0
-        before = states(tmp_path)
+        before = contents(tmp_path)
         refused = ema(*base, "--skip-existing")
         assert refused.code == 1
         assert f"is another output: {said}; choose another name, or --force to replace it" in refused.error
         assert ema(*base, *options, "--skip-existing").code == 0
-        assert states(tmp_path) == before
+        assert contents(tmp_path) == before
 
 
 def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skipped(
@@ -370,11 +364,11 @@ def test_a_full_disk(run: Path, tmp_path: Path, out: str) -> None:
         "import resource, sys, torch, posthoc_cli.export; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); "
         "from posthoc_cli.cli import main; main()"
     )
-    before = states(tmp_path)
+    before = contents(tmp_path)
     arguments = ["synthesize", str(run), "--sigma-rel", "0.15", "--out", str(tmp_path / out)]
     done = forked.run(code, *arguments)
     assert done.code == 1
     assert done.error.startswith(str(tmp_path / out))
     assert "cannot be written" in done.error
-    assert states(tmp_path) == before
+    assert contents(tmp_path) == before
     assert not (tmp_path / out).exists()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from ema_command import Ema
+from factories import contents, flip_bit
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
@@ -20,10 +21,6 @@ def ramp(tmp_path: Path) -> Path:
     path = tmp_path / "ramp.csv"
     path.write_text("time,density\n0,0\n2000,1\n")
     return path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_every_kind_at_once_each_into_a_file_of_its_name(ema: Ema, run: Path, tmp_path: Path, ramp: Path) -> None:
@@ -135,9 +132,7 @@ def test_what_would_be_too_inexact_is_not_made(ema: Ema, run: Path, tmp_path: Pa
 
 def test_a_bound_on_the_error_is_held_before_tensors_are_read(ema: Ema, run: Path, tmp_path: Path) -> None:
     for path in run.glob("*.safetensors"):
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
+        flip_bit(path)
     result = ema("synthesize", run, "--beta", "0.9", "--out", tmp_path / "m.safetensors", "--max-error", "1e-6")
     assert result.error.startswith("beta 0.9: the predicted error is ")
 

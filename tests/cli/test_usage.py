@@ -71,19 +71,6 @@ def test_an_output_in_the_working_directory_has_a_name(ema: Ema, place: Path) ->
     assert (place / "x-0.1.safetensors").exists()
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        ("synthesize", "run", *TARGET, "-o", "x.safetensors"),
-        ("error-plot", "run", "-o", "x.png"),
-        ("export", "model.safetensors", "-o", "x.pt"),
-    ],
-)
-def test_o_is_short_for_out(ema: Ema, place: Path, line: tuple[str, ...]) -> None:
-    assert ema(*line).code == 0
-    assert (place / line[-1]).exists()
-
-
 def test_every_out_has_its_short_name() -> None:
     for name, command in commands().items():
         for parameter in command.params:
