@@ -6,6 +6,7 @@ EMA_RECORD_MESSAGES=1, run this test, and read the difference.
 
 from __future__ import annotations
 
+import ast
 import os
 import pickle
 import re
@@ -19,6 +20,8 @@ import pytest
 from ema_command import Ema
 from factories import OTHER_RUN_ID, contents, flip_bit, read_snapshot, rewrite_snapshot
 from safetensors.numpy import save_file
+
+import posthoc_cli
 
 MESSAGES = Path(__file__).parent.parent / "messages.txt"
 PROFILES = {
@@ -102,3 +105,13 @@ def test_wrong_input_is_one_line_and_changes_nothing(
         MESSAGES.write_text(f"{head}\n\n{cases}")
     else:
         assert found == expected
+
+
+def test_no_error_of_the_library_names_an_option_or_a_command() -> None:
+    package = Path(posthoc_cli.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in ("cli", "demo"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                assert not re.search(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""", ast.unparse(node)), path
