@@ -23,8 +23,7 @@ from posthoc_cli.snapshots.outputs import (
     output_metadata,
     same_coefficients,
 )
-from posthoc_cli.snapshots.payload import verify_payload
-from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.reader import read_header, verify_payload
 from posthoc_cli.synthesis.engine import Options, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target

@@ -42,8 +42,7 @@ from posthoc_cli.snapshots.outputs import (
     output_metadata,
     same_coefficients,
 )
-from posthoc_cli.snapshots.payload import verify_payload
-from posthoc_cli.snapshots.reader import read_header, read_small_file
+from posthoc_cli.snapshots.reader import read_header, read_small_file, verify_payload
 from posthoc_cli.synthesis.engine import Options, Progress
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.sources import DiskSource, Source

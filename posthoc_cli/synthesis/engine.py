@@ -20,7 +20,7 @@ import torch
 
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.snapshots.sharded import TensorReader
+from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import round_to, torch_dtype
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.sums import Precision, Sums, matmul_precision
@@ -271,7 +271,7 @@ class Maker:
     def __init__(
         self,
         plan: Plan,
-        opened: Sequence[TensorReader | Mapping[str, torch.Tensor]],
+        opened: Sequence[TensorFile | Mapping[str, torch.Tensor]],
         device: torch.device,
         chunk: int,
     ) -> None:

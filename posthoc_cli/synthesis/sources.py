@@ -12,8 +12,7 @@ from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorEntry, TensorSpec
 from posthoc_cli.snapshots.measurements import snapshot_prior
-from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.sharded import TensorReader, open_tensors
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 
 if TYPE_CHECKING:
     import torch
@@ -37,7 +36,7 @@ class Source(Protocol):
         """Dtype, shape and bytes of each stored tensor."""
         ...
 
-    def open(self) -> AbstractContextManager[TensorReader | Mapping[str, torch.Tensor]]:
+    def open(self) -> AbstractContextManager[TensorFile | Mapping[str, torch.Tensor]]:
         """Open it for reading, by any number of threads.
 
         Tensors in memory are on the host, or hold their values already: threads do not wait for the caller's stream.
@@ -66,9 +65,9 @@ class DiskSource:
         """Dtype, shape and place of each tensor."""
         return self.snapshot.header.tensors
 
-    def open(self) -> TensorReader:
+    def open(self) -> TensorFile:
         """Open the file; it must still be the one that was planned with."""
-        return open_tensors(self.snapshot)
+        return TensorFile(self.snapshot.path, self.snapshot.header)
 
 
 def disk_sources(directory: str | Path) -> list[Source]:

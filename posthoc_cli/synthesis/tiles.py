@@ -17,7 +17,7 @@ import torch
 
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.sharded import TensorReader
+from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.sources import distinct_dtypes
@@ -140,7 +140,7 @@ class TileReader(Protocol):
         ...
 
 
-def open_tile(source: TensorReader | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
+def open_tile(source: TensorFile | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
     """Start reading a tile of an open source."""
     if isinstance(source, Mapping):
         return _MemoryTile(source, tile)
@@ -206,7 +206,7 @@ class _Room:
 class _FileRange:
     """A range of one tensor in a file, chunk by chunk."""
 
-    def __init__(self, file: TensorReader, piece: Piece) -> None:
+    def __init__(self, file: TensorFile, piece: Piece) -> None:
         self._dtype = file.header.tensors[piece.name].dtype
         self._size = ITEM_BYTES[self._dtype]
         self._range = file.read_range(piece.name, piece.begin * self._size, piece.end * self._size)
@@ -219,7 +219,7 @@ class _FileRange:
 class _FileBatch:
     """Small tensors of a file: neighbours are read and converted together, each is verified alone."""
 
-    def __init__(self, file: TensorReader, tile: Tile) -> None:
+    def __init__(self, file: TensorFile, tile: Tile) -> None:
         self._file = file
         self._bounds = tile.bounds
         self._names = tile.names
