@@ -16,7 +16,7 @@ from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import Inspection, inspect_directory
 from posthoc_cli.snapshots.format import FileHeader, by_segment
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import check_alike, check_indexed, is_model_folder, model_files, models_at
+from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, is_model_folder, model_files, models_at
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.states import decode_state
@@ -47,12 +47,12 @@ def describe_model(path: Path) -> Description:
     for file, names in model_files(path).items():
         headers[file] = read_header(file)
         check_indexed(file, headers[file], names)
-    if len(headers) == 1:
-        ((file, header),) = headers.items()
+    if index_of(path) is None:
+        ((path, header),) = headers.items()
         if file_kind(header) == "snapshot":
-            return _describe_snapshot(Snapshot(file, header, decode_snapshot(file, header)))
+            return _describe_snapshot(Snapshot(path, header, decode_snapshot(path, header)))
         if file_kind(header) == "state":
-            return _describe_state(file, header)
+            return _describe_state(path, header)
     outputs = [decode_output(file, header) for file, header in headers.items() if file_kind(header) == "output"]
     if not outputs or len(outputs) < len(headers):
         return {"kind": "safetensors", "path": str(path), **_sizes(headers.values())}

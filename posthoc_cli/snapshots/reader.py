@@ -113,8 +113,10 @@ class TensorFile:
         """
         offset = self.header.payload_start + self.header.tensors[name].begin + begin
         while view:
-            with _named_on_error(self.path, "read"):
+            try:
                 count = files.system.read(self._descriptor, view, offset)
+            except OSError as error:
+                raise _cannot(self.path, "read", error) from error
             if count == 0:
                 raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
             view, offset = view[count:], offset + count
@@ -216,10 +218,14 @@ def _named_on_error(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # On a network file system an open file goes away, too, when another host removes it.
-        kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
-        hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
-        raise kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint) from error
+        raise _cannot(path, verb, error) from error
+
+
+def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
+    # On a network file system an open file goes away, too, when another host removes it.
+    kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
+    hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
+    return kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint)
 
 
 def _open(path: Path) -> int:
