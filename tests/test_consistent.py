@@ -170,7 +170,7 @@ def test_too_many_open_files_are_told_with_the_limit_to_raise(tmp_path: Path) ->
     )
     said = forked.check(script, tmp_path).out
     assert said.startswith("FileFormatError ")
-    assert "too many open files; a synthesis holds all its snapshots open: raise the limit" in said
+    assert "too many open files; raise the limit" in said
 
 
 def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planned(

@@ -199,13 +199,13 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = Non
         OutputExistsError: a file with an output's name is damaged, or of another run, target, time, method or dtype, of
             other snapshots, or has no metadata to tell.
     """
-    there = set()
+    there, specs = set(), plan.specs()
     for index, path in enumerate(paths):
         kind = layout_of(path, layout)
         if not output_exists(path, kind):
             continue
         try:
-            _check_output(path, kind, plan.output_info(index), plan.specs())
+            _check_output(path, kind, plan.output_info(index), specs)
         except (FileFormatError, MismatchError) as error:
             hint = "choose another name, or overwrite=True to replace it"
             raise OutputExistsError(error.subject, error.reason, hint) from error

@@ -3,7 +3,7 @@
 A plan is divided from headers alone into parts of complete tensors. Dividing the same plan into the same number of
 parts gives the same parts on any machine, so processes that each make some of them never communicate.
 
-What holds, whatever happens to any of the processes and in any order:
+What holds if processes fail at any moment and run in any order:
 
 1. A part is absent or complete, and its metadata (see `snapshots.format`) names the part and the plan it belongs to, so
    that parts of different runs, targets, snapshots, releases or divisions never mix.

@@ -40,8 +40,8 @@ CHUNK = 32_768
 """The same for several targets, whose sums need room for a row a source and a row a target."""
 
 AUTO_REASON = "auto: reading and verifying on the CPU is the limit, and the bus would be one more"
-"""Why `auto` is the CPU, whatever else is there: every byte is read and verified there in any case, and the sums take
-a fraction of that time; `scripts/bench_synthesis.py --device cuda` prints both."""
+"""Why `auto` is always the CPU: every byte is read and verified there in any case, and the sums take a fraction of that
+time; `scripts/bench_synthesis.py --device cuda` prints both."""
 
 
 @dataclass(frozen=True)

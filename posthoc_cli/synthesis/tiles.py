@@ -1,6 +1,6 @@
 """Tiles: the ranges of large tensors, and batches of small ones, that threads make; and how a source's tile is read.
 
-Tiles share nothing. Their edges are edges of checksum blocks in every snapshot and in the output, whatever the dtypes;
+Tiles share nothing. Their edges are edges of checksum blocks in every snapshot and in the output, for all dtypes;
 so each byte is read once, and verified in the pass that reads it.
 """
 
