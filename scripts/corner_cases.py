@@ -25,7 +25,7 @@ from trajectories import Replay, Trajectory, record
 
 from posthoc_cli import Between, PostHocEMA, Schedule
 from posthoc_cli.errors import InexactError
-from posthoc_cli.planning import USEFUL_RANGE, judge, schedule, snapshots_to_drop
+from posthoc_cli.planning import USEFUL_RANGE, forecast, judge, snapshots_to_drop
 from posthoc_cli.planning.proposals import Task, relative_rounding
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
@@ -333,7 +333,7 @@ def keeping(options: Options) -> Iterator[Cell]:
 
 def _worst(profiles: Sequence[PowerFunction], prior: Prior, chosen: Sequence[int]) -> float:
     """The worst error that is predicted over the useful range, of averages made of the chosen ones."""
-    return schedule([profiles[index] for index in chosen], prior.of(chosen), USEFUL_RANGE, 11).worst
+    return forecast([profiles[index] for index in chosen], prior.of(chosen), USEFUL_RANGE, 11).worst
 
 
 def _choices(profiles: Sequence[PowerFunction], kept: int) -> Iterator[list[int]]:

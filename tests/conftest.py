@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import signal
 import sys
@@ -19,6 +20,12 @@ from ema_command import Ema, Result  # noqa: E402
 
 from posthoc_cli.cli import main  # noqa: E402
 from posthoc_cli.tracker import pipeline, worker  # noqa: E402
+
+
+def pytest_collection_finish() -> None:
+    """What is loaded by now stays: tests that collect garbage need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from ema_command import Ema
@@ -170,9 +169,9 @@ def test_too_many_open_files_are_told_with_the_limit_to_raise(tmp_path: Path) ->
         "try: tracker.state_dict(sigma_rel=0.15)\n"
         "except Exception as error: print(type(error).__name__, error)\n"
     )
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("FileFormatError ")
-    assert "too many open files; a synthesis holds all its snapshots open: raise the limit" in done.stdout
+    said = forked.check(script, tmp_path).out
+    assert said.startswith("FileFormatError ")
+    assert "too many open files; a synthesis holds all its snapshots open: raise the limit" in said
 
 
 def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planned(

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
+from ema_command import Ema
 from safetensors.torch import load_file
 
 from posthoc_cli import plots
@@ -28,11 +29,6 @@ from posthoc_cli.snapshots.directory import read_directory
 PICTURES = ("loss.png", "error.png")
 
 
-def ema(*arguments: object, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "posthoc_cli", *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | (env or {}), capture_output=True, text=True, check=False)
-
-
 # --- one short demo, looked at from all sides ------------------------------------------------------
 
 
@@ -43,10 +39,9 @@ pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """The folder in which `ema demo` ran, and what it printed."""
     base = tmp_path_factory.mktemp("demo")
-    done = ema("demo", "--steps", 300, cwd=base)
-    assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return base, done.stdout
+    done = forked.check(forked.EMA, "demo", "--steps", 300, cwd=base)
+    assert done.err == ""
+    return base, done.out
 
 
 def test_a_demo_makes_snapshots_averages_and_pictures(demo: tuple[Path, str]) -> None:
@@ -80,8 +75,7 @@ def test_every_command_that_a_demo_prints_can_be_repeated(demo: tuple[Path, str]
     before = load_file(average)
     average.unlink()
     for command in commands:
-        done = ema(*shlex.split(command)[1:], cwd=base)
-        assert done.returncode == 0, done.stderr
+        forked.check(forked.EMA, *shlex.split(command)[1:], cwd=base)
     assert all(torch.equal(value, before[name]) for name, value in load_file(average).items())
 
 
@@ -90,8 +84,7 @@ def test_what_a_demo_suggests_to_try_next_works(demo: tuple[Path, str]) -> None:
     commands = re.findall(r"^  (ema .*)$", printed.partition("and try:")[2], re.MULTILINE)
     assert len(commands) == 3
     for command in commands:
-        done = ema(*shlex.split(command)[1:], cwd=base)
-        assert done.returncode == 0, done.stderr
+        forked.check(forked.EMA, *shlex.split(command)[1:], cwd=base)
 
 
 def test_synthesized_weights_are_the_tracked_averages_as_far_as_the_coefficients_allow(
@@ -152,31 +145,34 @@ def _error_bound(folder: Folder, width: float, path: torch.Tensor) -> float:
 def _coefficients(folder: Folder, width: float) -> dict[tuple[float, float], float]:
     """(t, sigma_rel) of each snapshot in an average -> its coefficient, as `ema info` tells it."""
     snapshots = {s.path.name: (s.info.t, s.info.sigma_rel) for s in read_directory(folder.snapshots)}
-    report = json.loads(ema("info", folder.average(width), "--json", cwd=Path.cwd()).stdout)
+    report = json.loads(forked.check(forked.EMA, "info", folder.average(width), "--json").out)
     return {snapshots[item["file"]]: item["coefficient"] for item in report["snapshots"]}
 
 
 # --- the folder ------------------------------------------------------------------------------------
 
 
-def test_force_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_object(tmp_path: Path) -> None:
+def test_force_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_object(
+    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **_: forked.Forked(forked.EMA, *command[3:]))
     out = tmp_path / "my demo"
     Folder(out).prepare(force=False)
     stale = out / "averages" / "sigma_rel-0.01.safetensors"
     for file in (stale, out / "loss.png", out / "notes.txt", out / "averages" / "mine.safetensors"):
         file.write_text("x")
 
-    refused = ema("demo", "--out", out, "--steps", 100, cwd=tmp_path)
-    assert refused.returncode == 1
-    assert refused.stderr.count("\n") == 1
-    assert "my demo: holds an earlier demo" in refused.stderr
+    refused = ema("demo", "--out", out, "--steps", 100)
+    assert refused.code == 1
+    assert "my demo: holds an earlier demo" in refused.error
 
-    done = ema("demo", "--out", "my demo", "--steps", 100, "--force", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    report = json.loads(done.stdout)
+    done = ema("demo", "--out", "my demo", "--steps", 100, "--force", "--json")
+    assert done.code == 0, done.err
+    report = json.loads(done.out)
     assert report["best"] == min(report["averages"], key=lambda one: one["loss"])["sigma_rel"]
     assert [check["sigma_rel"] for check in report["tracked"]] == list(DIRECT_SIGMA_RELS)
-    assert [f"$ {command}" for command in report["commands"]] == re.findall(r"^\$ .*$", done.stderr, re.MULTILINE)
+    assert [f"$ {command}" for command in report["commands"]] == re.findall(r"^\$ .*$", done.err, re.MULTILINE)
     assert "'my demo/snapshots'" in report["commands"][0]
     assert not stale.exists()
     assert (out / "notes.txt").read_text() == "x"
@@ -210,21 +206,20 @@ def test_steps_that_do_not_fit_are_refused_before_anything_is_made(tmp_path: Pat
         Settings(steps)
 
 
-def test_steps_that_do_not_fit_end_with_exit_code_2(tmp_path: Path) -> None:
-    done = ema("demo", "--steps", 250, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr == "ema: error: --steps 250: must be a multiple of 100, from 100\n"
+def test_steps_that_do_not_fit_end_with_exit_code_2(ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = ema("demo", "--steps", 250)
+    assert (done.code, done.error) == (2, "--steps 250: must be a multiple of 100, from 100")
     assert not list(tmp_path.iterdir())
 
 
-def test_without_scikit_learn_one_line_says_what_to_install(tmp_path: Path) -> None:
-    shim = tmp_path / "shim" / "sklearn.py"
-    shim.parent.mkdir()
-    shim.write_text("raise ModuleNotFoundError(\"No module named 'sklearn'\", name='sklearn')\n")
-    done = ema("demo", "--out", "new", cwd=tmp_path, env={"PYTHONPATH": str(shim.parent)})
-    assert done.returncode == 1
-    assert done.stderr.count("\n") == 1
-    assert "pip install 'posthoc-cli[demo]'" in done.stderr
+def test_without_scikit_learn_one_line_says_what_to_install(
+    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn", None)  # type: ignore[arg-type]
+    done = ema("demo", "--out", tmp_path / "new")
+    assert done.code == 1
+    assert "pip install 'posthoc-cli[demo]'" in done.error
     assert not (tmp_path / "new").exists()
 
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import pytest
 
 from posthoc_cli import files
@@ -190,10 +189,7 @@ except WriteError as error:
 
 def test_a_file_above_the_size_limit_of_the_process_leaves_nothing(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(OLD)
-    done = subprocess.run(
-        [sys.executable, "-c", LIMITED, str(tmp_path / "a")], capture_output=True, text=True, check=True
-    )
-    assert int(done.stdout) == errno.EFBIG
+    assert int(forked.check(LIMITED, tmp_path / "a").out) == errno.EFBIG
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_bytes() == OLD
 

@@ -27,7 +27,7 @@ from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
 from posthoc_cli.reconstruction.losses import Losses
 from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.prior import Prior
-from posthoc_cli.reconstruction.rounding import rounding_factor
+from posthoc_cli.reconstruction.rounding import inherited_factor, rounding_factor
 from posthoc_cli.reconstruction.steps import Cells
 
 _NO_ROUNDING = 1e-30
@@ -164,9 +164,7 @@ class MinimumVariance:
         own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
         if self._prior.inherited is None:
             return own
-        # One error a profile, which all its averages have.
-        shared = np.sqrt(self._prior.inherited) * (np.unique(self._gamma)[:, None] == self._gamma)
-        return np.vstack((own, shared))
+        return np.vstack((own, inherited_factor(self._prior.inherited, self._gamma, self._times)))
 
     @cached_property
     def _problem(self) -> tuple[LeastSquares, FloatArray]:

@@ -47,7 +47,7 @@ _NO_NOISE = 1e-3
 """Noise that has a smaller part than this in every distance is none."""
 
 _WIDEST = 40.0
-_SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-9, "gtol": 1e-6}
+_SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
 
 
 @dataclass(frozen=True, eq=False)

@@ -67,8 +67,7 @@ class Prior:
         norm: squared norm of each average.
         source: "measured" while training, "sampled" from the files, or "assumed" where there was nothing to measure.
         steps: when the network moved; None where it is not known.
-        inherited: variance that going on from rounded snapshots left in each average, the same error in all of one
-            profile; None for none.
+        inherited: variance that going on from rounded snapshots left in each average; None for none.
     """
 
     motion: Motion

@@ -15,6 +15,8 @@ semidefinite.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 from scipy import linalg
 
@@ -52,19 +54,43 @@ def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatAr
     return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
 
 
-def error_after_rounding(error: float, rounding: float, spread: float, moved: float) -> float:
+def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray) -> FloatArray:
+    """A matrix B with B^T B = the covariance of what averages inherited from rounded snapshots: shape [n, n].
+
+    Of one profile, an average has the error of an earlier one as far as it has its values, (t_i / t)^(gamma + 1), and
+    what it has beyond that came in between.
+
+    Arguments:
+        inherited: variance of each one's error: shape [n].
+        gamma, times: of the averages, the times growing: shape [n] each.
+    """
+    factor = np.zeros((times.size, times.size))
+    for own in (np.flatnonzero(gamma == one) for one in np.unique(gamma)):
+        factor[own[0], own[0]] = np.sqrt(inherited[own[0]])
+        for before, after in pairwise(own.tolist()):
+            kept = factor[:, before] * (times[before] / times[after]) ** (gamma[after] + 1)
+            have = float(kept @ kept)
+            factor[:, after] = kept * np.sqrt(min(1.0, inherited[after] / have)) if have > 0 else 0.0
+            factor[after, after] = np.sqrt(max(inherited[after] - have, 0.0))
+    return factor
+
+
+def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
     """Expected squared error of an average that goes on from its stored copy, after it had an error before.
 
-    Where it has moved little since it was last rounded, it is rounded to the same value again: then all errors are of
-    one sign, and add up.
+    A copy lies on the values of the storage dtype: what the next rounding takes depends on the displacement from there
+    alone. The displacement is `share` times what the average lags behind, a lag that is forgotten by that share in the
+    same time; two in a row differ by 2 share times their square. Where that is little, all errors are of one sign, and
+    add up.
 
     Arguments:
         error: expected squared error that it had already.
         rounding: squared rounding error of the stored copy.
         spread: what that is to be expected of values that lie anywhere between those of the storage dtype.
         moved: squared distance from the copy that it went on from the last time.
+        share: of the average, what came in since then.
     """
-    alike = float(_correlation(np.array([moved / spread]))[0]) if spread > 0 else 0.0
+    alike = float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
     return error + rounding + 2 * alike * float(np.sqrt(error * rounding))
 
 

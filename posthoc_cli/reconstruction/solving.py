@@ -147,11 +147,12 @@ def _target_time(snapshots: Sequence[PowerFunction], targets: Sequence[Profile])
     return min((p.t for p in targets if isinstance(p, PowerFunction)), default=max(p.t for p in snapshots))
 
 
-_GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_SUDDEN = (0.9, 1.0), (0.6, 0.75), (0.3, 0.5)
+_GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_SUDDEN = (0.8, 0.95), (0.6, 0.75), (0.3, 0.5)
 """Predicted error, relative to that of the published coefficients, up to which minimum variance alone is used, and from
-which on the published ones are: a motion that is not quite as it was fitted costs more than so little a gain. Where few
-snapshots tell of it, or where a sudden movement lies within an interval, it is known less well (measured: up to 1.6 and
-70 times the published error with the first pair alone)."""
+which on the published ones are: a motion that is not quite as it was fitted costs more than so little a gain (measured:
+with 0.9 and 1 up to 1.22 times the published error, after a pause of the clock). Where few snapshots tell of it, or
+where a sudden movement lies within an interval, it is known less well (measured: up to 1.6 and 70 times the published
+error with 0.9 and 1)."""
 
 _FEW_TIMES = 6
 

@@ -219,9 +219,10 @@ def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
                 expected += (ROUNDING * eps) ** 2 * float(torch.linalg.vector_norm(own)) ** 2
     info, measured = snapshot.info, snapshot.info.measurements
     before = [d for d in measured.distances if d.sigma_rel == info.sigma_rel] if measured is not None else []
-    moved = max(before, key=lambda d: d.t).squared if before else math.inf
+    last = max(before, key=lambda d: d.t, default=None)
+    moved, share = (math.inf, 1.0) if last is None else (last.squared, 1 - (last.t / info.t) ** (info.gamma + 1))
     rounding = expected if measured is None else measured.rounding
-    found = error_after_rounding(info.inherited, rounding, expected, moved)
+    found = error_after_rounding(info.inherited, rounding, expected, moved, share)
     return found if math.isfinite(found) else 0.0
 
 

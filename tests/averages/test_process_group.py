@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
+import forked
 import pytest
 import torch
 
 from posthoc_cli.averages import EMAStats
 
-ROOT = Path(__file__).resolve().parents[2]
 ROWS = (5, 2)
 """Rows of each process; one process has other batches than the other."""
 
 WORKER = """
 import copy, io, sys, warnings
+warnings.simplefilter("error", UserWarning)
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -90,16 +86,11 @@ pytestmark = pytest.mark.xdist_group("gloo")  # one group of processes for all t
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> list[dict]:
     folder = tmp_path_factory.mktemp("gloo")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     for rank, batches in enumerate(all_batches()):
         torch.save(batches, folder / f"batches-{rank}.pt")
-    command = [sys.executable, "-W", "error::UserWarning", "-c", WORKER]
-    processes = [
-        subprocess.Popen([*command, str(rank), str(folder)], env=environment, stderr=subprocess.PIPE, text=True)
-        for rank in range(2)
-    ]
+    processes = [forked.Forked(WORKER, rank, folder) for rank in range(2)]
     for process in processes:
-        _, errors = process.communicate(timeout=300)
+        _, errors = process.communicate()
         assert process.returncode == 0, errors
     return [torch.load(folder / f"result-{rank}.pt", weights_only=True) for rank in range(2)]
 

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 import warnings
 import weakref
 from collections.abc import Callable
-from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused, saved_and_loaded
-from ema_command import unmeasured_environment
 from factories import FloatArray
 
 from posthoc_cli.averages import EMAStats
@@ -198,9 +195,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / before)
 
 def test_memory_is_flat_over_10_000_batches() -> None:
     """Kept graphs of 9,000 batches would take 16 kB each at least: half as much again as torch itself."""
-    environment = {**unmeasured_environment(), "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-    done = subprocess.run([sys.executable, "-c", LOOP], env=environment, capture_output=True, text=True, check=True)
-    assert float(done.stdout) < 1.05
+    assert float(forked.check(LOOP).out) < 1.05
 
 
 def test_a_loss_on_the_statistics_trains() -> None:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
-from ema_command import Ema, unmeasured_environment
+from ema_command import Ema
 from factories import OTHER_RUN_ID, read_snapshot
 
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
@@ -235,14 +234,9 @@ def test_an_output_directory_without_write_permission(run: Path) -> None:
         closed = folder / "closed"
         closed.mkdir(mode=0o555)
         arguments = [folder / "run", folder / "warm-up.safetensors", closed / "out.safetensors"]
-        done = subprocess.run(
-            [sys.executable, "-c", AS_ANOTHER_USER, *map(str, arguments)],
-            capture_output=True, text=True, check=False, env=unmeasured_environment(),
-        )  # fmt: skip
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == (
-            f"ema: error: {closed}/out.safetensors: cannot be written: permission denied; nothing partial is left\n"
-        )
+        done = forked.run(AS_ANOTHER_USER, *arguments)
+        assert (done.code, done.out) == (1, "")
+        assert done.error == f"{closed}/out.safetensors: cannot be written: permission denied; nothing partial is left"
         assert list(closed.iterdir()) == []
 
 
@@ -255,13 +249,9 @@ def test_a_full_disk(run: Path, tmp_path: Path, out: str) -> None:
     )
     before = states(tmp_path)
     arguments = ["synthesize", str(run), "--sigma-rel", "0.15", "--out", str(tmp_path / out)]
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True, text=True, check=False, env=unmeasured_environment(),
-    )  # fmt: skip
-    assert done.returncode == 1
-    assert done.stderr.startswith(f"ema: error: {tmp_path / out}")
-    assert done.stderr.count("\n") == 1
-    assert "cannot be written" in done.stderr
+    done = forked.run(code, *arguments)
+    assert done.code == 1
+    assert done.error.startswith(str(tmp_path / out))
+    assert "cannot be written" in done.error
     assert states(tmp_path) == before
     assert not (tmp_path / out).exists()

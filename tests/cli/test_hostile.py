@@ -14,6 +14,7 @@ import unicodedata
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from ema_command import Ema, unmeasured_environment
@@ -231,20 +232,13 @@ def test_a_shard_that_is_lost_stops_a_synthesis_at_once_and_leads_to_verify(
 def test_names_that_the_encoding_of_the_terminal_lacks_are_escaped(run: Path, tmp_path: Path, encoding: str) -> None:
     folder = Path(shutil.copytree(run, tmp_path / "\u65e5\u672c"))
     save_file({"w": torch.ones(2)}, folder / "\u65e5\u672c.safetensors")
-    environment = {**unmeasured_environment(), "PYTHONIOENCODING": encoding}
+    code = f"import sys; sys.stdout.reconfigure(encoding={encoding!r}); {forked.EMA}"
     for arguments in (
         ["info", folder],
         ["verify", folder, "--verbose"],
         ["synthesize", folder, "--sigma-rel", "0.1", "--out", folder / "o.pt"],
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "posthoc_cli", *map(str, arguments)],
-            capture_output=True,
-            check=False,
-            env=environment,
-        )
-        assert done.returncode == 0, done.stderr
-        assert b"\\u65e5\\u672c" in done.stdout
+        assert "\\u65e5\\u672c" in forked.check(code, *arguments).out
 
 
 def test_without_an_input_nobody_is_asked(run: Path) -> None:
@@ -364,8 +358,7 @@ def test_nothing_of_the_user_the_host_or_the_environment_is_in_a_file(tmp_path: 
         "LOGNAME": "secret-user",
         "KEY": "s3cret",
     }
-    code = [sys.executable, "-c", LEAKING]
-    subprocess.run(code, cwd=home, env=unmeasured_environment() | own, check=True, capture_output=True)
+    forked.check(LEAKING, cwd=home, env=unmeasured_environment() | own)
     words = ["home-of-somebody", "secret-host", "secret-user", "s3cret", str(tmp_path), sys.prefix]
     words += [word for word in (socket.gethostname(), getpass.getuser()) if len(word) >= 8]  # shorter ones by chance
     made = [path for path in home.rglob("*") if path.is_file()]
@@ -390,8 +383,14 @@ savefig.directory: /
 
 
 def test_a_matplotlibrc_in_the_working_directory_neither_runs_anything_nor_changes_a_picture(tmp_path: Path) -> None:
-    code = "import sys; from posthoc_cli.cli import main; main()"
-    line = "error-plot --sigma-rels 0.05,0.28 --steps 1000 --checkpoint-every 100 --out"
+    code = (
+        "import sys; from posthoc_cli.cli import main\n"
+        "for suffix in ('png', 'svg'):\n"
+        "    sys.argv[-1:] = [f'picture.{suffix}']\n"
+        "    try: main()\n"
+        "    except SystemExit as ended: assert not ended.code\n"
+    )
+    line = "error-plot --sigma-rels 0.05,0.28 --steps 1000 --checkpoint-every 100 --out picture"
     pictures = []
     for folder in (tmp_path / "plain", tmp_path / "evil"):
         folder.mkdir()
@@ -402,10 +401,9 @@ def test_a_matplotlibrc_in_the_working_directory_neither_runs_anything_nor_chang
                 (folder / program).write_text("#!/bin/sh\ntouch executed\n")
                 (folder / program).chmod(0o755)
         path = os.pathsep.join([str(folder), os.environ["PATH"]])
-        for suffix in ("png", "svg"):
-            arguments = [sys.executable, "-c", code, *line.split(), f"picture.{suffix}"]
-            subprocess.run(arguments, cwd=folder, env=unmeasured_environment() | {"PATH": path}, check=True)
-            pictures.append((folder / f"picture.{suffix}").read_bytes())
+        arguments = [sys.executable, "-c", code, *line.split()]
+        subprocess.run(arguments, cwd=folder, env=unmeasured_environment() | {"PATH": path}, check=True)
+        pictures += [(folder / f"picture.{suffix}").read_bytes() for suffix in ("png", "svg")]
         assert not (folder / "executed").exists()
     assert pictures[:2] == pictures[2:]
 

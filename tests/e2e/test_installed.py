@@ -7,14 +7,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
-from ema_command import unmeasured_environment
 from factories import RUN_ID, exact_average, write_snapshot
 from safetensors.torch import load_file
 
@@ -110,8 +109,8 @@ def distance(found: np.ndarray, exact: np.ndarray) -> float:
 
 
 def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", TRAINING], cwd=tmp_path, check=True)
-    assert ema("info", "run/ema", cwd=tmp_path).returncode == 0
+    forked.check(TRAINING, cwd=tmp_path)
+    forked.check(forked.EMA, "info", "run/ema", cwd=tmp_path)
     made = ema(
         "synthesize", "run/ema", "--sigma-rel", "0.05,0.15", "--beta", "0.99", "--window", "500", "--out",
         "ema-{target}.safetensors", "--max-error", "1%", "--json", cwd=tmp_path,
@@ -136,8 +135,8 @@ def test_the_main_job_from_training_to_export(tmp_path: Path) -> None:
     # What the hook did not see it cannot know, but it is not far from what it saw.
     assert distance(found["beta 0.99"], classical_average(path[9:], 0.99)) <= 5e-3
     assert distance(found["window 500"], path[-500:].mean(axis=0)) <= 5e-3
-    assert ema("error-plot", "run/ema", "--out", "error.svg", cwd=tmp_path).returncode == 0
-    assert ema("export", "ema-sigma_rel-0.15.safetensors", "--out", "ema.pt", cwd=tmp_path).returncode == 0
+    forked.check(forked.EMA, "error-plot", "run/ema", "--out", "error.svg", cwd=tmp_path)
+    forked.check(forked.EMA, "export", "ema-sigma_rel-0.15.safetensors", "--out", "ema.pt", cwd=tmp_path)
     loaded = torch.load(tmp_path / "ema.pt", weights_only=True)
     torch.nn.Linear(8, 8).load_state_dict(loaded)
 
@@ -154,9 +153,9 @@ def test_errors_are_one_line_and_no_traceback(tmp_path: Path) -> None:
     assert (failed.returncode, failed.stdout) == (2, "")
     assert failed.stderr.startswith("ema: error: nowhere: no such directory")
     assert failed.stderr.count("\n") == 1
-    shown = ema("--debug", "info", "nowhere", cwd=tmp_path)
-    assert shown.returncode == 1
-    assert "Traceback" in shown.stderr
+    shown = forked.run(forked.EMA, "--debug", "info", "nowhere", cwd=tmp_path)
+    assert shown.code == 1
+    assert "Traceback" in shown.err
 
 
 def test_a_reader_that_goes_away_is_no_error_message(tmp_path: Path) -> None:
@@ -172,42 +171,25 @@ def test_a_reader_that_goes_away_is_no_error_message(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def large_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 snapshots of 2,000 small tensors: some seconds of work."""
+    """20 snapshots of 2,000 small tensors: seconds of work."""
     folder = tmp_path_factory.mktemp("large") / "run"
     folder.mkdir()
     values = {f"layer{index}": torch.full((4,), float(index)) for index in range(2000)}
     first = write_snapshot(folder, 1.0, 0.05, RUN_ID, values)
-    for t in range(2, 41):
+    for t in range(2, 21):
         write_snapshot(folder, float(t), 0.05, RUN_ID, values)
     assert first.exists()
     return folder
 
 
-UNIGNORED = (
-    "import os, signal, sys; signal.signal(int(sys.argv[1]), signal.SIG_DFL); os.execv(sys.argv[2], sys.argv[2:])"
-)
-"""Runs a command that gets a signal, whether or not the tests were started where it is ignored (in the background)."""
-
-
 def interrupted_when_it_writes(command: list[object], target: Path, number: signal.Signals) -> tuple[int, str]:
     """Send a signal to a command as soon as it has a temporary in `target`: how it ended, and what it said."""
-    # Unmeasured: coverage holds a lock at moments at which a signal may come, and then waits for itself.
-    unignored = [sys.executable, "-c", UNIGNORED, str(int(number)), *map(str, command)]
-    with subprocess.Popen(
-        unignored, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=unmeasured_environment()
-    ) as process:
-        started = threading.Event()
-
-        def watch() -> None:
-            while process.poll() is None and not list(target.rglob(".ema-*")):
-                time.sleep(2e-4)
-            started.set()
-
-        threading.Thread(target=watch, daemon=True).start()
-        assert started.wait(60)
-        process.send_signal(number)
-        _, errors = process.communicate()
-    return process.returncode, errors
+    process = forked.Forked(forked.EMA, *command)
+    while process.poll() is None and not list(target.rglob(".ema-*")):
+        time.sleep(2e-4)
+    process.send_signal(number)
+    _, errors = process.communicate()
+    return process.wait(), errors
 
 
 @pytest.mark.xdist_group("interruptions")  # one run, and one folder to write to
@@ -215,7 +197,7 @@ def interrupted_when_it_writes(command: list[object], target: Path, number: sign
 @pytest.mark.parametrize("out", ["out.safetensors", "folder"])
 def test_an_interruption_leaves_nothing(large_run: Path, number: signal.Signals, code: int, out: str) -> None:
     target = large_run.parent / "target"
-    command = [EMA, "synthesize", large_run, "--sigma-rel", "0.12", "--out", target / out]
+    command = ["synthesize", large_run, "--sigma-rel", "0.12", "--out", target / out]
     for _ in range(20):
         target.mkdir()
         returned, errors = interrupted_when_it_writes(command, target, number)

@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from ema_command import unmeasured_environment
@@ -23,15 +24,17 @@ WORLD = 3
 SLOW = """
 import os, sys, time
 if "RANK" in os.environ:
-    from posthoc_cli.synthesis import making, ranks
-    make = making.Maker.make
+    from posthoc_cli.synthesis import engine, ranks
+    make = engine.Maker.make
     def slowly(self, *arguments):
         time.sleep(1.0)
         make(self, *arguments)
-    making.Maker.make = slowly
+    engine.Maker.make = slowly
     ranks.SILENCE = 3.0
 """
-"""A sitecustomize module: every tile takes a second."""
+"""Runs before the command: every tile takes a second."""
+
+FULL = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=10_000_000)\n"
 
 
 @pytest.fixture
@@ -47,21 +50,16 @@ def environment(*paths: Path) -> dict[str, str]:
     return {**unmeasured_environment(), "PYTHONPATH": os.pathsep.join(map(str, (*paths, ROOT)))}
 
 
-def slow(tmp_path: Path) -> dict[str, str]:
-    (tmp_path / "slow").mkdir()
-    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW)
-    return environment(tmp_path / "slow")
-
-
 def arguments(run: Path, out: Path) -> list[str]:
-    return ["-m", "posthoc_cli", "synthesize", str(run), "--sigma-rel", "0.1", "--out", str(out)]
+    return ["synthesize", str(run), "--sigma-rel", "0.1", "--out", str(out)]
 
 
-def torchrun(*command: str) -> list[str]:
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}", *command]
+def torchrun(*arguments: str) -> list[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
+    return [*launcher, "-m", "posthoc_cli", *arguments]
 
 
-def wait_for_work(out: Path, process: subprocess.Popen[str]) -> None:
+def wait_for_work(out: Path, process: subprocess.Popen[str] | forked.Forked) -> None:
     while len(list(out.glob(".ema-*.tmp"))) < WORLD:
         assert process.poll() is None
         time.sleep(0.01)
@@ -73,8 +71,7 @@ def test_torchrun_makes_the_same_tensors_as_one_process(run: Path, tmp_path: Pat
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote the index") == 1
     assert len(done.stdout.splitlines()) == 1
-    alone = [sys.executable, *arguments(run, tmp_path / "one.safetensors")]
-    subprocess.run(alone, env=environment(), check=True, capture_output=True)
+    forked.check(forked.EMA, *arguments(run, tmp_path / "one.safetensors"))
     expected = load_file(tmp_path / "one.safetensors")
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) == WORLD
@@ -82,10 +79,11 @@ def test_torchrun_makes_the_same_tensors_as_one_process(run: Path, tmp_path: Pat
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
     assert (tmp_path / "out" / INDEX).exists()
-    wrong = torchrun(*arguments(run, tmp_path / "two.safetensors"))
-    refused = subprocess.run(wrong, env=environment(), capture_output=True, text=True, timeout=300)
-    assert refused.returncode != 0
-    assert "several processes make a folder of shards" in refused.stderr
+    refused = start_ranks("", *arguments(run, tmp_path / "two.safetensors"))
+    for process in refused:
+        _, errors = process.communicate()
+        assert process.returncode == 2
+        assert "several processes make a folder of shards" in errors
 
 
 def children(process: subprocess.Popen[str]) -> dict[int, int]:
@@ -106,32 +104,30 @@ def children(process: subprocess.Popen[str]) -> dict[int, int]:
 @pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="finds the processes in /proc")
 def test_a_killed_rank_of_torchrun_is_named_and_leaves_no_model(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    job, own = torchrun(*arguments(run, out)), slow(tmp_path)
+    (tmp_path / "slow").mkdir()
+    (tmp_path / "slow" / "sitecustomize.py").write_text(SLOW)
+    job, own = torchrun(*arguments(run, out)), environment(tmp_path / "slow")
     with subprocess.Popen(job, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         wait_for_work(out, process)
         os.kill(children(process)[1], signal.SIGKILL)
         printed, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "ema: error: rank 1 has died" in errors
+    assert "ema: error: rank 1: " in errors
     assert "wrote" not in printed
     assert not (out / INDEX).exists()
-    again = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300)
-    assert again.returncode == 0, again.stderr
+    again = start_ranks("", *arguments(run, out))
+    ended = [process.communicate() for process in again]
+    assert [process.returncode for process in again] == [0] * WORLD, ended
     assert (out / INDEX).exists()
 
 
-def start_ranks(run: Path, out: Path, own: dict[str, str]) -> list[subprocess.Popen[str]]:
+def start_ranks(code: str, *arguments: str) -> list[forked.Forked]:
+    """The processes of a job that nobody watches; `code` runs in each before the command."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": str(WORLD)}
     return [
-        subprocess.Popen(
-            [sys.executable, *arguments(run, out)],
-            env={**own, **meeting, "RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        forked.Forked(code + forked.EMA, *arguments, env={**environment(), **meeting, "RANK": str(rank)})
         for rank in range(WORLD)
     ]
 
@@ -139,7 +135,7 @@ def start_ranks(run: Path, out: Path, own: dict[str, str]) -> list[subprocess.Po
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_is_named_by_the_others_where_no_launcher_watches(run: Path, tmp_path: Path, victim: int) -> None:
     out = tmp_path / "out"
-    processes = start_ranks(run, out, slow(tmp_path))
+    processes = start_ranks(SLOW, *arguments(run, out))
     wait_for_work(out, processes[0])
     processes[victim].kill()
     for rank, process in enumerate(processes):
@@ -156,7 +152,7 @@ def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1  # of the last tensor, which one rank reads
     shard.write_bytes(data)
-    processes = start_ranks(run, tmp_path / "out", slow(tmp_path))
+    processes = start_ranks(SLOW, *arguments(run, tmp_path / "out"))
     ended = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [1] * WORLD
     assert all(shard.name in errors and "layer.8" in errors for errors in ended), ended
@@ -166,10 +162,7 @@ def test_an_error_in_one_rank_is_named_by_all(run: Path, tmp_path: Path) -> None
 
 def test_a_model_that_does_not_fit_on_the_disk_is_refused_before_the_first_byte(run: Path, tmp_path: Path) -> None:
     """9 tensors of 1.4 MB: there is room for any process's part, but not for all."""
-    (tmp_path / "full").mkdir()
-    code = "import shutil, types\nshutil.disk_usage = lambda _: types.SimpleNamespace(free=10_000_000)\n"
-    (tmp_path / "full" / "sitecustomize.py").write_text(code)
-    processes = start_ranks(run, tmp_path / "out", environment(tmp_path / "full"))
+    processes = start_ranks(FULL, *arguments(run, tmp_path / "out"))
     ended = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [1] * WORLD
     assert all("the 3 outputs take 12,600,000 bytes, and 10,000,000 are free" in errors for errors in ended), ended

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from posthoc_cli.reconstruction.rounding import error_after_rounding, rounding_factor
+from posthoc_cli.reconstruction.rounding import error_after_rounding, inherited_factor, rounding_factor
 
 
 @pytest.mark.parametrize("spacings", [0.0, 0.05, 0.15, 0.3, 0.6, 3.0])
@@ -39,7 +39,33 @@ def test_nothing_rounded_is_no_trouble() -> None:
     np.testing.assert_allclose(mixed.T @ mixed, np.diag([3.0, 1.0]), atol=1e-15)
 
 
-@pytest.mark.parametrize(("share", "resumes"), [(0.5, 30), (1e-3, 30), (1e-4, 100)])
+def test_inherited_errors_are_alike_as_far_as_averages_have_the_same_values() -> None:
+    """100,000 averages that go on from a rounded value at each time, of three profiles; the last one only at first."""
+    generator, times, gammas = np.random.default_rng(0), np.array([100.0, 110.0, 150.0, 400.0]), (0.1, 4.0, 2.0)
+    errors: list[np.ndarray] = []
+    for index, (gamma, fresh) in enumerate(zip(gammas, (1.0, 2.0, 0.0), strict=True)):
+        error = generator.normal(size=100_000)
+        for place, t in enumerate(times):
+            if place:
+                error = error * (times[place - 1] / t) ** (gamma + 1) + fresh * generator.normal(size=error.size)
+            errors.insert(place * (index + 1) + index, error)  # growing in time
+    measured = np.array([[np.mean(a * b) for b in errors] for a in errors])
+    gamma, t = np.tile(gammas, 4), np.repeat(times, 3)
+    factor = inherited_factor(np.diag(measured), gamma, t)
+    np.testing.assert_allclose(np.diag(factor.T @ factor), np.diag(measured), rtol=1e-12)
+    # Means of 100,000 products scatter by 1 / sqrt(100,000).
+    scale = np.sqrt(np.outer(np.diag(measured), np.diag(measured)))
+    np.testing.assert_allclose(factor.T @ factor / scale, measured / scale, atol=0.015)
+
+
+def test_inherited_errors_that_are_less_than_what_is_left_of_earlier_ones_are_no_trouble() -> None:
+    """Of averages that went on from an exact state since then, and of those without any."""
+    factor = inherited_factor(np.array([4.0, 0.1, 0.0, 0.0]), np.full(4, 0.5), np.array([9.0, 10.0, 11.0, 12.0]))
+    np.testing.assert_allclose(np.diag(factor.T @ factor), [4.0, 0.1, 0.0, 0.0], rtol=1e-12)
+    np.testing.assert_array_equal(inherited_factor(np.zeros(2), np.ones(2), np.ones(2)), np.zeros((2, 2)))
+
+
+@pytest.mark.parametrize(("share", "resumes"), [(0.5, 30), (0.05, 30), (0.01, 100), (1e-3, 30), (1e-4, 100)])
 def test_the_error_of_resumes_is_that_of_averages_that_were_rounded_again_and_again(share: float, resumes: int) -> None:
     """20,000 averages on a grid of spacing 1 that go towards values 3 to 30 away, and are rounded after every step:
     those that move by less than half a spacing stay where they are, and their errors add up.
@@ -59,6 +85,7 @@ def test_the_error_of_resumes_is_that_of_averages_that_were_rounded_again_and_ag
             float(np.sum((rounded - moving) ** 2)),
             rounded.size / 12,
             float(np.sum((moving - begun) ** 2)),
+            share,
         )
         begun = rounded
     true = float(np.sum((rounded - exact) ** 2))

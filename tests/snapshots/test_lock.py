@@ -8,13 +8,11 @@ import json
 import logging
 import os
 import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
+import forked
 import pytest
 from ema_command import Ema
 from factories import refuse_for_space, tiny_model
@@ -30,21 +28,7 @@ from pathlib import Path
 from posthoc_cli.snapshots.lock import DirectoryLock
 lock = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
-sys.stdin.read()
 """
-
-
-@contextmanager
-def holder_process(directory: Path) -> Iterator[subprocess.Popen[str]]:
-    """Another process that holds the lock of `directory`, until it is killed or its input ends."""
-    command = [sys.executable, "-c", HOLDER, str(directory)]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "held\n"
-        try:
-            yield process
-        finally:
-            process.kill()
 
 
 def test_a_second_lock_in_the_same_process_is_refused_and_names_the_holder(tmp_path: Path) -> None:
@@ -79,7 +63,7 @@ def test_directories_are_locked_each_on_its_own(tmp_path: Path) -> None:
 def test_another_process_is_named_and_its_lock_is_taken_over_with_a_warning_when_it_was_killed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with holder_process(tmp_path) as process:
+    with forked.waiting(HOLDER, tmp_path) as process:
         with pytest.raises(LockedError, match=rf"process {process.pid} on .* \(lock taken \d s ago\) is writing here"):
             DirectoryLock(tmp_path)
         process.kill()
@@ -97,7 +81,7 @@ def test_another_process_is_named_and_its_lock_is_taken_over_with_a_warning_when
 def test_a_process_that_ends_without_a_release_has_not_died(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     script = "import sys; from pathlib import Path; from posthoc_cli.snapshots.lock import DirectoryLock\n"
     script += "held = DirectoryLock(Path(sys.argv[1]))\n"
-    subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
+    forked.check(script, tmp_path)
     DirectoryLock(tmp_path).release()
     assert not caplog.records
 
@@ -283,8 +267,7 @@ def test_a_forked_child_that_ends_does_not_free_the_lock_of_its_parent(tmp_path:
         "except Exception as error: print(type(error).__name__)\n"
     )
     held.release()
-    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=True)
-    assert done.stdout == "LockedError\n"
+    assert forked.check(script, tmp_path).out == "LockedError\n"
 
 
 def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,17 +5,16 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
-from ema_command import Ema, unmeasured_environment
+from ema_command import Ema
 from factories import (
     OTHER_RUN_ID,
     RUN_ID,
@@ -362,24 +361,14 @@ def test_what_has_gone_since_is_passed_over(run: Path) -> None:
 
 
 @pytest.fixture
-def other_writer(run: Path) -> Iterator[subprocess.Popen]:
+def other_writer(run: Path) -> Iterator[forked.Forked]:
     """Another process that holds the directory."""
-    code = (
-        "import sys, time; from pathlib import Path; from posthoc_cli.snapshots.lock import DirectoryLock\n"
-        f"lock = DirectoryLock(Path({str(run)!r})); print('held', flush=True); time.sleep(60)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=unmeasured_environment()
-    )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "held\n"
-    yield process
-    process.kill()
-    process.wait()
-    process.stdout.close()
+    code = "import sys; from pathlib import Path; from posthoc_cli.snapshots.lock import DirectoryLock\n"
+    with forked.waiting(f"{code}lock = DirectoryLock(Path(sys.argv[1])); print('held', flush=True)", run) as process:
+        yield process
 
 
-def test_not_while_another_process_writes(run: Path, other_writer: subprocess.Popen) -> None:
+def test_not_while_another_process_writes(run: Path, other_writer: forked.Forked) -> None:
     flip_bit(snapshot_files(run)[0])
     leftover = run / ".ema-1.tmp"
     leftover.write_text("x")

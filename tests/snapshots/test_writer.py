@@ -5,10 +5,9 @@ from __future__ import annotations
 import errno
 import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from factories import RUN_ID, write_snapshot
@@ -98,8 +97,7 @@ except WriteError as error:
 
 
 def test_a_file_above_the_size_limit_of_the_process_leaves_nothing(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", LIMITED, tmp_path / "x"], capture_output=True, text=True, check=True)
-    assert int(done.stdout) == errno.EFBIG
+    assert int(forked.check(LIMITED, tmp_path / "x").out) == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
 
 

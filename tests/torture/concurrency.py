@@ -34,6 +34,6 @@ def torn_states(folder: Path, share: float, seed: int) -> Tally:
 EXPERIMENTS = (
     Experiment("readers beside a training that thins, and prunings", readers, 0.03),
     Experiment("two writers on one directory", writers, 0.03),
-    Experiment("averages read while another thread updates them", torn_reads, 0.02),
+    Experiment("averages read while another thread updates them", torn_reads, 0.01),
     Experiment("updates interrupted by signal handlers", torn_states, 0.03),
 )

@@ -100,7 +100,7 @@ def _check_whole(victim: Victim, intact: tuple[object, object], tally: Tally) ->
 
 
 EXPERIMENTS = [
-    Experiment("every flipped bit", flip_bits, 0.1),
+    Experiment("every flipped bit", flip_bits, 0.05),
     Experiment("every truncation", truncate, 0.3),
     Experiment("blocks swapped, zeroed, repeated, appended", move_blocks, 0.2),
 ]

@@ -164,6 +164,6 @@ def _go_on(tally: Tally, run: Run, where: str, kept: Mapping[str, Mapping[str, b
 
 
 EXPERIMENTS = (
-    Experiment("an error at every file operation", errors_at_every_operation, 0.006),
-    Experiment("a kill or a loss of power at every file operation", crashes_at_every_operation, 0.03),
+    Experiment("an error at every file operation", errors_at_every_operation, 0.004),
+    Experiment("a kill or a loss of power at every file operation", crashes_at_every_operation, 0.015),
 )

@@ -1,7 +1,6 @@
 """Runs in a process of its own, with torch loaded: trainings, readers and prunings that meet in one directory.
 
-    python meeting.py readers FOLDER COUNT SEED
-    python meeting.py writers FOLDER COUNT SEED
+Its arguments: readers FOLDER COUNT SEED, or writers FOLDER COUNT SEED.
 
 What the network is at every step follows from the step alone, so that whatever comes out can be computed a second
 time, by the formulas. Prints one JSON object.
@@ -23,25 +22,20 @@ from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import numpy as np
 import torch
+from factories import FloatArray, exact_gamma, exact_weights
+from safetensors.numpy import load_file
 
-torch.set_num_threads(1)  # before anything starts a pool of threads, which no fork would have
-
-from factories import FloatArray, exact_gamma, exact_weights  # noqa: E402
-from safetensors.numpy import load_file  # noqa: E402
-
-from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis  # noqa: E402
-from posthoc_cli.errors import LockedError, PostHocError  # noqa: E402
-from posthoc_cli.export.outputs import write_synthesis  # noqa: E402
-from posthoc_cli.snapshots.directory import find_snapshots, read_directory  # noqa: E402
-from posthoc_cli.snapshots.outputs import decode_output  # noqa: E402
-from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to  # noqa: E402
-from posthoc_cli.snapshots.reader import read_header  # noqa: E402
-from posthoc_cli.synthesis.plan import Plan, with_consistent_plan  # noqa: E402
-from torture.tally import Tally  # noqa: E402
+from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
+from posthoc_cli.errors import LockedError, PostHocError
+from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.snapshots.directory import find_snapshots, read_directory
+from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
+from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
+from torture.tally import Tally
 
 SIGMA_RELS = (0.05, 0.28)
 ELEMENTS = 6
@@ -342,6 +336,7 @@ def taken_over(run: Path, second: Other, run_id: object, chance: random.Random) 
 EXPERIMENTS = {"readers": readers, "writers": writers}
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # before anything starts a pool of threads, which no fork would have
     name, where, number, seed = sys.argv[1:]
     found = EXPERIMENTS[name](Path(where), int(number), random.Random(int(seed)))
     print(json.dumps(vars(found)))

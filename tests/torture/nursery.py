@@ -1,13 +1,11 @@
 """Runs in a process of its own, with torch loaded: forks processes that are killed or interrupted at random moments.
 
-    python nursery.py kills FOLDER COUNT SEED
-    python nursery.py signals FOLDER COUNT SEED
-
-A forked process starts in milliseconds where a new one takes seconds. Prints one JSON object.
+Its arguments: kills FOLDER COUNT SEED, or signals FOLDER COUNT SEED. Prints one JSON object.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -17,14 +15,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-torch.set_num_threads(1)  # before anything starts a pool of threads, which no fork would have
-
-from torture.killing import killed_trainings  # noqa: E402
-from torture.signalling import signalled_commands  # noqa: E402
+from torture.killing import killed_trainings
+from torture.signalling import signalled_commands
 
 PATIENCE = 60.0
 """Seconds after which a process that should have ended is taken to hang."""
@@ -97,9 +91,9 @@ class Nursery:
 EXPERIMENTS = {"kills": killed_trainings, "signals": signalled_commands}
 
 if __name__ == "__main__":
-    # As from a terminal: what whoever has started this ignores, as a shell in the background does, stays ignored.
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     name, folder, count, seed = sys.argv[1:]
+    torch.set_num_threads(1)  # before anything starts a pool of threads, which no fork would have
+    gc.collect()
+    gc.freeze()  # the end of a forked process would go through all that is loaded, and so copy it
     tally = EXPERIMENTS[name](Nursery(Path(folder) / "stderr"), Path(folder), int(count), random.Random(int(seed)))
     print(json.dumps(vars(tally)))

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
-from ema_command import unmeasured_environment
+import forked
 
 from torture.tally import Experiment, Tally
 
@@ -24,13 +22,10 @@ def signals(folder: Path, share: float, seed: int) -> Tally:
 
 def run_apart(script: str, name: str, folder: Path, count: int, seed: int) -> Tally:
     """What a script beside this one counts in an experiment, in a process of its own."""
-    done = subprocess.run(
-        [sys.executable, Path(__file__).with_name(script), name, folder, str(count), str(seed)],
-        stdout=subprocess.PIPE,
-        check=True,
-        env=unmeasured_environment(),  # coverage would be written by every child, or half of it
-    )
-    return Tally(**json.loads(done.stdout))
+    process = forked.Forked((Path(__file__).parent / script).read_text(), name, folder, count, seed)
+    out, err = process.communicate(timeout=1e6)
+    assert process.returncode == 0, err
+    return Tally(**json.loads(out))
 
 
 EXPERIMENTS = (

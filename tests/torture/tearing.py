@@ -1,7 +1,6 @@
 """Averages that are read, and updates that are interrupted, at random moments: what is seen is always of one update.
 
-    python tearing.py reads FOLDER COUNT SEED
-    python tearing.py states FOLDER COUNT SEED
+Its arguments: reads FOLDER COUNT SEED, or states FOLDER COUNT SEED.
 
 All elements of the model are equal, and so are all of an average: one that is not was read, or left, in the middle of
 an update. Which value it must have at each step is known from the definition. Prints one JSON object.
@@ -20,8 +19,6 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

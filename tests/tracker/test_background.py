@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import weakref
@@ -14,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -364,8 +363,7 @@ raise SystemExit(7)
 @pytest.mark.parametrize("fork", [[], ["fork"]])
 def test_a_process_that_ends_finishes_what_is_under_way(tmp_path: Path, device: str, fork: list[str]) -> None:
     """Also what a job would have begun, and the last snapshot; a child that was forked has nothing to finish."""
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), device, *fork], timeout=120, check=False)
-    assert done.returncode == 7
+    assert forked.run(SCRIPT, tmp_path, device, *fork).code == 7
     assert [s.info.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
 
 
@@ -461,8 +459,7 @@ tracker.update_(model)
 
 
 def test_a_process_that_ends_before_its_averages_are_updated_writes_their_snapshots(tmp_path: Path) -> None:
-    ended = subprocess.run([sys.executable, "-c", ENDS, str(tmp_path)], check=True, capture_output=True, text=True)
-    assert ended.stderr == ""
+    assert forked.check(ENDS, tmp_path).err == ""
     assert {s.info.t for s in read_directory(tmp_path)} == {1}
 
 
@@ -494,7 +491,7 @@ tracker.close()
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_forked_process_has_no_tracker_and_leaves_that_of_its_parent_alone(tmp_path: Path, device: str) -> None:
     """It has none of the threads, and would wait for them for good."""
-    subprocess.run([sys.executable, "-c", FORKS, str(tmp_path), device], check=True, timeout=120)
+    forked.check(FORKS, tmp_path, device)
     assert {s.info.t for s in read_directory(tmp_path)} == {1, 2}
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -534,7 +531,7 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
 
 
 SCRIPT = """
-import sys, torch
+import signal, sys, torch
 from posthoc_cli import PostHocEMA
 def main(directory, way):
     model = torch.nn.Linear(2, 2)
@@ -543,27 +540,23 @@ def main(directory, way):
     if way == "wait":
         tracker.flush()
         print("ready", flush=True)
-        sys.stdin.read()
+        signal.pause()
 main(*sys.argv[1:])
 """
 
 
 def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path), "end"], check=True)
+    forked.check(SCRIPT, tmp_path, "end")
     assert {s.info.t for s in read_directory(tmp_path)} == {1}
 
 
 def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Path) -> None:
-    with subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), "wait"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == b"ready\n"
+    with forked.waiting(SCRIPT, tmp_path, "wait") as holder:
         model = torch.nn.Linear(2, 2)
         tracker = PostHocEMA.from_path(tmp_path, model)
         with pytest.raises(LockedError, match=f"process {holder.pid} on "):
             tracker.update_(model)
-        os.kill(holder.pid, signal.SIGKILL)
+        holder.kill()
         holder.wait()
     with tracker:
         tracker.update_(model)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 import torch.distributed as dist
@@ -300,13 +299,12 @@ JOB = """
 
 def run_two(job: str, *arguments: str) -> list[str]:
     """Run a job in two processes, which get the arguments and their rank; returns what each said on stderr."""
-    command = [sys.executable, "-c", textwrap.dedent(job), *arguments]
-    jobs = [subprocess.Popen([*command, str(rank)], stderr=subprocess.PIPE, text=True) for rank in range(2)]
-    try:
-        errors = [job.communicate(timeout=120)[1] for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
+    with (
+        forked.Forked(textwrap.dedent(job), *arguments, 0) as first,
+        forked.Forked(textwrap.dedent(job), *arguments, 1) as second,
+    ):
+        jobs = [first, second]
+        errors = [job.communicate()[1] for job in jobs]
     assert [job.returncode for job in jobs] == [0, 0], errors
     return errors
 

@@ -1,0 +1,241 @@
+"""Python code in a process of its own that need not import torch first, which takes two seconds of processor time.
+
+A server that has imported everything forks such processes. Each has its own arguments, environment, working directory
+and standard streams, gets signals as from a terminal, and ends as any process of Python does. What depends on how an
+interpreter starts (its options, `sitecustomize`, what is imported and when) needs `subprocess` still.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import gc
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+from ema_command import Result, unmeasured_environment
+
+EMA = "from posthoc_cli.__main__ import main; main()"
+"""The code of the command `ema`."""
+ROOT = Path(__file__).resolve().parent.parent
+PRELOADED = (
+    "torch.distributed.fsdp", "scipy.optimize", "matplotlib.backends.backend_agg", "posthoc_cli.cli",
+    "posthoc_cli.averages", "posthoc_cli.demo", "posthoc_cli.export", "posthoc_cli.planning", "posthoc_cli.plots",
+    "posthoc_cli.synthesis", "posthoc_cli.tracker",
+)  # fmt: skip
+
+
+# --- for tests -------------------------------------------------------------------------------------
+
+
+class Forked:
+    """A process that runs `code`; used as subprocess.Popen is, in which it has its counterpart for every name.
+
+    Arguments:
+        arguments: sys.argv from its second item on.
+        env: the whole environment; None: this process's, without coverage's.
+        stdin, stdout: descriptors; None: nothing to read, and a file, which `communicate` returns.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        *arguments: object,
+        cwd: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        stdin: int | None = None,
+        stdout: int | None = None,
+    ) -> None:
+        self.returncode: int | None = None
+        self._printed = ("", "")
+        self._files = [tempfile.TemporaryFile() for _ in range(2)]  # noqa: SIM115 - closed when the process has ended
+        out, err = (file.fileno() for file in self._files)
+        with Path(os.devnull).open() as nothing:
+            streams = [nothing.fileno() if stdin is None else stdin, out if stdout is None else stdout, err]
+            started = _ask(
+                {
+                    "code": code,
+                    "arguments": [str(argument) for argument in arguments],
+                    "cwd": str(cwd or Path.cwd()),
+                    "env": dict(unmeasured_environment() if env is None else env),
+                },
+                streams,
+            )
+        assert started is not None
+        self.pid = started
+
+    def poll(self, timeout: float = 0) -> int | None:
+        """The exit code; None where it still runs after so many seconds."""
+        if self.returncode is None:
+            self.returncode = _ask({"pid": self.pid, "timeout": timeout})
+            if self.returncode is not None:
+                out, err = (_close(file) for file in self._files)
+                self._printed = (out, err)
+        return self.returncode
+
+    def wait(self, timeout: float = 250) -> int:
+        """The exit code; fails where there is none after so many seconds."""
+        ended = self.poll(timeout)
+        assert ended is not None, f"still runs after {timeout} s"
+        return ended
+
+    def communicate(self, timeout: float = 250) -> tuple[str, str]:
+        """Wait; what it has printed on stdout and on stderr."""
+        self.wait(timeout)
+        return self._printed
+
+    def __enter__(self) -> Forked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+        self.wait()
+
+    def send_signal(self, number: int) -> None:
+        """Nothing where it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+
+def _close(file: IO[bytes]) -> str:
+    """What is in a file, which is closed."""
+    with file:
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+def run(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
+    """Run code to its end."""
+    process = Forked(code, *arguments, cwd=cwd, env=env)
+    out, err = process.communicate()
+    return Result(process.wait(), out, err)
+
+
+def check(code: str, *arguments: object, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> Result:
+    """Run code that ends well."""
+    done = run(code, *arguments, cwd=cwd, env=env)
+    assert done.code == 0, done.err
+    return done
+
+
+@contextmanager
+def waiting(code: str, *arguments: object) -> Iterator[Forked]:
+    """A process that has run code and printed a line, and waits until it is killed, at the end of the block."""
+    out, its = os.pipe()
+    with open(out) as printed, Forked(f"{code}\nimport signal; signal.pause()", *arguments, stdout=its) as process:  # noqa: PTH123
+        os.close(its)
+        assert printed.readline()
+        yield process
+
+
+@functools.cache
+def _server() -> socket.socket:
+    """One for all tests of this process; it ends when this end of the socket is closed."""
+    ours, its = socket.socketpair()
+    paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = unmeasured_environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # threads do not fork
+    with its:
+        number = its.fileno()
+        server = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number], env=environment)
+    atexit.register(lambda: (ours.close(), server.wait()))
+    return ours
+
+
+def _ask(request: dict[str, object], streams: list[int] | None = None) -> int | None:
+    """Send a request; the number in the answer."""
+    server = _server()
+    socket.send_fds(server, [b"?"], streams or [])
+    server.sendall(json.dumps(request).encode() + b"\n")
+    answer: int | None = json.loads(_line(server))
+    return answer
+
+
+# --- the server ------------------------------------------------------------------------------------
+
+
+SIGNALS = {signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
+"""Wait in the server: for its question how a process ended, or until a forked process is ready for them."""
+
+
+def _line(channel: socket.socket) -> bytes:
+    line = b""
+    while not line.endswith(b"\n"):
+        part = channel.recv(1 << 16)  # one line at a time is on its way
+        if not part:
+            raise EOFError("the other process has ended")
+        line += part
+    return line
+
+
+def _serve(channel: socket.socket) -> None:
+    """Answer requests until the other end is closed; in a process that it forks, do what that one is for."""
+    for module in PRELOADED:
+        __import__(module)
+    gc.collect()
+    gc.freeze()  # the end of a forked process would go through all of that, and so copy it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    while True:
+        question, streams, _, _ = socket.recv_fds(channel, 1, 3)
+        if not question:
+            return
+        request = json.loads(_line(channel))
+        if "pid" in request:
+            answer = _ended(request["pid"], time.monotonic() + request["timeout"])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                channel.close()
+                _become(request, streams)
+                return
+            for stream in streams:
+                os.close(stream)
+        channel.sendall(json.dumps(answer).encode() + b"\n")
+
+
+def _ended(pid: int, until: float) -> int | None:
+    """The exit code of a child; None where it has not ended by `until`."""
+    while True:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        left = until - time.monotonic()
+        if left <= 0 or signal.sigtimedwait({signal.SIGCHLD}, left) is None:
+            return None
+
+
+def _become(request: dict[str, object], streams: list[int]) -> None:
+    """Be a process as if this interpreter had been started for `request` alone."""
+    for number, stream in enumerate(streams):
+        os.dup2(stream, number)
+        os.close(stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    os.chdir(str(request["cwd"]))
+    os.environ.clear()
+    os.environ.update(request["env"])  # type: ignore[call-overload]
+    sys.argv = ["ema", *request["arguments"]]  # type: ignore[misc]
+    sys.path.insert(0, "")  # as `python -c` has it; what tests are made of is there, too
+    sys.modules["__main__"] = main = types.ModuleType("__main__")
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+    exec(compile(str(request["code"]), "<string>", "exec"), vars(main))
+
+
+if __name__ == "__main__":
+    _serve(socket.socket(fileno=int(sys.argv[1])))
