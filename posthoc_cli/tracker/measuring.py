@@ -18,7 +18,7 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.reconstruction import Distance, Measurements, roundings
 from posthoc_cli.snapshots.directory import StoredSnapshot
 from posthoc_cli.snapshots.format import SnapshotInfo
-from posthoc_cli.snapshots.sharded import TensorReader, open_path
+from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS
 
@@ -234,12 +234,12 @@ class _EarlierFiles(ExitStack):
     def __init__(self, snapshots: Sequence[StoredSnapshot]) -> None:
         super().__init__()
         self._snapshots = snapshots
-        self._files: dict[int, TensorReader] = {}
+        self._files: dict[int, TensorFile] = {}
 
     def __enter__(self) -> _EarlierFiles:
         for index, snapshot in enumerate(self._snapshots):
             with self._left_out_on_error(index):
-                file = self.enter_context(open_path(snapshot.path))
+                file = self.enter_context(TensorFile(snapshot.path))
                 if file.header.metadata.get("ema.checksum") != snapshot.checksum:
                     raise FileFormatError(snapshot.path, "was replaced by another hand")
                 self._files[index] = file

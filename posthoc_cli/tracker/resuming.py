@@ -16,8 +16,7 @@ from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
 from posthoc_cli.snapshots.directory import StoredSnapshot, read_directory
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.reader import Snapshot, read_header
-from posthoc_cli.snapshots.sharded import open_tensors
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile, read_header
 from posthoc_cli.snapshots.states import StateInfo, clock_at, decode_state
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
@@ -210,7 +209,7 @@ def _rounded_state(chosen: Sequence[Snapshot], snapshots: Iterable[Snapshot]) ->
 def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
     """Fill a total with a snapshot; returns the expected squared norm of the error that it has by then."""
     expected = 0.0
-    with open_tensors(snapshot) as file:
+    with TensorFile(snapshot.path, snapshot.header) as file:
         for name, own in total.views.items():
             entry = snapshot.header.tensors[name]
             own.copy_(tensor_from_bytes(file.read(name), entry.dtype, entry.shape))
@@ -228,7 +227,7 @@ def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
 
 def _read_copies(snapshot: Snapshot) -> dict[str, torch.Tensor]:
     tensors = {}
-    with open_tensors(snapshot) as file:
+    with TensorFile(snapshot.path, snapshot.header) as file:
         for name, tensor in snapshot.info.tensors.items():
             if tensor.role == "copy":
                 entry = snapshot.header.tensors[name]
