@@ -18,7 +18,7 @@ def test_bench_averages_gives_no_verdict_on_a_busy_machine(
 ) -> None:
     ticks = iter(range(10**9))
     monkeypatch.setattr(quiet_timing, "PATIENCE", 0.0)
-    monkeypatch.setattr(quiet_timing, "_busy", lambda: 1000.0 * next(ticks))
+    monkeypatch.setattr(quiet_timing, "busy_seconds", lambda: 1000.0 * next(ticks))
     bench_averages.main(["--quick"])
     out = capsys.readouterr().out
     assert len(re.findall(r"^  (?:ExponentialMovingAverage|ShadowModel|swa_utils\S+) +\d+\.\d\d ms", out, re.M)) == 9
