@@ -100,8 +100,8 @@ class Schedule:
             left += [PowerFunction(gamma, float(count * self.checkpoint_every)) for gamma in gammas]
             if len(left) > self.kept * len(gammas):
                 prior = assumed_prior(left, self.rounding, motion)
-                gone = set(snapshots_to_drop(left, prior, self.max_checkpoints, sigma_range))
-                left = [p for index, p in enumerate(left) if index not in gone]
+                dropped = set(snapshots_to_drop(left, prior, self.max_checkpoints, sigma_range))
+                left = [p for index, p in enumerate(left) if index not in dropped]
         return left
 
     def _with_fewer(self) -> Schedule:

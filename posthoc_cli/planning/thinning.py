@@ -73,11 +73,11 @@ def snapshots_to_drop(
     while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]:
         errors = errors_after_each(losses)[[column[i] for i in may_go]]
         equals = [may_go[place] for place in np.flatnonzero(errors == errors.min())]
-        gone = _closest_together(snapshots, left, equals)
-        losses.lose(column[gone])
-        left.remove(gone)
-        dropped.append(gone)
-        counts[snapshots[gone].gamma] -= 1
+        index = _closest_together(snapshots, left, equals)
+        losses.lose(column[index])
+        left.remove(index)
+        dropped.append(index)
+        counts[snapshots[index].gamma] -= 1
     return [*beyond, *exchanged(snapshots, prior, left, dropped, newest, sigma_range)]
 
 
@@ -188,14 +188,14 @@ def choose(snapshots: Sequence[PowerFunction], most: int = MOST_SOLVED, keep: in
     for index in sorted(range(len(snapshots)), key=lambda i: snapshots[i].t):
         groups.setdefault(snapshots[index].gamma, []).append(index)
     end = max(snapshot.t for snapshot in snapshots)
-    chosen: list[int] = []
+    subset: list[int] = []
     room = most
     for done, group in enumerate(sorted(groups.values(), key=len)):
         count = min(len(group), max(keep, room // (len(groups) - done)))
         room = max(0, room - count)
         places = _spread(np.array([snapshots[index].t for index in group]) / end, count)
-        chosen += [group[place] for place in places.tolist()]
-    return sorted(chosen)
+        subset += [group[place] for place in places.tolist()]
+    return sorted(subset)
 
 
 def _spread(times: FloatArray, count: int) -> npt.NDArray[np.intp]:

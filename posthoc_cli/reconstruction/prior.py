@@ -126,8 +126,12 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     profiles = [average.profile for average in averages]
     start, last = min(p.t_first for p in profiles), max(p.t for p in profiles)
     steps = max(averages, key=lambda average: average.profile.t).steps
-    told = [average for average in averages if average.motion is not None]
-    earlier = max(told, key=lambda average: (average.profile.t, average.profile.gamma)).motion if told else None
+    newest = max(
+        (average for average in averages if average.motion is not None),
+        key=lambda average: (average.profile.t, average.profile.gamma),
+        default=None,
+    )
+    earlier = None if newest is None else newest.motion
     distances = [distance for distance in _distances(averages, arithmetic) if not distance.alike]
     if distances:
         motion = fit_motion(start, [p.t for p in profiles], distances, steps, earlier)
