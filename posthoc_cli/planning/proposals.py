@@ -15,6 +15,7 @@ from itertools import combinations
 
 import numpy as np
 
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.curves import check_sigma_range
 from posthoc_cli.planning.schedule import Forecast, Schedule, check_interval, forecast, listed
@@ -24,7 +25,7 @@ from posthoc_cli.reconstruction import Motion, assumed_prior
 from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH, ROUNDING
 from posthoc_cli.threads import one_blas_thread
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+ITEM_BYTES = {DTYPES[name].torch_name: DTYPES[name].nbytes for name in ("F16", "BF16", "F32")}
 """The dtypes of plans, and bytes an element."""
 
 MOST_KEPT = 64
@@ -34,12 +35,10 @@ GOOD_ERROR = 5e-4
 """Default of a worst predicted error that is good enough: rounding a result once to float16 costs 2e-4, to bfloat16
 1.5e-3."""
 
-_EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
-
 
 def relative_rounding(dtype: str) -> float:
     """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4."""
-    return ROUNDING * _EPS[check_dtype(dtype)]
+    return ROUNDING * EPS[WORDS[check_dtype(dtype)]]
 
 
 def check_dtype(dtype: str) -> str:

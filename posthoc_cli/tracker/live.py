@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import torch
 
-from posthoc_cli.planning import Candidate, Schedule, error_curve, relative_rounding
+from posthoc_cli.dtypes import EPS
+from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import ClockRecorder
+from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, newest_before
-from posthoc_cli.snapshots.format import SnapshotInfo, of_newest_segment
-from posthoc_cli.snapshots.measurements import DTYPE_WORDS, chosen_up_to
+from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, of_newest_segment
+from posthoc_cli.snapshots.measurements import chosen_up_to
 from posthoc_cli.snapshots.tensors import stored_name
-from posthoc_cli.synthesis.reading import MemoryTile
 from posthoc_cli.synthesis.sources import DiskSource, Source, source_prior
-from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.layout import FlatTensors, Layout, on_host
 from posthoc_cli.tracker.measuring import measure_live
@@ -125,35 +125,14 @@ class LiveSource:
         return f"live average of sigma_rel {self.info.sigma_rel:g}"
 
     @cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of its tensors."""
-        return {name: tuple(tensor.shape) for name, tensor in {**self.averages, **self.copies}.items()}
+    def stored(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of its tensors."""
+        tensors = {**self.averages, **self.copies}
+        return {n: TensorSpec(n, stored_name(tensor.dtype), tuple(tensor.shape)) for n, tensor in tensors.items()}
 
-    @cached_property
-    def dtypes(self) -> Mapping[str, str]:
-        """Dtypes of its tensors."""
-        return {name: stored_name(tensor.dtype) for name, tensor in {**self.averages, **self.copies}.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in {**self.averages, **self.copies}.values())
-
-    def open(self) -> LiveSource:
-        """Itself: there is nothing to open."""
-        return self
-
-    def open_tile(self, tile: Tile) -> MemoryTile:
-        """Start reading the tile."""
-        return MemoryTile(self.averages if tile.role == "average" else self.copies, tile)
-
-    def __enter__(self) -> LiveSource:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        return None
+    def open(self) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
+        """Its tensors."""
+        return nullcontext({**self.averages, **self.copies})
 
 
 def live_sources(settings: Settings, reading: Reading[Values], off_schedule: bool = False) -> list[LiveSource]:
@@ -242,8 +221,8 @@ def reconstruction_figure(
     else:
         every = settings.schedule.checkpoint_every
         count = settings.schedule.max_checkpoints or 20
-        dtype = DTYPE_WORDS.get(settings.schedule.checkpoint_dtype or "F32", "float32")
-        schedule = Schedule(settings.sigma_rels, count * every, every, count, relative_rounding(dtype))
+        rounding = ROUNDING * EPS[settings.schedule.checkpoint_dtype or "F32"]
+        schedule = Schedule(settings.sigma_rels, count * every, every, count, rounding)
         candidate = Candidate.of_schedule(schedule)
     curve = error_curve(candidate, sigma_range, method=method)
     return plots.error_figure([curve], profile_error=method == "paper")

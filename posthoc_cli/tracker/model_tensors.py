@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
@@ -27,7 +28,7 @@ ON_META = (
 )
 """What to say of a tensor without values, after its name."""
 
-AVERAGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *EIGHT_BITS)
+AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class Synthesizing(ABC):
         """
         with_consistent_plan(
             lambda: self._plan(sigma_rel, t, step, dtype, method),
-            lambda plan: fill_model(model, plan, dtype, device),
+            lambda plan: fill_model(model, plan, device),
         )
 
     copy_to = load_into
@@ -176,7 +176,7 @@ class Synthesizing(ABC):
         method: str | None,
     ) -> Weights:
         def make(plan: Plan) -> Weights:
-            made = {name: tensors[0] for name, tensors in synthesize(plan, dtype)}
+            made = {name: tensors[0] for name, tensors in synthesize(plan)}
             weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
             weights.predicted_error = plan.predicted_error(0)
             return weights
