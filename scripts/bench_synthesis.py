@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_report import Report
+from quiet_timing import Report
 from synthesis_cases import (
     Shapes,
     drop_from_cache,
