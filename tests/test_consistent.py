@@ -23,7 +23,7 @@ from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.synthesis import plan
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import disk_sources
-from posthoc_cli.tracker import synthesizing
+from posthoc_cli.tracker import posthoc_ema
 
 
 def trained(folder: Path) -> torch.nn.Module:
@@ -79,7 +79,7 @@ def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, monkeypatc
         return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
 
     reader = PostHocEMA.from_path(tmp_path)
-    monkeypatch.setattr(synthesizing, "plan_synthesis", plan_and_remove)
+    monkeypatch.setattr(posthoc_ema, "plan_synthesis", plan_and_remove)
     if way == "state_dict":
         found = reader.state_dict(sigma_rel=0.15)["weight"]
     else:
@@ -194,7 +194,7 @@ def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planne
             writer.flush()
             return plan
 
-        monkeypatch.setattr(synthesizing, "plan_synthesis", plan_and_train)
+        monkeypatch.setattr(posthoc_ema, "plan_synthesis", plan_and_train)
         for number in range(20):
             steps[:] = [number % 4, 1, number % 3]
             found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["weight"]

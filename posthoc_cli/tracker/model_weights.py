@@ -153,7 +153,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     for name, target in targets.items():
         if target.tensor.is_meta:
-            raise InvalidValueError("tensor", ON_META, value=f"{name!r}")
+            raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
     if not own_dtypes:
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
     held = _holders(model, {id(target.registered) for target in targets.values()})

@@ -22,10 +22,10 @@ from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.tracker import model_tensors
 from posthoc_cli.tracker import worker as pacing
-from posthoc_cli.tracker.layout import BlockReader
-from posthoc_cli.tracker.snapshotter import Recorder
-from posthoc_cli.tracker.staging import Staged
+from posthoc_cli.tracker.buffers import BlockReader, Staged
+from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.worker import Worker
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
@@ -71,13 +71,13 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While it is clear, no snapshot is written."""
-    gate, real = threading.Event(), Recorder.write
+    gate, real = threading.Event(), Snapshotter.write
 
-    def write(recorder: Recorder, *arguments: Any) -> None:
+    def write(recorder: Snapshotter, *arguments: Any) -> None:
         assert gate.wait(60)
         real(recorder, *arguments)
 
-    monkeypatch.setattr(Recorder, "write", write)
+    monkeypatch.setattr(Snapshotter, "write", write)
     yield gate
     gate.set()
 
@@ -109,7 +109,7 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
         for first in range(1, 40, 2):
             train(model, tracker, first, first + 1)
             step(model, 1000 + first)  # what nobody may see
-            assert tracker._background.now.averages.standing.step < first + 1
+            assert tracker._pipeline.now.averages.standing.step < first + 1
             gate.set()
             tracker.flush()
             gate.clear()
@@ -182,8 +182,8 @@ def test_snapshots_take_the_same_memory_each_time(tmp_path: Path) -> None:
         for number in range(1, 41, 4):
             train(model, tracker, number, number + 3)
             tracker.flush()
-            (room,) = tracker._background._rooms
-            rooms.add(id(room.tensors[0].flats[0]))
+            (room,) = tracker._pipeline._rooms
+            rooms.add(id(room.profiles[0].flats[0]))
         assert len(rooms) == 1
 
 
@@ -238,7 +238,7 @@ def test_a_value_that_is_not_finite_is_raised_at_the_next_call_and_taken_in_by_n
         tracker.update_(model)
         with torch.no_grad():
             model.weight.copy_(kept)
-        with pytest.raises(NonFiniteError, match="'weight' holds nan or infinity at step 4"):
+        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 4"):
             tracker.flush()
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
@@ -263,7 +263,7 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
             model.weight.copy_(kept)
         tracker.update_(model)
         threading.Timer(0.2, gate.set).start()  # it has not come so far when the call begins
-        with pytest.raises(NonFiniteError, match="'weight' holds nan or infinity at step 4"):
+        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 4"):
             tracker.update_(model)
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
@@ -279,7 +279,7 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
         with monkeypatch.context() as fault:
             fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
-            tracker._background.flush()  # type: ignore[union-attr]  # it has failed by now, and nobody knows
+            tracker._pipeline.flush()  # type: ignore[union-attr]  # it has failed by now, and nobody knows
         step(model, 5)
         with pytest.raises(WriteError, match="no space left"):
             tracker.update_(model)
@@ -296,7 +296,7 @@ def test_a_write_that_failed_is_raised_later_where_the_next_call_fails_itself(
         with monkeypatch.context() as fault:
             fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
-            tracker._background.flush()  # type: ignore[union-attr]
+            tracker._pipeline.flush()  # type: ignore[union-attr]
         with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
             tracker.update_(model, t=5.0)
         with pytest.raises(WriteError, match="no space left"):
@@ -320,17 +320,15 @@ def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
 
 
 def test_two_threads_must_not_call_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        inside, go_on = threading.Event(), threading.Event()
-        real = PostHocEMA._take_in
+    model, inside, go_on, real = network(), threading.Event(), threading.Event(), model_tensors.collect_tensors
 
-        def wait(self: PostHocEMA, *arguments: Any) -> None:
-            inside.set()
-            assert go_on.wait(60)
-            real(self, *arguments)
+    def wait(*arguments: Any, **keywords: Any) -> Any:
+        inside.set()
+        assert go_on.wait(60)
+        return real(*arguments, **keywords)
 
-        monkeypatch.setattr(PostHocEMA, "_take_in", wait)
+    with PostHocEMA.from_model(model, tmp_path, **(SETTINGS | {"update_every": 1})) as tracker:
+        monkeypatch.setattr(model_tensors, "collect_tensors", wait)
         other = threading.Thread(target=tracker.update_, args=(model,))
         other.start()
         assert inside.wait(60)
@@ -411,7 +409,7 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
         now[0] += training
         with pace.waiting():
             now[0] += waits
-        pace.tell()
+        pace.warn(stacklevel=1)
         with pace.working():
             now[0] += job
         now[0] -= job  # it is done beside
@@ -420,10 +418,10 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
     for _ in range(4):
         come(1, 2, 3)
     with pytest.warns(
-        RuntimeWarning, match=r"an update takes 3 s, .* after 1 s: .* waited 10 s .*update_every=40 would"
+        RuntimeWarning, match=r"an update takes 3 s .* every 1 s: .* waited 10 s .*update_every=40 would"
     ):
         come(1, 2, 3)
-    come(1, 2, 3)  # told once: warnings are errors here
+    come(1, 2, 3)  # warns once: warnings are errors here
 
 
 def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
@@ -445,7 +443,7 @@ ENDS = """
 import sys, threading, torch
 from concurrent.futures import thread
 from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.staging import Staged
+from posthoc_cli.tracker.buffers import Staged
 real = Staged.reader
 def late(*arguments):
     while not thread._shutdown:  # the interpreter has begun to end
@@ -555,7 +553,7 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
         tracker.update_(model)
         model.weight.data = torch.full((2, 3), 7.0)
         with monkeypatch.context() as fault:
-            fault.setattr(BlockReader, "_room", lambda *_: (_ for _ in ()).throw(MemoryError))
+            fault.setattr(BlockReader, "of_tensors", lambda *_: (_ for _ in ()).throw(MemoryError))
             with pytest.raises(MemoryError):
                 tracker.update_(model)
         for _ in range(300):
@@ -582,13 +580,13 @@ def test_a_model_is_looked_through_once_while_it_stays_the_same(
 ) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        looked, real = [], PostHocEMA._collect
+        looked, real = [], model_tensors.collect_tensors
 
-        def collect(self: PostHocEMA, own: torch.nn.Module) -> Any:
+        def collect(own: torch.nn.Module, *arguments: Any, **keywords: Any) -> Any:
             looked.append(own)
-            return real(self, own)
+            return real(own, *arguments, **keywords)
 
-        monkeypatch.setattr(PostHocEMA, "_collect", collect)
+        monkeypatch.setattr(model_tensors, "collect_tensors", collect)
         train(model, tracker, 1, 20)
         assert looked == [model]
 

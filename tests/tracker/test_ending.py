@@ -29,7 +29,7 @@ VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)
 @pytest.fixture(autouse=True)
 def one_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of two directories can be compared byte for byte."""
-    monkeypatch.setattr("posthoc_cli.tracker.hook.secrets.token_hex", lambda count: "5eed" * (count // 2))
+    monkeypatch.setattr("posthoc_cli.tracker.posthoc_ema.secrets.token_hex", lambda count: "5eed" * (count // 2))
 
 
 def network() -> torch.nn.Linear:

@@ -14,7 +14,7 @@ from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError,
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.tracker.resuming import STATE_NAME
+from posthoc_cli.tracker.state import STATE_NAME
 
 SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None, "max_checkpoints": 3}
 STEPS = 50
@@ -24,7 +24,7 @@ VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)
 @pytest.fixture(autouse=True)
 def one_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files of two directories can be compared byte for byte."""
-    monkeypatch.setattr("posthoc_cli.tracker.hook.secrets.token_hex", lambda count: "5eed" * (count // 2))
+    monkeypatch.setattr("posthoc_cli.tracker.posthoc_ema.secrets.token_hex", lambda count: "5eed" * (count // 2))
 
 
 def network() -> torch.nn.Linear:
@@ -80,8 +80,8 @@ def test_who_does_not_ask_is_refused_as_before(tmp_path: Path) -> None:
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         train(model, tracker, 1, 10)
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    tracker._background.now.__dict__["run_id"] = "0ddd" * 8
-    with pytest.raises(MismatchError, match="this tracker is run 0ddd0ddd: continue that run with"):
+    tracker._pipeline.now.__dict__["run_id"] = "0ddd" * 8
+    with pytest.raises(MismatchError, match="this tracker is run 0ddd0ddd; continue that run with"):
         tracker.update_(model)
 
 
@@ -123,7 +123,7 @@ def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) 
         snapshot.path.unlink()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
         assert tracker.step == 30
-        with pytest.raises(DirectoryError, match="at no time is there a snapshot of every profile"):
+        with pytest.raises(DirectoryError, match="has no time with a snapshot of every profile"):
             tracker.update_(model)
 
 

@@ -546,7 +546,7 @@ def test_more_tensors_than_a_header_can_name_are_refused_when_the_hook_is_made(
     (path, *_) = read_directory(tmp_path / "ema")
     needed = path.header.payload_start
     monkeypatch.setattr(fmt, "MAX_HEADER_BYTES", needed - 2000)
-    with pytest.raises(InvalidValueError, match=r"model: the header would take .* it has 200 tensors: leave some out"):
+    with pytest.raises(InvalidValueError, match="model: with 200 tensors a snapshot's header would take"):
         PostHocEMA.from_model(model, tmp_path / "more")
     monkeypatch.setattr(fmt, "MAX_HEADER_BYTES", needed)
     PostHocEMA.from_model(model, tmp_path / "more")

@@ -407,7 +407,7 @@ def test_frozen_or_thawed_later_a_parameter_is_named(tmp_path: Path) -> None:
         model["head"].bias.requires_grad_(True)
         model["back"].bias.requires_grad_(True)
         tracker.update_(model)
-        with pytest.raises(ModelMismatchError, match=r"'back\.bias': is to be averaged now, but was left out"):
+        with pytest.raises(ModelMismatchError, match=r"'back\.bias': requires gradients now, but was left out"):
             tracker.update_(model)
         model["back"].bias.requires_grad_(False)
         train(model, tracker, 7, 8)
@@ -580,7 +580,7 @@ def test_a_file_in_the_place_of_a_directory_is_named(tmp_path: Path, place: str)
     (tmp_path / "file").write_text("")
     (tmp_path / "nowhere").symlink_to(tmp_path / "absent")
     tracker = PostHocEMA.from_model(network(), tmp_path / place, **SETTINGS)
-    said = rf"/{Path(place).parts[0]}: is not a directory; snapshots are written to the directory .*/{place}: "
+    said = rf"/{Path(place).parts[0]}: is not a directory; snapshots are written to the directory .*/{place};"
     # Not a WriteError, after which training may go on: this update has not been made.
     with pytest.raises(DirectoryError, match=said):
         tracker.update_(network())
