@@ -1,6 +1,6 @@
 # make demo     train a small network with the hook and choose the length of its average afterwards
 # make test     lint, type check and test
-# make bench    the measurements that the README quotes
+# make bench    the measurements that the guides quote
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
 # make audit    known security holes in what is installed; asks a database on the network

@@ -23,6 +23,8 @@ GOLDENS = Path(__file__).with_name("goldens.json")
 
 Report = dict[str, Any]
 
+IGNORED = {"seconds", "reason", "bytes"}
+
 
 def rounded(text: str) -> str:
     """The text with every number that has a point rounded to four digits."""
@@ -48,9 +50,9 @@ def folder(path: Path) -> Report:
 
 
 def without_places(report: Any) -> Any:
-    """A report without what differs from run to run: seconds and paths outside the working directory."""
+    """A report without what differs from machine to machine: seconds, reasons, sizes of headers."""
     if isinstance(report, dict):
-        return {key: without_places(value) for key, value in report.items() if key not in ("seconds", "reason")}
+        return {key: without_places(value) for key, value in report.items() if key not in IGNORED}
     if isinstance(report, list):
         return [without_places(value) for value in report]
     if isinstance(report, float):

@@ -23,7 +23,7 @@ import typer
 
 import posthoc_cli
 from posthoc_cli import files
-from posthoc_cli.cli import demo, error_plot, export, info, output, plan, profile, prune, synthesize, verify
+from posthoc_cli.cli import demo, error_plot, export, guide, info, output, plan, profile, prune, synthesize, verify
 from posthoc_cli.errors import (
     FileFormatError,
     InvalidValueError,
@@ -98,7 +98,7 @@ def _leading_to_verify(command: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
-for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo):
+for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo, guide):
     app.command(cls=_Command, epilog=_module.EPILOG)(_leading_to_verify(_module.COMMAND))
 
 

@@ -452,7 +452,7 @@ def _check_output(path: Path, layout: str, wanted: OutputInfo, specs: Mapping[st
         found |= {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
     for name in sorted(found.keys() | specs.keys()):
         if found.get(name) != specs.get(name):
-            raise MismatchError(path, "is another output: it has other tensors, or other dtypes", f"see {shown(name)}")
+            raise MismatchError(path, f"is another output: tensor {shown(name)} differs")
 
 
 def _shard_names(index: Path) -> list[str]:

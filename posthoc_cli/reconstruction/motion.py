@@ -29,10 +29,6 @@ MOST_PIECES = 64
 _SMOOTHING = 0.1
 """Weight of relative jumps between neighbouring pieces, where 1 is that of a measurement's relative error."""
 
-_STEEP = float(np.log(10))
-"""Logarithm of the factor from which on a jump counts by its logarithm: a learning rate that changes a thousandfold
-makes the walk jump a millionfold, which noise would have to stand in for if that cost a million."""
-
 _TELLING = 1.5
 """Distances a piece from which on noise is told from the walk: one profile with its last two snapshots has nearly 2."""
 
@@ -145,7 +141,7 @@ def fit_motion(
     Least squares on relative residuals, with light smoothing between neighbouring pieces that is relative, too. A
     residual counts against the geometric mean of the distance and what the motion makes of it, so that too much and
     too little weigh the same, and distances of a network that stood still for a while do not outweigh all others; a
-    jump counts against the geometric mean of its sides while it is small, and by its logarithm from `_STEEP` on.
+    jump counts against the geometric mean of its sides, so that a learning rate that falls a hundredfold may do so.
 
     Arguments:
         start: time of the first update.
@@ -206,12 +202,11 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, pie
         model = influence @ x + rounding  # each measured distance is 1
         slope = x * (influence.T @ (1 - model**-2))
         jump, off = u[left + 1] - u[left], u[told] - anchor
-        mild = np.clip(jump, -_STEEP, _STEEP)
-        pull = _SMOOTHING**2 * 2 * np.sinh(mild)
+        pull = _SMOOTHING**2 * 2 * np.sinh(jump)
         slope[left + 1] += pull
         slope[left] -= pull
         slope[told] += hold * 2 * np.sinh(off)
-        value = np.sum(model + 1 / model) + _SMOOTHING**2 * 2 * np.sum(np.cosh(mild)) + pull @ (jump - mild)
+        value = np.sum(model + 1 / model) + _SMOOTHING**2 * 2 * np.sum(np.cosh(jump))
         return float(value + 2 * hold @ np.cosh(off)), slope
 
     bounds = [(low, low + _WIDEST) for low in lowest]

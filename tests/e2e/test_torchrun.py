@@ -112,7 +112,7 @@ def test_a_killed_rank_of_torchrun_is_named_and_leaves_no_model(run: Path, tmp_p
         os.kill(children(process)[1], signal.SIGKILL)
         printed, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "ema: error: rank 1 has died" in errors
+    assert "ema: error: rank 1: " in errors
     assert "wrote" not in printed
     assert not (out / INDEX).exists()
     again = start_ranks("", *arguments(run, out))

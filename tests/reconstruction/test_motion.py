@@ -67,22 +67,6 @@ def test_a_walk_is_found_again() -> None:
     assert noise[2:].max() < 0.05 * 50**2 * 0.1
 
 
-def test_a_walk_that_falls_and_rises_a_millionfold_is_found_again_snapshot_by_snapshot() -> None:
-    """As by a learning rate that changes a thousandfold; each snapshot goes on from what the one before knew."""
-    times = [float(t) for t in range(50, 601, 50)]
-    edges = np.array([START, *times])
-    walk = np.where((edges[1:] > 200) & (edges[1:] <= 400), 1.0, 1e-6)
-    distances = neighbours(times, (0.05, 0.10), Motion(edges, walk, np.zeros(12)))
-    known = None
-    for t in times:
-        known = fit_motion(START, [u for u in times if u <= t], [d for d in distances if d.times[0] <= t], None, known)
-    assert known is not None
-    found, noise = known.on(edges)
-    np.testing.assert_allclose(found[4:8], 1.0, rtol=0.1)
-    assert noise[4:8].max() < 0.05 * 50**2 * 0.1
-    assert found[9:].max() < 1e-4
-
-
 def test_noise_is_told_from_a_walk() -> None:
     times = [float(t) for t in range(50, 1001, 50)]
     edges = np.array([START, *times])

@@ -170,7 +170,7 @@ def _resume(run: Path) -> None:
         tracker.state_dict(0.05)
         tracker.state_dict()
     except PostHocError as error:
-        raise type(error)(str(error).replace(str(copy), str(run))) from error
+        raise type(error)(run, str(error).replace(str(copy), str(run))) from error
     finally:
         shutil.rmtree(copy)
 
@@ -181,7 +181,7 @@ def _go_on(tracker: PostHocEMA, model: Tiny, path: Path) -> None:
         tracker.flush()
         tracker.state_dict()
     except PostHocError as error:  # what is wrong is told of the training, which has taken the state
-        raise type(error)(f"{path}: {error}") from error
+        raise type(error)(path, str(error)) from error
 
 
 EXPERIMENTS = [Experiment("headers changed at random, rightly sealed", fuzz, 0.01)]

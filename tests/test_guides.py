@@ -1,0 +1,207 @@
+"""README and guides: their code runs, their links and the tests that they name exist, and nothing is there twice."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ema_command import Ema
+from safetensors.torch import save_file
+from torture.experiments import EXPERIMENTS
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import pipeline
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "posthoc_cli"
+README = ROOT / "README.md"
+GUIDES = sorted((PACKAGE / "guides").glob("*.md"))
+PAGES = pytest.mark.parametrize("page", [README, *GUIDES], ids=lambda page: page.stem)
+
+
+def code_blocks(page: Path) -> list[tuple[str, str]]:
+    """Language and text of the blocks that are to be run, in order."""
+    found = re.findall(r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    return [(language, text) for language, text in found]
+
+
+def commands(block: str) -> list[list[str]]:
+    """Arguments of each `$ ema ...` line."""
+    return [line.split() for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", block, re.MULTILINE)]
+
+
+# --- code ------------------------------------------------------------------------------------------
+
+
+def make_model() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
+
+
+def train_step(model: torch.nn.Module, batch: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.zero_grad()
+    model(batch).square().mean().backward()
+    optimizer.step()
+
+
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Snapshots of 100,000 steps of weights that move slowly."""
+    directory = tmp_path_factory.mktemp("finished") / "ema"
+    model = make_model()
+    with PostHocEMA.from_model(model, directory, update_every=500, checkpoint_every=5000) as ema:
+        for step in range(100_000):
+            if step % 500 == 499:
+                with torch.no_grad():
+                    for parameter in model.parameters():
+                        parameter += 1e-3 * torch.randn(parameter.shape)
+            ema.update_(model)
+    return directory
+
+
+@pytest.fixture
+def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What a page's Python code finds defined, in an empty working directory."""
+    monkeypatch.chdir(tmp_path)
+    model = make_model()
+
+    def evaluate(network: torch.nn.Module) -> None:
+        assert not network.training
+
+    return {
+        "model": model,
+        "optimizer": torch.optim.SGD(model.parameters(), lr=1e-2),
+        "loader": list(torch.randn(20, 8, 4)),
+        "train_step": train_step,
+        "evaluate": evaluate,
+    }
+
+
+@pytest.fixture
+def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
+    """What a page's commands find: a finished run, a profile, a model, and an average of a part of it."""
+    shutil.copytree(finished_run, tmp_path / "run/ema")
+    (tmp_path / "shape.csv").write_text("time,density\n0,0\n50000,1\n100000,0\n")
+    weights = names["model"].state_dict()
+    save_file(weights, tmp_path / "full.safetensors")
+    save_file({"0.weight": weights["0.weight"]}, tmp_path / "decoder.safetensors")
+    return tmp_path
+
+
+@PAGES
+@pytest.mark.usefixtures("folder")
+def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ema: Ema, names: dict[str, Any]) -> None:
+    for language, block in code_blocks(page):
+        if language == "python":
+            exec(compile(block, page.name, "exec"), names)
+            continue
+        for arguments in commands(block):
+            result = ema(*arguments)
+            assert result.code == 0, (arguments, result.err)
+
+
+@pytest.mark.parametrize(("steps", "times"), [(2950, [1000, 2000, 2950]), (900, [900]), (1000, [1000])])
+def test_the_hook_in_the_readme_keeps_the_end_and_continues_when_it_is_run_again(
+    names: dict[str, Any], steps: int, times: list[int]
+) -> None:
+    block = code_blocks(README)[0][1]
+    names |= {"loader": range(steps), "train_step": lambda model, *_: model[0].weight.data.add_(0.1)}
+    exec(compile(block, "README.md", "exec"), names)
+    pipeline.finish()  # as the end of the process does
+    assert sorted({s.info.t for s in read_directory(Path("run/ema"))}) == times
+    names["ema"].close()
+    exec(compile(block, "README.md", "exec"), names | {"loader": range(20)})
+    pipeline.finish()
+    assert read_directory(Path("run/ema"))[-1].info.t == steps + 20
+
+
+# --- contents --------------------------------------------------------------------------------------
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.read_text().splitlines()) <= 150
+
+
+@PAGES
+def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)]+)\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+def test_the_readme_links_to_every_guide() -> None:
+    assert all(f"posthoc_cli/guides/{guide.name})" in README.read_text() for guide in GUIDES)
+
+
+def test_no_line_is_there_twice() -> None:
+    """Of README and guides; lines of 40 characters and more, tables' rules aside."""
+    lines = [line.strip() for page in (README, *GUIDES) for line in page.read_text().splitlines()]
+    repeated = {line for line, count in Counter(lines).items() if count > 1 and len(line) >= 40}
+    assert {line for line in repeated if set(line) - set("|-: ")} == set()
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda page: page.stem)
+def test_a_guide_begins_with_what_the_reader_can_do_after_it(guide: Path) -> None:
+    title, blank, first = guide.read_text().splitlines()[:3]
+    assert title.startswith(f"# {guide.stem.capitalize()}") and ": " in title
+    assert blank == ""
+    assert first.startswith("After this guide you ")
+
+
+def test_the_development_guide_names_every_room() -> None:
+    text = (PACKAGE / "guides/development.md").read_text()
+    for room in {p.name.removesuffix(".py") for p in PACKAGE.iterdir() if p.name[0] not in "_."} - {"py.typed"}:
+        assert re.search(rf"^  {room}(/|\.py) ", text, re.MULTILINE), room
+
+
+def test_every_test_and_experiment_in_the_table_of_what_holds_exists() -> None:
+    _, _, table = (PACKAGE / "guides/durability.md").read_text().partition("## What holds")
+    tests = set(re.findall(r"`(test_\w+)`", table))
+    assert len(tests) >= 15
+    sources = [path.read_text() for path in (ROOT / "tests").rglob("*.py")]
+    defined = {name for source in sources for name in re.findall(r"def (test_\w+)", source)}
+    assert tests <= defined, sorted(tests - defined)
+    experiments = {experiment.name for experiment in EXPERIMENTS}
+    assert set(re.findall(r"\*([^*|]+)\*", table)) <= experiments
+    assert set(re.findall(r"^\| ([^|`*]+) \| +[\d,]+ \|", table, re.MULTILINE)) == experiments
+
+
+# --- ema guide -------------------------------------------------------------------------------------
+
+
+def test_ema_guide_lists_every_guide_with_its_subject(ema: Ema) -> None:
+    _, *rows = ema("guide").out.splitlines()
+    assert [row.split()[0] for row in rows] == [guide.stem for guide in GUIDES]
+    assert "  record averages while a model trains" in next(row for row in rows if row.startswith("training"))
+
+
+def test_ema_guide_gives_the_source_in_a_pipe(ema: Ema) -> None:
+    assert ema("guide", "exactness").out == (PACKAGE / "guides/exactness.md").read_text()
+
+
+def test_ema_guide_renders_the_page_on_a_terminal(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("COLUMNS", "200")
+    lines = ema("guide", "exactness").out.splitlines()
+    assert lines[0].strip() == "Exactness: how close a result is to the true average"
+    assert max(map(len, lines)) <= 120
+
+
+def test_an_unknown_guide_is_an_error_that_names_the_guides(ema: Ema) -> None:
+    result = ema("guide", "trainig")
+    assert result.code == 2
+    assert "training" in result.error
+
+
+def test_names_of_guides_are_completed(ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("_EMA_COMPLETE", "complete_bash")
+    monkeypatch.setenv("COMP_WORDS", "ema guide d")
+    monkeypatch.setenv("COMP_CWORD", "2")
+    assert ema().out.split() == ["development", "distributed", "durability"]
