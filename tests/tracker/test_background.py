@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import forked
-import numpy as np
 import pytest
 import torch
-from factories import averages_in, exact_gamma, refuse_for_space
+from factories import averages_in, refuse_for_space
+from tracker.runs import contents, step, train
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.tracker import model_tensors
 from posthoc_cli.tracker import worker as pacing
 from posthoc_cli.tracker.buffers import BlockReader, Staged
@@ -34,29 +33,6 @@ SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_check
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3).bfloat16())
-
-
-def step(model: torch.nn.Module, number: int) -> None:
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
-        for buffer in model.buffers():
-            buffer.add_(1)
-
-
-def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) -> None:
-    for number in range(first, last + 1):
-        step(model, number)
-        tracker.update_(model)
-
-
-def contents(folder: Path) -> dict[str, dict[str, bytes]]:
-    result = {}
-    for snapshot in read_directory(folder):
-        with TensorFile(snapshot.path) as file:
-            result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
-    return result
 
 
 @pytest.fixture
@@ -83,23 +59,6 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 
 
 # --- the same values -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_values_are_those_of_the_step_that_was_asked_for(tmp_path: Path, device: str) -> None:
-    """Against the formula in float64: beta = (t_prev / t) ** (gamma + 1), with gamma of the profile 0.28."""
-    model = torch.nn.Linear(3, 2).double()
-    exact, last = None, 0
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), device=device, **SETTINGS) as tracker:
-        for number in range(1, 21):
-            step(model, number)
-            tracker.update_(model)
-            if number % 2 == 0:
-                own, gamma = model.weight.detach().numpy().copy(), exact_gamma(0.28)
-                beta = (last / number) ** (gamma + 1)
-                exact, last = own if exact is None else beta * exact + (1 - beta) * own, number
-        live = averages_in(tracker.state_dict())["0.28"]["weight"].numpy()
-    np.testing.assert_allclose(live, exact, rtol=1e-13)
 
 
 def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) -> None:
@@ -226,24 +185,6 @@ def interrupted(after: float) -> Iterator[None]:
 
 
 # --- errors ----------------------------------------------------------------------------------------
-
-
-def test_a_value_that_is_not_finite_is_raised_at_the_next_call_and_taken_in_by_no_average(tmp_path: Path) -> None:
-    model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=1, checkpoint_every=100) as tracker:
-        train(model, tracker, 1, 3)
-        kept = model.weight.detach().clone()
-        with torch.no_grad():
-            model.weight[0, 0] = torch.nan
-        tracker.update_(model)
-        with torch.no_grad():
-            model.weight.copy_(kept)
-        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 4"):
-            tracker.flush()
-        tracker.update_(model)  # raised once
-        state = tracker.state_dict()
-    assert (state["step"], state["averages_step"]) == (5, 5)
-    assert all(bool(average["weight"].isfinite().all()) for average in averages_in(state).values())
 
 
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(

@@ -186,29 +186,6 @@ def test_blocks_of_both_kinds_stand_in_each_other(tmp_path: Path) -> None:
     assert all_equal(run.everything(), before)
 
 
-def test_an_error_in_the_body_restores_everything_and_is_seen(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.train(20)
-    run.model[1].eval()
-    before = run.everything()
-    with pytest.raises(ZeroDivisionError), run.tracker.averaged(run.model, tracked=0.05) as averaged:
-        averaged.train()
-        averaged(X)
-        1 / 0  # noqa: B018
-    assert all_equal(run.everything(), before)
-    assert [module.training for module in run.model] == [True, False, True, True]
-
-
-def test_a_step_within_a_block_is_refused(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.train(20)
-    before = run.now()["0.weight"].copy()
-    with run.tracker.averaged(run.model, tracked=0.05), pytest.raises(NotReadyError, match="holds averaged weights"):
-        run.train(1)
-    assert np.array_equal(run.now()["0.weight"], before)
-    assert run.tracker.step == 20
-
-
 # --- the switch ------------------------------------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from ema_command import Ema
 from factories import exact_average, refuse_for_space
 from torch.distributed.checkpoint.stateful import Stateful
+from tracker.runs import step
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import (
@@ -54,15 +55,10 @@ class Run:
         self.weights: dict[int, np.ndarray] = {}
 
     def train(self, first: int, last: int) -> None:
-        for step in range(first, last + 1):
-            generator = torch.Generator().manual_seed(step)
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    parameter.add_(torch.randn(parameter.shape, generator=generator))
-                for buffer in self.model.buffers():
-                    buffer.add_(1)
-            self.weights[step] = self.model[0].weight.detach().double().numpy().copy()
-            self.tracker.update_(self.model, step**1.5 if self.own_clock else None)
+        for number in range(first, last + 1):
+            step(self.model, number)
+            self.weights[number] = self.model[0].weight.detach().double().numpy().copy()
+            self.tracker.update_(self.model, number**1.5 if self.own_clock else None)
         self.tracker.flush()
 
     def goes_on_from(self, other: Run) -> None:
