@@ -1,15 +1,15 @@
-"""The few file operations that durability rests on, and the one way to make a file appear.
+"""The file operations that durability rests on, and the one way to make a file appear.
 
-Everything that writes (snapshots, outputs, pictures, tables) does it through `PendingFile`:
+Everything that writes (snapshots, outputs, pictures, tables) uses `PendingFile`:
 
 1. the bytes go to a temporary file in the directory of the final name, made with O_EXCL and the umask's mode;
 2. it is flushed and fsynced;
 3. it is put under its final name in one step that either happens or does not;
 4. the directory is fsynced.
 
-So a name never leads to half a file, a reader that has the old file open keeps it, and a crash leaves at
-most a temporary, whose name begins with `.ema-`. Each operation goes through `files.system`, which a test can
-replace by one that fails, or that dies.
+So a name never leads to half a file, a reader that has the old file open keeps it, and a crash leaves at most a
+temporary, whose name begins with `.ema-`. Each operation is a method of `files.system`, which a test can replace by one
+that fails, or that ends the process.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from types import TracebackType
 
 from posthoc_cli.errors import OutputExistsError, WriteError
 
@@ -30,14 +29,14 @@ TEMPORARY_PREFIX = ".ema-"
 TEMPORARY_SUFFIX = ".tmp"
 
 NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
-"""What `link` fails with on a file system without hard links."""
+"""Errors of `link` on a file system without hard links."""
 
 
-# --- single operations -----------------------------------------------------------------------------
+# --- single operations
 
 
 class FileSystem:
-    """The operations of the system that reading and writing rest on, one method each; paths are the package's own.
+    """The system's operations, one method each.
 
     Raises:
         OSError: from each method, where the system refuses.
@@ -45,12 +44,12 @@ class FileSystem:
 
     def open_new(self, path: Path) -> int:
         """A descriptor, for reading and writing, of a file that did not exist before."""
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0), 0o666)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
 
     def open(self, path: Path) -> int:
         """A descriptor for reading."""
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
-        return os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+        return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
         """Fill the beginning of `view` from `offset` on; returns how many bytes, 0 at the end of the file."""
@@ -93,7 +92,7 @@ class FileSystem:
         path.unlink()
 
     def make_directory(self, path: Path) -> None:
-        """Make a directory whose parent is there; nothing happens where it is there itself."""
+        """Make a directory whose parent exists, unless it exists itself."""
         path.mkdir(exist_ok=True)
 
     def remove_directory(self, path: Path) -> None:
@@ -101,24 +100,24 @@ class FileSystem:
         path.rmdir()
 
     def list(self, path: Path) -> list[Path]:
-        """What is in a directory, in no order."""
+        """The paths in a directory, in no order."""
         return list(path.iterdir())
 
 
 system = FileSystem()
-"""Where every operation goes: the one thing that tests replace to see what happens when it fails."""
+"""The one object that tests replace, to make operations fail."""
 
 
-# --- several operations ----------------------------------------------------------------------------
+# --- several operations
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with the home directory in the place of a leading ~; as it is where nobody knows of which user."""
-    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib's raises for a user that is not there
+    """A path with a leading ~ replaced by the home directory; unchanged for an unknown user."""
+    return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
 
 
 def is_gone(path: Path) -> bool:
-    """Whether nothing has the name any more; not where that cannot be told, as in a folder that cannot be entered."""
+    """Whether a path no longer exists; False if that is unknown, as in a folder that cannot be entered."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -137,7 +136,7 @@ def write_at(descriptor: int, data: bytes | memoryview, offset: int) -> None:
 
 
 def make_directory(path: Path) -> list[Path]:
-    """Make a directory and its parents, durably; returns those that were missing, the outermost first."""
+    """Make a directory and its parents, durably; returns those that were made, the outermost first."""
     missing = [p for p in (path, *path.parents) if not p.exists()]
     made = []
     try:
@@ -153,7 +152,7 @@ def make_directory(path: Path) -> list[Path]:
 
 
 def remove_directories(made: list[Path]) -> None:
-    """Undo `make_directory`, as far as the directories are empty."""
+    """Undo `make_directory`, for directories that are empty."""
     with suppress(OSError):
         for directory in reversed(made):
             system.remove_directory(directory)
@@ -175,13 +174,13 @@ def read_at(descriptor: int, count: int, offset: int) -> bytes:
 
 
 def unlink_if_there(path: Path) -> None:
-    """Remove a name that may be gone already."""
+    """Remove a file that may not exist."""
     with suppress(FileNotFoundError):
         system.unlink(path)
 
 
 def discard(paths: Collection[Path]) -> None:
-    """Remove temporaries that nobody needs; what the system refuses to remove is tried again when the process ends."""
+    """Remove temporaries; those that the system refuses to remove are tried again when the process ends."""
     for path in paths:
         _unfinished[path] = os.getpid()
     for path in paths:
@@ -191,23 +190,23 @@ def discard(paths: Collection[Path]) -> None:
 
 
 def leftovers(directory: Path) -> list[Path]:
-    """Temporaries in a directory, sorted: of writes that go on, or of processes that were killed."""
+    """Temporaries in a directory, sorted: of writes in progress, or of processes that were killed."""
     return sorted(path for path in system.list(directory) if is_temporary(path.name))
 
 
 def is_temporary(name: str) -> bool:
-    """Whether a name is one of those that `temporary_path` gives."""
+    """Whether a name has the form that `temporary_path` gives."""
     return name.startswith(TEMPORARY_PREFIX) and name.endswith(TEMPORARY_SUFFIX)
 
 
 def temporary_path(directory: Path) -> Path:
-    """A name in `directory` that nothing has and that every reader passes over."""
+    """A new name in `directory`, which every reader ignores."""
     return directory / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{TEMPORARY_SUFFIX}"
 
 
 @contextmanager
 def new_directory(path: Path) -> Iterator[None]:
-    """Make a directory for the block; what was missing goes again if the block fails and left nothing in it."""
+    """Make a directory for the block; it is removed if the block fails and leaves it empty."""
     with reported_as_write_error(path):
         made = make_directory(path)
     try:
@@ -217,30 +216,30 @@ def new_directory(path: Path) -> Iterator[None]:
         raise
 
 
-# --- a file that appears whole or not at all -------------------------------------------------------
+# --- a file that appears in one step
 
 
 @contextmanager
 def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[None]:
-    """Turn an OSError within the block into a WriteError that names `path`, what was `refused`, and the reason."""
+    """Turn an OSError within the block into a WriteError about `path` that could not be `refused`: written, removed."""
     try:
         yield
     except (WriteError, OutputExistsError):
         raise
     except OSError as error:
         reason = error.strerror or str(error)
-        left = "; nothing partial is left" if refused == "written" else ""
-        raise WriteError(path, f"cannot be {refused}: {reason.lower()}{left}", errno=error.errno) from error
+        left = "nothing partial is left" if refused == "written" else ""
+        raise WriteError(path, f"cannot be {refused}: {reason.lower()}", left, errno=error.errno) from error
 
 
 class PendingFile:
-    """A file being written, which nobody sees under its name before `publish`.
+    """A file being written, which appears under its name by `publish`.
 
     Leaving the `with` block without `publish` removes it: an interrupted write leaves nothing.
 
     Raises:
-        OutputExistsError: `path` is there and `overwrite` is False (checked at the start, and once more, free
-            of races, when publishing).
+        OutputExistsError: `path` exists and `overwrite` is False (checked at the start, and again without races
+            when publishing).
         WriteError: the system refused.
     """
 
@@ -260,7 +259,7 @@ class PendingFile:
             write_at(self.descriptor, data, offset)
 
     def publish(self) -> None:
-        """Make the content durable, then give it its name; a new name is taken back if what follows fails."""
+        """Make the content durable, then give it its name; a new name is removed if a later step fails."""
         with reported_as_write_error(self.path):
             system.fsync(self.descriptor)
             replaces = self._overwrite and os.path.lexists(self.path)
@@ -278,7 +277,7 @@ class PendingFile:
                 raise
 
     def discard(self) -> None:
-        """Remove the temporary, if it is still one. What a signal interrupted is finished by the next call."""
+        """Remove the temporary, if there is one. A call that a signal interrupted is finished by the next."""
         if self._open:
             self._close()
         if self.temporary in _unfinished:
@@ -287,7 +286,7 @@ class PendingFile:
             _unfinished.pop(self.temporary, None)
 
     def _take_name(self) -> bool:
-        """Put the file under its name; returns whether it still has the temporary one, too."""
+        """Put the file under its name; returns whether it also has the temporary name."""
         if self._overwrite:
             system.rename(self.temporary, self.path)
             return False
@@ -312,25 +311,23 @@ class PendingFile:
     def __enter__(self) -> PendingFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
 
 _unfinished: dict[Path, int] = {}
-"""Temporaries, and directories for new files, that were or will be made, each with the process that does it."""
+"""Temporaries, and directories for new files, each with the process that makes it."""
 
 
 @atexit.register
 def remove_unfinished() -> None:
-    """Remove temporaries that nobody discarded, and directories that were made for them and are empty.
+    """Remove temporaries that were not discarded, and empty directories that were made for them.
 
-    A signal may come between any two instructions, also between the making of a file and the `with` statement
-    that would remove it; this runs when the process ends, however that signal was handled.
+    A signal may come between the making of a file and the `with` statement that would remove it; this runs when the
+    process ends.
     """
     for path, process in reversed(list(_unfinished.items())):
-        if process == os.getpid():  # not in a child that was forked meanwhile
+        if process == os.getpid():  # not in a forked child
             with suppress(OSError):
                 system.remove_directory(path) if path.is_dir() else system.unlink(path)
             del _unfinished[path]

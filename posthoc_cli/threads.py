@@ -1,4 +1,4 @@
-"""How many threads libraries beneath take: on a busy machine small operations should not wait for a pool of them."""
+"""Limit the threads of numerical libraries: on a busy machine small operations should not wait for a pool."""
 
 from __future__ import annotations
 
@@ -10,28 +10,27 @@ from threadpoolctl import ThreadpoolController
 
 
 def take_one_openmp_thread() -> None:
-    """Have all that the calling thread asks OpenMP for done in itself, from now on; other threads are as before."""
+    """Limit OpenMP to one thread for the calling thread, from now on."""
     _openmp().limit(limits=1)
 
 
 @lru_cache
 def _openmp() -> ThreadpoolController:
-    """Looks for libraries, which takes 10 ms: what uses OpenMP must have been imported."""
+    """The libraries with OpenMP, which must have been imported; looking for them takes 10 ms."""
     return ThreadpoolController().select(user_api="openmp")
 
 
 @lru_cache
 def _openblas() -> ThreadpoolController:
-    """NumPy's and SciPy's own, which must have been imported. MKL is left alone: it is torch's as well."""
+    """NumPy's and SciPy's libraries, which must have been imported. Not MKL, which torch uses, too."""
     return ThreadpoolController().select(internal_api="openblas")
 
 
 @contextmanager
 def one_blas_thread() -> Iterator[None]:
-    """NumPy's and SciPy's linear algebra in one thread within the block: for many small problems.
+    """Limit NumPy's and SciPy's linear algebra to one thread within the block: for many small problems.
 
-    It is a setting of the process: other threads' linear algebra takes one thread meanwhile, too. The thread that comes
-    first makes and undoes it.
+    It is a setting of the process, and so limits other threads, too.
     """
     with _openblas().limit(limits=1):
         yield

@@ -59,7 +59,7 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-# --- what is written is there ----------------------------------------------------------------------
+# --- what is written is there
 
 
 def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_is_left(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_a_short_write_is_continued_where_it_stopped(tmp_path: Path, monkeypatch
     assert (tmp_path / "a").read_bytes() == NEW
 
 
-# --- what fails leaves nothing ---------------------------------------------------------------------
+# --- what fails leaves nothing
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
@@ -231,7 +231,7 @@ def test_no_descriptor_stays_open(tmp_path: Path, refuse: Callable[..., None]) -
     assert free_descriptor() == before
 
 
-# --- nothing is replaced unasked -------------------------------------------------------------------
+# --- nothing is replaced unasked
 
 
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
@@ -290,7 +290,7 @@ def test_a_name_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path
     assert names(tmp_path) == ["file"]
 
 
-# --- directories -----------------------------------------------------------------------------------
+# --- directories
 
 
 def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(

@@ -18,7 +18,7 @@ from factories import exact_weights
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
 from posthoc_cli.profiles import Profile
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.pruning import execute, plan_pruning
+from posthoc_cli.snapshots.pruning import plan_pruning, prune
 from posthoc_cli.targets import Target
 
 Floats = npt.NDArray[np.float64]
@@ -110,7 +110,7 @@ def test_pruning_to_an_error_leaves_that_error(
     assert pruning.gone
     assert pruning.before.worst <= pruning.after.worst <= bound
     assert np.all(pruning.after.predicted_error >= pruning.before.predicted_error)
-    execute(pruning)
+    prune(tmp_path, pruning)
     wanted = [index for index, width in enumerate(WIDTHS) if width <= widest]
     found, predicted = made(tmp_path, [WIDTHS[index] for index in wanted], "minvar")
     actual = errors(found, true(path)[wanted])

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from posthoc_cli.cli import output
 from posthoc_cli.cli.values import existing_directory, parse_bytes, parse_count, parse_max_error, parse_sigma_range
-from posthoc_cli.errors import InvalidValueError, MismatchError
+from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.snapshots.pruning import Pruning
@@ -39,7 +39,8 @@ def prune(
     tracker writes to the directory; an interruption leaves a directory that works.
     """
     from posthoc_cli.snapshots.directory import read_directory
-    from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
+    from posthoc_cli.snapshots.pruning import plan_pruning
+    from posthoc_cli.snapshots.pruning import prune as delete
 
     output.log_to_stderr(False)
     if [keep, max_size, max_error].count(None) != 2:
@@ -53,22 +54,18 @@ def prune(
         raise InvalidValueError("--json", "shows what would go only afterwards", "give --yes or --dry-run with it")
     if not (yes or dry_run or sys.stdin.isatty()):
         raise InvalidValueError("--yes", "is needed where nobody can be asked; --dry-run shows what would go")
-    snapshots = read_directory(directory)
-    pruning = plan_pruning(snapshots, count, max_bytes, error, wanted)
+    pruning = plan_pruning(read_directory(directory), count, max_bytes, error, wanted)
     if not as_json:
         _print(pruning, wanted)
     # Asked without the lock: a question that nobody answers must not stop a training.
     agreed = bool(pruning.gone) and not dry_run and (yes or _confirmed(pruning))
     if agreed:
-        with writing_to(directory) as now:
-            if [snapshot.header for snapshot in now] != [snapshot.header for snapshot in snapshots]:
-                raise MismatchError(directory, "has changed since it was looked at; nothing was deleted", "run again")
-            with output.progress_bar("verifying what stays", pruning.read_bytes, False) as progress:
-                execute(pruning, progress)
+        with output.progress_bar("verifying what stays", pruning.read_bytes, False) as progress:
+            pruning = delete(directory, pruning, progress)
     if as_json:
-        output.print_json(_report(pruning, snapshots[0].info.run_id, agreed))
+        output.print_json(pruning.to_dict())
     else:
-        _print_end(pruning, agreed, dry_run)
+        _print_end(pruning, dry_run)
     if pruning.gone and not (agreed or dry_run):
         raise typer.Exit(1)
 
@@ -81,36 +78,13 @@ def _confirmed(pruning: Pruning) -> bool:
 # --- what is printed -------------------------------------------------------------------------------
 
 
-def _size(snapshots: Any) -> int:
-    return sum(snapshot.header.file_bytes for snapshot in snapshots)
-
-
 def _counted(count: int) -> str:
     return f"{count} snapshot{'s' * (count != 1)}"
 
 
-def _report(pruning: Pruning, run: str, deleted: bool) -> dict[str, Any]:
-    return {
-        "run": run,
-        "kept": [snapshot.path.name for snapshot in pruning.kept],
-        "gone": [
-            {
-                "file": snapshot.path.name,
-                "t": snapshot.info.t,
-                "sigma_rel": snapshot.info.sigma_rel,
-                "bytes": snapshot.header.file_bytes,
-            }
-            for snapshot in pruning.gone
-        ],
-        "bytes": {"kept": _size(pruning.kept), "gone": _size(pruning.gone)},
-        "before": {"worst_error": pruning.before.worst, "median_error": pruning.before.median},
-        "after": {"worst_error": pruning.after.worst, "median_error": pruning.after.median},
-        "prior": pruning.source,
-        "deleted": deleted,
-    }
-
-
 def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
+    from posthoc_cli.snapshots.pruning import file_bytes
+
     if pruning.gone:
         rows = [
             [
@@ -128,7 +102,7 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
         [
             when,
             str(len(snapshots)),
-            output.size_text(_size(snapshots)),
+            output.size_text(file_bytes(snapshots)),
             output.percent(errors.worst),
             output.percent(errors.median),
         ]
@@ -140,11 +114,13 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
     output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g}{how.get(pruning.source, '')}")
 
 
-def _print_end(pruning: Pruning, deleted: bool, dry_run: bool) -> None:
-    freed = output.size_text(_size(pruning.gone))
+def _print_end(pruning: Pruning, dry_run: bool) -> None:
+    from posthoc_cli.snapshots.pruning import file_bytes
+
+    freed = output.size_text(file_bytes(pruning.gone))
     if not pruning.gone:
         output.print_line("nothing has to go; nothing was deleted")
-    elif deleted:
+    elif pruning.deleted:
         output.print_line(f"deleted {_counted(len(pruning.gone))}, {freed}; {len(pruning.kept)} are left, verified")
     elif dry_run:
         output.print_line(f"would delete {_counted(len(pruning.gone))}, {freed}; nothing was deleted")

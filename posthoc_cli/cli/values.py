@@ -240,7 +240,7 @@ def existing(path: Path) -> Path:
     Raises:
         InvalidValueError: there is none, or it is a pickle.
     """
-    from posthoc_cli.snapshots.check import PICKLES
+    from posthoc_cli.snapshots.directory import PICKLES
 
     path, mode = _looked_up(path)
     if mode is None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -15,8 +14,8 @@ from posthoc_cli.cli.values import existing
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.snapshots.repair import Cleaning, Errors, Repair
-    from posthoc_cli.snapshots.reports import FileReport, Verification
+    from posthoc_cli.snapshots.check import FileReport, Verification
+    from posthoc_cli.snapshots.repair import Cleaning, Repair
 
 EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or   ema verify out/ m.safetensors --json"
 
@@ -92,25 +91,23 @@ def _verify_one(path: Path, deep: bool, asked: _Asked) -> _Done:
     """Read a path, print what was found, and repair and clean it where that was asked for."""
     from posthoc_cli.snapshots import repair
 
-    started = time.perf_counter()
     found = _read(path, deep)
-    seconds = time.perf_counter() - started
     plan = repair.plan_repair(found) if asked.repair else None
     if not asked.as_json:
-        _print(found, seconds, asked.verbose, plan is None)
+        _print(found, found.seconds, asked.verbose, plan is None)
         _print_loss(plan) if plan is not None and plan.gone else None
     repaired = plan is not None and _agreed(bool(plan.gone), asked, _question(plan.directory, plan.gone))
-    moved = repair.repair(plan) if plan is not None and repaired else []
+    plan = repair.repair(plan) if plan is not None and repaired else plan
     cleaned = asked.clean and _agreed(
         bool(found.leftovers), asked, f"delete {_counted(len(found.leftovers), 'leftover')} for good?"
     )
-    cleaning = repair.clean(found) if cleaned else None
+    cleaning = repair.clean(found) if cleaned else repair.Cleaning()
     if not asked.as_json:
-        _print_repair(plan, moved, repaired, asked.dry_run) if plan is not None else None
+        _print_repair(plan, asked.dry_run) if plan is not None else None
         _print_cleaning(found, cleaning, asked.dry_run) if asked.clean else None
-    report = _report(found, seconds)
-    report |= {} if plan is None else {"repair": _repair_report(plan, moved, repaired)}
-    report |= {"clean": _clean_report(cleaning)} if asked.clean else {}
+    report = found.to_dict()
+    report |= {} if plan is None else {"repair": plan.to_dict()}
+    report |= {"clean": cleaning.to_dict()} if asked.clean else {}
     wrong = plan.staying if plan is not None and (repaired or not plan.gone) else found.broken
     return _Done(report, not (found.problems or wrong))
 
@@ -149,90 +146,22 @@ def _question(directory: Path, gone: tuple[Path, ...]) -> str:
     return f"set {_counted(len(gone), 'file')} aside in {directory / 'quarantine'}?"
 
 
-# --- as data ---------------------------------------------------------------------------------------
-
-
-def _report(found: Verification, seconds: float) -> dict[str, Any]:
-    return {
-        "kind": "directory" if found.is_directory else "file",
-        "path": str(found.path),
-        "files": [
-            {
-                "path": _name(report.path, found),
-                "what": report.what,
-                "state": report.state,
-                "detail": report.detail,
-                "bytes": report.nbytes,
-            }
-            for report in found.files
-        ],
-        "problems": list(found.problems),
-        "notes": list(found.notes),
-        "leftovers": [_name(leftover, found) for leftover in found.leftovers],
-        "superseded": found.superseded,
-        "quarantined": found.quarantined,
-        "bytes": found.nbytes,
-        "seconds": seconds,
-    }
-
-
-def _repair_report(plan: Repair, moved: list[Path], done: bool) -> dict[str, Any]:
-    return {
-        "gone": [str(path.relative_to(plan.directory)) for path in plan.gone],
-        "moved": [str(path.relative_to(plan.directory)) for path in moved],
-        "before": _errors_report(plan.before),
-        "after": _errors_report(plan.after),
-        "done": done,
-    }
-
-
-def _errors_report(errors: Errors | None) -> dict[str, Any] | None:
-    from posthoc_cli.snapshots.repair import SIGMA_RELS
-
-    if errors is None:
-        return None
-    points = [
-        {"sigma_rel": sigma_rel, "predicted_error": output.finite(float(error))}
-        for sigma_rel, error in zip(SIGMA_RELS, errors.predicted, strict=True)
-    ]
-    return {
-        "t": errors.t,
-        "errors": points,
-        "worst_error": output.finite(errors.worst),
-        "solved_with": errors.solved,
-        "of": errors.count,
-    }
-
-
-def _clean_report(cleaning: Cleaning | None) -> dict[str, Any]:
-    removed, left = ((), ()) if cleaning is None else (cleaning.removed, cleaning.left)
-    return {
-        "removed": [path.name for path in removed],
-        "left": [{"file": path.name, "why": why} for path, why in left],
-        "done": cleaning is not None,
-    }
-
-
-def _name(path: Path, found: Verification) -> str:
-    return str(path.relative_to(found.path)) if found.is_directory else str(path)
-
-
 # --- as text ---------------------------------------------------------------------------------------
 
 
 def _print(found: Verification, seconds: float, verbose: bool, offer: bool) -> None:
     fine = [report for report in found.files if report.is_fine]
     listed = fine if verbose or len(fine) <= output.MOST_ROWS else []
-    rows = [[_name(report.path, found), report.what, report.state] for report in listed]
+    rows = [[found.name(report.path), report.what, report.state] for report in listed]
     if rows:
         output.print_table(["file", "what", "state"], rows, left=["file", "what", "state"])
     elif fine:
         output.print_line(f"{_counted(len(fine), 'file')} with nothing wrong; --verbose lists them")
     for report in found.files:
         if not report.is_fine:
-            output.print_line(f"{_name(report.path, found)}: {report.what}: {_state(report)}")
+            output.print_line(f"{found.name(report.path)}: {report.what}: {_state(report)}")
     for path in found.leftovers:
-        output.print_line(f"{_name(path, found)}: left by an interrupted write, or by one under way")
+        output.print_line(f"{found.name(path)}: left by an interrupted write, or by one under way")
     output.print_line("") if found.files or found.leftovers else None
     for note in found.notes:
         output.print_line(f"note: {note}")
@@ -251,8 +180,8 @@ def _state(report: FileReport) -> str:
 
 
 def _summary(found: Verification, seconds: float, offer: bool) -> str:
+    from posthoc_cli.snapshots.check import UNCHECKED
     from posthoc_cli.snapshots.repair import MOVED, is_snapshot_directory
-    from posthoc_cli.snapshots.reports import UNCHECKED
 
     count = len(found.files)
     wrong = [report for report in found.files if not report.is_fine]
@@ -260,7 +189,7 @@ def _summary(found: Verification, seconds: float, offer: bool) -> str:
         unchecked = sum(report.state == UNCHECKED for report in found.files)
         what = "all whole" if not unchecked else f"{count - unchecked:,} whole, {unchecked:,} without checksums"
         return f"{_counted(count, 'file')}, {output.size_text(found.nbytes)} verified in {seconds:.1f} s: {what}"
-    named = ", ".join(_name(report.path, found) for report in wrong[:3])
+    named = ", ".join(found.name(report.path) for report in wrong[:3])
     more = f" and {len(wrong) - 3:,} more" if len(wrong) > 3 else ""
     states = {report.state for report in wrong}
     what = states.pop() if len(states) == 1 else "not in order"
@@ -302,12 +231,12 @@ def _print_loss(plan: Repair) -> None:
     output.print_line(where)
 
 
-def _print_repair(plan: Repair, moved: list[Path], done: bool, dry_run: bool) -> None:
+def _print_repair(plan: Repair, dry_run: bool) -> None:
     where = plan.directory / "quarantine"
     if not plan.gone:
         output.print_line("nothing has to be set aside")
-    elif done:
-        output.print_line(f"set {_counted(len(moved), 'file')} aside in {where}")
+    elif plan.done:
+        output.print_line(f"set {_counted(len(plan.moved), 'file')} aside in {where}")
     elif dry_run:
         output.print_line(f"would set {_counted(len(plan.gone), 'file')} aside in {where}; nothing was moved")
     else:
@@ -317,12 +246,12 @@ def _print_repair(plan: Repair, moved: list[Path], done: bool, dry_run: bool) ->
         output.print_line(f"{names}: left where {'it is' if len(plan.staying) == 1 else 'they are'}; see above")
 
 
-def _print_cleaning(found: Verification, cleaning: Cleaning | None, dry_run: bool) -> None:
+def _print_cleaning(found: Verification, cleaning: Cleaning, dry_run: bool) -> None:
     if not found.leftovers:
         output.print_line("no leftovers")
-    elif cleaning is not None:
+    elif cleaning.done:
         for path, why in cleaning.left:
-            output.print_line(f"{_name(path, found)}: left, since it {why}")
+            output.print_line(f"{found.name(path)}: left, since it {why}")
         output.print_line(f"deleted {_counted(len(cleaning.removed), 'leftover')}")
     elif dry_run:
         output.print_line(f"would delete {_counted(len(found.leftovers), 'leftover')}; nothing was deleted")

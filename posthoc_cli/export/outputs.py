@@ -36,8 +36,7 @@ from posthoc_cli.snapshots.outputs import (
     output_metadata,
     same_coefficients,
 )
-from posthoc_cli.snapshots.payload import verify_payload
-from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.snapshots.reader import read_header, verify_payload
 from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.engine import Progress, place_synthesis

@@ -44,8 +44,7 @@ from posthoc_cli.snapshots.outputs import (
     output_metadata,
     same_coefficients,
 )
-from posthoc_cli.snapshots.payload import verify_payload
-from posthoc_cli.snapshots.reader import read_header, read_small_file
+from posthoc_cli.snapshots.reader import read_header, read_small_file, verify_payload
 from posthoc_cli.synthesis.engine import Progress, parse_accumulate
 from posthoc_cli.synthesis.parts import Part, divide, plan_of_part
 from posthoc_cli.synthesis.plan import Plan, names_by_tensor

@@ -1,43 +1,43 @@
-"""What a snapshot's header says of it, checked, with nothing taken on trust.
+"""Decode a snapshot's metadata and check it, against itself and against the tensors.
 
-A file may come from a stranger or from a failing disk. Whatever is wrong becomes a FileFormatError that names the file
-and the key; what passes is consistent with itself and with the tensors.
+Whatever is wrong becomes a FileFormatError that names the file and the key.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
+from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import BUFFERS, Selection
-from posthoc_cli.snapshots.headers import Metadata, Sharing, is_number
+from posthoc_cli.snapshots.headers import DecodeCache, Metadata, is_number
 
 _LEAST_SQUARE = 1e-120
+"""Squares below this, or above its inverse, are not used: products and ratios of them leave what a float holds."""
 
 
-def decode_snapshot(path: Path, header: fmt.FileHeader, sharing: Sharing | None = None) -> fmt.SnapshotInfo:
-    """What a snapshot's metadata says, checked against itself and against the tensors.
+def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | None = None) -> fmt.SnapshotInfo:
+    """The checked metadata of a snapshot.
 
     Arguments:
-        sharing: of the snapshots that are read one after another; that of their headers.
+        cache: the one that the header was decoded with.
 
     Raises:
         FileFormatError: naming the file and the key.
     """
-    sharing = sharing or Sharing()
+    cache = cache or DecodeCache()
     reader = Metadata(path, header, "snapshot")
-    said = (reader.text("ema.tensors"), header.tensors)
-    tensors = sharing.once("ema.tensors", said, lambda: _decode_tensors(reader, header))
+    source = (reader.text("ema.tensors"), header.tensors)
+    tensors = cache.once("ema.tensors", source, lambda: _decode_tensors(reader, header))
     info = fmt.SnapshotInfo(
         run_id=reader.run_id(),
         sigma_rel=reader.number("ema.sigma_rel"),
@@ -51,33 +51,35 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, sharing: Sharing | None 
         schedule=decode_schedule(reader),
         tensors=tensors,
         aliases=_decode_aliases(reader, tensors),
-        left_out=sharing.once("ema.left_out", reader.text("ema.left_out"), lambda: reader.names("ema.left_out")),
-        selection=_decode_selection(reader),
+        left_out=cache.once("ema.left_out", reader.text("ema.left_out"), lambda: reader.names("ema.left_out")),
+        selection=_decode_selection(reader) if reader.has("ema.selection") else None,
         segment=reader.integer("ema.segment") if reader.has("ema.segment") else 0,
         updates=reader.integer("ema.updates") if reader.has("ema.updates") else None,
         inherited=reader.number("ema.inherited") if reader.has("ema.inherited") else 0.0,
-        off_schedule=_decode_off_schedule(reader),
+        off_schedule=reader.has("ema.off_schedule"),
     )
-    _check_profile(path, info)
+    if info.off_schedule and reader.text("ema.off_schedule") != "true":
+        raise reader.bad("ema.off_schedule", f"{shown(reader.text('ema.off_schedule'))} is not true")
+    _check_times(reader, info)
     return replace(
         info,
-        clock=_decode_clock(reader, info),
-        measurements=_decode_measurements(reader, info),
-        motion=_decode_motion(reader, info),
+        clock=_decode_clock(reader, info) if reader.has("ema.clock") else (),
+        measurements=_decode_measurements(reader, info) if reader.has("ema.measurements") else None,
+        motion=_decode_motion(reader, info) if reader.has("ema.motion") else None,
     )
 
 
 def decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
-    """The schedule that a snapshot or a state names.
+    """The schedule of a snapshot or a state.
 
     Raises:
         FileFormatError: naming the file and the setting.
     """
     raw = reader.json_object("ema.schedule")
-    for name in fmt.TrackingSchedule.__dataclass_fields__:
-        if name not in raw or not _fits_schedule(name, raw[name]):
-            raise reader.bad("ema.schedule", f"{name} is {shown(raw.get(name))}")
-    values = {name: raw[name] for name in fmt.TrackingSchedule.__dataclass_fields__}
+    values: dict[str, Any] = {field.name: raw.get(field.name) for field in fields(fmt.TrackingSchedule)}
+    for name, value in values.items():
+        if name not in raw or not _fits_schedule(name, value):
+            raise reader.bad("ema.schedule", f"{name} is {shown(value)}")
     if values["checkpoint_every"] % values["update_every"]:
         raise reader.bad("ema.schedule", "checkpoint_every is no multiple of update_every")
     try:
@@ -86,7 +88,14 @@ def decode_schedule(reader: Metadata) -> fmt.TrackingSchedule:
         raise reader.bad("ema.schedule", str(error)) from error
 
 
-# --- in parts --------------------------------------------------------------------------------------
+def _fits_schedule(name: str, value: Any) -> bool:
+    if name == "sigma_range":
+        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
+    if value is None:
+        return name in ("max_checkpoints", "checkpoint_dtype")
+    if name == "checkpoint_dtype":
+        return str(value) in fmt.ITEM_BYTES
+    return type(value) is int and (0 if name == "update_after_step" else 1) <= value < 2**63
 
 
 def _decode_tensors(reader: Metadata, header: fmt.FileHeader) -> dict[str, fmt.TrackedTensor]:
@@ -116,22 +125,10 @@ def _decode_aliases(reader: Metadata, tensors: Mapping[str, fmt.TrackedTensor]) 
     return aliases
 
 
-def _fits_schedule(name: str, value: Any) -> bool:
-    if name == "sigma_range":
-        return isinstance(value, list) and len(value) == 2 and all(map(is_number, value))
-    if value is None:
-        return name in ("max_checkpoints", "checkpoint_dtype")
-    if name == "checkpoint_dtype":
-        return str(value) in fmt.ITEM_BYTES
-    return type(value) is int and (0 if name == "update_after_step" else 1) <= value < 2**63
-
-
-def _decode_selection(reader: Metadata) -> Selection | None:
+def _decode_selection(reader: Metadata) -> Selection:
     key = "ema.selection"
-    if not reader.has(key):
-        return None
     raw = {"copy_only": []} | reader.json_object(key)
-    names = Selection.__dataclass_fields__.keys()
+    names = [field.name for field in fields(Selection)]
     if set(raw) != set(names) or not isinstance(raw["only_trainable"], bool):
         raise reader.bad(key, f"must have {', '.join(names)}, and nothing else")
     globs = {what: raw[what] for what in ("include", "exclude", "copy_only")}
@@ -141,15 +138,8 @@ def _decode_selection(reader: Metadata) -> Selection | None:
     return Selection(raw["only_trainable"], buffers=buffers, **{what: tuple(listed) for what, listed in globs.items()})
 
 
-def _decode_off_schedule(reader: Metadata) -> bool:
-    key = "ema.off_schedule"
-    if reader.has(key) and reader.text(key) != "true":
-        raise reader.bad(key, f"{shown(reader.text(key))} is not true")
-    return reader.has(key)
-
-
 def _decode_sigma_rels(reader: Metadata) -> tuple[float, ...]:
-    key = "ema.sigma_rels"
+    key, own = "ema.sigma_rels", reader.number("ema.sigma_rel")
     values = reader.json_list(key)
     if not values or not all(is_number(value) for value in values):
         raise reader.bad(key, "is not a list of numbers")
@@ -157,29 +147,41 @@ def _decode_sigma_rels(reader: Metadata) -> tuple[float, ...]:
         sigma_rels = tuple(check_sigma_rel(value) for value in values)
     except InvalidValueError as error:
         raise reader.bad(key, str(error)) from error
-    if any(b <= a for a, b in pairwise(sigma_rels)):
+    if not _grows(sigma_rels):
         raise reader.bad(key, "must grow, each profile once")
-    if reader.number("ema.sigma_rel") not in sigma_rels:
-        raise reader.bad(key, f"{_listed(sigma_rels)} has not the snapshot's own {reader.number('ema.sigma_rel'):g}")
+    if own not in sigma_rels:
+        raise reader.bad(key, f"{_listed(sigma_rels)} must include the snapshot's own {own:g}")
     return sigma_rels
+
+
+def _check_times(reader: Metadata, info: fmt.SnapshotInfo) -> None:
+    if not fmt.EARLIEST <= info.t_first <= info.t <= fmt.LATEST or info.step < 1:
+        where = f"{info.t:g}, first update {info.t_first:g}, step {info.step}"
+        raise reader.bad("ema.t", f"{where}: not a time of training")
+    if not 0 <= info.max_interval <= info.t:
+        raise reader.bad("ema.max_interval", f"{info.max_interval:g} must lie in [0, {info.t:g}]")
+    if info.updates is not None and not 1 <= info.updates <= info.step:
+        raise reader.bad("ema.updates", f"{info.updates} must lie in [1, {info.step}]")
+    if info.inherited < 0:
+        raise reader.bad("ema.inherited", f"{info.inherited:g} must be at least 0")
+    gamma = gamma_from_sigma_rel(info.sigma_rel)
+    if abs(info.gamma - gamma) > 1e-9 * (gamma + 1):
+        raise reader.bad("ema.gamma", f"{info.gamma!r} is not that of sigma_rel {info.sigma_rel!r} ({gamma!r})")
 
 
 def _decode_clock(reader: Metadata, info: fmt.SnapshotInfo) -> tuple[tuple[int, float], ...]:
     key = "ema.clock"
-    if not reader.has(key):
-        return ()
     pairs = reader.json_list(key)
     if len(pairs) > fmt.MAX_KNOTS:
         raise reader.bad(key, f"has {len(pairs):,} pairs; at most {fmt.MAX_KNOTS:,} are allowed")
     for pair in pairs:
         if not (isinstance(pair, list) and len(pair) == 2 and type(pair[0]) is int and is_number(pair[1])):
-            raise reader.bad(key, f"must be a list of pairs, a whole step and its time each, not {shown(pair)}")
+            raise reader.bad(key, f"must be a list of pairs of a whole step and its time, not {shown(pair)}")
     knots = tuple((step, float(t)) for step, t in pairs)
     for (step, t), (next_step, next_t) in pairwise(((0, 0.0), *knots)):
         if not (step < next_step and t < next_t):
-            raise reader.bad(
-                key, f"steps and times must grow from above 0: {_pair(next_step, next_t)} comes after {_pair(step, t)}"
-            )
+            where = f"{_pair(next_step, next_t)} comes after {_pair(step, t)}"
+            raise reader.bad(key, f"steps and times must grow from above 0: {where}")
     if not knots or knots[-1] != (info.step, info.t):
         raise reader.bad(key, f"must end with the snapshot's own pair, {_pair(info.step, info.t)}")
     return knots
@@ -190,106 +192,77 @@ def _pair(step: int, t: float) -> str:
 
 
 def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measurements | None:
+    """None also for measurements that cannot be used: those of absurd weights."""
     key = "ema.measurements"
-    if not reader.has(key):
-        return None
     raw = reader.json_object(key)
-    items = raw.get("distances")
+    items = raw.pop("distances", None)
     most = 3 * len(info.sigma_rels) - 1
     if not isinstance(items, list) or len(items) > most:
         raise reader.bad(key, f"distances must be a list of at most {most} for {len(info.sigma_rels)} profiles")
-    distances = tuple(Distance(**_quantities(reader, key, item, "t sigma_rel squared rounding")) for item in items)
+    distances = tuple(Distance(**_quantities(reader, item, "t sigma_rel squared rounding")) for item in items)
     tracked = frozenset(info.sigma_rels)  # there may be as many of each as a header can hold
     for distance in distances:
-        _check_partner(reader, key, info, tracked, distance)
+        _check_partner(reader, info, tracked, distance)
     if len({(d.t, d.sigma_rel) for d in distances}) < len(distances):
         raise reader.bad(key, "distances name the same t and sigma_rel twice")
-    sums = {name: value for name, value in raw.items() if name != "distances"}
-    if sums.get("weights") is None:
-        sums.pop("weights", None)
-    names = "norm rounding weights" if "weights" in sums else "norm rounding"
-    measured = Measurements(**_quantities(reader, key, sums, names), distances=distances)
-    return measured if _can_be_used(measured) else None
+    if raw.get("weights") is None:
+        raw.pop("weights", None)
+    names = "norm rounding weights" if "weights" in raw else "norm rounding"
+    measured = Measurements(**_quantities(reader, raw, names), distances=distances)
+    squares = [measured.norm, measured.rounding, measured.weights]
+    squares += [square for distance in distances for square in (distance.squared, distance.rounding)]
+    return measured if _usable(squares) else None
 
 
 def _decode_motion(reader: Metadata, info: fmt.SnapshotInfo) -> Motion | None:
     key = "ema.motion"
-    if not reader.has(key):
-        return None
     raw = reader.json_object(key)
     if set(raw) != {"edges", "walk", "noise"}:
         raise reader.bad(key, "must have edges, walk, noise, and nothing else")
     for name, values in raw.items():
         if not isinstance(values, list) or not all(is_number(value) and value >= 0 for value in values):
             raise reader.bad(key, f"{name} must be a list of finite numbers, at least 0")
-    edges, pieces = raw["edges"], len(raw["walk"])
-    if not 1 <= pieces <= fmt.MAX_PIECES or len(raw["noise"]) != pieces or len(edges) != pieces + 1:
-        raise reader.bad(key, f"must have 1 to {fmt.MAX_PIECES:,} pieces, an edge more than walk and noise each")
-    if not (edges[0] > 0 and edges[-1] <= info.t and all(a < b for a, b in pairwise(edges))):
+    edges, count = raw["edges"], len(raw["walk"])
+    if not 1 <= count <= fmt.MAX_PIECES or len(raw["noise"]) != count or len(edges) != count + 1:
+        most = f"1 to {fmt.MAX_PIECES:,}"
+        raise reader.bad(key, f"must have {most} values of walk, as many of noise, and one more of edges")
+    if not (edges[0] > 0 and edges[-1] <= info.t and _grows(edges)):
         raise reader.bad(key, f"edges must grow from above 0 to at most {info.t:,.12g}, the snapshot's own time")
-    usable = all(not value or _LEAST_SQUARE < value < 1 / _LEAST_SQUARE for value in (*raw["walk"], *raw["noise"]))
-    return Motion(*(np.array(raw[name], dtype=np.float64) for name in ("edges", "walk", "noise"))) if usable else None
+    if not _usable([*raw["walk"], *raw["noise"]]):
+        return None
+    return Motion(*(np.array(raw[name], dtype=np.float64) for name in ("edges", "walk", "noise")))
 
 
-def _can_be_used(measured: Measurements) -> bool:
-    """Whether products and ratios of what was measured are numbers still; of absurd weights they are not."""
-    squares = [measured.norm, measured.rounding, measured.weights]
-    squares += [square for distance in measured.distances for square in (distance.squared, distance.rounding)]
-    return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
-
-
-def _quantities(reader: Metadata, key: str, item: Any, names: str) -> dict[str, float]:
+def _quantities(reader: Metadata, item: Any, names: str) -> dict[str, float]:
     """Finite numbers, none negative, under exactly these names."""
     if not isinstance(item, dict) or set(item) != set(names.split()):
-        raise reader.bad(key, f"must have {', '.join(names.split())}, and nothing else")
+        raise reader.bad("ema.measurements", f"must have {', '.join(names.split())}, and nothing else")
     for name, value in item.items():
         if not is_number(value) or value < 0:
-            raise reader.bad(key, f"{name} {shown(value)} must be a finite number, at least 0")
+            raise reader.bad("ema.measurements", f"{name} {shown(value)} must be a finite number, at least 0")
     return {name: float(value) for name, value in item.items()}
 
 
-def _check_partner(
-    reader: Metadata, key: str, info: fmt.SnapshotInfo, tracked: frozenset[float], distance: Distance
-) -> None:
+def _check_partner(reader: Metadata, info: fmt.SnapshotInfo, tracked: frozenset[float], distance: Distance) -> None:
+    reason = None
     if not info.t_first <= distance.t <= info.t:
-        raise reader.bad(
-            key,
-            f"a distance to t {distance.t:g}: must lie in [{info.t_first:g}, {info.t:g}], from the first update to the "
-            "snapshot's own time",
-        )
-    if distance.sigma_rel not in tracked:
-        raise reader.bad(
-            key, f"a distance to sigma_rel {distance.sigma_rel:g}, none of the tracked {_listed(info.sigma_rels)}"
-        )
-    if (distance.t, distance.sigma_rel) == (info.t, info.sigma_rel):
-        raise reader.bad(key, f"a distance to the snapshot itself, sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
+        reason = f"t {distance.t:g}: must lie in [{info.t_first:g}, {info.t:g}]"
+    elif distance.sigma_rel not in tracked:
+        reason = f"sigma_rel {distance.sigma_rel:g}, none of the tracked {_listed(info.sigma_rels)}"
+    elif (distance.t, distance.sigma_rel) == (info.t, info.sigma_rel):
+        reason = f"the snapshot itself, sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
+    if reason is not None:
+        raise reader.bad("ema.measurements", f"a distance to {reason}")
+
+
+def _usable(squares: Iterable[float | None]) -> bool:
+    return all(not square or _LEAST_SQUARE < square < 1 / _LEAST_SQUARE for square in squares)
+
+
+def _grows(values: Iterable[float]) -> bool:
+    return all(a < b for a, b in pairwise(values))
 
 
 def _listed(sigma_rels: tuple[float, ...]) -> str:
     first = ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels[:8])
     return first if len(sigma_rels) <= 8 else f"{first}, ..."
-
-
-def _check_profile(path: Path, info: fmt.SnapshotInfo) -> None:
-    if not fmt.EARLIEST <= info.t_first <= info.t <= fmt.LATEST or info.step < 1:
-        raise FileFormatError(
-            path, f"t {info.t:g}, first update {info.t_first:g}, step {info.step}: not a time of training"
-        )
-    if not 0 <= info.max_interval <= info.t:
-        raise FileFormatError(
-            path,
-            f"ema.max_interval: {info.max_interval:g} must lie in [0, {info.t:g}]: no interval is "
-            "longer than the training so far",
-        )
-    if info.updates is not None and not 1 <= info.updates <= info.step:
-        raise FileFormatError(
-            path, f"ema.updates: {info.updates} must lie in [1, {info.step}]: at most one a call, and one at least"
-        )
-    if info.inherited < 0:
-        raise FileFormatError(path, f"ema.inherited: {info.inherited:g} must be at least 0")
-    try:
-        gamma = gamma_from_sigma_rel(info.sigma_rel)
-    except InvalidValueError as error:
-        raise FileFormatError(path, str(error)) from error
-    if abs(info.gamma - gamma) > 1e-9 * (gamma + 1):
-        raise FileFormatError(path, f"gamma {info.gamma!r} is not that of sigma_rel {info.sigma_rel!r} ({gamma!r})")

@@ -1,6 +1,4 @@
-"""Whether snapshots belong together: one run, one clock, the same tensors in every segment.
-
-A snapshot directory: what is in it, whether it belongs together, and adding to it.
+"""A snapshot directory: list it, read the headers of its run, check that they belong together, add to it.
 
 Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers are believed. Any snapshot can be
 copied, moved or deleted on its own and the rest still works.
@@ -10,118 +8,44 @@ from __future__ import annotations
 
 import logging
 import os
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import takewhile
 from pathlib import Path
 
 from posthoc_cli import files
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import measured_prior
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import by_segment
-from posthoc_cli.snapshots.headers import Sharing, file_kind
+from posthoc_cli.snapshots.headers import DecodeCache, file_kind
 from posthoc_cli.snapshots.measurements import stored_average
-from posthoc_cli.snapshots.models import INDEX_NAME
 from posthoc_cli.snapshots.reader import Snapshot, read_header
-from posthoc_cli.snapshots.sharded import is_sharded, read_sharded, remove_snapshot
-
-
-def time_order(snapshot: Snapshot) -> tuple[float, float, str]:
-    """The key that sorts snapshots by time, then sigma_rel."""
-    return snapshot.info.t, snapshot.info.sigma_rel, snapshot.path.name
-
-
-def pairs_to_compare(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, Snapshot]]:
-    """Of snapshots in order: each but the first beside the first of its segment, the first of each segment beside the
-    first of all, and neighbours of different segments beside each other.
-    """
-    firsts: dict[int, Snapshot] = {}
-    for index, snapshot in enumerate(snapshots):
-        first = firsts.setdefault(snapshot.info.segment, snapshot)
-        if first is not snapshot:
-            yield first, snapshot
-        elif index > 0:
-            yield snapshots[0], snapshot
-        if index > 1 and snapshots[index - 1].info.segment != snapshot.info.segment:
-            yield snapshots[index - 1], snapshot
-
-
-def difference(first: Snapshot, other: Snapshot) -> str | None:
-    """Why a snapshot and a later one cannot be of one directory, as words that follow their names; None if they can."""
-    a, b = first.info, other.info
-    if a.run_id != b.run_id:
-        return f"are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
-    if a.t_unit != b.t_unit:
-        return f"count time in {shown(a.t_unit)} and {shown(b.t_unit)}"
-    # A run whose last snapshot of a profile was deleted may have gone on without that profile.
-    if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
-        return (
-            "do not match: their runs track the profiles "
-            f"{', '.join(f'{s:g}' for s in a.sigma_rels)} and {', '.join(f'{s:g}' for s in b.sigma_rels)}"
-        )
-    if a.segment != b.segment:
-        if a.t < b.t and a.segment < b.segment:
-            return None
-        return f"do not match: the segments {a.segment} and {b.segment} do not follow each other in time"
-    return _tensor_difference(first, other)
-
-
-def _tensor_difference(first: Snapshot, other: Snapshot) -> str | None:
-    a, b = first.info, other.info
-    tables = [(s.header.tensors, s.info.tensors) for s in (first, other)]
-    same = tables[0] == tables[1]  # mostly the same objects
-    for name in () if same else sorted(a.tensors.keys() | b.tensors.keys()):
-        if name not in a.tensors or name not in b.tensors:
-            missing = other if name in a.tensors else first
-            return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
-        shapes = [list(s.header.tensors[name].shape) for s in (first, other)]
-        if shapes[0] != shapes[1]:
-            return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
-        if a.tensors[name] != b.tensors[name]:
-            return (
-                f"do not match: tensor {shown(name)} is {a.tensors[name].role} of {a.tensors[name].dtype} "
-                f"and {b.tensors[name].role} of {b.tensors[name].dtype}"
-            )
-    return None if a.aliases == b.aliases else "do not match: they tie different names together"
-
-
-def missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
-    """Profiles that are missing at the newest time, where thinning never removes one.
-
-    Not those that the run no longer tracks: it went on without them.
-    """
-    own = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
-    newest = max((info.t for info in own), default=0.0)
-    there = [info for info in own if info.t == newest]
-    tracked = {sigma_rel for info in there for sigma_rel in info.sigma_rels}
-    missing = ({info.sigma_rel for info in own} & tracked) - {info.sigma_rel for info in there}
-    if not missing:
-        return []
-    return [f"t = {newest:,.12g}, the newest: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(missing))}"]
-
-
-# --- A snapshot directory: what is in it, whether it belongs together, and adding to it ------------
-
 
 log = logging.getLogger(__name__)
 
 SUPERSEDED = "superseded"
-"""The folder of a snapshot directory for snapshots later than the time that training went back to."""
+"""The folder for snapshots later than the time that training went back to."""
 
 QUARANTINE = "quarantine"
-"""The folder of a snapshot directory for files that are damaged, or that do not belong there."""
+"""The folder for files that a repair has set aside."""
+
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+"""Suffixes of files that are usually pickles, and are never opened."""
+
+WANTED = "name the directory that a tracker writes its snapshots to"
 
 
 @dataclass(frozen=True)
 class StoredSnapshot:
     """A snapshot that is on disk: all that its header says, apart from where its bytes are.
 
-    `checksum` is its header's: two trainings that went on from one state differ in it at equal times.
+    `checksum` is its header's: two trainings that continued from one state differ in it at equal times.
     """
 
     path: Path
@@ -140,30 +64,111 @@ class StoredSnapshot:
 
     @classmethod
     def of(cls, snapshot: Snapshot) -> StoredSnapshot:
-        """What is known of a snapshot that was read."""
+        """The same of a snapshot that was read."""
         return cls(snapshot.path, snapshot.info, snapshot.header.metadata["ema.checksum"])
+
+
+# --- listing and reading a directory
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The names in a directory, sorted; no file is opened."""
+
+    path: Path
+    entries: tuple[Path, ...]
+
+    @property
+    def files(self) -> list[Path]:
+        """Visible files that may be snapshots, outputs or states."""
+        return [path for path in self.entries if path.suffix == fmt.SUFFIX and not path.name.startswith(".")]
+
+    @property
+    def leftovers(self) -> list[Path]:
+        """Temporaries of interrupted writes, or of writes in progress."""
+        return [path for path in self.entries if files.is_temporary(path.name)]
+
+    @property
+    def pickles(self) -> list[Path]:
+        """Files that are never opened."""
+        return [path for path in self.entries if path.suffix in PICKLES]
+
+
+def list_directory(directory: Path) -> Listing:
+    """List a directory.
+
+    Raises:
+        DirectoryError: it is absent, is no directory, or cannot be read.
+    """
+    try:
+        return Listing(directory, tuple(sorted(files.system.list(directory))))
+    except FileNotFoundError as error:
+        raise DirectoryError(directory, "no such directory", WANTED) from error
+    except NotADirectoryError as error:
+        raise DirectoryError(directory, "is not a directory", WANTED) from error
+    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
+        reason = getattr(error, "strerror", None) or str(error)
+        raise DirectoryError(f"{str(directory)!r}", f"cannot be read: {reason.lower()}") from error
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is in a directory, good or bad.
+    """The headers of a directory.
 
     Attributes:
+        listing: its names.
         snapshots: those that can be read, by time, then sigma_rel.
-        problems: one line for each thing that is wrong.
-        notes: one line for each that is strange and not wrong.
-        leftovers: temporaries of interrupted writes.
-        superseded: number of snapshots set aside.
+        problems: what is wrong.
+        notes: one line for each thing that is unusual and not wrong.
     """
 
+    listing: Listing
     snapshots: tuple[Snapshot, ...]
-    problems: tuple[str, ...]
+    problems: tuple[PostHocError, ...]
     notes: tuple[str, ...]
-    leftovers: tuple[Path, ...]
-    superseded: int
+
+    @property
+    def superseded(self) -> int:
+        """The number of snapshots set aside; 0 where their folder cannot be read."""
+        with suppress(DirectoryError):
+            return len(list_directory(self.listing.path / SUPERSEDED).files)
+        return 0
 
 
-# --- reading a directory ---------------------------------------------------------------------------
+def inspect_directory(directory: Path) -> Inspection:
+    """Read the headers of all snapshots in a directory, and continue after errors.
+
+    Raises:
+        DirectoryError: the directory is absent or cannot be read.
+    """
+    listing = list_directory(directory)
+    snapshots: list[Snapshot] = []
+    problems: list[PostHocError] = []
+    cache = DecodeCache()
+    for path in listing.files:
+        try:
+            header = read_header(path, cache)
+            if file_kind(header) not in (None, "output", "state"):
+                snapshots.append(Snapshot(path, header, decode_snapshot(path, header, cache)))
+        except FileFormatError as error:
+            if not files.is_gone(path):  # else a writer has thinned it away
+                problems.append(error)
+    snapshots.sort(key=time_order)
+    problems += contradictions(snapshots)
+    return Inspection(listing, tuple(snapshots), tuple(problems), tuple(missing_at_newest(snapshots)))
+
+
+def find_snapshots(directory: Path) -> list[Snapshot]:
+    """As `read_directory`, but an absent or empty directory has no snapshots."""
+    try:
+        found = inspect_directory(directory)
+    except DirectoryError as error:
+        if isinstance(error.__cause__, FileNotFoundError):
+            return []
+        raise
+    if found.problems:
+        raise found.problems[0]
+    return list(found.snapshots)
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
@@ -176,185 +181,115 @@ def read_directory(directory: Path) -> list[Snapshot]:
     """
     snapshots = find_snapshots(directory)
     if not snapshots:
-        raise _without_snapshots(directory)
+        others = [path.name for path in list_directory(directory).entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
+        what = f"; {others[0]} is not a snapshot of this package" if others else ""
+        raise DirectoryError(directory, f"no snapshots here{what}", WANTED)
     return snapshots
 
 
-def find_snapshots(directory: Path) -> list[Snapshot]:
-    """As `read_directory`, where it is no mistake that there is no directory or no snapshot yet."""
-    try:
-        entries = _entries(directory)
-    except FileNotFoundError:
-        return []
-    for folder in closed_folders(entries):
-        log.warning("%s: %s", directory, closed_text(folder))
-    sharing = Sharing()
-    found = (_open_candidate(path, sharing) for path in _snapshot_paths(entries))
-    snapshots = sorted((snapshot for snapshot in found if snapshot is not None), key=time_order)
-    for first, other in pairs_to_compare(snapshots):
-        _check_pair(first, other)
-    doubles = _doubles(snapshots)
-    if doubles:
-        raise doubles[0]
-    return snapshots
+# --- what belongs together
 
 
-def inspect_directory(directory: Path) -> Inspection:
-    """Everything about a directory, without stopping at what is wrong.
-
-    Raises:
-        DirectoryError: the directory is absent, cannot be read, or holds nothing of this package.
-    """
-    try:
-        paths = candidates(directory)
-    except FileNotFoundError:
-        raise _without_snapshots(directory) from None
-    snapshots, problems, sharing = [], [], Sharing()
-    for path in paths:
-        try:
-            snapshot = _open_candidate(path, sharing)
-            if snapshot is not None:
-                snapshots.append(snapshot)
-        except FileFormatError as error:
-            problems.append(str(error))
-    if not snapshots and not problems:
-        raise _without_snapshots(directory)
-    snapshots.sort(key=time_order)
-    for first, other in pairs_to_compare(snapshots):
-        try:
-            _check_pair(first, other)
-        except MismatchError as error:
-            problems.append(str(error))
-    problems += map(str, _doubles(snapshots))
-    aside = directory / SUPERSEDED
-    return Inspection(
-        snapshots=tuple(snapshots),
-        problems=tuple(problems),
-        notes=tuple(missing_at_newest(snapshots)),
-        leftovers=tuple(files.leftovers(directory)),
-        superseded=_count(aside),
-    )
+def time_order(snapshot: Snapshot) -> tuple[float, float, str]:
+    """The key that sorts snapshots by time, then sigma_rel."""
+    return snapshot.info.t, snapshot.info.sigma_rel, snapshot.path.name
 
 
-def _count(aside: Path) -> int:
-    """How many snapshots were set aside; 0 where that folder is not there, or cannot be read."""
-    try:
-        return len(candidates(aside))
-    except (FileNotFoundError, DirectoryError):
-        return 0
-
-
-def candidates(directory: Path) -> list[Path]:
-    """Files, and directories with an index, that may be snapshots by their names.
-
-    Raises:
-        FileNotFoundError: there is no such directory.
-        DirectoryError: it is no directory, or cannot be read.
-    """
-    return _snapshot_paths(_entries(directory))
-
-
-def _entries(directory: Path) -> list[Path]:
-    try:
-        return files.system.list(directory)
-    except FileNotFoundError:
-        raise
-    except NotADirectoryError as error:
-        raise DirectoryError(
-            directory, "is not a directory", "name the directory that a tracker writes its snapshots to"
-        ) from error
-    except (OSError, ValueError) as error:  # ValueError: a name with a zero byte
-        reason = getattr(error, "strerror", None) or str(error)
-        raise DirectoryError(f"{str(directory)!r}", f"cannot be read: {reason.lower()}") from error
-
-
-def closed_folders(entries: Iterable[Path]) -> list[Path]:
-    """Folders that may be snapshots, in shards, and cannot be entered."""
-    found = []
-    for path in entries:
-        if path.suffix != fmt.SUFFIX and path.name not in (SUPERSEDED, QUARANTINE):
-            try:
-                (path / INDEX_NAME).lstat()
-            except PermissionError:
-                found.append(path)
-            except OSError:
-                pass
+def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
+    """Pairs of snapshots, in order of time, that cannot be of one directory: an error each, which names both."""
+    found = [
+        MismatchError(f"{first.path} and {other.path}", reason)
+        for first, other in pairs_to_compare(snapshots)
+        if (reason := difference(first, other)) is not None
+    ]
+    seen: dict[tuple[float, float], Snapshot] = {}
+    for snapshot in snapshots:
+        t, sigma_rel = snapshot.info.t, snapshot.info.sigma_rel
+        first = seen.setdefault((t, sigma_rel), snapshot)
+        if first is not snapshot:
+            what = f"both hold sigma_rel {sigma_rel:g} at t = {t:,.12g}"
+            found.append(MismatchError(f"{first.path} and {snapshot.path}", what, "remove one"))
     return found
 
 
-def closed_text(folder: Path) -> str:
-    """What to say of one of `closed_folders`."""
-    return f"{folder.name}/ cannot be entered; whether it is a snapshot is not known"
+def pairs_to_compare(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, Snapshot]]:
+    """Pairs that together compare all snapshots, in order of time: each with the first of its segment, the first of
+    each segment with the first of all, and neighbours of different segments.
+    """
+    firsts: dict[int, Snapshot] = {}
+    for index, snapshot in enumerate(snapshots):
+        first = firsts.setdefault(snapshot.info.segment, snapshot)
+        if first is not snapshot:
+            yield first, snapshot
+        elif index > 0:
+            yield snapshots[0], snapshot
+        if index > 1 and snapshots[index - 1].info.segment != snapshot.info.segment:
+            yield snapshots[index - 1], snapshot
 
 
-def _snapshot_paths(entries: Iterable[Path]) -> list[Path]:
-    """Those that may be snapshots by their names: files, and directories with an index."""
-    aside = (SUPERSEDED, QUARANTINE)
-    visible = (path for path in entries if not path.name.startswith(".") and path.name not in aside)
-    return sorted(path for path in visible if path.suffix == fmt.SUFFIX or is_sharded(path))
+def difference(first: Snapshot, other: Snapshot) -> str | None:
+    """Why a snapshot and a later one cannot be of one directory, to follow their names; None if they can."""
+    a, b = first.info, other.info
+    if a.run_id != b.run_id:
+        return f"are of different runs ({a.run_id[:8]} and {b.run_id[:8]}); keep one run a directory"
+    if a.t_unit != b.t_unit:
+        return f"count time in {shown(a.t_unit)} and {shown(b.t_unit)}"
+    # A run whose last snapshot of a profile was deleted may have continued without that profile.
+    if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
+        lists = [", ".join(f"{s:g}" for s in info.sigma_rels) for info in (a, b)]
+        return f"do not match: their runs track the profiles {lists[0]} and {lists[1]}"
+    if a.segment != b.segment:
+        if a.t < b.t and a.segment < b.segment:
+            return None
+        return f"do not match: the segments {a.segment} and {b.segment} do not follow each other in time"
+    return _tensor_difference(first, other)
 
 
-def _open_candidate(path: Path, sharing: Sharing) -> Snapshot | None:
-    """The snapshot at a path; None for a synthesis, a tracker's state or a foreign file kept beside the snapshots."""
-    try:
-        if is_sharded(path):
-            return read_sharded(path)
-        header = read_header(path, sharing)
-    except FileFormatError:
-        if files.is_gone(path):
-            return None  # a writer has thinned it away since the directory was listed
-        raise
-    if file_kind(header) in (None, "output", "state"):
-        return None
-    return Snapshot(path, header, decode_snapshot(path, header, sharing))
+def _tensor_difference(first: Snapshot, other: Snapshot) -> str | None:
+    a, b = first.info, other.info
+    same = (first.header.tensors, a.tensors) == (other.header.tensors, b.tensors)  # mostly the same objects
+    for name in () if same else sorted(a.tensors.keys() | b.tensors.keys()):
+        if name not in a.tensors or name not in b.tensors:
+            missing = other if name in a.tensors else first
+            return f"do not match: tensor {shown(name)} is missing in {missing.path.name}"
+        shapes = [list(s.header.tensors[name].shape) for s in (first, other)]
+        if shapes[0] != shapes[1]:
+            return f"do not match: tensor {shown(name)} has the shapes {shapes[0]} and {shapes[1]}"
+        if a.tensors[name] != b.tensors[name]:
+            kinds = [f"{tensor.role} of {tensor.dtype}" for tensor in (a.tensors[name], b.tensors[name])]
+            return f"do not match: tensor {shown(name)} is {kinds[0]} and {kinds[1]}"
+    return None if a.aliases == b.aliases else "do not match: they tie different names together"
 
 
-def _without_snapshots(directory: Path) -> DirectoryError:
-    wanted = "name the directory that a tracker writes its snapshots to"
-    if not directory.exists():
-        return DirectoryError(directory, f"no such directory; {wanted}")
-    strangers = sorted(p.name for p in files.system.list(directory) if p.suffix in (fmt.SUFFIX, ".pt", ".pkl"))
-    hint = f" ({strangers[0]} is not a snapshot of this package)" if strangers else ""
-    return DirectoryError(directory, f"no snapshots here; {wanted}{hint}")
+def missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
+    """A line for profiles that are missing at the newest time, where thinning never removes one.
+
+    Not for those that the run no longer tracks: it continued without them.
+    """
+    own = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
+    newest = max((info.t for info in own), default=0.0)
+    there = [info for info in own if info.t == newest]
+    tracked = {sigma_rel for info in there for sigma_rel in info.sigma_rels}
+    missing = ({info.sigma_rel for info in own} & tracked) - {info.sigma_rel for info in there}
+    if not missing:
+        return []
+    return [f"t = {newest:,.12g}, the newest: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(missing))}"]
 
 
-def _check_pair(first: Snapshot, other: Snapshot) -> None:
-    found = difference(first, other)
-    if found is not None:
-        raise MismatchError(f"{first.path} and {other.path}", found)
-
-
-def _doubles(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
-    seen: dict[tuple[float, float], Snapshot] = {}
-    problems = []
-    for snapshot in snapshots:
-        key = (snapshot.info.t, snapshot.info.sigma_rel)
-        if key in seen:
-            problems.append(
-                MismatchError(
-                    f"{seen[key].path} and {snapshot.path}",
-                    f"both hold sigma_rel {key[1]:g} at t = {key[0]:,.12g}",
-                    "remove one",
-                )
-            )
-        seen.setdefault(key, snapshot)
-    return problems
-
-
-# --- adding to a directory -------------------------------------------------------------------------
+# --- adding to a directory
 
 
 def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
-    """Where a snapshot goes: names sort by time, up to the largest whole number that a float holds exactly."""
+    """The path of a new snapshot. Names sort by time up to the largest whole number that a float holds exactly."""
     whole, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
     clock = f"{int(whole):016d}" + (f".{fraction}" if fraction.strip("0") else "")
     return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
 
 
 def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
-    """The two newest earlier snapshots of each profile that say how they were rounded; `stored` is in order of time.
+    """The two newest earlier snapshots of each profile that have measurements; `stored` is in order of time.
 
-    Two, since distances over one interval and over two tell a walk from noise.
+    Two, since distances over one interval and over two tell a random walk from noise.
     """
     newest: dict[float, list[StoredSnapshot]] = {sigma_rel: [] for sigma_rel in info.sigma_rels}
     for snapshot in takewhile(lambda s: s.info.segment == info.segment, reversed(stored)):
@@ -366,14 +301,32 @@ def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> l
     return [snapshot for found in newest.values() for snapshot in found]
 
 
+def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
+    """Those that every run of this schedule has, wherever it was stopped in between."""
+    return [snapshot for snapshot in stored if not snapshot.info.off_schedule]
+
+
+# --- removing from a directory
+
+
+def remove_snapshot(path: Path) -> None:
+    """Delete a snapshot; one that is already gone is no error.
+
+    Raises:
+        WriteError: the system refused.
+    """
+    with files.reported_as_write_error(path, "removed"):
+        files.unlink_if_there(path)
+
+
 def thin(
     stored: Sequence[StoredSnapshot], max_checkpoints: int | None, sigma_range: tuple[float, float] = USEFUL_RANGE
 ) -> list[StoredSnapshot]:
-    """Leave `max_checkpoints` snapshots a profile and segment, those that reconstruction needs most.
+    """Keep `max_checkpoints` snapshots a profile and segment, those that reconstruction needs most; delete the others.
 
     Those on the schedule are chosen as if there were no others, so that a training which was stopped in between keeps
-    the same ones. Of those off the schedule the latest stay where room is left, and the newest of all snapshots always.
-    Reads no tensor: what headers measured is at hand. See `planning.keeping`. Returns what is left, in order of time.
+    the same ones. Of those off the schedule the latest stay if there is room, and the newest of all snapshots always.
+    Reads headers only, see `planning.snapshots_to_drop`. Returns what is left, in order of time.
     """
     if max_checkpoints is None:
         return list(stored)
@@ -383,61 +336,38 @@ def thin(
 def _thin_segment(
     stored: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
 ) -> list[StoredSnapshot]:
-    counts = Counter(snapshot.sigma_rel for snapshot in stored)
-    if max(counts.values()) <= max_checkpoints:
+    if max(Counter(snapshot.sigma_rel for snapshot in stored).values()) <= max_checkpoints:
         return list(stored)
     scheduled = on_schedule(stored)
-    gone = _beyond(scheduled, max_checkpoints, sigma_range) + _off_schedule_beyond(stored, max_checkpoints)
+    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
+    gone: list[StoredSnapshot] = []
+    if max(counts.values(), default=0) > max_checkpoints:
+        averages = [stored_average(snapshot.info) for snapshot in scheduled]
+        profiles = [average.profile.pure for average in averages]
+        dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
+        gone += [scheduled[index] for index in dropped]
+    newest = max(snapshot.t for snapshot in stored)
+    for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
+        others = [s for s in stored if s.info.off_schedule and s.sigma_rel == sigma_rel]
+        room = max(max_checkpoints - counts[sigma_rel], 0)
+        gone += [snapshot for snapshot in others[: max(len(others) - room, 0)] if snapshot.t < newest]
     for snapshot in gone:
-        log.debug("thinning: %s goes", snapshot.path)
+        log.debug("thinning: removing %s", snapshot.path)
         remove_snapshot(snapshot.path)
     return [snapshot for snapshot in stored if snapshot not in gone]
 
 
-def _beyond(
-    scheduled: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
-) -> list[StoredSnapshot]:
-    """Those on the schedule that go, in the order to delete."""
-    counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
-    if max(counts.values(), default=0) <= max_checkpoints:
-        return []
-    averages = [stored_average(snapshot.info) for snapshot in scheduled]
-    profiles = [average.profile.pure for average in averages]
-    prior = measured_prior(averages)
-    return [scheduled[index] for index in snapshots_to_drop(profiles, prior, max_checkpoints, sigma_range)]
-
-
-def _off_schedule_beyond(stored: Sequence[StoredSnapshot], max_checkpoints: int) -> list[StoredSnapshot]:
-    """Those off the schedule that go, the earliest first."""
-    newest = max(snapshot.t for snapshot in stored)
-    others: dict[float, list[StoredSnapshot]] = defaultdict(list)
-    for snapshot in stored:
-        if snapshot.info.off_schedule:
-            others[snapshot.sigma_rel].append(snapshot)
-    scheduled = Counter(snapshot.sigma_rel for snapshot in on_schedule(stored))
-    gone = []
-    for sigma_rel, own in others.items():
-        room = max(max_checkpoints - scheduled[sigma_rel], 0)
-        gone += [snapshot for snapshot in own[: max(len(own) - room, 0)] if snapshot.t < newest]
-    return gone
-
-
-def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
-    """Those that every run of this schedule has, wherever it was stopped in between."""
-    return [snapshot for snapshot in stored if not snapshot.info.off_schedule]
-
-
 def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
-    """Move snapshots to the folder `superseded` beside them, never replacing one; returns where they went."""
+    """Move snapshots to the folder `superseded` beside them; returns their new paths. See `move_aside`."""
     if not stored:
         return []
     return move_aside([snapshot.path for snapshot in stored], stored[0].path.parent / SUPERSEDED)
 
 
 def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
-    """Move files and directories, durably, into a folder of their file system; returns where they went.
+    """Move files and directories, durably, into a folder of the same file system; returns their new paths.
 
-    Nothing there is replaced. What is gone from its place (moved by another hand, or an earlier try) is passed over.
+    Nothing there is replaced. Paths that are already gone are skipped.
 
     Raises:
         DirectoryError: the folder is a symbolic link, or no folder.
@@ -452,10 +382,10 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
         moved = []
         for path in paths:
             if os.path.lexists(path):
-                target = _free_name(folder / path.name)
-                files.system.rename(path, target)
-                moved.append(target)
-        # First where they are now: a crash in between may leave both names, and never none.
+                free = _free_name(folder / path.name)
+                files.system.rename(path, free)
+                moved.append(free)
+        # The new names first: a crash in between may leave both names, and never none.
         for directory in (folder, *sorted({path.parent for path in paths})):
             files.system.fsync_directory(directory)
     return moved

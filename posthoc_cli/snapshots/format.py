@@ -1,7 +1,6 @@
-"""What a snapshot file is: the specification of the format, and how its header is written.
+"""The format of snapshots: its specification, its data as dataclasses, and the writing of headers.
 
-A snapshot holds one average of one run at one time. It is a safetensors file, so that any safetensors reader
-opens it:
+A snapshot holds one average of one run at one time. It is a safetensors file, which any safetensors reader opens:
 
     8 bytes     N, the length of the header, unsigned little-endian
     N bytes     the header: one JSON object in UTF-8, padded at the end with spaces to a multiple of 8
@@ -13,43 +12,41 @@ start of the payload), and `__metadata__` to an object of strings. N is at most 
 Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; JSON values are compact.
 
     key               value
-    format            "pt": what readers of PyTorch weights look for
+    format            "pt", which readers of PyTorch weights expect
     ema.format        "snapshot"
     ema.version       "1"
     ema.run_id        32 hexadecimal digits; the same in every snapshot of a run, and in no other
     ema.sigma_rel     width of the profile, as the user gave it
     ema.gamma         exponent of the profile
-    ema.sigma_rels    JSON list: the widths of all profiles that the run tracks, growing; this one's is among them
-    ema.t             training time at which the average stood
+    ema.sigma_rels    JSON list: the widths of all profiles that the run tracks, growing; includes ema.sigma_rel
+    ema.t             training time of the average
     ema.t_unit        what `t` counts: "steps", "images", ...
     ema.step          calls of the hook up to `t`
     ema.clock         JSON list of [step, t]: the clock's knots up to the snapshot; see below. May be missing
-    ema.t_first       time of the first update: the profile's mass before it sits on the values of that time
+    ema.t_first       time of the first update: the profile's mass before it is on the values of that time
     ema.max_interval  the longest time between two updates since
-    ema.updates       how many updates the average has taken in, at least 1 and at most ema.step. May be missing
-    ema.inherited     expected square of the norm of the error that the average still has from snapshots, rounded when
-                      they were stored, that the run was resumed from; missing for 0
+    ema.updates       number of updates in the average, at least 1 and at most ema.step. May be missing
+    ema.inherited     expected squared norm of the error that the average still has from the rounding of snapshots that
+                      the run was resumed from; missing for 0
     ema.schedule      JSON object: update_every, checkpoint_every, update_after_step, max_checkpoints (null: all),
                       checkpoint_dtype (null: each tensor's own), sigma_range (what snapshots are kept for: [low, high])
-    ema.tensors       JSON object: name -> {"role": "average" or "copy", "dtype": the model's own dtype}. An
-                      average is the weighted mean of a tensor; a copy is a buffer, or a parameter that the user wants
-                      copied, as it was at `t`
+    ema.tensors       JSON object: name -> {"role": "average" or "copy", "dtype": the model's own dtype}. An average
+                      is the weighted mean of a tensor; a copy is its value at `t`
     ema.aliases       JSON object: further names of a tensor -> the name it is stored under (tied parameters)
     ema.left_out      JSON list: names of the model's state that the run does not track
-    ema.selection     JSON object: why not: only_trainable, include, exclude (globs), buffers, and copy_only (globs)
-                      where there are any; see `selection.py`. May be missing
+    ema.selection     JSON object: the fields of `Selection`; copy_only only where it has globs. May be missing
     ema.segment       how often the tracked tensors had changed before; missing for 0. Averages of different segments
                       are never combined: a tensor that is new in one began with its value at the segment's start
-    ema.off_schedule  "true" where it was written between the times of the schedule: at the end of training, or when
-                      asked for; else missing. What later snapshots on the schedule say does not depend on it
+    ema.off_schedule  "true" where it was written between the times of the schedule: at the end of training, or on
+                      request; else missing. Later snapshots on the schedule do not depend on it
     ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
-    ema.motion        JSON object: edges, walk, noise: how the network had moved up to then, from the measurements of
+    ema.motion        JSON object: edges, walk, noise: the motion of the network up to `t`, from the measurements of
                       all snapshots so far, also of those deleted since; see below. May be missing
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
-A tensor's stored dtype may differ from its own: averages are stored in `checkpoint_dtype`, but in F32 where that
-would lose more than rounding does, since a value is too large for it or all values are too small.
+A tensor's stored dtype may differ from its own: averages are stored in `checkpoint_dtype`, but in F32 where values are
+too large or too small for that.
 
 The knots are pairs of a call and its time, both growing, from step 1 and above time 0 on; at most 1,000 of them. The
 last one is the snapshot's own, ema.step and ema.t. From step 0 at time 0 to the first, and between each two, steps are
@@ -57,17 +54,17 @@ equally long, up to a small tolerance: within half a step where 256 knots are en
 `t` is the step throughout.
 
 Measurements are sums over the elements of all averages in the file (not of the copies), accumulated in float64,
-and taken when the exact average was at hand: `norm` its squares, `rounding` the squares of (stored - exact),
-`weights` those of (exact - the network's weights at that time; null or missing where they were not at hand), and
-`distances` a list of {"t", "sigma_rel", "squared", "rounding"}, each the squares of (this exact average - another
-one): those of the run's other profiles at the same time, exact (rounding 0), and the two newest earlier snapshots of
-each profile as they were stored (rounding: their own). So it has at most 3 P - 1 entries in a run of P profiles. Each
-names its partner's t, in [ema.t_first, ema.t], and sigma_rel, one of ema.sigma_rels; none is named twice, nor is the
-snapshot itself. A partner may have been deleted since. No number is negative.
+and taken from the exact average: `norm` its squares, `rounding` the squares of (stored - exact), `weights` those of
+(exact - the network's weights at that time; null or missing if unknown), and `distances` a list of {"t", "sigma_rel",
+"squared", "rounding"}, each the squares of (this exact average - another one): those of the run's other profiles at the
+same time, exact (rounding 0), and the two newest earlier snapshots of each profile as they were stored (rounding: their
+own). So it has at most 3 P - 1 entries in a run of P profiles. Each names its partner's t, in [ema.t_first, ema.t], and
+sigma_rel, one of ema.sigma_rels; none is named twice, nor is the snapshot itself. A partner may have been deleted
+since. No number is negative.
 
-The motion is constant on pieces of training: `edges` are their ends, growing, from above 0 to at most ema.t, at most
-MAX_PIECES of them; `walk` is the variance of the increments per step, `noise` the variance of the noise times a step,
-summed over all elements, one number a piece each, none negative.
+The motion is constant on intervals of training: `edges` are their ends, growing, from above 0 to at most ema.t, of at
+most MAX_PIECES intervals; `walk` is the variance of the increments per step, `noise` the variance of the noise times a
+step, summed over all elements, one number an interval each, none negative.
 
 Checksums are XXH3 (64 bits, seed 0), written as 16 hexadecimal digits, most significant first. A tensor's
 bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a tensor without bytes has none. The
@@ -77,7 +74,7 @@ header's checksum is taken over the first 8 + N bytes of the file with the 16 di
 An *output* (what a synthesis writes) is the same with ema.format "output": it has ema.version, run_id,
 t, t_unit, checksums and checksum as above, and
 
-    ema.profile          what was asked for, for people: "sigma_rel 0.15", "beta 0.9999", ...
+    ema.profile          the target, for people: "sigma_rel 0.15", "beta 0.9999", ...
     ema.sigma_rel        width of the profile, or "null" where it is no power function
     ema.gamma            exponent of the profile, or "null"
     ema.method           the solver
@@ -86,7 +83,7 @@ t, t_unit, checksums and checksum as above, and
     ema.snapshots        JSON list of {"file", "coefficient"}
     ema.copies           JSON list: names of the tensors that are copies (buffers), not averages
 
-A *state* (what a tracker goes on from exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
+A *state* (from which a tracker continues exactly) has ema.format "state", and ema.version, run_id, t, t_unit, step,
 sigma_rels, schedule, t_first, max_interval, segment, checksums and checksum as a snapshot; t and step are those of
 the last call, t_first is 0 before the first update. Its version is "2". An average is kept in two tensors: a total in
 F64, named `<sigma_rel>/<name>` with the sigma_rel as in ema.sigma_rels, and the mean of the values since that was
@@ -94,22 +91,16 @@ last added to, named `recent-<sigma_rel>/<name>`; with a mass m of the latter it
 copies are named `copy/<name>`. There are no tensors before the first update. And
 
     ema.averages_t, ema.averages_step  time and calls at the last update; 0 before
-    ema.updates          how many updates there were; "null" where it is not known
-    ema.window           how many of them the recent means are of
+    ema.updates          number of updates; "null" if unknown
+    ema.window           number of updates in the recent means
     ema.masses           JSON list: the mass of each profile's recent mean, in [0, 1]
     ema.inherited        JSON list: ema.inherited of each profile
     ema.clock_state      JSON list: a tolerance and the two slopes (null: no limit) that the clock's next knot may have,
                          then the step and time of each knot, the last one those of the last call
-    ema.snapshots        JSON list: header checksums of the snapshots that the training had behind it
+    ema.snapshots        JSON list: header checksums of the snapshots of the training so far
 
 A *part* of an output has some of its tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal digits,
-the same in all parts of a plan) and ema.release (what made it). A snapshot may also be a *directory*: shards, and
-`model.safetensors.index.json` as the Hugging Face libraries define it. Each is a snapshot file of its own tensors,
-which ema.tensors, ema.aliases and ema.measurements are about (sums over the whole are the sums of theirs).
-
-Segments of a run: its averages between two changes of the tensors that it tracks.
-
-Averages of different segments are of different tensors, or were begun at different times; they are never combined.
+the same in all parts of a plan) and ema.release (the release that wrote it).
 """
 
 from __future__ import annotations
@@ -129,7 +120,7 @@ from posthoc_cli.profiles import RecordedPowerFunction
 from posthoc_cli.reconstruction import Measurements, Motion
 
 BUFFERS = ("copy", "average", "skip")
-"""What may become of buffers."""
+"""Treatments of buffers."""
 
 
 @dataclass(frozen=True)
@@ -137,12 +128,11 @@ class Selection:
     """The choice of tensors; see `PostHocEMA.from_model`.
 
     Attributes:
-        only_trainable: parameters that do not require gradients are left out.
-        include: globs; what none of them matches is left out. Empty: all are included.
-        exclude: globs; what one of them matches is left out.
+        only_trainable: leave out parameters that do not require gradients.
+        include: globs; tensors that match none are left out. Empty: all are included.
+        exclude: globs; tensors that match one are left out.
         buffers: "copy", "average" or "skip".
-        copy_only: globs; a tensor that one of them matches is copied and not averaged, whether it requires gradients or
-            not.
+        copy_only: globs; tensors that match one are copied and not averaged, with or without gradients.
     """
 
     only_trainable: bool = True
@@ -152,13 +142,13 @@ class Selection:
     copy_only: tuple[str, ...] = ()
 
     def names(self, name: str) -> bool:
-        """Whether the globs take a name. `*` stands for any characters, dots too."""
+        """Whether the globs select a name. `*` matches any characters, dots too."""
         if self.include and not any(fnmatchcase(name, glob) for glob in self.include):
             return False
         return not any(fnmatchcase(name, glob) for glob in self.exclude)
 
     def copies(self, name: str) -> bool:
-        """Whether `copy_only` has a glob for a name."""
+        """Whether a glob of `copy_only` matches a name."""
         return any(fnmatchcase(name, glob) for glob in self.copy_only)
 
 
@@ -169,7 +159,7 @@ def make_selection(
     buffers: str,
     copy_only: str | Iterable[str] | None = None,
 ) -> Selection:
-    """A checked selection.
+    """A selection from a user's arguments.
 
     Raises:
         InvalidValueError: naming the argument and what would be accepted.
@@ -183,16 +173,14 @@ def make_selection(
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
-    """Raise an InvalidValueError where a glob matches none of a model's names: it is misspelt, as a rule."""
+    """Raise an InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
     for what in ("include", "exclude", "copy_only"):
         for glob in getattr(selection, what):
             if not any(fnmatchcase(name, glob) for name in names):
-                raise InvalidValueError(
-                    f"{what} {glob!r}",
-                    "matches no tensor of the model; its names are such as "
-                    f"{', '.join(map(repr, names[:3])) or 'none'}",
-                )
+                some = ", ".join(map(repr, names[:3])) or "none"
+                reason = f"matches no tensor of the model; it has names such as {some}"
+                raise InvalidValueError(what, reason, value=repr(glob))
 
 
 def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
@@ -201,42 +189,43 @@ def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
     given = (globs,) if isinstance(globs, str) else globs
     listed = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(glob, str) and glob for glob in listed):
-        raise InvalidValueError(f"{what} {globs!r}", "must be a glob on names, such as 'decoder.*', or a list of them")
+        raise InvalidValueError(what, "must be a glob on names, such as 'decoder.*', or a list", value=repr(globs))
     return listed
 
 
-# --- What a snapshot file is: the specification of the format, and how its header is written -------
+# --- the format
 
 
 VERSION = "1"
+"""Of snapshots and outputs."""
 STATE_VERSION = "2"
-"""Of snapshots and outputs, and of states."""
+"""Of states."""
 BLOCK_BYTES = 4 * 1024 * 1024
 MAX_HEADER_BYTES = 100_000_000
 MAX_KNOTS = 1_000
 MAX_PIECES = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
-"""Training times lie between these: products of those beyond leave what a float holds."""
+"""Limits of training times: products of others leave what a float holds."""
 SUFFIX = ".safetensors"
 
 ITEM_BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
 }  # fmt: skip
-"""Bytes an element takes, by the dtype's name in safetensors."""
+"""Bytes of an element, by the dtype's name in safetensors."""
 
 DTYPE_WORDS = {
     "float64": "F64", "fp64": "F64", "float32": "F32", "fp32": "F32", "float16": "F16", "fp16": "F16",
     "bfloat16": "BF16", "bf16": "BF16",
 }  # fmt: skip
-"""What users call the dtypes of averages, and their names in safetensors."""
+"""Users' words for the dtypes of averages, and their names in safetensors."""
 
 AVERAGED = frozenset(DTYPE_WORDS.values()) | {"F8_E4M3", "F8_E5M2"}
-"""What an average's own dtype may be, and what it may be stored as."""
+"""Dtypes that averages may have, and be stored in."""
 
 CHECKSUM_DIGITS = 16
 CHECKSUM_MARK = b'"ema.checksum":"'
-"""What stands before the header's checksum, once in a header."""
+"""The bytes before the header's checksum; they occur once in a header."""
 
 
 @dataclass(frozen=True)
@@ -279,7 +268,7 @@ class FileHeader:
 
 @dataclass(frozen=True)
 class TrackedTensor:
-    """What a run keeps of one tensor: `role` is "average" or "copy", `dtype` the model's own."""
+    """How a run tracks one tensor: `role` is "average" or "copy", `dtype` the model's own."""
 
     role: str
     dtype: str
@@ -299,10 +288,10 @@ class TrackingSchedule:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """Everything that a snapshot says about itself, apart from where its bytes are.
+    """All metadata of a snapshot.
 
     `sigma_rels` are all profiles that the run tracks; `measurements`, `motion`, `selection` and `updates` are None and
-    `clock` is empty where the file has none.
+    `clock` is empty if the file has none.
     """
 
     run_id: str
@@ -329,17 +318,17 @@ class SnapshotInfo:
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
-        """What is known of the run's clock, step and time, growing: the knots, or else the snapshot's own pair."""
+        """Known pairs of the run's clock, step and time, growing: the knots, or else the snapshot's own pair."""
         return self.clock or ((self.step, self.t),)
 
     @property
     def profile(self) -> RecordedPowerFunction:
-        """The profile of the average, as it was recorded."""
+        """The profile of the average."""
         return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
 
 
 def version_of(kind: str | None) -> str:
-    """The version of a kind of file, as in ema.format, that this release writes and reads."""
+    """The version that this release writes and reads of a kind of file, as in ema.format."""
     return STATE_VERSION if kind == "state" else VERSION
 
 
@@ -356,7 +345,7 @@ def parse_dtype_word(word: str) -> str | None:
     return DTYPE_WORDS[word]
 
 
-# --- writing ---------------------------------------------------------------------------------------
+# --- writing
 
 
 def lay_out(specs: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
@@ -387,7 +376,7 @@ def encode_header(
     except UnicodeEncodeError as error:
         near = str(error.object)[max(0, error.start - 40) : error.end + 40]
         raise InvalidValueError("header", f"a name or value cannot be written in UTF-8: {near!r}") from error
-    if b"\\u0000" in text:  # no reader takes it back
+    if b"\\u0000" in text:  # readers refuse it
         raise InvalidValueError("header", "a name or value has a zero byte, which cannot be written")
     text += b" " * (-len(text) % 8)
     if len(text) > MAX_HEADER_BYTES:
@@ -398,7 +387,7 @@ def encode_header(
 
 
 def header_checksum(start: bytes) -> str:
-    """The checksum that a header carries: it tells apart what two files hold."""
+    """The checksum in a header, which identifies the file's content."""
     begin = start.index(CHECKSUM_MARK) + len(CHECKSUM_MARK)
     return start[begin : begin + CHECKSUM_DIGITS].decode()
 
@@ -423,7 +412,7 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     }
     if info.selection is not None:
         chosen = vars(info.selection)
-        # Without globs it is left out, so that readers from before there was `copy_only` take the file.
+        # Left out without globs, for readers that do not know `copy_only`.
         metadata["ema.selection"] = compact({k: v for k, v in chosen.items() if k != "copy_only" or v})
     if info.segment:
         metadata["ema.segment"] = str(info.segment)
@@ -445,7 +434,7 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
 def tensor_metadata(
     tensors: Mapping[str, TrackedTensor], aliases: Mapping[str, str], left_out: Sequence[str]
 ) -> dict[str, str]:
-    """The part of a snapshot's metadata that grows with the number of tensors."""
+    """The part of the metadata that grows with the number of tensors."""
     return {
         "ema.tensors": compact({name: vars(tensor) for name, tensor in tensors.items()}),
         "ema.aliases": compact(aliases),
@@ -460,7 +449,7 @@ def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:
 
 
 def blank_checksums(nbytes: int) -> str:
-    """Zeros in the place of the checksums of a tensor of `nbytes` bytes."""
+    """Placeholder for the checksums of a tensor of `nbytes` bytes."""
     return "0" * (CHECKSUM_DIGITS * -(-nbytes // BLOCK_BYTES))
 
 
@@ -469,15 +458,15 @@ def compact(value: object) -> str:
     return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
 
 
-# --- Segments of a run: its averages between two changes of the tensors that it tracks -------------
+# --- segments of a run: its averages between two changes of the tensors that it tracks
 
 
 class Described(Protocol):
-    """Anything with a snapshot's header."""
+    """Anything with the metadata of a snapshot."""
 
     @property
     def info(self) -> SnapshotInfo:
-        """What it says about itself."""
+        """The metadata."""
         ...
 
 
@@ -485,19 +474,19 @@ One = TypeVar("One", bound=Described)
 
 
 def of_newest_segment(items: Sequence[One]) -> list[One]:
-    """Those that belong with the newest."""
+    """Those of the newest segment."""
     newest = max((item.info.segment for item in items), default=0)
     return [item for item in items if item.info.segment == newest]
 
 
 def of_segment_at(items: Sequence[One], t: float) -> list[One]:
-    """Those that belong with the newest one up to the time `t`."""
+    """Those of the newest segment that begins up to the time `t`."""
     segment = max(item.info.segment for item in items if item.info.t <= t)
     return [item for item in items if item.info.segment == segment]
 
 
 def by_segment(items: Sequence[One]) -> list[list[One]]:
-    """All of them, a list a segment, the earliest first."""
+    """A list for each segment, the earliest first."""
     found: dict[int, list[One]] = {}
     for item in items:
         found.setdefault(item.info.segment, []).append(item)

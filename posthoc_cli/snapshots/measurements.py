@@ -1,13 +1,13 @@
-"""Measurements of snapshots that do not bring their own, estimated from a sample of their elements.
+"""What headers tell reconstruction, and estimates of the measurements that headers lack.
 
-The averages of a snapshot, one behind the other by name, make a long vector. It is cut into runs of 1,024 elements,
-and some runs are chosen at random, seeded by the run id: the same elements in every snapshot, each as likely as any
-other. Sums over the sample, times all elements / elements in the sample, then are unbiased estimates. A model of up
-to 1,000,000 elements is taken whole, and its sums are exact.
+Measurements are estimated from a sample: the averages of a snapshot, one after the other by name, form a long vector,
+which is cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in
+every snapshot, each equally likely. Sums over the sample, times all elements / elements in the sample, are unbiased
+estimates. Of a model of up to 1,000,000 elements all are read, and the sums are exact.
 
-What is read is *not* verified: a checksum covers a block of 4 MiB, all of which would have to be read. Nothing but
-an estimate comes of it, and a synthesis verifies what it uses. Pure NumPy. Memory: the samples of one time and of
-the two newest earlier snapshots of each profile, 8 MB a snapshot.
+The sample is not verified: a checksum covers a block of 4 MiB, all of which would have to be read. It is used for
+estimates only, and a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
+snapshots of each profile, 8 MB a snapshot.
 """
 
 from __future__ import annotations
@@ -29,26 +29,22 @@ from posthoc_cli.reconstruction import Motion, Prior, Steps, StoredAverage, meas
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.reconstruction.prior import ASSUMED, MEASURED
 from posthoc_cli.snapshots.format import ITEM_BYTES, One, SnapshotInfo, of_newest_segment
-from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.sharded import open_tensors
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
 
 MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
 LOWEST_EXPONENT = {"F32": -126, "F16": -14, "BF16": -126, "F8_E4M3": -6, "F8_E5M2": -14}
-"""Of normal numbers 2^exponent * 1.xxx; below it the spacing stays what it is there."""
+"""Of normal numbers 2^exponent * 1.xxx; below it the spacing is constant."""
 
 
 def sample_measurements(snapshots: Sequence[Snapshot]) -> list[Measurements]:
-    """Estimated measurements of the snapshots of one run.
+    """Estimate the measurements of the snapshots of one run, in their order.
 
     Distances are between stored copies, to the other profiles of the same time and to the two newest earlier
-    snapshots of each profile. The exact averages are not known: their rounding is that expected of their values, see
-    `expected_rounding`, and that of both copies is in `Distance.rounding`.
-
-    Returns:
-        One for each of `snapshots`, in their order.
+    snapshots of each profile. The exact averages are unknown: roundings are expected ones, see `expected_rounding`,
+    and `Distance.rounding` is the sum for both copies.
 
     Raises:
         FileFormatError: a file is damaged, or became shorter.
@@ -57,10 +53,10 @@ def sample_measurements(snapshots: Sequence[Snapshot]) -> list[Measurements]:
     """
     found: dict[int, Measurements] = {}
     newest: dict[float, list[_Sample]] = {}
-    segments = _choose(snapshots[0]) if snapshots else []
+    ranges = _sampled_ranges(snapshots[0]) if snapshots else []
     by_time = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].info.t, snapshots[i].info.sigma_rel))
     for _, group in groupby(by_time, key=lambda i: snapshots[i].info.t):
-        now = {index: _read(snapshots[index], segments) for index in group}
+        now = {index: _read(snapshots[index], ranges) for index in group}
         for index, sample in now.items():
             others = [other for other in now.values() if other is not sample]
             earlier = [other for sigma_rel in sorted(newest) for other in newest[sigma_rel]]
@@ -71,15 +67,15 @@ def sample_measurements(snapshots: Sequence[Snapshot]) -> list[Measurements]:
 
 
 def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
-    """The sum of squared rounding errors to expect of values that were rounded to the nearest.
+    """The expected sum of squared rounding errors of values that were rounded to nearest.
 
-    Spacing^2 / 12 each, the variance of an error that is anywhere within half the spacing around it, also among
-    the subnormal numbers. 0 for zeros: those are as good as always exact (biases and gains that never moved).
+    Spacing^2 / 12 each, the variance of an error that is uniform within half the spacing, also among the subnormal
+    numbers. 0 for zeros, which are almost always exact (biases and gains that never moved).
 
     Arguments:
         values: as they are stored.
         stored, own: dtypes (safetensors names) of the file and of the model. The average was kept in float64 for
-            a model's float64, else in float32; what holds that is not rounded.
+            a model's float64, else in float32; a stored dtype that holds that is not rounded.
     """
     if MANTISSA_BITS[stored] >= MANTISSA_BITS["F64" if own == "F64" else "F32"]:
         return 0.0
@@ -89,11 +85,11 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     return float(np.dot(spacing, spacing)) / 12
 
 
-# --- the sample ------------------------------------------------------------------------------------
+# --- the sample
 
 
 @dataclass(frozen=True)
-class _Segment:
+class _Range:
     """Consecutive elements of one tensor."""
 
     name: str
@@ -118,48 +114,48 @@ def _averaged(snapshot: Snapshot) -> dict[str, int]:
     return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in names}
 
 
-def _choose(snapshot: Snapshot) -> list[_Segment]:
+def _sampled_ranges(snapshot: Snapshot) -> list[_Range]:
     """The elements to read in every snapshot of the run."""
     elements = _averaged(snapshot)
     total = sum(elements.values())
     if total <= MOST_ELEMENTS:
-        return [_Segment(name, 0, count) for name, count in elements.items() if count]
+        return [_Range(name, 0, count) for name, count in elements.items() if count]
     runs, wanted = -(-total // RUN_ELEMENTS), MOST_ELEMENTS // RUN_ELEMENTS
     chosen = np.sort(np.random.default_rng(int(snapshot.info.run_id, 16)).choice(runs, wanted, replace=False))
     names, ends = list(elements), list(accumulate(elements.values()))
-    return [segment for run in chosen for segment in _segments(names, ends, int(run) * RUN_ELEMENTS)]
+    return [one for run in chosen for one in _ranges(names, ends, int(run) * RUN_ELEMENTS)]
 
 
-def _segments(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[_Segment]:
-    """The run that begins at an element of the long vector, cut where tensors end (each at its `ends`)."""
+def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[_Range]:
+    """The run that begins at an element of the long vector, cut at the `ends` of tensors."""
     end = min(begin + RUN_ELEMENTS, ends[-1])
     index = bisect_right(ends, begin)
     while begin < end:
         start, stop = ends[index - 1] if index else 0, min(end, ends[index])
         if begin < stop:
-            yield _Segment(names[index], begin - start, stop - start)
+            yield _Range(names[index], begin - start, stop - start)
         begin, index = stop, index + 1
 
 
-def _read(snapshot: Snapshot, segments: Sequence[_Segment]) -> _Sample:
+def _read(snapshot: Snapshot, ranges: Sequence[_Range]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
-    with open_tensors(snapshot) as file:
-        for segment in segments:
-            stored = snapshot.header.tensors[segment.name].dtype
+    with TensorFile(snapshot.path, snapshot.header) as file:
+        for one in ranges:
+            stored = snapshot.header.tensors[one.name].dtype
             item = ITEM_BYTES[stored]
-            values = decode_values(file.read_unverified(segment.name, segment.begin * item, segment.end * item), stored)
+            values = decode_values(file.read_unverified(one.name, one.begin * item, one.end * item), stored)
             if not np.isfinite(values).all():
-                file.read(segment.name)  # a flipped bit is damage, and told so
-                raise NonFiniteError(snapshot.path, f"tensor {segment.name!r}: holds nan or infinity")
+                file.read(one.name)  # raises if it is damage: a flipped bit
+                raise NonFiniteError(snapshot.path, f"tensor {one.name!r}: holds nan or infinity")
             parts.append(values)
-            rounding += expected_rounding(values, stored, snapshot.info.tensors[segment.name].dtype)
+            rounding += expected_rounding(values, stored, snapshot.info.tensors[one.name].dtype)
     values = np.concatenate(parts)
     scale = sum(_averaged(snapshot).values()) / max(values.size, 1)
     return _Sample(snapshot, values, scale, rounding * scale)
 
 
 def _e4m3_values() -> FloatArray:
-    """What each byte stands for: a sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, one nan a sign."""
+    """The value of each byte: a sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, one nan a sign."""
     codes = np.arange(128)
     exponents, mantissas = codes >> 3, (codes & 7) / 8
     values = np.where(exponents > 0, 1 + mantissas, 2 * mantissas) * 2.0 ** (exponents - 7)
@@ -180,11 +176,11 @@ def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
         values = (data.astype(np.uint16) << 8).view(np.float16)
     else:
         values = data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
-    with np.errstate(invalid="ignore"):  # the processor reports some kinds of nan
+    with np.errstate(invalid="ignore"):  # some kinds of nan raise a flag of the processor
         return values.astype(np.float64)
 
 
-# --- sums ------------------------------------------------------------------------------------------
+# --- sums
 
 
 def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
@@ -208,14 +204,14 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
     return total
 
 
-# --- What the headers of snapshots tell reconstruction ---------------------------------------------
+# --- headers for reconstruction
 
 
 _EPS = {"F64": 2.0**-52, "F32": 2.0**-23}
 
 
 def stored_average(info: SnapshotInfo) -> StoredAverage:
-    """A snapshot as reconstruction sees it."""
+    """The part of a header that reconstruction uses."""
     schedule = info.schedule
     before = schedule.update_after_step // schedule.update_every
     updates = info.updates or max(info.step // schedule.update_every - before, 1)
@@ -236,22 +232,22 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
 
 
 def motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
-    """How the network has moved as far as snapshots tell, for the headers of the newest; None where they do not."""
+    """The motion up to the newest snapshots, for their headers; None if too few were measured."""
     prior = measured_prior([stored_average(info) for info in infos])
-    known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed one begins at time 0
+    known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
     return prior.motion.handed_on() if known else None
 
 
 def _step_length(info: SnapshotInfo) -> float:
-    """Time of a step at the snapshot: on the last piece of its clock."""
+    """Time of a step between the last two knots of the clock."""
     (step, t), (last_step, last_t) = [(0, 0.0), *info.clock_pairs][-2:]
     return (last_t - t) / (last_step - step)
 
 
 def snapshot_prior(snapshots: Sequence[Snapshot], others: Sequence[SnapshotInfo] = ()) -> Prior:
-    """What snapshots, and averages in memory, say about their run: in the order of `snapshots`, then `others`.
+    """The prior from headers of snapshots, and of averages in memory: in the order of `snapshots`, then `others`.
 
-    Where a header has no measurements, those of all snapshots are estimated from a sample.
+    If a header has no measurements, those of all snapshots are estimated from a sample.
     """
     sampled = any(snapshot.info.measurements is None for snapshot in snapshots)
     measured = with_sampled_measurements(snapshots) if sampled else snapshots
@@ -260,11 +256,9 @@ def snapshot_prior(snapshots: Sequence[Snapshot], others: Sequence[SnapshotInfo]
 
 
 def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """The same snapshots, each with measurements estimated from one sample of elements.
+    """The same snapshots, all with measurements estimated from one sample of elements: distances need both sides.
 
-    All of them, also those whose headers have measurements: distances are between sampled ones.
-
-    Values too large to be squared (float64 holds such) leave them without.
+    Without measurements if values are too large to be squared.
 
     Raises:
         FileFormatError, NonFiniteError: while reading the sample.
@@ -280,7 +274,7 @@ def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
 
 
 def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
-    """The run's steps over its training time, as far as its snapshots tell: all their clocks' knots together.
+    """The run's steps over its training time: the knots of all its snapshots' clocks.
 
     Raises:
         MismatchError: two snapshots contradict each other.
@@ -295,13 +289,13 @@ def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
     return Clock([step for step, _ in pairs], [t for _, t in pairs])
 
 
-# --- Which snapshots of a large directory a reconstruction works with; see `planning.choose` -------
+# --- choosing snapshots of a large directory
 
 
 def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
-    """Those to make averages at `t` of, at or before it; and as few of the later ones: they tell how the network moved.
+    """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
 
-    Both by time, then sigma_rel.
+    Both by time, then sigma_rel; of very many a limited number, see `planning.choose`.
     """
     ordered = sorted(items, key=lambda item: (item.info.t, item.info.sigma_rel))
     return _chosen([o for o in ordered if o.info.t <= t]), _chosen([o for o in ordered if o.info.t > t])
@@ -311,21 +305,20 @@ def _chosen(items: Sequence[One]) -> list[One]:
     return [items[index] for index in choose([item.info.profile.pure for item in items])]
 
 
-# --- What an earlier run says about one that is planned like it ------------------------------------
+# --- an earlier run, for a plan
 
 
 DTYPE_WORDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-"""What a plan calls the dtypes that snapshots are stored in."""
+"""Names in a plan for the dtypes that snapshots are stored in."""
 
 
 @dataclass(frozen=True)
 class Likeness:
-    """A run, relative to its norm and stretched to another length.
+    """An earlier run, relative to its norm and stretched to another length.
 
     Attributes:
-        motion: how its network moved; None where too little is known.
-        rounding: root mean square error of its stored averages by dtype, relative to their norm, where it was measured
-            or estimated from their values.
+        motion: of its network; None if too little is known.
+        rounding: root mean square error of its stored averages by dtype, relative to their norm.
     """
 
     motion: Motion | None
@@ -333,10 +326,10 @@ class Likeness:
 
 
 def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
-    """What the snapshots of one run say about a run of `steps`.
+    """Describe the snapshots of one run for a plan of a run of `steps`.
 
     Raises:
-        FileFormatError, NonFiniteError: while reading a sample, where headers have no measurements.
+        FileFormatError, NonFiniteError: while reading a sample, if headers have no measurements.
     """
     snapshots = of_newest_segment(snapshots)
     snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
@@ -347,11 +340,7 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
     motion = stretched(prior, steps, float(times.max()), norm) if known else None
     found = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
-        stored = {
-            snapshot.header.tensors[name].dtype
-            for name, tensor in snapshot.info.tensors.items()
-            if tensor.role == "average"
-        }
+        stored = {snapshot.header.tensors[name].dtype for name in _averaged(snapshot)}
         name = DTYPE_WORDS.get(stored.pop()) if len(stored) == 1 else None
         if prior.source != ASSUMED and name is not None and rounding > 0 and squared > 0:
             found[name].append(float(rounding / squared))
@@ -359,14 +348,14 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
 
 
 def stretched(prior: Prior, steps: float, t: float, norm: float) -> Motion:
-    """How a run moved up to `t`, as one of `steps` steps would on the same path, relative to a squared norm.
+    """The motion up to `t` of a run of `steps` steps on the same path, relative to a squared norm.
 
-    A piece's increments have the variance v dn over dn steps, so that v shrinks as steps grow in number; densities
-    shrink, too, and with them integral w p^2 dn, so that w grows.
+    Increments have the variance v dn over dn steps, so that v shrinks as the number of steps grows; densities shrink,
+    too, and with them integral w p^2 dn, so that w grows.
     """
     motion = prior.motion
     edges = motion.edges if prior.steps is None else prior.steps.clock.step_at(motion.edges)
     factor = steps / (t if prior.steps is None else float(prior.steps.clock.step_at(t)))
-    # The new run moves from its start, whenever the earlier one's averages began.
+    # The new run moves from its start, even if the earlier one's averages began later.
     edges = np.concatenate(([0.0], edges[1:] * factor))
     return Motion(edges, motion.walk / (factor * norm), motion.noise * factor / norm)

@@ -1,8 +1,8 @@
-"""Models on disk: a safetensors file, shards that an index names, or a folder of either; and folders of several.
+"""Models on disk: a safetensors file, shards with an index, or a folder of either; and folders of several.
 
-The index of a sharded model: which tensor is in which file. As the Hugging Face libraries define it, and checked.
+The index of a sharded model is a JSON file as the Hugging Face libraries define it:
 
-{"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file beside the index}}
+    {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file beside the index}}
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
@@ -22,15 +21,23 @@ from posthoc_cli.snapshots.outputs import OutputInfo, output_difference, same_co
 from posthoc_cli.snapshots.reader import read_header, read_small_file
 
 INDEX_NAME = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+"""A model that fits one shard."""
+
+_SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+
+
+# --- the index
 
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """What an index says.
+    """The content of an index.
 
     Attributes:
         shards: the tensors in each file, by the file's name, growing.
-        total_size: bytes of all tensors; None where it says nothing of the kind.
+        total_size: bytes of all tensors; None if the index has no such number.
     """
 
     shards: dict[str, list[str]]
@@ -38,19 +45,19 @@ class ShardIndex:
 
 
 def read_index(path: Path) -> dict[str, list[str]]:
-    """The tensors in each file of a sharded model, by the file's name, growing. Raises what `decode_index` raises."""
+    """The tensors in each file of a sharded model, by the file's name, growing. Errors as in `decode_index`."""
     return decode_index(path).shards
 
 
 def decode_index(path: Path) -> ShardIndex:
-    """The index of a sharded model.
-
-    Nothing in an index is believed: a name leads to a file beside it and nowhere else.
+    """The checked index of a sharded model: names lead to files beside it and nowhere else.
 
     Raises:
-        FileFormatError: naming the index and what is wrong with it.
+        FileFormatError: naming the index.
     """
-    found = _read_object(path)
+    found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
+    if not isinstance(found, dict):
+        raise FileFormatError(path, "is not an index of shards: it is no JSON object")
     weight_map, metadata = found.get("weight_map"), found.get("metadata")
     if not isinstance(weight_map, dict):
         raise FileFormatError(path, "is not an index of shards: it has no weight_map")
@@ -70,7 +77,7 @@ def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
 
 
 def is_plain_name(name: str) -> bool:
-    """Whether a name leads to a visible file in its own folder, on every system."""
+    """Whether a name leads to a visible file in the same folder, on every system."""
     return (
         name.endswith(fmt.SUFFIX)
         and not name.startswith(".")
@@ -79,25 +86,11 @@ def is_plain_name(name: str) -> bool:
     )
 
 
-def _read_object(path: Path) -> dict[str, Any]:
-    found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
-    if not isinstance(found, dict):
-        raise FileFormatError(path, "is not an index of shards: it is no JSON object")
-    return found
-
-
-# --- Models on disk: a safetensors file, shards that an index names, or a folder of either; and folders o ---
-
-
-INDEX_SUFFIX = ".safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-"""A model that fits one shard."""
-
-_PART = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
+# --- models
 
 
 def model_files(path: Path) -> dict[Path, list[str] | None]:
-    """The files of the model at a path, and the tensors that an index says are in each; None where there is none.
+    """The files of the model at a path, each with the tensors that an index names; None without an index.
 
     Raises:
         FileFormatError: the index is damaged.
@@ -109,7 +102,7 @@ def model_files(path: Path) -> dict[Path, list[str] | None]:
 
 
 def index_of(path: Path) -> Path | None:
-    """The index of a model in shards: the path itself, or in the folder that it is; None for other models."""
+    """The index of a sharded model: the path itself, or a file in that folder; None for other models."""
     if not path.is_dir():
         return path if path.name.endswith(INDEX_SUFFIX) else None
     own = path / INDEX_NAME
@@ -117,49 +110,41 @@ def index_of(path: Path) -> Path | None:
 
 
 def is_model_folder(path: Path) -> bool:
-    """Whether a folder holds one model: shards with an index, or the one file of a small one."""
+    """Whether a path is a folder of one model: shards with an index, or `model.safetensors`."""
     return path.is_dir() and (index_of(path) is not None or (path / SINGLE_NAME).exists())
 
 
 def models_at(path: Path) -> list[Path]:
-    """The models that a path names: itself, or where it is a folder of several, those, by name.
+    """The models at a path: itself, or those in a folder of several, by name.
 
     Raises:
-        DirectoryError: a folder without a model, with parts of one, or with the snapshots of a run.
+        DirectoryError: a folder without models, with shards but no index, or with the snapshots of a run.
     """
     if not path.is_dir() or is_model_folder(path):
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
-    parts = [match for entry in entries if (match := _PART.fullmatch(entry.name))]
-    if parts:
-        raise DirectoryError(
-            path,
-            f"{len(parts)} of the {int(parts[0][1])} parts of a model are there, and no index",
-            "make all with `ema synthesize --shard`, then run it with --finish",
-        )
+    shards = [match for entry in entries if (match := _SHARD.fullmatch(entry.name))]
+    if shards:
+        what = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
+        raise DirectoryError(path, what, "make the other shards, then finish the model")
     found = [entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry)]
     if not found:
-        raise DirectoryError(
-            path,
-            "holds no snapshots, outputs or models",
-            "name a .safetensors file, an index of shards, or a folder of these",
-        )
+        hint = "name a .safetensors file, an index of shards, or a folder of these"
+        raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
     if any(map(_is_snapshot, found)):
-        raise DirectoryError(
-            path, "holds the snapshots of a run", f"name one of them, or make an average with `ema synthesize {path}`"
-        )
+        raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
     return found
 
 
 def _is_snapshot(path: Path) -> bool:
     try:
         return any(file_kind(read_header(file)) == "snapshot" for file in model_files(path))
-    except FileFormatError:  # is told when it is opened
+    except FileFormatError:  # raised again when it is opened
         return False
 
 
 def check_indexed(path: Path, header: fmt.FileHeader, names: list[str] | None) -> None:
-    """Check that a shard holds the tensors that the index says.
+    """Check that a shard holds the tensors that its index names.
 
     Raises:
         FileFormatError: naming the shard and the tensor.
@@ -170,16 +155,21 @@ def check_indexed(path: Path, header: fmt.FileHeader, names: list[str] | None) -
 
 
 def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
-    """Check that two shards are of one model, by what they say of the whole of it.
+    """Check that two shards are of one model.
+
+    Arguments:
+        info, found: what they say of their output; None for other files.
 
     Raises:
         MismatchError: naming both.
     """
+    difference = None
     if info is None or found is None:
-        difference = None if info is found else "only one of them is of a synthesis"
+        if info is not found:
+            difference = "only one of them is of a synthesis"
     else:
         difference = output_difference(found, info)
         if difference is None and not same_coefficients(found, info):
-            difference = "its coefficients are others"
+            difference = "its coefficients differ"
     if difference is not None:
         raise MismatchError(f"{first} and {other} are not of one model", difference)

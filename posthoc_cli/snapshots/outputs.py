@@ -1,4 +1,4 @@
-"""What a synthesized file says about itself; specified in `snapshots.format`."""
+"""The metadata of an output; specified in `snapshots.format`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from posthoc_cli.snapshots.headers import Metadata, is_number
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """Everything that a synthesized file says about itself."""
+    """All metadata of an output.
+
+    `profile` is the target in words; `snapshots` are the name and coefficient of each.
+    """
 
     run_id: str
     profile: str
-    """What was asked for, in words."""
     sigma_rel: float | None
     gamma: float | None
     t: float
@@ -25,17 +27,16 @@ class OutputInfo:
     profile_error: float
     predicted_error: float | None
     snapshots: tuple[tuple[str, float], ...]
-    """File name and coefficient of each snapshot."""
     copies: tuple[str, ...] = ()
 
 
 SAME_COEFFICIENT = 1e-6
-"""Coefficients of one plan may differ by this fraction of the largest: processors of different kinds solve the same
-equations with other roundings. It is far below what float16 snapshots are exact to."""
+"""Coefficients of one plan may differ by this fraction of the largest, since processors round differently. It is far
+below the rounding of float16 snapshots."""
 
 
 def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
-    """What tells an output from the one that is wanted, in words: run, target, time or method; None for nothing."""
+    """How an output differs from the wanted one in run, target, time or method, in words; None if it does not."""
     for name, words in (("run_id", "run"), ("profile", "target"), ("t", "t"), ("method", "method")):
         values = getattr(found, name), getattr(wanted, name)
         if values[0] != values[1]:
@@ -44,7 +45,7 @@ def output_difference(found: OutputInfo, wanted: OutputInfo) -> str | None:
 
 
 def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
-    """Whether two outputs are sums of as many snapshots with the same coefficients."""
+    """Whether two outputs have equally many snapshots and the same coefficients."""
     pairs = [[c for _, c in info.snapshots if c] for info in (found, wanted)]
     if len(pairs[0]) != len(pairs[1]):
         return False
@@ -53,7 +54,7 @@ def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
 
 
 def output_metadata(info: OutputInfo) -> dict[str, str]:
-    """The metadata of a synthesized file, without its checksums."""
+    """The metadata of an output as strings, without its checksums."""
     return {
         "format": "pt",
         "ema.format": "output",
@@ -73,7 +74,7 @@ def output_metadata(info: OutputInfo) -> dict[str, str]:
 
 
 def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
-    """What a synthesized file's metadata says.
+    """The checked metadata of an output.
 
     Raises:
         FileFormatError: naming the file and the key.

@@ -1,47 +1,46 @@
-"""Making a directory smaller: which snapshots can go, what the error becomes, and deleting them.
+"""Prune a directory: plan which snapshots can go, with the errors before and after, and delete them.
 
-Deleting must be safe at any moment: only what was planned goes, only after every survivor was read and verified, and
-in the order of what is missed least, so that whatever an interruption leaves is a whole directory, and the best one
-of its size.
+Deleting is safe at any moment: only what was planned goes, only after every survivor was read and verified, and the
+least needed first, so that an interruption leaves a valid directory, and the best one of its size.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from posthoc_cli import files
-from posthoc_cli.errors import InexactError, InvalidValueError
+from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError
 from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_each, exchanged, forecast, losses_of
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
-from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import snapshot_prior
-from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.sharded import open_tensors, remove_snapshot
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.threads import one_blas_thread
 
 _ONE_BY_ONE = 128
-"""Up to so many snapshots one goes at a time; of more, several between two solves: single ones hardly matter."""
+"""Up to this number one snapshot goes between two solves; of more, several: single ones hardly matter."""
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """What goes, what stays, and what that means.
+    """A plan of what to delete, and whether that was done.
 
     Attributes:
         kept: survivors, by time, then sigma_rel.
         gone: in the order to delete.
-        before, after: expected errors from everything, and from the survivors alone, both judged by what all headers
-            tell of the run. Of very many snapshots some are worked with, see `planning.choose`.
+        before, after: expected errors from all snapshots, and from the survivors, both with the prior from all
+            headers. Of very many snapshots only some are used, see `planning.choose`.
         source: what the errors rest on, see `reconstruction.Prior`.
+        deleted: whether it was carried out.
     """
 
     kept: tuple[Snapshot, ...]
@@ -49,27 +48,38 @@ class Pruning:
     before: Forecast
     after: Forecast
     source: str
+    deleted: bool = False
 
     @property
     def read_bytes(self) -> int:
-        """Bytes that verifying the survivors takes."""
+        """Bytes to read for verifying the survivors."""
         return sum(entry.nbytes for snapshot in self.kept for entry in snapshot.header.tensors.values())
 
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON."""
+        return {
+            "run": self.kept[0].info.run_id,
+            "kept": [snapshot.path.name for snapshot in self.kept],
+            "gone": [
+                {
+                    "file": snapshot.path.name,
+                    "t": snapshot.info.t,
+                    "sigma_rel": snapshot.info.sigma_rel,
+                    "bytes": snapshot.header.file_bytes,
+                }
+                for snapshot in self.gone
+            ],
+            "bytes": {"kept": file_bytes(self.kept), "gone": file_bytes(self.gone)},
+            "before": {"worst_error": self.before.worst, "median_error": self.before.median},
+            "after": {"worst_error": self.after.worst, "median_error": self.after.median},
+            "prior": self.source,
+            "deleted": self.deleted,
+        }
 
-@contextmanager
-def writing_to(directory: Path) -> Iterator[list[Snapshot]]:
-    """The snapshots of a directory, while no tracker writes to it.
 
-    Raises:
-        LockedError: one does.
-        DirectoryError, FileFormatError, MismatchError: what is wrong with the directory.
-    """
-    read_directory(directory)  # no lock is left in a place that holds no run
-    lock = DirectoryLock(directory)
-    try:
-        yield read_directory(directory)
-    finally:
-        lock.release()
+def file_bytes(snapshots: Sequence[Snapshot]) -> int:
+    """The size of all their files."""
+    return sum(snapshot.header.file_bytes for snapshot in snapshots)
 
 
 @one_blas_thread()
@@ -80,21 +90,21 @@ def plan_pruning(
     max_error: float | None = None,
     sigma_range: tuple[float, float] = USEFUL_RANGE,
 ) -> Pruning:
-    """Which snapshots can go. Reads no tensor, but a sample where headers have no measurements.
+    """Plan which snapshots to delete. Reads no tensor, but a sample if headers have no measurements.
 
-    The newest one of each profile stays, and so do those of the newest time that all profiles have: training can go
-    on from these. So do those of earlier segments, before the model's tensors changed: they are all there is of then.
-    Of very many, those go first that a reconstruction would not work with.
+    The newest one of each profile stays, and so do those of the newest time that all profiles have: training can
+    continue from these. So do those of earlier segments, before the model's tensors changed: no others replace them.
+    Of very many, those that a reconstruction would not use go first.
 
     Arguments:
         snapshots: all of one directory.
-        keep: leave so many of each profile; or
-        max_bytes: as many as take at most so many bytes; or
-        max_error: as few as keep the worst predicted error over `sigma_range` at most that. Exactly one of the three.
+        keep: the number to keep of each profile; or
+        max_bytes: keep as many as take at most this; or
+        max_error: keep as few as have at most this worst predicted error over `sigma_range`. Exactly one of the three.
         sigma_range: what snapshots are kept for.
 
     Raises:
-        InvalidValueError: more are to be kept than there are, or fewer bytes than the newest ones take.
+        InvalidValueError: `keep` is more than there are, or `max_bytes` less than the newest ones take.
         InexactError: all snapshots together miss `max_error`.
     """
     if sum(wish is not None for wish in (keep, max_bytes, max_error)) != 1:
@@ -102,7 +112,7 @@ def plan_pruning(
     *earlier, snapshots = by_segment(snapshots)
     older = [snapshot for segment in earlier for snapshot in segment]
     if max_bytes is not None:
-        max_bytes -= sum(snapshot.header.file_bytes for snapshot in older)
+        max_bytes -= file_bytes(older)
     if keep is not None:
         _check_keep(snapshots, keep)
     profiles = [snapshot.info.profile.pure for snapshot in snapshots]
@@ -119,7 +129,7 @@ def plan_pruning(
         else:
             known = replace(snapshot_prior([snapshots[index] for index in chosen]), motion=prior.motion)
         after = forecast([profiles[index] for index in chosen], known, sigma_range)
-        # The expected distance cannot fall; the norm that it is relative to is estimated from fewer averages.
+        # The expected distance cannot fall, but the norm that it is relative to is estimated from fewer averages.
         return replace(after, predicted_error=np.maximum(after.predicted_error, before.predicted_error))
 
     if max_error is not None and before.worst > max_error:
@@ -144,39 +154,46 @@ def plan_pruning(
         better = exchanged(profiles, prior, left, gone, needed, sigma_range)
         if max_error is None or errors_without(better).worst <= max_error:
             gone = better
-    kept = _without(snapshots, gone)
+    leaving = set(gone)
+    kept = [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]
     after = errors_without(gone) if gone else before
     return Pruning((*older, *kept), tuple(snapshots[index] for index in gone), before, after, prior.source)
 
 
-def execute(pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> None:
-    """Verify all survivors, then delete the others. Only while the directory is held, see `writing_to`.
+def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
+    """Delete what was planned, while the directory is locked: verify all survivors, then delete the others.
 
     Arguments:
         progress: called with the number of bytes of each tensor that was verified.
 
     Raises:
-        FileFormatError: a survivor is damaged, or was replaced; nothing is deleted.
-        WriteError: the system refused a deletion. What was to stay is there.
+        LockedError: a tracker is writing to the directory.
+        DirectoryError, MismatchError: the directory has changed since it was read; nothing is deleted.
+        FileFormatError: a survivor is damaged; nothing is deleted.
+        WriteError: the system refused a deletion. All survivors are there.
     """
-    for snapshot in pruning.kept:
-        with open_tensors(snapshot) as file:
-            for name, entry in snapshot.header.tensors.items():
-                file.read(name)
-                progress(entry.nbytes)
-    for snapshot in pruning.gone:
-        remove_snapshot(snapshot.path)
-    for directory in {snapshot.path.parent for snapshot in pruning.gone}:
+    with DirectoryLock(directory):
+        planned = {snapshot.path: snapshot.header for snapshot in (*pruning.kept, *pruning.gone)}
+        if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
+            raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
+        for snapshot in pruning.kept:
+            with TensorFile(snapshot.path, snapshot.header) as file:
+                for name, entry in snapshot.header.tensors.items():
+                    file.read(name)
+                    progress(entry.nbytes)
+        for snapshot in pruning.gone:
+            remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):
             files.system.fsync_directory(directory)
+    return replace(pruning, deleted=True)
 
 
 def removal_order(
     profiles: Sequence[PowerFunction], prior: Prior, keep: int, sigma_range: tuple[float, float]
 ) -> list[int]:
-    """Snapshots that may go until `keep` of each profile are left, what is missed least first: indices.
+    """Indices of snapshots to delete until `keep` of each profile are left, the least needed first.
 
-    As `planning.snapshots_to_drop`, where there are not very many.
+    As `planning.snapshots_to_drop`, if there are not very many.
     """
     needed = _needed(profiles)
     left = list(range(len(profiles)))
@@ -198,7 +215,7 @@ def removal_order(
 
 
 def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
-    """The newest of each profile, and those of the newest time that has all."""
+    """Indices of the newest of each profile, and of those of the newest time that has all."""
     gammas = {p.gamma for p in profiles}
     newest = {gamma: max(p.t for p in profiles if p.gamma == gamma) for gamma in gammas}
     at: dict[float, set[float]] = {}
@@ -209,13 +226,13 @@ def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
 
 
 def _spread_out(indices: Sequence[int]) -> list[int]:
-    """The same in an order any beginning of which is spread evenly over them: by their places' bits, read backwards."""
+    """The same in an order whose every beginning is spread evenly over them: by the reversed bits of their places."""
     bits = len(indices).bit_length()
     return [indices[place] for place in sorted(range(len(indices)), key=lambda place: f"{place:0{bits}b}"[::-1])]
 
 
 def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerFunction], most: int) -> list[int]:
-    """Up to `most` of the first ones, no two neighbours in time: the loss of one makes the other dear."""
+    """Up to `most` of the first ones, no two neighbours in time: each is needed more without the other."""
     rows = sorted(left, key=lambda index: (profiles[index].gamma, profiles[index].t))
     place = {index: row for row, index in enumerate(rows)}
     chosen: list[int] = []
@@ -229,7 +246,7 @@ def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerF
     return chosen
 
 
-# --- how many --------------------------------------------------------------------------------------
+# --- how many
 
 
 def _check_keep(snapshots: Sequence[Snapshot], keep: int) -> None:
@@ -237,39 +254,27 @@ def _check_keep(snapshots: Sequence[Snapshot], keep: int) -> None:
         raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
     most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
     if keep > most:
-        raise InvalidValueError(
-            "keep",
-            f"there {('are' if most > 1 else 'is')} only {most} snapshot{'s' * (most > 1)} a profile; "
-            "nothing was deleted",
-            value=keep,
-        )
+        there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
+        raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)
 
 
 def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes: int) -> int:
-    """How many of the first ones have to go for the rest to fit."""
-    size = sum(snapshot.header.file_bytes for snapshot in snapshots)
+    """How many of the first ones must go for the rest to fit."""
+    size = file_bytes(snapshots)
     for count, index in enumerate(order):
         if size <= max_bytes:
             return count
         size -= snapshots[index].header.file_bytes
     if size > max_bytes:
-        raise InvalidValueError(
-            "max_size",
-            f"the newest snapshots of each profile, which stay, take {size:,} bytes",
-            value=f"{max_bytes:,} bytes",
-        )
+        reason = f"the newest snapshots of each profile, which stay, take {size:,} bytes"
+        raise InvalidValueError("max_size", reason, value=f"{max_bytes:,} bytes")
     return len(order)
 
 
 def _most(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` for which something holds that holds for 0 and up to some number."""
+    """The largest number up to `limit` for which `holds`, which is true from 0 up to some number."""
     low = 0
     while low < limit:
         middle = (low + limit + 1) // 2
         low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
     return low
-
-
-def _without(snapshots: Sequence[Snapshot], gone: Sequence[int]) -> list[Snapshot]:
-    leaving = set(gone)
-    return [snapshot for index, snapshot in enumerate(snapshots) if index not in leaving]

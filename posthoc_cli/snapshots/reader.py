@@ -1,7 +1,7 @@
-"""Reading files: the header first and checked, then tensors, each block verified as it is read.
+"""Read files: the header first, checked; then tensors, each block verified as it is read.
 
-No torch here: tensors come as bytes. Files are read, never mapped, so that one that shrinks under a reader is
-an error and not a crash.
+No torch: tensors come as bytes. Files are read, never mapped, so that a file that shrinks under a reader is an error
+and not a crash.
 """
 
 from __future__ import annotations
@@ -9,11 +9,15 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import chain, groupby, islice
 from pathlib import Path
-from types import TracebackType
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,10 +27,21 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.headers import Sharing
+from posthoc_cli.snapshots.headers import DecodeCache
+
+THREADS = 8
+"""Blocks that are read at a time: some devices need several requests in flight."""
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-"""What archives of torch.save begin with, and pickles."""
+"""First bytes of pickles and of archives of torch.save."""
+
+_NONFINITE = {
+    "F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C,
+}  # fmt: skip
+"""The bits, without the sign, of the first number that is not finite; all above it are not, either."""
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -38,35 +53,20 @@ class Snapshot:
     info: fmt.SnapshotInfo
 
 
-def read_header(path: Path, sharing: Sharing | None = None) -> fmt.FileHeader:
+def read_header(path: Path, cache: DecodeCache | None = None, whole: bool = True) -> fmt.FileHeader:
     """The checked header of a safetensors file.
 
     Arguments:
-        sharing: of the files that are read one after another.
+        cache: shared by the files of one run.
+        whole: also check the file's size; without it the header of a truncated file can be read.
 
     Raises:
         FileFormatError: the file cannot be opened, is no regular file, or is damaged.
     """
     descriptor = _open(path)
     try:
-        with _reported(path, "read"):
-            start, size = _read_start(path, descriptor)
-        return headers.decode_header(path, start, size, sharing)
-    finally:
-        files.system.close(descriptor)
-
-
-def read_header_alone(path: Path) -> fmt.FileHeader:
-    """As `read_header`, whatever became of the tensors behind it: what a damaged file was.
-
-    Raises:
-        FileFormatError: as there, but not for a file that is shorter or longer than its header says.
-    """
-    descriptor = _open(path)
-    try:
-        with _reported(path, "read"):
-            start, _ = _read_start(path, descriptor)
-        return headers.decode_header(path, start, None)
+        start, size = _read_start(path, descriptor)
+        return headers.decode_header(path, start, size if whole else None, cache)
     finally:
         files.system.close(descriptor)
 
@@ -74,8 +74,8 @@ def read_header_alone(path: Path) -> fmt.FileHeader:
 class TensorFile:
     """A safetensors file opened for its tensors. Use it as a context manager.
 
-    The header is read again and, where `expected` is given, must be that one: the file that was planned with
-    is the file that is read. Any number of threads may read at once.
+    The header is read again and, where `expected` is given, must be equal: the file that was planned with is the file
+    that is read. Any number of threads may read at once.
     """
 
     def __init__(self, path: Path, expected: fmt.FileHeader | None = None) -> None:
@@ -96,14 +96,10 @@ class TensorFile:
         Raises:
             FileFormatError: naming the file and the tensor, when a block does not match or bytes are missing.
         """
-        entry = self.header.tensors[name]
-        data = np.empty(entry.nbytes, dtype=np.uint8)
-        digits = self._checksums.get(name)
-        for index, begin in enumerate(range(0, entry.nbytes, fmt.BLOCK_BYTES)):
-            block = data[begin : begin + fmt.BLOCK_BYTES]
-            self.fill(name, block.data, begin)
-            if digits is not None and xxhash.xxh3_64_hexdigest(block.data) != self.checksum(name, index):
-                raise self.damaged(name)
+        data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
+        reader = self.read_range(name, 0, data.size)
+        for begin in range(0, data.size, fmt.BLOCK_BYTES):
+            reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
         return data
 
     def read_range(self, name: str, begin: int, end: int) -> RangeReader:
@@ -114,12 +110,20 @@ class TensorFile:
         return RangeReader(self, name, begin, end)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
-        """Fill `view` with the bytes from `begin` on that follow the start of a tensor, across tensors, unverified.
+        """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow.
 
         Raises:
             FileFormatError: naming the file and the tensor, when bytes are missing.
         """
-        self._fill(name, view, self.header.payload_start + self.header.tensors[name].begin + begin)
+        offset = self.header.payload_start + self.header.tensors[name].begin + begin
+        while view:
+            try:
+                count = files.system.read(self._descriptor, view, offset)
+            except OSError as error:
+                raise _cannot(self.path, "read", error) from error
+            if count == 0:
+                raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
+            view, offset = view[count:], offset + count
 
     def verify(self, names: Sequence[str], parts: Sequence[memoryview]) -> None:
         """Check all bytes of tensors of at most one block each, which the caller has read by `fill`.
@@ -135,16 +139,16 @@ class TensorFile:
             raise self.damaged(next(n for n, a, b in zip(names, found, expected, strict=True) if a != b))
 
     def checksum(self, name: str, block: int = 0) -> str | None:
-        """What the file says of a block: 16 hexadecimal digits; None where it has no checksums."""
+        """The checksum that the header has for a block, 16 hexadecimal digits; None in a file without checksums."""
         digits = self._checksums.get(name)
         return None if digits is None else digits[16 * block : 16 * block + 16]
 
     def damaged(self, name: str) -> FileFormatError:
-        """The error for a block that is not what its checksum says."""
+        """The error for a block that does not match its checksum."""
         return FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        """The bytes `begin` to `end` of a tensor, for estimates only: no checksum is looked at. Shape [end - begin].
+        """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin].
 
         Raises:
             FileFormatError: naming the file and the tensor, when bytes are missing.
@@ -153,16 +157,6 @@ class TensorFile:
         self.fill(name, data.data, begin)
         return data
 
-    def _fill(self, name: str, view: memoryview, offset: int) -> None:
-        while view:
-            try:
-                count = files.system.read(self._descriptor, view, offset)
-            except OSError as error:
-                raise _cannot(self.path, "read", error) from error
-            if count == 0:
-                raise FileFormatError(self.path, f"tensor {shown(name)}: the file became shorter while it was read")
-            view, offset = view[count:], offset + count
-
     def close(self) -> None:
         """Close the file."""
         files.system.close(self._descriptor)
@@ -170,16 +164,14 @@ class TensorFile:
     def __enter__(self) -> TensorFile:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
 
 class RangeReader:
-    """Some blocks of one tensor, read in order, in parts of any size; each block is verified when it is through.
+    """Some blocks of one tensor, read in order, in parts of any size; each block is verified at its end.
 
-    The parts of one block are never held together: the checksum runs along.
+    The checksum runs along, so that the parts of one block need not be in memory together.
     """
 
     def __init__(self, file: TensorFile, name: str, begin: int, end: int) -> None:
@@ -199,17 +191,14 @@ class RangeReader:
             self._hash.update(part)
             self._position += len(part)
             if self._position % fmt.BLOCK_BYTES == 0 or self._position == self._end:
-                self._finish_block()
-
-    def _finish_block(self) -> None:
-        expected = self._file.checksum(self._name, (self._position - 1) // fmt.BLOCK_BYTES)
-        if expected is not None and self._hash.hexdigest() != expected:
-            raise self._file.damaged(self._name)
-        self._hash.reset()
+                expected = self._file.checksum(self._name, (self._position - 1) // fmt.BLOCK_BYTES)
+                if expected is not None and self._hash.hexdigest() != expected:
+                    raise self._file.damaged(self._name)
+                self._hash.reset()
 
 
 def read_small_file(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most so many bytes.
+    """The content of a regular file of at most `most` bytes.
 
     Raises:
         FileFormatError: it is larger or no regular file, or cannot be opened or read.
@@ -219,14 +208,17 @@ def read_small_file(path: Path, most: int) -> bytes:
         size = os.fstat(descriptor).st_size
         if size > most:
             raise FileFormatError(path, f"has {size:,} bytes; at most {most:,} are allowed")
-        with _reported(path, "read"):
+        with _named_on_error(path, "read"):
             return files.read_at(descriptor, size, 0)
     finally:
         files.system.close(descriptor)
 
 
+# --- opening, and the header's bytes
+
+
 @contextmanager
-def _reported(path: Path, verb: str) -> Iterator[None]:
+def _named_on_error(path: Path, verb: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -236,16 +228,13 @@ def _reported(path: Path, verb: str) -> Iterator[None]:
 def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
     # On a network file system an open file goes away, too, when another host removes it.
     kind = VanishedError if error.errno in (errno.ENOENT, errno.ESTALE) else FileFormatError
-    reason = (error.strerror or str(error)).lower()
-    hint = ""
-    if error.errno == errno.EMFILE:
-        hint = "a synthesis holds all its snapshots open: raise the limit of this process, as by ulimit -n 4096"
-    return kind(path, f"cannot be {verb}: {reason}", hint)
+    hint = "raise the limit of open files, as by ulimit -n 4096" if error.errno == errno.EMFILE else ""
+    return kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint)
 
 
 def _open(path: Path) -> int:
     try:
-        with _reported(path, "opened"):
+        with _named_on_error(path, "opened"):
             descriptor = files.system.open(path)
     except ValueError as error:
         raise FileFormatError(f"{str(path)!r}", "cannot be opened: no file can have this name") from error
@@ -256,9 +245,8 @@ def _open(path: Path) -> int:
 
 
 def _known_header(path: Path, descriptor: int, known: fmt.FileHeader | None) -> fmt.FileHeader:
-    """The checked header; `known` itself where the file still has it, which saves taking it apart again."""
-    with _reported(path, "read"):
-        start, size = _read_start(path, descriptor)
+    """The checked header; `known` itself if the file still has it, which saves decoding it again."""
+    start, size = _read_start(path, descriptor)
     if known is not None and len(start) == known.payload_start and size == known.file_bytes:
         checksum = known.metadata.get("ema.checksum")
         if checksum is not None and headers.has_header_checksum(start, checksum):
@@ -268,18 +256,168 @@ def _known_header(path: Path, descriptor: int, known: fmt.FileHeader | None) -> 
 
 def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
     """The first 8 + N bytes, and the size of the file."""
-    size = os.fstat(descriptor).st_size
-    prefix = files.read_at(descriptor, 8, 0)
-    if len(prefix) < 8:
-        raise FileFormatError(path, f"truncated: {size:,} bytes cannot hold a safetensors header")
-    length = int.from_bytes(prefix, "little")
-    if length > fmt.MAX_HEADER_BYTES or 8 + length > size:
-        if prefix.startswith(_PICKLES):
-            raise FileFormatError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
-        raise FileFormatError(
-            path, f"damaged, truncated or not safetensors: its header would take {length:,} bytes of a file of {size:,}"
-        )
-    start = prefix + files.read_at(descriptor, length, len(prefix))
+    with _named_on_error(path, "read"):
+        size = os.fstat(descriptor).st_size
+        prefix = files.read_at(descriptor, 8, 0)
+        if len(prefix) < 8:
+            raise FileFormatError(path, f"truncated: {size:,} bytes cannot hold a safetensors header")
+        length = int.from_bytes(prefix, "little")
+        if length > fmt.MAX_HEADER_BYTES or 8 + length > size:
+            if prefix.startswith(_PICKLES):
+                raise FileFormatError(path, "is a pickle (.pt, .bin), which is never read", "save it as safetensors")
+            what = "damaged, truncated or not safetensors"
+            raise FileFormatError(path, f"{what}: its header would take {length:,} bytes of a file of {size:,}")
+        start = prefix + files.read_at(descriptor, length, len(prefix))
     if len(start) < 8 + length:
         raise FileFormatError(path, "the file became shorter while it was read")
     return start, size
+
+
+# --- verifying a whole payload: on all cores, in constant memory
+
+
+@dataclass(frozen=True)
+class Checked:
+    """The result of checking some bytes of a payload.
+
+    Attributes:
+        nbytes: how many.
+        damaged: tensors that do not match their checksums.
+        error: what is wrong with the first of them.
+        nonfinite: tensors that hold nan or infinity.
+    """
+
+    nbytes: int
+    damaged: tuple[str, ...] = ()
+    error: FileFormatError | None = None
+    nonfinite: tuple[str, ...] = ()
+
+
+def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:
+    """Read a file and check each block of each tensor. Memory: a block a thread.
+
+    Arguments:
+        header: what the file must still have.
+        progress: called with the number of bytes that were read, in this thread.
+
+    Raises:
+        FileFormatError: the file was replaced, or naming it and the tensor that is damaged.
+    """
+    with TensorFile(path, header) as file, closing(check_payload(file)) as found:
+        for checked in found:
+            if checked.error is not None:
+                raise checked.error
+            if progress is not None:
+                progress(checked.nbytes)
+
+
+def check_payload(file: TensorFile) -> Generator[Checked, None, None]:
+    """Check a payload from its first byte to its last; continue after damage."""
+    check = _BlockCheck(file)
+    blocks = _blocks(file.header)
+    first = list(islice(blocks, 2))
+    if len(first) < 2:  # threads take longer to start than to read a small file
+        yield from map(check, first)
+        return
+    with worker_threads() as pool:
+        yield from in_order(pool, check, chain(first, blocks))
+
+
+def holds_nonfinite(data: memoryview, dtype: str) -> bool:
+    """Whether little-endian numbers of a dtype (a safetensors name) include nan or infinity.
+
+    Without their signs, the bits of floating-point numbers are in the order of the numbers, and those that are not
+    finite come last. As signed integers the positive ones are in this order, above all others; as unsigned ones the
+    negative ones are, above all others. So the two largest integers decide, without a copy.
+    """
+    if dtype not in _NONFINITE or not len(data):
+        return False
+    item = fmt.ITEM_BYTES[dtype]
+    least, sign = _NONFINITE[dtype], 1 << (8 * item - 1)
+    signed = np.frombuffer(data, f"<i{item}")
+    return int(signed.max()) >= least or int(signed.view(f"<u{item}").max()) >= sign | least
+
+
+@contextmanager
+def worker_threads(count: int = THREADS) -> Iterator[Executor]:
+    """Threads for the block; at its end, also on error, they finish what they have begun and nothing else."""
+    pool = ThreadPoolExecutor(count, "ema-verify")
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def in_order(pool: Executor, function: Callable[[_Item], _Result], items: Iterable[_Item]) -> Iterator[_Result]:
+    """The function's result for each item, in their order; a limited number are in work at a time."""
+    in_work: deque[Future[_Result]] = deque()
+    for item in items:
+        in_work.append(pool.submit(function, item))
+        if len(in_work) > 4 * THREADS:
+            yield in_work.popleft().result()
+    while in_work:
+        yield in_work.popleft().result()
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The bytes `begin` to `end` of a tensor, within one of its blocks; `at` is where they lie in a buffer."""
+
+    name: str
+    begin: int
+    end: int
+    at: int
+
+    @property
+    def stop(self) -> int:
+        return self.at + self.end - self.begin
+
+
+def _blocks(header: fmt.FileHeader) -> Iterator[list[_Span]]:
+    """The payload from its first byte to its last, in consecutive spans of at most a block together."""
+    batch: list[_Span] = []
+    size = 0
+    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
+        for begin in range(0, entry.nbytes, fmt.BLOCK_BYTES):
+            end = min(begin + fmt.BLOCK_BYTES, entry.nbytes)
+            if size + end - begin > fmt.BLOCK_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append(_Span(name, begin, end, size))
+            size += end - begin
+    if batch:
+        yield batch
+
+
+class _BlockCheck:
+    """Reads consecutive spans of a file and checks them; each thread has a buffer of a block."""
+
+    def __init__(self, file: TensorFile) -> None:
+        self._file = file
+        self._own = threading.local()
+
+    def __call__(self, spans: Sequence[_Span]) -> Checked:
+        if not hasattr(self._own, "buffer"):
+            self._own.buffer = memoryview(bytearray(fmt.BLOCK_BYTES))
+        view = self._own.buffer[: spans[-1].stop]
+        try:
+            self._file.fill(spans[0].name, view, spans[0].begin)
+        except FileFormatError as error:
+            return Checked(len(view), tuple(span.name for span in spans), error)
+        damaged = []
+        for span in spans:
+            expected = self._file.checksum(span.name, span.begin // fmt.BLOCK_BYTES)
+            if expected is not None and xxhash.xxh3_64_hexdigest(view[span.at : span.stop]) != expected:
+                damaged.append(span.name)
+        wrong = self._file.damaged(damaged[0]) if damaged else None
+        return Checked(len(view), tuple(damaged), wrong, self._nonfinite(spans, view))
+
+    def _nonfinite(self, spans: Sequence[_Span], view: memoryview) -> tuple[str, ...]:
+        """Neighbours of one dtype are checked together, and one by one only if that finds something."""
+        tensors = self._file.header.tensors
+        found: list[str] = []
+        for dtype, group in groupby(spans, lambda span: tensors[span.name].dtype):
+            own = list(group)
+            if holds_nonfinite(view[own[0].at : own[-1].stop], dtype):
+                found += [span.name for span in own if holds_nonfinite(view[span.at : span.stop], dtype)]
+        return tuple(found)

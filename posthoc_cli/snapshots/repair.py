@@ -1,17 +1,19 @@
-"""Setting aside what is broken, and removing what interrupted writes have left: only where nobody writes.
+"""Set aside broken files of a snapshot directory, and delete what interrupted writes have left; only without a writer.
 
-Nothing is deleted but temporaries. What is broken keeps its name in the folder `quarantine`, so that a directory that
-no reader took is one again, with what is left.
+Only temporaries are deleted. A broken file keeps its name in the folder `quarantine`, so that the directory can be read
+again, with what is left.
 """
 
 from __future__ import annotations
 
+import math
 import stat
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,16 +21,8 @@ from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError
 from posthoc_cli.planning import USEFUL_RANGE, forecast_at, sigma_rels_in
 from posthoc_cli.profiles import FloatArray
-from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.directory import QUARANTINE, move_aside, time_order
-from posthoc_cli.snapshots.format import of_newest_segment
-from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.measurements import chosen_up_to, snapshot_prior
-from posthoc_cli.snapshots.models import INDEX_NAME
-from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.reports import (
+from posthoc_cli.snapshots.check import (
     DAMAGED,
-    DUPLICATE,
     MISMATCHED,
     MISMEASURED,
     MISSING,
@@ -36,16 +30,20 @@ from posthoc_cli.snapshots.reports import (
     FileReport,
     Verification,
 )
+from posthoc_cli.snapshots.directory import QUARANTINE, move_aside, time_order
+from posthoc_cli.snapshots.format import of_newest_segment
+from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.measurements import chosen_up_to, snapshot_prior
+from posthoc_cli.snapshots.reader import Snapshot
 
-MOVED = frozenset({DAMAGED, MISSING, NONFINITE, MISMATCHED, DUPLICATE, MISMEASURED})
-"""States of what is set aside."""
+MOVED = frozenset({DAMAGED, MISSING, NONFINITE, MISMATCHED, MISMEASURED})
+"""States of files that are set aside."""
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.28)
 """Where the errors before and after are compared."""
 
 STILL_SECONDS = 60.0
-"""A leftover in a snapshot directory, which is locked meanwhile, must not have been written to for so long: somebody
-may be synthesizing into it, which takes no lock."""
+"""Leftovers in a snapshot directory are deleted if they are older: a synthesis into it takes no lock."""
 
 STILL_SECONDS_UNLOCKED = 3600.0
 """The same in any other folder, which has no lock."""
@@ -53,14 +51,14 @@ STILL_SECONDS_UNLOCKED = 3600.0
 
 @dataclass(frozen=True)
 class Errors:
-    """What to expect of the snapshots of the newest segment.
+    """Errors to expect from the snapshots of the newest segment.
 
     Attributes:
         t: time of the last one, and of the averages.
         predicted: errors at SIGMA_RELS.
-        worst: the worst over the whole range.
-        solved: with how many snapshots a reconstruction works.
-        count: how many there are.
+        worst: the largest over the useful range.
+        solved: the number of snapshots that a reconstruction uses.
+        count: the number there are.
     """
 
     t: float
@@ -69,17 +67,34 @@ class Errors:
     solved: int
     count: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """The errors as data for JSON, where infinity is null."""
+        worst, *predicted = (float(e) if math.isfinite(e) else None for e in (self.worst, *self.predicted))
+        return {
+            "t": self.t,
+            "errors": [
+                {"sigma_rel": sigma_rel, "predicted_error": error}
+                for sigma_rel, error in zip(SIGMA_RELS, predicted, strict=True)
+            ],
+            "worst_error": worst,
+            "solved_with": self.solved,
+            "of": self.count,
+        }
+
 
 @dataclass(frozen=True)
 class Repair:
-    """What would be set aside, and what that means.
+    """A plan of what to set aside, and what was done of it.
 
     Attributes:
-        directory: where it is.
-        gone: files, and folders of shards.
-        staying: what is wrong and stays, since nobody knows that it is bad, or which of two is.
-        before, after: expected errors with and without; None where there is nothing to expect them of.
-        unknown: how many snapshots go of which `before` knows nothing, since their headers cannot be believed.
+        directory: the snapshot directory.
+        gone: files and folders of shards to move.
+        staying: reports of files that are wrong and stay, since they may be valid.
+        before, after: expected errors with and without; None if there are none.
+        unknown: the number of snapshots in neither, since their headers are damaged.
+        stamps: identities of `gone`, to notice files that were replaced.
+        moved: new paths.
+        done: whether it was carried out.
     """
 
     directory: Path
@@ -89,98 +104,98 @@ class Repair:
     after: Errors | None
     unknown: int
     stamps: tuple[tuple[int, ...] | None, ...]
-    """What the system says of each of `gone`, to notice whether it is another one later."""
+    moved: tuple[Path, ...] = ()
+    done: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON."""
+        return {
+            "gone": [str(path.relative_to(self.directory)) for path in self.gone],
+            "moved": [str(path.relative_to(self.directory)) for path in self.moved],
+            "before": None if self.before is None else self.before.to_dict(),
+            "after": None if self.after is None else self.after.to_dict(),
+            "done": self.done,
+        }
 
 
 @dataclass(frozen=True)
 class Cleaning:
-    """What became of leftovers: those that were removed, and those left, each with a reason."""
+    """Leftovers that were removed, and those left, each with a reason."""
 
-    removed: tuple[Path, ...]
-    left: tuple[tuple[Path, str], ...]
+    removed: tuple[Path, ...] = ()
+    left: tuple[tuple[Path, str], ...] = ()
+    done: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON."""
+        return {
+            "removed": [path.name for path in self.removed],
+            "left": [{"file": path.name, "why": why} for path, why in self.left],
+            "done": self.done,
+        }
 
 
 def is_snapshot_directory(found: Verification) -> bool:
-    """Whether it is a directory that a tracker writes to, good or bad."""
+    """Whether a tracker writes, or has written, to the directory."""
     if not found.is_directory:
         return False
-    if (found.path / LOCK_NAME).exists():
-        return True
-    # Beside an index, snapshots are as good as always shards, of one that stands in another directory.
-    is_shards = (found.path / INDEX_NAME).exists()
-    return not is_shards and any(r.kind == "snapshot" and r.unit.parent == found.path for r in found.files)
+    own = any(report.kind == "snapshot" and report.path.parent == found.path for report in found.files)
+    return own or (found.path / LOCK_NAME).exists()
 
 
 def plan_repair(found: Verification) -> Repair:
-    """What `repair` would do, and the errors to expect then. Reads no tensor, but a sample without measurements.
+    """Plan what `repair` sets aside. Reads no tensor, but a sample if headers have no measurements.
 
     Raises:
         DirectoryError: it is no directory of snapshots.
     """
     if not is_snapshot_directory(found):
-        raise DirectoryError(
-            found.path,
-            "is no directory of snapshots, in which alone files are set aside; an output can be made "
-            "again, and a snapshot is set aside in the directory that it stands in",
-        )
-    moved = dict.fromkeys(report.unit for report in found.files if report.state in MOVED)
-    gone = [path for unit in moved for path in _parts(unit, found)]
-    staying = [report for report in found.files if not report.is_fine and report.unit not in moved]
+        hint = "an output can be made again; a snapshot is set aside in its own directory"
+        raise DirectoryError(found.path, "is no directory of snapshots: nothing is set aside", hint)
+    units = dict.fromkeys(report.unit for report in found.files if report.state in MOVED)
+    gone = tuple(path for unit in units for path in _files_of(unit, found))
+    staying = [report for report in found.files if not report.is_fine and report.unit not in units]
     after = _errors(found.snapshots)
     before = _errors(sorted((*found.snapshots, *found.lost), key=time_order)) if found.lost else after
     known = {snapshot.path for snapshot in found.lost}
     unknown = {r.unit for r in found.files if r.state == DAMAGED and r.kind == "snapshot"} - known
-    return Repair(
-        found.path, tuple(gone), tuple(staying), before, after, len(unknown), tuple(_stamp(path) for path in gone)
-    )
+    return Repair(found.path, gone, tuple(staying), before, after, len(unknown), tuple(map(_stamp, gone)))
 
 
-def repair(plan: Repair) -> list[Path]:
-    """Set aside what was planned, durably, while nobody else writes; returns where it went.
+def repair(plan: Repair) -> Repair:
+    """Set aside what was planned, durably, while the directory is locked; returns the plan with the new paths.
 
     Raises:
         LockedError: a tracker is writing to the directory.
-        MismatchError: something of it has changed since; nothing was moved.
+        MismatchError: a file has changed since; nothing was moved.
         DirectoryError: `quarantine` is a symbolic link, or no folder; nothing was moved.
         WriteError: the system refused. What was moved is in the folder `quarantine`, the rest where it was.
     """
-    with _held(plan.directory):
+    with DirectoryLock(plan.directory):
         for path, known in zip(plan.gone, plan.stamps, strict=True):
             if _stamp(path) not in (known, None):
                 raise MismatchError(path, "has changed since it was read; nothing was set aside", "run again")
-        return move_aside(plan.gone, plan.directory / QUARANTINE) if plan.gone else []
+        moved = move_aside(plan.gone, plan.directory / QUARANTINE) if plan.gone else []
+    return replace(plan, moved=tuple(moved), done=True)
 
 
 def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning:
-    """Remove the leftovers of interrupted writes; nothing that somebody may still be writing.
+    """Delete the leftovers of interrupted writes, if they are old enough that no write can be in progress.
 
-    In a snapshot directory only while no tracker holds it. A synthesis takes no lock, so that a leftover also must
-    have been still for a while.
+    In a snapshot directory only while it is locked.
 
     Raises:
         LockedError: a tracker is writing to the directory.
         WriteError: the system refused.
     """
     if is_snapshot_directory(found):
-        with _held(found.path):
+        with DirectoryLock(found.path):
             return _clean(found.leftovers, now() - STILL_SECONDS)
     return _clean(found.leftovers, now() - STILL_SECONDS_UNLOCKED)
 
 
-@contextmanager
-def _held(directory: Path) -> Iterator[None]:
-    lock = DirectoryLock(directory)
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-# --- what the loss does ----------------------------------------------------------------------------
-
-
 def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
-    """Expected errors from these alone; None where there are none, or a sample of them cannot be read."""
+    """Expected errors from these alone; None if there are none, or if a sample of them cannot be read."""
     newest = of_newest_segment(snapshots)
     if not newest:
         return None
@@ -195,18 +210,13 @@ def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
     return Errors(t, expected[: len(SIGMA_RELS)], float(expected.max()), len(solved), len(newest))
 
 
-# --- what to move and to remove --------------------------------------------------------------------
-
-
-def _parts(unit: Path, found: Verification) -> list[Path]:
-    """What to move of a unit: itself, but the files of one whose shards are in the directory itself."""
-    if unit != found.path:
-        return [unit]
-    return [report.path for report in found.files if report.unit == unit]
+def _files_of(unit: Path, found: Verification) -> list[Path]:
+    """What to move of a unit: the unit itself, or the files of a model whose shards are in the directory itself."""
+    return [unit] if unit != found.path else [report.path for report in found.files if report.unit == unit]
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
-    """Tells whether a name leads to what it led to; of a link itself, not of what it points to."""
+    """The identity of a file; of a link itself."""
     with suppress(FileNotFoundError):
         known = path.lstat()
         return known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
@@ -219,27 +229,13 @@ def _clean(leftovers: Sequence[Path], before: float) -> Cleaning:
         with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
             known = path.lstat()
             if known.st_mtime > before:
-                left.append((path, "was written to a moment ago; somebody may still be writing it"))
-            elif _remove(path, known.st_mode):
-                removed.append(path)
+                left.append((path, "was written to a moment ago; a write may be in progress"))
+            elif stat.S_ISDIR(known.st_mode):
+                left.append((path, "is a folder, which no write leaves"))
             else:
-                left.append((path, "is a folder that holds more than shards"))
+                files.system.unlink(path)
+                removed.append(path)
     for folder in sorted({path.parent for path in removed}):
         with files.reported_as_write_error(folder):
             files.system.fsync_directory(folder)
-    return Cleaning(tuple(removed), tuple(left))
-
-
-def _remove(path: Path, mode: int) -> bool:
-    """Remove a temporary, a link itself and not what it points to; of a folder, shards and their index only."""
-    if not stat.S_ISDIR(mode):
-        files.system.unlink(path)
-        return True
-    for inside in files.system.list(path):
-        if inside.name == INDEX_NAME or inside.suffix == fmt.SUFFIX or files.is_temporary(inside.name):
-            with suppress(IsADirectoryError, PermissionError):  # the latter for a directory, on some systems
-                files.unlink_if_there(inside)
-    with suppress(OSError):
-        files.system.remove_directory(path)
-        return True
-    return False
+    return Cleaning(tuple(removed), tuple(left), done=True)

@@ -1,4 +1,4 @@
-"""Between torch tensors and the bytes and dtype names of safetensors. The one module here that needs torch."""
+"""Convert between torch tensors and the bytes and dtype names of safetensors. The one module here that needs torch."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """The dtype that a safetensors name stands for."""
+    """The dtype of a safetensors name."""
     return _DTYPES[name]
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype for averages, given as such or as a user's word; None for None and "keep", each tensor's own.
+    """A dtype for averages, from a dtype or a user's word; None for None and "keep": each tensor's own.
 
     Raises:
         InvalidValueError: listing the accepted words.
@@ -54,7 +54,7 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
 
 
 def tensor_from_bytes(data: npt.NDArray[np.uint8], dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """The tensor that these bytes are; it shares their memory."""
+    """A tensor of these bytes; it shares their memory."""
     if data.size == 0:
         # torch gives an empty array the stride 0, which it then refuses to view as another dtype.
         return torch.empty(shape, dtype=_DTYPES[dtype])

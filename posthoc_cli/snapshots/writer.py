@@ -1,15 +1,15 @@
 """Durable writing of safetensors files with checksums.
 
-What holds, whatever happens in between:
+Guarantees, also after errors, signals and loss of power:
 
-1. A file is absent or whole. It is written under a temporary name in its own directory, fsynced, put under its
+1. A file is absent or complete. It is written under a temporary name in its own directory, fsynced, put under its
    final name in one step, and the directory is fsynced.
 2. Nothing is written in place. A reader that has an older file open keeps it.
-3. What was not committed leaves nothing behind: neither an error nor Ctrl-C finalizes a file.
+3. A write that was not committed leaves nothing: neither an error nor Ctrl-C finalizes a file.
 4. Every byte of every tensor is written exactly once, and has a checksum.
 
-Memory: the header and what is being written. Tensors, or ranges of them, go to their places as they come, in any
-order and from any number of threads; the header, which holds their checksums, is laid out first and filled in last.
+Memory: the header and what is being written. Tensors, or ranges of them, are written in any order and from any number
+of threads; the header, which holds their checksums, is laid out first and filled in last.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
-from types import TracebackType
 
 import xxhash
 
@@ -111,15 +110,13 @@ class TensorFileWriter:
             blocks[index] = ""
 
     def discard(self) -> None:
-        """Remove what was written; nothing happens after `commit`."""
+        """Remove what was written; does nothing after `commit`."""
         self._file.discard()
 
     def __enter__(self) -> TensorFileWriter:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
 

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.sharded import TensorReader
+from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis.tiles import Piece, Tile
 
@@ -82,7 +82,7 @@ class _Room:
         return self._parts
 
 
-def open_file_tile(file: TensorReader, tile: Tile) -> TileReader:
+def open_file_tile(file: TensorFile, tile: Tile) -> TileReader:
     """Start reading a tile of a file."""
     return RangeOfFile(file, tile.pieces[0]) if len(tile.pieces) == 1 else BatchOfFile(file, tile)
 
@@ -90,7 +90,7 @@ def open_file_tile(file: TensorReader, tile: Tile) -> TileReader:
 class RangeOfFile:
     """A range of one tensor, chunk by chunk."""
 
-    def __init__(self, file: TensorReader, piece: Piece) -> None:
+    def __init__(self, file: TensorFile, piece: Piece) -> None:
         self._dtype = file.header.tensors[piece.name].dtype
         self._size = fmt.ITEM_BYTES[self._dtype]
         self._range = file.read_range(piece.name, piece.begin * self._size, piece.end * self._size)
@@ -104,7 +104,7 @@ class RangeOfFile:
 class BatchOfFile:
     """Small tensors whole: neighbours in the file are read and converted together, each is verified alone."""
 
-    def __init__(self, file: TensorReader, tile: Tile) -> None:
+    def __init__(self, file: TensorFile, tile: Tile) -> None:
         self._file = file
         self._bounds = tile.bounds
         self._names = tile.names

@@ -14,8 +14,7 @@ from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.measurements import snapshot_prior
-from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.snapshots.sharded import open_tensors
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 
 if TYPE_CHECKING:
     from posthoc_cli.synthesis.reading import TileReader
@@ -101,7 +100,7 @@ class DiskSource:
 
 class _OpenFile:
     def __init__(self, snapshot: Snapshot) -> None:
-        self._file = open_tensors(snapshot)
+        self._file = TensorFile(snapshot.path, snapshot.header)
 
     def open_tile(self, tile: Tile) -> TileReader:
         """Start reading the tile."""

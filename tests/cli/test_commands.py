@@ -176,8 +176,8 @@ def test_what_shard_and_finish_leave_goes_on_to_one_file(ema: Ema, run: Path, tm
     for command in (("info", tmp_path / "m"), ("export", tmp_path / "m", "--out", tmp_path / "x.safetensors")):
         result = ema(*command)
         assert result.code == 1
-        assert "3 of the 3 parts of a model are there, and no index" in result.error
-        assert "--finish" in result.error
+        assert "3 of 3 shards of a model are there, and no index" in result.error
+        assert "finish the model" in result.error
     assert ema(*average, "--out", tmp_path / "m", "--finish").code == 0
     for name, source in (("a", tmp_path / "m"), ("b", tmp_path / "m" / "model.safetensors.index.json")):
         result = ema("export", source, "--out", tmp_path / f"{name}.safetensors")
@@ -215,9 +215,7 @@ def test_a_folder_of_outputs_is_exported_into_a_folder(
 def test_a_run_or_nothing_at_all_is_not_exported(ema: Ema, run: Path, tmp_path: Path) -> None:
     result = ema("export", run, "--out", tmp_path / "x.pt")
     assert result.code == 1
-    assert (
-        "run: holds the snapshots of a run; name one of them, or make an average with `ema synthesize" in result.error
-    )
+    assert "run: holds the snapshots of a run; name one of them, or make an average of them" in result.error
     (tmp_path / "empty").mkdir()
     assert "empty: holds no snapshots, outputs" in ema("export", tmp_path / "empty", "--out", tmp_path / "x.pt").error
 

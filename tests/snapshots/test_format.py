@@ -99,7 +99,7 @@ def as_bits(tensor: torch.Tensor) -> np.ndarray:
     return (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
 
 
-# --- readers of the format agree -------------------------------------------------------------------
+# --- readers of the format agree
 
 
 def test_a_reader_written_from_the_specification_finds_every_tensor_and_checksum(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_the_numpy_reader_of_safetensors_reads_our_files_to_the_same_arrays(tmp_
         assert np.array_equal(by_numpy[name], tensor.numpy())
 
 
-# --- what the metadata says ------------------------------------------------------------------------
+# --- what the metadata says
 
 
 def test_the_metadata_of_a_snapshot_is_what_the_specification_lists(tmp_path: Path) -> None:
@@ -266,7 +266,7 @@ def test_names_that_look_like_the_format_itself_do_no_harm(tmp_path: Path) -> No
     assert safetensors.torch.load_file(path).keys() == values.keys()
 
 
-# --- what cannot be written ------------------------------------------------------------------------
+# --- what cannot be written
 
 
 def write(path: Path, specs: list[fmt.TensorSpec], metadata: dict[str, str]) -> None:
@@ -304,7 +304,7 @@ def test_a_number_that_json_lacks_is_never_written(number: float) -> None:
         output_metadata(info)
 
 
-# --- words for dtypes ------------------------------------------------------------------------------
+# --- words for dtypes
 
 
 @pytest.mark.parametrize(

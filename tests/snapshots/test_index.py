@@ -33,7 +33,7 @@ def test_a_plain_name_may_be_any_visible_one(name: str) -> None:
         "ä" * 122 + SUFFIX,
     ],
 )  # fmt: skip
-def test_what_leads_elsewhere_or_is_hidden_is_no_plain_name(tmp_path: Path, name: str) -> None:
+def test_a_hostile_index_is_named(tmp_path: Path, name: str) -> None:
     assert not is_plain_name(name)
     index = tmp_path / INDEX_NAME
     index.write_text(json.dumps({"weight_map": {"w\x1b": name}}))

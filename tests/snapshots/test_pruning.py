@@ -9,18 +9,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import RUN_ID, make_info, random_walk, write_run, write_snapshot
+from factories import RUN_ID, flip_bit, make_info, random_walk, rewrite_snapshot, write_run, write_snapshot
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, InvalidValueError, LockedError, WriteError
+from posthoc_cli.errors import FileFormatError, InexactError, InvalidValueError, LockedError, MismatchError, WriteError
 from posthoc_cli.planning import forecast, snapshots_to_drop
 from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
-from posthoc_cli.snapshots import pruning as pruning_room
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
+from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import likeness, snapshot_prior, stretched
-from posthoc_cli.snapshots.pruning import execute, plan_pruning, removal_order, writing_to
+from posthoc_cli.snapshots.pruning import plan_pruning, prune, removal_order
 
 
 @pytest.fixture(scope="session")
@@ -55,7 +54,7 @@ def names(folder: Path) -> set[str]:
     return {path.name for path in folder.glob("*.safetensors")}
 
 
-# --- what goes -------------------------------------------------------------------------------------
+# --- what goes
 
 
 @pytest.mark.parametrize("keep", [1, 5, 11, 12])
@@ -94,12 +93,6 @@ def test_max_size_leaves_as_many_as_fit(run: Path) -> None:
         plan_pruning(snapshots, max_bytes=newest - 1)
 
 
-@pytest.mark.parametrize("limit", range(6))
-def test_the_largest_number_for_which_something_holds(limit: int) -> None:
-    for largest in range(limit + 3):
-        assert pruning_room._most(limit, lambda count, largest=largest: count <= largest) == min(limit, largest)
-
-
 def test_max_error_leaves_as_few_as_hold_it(run: Path) -> None:
     snapshots = read_directory(run)
     pruning = plan_pruning(snapshots, max_error=2e-3)
@@ -132,7 +125,7 @@ def test_the_errors_are_those_of_the_directory_as_it_is_before_and_after(
     )
     assert {float(side.sigma_rels[k]) for side in (narrow.before, narrow.after) for k in (0, -1)} == {0.1, 0.2}
     np.testing.assert_allclose(pruning.before.predicted_error, before.predicted_error, rtol=1e-12)
-    execute(pruning)
+    prune(path, pruning)
     left = read_directory(path)
     assert len(left) == 6
     # What is left says about the same as everything said before, where headers keep what was known.
@@ -163,17 +156,6 @@ def test_as_many_of_each_are_left_where_several_go_at_a_time() -> None:
     assert [sum(p.gamma == snapshots[k].gamma for p in left) for k in (0, -1)] == [60, 60]
 
 
-def test_no_two_neighbours_of_a_profile_go_at_once() -> None:
-    snapshots = [PowerFunction.from_sigma_rel(s, float(t)) for t in range(1, 6) for s in (0.05, 0.28)]
-    early = [2 * k for k in range(5)]  # of the first profile, by time
-    assert pruning_room._apart([4, 2, 6, 0, 8], range(10), snapshots, 9) == [4, 0, 8]
-    assert pruning_room._apart([2, 4, 6, 8], range(10), snapshots, 9) == [2, 6]
-    assert pruning_room._apart([4, 5, 3, 7], range(10), snapshots, 9) == [4, 5]
-    assert pruning_room._apart(early, range(10), snapshots, 2) == [0, 4]
-    # The last of one profile and the first of the other stand beside each other in no time.
-    assert pruning_room._apart([2, 6], [0, 2, 6, 8, 1, 3], snapshots, 9) == [2]
-
-
 def test_what_an_earlier_segment_takes_counts_and_stays(tmp_path: Path) -> None:
     for t in range(10, 110, 10):
         values = {"w": torch.full((40,), float(t))}
@@ -201,46 +183,41 @@ def test_impossible_wishes_are_refused(run: Path) -> None:
         plan_pruning(snapshots, max_error=1e-9)
 
 
-# --- deleting --------------------------------------------------------------------------------------
+# --- deleting
 
 
 def test_what_was_planned_goes_and_the_rest_is_untouched(run: Path) -> None:
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     pruning = plan_pruning(read_directory(run), keep=4)
     seen: list[int] = []
-    execute(pruning, seen.append)
+    done = prune(run, pruning, seen.append)
+    assert (pruning.deleted, done.deleted) == (False, True)
     assert sum(seen) == pruning.read_bytes
     assert names(run) == {s.path.name for s in pruning.kept}
     assert all(before[path.name] == path.read_bytes() for path in run.iterdir())
 
 
-def harm(path: Path) -> None:
-    data = bytearray(path.read_bytes())
-    data[-3] ^= 0x10
-    path.write_bytes(data)
-
-
 def test_nothing_is_deleted_when_a_survivor_is_damaged(run: Path) -> None:
     pruning = plan_pruning(read_directory(run), keep=4)
     victim = pruning.kept[-1].path
-    harm(victim)
+    flip_bit(victim)
     before = names(run)
-    with pytest.raises(FileFormatError, match=victim.name):
-        execute(pruning)
+    with pytest.raises(FileFormatError) as raised:
+        prune(run, pruning)
+    assert raised.value.subject == str(victim)
     assert names(run) == before
 
 
-def test_nothing_is_deleted_when_a_survivor_was_replaced_or_is_gone(run: Path) -> None:
+def test_nothing_is_deleted_when_the_directory_has_changed(run: Path) -> None:
     pruning = plan_pruning(read_directory(run), keep=4)
-    first, second = pruning.kept[0].path, pruning.kept[1].path
-    shutil.copy(second, first)
-    before = names(run)
-    with pytest.raises(FileFormatError, match="was replaced"):
-        execute(pruning)
-    first.unlink()
-    with pytest.raises(FileFormatError, match="cannot be opened"):
-        execute(pruning)
-    assert names(run) == before - {first.name}
+    first = pruning.kept[0].path
+    rewrite_snapshot(first, updates=7)
+    for _ in range(2):  # replaced, then gone
+        before = names(run)
+        with pytest.raises(MismatchError, match="has changed"):
+            prune(run, pruning)
+        assert names(run) == before
+        first.unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), OSError(5, "Input/output error")])
@@ -260,7 +237,7 @@ def test_an_interruption_leaves_a_directory_that_works(
 
     monkeypatch.setattr(files.system, "unlink", interrupted)
     with pytest.raises(KeyboardInterrupt if isinstance(stop, KeyboardInterrupt) else WriteError):
-        execute(pruning)
+        prune(run, pruning)
     left = read_directory(run)
     assert len(left) == 24 - after
     assert {s.path for s in left} >= {s.path for s in pruning.kept}
@@ -268,20 +245,13 @@ def test_an_interruption_leaves_a_directory_that_works(
     monkeypatch.undo()
     with PostHocEMA.from_path(run) as tracker:
         tracker.state_dict(sigma_rel=0.15)
-    execute(plan_pruning(left, keep=4))
-    assert len(read_directory(run)) == 8
-
-
-def test_a_file_that_another_hand_deleted_meanwhile_is_no_error(run: Path) -> None:
-    pruning = plan_pruning(read_directory(run), keep=4)
-    pruning.gone[2].path.unlink()
-    execute(pruning)
+    prune(run, plan_pruning(left, keep=4))
     assert len(read_directory(run)) == 8
 
 
 def test_tracking_goes_on_after_pruning(run: Path) -> None:
     model = torch.nn.Linear(30, 20)
-    execute(plan_pruning(read_directory(run), keep=1))
+    prune(run, plan_pruning(read_directory(run), keep=1))
     with PostHocEMA.from_path(run, model) as tracker:
         for _ in range(20):
             tracker.update_(model)
@@ -289,23 +259,13 @@ def test_tracking_goes_on_after_pruning(run: Path) -> None:
 
 
 def test_one_writer_a_directory(run: Path) -> None:
-    with writing_to(run) as snapshots:
-        assert len(snapshots) == 24
-        with pytest.raises(LockedError, match="is writing here"):
-            DirectoryLock(run)
-    lock = DirectoryLock(run)
-    with pytest.raises(LockedError), writing_to(run):
-        pass
-    lock.release()
+    pruning = plan_pruning(read_directory(run), keep=4)
+    with DirectoryLock(run), pytest.raises(LockedError, match="is writing here"):
+        prune(run, pruning)
+    assert prune(run, pruning).deleted
 
 
-def test_no_lock_is_left_where_there_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(DirectoryError), writing_to(tmp_path):
-        pass
-    assert not (tmp_path / LOCK_NAME).exists()
-
-
-# --- a run to plan like ----------------------------------------------------------------------------
+# --- a run to plan like
 
 
 def test_a_stretched_motion_keeps_every_expected_distance() -> None:

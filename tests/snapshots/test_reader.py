@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -24,9 +23,9 @@ from posthoc_cli.errors import FileFormatError, VanishedError
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.headers import decode_checksums, decode_header, file_kind
+from posthoc_cli.snapshots.headers import decode_header, file_kind
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
-from posthoc_cli.snapshots.reader import TensorFile, read_header, read_header_alone, read_small_file
+from posthoc_cli.snapshots.reader import TensorFile, read_header, read_small_file
 from posthoc_cli.snapshots.tensors import tensor_bytes, tensor_from_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 
@@ -75,79 +74,7 @@ def read_everything(path: Path) -> tuple[object, dict[str, bytes]]:
         return info, {name: file.read(name).tobytes() for name in file.header.tensors}
 
 
-# --- accidents -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("make", [small_snapshot, small_output])
-def test_every_flipped_bit_is_found(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    path = make(tmp_path)
-    data = path.read_bytes()
-    descriptor = os.open(path, os.O_RDWR)
-    missed = []
-    for position, byte in enumerate(data):
-        for bit in range(8):
-            os.pwrite(descriptor, bytes([byte ^ 1 << bit]), position)
-            try:
-                read_everything(path)
-                missed.append((position, bit))
-            except FileFormatError as error:
-                assert str(path) in str(error)
-        os.pwrite(descriptor, bytes([byte]), position)
-    os.close(descriptor)
-    assert missed == []
-    read_everything(path)
-
-
-@pytest.mark.parametrize("make", [small_snapshot, small_output])
-def test_every_truncation_is_found(tmp_path: Path, make: Callable[[Path], Path]) -> None:
-    path = make(tmp_path)
-    for length in reversed(range(path.stat().st_size)):
-        os.truncate(path, length)
-        with pytest.raises(FileFormatError, match=r"truncated"):
-            read_header(path)
-
-
-@pytest.mark.parametrize("extra", [b"\0", b" ", b"x" * 4096])
-def test_appended_bytes_are_found(tmp_path: Path, extra: bytes) -> None:
-    path = small_snapshot(tmp_path)
-    path.write_bytes(path.read_bytes() + extra)
-    with pytest.raises(FileFormatError, match="longer than it should be"):
-        read_header(path)
-
-
-def swap(payload: bytearray) -> None:
-    payload[:BLOCK], payload[BLOCK : 2 * BLOCK] = payload[BLOCK : 2 * BLOCK], payload[:BLOCK]
-
-
-def zero(payload: bytearray) -> None:
-    payload[BLOCK : 2 * BLOCK] = bytes(BLOCK)
-
-
-def repeat(payload: bytearray) -> None:
-    payload[BLOCK : 2 * BLOCK] = payload[:BLOCK]
-
-
-def flip_last(payload: bytearray) -> None:
-    payload[-1] ^= 1
-
-
-@pytest.mark.parametrize("damage", [swap, zero, repeat, flip_last])
-def test_blocks_that_were_swapped_zeroed_or_repeated_are_found(
-    tmp_path: Path, damage: Callable[[bytearray], None]
-) -> None:
-    large = torch.arange(2 * BLOCK // 4 + 1, dtype=torch.int32)
-    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"large": large, "other": torch.ones(1)})
-    with TensorFile(path) as file:
-        assert file.read("large").tobytes() == large.numpy().tobytes()
-        start = file.header.payload_start + file.header.tensors["large"].begin
-    data = path.read_bytes()
-    payload = bytearray(data[start : start + 4 * large.numel()])
-    damage(payload)
-    path.write_bytes(data[:start] + payload + data[start + len(payload) :])
-    with TensorFile(path) as file:
-        assert file.read("other").tobytes() == struct.pack("<f", 1.0)  # other tensors can still be read
-        with pytest.raises(FileFormatError, match=r"'large' is damaged"):
-            file.read("large")
+# --- accidents
 
 
 def test_a_file_that_shrinks_under_a_reader_is_an_error_and_no_crash(tmp_path: Path) -> None:
@@ -185,7 +112,7 @@ def test_a_disk_that_cannot_read_is_told_with_the_file(
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize("read", [read_header, read_header_alone, lambda path: read_small_file(path, 10**6)])
+@pytest.mark.parametrize("read", [read_header, lambda path: read_small_file(path, 10**6)])
 def test_whoever_reads_says_what_could_not_be_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object]
 ) -> None:
@@ -208,7 +135,7 @@ def test_whoever_reads_says_what_could_not_be_read(
     [
         (errno.ENOENT, VanishedError, "no such file or directory"), (errno.ESTALE, VanishedError, "stale file handle"),
         (errno.EACCES, FileFormatError, "permission denied"),
-        (errno.EMFILE, FileFormatError, "too many open files; a synthesis holds all its snapshots open: raise"),
+        (errno.EMFILE, FileFormatError, "too many open files; raise"),
     ],
 )  # fmt: skip
 def test_why_a_file_cannot_be_opened(
@@ -263,7 +190,7 @@ def test_a_file_of_another_content_and_the_same_size_was_replaced(tmp_path: Path
         TensorFile(path, header)
 
 
-# --- what is no file -------------------------------------------------------------------------------
+# --- what is no file
 
 
 def make_fifo(path: Path) -> None:
@@ -301,7 +228,7 @@ def test_a_path_that_no_system_accepts_is_refused() -> None:
         read_header(Path("a\0b"))
 
 
-# --- headers that lie ------------------------------------------------------------------------------
+# --- headers that lie
 
 
 def craft(path: Path, header: bytes | Any, payload: bytes = b"", length: int | None = None) -> Path:
@@ -413,7 +340,7 @@ def test_a_name_is_never_a_path_and_is_shown_escaped(tmp_path: Path, name: str) 
     assert [p.name for p in tmp_path.rglob("*")] == ["folder", "x.safetensors"]
 
 
-# --- metadata that lies, under a checksum that is right --------------------------------------------
+# --- metadata that lies, under a checksum that is right
 
 
 def forge(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
@@ -565,9 +492,12 @@ def measured(**changes: Any) -> str:
 DISTANCE = {"t": 10.0, "sigma_rel": 0.28, "squared": 0.5, "rounding": 0.0}
 
 
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
+def motion(**changes: Any) -> str:
+    return json.dumps({"edges": [1, 5, 10], "walk": [2, 0.5], "noise": [0, 1e-3], **changes})
+
+
+IMPOSSIBLE = {
+    "ema.measurements": [
         (measured(norm=-1), "norm -1 must be a finite number, at least 0"),
         (measured(norm=True), "norm True"),
         (measured(norm="1"), "norm '1' must"),
@@ -592,96 +522,46 @@ DISTANCE = {"t": 10.0, "sigma_rel": 0.28, "squared": 0.5, "rounding": 0.0}
         ('{"norm":1,"rounding":0}', "distances must be a list"),
         ('{"rounding":0,"distances":[]}', "must have norm, rounding"),
     ],
-)
-def test_measurements_that_cannot_be_are_refused_in_one_line(tmp_path: Path, text: str, told: str) -> None:
-    path = forge(small_snapshot(tmp_path), set_key("ema.measurements", text))
-    with pytest.raises(FileFormatError) as caught:
-        read_snapshot(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "ema.measurements" in str(caught.value)
-    assert told in str(caught.value)
-    assert str(caught.value).isprintable()
-
-
-def motion(**changes: Any) -> str:
-    return json.dumps({"edges": [1, 5, 10], "walk": [2, 0.5], "noise": [0, 1e-3], **changes})
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
+    "ema.motion": [
         (motion(walk=[-1, 1]), "walk must be a list of finite numbers, at least 0"),
         (motion(noise=[0, "1"]), "noise must be a list"),
         (motion(edges={}), "edges must be a list"),
         (motion(walk=[1, 10**400]), "walk must be a list"),
         (motion(extra=1), "must have edges, walk, noise, and nothing else"),
-        (motion(walk=[1]), "must have 1 to 1,000 pieces, an edge more"),
-        (motion(noise=[1, 1, 1]), "must have 1 to 1,000 pieces"),
-        (motion(edges=[1, 10]), "must have 1 to 1,000 pieces"),
-        (motion(edges=[1], walk=[], noise=[]), "must have 1 to 1,000 pieces"),
-        (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), "must have 1 to 1,000 pieces"),
+        (motion(walk=[1]), "must have 1 to 1,000 values of walk, as many of noise, and one more"),
+        (motion(noise=[1, 1, 1]), "must have 1 to 1,000 values"),
+        (motion(edges=[1, 10]), "must have 1 to 1,000 values"),
+        (motion(edges=[1], walk=[], noise=[]), "must have 1 to 1,000 values"),
+        (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), "must have 1 to 1,000 values"),
         (motion(edges=[0, 5, 10]), "must grow from above 0 to at most 10"),
         (motion(edges=[1, 5, 11]), "must grow from above 0 to at most 10"),
         (motion(edges=[1, 1, 10]), "must grow"),
         ("[]", "is not a JSON object"),
         (motion(walk=[float("nan"), 1]), "NaN is not JSON"),
     ],
-)
-def test_a_motion_that_cannot_be_is_refused_in_one_line(tmp_path: Path, text: str, told: str) -> None:
-    path = forge(small_snapshot(tmp_path), set_key("ema.motion", text))
-    with pytest.raises(FileFormatError) as caught:
-        read_snapshot(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "ema.motion" in str(caught.value)
-    assert told in str(caught.value)
-
-
-def test_a_motion_too_far_from_1_to_reckon_with_is_read_as_none(tmp_path: Path) -> None:
-    forged = forge(small_snapshot(tmp_path), set_key("ema.motion", motion(walk=[1e200, 1])))
-    assert read_snapshot(forged).info.motion is None
-
-
-def test_a_snapshot_without_measurements_is_one_too(tmp_path: Path) -> None:
-    path = forge(small_snapshot(tmp_path), lambda header: header["__metadata__"].pop("ema.measurements"))
-    assert read_snapshot(path).info.measurements is None
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
+    "ema.sigma_rels": [
         ("[]", "is not a list of numbers"),
         ("[true]", "is not a list of numbers"),
         ("[0.28,0.05]", "must grow, each profile once"),
         ("[0.05,0.05,0.28]", "must grow, each profile once"),
         ("[0.05,0.3]", "sigma_rel 0.3: must lie in (0, 0.2887)"),
-        ("[0.1,0.28]", "0.1, 0.28 has not the snapshot's own 0.05"),
+        ("[0.1,0.28]", "0.1, 0.28 must include the snapshot's own 0.05"),
         (
             "[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17]",
-            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17 has not the snapshot's own 0.05",
+            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17 must include the snapshot's own 0.05",
         ),
         (
             "[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17,0.18]",
-            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, ... has not the snapshot's own 0.05",
+            ": 0.1, 0.11, 0.12, 0.13, 0.14, 0.15, 0.16, 0.17, ... must include the snapshot's own 0.05",
         ),
     ],
-)
-def test_tracked_profiles_that_cannot_be_are_refused(tmp_path: Path, text: str, told: str) -> None:
-    path = forge(small_snapshot(tmp_path), set_key("ema.sigma_rels", text))
-    with pytest.raises(FileFormatError) as caught:
-        read_snapshot(path)
-    assert str(caught.value).startswith(f"{path}: ema.sigma_rels: ")
-    assert told in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    ("text", "told"),
-    [
+    "ema.clock": [
         ("[]", "must end with the snapshot's own pair, step 10 at t = 10"),
         ("[[4,4.5]]", "must end with the snapshot's own pair"),
         ("[[10,10.5]]", "must end with the snapshot's own pair"),
         ("[[4,4.5],[10,10],[11,11]]", "must end with the snapshot's own pair"),
-        ("[4,10]", "a whole step and its time each, not 4"),
-        ("[[4,4.5,1],[10,10]]", "a whole step and its time each, not a list"),
+        ("[4,10]", "a whole step and its time, not 4"),
+        ("[[4,4.5,1],[10,10]]", "a whole step and its time, not a list"),
         ("[[4.0,4.5],[10,10]]", "a whole step"),
         ("[[true,4.5],[10,10]]", "a whole step"),
         ('[[4,"4"],[10,10]]', "a whole step"),
@@ -697,16 +577,29 @@ def test_tracked_profiles_that_cannot_be_are_refused(tmp_path: Path, text: str, 
         ("[[1" + "0" * 400 + ",4.5],[10,10]]", "must grow from above 0"),
         (json.dumps([[k, k] for k in range(1, 1002)]), "has 1,001 pairs; at most 1,000 are allowed"),
     ],
-)
-def test_a_clock_that_cannot_be_is_refused_in_one_line(tmp_path: Path, text: str, told: str) -> None:
-    path = forge(small_snapshot(tmp_path), set_key("ema.clock", text))
+}
+
+
+@pytest.mark.parametrize(("key", "text", "told"), [(key, *case) for key, cases in IMPOSSIBLE.items() for case in cases])
+def test_a_value_that_cannot_be_is_refused_in_one_short_line(tmp_path: Path, key: str, text: str, told: str) -> None:
+    path = forge(small_snapshot(tmp_path), set_key(key, text))
     with pytest.raises(FileFormatError) as caught:
         read_snapshot(path)
-    assert str(caught.value).startswith(f"{path}: ")
-    assert "ema.clock" in str(caught.value)
-    assert told in str(caught.value)
-    assert str(caught.value).isprintable()
-    assert len(str(caught.value)) < len(str(path)) + 200
+    assert caught.value.subject == str(path)
+    assert key in caught.value.reason
+    assert told in caught.value.reason
+    assert caught.value.reason.isprintable()
+    assert len(caught.value.reason) < 250
+
+
+def test_a_motion_too_large_to_use_is_read_as_none(tmp_path: Path) -> None:
+    forged = forge(small_snapshot(tmp_path), set_key("ema.motion", motion(walk=[1e200, 1])))
+    assert read_snapshot(forged).info.motion is None
+
+
+def test_a_snapshot_without_measurements_is_one_too(tmp_path: Path) -> None:
+    path = forge(small_snapshot(tmp_path), lambda header: header["__metadata__"].pop("ema.measurements"))
+    assert read_snapshot(path).info.measurements is None
 
 
 def test_a_clock_that_can_be_is_read(tmp_path: Path) -> None:
@@ -751,36 +644,7 @@ def test_a_snapshot_without_any_metadata_is_a_foreign_file(tmp_path: Path) -> No
         read_snapshot(path)
 
 
-# --- fuzz ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, bytes]:
-    """The header of a small snapshot, and its payload."""
-    path = small_snapshot(tmp_path_factory.mktemp("fuzz"))
-    start = read_header(path).payload_start
-    return path.read_bytes()[:start], path.read_bytes()[start:]
-
-
-def decode(start: bytes, size: int) -> tuple[fmt.FileHeader, fmt.SnapshotInfo, dict[str, str]]:
-    header = decode_header(Path("x"), start, size)
-    return header, decode_snapshot(Path("x"), header), decode_checksums(Path("x"), header)
-
-
-@settings(deadline=None, max_examples=300)
-@given(st.data())
-def test_a_header_with_any_piece_replaced_is_refused_or_says_the_same(
-    whole: tuple[bytes, bytes], data: st.DataObject
-) -> None:
-    start, payload = whole
-    begin = data.draw(st.integers(8, len(start)))
-    end = data.draw(st.integers(begin, min(begin + 40, len(start))))
-    changed = start[:begin] + data.draw(st.binary(max_size=40)) + start[end:]
-    try:
-        result = decode(changed, len(changed) + len(payload))
-    except FileFormatError:
-        return
-    assert result == decode(start, len(start) + len(payload))
+# --- fuzz
 
 
 json_values = st.recursive(
@@ -788,30 +652,6 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=6,
 )
-
-
-@settings(deadline=None, max_examples=500)
-@given(
-    key=st.sampled_from([*SNAPSHOT_KEYS[:-1], "ema.format", "ema.measurements", "ema.clock"]),
-    value=st.text() | json_values.map(json.dumps),
-)
-def test_any_metadata_under_a_right_checksum_is_refused_or_read_and_never_crashes(
-    whole: tuple[bytes, bytes], key: str, value: str
-) -> None:
-    start, payload = whole
-    header = json.loads(start[8:])
-    header["__metadata__"] |= {key: value, "ema.checksum": "0" * 16}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    blank = struct.pack("<Q", len(text)) + text
-    mark = b'"ema.checksum":"'
-    forged = blank.replace(mark + b"0" * 16, mark + xxhash.xxh3_64_hexdigest(blank).encode())
-    try:
-        _, info, _ = decode(forged, len(forged) + len(payload))
-    except FileFormatError as error:
-        assert str(error).isprintable()
-        return
-    assert np.isfinite([info.t, info.sigma_rel, info.gamma, info.t_first, info.max_interval]).all()
-    assert info.tensors.keys() == {"a", "b"}
 
 
 @settings(deadline=None, max_examples=500)

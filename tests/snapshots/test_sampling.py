@@ -41,7 +41,7 @@ def squares(*pairs: tuple[torch.Tensor, torch.Tensor]) -> float:
     return sum(float(((a.double() - b.double()) ** 2).sum()) for a, b in pairs)
 
 
-# --- small models ----------------------------------------------------------------------------------
+# --- small models
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -83,7 +83,7 @@ def test_a_model_without_elements_measures_nothing(tmp_path: Path) -> None:
     assert sample_measurements([write(tmp_path, 10, 0.05, {"w": torch.empty(0, 3)})]) == [Measurements(0.0, 0.0)]
 
 
-# --- rounding --------------------------------------------------------------------------------------
+# --- rounding
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -113,7 +113,7 @@ def test_zeros_are_taken_for_exact() -> None:
     assert expected_rounding(np.zeros(10), "F16", "F32") == 0
 
 
-# --- large models ----------------------------------------------------------------------------------
+# --- large models
 
 
 def test_estimates_of_a_large_model_are_within_their_statistical_error(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_a_run_of_elements_goes_on_in_the_next_tensors(tmp_path: Path, monkeypat
     )
 
 
-# --- what cannot be measured -----------------------------------------------------------------------
+# --- what cannot be measured
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -230,6 +230,6 @@ def test_runs_of_a_long_vector_are_cut_where_tensors_end(monkeypatch: pytest.Mon
     monkeypatch.setattr(measurements, "RUN_ELEMENTS", 4)
     names, sizes = list("abcde"), [3, 0, 9, 1, 6]
     ends = [int(end) for end in np.cumsum(sizes)]
-    segments = [one for begin in range(0, ends[-1], 4) for one in measurements._segments(names, ends, begin)]
+    segments = [one for begin in range(0, ends[-1], 4) for one in measurements._ranges(names, ends, begin)]
     read = [(one.name, element) for one in segments for element in range(one.begin, one.end)]
     assert read == [(name, element) for name, size in zip(names, sizes, strict=True) for element in range(size)]

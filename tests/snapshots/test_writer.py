@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 from pathlib import Path
 
-import forked
 import pytest
 import torch
 from factories import RUN_ID, write_snapshot
@@ -80,27 +78,6 @@ def test_a_disk_that_fills_up_at_any_write_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-LIMITED = """
-import resource, sys
-from pathlib import Path
-from posthoc_cli.errors import WriteError
-from posthoc_cli.snapshots.format import TensorSpec
-from posthoc_cli.snapshots.writer import TensorFileWriter
-resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
-try:
-    with TensorFileWriter(Path(sys.argv[1]), [TensorSpec("a", "U8", (4096,))], {}) as writer:
-        writer.write("a", bytes(4096))
-        writer.commit()
-except WriteError as error:
-    print(error.errno)
-"""
-
-
-def test_a_file_above_the_size_limit_of_the_process_leaves_nothing(tmp_path: Path) -> None:
-    assert int(forked.check(LIMITED, tmp_path / "x").out) == errno.EFBIG
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_file_that_was_not_committed_leaves_nothing(tmp_path: Path) -> None:
     with TensorFileWriter(tmp_path / "x", SPECS, {}) as writer:
         writer.write("a", b"abcd")
@@ -161,15 +138,6 @@ def test_a_replaced_output_is_a_new_file_and_open_readers_keep_the_old_one(tmp_p
         write(tmp_path / "x", overwrite=True)
         assert reader.read("a").tobytes() == b"abcd"
     assert (tmp_path / "x").stat().st_ino != before
-
-
-def test_the_mode_follows_the_umask(tmp_path: Path) -> None:
-    before = os.umask(0o027)
-    try:
-        write(tmp_path / "x")
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == 0o640
 
 
 def test_a_model_without_tensors_is_a_file(tmp_path: Path) -> None:

@@ -8,10 +8,9 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.models import INDEX_NAME, read_index
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.sharded import read_sharded
 from posthoc_cli.snapshots.states import decode_state
 
 Content = dict[str, object]
@@ -19,24 +18,20 @@ Content = dict[str, object]
 
 
 def examine(path: Path) -> Content:
-    """Verify a snapshot, an output, a state, or the shards beside an index as `ema verify` does; returns what is there.
+    """Verify a snapshot, an output, a state, or the shards beside an index as `ema verify` does; returns the content.
 
     Raises:
         PostHocError: naming the file.
     """
-    found = verify(list_contents(path))
-    for report in found.files:
+    for report in verify(list_contents(path)).files:
         if not report.is_fine:
             raise FileFormatError(report.path, report.detail)
     if path.name != INDEX_NAME:
         return _content(path)
-    sharded = read_sharded(path.parent)
-    if sharded is None:
-        raise FileFormatError(path, "leads to no snapshot")
     content: Content = {}
-    for shard in sharded.shards:
-        content |= _content(shard.path)
-    return content | {"": sharded.info}
+    for shard in read_index(path):
+        content |= _content(path.parent / shard)
+    return content
 
 
 def _content(path: Path) -> Content:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from torture import bounds, concurrency, damage, faults, forged, fuzz, processes, steering, strangers
+from torture import bounds, damage, faults, forged, fuzz, processes, steering, strangers
 from torture.tally import Experiment
 
-ROOMS = (faults, processes, damage, forged, fuzz, strangers, steering, bounds, concurrency)
-
-EXPERIMENTS: list[Experiment] = [experiment for room in ROOMS for experiment in room.EXPERIMENTS]
+EXPERIMENTS: list[Experiment] = [
+    *faults.EXPERIMENTS, *processes.PROCESSES, *damage.EXPERIMENTS, *forged.EXPERIMENTS, *fuzz.EXPERIMENTS,
+    *strangers.EXPERIMENTS, *steering.EXPERIMENTS, *bounds.EXPERIMENTS, *processes.CONCURRENCY,
+]  # fmt: skip

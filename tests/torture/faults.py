@@ -18,7 +18,7 @@ CRASHES = ("kill", "nothing", "names", "some")
 """What `Disk.leave` takes."""
 
 
-# --- errors ----------------------------------------------------------------------------------------
+# --- errors
 
 
 def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
@@ -83,7 +83,7 @@ def _wrong_shards(folder: Path) -> list[str]:
     return [line for path in paths for line in _wrong_output(path)]
 
 
-# --- crashes ---------------------------------------------------------------------------------------
+# --- crashes
 
 
 def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:

@@ -14,9 +14,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.info import describe_directory, describe_file
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.export.convert import export_file
+from posthoc_cli.snapshots.description import describe
 from posthoc_cli.synthesis.judging import Judged
 from torture.examining import examine
 from torture.forged import written
@@ -127,18 +126,19 @@ def _is_key(tree: Any, at: Place) -> bool:
     return False
 
 
-# --- what is done with a file ----------------------------------------------------------------------
+# --- what is done with a file
 
 
 def _uses(victim: Victim) -> dict[str, Callable[[], object]]:
     uses: dict[str, Callable[[], object]] = {"examined": lambda: examine(victim.path)}
     if victim.kind == "state":
         return uses | {"info": lambda: _info(victim.path), "loaded": lambda: _load(victim.path)}
-    if victim.kind == "output":
-        return uses | {"info": lambda: _info(victim.path), "exported": lambda: export_file(victim.path, victim.out)}
-    run = victim.path.parent if victim.kind == "snapshot" else victim.path.parent.parent
+    if victim.kind != "snapshot":
+        whole = victim.path if victim.kind == "output" else victim.path.parent
+        return uses | {"info": lambda: _info(whole), "exported": victim.use}
+    run = victim.path.parent
     return uses | {
-        "info": lambda: _info(victim.path if victim.kind == "snapshot" else victim.path.parent),
+        "info": lambda: _info(victim.path),
         "info of all": lambda: _info(run),
         "synthesized": victim.use,
         "judged": lambda: Judged.of_directory(run).curve((0.05, 0.28), [], None, None),
@@ -147,7 +147,7 @@ def _uses(victim: Victim) -> dict[str, Callable[[], object]]:
 
 
 def _info(path: Path) -> None:
-    json.dumps(describe_directory(path) if path.is_dir() else describe_file(path), allow_nan=False).encode()
+    json.dumps(describe(path), allow_nan=False).encode()
 
 
 def _load(path: Path) -> None:

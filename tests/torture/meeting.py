@@ -32,7 +32,7 @@ from posthoc_cli.errors import LockedError, PostHocError
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.pruning import execute, plan_pruning, writing_to
+from posthoc_cli.snapshots.pruning import plan_pruning, prune
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
 from torture.tally import Tally
@@ -49,7 +49,7 @@ PATIENCE = 60.0
 STEP = 0.01
 """Seconds of a training step beside readers. Of one that thins every few milliseconds a reader never gets hold."""
 
-# --- a training, twice -----------------------------------------------------------------------------
+# --- a training, twice
 
 
 class Vector(torch.nn.Module):
@@ -113,7 +113,7 @@ def wrong_snapshots(folder: Path) -> list[str]:
     return wrong
 
 
-# --- processes -------------------------------------------------------------------------------------
+# --- processes
 
 
 class Other:
@@ -166,7 +166,7 @@ def refusals(mine: Connection) -> Iterator[None]:
         mine.send(("refused", str(error)))
 
 
-# --- readers beside a training and prunings --------------------------------------------------------
+# --- readers beside a training and prunings
 
 
 def trains(mine: Connection, folder: Path) -> None:
@@ -189,9 +189,7 @@ def prunes(mine: Connection, folder: Path) -> None:
     while True:
         _, keep = mine.recv()
         with refusals(mine):
-            with writing_to(folder) as snapshots:
-                pruning = plan_pruning(snapshots, keep=keep)
-                execute(pruning)
+            pruning = prune(folder, plan_pruning(read_directory(folder), keep=keep))
             mine.send(("pruned", len(pruning.gone)))
 
 
@@ -259,7 +257,7 @@ def read_once(tally: Tally, run: Path, out: Path, chance: random.Random) -> None
         tally.lost.append(f"reading {tally.tried}: {away:.2g} away from what it is made of, more than {tolerance:.2g}")
 
 
-# --- two writers -----------------------------------------------------------------------------------
+# --- two writers
 
 
 def writes(mine: Connection, folder: Path) -> None:

@@ -1,8 +1,9 @@
-"""Experiments with processes that die or are stopped: `nursery` does them, in a process of its own."""
+"""Experiments in processes of their own: processes that die, several in one directory, threads and signals."""
 
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import forked
@@ -10,25 +11,24 @@ import forked
 from torture.tally import Experiment, Tally
 
 
-def kills(folder: Path, share: float, seed: int) -> Tally:
-    """Trainings killed with SIGKILL, 1,000 times in all, and resumed by their own script."""
-    return run_apart("nursery.py", "kills", folder, round(1_000 * share), seed)
-
-
-def signals(folder: Path, share: float, seed: int) -> Tally:
-    """Every command, stopped 600 times in all by Ctrl-C, SIGTERM or SIGKILL."""
-    return run_apart("nursery.py", "signals", folder, round(600 * share), seed)
-
-
-def run_apart(script: str, name: str, folder: Path, count: int, seed: int) -> Tally:
-    """What a script beside this one counts in an experiment, in a process of its own."""
+def apart(script: str, name: str, most: int, folder: Path, share: float, seed: int) -> Tally:
+    """Run an experiment of a script beside this one, up to `most` times."""
+    count = max(1, round(most * share))
     process = forked.Forked((Path(__file__).parent / script).read_text(), name, folder, count, seed)
     out, err = process.communicate(timeout=1e6)
     assert process.returncode == 0, err
     return Tally(**json.loads(out))
 
 
-EXPERIMENTS = (
-    Experiment("trainings killed and resumed by their own script", kills, 0.02),
-    Experiment("every command stopped at a random moment", signals, 0.01),
+PROCESSES = (
+    Experiment("trainings killed and resumed by their own script", partial(apart, "nursery.py", "kills", 1_000), 0.02),
+    Experiment("every command stopped at a random moment", partial(apart, "nursery.py", "signals", 600), 0.01),
+)
+CONCURRENCY = (
+    Experiment(
+        "readers beside a training that thins, and prunings", partial(apart, "meeting.py", "readers", 1_000), 0.03
+    ),
+    Experiment("two writers on one directory", partial(apart, "meeting.py", "writers", 300), 0.03),
+    Experiment("averages read while another thread updates them", partial(apart, "tearing.py", "reads", 10_000), 0.01),
+    Experiment("updates interrupted by signal handlers", partial(apart, "tearing.py", "states", 10_000), 0.03),
 )

@@ -27,8 +27,7 @@ from posthoc_cli.errors import FileFormatError, PostHocError, WriteError
 from posthoc_cli.snapshots.check import list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.outputs import decode_output
-from posthoc_cli.snapshots.payload import verify_payload
-from posthoc_cli.snapshots.reader import TensorFile, read_header
+from posthoc_cli.snapshots.reader import TensorFile, read_header, verify_payload
 
 SIGMA_RELS = (0.05, 0.28)
 STEPS = 10
@@ -73,7 +72,7 @@ def right_average(name: str, t: int, sigma_rel: float) -> FloatArray:
     return exact_average([weights_at(step)[name] for step in times], sigma_rel, [float(step) for step in times])
 
 
-# --- what the user does ----------------------------------------------------------------------------
+# --- what the user does
 
 
 def begin(directory: Path, model: Network) -> PostHocEMA:
@@ -202,7 +201,7 @@ class CommandError(Exception):
     """A command that ended with an exit code above 0."""
 
 
-# --- what must be so -------------------------------------------------------------------------------
+# --- what must be so
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -10,7 +10,7 @@ import errno
 import os
 import random
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +35,7 @@ def installed(system: files.FileSystem) -> Iterator[None]:
         files.system = before
 
 
-# --- one that fails --------------------------------------------------------------------------------
+# --- one that fails
 
 
 class Faulty(files.FileSystem):
@@ -128,7 +128,7 @@ class Faulty(files.FileSystem):
             raise OSError(code, os.strerror(code))
 
 
-# --- one that remembers ----------------------------------------------------------------------------
+# --- one that remembers
 
 
 @dataclass(eq=False)
@@ -228,7 +228,7 @@ class Disk:
                 folder = found
         return folder
 
-    # --- what a crash leaves -----------------------------------------------------------------------
+    # --- what a crash leaves
 
     def leave(self, place: Path, crash: str, chance: random.Random) -> None:
         """Make in `place` what is there after a crash.
@@ -292,6 +292,17 @@ def _content(inode: Inode, crash: str, chance: random.Random) -> bytes:
     return inode.durable
 
 
+def _recorded(name: str) -> Callable[..., None]:
+    """A method of `Recording` that does an operation on paths, and remembers it."""
+
+    def method(self: Recording, *paths: Path) -> None:
+        with self._lock:
+            getattr(files.FileSystem, name)(self, *paths)
+            self.operations.append((name, *map(self._name, paths)))
+
+    return method
+
+
 class Recording(files.FileSystem):
     """Does everything, and remembers it in the order in which it was done; paths below `root` only.
 
@@ -336,30 +347,9 @@ class Recording(files.FileSystem):
         with self._lock:
             self.operations.append(("fsync_directory", self._name(path)))
 
-    def rename(self, source: Path, target: Path) -> None:
-        with self._lock:
-            super().rename(source, target)
-            self.operations.append(("rename", self._name(source), self._name(target)))
-
-    def link(self, source: Path, target: Path) -> None:
-        with self._lock:
-            super().link(source, target)
-            self.operations.append(("link", self._name(source), self._name(target)))
-
-    def unlink(self, path: Path) -> None:
-        with self._lock:
-            super().unlink(path)
-            self.operations.append(("unlink", self._name(path)))
-
-    def make_directory(self, path: Path) -> None:
-        with self._lock:
-            super().make_directory(path)
-            self.operations.append(("make_directory", self._name(path)))
-
-    def remove_directory(self, path: Path) -> None:
-        with self._lock:
-            super().remove_directory(path)
-            self.operations.append(("remove_directory", self._name(path)))
+    rename, link = _recorded("rename"), _recorded("link")
+    unlink, make_directory = _recorded("unlink"), _recorded("make_directory")
+    remove_directory = _recorded("remove_directory")
 
     def _name(self, path: Path) -> str:
         return str(path.relative_to(self._root))

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from factories import make_info, random_walk, write_run, write_sharded
+from factories import random_walk, write_run
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
@@ -42,35 +42,13 @@ class Bomb:
         return open, (str(self.marker), "w")
 
 
-@dataclass(frozen=True)
 class Scene:
-    """A directory of snapshots and what goes with it; `outside` is somebody else's.
+    """A directory of snapshots and what goes with it, all below `home`; `outside` is somebody else's."""
 
-    Attributes:
-        home: everything below is in it.
-    """
-
-    home: Path
-
-    @property
-    def run(self) -> Path:
-        return self.home / "run"
-
-    @property
-    def outside(self) -> Path:
-        return self.home / "outside"
-
-    @property
-    def marker(self) -> Path:
-        return self.home / "executed"
-
-    @property
-    def out(self) -> Path:
-        return self.home / "out" / "out.safetensors"
-
-    @property
-    def made(self) -> Path:
-        return self.home / "made.safetensors"
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.run, self.outside, self.marker = home / "run", home / "outside", home / "executed"
+        self.out, self.made = home / "out" / "out.safetensors", home / "made.safetensors"
 
     def prepare(self, template: Path) -> None:
         """Everything as at first."""
@@ -83,12 +61,10 @@ class Scene:
 
 
 def make_template(home: Path) -> Path:
-    """A run of two profiles, an output of it, a sharded snapshot, a tracker's state, and the outside."""
+    """A run of two profiles, an output of it, its shards, a tracker's state, and the outside."""
     write_run(home / "run", random_walk(20, {"w": (3,), "v": (2, 2)}), (5, 10, 15, 20))
     synthesize(home / "run", home / "made.safetensors")
-    values = {"w": torch.ones(3), "v": torch.ones(2, 2)}
-    info = make_info(values, 10)
-    write_sharded(home / "sharded" / "10", info, [{name: value} for name, value in values.items()])
+    export_file(home / "made.safetensors", home / "sharded", max_shard_size="14")
     model = torch.nn.Linear(2, 2)
     tracker = PostHocEMA.from_model(model, home / "tracked", update_every=1)
     tracker.update_(model)
@@ -102,7 +78,7 @@ def make_template(home: Path) -> Path:
     return home
 
 
-# --- what stands there -----------------------------------------------------------------------------
+# --- what stands there
 
 
 def _socket(path: Path, _: Scene) -> None:
@@ -144,7 +120,7 @@ THINGS: dict[str, Callable[[Path, Scene], object]] = {
 }
 
 
-# --- where it stands, and who meets it -------------------------------------------------------------
+# --- where it stands, and who meets it
 
 
 @dataclass(frozen=True)
@@ -201,7 +177,7 @@ def _track(scene: Scene, _: Path) -> None:
 
 
 SNAPSHOT = "run/0000000000000010-0.05.safetensors"
-SHARD = "sharded/10/model-00001-of-00002.safetensors"
+SHARD = "sharded/model-00001-of-00002.safetensors"
 ALL_OF_A_RUN = (
     ("info", "RUN"), ("synthesize", "RUN", *SIGMA_REL, "--out", "OUT"), ("prune", "RUN", "--keep", "2", "--yes"),
     ("error-plot", "RUN", "--csv", "OUT"),
@@ -224,10 +200,10 @@ def _places() -> Iterator[Place]:
     for name in ("run/.ema.lock", "run/.ema.lock.holder", "run/superseded", "run/quarantine"):
         yield Place(name, _command("prune", "RUN", "--keep", "2", "--yes"))
         yield Place(name, _command("info", "RUN"))
-    for name in (SHARD, f"sharded/10/{INDEX_NAME}"):
+    for name in (SHARD, f"sharded/{INDEX_NAME}"):
         yield Place(name, _command("info", "HOME/sharded"))
-        yield Place(name, _python(lambda scene, _: synthesize(scene.home / "sharded", scene.out)))
-        yield Place(name, _python(lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded/10")))
+        yield Place(name, _python(lambda scene, _: export_file(scene.home / "sharded", scene.out)))
+        yield Place(name, _python(lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded")))
     for force in ((), ("--force",)):
         yield Place("out/x.safetensors", _command("synthesize", "RUN", *SIGMA_REL, "--out", "X", *force))
         yield Place("out/x.pt", _command("export", "MADE", "--out", "X", *force))
@@ -244,7 +220,7 @@ def _places() -> Iterator[Place]:
         yield Place(f"fresh/{name}", _python(_track))
 
 
-# --- the experiment --------------------------------------------------------------------------------
+# --- the experiment
 
 
 def meet(folder: Path, share: float, seed: int) -> Tally:

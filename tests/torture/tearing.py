@@ -122,7 +122,7 @@ def start(folder: Path, model: Equal, device: str, checkpoint_every: int) -> Pos
     )
 
 
-# --- reads -----------------------------------------------------------------------------------------
+# --- reads
 
 
 def torn_reads(folder: Path, count: int, chance: random.Random, elements: int = 300_000) -> Tally:
@@ -177,7 +177,7 @@ def _read(tracker: PostHocEMA, model: Equal, reads: int, truth: Truth, tally: Ta
         tally.lost += [f"{way}: {line}" for line in ways[way]()]
 
 
-# --- states ----------------------------------------------------------------------------------------
+# --- states
 
 
 class Stop(Exception):  # noqa: N818  # like SystemExit

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from factories import make_info, write_sharded, write_snapshot
+from factories import write_snapshot
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
@@ -135,16 +135,19 @@ def small_state(folder: Path) -> Victim:
 
 
 def small_index(folder: Path) -> Victim:
-    """The index of a snapshot in two shards, which a synthesis reads."""
-    info = make_info(VALUES, 10, 0.05, RUN_ID, sigma_rels=(0.05,))
-    sharded = write_sharded(folder / "run" / "10", info, [{name: value} for name, value in VALUES.items()])
-    out = folder / "out.safetensors"
-    index = sharded / INDEX_NAME
-    return Victim("index", index, lambda: synthesize(folder / "run", out), out, str(sharded), is_index=True)
+    """The index of an output in two shards, which an export reads."""
+    output, shards = small_output(folder), folder / "shards"
+    export_file(output.path, shards, max_shard_size="10")
+
+    def use() -> object:
+        export_file(shards, output.out)
+        return examine(output.out)
+
+    return Victim("index", shards / INDEX_NAME, use, output.out, str(shards), is_index=True)
 
 
 def small_shard(folder: Path) -> Victim:
-    """A shard of that snapshot."""
+    """A shard of that output."""
     index = small_index(folder)
     path = index.path.with_name("model-00001-of-00002.safetensors")
     return Victim("shard", path, index.use, index.out, str(path))

@@ -12,11 +12,10 @@ import torch
 from factories import make_info, rewrite_snapshot, write_snapshot
 
 from posthoc_cli.errors import FileFormatError, MismatchError
-from posthoc_cli.snapshots import decoding, headers
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.directory import inspect_directory, read_directory
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import Selection, TensorSpec, encode_header, lay_out, snapshot_metadata
-from posthoc_cli.snapshots.headers import Sharing, decode_header, parse_json
+from posthoc_cli.snapshots.headers import DecodeCache, decode_header, parse_json
 
 VALUES = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(4), "n": torch.tensor(3)}
 
@@ -32,52 +31,46 @@ def start_of(changes: dict[str, Any] | None = None, dtype: str = "F32", **fields
     return encode_header(entries, snapshot_metadata(info) | (changes or {}), {"a": "0" * 16})
 
 
-def test_tables_of_a_run_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_of_a_run_are_in_memory_once(tmp_path: Path) -> None:
+    """A directory may have thousands of snapshots, each of which names every tensor."""
     write_times(tmp_path, range(5, 200, 13))  # numbers of other lengths, and so other padding
-    calls = []
-    for room, name in ((headers, "_decode_entry"), (decoding, "_decode_tensors")):
-        own = getattr(room, name)
-        monkeypatch.setattr(room, name, lambda *given, own=own, name=name: calls.append(name) or own(*given))
-    for read in (read_directory, lambda directory: inspect_directory(directory).snapshots):
-        found = read(tmp_path)
-        assert len(found) == 15
-        assert sorted(calls) == ["_decode_entry"] * len(VALUES) + ["_decode_tensors"]
-        assert len({id(snapshot.header.tensors) for snapshot in found}) == 1
-        assert len({id(snapshot.header.metadata["ema.tensors"]) for snapshot in found}) == 1
-        calls.clear()
+    found = read_directory(tmp_path)
+    assert len(found) == len({s.header.metadata["ema.checksum"] for s in found}) == 15
+    for same in (
+        lambda s: s.header.tensors, lambda s: s.info.tensors, lambda s: s.header.metadata["ema.tensors"],
+    ):  # fmt: skip
+        assert len({id(same(snapshot)) for snapshot in found}) == 1
 
 
 def test_what_is_read_is_what_is_read_alone(tmp_path: Path) -> None:
     """One in the middle is stored otherwise, one has another selection of what is a copy."""
     paths = write_times(tmp_path, range(10, 60, 10))
     rewrite_snapshot(paths[2], lambda values: values.update(a=values["a"].half()))
-    sharing = Sharing()
+    cache = DecodeCache()
     for path in paths:
         start = path.read_bytes()
         start = start[: 8 + int.from_bytes(start[:8], "little")]
-        together, alone = (decode_header(path, start, None, one) for one in (sharing, None))
+        together, alone = (decode_header(path, start, None, one) for one in (cache, None))
         assert together == alone
-        assert decode_snapshot(path, together, sharing) == decode_snapshot(path, alone)
+        assert decode_snapshot(path, together, cache) == decode_snapshot(path, alone)
     assert [s.header.tensors["a"].dtype for s in read_directory(tmp_path)] == ["F32", "F32", "F16", "F32", "F32"]
 
 
 def test_the_same_words_about_other_tensors_are_refused() -> None:
     """The table of roles is checked against the entries, also where its text is that of the one before."""
-    sharing, path = Sharing(), Path("x")
+    cache, path = DecodeCache(), Path("x")
     good = start_of()
-    assert decode_snapshot(path, decode_header(path, good, None, sharing), sharing).tensors.keys() == {"a"}
+    assert decode_snapshot(path, decode_header(path, good, None, cache), cache).tensors.keys() == {"a"}
     roles = json.dumps({"a": {"role": "copy", "dtype": "F32"}}, separators=(",", ":"))
     for start in (start_of({"ema.tensors": roles}, dtype="F16"), start_of({"ema.tensors": '{"b":{}}'})):
-        header = decode_header(path, start, None, sharing)
+        header = decode_header(path, start, None, cache)
         for _ in range(2):  # what was refused is not remembered
             with pytest.raises(FileFormatError, match=r"x: ema\.tensors: "):
-                decode_snapshot(path, header, sharing)
+                decode_snapshot(path, header, cache)
     copies = start_of({"ema.tensors": roles})
-    assert decode_snapshot(path, decode_header(path, copies, None, sharing), sharing).tensors["a"].role == "copy"
+    assert decode_snapshot(path, decode_header(path, copies, None, cache), cache).tensors["a"].role == "copy"
     with pytest.raises(FileFormatError, match=r"F16 cannot hold copy of F32"):
-        decode_snapshot(
-            path, decode_header(path, start_of({"ema.tensors": roles}, dtype="F16"), None, sharing), sharing
-        )
+        decode_snapshot(path, decode_header(path, start_of({"ema.tensors": roles}, dtype="F16"), None, cache), cache)
 
 
 def test_snapshots_of_one_text_and_two_shapes_do_not_match(tmp_path: Path) -> None:
@@ -122,11 +115,11 @@ def test_a_malformed_header_is_refused_however_it_begins(text: str) -> None:
 
 
 def test_a_longer_list_of_what_was_left_out_is_another_one() -> None:
-    sharing, path = Sharing(), Path("x")
+    cache, path = DecodeCache(), Path("x")
     found = []
     for names in (("b",), ("b",), ("b", "c"), ()):
         start = start_of(left_out=names)
-        found.append(decode_snapshot(path, decode_header(path, start, None, sharing), sharing))
+        found.append(decode_snapshot(path, decode_header(path, start, None, cache), cache))
     assert [info.left_out for info in found] == [("b",), ("b",), ("b", "c"), ()]
     assert found[0] == replace(found[2], left_out=("b",))
 

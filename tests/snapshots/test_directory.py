@@ -13,13 +13,12 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, read_snapshot, write_run, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, write_run, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, WriteError
-from posthoc_cli.snapshots import directory
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
@@ -29,7 +28,6 @@ from posthoc_cli.snapshots.directory import (
     snapshot_path,
     thin,
 )
-from posthoc_cli.snapshots.headers import Sharing
 from posthoc_cli.snapshots.measurements import with_sampled_measurements
 from posthoc_cli.snapshots.outputs import OutputInfo, output_metadata
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -57,7 +55,7 @@ def times_in(directory: Path) -> list[float]:
     return [snapshot.info.t for snapshot in read_directory(directory)]
 
 
-# --- what belongs together -------------------------------------------------------------------------
+# --- what belongs together
 
 
 def test_snapshots_come_by_time_then_sigma_rel_whatever_their_names(tmp_path: Path) -> None:
@@ -90,32 +88,74 @@ def test_outputs_temporaries_hidden_files_and_other_files_beside_snapshots_are_l
 @pytest.mark.parametrize(
     ("values", "fields", "told"),
     [
-        (W, {"run_id": OTHER_RUN_ID}, ["different runs"]),
-        (W, {"t_unit": "images"}, ["'steps'", "'images'"]),
-        ({"w": torch.ones(3, 2)}, {}, ["tensor 'w'", "[2, 3]", "[3, 2]"]),
-        (W, {"tensors": {"w": fmt.TrackedTensor("average", "BF16")}}, ["tensor 'w'", "F32", "BF16"]),
-        (W, {"tensors": {"w": fmt.TrackedTensor("copy", "F32")}}, ["tensor 'w'", "average", "copy"]),
-        ({"v": W["w"]}, {}, ["tensor 'v'", "missing in"]),
-        ({**W, "more\n": W["w"]}, {}, [r"tensor 'more\n'", "missing in"]),
-        ({}, {}, ["tensor 'w'", "missing in"]),
-        (W, {"aliases": {"tied": "w"}}, ["tie different names"]),
-        (W, {"sigma_rels": (0.05, 0.2)}, ["0.05, 0.2", "0.05, 0.1, 0.15, 0.28"]),
+        (W, {"run_id": OTHER_RUN_ID}, "different runs"),
+        (W, {"t_unit": "images"}, "count time in '(steps|images)' and '(steps|images)'"),
+        ({"w": torch.ones(3, 2)}, {}, r"tensor 'w' has the shapes \[\d, \d\] and \[\d, \d\]"),
+        (W, {"tensors": {"w": fmt.TrackedTensor("average", "BF16")}}, "tensor 'w' is average of .* and average of"),
+        (
+            W,
+            {"tensors": {"w": fmt.TrackedTensor("copy", "F32")}},
+            "is (average of F32 and copy|copy of F32 and average)",
+        ),
+        ({"v": W["w"]}, {}, "tensor 'v' is missing in"),
+        ({**W, "more\n": W["w"]}, {}, r"tensor 'more\\n' is missing in"),
+        ({}, {}, "tensor 'w' is missing in"),
+        (W, {"aliases": {"tied": "w"}}, "tie different names"),
+        (W, {"sigma_rels": (0.05, 0.2)}, "track the profiles"),
     ],
 )
 @pytest.mark.parametrize("last", [True, False])
 def test_snapshots_that_do_not_belong_together_never_mix(
-    tmp_path: Path, values: dict[str, torch.Tensor], fields: dict[str, Any], told: list[str], last: bool
+    tmp_path: Path, values: dict[str, torch.Tensor], fields: dict[str, Any], told: str, last: bool
 ) -> None:
     write_times(tmp_path, [20, 30])
     odd = write_snapshot(tmp_path, 40 if last else 10, 0.05, **{"run_id": RUN_ID, "values": values, **fields})
-    with pytest.raises(MismatchError) as caught:
+    with pytest.raises(MismatchError, match=told) as caught:
         read_directory(tmp_path)
-    message = str(caught.value)
-    assert str(odd) in message
-    assert str(snapshot_path(tmp_path, 20, 0.05)) in message
-    assert message.isprintable()
-    for part in told:
-        assert part in message
+    first = snapshot_path(tmp_path, 20, 0.05)
+    assert caught.value.subject == " and ".join(map(str, (first, odd) if last else (odd, first)))
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {}, {"sigma_rel": 0.28}, {"sigma_rels": (0.05,)}, {"segment": 1}, {"segment": 1, "sigma_rels": (0.05,)},
+        {"segment": 1, "values": {"v": torch.ones(2)}}, {"segment": 1, "values": {"w": torch.ones(3)}},
+    ],
+)  # fmt: skip
+def test_these_belong_together(tmp_path: Path, fields: dict[str, Any]) -> None:
+    write_times(tmp_path, [20, 30])
+    write_snapshot(tmp_path, 40, **{"sigma_rel": 0.05, "run_id": RUN_ID, "values": W, **fields})
+    assert times_in(tmp_path) == [20, 30, 40]
+
+
+@pytest.mark.parametrize(
+    ("segments", "wrong"),
+    [((0, 0, 1, 1, 2), []), ((1, 0), [(0, 1)]), ((0, 0, 1, 1, 0, 1, 2), [(3, 4)]), ((0, 1, 0, 1), [(1, 2)])],
+)
+def test_segments_follow_each_other_in_time(
+    tmp_path: Path, segments: tuple[int, ...], wrong: list[tuple[int, int]]
+) -> None:
+    paths = [write_snapshot(tmp_path, t, 0.05, RUN_ID, W, segment=segment) for t, segment in enumerate(segments, 1)]
+    problems = inspect_directory(tmp_path).problems
+    assert all("do not follow each other in time" in error.reason for error in problems)
+    assert {f"{paths[i]} and {paths[j]}" for i, j in wrong} <= {error.subject for error in problems}
+    assert bool(problems) == bool(wrong)
+
+
+def test_a_profile_is_missing_at_the_newest_time_unless_the_run_went_on_without_it(tmp_path: Path) -> None:
+    def notes() -> tuple[str, ...]:
+        return inspect_directory(tmp_path).notes
+
+    write_times(tmp_path, [10], (0.05, 0.28))
+    assert notes() == ()
+    late = write_snapshot(tmp_path, 20, 0.05, RUN_ID, W)
+    assert notes() == ("t = 20, the newest: no snapshot of sigma_rel 0.28",)
+    for run_id, tracked in ((RUN_ID, (0.05,)), (OTHER_RUN_ID, (0.05, 0.28))):
+        late.unlink()
+        write_snapshot(tmp_path, 20, 0.05, run_id, W, sigma_rels=tracked)
+        assert notes() == ()
 
 
 def test_a_run_that_went_on_without_a_profile_that_was_deleted_is_one_run(tmp_path: Path) -> None:
@@ -172,10 +212,10 @@ def test_what_is_no_file_under_a_snapshots_name_is_named(tmp_path: Path, make: C
 )
 def test_a_directory_that_is_none_is_told(tmp_path: Path, make: Callable[[Path], None], reason: str) -> None:
     make(tmp_path / "run")
-    for read in (read_directory, inspect_directory):
-        with pytest.raises(DirectoryError, match=f"{reason}; name the directory that a tracker writes") as caught:
-            read(tmp_path / "run")
-        assert str(caught.value).startswith(f"{tmp_path / 'run'}: ")
+    with pytest.raises(DirectoryError) as raised:
+        read_directory(tmp_path / "run")
+    assert (raised.value.subject, raised.value.reason) == (str(tmp_path / "run"), reason)
+    assert raised.value.hint.startswith("name the directory that a tracker writes")
 
 
 def test_a_directory_that_cannot_be_listed_is_told_with_the_reason(
@@ -203,17 +243,17 @@ def test_a_snapshot_that_is_thinned_away_while_a_reader_looks_is_not_missed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_times(tmp_path, [10, 20, 30])
-    gone, real = snapshot_path(tmp_path, 20, 0.05), directory.read_header
+    gone, own = snapshot_path(tmp_path, 20, 0.05), files.system.open
 
-    def read_late(path: Path, sharing: Sharing) -> fmt.FileHeader:
+    def open_late(path: Path) -> int:
         gone.unlink(missing_ok=True)
-        return real(path, sharing)
+        return own(path)
 
-    monkeypatch.setattr(directory, "read_header", read_late)
+    monkeypatch.setattr(files.system, "open", open_late)
     assert times_in(tmp_path) == [10, 30]
 
 
-# --- looking without stopping ----------------------------------------------------------------------
+# --- looking without stopping
 
 
 def test_an_inspection_lists_every_problem_and_goes_on(tmp_path: Path) -> None:
@@ -232,21 +272,13 @@ def test_an_inspection_lists_every_problem_and_goes_on(tmp_path: Path) -> None:
         "different runs",
         "both hold",
     ):
-        assert sum(part in problem for problem in found.problems) == 1
+        assert sum(part in str(problem) for problem in found.problems) == 1
     assert found.notes == ("t = 30, the newest: no snapshot of sigma_rel 0.28",)
-    assert found.leftovers == (tmp_path / ".ema-0123.tmp",)
+    assert found.listing.leftovers == [tmp_path / ".ema-0123.tmp"]
     assert found.superseded == 1
 
 
-def test_a_good_directory_has_no_problems(tmp_path: Path) -> None:
-    write_times(tmp_path, [10, 20], (0.05, 0.28))
-    found = inspect_directory(tmp_path)
-    assert (found.problems, found.leftovers, found.superseded) == ((), (), 0)
-    with pytest.raises(DirectoryError):
-        inspect_directory(tmp_path / "absent")
-
-
-# --- names -----------------------------------------------------------------------------------------
+# --- names
 
 clocks = st.one_of(
     st.integers(1, 2**53).map(float),
@@ -274,7 +306,7 @@ def test_names_are_for_people() -> None:
     assert snapshot_path(Path("run"), 12.5, 0.28).name.endswith("12.5-0.28.safetensors")
 
 
-# --- adding ----------------------------------------------------------------------------------------
+# --- adding
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3, 5])
@@ -395,17 +427,3 @@ def test_setting_aside_that_fails_is_told_and_loses_nothing(
     with pytest.raises(WriteError, match="input/output error"):
         set_aside([s for s in stored(tmp_path) if s.t > 10])
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3
-
-
-def test_what_snapshots_say_alike_is_in_memory_once(tmp_path: Path) -> None:
-    """A directory may have thousands of them, each of which names every tensor."""
-    values = {"w": torch.ones(3), "b": torch.zeros(2)}
-    for t in (10, 20, 30):
-        write_snapshot(tmp_path, t, 0.05, RUN_ID, values)
-    for found in (directory.find_snapshots(tmp_path), inspect_directory(tmp_path).snapshots):
-        assert [s.info.t for s in found] == [10, 20, 30]
-        assert len({id(s.info.tensors) for s in found}) == len({id(s.header.tensors) for s in found}) == 1
-        assert len({id(s.header.metadata["ema.tensors"]) for s in found}) == 1
-        assert len({s.header.metadata["ema.checksum"] for s in found}) == 3
-        for snapshot in found:
-            assert snapshot == read_snapshot(snapshot.path)
