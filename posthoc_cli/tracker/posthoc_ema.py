@@ -216,17 +216,12 @@ class PostHocEMA:
             sigma_rels, checkpoint_every = schedule.sigma_rels, schedule.checkpoint_every
             max_checkpoints = schedule.max_checkpoints
         selection = make_selection(only_trainable, include, exclude, buffers, copy_only)
+        profiles = check_sigma_rels(sigma_rels)
+        tracking_schedule = make_schedule(
+            update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
+        )
         settings = Settings(
-            check_sigma_rels(sigma_rels),
-            make_schedule(
-                update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
-            ),
-            t_unit,
-            selection,
-            on_nonfinite,
-            on_change,
-            final_snapshot,
-            keep_state,
+            profiles, tracking_schedule, t_unit, selection, on_nonfinite, on_change, final_snapshot, keep_state
         )
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
@@ -287,24 +282,11 @@ class PostHocEMA:
         profiles = resumed_profiles(stored, sigma_rels)
         snapshots = snapshots_until(stored, profiles, step)
         newest = snapshots[-1].info
-        schedule = override_schedule(
-            newest.schedule,
-            update_every=update_every,
-            checkpoint_every=checkpoint_every,
-            update_after_step=update_after_step,
-            max_checkpoints=max_checkpoints,
-            checkpoint_dtype=checkpoint_dtype,
-            sigma_range=sigma_range,
-        )
+        given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
+        schedule, selection = override_schedule(newest.schedule, *given), newest.selection or Selection()
+        keeps = keeps_state(directory, newest.run_id) if keep_state is None else keep_state
         settings = Settings(
-            profiles,
-            schedule,
-            newest.t_unit,
-            newest.selection or Selection(),
-            on_nonfinite,
-            on_change,
-            final_snapshot,
-            keeps_state(directory, newest.run_id) if keep_state is None else keep_state,
+            profiles, schedule, newest.t_unit, selection, on_nonfinite, on_change, final_snapshot, keeps
         )
         tracking = resumed_tracking(directory, snapshots, profiles)
         knows_selection = newest.selection is not None
@@ -984,9 +966,7 @@ class PostHocEMA:
         schedule = self.settings.schedule
         every = schedule.update_every
         first = (max(schedule.update_after_step, self.step) // every + 1) * every
-        return NotReadyError(
-            f"no {what} yet", f"the first update is at call {first} of update_, this is after {self.step}"
-        )
+        return NotReadyError(f"no {what} yet", f"the first update is at call {first} of update_, so far {self.step}")
 
 
 def _find_run(

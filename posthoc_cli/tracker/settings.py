@@ -140,11 +140,11 @@ def make_schedule(
     )
 
 
-def override_schedule(stored: TrackingSchedule, **given: Any) -> TrackingSchedule:
-    """A stored schedule with a user's arguments in place of its own values; `...` for those not given."""
+def override_schedule(stored: TrackingSchedule, *given: Any) -> TrackingSchedule:
+    """A stored schedule with a user's arguments, as of `make_schedule`, in place of its own; `...` for none."""
     name = stored.checkpoint_dtype
-    values = {**vars(stored), "checkpoint_dtype": None if name is None else torch_dtype(name)}
-    return make_schedule(**{**values, **{key: value for key, value in given.items() if value is not ...}})
+    values = vars(stored) | {"checkpoint_dtype": None if name is None else torch_dtype(name)}
+    return make_schedule(*(own if new is ... else new for own, new in zip(values.values(), given, strict=True)))
 
 
 def next_time(settings: Settings, own_clock: bool | None, last: float, step: int, t: float | None) -> float:

@@ -177,16 +177,9 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     averages, wanted = RunningAverages.none_yet(settings.sigma_rels), settings.sigma_rels
     if info.averages_t > 0:
         check_profiles(info.sigma_rels, wanted)
-        standing = Standing(
-            t=info.averages_t,
-            step=info.averages_step,
-            t_first=info.t_first,
-            max_interval=info.max_interval,
-            updates=info.updates,
-            window=info.window,
-            masses=info.masses,
-            inherited=info.inherited,
-        ).of_profiles([info.sigma_rels.index(sigma_rel) for sigma_rel in wanted])
+        held = (info.t_first, info.max_interval, info.updates, info.window, info.masses, info.inherited)
+        indices = [info.sigma_rels.index(sigma_rel) for sigma_rel in wanted]
+        standing = Standing(info.averages_t, info.averages_step, *held).of_profiles(indices)
         kept = _checked_averages(state, wanted, tracked)
         averages = RunningAverages(wanted, standing, kept, _checked_copies(_mapping(state, "copies"), tracked))
     _log_changes(info.sigma_rels, schedule, settings)

@@ -127,7 +127,7 @@ def test_a_profile_that_is_not_tracked_is_refused_and_those_that_are_listed(
 def test_without_an_update_there_is_no_live_average(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.train(2)
-    message = "no live average yet: the first update is at call 3 of update_, this is after 2"
+    message = "no live average yet: the first update is at call 3 of update_, so far 2"
     with pytest.raises(NotReadyError, match=message), run.tracker.averaged(run.model, tracked=0.05):
         pass
     run.train(10)
