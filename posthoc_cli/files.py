@@ -17,13 +17,15 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
 import secrets
 import stat
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
+from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
-from posthoc_cli.errors import OutputExistsError, WriteError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
 
 TEMPORARY_PREFIX = ".ema-"
 TEMPORARY_SUFFIX = ".tmp"
@@ -355,3 +357,38 @@ def _check_free(path: Path, overwrite: bool) -> None:
 
 def _exists(path: Path) -> OutputExistsError:
     return OutputExistsError(path, "is there already", "choose another name, or overwrite=True to replace it")
+
+
+# --- sizes -----------------------------------------------------------------------------------------
+
+
+_UNITS = {"": 1, "B": 1} | {
+    prefix + unit: base**power
+    for power, prefix in enumerate("KMGT", start=1)
+    for unit, base in (("B", 1000), ("IB", 1024))
+}
+
+
+def parse_bytes(size: str, option: str) -> int:
+    """Bytes from 60GB, 500MiB, 1.5TB or a plain number.
+
+    Raises:
+        InvalidValueError: anything else, or less than 1; its subject is `option`.
+    """
+    value = parse_amount(size, _UNITS)
+    if value is None:
+        raise InvalidValueError(option, "must be a size above 0, such as 60GB, 500MiB or 1.5TB", value=f"{size!r}")
+    return round(value)
+
+
+def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
+    """A number in one of `units`, by their upper-case names; None if it is none, below 1 or too large."""
+    match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
+    unit = units.get(match[2].upper()) if match is not None else None
+    if match is None or unit is None:
+        return None
+    try:
+        value = Decimal(match[1].replace(",", "")) * unit
+    except InvalidOperation:
+        return None
+    return value if 1 <= value < 2**63 else None

@@ -1,8 +1,7 @@
-"""Targets: averages by their width, their decay, a window, a span of time, or a whole profile.
+"""Targets: averages by their width, their decay, a window, a span of time, or a profile.
 
 A target is independent of the run; its profile follows from the time of the average, the run's clock and the time of
-the first update. Errors begin with the target's title (`beta 0.3: ...`), so that the command line can name the option.
-The constructor checks what does not depend on the run, `profile` the rest.
+the first update. The constructor checks what does not depend on the run, `profile` the rest.
 """
 
 from __future__ import annotations
@@ -60,33 +59,23 @@ class Target(Protocol):
             t_first: time of the run's first update, in (0, t].
 
         Raises:
-            InvalidValueError: the run is too short for the target; the message begins with `title`.
+            InvalidValueError: the run is too short for the target.
         """
         ...
 
 
 def as_target(value: object) -> Target:
-    """The target that users mean by a sigma_rel, a target, or any object with `density` and `tail`.
-
-    Raises:
-        InvalidValueError: none of these, or a sigma_rel out of range.
-    """
+    """The target for a sigma_rel, a target, or any object with `density` and `tail`; else an InvalidValueError."""
     if isinstance(value, SigmaRel | Beta | Window | Between | ProfileFile | GivenProfile):
         return value
     if all(hasattr(value, name) for name in ("label", "title", "sigma_rel", "profile")):
-        return value  # type: ignore[return-value]  # a Target of the user's own
+        return value  # type: ignore[return-value]  # a user's Target
     if any(hasattr(value, name) for name in ("density", "tail")):
         return GivenProfile(value)  # type: ignore[arg-type]  # checked there
     if isinstance(value, str | numbers.Real) or hasattr(value, "__float__"):
         return SigmaRel(value)  # type: ignore[arg-type]  # checked there
-    raise InvalidValueError(
-        "target",
-        "must be a sigma_rel in (0, 0.2887), a target such as Beta(0.9999), or an object with density and tail",
-        value=_shown(value),
-    )
-
-
-# --- one number ------------------------------------------------------------------------------------
+    accepted = "a sigma_rel in (0, 0.2887), a target such as Beta(0.9999), or an object with density and tail"
+    raise InvalidValueError("target", f"must be {accepted}", value=_shown(value))
 
 
 @dataclass(frozen=True)
@@ -101,7 +90,7 @@ class SigmaRel:
             object.__setattr__(self, "sigma_rel", check_sigma_rel(given))
         except InvalidValueError as error:
             if isinstance(given, numbers.Real) and SHORTEST_BETA <= given < 1:
-                raise error.with_hint(f"for a decay of {float(given)!r} a step take Beta({float(given)!r})") from error
+                raise error.with_hint(f"for a decay of {float(given)!r} a step use Beta({float(given)!r})") from error
             raise
 
     @property
@@ -129,13 +118,10 @@ class Beta:
     def __post_init__(self) -> None:
         object.__setattr__(self, "beta", _number("beta", self.beta))
         if not 0 < self.beta < 1:
-            raise InvalidValueError(self.title, f"must lie in (0, 1), in practice from {SHORTEST_BETA:g}")
+            raise InvalidValueError("beta", "must lie in (0, 1)", value=repr(self.beta))
         if self.beta < SHORTEST_BETA:
-            raise InvalidValueError(
-                self.title,
-                f"must be at least {SHORTEST_BETA:g}; below that the mean age of the average, beta / (1 - "
-                f"beta) = {self.beta / (1 - self.beta):.3g} steps, is less than one step",
-            )
+            reason = f"must be at least {SHORTEST_BETA:g}; below that the mean age is less than one step"
+            raise InvalidValueError("beta", reason, value=repr(self.beta))
 
     @property
     def label(self) -> str:
@@ -148,7 +134,7 @@ class Beta:
         return f"beta {self.beta!r}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
-        """The classical average that began as a copy of the first weights there are, those of `t_first`."""
+        """The classical average that starts as a copy of the weights at `t_first`."""
         return ClassicalEMA(self.beta, float(t), clock, min(float(t_first), float(t)))
 
 
@@ -176,11 +162,8 @@ class Window:
         return f"window {self.steps}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> StepWindow:  # noqa: ARG002
-        """The last `steps` steps up to `t`, whatever the lengths of the steps."""
+        """The last `steps` steps up to `t`."""
         return StepWindow(self.steps, float(t), clock)
-
-
-# --- a span of time --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -195,9 +178,9 @@ class Between:
         for name in ("start", "end"):
             object.__setattr__(self, name, _number("between", getattr(self, name)))
         if self.start < 0:
-            raise InvalidValueError(self.title, "must start at 0 or later")
+            raise self._error("must start at 0 or later")
         if self.start >= self.end:
-            raise InvalidValueError(self.title, "must end after its start")
+            raise self._error("must end after its start")
 
     @property
     def label(self) -> str:
@@ -210,21 +193,18 @@ class Between:
         return f"between {self.start:.12g}:{self.end:.12g}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
-        """Uniform over time, whatever the lengths of the steps in it."""
+        """Uniform over time."""
         if self.end > t:
-            raise InvalidValueError(self.title, f"ends after t = {t:,.12g}; must end at t or before")
+            raise self._error(f"ends after t = {t:,.12g}; must end at t or before")
         return Uniform(self.start, self.end)
 
-
-# --- a whole profile -------------------------------------------------------------------------------
+    def _error(self, reason: str) -> InvalidValueError:
+        return InvalidValueError("between", reason, value=f"{self.start:.12g}:{self.end:.12g}")
 
 
 @dataclass(frozen=True)
 class ProfileFile:
-    """The profile in a file of comma-separated times and densities, see `profiles.table_file`.
-
-    The file is read once, when the profile is first needed.
-    """
+    """The profile in a file of comma-separated times and densities (see `profiles.custom`), read when first needed."""
 
     path: Path
     sigma_rel = None
@@ -244,11 +224,7 @@ class ProfileFile:
 
     @cached_property
     def table(self) -> Table:
-        """The content of the file.
-
-        Raises:
-            InvalidValueError: naming the file, the line where there is one, and what would be accepted.
-        """
+        """The content of the file; an InvalidValueError names the line."""
         return read_table(self.path)
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
@@ -256,12 +232,9 @@ class ProfileFile:
         tabulated = self.table.profile
         if tabulated.times[-1] > t:
             late = next(index for index, time in enumerate(tabulated.times) if time > t)
-            raise InvalidValueError(
-                "profile",
-                f"line {self.table.lines[late]}: time {tabulated.times[late]:,.12g} puts mass outside the "
-                f"run; times must lie within 0 and t = {t:,.12g}",
-                value=self.path,
-            )
+            found = f"line {self.table.lines[late]}: time {tabulated.times[late]:,.12g}"
+            reason = f"{found} puts mass outside the run; times must lie within 0 and t = {t:,.12g}"
+            raise InvalidValueError("profile", reason, value=self.path)
         return tabulated
 
 
@@ -280,16 +253,12 @@ class GivenProfile:
 
     def __post_init__(self) -> None:
         if not (isinstance(self.name, str) and re.fullmatch(r"\w[\w.+-]*", self.name)):
-            raise InvalidValueError(
-                "profile", "the name must be letters, digits and ._+-, a letter or digit first", value=_shown(self.name)
-            )
+            reason = "the name must be letters, digits and ._+-, a letter or digit first"
+            raise InvalidValueError("profile", reason, value=_shown(self.name))
         missing = [name for name in ("density", "tail") if not callable(getattr(self.given, name, None))]
         if missing:
-            raise InvalidValueError(
-                self.title,
-                f"{type(self.given).__name__} has no {' and no '.join(missing)}; a profile has the "
-                "functions density(s) and tail(s)",
-            )
+            reason = f"{type(self.given).__name__} has no {' and no '.join(missing)}"
+            raise InvalidValueError(self.title, f"{reason}; must have the functions density(s) and tail(s)")
 
     @property
     def label(self) -> str:
@@ -302,18 +271,14 @@ class GivenProfile:
         return f"profile {self.name}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
-        """The object itself, after a check of its values at times from before the run to after `t`."""
+        """The object itself, after a check of its values."""
         try_profile(self.given, float(t), self.title)
         return self.given
 
 
-# --- helpers ---------------------------------------------------------------------------------------
-
-
 def _number(name: str, value: object) -> float:
-    """A finite number, or an error that begins with `name` and the value."""
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
-        raise InvalidValueError(f"{name} {_shown(value)}", "must be a finite number")
+        raise InvalidValueError(name, "must be a finite number", value=_shown(value))
     return float(value)
 
 

@@ -21,8 +21,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_report import Report
-from busy import busy_machine, load_text
+from quiet_timing import Report, busy_machine, load_text
 
 from posthoc_cli import PostHocEMA
 

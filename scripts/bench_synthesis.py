@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from bench_report import Report
+from quiet_timing import Report
 from synthesis_cases import (
     Shapes,
     drop_from_cache,
@@ -40,7 +40,7 @@ from synthesis_cases import (
 )
 
 from posthoc_cli.export.outputs import write_synthesis
-from posthoc_cli.synthesis.engine import Nowhere, parse_device, place_synthesis, synthesize
+from posthoc_cli.synthesis.engine import NoWriter, Options, parse_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 
@@ -107,22 +107,22 @@ def measure_model(report: Report, folder: Path, parameters: int, device: str) ->
             "plain readinto loop, one thread, warm": lambda: read_plainly(run, buffer),
             "engine, one thread, nowhere": lambda: exhaust(nowhere(plan, device, 1)),
             "engine, all cores, nowhere": lambda: exhaust(nowhere(plan, device)),
-            "all cores, dropped": lambda: exhaust(synthesize(plan, device=device)),
+            "all cores, dropped": lambda: exhaust(synthesize(plan, Options(device))),
         },
         nbytes,
     )
-    report.time("all cores, to a file", lambda: write_synthesis(plan, [out], device=device, overwrite=True), nbytes)
+    report.time("all cores, to a file", lambda: write_synthesis(plan, [out], Options(device, overwrite=True)), nbytes)
     size = out.stat().st_size
     report.time("writing and fsyncing as many bytes, plainly", lambda: write_plainly([out], size), size)
     forget = lambda: drop_from_cache(run)  # noqa: E731
     report.time("plain readinto loop, cold", lambda: read_plainly(run, buffer), nbytes, forget)
-    report.time("all cores, dropped, cold", lambda: exhaust(synthesize(plan, device=device)), nbytes, forget)
+    report.time("all cores, dropped, cold", lambda: exhaust(synthesize(plan, Options(device))), nbytes, forget)
     print(f"  share of the read limit: {100 * plain.median / dropped.median:.0f} % on all cores, ", end="")
     print(f"{100 * plain.median / one.median:.0f} % on one")
     label = f"{parameters // 1_000_000} M: "
     report.goal(f"{label}time on all cores, in plain loops", dropped.median / plain.median, 3, [dropped, plain])
     out.unlink()
-    _measure_peers(report, folder, shapes, label, lambda: dict(synthesize(plan, device=device)))
+    _measure_peers(report, folder, shapes, label, lambda: dict(synthesize(plan, Options(device))))
     shutil.rmtree(run)
 
 
@@ -148,9 +148,9 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
     print(f"\n{len(MANY)} targets of {parameters:,} parameters")
     single, _, dropped = report.times(
         {
-            "one target, dropped": lambda: exhaust(synthesize(one, device=device)),
+            "one target, dropped": lambda: exhaust(synthesize(one, Options(device))),
             "31 targets, nowhere": lambda: exhaust(nowhere(many, device)),
-            "31 targets, dropped": lambda: exhaust(synthesize(many, device=device)),
+            "31 targets, dropped": lambda: exhaust(synthesize(many, Options(device))),
         }
     )
     report.goal("31 targets dropped, in times of one", dropped.median / single.median, 4, [dropped, single])
@@ -163,9 +163,9 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
 
     file, plain, files = report.times(
         {
-            "one target, to a file": lambda: write_synthesis(one, outputs[:1], device=device),
+            "one target, to a file": lambda: write_synthesis(one, outputs[:1], Options(device)),
             "writing and fsyncing 31 files, plainly": lambda: write_plainly(outputs, nbytes),
-            "31 targets, to files": lambda: write_synthesis(many, outputs, device=device),
+            "31 targets, to files": lambda: write_synthesis(many, outputs, Options(device)),
         },
         before=clear,
     )
@@ -182,7 +182,7 @@ def measure_small(report: Report, folder: Path, count: int, device: str) -> None
     for label, shapes in (("small", small_tensors(count)), ("large", large_tensors(count * 64 * 64))):
         write_snapshots(folder / label, shapes)
         plan = planned(folder / label, [0.15])
-        runs[f"{label} tensors"] = lambda p=plan: exhaust(synthesize(p, device=device))
+        runs[f"{label} tensors"] = lambda p=plan: exhaust(synthesize(p, Options(device)))
     small, large = report.times(runs, plan.read_bytes)
     report.goal("small tensors, in times of large ones", small.median / large.median, 1.5, [small, large])
     for label in ("small", "large"):
@@ -211,7 +211,7 @@ def planned(run: Path, targets: Sequence[float]) -> Plan:
 
 def nowhere(plan: Plan, device: str, workers: int | None = None) -> Iterable[object]:
     """The engine alone."""
-    return place_synthesis(plan, Nowhere, device=device, workers=workers)
+    return synthesize_into(plan, lambda _: [NoWriter()] * len(plan.targets), Options(device, workers))
 
 
 def exhaust(items: Iterable[object]) -> None:

@@ -55,9 +55,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from bench_report import Report
-from busy import busy_machine, load_text
-from quiet_timing import Seconds, take_turns
+from quiet_timing import Report, Seconds, busy_machine, load_text, take_turns
 from synthesis_cases import TRACKED, Layers, Shapes, large_tensors, small_layers, small_tensors, write_plainly
 from update_cases import (
     NEVER,

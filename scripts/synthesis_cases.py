@@ -136,8 +136,8 @@ if len(sys.argv) > 1:
     from pathlib import Path
     from posthoc_cli.export.outputs import write_synthesis
     from posthoc_cli import disk_sources, plan_synthesis
-    plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15])
-    write_synthesis(plan, [Path(sys.argv[2])], dtype=sys.argv[3])
+    plan = plan_synthesis(disk_sources(sys.argv[1]), [0.15], dtype=sys.argv[3])
+    write_synthesis(plan, [Path(sys.argv[2])])
 try:
     print(1024 * int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]))
 except OSError:

@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
@@ -17,6 +18,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import VanishedError
+from posthoc_cli.export import job
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
@@ -69,41 +71,38 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
         with_consistent_plan(lambda: remove_one(plan_synthesis(disk_sources(tmp_path), [0.15])), use)
 
 
-@pytest.mark.parametrize("way", ["state_dict", "load_into"])
-def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = trained(tmp_path)
-    real, removed = plan_synthesis, []
+@pytest.fixture
+def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
+    """The first plan that the tracker or the command makes, of which a snapshot is removed before it is used."""
+    real, removed = plan_synthesis, list[Plan]()
 
-    def plan_and_remove(*arguments: object, **options: object) -> Plan:
-        plan = real(*arguments, **options)  # type: ignore[arg-type]
+    def plan_and_remove(*arguments: Any, **options: Any) -> Plan:
+        plan = real(*arguments, **options)
         return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
 
-    reader = PostHocEMA.from_path(tmp_path)
     monkeypatch.setattr(posthoc_ema, "plan_synthesis", plan_and_remove)
+    monkeypatch.setattr(job, "plan_synthesis", plan_and_remove)
+    return removed
+
+
+@pytest.mark.parametrize("way", ["state_dict", "load_into"])
+def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, planned: list[Plan]) -> None:
+    model = trained(tmp_path)
+    reader = PostHocEMA.from_path(tmp_path)
     if way == "state_dict":
         found = reader.state_dict(sigma_rel=0.15)["weight"]
     else:
         reader.load_into(model, sigma_rel=0.15)
         found = model.weight.detach()
-    monkeypatch.undo()
-    assert len(removed) == 1
+    assert len(planned) == 1
     assert torch.equal(found, PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["weight"])
 
 
-def test_the_command_makes_its_output_from_what_is_left(
-    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_makes_its_output_from_what_is_left(ema: Ema, tmp_path: Path, planned: list[Plan]) -> None:
     trained(tmp_path / "run")
-    real, removed = plan_synthesis, []
-
-    def plan_and_remove(*arguments: object, **options: object) -> Plan:
-        plan = real(*arguments, **options)  # type: ignore[arg-type]
-        return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
-
-    monkeypatch.setattr("posthoc_cli.synthesis.plan_synthesis", plan_and_remove)
     result = ema("synthesize", str(tmp_path / "run"), "--sigma-rel", "0.15", "--out", str(tmp_path / "out.safetensors"))
-    monkeypatch.undo()
     assert result.code == 0
+    assert len(planned) == 1
     assert "planning again with what is there" in result.err
     expected = PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15)
     assert torch.equal(load_file(tmp_path / "out.safetensors")["weight"], expected["weight"])
@@ -171,7 +170,7 @@ def test_too_many_open_files_are_told_with_the_limit_to_raise(tmp_path: Path) ->
     )
     said = forked.check(script, tmp_path).out
     assert said.startswith("FileFormatError ")
-    assert "too many open files; a synthesis holds all its snapshots open: raise the limit" in said
+    assert "too many open files; raise the limit" in said
 
 
 def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planned(

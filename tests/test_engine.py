@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,11 +28,11 @@ from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import BLOCK_BYTES, TrackedTensor
 from posthoc_cli.synthesis import engine, sums
 from posthoc_cli.synthesis import plan as plan_module
-from posthoc_cli.synthesis.engine import Nowhere, numbered_device, place_synthesis, synthesize
+from posthoc_cli.synthesis.engine import NoWriter, Options, numbered_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
-from posthoc_cli.synthesis.tiles import cut_tiles
+from posthoc_cli.synthesis.tiles import Tile, cut_tiles
 from posthoc_cli.tracker.model_weights import fill_model
 
 LARGE = 2_500_003
@@ -71,14 +72,14 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-def plan_of(directory: Path, targets: tuple[float, ...] = TARGETS) -> Plan:
-    return plan_synthesis(disk_sources(directory), targets)
+def plan_of(directory: Path, targets: tuple[float, ...] = TARGETS, **options: Any) -> Plan:
+    return plan_synthesis(disk_sources(directory), targets, **options)
 
 
-def bits(plan: Plan, **options: object) -> dict[str, list[bytes]]:
+def bits(plan: Plan, **options: Any) -> dict[str, list[bytes]]:
     return {
         name: [value.reshape(-1).view(torch.uint8).numpy().tobytes() for value in values]
-        for name, values in synthesize(plan, **options)  # type: ignore[arg-type]
+        for name, values in synthesize(plan, Options(**options))
     }
 
 
@@ -88,12 +89,12 @@ class Kept:
     def __init__(self) -> None:
         self.found: dict[tuple[str, int, int], bytes] = {}
 
-    def open(self, tile: object) -> SimpleNamespace:
-        def place(target: int, begin: int, values: torch.Tensor) -> None:
-            first = tile.pieces[0]  # type: ignore[attr-defined]
+    def open(self, tile: Tile) -> list[Any]:
+        def write(target: int, begin: int, values: torch.Tensor) -> None:
+            first = tile.pieces[0]
             self.found[first.name, first.begin + begin, target] = values.numpy().tobytes()
 
-        return SimpleNamespace(place=place, close=lambda: None)
+        return [SimpleNamespace(write=partial(write, k), close=lambda: None) for k in range(len(TARGETS))]
 
     def joined(self, name: str, target: int) -> bytes:
         return b"".join(self.found[key] for key in sorted(self.found) if key[0] == name and key[2] == target)
@@ -110,7 +111,7 @@ def test_tiles_chunks_and_threads_of_any_number_give_the_same_bytes(
 ) -> None:
     plan = plan_of(mixed)
     reference, kept = bits(plan, workers=1), Kept()
-    for _ in place_synthesis(plan, kept.open, workers=engine, chunk=chunk, tile_elements=tile):
+    for _ in synthesize_into(plan, kept.open, Options(workers=workers), chunk, tile):
         pass
     for name in ("large", "changing", "own", "counter"):
         for target in range(len(TARGETS)):
@@ -155,7 +156,7 @@ def test_copies_come_from_the_newest_snapshot_also_where_no_target_needs_it(tmp_
 def test_a_file_has_the_bytes_of_the_tensors(mixed: Path, tmp_path: Path) -> None:
     plan = plan_of(mixed)
     outputs = [tmp_path / f"{target}.safetensors" for target in TARGETS]
-    write_synthesis(plan, outputs, workers=3)
+    write_synthesis(plan, outputs, Options(workers=3))
     for index, path in enumerate(outputs):
         found = load_file(path)
         for name, values in bits(plan).items():
@@ -271,7 +272,7 @@ def test_every_element_is_in_one_tile_and_tiles_end_where_blocks_end(mixed: Path
             assert piece.begin == seen[piece.name]
             assert piece.begin % (BLOCK_BYTES // 2) == 0
             seen[piece.name] = piece.end
-        assert seen == {name: int(np.prod(shape)) for name, shape in plan.newest.shapes.items()}
+        assert seen == {name: int(np.prod(entry.shape)) for name, entry in plan.newest.stored.items()}
         assert sum(tile.stored_bytes for tile in tiles) == plan.read_bytes
 
 
@@ -289,7 +290,7 @@ def test_sums_in_float64_are_rounded_once(mixed: Path) -> None:
         )
         values.append(dict(synthesize(only))["large"][0].double())
     exact = sum(c * v for c, v in zip(plan.reconstruction.coefficients[:, 0].tolist(), values, strict=True))
-    found = dict(synthesize(plan, accumulate="float64"))["large"][0]
+    found = dict(synthesize(replace(plan, accumulate="F64")))["large"][0]
     assert torch.equal(found, exact.float())  # type: ignore[union-attr]
     assert not torch.equal(found, dict(synthesize(plan))["large"][0])
 
@@ -297,14 +298,14 @@ def test_sums_in_float64_are_rounded_once(mixed: Path) -> None:
 def test_sums_in_float64_are_rounded_once_to_sixteen_bits_too(tmp_path: Path) -> None:
     value = torch.tensor([1 + 2**-11 + 2**-40, 65519.9999999], dtype=torch.float64)
     write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value})
-    found = dict(synthesize(plan_of(tmp_path, (0.05,)), "float16"))["w"][0]
+    found = dict(synthesize(plan_of(tmp_path, (0.05,), dtype="float16")))["w"][0]
     assert found.tolist() == [1 + 2**-10, 65504.0]
 
 
 @pytest.mark.parametrize("word", ["float16", "bf16", "int8", "wide"])
 def test_sums_in_other_dtypes_are_refused(mixed: Path, word: str) -> None:
     with pytest.raises(InvalidValueError, match="float32"):
-        bits(plan_of(mixed), accumulate=word)
+        plan_of(mixed, accumulate=word)
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -372,7 +373,7 @@ def test_a_snapshot_that_shrinks_while_it_is_read_is_named(mixed: Path, tmp_path
         os.truncate(path, 1000)
 
     with pytest.raises(FileFormatError, match=f"{path.name}.*became shorter while it was read"):
-        write_synthesis(plan, [tmp_path / f"{t}.safetensors" for t in TARGETS], progress=shrink, workers=1)
+        write_synthesis(plan, [tmp_path / f"{t}.safetensors" for t in TARGETS], Options(progress=shrink, workers=1))
     assert list(tmp_path.iterdir()) == [run]
 
 
@@ -443,7 +444,7 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_synthesis(plan_of(mixed), [tmp_path / f"{t}.safetensors" for t in TARGETS], progress=interrupt)
+        write_synthesis(plan_of(mixed), [tmp_path / f"{t}.safetensors" for t in TARGETS], Options(progress=interrupt))
     assert list(tmp_path.iterdir()) == []
     assert threads() == []
 
@@ -459,11 +460,11 @@ def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, mon
     failed, after = threading.Event(), []
     average: Callable[..., None] = engine.Maker._average
 
-    def fail(self: engine.Maker, tile: object, placement: object, stop: threading.Event) -> None:
+    def fail(self: engine.Maker, tile: object, writers: object, stop: threading.Event) -> None:
         if not failed.is_set():
             failed.set()
             raise NonFiniteError("w", "the first error")
-        average(self, tile, placement, stop)
+        average(self, tile, writers, stop)
         after.append(tile)
 
     monkeypatch.setattr(engine.Maker, "_average", fail)
@@ -500,11 +501,11 @@ class Streams:
         monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
-    def open(self, tile: object) -> Nowhere:
-        placement = Nowhere(tile)  # type: ignore[arg-type]
-        self.log.append(("open", id(placement)))
-        self.kept = [*getattr(self, "kept", []), placement]  # so that no id is given again
-        return placement
+    def open(self, _: object) -> list[NoWriter]:
+        writers = [NoWriter()] * len(TARGETS)
+        self.log.append(("open", id(writers)))
+        self.kept = [*getattr(self, "kept", []), writers]  # so that no id is given again
+        return writers
 
 
 def test_a_tile_is_made_after_what_the_caller_did_up_to_its_opening(
@@ -512,7 +513,7 @@ def test_a_tile_is_made_after_what_the_caller_did_up_to_its_opening(
 ) -> None:
     """Its room may be of memory that the caller's stream still uses."""
     streams = Streams(monkeypatch)
-    tiles = list(place_synthesis(plan_of(mixed), streams.open, workers=1))
+    tiles = list(synthesize_into(plan_of(mixed), streams.open, Options(workers=1)))
     log = streams.log
     opened = {what: log[index + 1] for index, (kind, what) in enumerate(log) if kind == "open"}
     made = [(what, log[index + 1 :]) for index, (kind, what) in enumerate(log) if kind == "make"]
@@ -531,7 +532,7 @@ def test_no_thread_leaves_work_under_way_when_an_error_stops_it(mixed: Path, mon
 
     monkeypatch.setattr(engine.Maker, "_average", fail)
     with pytest.raises(NonFiniteError, match="an error"):
-        list(place_synthesis(plan_of(mixed), streams.open, workers=3))
+        list(synthesize_into(plan_of(mixed), streams.open, Options(workers=3)))
     failed = [(index, what) for index, (kind, what) in enumerate(streams.log) if kind == "fail"]
     assert failed
     for index, thread in failed:
@@ -553,7 +554,7 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 @needs_cuda
 def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: Path) -> None:
     plan = plan_of(mixed)
-    reference = {name: [value.cpu() for value in values] for name, values in synthesize(plan, device="cuda")}
+    reference = {name: [value.cpu() for value in values] for name, values in synthesize(plan, Options("cuda"))}
     torch.cuda.empty_cache()
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(3):
@@ -562,7 +563,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
             for tensor in old:
                 tensor.fill_(torch.nan)
             del old, tensor
-            made = dict(synthesize(plan, device="cuda"))
+            made = dict(synthesize(plan, Options("cuda")))
             torch.cuda.synchronize()
             for name, values in made.items():
                 for value, expected in zip(values, reference[name], strict=True):
@@ -574,7 +575,7 @@ def test_results_may_lie_in_memory_that_the_callers_stream_still_writes(mixed: P
 @needs_cuda
 def test_tf32_that_is_allowed_later_changes_no_byte_on_a_gpu(mixed: Path) -> None:
     def made() -> dict[str, list[torch.Tensor]]:
-        return {name: [value.cpu() for value in values] for name, values in synthesize(plan, device="cuda")}
+        return {name: [value.cpu() for value in values] for name, values in synthesize(plan, Options("cuda"))}
 
     plan = plan_of(mixed)
     before = made()
@@ -596,7 +597,7 @@ def test_memory_that_a_failed_synthesis_has_freed_is_not_written_any_more(mixed:
     flip(path, header.payload_start + header.tensors["large"].begin + header.tensors["large"].nbytes - 1)
     for _ in range(10):
         with pytest.raises(FileFormatError, match="is damaged"):
-            list(synthesize(plan, device="cuda"))
+            list(synthesize(plan, Options("cuda")))
         new = [torch.zeros(LARGE, device="cuda") for _ in range(2 * len(TARGETS))]
         torch.cuda.synchronize()
         assert all(not bool(tensor.any()) for tensor in new)
@@ -620,7 +621,7 @@ def test_the_number_of_threads_of_torch_is_as_it_was(mixed: Path) -> None:
 def test_nothing_is_changed_by_a_synthesis_into_nowhere(mixed: Path) -> None:
     told: list[int] = []
     plan = plan_of(mixed)
-    for _ in place_synthesis(plan, Nowhere, progress=told.append):
+    for _ in synthesize_into(plan, lambda _: [NoWriter()] * len(TARGETS), Options(progress=told.append)):
         pass
     assert sum(told) == plan.read_bytes
 
@@ -685,7 +686,7 @@ def test_a_model_is_as_it_was_where_anything_is_wrong(tmp_path: Path, harm: str)
             tracker.load_into(model, 0.15)
     else:
         with pytest.raises(NonFiniteError, match="cannot hold"):
-            fill_model(model, scaled(plan_of(tmp_path, (0.15,)), 1e30), torch.float16)
+            fill_model(model, scaled(plan_of(tmp_path, (0.15,), dtype="float16"), 1e30))
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 

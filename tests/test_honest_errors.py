@@ -1,7 +1,7 @@
-"""Predicted errors hold, and are not worse than the published method's, where little is left or much has happened.
+"""Predicted errors hold, and are not above the published method's, with few snapshots or sudden motion.
 
-Walks of known rates go through the hook; every average that is made from the directory is held against the float64 sum
-over all updates.
+Walks of known rates are tracked; every average made from the directory is compared with the float64 sum over all
+updates.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def errors(found: Floats, truth: Floats) -> Floats:
 def test_with_few_snapshots_left_the_predicted_error_holds(
     tmp_path: Path, rate: str, tracked: tuple[float, ...], keep: int
 ) -> None:
-    """Where the survivors alone told how the network moved, it was up to 200 times too small."""
+    """With the motion of the survivors alone, the predicted error was up to 200 times too small."""
     path = walk(rate)
     track(tmp_path, path, sigma_rels=tracked, max_checkpoints=keep)
     assert len(read_directory(tmp_path)) == keep * len(tracked)
@@ -120,7 +120,7 @@ def test_pruning_to_an_error_leaves_that_error(
 
 @pytest.mark.parametrize("every", [10, 20])
 def test_a_snapshot_at_every_update_or_second_one_is_used(tmp_path: Path, every: int) -> None:
-    """The movement between two updates has no part in any average: minimum variance once spent its freedom on it."""
+    """Motion between two updates has no part in any average."""
     path = walk("cosine", 600)
     track(tmp_path, path, checkpoint_every=every, checkpoint_dtype="float32")
     (found, predicted), (published, _) = (made(tmp_path, [*WIDTHS], method) for method in ("minvar", "paper"))
@@ -144,7 +144,7 @@ def test_a_pause_of_the_clock_costs_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("tracked", [(0.10,), (0.05, 0.28)])
 def test_weights_drawn_anew_right_after_a_snapshot_are_expected(tmp_path: Path, tracked: tuple[float, ...]) -> None:
-    """Where within an interval a sudden movement lies is not known: a wide bar, and the published answer."""
+    """The moment of a sudden motion is unknown: a large predicted error, and the published coefficients."""
     path = walk("cosine")
     path[2000:, :40] += np.float32(0.15) * np.random.default_rng(2).normal(size=40).astype(np.float32)
     track(tmp_path, path, sigma_rels=tracked, checkpoint_dtype="float32")

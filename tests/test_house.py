@@ -18,8 +18,8 @@ from posthoc_cli.cli import app
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
-    "errors", "files", "threads", "profiles", "targets", "reconstruction", "planning", "snapshots", "synthesis",
-    "export", "plots", "tracker", "averages", "interop", "integrations", "sweep", "demo", "cli",
+    "errors", "files", "dtypes", "threads", "profiles", "targets", "reconstruction", "planning", "snapshots",
+    "synthesis", "export", "plots", "tracker", "averages", "interop", "integrations", "sweep", "demo", "cli",
 )  # fmt: skip
 COMMANDS = {"synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo", "guide", "help"}
 

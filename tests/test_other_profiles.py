@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 import mpmath
 import numpy as np
 import pytest
+from checking import refused
 from hypothesis import given
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import ClassicalEMA, Clock, ClockRecorder, Profile, StepWindow, Tabulated, Uniform
 
 # --- the clock -----------------------------------------------------------------------------------
@@ -50,14 +50,14 @@ def test_steps_are_as_long_as_the_known_pairs_around_them_say() -> None:
     [((), ()), ((1, 1), (1, 2)), ((0, 1), (0, 1)), ((1,), (math.inf,)), ((1, 2), (1,)), ((1, 2), (2, 1)), (3, 4)],
 )
 def test_a_clock_that_does_not_go_forward_is_refused(steps: tuple[float, ...], times: tuple[float, ...]) -> None:
-    with pytest.raises(InvalidValueError, match="clock: "):
+    with refused("clock"):
         Clock(steps, times)
 
 
-# --- following a clock ---------------------------------------------------------------------------
+# --- recording a clock ---------------------------------------------------------------------------
 
 
-def followed(times: np.ndarray) -> ClockRecorder:
+def recorded(times: np.ndarray) -> ClockRecorder:
     recorder = ClockRecorder()
     for step, t in enumerate(times.tolist(), 1):
         recorder = recorder.add(step, t)
@@ -71,10 +71,10 @@ def worst(knots: Sequence[tuple[int, float]], times: np.ndarray) -> float:
 
 
 @given(st.lists(st.floats(1e-3, 1e6), min_size=1, max_size=200))
-def test_a_followed_clock_is_right_within_half_a_step(intervals: list[float]) -> None:
+def test_a_recorded_clock_is_right_within_half_a_step(intervals: list[float]) -> None:
     times = np.cumsum(intervals)
     times = times[np.diff(times, prepend=0) > 0]
-    recorder = followed(times)
+    recorder = recorded(times)
     for count in {1, len(times) // 2 + 1, len(times)}:
         knots = recorder.knots_until(count, float(times[count - 1]))
         if knots:
@@ -105,16 +105,16 @@ def lengths(name: str, steps: int = 50_000) -> np.ndarray:
 def test_256_knots_are_enough_for_any_clock(name: str, steps_off: float) -> None:
     """The clock of 50,000 steps is right within so many."""
     times = np.cumsum(lengths(name))
-    recorder = followed(times)
+    recorder = recorded(times)
     knots = recorder.knots_until(recorder.step, recorder.t)
     assert len(knots) <= 256
     assert worst(knots, times) <= steps_off
 
 
 @pytest.mark.parametrize("interrupted_at", [1, 100, 9999, 10_000, 25_000])
-def test_following_goes_on_exactly_from_a_state_and_closely_from_knots(interrupted_at: int) -> None:
+def test_recording_continues_exactly_from_a_state_and_closely_from_knots(interrupted_at: int) -> None:
     times = np.cumsum(lengths("20 % up and down", 30_000))
-    whole, part = followed(times), followed(times[:interrupted_at])
+    whole, part = recorded(times), recorded(times[:interrupted_at])
     exact = ClockRecorder.of_state(part.state())
     near = ClockRecorder.of_knots(part.knots_until(part.step, part.t))
     for step, t in enumerate(times[interrupted_at:].tolist(), interrupted_at + 1):
@@ -126,7 +126,7 @@ def test_following_goes_on_exactly_from_a_state_and_closely_from_knots(interrupt
     assert worst(knots, times) <= 3
 
 
-def test_more_knots_than_are_kept_may_be_gone_on_from() -> None:
+def test_a_recorder_continues_from_more_knots_than_it_keeps() -> None:
     knots = [(step, step + 0.2 * (step % 3)) for step in range(1, 1001)]
     recorder = ClockRecorder.of_knots(knots)
     recorder = recorder.add(1001, 2000.0)
@@ -156,8 +156,8 @@ def test_steps_of_one_length_after_a_turn_have_no_further_one() -> None:
 
 
 def test_the_step_clock_needs_no_knots_and_any_other_does() -> None:
-    assert followed(np.arange(1.0, 101)).knots_until(100, 100.0) == ()
-    assert followed(np.arange(2.0, 201, 2)).knots_until(100, 200.0) == ((100, 200.0),)
+    assert recorded(np.arange(1.0, 101)).knots_until(100, 100.0) == ()
+    assert recorded(np.arange(2.0, 201, 2)).knots_until(100, 200.0) == ((100, 200.0),)
 
 
 def test_the_knot_that_goes_is_the_one_that_is_missed_least() -> None:
@@ -174,7 +174,7 @@ FULL = [0.5, 0.9, 1.1, *(number for step in range(1, 257) for number in (step, f
 
 
 @pytest.mark.parametrize("state", [BEGUN, FULL, [0.5, 1.0, 1.0, 5, 5.0], [7.25, 0.0, 2.0, 5, 2.5, 6, 2**62]])
-def test_a_state_is_gone_on_from(state: list[float]) -> None:
+def test_a_recorder_continues_from_a_state(state: list[float]) -> None:
     recorder = ClockRecorder.of_state(state)
     assert recorder.state() == state
     assert (recorder.step, recorder.t) == (state[-2], state[-1])
@@ -216,11 +216,9 @@ def test_a_recorder_begins_at_step_and_time_0() -> None:
         [0.5, 0.9, 1.1, 4, 4.0, 5, 3.0],
     ],
 )
-def test_what_is_no_state_is_refused_in_one_line(state: list[float]) -> None:
-    text = "clock: must be a list of a tolerance, two slopes and up to 256 pairs of a step and its time, both growing"
-    with pytest.raises(InvalidValueError) as refused:
+def test_what_is_no_state_is_refused(state: list[float]) -> None:
+    with refused("clock", "must be a list"):
         ClockRecorder.of_state(state)
-    assert str(refused.value) == text
 
 
 # --- other profiles ------------------------------------------------------------------------------
@@ -243,15 +241,15 @@ def test_the_tail_is_the_integral_of_the_density(name: str) -> None:
     profile, kinks = OTHERS[name]
     for s in (0.0, 1.0, 3.0, 5.5, 10.3, 33.0, 69.0, 81.0, 89.0):
         edges = [s, *(kink for kink in kinks if kink > s), 90.0]
-        pieces = itertools.pairwise(edges)
-        mass = sum(integrate.quad(profile.density, a, b, epsabs=1e-13, epsrel=1e-10, limit=200)[0] for a, b in pieces)
+        spans = itertools.pairwise(edges)
+        mass = sum(integrate.quad(profile.density, a, b, epsabs=1e-13, epsrel=1e-10, limit=200)[0] for a, b in spans)
         before_start = isinstance(profile, ClassicalEMA) and s < profile.start
         at_once = profile.mass_on_start if before_start else 0.0
         assert mass + at_once == pytest.approx(float(profile.tail(s)), abs=1e-11)
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_times_of_any_dtype_are_reckoned_with_in_float64(name: str) -> None:
+def test_times_of_any_dtype_are_computed_in_float64(name: str) -> None:
     profile, _ = OTHERS[name]
     times = np.array([0.0, 1.0, 3.0, 60.0, 69.0, 90.0, 97.0])
     for method in (profile.density, profile.tail):
@@ -367,29 +365,28 @@ def test_tabulated_densities_may_have_any_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "reason"),
+    ("make", "subject"),
     [
-        (lambda: ClassicalEMA(1.0, 5.0, Clock.of_steps()), r"beta 1\.0: must lie in \(0, 1\)"),
-        (lambda: ClassicalEMA(0.0, 5.0, Clock.of_steps()), r"beta 0\.0: must lie in \(0, 1\)"),
-        (lambda: ClassicalEMA(0.9, 5.0, Clock.of_steps(), start=6.0), "from 6 to t = 5"),
-        (lambda: ClassicalEMA(0.9, 0.0, Clock.of_steps()), "to t = 0"),
-        (lambda: ClassicalEMA(0.9, math.inf, Clock.of_steps()), "to t = inf"),
-        (lambda: Uniform(5.0, math.inf), "must start at 0 or later and before its end"),
-        (lambda: Uniform(5.0, 5.0), "must start at 0 or later and before its end"),
-        (lambda: Uniform(-1.0, 5.0), "must start at 0 or later"),
-        (lambda: StepWindow(0, 5.0, Clock.of_steps()), "window 0: must be a whole number"),
-        (lambda: StepWindow(6, 5.0, Clock.of_steps()), "window 6: the run has 5 steps up to t = 5"),
-        (lambda: Tabulated((1,), (1,)), "two points or more"),
-        (lambda: Tabulated((1, 2), (1, 2, 3)), "equal length"),
-        (lambda: Tabulated((1, 1), (1, 2)), "point 2: time 1 after 1: times must grow"),
-        (lambda: Tabulated((-1, 1), (1, 2)), "point 1: time -1: must be 0 or later"),
-        (lambda: Tabulated((0, 1), (1, -2)), "point 2: density -2: must be 0 or above"),
-        (lambda: Tabulated((0, 1), (1, math.nan)), "point 2: density nan"),
-        (lambda: Tabulated((0, 1), (0, 0)), "mass is 0"),
-        (lambda: Tabulated((0, 5e-324, 1e300), (1, 0, 0)), "mass is 0"),
+        (lambda: ClassicalEMA(1.0, 5.0, Clock.of_steps()), "beta"),
+        (lambda: ClassicalEMA(0.0, 5.0, Clock.of_steps()), "beta"),
+        (lambda: ClassicalEMA(0.9, 5.0, Clock.of_steps(), start=6.0), "start"),
+        (lambda: ClassicalEMA(0.9, 0.0, Clock.of_steps()), "start"),
+        (lambda: ClassicalEMA(0.9, math.inf, Clock.of_steps()), "start"),
+        (lambda: Uniform(5.0, math.inf), "uniform"),
+        (lambda: Uniform(5.0, 5.0), "uniform"),
+        (lambda: Uniform(-1.0, 5.0), "uniform"),
+        (lambda: StepWindow(0, 5.0, Clock.of_steps()), "window"),
+        (lambda: StepWindow(6, 5.0, Clock.of_steps()), "window"),
+        (lambda: Tabulated((1,), (1,)), "profile"),
+        (lambda: Tabulated((1, 2), (1, 2, 3)), "profile"),
+        (lambda: Tabulated((1, 1), (1, 2)), "profile"),
+        (lambda: Tabulated((-1, 1), (1, 2)), "profile"),
+        (lambda: Tabulated((0, 1), (1, -2)), "profile"),
+        (lambda: Tabulated((0, 1), (1, math.nan)), "profile"),
+        (lambda: Tabulated((0, 1), (0, 0)), "profile"),
+        (lambda: Tabulated((0, 5e-324, 1e300), (1, 0, 0)), "profile"),
     ],
 )
-def test_an_impossible_profile_is_refused_in_one_line(make: Callable[[], Profile], reason: str) -> None:
-    with pytest.raises(InvalidValueError, match=reason) as caught:
+def test_an_impossible_profile_is_refused(make: Callable[[], Profile], subject: str) -> None:
+    with refused(subject):
         make()
-    assert "\n" not in str(caught.value)

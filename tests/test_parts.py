@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,13 +17,14 @@ from safetensors.torch import load_file, save_file
 
 import posthoc_cli
 from posthoc_cli import files
-from posthoc_cli.errors import OutputExistsError, WriteError
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
+from posthoc_cli.export.job import Synthesis
 from posthoc_cli.export.outputs import write_synthesis
-from posthoc_cli.export.parts import PartedSynthesis, finish, parts_for
+from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
 from posthoc_cli.snapshots.models import INDEX_NAME
-from posthoc_cli.synthesis.parts import Part, divide
-from posthoc_cli.synthesis.plan import names_by_tensor, plan_synthesis
+from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.targets import SigmaRel
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (300, 40), "a/../b": (7,), "ü 'quoted'": (3, 5), "none": (0, 4), "one": (),
@@ -52,10 +54,12 @@ def run(written: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(written, tmp_path / "run"))
 
 
-def parted(run: Path, out: Path, parts: int, targets: tuple[float, ...] = (0.1,), **options: object) -> PartedSynthesis:
-    plan = plan_synthesis(disk_sources(run), list(targets))
+def parted(
+    run: Path, out: Path, parts: int, targets: tuple[float, ...] = (0.1,), dtype: str | None = None
+) -> PartedSynthesis:
+    plan = plan_synthesis(disk_sources(run), targets, dtype=dtype)
     folders = [out] if len(targets) == 1 else [out / str(target) for target in targets]
-    return PartedSynthesis(plan, folders, parts, container=out, **options)  # type: ignore[arg-type]
+    return PartedSynthesis(plan, folders, parts, container=out)
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -84,7 +88,7 @@ def test_any_number_of_parts_gives_together_the_bytes_of_one_file(
         assert not list((tmp_path / "out").rglob("*.json"))
     finish(job)
     whole = [tmp_path / f"{target}.safetensors" for target in targets]
-    write_synthesis(job.plan, whole, dtype=dtype)
+    write_synthesis(job.plan, whole)
     for path, folder in zip(whole, job.folders, strict=True):
         expected, found = load_file(path), load(folder)
         assert found.keys() == expected.keys()
@@ -95,13 +99,13 @@ def test_any_number_of_parts_gives_together_the_bytes_of_one_file(
 def test_parts_have_nearly_equal_bytes_and_keep_small_neighbours_together(run: Path) -> None:
     plan = plan_synthesis(disk_sources(run), [0.1])
     specs = {spec.name: spec.nbytes for spec in plan.specs()}
-    written = {name: sum(specs[n] for n in names) for name, names in names_by_tensor(plan.newest.info).items()}
-    division = divide(plan, 3, written)
+    written = {name: sum(specs[n] for n in names) for name, names in plan.names.items()}
+    division = divide(plan, 3)
     assert sorted(name for part in division for name in part) == sorted(plan.newest.info.tensors)
     loads = sorted(sum(written[name] for name in part) for part in division)
     assert loads[2] == written["embed"], "the largest tensor, under both its names, is not cut"
     assert loads[1] - loads[0] < 0.05 * loads[1]
-    assert division == divide(plan, 3, written)
+    assert division == divide(plan, 3)
 
 
 def test_parts_without_tensors_are_whole_files(run: Path, tmp_path: Path) -> None:
@@ -157,6 +161,45 @@ def test_a_failure_leaves_no_part_and_no_folder(run: Path, tmp_path: Path, monke
     assert not (tmp_path / "out").exists()
 
 
+# --- as one call -----------------------------------------------------------------------------------
+
+
+def test_a_synthesis_is_one_call_and_its_report_is_that_of_the_command(ema: Ema, run: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "{target}.safetensors")
+    made = Synthesis(run, (SigmaRel(0.1), SigmaRel(0.2)), out, dtype="bf16").run()
+    assert made is not None
+    options = ("--dtype", "bf16", "--skip-existing", "--json")
+    printed = ema("synthesize", run, "--sigma-rel", "0.1,0.2", "--out", out, *options)
+    report, found = json.loads(printed.out), made.to_dict()
+    for index, path in enumerate(made.outputs):
+        assert load_file(path)["embed"].dtype == torch.bfloat16
+        assert report["targets"][index].pop("skipped") is not found["targets"][index].pop("skipped")
+        del report["targets"][index]["seconds"], found["targets"][index]["seconds"]
+    assert report == found
+
+
+@pytest.mark.parametrize(
+    ("options", "subject"),
+    [
+        ({"overwrite": True, "skip_existing": True}, "overwrite and skip_existing"),
+        ({"shard": "1/2", "finish": True}, "shard and finish"),
+        *(({"shard": text}, "shard") for text in ("9/8", "0/8", "3/0", "1/100000", "3", "", "-1/3", "1/3/5")),
+        ({"shard": "1/2", "layout": "pt"}, "layout"),
+        ({"shard": "1/2", "skip_existing": True}, "skip_existing"),
+        ({"max_shard_size": "many"}, "max_shard_size"),
+        ({"accumulate": "float16"}, "accumulate"),
+        ({"out": None}, "out"),
+        ({"out": None, "finish": True, "dry_run": True}, "out"),
+        ({"shard": "1/2", "out": "one.safetensors"}, "out"),
+        ({"out": "no/such/folder"}, "out"),
+    ],
+)
+def test_a_call_that_makes_no_sense_names_the_argument(run: Path, options: dict[str, Any], subject: str) -> None:
+    with pytest.raises(InvalidValueError) as raised:
+        Synthesis(**{"directory": run, "targets": (SigmaRel(0.1),), "out": str(run / "out"), **options}).run()
+    assert raised.value.subject == subject
+
+
 # --- as a user types it ----------------------------------------------------------------------------
 
 
@@ -202,43 +245,11 @@ def test_parts_and_finish_on_the_command_line(ema: Ema, run: Path, tmp_path: Pat
     assert contents(out) == before
 
 
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("9/8", "--shard 9/8: there are only the parts 1/8 to 8/8"),
-        ("0/8", "--shard 0/8: there are only"),
-        ("3/0", "--shard 3/0: the number of parts must be from 1 to 99,999"),
-        ("1/100000", "the number of parts must be from 1 to 99,999"),
-        ("3", "--shard 3: must be K/N"),
-        ("", r"--shard (empty): must be K/N"),
-        ("-1/3", "must be K/N"),
-        ("1/3/5", "must be K/N"),
-    ],
-)
-def test_a_part_that_cannot_be(ema: Ema, run: Path, tmp_path: Path, text: str, said: str) -> None:
-    result = ema("synthesize", run, "--sigma-rel", "0.1", "--out", tmp_path / "out", f"--shard={text}")
-    assert result.code == 2
-    assert said in result.error
-
-
-def test_parts_need_a_folder_and_one_of_both_options(ema: Ema, run: Path, tmp_path: Path) -> None:
-    base = ("synthesize", run, "--sigma-rel", "0.1", "--out")
-    for options in (("m.safetensors", "--shard", "1/2"), ("out", "--finish", "--format", "pt")):
-        result = ema(*base, tmp_path / options[0], *options[1:])
-        assert result.code == 2
-        assert "a folder of shards" in result.error
-    assert "give one of them" in ema(*base, tmp_path / "out", "--finish", "--shard", "1/2").error
-    assert "leave it out" in ema(*base, tmp_path / "out", "--skip-existing", "--shard", "1/2").error
-    assert "its folder does not exist" in ema(*base, tmp_path / "no" / "out", "--shard", "1/2", "--quiet").err
-    (tmp_path / "file").touch()
-    assert "is a file" in ema(*base, tmp_path / "file", "--format", "sharded", "--shard", "1/2").err
-
-
 def test_a_missing_part_is_named(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_all(ema, run, tmp_path / "out", 3)
     (tmp_path / "out" / "model-00002-of-00003.safetensors").unlink()
     error = finish_it(ema, run, tmp_path / "out")
-    assert "model-00002-of-00003.safetensors: is missing; make it with --shard 2/3" in error
+    assert "model-00002-of-00003.safetensors: is missing; make part 2/3" in error
     assert "no part is here" in finish_it(ema, run, tmp_path / "elsewhere")
 
 
@@ -335,6 +346,9 @@ def test_another_model_in_the_folder_stays(run: Path, tmp_path: Path) -> None:
     with pytest.raises(OutputExistsError, match="holds a model already"):
         parted(run, tmp_path / "out", 2).make(Part(1, 2))
     assert contents(tmp_path / "out") == {"model.safetensors": b"precious"}
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputExistsError, match="is a file"):
+        parted(run, tmp_path / "file", 2).make(Part(1, 2))
 
 
 def test_a_model_in_the_run_s_own_folder_that_lacks_a_part_is_completed_there(
@@ -362,13 +376,6 @@ def test_what_a_killed_process_has_left_is_named_when_the_model_is_finished(
     assert result.code == 0
     assert f"warning: {left}: left by interrupted processes, 5,000 bytes" in result.err
     assert left.exists()
-
-
-def test_finish_needs_to_know_where_the_parts_are(ema: Ema, run: Path) -> None:
-    for options in ((), ("--dry-run",)):
-        result = ema("synthesize", run, "--sigma-rel", "0.1", "--finish", *options)
-        assert result.code == 2
-        assert result.error == "--out: where the parts are is missing"
 
 
 def test_a_foreign_shard_of_a_part_s_name_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""What is proposed for a budget: within it, and better than what one would take without looking."""
+"""Proposals fit their budget and are better than even spacing."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from checking import refused
 from factories import expected_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import Schedule, Task, judge, propose, relative_rounding
 from posthoc_cli.planning.proposals import ITEM_BYTES, Proposal
 from posthoc_cli.reconstruction import Motion
@@ -134,32 +134,29 @@ def test_short_averages_are_updated_more_often() -> None:
         assert {p.update_every for p in propose(replace(task, sigma_rels=(low, 0.28)))} == {every}
 
 
-@pytest.mark.parametrize("max_error", [-0.1, 1.0, float("nan")])
-def test_an_error_that_is_none_is_refused(max_error: float) -> None:
-    with pytest.raises(InvalidValueError, match="max_error"):
-        replace(AMPLE, max_error=max_error)
-
-
 def test_measured_rounding_counts() -> None:
     coarse = propose(replace(TASK, rounding={"float16": 0.1, "bfloat16": 0.1}))
     assert coarse[0].dtype == "float32"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "subject"),
     [
-        ({"steps": 0}, "steps 0"),
-        ({"parameters": 0}, "params 0"),
-        ({"max_bytes": 10**6}, "max_size 1,000,000 bytes: has no room"),
-        ({"max_bytes": 10**7, "max_checkpoints": 5}, "no room for 5 snapshots"),
-        ({"sigma_range": (0.28, 0.05)}, "must be below"),
-        ({"sigma_rels": (0.4,)}, "sigma_rel 0.4"),
-        ({"dtype": "int8"}, "dtype 'int8': must be one of float16, bfloat16, float32"),
-        ({"checkpoint_every": 0}, "checkpoint_every 0"),
-        ({"checkpoint_every": 40_001}, "at most steps"),
-        ({"max_checkpoints": 0}, "max_checkpoints 0"),
+        ({"steps": 0}, "steps"),
+        ({"parameters": 0}, "params"),
+        ({"max_bytes": 10**6}, "max_size"),
+        ({"max_bytes": 10**7, "max_checkpoints": 5}, "max_size"),
+        ({"sigma_range": (0.28, 0.05)}, "sigma_range"),
+        ({"sigma_rels": (0.4,)}, "sigma_rel"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"checkpoint_every": 0}, "checkpoint_every"),
+        ({"checkpoint_every": 40_001}, "checkpoint_every"),
+        ({"max_checkpoints": 0}, "max_checkpoints"),
+        ({"max_error": -0.1}, "max_error"),
+        ({"max_error": 1.0}, "max_error"),
+        ({"max_error": float("nan")}, "max_error"),
     ],
 )
-def test_an_impossible_task_is_refused(change: dict, message: str) -> None:
-    with pytest.raises(InvalidValueError, match=message):
+def test_an_impossible_task_is_refused(change: dict, subject: str) -> None:
+    with refused(subject):
         replace(TASK, **change)

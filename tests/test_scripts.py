@@ -1,215 +1,142 @@
-"""The recorded training runs, and the comparison with the peers that the README quotes."""
+"""The benchmarks and comparisons run and print what the guides quote; the truths that they compare with are exact."""
 
 from __future__ import annotations
 
-import math
+import gc
+import json
 import re
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 
+import bench_batch_norm
+import bench_fidelity
+import bench_load
+import bench_planning
+import bench_synthesis
+import bench_update
 import compare_peers
+import corner_cases
+import corner_walks
+import fidelity_runs as runs
 import numpy as np
 import pytest
+import quiet_timing
 import torch
-import trained_networks
+import trace_calls
 import trajectories
-from compare_peers import Entry, PeerMethod, Row, true_weights
+from compare_peers import true_weights
+from corner_runs import Tracking
+from fidelity_runs import Job
+from synthesis_cases import Layers, without_noise
+from trajectories import Trajectory
+from typer.testing import CliRunner
+from update_cases import contenders
 
-from posthoc_cli.profiles import PowerFunction
-
-SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
-
-
-# --- recorded runs ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", trajectories.NAMES)
-def test_a_run_is_recorded_after_every_step(name: str) -> None:
-    run = trajectories.record(name, 30)
-    assert (run.name, run.steps, run.weights.dtype) == (name, 30, np.float32)
-    assert run.weights.shape == (30, sum(int(np.prod(shape)) for shape in run.shapes))
-    assert 3_600 < run.weights.shape[1] < 12_000
-    assert np.isfinite(run.weights).all()
-    assert np.all(np.linalg.norm(np.diff(run.weights, axis=0), axis=1) > 0)
+from posthoc_cli.cli import app
+from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.targets import Beta, Between, Target, Window, as_target
 
 
-@pytest.mark.parametrize("name", trajectories.NAMES)
-def test_a_run_is_the_same_whatever_the_callers_random_numbers(name: str) -> None:
-    torch.manual_seed(1)
-    first = trajectories.record(name, 30).weights
-    torch.manual_seed(2)
-    np.testing.assert_array_equal(trajectories.record(name, 30).weights, first)
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quiet_timing, "PATIENCE", 0.0)
 
 
-def test_recording_leaves_random_numbers_and_threads_alone() -> None:
-    torch.set_num_threads(2)
-    before = torch.get_rng_state()
-    trajectories.record("classifier-sgd", 5)
-    assert torch.equal(torch.get_rng_state(), before)
-    assert torch.get_num_threads() == 2
+def goals(printed: str) -> list[str]:
+    """The lines of the verdicts, each of which begins with one."""
+    lines = printed.split("Goals:\n")[1].splitlines()
+    assert all(line.split()[0] in ("met", "MISSED", "NOT") for line in lines)
+    return lines
 
 
-def test_training_gets_somewhere() -> None:
-    run = trajectories.record("classifier-sgd", 600)
-    replay = trajectories.Replay(run)
-    images, labels = trained_networks.digits()
-    right = []
-    for index in (0, 599):
-        replay.go_to(index)
-        first, first_bias, second, second_bias = replay.parameters()
-        logits = torch.relu(images @ first.T + first_bias) @ second.T + second_bias
-        right.append(float((logits.argmax(dim=1) == labels).float().mean()))
-    assert right[0] < 0.5 < 0.9 < right[1]
+# --- speed and memory ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", trajectories.NAMES)
-def test_a_run_learns(name: str) -> None:
-    """Most of a denoiser's loss is noise that nobody could foresee."""
-    run = trajectories.record(name, 300)
-    first, last = trajectories.mean_loss(run, 0), trajectories.mean_loss(run, 299)
-    assert last < (0.85 if "denoiser" in name else 0.6) * first
-    assert trajectories.mean_loss(run, 0) == first
+@pytest.mark.usefixtures("_impatient")
+def test_bench_synthesis(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_synthesis.main(["--quick"])
+    assert len(goals(capsys.readouterr().out)) == 8
 
 
-def test_every_run_is_described_and_has_its_own_random_numbers() -> None:
-    recipes = trajectories.RECIPES.values()
-    assert all(recipe.description.endswith(".") for recipe in recipes)
-    others = [recipe.seed for name, recipe in trajectories.RECIPES.items() if name not in trajectories.PEER_RUNS]
-    assert len({*others, 2312}) == len(others) + 1
+@pytest.mark.usefixtures("_impatient")
+def test_bench_update(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    bench_update.main(["--quick", "--device", "cuda", "--folder", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert "accelerators: not run" in out
+    assert len(goals(out)) == 4 * 2 + 2
+    assert not list(tmp_path.iterdir())
 
 
-def test_half_of_the_runs_are_held_out_and_none_that_other_figures_rest_on() -> None:
-    assert set(trajectories.HELD_OUT) < set(trajectories.NAMES)
-    assert len(trajectories.HELD_OUT) == len(trajectories.NAMES) // 2
-    assert not set(trajectories.HELD_OUT) & set(trajectories.PEER_RUNS)
+@pytest.mark.cuda
+@pytest.mark.usefixtures("_impatient")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_the_benchmark_runs_on_an_accelerator(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_update.main(["--quick", "--device", "cuda"])
+    out = capsys.readouterr().out
+    assert "accelerators: not run" not in out
+    assert "% of a step" in out.split("Goals:\n")[1]
+    assert "memory in staging buffers" in out.split("Goals:\n")[1]
 
 
-@pytest.mark.parametrize("name", trajectories.NAMES)
-def test_the_clock_counts_steps_or_images(name: str, tmp_path: Path) -> None:
-    for _ in ("recorded", "cached"):
-        run = trajectories.record(name, 10, tmp_path)
-        sizes = [16] * 4 + [64] * 4 + [256] * 2 if name == "classifier-images" else [1] * 10
-        assert run.times.dtype == np.float64
-        np.testing.assert_array_equal(np.diff(run.times, prepend=0), sizes)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_of_everyone_elses_changes_two_averages_of_the_dtype_that_is_shown(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """No private names: the averages are the tensors of this process that have changed."""
+    shape = (37, 41)
+    for index, who in enumerate(contenders(dtype, "cpu")):
+        if not who.installed or who.role not in ("PyPI peer", "other"):
+            continue
+        with without_noise():
+            model = Layers({"layers.0.weight": shape, "layers.1.weight": shape}).to(dtype)
+            updates = who.start(model, tmp_path / str(index))
+            updates.update()
+            with torch.no_grad():
+                model.layers[1].fill_(1e5)
+            tensors = [item for item in gc.get_objects() if issubclass(type(item), torch.Tensor)]
+            # A parameter and its detached self are two objects and one tensor.
+            kept = {item.data_ptr(): (item, item.detach().clone()) for item in tensors if tuple(item.shape) == shape}
+            updates.update()
+            updates.settle()
+        changed = [now for now, before in kept.values() if not torch.allclose(now, before, rtol=1e-3)]
+        assert len(changed) == 2, who.label
+        assert {now.dtype for now in changed} == {who.average_dtype or dtype}, who.label
+        del tensors, kept, changed
 
 
-def test_a_trajectory_without_a_clock_counts_its_steps() -> None:
-    run = trajectories.record("denoiser-adam", 4)
-    np.testing.assert_array_equal(trajectories.Trajectory(run.name, run.weights[:3], run.shapes).times, [1, 2, 3])
+@pytest.mark.usefixtures("_impatient")
+def test_bench_planning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(words: Sequence[str]) -> None:
+        """In this process: importing takes seconds."""
+        assert CliRunner().invoke(app, list(words)).exit_code == 0
+
+    monkeypatch.setattr(bench_planning, "run", run)
+    bench_planning.main(["--quick"])
+    assert len(goals(capsys.readouterr().out)) == 4
 
 
-def test_the_batch_grows_with_the_clock(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = []
-    recipe = trajectories.RECIPES["classifier-images"]
-
-    def watching() -> trained_networks.Loss:
-        loss = recipe.task.loss()
-        return lambda model, size: (sizes.append(size), loss(model, size))[1]
-
-    watched = replace(recipe, task=replace(recipe.task, loss=watching))
-    monkeypatch.setitem(trajectories.RECIPES, "classifier-images", watched)
-    run = trajectories.record("classifier-images", 20)
-    np.testing.assert_array_equal(np.cumsum(sizes), run.times)
+def test_bench_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bench_load.main(["--job", "thinned", "300", str(tmp_path / "run")])
+    rows = [line.split("|") for line in capsys.readouterr().out.replace(" ", "").splitlines()]
+    assert [row[1:3] for row in rows] == [["3", "0"], ["30", "6"], ["150", "30"], ["300", "40"]]
 
 
-def test_a_restart_forgets_the_optimizers_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Adam's first step is as long as the rate in every parameter; later ones hardly ever are."""
-    restarted = trajectories.record("denoiser-restart", 200).weights
-    recipe = replace(trajectories.RECIPES["denoiser-restart"], restart=None)
-    monkeypatch.setitem(trajectories.RECIPES, "denoiser-restart", recipe)
-    kept = trajectories.record("denoiser-restart", 200).weights
-    np.testing.assert_array_equal(restarted[:120], kept[:120])
-    rate = 5e-3 * 1e-3
-    for weights, forgot in ((restarted, True), (kept, False)):
-        move = np.abs(weights[120].astype(np.float64) - weights[119])
-        assert (np.mean(np.abs(move / rate - 1) < 0.05) > 0.95) == forgot
+def test_trace_calls(tmp_path: Path) -> None:
+    found = trace_calls.measure(tmp_path)
+    assert set(found) == {"update_ with a snapshot", "ema synthesize", "ema error-plot"}
+    assert all(len(entered) > 20 for entered in found.values())
 
 
-def test_the_plain_classifier_wanders_about_one_place() -> None:
-    """A random walk is twice as far away after four times the steps; drift makes that more."""
-    grown = {}
-    for name in ("classifier-plain", "denoiser-constant"):
-        weights = trajectories.record(name, 4000).weights[1500:]
-        moved = {lag: np.linalg.norm(weights[lag::50] - weights[:-lag:50], axis=1).mean() for lag in (250, 1000)}
-        grown[name] = moved[1000] / moved[250]
-    assert grown["classifier-plain"] < 1.4 < 2 < grown["denoiser-constant"]
+# --- accuracy --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("rate", "expected"),
-    [
-        (trajectories._inverse_sqrt, {0: 1, 0.05: 1, 0.2: 0.5, 0.8: 0.25}),
-        (trajectories._cuts, {0: 1, 0.5999: 1, 0.6: 0.1, 0.8499: 0.1, 0.85: 0.01}),
-        (trajectories._cosine(1e-3), {0: 1e-3, 0.5: 0.5005, 1: 1e-3}),
-        (trajectories._warm_up_stable_decay, {0: 1e-3, 0.025: 0.5, 0.05: 1, 0.8: 1, 0.9: 0.505, 1: 0.01}),
-        (trajectories._warm_up_again, {0: 1e-3, 0.025: 0.5, 0.05: 1, 0.2: 0.5, 0.6: 1e-3, 0.625: 0.5, 0.8: 0.5}),
-    ],
-)
-def test_rates_are_what_they_are_said_to_be(rate: object, expected: dict[float, float]) -> None:
-    assert callable(rate)
-    assert {at: rate(at) for at in expected} == pytest.approx(expected)
-
-
-def test_the_parameters_of_batch_norm_are_recorded_and_its_statistics_are_not() -> None:
-    run = trajectories.record("cnn-batch-norm", 30)
-    assert run.shapes.count((12,)) == run.shapes.count((32,)) == 2
-    assert sum(math.prod(shape) for shape in run.shapes) == 108 + 24 + 3456 + 64 + 1290
-    scale, shift = run.weights[-1, 108:120], run.weights[-1, 120:132]
-    assert np.all(scale != 1)
-    assert np.all(shift != 0)
-
-
-def test_a_digit_is_read_as_its_label_and_its_pixels() -> None:
-    images, labels = trained_networks.digits()
-    sequences = trained_networks.digit_sequences()
-    assert sequences.shape == (len(images), 33)
-    assert torch.equal(sequences[:, 0], 16 + labels)
-    levels = torch.stack([sequences[:, 1:] // 4, sequences[:, 1:] % 4], dim=2).flatten(1)
-    assert (levels.min(), levels.max()) == (0, 3)
-    assert torch.equal(levels == 0, images < (4.5 - 4.9) / 6)
-    assert torch.equal(levels == 3, images > (12.5 - 4.9) / 6)
-
-
-def test_the_transformer_sees_no_later_token() -> None:
-    model = trajectories.RECIPES["transformer-adamw"].task.model()
-    tokens = trained_networks.digit_sequences()[:1, :-1]
-    other = tokens.clone()
-    other[0, 20] = (other[0, 20] + 1) % 16
-    with torch.no_grad():
-        change = (model(other) - model(tokens)).abs().amax(dim=2)[0]
-    assert torch.all(change[:20] < 1e-6)
-    assert torch.all(change[20:] > 1e-6)
-
-
-def test_a_cached_run_is_read_and_belongs_to_its_name_and_steps(tmp_path: Path) -> None:
-    recorded = trajectories.record("classifier-sgd", 5, tmp_path / "runs")
-    (file,) = (tmp_path / "runs").iterdir()
-    np.save(file, recorded.weights + 1)
-    cached = trajectories.record("classifier-sgd", 5, tmp_path / "runs")
-    np.testing.assert_array_equal(cached.weights, recorded.weights + 1)
-    assert cached.shapes == recorded.shapes
-    assert trajectories.record("classifier-sgd", 6, tmp_path / "runs").steps == 6
-
-
-def test_a_replay_stands_where_the_run_stood() -> None:
-    run = trajectories.record("denoiser-adam", 4)
-    replay = trajectories.Replay(run)
-    held = [parameter.data_ptr() for parameter in replay.parameters()]
-    replay.go_to(2)
-    assert tuple(tuple(parameter.shape) for parameter in replay.parameters()) == run.shapes
-    weights = torch.nn.utils.parameters_to_vector(replay.parameters()).detach().numpy()
-    np.testing.assert_array_equal(weights, run.weights[2])
-    assert [parameter.data_ptr() for parameter in replay.parameters()] == held
-
-
-@pytest.mark.parametrize(("name", "steps"), [("no-such-run", 10), ("classifier-sgd", 0)])
-def test_a_run_that_there_is_not_is_refused(name: str, steps: int) -> None:
-    with pytest.raises(ValueError, match=r"choose from denoiser-adam|at least 1"):
-        trajectories.record(name, steps)
-
-
-# --- the parts of the comparison -------------------------------------------------------------------
+def test_bench_batch_norm_measures_better_statistics_than_copied_ones(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_batch_norm.main(["--seeds", "1", "--steps", "60"])
+    rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines() if line.startswith("| 0.")]
+    losses = {(row[0].strip(), row[1].strip()): (float(row[2]), float(row[3])) for row in rows}
+    copied, measured = losses["0.1", "sigma_rel 0.25"]
+    assert measured < copied
 
 
 @pytest.mark.parametrize("stride", [1, 10])
@@ -220,60 +147,6 @@ def test_the_scripts_own_true_average_is_the_packages_definition(sigma_rel: floa
     expected = PowerFunction.from_sigma_rel(sigma_rel, 600).discrete_weights(seen)
     np.testing.assert_allclose(counts[seen - 1], expected, rtol=1e-9, atol=1e-15)
     assert counts.sum() == pytest.approx(1)
-
-
-def test_the_peers_at_stride_10_track_another_profile_than_they_were_asked_for() -> None:
-    """Mean distance of the tracked average from the end, in multiples of what 0.05 stands for."""
-    asked = true_weights(0.05, 2000)
-    gamma = compare_peers.gamma_of(0.05)
-    age = np.arange(2000)[::-1]
-    for stride, longer in ((1, 1), (10, 6.8)):  # (gamma + 2) / ((gamma + 1) / 10 + 1)
-        (tracked,) = PeerMethod(2000, stride, 100, first_call=1)._recorded(gamma, [2000])
-        assert (tracked @ age) / (asked @ age) == pytest.approx(longer, rel=0.02)
-
-
-class _Broken:
-    def __init__(self, *_: object) -> None:
-        raise RuntimeError("no luck\nat all")
-
-    def update(self) -> None: ...
-
-    def average(self, sigma_rel: float) -> Iterable[torch.Tensor]: ...  # type: ignore[empty-body]
-
-
-def test_a_peer_that_fails_is_a_line_with_its_reason() -> None:
-    run = trajectories.record("classifier-sgd", 20)
-    row = compare_peers._row(Entry("broken", "no-such-package", _Broken, 1), run, 1, np.ones((5, 3610)))
-    assert row.failure == "RuntimeError: no luck"
-    for table in (compare_peers.text_table([row]), compare_peers.markdown_table([row])):
-        assert "broken (not installed)" in table
-        assert "RuntimeError: no luck" in table
-
-
-def test_an_error_of_our_own_is_not_hidden() -> None:
-    run = trajectories.record("classifier-sgd", 20)
-    with pytest.raises(RuntimeError, match="no luck"):
-        compare_peers._row(Entry("ours", "posthoc-cli", _Broken), run, 1, np.ones((5, 3610)))
-
-
-def test_the_text_table_is_aligned() -> None:
-    rows = [Row("a", errors=[0.1] * 5), Row("a long name", 10, [1e-6] * 5, 1e-7, 1.0, 0.01)]
-    header, short, long = compare_peers.text_table(rows).splitlines()
-    assert len(header) == len(long)
-    assert short.rindex("1.0e-01") == long.rindex("1.0e-06") == header.index("0.28") - 3
-
-
-@pytest.mark.parametrize("steps", ["0", "100", "1001", "many"])
-def test_steps_that_the_snapshots_do_not_divide_are_a_usage_error(
-    steps: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stopped:
-        compare_peers.main(["--steps", steps])
-    assert stopped.value.code == 2
-    assert steps in capsys.readouterr().err
-
-
-# --- the comparison --------------------------------------------------------------------------------
 
 
 def test_ours_is_near_the_truth_and_the_peers_where_their_method_puts_them(
@@ -299,3 +172,170 @@ def test_ours_is_near_the_truth_and_the_peers_where_their_method_puts_them(
 
 def _without_version(label: str) -> str:
     return re.sub(r" \d+\.[\w.+]*", "", label)
+
+
+def _walk(steps: int = 60, seed: int = 0) -> Trajectory:
+    """On a clock that is slow at first."""
+    random = np.random.default_rng(seed)
+    weights = random.standard_normal((steps, 7)).cumsum(axis=0).astype(np.float32)
+    times = np.cumsum(np.where(np.arange(steps) < steps // 3, 16.0, 64.0))
+    return Trajectory("classifier-images", weights, ((7,),), times)
+
+
+def _truth(run: Trajectory, target: Target, stride: int) -> runs.FloatArray:
+    (average,) = runs.true_averages(run, [target], stride)
+    return average
+
+
+@pytest.mark.parametrize("stride", [1, 10])
+@pytest.mark.parametrize("sigma_rel", [0.02, 0.1, 0.28])
+def test_the_true_average_of_a_width_is_what_tracking_in_float64_gives(sigma_rel: float, stride: int) -> None:
+    run = _walk()
+    average, before = np.zeros(7), 0.0
+    for index in range(stride - 1, run.steps, stride):
+        kept = (before / run.times[index]) ** (gamma_from_sigma_rel(sigma_rel) + 1)
+        average = kept * average + (1 - kept) * run.weights[index].astype(np.float64)
+        before = run.times[index]
+    np.testing.assert_allclose(_truth(run, as_target(sigma_rel), stride), average, rtol=1e-9)
+
+
+@pytest.mark.parametrize("stride", [1, 10])
+def test_the_true_classical_average_begins_as_a_copy_of_the_first_weights(stride: int) -> None:
+    """What an update at every tenth step takes in counts for ten."""
+    run, beta = _walk(), 0.95
+    first, *later = run.weights.astype(np.float64)[stride - 1 :: stride]
+    average = first
+    for weights in later:
+        average = beta**stride * average + (1 - beta**stride) * weights
+    np.testing.assert_allclose(_truth(run, Beta(beta), stride), average, rtol=1e-12)
+
+
+def test_the_true_window_is_the_mean_of_the_last_steps() -> None:
+    run = _walk()
+    weights = run.weights.astype(np.float64)
+    np.testing.assert_allclose(_truth(run, Window(25), 1), weights[-25:].mean(axis=0), rtol=1e-12)
+    # Of the update that looks at steps 31 to 40, half of the steps lie in the window.
+    np.testing.assert_allclose(_truth(run, Window(25), 10), np.array([0.2, 0.4, 0.4]) @ weights[39::10], rtol=1e-12)
+
+
+def test_the_true_stretch_is_the_mean_over_its_time() -> None:
+    """The clock runs in 16ths for 20 steps, then in 64ths: 320 to 480 is two and a half of the later steps."""
+    run = _walk()
+    weights = run.weights.astype(np.float64)
+    np.testing.assert_allclose(_truth(run, Between(320, 480), 1), np.array([2, 2, 1]) @ weights[20:23] / 5, rtol=1e-12)
+    # Of the update at step 30, which has the time from step 20 on, the whole of it.
+    np.testing.assert_allclose(_truth(run, Between(320, 480), 10), weights[29], rtol=1e-12)
+
+
+@pytest.fixture
+def few_setups(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runs, "TRACKED", ((0.05, 0.28),))
+    monkeypatch.setattr(runs, "SNAPSHOTS", (8,))
+    monkeypatch.setattr(runs, "DTYPES", ("float32", "float16"))
+
+
+@pytest.mark.usefixtures("few_setups")
+@pytest.mark.parametrize(
+    "job",
+    [Job("denoiser-restart"), Job("classifier-images"), Job("denoiser-adam", 10)],
+    ids=lambda job: job.label,
+)
+def test_what_is_tracked_is_exact_and_the_oracle_is_not_beaten(job: Job) -> None:
+    cells = runs.measure(job, 240)
+    assert len(cells) == 2 * 12
+    # Made of float32 sums, with coefficients of a few ones.
+    assert all(cell.oracle <= min(cell.error, cell.paper) * (1 + 1e-6) + 3e-7 for cell in cells)
+    assert all(cell.predicted > 0 and cell.held_out == job.held_out for cell in cells)
+    unit = {"float32": 2**-24, "float16": 2**-11}
+    assert all(cell.floor <= unit[cell.dtype] for cell in cells)
+    tracked = [cell for cell in cells if cell.sigma_rel in cell.tracked]
+    assert len(tracked) == 2 * 2
+    # An update rounds once, and its rounding fades; 240 of them add up to less than 20.
+    assert all(cell.error <= 20 * unit["float32"] for cell in tracked if cell.dtype == "float32")
+    assert all(cell.error <= 1.1 * cell.floor for cell in tracked if cell.dtype == "float16")
+
+
+@pytest.mark.usefixtures("few_setups")
+def test_the_benchmark_prints_its_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench_fidelity, "_pictured_widths", lambda: np.array([0.02, 0.05, 0.1, 0.2]))
+    files = {option: tmp_path / option for option in ("json", "figure.png")}
+    options = ["--processes", "1", "--steps", "240", "--runs", "denoiser-adam-every-10", "--worst"]
+    bench_fidelity.main([*options, "--json", str(files["json"]), "--figure", str(files["figure.png"])])
+    text = capsys.readouterr().out
+    assert "goals, all runs:" in text
+    assert "largest error/paper" in text
+    cells = json.loads(files["json"].read_text())
+    assert len(cells) == 2 * 12
+    assert {cell["run"] for cell in cells} == {"denoiser-adam-every-10"}
+    assert files["figure.png"].read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.fixture
+def one_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = corner_walks.walk("cosine", 120, 200)
+    trackings = [Tracking((0.05, 0.28), dtype, 20) for dtype in ("float32", "float16")]
+    study = corner_cases.Study(run, trackings, [as_target(0.05), as_target(0.15)])
+    monkeypatch.setattr(corner_cases, "STUDIES", {"tiny": lambda: [study]})
+
+
+@pytest.mark.usefixtures("one_study")
+def test_a_tracked_average_is_its_own_nearest_and_another_is_not() -> None:
+    exact, made, rounded, _ = corner_cases.measure("tiny")
+    assert (exact.run, exact.target, exact.setup) == (
+        "walk, cosine", "sigma_rel 0.05", "float32, (0.05, 0.28), every 10 and 20"
+    )  # fmt: skip
+    # Twelve updates round once each.
+    assert exact.error == exact.nearest < 12 * 2**-24
+    assert exact.paper == pytest.approx(exact.error, rel=1e-3)
+    assert made.error < 0.1 * made.nearest
+    assert 2**-13 < rounded.error < 2**-11  # one rounding to float16, between no and half a spacing of values
+    assert exact.predicted > 0
+
+
+@pytest.mark.usefixtures("one_study")
+def test_the_corner_cases_print_their_tables_and_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "cells.json"
+    bench_fidelity.main(["--corners", "--processes", "1", "--case", "tiny", "--worst", "--json", str(file)])
+    text = capsys.readouterr().out
+    assert "goals, tiny:" in text
+    assert "tiny, error/nearest" in text
+    assert len(json.loads(file.read_text())) == 4
+    bench_fidelity.main(["--corners", "--processes", "1", "--case", "tiny", "--markdown"])
+    table, goals = capsys.readouterr().out.split("\n\n")
+    assert len({row.count("|") for row in table.splitlines()}) == 1
+    assert goals.startswith("| goal | all cases |")
+
+
+# --- recorded runs ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", trajectories.NAMES)
+def test_a_run_is_recorded_after_every_step(name: str) -> None:
+    run = trajectories.record(name, 30)
+    assert (run.name, run.steps, run.weights.dtype) == (name, 30, np.float32)
+    assert run.weights.shape == (30, sum(int(np.prod(shape)) for shape in run.shapes))
+    assert 3_600 < run.weights.shape[1] < 12_000
+    assert np.isfinite(run.weights).all()
+    assert np.all(np.linalg.norm(np.diff(run.weights, axis=0), axis=1) > 0)
+
+
+@pytest.mark.parametrize("name", trajectories.NAMES)
+def test_the_clock_counts_steps_or_images(name: str, tmp_path: Path) -> None:
+    for _ in ("recorded", "cached"):
+        run = trajectories.record(name, 10, tmp_path)
+        sizes = [16] * 4 + [64] * 4 + [256] * 2 if name == "classifier-images" else [1] * 10
+        assert run.times.dtype == np.float64
+        np.testing.assert_array_equal(np.diff(run.times, prepend=0), sizes)
+
+
+def test_a_replay_stands_where_the_run_stood() -> None:
+    run = trajectories.record("denoiser-adam", 4)
+    replay = trajectories.Replay(run)
+    held = [parameter.data_ptr() for parameter in replay.parameters()]
+    replay.go_to(2)
+    assert tuple(tuple(parameter.shape) for parameter in replay.parameters()) == run.shapes
+    weights = torch.nn.utils.parameters_to_vector(replay.parameters()).detach().numpy()
+    np.testing.assert_array_equal(weights, run.weights[2])
+    assert [parameter.data_ptr() for parameter in replay.parameters()] == held

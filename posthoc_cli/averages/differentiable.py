@@ -1,122 +1,87 @@
-"""Values whose graphs outlive the next optimizer step."""
+"""Moving averages through which `backward` works, and graphs that outlive the next optimizer step."""
 
 from __future__ import annotations
 
 import math
 import operator
+import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
-from posthoc_cli.averages.histories import Carried, Decay, Full, History, Truncated, Window, check_cotangent
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 
-
-@contextmanager
-def recording() -> Iterator[None]:
-    """Within the block, graphs keep copies of the tensors that autograd saves, instead of the tensors themselves.
-
-    An optimizer changes parameters in place. A graph that saved one is then unusable, since `backward` would multiply
-    with the new value where the derivative has the old one, and torch raises an error. A copy stays as it was.
-
-    Every saved tensor is copied once a block, however many operations save it, and the copy takes its place in the
-    graph, so that a recorded graph holds what an ordinary one does, and a copy of each parameter in it. Not covered
-    is what a custom `torch.autograd.Function` keeps without `save_for_backward`. Of nested hooks on saved tensors
-    only the innermost is called: that is torch's rule.
-    """
-    copies: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def keep(saved: torch.Tensor) -> torch.Tensor:
-        value = saved.detach()
-        if value.layout != torch.strided:
-            return value.clone()
-        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.device, value.dtype)
-        view = (*place, value.shape, value.stride(), saved._version)
-        if view not in copies:
-            # The original is held until the block ends: freed, its address could become another tensor's.
-            copies[view] = value, value.clone()
-        return copies[view][1]
-
-    def give(copy: torch.Tensor) -> torch.Tensor:
-        return copy
-
-    try:
-        with saved_tensors_hooks(keep, give):
-            yield
-    finally:
-        copies.clear()
-
-
-# --- `DifferentiableEMA`: the module ---------------------------------------------------------------
-
+Decay = float | torch.Tensor
+"""A number, or a tensor of one element that may be part of a graph."""
 
 MODES = ("truncated", "window", "carried", "full")
 
 _ACCUMULATORS = (torch.float32, torch.float64)
 """At a decay of 0.9999 an average in half precision never moves."""
 
+_LONGEST_QUIET_GRAPH = 99
+"""Values that mode "full" holds without a warning."""
+
+_CALLER = 5
+"""`stacklevel` of a warning in `take_in`, past `forward` and two frames of torch.nn.Module."""
+
 
 class DifferentiableEMA(torch.nn.Module):
-    """An exponential moving average of tensors, on which `backward` works: for a loss on running statistics.
+    """An exponential moving average of tensors with a graph, for a loss on running statistics.
 
-    The values are x_1, x_2, ..., each the output of a graph, x_i = f_i(w_i), where w_i is what the leaf w (a parameter)
-    was worth when x_i was made. The average is a_1 = x_1 and
+    The values x_i = f_i(w_i) are outputs of a graph, where w_i is what the leaf w (a parameter) held when x_i was
+    made. The average is a_1 = x_1 and
 
         a_t = decay a_{t-1} + (1 - decay) x_t = sum_i c_i x_i,    c_i = (1 - decay) decay**(t-i),   c_1 = decay**(t-1).
 
-    The modes differ in what `backward` on a_t adds to w.grad, where g is the gradient that arrives at a_t:
+    The modes differ in what `backward` on a_t adds to w.grad, where g is the gradient at a_t:
 
-    - "truncated": g^T (1 - decay) dx_t/dw. The newest value only, as batch statistics do. Memory is constant.
-    - "window": g^T sum_i c_i df_i/dw(w_i) over the last `window` values, exactly. Memory is that of `window` graphs.
-    - "full": the same over all values. The graph grows without end: for checks. From the 100th value on it warns.
-    - "carried": the same over all values, without any graph. See below.
+    - "truncated": g^T (1 - decay) dx_t/dw, the newest value only, as batch statistics do. Constant memory.
+    - "window": g^T sum_i c_i df_i/dw(w_i) over the last `window` values, exactly. Holds `window` graphs.
+    - "full": the same over all values, for checks. The graph grows without end; it warns from the 100th value on.
+    - "carried": the same over all values without a graph, see below.
 
-    **Graphs that are kept** ("window", "full") are used by more than one `backward`: call it with `retain_graph=True`.
-    And since optimizers change leaves in place, make the values under `with ema.recording():`, so that the graphs keep
-    copies of what the leaves were worth; without it torch raises an error that names the in-place operation.
+    **Kept graphs** ("window", "full") serve more than one `backward`: call it with `retain_graph=True`. Optimizers
+    change leaves in place, so make the values under `with ema.recording():`, which keeps copies of the leaves; without
+    it torch raises an error that names the in-place operation.
 
-    **Carried.** J_t = da_t/dw is itself averaged, J_t = decay J_{t-1} + (1 - decay) dx_t/dw with J_1 = dx_1/dw, and
-    `backward` adds g^T J_t. Give the leaves with every value, `ema(x, leaves=[w])`; gradients reach these and nothing
-    else. An update costs a backward pass for each element of the average and memory of (elements of the average) x
-    (elements of the leaves): it is for an average of few values. Or give a fixed `cotangent` c: then only c^T J is
-    carried, one pass and the memory of the leaves, and `backward` accepts gradients g that are a multiple of c. There
-    are first derivatives only (no `create_graph`). Leaves that the first value does not depend on are named in a
-    warning.
+    **Carried.** J_t = da_t/dw is averaged, too: J_t = decay J_{t-1} + (1 - decay) dx_t/dw with J_1 = dx_1/dw, and
+    `backward` adds g^T J_t. Pass the leaves with every value, `ema(x, leaves=[w])`; no other tensor gets a gradient. An
+    update takes a backward pass per element of the average, and memory of (elements of the average) x (elements of the
+    leaves). With a fixed `cotangent` c only c^T J is carried: one pass, the memory of the leaves, and `backward`
+    accepts gradients that are a multiple of c. First derivatives only (no `create_graph`).
 
-    What this derivative is: J_t = sum_i c_i df_i/dw(w_i), each term at the leaf's value *of then*. It is what moves a_t
-    when one and the same shift is added to all of w_1, ..., w_t: d/ds sum_i c_i f_i(w_i + s) at s = 0. It equals the
-    derivative of a graph over all values. What it is not, once the leaf moves: the derivative of the average that
-    today's leaf would give, sum_i c_i df_i/dw(w_t), and the derivative through the optimizer, where w_i itself depends
-    on w_1. Where the leaf stands still, or f_i is linear, the first of the two is the same as J_t.
+    J_t takes each term at the leaf's value of that time, as a graph over all values does: it is
+    d/ds sum_i c_i f_i(w_i + s) at s = 0. It is neither sum_i c_i df_i/dw(w_t), the derivative at today's leaf (the two
+    agree where the leaf stands still or f_i is linear), nor the derivative through the optimizer's steps.
 
-    A value that is built from an earlier result brings that result's graph along in every mode but "carried"; detach
-    it first. In eval mode a value is not taken in: the average comes back as it stands, without a graph.
-
-    A state dict and a copy hold the average and the number of updates. Graphs, and J, begin anew: the average of
-    before counts as a constant.
+    Detach a value that is built from an earlier result: it brings that graph along in every mode but "carried". Eval
+    mode returns the average without a graph and takes no value in. A state dict and a copy hold the average and the
+    number of updates; graphs and J start anew, with the average so far as a constant.
 
     Arguments:
         shape: of the values.
-        decay: in [0, 1). Or a tensor of one element that requires gradients (not in mode "carried"); it gets them from
-            the updates that the mode keeps. A Parameter becomes the module's own. It may be assigned before each
-            update, such as `ema.decay = torch.sigmoid(logit)`, which keeps a learned one in range.
+        decay: in [0, 1), or a tensor of one element. One that requires gradients (not in mode "carried") gets them from
+            the updates that the mode keeps; a Parameter becomes the module's own. It may be assigned before each
+            update: `ema.decay = torch.sigmoid(logit)` keeps a learned decay in range.
         mode: "truncated", "window", "carried" or "full".
-        window: in mode "window", how many values are kept.
-        cotangent: in mode "carried", the only direction in which gradients are wanted, of shape `shape`.
+        window: number of values kept in mode "window".
+        cotangent: in mode "carried", the only direction of gradients, of shape `shape`.
         device: of the average.
-        dtype: of the average and the values, float32 or float64; torch's default when left out.
+        dtype: of the average and the values, float32 or float64; by default torch's default.
 
     Attributes:
         average: the average, without a graph; zeros before the first value.
         num_updates: values taken in, an int64 tensor.
-        decay: as given.
-        mode: as given.
+        decay, mode: as given.
 
     Raises:
-        InvalidValueError: (a ValueError) naming the argument and what would be accepted.
+        InvalidValueError: (a ValueError) names the argument and what would be accepted.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -133,6 +98,7 @@ class DifferentiableEMA(torch.nn.Module):
     average: torch.Tensor
     num_updates: torch.Tensor
     decay: Decay
+    _has_average: bool
 
     def __init__(
         self,
@@ -149,21 +115,22 @@ class DifferentiableEMA(torch.nn.Module):
         if dtype not in _ACCUMULATORS:
             raise InvalidValueError("dtype", f"must be torch.float32 or torch.float64, not {dtype}")
         _check_decay(decay)
+        _check_mode(mode, window, cotangent)
+        size = _check_shape(shape)
         self.decay = decay
         self.mode = mode
-        size = _check_shape(shape)
+        self._window = window
+        self._cotangent = None if cotangent is None else _check_cotangent(cotangent, size)
         self.register_buffer("average", torch.zeros(size, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
-        self._history = _make_history(mode, window, check_cotangent(cotangent, size))
-        self._has_average = False
+        self._start_anew()
 
     def forward(self, value: torch.Tensor, leaves: Iterable[torch.Tensor] | None = None) -> torch.Tensor:
         """Take a value in; returns the current average, with the graph that the mode gives it.
 
         Arguments:
             value: of the average's shape, dtype and device.
-            leaves: in mode "carried" what gradients shall reach: parameters or other leaves that require gradients,
-                the same at every update.
+            leaves: in mode "carried" the leaves that gradients shall reach, the same at every update.
 
         Raises:
             InvalidValueError: a value of another shape, dtype or device, a decay out of range, or wrong leaves.
@@ -175,12 +142,17 @@ class DifferentiableEMA(torch.nn.Module):
             if not self._has_average:
                 raise NotReadyError("DifferentiableEMA", "no value was taken in yet, and eval mode takes none in")
             return self.average.clone()
+        if leaves is not None and self.mode != "carried":
+            raise InvalidValueError("leaves", "only mode 'carried' takes them; others follow the value's own graph")
         _check_decay(self.decay)
-        # The decay of this update, which an optimizer may change in place before the graph is used.
+        # An optimizer may change the decay in place before the graph is used.
         decay = self.decay.reshape(()).clone() if isinstance(self.decay, torch.Tensor) else self.decay
-        result = self._history.take_in(self.average if self._has_average else None, value, decay, leaves)
-        # A tensor of its own: the caller may change the result in place.
-        self.average = result.detach().clone()
+        average = self.average if self._has_average else None
+        if self._history is None:
+            result = _next(average, value, decay)
+        else:
+            result = self._history.take_in(average, value, decay, leaves)
+        self.average = result.detach().clone()  # the caller may change the result in place
         self.num_updates += 1
         self._has_average = True
         return result
@@ -188,16 +160,16 @@ class DifferentiableEMA(torch.nn.Module):
     def recording(self) -> AbstractContextManager[None]:
         """A block in which the graphs of values are made so that they outlive the next optimizer step.
 
-        Within it every tensor that autograd saves is copied once. Modes "truncated" and "carried" keep no graph, so
-        that there it does nothing.
+        Each tensor that autograd saves within it is copied once. Does nothing in modes "truncated" and "carried", which
+        keep no graph.
         """
-        return recording() if self.mode in ("window", "full") else nullcontext()
+        return _recording() if self.mode in ("window", "full") else nullcontext()
 
     def reset(self) -> None:
         """Forget everything: the next value is the first."""
         self.average = torch.zeros_like(self.average)
         self.num_updates.zero_()
-        self._begin_anew()
+        self._start_anew()
 
     def extra_repr(self) -> str:
         """The settings, for `print`."""
@@ -205,20 +177,27 @@ class DifferentiableEMA(torch.nn.Module):
         return f"{list(self.average.shape)}, decay={decay}, mode={self.mode!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        # For copies and pickles, which can hold no graph.
-        state = {**self.__dict__, "_history": self._history.fresh()}
+        # Copies and pickles cannot hold a graph.
+        state = {**self.__dict__, "_history": self._new_history()}
         if isinstance(state.get("decay"), torch.Tensor) and not state["decay"].is_leaf:
             state["decay"] = state["decay"].detach()
         return state
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
-        self._begin_anew()
+        self._start_anew()
 
-    def _begin_anew(self) -> None:
-        self._history = self._history.fresh()
-        # Looked up here and not at every update, where an accelerator would have to be waited for.
-        self._has_average = int(self.num_updates) > 0
+    def _start_anew(self) -> None:
+        self._history = self._new_history()
+        self._has_average = int(self.num_updates) > 0  # read here, since every read waits for an accelerator
+
+    def _new_history(self) -> _Window | _Full | _Carried | None:
+        """What this mode keeps between updates beside the average."""
+        if self.mode == "window":
+            return _Window(cast(int, self._window))
+        if self.mode == "carried":
+            return _Carried(self._cotangent)
+        return _Full() if self.mode == "full" else None
 
     def _check_value(self, value: torch.Tensor) -> None:
         if not isinstance(value, torch.Tensor) or value.shape != self.average.shape:
@@ -227,15 +206,224 @@ class DifferentiableEMA(torch.nn.Module):
         if self.average.dtype not in _ACCUMULATORS:
             raise InvalidValueError("average", f"is {self.average.dtype}", "keep it in torch.float32 with ema.float()")
         if value.dtype != self.average.dtype:
-            raise InvalidValueError(
-                "value", f"is {value.dtype}, the average {self.average.dtype}", "convert it with value.to(...)"
-            )
+            reason = f"is {value.dtype}, the average {self.average.dtype}"
+            raise InvalidValueError("value", reason, "convert it with value.to(...)")
         if value.device != self.average.device:
-            raise InvalidValueError(
-                "value",
-                f"is on {value.device}, the average on {self.average.device}",
-                "move the module with ema.to(...)",
+            reason = f"is on {value.device}, the average on {self.average.device}"
+            raise InvalidValueError("value", reason, "move the module with ema.to(...)")
+
+
+# --- What the modes keep: `take_in` gives the new average with the mode's graph, a tensor of its own ---
+
+
+class _Window:
+    """The last `length` values with their graphs, and the average of all earlier ones without a graph."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+        self._before: torch.Tensor | None = None
+        self._kept: deque[tuple[torch.Tensor, Decay]] = deque()
+
+    def take_in(self, average: torch.Tensor | None, value: torch.Tensor, decay: Decay, _: object) -> torch.Tensor:
+        if not self._kept:
+            self._before = average
+        elif len(self._kept) == self._length:
+            with torch.no_grad():
+                oldest, decay_then = self._kept.popleft()
+                self._before = _next(self._before, oldest, decay_then)
+        # A copy, since the value may be a view of a parameter, which the optimizer changes.
+        self._kept.append((value.clone(), decay))
+        running = self._before
+        for kept, decay_then in self._kept:
+            running = _next(running, kept.to(value), decay_then)
+        return cast(torch.Tensor, running)
+
+
+class _Full:
+    """The average with the graphs of all values."""
+
+    def __init__(self) -> None:
+        self._average: torch.Tensor | None = None
+        self._length = 0
+
+    def take_in(self, average: torch.Tensor | None, value: torch.Tensor, decay: Decay, _: object) -> torch.Tensor:
+        self._average = _next(average if self._average is None else self._average, value, decay)
+        self._length += 1
+        if self._length > _LONGEST_QUIET_GRAPH:
+            warnings.warn(
+                f"mode 'full' holds the graphs of {self._length} values, and one more with each; use 'window' or "
+                "'carried' for training, or call reset()",
+                RuntimeWarning,
+                stacklevel=_CALLER,
             )
+        return self._average.clone()
+
+
+class _Carried:
+    """The derivative J of the average with respect to the leaves: see `DifferentiableEMA`.
+
+    Arguments:
+        cotangent: the one direction in which J is kept, of the average's shape and of length 1; None for all.
+    """
+
+    def __init__(self, cotangent: torch.Tensor | None) -> None:
+        self._cotangent = cotangent
+        self._leaves: tuple[torch.Tensor, ...] = ()
+        self._jacobians: tuple[torch.Tensor, ...] = ()
+
+    def take_in(
+        self, average: torch.Tensor | None, value: torch.Tensor, decay: Decay, leaves: Iterable[torch.Tensor] | None
+    ) -> torch.Tensor:
+        """A J of a leaf has the shape [elements of the average, *leaf]; [1, *leaf] with a cotangent."""
+        found = self._check_leaves(leaves)
+        if isinstance(decay, torch.Tensor) and decay.requires_grad:
+            raise InvalidValueError("decay", "gets no gradients in mode 'carried'", "use 'window'")
+        if not value.requires_grad:
+            raise InvalidValueError("value", "has no graph to take the derivative from", "make it outside of no_grad")
+        cotangent = None if self._cotangent is None else self._cotangent.to(value)
+        jacobians, unreached = _jacobians(value, found, cotangent)
+        if unreached and not self._jacobians:  # a module that is skipped at a later update is no mistake
+            _warn_of_unreached(unreached, found)
+        kept = 0.0 if average is None else float(decay)
+        for index, jacobian in enumerate(jacobians):
+            jacobian.mul_(1 - kept)
+            if self._jacobians:
+                jacobian.add_(self._jacobians[index].to(jacobian), alpha=kept)
+        self._leaves, self._jacobians = found, jacobians
+        result = _next(average, value.detach(), decay)
+        return cast(torch.Tensor, _Attached.apply(result, cotangent, len(found), *jacobians, *found))  # type: ignore[no-untyped-call]
+
+    def _check_leaves(self, leaves: Iterable[torch.Tensor] | None) -> tuple[torch.Tensor, ...]:
+        if leaves is None or isinstance(leaves, torch.Tensor):
+            raise InvalidValueError("leaves", "mode 'carried' needs a sequence of tensors at every update, such as [w]")
+        found = tuple(leaves)
+        if not found or len({id(leaf) for leaf in found}) < len(found):
+            raise InvalidValueError("leaves", "must be one tensor at least, and none of them twice")
+        for index, leaf in enumerate(found):
+            if not (isinstance(leaf, torch.Tensor) and leaf.is_leaf and leaf.requires_grad):
+                raise InvalidValueError(f"leaves[{index}]", "must be a leaf that requires gradients, like a parameter")
+        if self._leaves and [*map(id, found)] != [*map(id, self._leaves)]:
+            raise InvalidValueError("leaves", "must be the same tensors at every update", "call reset() to take others")
+        return found
+
+
+def _next(average: torch.Tensor | None, value: torch.Tensor, decay: Decay) -> torch.Tensor:
+    """decay average + (1 - decay) value; the first value is its own average."""
+    if average is None:
+        return value.clone()
+    if isinstance(decay, torch.Tensor):
+        decay = decay.to(value.device)
+    return average.to(value) * decay + value * (1 - decay)
+
+
+def _jacobians(
+    value: torch.Tensor, leaves: tuple[torch.Tensor, ...], cotangent: torch.Tensor | None
+) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+    """d value / d leaf for each leaf, in float32 at least, and the indices of leaves that the value ignores."""
+    directions = [cotangent] if cotangent is not None else _unit_vectors(value)
+    rows = value.numel() if cotangent is None else 1
+    jacobians = tuple(
+        torch.zeros(rows, *leaf.shape, device=leaf.device, dtype=torch.promote_types(leaf.dtype, torch.float32))
+        for leaf in leaves
+    )
+    unreached = set(range(len(leaves))) if rows else set()
+    for row, direction in enumerate(directions):
+        # The caller may want gradients of the value itself, from the same graph.
+        gradients = torch.autograd.grad(value, leaves, direction, retain_graph=True, allow_unused=True)
+        for index, gradient in enumerate(gradients):
+            if gradient is not None:
+                jacobians[index][row] = gradient
+                unreached.discard(index)
+    return jacobians, sorted(unreached)
+
+
+def _unit_vectors(value: torch.Tensor) -> Iterator[torch.Tensor]:
+    for index in range(value.numel()):
+        direction = torch.zeros(value.numel(), dtype=value.dtype, device=value.device)
+        direction[index] = 1
+        yield direction.reshape(value.shape)
+
+
+def _warn_of_unreached(unreached: Sequence[int], leaves: Sequence[torch.Tensor]) -> None:
+    listed = ", ".join(f"leaves[{index}] of the shape {list(leaves[index].shape)}" for index in unreached[:5])
+    more = f" and {len(unreached) - 5} more" if len(unreached) > 5 else ""
+    warnings.warn(
+        f"the value does not depend on {listed}{more}: they get no gradient; leave them out, or look for a detach()",
+        RuntimeWarning,
+        stacklevel=_CALLER + 1,
+    )
+
+
+class _Attached(torch.autograd.Function):
+    """A tensor, unchanged, with a given derivative with respect to leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, result: torch.Tensor, cotangent: torch.Tensor | None, count: int, *tensors: Any) -> Any:
+        """`tensors` are `count` Jacobians, then the `count` leaves that they belong to."""
+        ctx.cotangent = cotangent
+        ctx.save_for_backward(*tensors[:count])
+        ctx.dtypes = [leaf.dtype for leaf in tensors[count:]]
+        return result.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
+        """g^T J for each leaf."""
+        share = gradient.flatten() if ctx.cotangent is None else _along(gradient, ctx.cotangent).reshape(1)
+        pulled = [
+            torch.tensordot(share.to(jacobian), jacobian, dims=1).to(dtype)
+            for jacobian, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (None, None, None, *[None] * len(pulled), *pulled)
+
+
+def _along(gradient: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
+    """The factor s in gradient = s cotangent; an InvalidValueError if the gradient points elsewhere."""
+    scale = (gradient * cotangent).sum()
+    across, size = float((gradient - scale * cotangent).norm()), float(gradient.norm())
+    # A non-finite gradient passes, since a GradScaler looks for it later.
+    if across > torch.finfo(gradient.dtype).eps ** 0.5 * size:
+        raise InvalidValueError(
+            "cotangent",
+            f"the gradient of the average does not point along it; {100 * across / size:.2g} % of it is across",
+            "use the loss that the cotangent was made for, or no cotangent",
+        )
+    return scale
+
+
+# --- Graphs that outlive an optimizer step ----------------------------------------------------------
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Within the block, graphs keep copies of the tensors that autograd saves, instead of the tensors themselves.
+
+    An optimizer changes parameters in place; torch refuses `backward` through a graph that saved the parameter itself.
+    Each saved tensor is copied once a block, however many operations save it. Not covered: what a custom
+    `torch.autograd.Function` keeps without `save_for_backward`. Of nested hooks on saved tensors torch calls only the
+    innermost.
+    """
+    copies: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def keep(saved: torch.Tensor) -> torch.Tensor:
+        value = saved.detach()
+        if value.layout != torch.strided:
+            return value.clone()
+        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.device, value.dtype)
+        view = (*place, value.shape, value.stride(), saved._version)
+        if view not in copies:
+            # Held until the block ends: the address of a freed tensor could be given to another one.
+            copies[view] = value, value.clone()
+        return copies[view][1]
+
+    try:
+        with saved_tensors_hooks(keep, lambda kept: kept):
+            yield
+    finally:
+        copies.clear()
+
+
+# --- Checks -----------------------------------------------------------------------------------------
 
 
 def _check_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
@@ -244,9 +432,8 @@ def _check_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
     except TypeError:
         size = (-1,)
     if any(n < 0 for n in size):
-        raise InvalidValueError(
-            "shape", "must be a whole number or a sequence of them, none negative", value=f"{shape!r}"
-        )
+        reason = "must be a whole number or a sequence of them, none negative"
+        raise InvalidValueError("shape", reason, value=f"{shape!r}")
     return size
 
 
@@ -254,21 +441,27 @@ def _check_decay(decay: Decay) -> None:
     if isinstance(decay, torch.Tensor) and (decay.numel() != 1 or not decay.is_floating_point()):
         raise InvalidValueError("decay", f"a tensor must have one element of floating point, not {list(decay.shape)}")
     number = float(decay.detach()) if isinstance(decay, torch.Tensor) else decay
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 1 or math.isnan(number):
+    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 1:
         raise InvalidValueError("decay", "must lie in [0, 1); 0.99 averages over about 100 values", value=f"{number!r}")
 
 
-def _make_history(mode: str, window: int | None, cotangent: torch.Tensor | None) -> History:
+def _check_mode(mode: str, window: int | None, cotangent: torch.Tensor | None) -> None:
     if mode not in MODES:
         raise InvalidValueError("mode", f"must be one of {', '.join(MODES)}", value=f"{mode!r}")
     if (window is not None) != (mode == "window"):
-        raise InvalidValueError("window", "the number of values to keep, to be given in mode 'window' and in no other")
+        raise InvalidValueError("window", "the number of values to keep, must be given in mode 'window' and only there")
     if cotangent is not None and mode != "carried":
         raise InvalidValueError("cotangent", "is for mode 'carried'; the other modes take any gradient")
-    if window is not None:
-        if isinstance(window, bool) or not isinstance(window, int) or window < 1:
-            raise InvalidValueError("window", "must be a whole number, at least 1", value=f"{window!r}")
-        return Window(window)
-    if mode == "carried":
-        return Carried(cotangent)
-    return Truncated() if mode == "truncated" else Full()
+    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
+        raise InvalidValueError("window", "must be a whole number, at least 1", value=f"{window!r}")
+
+
+def _check_cotangent(cotangent: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+    """The cotangent scaled to length 1, in float64, since only its direction matters."""
+    if not isinstance(cotangent, torch.Tensor) or tuple(cotangent.shape) != shape:
+        found = list(cotangent.shape) if isinstance(cotangent, torch.Tensor) else type(cotangent).__name__
+        raise InvalidValueError("cotangent", f"must be a tensor of the average's shape {list(shape)}, not {found}")
+    length = float(cotangent.detach().double().norm())
+    if not math.isfinite(length) or length == 0:
+        raise InvalidValueError("cotangent", "must be finite, and not all zero")
+    return cotangent.detach().double() / length

@@ -1,4 +1,4 @@
-"""One decay: the exponential moving average of a model's weights, as mmengine's class of this name has it."""
+"""The exponential moving average of a model's weights with one decay, compatible with mmengine's class."""
 
 from __future__ import annotations
 
@@ -28,43 +28,37 @@ SUSPICIOUS_MOMENTUM = 0.5
 
 
 class ExponentialMovingAverage(torch.nn.Module):
-    """An average of a model's parameters with weights that fall off exponentially.
+    """An average of a model's parameters with exponentially decaying weights.
 
-    The first `update_parameters` copies the model. Of the later ones every `interval`-th averages,
+    The first `update_parameters` copies the model. Later ones average at every `interval`-th call:
 
-        average <- (1 - momentum) average + momentum parameter,
+        average <- (1 - momentum) average + momentum parameter
 
-    and the others leave the parameters alone. `forward` runs the averaged module. The interface, and the names in
-    the state dict (`module.*`, `steps`), are those of `mmengine.model.ExponentialMovingAverage` (and of mmedit's and
-    mmagic's), so that a configuration moves over by its import and a state that mmengine saved loads. So does one from
-    before mmengine 1.0, with the model's names without `module.` and no `steps`: it counts as one update, and the next
-    one averages.
+    `forward` runs the averaged module. The interface and the names in the state dict (`module.*`, `steps`) are those
+    of `mmengine.model.ExponentialMovingAverage` (also of mmedit's and mmagic's), so that a state saved by mmengine
+    loads. A state from before mmengine 1.0 (names without `module.`, no `steps`) loads as the state after one update.
 
-    Parameters of bfloat16 and float16 are averaged in float32: rounded after every update, an average with a small
-    momentum would never leave its start. `module` then holds the rounded average, and the exact one is in the state
-    dict as `accumulators.*`. A model without such parameters has no such keys.
+    Half-precision parameters are averaged in float32, since an average rounded after every small update never leaves
+    its start. `module` holds them rounded; the exact averages are in the state dict as `accumulators.*`.
 
-    A model wrapped by torch.compile or DistributedDataParallel is taken for what it wraps. Tensors are matched by
-    name, a tied parameter is averaged once, parameters of whole numbers are copied. Nothing is done about nan and
-    infinity: they pass into the average, as in mmengine.
+    A model wrapped by torch.compile or DistributedDataParallel is unwrapped. Tensors are matched by name, tied
+    parameters are averaged once, integer parameters are copied. Non-finite values pass into the average, as in
+    mmengine.
 
     Arguments:
-        model: what is averaged. Its weights are copied at once, but have no part in the average.
-        momentum: share of the new value, in (0, 1); 1 - decay, for those who count in decays.
-        interval: calls of `update_parameters` from one averaging to the next, at least 1.
-        device: where the average is kept; by default where the model is.
-        update_buffers: average floating-point buffers that are in the state dict, together with the parameters. By
-            default buffers are copied at every call; those of whole numbers, and those that are not in the state dict,
-            always are.
-        warmup: decay by at most (1 + t) / (10 + t) at the call after t others, TensorFlow's rule, so that early
-            weights are forgotten sooner.
+        model: its weights are copied at once, but have no share in the average.
+        momentum: share of the new value, in (0, 1): 1 - decay.
+        interval: calls of `update_parameters` between two averagings, at least 1.
+        device: of the average; by default the model's.
+        update_buffers: average floating-point buffers of the state dict, too. All others are copied at every call.
+        warmup: limit the decay to (1 + t) / (10 + t) after t calls, TensorFlow's rule, to forget early weights sooner.
 
     Attributes:
         module: the averaged model; its parameters need no gradients.
-        steps: calls of `update_parameters` so far, a tensor of int64.
+        steps: calls of `update_parameters` so far, an int64 tensor.
 
     Raises:
-        InvalidValueError: a ValueError that names the argument and its range.
+        InvalidValueError: (a ValueError) names the argument and its range.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -106,27 +100,27 @@ class ExponentialMovingAverage(torch.nn.Module):
         return self.module(*args, **kwargs)
 
     def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor | None:
-        """Average one tensor in place. A subclass may have its own; then it is called for every averaged tensor.
+        """Average one tensor in place. The override of a subclass is called for every averaged tensor.
 
         Arguments:
-            averaged_param: the average, changed in place (float32 where the module's tensor is of half precision).
-            source_param: the model's tensor, any shape; on the same device and of the same dtype.
+            averaged_param: the average, changed in place (float32 for a half-precision tensor).
+            source_param: the model's tensor, of the same shape, device and dtype.
             steps: calls of `update_parameters` before this one.
 
         Returns:
-            None, or a tensor that takes the average's place, as mmengine's first releases had it.
+            None, or a tensor that replaces the average, as in mmengine's first releases.
         """
         averaged_param.lerp_(source_param.to(averaged_param), self.momentum_at(steps))
         return None
 
     def momentum_at(self, steps: int) -> float:
-        """The share of the new value at the call after `steps` others."""
+        """The share of the new value after `steps` calls."""
         return max(self.momentum, 9.0 / (10.0 + steps)) if self.warmup else self.momentum
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Tell the average that the model has made a step. Call it after every optimizer step.
+        """Take the model's weights into the average. Call it after every optimizer step.
 
         Raises:
             ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
@@ -134,10 +128,11 @@ class ExponentialMovingAverage(torch.nn.Module):
         steps = int(self._steps.read(self.steps))
         parameters, buffers = pair_parameters(self.module, model), pair_buffers(self.module, model)
         if steps == 0:
-            self._begin(parameters + buffers)
+            self._copy(parameters + buffers)
         else:
-            averaged, copied = self._divided(buffers)
-            copy_(copied)
+            names = self._averaged_buffers() if self.update_buffers else set()
+            averaged = [pair for pair in buffers if pair.name in names]
+            copy_(pair for pair in buffers if pair.name not in names)
             if steps % self.interval == 0:
                 self._average(parameters, averaged, steps)
         self._steps.write_(self.steps, steps + 1)
@@ -160,12 +155,12 @@ class ExponentialMovingAverage(torch.nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def sync_parameters(self, model: torch.nn.Module) -> None:
-        """Copy the model's parameters and buffers: the average begins anew there. `steps` goes on.
+        """Copy the model's parameters and buffers and restart the average from them; `steps` is kept.
 
         Raises:
             ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
         """
-        self._begin(pair_parameters(self.module, model) + pair_buffers(self.module, model))
+        self._copy(pair_parameters(self.module, model) + pair_buffers(self.module, model))
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -175,26 +170,21 @@ class ExponentialMovingAverage(torch.nn.Module):
         )
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
-        """Take the names of mmengine 0.x, too; `state_dict` is the loader's own copy."""
+        """Accept the names of mmengine 0.x, too; `state_dict` is the loader's own copy."""
         found = {name for name in self.module.state_dict() if f"{prefix}{name}" in state_dict} - {"steps"}
         if found and not any(f"{prefix}module.{name}" in state_dict for name in found):
             state_dict.update({f"{prefix}module.{name}": state_dict.pop(f"{prefix}{name}") for name in found})
-            # Not 0, after which the next update would replace the average by the model.
+            # After 0 steps the next update would replace the average by the model.
             state_dict.setdefault(f"{prefix}steps", torch.tensor(1))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
-    def _begin(self, pairs: list[Pair]) -> None:
+    def _copy(self, pairs: list[Pair]) -> None:
         copy_(pairs)
         self.accumulators.values.clear()
 
-    def _divided(self, buffers: list[Pair]) -> tuple[list[Pair], list[Pair]]:
-        """(averaged, copied at every call)."""
-        if not self.update_buffers:
-            return [], buffers
+    def _averaged_buffers(self) -> set[str]:
         transient = {found.raw for found in named_tensors(self.module) if not found.in_state}
-        averaged = [pair for pair in buffers if is_averaged(pair.average) and pair.name not in transient]
-        names = {pair.name for pair in averaged}
-        return averaged, [pair for pair in buffers if pair.name not in names]
+        return {name for name, buffer in self.module.named_buffers() if is_averaged(buffer)} - transient
 
     def _average(self, parameters: list[Pair], buffers: list[Pair], steps: int) -> None:
         averaged = [pair for pair in parameters if is_averaged(pair.average)]

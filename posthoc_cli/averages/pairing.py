@@ -1,10 +1,7 @@
-"""A module and its average: the copy, which tensor belongs to which, and the arithmetic over all of them.
+"""A module and its averaged copy: pairs of tensors by name, the arithmetic over them, and float32 accumulators.
 
-Averages of half-precision tensors: where the bits are kept that the tensors have no room for.
-
-bfloat16 has 8 significant bits, float16 has 11. An update by 2e-4 of a distance is smaller than half of a weight's last
-bit unless the distance is larger than the weight: rounded to such a dtype after every update, an average never leaves
-its start.
+Averages of bfloat16 (8 significant bits) and float16 (11) are accumulated in float32: an update by 2e-4 of a distance
+is less than half of a weight's last bit, so that an average rounded after every update never leaves its start.
 """
 
 from __future__ import annotations
@@ -21,137 +18,10 @@ from posthoc_cli.errors import InvalidValueError, ModelMismatchError
 from posthoc_cli.tracker.model_tensors import check_model
 from posthoc_cli.tracker.names import named_tensors, unwrapped
 
-
-def check_number(name: str, value: float, accepts: Callable[[float], bool], accepted: str) -> float:
-    """`value` as a float, or an InvalidValueError that says what is `accepted`; `accepts` is False for nan."""
-    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    number = float(value) if is_number else math.nan
-    if not accepts(number):
-        raise InvalidValueError(f"{name} {value!r}", f"must {accepted}")
-    return number
-
-
-# --- Numbers that live in a buffer and are read on the host ----------------------------------------
-
-
-class HostNumber:
-    """What a scalar buffer holds, known without asking its device.
-
-    The buffer is what is saved, loaded, moved and broadcast. Reading it from a GPU would wait for all work that was
-    queued before, in every training step; so it is read only after somebody else has written to it.
-    """
-
-    def __init__(self) -> None:
-        self._buffer: torch.Tensor | None = None
-        self._version = -1
-        self._value = 0.0
-
-    def read(self, buffer: torch.Tensor) -> float:
-        """The number in `buffer`."""
-        if buffer is not self._buffer or buffer._version != self._version:
-            self._note(buffer, float(buffer.item()))
-        return self._value
-
-    def write_(self, buffer: torch.Tensor, value: float) -> None:
-        """Put `value` into `buffer`, and go on with it as rounded there, as a resumed run will."""
-        buffer.fill_(value)
-        self._note(buffer, float(torch.tensor(value, dtype=buffer.dtype)))
-
-    def _note(self, buffer: torch.Tensor, value: float) -> None:
-        self._buffer, self._version, self._value = buffer, buffer._version, value
-
-
-# --- Averages of half-precision tensors: where the bits are kept that the tensors have no room for ---
-
-
-def is_narrow(dtype: torch.dtype) -> bool:
-    """Whether averages in this dtype would stop moving: floating-point of fewer than 32 bits."""
-    return dtype.is_floating_point and torch.finfo(dtype).bits < 32
-
-
-def kept_wide(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
-    """What a module keeps of `before` when it was moved or cast to `after`: the new device, but no narrow dtype."""
-    return before.to(after.device) if is_narrow(after.dtype) and not is_narrow(before.dtype) else after
-
-
-def copies_like(wanted: Sequence[tuple[torch.Tensor, torch.device, torch.dtype]]) -> list[torch.Tensor]:
-    """Copies of tensors on other devices and in other dtypes, in one fused pass."""
-    copies = [torch.empty_like(tensor, device=device, dtype=dtype) for tensor, device, dtype in wanted]
-    if copies:
-        torch._foreach_copy_(copies, [tensor for tensor, _, _ in wanted])
-    return copies
-
-
-class WideBuffers(torch.nn.Module):
-    """A module whose own buffers follow to another device, but keep their precision under `half()` and the like."""
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WideBuffers:
-        before = dict(self._buffers)
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        for name, old in before.items():
-            new = self._buffers[name]
-            if old is not None and new is not None:
-                self._buffers[name] = kept_wide(old, new)
-        return self
-
-
-class Accumulators(torch.nn.Module):
-    """The float32 averages behind half-precision tensors, which hold them rounded.
-
-    An element counts as long as it rounds to the tensor's: whoever wrote to the tensor since (a swap, a
-    `load_state_dict` of a state without accumulators) has the last word. They are part of the state dict, one key a
-    half-precision tensor; a model without such tensors has none.
-
-    Attributes:
-        values: name of the tensor -> float32 average.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.values: dict[str, torch.Tensor] = {}
-
-    def behind(self, names: Sequence[str], rounded: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The float32 averages behind tensors, to be changed in place; the caller then rounds them into the tensors."""
-        wanted = dict(zip(names, rounded, strict=True))
-        known = {}
-        for name, tensor in wanted.items():
-            value = self.values.get(name)
-            if value is not None and value.shape == tensor.shape:
-                known[name] = value.to(tensor.device)
-        again = copies_like([(value, value.device, wanted[name].dtype) for name, value in known.items()])
-        for (name, value), same in zip(known.items(), again, strict=True):
-            torch.where(same == wanted[name], value, wanted[name], out=value)
-        new = [name for name in names if name not in known]
-        made = copies_like([(wanted[name], wanted[name].device, torch.float32) for name in new])
-        self.values.update(known)
-        self.values.update(zip(new, made, strict=True))
-        return [self.values[name] for name in names]
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Accumulators:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.values = {name: kept_wide(value, fn(value)) for name, value in self.values.items()}
-        return self
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        destination.update({prefix + name: value for name, value in self.values.items()})
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-        """Take what is there: a state of another class, or of a float32 model, has none."""
-        self.values = {
-            key.removeprefix(prefix): value.detach().clone()
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
-
-
-# --- A module and its average: the copy, which tensor belongs to which, and the arithmetic over all of th ---
-
-
-LISTED_NAMES = 5
-
 ELEMENTS_AT_A_TIME = 2**24
-"""Half-precision tensors and sources on other devices are copied for an update: 64 MiB at a time, not a whole model."""
+"""An update copies half-precision tensors and sources on other devices: at most about 64 MiB at a time."""
+
+_LISTED_NAMES = 5
 
 
 class Pair(NamedTuple):
@@ -162,19 +32,17 @@ class Pair(NamedTuple):
     source: torch.Tensor
 
 
-@torch.inference_mode(False)  # made there, no later update could write to it
+@torch.inference_mode(False)  # an update cannot write to tensors made in inference mode
 def make_average(model: torch.nn.Module, device: torch.device | str | None = None) -> torch.nn.Module:
     """A copy of a model that needs no gradients, on `device`, or where the model's tensors are.
 
     Raises:
-        InvalidValueError: it is no module, or has parameters without a shape yet.
+        InvalidValueError: not a module, or one with uninitialised parameters.
     """
     source = unwrapped(check_model(model))
     for name, parameter in source.named_parameters():
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
-            raise InvalidValueError(
-                "parameter", "has no shape yet", "run a batch through the model first", value=f"{name!r}"
-            )
+            raise InvalidValueError(f"parameter {name!r}", "has no shape yet", "run a batch through the model first")
     average = copy.deepcopy(source).requires_grad_(False)
     return average if device is None else average.to(device)
 
@@ -185,31 +53,24 @@ def pair_parameters(average: torch.nn.Module, model: torch.nn.Module) -> list[Pa
     Raises:
         ModelMismatchError: names or shapes differ; lists them.
     """
-    return _pair("parameters", average, unwrapped(check_model(model)), lambda module: module.named_parameters())
+    return _pair("parameters", average, model)
 
 
 def pair_buffers(average: torch.nn.Module, model: torch.nn.Module) -> list[Pair]:
-    """The buffers of both, those that are not in the state dict too.
-
-    Raises:
-        ModelMismatchError: names or shapes differ; lists them.
-    """
-    return _pair("buffers", average, unwrapped(check_model(model)), lambda module: module.named_buffers())
+    """The buffers of both, including those outside of the state dict; raises like `pair_parameters`."""
+    return _pair("buffers", average, model)
 
 
-Named = Callable[[torch.nn.Module], Iterable[tuple[str, torch.Tensor]]]
-
-
-def _pair(kind: str, average_module: torch.nn.Module, model: torch.nn.Module, named: Named) -> list[Pair]:
-    averages, sources = dict(named(average_module)), dict(named(model))
+def _pair(kind: str, average_module: torch.nn.Module, model: torch.nn.Module) -> list[Pair]:
+    model = unwrapped(check_model(model))
+    averages, sources = (dict(getattr(module, f"named_{kind}")()) for module in (average_module, model))
     if averages.keys() != sources.keys():
-        # A part of one of them may have been compiled since: slower, and the same name whatever wraps it.
+        # A submodule may have been compiled since: compare the names without wrappers, which is slower.
         averages, sources = _without_wrappers(averages, average_module), _without_wrappers(sources, model)
     if averages.keys() != sources.keys():
         missing, surplus = _listed(averages.keys() - sources.keys()), _listed(sources.keys() - averages.keys())
-        raise ModelMismatchError(
-            "model", f"its {kind} are not the average's; only in the average: {missing}; only in the model: {surplus}"
-        )
+        reason = f"its {kind} are not the average's; only in the average: {missing}; only in the model: {surplus}"
+        raise ModelMismatchError("model", reason)
     pairs = []
     for name, average in averages.items():
         source = sources[name]
@@ -229,33 +90,24 @@ def _without_wrappers(tensors: Mapping[str, torch.Tensor], module: torch.nn.Modu
 
 def _listed(names: Iterable[str]) -> str:
     found = sorted(names)
-    shown = ", ".join(map(repr, found[:LISTED_NAMES]))
-    return f"{shown} and {len(found) - LISTED_NAMES} more" if len(found) > LISTED_NAMES else shown or "none"
-
-
-# --- arithmetic ------------------------------------------------------------------------------------
+    shown = ", ".join(map(repr, found[:_LISTED_NAMES]))
+    return f"{shown} and {len(found) - _LISTED_NAMES} more" if len(found) > _LISTED_NAMES else shown or "none"
 
 
 def is_averaged(tensor: torch.Tensor) -> bool:
-    """Whether an average of such tensors exists: of whole numbers and truth values it does not."""
+    """Whether averages of such tensors exist: not of integers and booleans."""
     return tensor.is_floating_point() or tensor.is_complex()
 
 
 def copy_(pairs: Iterable[Pair]) -> None:
     """average <- source."""
-    chosen = list(pairs)
-    if chosen:
-        torch._foreach_copy_([pair.average for pair in chosen], [pair.source for pair in chosen])
+    listed = list(pairs)
+    if listed:
+        torch._foreach_copy_([pair.average for pair in listed], [pair.source for pair in listed])
 
 
 def average_(pairs: Iterable[Pair], accumulators: Accumulators, share: float) -> None:
-    """average <- average + share (source - average), one fused pass a device and dtype.
-
-    Arguments:
-        pairs: floating-point or complex tensors.
-        accumulators: hold what averages of half-precision tensors are before they are rounded.
-        share: of the new value, in (0, 1].
-    """
+    """average <- average + share (source - average) for `is_averaged` tensors, one fused pass a device and dtype."""
 
     def update_(averages: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         groups: dict[tuple[torch.device, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]] = {}
@@ -268,7 +120,7 @@ def average_(pairs: Iterable[Pair], accumulators: Accumulators, share: float) ->
 
 
 def average_unless_equal_(pairs: Iterable[Pair], accumulators: Accumulators, share: float) -> None:
-    """The same, but an element that has not changed stays as it is: the mean of two infinities in a mask is no nan."""
+    """The same, but equal elements stay: the average of two infinities in a mask would be nan."""
 
     def update_(averages: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
         for average, source in zip(averages, sources, strict=True):
@@ -282,43 +134,158 @@ def with_wide_averages(
     accumulators: Accumulators,
     update_: Callable[[list[torch.Tensor], list[torch.Tensor]], None],
 ) -> None:
-    """Call `update_(averages, sources)` on tensors that average at full precision, and round what it has changed.
+    """Call `update_(averages, sources)` with float32 accumulators for half-precision averages; then round these.
 
-    A source comes on its average's device and in its dtype, which is float32 behind a half-precision tensor.
+    A source comes on the device and in the dtype of its average or accumulator.
     """
-    for run in _runs(pairs):
-        narrow = [pair for pair in run if is_narrow(pair.average.dtype)]
-        rounded = [pair.average for pair in narrow]
-        exact = accumulators.behind([pair.name for pair in narrow], rounded)
-        wide = dict(zip((pair.name for pair in narrow), exact, strict=True))
-        averages = [wide.get(pair.name, pair.average) for pair in run]
-        update_(averages, _sources_like(averages, [pair.source for pair in run]))
-        if rounded:
-            torch._foreach_copy_(rounded, exact)
+    for batch in _batches(pairs):
+        narrow = {pair.name: pair.average for pair in batch if is_narrow(pair.average.dtype)}
+        wide = accumulators.behind(narrow)
+        averages = [wide.get(pair.name, pair.average) for pair in batch]
+        update_(averages, _sources_like(averages, [pair.source for pair in batch]))
+        if narrow:
+            torch._foreach_copy_(list(narrow.values()), [wide[name] for name in narrow])
 
 
-def _runs(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
-    """As many pairs at a time as make the work around the arithmetic small, and copies of their tensors too."""
-    run: list[Pair] = []
+def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
+    """Batches that keep both the overhead and the copies of tensors small."""
+    batch: list[Pair] = []
     elements = 0
     for pair in pairs:
-        run.append(pair)
+        batch.append(pair)
         elements += pair.average.numel()
         if elements >= ELEMENTS_AT_A_TIME:
-            yield run
-            run, elements = [], 0
-    if run:
-        yield run
+            yield batch
+            batch, elements = [], 0
+    if batch:
+        yield batch
 
 
 def _sources_like(averages: list[torch.Tensor], sources: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The sources on their averages' devices and in their dtypes; as they are where they fit."""
+    """The sources on their averages' devices and in their dtypes; copied only where they differ."""
     unlike = [
-        index
+        (index, average)
         for index, (average, source) in enumerate(zip(averages, sources, strict=True))
         if source.dtype != average.dtype or source.device != average.device
     ]
-    copies = copies_like([(sources[index], averages[index].device, averages[index].dtype) for index in unlike])
-    for index, copied in zip(unlike, copies, strict=True):
+    copies = copies_like([(sources[index], average.device, average.dtype) for index, average in unlike])
+    for (index, _), copied in zip(unlike, copies, strict=True):
         sources[index] = copied
     return sources
+
+
+# --- Precision and host values ----------------------------------------------------------------------
+
+
+def is_narrow(dtype: torch.dtype) -> bool:
+    """Whether averages in this dtype would stop moving: floating point of fewer than 32 bits."""
+    return dtype.is_floating_point and torch.finfo(dtype).bits < 32
+
+
+def _kept_wide(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """`after`, which is `before` moved or cast; on its device in the old dtype where it became narrow."""
+    return before.to(after.device) if is_narrow(after.dtype) and not is_narrow(before.dtype) else after
+
+
+def copies_like(wanted: Sequence[tuple[torch.Tensor, torch.device, torch.dtype]]) -> list[torch.Tensor]:
+    """Copies of tensors on the given devices and in the given dtypes, in one fused pass."""
+    copies = [torch.empty_like(tensor, device=device, dtype=dtype) for tensor, device, dtype in wanted]
+    if copies:
+        torch._foreach_copy_(copies, [tensor for tensor, _, _ in wanted])
+    return copies
+
+
+class WideBuffers(torch.nn.Module):
+    """A module whose own buffers move between devices, but keep their precision under `half()` and `bfloat16()`."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> WideBuffers:
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, old in before.items():
+            new = self._buffers[name]
+            if old is not None and new is not None:
+                self._buffers[name] = _kept_wide(old, new)
+        return self
+
+
+class Accumulators(torch.nn.Module):
+    """The float32 averages of half-precision tensors; part of the state dict, one key a tensor.
+
+    An element is valid while it rounds to the tensor's element. Otherwise the tensor was written to since (a swap, a
+    `load_state_dict` without accumulators), and its value is taken.
+
+    Attributes:
+        values: name of the tensor -> float32 average.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.values: dict[str, torch.Tensor] = {}
+
+    def behind(self, rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The accumulators of named tensors, to be changed in place; the caller rounds them into the tensors."""
+        known = {}
+        for name, tensor in rounded.items():
+            value = self.values.get(name)
+            if value is not None and value.shape == tensor.shape:
+                known[name] = value.to(tensor.device)
+        again = copies_like([(value, value.device, rounded[name].dtype) for name, value in known.items()])
+        for (name, value), same in zip(known.items(), again, strict=True):
+            torch.where(same == rounded[name], value, rounded[name], out=value)
+        new = {name: tensor for name, tensor in rounded.items() if name not in known}
+        made = copies_like([(tensor, tensor.device, torch.float32) for tensor in new.values()])
+        known.update(zip(new, made, strict=True))
+        self.values.update(known)
+        return known
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Accumulators:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.values = {name: _kept_wide(value, fn(value)) for name, value in self.values.items()}
+        return self
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination.update({prefix + name: value for name, value in self.values.items()})
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+        """Accept a state without accumulators: of another class, or of a float32 model."""
+        self.values = {
+            key.removeprefix(prefix): value.detach().clone()
+            for key, value in state_dict.items()
+            if key.startswith(prefix)
+        }
+
+
+class HostNumber:
+    """The number in a scalar buffer, cached on the host: reading it from a GPU waits for all work in the queue.
+
+    The buffer is saved, loaded, moved and broadcast; it is read again after others have written to it.
+    """
+
+    def __init__(self) -> None:
+        self._buffer: torch.Tensor | None = None
+        self._version = -1
+        self._value = 0.0
+
+    def read(self, buffer: torch.Tensor) -> float:
+        """The number in `buffer`."""
+        if buffer is not self._buffer or buffer._version != self._version:
+            self._note(buffer, float(buffer.item()))
+        return self._value
+
+    def write_(self, buffer: torch.Tensor, value: float) -> None:
+        """Put `value` into `buffer`, and cache it as rounded there, so that a resumed run sees the same."""
+        buffer.fill_(value)
+        self._note(buffer, float(torch.tensor(value, dtype=buffer.dtype)))
+
+    def _note(self, buffer: torch.Tensor, value: float) -> None:
+        self._buffer, self._version, self._value = buffer, buffer._version, value
+
+
+def check_number(name: str, value: float, accepts: Callable[[float], bool], accepted: str) -> float:
+    """`value` as a float, or an InvalidValueError that says what is `accepted`; `accepts` is False for nan."""
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    number = float(value) if is_number else math.nan
+    if not accepts(number):
+        raise InvalidValueError(name, f"must {accepted}", value=repr(value))
+    return number

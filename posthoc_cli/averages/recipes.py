@@ -1,14 +1,13 @@
-"""Recipes that train with an average: it is copied back into the model now and then.
+"""Recipes that copy an average back into the model during training.
 
-Both work over a `PostHocEMA` tracker and over any module that holds an averaged copy of a model and is told of every
-step by `update_parameters`, such as `torch.optim.swa_utils.AveragedModel`.
+Both take a `PostHocEMA` tracker, or a module with `module` and `update_parameters` such as
+`torch.optim.swa_utils.AveragedModel`.
 """
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -17,6 +16,7 @@ from posthoc_cli.profiles import Profile
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.model_weights import load_weights
+from posthoc_cli.tracker.settings import check_count
 
 
 class AveragedModule(Protocol):
@@ -39,19 +39,36 @@ class _CopiedBack:
         step: calls of `update` so far.
     """
 
-    def __init__(self, average: _Average, every: int | None) -> None:
+    def __init__(
+        self,
+        average: PostHocEMA | AveragedModule,
+        sigma_rel: float | Target | Profile | None,
+        every: int | None,
+        names: tuple[str, str],
+    ) -> None:
+        update_every = _check_average(names[0], average, sigma_rel)
         self._average = average
-        self._every = every
+        self._sigma_rel = sigma_rel
+        self._every = _check_every(names[1], every, update_every)
         self.step = 0
 
     def update(self, model: torch.nn.Module) -> bool:
-        """Tell the average that the model has made a step, and copy it into the model where that is due.
+        """Take the model's step into the average, and copy the average into the model if that is due.
 
         Returns:
-            Whether the model now has the averaged weights. Where that is due and a tracker has no average yet
-            (`update_after_step`), it keeps its own.
+            Whether the model now has the averaged weights. It keeps its own while a tracker has no average yet
+            (`update_after_step`).
         """
-        self._average.update(model)
+        if isinstance(self._average, PostHocEMA):
+            self._average.update_(model)
+            if not self._average.keeps_averages:
+                raise InvalidValueError(
+                    "average",
+                    "this process keeps none, so that its model would become another than the writer's",
+                    "give each process a tracker with writer=True and a directory of its own",
+                )
+        else:
+            self._average.update_parameters(model)
         self.step += 1
         if self._every is None or self.step % self._every:
             return False
@@ -66,37 +83,38 @@ class _CopiedBack:
         return {"step": self.step}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on counting from a state."""
+        """Continue the count of a state."""
         self.step = state["step"]
 
     def _copy_into(self, model: torch.nn.Module) -> None:
-        self._average.copy_into(model)
+        if isinstance(self._average, PostHocEMA):
+            self._average.load_into(model, cast(float, self._sigma_rel))
+        else:
+            module = self._average.module
+            load_weights(model, dict([*module.named_parameters(), *module.named_buffers()]))
 
 
 class SwitchEMA(_CopiedBack):
-    """Training that goes on from its own average: Switch EMA (arXiv 2402.09240).
+    """Training that continues from its own average: Switch EMA (arXiv 2402.09240).
 
-    The average takes in the model after every step; at the end of every epoch, or each `switch_every` steps, the
-    averaged weights are copied into the model, from where training goes on. The optimizer keeps its state, and the
-    average itself is not touched: it goes on over weights that jump at the switches. In the end take the average, as
-    without switches.
+    The average takes in the model after every step. At the end of every epoch, or every `switch_every` steps, its
+    parameters and buffers are copied into the model, in place, and training continues from there. The optimizer keeps
+    its state; the average continues over weights that jump at the switches. Use the average in the end.
 
-    Copied are, in place, the parameters that are averaged and the buffers that the average has. `update` calls a
-    tracker's `update_`; where the tracker is attached to the optimizer, call `switch` alone. A tracker's snapshots and
-    its averages of other lengths stay what they are: averages of the weights that the model really had.
+    `update` calls a tracker's `update_`; with a tracker that is attached to the optimizer, call only `switch`. The
+    snapshots of a tracker remain averages of the weights that the model really had.
 
     Arguments:
         average: a `PostHocEMA`, or a module with `module` and `update_parameters`.
-        switch_every: steps between switches, counted in calls of `update`; None leaves it to you to call `switch`, such
-            as at the end of an epoch. With a tracker a multiple of its `update_every`, so that the average is that of
-            the moment.
-        sigma_rel: with a tracker, the length of the average to switch to, or any other target that it takes.
+        switch_every: calls of `update` between switches; None to call `switch` yourself. With a tracker a multiple of
+            its `update_every`, so that the average is up to date.
+        sigma_rel: with a tracker, the target (such as a sigma_rel) to switch to.
 
     Attributes:
         step: calls of `update` so far.
 
     Raises:
-        InvalidValueError: (a ValueError) naming the argument and what would be accepted.
+        InvalidValueError: (a ValueError) names the argument and what would be accepted.
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -116,8 +134,7 @@ class SwitchEMA(_CopiedBack):
         switch_every: int | None = None,
         sigma_rel: float | Target | Profile | None = None,
     ) -> None:
-        known = _as_average("average", average, sigma_rel)
-        super().__init__(known, _check_every("switch_every", switch_every, known.update_every))
+        super().__init__(average, sigma_rel, switch_every, ("average", "switch_every"))
 
     def switch(self, model: torch.nn.Module) -> None:
         """Copy the averaged weights into the model now.
@@ -130,29 +147,28 @@ class SwitchEMA(_CopiedBack):
 
 
 class HareAndTortoise(_CopiedBack):
-    """A fast learner that is set back to its own slow average: Hare & Tortoise (arXiv 2406.02596).
+    """A fast learner that is reset to its own slow average: Hare & Tortoise (arXiv 2406.02596).
 
-    The hare is the model that is trained. The tortoise, an average of it, takes in each of its steps. At every
-    `reset_every`-th the hare's weights and buffers become the tortoise's, and the optimizer's state is cleared, so that
-    momenta of the weights that were given up do not push the new ones. In the end take the tortoise.
+    The hare is the trained model; the tortoise is an average that takes in each of its steps. Every `reset_every` steps
+    the hare gets the tortoise's weights and buffers, and the optimizer's state is cleared, so that no momenta of the
+    old weights push the new ones. Use the tortoise in the end.
 
-    The resets are to keep a network able to learn from data that changes. In the authors' experiments with images the
-    decay is 0.999 a step, and a reset comes every 10 epochs. A tracker's average lengthens with training, where theirs
-    has one length.
+    The resets keep a network able to learn from changing data. The authors' experiments with images use a decay of
+    0.999 a step and a reset every 10 epochs. A tracker's average lengthens with training; theirs has one length.
 
     Arguments:
         tortoise: a `PostHocEMA`, or a module with `module` and `update_parameters`.
-        reset_every: calls of `update` between resets; None leaves it to you to call `reset`. With a tracker a multiple
-            of its `update_every`.
-        optimizer: whose state is cleared at a reset. None keeps it, as the authors' code for images does: there a new
-            optimizer comes with each new part of the data.
-        sigma_rel: with a tracker, the length of the average that is the tortoise, or any other target that it takes.
+        reset_every: calls of `update` between resets; None to call `reset` yourself. With a tracker a multiple of its
+            `update_every`.
+        optimizer: its state is cleared at a reset. None keeps the state, as the authors' code for images does, which
+            makes a new optimizer for each section of the data.
+        sigma_rel: with a tracker, the target (such as a sigma_rel) of the tortoise.
 
     Attributes:
         step: calls of `update` so far.
 
     Raises:
-        InvalidValueError: (a ValueError) naming the argument and what would be accepted.
+        InvalidValueError: (a ValueError) names the argument and what would be accepted.
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -177,12 +193,11 @@ class HareAndTortoise(_CopiedBack):
         optimizer: torch.optim.Optimizer | None = None,
         sigma_rel: float | Target | Profile | None = None,
     ) -> None:
-        known = _as_average("tortoise", tortoise, sigma_rel)
-        super().__init__(known, _check_every("reset_every", reset_every, known.update_every))
+        super().__init__(tortoise, sigma_rel, reset_every, ("tortoise", "reset_every"))
         self._optimizer = _check_optimizer(optimizer)
 
     def reset(self, hare: torch.nn.Module) -> None:
-        """Set the hare to the tortoise and clear the optimizer's state now.
+        """Copy the tortoise into the hare and clear the optimizer's state now.
 
         Raises:
             NotReadyError: there is no average yet.
@@ -196,81 +211,31 @@ class HareAndTortoise(_CopiedBack):
             self._optimizer.state.clear()
 
 
-# --- the two kinds of averages ---------------------------------------------------------------------
-
-
-class _Average(Protocol):
-    update_every: int
-
-    def update(self, model: torch.nn.Module) -> None: ...
-
-    def copy_into(self, model: torch.nn.Module) -> None: ...
-
-
-class _OfTracker:
-    def __init__(self, tracker: PostHocEMA, target: float | Target | Profile) -> None:
-        self._tracker = tracker
-        self._target = target
-        self.update_every = tracker.settings.schedule.update_every
-
-    def update(self, model: torch.nn.Module) -> None:
-        self._tracker.update_(model)
-        if not self._tracker.keeps_averages:
-            raise InvalidValueError(
-                "this process keeps no averages to train from, so that its model would become another than "
-                "the writer's",
-                "give each process a tracker with writer=True and a directory of its own",
-            )
-
-    def copy_into(self, model: torch.nn.Module) -> None:
-        self._tracker.load_into(model, self._target)
-
-
-class _OfModule:
-    update_every = 1
-
-    def __init__(self, averaged: AveragedModule) -> None:
-        self._averaged = averaged
-
-    def update(self, model: torch.nn.Module) -> None:
-        self._averaged.update_parameters(model)
-
-    def copy_into(self, model: torch.nn.Module) -> None:
-        module = self._averaged.module
-        load_weights(model, dict([*module.named_parameters(), *module.named_buffers()]))
-
-
-def _as_average(
-    name: str, average: PostHocEMA | AveragedModule, sigma_rel: float | Target | Profile | None
-) -> _Average:
+def _check_average(name: str, average: object, sigma_rel: object) -> int:
+    """The updates between two averages, which is what a recipe's interval must be a multiple of."""
     if isinstance(average, PostHocEMA):
         if sigma_rel is None:
-            raise InvalidValueError(
-                "sigma_rel", "must be given with a PostHocEMA, such as 0.05: which of its averages?"
-            )
-        return _OfTracker(average, sigma_rel)
+            raise InvalidValueError("sigma_rel", "must be given with a PostHocEMA, such as 0.05")
+        return average.settings.schedule.update_every
+    kind = type(average).__name__
     if not isinstance(getattr(average, "module", None), torch.nn.Module) or not hasattr(average, "update_parameters"):
         raise InvalidValueError(
             name,
             "must be a PostHocEMA, or have `module` and `update_parameters` as "
-            f"torch.optim.swa_utils.AveragedModel has, not {type(average).__name__}",
+            f"torch.optim.swa_utils.AveragedModel has, not {kind}",
         )
     if sigma_rel is not None:
-        raise InvalidValueError("sigma_rel", f"is for a PostHocEMA; {type(average).__name__} has a single average")
-    return _OfModule(average)
+        raise InvalidValueError("sigma_rel", f"is for a PostHocEMA; {kind} has a single average")
+    return 1
 
 
 def _check_every(name: str, every: int | None, update_every: int) -> int | None:
     if every is None:
         return None
-    try:
-        count = -1 if isinstance(every, bool) else operator.index(every)
-    except TypeError:
-        count = -1
-    if count < 1:
-        raise InvalidValueError(f"{name} {every!r}", "must be a whole number, at least 1, or None")
+    count = check_count(name, every, 1)
     if count % update_every:
-        raise InvalidValueError(f"{name} {every}", f"must be a multiple of the tracker's update_every {update_every}")
+        reason = f"must be a multiple of the tracker's update_every {update_every}"
+        raise InvalidValueError(name, reason, value=count)
     return count
 
 
@@ -278,7 +243,5 @@ def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> torch.optim.Opt
     if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
         raise InvalidValueError("optimizer", f"must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
     if isinstance(optimizer, torch.optim.Adagrad):
-        raise InvalidValueError(
-            "optimizer", "Adagrad makes its state only once, when it is made", "leave it out, or use Adam"
-        )
+        raise InvalidValueError("optimizer", "Adagrad cannot make a cleared state again", "leave it out, or use Adam")
     return optimizer

@@ -25,38 +25,35 @@ from posthoc_cli.tracker.settings import check_count
 
 
 class ShadowModel(WideBuffers):
-    """Holds a model and its shadow: trains the one, evaluates with the other.
+    """A model and its shadow: `forward` runs the model in train mode and the shadow in eval mode.
 
-    Call `update()` after every optimizer step. It averages the parameters and copies the buffers,
+    Call `update()` after every optimizer step. It averages the parameters with the formula of
+    `tf.train.ExponentialMovingAverage` and copies the buffers:
 
-        shadow <- shadow - (1 - decay) (shadow - variable),
+        shadow <- shadow - (1 - decay) (shadow - variable)
 
-    the formula of `tf.train.ExponentialMovingAverage`. In train mode `forward` runs the model, in eval mode the
-    shadow, with whatever arguments come. Both are submodules: they move, cast, save and load together.
-
-    Every floating-point parameter is averaged, whether or not it requires gradients at that moment: training loops of
-    adversarial networks switch that off and on around each step. One that does not train equals its shadow, and stays.
-    The shadow itself needs no gradients and is always in eval mode. Parameters of bfloat16 and float16 are averaged in
-    float32 and held rounded; the exact averages are in the state dict as `accumulators.*`.
+    Both are submodules: they move, cast, save and load together. Every floating-point parameter is averaged, also one
+    that requires no gradients at that moment, since adversarial training switches that off and on around each step.
+    The shadow needs no gradients and is always in eval mode. Half-precision parameters are averaged in float32 and
+    held rounded; the exact averages are in the state dict as `accumulators.*`.
 
     Arguments:
-        model: the model to train; held, not copied. Where torch.compile or DistributedDataParallel has wrapped it, the
-            shadow is a copy of what they wrap.
+        model: the model to train; held, not copied. The shadow of a model wrapped by torch.compile or
+            DistributedDataParallel is a copy of the wrapped module.
         decay: share of the shadow that an update keeps, in [0, 1); in practice 0.99 to 0.9999.
-        num_updates: with it, the decay is min(decay, (1 + num_updates) / (10 + num_updates)). A whole number is the
-            count to begin with, 0 as a rule; it grows by one at every update and is part of the state. A tensor is the
-            caller's own counter, such as the training step: it is read at every update, never written to.
-        zero_debias: as if the shadow had started at zero and were divided by the sum of the weights given so far
-            (Kingma and Ba, arXiv 1412.6980, section 3): the model's initial parameters have no part in it, and the
-            first update copies the model. TensorFlow does so for tensors only, and divides by 1 - decay**updates, which
-            is that sum as long as the decay stays the same; here it is the sum for any decay.
+        num_updates: limits the decay to (1 + num_updates) / (10 + num_updates). A number is the count to start from,
+            usually 0, and part of the state. A tensor is the caller's own counter, such as the training step: read at
+            every update, never written to.
+        zero_debias: start the shadow at zero and divide by the sum of the weights given so far (Kingma and Ba, arXiv
+            1412.6980, section 3): the model's initial parameters have no share, and the first update copies the model.
+            TensorFlow divides by 1 - decay**updates, which is that sum for a constant decay; here it holds for any.
 
     Attributes:
         model, shadow: the two.
-        num_updates: as above; a tensor of int64 in the state where a number was given.
+        num_updates: as above; an int64 buffer where a number was given.
 
     Raises:
-        InvalidValueError: a ValueError that names the argument and its range.
+        InvalidValueError: (a ValueError) names the argument and its range.
 
     Example:
         >>> net = ShadowModel(torch.nn.Linear(2, 1, bias=False), decay=0.9)
@@ -81,9 +78,8 @@ class ShadowModel(WideBuffers):
         zero_debias: bool = False,
     ) -> None:
         super().__init__()
-        self.decay = check_number(
-            "decay", decay, lambda d: 0 <= d < 1, "lie in [0, 1); usual values are 0.99 to 0.9999"
-        )
+        accepted = "lie in [0, 1); usual values are 0.99 to 0.9999"
+        self.decay = check_number("decay", decay, lambda d: 0 <= d < 1, accepted)
         self.zero_debias = zero_debias
         self.model = check_model(model)
         self.shadow = make_average(model).eval()
@@ -107,13 +103,18 @@ class ShadowModel(WideBuffers):
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
-        """Take the model's parameters into the shadow. In eval mode nothing happens, and the first time warns.
+        """Take the model's parameters into the shadow. In eval mode it does nothing, and warns once.
 
         Raises:
             ModelMismatchError: names or shapes of the model's tensors are no longer the shadow's; lists them.
         """
         if not self.training:
-            self._warn_of_eval_mode()
+            if not self._warned:
+                self._warned = True
+                warnings.warn(
+                    "update: the module is in eval mode, and the shadow stays; call train() before training",
+                    stacklevel=4,  # past this method and its two decorators
+                )
             return
         parameters = pair_parameters(self.shadow, self.model)
         buffers = pair_buffers(self.shadow, self.model)
@@ -122,7 +123,7 @@ class ShadowModel(WideBuffers):
         copy_([pair for pair in parameters if not is_averaged(pair.average)] + buffers)
 
     def train(self, mode: bool = True) -> ShadowModel:
-        """Set the mode; the shadow stays in eval mode, so that it may be called at any time."""
+        """Set the mode; the shadow stays in eval mode."""
         super().train(mode)
         self.shadow.eval()
         return self
@@ -147,26 +148,15 @@ class ShadowModel(WideBuffers):
         share = 1 - decay
         if not self.zero_debias:
             return share
-        # The sum of weights w follows the recursion of the biased average b: w <- decay w + (1 - decay). Put b = w u
-        # into it, and the debiased average u itself moves by share / w.
+        # The sum of weights w follows the recursion of the biased average b: w <- decay w + (1 - decay). With b = w u
+        # the debiased average u moves by share / w.
         mass = decay * self._read_mass.read(self.debias_mass) + share
         self._read_mass.write_(self.debias_mass, mass)
         return share / mass
 
-    def _warn_of_eval_mode(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "update: the module is in eval mode, so that the shadow stays as it is; call train() before training",
-                stacklevel=5,  # past this method, update and its two decorators
-            )
-
 
 def _check_counter(counter: torch.Tensor) -> torch.Tensor:
     if counter.numel() != 1 or counter.is_complex() or counter.dtype == torch.bool:
-        raise InvalidValueError(
-            "num_updates",
-            f"must be a whole number, or a tensor of one; this one has the shape {list(counter.shape)} "
-            f"and dtype {counter.dtype}",
-        )
+        found = f"the shape {list(counter.shape)} and dtype {counter.dtype}"
+        raise InvalidValueError("num_updates", f"must be a whole number, or a tensor of one, not of {found}")
     return counter

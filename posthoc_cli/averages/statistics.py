@@ -1,4 +1,4 @@
-"""Running means and covariances of two batches of activations, through which a loss can be differentiated."""
+"""Differentiable running means and covariances of two batches of activations."""
 
 from __future__ import annotations
 
@@ -21,33 +21,31 @@ _STATISTICS = ("mean_x", "mean_y", "cov_xx", "cov_yy", "cov_xy")
 
 
 class EMAStats(WideBuffers):
-    """Exponential moving averages of the means and covariances of `x` and `y`, as symm-learning's class of this name.
+    """Exponential moving averages of the means and covariances of `x` and `y`, compatible with symm-learning's class.
 
-    In train mode each batch updates every statistic S by
+    In train mode the first batch sets every statistic S = S_batch, and each later one updates
 
         S <- (1 - momentum) detach(S) + momentum S_batch,
 
-    so that the newest batch is differentiable and older ones are constants: `cov_xy` and the others may stand in a
-    loss, and no graph grows. The first batch sets S = S_batch. In eval mode nothing changes.
+    so that a loss on `cov_xy` and the others is differentiable in the newest batch, and no graph grows.
 
-    Covariances of a batch of n rows are sums of (x - center_x)^T (y - center_y), divided by n - 1, by 1 for n = 1. The
-    first batch is centred with its own mean. Later ones are centred with the detached running mean of before: where
-    that lags behind, the distance counts as covariance, and even where it does not, the expected value is n / (n - 1)
-    times the true one, as in symm-learning. With `center_with_running_mean=False` every batch is centred with its own
-    mean, which is unbiased; one row alone then adds a covariance of 0.
+    Covariances of a batch of n rows are sums of (x - center_x)^T (y - center_y), divided by max(n - 1, 1). The first
+    batch is centred with its own mean, later ones with the detached running mean: its lag counts as covariance, and
+    without lag the expected value is n / (n - 1) times the true one, as in symm-learning. With
+    `center_with_running_mean=False` every batch is centred with its own mean, which is unbiased (one row adds 0).
 
-    Statistics are float32, or float64 after `double()`; half-precision batches, and batches under autocast, are
-    accumulated in that. They stay so under `half()` and `bfloat16()`.
+    Statistics are float32, or float64 after `double()`, also for half-precision batches, under autocast and after
+    `half()` or `bfloat16()`.
 
     Arguments:
         dim_x, dim_y: columns of x and y; without `dim_y`, y has those of x and may be left out.
         momentum: share of the newest batch, in (0, 1].
-        eps: variance that is added where `correlation` and `canonical_correlations` divide; nowhere else. At least 0.
+        eps: variance added where `correlation` and `canonical_correlations` divide; at least 0.
         center_with_running_mean: see above.
         process_group: take the rows of all processes of this group as one batch, such as
-            `torch.distributed.group.WORLD`. Every process then calls `forward` equally often, with at least one row,
-            and takes part in the backward pass if any does; gradients are those of the sum of all processes' losses.
-            Copies share the group; a pickled module forgets it, with a warning.
+            `torch.distributed.group.WORLD`. Every process must call `forward` equally often, with at least one row,
+            and take part in every backward pass; gradients are those of the sum of all processes' losses. Copies share
+            the group; pickling drops it, with a warning.
 
     Shape:
         x: [n, dim_x], y: [n, dim_y]; the output is the input.
@@ -59,7 +57,7 @@ class EMAStats(WideBuffers):
         All six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
 
     Raises:
-        InvalidValueError: a ValueError that names the argument, what came and what is accepted.
+        InvalidValueError: (a ValueError) names the argument, its value and what is accepted.
 
     Example:
         >>> stats = EMAStats(dim_x=1, dim_y=1, momentum=0.5)
@@ -102,16 +100,14 @@ class EMAStats(WideBuffers):
             self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a batch into the statistics, in train mode; return it as it came, `(x, x)` if y was left out.
+        """Take a batch into the statistics in train mode; return it unchanged, `(x, x)` if y was left out.
 
         Raises:
             InvalidValueError: a rank, a size, a dtype or a device that is not accepted, or no row.
         """
         if y is None:
             if not self._y_may_be_x:
-                raise InvalidValueError(
-                    "y", f"is missing; with dim_y {self.dim_y} it must have the shape [n, {self.dim_y}]"
-                )
+                raise InvalidValueError("y", f"is missing; must have the shape [n, {self.dim_y}]")
             y = x
         self._check("x", x, self.dim_x)
         self._check("y", y, self.dim_y)
@@ -125,8 +121,7 @@ class EMAStats(WideBuffers):
     def correlation(self) -> torch.Tensor:
         """Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps) (var_y + eps)).
 
-        A column that does not vary has correlation 0; a variance far above eps leaves the value as it is. The result
-        is differentiable like the statistics.
+        A constant column has correlation 0. The result is differentiable like the statistics.
 
         Raises:
             NotReadyError: no batch yet.
@@ -140,9 +135,8 @@ class EMAStats(WideBuffers):
     def canonical_correlations(self) -> torch.Tensor:
         """Canonical correlations of x and y (Hotelling, 1936), [min(dim_x, dim_y)], the largest first.
 
-        They are the singular values of (cov_xx + eps I)^(-1/2) cov_xy (cov_yy + eps I)^(-1/2): eps is a ridge on both
-        covariances, below which a direction's variance counts as noise. Solved in float64 where the device has it,
-        and differentiable like the statistics.
+        They are the singular values of (cov_xx + eps I)^(-1/2) cov_xy (cov_yy + eps I)^(-1/2), with eps as a ridge on
+        both covariances. Solved in float64 where the device has it, and differentiable like the statistics.
 
         Raises:
             NotReadyError: no batch yet.
@@ -169,10 +163,8 @@ class EMAStats(WideBuffers):
             f"center_with_running_mean={self.center_with_running_mean}"
         )
 
-    # --- an update -------------------------------------------------------------------------------------
-
     def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
-        # The number of batches is compared on its device: asking for it would wait for a GPU at every batch.
+        # Compared on the device: reading the number would wait for a GPU at every batch.
         first = self.num_batches_tracked == 0
         for name, batch in zip(_STATISTICS, self._batch_statistics(x, y, first), strict=True):
             average = (1 - self.momentum) * getattr(self, name).detach() + self.momentum * batch
@@ -198,8 +190,8 @@ class EMAStats(WideBuffers):
             return terms
         flat = torch.cat([term.reshape(-1) for term in terms])
         total: torch.Tensor = _GroupSum.apply(flat, self.process_group)  # type: ignore[no-untyped-call]
-        parts = torch.split(total, [term.numel() for term in terms])
-        return tuple(part.view_as(term) for part, term in zip(parts, terms, strict=True))
+        sums = torch.split(total, [term.numel() for term in terms])
+        return tuple(flat.view_as(term) for flat, term in zip(sums, terms, strict=True))
 
     def _initial(self, dtype: torch.dtype, device: torch.device | None) -> dict[str, torch.Tensor]:
         return {
@@ -211,8 +203,6 @@ class EMAStats(WideBuffers):
             "num_batches_tracked": torch.tensor(0, device=device),
         }
 
-    # --- checks ----------------------------------------------------------------------------------------
-
     def _check(self, name: str, batch: torch.Tensor, dim: int) -> None:
         if not isinstance(batch, torch.Tensor):
             raise InvalidValueError(name, f"must be a tensor of the shape [n, {dim}], not {type(batch).__name__}")
@@ -220,15 +210,10 @@ class EMAStats(WideBuffers):
             raise InvalidValueError(name, f"has the shape {list(batch.shape)}; must be [n, {dim}] with n at least 1")
         own = self.cov_xx.dtype
         if not batch.is_floating_point() or torch.finfo(batch.dtype).bits > torch.finfo(own).bits:
-            raise InvalidValueError(
-                name,
-                f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider (double() "
-                "makes the statistics float64)",
-            )
+            reason = f"is {batch.dtype}, the statistics are {own}; must be floating-point and no wider"
+            raise InvalidValueError(name, reason, "double() makes the statistics float64")
         if batch.device != self.cov_xx.device:
-            raise InvalidValueError(
-                name, f"is on {batch.device}, the statistics are on {self.cov_xx.device}; must be on one device"
-            )
+            raise InvalidValueError(name, f"is on {batch.device}, the statistics are on {self.cov_xx.device}")
 
     def _check_ready(self, what: str) -> None:
         if int(self.num_batches_tracked) == 0:
@@ -240,23 +225,19 @@ class EMAStats(WideBuffers):
         ridge = self.eps * torch.eye(covariance.shape[0], dtype=dtype, device=covariance.device)
         factor: torch.Tensor
         factor, info = torch.linalg.cholesky_ex(covariance + ridge)
-        # A pivot is what is left of a variance without the directions before it: of a singular matrix, rounding errors.
+        # The pivots of a singular matrix are rounding errors of its variances.
         noise = covariance.shape[0] * torch.finfo(getattr(self, name).dtype).eps
         lost = factor.diagonal().square() <= noise * (covariance + ridge).diagonal()
         if int(info) != 0 or bool(lost.any()):
-            raise InvalidValueError(
-                "eps", f"too small for {name}, which has not full rank; must be larger", value=f"{self.eps:g}"
-            )
+            raise InvalidValueError("eps", f"too small for {name}, which lacks full rank", value=f"{self.eps:g}")
         return factor
-
-    # --- copies and states -----------------------------------------------------------------------------
 
     def _without_graph(self) -> dict[str, Any]:
         buffers = {name: None if value is None else value.detach() for name, value in self._buffers.items()}
         return {**self.__dict__, "_buffers": buffers}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> EMAStats:
-        """A copy that shares the process group and has no graph: torch copies no tensor that hangs in one."""
+        """A copy that shares the process group and has no graph, since torch refuses to copy graphs."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         memo[id(self.process_group)] = self.process_group
@@ -274,14 +255,14 @@ class EMAStats(WideBuffers):
         for name in _STATISTICS:
             if f"{prefix}running_{name}" in state_dict:  # symm-learning's names
                 state_dict[prefix + name] = state_dict.pop(f"{prefix}running_{name}")
-        # Values are loaded in place: not into tensors that a graph or a saved state still needs.
+        # Values are loaded in place, which must not change tensors of a graph or of a saved state.
         for name, value in self._buffers.items():
             self._buffers[name] = None if value is None else value.detach().clone()
         super()._load_from_state_dict(state_dict, prefix, *rest)
 
 
 class _GroupSum(torch.autograd.Function):
-    """The sum over processes; backward, every process' losses count for what this one has added."""
+    """The sum over processes; its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor, group: ProcessGroup) -> torch.Tensor:
@@ -298,7 +279,7 @@ class _GroupSum(torch.autograd.Function):
 
 
 def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    """Autocast would multiply the centred batch in half precision."""
+    """Without this, autocast multiplies the centred batch in half precision."""
     if torch.amp.is_autocast_available(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -11,7 +10,6 @@ import typer
 from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.cli.values import DTYPE_WORDS, LAYOUT_WORDS, existing
-from posthoc_cli.errors import OutputExistsError
 
 EPILOG = (
     "Example:  ema export model.safetensors --out model.pt   or   "
@@ -67,33 +65,17 @@ def export(
     Layouts: one safetensors file; shards with an index, named as the Hugging Face libraries look for them (one
     file when it fits); a .pt state dict for torch.load(weights_only=True).
     """
-    from posthoc_cli.export.convert import export_file
-    from posthoc_cli.export.outputs import export_paths, layout_of, output_exists
-    from posthoc_cli.snapshots.models import model_files, models_at
-    from posthoc_cli.snapshots.reader import read_header
+    from posthoc_cli.export.convert import export_models
 
     output.log_to_stderr(False)
     file, out, base = existing(file), files.expanded(out), None if base is None else existing(base)
-    started = time.perf_counter()
-    sources = models_at(file)
-    outs = [out] if len(sources) == 1 else export_paths(sources, out, layout)
-    if len(outs) > 1:
-        for path in outs if not force else ():
-            if output_exists(path, layout_of(path, layout)):
-                raise OutputExistsError(path, "is there already", "choose another folder, or --force to replace it")
-        if out.parent.is_dir():
-            files.make_directory(out)
-    total = sum(read_header(path).file_bytes for source in sources for path in model_files(source))
-    made = []
-    with output.progress_bar("exporting", total, quiet) as progress:
-        for source, path in zip(sources, outs, strict=True):
-            made.append(
-                export_file(source, path, layout, dtype, base, prefix, strip_prefix, force, max_shard_size, progress)
-            )
-    seconds = time.perf_counter() - started
-    reports = [{"output": str(path), **vars(one)} for path, one in zip(outs, made, strict=True)]
+    report = export_models(
+        file, out, layout, dtype, base, prefix, strip_prefix, force, max_shard_size,
+        lambda what, total: output.progress_bar(what, total, quiet),
+    )  # fmt: skip
+    made, seconds = list(report.made.values()), report.seconds
     if as_json:
-        output.print_json({**(reports[0] if len(outs) == 1 else {"outputs": reports}), "seconds": seconds})
+        output.print_json(report.to_dict())
     elif not quiet:
         count = f"{len(made)} models, " * (len(made) > 1) + f"{sum(one.tensors for one in made)} tensors"
         added = f", {sum(one.from_base for one in made)} of them from {base}" if base is not None else ""

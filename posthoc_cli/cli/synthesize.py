@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import shlex
-import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,10 +24,11 @@ from posthoc_cli.cli.values import (
     parse_max_error,
     parse_targets,
 )
+from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.reconstruction import Prior
+    from posthoc_cli.export.job import SynthesisReport
     from posthoc_cli.synthesis.plan import Plan
 
 EPILOG = (
@@ -134,13 +134,7 @@ def synthesize(
     One large model on many machines: --shard 1/8 to --shard 8/8 in any processes, then --finish. Under torchrun
     the processes do both by themselves. The output is then a folder of shards.
     """
-    from posthoc_cli.snapshots.format import parse_dtype_word
-    from posthoc_cli.synthesis.engine import device_reason, parse_accumulate, parse_device
-    from posthoc_cli.synthesis.plan import plan_synthesis, with_consistent_plan
-    from posthoc_cli.synthesis.sources import disk_sources
-
     output.log_to_stderr(verbose)
-    started = time.perf_counter()
     targets = parse_targets(sigma_rel, beta, window, between, profile)
     if not targets:
         raise InvalidValueError(
@@ -150,7 +144,7 @@ def synthesize(
         )
     at_step = None if step is None else parse_count(step, "--step")
     accepted = None if max_error is None else parse_max_error(max_error)
-    parse_dtype_word(dtype)
+    parse_dtype(dtype)
     if force and skip_existing:
         raise InvalidValueError("--force and --skip-existing", "give one of them")
     if out is None and (finish or not dry_run):
@@ -158,130 +152,46 @@ def synthesize(
         raise InvalidValueError("--out", missing)
     mode = spread.parse_mode(shard, finish, skip_existing)
     layout = spread.layout_of(mode, out, layout)
-    from posthoc_cli.export.outputs import output_paths  # loads torch: not before wrong options are refused
+    # These load torch: not before wrong options are refused.
+    from posthoc_cli.export.job import Synthesis
+    from posthoc_cli.export.outputs import output_paths
 
     paths, folder = ([], None) if out is None or dry_run else output_paths(targets, out, layout)
     for path in paths if folder is None else [folder]:
         check_folder(path, "--out")
-    parse_accumulate(accumulate)
-    reason = device_reason(device)
-    device = "cpu" if dry_run and device == "auto" else parse_device(mode.device(device))
-    directory = existing_directory(directory)
-    if mode.kind != "whole":
-        options = spread.Options(
-            directory,
-            targets,
-            t,
-            at_step,
-            method,
-            accepted,
-            out,
-            dtype,
-            device,
-            accumulate,
-            force,
-            max_shard_size,
-            dry_run,
-        )
-        _make_parts(mode, options, {"device": device, "reason": reason}, quiet, verbose, as_json)
+    report = Synthesis(
+        existing_directory(directory), tuple(targets), out, t, at_step, method, accepted, dtype, layout,
+        max_shard_size, device, accumulate, force, skip_existing, dry_run, shard, finish, mode.kind == "rank",
+        lambda what, total: output.progress_bar(what, total, quiet, verbose),
+    ).run()  # fmt: skip
+    if report is None:
         return
-    skipped: set[int] = set()
-    wanted = list(range(len(paths)))
+    if as_json:
+        output.print_json(report.to_dict())
+    elif not quiet and report.parts is not None:
+        _print_coefficients(report.plan, verbose) if verbose else None
+        output.print_line(spread.text(report, dry_run))
+    elif not quiet:
+        _print_report(report, dry_run, verbose)
 
-    def write(plan: Plan) -> Plan:
-        from posthoc_cli.export.outputs import existing_outputs, write_synthesis
 
-        if skip_existing:
-            skipped.update(existing_outputs(plan, paths, layout, dtype))
-            wanted[:] = [index for index in range(len(paths)) if index not in skipped]
-        if not wanted:
-            return plan
-        with output.progress_bar("synthesizing", plan.read_bytes, quiet, verbose) as progress:
-            write_synthesis(
-                plan.only(wanted),
-                [paths[i] for i in wanted],
-                layout,
-                dtype,
-                device,
-                force,
-                max_shard_size,
-                progress,
-                folder,
-                accumulate,
-            )
-        return plan
-
-    plan = with_consistent_plan(
-        lambda: plan_synthesis(disk_sources(directory), targets, t, at_step, method, accepted, dtype),
-        write,
-    )
-    seconds = time.perf_counter() - started
-    if plan.aside and not quiet and not as_json:
+def _print_report(report: SynthesisReport, dry_run: bool, verbose: bool) -> None:
+    plan, paths, skipped = report.plan, list(report.outputs), set(report.existing)
+    if plan.aside:
         output.print_note(
             f"{plan.aside} snapshots are not used: they are of the time when the model had other tensors than at "
             f"t = {plan.t:,.12g}"
         )
-    if plan.choice is not None and not quiet and not as_json:
+    if plan.choice is not None:
         output.print_line(f"from {plan.choice}")
-    if wanted and not quiet and not as_json:
-        _note_left_out(plan, paths[wanted[0]])
-    if as_json:
-        where = {"device": device, "reason": reason}
-        output.print_json(_report(plan, paths, skipped, seconds) | where)
-    elif not quiet:
-        _print_coefficients(plan, verbose) if verbose or (dry_run and len(targets) == 1) else None
-        _print_targets(plan, paths, skipped, dtype, seconds, verbose or plan.method == "paper")
-
-
-def _make_parts(
-    mode: spread.Mode, options: spread.Options, where: dict[str, Any], quiet: bool, verbose: bool, as_json: bool
-) -> None:
-    """What one of many processes does, and its report."""
-    started = time.perf_counter()
-    done = spread.run(mode, options, quiet, verbose)
-    if done is None:
-        return
-    if as_json:
-        report = _report(done.plan, done.paths, done.there, time.perf_counter() - started)
-        output.print_json(report | where | done.report)
-    elif not quiet:
-        _print_coefficients(done.plan, verbose) if verbose else None
-        output.print_line(done.text)
+    made = [path for index, path in enumerate(paths) if index not in skipped]
+    if made:
+        _note_left_out(plan, made[0])
+    _print_coefficients(plan, verbose) if verbose or (dry_run and len(plan.targets) == 1) else None
+    _print_targets(plan, paths, skipped, report.seconds, verbose or plan.method == "paper")
 
 
 # --- what is printed -------------------------------------------------------------------------------
-
-
-def _report(plan: Plan, paths: list[Path], skipped: set[int], seconds: float) -> dict[str, Any]:
-    targets = []
-    for index in range(len(plan.targets)):
-        info = plan.output_info(index)
-        targets.append(
-            {
-                "target": info.profile,
-                "sigma_rel": info.sigma_rel,
-                "t": info.t,
-                "method": info.method,
-                "profile_error": info.profile_error,
-                "predicted_error": info.predicted_error,
-                "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
-                "output": str(paths[index]) if paths else None,
-                "skipped": index in skipped,
-                "seconds": seconds,
-            }
-        )
-    movement = _movement(plan.reconstruction.prior)
-    chosen = {"solved_with": plan.solved, "of": plan.there}
-    return {"run": plan.newest.info.run_id, "movement": movement, "snapshots": chosen, "targets": targets}
-
-
-def _movement(prior: Prior) -> dict[str, Any]:
-    """What the snapshots tell of how the network moved; predicted errors rest on it."""
-    return {
-        "source": prior.source,
-        "pieces": int(prior.motion.walk.size),
-        "noise": bool(prior.motion.noise.any()),
-    }
 
 
 def _print_coefficients(plan: Plan, verbose: bool) -> None:
@@ -303,9 +213,7 @@ def _largest(values: Sequence[float], count: int) -> list[int]:
     return sorted(sorted(range(len(values)), key=lambda index: -abs(values[index]))[:count])
 
 
-def _print_targets(
-    plan: Plan, paths: list[Path], skipped: set[int], dtype: str, seconds: float, profile_error: bool
-) -> None:
+def _print_targets(plan: Plan, paths: list[Path], skipped: set[int], seconds: float, profile_error: bool) -> None:
     single = len(plan.targets) == 1
     if not single:
         _print_table(plan, paths, skipped, profile_error)
@@ -314,7 +222,7 @@ def _print_targets(
         return
     made = [index for index in range(len(plan.targets)) if index not in skipped]
     which = plan.targets[0].title if single else f"{len(made)} average{'s' * (len(made) != 1)}"
-    size = output.size_text(sum(spec.nbytes for spec in plan.specs(dtype))) + " each" * (not single)
+    size = output.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
     count = f"{len(plan.sources)} snapshot{'s' * (len(plan.sources) != 1)}"
     newest = f"training time of the newest snapshot: {plan.last:,.12g}"
     errors = _errors_text(plan, made, profile_error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import stat
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
@@ -13,27 +12,11 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
+from posthoc_cli.files import parse_bytes as parse_bytes
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, ProfileFile, SigmaRel, Target, Window
 
-_BYTES = {"": 1, "B": 1} | {
-    prefix + unit: base**power
-    for power, prefix in enumerate("KMGT", start=1)
-    for unit, base in (("B", 1000), ("IB", 1024))
-}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-
-
-def parse_bytes(text: str, option: str) -> int:
-    """Bytes from 60GB, 500MiB, 1.5TB or a plain number.
-
-    Raises:
-        InvalidValueError: naming the option and the accepted forms.
-    """
-    value = _amount(text, _BYTES)
-    if value is None:
-        raise InvalidValueError(f"{option} {text}", "must be a size above 0, such as 60GB, 500MiB or 1.5TB")
-    return round(value)
 
 
 def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
@@ -42,24 +25,11 @@ def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") ->
     Raises:
         InvalidValueError: naming the option and the accepted forms.
     """
-    value = _amount(text, _COUNTS)
+    value = files.parse_amount(text, _COUNTS)
     if value is None or value != value.to_integral_value():
         shown = text.strip() or "(empty)"
         raise InvalidValueError(f"{option} {shown}", f"must be a whole number, at least 1, such as {example}")
     return int(value)
-
-
-def _amount(text: str, units: dict[str, int]) -> Decimal | None:
-    """The amount; None where it is none, below 1 or too large."""
-    match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
-    unit = units.get(match[2].upper()) if match is not None else None
-    if match is None or unit is None:
-        return None
-    try:
-        value = Decimal(match[1].replace(",", "")) * unit
-    except InvalidOperation:
-        return None
-    return value if 1 <= value < 2**63 else None
 
 
 # --- From words on the command line to values ------------------------------------------------------

@@ -4,8 +4,7 @@ arXiv 2206.00364, table 1: a network F with preconditioning is the denoiser
 
     D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
 
-trained on images with noise of standard deviation `sigma` added. `sigma` here is always a noise level, never
-a width of an average.
+trained on images with added noise of standard deviation `sigma`, which here is never the width of an average.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SIDE = 8
 PIXELS = SIDE * SIDE
 CLASSES = 10
 STANDARD_DEVIATION = 0.75
-"""Of the pixels, once they are scaled to -1 (paper) .. 1 (ink)."""
+"""Of the pixels, scaled to -1 (paper) .. 1 (ink)."""
 
 _LARGEST_VALUE = 16
 _FOR_VALIDATION = 360
@@ -29,7 +28,7 @@ _FOR_VALIDATION = 360
 
 @dataclass(frozen=True)
 class Digits:
-    """Images, shape [images, 64], in -1 .. 1, and which digit each one is, shape [images]."""
+    """Images, shape [images, 64], in -1 .. 1, and the digit of each, shape [images]."""
 
     images: torch.Tensor
     labels: torch.Tensor
@@ -37,7 +36,7 @@ class Digits:
 
 @dataclass(frozen=True)
 class Split:
-    """Images to train on, and images that training never sees."""
+    """Images for training and for validation."""
 
     training: Digits
     validation: Digits
@@ -52,35 +51,28 @@ def load_digits(seed: int) -> Split:
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "sklearn":
-            raise
-        raise MissingDependencyError(
-            "the demo trains on scikit-learn's digits, and scikit-learn is not installed",
-            "pip install 'posthoc-cli[demo]'",
-        ) from error
+        reason = "is not installed; the demo trains on its images of digits"
+        raise MissingDependencyError("scikit-learn", reason, "pip install 'posthoc-cli[demo]'") from error
     pixels, labels = datasets.load_digits(return_X_y=True)
     images = torch.as_tensor(pixels, dtype=torch.float32) / (_LARGEST_VALUE / 2) - 1
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     digits = Digits(images[order], torch.as_tensor(labels, dtype=torch.int64)[order])
-    return Split(_part(digits, slice(_FOR_VALIDATION, None)), _part(digits, slice(_FOR_VALIDATION)))
-
-
-def _part(digits: Digits, which: slice) -> Digits:
-    return Digits(digits.images[which], digits.labels[which])
-
-
-# --- A small diffusion model after Karras et al., "Elucidating the Design Space of Diffusion-Based Genera ---
+    count = _FOR_VALIDATION
+    training, validation = (
+        Digits(digits.images[which], digits.labels[which]) for which in (slice(count, None), slice(count))
+    )
+    return Split(training, validation)
 
 
 LOG_NOISE_MEAN, LOG_NOISE_STD = -0.8, 1.2
-"""ln(sigma) in training and validation is normal with these."""
+"""Of the normal distribution of ln(sigma) in training and validation."""
 
 _FREQUENCIES = 16
 _VARIANCE = STANDARD_DEVIATION**2
 
 
 class Denoiser(nn.Module):
-    """An MLP with residual blocks, told the noise level and which digit it is to find."""
+    """An MLP with residual blocks, conditioned on the noise level and the digit."""
 
     frequencies: torch.Tensor
 
@@ -120,17 +112,14 @@ class _Block(nn.Module):
 
 
 def make_denoiser(seed: int) -> Denoiser:
-    """A denoiser with random weights; the global random state stays as it is."""
+    """A denoiser with random weights; keeps the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Denoiser()
 
 
-# --- loss ------------------------------------------------------------------------------------------
-
-
 def losses(model: nn.Module, digits: Digits, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """The weighted squared error of each image, shape [images]; where F gives 0, about 1 in the mean.
+    """The weighted squared error of each image, shape [images]; for F = 0 about 1 in the mean.
 
     Arguments:
         sigma: noise levels, shape [images, 1].
@@ -143,10 +132,9 @@ def losses(model: nn.Module, digits: Digits, sigma: torch.Tensor, noise: torch.T
 
 
 class Validation:
-    """The loss on images that training never saw.
+    """The loss on images that training never saw, with the same noise at every call.
 
-    Every call uses the same noise: `draws` of it an image, at noise levels that cut the distribution of the
-    training into parts of equal probability. So two sets of weights differ in nothing but the weights.
+    Each image has `draws` of noise, at the quantiles of the noise levels of training.
     """
 
     def __init__(self, digits: Digits, seed: int, draws: int = 32) -> None:

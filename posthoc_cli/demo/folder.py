@@ -1,4 +1,4 @@
-"""The folder that a demo writes to: where everything goes, and what may be removed."""
+"""The folder of a demo: its files, and which of them a new demo may replace."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ _MADE = (
 
 @dataclass(frozen=True)
 class Folder:
-    """Where a demo puts what it makes."""
+    """The files of a demo."""
 
     root: Path
 
     @property
     def snapshots(self) -> Path:
-        """What the hook writes."""
+        """The snapshots of the hook."""
         return self.root / "snapshots"
 
     @property
     def averages(self) -> Path:
-        """What `ema synthesize` makes of that."""
+        """The averages of `ema synthesize`."""
         return self.root / "averages"
 
     @property
@@ -60,7 +60,7 @@ class Folder:
         return self.root / "best.pt"
 
     def average(self, sigma_rel: float) -> Path:
-        """One of the averages: the name that `ema synthesize` gives it."""
+        """One of the averages, as named by `ema synthesize`."""
         return self.averages / f"sigma_rel-{sigma_rel!r}.safetensors"
 
     def tracked(self, sigma_rel: float) -> Path:
@@ -72,15 +72,15 @@ class Folder:
         return self.root / f"{name}.png"
 
     def prepare(self, force: bool) -> None:
-        """Make the folder, or clear an earlier demo out of it.
+        """Make the folder, or delete the files of an earlier demo in it.
 
         Raises:
-            InvalidValueError: the folder that it is to be in does not exist.
-            OutputExistsError: it is there and not empty, and is not an earlier demo or `force` is False.
+            InvalidValueError: the parent folder does not exist.
+            OutputExistsError: it is not empty, and not an earlier demo or `force` is False.
             WriteError: the system refused.
         """
         if not self.root.parent.is_dir():
-            raise InvalidValueError("out", "its folder does not exist", value=self.root)
+            raise InvalidValueError("out", "its parent folder does not exist", value=self.root)
         if self.root.exists() and not self.root.is_dir():
             raise OutputExistsError(self.root, "is a file", "name a folder")
         marker = self.root / _MARKER
@@ -88,12 +88,10 @@ class Folder:
             if not marker.is_file():
                 raise OutputExistsError(self.root, "is not empty, and no earlier demo made it", "name another folder")
             if not force:
-                raise OutputExistsError(
-                    self.root, "holds an earlier demo", "name another folder, or --force to replace it"
-                )
+                raise OutputExistsError(self.root, "holds an earlier demo", "name another folder, or force=True")
         for folder in (self.snapshots, self.averages, self.root / "tracked"):
             if folder.is_symlink():
-                raise OutputExistsError(folder, "is a symbolic link, which no demo made", "remove it")
+                raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")
         with files.reported_as_write_error(self.root):
             for pattern in _MADE:
                 for path in self.root.glob(pattern):
@@ -103,5 +101,5 @@ class Folder:
         files.write_whole(marker, _MARKER_TEXT.encode(), overwrite=True)
 
     def made(self) -> list[Path]:
-        """The files and folders that a reader looks at."""
+        """The files and folders in it."""
         return sorted(self.root.iterdir())

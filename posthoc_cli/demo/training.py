@@ -1,4 +1,4 @@
-"""The training loop with the hook in it, and averages tracked directly beside it."""
+"""The training loop with the hook, and directly tracked averages to compare with."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from posthoc_cli.tracker import PostHocEMA
 
 UPDATE_EVERY = 10
 SNAPSHOTS = 40
-"""Kept a tracked profile, and where the number of steps allows it no more are taken."""
+"""Kept a tracked profile; no more are taken if the number of steps allows that."""
 
 _STEPS_UNIT = 100
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What is trained, and how.
+    """Settings of the training.
 
-    The learning rate is high and falls late: the network then circles around good weights, and the mean of
-    its circle is better than any point on it.
+    The learning rate is high and falls late, so that the network circles around good weights, and their mean is better
+    than any of them.
     """
 
     steps: int
@@ -36,9 +36,8 @@ class Settings:
 
     def __post_init__(self) -> None:
         if self.steps < _STEPS_UNIT or self.steps % _STEPS_UNIT:
-            raise InvalidValueError(
-                "steps", f"must be a multiple of {_STEPS_UNIT}, from {_STEPS_UNIT}", value=self.steps
-            )
+            reason = f"must be a multiple of {_STEPS_UNIT}, from {_STEPS_UNIT}"
+            raise InvalidValueError("steps", reason, value=self.steps)
 
     @property
     def checkpoint_every(self) -> int:
@@ -59,29 +58,29 @@ class Settings:
 
 @dataclass(frozen=True)
 class Trained:
-    """What comes out of training: the network with its last weights, and the direct averages."""
+    """The network with its last weights, and the directly tracked averages."""
 
     model: Denoiser
     direct: list[DirectAverage]
 
 
 class DirectAverage:
-    """The power-function average of one length, tracked the plain way, in float64.
+    """The power-function average of one length, tracked in float64.
 
-    It is what the synthesized weights are compared with, so nothing in it comes from the code that makes
-    those: gamma from the roots of equation 123, one vector of all parameters, the recursion written out.
+    It shares no code with the tracker, whose results it checks: gamma from the roots of equation 123, one vector of all
+    parameters, the recursion written out.
     """
 
     def __init__(self, sigma_rel: float) -> None:
         self.sigma_rel = sigma_rel
-        # (x + 1)**2 (x + 2) = x / sigma_rel**2 with x = gamma + 1: of the real roots the largest.
+        # The largest real root of (x + 1)**2 (x + 2) = x / sigma_rel**2 with x = gamma + 1.
         roots = np.roots([1, 4, 5 - sigma_rel**-2, 2])
         self.gamma = float(max(root.real for root in roots if abs(root.imag) < 1e-9)) - 1
         self._t = 0.0
         self._value = torch.zeros(0, dtype=torch.float64)
 
     def update_(self, weights: torch.Tensor, t: float) -> None:
-        """Take in all parameters, one vector, as they are at time `t`."""
+        """Take in all parameters, as one vector, at time `t`."""
         if self._t == 0:
             self._value = weights.double()
         else:
@@ -92,8 +91,8 @@ class DirectAverage:
     def by_name(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The average as tensors by name, float64."""
         parameters = dict(model.named_parameters())
-        parts = torch.split(self._value, [parameter.numel() for parameter in parameters.values()])
-        return {name: part.reshape(parameters[name].shape) for name, part in zip(parameters, parts, strict=True)}
+        values = torch.split(self._value, [parameter.numel() for parameter in parameters.values()])
+        return {name: value.reshape(parameters[name].shape) for name, value in zip(parameters, values, strict=True)}
 
 
 def train(
@@ -108,7 +107,7 @@ def train(
     Arguments:
         directory: for the snapshots.
         direct_widths: sigma_rel of the averages to track directly.
-        advance: told the number of steps done since it was last called.
+        advance: called with the number of steps since the last call.
     """
     model = make_denoiser(settings.seed)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))

@@ -1,5 +1,5 @@
-"""Output layouts: one safetensors file, shards with an index, a .pt state dict.
+"""Outputs: one safetensors file, shards with an index, a .pt state dict.
 
-Each layout is a sink (`layouts.Sink`): it takes tensors one by one and appears whole, at the end, or not at all.
-`write_synthesis` fills sinks from snapshots, `export_file` from any safetensors file.
+`job.Synthesis` writes averages of a run to files, in one process, in parts or in a torchrun job; `export_models` writes
+models in another layout. A sink takes tensors and appears complete, at the end, or not at all.
 """

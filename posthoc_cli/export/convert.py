@@ -1,29 +1,41 @@
-"""A model into another layout, dtype or naming, completed from a full model."""
+"""Export: a model in another layout, dtype or naming, completed from a full model."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NonFiniteError, shown
-from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, layout_of, make_sink, parse_size
-from posthoc_cli.snapshots import format as fmt
+from posthoc_cli import files
+from posthoc_cli.dtypes import EPS, parse_dtype
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    NonFiniteError,
+    OutputExistsError,
+    shown,
+)
+from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, export_paths, layout_of, output_exists
+from posthoc_cli.export.sinks import make_sink
 from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files
+from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files, models_at
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
-from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, tensor_from_bytes, torch_dtype
-from posthoc_cli.synthesis.engine import Progress
+from posthoc_cli.snapshots.reader import TensorFile, read_header
+from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
+from posthoc_cli.synthesis.engine import Options, Progress, ProgressBar, no_bar
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export made: tensors written, of which so many were taken from the base."""
+    """What an export wrote: the number of tensors, how many of them came from the base, and their bytes."""
 
     tensors: int
     from_base: int
@@ -47,38 +59,98 @@ def export_file(
     Arguments:
         source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; or
             shards of one of these: their index, or its folder.
-        out: the output; its name decides the layout unless `layout` says it.
+        out: the output; its name decides the layout unless `layout` does.
         dtype: of all floating-point tensors but copies; None keeps each one's own.
         base: a safetensors file, an index of shards, or a folder of one of these, whose further tensors complete the
             output.
         prefix, strip_prefix: put in front of, or taken from, the names in `source`, before they are compared
             with those in `base`.
-        overwrite: replace what is there.
+        overwrite: replace an output that is there.
         max_shard_size: such as "5GB".
-        progress: told the bytes written so far.
+        progress: called with the bytes just written.
 
     Raises:
         FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
     """
-    layout = layout_of(out, layout)
-    wanted = parse_dtype(dtype)
-    limit = parse_size(max_shard_size)
+    layout, wanted = layout_of(out, layout), parse_dtype(dtype)
+    options = Options(overwrite=overwrite, max_shard_size=files.parse_bytes(max_shard_size, "max_shard_size"))
     with ExitStack() as stack:
         own, info = _read_source(stack, source, wanted)
         renamed = _rename(own, prefix, strip_prefix)
         if info is not None:
-            info = _with_copies(info, renamed)
+            copies = tuple(name for name, tensor in renamed.items() if tensor.role == "copy")
+            info = replace(info, copies=copies)
         added = {} if base is None else _read_base(stack, base, wanted, renamed)
         tensors = renamed | added
         metadata = {"format": "pt"} if info is None else output_metadata(info)
-        specs = [fmt.TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
-        with make_sink(layout, out, specs, metadata, overwrite, limit) as sink:
-            for name, tensor in tensors.items():
-                sink.write(name, tensor.read())
+        specs = [tensor.spec(name) for name, tensor in tensors.items()]
+        with make_sink(layout, out, specs, metadata, options) as sink:
+            for spec in specs:
+                sink.write(spec.name, tensors[spec.name].read())
                 if progress is not None:
-                    progress(tensor.nbytes)
+                    progress(spec.nbytes)
             sink.commit()
-    return Exported(len(tensors), len(added), sum(tensor.nbytes for tensor in tensors.values()))
+    return Exported(len(tensors), len(added), sum(spec.nbytes for spec in specs))
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """The outputs of an export, with what each holds.
+
+    Attributes:
+        made: by output.
+        several: whether a folder of models was exported into a folder.
+        seconds: how long it took.
+    """
+
+    made: dict[Path, Exported]
+    several: bool
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain values for JSON."""
+        reports = [{"output": str(path), **vars(one)} for path, one in self.made.items()]
+        return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
+
+
+def export_models(
+    source: Path,
+    out: Path,
+    layout: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    base: Path | None = None,
+    prefix: str = "",
+    strip_prefix: str = "",
+    overwrite: bool = False,
+    max_shard_size: str = DEFAULT_SHARD_SIZE,
+    progress: ProgressBar = no_bar,
+) -> ExportReport:
+    """As `export_file`, also for a folder of several outputs, which go into the folder `out`.
+
+    Raises:
+        OutputExistsError: one of several outputs is there already; nothing was written.
+        others: as `export_file`.
+    """
+    started = time.perf_counter()
+    sources = models_at(source)
+    several = len(sources) > 1
+    outs = export_paths(sources, out, layout) if several else [out]
+    if several:
+        for path in outs if not overwrite else ():
+            if output_exists(path, layout_of(path, layout)):
+                hint = "choose another folder, or overwrite=True to replace it"
+                raise OutputExistsError(path, "is there already", hint)
+        if out.parent.is_dir():
+            files.make_directory(out)
+    total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
+    with progress("exporting", total) as advance:
+        made = {
+            path: export_file(
+                model, path, layout, dtype, base, prefix, strip_prefix, overwrite, max_shard_size, advance
+            )
+            for model, path in zip(sources, outs, strict=True)
+        }
+    return ExportReport(made, several, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
@@ -94,9 +166,9 @@ class _PlannedTensor:
     def shape(self) -> tuple[int, ...]:
         return self.file.header.tensors[self.name].shape
 
-    @property
-    def nbytes(self) -> int:
-        return fmt.TensorSpec(self.name, self.dtype, self.shape).nbytes
+    def spec(self, name: str) -> TensorSpec:
+        """What it will be in the output, under a name."""
+        return TensorSpec(name, self.dtype, self.shape)
 
     def read(self) -> torch.Tensor:
         stored = tensor_from_bytes(self.file.read(self.name), self.file.header.tensors[self.name].dtype, self.shape)
@@ -115,9 +187,9 @@ def _finite(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _read_source(
-    stack: ExitStack, source: Path, dtype: torch.dtype | None
+    stack: ExitStack, source: Path, dtype: str | None
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """The tensors of the model to export, under all their names, and what it says about itself."""
+    """The tensors of the model to export, under all their names, and its metadata as an output."""
     tensors: dict[str, _PlannedTensor] = {}
     first: tuple[Path, OutputInfo | None] | None = None
     index = index_of(source)
@@ -133,10 +205,8 @@ def _read_source(
     return tensors, None if first is None else first[1]
 
 
-def _read_file(
-    file: TensorFile, model: str, dtype: torch.dtype | None
-) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
-    """The tensors of one file, under all their names, and what it says about the model, which is called `model`."""
+def _read_file(file: TensorFile, model: str, dtype: str | None) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
+    """The tensors of one file, under all their names, and its metadata; `model` is the name of the source."""
     kind = file_kind(file.header)
     if kind == "snapshot":
         return _read_snapshot(file, model, dtype)
@@ -144,22 +214,19 @@ def _read_file(
         raise FileFormatError(file.path, "is a tracker's state, not weights", "export a snapshot, or a synthesis")
     if kind not in (None, "output"):
         raise FileFormatError(file.path, f"its ema.format is {shown(kind)}, which this release does not know")
-    info = decode_output(file.path, file.header) if kind == "output" else None
-    if info is None:
-        return {name: _plan(file, name, "other", dtype) for name in file.header.tensors}, None
+    if kind is None:
+        return {name: _planned(file, name, "other", dtype) for name in file.header.tensors}, None
+    info = decode_output(file.path, file.header)
     roles = {name: "copy" if name in info.copies else "average" for name in file.header.tensors}
-    return {name: _plan(file, name, role, dtype) for name, role in roles.items()}, info
+    return {name: _planned(file, name, role, dtype) for name, role in roles.items()}, info
 
 
-def _read_snapshot(
-    file: TensorFile, model: str, dtype: torch.dtype | None
-) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
+def _read_snapshot(file: TensorFile, model: str, dtype: str | None) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
     snapshot = decode_snapshot(file.path, file.header)
-    names = {name: name for name in snapshot.tensors} | snapshot.aliases
     tensors = {}
-    for alias, name in names.items():
+    for alias, name in ({name: name for name in snapshot.tensors} | snapshot.aliases).items():
         tracked = snapshot.tensors[name]
-        stored = tracked.dtype if tracked.role == "copy" or dtype is None else stored_name(dtype)
+        stored = tracked.dtype if tracked.role == "copy" else dtype or tracked.dtype
         tensors[alias] = _PlannedTensor(file, name, stored, tracked.role)
     info = OutputInfo(
         run_id=snapshot.run_id,
@@ -176,15 +243,9 @@ def _read_snapshot(
     return tensors, info
 
 
-def _plan(file: TensorFile, name: str, role: str, dtype: torch.dtype | None) -> _PlannedTensor:
+def _planned(file: TensorFile, name: str, role: str, dtype: str | None) -> _PlannedTensor:
     own = file.header.tensors[name].dtype
-    keeps = role == "copy" or dtype is None or not torch_dtype(own).is_floating_point
-    return _PlannedTensor(file, name, own if keeps or dtype is None else stored_name(dtype), role)
-
-
-def _with_copies(info: OutputInfo, tensors: Mapping[str, _PlannedTensor]) -> OutputInfo:
-    copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
-    return OutputInfo(**{**vars(info), "copies": copies})
+    return _PlannedTensor(file, name, own if role == "copy" or own not in EPS else dtype or own, role)
 
 
 def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> dict[str, _PlannedTensor]:
@@ -202,7 +263,7 @@ def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> d
 
 
 def _read_base(
-    stack: ExitStack, base: Path, dtype: torch.dtype | None, own: Mapping[str, _PlannedTensor]
+    stack: ExitStack, base: Path, dtype: str | None, own: Mapping[str, _PlannedTensor]
 ) -> dict[str, _PlannedTensor]:
     """The tensors that only the base has; those in both must have the same shape."""
     tensors = {}
@@ -211,17 +272,14 @@ def _read_base(
         for name, entry in file.header.tensors.items():
             seen.add(name)
             if name not in own:
-                tensors[name] = _plan(file, name, "other", dtype)
+                tensors[name] = _planned(file, name, "other", dtype)
             elif own[name].shape != entry.shape:
-                raise MismatchError(
-                    file.path, f"tensor {name!r} has the shape {list(entry.shape)}, the average {list(own[name].shape)}"
-                )
+                shapes = f"has the shape {list(entry.shape)}, the average {list(own[name].shape)}"
+                raise MismatchError(file.path, f"tensor {name!r} {shapes}")
     if not seen & own.keys():
-        raise MismatchError(
-            base,
-            f"none of the averaged tensors is in it: its names look like {min(seen, default='')!r}, "
-            f"theirs like {min(own, default='')!r}; --prefix and --strip-prefix rename",
-        )
+        names = f"its names look like {min(seen, default='')!r}, theirs like {min(own, default='')!r}"
+        hint = "rename them by prefix and strip_prefix"
+        raise MismatchError(base, f"none of the averaged tensors is in it: {names}", hint)
     return tensors
 
 

@@ -1,4 +1,4 @@
-"""What snapshots are good for: errors against sigma_rel, and the profile that they make of a target."""
+"""Error curves of snapshots against sigma_rel, and the fit of their profile to a target's."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from posthoc_cli.reconstruction import (
 from posthoc_cli.reconstruction.prior import ASSUMED
 
 EVENLY = "the network moves evenly"
-"""What the predicted errors of a schedule rest on, unless something is known of an earlier run."""
+"""The default assumption behind the predicted errors of a schedule."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Snapshots to be judged: of a run, or of a schedule.
+    """Snapshots of a run or of a schedule.
 
     Attributes:
-        label: what they are, for a legend.
+        label: for a legend.
         snapshots: their profiles.
-        t_unit: what times count.
-        prior: what is known of them besides; None where nothing is.
-        assumption: what predicted errors rest on where nothing was measured, "the network moves evenly"; empty where
-            it was. An assumed prior without one predicts no errors.
+        t_unit: of their times.
+        prior: None where nothing is known.
+        assumption: behind the predicted errors, "the network moves evenly"; empty where the motion was measured. An
+            assumed prior without an assumption predicts no errors.
     """
 
     label: str
@@ -48,17 +48,17 @@ class Candidate:
 
     @classmethod
     def of_run(cls, label: str, snapshots: Sequence[PowerFunction], prior: Prior, t_unit: str = "steps") -> Candidate:
-        """Snapshots of a run. Too few to tell how its network moved are judged as if it had moved evenly."""
+        """Snapshots of a run; even motion is assumed where they are too few to tell."""
         return cls(label, snapshots, t_unit, prior, EVENLY if prior.source == ASSUMED else "")
 
     @classmethod
     def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
-        """The snapshots that a schedule will leave, with the errors that `ema plan` expects of them.
+        """The snapshots that a schedule will leave.
 
         Arguments:
             schedule: when they are taken, and how they are stored.
-            motion: how the network will move, relative to its norm; by default evenly.
-            assumption: the same in words.
+            motion: of the network, relative to its norm; by default even.
+            assumption: the motion in words.
         """
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
         motion = schedule.even_motion if motion is None else motion
@@ -67,8 +67,8 @@ class Candidate:
 
     def up_to(self, t: float) -> tuple[list[PowerFunction], Prior | None]:
         """The snapshots at or before `t`, and their prior."""
-        chosen = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
-        return [self.snapshots[i] for i in chosen], None if self.prior is None else self.prior.of(chosen)
+        usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
+        return [self.snapshots[i] for i in usable], None if self.prior is None else self.prior.of(usable)
 
 
 @dataclass(frozen=True)
@@ -92,15 +92,15 @@ class ErrorCurve:
     """Reconstruction error against sigma_rel, at one time.
 
     Attributes:
-        label: what the snapshots are, and what was assumed of them, for a legend.
+        label: snapshots and assumption, for a legend.
         t: the time of the targets.
         sigma_rels: shape [points].
         profile_error: relative L2 error of the profile: shape [points].
         predicted_error: expected relative L2 error of the weights, shape [points]; None where nothing was measured or
             assumed.
-        tracked: sigma_rels that snapshots hold directly.
+        tracked: sigma_rels of the snapshots.
         others: targets that are no power functions.
-        assumption: what the predicted errors rest on; empty where the movement was measured.
+        assumption: behind the predicted errors; empty where the motion was measured.
     """
 
     label: str
@@ -118,10 +118,7 @@ class ErrorCurve:
         return self.profile_error if self.predicted_error is None else self.predicted_error
 
     def ranges_below(self, threshold: float) -> list[tuple[float, float]]:
-        """The ranges of sigma_rel, among the points, in which `error` is below `threshold`.
-
-        A tracked profile whose neighbours are not below is a point and no range.
-        """
+        """The ranges of sigma_rel, of two points or more, in which `error` is below `threshold`."""
         below = np.flatnonzero(self.error < threshold)
         if below.size == 0:
             return []
@@ -129,7 +126,7 @@ class ErrorCurve:
         return [(float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]])) for run in runs if run.size > 1]
 
     def ranges_text(self, threshold: float) -> str:
-        """The same for people, "0.051 to 0.278": each end rounded inwards, so that it is in its range as it is read."""
+        """The same as text, "0.051 to 0.278", with each end rounded into its range."""
         return ", ".join(_range_text(low, high) for low, high in self.ranges_below(threshold))
 
 
@@ -155,9 +152,8 @@ def error_curve(
 
     Arguments:
         candidate: the snapshots, or the schedule that will leave them; those after `t` are left out.
-        sigma_range: lowest and highest sigma_rel, both included; spaced evenly in the logarithm. The
-            tracked sigma_rels within it are points of their own.
-        points: how many, before those.
+        sigma_range: lowest and highest sigma_rel, both included.
+        points: spaced evenly in the logarithm; tracked sigma_rels are added.
         t: time of the targets; by default that of the last snapshot.
         method: the solver.
         others: titles and profiles of targets that are no power functions.
@@ -168,11 +164,8 @@ def error_curve(
     times = [p.t for p in candidate.snapshots]
     t = max(times) if t is None else t
     if not min(times) <= t <= max(times):
-        raise InvalidValueError(
-            "t",
-            f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}",
-            value=f"{t:.12g}",
-        )
+        reason = f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
+        raise InvalidValueError("t", reason, value=f"{t:.12g}")
     usable, prior = candidate.up_to(t)
     tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable}))
     inside = [s for s in tracked if low <= s <= high]
@@ -215,11 +208,11 @@ def _errors(
 
 @dataclass(frozen=True)
 class ProfileFit:
-    """A target and what snapshots make of it, over training time.
+    """The profiles of a target and of its reconstruction, over training time.
 
     Attributes:
         title: names the target and the snapshots.
-        t_unit: what times count.
+        t_unit: of the times.
         times: shape [points].
         target, reconstructed: densities over `times`, in 1 / time.
         snapshot_times, coefficients: by tracked profile; shape [snapshots of it].
@@ -242,7 +235,7 @@ def profile_fit(
     points: int = 1000,
     method: str | None = None,
 ) -> ProfileFit:
-    """The profile that the snapshots make for one target, beside the target itself."""
+    """The profile that the snapshots make for one target."""
     t = max(p.t for p in candidate.snapshots) if t is None else t
     usable, prior = candidate.up_to(t)
     column = reconstruct(usable, [target], method, prior, t).coefficients[:, 0]
@@ -269,13 +262,9 @@ def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
     except (TypeError, ValueError) as error:
         if isinstance(error, InvalidValueError):
             raise InvalidValueError("sigma_range", str(error)) from error
-        raise InvalidValueError(
-            "sigma_range", "must be two numbers, such as (0.05, 0.28)", value=f"{sigma_range!r}"
-        ) from error
+        reason = "must be two numbers, such as (0.05, 0.28)"
+        raise InvalidValueError("sigma_range", reason, value=f"{sigma_range!r}") from error
     if not low < high:
-        raise InvalidValueError(
-            "sigma_range",
-            f"the first must be below the second, both in (0, {UNIFORM_SIGMA_REL:.4f})",
-            value=f"{low:g}:{high:g}",
-        )
+        reason = f"the first must be below the second, both in (0, {UNIFORM_SIGMA_REL:.4f})"
+        raise InvalidValueError("sigma_range", reason, value=f"{low:g}:{high:g}")
     return low, high

@@ -1,8 +1,8 @@
-"""What to track, how often to store it, and as what: the least that is good enough, within a disk budget.
+"""Proposals of what to track, how often to store it and in which dtype, within a disk budget.
 
-Good enough is a worst predicted error of at most `Task.max_error`; where the budget does not allow it, the smallest
-one is looked for. Choices are screened with snapshots that lie about as they will; the few finalists are judged by the
-snapshots that a tracker would hold at the end (`Schedule.snapshots`).
+The best proposal is the cheapest one with a worst predicted error of at most `Task.max_error`, else the most accurate
+one. Options are screened with approximate snapshot times; the finalists are judged by the snapshots that a tracker
+would hold at the end (`Schedule.snapshots`).
 """
 
 from __future__ import annotations
@@ -15,31 +15,30 @@ from itertools import combinations
 
 import numpy as np
 
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.curves import check_sigma_range
-from posthoc_cli.planning.schedule import Forecast, Schedule, forecast, listed
+from posthoc_cli.planning.schedule import Forecast, Schedule, check_interval, forecast, listed
 from posthoc_cli.planning.thinning import LATER, USEFUL_RANGE
 from posthoc_cli.profiles import PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Motion, assumed_prior
 from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH, ROUNDING
 from posthoc_cli.threads import one_blas_thread
 
-ITEM_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-"""The dtypes that a plan chooses from, and bytes an element."""
+ITEM_BYTES = {DTYPES[name].torch_name: DTYPES[name].nbytes for name in ("F16", "BF16", "F32")}
+"""The dtypes of plans, and bytes an element."""
 
 MOST_KEPT = 64
-"""Snapshots a profile that are proposed at most, unless asked for: more gain little, and make synthesis slow."""
+"""Default limit of the snapshots a profile: more gain little, and slow synthesis down."""
 
 GOOD_ERROR = 5e-4
-"""A worst predicted error that is good enough, unless somebody says otherwise: rounding a result once to float16 costs
-2e-4, to bfloat16 1.5e-3."""
-
-_EPS = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float32": 2.0**-23}
+"""Default of a worst predicted error that is good enough: rounding a result once to float16 costs 2e-4, to bfloat16
+1.5e-3."""
 
 
 def relative_rounding(dtype: str) -> float:
     """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4."""
-    return ROUNDING * _EPS[check_dtype(dtype)]
+    return ROUNDING * EPS[WORDS[check_dtype(dtype)]]
 
 
 def check_dtype(dtype: str) -> str:
@@ -51,21 +50,21 @@ def check_dtype(dtype: str) -> str:
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked of a plan.
+    """The requirements of a plan.
 
     Attributes:
         steps: length of training.
         parameters: averaged elements of the network.
-        max_bytes: for all snapshots at their fullest.
-        sigma_range: the averages that are wanted.
-        motion: how the network will move over (0, steps], relative to its norm; None for evenly.
-        max_error: a worst predicted error that is good enough; of schedules below it the cheapest is the best.
-        rounding: measured root mean square error of a stored average by dtype, relative to its norm, where it is
-            not `relative_rounding`.
-        sigma_rels, dtype, checkpoint_every, max_checkpoints: fixed choices; None leaves them to the search.
+        max_bytes: budget for all snapshots at any moment.
+        sigma_range: the wanted averages.
+        motion: of the network over (0, steps], relative to its norm; None for even motion.
+        max_error: a worst predicted error that is good enough.
+        rounding: measured root mean square error of a stored average by dtype, relative to its norm, which replaces
+            `relative_rounding`.
+        sigma_rels, dtype, checkpoint_every, max_checkpoints: fixed values; None leaves them to the search.
 
     Raises:
-        InvalidValueError: naming the attribute.
+        InvalidValueError: names the attribute.
     """
 
     steps: int
@@ -87,26 +86,21 @@ class Task:
         for name in ("steps", "checkpoint_every", "max_checkpoints"):
             value = getattr(self, name)
             if value is not None and not 1 <= value <= 10**15:
-                raise InvalidValueError(f"{name} {value}", "must be a whole number from 1 to 1e15")
+                raise InvalidValueError(name, "must be a whole number from 1 to 1e15", value=value)
         if not 0 <= self.max_error < 1:
-            raise InvalidValueError(
-                "max_error", "must be a relative error in [0, 1), such as 0.0005", value=f"{self.max_error!r}"
-            )
+            reason = "must be a relative error in [0, 1), such as 0.0005"
+            raise InvalidValueError("max_error", reason, value=f"{self.max_error!r}")
         if self.parameters < 1:
             raise InvalidValueError("params", "must be at least 1, such as 1.2e9 or 350M", value=self.parameters)
         if self.dtype is not None:
             check_dtype(self.dtype)
-        if self.checkpoint_every is not None and self.checkpoint_every > self.steps:
-            raise InvalidValueError(
-                "checkpoint_every",
-                f"must be at most steps ({self.steps:,}), or no snapshot is ever taken",
-                value=f"{self.checkpoint_every:,}",
-            )
+        if self.checkpoint_every is not None:
+            check_interval(self.checkpoint_every, self.steps)
         self._check_budget()
 
     @property
-    def path(self) -> Motion:
-        """How the network is taken to move over training, relative to its norm."""
+    def expected_motion(self) -> Motion:
+        """The motion of the network over training, relative to its norm."""
         return Motion.even(self.steps, ASSUMED_STRETCH**2) if self.motion is None else self.motion
 
     def rounding_of(self, dtype: str) -> float:
@@ -114,25 +108,28 @@ class Task:
         return self.rounding.get(dtype, relative_rounding(dtype))
 
     def snapshot_bytes(self, dtype: str) -> int:
-        """Size of one snapshot; its header and buffers are small and not counted."""
+        """Size of one snapshot, without header and buffers, which are small."""
         return self.parameters * ITEM_BYTES[dtype]
 
     def places(self, dtype: str, profiles: int) -> int:
-        """Snapshots of each profile that the budget has room for at one moment."""
+        """Snapshots of each profile that fit the budget."""
         return self.max_bytes // (self.snapshot_bytes(dtype) * profiles)
 
     def taken_most(self) -> int:
-        """Times at which snapshots are taken at most."""
+        """The largest number of times at which snapshots are taken."""
         return self.steps // (self.checkpoint_every or 1)
 
     def fits(self, dtype: str, profiles: int) -> bool:
-        """Whether the budget has room for the fixed choices, or for any."""
+        """Whether the fixed values, or any, fit the budget."""
+        return self.places(dtype, profiles) >= self._least_places()
+
+    def _least_places(self) -> int:
+        """While a snapshot is written there is one more than is kept, unless none is ever dropped."""
         kept, taken = self.max_checkpoints or 1, self.taken_most()
-        # While one is written there is one more than is kept, unless none is ever dropped.
-        return self.places(dtype, profiles) >= (taken if taken <= kept else kept + 1)
+        return taken if taken <= kept else kept + 1
 
     def dtypes(self) -> Sequence[str]:
-        """Those that the search may choose from."""
+        """The dtypes of the search."""
         return tuple(ITEM_BYTES) if self.dtype is None else (self.dtype,)
 
     def _check_budget(self) -> None:
@@ -140,17 +137,13 @@ class Task:
         if any(self.fits(dtype, profiles) for dtype in self.dtypes()):
             return
         least = min(self.snapshot_bytes(dtype) for dtype in self.dtypes()) * profiles
-        kept, taken = self.max_checkpoints or 1, self.taken_most()
-        moment = taken if taken <= kept else kept + 1
+        kept = self.max_checkpoints or 1
         raise InvalidValueError(
             "max_size",
-            f"has no room for {kept:,} snapshot{'s' * (kept > 1)} of {profiles} "
-            f"profile{'s' * (profiles > 1)} and the one being written; it takes {least * moment:,} bytes",
+            f"has no room for {kept:,} snapshot{'s' * (kept > 1)} of {profiles} profile{'s' * (profiles > 1)} "
+            f"and the one being written; it takes {least * self._least_places():,} bytes",
             value=f"{self.max_bytes:,} bytes",
         )
-
-
-# --- What to track, how often to store it, and as what: the least that is good enough, within a disk budg ---
 
 
 _PROFILES = (1, 2, 3)
@@ -159,32 +152,32 @@ _LONGEST = 0.28
 """Tracked profiles come from a grid of so many sigma_rels, up to this one."""
 
 _REFINEMENTS = (1.25, 1.1)
-"""Factors by which each tracked sigma_rel is then moved, either way, as long as that helps."""
+"""Factors by which each tracked sigma_rel is then varied while that helps."""
 
 _SCREENED = 24
-"""Snapshots a profile that are enough for screening; each stands for several where there are more."""
+"""Snapshots a profile in screening; each stands for several where there are more."""
 
 _COUNTS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-"""Times at which snapshots are taken, tried one after another until the error is good enough. A tenth of a training is
-what one that is killed may lose."""
+"""Numbers of times at which snapshots are taken, tried until the error is good enough; a killed training loses at most
+a tenth."""
 
 _UPDATE_EVERY = 10
 _UPDATES_IN_WIDTH = 10
-"""Steps between updates at most, and updates at least within the width of the shortest average that is wanted."""
+"""Maximum of steps between updates, and minimum of updates within the width of the shortest wanted average."""
 
 _TAKEN = (1, 2, 4)
 _TAKEN_BY_THE_BEST = (3, 6, 8)
-"""Times at which snapshots are taken, in multiples of those kept: tried for every finalist, and for the best."""
+"""Numbers of times at which snapshots are taken, as multiples of those kept: for every finalist, and for the best."""
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """A schedule with what it costs and gives.
+    """A schedule with its costs and errors.
 
     Attributes:
         schedule: what to track and when to store it.
-        dtype: how snapshots are stored.
-        nbytes: all snapshots at their fullest: kept ones and those just written before the thinning.
+        dtype: of snapshots.
+        nbytes: largest size of all snapshots, those just written included.
         errors: expected over the wanted range.
     """
 
@@ -202,14 +195,14 @@ class Proposal:
 
     @property
     def cost(self) -> tuple[float, float]:
-        """What it takes of the training: bytes written to disk, and averages updated in a step."""
+        """The cost for training: bytes written, and averages updated a step."""
         schedule = self.schedule
         written = self.nbytes / _fullest(schedule) * schedule.taken * len(schedule.sigma_rels)
         return written, len(schedule.sigma_rels) / self.update_every
 
     @property
     def last_step(self) -> int:
-        """Step of the last snapshot, and so of the averages."""
+        """Step of the last snapshot."""
         return self.schedule.taken * self.schedule.checkpoint_every
 
     @property
@@ -220,24 +213,23 @@ class Proposal:
 
 @one_blas_thread()
 def propose(task: Task) -> list[Proposal]:
-    """The cheapest choice that is good enough first, or where none is the best; then others that are really different.
+    """The cheapest proposal that is good enough, or else the most accurate one, and then alternatives.
 
-    Those are the best of each dtype, of one, two and three profiles, and of half the budget where none is good enough.
+    These are the best of each dtype, of one, two and three profiles, and of half the budget where none is good enough.
     """
-    choices = sorted(_screened(task), key=lambda choice: choice.order(task))
+    options = sorted(_screened(task), key=lambda option: option.order(task))
     finalists = []
-    for index, choice in enumerate(choices):
-        earlier = choices[:index]
-        if any(c.dtype == choice.dtype for c in earlier) and any(c.profiles == choice.profiles for c in earlier):
+    for index, option in enumerate(options):
+        earlier = options[:index]
+        if any(o.dtype == option.dtype for o in earlier) and any(o.profiles == option.profiles for o in earlier):
             continue
-        finalists.append(choice)
-    judged = [_cheapest_or_best(task, choice) for choice in finalists]
+        finalists.append(option)
+    judged = [_cheapest_or_best(task, option) for option in finalists]
     if not any(proposal.errors.worst <= task.max_error for proposal in judged):
         leader = finalists[judged.index(_best(judged))]
         judged.append(_best([_best(judged), *_judged(task, leader, _TAKEN_BY_THE_BEST)]))
-        frugal = replace(task, max_bytes=task.max_bytes // 2) if _halves(task, leader) else None
-        if frugal is not None:
-            judged.append(_best(_judged(frugal, leader, _TAKEN)))
+        if _fits_half(task, leader):
+            judged.append(_best(_judged(replace(task, max_bytes=task.max_bytes // 2), leader, _TAKEN)))
 
     def order(proposal: Proposal) -> tuple[float, ...]:
         good = proposal.errors.worst <= task.max_error
@@ -247,14 +239,15 @@ def propose(task: Task) -> list[Proposal]:
 
 
 def judge(task: Task, schedule: Schedule, dtype: str) -> Proposal:
-    """A schedule with what it costs and gives."""
-    snapshots = schedule.snapshots(task.path, task.sigma_range)
-    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, task.path), task.sigma_range, 81)
+    """The proposal of a schedule."""
+    motion = task.expected_motion
+    snapshots = schedule.snapshots(motion, task.sigma_range)
+    errors = forecast(snapshots, assumed_prior(snapshots, schedule.rounding, motion), task.sigma_range, 81)
     return Proposal(schedule, dtype, _fullest(schedule) * task.snapshot_bytes(dtype), errors)
 
 
 def _fullest(schedule: Schedule) -> int:
-    """Snapshots on disk at once: before thinning there is one more of each profile than is kept."""
+    """The largest number of snapshots on disk, before thinning."""
     return len(schedule.sigma_rels) * min(schedule.taken, schedule.kept + 1)
 
 
@@ -267,40 +260,39 @@ def _best(proposals: Sequence[Proposal]) -> Proposal:
 
 
 def _different(ranked: Sequence[Proposal]) -> list[Proposal]:
-    """Without those that are like a better one in all but their cadence, unless they need less disk."""
-    chosen: list[Proposal] = []
+    """Without those that differ from a better one only in their interval, unless they need less disk."""
+    different: list[Proposal] = []
     for proposal in ranked:
-        alike = [
-            c for c in chosen if (c.dtype, c.schedule.sigma_rels) == (proposal.dtype, proposal.schedule.sigma_rels)
-        ]
+        tracked = (proposal.dtype, proposal.schedule.sigma_rels)
+        alike = [other for other in different if (other.dtype, other.schedule.sigma_rels) == tracked]
         if all(proposal.nbytes < 0.75 * other.nbytes for other in alike):
-            chosen.append(proposal)
-    return chosen
+            different.append(proposal)
+    return different
 
 
-# --- screening -------------------------------------------------------------------------------------
+# --- Screening --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Choice:
+class _Option:
     sigma_rels: tuple[float, ...]
     dtype: str
     count: int
-    """Snapshots of each profile that it was screened with."""
+    """Snapshots of each profile in screening."""
     screened: float
-    """About the worst error of those."""
+    """Their approximate worst error."""
 
     @property
     def profiles(self) -> int:
         return len(self.sigma_rels)
 
     def order(self, task: Task) -> tuple[float, ...]:
-        """Those that seem good enough first, by about what they write."""
+        """First those that seem good enough, by the approximate size of what they write."""
         good = self.screened <= task.max_error
         return not good, self.count * self.profiles * task.snapshot_bytes(self.dtype) * good, self.screened
 
 
-def _screened(task: Task) -> Iterator[_Choice]:
+def _screened(task: Task) -> Iterator[_Option]:
     """The most promising profiles for each dtype and number of profiles that fit."""
     for dtype in task.dtypes():
         for tracked in _starts(task):
@@ -311,50 +303,48 @@ def _screened(task: Task) -> Iterator[_Choice]:
                 errors = {sigma_rels: _screen(task, sigma_rels, dtype, count) for sigma_rels in tracked}
                 best = min(errors, key=errors.__getitem__)
                 if errors[best] <= task.max_error:
-                    break  # with more only rounding would choose
-            choice = _Choice(best, dtype, count, errors[best])
-            yield choice if task.sigma_rels else _refined(task, choice)
+                    break  # more would differ by rounding only
+            option = _Option(best, dtype, count, errors[best])
+            yield option if task.sigma_rels else _refined(task, option)
 
 
 def _starts(task: Task) -> list[list[tuple[float, ...]]]:
-    """Tracked profiles to begin with, one list for each number of them."""
+    """Tracked profiles to start from, one list for each number of them."""
     if task.sigma_rels is not None:
         return [[task.sigma_rels]]
     low, high = task.sigma_range
-    grid = [_rounded(float(s)) for s in np.geomspace(low, min(high, _LONGEST), _GRID)]
-    grid = sorted(set(grid))
+    grid = sorted({_two_digits(float(s)) for s in np.geomspace(low, min(high, _LONGEST), _GRID)})
     return [list(combinations(grid, profiles)) for profiles in _PROFILES if len(grid) >= profiles]
 
 
-def _refined(task: Task, choice: _Choice) -> _Choice:
-    """The choice after moving one tracked profile at a time, as long as that helps."""
-    sigma_rels, dtype, error = choice.sigma_rels, choice.dtype, choice.screened
+def _refined(task: Task, option: _Option) -> _Option:
+    """The option after varying one tracked profile at a time."""
+    sigma_rels, dtype, error = option.sigma_rels, option.dtype, option.screened
     for factor in _REFINEMENTS:
         for place in range(len(sigma_rels)):
-            for moved in (sigma_rels[place] * factor, sigma_rels[place] / factor):
-                other = (*sigma_rels[:place], _rounded(min(moved, _LONGEST)), *sigma_rels[place + 1 :])
+            for varied in (sigma_rels[place] * factor, sigma_rels[place] / factor):
+                other = (*sigma_rels[:place], _two_digits(min(varied, _LONGEST)), *sigma_rels[place + 1 :])
                 if len(set(other)) < len(other) or list(other) != sorted(other):
                     continue
-                found = _screen(task, other, dtype, choice.count)
+                found = _screen(task, other, dtype, option.count)
                 if found < error:
                     sigma_rels, error = other, found
-    return replace(choice, sigma_rels=sigma_rels, screened=error)
+    return replace(option, sigma_rels=sigma_rels, screened=error)
 
 
-def _rounded(sigma_rel: float) -> float:
-    """Two digits are plenty."""
+def _two_digits(sigma_rel: float) -> float:
     return float(f"{sigma_rel:.2g}")
 
 
 def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) -> float:
-    """About the worst error of these profiles with so many snapshots of each."""
+    """The approximate worst error with `kept` snapshots of each profile."""
     count = min(kept, _SCREENED)
     x = np.arange(1, count + 1) / count
-    # Where there is room for more, as many are taken as are kept.
+    # Below the limit of the budget, as many are taken as are kept.
     dense = task.taken_most() > kept == _kept(task, dtype, len(sigma_rels))
     times = task.steps * (1 - (1 - x) ** LATER if dense else x)
     snapshots = [PowerFunction(_gamma(s), float(t)) for t in times for s in sigma_rels]
-    prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.path)
+    prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.expected_motion)
     return forecast(snapshots, prior, task.sigma_range, points=15).worst
 
 
@@ -363,7 +353,7 @@ def _gamma(sigma_rel: float) -> float:
     return gamma_from_sigma_rel(sigma_rel)
 
 
-# --- finalists -------------------------------------------------------------------------------------
+# --- Finalists --------------------------------------------------------------------------------------
 
 
 def _kept(task: Task, dtype: str, profiles: int) -> int:
@@ -373,53 +363,52 @@ def _kept(task: Task, dtype: str, profiles: int) -> int:
     return min(taken, kept) if taken <= min(places, kept) else max(1, min(kept, places - 1))
 
 
-def _cheapest_or_best(task: Task, choice: _Choice) -> Proposal:
-    """The choice with the fewest snapshots that are good enough, or, where none are, with those of the least error."""
+def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
+    """The proposal with the fewest snapshots that is good enough, or else with the least error."""
     proposals: list[Proposal] = []
-    if choice.screened > task.max_error:
-        proposals = _judged(task, choice, _TAKEN)
+    if option.screened > task.max_error:
+        proposals = _judged(task, option, _TAKEN)
         if _best(proposals).errors.worst > task.max_error:
             return _best(proposals)
     for count in _COUNTS:
-        if count > 4 * _kept(task, choice.dtype, choice.profiles):
+        if count > 4 * _kept(task, option.dtype, option.profiles):
             break
-        proposal = judge(task, _schedule(task, choice, count), choice.dtype)
+        proposal = judge(task, _schedule(task, option, count), option.dtype)
         if proposal.errors.worst <= task.max_error:
             return proposal
-    return _best(proposals or _judged(task, choice, _TAKEN))
+    return _best(proposals or _judged(task, option, _TAKEN))
 
 
-def _judged(task: Task, choice: _Choice, multiples: Sequence[int]) -> list[Proposal]:
-    """The choice with snapshots at so many times of those it keeps; one for all cadences that come out the same."""
-    kept = _kept(task, choice.dtype, choice.profiles)
-    places = min(task.places(choice.dtype, choice.profiles), task.max_checkpoints or MOST_KEPT)
+def _judged(task: Task, option: _Option, multiples: Sequence[int]) -> list[Proposal]:
+    """Proposals that take snapshots at multiples of the number that they keep, one for each interval."""
+    kept = _kept(task, option.dtype, option.profiles)
+    places = min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
     proposals = {}
     for multiple in multiples:
-        schedule = _schedule(task, choice, places if multiple == 1 else kept * multiple)
+        schedule = _schedule(task, option, places if multiple == 1 else kept * multiple)
         if schedule.checkpoint_every not in proposals:
-            proposals[schedule.checkpoint_every] = judge(task, schedule, choice.dtype)
+            proposals[schedule.checkpoint_every] = judge(task, schedule, option.dtype)
     return list(proposals.values())
 
 
-def _schedule(task: Task, choice: _Choice, count: int) -> Schedule:
-    """The choice with snapshots at about so many times, of which as many are kept as there is room for."""
-    places = min(task.places(choice.dtype, choice.profiles), task.max_checkpoints or MOST_KEPT)
+def _schedule(task: Task, option: _Option, count: int) -> Schedule:
+    """A schedule with snapshots at about `count` times, of which it keeps as many as fit."""
+    places = min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
     every = task.checkpoint_every or _round_interval(task.steps, count)
     taken = task.steps // every
-    keep = task.max_checkpoints or (taken if taken <= places else _kept(task, choice.dtype, choice.profiles))
-    return Schedule(choice.sigma_rels, task.steps, every, keep, task.rounding_of(choice.dtype))
+    keep = task.max_checkpoints or (taken if taken <= places else _kept(task, option.dtype, option.profiles))
+    return Schedule(option.sigma_rels, task.steps, every, keep, task.rounding_of(option.dtype))
 
 
-def _halves(task: Task, leader: _Choice) -> bool:
-    """Whether half the budget is room for the leading choice."""
-    half = task.max_bytes // 2
-    needed = (task.max_checkpoints or 1) + 1
-    fits = half // (task.snapshot_bytes(leader.dtype) * leader.profiles) >= needed
-    return fits and task.max_checkpoints is None and task.checkpoint_every is None
+def _fits_half(task: Task, option: _Option) -> bool:
+    """Whether the option fits half the budget with at least one snapshot kept, if the search may vary their number."""
+    if task.max_checkpoints is not None or task.checkpoint_every is not None:
+        return False
+    return task.max_bytes // 2 // (task.snapshot_bytes(option.dtype) * option.profiles) >= 2
 
 
 def _round_interval(steps: int, times: int) -> int:
-    """A checkpoint_every for at most `times` snapshots: one that ends with training, in round numbers, if there is."""
+    """A checkpoint_every for at most `times` snapshots, preferably a round number that divides `steps`."""
     least = -(-steps // times)
     most = min(2 * least, steps)
     unit = int(10 ** max(len(str(least)) - 2, 0))

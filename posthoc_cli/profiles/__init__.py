@@ -1,13 +1,11 @@
 """Averaging profiles: how much each moment of training counts in an average. NumPy only, float64.
 
-Training time `s` runs from 0 on the run's clock; any unit will do. An average taken at time `t` is
-sum_k w_k theta_k over the weights of the network after each step, and its profile is where that mass lies: the
-weight of a value counts on the interval from the step before it to its own, so that the mass after `s` is the sum
-of the weights of later values when `s` is the time of a step. What an average keeps of the value that it
-started on is a point of mass at its start. A density leaves that out, a tail does not.
+Training time `s` runs from 0 on the run's clock, in any unit. An average taken at time `t` is sum_k w_k theta_k over
+the weights of the network after each step; its profile spreads w_k over the interval from step k-1 to step k, so that
+the mass after a step is the sum of the later w. What an average keeps of the value that it started from is a point of
+mass at its start, which the tail contains and the density leaves out.
 
-`power` is the profile that is tracked, `classical`, `uniform` and `tabulated` are those that one may ask for
-besides; anything else with `density` and `tail` is a `Profile` too.
+`power` is the tracked profile, `others` are targets; any object with `density` and `tail` is a `Profile`, too.
 """
 
 from posthoc_cli.profiles.clock import Clock, ClockRecorder

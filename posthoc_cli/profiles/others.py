@@ -1,8 +1,4 @@
-"""The classical average, with one constant decay: its profile, and which power function it resembles.
-
-Every step k makes x <- beta x + (1 - beta) theta_k, so that after step n the value of step k counts
-(1 - beta) beta**(n - k), and all values after step k count 1 - beta**(n - k) together.
-"""
+"""Profiles beside the power function: the classical average with one decay, uniform averages, and tables of points."""
 
 from __future__ import annotations
 
@@ -26,8 +22,8 @@ _DIRECT_SUM_LIMIT = 1_000_000
 class ClassicalEMA:
     """The average x <- beta x + (1 - beta) theta of every step, at time `t`.
 
-    With n(s) the step at time `s`, the mass after `s` is 1 - beta**(n(t) - n(s)). It began as a copy of the value
-    at time `start`, on which the rest sits: beta**(n(t) - n(start)), at `start` = 0 beta**n(t).
+    With n(s) the step at time `s`, the mass after `s` is 1 - beta**(n(t) - n(s)). The rest, beta**(n(t) - n(start)),
+    sits on the value at time `start`, from which it was initialised.
 
     Attributes:
         beta: decay of one step, in (0, 1).
@@ -46,7 +42,7 @@ class ClassicalEMA:
             raise InvalidValueError("beta", "must lie in (0, 1)", value=f"{self.beta!r}")
         if not (0 <= self.start <= self.t and 0 < self.t < math.inf):
             raise InvalidValueError(
-                f"an average from {self.start:,.12g} to t = {self.t:,.12g}", "must start at 0 or later and by t"
+                "start", f"must lie in [0, t] with t = {self.t:,.12g} above 0 and finite", value=f"{self.start:,.12g}"
             )
 
     @property
@@ -71,14 +67,10 @@ class ClassicalEMA:
         return np.asarray(math.log(self.beta) * np.maximum(later_steps, 0.0), dtype=np.float64)
 
 
-# --- the power function that it resembles ----------------------------------------------------------
-
-
 def mean_age(gamma: float, steps: int) -> float:
-    """Mean age in steps of the values in an average updated at every step 1 .. `steps`.
+    """Mean age, in steps, of the values in a power-function average that is updated at every step 1 .. `steps`.
 
-    sum_k w_k (T - k) with the discrete weights of the power function; by partial summation
-    sum_{j=1}^{T-1} (j/T)**(gamma+1).
+    sum_k w_k (T - k) with the discrete weights w, by partial summation sum_{j=1}^{T-1} (j/T)**(gamma+1).
     """
     if steps < 1:
         raise InvalidValueError("steps", "must be at least 1", value=steps)
@@ -94,31 +86,20 @@ def mean_age(gamma: float, steps: int) -> float:
 
 
 def classical_beta(sigma_rel: float, steps: int) -> float:
-    """The constant decay whose average has the same mean age after `steps` steps as the power function.
-
-    A classical EMA with decay beta has mean age beta / (1 - beta) steps.
-    """
+    """The constant decay whose average has the power function's mean age: beta / (1 - beta) after `steps` steps."""
     age = mean_age(gamma_from_sigma_rel(sigma_rel), steps)
     return age / (1 + age)
 
 
 def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
-    """The inverse of `classical_beta`.
-
-    No power function has a higher mean age than the uniform average, (steps - 1) / 2: a beta at or above
-    1 - 2 / (steps + 1) has no counterpart after that many steps, however its table may name one.
-    """
+    """The inverse of `classical_beta`, for beta below 1 - 2 / (steps + 1), which has the uniform average's mean age."""
     if steps < 2:
         raise InvalidValueError("steps", "must be at least 2", value=steps)
     longest = 1 - 2 / (steps + 1)
     if not 0 < beta < longest:
-        raise InvalidValueError(
-            "beta",
-            f"after {steps:,} steps it must lie in (0, {longest:.7g}); {longest:.7g} has the mean age "
-            "of the uniform average, and no power function a higher one",
-            value=f"{beta!r}",
-        )
-    from scipy.optimize import brentq  # slow to import, and needed here alone
+        reason = f"after {steps:,} steps it must lie in (0, {longest:.7g}), below the mean age of the uniform average"
+        raise InvalidValueError("beta", reason, value=f"{beta!r}")
+    from scipy.optimize import brentq  # slow to import
 
     age = beta / (1 - beta)
     # Mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
@@ -127,9 +108,6 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
         lambda value: mean_age(math.expm1(value), steps) - age, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
     )
     return sigma_rel_from_gamma(math.expm1(log_x))
-
-
-# --- Uniform averages: every moment of a stretch of time, or every one of some steps, counts the same ---
 
 
 @dataclass(frozen=True)
@@ -141,9 +119,8 @@ class Uniform:
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end < math.inf:
-            raise InvalidValueError(
-                f"uniform from {self.start:,.12g} to {self.end:,.12g}", "must start at 0 or later and before its end"
-            )
+            value = f"{self.start:,.12g} to {self.end:,.12g}"
+            raise InvalidValueError("uniform", "must start at 0 or later and before its end", value=value)
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
         """Mass per unit of time at `s`."""
@@ -158,10 +135,9 @@ class Uniform:
 
 @dataclass(frozen=True)
 class StepWindow:
-    """The mean of the last `steps` steps up to time `t`, 1 / steps each, whatever time each of them took.
+    """The mean of the last `steps` steps up to time `t`, 1 / steps each.
 
-    With n(s) the step at time `s`, the mass after `s` is (n(t) - n(s)) / steps: uniform over steps, and over time
-    too where steps are equally long.
+    With n(s) the step at time `s`, the mass after `s` is (n(t) - n(s)) / steps.
 
     Attributes:
         steps: at least 1, at most the steps that the run has up to `t`.
@@ -176,17 +152,14 @@ class StepWindow:
     def __post_init__(self) -> None:
         if not self.steps >= 1:
             raise InvalidValueError("window", "must be a whole number of steps, at least 1", value=self.steps)
-        there = float(self.clock.step_at(self.t))
-        if self.steps > there:
-            raise InvalidValueError(
-                "window",
-                f"the run has {math.floor(there):,} steps up to t = {self.t:,.12g}; must be at most that",
-                value=self.steps,
-            )
+        found = float(self.clock.step_at(self.t))
+        if self.steps > found:
+            reason = f"the run has {math.floor(found):,} steps up to t = {self.t:,.12g}; must be at most that"
+            raise InvalidValueError("window", reason, value=self.steps)
 
     @property
     def start(self) -> float:
-        """The time at which the window begins: that of the step before its first."""
+        """The time of the step before the window."""
         return float(self.clock.time_at(self.clock.step_at(self.t) - self.steps))
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
@@ -201,19 +174,13 @@ class StepWindow:
         return np.clip(later_steps / self.steps, 0.0, 1.0)
 
 
-# --- A profile from points: any curve that somebody drew or measured -------------------------------
-
-
 @dataclass(frozen=True)
 class Tabulated:
     """Density linear between given points and 0 outside them, scaled to a mass of 1.
 
-    The given densities may have any scale: only their ratios count. The tail is the exact integral of the
-    density, quadratic between points.
-
     Attributes:
-        times: at least two, growing, 0 or later. Any sequence of numbers will do.
-        values: the density at each of them, 0 or above and not all of them 0, in any unit.
+        times: at least two, growing, 0 or later.
+        values: the density at each time, in any unit, 0 or above and not all 0.
     """
 
     times: Sequence[float]
@@ -222,15 +189,11 @@ class Tabulated:
     def __post_init__(self) -> None:
         times, values = (np.asarray(given, dtype=np.float64) for given in (self.times, self.values))
         if times.ndim != 1 or times.shape != values.shape or times.size < 2:
-            raise InvalidValueError(
-                "profile",
-                f"times of shape {times.shape} with densities of shape {values.shape}; must be two lists of "
-                "equal length, of two points or more",
-            )
+            found = f"times of shape {times.shape} with densities of shape {values.shape}"
+            raise InvalidValueError("profile", f"must be two lists of equal length, of two points or more, not {found}")
         fault = first_fault(times, values)
         if fault is not None:
-            index, reason = fault
-            raise InvalidValueError("profile", f"point {index + 1}: {reason}")
+            raise InvalidValueError("profile", f"point {fault[0] + 1}: {fault[1]}")
         object.__setattr__(self, "times", tuple(times.tolist()))
         object.__setattr__(self, "values", tuple(values.tolist()))
         if not (np.any(values > 0) and self._curve[2][0] > 0):
@@ -240,7 +203,7 @@ class Tabulated:
         """Mass per unit of time at `s`; 0 outside the first and the last of `times`."""
         knots, relative, later, scale = self._curve
         height = np.interp(np.asarray(s, dtype=np.float64), knots, relative, left=0.0, right=0.0)
-        height = np.maximum(height, 0.0)  # on a steep way down to 0, rounding may go below it
+        height = np.maximum(height, 0.0)  # rounding may go below 0 on a steep slope
         return np.asarray(height / (later[0] * scale), dtype=np.float64)
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
@@ -256,19 +219,19 @@ class Tabulated:
     def _curve(self) -> tuple[FloatArray, FloatArray, FloatArray, float]:
         """(times, densities relative to the highest, the integral from each time on, the unit of its time).
 
-        Relative to the highest density and to the length of time, so that no given scale overflows. The integral
-        is summed from the end, where tails are small and have to keep their digits.
+        Relative, so that no given scale overflows. The integral is summed from the end, where small tails keep their
+        digits.
         """
         knots, values = np.array(self.times), np.array(self.values)
         relative = values / values.max()
         scale = float(knots[-1] - knots[0])
-        pieces = (relative[1:] / 2 + relative[:-1] / 2) * (np.diff(knots) / scale)
-        later = np.append(np.cumsum(pieces[::-1])[::-1], 0.0)
+        masses = (relative[1:] / 2 + relative[:-1] / 2) * (np.diff(knots) / scale)
+        later = np.append(np.cumsum(masses[::-1])[::-1], 0.0)
         return knots, relative, later, scale
 
 
 def first_fault(times: FloatArray, values: FloatArray) -> tuple[int, str] | None:
-    """The first point that no profile can have, counted from 0, and what is wrong with it; None if all are fine."""
+    """The index of the first invalid point and what is wrong with it; None if all are valid."""
     after_last = np.diff(times, prepend=-np.inf) > 0
     good = np.isfinite(times) & (times >= 0) & np.isfinite(values) & (values >= 0) & after_last
     if good.all():

@@ -1,8 +1,7 @@
-"""The power function, the profile that is tracked: its width, its exponent, its updates.
+"""The power function of Karras et al. (arXiv 2312.02696, section 3.1), the tracked profile.
 
-The power function of Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
-Models" (arXiv 2312.02696), section 3.1. Training time `t` runs from 0; any unit will do. An average
-taken at time `t` with exponent `gamma` weighs the network at time `s` by
+Training time `t` runs from 0, in any unit. An average taken at time `t` with exponent `gamma` weighs the network at
+time `s` by
 
     density(s) = (gamma + 1) s**gamma / t**(gamma + 1),     0 < s <= t      (equation 121),
 
@@ -10,7 +9,7 @@ whose mean is t (gamma + 1) / (gamma + 2) and whose standard deviation, divided 
 
     sigma_rel = sqrt((gamma + 1) / ((gamma + 2)**2 (gamma + 3)))          (equation 123).
 
-gamma = 0 is the uniform average, sigma_rel = 12**-0.5 = 0.2887: the longest there is.
+gamma = 0 is the uniform average, sigma_rel = 12**-0.5 = 0.2887, the longest one.
 """
 
 from __future__ import annotations
@@ -28,10 +27,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class Profile(Protocol):
-    """What reconstruction needs to know of an average: its mass, 1 in all, over training time.
-
-    Both functions take times on the run's clock, in an array of any shape, and return an array of that shape.
-    """
+    """The mass of an average, 1 in total, over times on the run's clock. Both functions take arrays of any shape."""
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
         """Mass per unit of time at times `s`; points of mass are left out."""
@@ -42,16 +38,11 @@ class Profile(Protocol):
         ...
 
 
-# --- The power function, the profile that is tracked: its width, its exponent, its updates ---------
-
-
 UNIFORM_SIGMA_REL = 12**-0.5
 """sigma_rel of the uniform average over all of training; every power function is shorter."""
 
 SHORTEST_SIGMA_REL = 1e-12
-"""Shorter than one step of any training there is; far below it the formulas overflow."""
-
-# --- sigma_rel and gamma ---------------------------------------------------------------------------
+"""Shorter than one step of any training; far below it the formulas overflow."""
 
 
 def check_sigma_rel(sigma_rel: float) -> float:
@@ -62,27 +53,24 @@ def check_sigma_rel(sigma_rel: float) -> float:
         value = math.nan
     if not 0 < value < UNIFORM_SIGMA_REL:
         shown = f"{sigma_rel:g}" if isinstance(sigma_rel, int | float) else repr(sigma_rel)[:40]
-        raise InvalidValueError(
-            "sigma_rel", "must lie in (0, 0.2887); 0.2887 is the uniform average over all of training", value=shown
-        )
+        reason = "must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
+        raise InvalidValueError("sigma_rel", reason, value=shown)
     if value < SHORTEST_SIGMA_REL:
         raise InvalidValueError(
             "sigma_rel",
-            "too short to be told from no averaging",
-            f"use {SHORTEST_SIGMA_REL:g} or more",
+            f"too short to be told from no averaging; must be at least {SHORTEST_SIGMA_REL:g}",
             value=f"{value:g}",
         )
     return value
 
 
 def gamma_from_sigma_rel(sigma_rel: float) -> float:
-    """The exponent whose profile has the width `sigma_rel`, to about 1e-15 relative in gamma + 1.
+    """The exponent whose profile has the width `sigma_rel`, to about 1e-15 relative in gamma + 1 (equation 126).
 
-    Inverts equation 123 (the paper's equation 126).
-    With x = gamma + 1 and T = sigma_rel**-2 the definition reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near
-    the uniform average f has *two* positive roots (x = 1 and x = 0.37 at T = 12): the wanted one is the
-    larger. f is convex for x > 0 and x = 1 / sigma_rel lies right of both roots, so that Newton's method
-    from there falls monotonically onto the larger root and cannot reach the other.
+    With x = gamma + 1 and T = sigma_rel**-2 equation 123 reads f(x) = (x + 1)**2 (x + 2) - T x = 0. Near the uniform
+    average f has two positive roots (x = 1 and x = 0.37 at T = 12), of which the larger is wanted. f is convex for
+    x > 0, and x = 1 / sigma_rel lies right of both roots, so that Newton's method from there falls monotonically onto
+    the larger root.
     """
     sigma_rel = check_sigma_rel(sigma_rel)
     if sigma_rel < 1e-6:
@@ -106,18 +94,14 @@ def sigma_rel_from_gamma(gamma: float) -> float:
     return math.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2)
 
 
-# --- one update ------------------------------------------------------------------------------------
-
-
 def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     """1 - beta: the share that an update at time `t` gives to the new value.
 
-    beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain
-    of such updates leaves on each value exactly the mass that the power function has on the interval that the
-    update closes. `t_prev` = 0 is the first update: all of the average.
+    beta = (t_prev / t)**(gamma + 1) with the *true* interval since the last update (equation 127). A chain of such
+    updates leaves on each value the power function's mass on the interval before it. `t_prev` = 0 is the first update.
     """
     if not 0 <= t_prev < t:
-        raise InvalidValueError(f"an update at t = {t:,.12g} after one at t = {t_prev:,.12g}", "time must grow")
+        raise InvalidValueError("t", f"must grow; the last update was at t = {t_prev:,.12g}", value=f"{t:,.12g}")
     if t_prev == 0:
         return 1.0
     return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
@@ -126,9 +110,6 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
 def beta(gamma: float, t_prev: float, t: float) -> float:
     """Decay of one update from time `t_prev` to `t`: (t_prev / t)**(gamma + 1)."""
     return 1.0 - new_value_share(gamma, t_prev, t)
-
-
-# --- the profile -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -166,9 +147,9 @@ class PowerFunction:
             return np.asarray(-np.expm1((self.gamma + 1) * np.log(relative)), dtype=np.float64)
 
     def discrete_weights(self, times: npt.ArrayLike) -> FloatArray:
-        """What updates at `times` (growing, the last one at `t`) leave on each value: shape [len(times)].
+        """The weight of each value after updates at `times` (growing, the last one at `t`): shape [len(times)].
 
-        The update at t_k keeps (t_k/t)**(gamma+1) - (t_{k-1}/t)**(gamma+1), with t_0 = 0: they sum to 1.
+        The value at t_k has (t_k/t)**(gamma+1) - (t_{k-1}/t)**(gamma+1), with t_0 = 0; they sum to 1.
         """
         grid = np.asarray(times, dtype=np.float64)
         if grid.size == 0 or grid[0] <= 0 or np.any(np.diff(grid) <= 0) or grid[-1] != self.t:
@@ -178,11 +159,10 @@ class PowerFunction:
 
 @dataclass(frozen=True)
 class RecordedPowerFunction:
-    """A power function as a tracker really recorded it, from discrete updates.
+    """A power function as a tracker recorded it, from discrete updates.
 
-    The first update, at `t_first`, takes its value whole: the mass before it, (t_first / t)**(gamma + 1),
-    sits on that one value. Later updates are never further apart than `max_interval`, so that no part of the
-    profile is displaced by more. With `t_first` and `max_interval` small against `t` it is the pure function.
+    The mass before the first update, (t_first / t)**(gamma + 1), sits on the value at `t_first`. Later updates are at
+    most `max_interval` apart, so that mass is displaced by no more.
     """
 
     gamma: float
@@ -192,7 +172,7 @@ class RecordedPowerFunction:
 
     @property
     def pure(self) -> PowerFunction:
-        """The power function that the record stands for."""
+        """The power function without the effects of discrete updates."""
         return PowerFunction(self.gamma, self.t)
 
     @property

@@ -1,10 +1,11 @@
-"""Coefficients: which linear combination of stored averages comes nearest to a wanted one. Pure NumPy and SciPy.
+"""Coefficients of the linear combination of stored averages that is nearest to a wanted one. Pure NumPy and SciPy.
 
-`solving` is the way in; `minvar` and `paper` are the methods, `prior` and `motion` what the first one knows of a run,
-`intervals` the closed forms that both rest on.
+`solving` is the entry point; `minvar` and `paper` are the methods, `prior` and `motion` what the first one knows of a
+run, `basis` the closed forms of both.
 """
 
-from posthoc_cli.reconstruction.losses import Losses
+from posthoc_cli.reconstruction.basis import relative_width
+from posthoc_cli.reconstruction.least_squares import Losses
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.reconstruction.minvar import MinimumVariance
 from posthoc_cli.reconstruction.motion import Motion
@@ -18,7 +19,6 @@ from posthoc_cli.reconstruction.prior import (
     measured_prior,
     roundings,
 )
-from posthoc_cli.reconstruction.quadrature import relative_width
 from posthoc_cli.reconstruction.rounding import error_after_rounding
 from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, expected_errors, reconstruct
 from posthoc_cli.reconstruction.steps import Steps

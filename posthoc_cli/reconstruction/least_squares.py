@@ -1,6 +1,9 @@
-"""Least squares: for one right-hand side after another, and for many at once."""
+"""Least squares: for one right-hand side after another, for many at once, and as columns are dropped."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 from scipy import linalg
@@ -9,10 +12,10 @@ from posthoc_cli.profiles import FloatArray
 
 
 class LeastSquares:
-    """argmin_x || factor x - goal || for one `goal` after another, by QR.
+    """argmin_x || factor x - goal || for one `goal` after another, by QR. `factor` has the shape [rows, columns].
 
-    Columns of `factor`, shape [rows, columns], that rounding cannot tell from combinations of others get 0: they are
-    found by pivoting, which is several times slower and so is left out where the columns are told apart.
+    Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, which is several times
+    slower and left out for independent columns.
     """
 
     def __init__(self, factor: FloatArray) -> None:
@@ -38,7 +41,7 @@ class LeastSquares:
         return solution
 
     def inverse_factor(self) -> FloatArray:
-        """W with W W^T = (factor^T factor)^-1 on the columns that are told apart: shape [columns, rank]."""
+        """W with W W^T = (factor^T factor)^-1 on the independent columns: shape [columns, rank]."""
         result = np.zeros((self.factor.shape[1], self._order.size))
         if self._order.size:
             result[self._order] = linalg.solve_triangular(self._r, np.eye(self._order.size), check_finite=False)
@@ -46,11 +49,10 @@ class LeastSquares:
 
 
 def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
-    """argmin_x || factor x - goals || of many goals, [rows, goals], the squared residuals, and a root W of an inverse.
+    """argmin_x || factor x - goals || of many goals, [rows, goals], the squared residuals, and W.
 
-    W W^T = (factor^T factor)^-1; it has fewer columns than rows where rounding cannot tell columns of `factor` from
-    combinations of others. From one triangle and without an orthogonal matrix: several times faster than
-    `LeastSquares`.
+    W W^T = (factor^T factor)^-1; W has fewer columns than rows if columns of `factor` depend on others up to rounding.
+    Takes one triangle and no orthogonal matrix, several times faster than `LeastSquares`.
     """
     count = factor.shape[1]
     triangle = triangle_of(np.hstack((factor, goals)))
@@ -69,3 +71,80 @@ def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, Float
 def triangle_of(matrix: FloatArray) -> FloatArray:
     """R of a QR decomposition."""
     return np.asarray(np.linalg.qr(matrix, mode="r"), dtype=np.float64)
+
+
+_REFRESH = 0.25
+"""The share of the snapshots that are lost before the problem is solved again, since each loss costs digits."""
+
+
+class Losses:
+    """Expected squared errors of targets, as snapshots are lost one after another, from one factorisation.
+
+    All coefficients but the last are unknowns of a least-squares problem, whose residuals are the squared errors. Where
+    c are its coefficients and P = W W^T is the inverse of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to a
+    squared error, subtracts P_ki c_i / P_ii from each c_k, and removes the direction of row i from each row of W.
+
+    Arguments:
+        factor: one column a snapshot: shape [rows, n].
+        goals: one column a target: shape [rows, targets].
+        unreachable: the part of each squared error that no coefficients change: shape [targets].
+
+    Attributes:
+        squares: expected squared errors of the targets with the remaining snapshots: shape [targets].
+    """
+
+    def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
+        self._factor, self._goals, self._unreachable = factor, goals, unreachable
+        self._left = np.arange(factor.shape[1])
+        self.squares: FloatArray
+        self._columns: FloatArray  # [targets, n]
+        self._root: FloatArray  # W: [n, less than n]
+        self._solve()
+
+    def squares_without_each(self) -> FloatArray:
+        """Expected squared errors when one more is lost: shape [targets, n]; `squares` for lost ones."""
+        return self.squares[:, None] + np.square(self._columns) * self.costs()
+
+    def costs(self) -> FloatArray:
+        """Growth of a squared error, per c_i^2, when a snapshot is lost: shape [n]; 0 for lost and dependent ones."""
+        spread = np.sum(self._root**2, axis=1)
+        costs: FloatArray = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
+        return costs
+
+    def lose(self, snapshot: int) -> None:
+        """Continue without one of the remaining snapshots."""
+        self._left = self._left[self._left != snapshot]
+        if self._is_degenerate or self._left.size <= (1 - _REFRESH) * self._solved:
+            self._solve()
+            return
+        own, lost = self._root[snapshot].copy(), self._columns[:, snapshot].copy()
+        square = own @ own
+        pivot = self._root @ own / square
+        self.squares = self.squares + lost * lost / square
+        self._columns -= np.multiply.outer(lost, pivot)
+        self._root -= np.multiply.outer(pivot, own)
+        self._columns[:, snapshot] = self._root[snapshot] = 0.0
+
+    def of(self, snapshots: Sequence[int]) -> Losses:
+        """The same for some of all the snapshots, renumbered."""
+        factor, goals = self._reduced
+        return Losses(factor[:, snapshots], goals, self._unreachable)
+
+    def _solve(self) -> None:
+        left, count = self._left, self._factor.shape[1]
+        factor, goals = (self._factor, self._goals) if left.size == count else self._reduced
+        others, last = factor[:, left[:-1]] - factor[:, left[-1:]], factor[:, left[-1:]]
+        solution, missed, root = solve_once(others, goals - last)
+        self._solved = left.size
+        self._is_degenerate = root.shape[1] < others.shape[1]
+        self.squares = self._unreachable + missed
+        self._columns, self._root = np.zeros((goals.shape[1], count)), np.zeros((count, root.shape[1]))
+        self._columns[:, left[:-1]], self._columns[:, left[-1]] = solution.T, 1 - solution.sum(axis=0)
+        self._root[left[:-1]], self._root[left[-1]] = root, -root.sum(axis=0)
+
+    @cached_property
+    def _reduced(self) -> tuple[FloatArray, FloatArray]:
+        """Factor and goals with at most as many rows as columns."""
+        count = self._factor.shape[1]
+        triangle = triangle_of(np.hstack((self._factor, self._goals)))
+        return triangle[:, :count], triangle[:, count:]

@@ -1,7 +1,6 @@
-"""What a snapshot measures about itself when it is written: how large it is, how exactly it is stored, how far
-the network has moved. Reconstruction turns that into variances.
+"""Measurements that a snapshot holds about itself: its norm, rounding error and distances to other averages.
 
-All values are sums over the elements of all averaged tensors (never the copies), in float64.
+All values are sums over the elements of all averaged tensors (not the copies), in float64.
 """
 
 from __future__ import annotations
@@ -15,9 +14,8 @@ class Distance:
 
     Attributes:
         t, sigma_rel: of the other one; it may have been deleted since.
-        squared: the squared distance between this average, as it is exactly, and the other one as it was at hand.
-        rounding: the part of `squared` to be expected from rounding: 0 for an exact one of the same time, the squared
-            rounding error of its stored copy for an earlier one; of both copies, where both were stored ones.
+        squared: between this average, exact, and the other one, exact if of the same time, else as stored.
+        rounding: the share of `squared` expected from rounding: the squared rounding errors of the stored copies.
     """
 
     t: float
@@ -28,15 +26,13 @@ class Distance:
 
 @dataclass(frozen=True)
 class Measurements:
-    """What is known of one stored average.
+    """The measurements of one stored average.
 
     Attributes:
         norm: squared norm of the exact average.
         rounding: squared norm of the difference between the stored copy and the exact average.
-        distances: to the other profiles of the same time, exact to exact, and to the newest earlier snapshots of
-            each profile, exact to stored.
-        weights: squared distance between the exact average and the network's weights at its time; None where it is
-            not known.
+        distances: to the other profiles of the same time, and to the newest earlier snapshots of each profile.
+        weights: squared distance between the exact average and the network's weights at its time; None if unknown.
     """
 
     norm: float

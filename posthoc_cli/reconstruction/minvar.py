@@ -1,14 +1,12 @@
-"""Minimum variance: the coefficients whose average is expected to be nearest, and how near.
+"""Minimum variance: the coefficients of least expected squared error, and that error.
 
-With the network's path a walk of variance v(s) ds and noise of intensity w(s) (see `motion`), and a stored copy's
-error of variance r_i, the average that the coefficients c make, sum(c) = 1, misses the wanted one by
+For a network that moves as a random walk of variance v(s) ds with noise of intensity w(s) (see `motion`), and stored
+copies with errors of variance r_i, the average with coefficients c, sum(c) = 1, has the error
 
     E |error|^2 = integral v (sum_i c_i tail_i - tail)^2 ds + integral w (sum_i c_i p_i - p)^2 ds + sum_i c_i^2 r_i.
 
-Its minimum over c is a least-squares problem, and its value there the expected squared error itself. With the second
-term alone it would be the published method; the path of a network is mostly closer to a walk.
-
-The constraint is met by elimination: the last coefficient is 1 minus the others.
+Minimising it over c is a least-squares problem; its residual is the expected squared error. The second term is the
+published method; most networks are closer to a walk. The constraint is met by elimination of the last coefficient.
 """
 
 from __future__ import annotations
@@ -22,34 +20,32 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction.intervals import Densities, StoredFunctions, Tails
-from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
-from posthoc_cli.reconstruction.losses import Losses
+from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails
+from posthoc_cli.reconstruction.least_squares import LeastSquares, Losses, solve_once
 from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.prior import Prior
 from posthoc_cli.reconstruction.rounding import inherited_factor, rounding_factor
 from posthoc_cli.reconstruction.steps import Cells
 
 _NO_ROUNDING = 1e-30
-"""Squared rounding, relative to the squared norm, that is far below any dtype's."""
+"""Squared rounding, relative to the squared norm, far below that of any dtype."""
 
 
 class MinimumVariance:
-    """Expected errors of averages made of one set of snapshots, for targets up to one time.
+    """Expected errors of averages made of one set of snapshots.
 
     Arguments:
-        snapshots: profiles of the stored averages, all at or before `t`; what sits before the first update sits on
-            its values.
+        snapshots: profiles of the stored averages, all at or before `t`; mass before the first update sits on it.
         prior: of these snapshots, in the same order.
-        t: the last time that counts.
+        t: time of the targets.
 
     Attributes:
-        has_sudden_movement: whether a piece of training stands out, see `_sudden`.
+        has_sudden_motion: whether a segment of training stands out, see `_sudden`.
     """
 
     def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
         gamma, times = np.array([p.gamma for p in snapshots]), np.array([p.t for p in snapshots])
-        # All is done in one order, so that the caller's changes nothing, not even a last bit.
+        # A fixed order, so that the caller's order changes no bit.
         self._order = np.lexsort((gamma, times))
         self._gamma, self._times = gamma[self._order], times[self._order]
         self._prior = prior = prior.of(self._order.tolist())
@@ -57,10 +53,10 @@ class MinimumVariance:
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, self._times, [t])), min(start, t), t))
         cells = prior.cells(edges)
         sudden, share = _sudden(prior.motion, cells)
-        self.has_sudden_movement = bool(sudden)
-        self._parts = _parts(prior, cells, np.unique(self._gamma), sudden, share)
+        self.has_sudden_motion = bool(sudden)
+        self._terms = _terms(prior, cells, np.unique(self._gamma), sudden, share)
         self._last: tuple[Profile, FloatArray, float] | None = None
-        self._rows = np.vstack([part.of_powers(self._gamma, self._times) for part in self._parts])  # [rows, n]
+        self._rows = np.vstack([term.of_powers(self._gamma, self._times) for term in self._terms])  # [rows, n]
 
     def solve(self, target: Profile) -> FloatArray:
         """The coefficients of least expected error: shape [n]; they sum to 1."""
@@ -71,12 +67,12 @@ class MinimumVariance:
         problem, last = self._problem
         others = problem.solve(np.concatenate((goal, np.zeros(self._rounding.shape[0]))) - last)
         solution = np.append(others, 1 - others.sum())
-        # What is below the rounding of the sum is nothing, and need not be read.
+        # Coefficients below the rounding of the sum are 0, so that their snapshots need not be read.
         solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum()] = 0.0
         return self._as_given(solution)
 
     def expected_square(self, coefficients: FloatArray, target: Profile) -> float:
-        """E |error|^2 of the average that any coefficients with sum 1 make."""
+        """E |error|^2 of the average of any coefficients with sum 1."""
         goal, norm2 = self._goal(target)
         unreachable = max(norm2 - float(goal @ goal), 0.0)
         ordered = coefficients[self._order]
@@ -84,10 +80,7 @@ class MinimumVariance:
         return unreachable + moved + float(np.sum((self._rounding @ ordered) ** 2))
 
     def solve_all(self, goals: Goals) -> FloatArray:
-        """As `solve`, for many targets at once: shape [n, targets].
-
-        The same but for what depends on the company: last bits, and coefficients too small to count.
-        """
+        """As `solve`, for many targets at once, except for the last bits: shape [n, targets]."""
         stacked = np.vstack((self._rows, self._rounding))
         others, last = stacked[:, :-1] - stacked[:, -1:], stacked[:, -1:]
         wanted = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.gamma.size)))) - last
@@ -115,14 +108,14 @@ class MinimumVariance:
         return np.where((norms > 0) | (errors > 0), found, 0.0)
 
     def goals(self, targets: Sequence[PowerFunction]) -> Goals:
-        """Many targets, for the methods that take them at once."""
+        """The goals of many targets, for the methods that take them at once."""
         gamma, t = np.array([p.gamma for p in targets]), np.array([p.t for p in targets])
-        columns = np.vstack([part.of_powers(gamma, t) for part in self._parts])
-        norms = np.sum([part.squares(gamma, t) for part in self._parts], axis=0)
+        columns = np.vstack([term.of_powers(gamma, t) for term in self._terms])
+        norms = np.sum([term.squares(gamma, t) for term in self._terms], axis=0)
         return Goals(gamma, t, columns, norms)
 
     def losses(self, targets: Sequence[PowerFunction]) -> Losses:
-        """What the targets' squared errors become when snapshots are lost, in the caller's order."""
+        """The targets' squared errors as snapshots are lost, in the caller's order."""
         goals = self.goals(targets)
         stacked = np.empty((self._rows.shape[0] + self._rounding.shape[0], self._gamma.size))
         stacked[:, self._order] = np.vstack((self._rows, self._rounding))
@@ -130,29 +123,22 @@ class MinimumVariance:
         return Losses(stacked, columns, goals.unreachable)
 
     def expected_error(self, coefficients: FloatArray, target: Profile) -> float:
-        """The root of `expected_square`, relative to the norm that the target probably has.
-
-        nan where that norm is 0 and the error is not.
-        """
-        norm = self._norm(target)
+        """The root of `expected_square`, relative to the target's probable norm; nan if only that is 0."""
+        goal, _ = self._goal(target)
+        norm = float(self._norms(np.sum((self._rows - goal[:, None]) ** 2, axis=0)[:, None])[0])
         error = float(np.sqrt(self.expected_square(coefficients, target)))
         return error / norm if norm > 0 else 0.0 if error == 0 else float("nan")
 
-    def _norm(self, target: Profile) -> float:
-        """The norm of a target, see `_norms`."""
-        goal, _ = self._goal(target)
-        return float(self._norms(np.sum((self._rows - goal[:, None]) ** 2, axis=0)[:, None])[0])
-
     def _norms(self, apart: FloatArray) -> FloatArray:
-        """Mean of the stored averages' squared norms, the nearer one is to the target the more it counts, and its root.
+        """Probable norms of targets: the root mean square of the stored averages' norms, weighted by nearness.
 
-        Averages of different lengths can differ by a tenth in it: that of the nearest one alone would jump where one
-        length takes over from another. By the fourth power of the distance, so that many far ones do not outweigh it.
+        The norm of the nearest average alone would jump by up to a tenth between lengths. Weights fall with the fourth
+        power of the distance, so that many far averages do not outweigh the nearest.
 
         Arguments:
             apart: squared distances from the targets: shape [n, targets].
         """
-        apart = np.maximum(apart, np.finfo(np.float64).tiny)  # of one that is the target itself
+        apart = np.maximum(apart, np.finfo(np.float64).tiny)  # 0 if the target is stored
         weight = (apart.min(axis=0) / apart) ** 2
         return np.asarray(np.sqrt(self._prior.norm @ weight / weight.sum(axis=0)))
 
@@ -168,7 +154,7 @@ class MinimumVariance:
 
     @cached_property
     def _problem(self) -> tuple[LeastSquares, FloatArray]:
-        """For all coefficients but the last, and the column of that one."""
+        """The problem for all coefficients but the last, and the column of the last."""
         stacked = np.vstack((self._rows, self._rounding))
         return LeastSquares(stacked[:, :-1] - stacked[:, -1:]), stacked[:, -1]
 
@@ -179,7 +165,7 @@ class MinimumVariance:
         return given
 
     def _stored_exactly(self, target: Profile) -> int | None:
-        """The snapshot that is the target, where its stored copy is free of rounding that counts."""
+        """The snapshot that is the target, if its stored copy has no rounding error."""
         if not isinstance(target, PowerFunction):
             return None
         same = (self._gamma == target.gamma) & (self._times == target.t)
@@ -187,9 +173,9 @@ class MinimumVariance:
         return int(np.flatnonzero(same)[0]) if same.any() else None
 
     def _goal(self, target: Profile) -> tuple[FloatArray, float]:
-        """The target in the orthonormal functions, and its squared norm under the motion. The last one is kept."""
+        """The target in the orthonormal basis, and its squared norm under the motion; cached for the last target."""
         if self._last is None or self._last[0] is not target:
-            goals, norms = zip(*(part.of_target(target) for part in self._parts), strict=True)
+            goals, norms = zip(*(term.of_target(target) for term in self._terms), strict=True)
             self._last = target, np.concatenate(goals), float(sum(norms))
         return self._last[1:]
 
@@ -198,7 +184,7 @@ class MinimumVariance:
 class Goals:
     """Targets as columns of a least-squares problem: `gamma`, `t` and `norms` [targets], `columns` [rows, targets].
 
-    `norms` are squared norms under the motion, of which the columns may miss a part.
+    `norms` are squared norms under the motion, which may exceed those of the columns.
     """
 
     gamma: FloatArray
@@ -213,14 +199,11 @@ class Goals:
 
     @property
     def unreachable(self) -> FloatArray:
-        """What no coefficients reach of the squared norms: shape [targets]."""
+        """The share of the squared norms that no coefficients reach: shape [targets]."""
         return np.maximum(self.norms - self.squares, 0.0)
 
 
-# --- terms of the expected error -------------------------------------------------------------------
-
-
-class _Part(Protocol):
+class _Term(Protocol):
     """One term of the expected squared error: a sum of squares over rows."""
 
     def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
@@ -228,7 +211,7 @@ class _Part(Protocol):
         ...
 
     def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        """Their squared norms, part of which no column may reach: shape [n]."""
+        """Their squared norms, which may exceed those of the columns: shape [n]."""
         ...
 
     def of_target(self, target: Profile) -> tuple[FloatArray, float]:
@@ -243,7 +226,7 @@ class _Integral:
     functions: StoredFunctions
     root: FloatArray
     most: float = np.inf
-    """The largest norm that there is: noise at a point would have an infinite one."""
+    """Limit of a norm: that of noise at a point would be infinite."""
 
     def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
         return self._scaled(self.functions.of_powers(gamma, t))
@@ -264,7 +247,7 @@ class _Integral:
 class _Sum:
     """A sum over the updates of intervals that have few. `root`: of the variance at each of them, [M].
 
-    `columns` and `column` are a function of power functions and of any profile at these updates.
+    `columns` and `column` are the values of power functions and of any profile at these updates.
     """
 
     root: FloatArray
@@ -282,49 +265,49 @@ class _Sum:
         return column, float(column @ column)
 
 
-def _parts(prior: Prior, cells: Cells, gammas: FloatArray, sudden: list[_Part], share: FloatArray) -> list[_Part]:
+def _terms(prior: Prior, cells: Cells, gammas: FloatArray, sudden: list[_Term], share: FloatArray) -> list[_Term]:
     """All terms; the sudden ones have a `share` of each interval's walk."""
     walk, noise = prior.motion.on(cells.edges)
     walk = walk * (1 - share)
-    parts: list[_Part] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
+    terms: list[_Term] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
     if cells.interval.size:
-        parts.append(_Sum(np.sqrt(walk[cells.interval] * cells.stride), cells.tails, cells.target_tails))
-    parts += sudden
+        terms.append(_Sum(np.sqrt(walk[cells.interval] * cells.stride), cells.tails, cells.target_tails))
+    terms += sudden
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
-        parts.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
+        terms.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
         if cells.interval.size:
-            parts.append(_Sum(np.sqrt(noise[cells.interval] / cells.stride), cells.masses, cells.target_masses))
-    return parts
+            terms.append(_Sum(np.sqrt(noise[cells.interval] / cells.stride), cells.masses, cells.target_masses))
+    return terms
 
 
 _STANDS_OUT = 8.0
-"""A piece that moves so many times faster than both neighbours may have moved at one moment: a layer drawn anew."""
+"""A segment so many times faster than both neighbours may have moved at one moment, such as a reinitialised layer."""
 
 _AT_AN_END = 0.25
-"""The share of the movement, at most, that is then taken to happen at either end of the piece."""
+"""The largest share of its motion that is then assumed at either end of the segment."""
 
 
-def _sudden(motion: Motion, cells: Cells) -> tuple[list[_Part], FloatArray]:
-    """Movement at the ends of pieces that stand out, and the share that it has of each interval's walk: shape [K].
+def _sudden(motion: Motion, cells: Cells) -> tuple[list[_Term], FloatArray]:
+    """Motion at the ends of segments that stand out, and its share of each interval's walk: shape [K].
 
-    Where in a piece a sudden movement lies is not measured; spread evenly, it would seem harmless to combinations
-    that miss the target right after a snapshot.
+    The moment of a sudden motion is not measured; spread evenly over the segment, it would seem harmless to
+    combinations that miss the target right after a snapshot.
     """
     if motion.walk.size == 1:
         return [], np.zeros(cells.density.size)
     edges, rest = motion.edges, np.maximum(np.append(motion.walk[1:], 0.0), np.append(0.0, motion.walk[:-1]))
     share = 2 * _AT_AN_END * np.clip(1 - _STANDS_OUT * rest / np.maximum(motion.walk, np.finfo(np.float64).tiny), 0, 1)
-    share[0] = 0.0  # with one neighbour, nothing stands out
+    share[0] = 0.0  # it has only one neighbour
     found = np.flatnonzero((share > 0) & (edges[1:] <= cells.edges[-1]))
     share = np.where(np.isin(np.arange(share.size), found), share, 0.0)
     if not found.size:
         return [], np.zeros(cells.density.size)
-    piece = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, share.size - 1)
-    steps = cells.density * np.diff(cells.edges) + cells.stride * np.bincount(cells.interval, minlength=piece.size)
-    moved = motion.walk * np.bincount(piece, steps, minlength=share.size)
+    segment = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, share.size - 1)
+    steps = cells.density * np.diff(cells.edges) + cells.stride * np.bincount(cells.interval, minlength=segment.size)
+    moved = motion.walk * np.bincount(segment, steps, minlength=share.size)
     step = 1e-6 * np.diff(edges)[found]
     begin, end = edges[:-1][found], edges[1:][found]
     ends = replace(cells, before=np.concatenate((begin, end - step)), after=np.concatenate((begin + step, end)))
     root = np.sqrt(np.tile(share[found] / 2 * moved[found], 2))
-    return [_Sum(root, ends.tails, ends.target_tails)], share[piece]
+    return [_Sum(root, ends.tails, ends.target_tails)], share[segment]

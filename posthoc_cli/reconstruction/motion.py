@@ -1,15 +1,14 @@
-"""How the network moved: fitted to the measured distances between its averages.
+"""The motion of the network, fitted to the measured distances between its averages.
 
-The path of the weights is taken for a random walk with independent increments of variance v(s) ds, which follows the
-learning rate, and noise around it that forgets faster than snapshots are apart, of intensity w(s): a network that is
-pulled back to where it came from. Write an average as theta_i = integral p_i(s) theta(s) ds with its density p_i, or
-as theta(0) + integral tail_i(s) d theta(s). Then the expected squared distance of two averages, the one of them as
-stored with a rounding error of variance r_j, is
+Model: a random walk with independent increments of variance v(s) ds, which follows the learning rate, and noise of
+intensity w(s) that forgets faster than snapshots are apart, as of a network that is pulled back. With an average
+theta_i = integral p_i(s) theta(s) ds = theta(0) + integral tail_i(s) d theta(s), the expected squared distance of two
+averages, one of them stored with a rounding error of variance r_j, is
 
     E |theta_i - theta_j|^2 = integral v (tail_i - tail_j)^2 ds + integral w (p_i - p_j)^2 ds + r_j,
 
-linear in v and w. With both constant on pieces of training (in the first one, falling), every measured
-distance is one linear equation for their values.
+linear in v and w. With both constant on segments of training (falling in the first one), every measured distance is a
+linear equation for their values.
 """
 
 from __future__ import annotations
@@ -18,33 +17,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction.steps import Cells, Steps, unknown_steps
 
-MOST_PIECES = 64
-"""Pieces of training; with more snapshot times than that, several share a piece."""
+MOST_SEGMENTS = 64
+"""Segments of training; more snapshot times share segments."""
 
 _SMOOTHING = 0.1
-"""Weight of relative jumps between neighbouring pieces, where 1 is that of a measurement's relative error."""
+"""Weight of relative jumps between neighbouring segments, relative to a measurement's relative error."""
 
-_TELLING = 1.5
-"""Distances a piece from which on noise is told from the walk: one profile with its last two snapshots has nearly 2."""
+_DISTANCES_FOR_NOISE = 1.5
+"""Distances a segment from which noise is fitted, too: one profile with its last two snapshots has nearly 2."""
 
 _ANCHORING = 0.3
-"""Weight of what was known before, where 1 is that of a measurement's relative error, for a piece of which no distance
-tells anything. One that is told of by distances whose shares add up to 1 has none: the same measurements would count
-twice, once for each snapshot that was written since."""
+"""Weight of an earlier estimate, relative to a measurement's relative error, in a segment without measurements. It
+falls to 0 where the shares of distances add up to 1, since the earlier estimate comes from the same measurements."""
 
-_MOST_PARTS = 96
-"""Pieces and parts of them that a motion has at most when it is handed on."""
+_MOST_STORED = 96
+"""Limit of the segments in a snapshot's header."""
 
 _LEAST_SHARE = 1e-5
-"""Walk and noise stay above this share of a first estimate."""
+"""Lower limit of walk and noise, relative to a first estimate."""
 
 _NO_NOISE = 1e-3
-"""Noise that has a smaller part than this in every distance is none."""
+"""Noise with a smaller share than this in every distance is set to 0."""
 
 _WIDEST = 40.0
 _SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
@@ -52,15 +49,13 @@ _SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 
 
 @dataclass(frozen=True, eq=False)
 class Motion:
-    """Summed over all elements of the weights, and constant on pieces of training. Time is counted in steps here,
-    as `steps.Cells` do; where those are not known, in units of `t`.
+    """Walk and noise, summed over all elements of the weights, constant on segments of training.
 
     Attributes:
-        edges: ends of the pieces in units of `t`, growing: shape [pieces + 1]. The first one is the time of the first
+        edges: of the segments, in units of `t`, growing: shape [segments + 1]. The first is the time of the first
             update.
-        walk: variance of the increments per step, v: shape [pieces].
-        noise: intensity of the noise, variance times step, w: shape [pieces]; 0 where the distances are too few to
-            tell it from the walk.
+        walk: variance of the increments per step, v: shape [segments]; per unit of `t` if the steps are unknown.
+        noise: intensity of the noise, variance times step, w: shape [segments]; 0 with too few distances.
     """
 
     edges: FloatArray
@@ -74,16 +69,17 @@ class Motion:
         return cls(np.array([0.0, t]), np.array([variance / count]), np.zeros(1))
 
     def handed_on(self) -> Motion:
-        """The same with a bounded number of pieces, for a snapshot's header: of neighbours, the shortest are joined."""
-        edges, walk, noise = (part.tolist() for part in (self.edges, self.walk, self.noise))
-        while len(walk) > _MOST_PARTS:
+        """The same for a snapshot's header, with the shortest neighbours joined down to a limit, in six digits."""
+        edges, walk, noise = (values.tolist() for values in (self.edges, self.walk, self.noise))
+        while len(walk) > _MOST_STORED:
             joined = min(range(len(walk) - 1), key=lambda k: edges[k + 2] - edges[k])
             first, second = edges[joined + 1] - edges[joined], edges[joined + 2] - edges[joined + 1]
             for values in (walk, noise):
                 both = first * values[joined] + second * values[joined + 1]
                 values[joined : joined + 2] = [both / (first + second)]
             del edges[joined + 1]
-        return Motion(np.array(edges), _short(walk), _short(noise))
+        walk, noise = ([float(f"{value:.6g}") for value in values] for values in (walk, noise))
+        return Motion(np.array(edges), np.array(walk), np.array(noise))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Motion) and all(
@@ -93,18 +89,13 @@ class Motion:
     __hash__ = None  # type: ignore[assignment]
 
     def on(self, edges: FloatArray) -> tuple[FloatArray, FloatArray]:
-        """Walk and noise on intervals that do not straddle an edge of the pieces: [K + 1] to [K] each.
+        """Walk and noise on intervals that straddle no edge of a segment: [K + 1] to [K] each.
 
-        Before the first and after the last edge the nearest piece goes on.
+        The first and the last segment extend beyond their edges.
         """
         middle = (edges[:-1] + edges[1:]) / 2
-        piece = np.clip(np.searchsorted(self.edges, middle, side="right") - 1, 0, self.walk.size - 1)
-        return self.walk[piece], self.noise[piece]
-
-
-def _short(values: Sequence[float]) -> FloatArray:
-    """Six digits, which are plenty, of each."""
-    return np.array([float(f"{value:.6g}") for value in values])
+        segment = np.clip(np.searchsorted(self.edges, middle, side="right") - 1, 0, self.walk.size - 1)
+        return self.walk[segment], self.noise[segment]
 
 
 @dataclass(frozen=True)
@@ -114,7 +105,7 @@ class PairDistance:
     Attributes:
         gammas, times: of the two, the later one first.
         squared: the squared distance, above 0.
-        rounding: the part of it that is rounding.
+        rounding: its share from rounding.
     """
 
     gammas: tuple[float, float]
@@ -124,7 +115,7 @@ class PairDistance:
 
     @property
     def alike(self) -> bool:
-        """Whether the two profiles are one as far as rounding can tell: no motion explains a distance then."""
+        """Whether the two profiles are equal up to rounding, so that no motion explains a distance."""
         (gamma, other), (t, earlier) = self.gammas, self.times
         return abs(gamma - other) <= 1e-6 * (gamma + 1) and t - earlier <= 1e-9 * t
 
@@ -138,107 +129,99 @@ def fit_motion(
 ) -> Motion:
     """The motion that explains measured distances.
 
-    Least squares on relative residuals, with light smoothing between neighbouring pieces that is relative, too. A
-    residual counts against the geometric mean of the distance and what the motion makes of it, so that too much and
-    too little weigh the same, and distances of a network that stood still for a while do not outweigh all others; a
-    jump counts against the geometric mean of its sides, so that a learning rate that falls a hundredfold may do so.
+    Least squares on relative residuals, with light relative smoothing between neighbouring segments. A residual is
+    relative to the geometric mean of the measured and the fitted distance, so that too much and too little weigh the
+    same, and the distances of a pause do not outweigh all others; a jump is relative to the geometric mean of its
+    sides, so that a learning rate may fall a hundredfold.
 
     Arguments:
         start: time of the first update.
-        times: snapshot times after `start`; the pieces lie between them.
-        distances: at least one, none of them `alike`. Noise is only told from the walk where there are enough of
-            them: of two profiles, or over two intervals.
-        steps: when the network moved; None where it is not known.
-        known: what was found while snapshots were there that are gone now. Where no distance tells more, the motion
-            stays as it was.
+        times: snapshot times after `start`, which bound the segments.
+        distances: at least one, none of them `alike`. Noise is fitted with enough of them: of two profiles, or over
+            two intervals.
+        steps: of the run; None if unknown.
+        known: an earlier estimate, from snapshots that may be gone. It stays where no distance tells more.
     """
     if known is not None and not known.walk.any():
-        known = None  # it stood still: nothing to go on from
+        known = None  # it stood still, which is no estimate of later motion
     course = _Course.first(start, times) if known is None else _Course.after(known, times)
-    pieces = course.count
+    segments = course.count
     squared = np.array([distance.squared for distance in distances])
     rounding = np.minimum(np.array([distance.rounding for distance in distances]) / squared, 1.0)
     cells = unknown_steps(course.edges) if steps is None else steps.cells(course.edges)
-    part = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, course.edges.size - 2)
+    section = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, course.edges.size - 2)
+    first = np.flatnonzero(np.diff(section, prepend=-1))  # the first cell of each section
     walk, noise = (
-        _added_up(influence / squared[:, None], part) @ unit
+        np.asarray(np.add.reduceat(influence / squared[:, None], first, axis=1)) @ unit
         for influence, unit in zip(_influence(cells, distances), (course.walk, course.noise), strict=True)
     )
-    both = len(distances) >= _TELLING * pieces or (known is not None and bool(known.noise.any()))
+    both = len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and bool(known.noise.any()))
     influence = np.hstack([walk, noise] if both else [walk])
-    found = _solve(influence, rounding, course.anchors[: influence.shape[1]], pieces)
-    found = np.concatenate((found, np.zeros(2 * pieces - found.size)))
-    return Motion(course.edges, course.walk @ found[:pieces], course.noise @ found[pieces:])
+    found = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
+    found = np.concatenate((found, np.zeros(2 * segments - found.size)))
+    return Motion(course.edges, course.walk @ found[:segments], course.noise @ found[segments:])
 
 
-def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, pieces: int) -> FloatArray:
-    """The unknowns of the pieces, of the walk or of walk and noise: shape [unknowns]; 0 where nothing moved.
+def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, segments: int) -> FloatArray:
+    """The unknowns of the segments, of the walk or of walk and noise: shape [unknowns]; 0 without motion.
 
-    With x = exp(u), a residual (x - y)^2 / (x y) is 2 cosh(u - log y) - 2: smooth in u, so that a quasi-Newton method
-    finds the minimum, also where the motion changes by many orders of magnitude from one piece to the next.
+    With x = exp(u), a residual (x - y)^2 / (x y) is 2 cosh(u - log y) - 2, smooth in u, so that a quasi-Newton method
+    finds the minimum even if the motion changes by many orders of magnitude between segments.
 
     Arguments:
         influence: of each unknown on each distance, relative to it: shape [distances, unknowns].
-        rounding: the part of each distance that is rounding.
-        anchors: what each unknown is without distances that tell more; nan where there is nothing to say.
+        rounding: the share of rounding in each distance.
+        anchors: earlier estimates of the unknowns; nan for none.
     """
-    from scipy.optimize import minimize  # a plan needs none of it, and importing takes as long as planning
+    from scipy.optimize import minimize  # slow to import, and a plan does not need it
 
-    told = np.isfinite(anchors)
-    parts = np.split(influence, influence.shape[1] // pieces, axis=1)
-    scale = np.concatenate([_first_estimate(own, 1 - rounding) for own in parts])
-    scale = np.where(told & (anchors > 0), anchors, scale)
+    anchored = np.isfinite(anchors)
+    kinds = np.split(influence, influence.shape[1] // segments, axis=1)
+    scale = np.concatenate([_first_estimate(own, 1 - rounding) for own in kinds])
+    scale = np.where(anchored & (anchors > 0), anchors, scale)
     if not np.all(scale > 0):
         return np.zeros(scale.size)
     lowest = np.log(_LEAST_SHARE * scale)
     shares = influence * scale
     coverage = np.sum(shares / np.maximum(np.sum(shares, axis=1, keepdims=True), _LEAST_SHARE), axis=0)
-    hold = (_ANCHORING * np.clip(1 - coverage[told], 0, 1)) ** 2
-    anchor = np.log(np.maximum(anchors[told], _LEAST_SHARE * scale[told]))
-    left = np.delete(np.arange(scale.size - 1), np.arange(pieces - 1, scale.size - 1, pieces))
+    hold = (_ANCHORING * np.clip(1 - coverage[anchored], 0, 1)) ** 2
+    anchor = np.log(np.maximum(anchors[anchored], _LEAST_SHARE * scale[anchored]))
+    left = np.delete(np.arange(scale.size - 1), np.arange(segments - 1, scale.size - 1, segments))
 
     def misfit(u: FloatArray) -> tuple[float, FloatArray]:
         x = np.exp(u)
         model = influence @ x + rounding  # each measured distance is 1
         slope = x * (influence.T @ (1 - model**-2))
-        jump, off = u[left + 1] - u[left], u[told] - anchor
+        jump, off = u[left + 1] - u[left], u[anchored] - anchor
         pull = _SMOOTHING**2 * 2 * np.sinh(jump)
         slope[left + 1] += pull
         slope[left] -= pull
-        slope[told] += hold * 2 * np.sinh(off)
+        slope[anchored] += hold * 2 * np.sinh(off)
         value = np.sum(model + 1 / model) + _SMOOTHING**2 * 2 * np.sum(np.cosh(jump))
         return float(value + 2 * hold @ np.cosh(off)), slope
 
     bounds = [(low, low + _WIDEST) for low in lowest]
     found = minimize(misfit, np.log(scale), jac=True, method="L-BFGS-B", bounds=bounds, options=_SEARCH)
     solution: FloatArray = np.exp(found.x)
-    if np.all(influence[:, pieces:] @ solution[pieces:] < _NO_NOISE * (influence @ solution + rounding)):
-        solution[pieces:] = 0.0
+    if np.all(influence[:, segments:] @ solution[segments:] < _NO_NOISE * (influence @ solution + rounding)):
+        solution[segments:] = 0.0
     return solution
 
 
-def _piece_edges(start: float, times: Sequence[float]) -> FloatArray:
-    inner = np.unique(np.asarray(times, dtype=np.float64))
-    inner = inner[inner > start]
-    if inner.size > MOST_PIECES:
-        inner = inner[np.linspace(0, inner.size - 1, MOST_PIECES + 1).round().astype(int)[1:]]
-    return np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
-
-
 _EARLY_FALL = 0.5
-"""v and w fall as s**-0.5 up to the first snapshot. Networks move fastest at the very start (in one recorded run seven
-tenths of v up to the first of twenty snapshots were in the first tenth of it), but not where the rate warms up."""
+"""v and w fall as s**-0.5 up to the first snapshot, since networks move fastest at the very start (in one recorded run
+seven tenths of v up to the first of twenty snapshots were in its first tenth), except in a warm-up."""
 
 
 @dataclass(frozen=True)
 class _Course:
-    """Pieces of training, and the course of v and w within and between them when every unknown is 1.
+    """Segments of training, cut into sections, and the course of v and w over the sections for unknowns of 1.
 
     Attributes:
-        edges: of all parts of the pieces: shape [parts + 1].
-        walk, noise: what a piece's unknown makes of each part: shape [parts, pieces].
-        anchors: values that the unknowns, first of the walk and then of the noise, have without distances; nan for
-            none: shape [2 * pieces].
+        edges: of all sections: shape [sections + 1].
+        walk, noise: the factor of a segment's unknown in each section: shape [sections, segments].
+        anchors: estimates of the unknowns without distances, of the walk and then of the noise; nan for none: shape
+            [2 * segments].
     """
 
     edges: FloatArray
@@ -248,32 +231,32 @@ class _Course:
 
     @property
     def count(self) -> int:
-        """How many pieces there are."""
+        """The number of segments."""
         return int(self.walk.shape[1])
 
     @classmethod
     def first(cls, start: float, times: Sequence[float]) -> _Course:
-        """Of a run of which nothing is known. The first piece, of which no snapshot tells, is cut into parts, each
-        twice as long as the one before, over which v and w fall: see `_EARLY_FALL`.
+        """Without an earlier estimate. The first segment, before any snapshot, is cut into sections of doubling length
+        over which v and w fall: see `_EARLY_FALL`.
         """
-        pieces = _piece_edges(start, times)
-        count = max(1, round(float(np.log2(pieces[1] / pieces[0]))))
-        inner = np.geomspace(pieces[0], pieces[1], count + 1)[1:-1]
-        edges = np.concatenate((pieces[:1], inner, pieces[1:]))
+        ends = _segment_edges(start, times)
+        count = max(1, round(float(np.log2(ends[1] / ends[0]))))
+        inner = np.geomspace(ends[0], ends[1], count + 1)[1:-1]
+        edges = np.concatenate((ends[:1], inner, ends[1:]))
         first = edges[: count + 1]
-        # Mean over each part, relative to the mean over the whole piece.
+        # Mean over each section, relative to the mean over the segment.
         power = 1 - _EARLY_FALL
         mean = np.diff(first**power) / np.diff(first)
-        unit = np.zeros((edges.size - 1, pieces.size - 1))
-        unit[:count, 0] = mean * (pieces[1] - pieces[0]) / (pieces[1] ** power - pieces[0] ** power)
-        unit[count:, 1:] = np.eye(pieces.size - 2)
+        unit = np.zeros((edges.size - 1, ends.size - 1))
+        unit[:count, 0] = mean * (ends[1] - ends[0]) / (ends[1] ** power - ends[0] ** power)
+        unit[count:, 1:] = np.eye(ends.size - 2)
         return cls(edges, unit, unit, np.full(2 * unit.shape[1], np.nan))
 
     @classmethod
     def after(cls, known: Motion, times: Sequence[float]) -> _Course:
-        """Of a run of which a motion is known: the unknowns are relative to it, and new pieces go on as its last one.
+        """After an earlier estimate: the unknowns are relative to it, and new segments to its last one.
 
-        Noise that was not seen is no factor of what there is now: it is relative to the mean.
+        Where it has no noise, noise is relative to the mean.
         """
         edges, walk, noise = known.edges, known.walk, known.noise
         later = np.unique([t for t in times if t > edges[-1]])
@@ -287,9 +270,17 @@ class _Course:
         return cls(np.concatenate((edges, later)), longer[0], longer[1], np.concatenate((ones, seen)))
 
 
+def _segment_edges(start: float, times: Sequence[float]) -> FloatArray:
+    inner = np.unique(np.asarray(times, dtype=np.float64))
+    inner = inner[inner > start]
+    if inner.size > MOST_SEGMENTS:
+        inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
+    return np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
+
+
 def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
-    """Each distance's value if there were only this part and it were constant: averaged over the distances by how
-    much a piece weighs in them. Shape [distances, pieces] to [pieces].
+    """The constant walk (or noise) that each distance implies on its own, averaged by the segment's share in it: shape
+    [distances, segments] to [segments].
     """
     total = relative.sum(axis=1)
     seen = total > 0
@@ -303,7 +294,7 @@ def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
 
 
 def _influence(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatArray, FloatArray]:
-    """What a walk and a noise of intensity 1 in one interval add to each distance: shape [distances, K] each."""
+    """The distances that a walk and a noise of intensity 1 in one interval make: shape [distances, K] each."""
     gamma = np.array([distance.gammas for distance in distances])
     times = np.array([distance.times for distance in distances])
     walk, noise = _integrals(cells.edges, gamma, times)
@@ -320,21 +311,16 @@ def _integrals(edges: FloatArray, gamma: FloatArray, times: FloatArray) -> tuple
     """Integrals of (tail_i - tail_j)^2 and of (p_i - p_j)^2 over each interval: shape [distances, K] each."""
     x, y = gamma[:, :1] + 1, gamma[:, 1:] + 1
     t, u = times[:, :1], times[:, 1:]
-    # While both averages still take in values, their tails differ by (s/u)^y - (s/t)^x ...
+    # Up to the earlier time the tails differ by (s/u)^y - (s/t)^x ...
     a, b = np.minimum(edges[:-1], u), np.minimum(edges[1:], u)
     walk = _moment(a, b, u, 2 * y) - 2 * _moment(a, b, u, y, t, x) + _moment(a, b, t, 2 * x)
     noise = _moment(a, b, u, 2 * y - 2) * (y / u) ** 2 + _moment(a, b, t, 2 * x - 2) * (x / t) ** 2
     noise -= 2 * _moment(a, b, u, y - 1, t, x - 1) * (x / t) * (y / u)
-    # ... and after the earlier one's time by 1 - (s/t)^x.
+    # ... and after it by 1 - (s/t)^x.
     a, b = np.clip(edges[:-1], u, t), np.clip(edges[1:], u, t)
     walk = np.maximum(walk, 0.0) + np.maximum((b - a) - 2 * _moment(a, b, t, x) + _moment(a, b, t, 2 * x), 0.0)
     noise = np.maximum(noise, 0.0) + _moment(a, b, t, 2 * x - 2) * (x / t) ** 2
     return walk, noise
-
-
-def _added_up(columns: FloatArray, group: npt.NDArray[np.intp]) -> FloatArray:
-    """Sums of columns, [.., K], by the group of each, which grow: shape [.., groups]."""
-    return np.asarray(np.add.reduceat(columns, np.flatnonzero(np.diff(group, prepend=-1)), axis=1))
 
 
 def _moment(

@@ -4,8 +4,8 @@ The stored averages have profiles p_1 .. p_n, the target has profile p, and the 
 
     || sum_i c_i p_i - p ||,      <f, g> = integral f(s) g(s) ds,
 
-after which they are divided by their sum. Without that division the error at sigma_rel >= 0.2 is several times
-larger, since an average whose mass is not 1 also scales the weights.
+and are then divided by their sum. Without that the error at sigma_rel >= 0.2 is several times larger, since an average
+of another mass than 1 scales the weights.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction.intervals import Densities
+from posthoc_cli.reconstruction.basis import Densities
 from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
 
 ProfileGoals = tuple[FloatArray, FloatArray]
-"""Targets in the orthonormal functions, [rows, targets], and their squared norms, [targets]."""
+"""Targets in the orthonormal basis, [rows, targets], and their squared norms, [targets]."""
 
 
 class ProfileDistance:
-    """Distances between profiles, for one set of stored ones and targets up to one time.
+    """Distances between stored profiles and targets.
 
     Arguments:
         snapshots: profiles of the stored averages, all at or before `t`.
-        t: the last time that counts.
+        t: time of the targets.
     """
 
     def __init__(self, snapshots: Sequence[PowerFunction], t: float) -> None:
@@ -43,15 +43,14 @@ class ProfileDistance:
         """Coefficients by algorithm 3 of the paper, divided by their sum: shape [snapshots].
 
         Raises:
-            InvalidValueError: none of the target's mass is within reach.
+            InvalidValueError: the target has no mass before the last snapshot.
         """
         goal, _ = self._goal(target)
         solution = self._problem.solve(goal)
         total = float(solution.sum())
         if not 0 < total < np.inf:
-            raise InvalidValueError(
-                "target", "none of its mass lies before the last snapshot in use", "take the time of a snapshot"
-            )
+            reason = "none of its mass lies before the last snapshot in use"
+            raise InvalidValueError("target", reason, "use the time of a snapshot")
         return np.asarray(solution / total, dtype=np.float64)
 
     def error(self, coefficients: FloatArray, target: Profile) -> float:
@@ -60,7 +59,7 @@ class ProfileDistance:
         return float(self.errors(coefficients[:, None], (goal[:, None], np.array([norm2])))[0])
 
     def solve_all(self, goals: ProfileGoals) -> FloatArray:
-        """As `solve`, for many targets at once: shape [snapshots, targets]; nan where there is no answer."""
+        """As `solve`, for many targets at once: shape [snapshots, targets]; nan where `solve` raises an error."""
         solution = solve_once(self._factor, goals[0])[0]
         total = solution.sum(axis=0)
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -69,7 +68,7 @@ class ProfileDistance:
     def errors(self, coefficients: FloatArray, goals: ProfileGoals) -> FloatArray:
         """`error` of each target with its own column of coefficients: shape [targets]."""
         columns, norms = goals
-        # What no combination reaches (outside the span of the basis), and how far this one is within it.
+        # The squared distances outside and inside of the span of the basis.
         unreachable = np.maximum(norms - np.sum(columns**2, axis=0), 0.0)
         missed = np.sum((self._factor @ coefficients - columns) ** 2, axis=0)
         return np.asarray(np.sqrt((unreachable + missed) / norms))
@@ -79,12 +78,12 @@ class ProfileDistance:
         return LeastSquares(self._factor)
 
     def _goal(self, target: Profile) -> tuple[FloatArray, float]:
-        """The target in the orthonormal functions, and its squared norm."""
+        """The target in the orthonormal basis, and its squared norm."""
         rows, squares = self._densities.of_target(target)
         return rows.reshape(-1), float(squares.sum())
 
     def goals(self, targets: Sequence[PowerFunction]) -> ProfileGoals:
-        """Many targets, for the methods that take them at once."""
+        """The goals of many targets, for `solve_all` and `errors`."""
         gamma, t = np.array([p.gamma for p in targets]), np.array([p.t for p in targets])
         columns = self._densities.of_powers(gamma, t).reshape(-1, gamma.size)
         return columns, self._densities.squares(gamma, t).sum(axis=0)

@@ -1,4 +1,4 @@
-"""What reconstruction assumes about a run: how its network moved, and how exactly its averages are stored."""
+"""The prior of a reconstruction: the motion of a run's network, and the errors of its stored averages."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from posthoc_cli.reconstruction.steps import Cells, Steps, unknown_steps
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
 ASSUMED_STRETCH = 0.25
-"""Without measurements: root mean square length of the walk over all of training at its last pace, relative to the norm
-of the weights. Recorded runs have 0.01 (rate cut to nothing) to 0.45 (constant rate)."""
+"""Assumed root mean square length of the walk over all of training, relative to the norm of the weights. Recorded runs
+have 0.01 (rate cut to nothing) to 0.45 (constant rate)."""
 
 _MEMORY = 12
-"""Steps over which an optimizer's path is smooth (momentum 0.9 remembers 10): the weights of one moment move like an
-average as wide as that, and not like a walk down to the single step."""
+"""Steps over which training is smooth (momentum 0.9 remembers 10): the weights at one moment move like an average of
+that width, not like a walk down to the single step."""
 
 ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
 """Root mean square error of one rounding to nearest, relative to the values, in units of eps: 0.196.
@@ -33,17 +33,17 @@ logarithms are spread evenly the mean square of m in [1, 2) is 3 / (2 ln 2).
 
 @dataclass(frozen=True)
 class StoredAverage:
-    """An average as reconstruction sees it.
+    """A stored average and its measurements.
 
     Attributes:
-        profile: as it was recorded.
-        updates: how many updates made it.
+        profile: as recorded.
+        updates: number of updates in it.
         eps: distance from 1 to the next number of the accumulator's dtype.
-        measurements: what it says about itself, if anything.
-        step_length: time of a training step then; 0 where it is not known.
-        steps: the run's, up to then; None where they are not known.
-        motion: how the network had moved, as far as was known then.
-        inherited: expected squared error that is left of snapshots, rounded as they are, which the run went on from.
+        measurements: None where it has none.
+        step_length: time of a training step then; 0 if unknown.
+        steps: of the run until then; None if unknown.
+        motion: of the network until then, as known then.
+        inherited: expected squared error left from rounded snapshots that the run resumed from.
     """
 
     profile: RecordedPowerFunction
@@ -58,16 +58,16 @@ class StoredAverage:
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known besides the profiles. The arrays have the snapshots' order: shape [n] each.
+    """What is known of the snapshots beside their profiles. Arrays have the snapshots' order: shape [n] each.
 
     Attributes:
-        motion: how the network moved.
-        rounding: variance of each stored copy's rounding, r_i; 0 for one that is exact.
-        arithmetic: variance that the arithmetic of the updates left in each average.
+        motion: of the network.
+        rounding: variance of each stored copy's rounding, r_i; 0 for an exact copy.
+        arithmetic: variance of each average from the arithmetic of its updates.
         norm: squared norm of each average.
-        source: "measured" while training, "sampled" from the files, or "assumed" where there was nothing to measure.
-        steps: when the network moved; None where it is not known.
-        inherited: variance that going on from rounded snapshots left in each average; None for none.
+        source: "measured" while training, "sampled" from the files, or "assumed".
+        steps: of the run; None if unknown.
+        inherited: variance of each average from rounded snapshots that the run resumed from; None for none.
     """
 
     motion: Motion
@@ -82,9 +82,9 @@ class Prior:
         """The intervals between `edges`, and the steps within them."""
         return unknown_steps(edges) if self.steps is None else self.steps.cells(edges)
 
-    def of(self, chosen: Sequence[int]) -> Prior:
+    def of(self, snapshots: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
-        index = np.asarray(chosen, dtype=np.intp)
+        index = np.asarray(snapshots, dtype=np.intp)
         return replace(
             self,
             rounding=self.rounding[index],
@@ -99,12 +99,12 @@ class Prior:
 
 
 def assumed_prior(snapshots: Sequence[PowerFunction], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
-    """For a plan, or where nothing was measured: an even walk, and weights of norm 1.
+    """The prior of a plan, or without measurements: weights of norm 1.
 
     Arguments:
         snapshots: profiles of the stored averages.
         rounding: root mean square error of a stored copy, relative to its norm.
-        motion: how the network moved relative to its norm, where more is known.
+        motion: of the network, relative to its norm; by default an even walk.
     """
     last = max(p.t for p in snapshots)
     ones = np.ones(len(snapshots))
@@ -114,9 +114,9 @@ def assumed_prior(snapshots: Sequence[PowerFunction], rounding: float = 0.0, mot
 
 
 def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
-    """What the measurements of a run's averages tell; `assumed_prior` where they tell nothing of its movement.
+    """The prior from the measurements of a run's averages; `assumed_prior` without them.
 
-    The order of the averages changes nothing but that of the arrays.
+    The order of the averages changes only that of the arrays.
     """
     known = [average.measurements for average in averages if average.measurements is not None]
     if not known or len(known) < len(averages):
@@ -126,8 +126,12 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     profiles = [average.profile for average in averages]
     start, last = min(p.t_first for p in profiles), max(p.t for p in profiles)
     steps = max(averages, key=lambda average: average.profile.t).steps
-    told = [average for average in averages if average.motion is not None]
-    earlier = max(told, key=lambda average: (average.profile.t, average.profile.gamma)).motion if told else None
+    newest = max(
+        (average for average in averages if average.motion is not None),
+        key=lambda average: (average.profile.t, average.profile.gamma),
+        default=None,
+    )
+    earlier = None if newest is None else newest.motion
     distances = [distance for distance in _distances(averages, arithmetic) if not distance.alike]
     if distances:
         motion = fit_motion(start, [p.t for p in profiles], distances, steps, earlier)
@@ -135,7 +139,7 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
         motion = earlier
     else:
         motion = Motion.even(last, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
-    # Weights that are all 0 have no distances above 0, and do not move.
+    # Weights that are all 0 have distances, but none above 0.
     still = not norm.any() and any(measurements.distances for measurements in known)
     return Prior(
         motion,
@@ -149,17 +153,16 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
 
 
 WINDOW = 32
-"""Updates of a recent mean, see `tracker.averages`: adding it to the total costs a pass over both, and its float32 is
-off by no more digits than so many roundings take."""
+"""Updates in the recent mean of a tracked average, see `tracker.averages`: a compromise between the cost of adding it
+to the total and its own roundings."""
 
 
 def roundings(gamma: float, updates: int) -> float:
-    """How many independent roundings of an average's size the arithmetic of its updates has left in it.
+    """The number of independent roundings, of an average's size, that its updates leave in it.
 
-    It is rounded once when it is read. The mean of a window of n updates is rounded at each of them, and what that
-    leaves fades as k / n within the window, n / 3 roundings in all; in the first one faster, as (k / n)^(gamma + 1).
-    Over windows it averages out: with masses p(s) n dt the sum of their squares is n dt integral p^2 ds,
-    (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
+    Reading rounds once. The mean of a window of n updates is rounded at each; within the window that fades as k / n to
+    n / 3 roundings, in the first window as (k / n)^(gamma + 1). Over windows it averages out: with masses p(s) n dt the
+    sum of their squares is n dt integral p^2 ds, (gamma + 1)^2 / (2 gamma + 1) n for `updates` of them.
     """
     if updates <= WINDOW:
         return 1 + updates / (2 * gamma + 3)
@@ -167,16 +170,16 @@ def roundings(gamma: float, updates: int) -> float:
 
 
 def _arithmetic(average: StoredAverage) -> float:
-    """Expected squared error of an exact average that was never stored."""
+    """Expected squared error of an average before it is stored."""
     norm = average.measurements.norm if average.measurements is not None else 0.0
     return float(norm * (ROUNDING * average.eps) ** 2 * roundings(average.profile.gamma, average.updates))
 
 
 def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> list[PairDistance]:
-    """Every measured distance, each pair of averages once."""
+    """Every measured distance, one for each pair of averages."""
     found: dict[tuple[tuple[float, float], tuple[float, float]], PairDistance] = {}
     nought = 1e-18 * max((a.measurements.norm for a in averages if a.measurements is not None), default=0.0)
-    # Of two records of one pair the last one counts: in an order of ours.
+    # The last record of a pair counts, in a fixed order.
     order = sorted(range(len(averages)), key=lambda i: (averages[i].profile.t, averages[i].profile.gamma))
     for average, own in ((averages[i], arithmetic[i]) for i in order):
         if average.measurements is None:
@@ -185,7 +188,7 @@ def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> lis
         for distance in average.measurements.distances:
             gamma = PowerFunction.from_sigma_rel(distance.sigma_rel, distance.t).gamma
             ends = ((profile.t, profile.gamma), (distance.t, gamma))
-            # The other one's arithmetic cannot be told apart where it is gone; it is about as large as this one's.
+            # The other average may be gone; its arithmetic has about the same variance.
             noise = distance.rounding + 2 * own
             least = max(distance.squared, nought)
             if least > 0:
@@ -198,9 +201,9 @@ def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> lis
 
 
 def _to_weights(average: StoredAverage, arithmetic: float) -> PairDistance | None:
-    """The measured distance to the weights of the same time, as one to the average over a few steps that they are.
+    """The measured distance to the weights of the same time, which move like an average over a few steps.
 
-    None where that would be no small part of the average itself.
+    None if that average is not much shorter than this one.
     """
     profile, found = average.profile, average.measurements
     width = max(_MEMORY * average.step_length, profile.max_interval) / profile.t

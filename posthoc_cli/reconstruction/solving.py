@@ -1,4 +1,4 @@
-"""Coefficients for targets, by either method, with both errors."""
+"""Coefficients for targets by either method, with predicted and profile errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from posthoc_cli.reconstruction.paper import ProfileDistance
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior
 
 METHODS = ("minvar", "paper")
-"""The solvers, the default one first."""
+"""The solvers; the first one is the default."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class Reconstruction:
 
     Attributes:
         coefficients: shape [snapshots, targets]; each column sums to 1.
-        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure. Values below
-            about 1e-7 are rounding.
-        predicted_error: shape [targets]; expected relative L2 error of the weights (see `minvar`), under the prior.
-        prior: what was known of the snapshots.
+        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure. Values below 1e-7 are
+            rounding.
+        predicted_error: shape [targets]; expected relative L2 error of the weights under the prior (see `minvar`).
+        prior: of the snapshots.
     """
 
     coefficients: FloatArray
@@ -35,7 +35,7 @@ class Reconstruction:
     prior: Prior
 
     def of(self, snapshots: Sequence[int] | None = None, targets: Sequence[int] | None = None) -> Reconstruction:
-        """The same for some of the snapshots, the others of which have coefficients of 0, and some of the targets."""
+        """The same for some of the snapshots, where the others have coefficients of 0, and some of the targets."""
         count, wanted = self.coefficients.shape
         rows = list(range(count) if snapshots is None else snapshots)
         columns = list(range(wanted) if targets is None else targets)
@@ -47,13 +47,13 @@ class Reconstruction:
         )
 
     def known_error(self, target: int) -> float | None:
-        """`predicted_error` of one target, None where it rests on an assumed movement."""
+        """`predicted_error` of one target; None if it rests on an assumed motion."""
         error = float(self.predicted_error[target])
         return error if self.prior.source != ASSUMED and np.isfinite(error) else None
 
 
 def check_method(method: str | None) -> str:
-    """`method`, the default one for None, or an InvalidValueError that lists what there is."""
+    """`method`, the default for None, or an InvalidValueError that lists the methods."""
     if method is None:
         return METHODS[0]
     if method not in METHODS:
@@ -71,23 +71,23 @@ def reconstruct(
     """Coefficients that make each target out of the snapshots.
 
     Arguments:
-        snapshots: profiles of the stored averages, at least one, none of them twice. Those taken after `t`
-            must not be among them: a caller leaves them out.
-        targets: the wanted profiles. A power function is treated in closed form, anything else that has a
-            `density` and a `tail` by quadrature.
-        method: "minvar", minimum variance, or "paper", the published one; None for the first.
-        prior: what is known of the snapshots; by default that the network moved evenly and nothing was rounded.
-        t: the time of the targets; by default that of the power functions wanted, else of the last snapshot.
+        snapshots: profiles of the stored averages, at least one, distinct, none after `t`.
+        targets: the wanted profiles; power functions are treated in closed form, others by quadrature.
+        method: "minvar", minimum variance, or "paper", the published one; by default the first.
+        prior: of the snapshots; by default even motion without rounding.
+        t: the time of the targets; by default that of the wanted power functions, else of the last snapshot.
 
     Raises:
-        InvalidValueError: no snapshots, one after `t`, or a target that is no profile or that none of them reaches.
+        InvalidValueError: no snapshots, one after `t`, or a target that is no profile or has no mass before them.
     """
     method = check_method(method)
     if not snapshots:
-        raise InvalidValueError("snapshots", "there are none to reconstruct from")
+        raise InvalidValueError("snapshots", "must be at least one")
     for wanted in targets:
         _check_profile(wanted)
-    t = _target_time(snapshots, targets) if t is None else t
+    if t is None:
+        last = max(p.t for p in snapshots)
+        t = min((p.t for p in targets if isinstance(p, PowerFunction)), default=last)
     if any(snapshot.t > t for snapshot in snapshots):
         raise InvalidValueError("snapshots", "must be at or before the time of the target")
     prior = assumed_prior(snapshots) if prior is None else prior
@@ -95,7 +95,7 @@ def reconstruct(
     variance = MinimumVariance(snapshots, prior, t)
     coefficients = np.zeros((len(snapshots), len(targets)))
     profile_error, predicted_error = np.zeros(len(targets)), np.zeros(len(targets))
-    # One by one, so that a target's coefficients do not depend, in their rounding, on which others are asked for.
+    # One by one, so that the rounding of a target's coefficients does not depend on the other targets.
     for index, target in enumerate(targets):
         if method == "minvar":
             column = _careful(variance, distance, snapshots, target)
@@ -112,7 +112,7 @@ def expected_errors(
 ) -> tuple[FloatArray, FloatArray]:
     """Predicted and profile errors of power functions by minimum variance: shape [targets] each.
 
-    As by `reconstruct`, but for last digits: all targets are solved for at once, which is many times faster.
+    As by `reconstruct` except for the last digits; solving for all targets at once is many times faster.
     """
     distance, variance = ProfileDistance(snapshots, t), MinimumVariance(snapshots, prior, t)
     goals, profiles = variance.goals(targets), distance.goals(targets)
@@ -134,25 +134,15 @@ def expected_errors(
 
 def _check_profile(target: object) -> None:
     if not all(callable(getattr(target, name, None)) for name in ("density", "tail")):
-        raise InvalidValueError(
-            "target",
-            "must be a profile, with density(s) and tail(s); PowerFunction.from_sigma_rel(0.15, t) is "
-            "that of a sigma_rel",
-            value=" ".join(repr(target)[:40].split()),
-        )
-
-
-def _target_time(snapshots: Sequence[PowerFunction], targets: Sequence[Profile]) -> float:
-    """The earliest time of a power function that is wanted; without one, that of the last snapshot."""
-    return min((p.t for p in targets if isinstance(p, PowerFunction)), default=max(p.t for p in snapshots))
+        reason = "must be a profile with density(s) and tail(s), such as PowerFunction.from_sigma_rel(0.15, t)"
+        raise InvalidValueError("target", reason, value=" ".join(repr(target)[:40].split()))
 
 
 _GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_SUDDEN = (0.8, 0.95), (0.6, 0.75), (0.3, 0.5)
-"""Predicted error, relative to that of the published coefficients, up to which minimum variance alone is used, and from
-which on the published ones are: a motion that is not quite as it was fitted costs more than so little a gain (measured:
-with 0.9 and 1 up to 1.22 times the published error, after a pause of the clock). Where few snapshots tell of it, or
-where a sudden movement lies within an interval, it is known less well (measured: up to 1.6 and 70 times the published
-error with 0.9 and 1)."""
+"""Predicted error of minimum variance, relative to that of the published coefficients, up to which it is used alone,
+and from which the published ones are: an imperfect fit of the motion costs more than so small a gain (measured: with
+0.9 and 1 up to 1.22 times the published error, after a pause of the clock). The motion is less certain with few
+snapshots, or with sudden motion within an interval (measured: up to 1.6 and 70 times the published error)."""
 
 _FEW_TIMES = 6
 
@@ -160,11 +150,11 @@ _FEW_TIMES = 6
 def _careful(
     variance: MinimumVariance, distance: ProfileDistance, snapshots: Sequence[PowerFunction], target: Profile
 ) -> FloatArray:
-    """The coefficients of minimum variance, or the published ones where those promise little more."""
+    """The coefficients of minimum variance, or the published ones if the gain is small."""
     own = variance.solve(target)
     try:
         published = _published(distance, snapshots, target)
-    except InvalidValueError:  # it has no answer
+    except InvalidValueError:
         return own
     there, best = variance.expected_square(published, target), variance.expected_square(own, target)
     gain = float(np.sqrt(best / there)) if there > 0 else 0.0
@@ -172,15 +162,15 @@ def _careful(
 
 
 def _share_of_published(variance: MinimumVariance, snapshots: Sequence[PowerFunction], gain: FloatArray) -> FloatArray:
-    """How much the published coefficients count, by the predicted error of the others relative to theirs."""
+    """The share of the published coefficients in the result, by the relative predicted error of the others."""
     few = len({snapshot.t for snapshot in snapshots}) <= _FEW_TIMES
-    sure, none = _GAIN_OF_SUDDEN if variance.has_sudden_movement else _GAIN_OF_FEW if few else _GAIN_OF_MANY
+    sure, none = _GAIN_OF_SUDDEN if variance.has_sudden_motion else _GAIN_OF_FEW if few else _GAIN_OF_MANY
     return np.clip((gain - sure) / (none - sure), 0.0, 1.0)
 
 
 def _published(distance: ProfileDistance, snapshots: Sequence[PowerFunction], target: Profile) -> FloatArray:
     if isinstance(target, PowerFunction) and target in snapshots:
-        column = np.zeros(len(snapshots))  # the exact solution: say so free of rounding
+        column = np.zeros(len(snapshots))  # the exact solution without rounding
         column[list(snapshots).index(target)] = 1.0
         return column
     return distance.solve(target)

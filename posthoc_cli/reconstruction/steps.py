@@ -1,9 +1,8 @@
-"""When the network moved: at its steps, of which the averages saw every `stride`-th.
+"""Steps and updates within intervals of training; the averages saw every `stride`-th step.
 
-Movement is modelled per step and not per unit of time: a clock may run on while nothing is trained. An interval of
-training between snapshots usually holds hundreds of updates; there, integrals over time in closed form are as good as
-sums over updates. An interval of a few updates is treated as what it is, a sum: an average weighs the network at its
-updates, and how it moved in between counts for nothing.
+Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
+hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
+are summed, since an average ignores how the network moved between updates.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import numpy.typing as npt
 from posthoc_cli.profiles import Clock, FloatArray, Profile
 
 FEW = 8
-"""Updates up to which an interval is treated as a sum. With more, integral and sum differ by less than a tenth."""
+"""Up to so many updates an interval is summed. With more, integral and sum differ by less than a tenth."""
 
 _SAME = 1e-9
 """Relative difference below which two times, or numbers of updates, are equal."""
@@ -24,13 +23,13 @@ _SAME = 1e-9
 
 @dataclass(frozen=True)
 class Cells:
-    """Intervals of training, each with steps of one length, and the updates of those that have few.
+    """Intervals of training, each with steps of one length, and the updates in those that have few.
 
     Attributes:
         edges: of the intervals, growing: shape [K + 1].
         density: steps per unit of time within each interval; 0 where its updates are listed instead: shape [K].
         before, after: times of the update before each listed one, and of itself: shape [M].
-        interval: the interval that each listed update is in: shape [M].
+        interval: index of the interval of each listed update: shape [M].
         stride: steps between updates.
     """
 
@@ -63,21 +62,16 @@ class Cells:
         return target.tail(self.before) - target.tail(self.after)
 
     def _mass_after(self, s: FloatArray, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        """Tails of those averages that had taken the update in; 0 for the others."""
-        there = self.after[:, None] <= t * (1 + _SAME)
+        """Tails of the averages that include the update; 0 for the others."""
+        included = self.after[:, None] <= t * (1 + _SAME)
         ratio = np.minimum(s[:, None] / t, 1.0)
         with np.errstate(divide="ignore"):  # all of the mass is after time 0
-            return np.where(there, -np.expm1((gamma + 1) * np.log(ratio)), 0.0)
+            return np.where(included, -np.expm1((gamma + 1) * np.log(ratio)), 0.0)
 
 
 @dataclass(frozen=True)
 class Steps:
-    """A run's steps.
-
-    Attributes:
-        clock: of the run.
-        stride: steps between updates.
-    """
+    """A run's clock, and the steps between its updates."""
 
     clock: Clock
     stride: int = 1
@@ -87,7 +81,7 @@ class Steps:
         knots = np.asarray(self.clock.times)
         edges = np.union1d(edges, knots[(knots > edges[0]) & (knots < edges[-1])])
         steps = self.clock.step_at(edges)
-        # Whole numbers of updates up to each edge: an update at an edge belongs to the interval that it ends.
+        # An update at an edge belongs to the interval before it.
         count = np.floor(steps / self.stride * (1 + _SAME) + _SAME).astype(np.int64)
         updates = np.diff(count)
         few = updates <= FEW
@@ -101,6 +95,6 @@ class Steps:
 
 
 def unknown_steps(edges: FloatArray) -> Cells:
-    """The intervals of a run of whose steps nothing is known: its time counts them, and they are many."""
+    """The intervals of a run with unknown steps: many, of one unit of time each."""
     none = np.zeros(0)
     return Cells(edges, np.ones(edges.size - 1), none, none, np.zeros(0, dtype=np.intp), 0.0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import InvalidValueError, shown
 from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
@@ -111,7 +112,7 @@ def _decode_tensors(reader: Metadata, header: fmt.FileHeader) -> dict[str, fmt.T
         if name not in tensors or name not in header.tensors:
             raise reader.bad(key, f"tensor {shown(name)} is in the payload or here, but not in both")
         own, stored = tensors[name].dtype, header.tensors[name].dtype
-        fits = own == stored if tensors[name].role == "copy" else own in fmt.AVERAGED and stored in fmt.AVERAGED
+        fits = own == stored if tensors[name].role == "copy" else own in EPS and stored in EPS
         if not fits:
             raise reader.bad(key, f"tensor {shown(name)}: {stored} cannot hold {tensors[name].role} of {own}")
     return tensors

@@ -114,6 +114,7 @@ from typing import Any, Protocol, TypeVar
 
 import xxhash
 
+from posthoc_cli.dtypes import ITEM_BYTES as ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import RecordedPowerFunction
@@ -207,21 +208,6 @@ MAX_PIECES = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
 """Limits of training times: products of others leave what a float holds."""
 SUFFIX = ".safetensors"
-
-ITEM_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
-"""Bytes of an element, by the dtype's name in safetensors."""
-
-DTYPE_WORDS = {
-    "float64": "F64", "fp64": "F64", "float32": "F32", "fp32": "F32", "float16": "F16", "fp16": "F16",
-    "bfloat16": "BF16", "bf16": "BF16",
-}  # fmt: skip
-"""Users' words for the dtypes of averages, and their names in safetensors."""
-
-AVERAGED = frozenset(DTYPE_WORDS.values()) | {"F8_E4M3", "F8_E5M2"}
-"""Dtypes that averages may have, and be stored in."""
 
 CHECKSUM_DIGITS = 16
 CHECKSUM_MARK = b'"ema.checksum":"'
@@ -330,19 +316,6 @@ class SnapshotInfo:
 def version_of(kind: str | None) -> str:
     """The version that this release writes and reads of a kind of file, as in ema.format."""
     return STATE_VERSION if kind == "state" else VERSION
-
-
-def parse_dtype_word(word: str) -> str | None:
-    """The safetensors name of a user's word for a dtype; None for "keep", each tensor's own.
-
-    Raises:
-        InvalidValueError: listing the accepted words.
-    """
-    if word == "keep":
-        return None
-    if word not in DTYPE_WORDS:
-        raise InvalidValueError("dtype", f"must be one of {', '.join(DTYPE_WORDS)}, keep", value=word)
-    return DTYPE_WORDS[word]
 
 
 # --- writing

@@ -22,21 +22,18 @@ from math import sqrt
 import numpy as np
 import numpy.typing as npt
 
+from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError
 from posthoc_cli.planning import choose
 from posthoc_cli.profiles import Clock, FloatArray
 from posthoc_cli.reconstruction import Motion, Prior, Steps, StoredAverage, measured_prior
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.reconstruction.prior import ASSUMED, MEASURED
-from posthoc_cli.snapshots.format import ITEM_BYTES, One, SnapshotInfo, of_newest_segment
+from posthoc_cli.snapshots.format import One, SnapshotInfo, of_newest_segment
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
-
-MANTISSA_BITS = {"F64": 52, "F32": 23, "F16": 10, "BF16": 7, "F8_E4M3": 3, "F8_E5M2": 2}
-LOWEST_EXPONENT = {"F32": -126, "F16": -14, "BF16": -126, "F8_E4M3": -6, "F8_E5M2": -14}
-"""Of normal numbers 2^exponent * 1.xxx; below it the spacing is constant."""
 
 
 def sample_measurements(snapshots: Sequence[Snapshot]) -> list[Measurements]:
@@ -77,11 +74,12 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
         stored, own: dtypes (safetensors names) of the file and of the model. The average was kept in float64 for
             a model's float64, else in float32; a stored dtype that holds that is not rounded.
     """
-    if MANTISSA_BITS[stored] >= MANTISSA_BITS["F64" if own == "F64" else "F32"]:
+    dtype = DTYPES[stored]
+    if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
         return 0.0
     moved = values[values != 0]
-    exponent = np.maximum(np.frexp(moved)[1] - 1, LOWEST_EXPONENT[stored])
-    spacing = np.ldexp(1.0, exponent - MANTISSA_BITS[stored])
+    exponent = np.maximum(np.frexp(moved)[1] - 1, dtype.lowest_exponent)
+    spacing = np.ldexp(1.0, exponent - dtype.mantissa_bits)
     return float(np.dot(spacing, spacing)) / 12
 
 
@@ -207,9 +205,6 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
 # --- headers for reconstruction
 
 
-_EPS = {"F64": 2.0**-52, "F32": 2.0**-23}
-
-
 def stored_average(info: SnapshotInfo) -> StoredAverage:
     """The part of a header that reconstruction uses."""
     schedule = info.schedule
@@ -217,7 +212,7 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
     updates = info.updates or max(info.step // schedule.update_every - before, 1)
     own = {tensor.dtype for tensor in info.tensors.values() if tensor.role == "average"}
     # Averages accumulate in float64 for float64 parameters, else in float32.
-    eps = _EPS["F64" if own == {"F64"} else "F32"]
+    eps = EPS["F64" if own == {"F64"} else "F32"]
     steps, times = zip(*info.clock_pairs, strict=True)
     return StoredAverage(
         info.profile,
@@ -308,10 +303,6 @@ def _chosen(items: Sequence[One]) -> list[One]:
 # --- an earlier run, for a plan
 
 
-DTYPE_WORDS = {"F16": "float16", "BF16": "bfloat16", "F32": "float32"}
-"""Names in a plan for the dtypes that snapshots are stored in."""
-
-
 @dataclass(frozen=True)
 class Likeness:
     """An earlier run, relative to its norm and stretched to another length.
@@ -341,9 +332,8 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
     found = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
         stored = {snapshot.header.tensors[name].dtype for name in _averaged(snapshot)}
-        name = DTYPE_WORDS.get(stored.pop()) if len(stored) == 1 else None
-        if prior.source != ASSUMED and name is not None and rounding > 0 and squared > 0:
-            found[name].append(float(rounding / squared))
+        if prior.source != ASSUMED and len(stored) == 1 and rounding > 0 and squared > 0:
+            found[DTYPES[stored.pop()].torch_name].append(float(rounding / squared))
     return Likeness(motion, {name: sqrt(float(np.mean(values))) for name, values in found.items()})
 
 

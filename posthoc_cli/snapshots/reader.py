@@ -24,6 +24,7 @@ import numpy.typing as npt
 import xxhash
 
 from posthoc_cli import files
+from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
@@ -34,11 +35,6 @@ THREADS = 8
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of pickles and of archives of torch.save."""
-
-_NONFINITE = {
-    "F64": 0x7FF << 52, "F32": 0xFF << 23, "F16": 0x1F << 10, "BF16": 0xFF << 7, "F8_E4M3": 0x7F, "F8_E5M2": 0x7C,
-}  # fmt: skip
-"""The bits, without the sign, of the first number that is not finite; all above it are not, either."""
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -330,10 +326,10 @@ def holds_nonfinite(data: memoryview, dtype: str) -> bool:
     finite come last. As signed integers the positive ones are in this order, above all others; as unsigned ones the
     negative ones are, above all others. So the two largest integers decide, without a copy.
     """
-    if dtype not in _NONFINITE or not len(data):
+    item, least = DTYPES[dtype].nbytes, DTYPES[dtype].first_nonfinite
+    if not least or not len(data):
         return False
-    item = fmt.ITEM_BYTES[dtype]
-    least, sign = _NONFINITE[dtype], 1 << (8 * item - 1)
+    sign = 1 << (8 * item - 1)
     signed = np.frombuffer(data, f"<i{item}")
     return int(signed.max()) >= least or int(signed.view(f"<u{item}").max()) >= sign | least
 

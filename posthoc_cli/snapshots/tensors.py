@@ -6,16 +6,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from posthoc_cli import dtypes
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.snapshots.format import parse_dtype_word
 
-_NAMES = {
-    torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2", torch.complex64: "C64",
-    torch.int64: "I64", torch.int32: "I32", torch.int16: "I16", torch.int8: "I8",
-    torch.uint64: "U64", torch.uint32: "U32", torch.uint16: "U16", torch.uint8: "U8", torch.bool: "BOOL",
-}  # fmt: skip
-_DTYPES = {name: dtype for dtype, name in _NAMES.items()}
+_DTYPES: dict[str, torch.dtype] = {name: getattr(torch, dtype.torch_name) for name, dtype in dtypes.DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
@@ -41,9 +36,7 @@ def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     Raises:
         InvalidValueError: listing the accepted words.
     """
-    if dtype is None:
-        return None
-    name = parse_dtype_word(dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch."))
+    name = dtypes.parse_dtype(dtype)
     return None if name is None else _DTYPES[name]
 
 

@@ -1,22 +1,23 @@
-"""What will be made of what, known from headers alone."""
+"""A plan: which snapshots with which coefficients, and what the outputs hold, known from headers alone."""
 
 from __future__ import annotations
 
 import logging
 import math
 import numbers
-from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypeVar
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError
 from posthoc_cli.planning import Candidate, error_curve
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import ITEM_BYTES, SnapshotInfo, TensorSpec, of_segment_at, parse_dtype_word
+from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, of_segment_at
 from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock
 from posthoc_cli.snapshots.outputs import OutputInfo
 from posthoc_cli.synthesis.sources import Source, distinct_dtypes, source_prior
@@ -27,31 +28,32 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_EPS = {"F64": 2.0**-52, "F32": 2.0**-23, "F16": 2.0**-10, "BF16": 2.0**-7, "F8_E4M3": 2.0**-3, "F8_E5M2": 2.0**-2}
-"""Distance from 1 to the next number."""
-
 POOR_ERROR = 0.01
-"""Predicted error above which a synthesis is made with a warning."""
+"""Predicted error above which a plan is made with a warning."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be made of what, known before the tensors are read.
+    """Which snapshots with which coefficients give the targets.
 
     Attributes:
         sources: the averages in use, all at or before `t`, and the newest one where there are copies.
-        targets: what is wanted.
-        t: its time.
+        targets: the profiles wanted.
+        t: their time.
         method: the solver.
         reconstruction: coefficients [sources, targets] and errors [targets].
+        dtype: safetensors name of the averages' dtype in the outputs; None for each parameter's own.
+        accumulate: safetensors name of the dtype of all sums; None for F32, and F64 where parameters, or all stored
+            averages, are that exact: see `coarse`.
         output_rounding: root mean square error of rounding the results to the outputs' dtype, relative to them.
-        places: of each source among those that were solved with, by time; its number here where there are none.
-        aside: how many sources are not used since they are of other tensors: from before the model changed, or after.
-        solved: how many sources, all at or before `t`, the coefficients were sought for.
-        there: how many there are; of more than `planning.MOST_SOLVED` some are chosen, see `planning.choose`.
+        places: index of each source among those that were solved with, by time; its index here if empty.
+        aside: number of sources not used because the model had other tensors then.
+        solved: number of sources, all at or before `t`, that the coefficients were solved for.
+        there: number of sources at or before `t`; beyond `planning.MOST_SOLVED` some are left out.
         last: time of the newest source, used or not.
-        coarse: tensors that one of those solved with stores in fewer bytes than float32 has. The others are summed in
-            float64: large coefficients of both signs would leave of a float32 sum fewer digits than they have.
+        coarse: tensors that some source stores in fewer bytes than float32. The others are summed in float64: large
+            coefficients of both signs would leave fewer digits of a float32 sum than they have.
+        part: the stored tensors to make; None for all.
     """
 
     sources: tuple[Source, ...]
@@ -59,6 +61,8 @@ class Plan:
     t: float
     method: str
     reconstruction: Reconstruction
+    dtype: str | None = None
+    accumulate: str | None = None
     output_rounding: float = 0.0
     places: tuple[int, ...] = ()
     aside: int = 0
@@ -66,52 +70,67 @@ class Plan:
     there: int = 0
     last: float = 0.0
     coarse: frozenset[str] = frozenset()
+    part: frozenset[str] | None = None
 
     @property
     def choice(self) -> str | None:
-        """What was chosen of very many sources, in words; None where all were worked with."""
+        """How many of very many sources were used, in words; None if all were."""
         if self.solved == self.there:
             return None
         counts = f"{self.solved:,} of {self.there:,} snapshots up to t = {self.t:,.12g}"
         return f"{counts}, spread as thinning would leave them"
 
-    @property
+    @cached_property
     def newest(self) -> Source:
         """The last source: copies (buffers) come from it."""
         return max(self.sources, key=lambda source: source.info.t)
 
+    @cached_property
+    def tensors(self) -> dict[str, TrackedTensor]:
+        """The stored tensors to make."""
+        found = self.newest.info.tensors
+        return {name: found[name] for name in found if self.part is None or name in self.part}
+
+    @cached_property
+    def names(self) -> dict[str, list[str]]:
+        """Every name of each tensor to make, its own first."""
+        names = {name: [name] for name in self.tensors}
+        for alias, name in self.newest.info.aliases.items():
+            if name in names:
+                names[name].append(alias)
+        return names
+
     @property
     def read_bytes(self) -> int:
         """Bytes that a synthesis reads."""
-        return sum(source.nbytes for source in self.sources)
+        return sum(source.stored[name].nbytes for source in self.sources for name in self.tensors)
 
-    def specs(self, dtype: torch.dtype | str | None = None) -> list[TensorSpec]:
-        """The output's tensors, under every name. `dtype`: see `synthesize`."""
-        dtypes = {
-            name: output_dtype(tensor.role, tensor.dtype, dtype) for name, tensor in self.newest.info.tensors.items()
-        }
-        names, shapes = names_by_tensor(self.newest.info), self.newest.shapes
-        return [TensorSpec(alias, dtypes[name], shapes[name]) for name in dtypes for alias in names[name]]
+    def output_dtype(self, name: str) -> str:
+        """Safetensors name of a tensor's dtype in the outputs: copies keep their own."""
+        tensor = self.tensors[name]
+        return tensor.dtype if tensor.role == "copy" else self.dtype or tensor.dtype
+
+    def specs(self) -> list[TensorSpec]:
+        """The tensors of each output, under every name."""
+        stored = self.newest.stored
+        return [
+            TensorSpec(alias, self.output_dtype(name), stored[name].shape)
+            for name, aliases in self.names.items()
+            for alias in aliases
+        ]
 
     def only(self, targets: Sequence[int]) -> Plan:
-        """The same plan for some of the targets."""
-        chosen = list(targets)
-        return replace(
-            self,
-            targets=tuple(self.targets[i] for i in chosen),
-            reconstruction=self.reconstruction.of(targets=chosen),
-        )
+        """The same plan for some of the targets, by index."""
+        reconstruction = self.reconstruction.of(targets=list(targets))
+        return replace(self, targets=tuple(self.targets[i] for i in targets), reconstruction=reconstruction)
 
     def predicted_error(self, target: int) -> float | None:
-        """Expected relative L2 error of one target's weights as they are put out.
-
-        None where nothing is known of the run's movement.
-        """
+        """Expected relative L2 error of one target's output weights; None if the motion of the run is not known."""
         error = self.reconstruction.known_error(target)
         return None if error is None else math.hypot(error, self.output_rounding)
 
     def output_info(self, target: int) -> OutputInfo:
-        """What the output for one target will say about itself."""
+        """The metadata of the output for one target."""
         info = self.newest.info
         wanted = self.targets[target]
         column = self.reconstruction.coefficients[:, target]
@@ -128,12 +147,37 @@ class Plan:
             predicted_error=self.predicted_error(target),
             snapshots=tuple((source.name, float(c)) for source, c in zip(self.sources, column, strict=True)),
             copies=tuple(
-                alias
-                for name, names in names_by_tensor(info).items()
-                for alias in names
-                if info.tensors[name].role == "copy"
+                alias for name, names in self.names.items() if self.tensors[name].role == "copy" for alias in names
             ),
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The run, its motion, and for each target coefficients and errors; plain values for JSON."""
+        prior = self.reconstruction.prior
+        targets = []
+        for index in range(len(self.targets)):
+            info = self.output_info(index)
+            targets.append(
+                {
+                    "target": info.profile,
+                    "sigma_rel": info.sigma_rel,
+                    "t": info.t,
+                    "method": info.method,
+                    "profile_error": info.profile_error,
+                    "predicted_error": info.predicted_error,
+                    "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
+                }
+            )
+        return {
+            "run": self.newest.info.run_id,
+            "movement": {
+                "source": prior.source,
+                "pieces": int(prior.motion.walk.size),
+                "noise": bool(prior.motion.noise.any()),
+            },
+            "snapshots": {"solved_with": self.solved, "of": self.there},
+            "targets": targets,
+        }
 
 
 def plan_synthesis(
@@ -144,12 +188,13 @@ def plan_synthesis(
     method: str | None = None,
     max_error: float | None = None,
     dtype: torch.dtype | str | None = None,
+    accumulate: torch.dtype | str | None = None,
 ) -> Plan:
-    """Choose snapshots and coefficients. Reads no tensor, but a sample where headers have no measurements.
+    """Choose snapshots and coefficients. Reads no tensor, except a sample if headers have no measurements.
 
     Arguments:
-        sources: averages of one run, in any order. Of more than `planning.MOST_SOLVED` at or before the time of the
-            targets so many are worked with, by their times alone: the same for any targets (`Plan.choice`).
+        sources: averages of one run, in any order. Of more than `planning.MOST_SOLVED` up to the time of the
+            targets, that many are used, chosen by their times alone: the same for any targets (`Plan.choice`).
         targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object with `density` and
             `tail` over training time.
         t: time of the targets: the average as it stood then, from sources at or before it. By default the
@@ -157,13 +202,15 @@ def plan_synthesis(
         step: the same in calls of the hook; for runs on a clock of their own it must be a snapshot's.
         method: the solver; the default one for None.
         max_error: the largest predicted error to accept.
-        dtype: what the results will be rounded to (see `synthesize`); its error is part of the predicted one.
+        dtype: of the averages in the outputs; None for each parameter's own. Copies (buffers) keep their own.
+        accumulate: dtype of the sums, float32 or float64; None for float64 where parameters are in float64, or averages
+            are stored in float32 or better, and float32 for all others.
 
     Raises:
         InvalidValueError: naming the argument and what would be accepted.
-        InexactError: a target would have a predicted error above `max_error`, or one that cannot be known.
+        InexactError: the predicted error of a target exceeds `max_error`, or is not known.
     """
-    method = check_method(method)
+    method, output_dtype, wide = check_method(method), parse_dtype(dtype), parse_accumulate(accumulate)
     if not targets:
         raise InvalidValueError("sigma_rel", "at least one value is needed, in (0, 0.2887)")
     if max_error is not None and not max_error > 0:
@@ -174,34 +221,57 @@ def plan_synthesis(
     usable, later = chosen_up_to(alike, time)
     clock = run_clock([source.info for source in alike])
     first = min(source.info.t_first for source in usable)
-    wanted_profiles = [target.profile(time, clock, first) for target in wanted]
     profiles = [source.info.profile.pure for source in usable]
-    # All sources tell how the network moved, also those that are too late to be used.
-    everything = source_prior([*usable, *later])
-    prior = everything.of(range(len(usable)))
-    result = reconstruct(profiles, wanted_profiles, method, prior, time)
+    # The later sources, too, tell how the network moved.
+    prior = source_prior([*usable, *later])
+    result = reconstruct(
+        profiles,
+        [target.profile(time, clock, first) for target in wanted],
+        method,
+        prior.of(range(len(usable))),
+        time,
+    )
     used = _used(usable, result)
-    rounding = _output_rounding(usable[-1], dtype)
-    chosen = tuple(usable[i] for i in used)
-    counts = len(sources) - len(alike), len(usable), sum(source.info.t <= time for source in alike)
-    last, coarse = max(source.info.t for source in sources), _coarse_tensors(usable)
-    plan = Plan(chosen, wanted, time, method, result.of(snapshots=used), rounding, tuple(used), *counts, last, coarse)
+    plan = Plan(
+        sources=tuple(usable[i] for i in used),
+        targets=wanted,
+        t=time,
+        method=method,
+        reconstruction=result.of(snapshots=used),
+        dtype=output_dtype,
+        accumulate=wide,
+        places=tuple(used),
+        aside=len(sources) - len(alike),
+        solved=len(usable),
+        there=sum(source.info.t <= time for source in alike),
+        last=max(source.info.t for source in sources),
+        coarse=frozenset(
+            name for dtypes, _ in distinct_dtypes(usable) for name, stored in dtypes.items() if ITEM_BYTES[stored] < 4
+        ),
+    )
+    plan = replace(plan, output_rounding=_output_rounding(plan))
     if max_error is not None:
         _check_errors(plan, max_error)
-    stored = [source.info.profile.pure for source in (*usable, *later)]
-    _warn_of_poor_targets(plan, Candidate.of_run("", stored, everything))
+    _warn_of_poor_targets(
+        plan, Candidate.of_run("", [*profiles, *(source.info.profile.pure for source in later)], prior)
+    )
     return plan
 
 
-def _coarse_tensors(sources: Sequence[Source]) -> frozenset[str]:
-    """Tensors that one of the sources stores in fewer bytes than float32 has."""
-    return frozenset(
-        name for types, _ in distinct_dtypes(sources) for name, dtype in types.items() if ITEM_BYTES[dtype] < 4
-    )
+def parse_accumulate(accumulate: torch.dtype | str | None) -> str | None:
+    """The safetensors name of the dtype of sums; None for the default.
+
+    Raises:
+        InvalidValueError: neither float32 nor float64.
+    """
+    name = parse_dtype(accumulate, "accumulate")
+    if name not in (None, "F32", "F64"):
+        raise InvalidValueError("accumulate", "must be float32 or float64", value=accumulate)
+    return name
 
 
 def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
-    """The sources, by time, that a target needs; copies come from the newest, whether its average is needed or not."""
+    """The sources, by time, that a target needs; and the newest if there are copies, which come from it."""
     used: list[int] = np.flatnonzero(np.any(result.coefficients != 0, axis=1)).tolist()
     has_copies = any(tensor.role == "copy" for tensor in usable[-1].info.tensors.values())
     if has_copies and usable[used[-1]].info.t < usable[-1].info.t:
@@ -212,23 +282,33 @@ def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
 def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -> float:
     if not sources:
         raise InvalidValueError("snapshots", "there are none to synthesize from")
-    times = sorted({source.info.t for source in sources})
-    for what, value in (("t", t), ("step", step)):
-        if value is not None and (isinstance(value, bool) or not isinstance(value, numbers.Real)):
-            raise InvalidValueError(f"{what} {value!r}", "must be a number")
+    times = {source.info.step: source.info.t for source in sources}
+    for name, value, known in (("t", t, times.values()), ("step", step, times.keys())):
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise InvalidValueError(name, "must be a number", value=repr(value))
+        if not min(known) <= value <= max(known):
+            ends = f"the first snapshot, {min(known):,.12g}, and the last, {max(known):,.12g}"
+            raise InvalidValueError(name, f"must lie between {ends}", value=f"{value:.12g}")
     if t is not None and step is not None:
         raise InvalidValueError("t and step", "give one of them")
     if step is not None:
-        return _time_of_step(sources, step)
-    if t is None:
-        return times[-1]
-    if not times[0] <= t <= times[-1]:
-        raise InvalidValueError(
-            "t",
-            f"must lie between the first snapshot, {times[0]:,.12g}, and the last, {times[-1]:,.12g}",
-            value=f"{t:.12g}",
-        )
-    return float(t)
+        return _time_of_step(times, step, sources[0].info.t_unit)
+    return max(times.values()) if t is None else float(t)
+
+
+def _time_of_step(times: dict[int, float], step: int, unit: str) -> float:
+    """The time of a step between the first and the last of `times`."""
+    if step != int(step):
+        raise InvalidValueError("step", "must be a whole number", value=repr(step))
+    if step in times:
+        return times[step]
+    if all(t == s for s, t in times.items()):
+        return float(step)
+    before, after = max(s for s in times if s < step), min(s for s in times if s > step)
+    reason = f"lies between the snapshots at {before:,} and {after:,}"
+    raise InvalidValueError("step", reason, f"take one of them, or give t in {unit}", value=step)
 
 
 def _alike(sources: Sequence[Source], time: float) -> list[Source]:
@@ -246,37 +326,14 @@ def _alike(sources: Sequence[Source], time: float) -> list[Source]:
     return alike
 
 
-def _time_of_step(sources: Sequence[Source], step: int) -> float:
-    times = {source.info.step: source.info.t for source in sources}
-    first, last = min(times), max(times)
-    if step != int(step):
-        raise InvalidValueError("step", "must be a whole number", value=f"{step!r}")
-    if not first <= step <= last:
-        raise InvalidValueError(
-            "step", f"must lie between the first snapshot, {first:,}, and the last, {last:,}", value=step
-        )
-    if step in times:
-        return times[step]
-    if all(t == s for s, t in times.items()):
-        return float(step)
-    before, after = max(s for s in times if s < step), min(s for s in times if s > step)
-    unit = sources[0].info.t_unit
-    raise InvalidValueError(
-        "step",
-        f"between the snapshots at {before:,} and {after:,}",
-        f"take one of them, or give t in {unit}",
-        value=step,
-    )
-
-
-def _output_rounding(source: Source, dtype: torch.dtype | str | None) -> float:
-    """Of the averages of a source, were they put out in `dtype`; as if elements of all tensors were alike."""
-    elements, squares, shapes = 0, 0.0, source.shapes
-    for name, tensor in source.info.tensors.items():
+def _output_rounding(plan: Plan) -> float:
+    """Relative error of rounding the averages to the outputs' dtypes, taking all elements as equally large."""
+    elements, squares = 0, 0.0
+    for name, tensor in plan.tensors.items():
         if tensor.role == "average":
-            count = math.prod(shapes[name])
+            count = math.prod(plan.newest.stored[name].shape)
             elements += count
-            squares += count * (ROUNDING * _EPS.get(output_dtype(tensor.role, tensor.dtype, dtype), 0.0)) ** 2
+            squares += count * (ROUNDING * EPS.get(plan.output_dtype(name), 0.0)) ** 2
     return math.sqrt(squares / elements) if elements else 0.0
 
 
@@ -286,15 +343,12 @@ def _check_errors(plan: Plan, max_error: float) -> None:
         if error is None:
             raise InexactError(
                 target.title,
-                "its error cannot be predicted: too few snapshots to tell how far the network moves",
-                "make it without a limit on the error, or from more snapshots",
+                "its error cannot be predicted: too few snapshots to measure the motion of the network",
+                "set no limit on the error, or take more snapshots",
             )
         if error > max_error:
-            raise InexactError(
-                target.title,
-                f"the predicted error is {100 * error:.3g} %, above the accepted {100 * max_error:.3g} %",
-                "ema error-plot shows what these snapshots can make",
-            )
+            reason = f"the predicted error is {100 * error:.3g} %, above the accepted {100 * max_error:.3g} %"
+            raise InexactError(target.title, reason, "the error curve shows what these snapshots can make")
 
 
 def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
@@ -305,53 +359,35 @@ def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
     titles = [plan.targets[index].title for index in poor]
     curve = error_curve(candidate, t=plan.t, method=plan.method)
     log.warning(
-        "%s: the %d snapshots up to t = %g cannot make it well: predicted error %s%.2g %%%s; "
-        "below 1 %% is sigma_rel %s",
+        "%s: predicted error %s%.2g %% from the %d snapshots up to t = %g%s; below 1 %% for sigma_rel %s",
         ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
-        sum(profile.t <= plan.t for profile in candidate.snapshots),
-        plan.t,
         "up to " * (len(poor) > 1),
         100 * float(errors[poor].max()),
+        sum(profile.t <= plan.t for profile in candidate.snapshots),
+        plan.t,
         f", if {candidate.assumption}" if candidate.assumption else "",
         curve.ranges_text(POOR_ERROR) or "no value",
     )
 
 
-def output_dtype(role: str, own: str, dtype: torch.dtype | str | None) -> str:
-    """The safetensors name of an output tensor's dtype: copies keep their own."""
-    if role == "copy" or dtype is None:
-        return own
-    return parse_dtype_word(dtype if isinstance(dtype, str) else str(dtype).removeprefix("torch.")) or own
-
-
-def names_by_tensor(info: SnapshotInfo) -> dict[str, list[str]]:
-    """Every name that a stored tensor goes by, its own first."""
-    names = defaultdict(list, {name: [name] for name in info.tensors})
-    for alias, name in info.aliases.items():
-        names[name].append(alias)
-    return names
-
-
-# --- Readers take no lock: what they have planned with may be thinned away before they open it. Then they ---
-
-
 ATTEMPTS = 100
-"""Plans at most: a writer that removes a file at each of them is no training."""
+"""Plans at most; a training does not remove a snapshot between every two of them."""
 
 _T = TypeVar("_T")
 
 
 def with_consistent_plan(make: Callable[[], Plan], use: Callable[[Plan], _T]) -> _T:
-    """What `use` makes of a plan, made again as long as snapshots of it vanish before they are open.
+    """`use(make())`, repeated while snapshots of the plan vanish before they are open.
 
-    A file that is open stays readable when it is removed, and all are opened before anything is made of them.
+    Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is
+    removed, and all are opened before anything is made of them.
 
     Arguments:
-        make: plans with what is there; where headers have no measurements it reads tensors itself.
+        make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
         use: opens the snapshots of the plan; must leave nothing behind when it raises.
 
     Raises:
-        VanishedError: snapshots went away at every attempt.
+        VanishedError: snapshots vanished at every attempt.
         others: as `make` and `use`.
     """
     for _ in range(ATTEMPTS - 1):

@@ -1,32 +1,21 @@
-"""Where averages come from: snapshots on disk, or anything else that can be read like one."""
+"""Stored averages that a synthesis reads: snapshots on disk, or averages in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Protocol
 
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import SnapshotInfo
+from posthoc_cli.snapshots.format import SnapshotInfo, TensorEntry, TensorSpec
 from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 
 if TYPE_CHECKING:
-    from posthoc_cli.synthesis.reading import TileReader
-    from posthoc_cli.synthesis.tiles import Tile
-
-
-class OpenSource(AbstractContextManager["OpenSource"], Protocol):
-    """A source while its tensors are read, by any number of threads."""
-
-    def open_tile(self, tile: Tile) -> TileReader:
-        """Start reading the tile."""
-        ...
+    import torch
 
 
 class Source(Protocol):
@@ -34,31 +23,24 @@ class Source(Protocol):
 
     @property
     def name(self) -> str:
-        """The file's name, or a word for an average in memory."""
+        """The file's name, or a description of an average in memory."""
         ...
 
     @property
     def info(self) -> SnapshotInfo:
-        """What the average says about itself."""
+        """The snapshot's header, or what it would be."""
         ...
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of its tensors."""
+    def stored(self) -> Mapping[str, TensorEntry | TensorSpec]:
+        """Dtype, shape and bytes of each stored tensor."""
         ...
 
-    @property
-    def dtypes(self) -> Mapping[str, str]:
-        """Dtypes that its tensors are stored in, by their safetensors names."""
-        ...
+    def open(self) -> AbstractContextManager[TensorFile | Mapping[str, torch.Tensor]]:
+        """Open it for reading, by any number of threads.
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes that reading all of it takes."""
-        ...
-
-    def open(self) -> OpenSource:
-        """Start reading."""
+        Tensors in memory are on the host, or hold their values already: threads do not wait for the caller's stream.
+        """
         ...
 
 
@@ -75,46 +57,17 @@ class DiskSource:
 
     @property
     def info(self) -> SnapshotInfo:
-        """What the snapshot says about itself."""
+        """The snapshot's header, decoded."""
         return self.snapshot.info
 
-    @cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of its tensors."""
-        return {name: entry.shape for name, entry in self.snapshot.header.tensors.items()}
-
-    @cached_property
-    def dtypes(self) -> Mapping[str, str]:
-        """Dtypes that its tensors are stored in."""
-        return {name: entry.dtype for name, entry in self.snapshot.header.tensors.items()}
-
     @property
-    def nbytes(self) -> int:
-        """Bytes of its payload."""
-        return sum(entry.nbytes for entry in self.snapshot.header.tensors.values())
+    def stored(self) -> Mapping[str, TensorEntry]:
+        """Dtype, shape and place of each tensor."""
+        return self.snapshot.header.tensors
 
-    def open(self) -> _OpenFile:
+    def open(self) -> TensorFile:
         """Open the file; it must still be the one that was planned with."""
-        return _OpenFile(self.snapshot)
-
-
-class _OpenFile:
-    def __init__(self, snapshot: Snapshot) -> None:
-        self._file = TensorFile(snapshot.path, snapshot.header)
-
-    def open_tile(self, tile: Tile) -> TileReader:
-        """Start reading the tile."""
-        from posthoc_cli.synthesis.reading import open_file_tile
-
-        return open_file_tile(self._file, tile)
-
-    def __enter__(self) -> _OpenFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+        return TensorFile(self.snapshot.path, self.snapshot.header)
 
 
 def disk_sources(directory: str | Path) -> list[Source]:
@@ -123,9 +76,9 @@ def disk_sources(directory: str | Path) -> list[Source]:
 
 
 def source_prior(sources: Sequence[Source]) -> Prior:
-    """What the sources tell of how the network moved and how they are stored, in their order.
+    """The motion of the network and the rounding of each source, in their order.
 
-    Where headers of files have no measurements, those of all files are estimated from a sample.
+    If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
     """
     on_disk = [source for source in sources if isinstance(source, DiskSource)]
     in_memory = [source for source in sources if not isinstance(source, DiskSource)]
@@ -135,9 +88,10 @@ def source_prior(sources: Sequence[Source]) -> Prior:
 
 
 def distinct_dtypes(sources: Sequence[Source]) -> list[tuple[Mapping[str, str], int]]:
-    """What the sources' tensors are stored in, and how many sources alike: those of a run are, as a rule."""
+    """The dtypes that tensors are stored in, and the number of sources that share them; mostly one entry a run."""
     found: list[tuple[Mapping[str, str], int]] = []
     for source in sources:
-        index = next((index for index, (other, _) in enumerate(found) if source.dtypes == other), len(found))
-        found[index : index + 1] = [(source.dtypes, found[index][1] + 1 if index < len(found) else 1)]
+        dtypes = {name: entry.dtype for name, entry in source.stored.items()}
+        index = next((index for index, (other, _) in enumerate(found) if dtypes == other), len(found))
+        found[index : index + 1] = [(dtypes, found[index][1] + 1 if index < len(found) else 1)]
     return found

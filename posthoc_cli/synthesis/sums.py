@@ -1,12 +1,11 @@
-"""The arithmetic: sums over sources, in one order whatever the way they are made.
+"""The arithmetic: sums over sources, in one order however they are made.
 
 A sum is defined as: sources in their order, in groups of GROUP places; within a group, from 0, one addition of
-coefficient x value after another; then the groups' sums, one after another. A source's place is that among all that
-could have been used, so that one that a target does without moves no other into another group. One target is made
-exactly so. For
-several, a matrix product is up to twenty times faster, but a library may order its sums as it likes, differently for
-each shape; so it is used only where it was seen, on this machine and for this very shape, to give the same bits. A
-target's bits therefore depend neither on its company, nor on tiles, nor on the number of threads.
+coefficient x value after another; then the groups' sums, one after another. A source's place is its index among all
+sources that were solved with, so that leaving one out moves no other into another group. One target is made exactly
+so. For several, a matrix product is up to twenty times faster, but a library may sum in any order, differently for each
+shape; so it is used only if a test on this machine, for this shape, gave the same bits. The bits of a target therefore
+depend neither on other targets, nor on tiles, nor on the number of threads.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import numpy.typing as npt
 import torch
 
 GROUP = 64
-"""Sources summed in one go: matrix libraries cut longer sums themselves, each where it likes."""
+"""Sources summed at once: matrix libraries cut longer sums themselves, each in its own way."""
 
 COLUMNS = 16_384
 """Columns of one matrix product: the widest at which its operands stay in the second-level cache (measured)."""
@@ -29,13 +28,12 @@ COLUMNS = 16_384
 MIN_ROWS = 4
 """Rows of the smallest matrix product: with fewer, libraries take kernels that sum in another order."""
 
-
 Precision = tuple[str, str]
 """How torch may round the factors of a matrix product in float32, on CUDA and on the CPU."""
 
 
 class Sums:
-    """One worker's room for the sums of a chunk: [targets, chunk] and, where it pays, a group of sources.
+    """One thread's buffers for the sums of a chunk: [targets, chunk] and, for matrix products, a group of sources.
 
     For every chunk: `start`, then for each source in order fill `slot(i)` and call `add(i)`, then `result`.
 
@@ -57,7 +55,7 @@ class Sums:
     ) -> None:
         self._sources, self._targets = coefficients.shape
         self._scales = coefficients.tolist()
-        self._size = self._padded = -1  # none yet: a chunk may well be empty
+        self._size = self._padded = -1  # none yet: a chunk may be empty
         self._weights = torch.full((chunk,), 2.0**-20, dtype=wide, device=device)
         groups = group_sources(places or range(self._sources))
         # The group of each source, and which one of the group it is.
@@ -68,7 +66,7 @@ class Sums:
             product_is_exact(shape, size, chunk, wide, device, precision) for size in set(map(len, groups))
         )
         rows = max(self._targets, MIN_ROWS) if self._by_matrix else self._targets
-        # Zeros, so that what stands beyond a shorter chunk is no nan that slows the arithmetic down.
+        # Zeros: a nan beyond a shorter chunk would slow the arithmetic down.
         self._totals = torch.zeros(rows, chunk, dtype=wide, device=device)
         self._group = torch.zeros_like(self._totals) if len(groups) > 1 else self._totals
         self._values = torch.zeros(max(map(len, groups)) if self._by_matrix else 1, chunk, dtype=wide, device=device)
@@ -93,7 +91,7 @@ class Sums:
         return self._slots[self._members[source][1] if self._by_matrix else 0]
 
     def add(self, source: int) -> None:
-        """Take in the values that are in the slot."""
+        """Add the values in the slot."""
         group_number, index = self._members[source]
         last = index == self._last[group_number]
         if self._by_matrix:
@@ -118,13 +116,13 @@ class Sums:
 
 
 def group_sources(places: Sequence[int]) -> list[range]:
-    """Which sources are summed in one go, by their numbers; see the definition of a sum."""
+    """The groups of sources, as ranges of indices; see the definition of a sum."""
     starts = [i for i, place in enumerate(places) if i == 0 or place // GROUP != places[i - 1] // GROUP]
     return [range(begin, end) for begin, end in pairwise([*starts, len(places)])]
 
 
 def add_scaled(sums: Sequence[torch.Tensor], values: torch.Tensor, coefficients: Sequence[float], first: bool) -> None:
-    """sums[k] += coefficients[k] values, by the one definition of a sum; from 0 where it is the `first` term."""
+    """sums[k] += coefficients[k] values, by the definition of a sum; from 0 for the `first` term."""
     for total, coefficient in zip(sums, coefficients, strict=True):
         (total.zero_() if first else total).add_(values, alpha=coefficient)
 
@@ -137,7 +135,7 @@ def multiply(matrix: torch.Tensor, values: torch.Tensor, sums: torch.Tensor) -> 
 
 
 def matmul_precision() -> Precision:
-    """What torch's settings allow now (TF32 and alike); a program may change them at any time."""
+    """What torch's settings allow now (TF32 and the like); a program may change them at any time."""
     backends: Any = torch.backends
     try:
         return backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
@@ -156,8 +154,8 @@ def product_is_exact(
 ) -> bool:
     """Whether a matrix product of this shape gives, bit for bit, the sums by definition.
 
-    The instructions depend on the shapes, the strides and the precision that is allowed now, so that random numbers
-    show whether the order is the same.
+    The instructions depend on the shapes, the strides and the precision allowed now, so a test with random numbers
+    shows whether the order is the same.
     """
     generator = torch.Generator().manual_seed(20240229)
     matrix = torch.randn(rows, sources, dtype=torch.float64, generator=generator).to(wide)

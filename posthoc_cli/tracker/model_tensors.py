@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
@@ -23,7 +24,7 @@ log = logging.getLogger(__name__)
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes that torch has no arithmetic for."""
 
-AVERAGED_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, *EIGHT_BITS)
+AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
 
 ON_META = (
     "is on the meta device and has no values",

@@ -15,10 +15,11 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import swa_utils
 
+from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
 from posthoc_cli.snapshots.tensors import torch_dtype
-from posthoc_cli.synthesis.engine import Nowhere, place_synthesis, synthesize
-from posthoc_cli.synthesis.plan import Plan, names_by_tensor
+from posthoc_cli.synthesis.engine import NoWriter, synthesize, synthesize_into
+from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, check_model
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
@@ -283,9 +284,7 @@ def _save_buffer(stack: ExitStack, module: torch.nn.Module, key: str) -> None:
     stack.callback(restore)
 
 
-def fill_model(
-    model: torch.nn.Module, plan: Plan, dtype: torch.dtype | str | None = None, device: torch.device | str = "cpu"
-) -> None:
+def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = "cpu") -> None:
     """Fill a model's own tensors with the first target of a plan.
 
     Everything is computed and dropped once before the first tensor changes, so that a damaged snapshot, a value that
@@ -293,8 +292,7 @@ def fill_model(
 
     Arguments:
         model: with tensors of the plan's names and shapes; others of its tensors are left alone.
-        plan: of one target.
-        dtype: None keeps the model's dtypes; else averages take this one.
+        plan: of one target; without a dtype of its own the model keeps its dtypes.
         device: where tensors that are on `meta` are created.
 
     Raises:
@@ -303,28 +301,26 @@ def fill_model(
     """
     shapes = {spec.name: spec.shape for spec in plan.specs()}
     targets = weight_targets(model, shapes)
-    if dtype is not None:
-        check_dtypes_free(model, dtype)
+    if plan.dtype is not None:
+        check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
     room = _usable_device(device)
-    dtypes = {name: target.tensor.dtype for name, target in targets.items()} if dtype is None else {}
-    names = names_by_tensor(plan.newest.info)
-    for _ in place_synthesis(plan, lambda tile: _Fitting(tile, dtypes, names), dtype):
+    dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
+    for _ in synthesize_into(plan, lambda tile: [_Fitting(tile, dtypes, plan.names)]):
         pass
     with torch.inference_mode(False), torch.no_grad():
-        made = synthesize(plan, dtype)
+        made = synthesize(plan)
         first = list(islice(made, 1))  # all files are open now, so that none can go any more
         _materialise(model, set(shapes), room)
         targets = weight_targets(model, shapes)
         for name, (value,) in chain(first, made):
-            load_weight(targets[name].tensor, value, own_dtype=dtype is None)
+            load_weight(targets[name].tensor, value, own_dtype=plan.dtype is None)
     _warn_of_the_rest(model)
 
 
-class _Fitting(Nowhere):
+class _Fitting(NoWriter):
     """Drops results after a check that the model's tensors can hold them."""
 
     def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype], names: Mapping[str, Sequence[str]]) -> None:
-        super().__init__(tile)
         self._pieces = [
             (name, dtypes[name], start, end)
             for piece, (start, end) in zip(tile.pieces, pairwise(tile.bounds), strict=True)
@@ -332,8 +328,8 @@ class _Fitting(Nowhere):
             if dtypes and dtypes[name] != torch_dtype(tile.dtype)
         ]
 
-    def place(self, target: int, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
-        """Check the values instead of placing them."""
+    def write(self, begin: int, values: torch.Tensor) -> None:
+        """Check the values instead of writing them."""
         for name, dtype, start, end in self._pieces:
             check_fits(name, values[max(0, start - begin) : max(0, end - begin)], dtype)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, overload
 
 import torch
 
+from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import (
     DirectoryError,
     InvalidValueError,
@@ -29,11 +30,12 @@ from posthoc_cli.errors import (
     WriteError,
     shown,
 )
-from posthoc_cli.planning import Candidate, Schedule, error_curve, relative_rounding
+from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import Profile, check_sigma_rel
+from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
-from posthoc_cli.snapshots.measurements import DTYPE_WORDS, chosen_up_to
+from posthoc_cli.snapshots.measurements import chosen_up_to
 from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import Source, source_prior
@@ -647,7 +649,7 @@ class PostHocEMA:
         """
         with_consistent_plan(
             partial(self._plan, sigma_rel, t, step, dtype, method),
-            lambda plan: fill_model(model, plan, dtype, device),
+            lambda plan: fill_model(model, plan, device),
         )
 
     def update_bn(self, model: torch.nn.Module, loader: Iterable[Any]) -> None:
@@ -688,8 +690,8 @@ class PostHocEMA:
         else:
             schedule = self.settings.schedule
             every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
-            dtype = DTYPE_WORDS.get(schedule.checkpoint_dtype or "F32", "float32")
-            plan = Schedule(self.settings.sigma_rels, count * every, every, count, relative_rounding(dtype))
+            rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
+            plan = Schedule(self.settings.sigma_rels, count * every, every, count, rounding)
             candidate = Candidate.of_schedule(plan)
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
@@ -936,7 +938,7 @@ class PostHocEMA:
         method: str | None,
     ) -> Weights:
         def make(plan: Plan) -> Weights:
-            made = {name: tensors[0] for name, tensors in synthesize(plan, dtype)}
+            made = {name: tensors[0] for name, tensors in synthesize(plan)}
             weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
             weights.predicted_error = plan.predicted_error(0)
             return weights

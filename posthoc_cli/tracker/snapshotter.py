@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Container, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice, takewhile
@@ -29,9 +30,7 @@ from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis.reading import MemoryTile
 from posthoc_cli.synthesis.sources import DiskSource, Source
-from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.averages import Accumulators, Rounded, RunningAverages, Standing
 from posthoc_cli.tracker.measuring import measure_live, measure_stored
 from posthoc_cli.tracker.model_tensors import nonfinite_name
@@ -94,33 +93,13 @@ class LiveSource:
         return f"live average of sigma_rel {self.info.sigma_rel:g}"
 
     @cached_property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of its tensors."""
-        return {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
+    def stored(self) -> Mapping[str, TensorSpec]:
+        """Dtype and shape of its tensors."""
+        return {n: TensorSpec(n, stored_name(one.dtype), tuple(one.shape)) for n, one in self.tensors.items()}
 
-    @cached_property
-    def dtypes(self) -> Mapping[str, str]:
-        """Dtypes of its tensors."""
-        return {name: stored_name(tensor.dtype) for name, tensor in self.tensors.items()}
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all its tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors.values())
-
-    def open(self) -> LiveSource:
-        """Itself: there is nothing to open."""
-        return self
-
-    def open_tile(self, tile: Tile) -> MemoryTile:
-        """Start reading the tile."""
-        return MemoryTile(self.averages if tile.role == "average" else self.copies, tile)
-
-    def __enter__(self) -> LiveSource:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
+    def open(self) -> AbstractContextManager[Mapping[str, torch.Tensor]]:
+        """Its tensors."""
+        return nullcontext(self.tensors)
 
 
 def live_sources(settings: Settings, reading: Reading[Rounded], off_schedule: bool = False) -> list[LiveSource]:

@@ -1,31 +1,86 @@
-"""`DifferentiableEMA`: averages and gradients against formulas in NumPy, float64."""
+"""`DifferentiableEMA`: averages and gradients against formulas in NumPy, what stays alive, states and bad input."""
 
 from __future__ import annotations
 
 import copy
+import warnings
+import weakref
 from collections.abc import Sequence
 from contextlib import nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
 import torch
-from differentiable_problem import (
-    DECAY,
-    MODES,
-    ROWS,
-    STEPS,
-    WEIGHTS,
-    FloatArray,
-    Problem,
-    coefficients,
-    gradient_of,
-    make,
-    rounding,
-)
+from checking import refused, saved_and_loaded
+from factories import FloatArray
+from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from posthoc_cli.averages import DifferentiableEMA
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import NotReadyError
+
+DECAY = 0.9
+STEPS = 30
+ROWS, WEIGHTS = 3, 5
+EPS = np.finfo(np.float64).eps
+
+MODES: dict[str, dict[str, Any]] = {
+    "truncated": {},
+    "window": {"window": 7},
+    "carried": {},
+    "full": {},
+}
+
+
+class Problem:
+    """Values x_i = tanh(A_i w_i), whose derivative is (1 - x_i**2) A_i; and a target for their average."""
+
+    def __init__(self, seed: int = 0) -> None:
+        random = np.random.default_rng(seed)
+        self.data = random.normal(size=(STEPS, ROWS, WEIGHTS))
+        self.start = random.normal(size=WEIGHTS)
+        self.target = random.normal(size=ROWS)
+
+    def value(self, step: int, weight: torch.Tensor) -> torch.Tensor:
+        return torch.tanh(torch.as_tensor(self.data[step]) @ weight)
+
+    def values(self, weights: Sequence[FloatArray]) -> FloatArray:
+        return np.tanh([data @ weight for data, weight in zip(self.data, weights, strict=False)])
+
+    def derivatives(self, weights: Sequence[FloatArray]) -> FloatArray:
+        """df_i/dw at the weights of step i: [steps, rows, weights]."""
+        return (1 - self.values(weights)[:, :, None] ** 2) * self.data[: len(weights)]
+
+    def leaf(self) -> torch.nn.Parameter:
+        return torch.nn.Parameter(torch.tensor(self.start))
+
+
+def coefficients(decays: Sequence[float]) -> FloatArray:
+    """How much each value counts in the average: (1 - decay_i) times all later decays; the first has no 1 - decay."""
+    later = np.cumprod([1.0, *decays[:0:-1]])[::-1]
+    return later * np.array([1.0, *(1 - decay for decay in decays[1:])])
+
+
+def rounding(steps: int = STEPS) -> float:
+    """Of a sum of `steps` products of a handful of numbers near 1, with room for 8 roundings a step."""
+    return 8 * steps * ROWS * WEIGHTS * EPS
+
+
+def make(mode: str, decay: float | torch.Tensor = DECAY, **options: Any) -> DifferentiableEMA:
+    return DifferentiableEMA(ROWS, decay, mode, **{**MODES[mode], **options}, dtype=torch.float64)
+
+
+def take(ema: DifferentiableEMA, value: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """Call the module, with the leaf in the mode that takes it."""
+    return ema(value, leaves=[weight]) if ema.mode == "carried" else ema(value)
+
+
+def gradient_of(weight: torch.nn.Parameter) -> FloatArray:
+    assert weight.grad is not None
+    return weight.grad.numpy().copy()
+
 
 RATE = 0.5
 
@@ -47,7 +102,7 @@ def train(ema: DifferentiableEMA, problem: Problem, rate: float = RATE) -> Train
         training.weights.append(weight.detach().numpy().copy())
         with ema.recording():
             value = problem.value(step, weight)
-        average = ema(value, leaves=[weight]) if ema.mode == "carried" else ema(value)
+        average = take(ema, value, weight)
         optimizer.zero_grad()
         ((average - torch.tensor(problem.target)).square().sum() / 2).backward(retain_graph=True)
         training.averages.append(average.detach().numpy())
@@ -77,7 +132,7 @@ def test_the_average_has_memory_of_its_own(mode: str) -> None:
     weight = torch.nn.Parameter(torch.ones(ROWS, dtype=torch.float64))
     ema = make(mode)
     for _ in range(3):
-        result = ema(weight, leaves=[weight]) if mode == "carried" else ema(weight)
+        result = take(ema, weight, weight)
         result.mul_(7.0)
         with torch.no_grad():
             weight.fill_(5.0)
@@ -234,7 +289,7 @@ def test_a_gradient_across_the_cotangent_is_refused() -> None:
     weight = problem.leaf()
     ema = make("carried", cotangent=torch.tensor([1.0, 0.0, 0.0], dtype=torch.float64))
     average = ema(problem.value(0, weight), leaves=[weight])
-    with pytest.raises(InvalidValueError, match="does not point along the cotangent"):
+    with refused("cotangent", "point along"):
         average.sum().backward(retain_graph=True)
     (0 * average.sum()).backward(retain_graph=True)
     average[0].backward()
@@ -257,7 +312,7 @@ def test_carried_reaches_every_leaf_that_it_was_given_and_no_other() -> None:
 def test_many_leaves_out_of_reach_are_named_once_and_a_part_that_is_skipped_later_is_not() -> None:
     used, *others = (torch.nn.Parameter(torch.ones(n)) for n in range(1, 9))
     ema = DifferentiableEMA((), 0.5, "carried", cotangent=torch.tensor(1.0))
-    with pytest.warns(RuntimeWarning, match=r"leaves\[5\] of the shape \[6\] and 2 more: no gradient"):
+    with pytest.warns(RuntimeWarning, match=r"leaves\[5\] of the shape \[6\] and 2 more"):
         ema(used.sum(), leaves=[used, *others])
     ema(others[0].sum(), leaves=[used, *others])
 
@@ -350,3 +405,289 @@ def test_a_decay_may_be_made_anew_for_every_update() -> None:
     twin = copy.deepcopy(ema)
     assert isinstance(twin.decay, torch.Tensor)
     assert not twin.decay.requires_grad
+
+
+# --- what is kept ----------------------------------------------------------------------------------
+
+
+class _Saved:
+    """What a graph holds instead of a tensor, so that a test can count what is alive."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+def graphs_alive(ema: DifferentiableEMA, steps: int) -> list[int]:
+    """After each update, how many values' graphs are alive that nobody but the module holds."""
+    problem, alive, found = Problem(), weakref.WeakSet[_Saved](), []
+    weight = problem.leaf()
+    for step in range(steps):
+        with saved_tensors_hooks(lambda tensor: alive.add(kept := _Saved(tensor)) or kept, lambda kept: kept.tensor):
+            value = problem.value(step % STEPS, weight)
+        if step == 0:
+            each = len(alive)
+        result = take(ema, value, weight)
+        result.sum().backward(retain_graph=True)
+        del value, result
+        found.append(len(alive) // each)
+    return found
+
+
+def test_only_the_graphs_that_the_mode_keeps_stay_alive() -> None:
+    assert graphs_alive(make("truncated"), 100) == [0] * 100
+    assert graphs_alive(make("carried"), 100) == [0] * 100
+    assert graphs_alive(make("window"), 100) == [min(t, 7) for t in range(1, 101)]
+    assert graphs_alive(make("full"), 99) == list(range(1, 100))
+
+
+def test_recording_copies_each_saved_tensor_once() -> None:
+    """A weight that is used ten times, and an activation that two operations save."""
+    weight = torch.nn.Parameter(torch.eye(4))
+    copies = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, function: Any, types: Any, arguments: tuple[Any, ...] = (), keywords: dict[str, Any] | None = None
+        ) -> Any:
+            nonlocal copies
+            copies += function is torch.ops.aten.clone.default
+            return function(*arguments, **(keywords or {}))
+
+    with Counting(), make("window").recording():
+        hidden = torch.ones(4)
+        for _ in range(10):
+            hidden = torch.relu(weight @ hidden)
+    assert copies == 1 + 10 + 1  # the weight, each hidden state, the first vector
+
+
+def test_recording_holds_no_original_after_the_block() -> None:
+    ema, weight = make("window"), torch.nn.Parameter(torch.ones(ROWS, dtype=torch.float64))
+    with ema.recording():
+        hidden = weight * 2
+        value = hidden * hidden
+    memory = StorageWeakRef(hidden.untyped_storage())
+    del hidden
+    assert memory.expired()
+    value.sum().backward()
+    assert torch.equal(weight.grad, torch.full((ROWS,), 8.0, dtype=torch.float64))
+
+
+def test_recording_tells_apart_what_a_weight_was_worth_before_and_after_a_change() -> None:
+    weight = torch.nn.Parameter(torch.tensor(3.0))
+    with make("window").recording():
+        first = weight * weight
+        with torch.no_grad():
+            weight.fill_(5.0)
+        second = weight * weight
+    for value, expected in ((first, 6.0), (second, 10.0)):
+        assert torch.autograd.grad(value, weight)[0] == expected
+
+
+def test_recording_copies_sparse_tensors_too() -> None:
+    weight = torch.nn.Parameter(torch.ones(3, 2))
+    sparse = torch.sparse_coo_tensor([[0, 1], [2, 0]], [2.0, 3.0], (2, 3), check_invariants=True)
+    with make("window").recording():
+        value = torch.sparse.mm(sparse, weight)
+    with torch.no_grad():
+        sparse *= 0
+    value.sum().backward()
+    assert torch.equal(weight.grad, torch.tensor([[3.0, 3.0], [0.0, 0.0], [2.0, 2.0]]))
+
+
+@pytest.mark.parametrize("mode", ["truncated", "carried"])
+def test_modes_without_graphs_record_nothing(mode: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(ROWS, dtype=torch.float64))
+    with make(mode).recording():
+        value = weight * weight
+    with torch.no_grad():
+        weight.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.sum().backward()
+
+
+def test_full_warns_from_the_100th_value_on() -> None:
+    ema = make("full")
+    value = torch.ones(ROWS, dtype=torch.float64)
+    for _ in range(99):
+        ema(value)
+    for count in (100, 101):
+        with pytest.warns(RuntimeWarning, match=f"'full' holds the graphs of {count} values") as caught:
+            ema(value)
+        assert caught[0].filename == __file__
+    ema.reset()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ema(value)
+
+
+def test_eval_mode_takes_nothing_in() -> None:
+    ema = make("truncated")
+    ema.eval()
+    with pytest.raises(NotReadyError):
+        ema(torch.ones(ROWS, dtype=torch.float64))
+    ema.train()
+    ema(torch.ones(ROWS, dtype=torch.float64, requires_grad=True))
+    ema.eval()
+    result = ema(torch.zeros(ROWS, dtype=torch.float64, requires_grad=True))
+    assert not result.requires_grad
+    assert torch.equal(result, torch.ones(ROWS, dtype=torch.float64))
+    assert ema.num_updates == 1
+
+
+# --- state -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_loaded_state_goes_on_with_the_average_as_a_constant(mode: str) -> None:
+    problem, first = Problem(), make(mode)
+    weight = problem.leaf()
+    for step in range(5):
+        take(first, problem.value(step, weight), weight)
+    state = {name: tensor.clone() for name, tensor in first.state_dict().items()}
+    assert state.keys() == {"average", "num_updates"}
+    assert not state["average"].requires_grad
+    for second in (make(mode), copy.deepcopy(first), saved_and_loaded(first)):
+        second.load_state_dict(state)
+        assert second.num_updates == 5
+        other = problem.leaf()
+        average = take(second, problem.value(5, other), other)
+        expected = DECAY * state["average"].numpy() + (1 - DECAY) * problem.values([problem.start] * 6)[5]
+        np.testing.assert_allclose(average.detach().numpy(), expected, rtol=0, atol=rounding())
+        average.sum().backward()
+        derivative = (1 - DECAY) * problem.derivatives([problem.start] * 6)[5].sum(axis=0)
+        np.testing.assert_allclose(gradient_of(other), derivative, rtol=0, atol=rounding())
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_copy_is_detached_and_goes_its_own_way(mode: str) -> None:
+    problem, ema = Problem(), make(mode)
+    weight = problem.leaf()
+    take(ema, problem.value(0, weight), weight)
+    twin = copy.deepcopy(ema)
+    before = ema.average.clone()
+    take(twin, problem.value(1, weight), weight).sum().backward()
+    expected = (1 - DECAY) * problem.derivatives([problem.start] * 2)[1].sum(axis=0)
+    np.testing.assert_allclose(gradient_of(weight), expected, rtol=0, atol=rounding())
+    assert torch.equal(ema.average, before)
+    assert (ema.num_updates, twin.num_updates) == (1, 2)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_reset_forgets_everything(mode: str) -> None:
+    problem, ema = Problem(), make(mode)
+    weight, other = problem.leaf(), problem.leaf()
+    take(ema, problem.value(0, weight), weight)
+    ema.reset()
+    assert not ema.average.any()
+    assert ema.num_updates == 0
+    average = take(ema, problem.value(1, other), other)
+    assert torch.equal(average, problem.value(1, other))
+    average.sum().backward()
+    assert weight.grad is None
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_it_moves_to_another_dtype_with_its_graphs(mode: str) -> None:
+    """The window and the carried derivative go on through the conversion."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    ema = DifferentiableEMA((), 0.5, mode, **MODES[mode])
+    take(ema, weight.sum(), weight)
+    ema.double()
+    average = take(ema, 3 * weight.double().sum(), weight)
+    assert average.dtype == torch.float64
+    average.backward()
+    assert torch.equal(weight.grad, torch.full((2,), 1.5 if mode == "truncated" else 2.0))
+    with refused("value"):
+        take(ema, weight.sum(), weight)
+
+
+def test_a_learned_decay_is_part_of_the_state_and_moves() -> None:
+    ema = DifferentiableEMA(2, torch.nn.Parameter(torch.tensor(0.5)))
+    assert ema.state_dict().keys() == {"decay", "average", "num_updates"}
+    assert ema.double().decay.dtype == torch.float64
+    assert repr(ema) == "DifferentiableEMA([2], decay=learned, mode='truncated')"
+    assert repr(DifferentiableEMA((), 0.5)) == "DifferentiableEMA([], decay=0.5, mode='truncated')"
+    assert not copy.deepcopy(ema).decay.grad_fn
+
+
+# --- bad input -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "subject"),
+    [
+        ({"shape": -1}, "shape"),
+        ({"shape": (2, 1.5)}, "shape"),
+        ({"decay": 1.0}, "decay"),
+        ({"decay": float("nan")}, "decay"),
+        ({"decay": "0.9"}, "decay"),
+        ({"decay": torch.tensor([0.1, 0.2])}, "decay"),
+        ({"decay": torch.tensor(2.0)}, "decay"),
+        ({"mode": "half"}, "mode"),
+        ({"mode": "window"}, "window"),
+        ({"mode": "full", "window": 3}, "window"),
+        ({"mode": "window", "window": 0}, "window"),
+        ({"dtype": torch.float16}, "dtype"),
+        ({"cotangent": torch.ones(2)}, "cotangent"),
+        ({"mode": "carried", "cotangent": torch.ones(3)}, "cotangent"),
+        ({"mode": "carried", "cotangent": 1.0}, "cotangent"),
+        ({"mode": "carried", "cotangent": torch.zeros(2)}, "cotangent"),
+    ],
+)
+def test_a_bad_argument_is_named(arguments: dict[str, Any], subject: str) -> None:
+    with refused(subject):
+        DifferentiableEMA(**{"shape": 2, "decay": 0.9, **arguments})
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.ones(3), "shape [2], not [3]"),
+        (1.0, "not float"),
+        (torch.ones(2, dtype=torch.float64), "is torch.float64, the average torch.float32"),
+        (torch.ones(2, device="meta"), "is on meta, the average on cpu"),
+    ],
+)
+def test_a_bad_value_is_named_and_not_taken_in(value: Any, words: str) -> None:
+    ema = DifferentiableEMA(2, 0.9)
+    with refused("value", words):
+        ema(value)
+    assert ema.num_updates == 0
+
+
+def test_an_average_in_half_precision_is_refused() -> None:
+    with refused("average", "torch.float16"):
+        DifferentiableEMA(2, 0.9).half()(torch.ones(2, dtype=torch.float16))
+
+
+def test_a_decay_that_left_its_range_is_refused() -> None:
+    decay = torch.nn.Parameter(torch.tensor(0.9))
+    ema = DifferentiableEMA(2, decay)
+    with torch.no_grad():
+        decay.fill_(1.5)
+    with refused("decay"):
+        ema(torch.ones(2))
+
+
+def test_bad_leaves_are_named() -> None:
+    weight, other = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    ema = DifferentiableEMA(2, 0.9, "carried")
+    for leaves, subject in (
+        (None, "leaves"),
+        (weight, "leaves"),
+        ([], "leaves"),
+        ([weight, weight], "leaves"),
+        ([weight, weight * 1], "leaves[1]"),
+        ([torch.ones(2)], "leaves[0]"),
+    ):
+        with refused(subject):
+            ema(weight * 2, leaves=leaves)
+    with refused("value", "no graph"):
+        ema(torch.ones(2), leaves=[weight])
+    ema(weight * 2, leaves=[weight])
+    with refused("leaves", "same tensors"):
+        ema(weight * 2, leaves=[other])
+    with refused("leaves", "only mode 'carried'"):
+        DifferentiableEMA(2, 0.9)(weight * 2, leaves=[weight])
+    with refused("decay", "gets no gradients"):
+        DifferentiableEMA(2, torch.nn.Parameter(torch.tensor(0.5)), "carried")(weight * 2, leaves=[weight])

@@ -1,15 +1,15 @@
-"""ExponentialMovingAverage: the formula, what is copied, states, and everything people do to a module."""
+"""ExponentialMovingAverage: the formula, what is copied, states, precision, subclasses and wrappers."""
 
 from __future__ import annotations
 
 import copy
-import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import pytest
 import torch
+from checking import assert_same_tensors, refused, saved_and_loaded
 from factories import FloatArray, tiny_model
 
 from posthoc_cli.averages import ExponentialMovingAverage, pairing
@@ -83,8 +83,7 @@ def test_the_first_update_copies_and_initial_weights_have_no_part() -> None:
     ema = ExponentialMovingAverage(model, interval=7)
     for _ in random_steps(model, 1):
         ema.update_parameters(model)
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(ema.module.state_dict()[name], tensor)
+    assert_same_tensors(ema.module.state_dict(), model.state_dict())
 
 
 def test_between_intervals_buffers_are_copied_and_parameters_stay() -> None:
@@ -191,8 +190,7 @@ def test_half_precision_averages_go_on_exactly_from_a_state() -> None:
             resumed.update_parameters(model)
     assert set(state) >= {"module.weight", "accumulators.weight", "steps"}
     assert state["accumulators.weight"].dtype == torch.float32
-    for name, value in straight.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
+    assert_same_tensors(resumed.state_dict(), straight.state_dict())
 
 
 def test_what_is_written_into_the_averaged_module_counts() -> None:
@@ -239,8 +237,7 @@ def test_tensors_are_averaged_a_few_at_a_time(dtype: torch.dtype, monkeypatch: p
     monkeypatch.setattr(pairing, "ELEMENTS_AT_A_TIME", 6)
     monkeypatch.setattr(pairing, "copies_like", copies)
     twin.update_parameters(model)
-    for name, value in ema.state_dict().items():
-        assert torch.equal(twin.state_dict()[name], value), name
+    assert_same_tensors(twin.state_dict(), ema.state_dict())
     assert max(largest) == (0 if dtype == torch.float32 else 18)  # `frozen` and the embedding
 
 
@@ -284,8 +281,7 @@ def test_a_state_saved_by_mmengine_loads_and_goes_on() -> None:
     ema = ExponentialMovingAverage(model, momentum=0.25, interval=4)
     ema.load_state_dict(state, strict=True)
     assert set(ema.state_dict()) == set(state)
-    for name, value in state.items():
-        assert torch.equal(ema.state_dict()[name], value)
+    assert_same_tensors(ema.state_dict(), state)
     ema.update_parameters(model)  # the 41st call averages: 40 is a multiple of 4
     expected = 0.75 * numbers(state["module.head.bias"]) + 0.25 * numbers(model.head.bias)
     np.testing.assert_allclose(numbers(ema.module.head.bias), expected, rtol=0, atol=1e-6)
@@ -348,24 +344,17 @@ def test_loading_is_strict_about_names() -> None:
         ema.load_state_dict({**ema.state_dict(), "module.extra": torch.zeros(1)})
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "torch.save"])
-def test_a_copy_goes_on_alone(how: str) -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded])
+def test_a_copy_continues_alone(copied: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
     model = torch.nn.Linear(3, 3, dtype=torch.bfloat16)
     ema = ExponentialMovingAverage(model, momentum=0.1)
     for _ in random_steps(model, 3):
         ema.update_parameters(model)
-    if how == "deepcopy":
-        twin = copy.deepcopy(ema)
-    else:
-        file = io.BytesIO()
-        torch.save(ema, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
+    twin = copied(ema)
     before = copy.deepcopy(ema.state_dict())
     for _ in random_steps(model, 3, seed=2):
         twin.update_parameters(model)
-    for name, value in before.items():
-        assert torch.equal(ema.state_dict()[name], value)
+    assert_same_tensors(ema.state_dict(), before)
     for _ in random_steps(model, 3, seed=3):
         twin.update_parameters(model)
     assert twin.steps == 9
@@ -515,7 +504,7 @@ def test_the_average_can_live_on_another_device() -> None:
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0, -0.1, 2, float("nan"), float("inf"), True, "0.1", None, [0.1]])
 def test_a_momentum_outside_its_range(momentum: object) -> None:
-    with pytest.raises(ValueError, match=r"momentum .*: must lie in \(0, 1\)"):
+    with pytest.raises(ValueError, match="momentum"):
         ExponentialMovingAverage(torch.nn.Linear(1, 1), momentum=momentum)  # type: ignore[arg-type]
 
 
@@ -530,14 +519,14 @@ def test_a_momentum_that_looks_like_a_decay_warns_and_names_the_other() -> None:
 
 @pytest.mark.parametrize("interval", [0, -1, 1.5, True, "2"])
 def test_an_interval_that_is_none(interval: object) -> None:
-    with pytest.raises(InvalidValueError, match=r"interval .*: must be a whole number, at least 1"):
+    with pytest.raises(InvalidValueError, match="interval"):
         ExponentialMovingAverage(torch.nn.Linear(1, 1), interval=interval)  # type: ignore[arg-type]
 
 
 def test_models_that_are_none_or_have_no_shape_yet() -> None:
-    with pytest.raises(InvalidValueError, match=r"model: must be a torch\.nn\.Module, not dict"):
+    with refused("model", "not dict"):
         ExponentialMovingAverage({})  # type: ignore[arg-type]
-    with pytest.raises(InvalidValueError, match=r"'weight': has no shape yet"), warnings.catch_warnings():
+    with refused("parameter 'weight'", "no shape yet"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls lazy modules experimental
         ExponentialMovingAverage(torch.nn.LazyLinear(3))
 
@@ -556,7 +545,6 @@ def test_another_model_is_an_error_that_lists_names_and_changes_nothing() -> Non
         assert name in str(caught.value)
     shorter = tiny_model(1)
     shorter.norm.running_var = torch.ones(1)
-    with pytest.raises(ModelMismatchError, match=r"'norm.running_var': has the shape \[1\] in the model, \[3\]"):
+    with refused("tensor 'norm.running_var'", "[1] in the model, [3]", kind=ModelMismatchError):
         ema.update_parameters(shorter)
-    for name, value in before.items():
-        assert torch.equal(ema.state_dict()[name], value)
+    assert_same_tensors(ema.state_dict(), before)

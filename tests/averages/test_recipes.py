@@ -1,24 +1,21 @@
-"""Switch EMA, and Hare and Tortoise: whole trajectories against NumPy, float64, over both kinds of averages."""
+"""Switch EMA, and Hare and Tortoise: trajectories against NumPy, float64, over both kinds of averages."""
 
 from __future__ import annotations
 
 import copy
-import doctest
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import torch
-from factories import exact_average, tiny_model
+from checking import assert_same_tensors, refused
+from factories import FloatArray, exact_average, tiny_model
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.averages import HareAndTortoise, SwitchEMA, recipes
+from posthoc_cli.averages import HareAndTortoise, SwitchEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
-
-FloatArray = npt.NDArray[np.float64]
 
 STEPS, EVERY = 30, 6
 RATE, MOMENTUM, DECAY = 0.1, 0.9, 0.8
@@ -149,18 +146,14 @@ def test_buffers_come_with_the_average() -> None:
         recipe.update(model)
     assert not torch.equal(model.norm.running_mean, average.module.norm.running_mean)
     recipe.switch(model)
-    for name, tensor in average.module.state_dict().items():
-        assert torch.equal(model.state_dict()[name], tensor), name
+    assert_same_tensors(model.state_dict(), average.module.state_dict())
 
 
 def test_a_model_with_other_tensors_is_refused_and_left_alone() -> None:
     recipe = SwitchEMA(averaged(torch.nn.Linear(2, 3)))
-    for model, message in (
-        (torch.nn.Linear(2, 4), "tensor 'weight': has the shape"),
-        (torch.nn.Linear(2, 3, bias=False), "tensor 'bias': is in the averaged weights"),
-    ):
+    for model, name in ((torch.nn.Linear(2, 4), "weight"), (torch.nn.Linear(2, 3, bias=False), "bias")):
         before = model.weight.clone()
-        with pytest.raises(ModelMismatchError, match=message):
+        with refused(f"tensor '{name}'", kind=ModelMismatchError):
             recipe.switch(model)
         assert torch.equal(model.weight, before)
 
@@ -221,7 +214,7 @@ def test_nothing_is_switched_before_there_is_an_average(tmp_path: Path) -> None:
     model = Quadratic()
     with tracker(model, tmp_path, update_every=3, update_after_step=9) as ema:
         recipe = SwitchEMA(ema, EVERY, sigma_rel=SIGMA_REL)
-        with pytest.raises(NotReadyError, match="no average yet: the first update is at call 12"):
+        with pytest.raises(NotReadyError, match="call 12"):
             recipe.switch(model)
         path = train(model, sgd(model), recipe, steps=12)
     assert path.switched == [False] * 11 + [True]
@@ -231,7 +224,7 @@ def test_a_process_that_keeps_no_averages_does_not_train_on_from_its_own_weights
     """The writer's model would be switched, and this one's not."""
     model = Quadratic()
     tracker = PostHocEMA.from_model(model, tmp_path, update_every=2, checkpoint_every=2, writer=False)
-    with pytest.raises(InvalidValueError, match="a tracker with writer=True and a directory of its own"):
+    with refused("average", "writer=True"):
         SwitchEMA(tracker, switch_every=2, sigma_rel=SIGMA_REL).update(model)
 
 
@@ -251,43 +244,37 @@ def test_a_tracker_that_is_attached_is_only_switched(tmp_path: Path) -> None:
 
 # --- bad input ---------------------------------------------------------------------------------------
 
+KINDS = [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")]
+
 
 @pytest.mark.parametrize("every", [0, -1, 2.5, True, "6"])
-@pytest.mark.parametrize(("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")])
-def test_a_period_that_is_none_is_named(kind: type, name: str, every: object) -> None:
-    with pytest.raises(InvalidValueError, match=f"{name} {every!r}: must be a whole number, at least 1, or None"):
+@pytest.mark.parametrize(("kind", "name"), KINDS)
+def test_a_bad_period_is_named(kind: type, name: str, every: object) -> None:
+    with pytest.raises(InvalidValueError, match=name):
         kind(averaged(Quadratic()), every)
 
 
-@pytest.mark.parametrize(("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")])
+@pytest.mark.parametrize(("kind", "name"), KINDS)
 def test_a_period_between_two_updates_of_the_tracker_is_refused(kind: type, name: str, tmp_path: Path) -> None:
-    model = Quadratic()
-    ema = tracker(model, tmp_path, update_every=3)
-    with pytest.raises(InvalidValueError, match=f"{name} 4: must be a multiple of the tracker's update_every 3"):
-        kind(ema, 4, sigma_rel=SIGMA_REL)
+    with refused(name, "multiple of the tracker's update_every 3"):
+        kind(tracker(Quadratic(), tmp_path, update_every=3), 4, sigma_rel=SIGMA_REL)
 
 
 def test_what_is_no_average_is_named(tmp_path: Path) -> None:
     model = Quadratic()
-    with pytest.raises(InvalidValueError, match=r"average: must be a PostHocEMA, or have .* not Quadratic"):
+    with refused("average", "not Quadratic"):
         SwitchEMA(model, 3)  # type: ignore[arg-type]
-    with pytest.raises(InvalidValueError, match=r"tortoise: must be a PostHocEMA, or have .* not NoneType"):
+    with refused("tortoise", "not NoneType"):
         HareAndTortoise(None, 3)  # type: ignore[arg-type]
-    with pytest.raises(InvalidValueError, match="sigma_rel: must be given with a PostHocEMA"):
+    with refused("sigma_rel", "must be given"):
         SwitchEMA(tracker(model, tmp_path), 6)
-    with pytest.raises(InvalidValueError, match="sigma_rel: is for a PostHocEMA; AveragedModel has a single average"):
+    with refused("sigma_rel", "AveragedModel has a single average"):
         HareAndTortoise(averaged(model), 6, sigma_rel=0.1)
 
 
 def test_an_optimizer_that_cannot_be_cleared_is_refused() -> None:
     model = Quadratic()
-    with pytest.raises(InvalidValueError, match=r"optimizer: must be a torch\.optim\.Optimizer, not list"):
+    with refused("optimizer", "not list"):
         HareAndTortoise(averaged(model), 6, [])  # type: ignore[arg-type]
-    with pytest.raises(InvalidValueError, match="optimizer: Adagrad makes its state only once"):
+    with refused("optimizer", "Adagrad"):
         HareAndTortoise(averaged(model), 6, torch.optim.Adagrad(model.parameters()))
-
-
-def test_the_examples_run() -> None:
-    results = doctest.testmod(recipes)
-    assert results.failed == 0
-    assert results.attempted > 10

@@ -1,14 +1,15 @@
-"""ShadowModel: TensorFlow's formula, its decay and debiasing, modes, and everything people do to a module."""
+"""ShadowModel: TensorFlow's formula, decay and debiasing, modes, copies, casts and wrappers."""
 
 from __future__ import annotations
 
 import copy
-import io
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
+from checking import assert_same_tensors, saved_and_loaded
 from factories import FloatArray, tiny_model
 
 from posthoc_cli.averages import ShadowModel
@@ -32,7 +33,7 @@ def move(model: torch.nn.Module, seed: int) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
 
 
-def follow(net: ShadowModel, steps: int) -> list[FloatArray]:
+def train(net: ShadowModel, steps: int) -> list[FloatArray]:
     """Values of `head.weight` before each update, the model's first."""
     values = []
     for step in range(steps):
@@ -49,7 +50,7 @@ def follow(net: ShadowModel, steps: int) -> list[FloatArray]:
 def test_the_shadow_is_tensorflows_formula(num_updates: int | None) -> None:
     net = ShadowModel(tiny_model(), 0.6, num_updates)
     shadow = numbers(net.shadow.head.weight)
-    values = follow(net, 20)
+    values = train(net, 20)
     for count, value in enumerate(values):
         decay = 0.6 if num_updates is None else min(0.6, (1 + num_updates + count) / (10 + num_updates + count))
         shadow -= (1 - decay) * (shadow - value)
@@ -76,7 +77,7 @@ def test_a_tensor_as_num_updates_is_the_callers_clock() -> None:
 @pytest.mark.parametrize("decay", [0.0, 0.5, 0.9999])
 def test_zero_debiasing_divides_by_the_sum_of_the_weights(decay: float, num_updates: int | None) -> None:
     net = ShadowModel(tiny_model(), decay, num_updates, zero_debias=True)
-    values = follow(net, 12)
+    values = train(net, 12)
     biased, mass = np.zeros_like(values[0]), 0.0
     for count, value in enumerate(values):
         current = decay if num_updates is None else min(decay, (1 + count) / (10 + count))
@@ -209,36 +210,31 @@ def test_an_update_in_eval_mode_warns_once_and_does_nothing() -> None:
     assert net.num_updates == 1
 
 
-# --- what people do to a module --------------------------------------------------------------------
+# --- copies, casts and wrappers --------------------------------------------------------------------
 
 
 def settled(dtype: torch.dtype = torch.float32) -> ShadowModel:
     net = ShadowModel(tiny_model().to(dtype), 0.9, num_updates=0, zero_debias=True)
-    follow(net, 5)
+    train(net, 5)
     return net
 
 
+def from_state(net: ShadowModel) -> ShadowModel:
+    twin = ShadowModel(tiny_model(3).to(net.model.head.bias.dtype), 0.9, num_updates=0, zero_debias=True)
+    twin.load_state_dict(copy.deepcopy(net.state_dict()), strict=True)
+    return twin
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("how", ["deepcopy", "torch.save", "state"])
-def test_a_copy_goes_on_like_the_original(how: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("copied", [copy.deepcopy, saved_and_loaded, from_state])
+def test_a_copy_continues_like_the_original(copied: Callable[[ShadowModel], ShadowModel], dtype: torch.dtype) -> None:
     net = settled(dtype)
-    if how == "deepcopy":
-        twin = copy.deepcopy(net)
-    elif how == "torch.save":
-        file = io.BytesIO()
-        torch.save(net, file)
-        file.seek(0)
-        twin = torch.load(file, weights_only=False)
-    else:
-        twin = ShadowModel(tiny_model(3).to(dtype), 0.9, num_updates=0, zero_debias=True)
-        twin.load_state_dict(copy.deepcopy(net.state_dict()), strict=True)
+    twin = copied(net)
     unchanged = copy.deepcopy(net.state_dict())
-    follow(twin, 5)
-    for name, value in unchanged.items():
-        assert torch.equal(net.state_dict()[name], value), name
-    follow(net, 5)
-    for name, value in net.state_dict().items():
-        assert torch.equal(twin.state_dict()[name], value), name
+    train(twin, 5)
+    assert_same_tensors(net.state_dict(), unchanged)
+    train(net, 5)
+    assert_same_tensors(twin.state_dict(), net.state_dict())
     assert not torch.equal(twin.state_dict()["shadow.head.weight"], unchanged["shadow.head.weight"])
 
 
@@ -293,13 +289,13 @@ def test_tied_parameters_stay_tied() -> None:
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 2, float("nan"), True, "0.9", None])
 def test_a_decay_outside_its_range(decay: object) -> None:
-    with pytest.raises(ValueError, match=r"decay .*: must lie in \[0, 1\)"):
+    with pytest.raises(ValueError, match="decay"):
         ShadowModel(torch.nn.Linear(1, 1), decay)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("num_updates", [-1, 1.5, True, "3", torch.zeros(2), torch.tensor(True)])
 def test_num_updates_that_are_no_count(num_updates: object) -> None:
-    with pytest.raises(InvalidValueError, match=r"num_updates.*: must be a whole number"):
+    with pytest.raises(InvalidValueError, match="num_updates"):
         ShadowModel(torch.nn.Linear(1, 1), 0.9, num_updates)  # type: ignore[arg-type]
 
 
@@ -310,11 +306,9 @@ def test_names_that_differ_are_listed_and_nothing_is_changed() -> None:
     net.shadow.lost = torch.nn.Parameter(torch.zeros(1))
     with pytest.raises(ModelMismatchError) as caught:
         net.update()
-    message = str(caught.value)
-    assert "only in the average: 'lost'" in message
-    assert "only in the model: 'extra.bias', 'extra.weight'" in message
-    for name, value in before.items():
-        assert torch.equal(net.state_dict()[name], value), name
+    assert "only in the average: 'lost'" in caught.value.reason
+    assert "only in the model: 'extra.bias', 'extra.weight'" in caught.value.reason
+    assert all(torch.equal(net.state_dict()[name], value) for name, value in before.items())
 
 
 def test_many_names_are_counted() -> None:

@@ -85,7 +85,7 @@ def test_it_draws(ema: Ema, tmp_path: Path) -> None:
     [
         (("--max-error", "2"), "--max-error 2: must be a relative error"),
         (("--max-size", "1MB"), "--max-size 1,000,000 bytes: has no room"),
-        (("--max-size", "many"), "--max-size many: must be a size"),
+        (("--max-size", "many"), "--max-size 'many': must be a size"),
         (("--steps", "0"), "--steps 0: must be"),
         (("--params", "0"), "--params 0: must be"),
         (("--params", "huge"), "--params huge: must be"),

@@ -17,10 +17,10 @@ from safetensors.torch import save_file
 
 from posthoc_cli.cli import app, main
 from posthoc_cli.cli.values import parse_bytes, parse_count
+from posthoc_cli.dtypes import WORDS
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.export.outputs import LAYOUTS
 from posthoc_cli.reconstruction import METHODS
-from posthoc_cli.snapshots.format import DTYPE_WORDS
 
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
@@ -318,5 +318,5 @@ def test_values_are_completed(completed, words: tuple[str, ...], offered: list[s
 
 
 def test_what_is_offered_is_what_there_is() -> None:
-    assert set(DTYPES) == {word for word in DTYPE_WORDS if "float" in word} | {"keep"}
+    assert set(DTYPES) == {word for word in WORDS if "float" in word} | {"keep"}
     assert set(METHODS) == {"minvar", "paper"}

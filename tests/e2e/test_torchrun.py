@@ -24,13 +24,14 @@ WORLD = 3
 SLOW = """
 import os, sys, time
 if "RANK" in os.environ:
-    from posthoc_cli.synthesis import engine, ranks
+    from posthoc_cli.export import ranks
+    from posthoc_cli.synthesis import engine
     make = engine.Maker.make
     def slowly(self, *arguments):
         time.sleep(1.0)
         make(self, *arguments)
     engine.Maker.make = slowly
-    ranks.SILENCE = 3.0
+    ranks.PATIENCE = 3.0
 """
 """Runs before the command: every tile takes a second."""
 
@@ -112,7 +113,7 @@ def test_a_killed_rank_of_torchrun_is_named_and_leaves_no_model(run: Path, tmp_p
         os.kill(children(process)[1], signal.SIGKILL)
         printed, errors = process.communicate(timeout=120)
     assert process.returncode != 0
-    assert "ema: error: rank 1: " in errors
+    assert "ema: error: rank 1: has died" in errors
     assert "wrote" not in printed
     assert not (out / INDEX).exists()
     again = start_ranks("", *arguments(run, out))

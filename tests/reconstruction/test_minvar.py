@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
 
-from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform
 from posthoc_cli.reconstruction import (
     MinimumVariance,
@@ -24,7 +23,7 @@ from posthoc_cli.reconstruction import (
     reconstruct,
     relative_width,
 )
-from posthoc_cli.reconstruction.intervals import Densities, Tails
+from posthoc_cli.reconstruction.basis import Densities, Tails
 
 T = 1000.0
 START = 3.0
@@ -521,13 +520,3 @@ def test_times_that_differ_in_their_last_bit_are_no_trouble() -> None:
     result = reconstruct(snapshots, [PowerFunction.from_sigma_rel(0.1, 1e6)], prior=assumed_prior(snapshots, 2e-4))
     assert np.isfinite(result.coefficients).all()
     assert result.coefficients.sum() == pytest.approx(1)
-
-
-def test_misuse_is_named() -> None:
-    target = PowerFunction.from_sigma_rel(0.05, 10.0)
-    with pytest.raises(InvalidValueError, match="no snapshots"):
-        reconstruct([], [target])
-    with pytest.raises(InvalidValueError, match="at or before its time"):
-        reconstruct(snapshots_at((11,)), [target])
-    with pytest.raises(InvalidValueError, match="at or before its time"):
-        reconstruct(snapshots_at((11,)), [Uniform(1, 5)], t=10.0)

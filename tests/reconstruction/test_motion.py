@@ -21,7 +21,7 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.motion import MOST_PIECES, PairDistance, _influence, fit_motion
+from posthoc_cli.reconstruction.motion import MOST_SEGMENTS, PairDistance, _influence, fit_motion
 from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH
 from posthoc_cli.reconstruction.steps import unknown_steps
 
@@ -92,7 +92,7 @@ def test_the_walk_scales_with_the_squares_and_is_never_negative_or_nought(logs: 
     np.testing.assert_allclose(again.walk, found.walk * scale, rtol=1e-6)
 
 
-def test_rounding_is_not_taken_for_movement() -> None:
+def test_rounding_is_not_taken_for_motion() -> None:
     """Half of each squared distance is rounding of the stored partner."""
     times = [float(t) for t in range(50, 501, 50)]
     motion = Motion(np.array([START, *times]), np.ones(10), np.zeros(10))
@@ -123,11 +123,11 @@ def test_before_the_first_snapshot_the_network_moves_less_and_less() -> None:
     np.testing.assert_allclose(first[1:] / first[:-1], 2**-0.5, rtol=1e-9)
 
 
-def test_many_snapshot_times_share_pieces() -> None:
+def test_many_snapshot_times_share_segments() -> None:
     times = [float(t) for t in range(10, 2001, 10)]
     walk = Motion(np.array([START, 2000.0]), np.ones(1), np.zeros(1))
     found = fit_motion(START, times, neighbours(times[-4:], (0.1,), walk))
-    assert sum(edge in times for edge in found.edges) == MOST_PIECES
+    assert sum(edge in times for edge in found.edges) == MOST_SEGMENTS
     assert (found.edges[0], found.edges[-1]) == (START, 2000.0)
     np.testing.assert_allclose(found.walk[-1], 1.0, rtol=0.1)
 
@@ -150,7 +150,7 @@ def test_too_much_and_too_little_weigh_the_same() -> None:
     assert distance(p, q, found).squared == pytest.approx((10 / (1 + 1 + 1 / 8)) ** 0.5, rel=1e-4)
 
 
-def test_the_influence_of_each_piece_is_its_integral() -> None:
+def test_the_influence_of_each_segment_is_its_integral() -> None:
     """Of the walk and of the noise, for pairs of the same time, of neighbouring ones, and far apart."""
     edges = np.array([START, 20.0, 50.0, 90.0])
     pairs = [
@@ -189,7 +189,7 @@ def test_a_network_that_begins_to_move_after_it_stood_still_is_seen() -> None:
     assert float(found.on(np.array([150.0, 151.0]))[0][0]) == pytest.approx(1, rel=0.3)
 
 
-def test_a_motion_that_is_handed_on_has_few_pieces_and_moves_as_much() -> None:
+def test_a_motion_for_a_header_has_few_segments_and_moves_as_much() -> None:
     edges = np.arange(1.0, 302.0)
     motion = Motion(edges, np.linspace(1, 3, 300), np.linspace(0, 1, 300))
     short = motion.handed_on()
@@ -205,7 +205,7 @@ def profiles(t: float) -> tuple[PowerFunction, PowerFunction]:
     return PowerFunction.from_sigma_rel(0.05, t), PowerFunction.from_sigma_rel(0.28, t)
 
 
-def test_a_run_of_one_update_has_a_piece() -> None:
+def test_a_run_of_one_update_has_a_segment() -> None:
     """Nothing is known of what was before; the first update may have been anywhere since half its time."""
     found = fit_motion(10.0, [10.0], [PairDistance((5.0, 3.0), (10.0, 10.0), 1.0, 0.0)])
     np.testing.assert_array_equal(found.edges, [5, 10])
@@ -214,12 +214,12 @@ def test_a_run_of_one_update_has_a_piece() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 63, 64, 65, 200])
-def test_the_first_piece_falls_and_keeps_its_integral(count: int) -> None:
+def test_the_first_segment_falls_and_keeps_its_integral(count: int) -> None:
     times = np.linspace(40.0, 1000.0, count)
     motion = Motion(np.array([START, times[-1]]), np.ones(1), np.zeros(1))
     found = fit_motion(START, times.tolist(), neighbours([times[-1]], (0.05, 0.28), motion))
     inner = found.edges[found.edges >= 40.0]
-    assert inner.size == min(count, MOST_PIECES)
+    assert inner.size == min(count, MOST_SEGMENTS)
     assert set(inner) <= set(times)
     assert inner[-1] == 1000.0 if count > 1 else 40.0
     first = int(np.searchsorted(found.edges, inner[0]))
@@ -262,7 +262,7 @@ def average(
     return StoredAverage(profile, int(t), 2.0**-23, Measurements(norm, rounding, distances))
 
 
-def test_what_is_measured_and_what_is_assumed_is_told() -> None:
+def test_the_source_says_what_is_measured_and_what_is_assumed() -> None:
     alone = measured_prior([average(10.0, 0.1, 4.0, ())])
     assert alone.source == "assumed"
     two = measured_prior(
@@ -340,7 +340,7 @@ def test_the_rounding_of_updates_is_that_of_float32_means_in_a_float64_total(ste
     assert 0.25 < error < 2  # the first windows' steps are large, and their roundings fade sooner than k / n
 
 
-def test_without_movement_or_without_distances_something_is_assumed() -> None:
+def test_without_motion_or_without_distances_something_is_assumed() -> None:
     still = [average(10.0, s, 4.0, (Distance(10.0, u, 0.0, 0.0),)) for s, u in ((0.05, 0.25), (0.25, 0.05))]
     prior = measured_prior(still)
     assert prior.source == "measured"

@@ -22,6 +22,7 @@ from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, make_info, read_snapsho
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import FileFormatError, InvalidValueError
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
@@ -312,13 +313,13 @@ def test_a_number_that_json_lacks_is_never_written(number: float) -> None:
     [("float32", "F32"), ("fp32", "F32"), ("bf16", "BF16"), ("fp16", "F16"), ("float64", "F64"), ("keep", None)],
 )
 def test_the_words_for_dtypes(word: str, name: str | None) -> None:
-    assert fmt.parse_dtype_word(word) == name
+    assert parse_dtype(word) == name
 
 
 @pytest.mark.parametrize("word", ["int8", "half", "F32", ""])
 def test_another_word_is_refused_with_those_that_are_accepted(word: str) -> None:
     with pytest.raises(InvalidValueError, match=r"float16.*keep"):
-        fmt.parse_dtype_word(word)
+        parse_dtype(word)
 
 
 def test_checksums_are_those_of_xxh3_over_each_block(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
+from posthoc_cli.dtypes import ITEM_BYTES, WORDS
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.snapshots.format import DTYPE_WORDS, ITEM_BYTES
 from posthoc_cli.snapshots.tensors import (
     parse_dtype,
     round_to,
@@ -60,7 +60,7 @@ def test_a_dtype_that_the_format_lacks_is_refused_with_the_tensor(dtype: torch.d
 
 def test_dtypes_of_averages_are_given_as_words_or_as_such() -> None:
     assert parse_dtype(None) is parse_dtype("keep") is None
-    assert {word: parse_dtype(word) for word in DTYPE_WORDS} == {
+    assert {word: parse_dtype(word) for word in WORDS} == {
         "float64": torch.float64, "fp64": torch.float64, "float32": torch.float32, "fp32": torch.float32,
         "float16": torch.float16, "fp16": torch.float16, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     }  # fmt: skip

@@ -34,6 +34,7 @@ from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.pruning import plan_pruning, prune
 from posthoc_cli.snapshots.reader import read_header
+from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
 from torture.tally import Tally
 
@@ -241,7 +242,7 @@ def read_once(tally: Tally, run: Path, out: Path, chance: random.Random) -> None
         return plan_synthesis(sources, [sigma_rel], t)
 
     try:
-        with_consistent_plan(plan, lambda plan: write_synthesis(plan, [out], overwrite=True))
+        with_consistent_plan(plan, lambda plan: write_synthesis(plan, [out], Options(overwrite=True)))
         info = decode_output(out, read_header(out))
     except PostHocError as error:
         tally.missed.append(f"reading {tally.tried}: {type(error).__name__}: {error}")

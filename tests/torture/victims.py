@@ -16,6 +16,7 @@ from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
 from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 from torture.examining import examine
@@ -155,5 +156,5 @@ def small_shard(folder: Path) -> Victim:
 
 def synthesize(run: Path, out: Path) -> object:
     """Make the tracked average again; returns what is in the output."""
-    write_synthesis(plan_synthesis(disk_sources(run), [0.05]), [out], overwrite=True)
+    write_synthesis(plan_synthesis(disk_sources(run), [0.05]), [out], Options(overwrite=True))
     return examine(out)

@@ -1,0 +1,221 @@
+"""The processes of one torchrun job: they make parts side by side, and end together if one of them fails or dies.
+
+No tensor is exchanged. The processes share the job's key-value store (torch.distributed's TCPStore). The first failure
+is noted there, and everyone sees it at its next tile. A process that has died is noticed by the launcher, which ends
+the others; without a launcher by those that wait for it until their time is up; and if it is rank 0, by the store's
+silence.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from posthoc_cli.errors import InvalidValueError, RankError
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
+
+START = 120.0
+"""Seconds for all processes to begin."""
+
+PATIENCE = 600.0
+"""Seconds that a process waits for the others to do as much as it has done, after twice the time that it took."""
+
+FAREWELL = 3.0
+"""Seconds that a process waits at its end for the others to see its failure, or to say that they are alive."""
+
+_T = TypeVar("_T")
+
+_WANTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class Ranks:
+    """One process among those of a job. A context manager: an error that leaves it stops the others, too.
+
+    Arguments:
+        rank: its number, from 0.
+        world: how many there are.
+        store: shared by all.
+    """
+
+    def __init__(self, rank: int, world: int, store: Store) -> None:
+        self.rank, self.world, self._store = rank, world, store
+        self._began = time.monotonic()
+
+    def check(self, *_: object) -> None:
+        """Go on only while no other process has failed.
+
+        Raises:
+            RankError: naming the rank that failed, or was ended.
+        """
+        self._raise_noted("failure")
+        self._raise_noted("end")
+
+    def begin(self, work: Callable[[], None]) -> None:
+        """Do the work in rank 0 alone, before any process goes on.
+
+        Raises:
+            RankError: naming rank 0 if the work failed, or another one that failed meanwhile.
+        """
+        if self.rank == 0:
+            work()
+            self._sign("begun")
+        self._wait_for("begun", [0])
+
+    def finish(self, work: Callable[[], None]) -> None:
+        """When every process has come here: do the work in rank 0 alone. Returns when it is done, in every process.
+
+        Raises:
+            RankError: naming a rank that did not come here, or rank 0 if the work failed.
+        """
+        self._sign("ready")
+        self._wait_for("ready", range(self.world))
+        if self.rank == 0:
+            work()
+            self._sign("finished")
+        self._wait_for("finished", [0])
+
+    def __enter__(self) -> Ranks:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._leave(error)
+        except RankError as found:
+            if isinstance(error, SystemExit):
+                raise found from None
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Say why this process ends, and wait until the others have seen it.
+
+        Raises:
+            RankError: this process was ended by a signal, because another one has died or failed.
+        """
+        ended = isinstance(error, SystemExit)
+        if ended:
+            self._note("end", f"rank {self.rank}: was ended by a signal")
+        elif error is not None and not isinstance(error, RankError):
+            self._note("failure", f"rank {self.rank}: failed: {str(error) or type(error).__name__}")
+        self._sign("left")
+        # The store may be in rank 0, and a launcher ends the others as soon as one has failed.
+        deadline = time.monotonic() + (FAREWELL if self.rank == 0 or error is not None else 0.0)
+        while (silent := self._missing("left", range(self.world))) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        if ended:  # a launcher ends all when one has died
+            self._raise_noted("failure")
+            if silent:
+                named = " and ".join(f"rank {rank}" for rank in silent)
+                raise RankError(named, "has died" if len(silent) == 1 else "died, or never began")
+
+    # --- the store
+
+    def _ask(self, call: Callable[[], _T]) -> _T:
+        """What the store answers.
+
+        Raises:
+            RankError: it does not.
+        """
+        try:
+            return call()
+        except RuntimeError as error:
+            reason = f"has died, or the launcher beside it: its store does not answer ({_first_line(error)})"
+            raise RankError("rank 0", reason) from error
+
+    def _sign(self, list_name: str) -> None:
+        self._ask(lambda: self._store.set(f"{list_name}/{self.rank}", "1"))
+
+    def _missing(self, list_name: str, ranks: Any) -> list[int]:
+        """The ranks that have not signed a list."""
+        return self._ask(lambda: [rank for rank in ranks if not self._store.check([f"{list_name}/{rank}"])])
+
+    def _note(self, key: str, message: str) -> None:
+        """Leave a message under a key, unless another process has."""
+        if self._ask(lambda: self._store.add(f"{key}/count", 1)) == 1:
+            self._ask(lambda: self._store.set(key, message))
+
+    def _raise_noted(self, key: str) -> None:
+        if self._ask(lambda: self._store.check([key])):
+            raise RankError(*self._ask(lambda: self._store.get(key)).decode().split(": ", 1))
+
+    def _wait_for(self, list_name: str, ranks: Any) -> None:
+        now = time.monotonic()
+        deadline = now + PATIENCE + 2 * (now - self._began)
+        while missing := self._missing(list_name, ranks):
+            self.check()
+            if time.monotonic() > deadline:
+                message = f"rank {missing[0]}: has died, or is stuck: it did not come within {deadline - now:.0f} s"
+                self._note("failure", message)
+                self.check()
+            time.sleep(0.05)
+
+
+def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether this process is one of several of a torchrun job."""
+    return all(environment.get(name) for name in _WANTED) and environment["WORLD_SIZE"] != "1"
+
+
+def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """The number of this process among those on this machine, and how many they are; (0, 1) if not known."""
+    try:
+        return int(environment.get("LOCAL_RANK", "0")), max(1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
+    except ValueError:
+        return 0, 1
+
+
+def join_ranks() -> Ranks:
+    """Meet the other processes of the job that the environment describes.
+
+    Raises:
+        InvalidValueError: RANK or WORLD_SIZE is not a number as torchrun sets it.
+        RankError: the others did not come in time.
+    """
+    # Else torch prints a C++ trace when the process with the store has died.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    try:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    except ValueError:
+        rank = world = -1
+    if not 0 <= rank < world:
+        variables = f"RANK {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r} in the environment"
+        raise InvalidValueError(variables, "must be whole numbers as torchrun sets them")
+    meet: Any = rendezvous
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    try:
+        store, _, _ = _interruptible(lambda: next(meet("env://", rank, world, timeout=timedelta(seconds=START))))
+    except (RuntimeError, ValueError) as error:
+        reason = f"the {world} processes did not meet at {where}: {_first_line(error)}"
+        raise RankError(f"rank {rank}", reason) from error
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    return Ranks(rank, world, PrefixStore(f"ema-attempt-{attempt}", store))
+
+
+def _interruptible(call: Callable[[], _T]) -> _T:
+    """The result of a long C++ call, made in a thread, since no signal is handled during it."""
+    outcome: Future[_T] = Future()
+
+    def work() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:  # noqa: BLE001  raised again below
+            outcome.set_exception(error)
+
+    threading.Thread(target=work, name="ema-meet", daemon=True).start()
+    while not outcome.done():
+        time.sleep(0.02)
+    return outcome.result()
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
