@@ -14,7 +14,7 @@ import torch
 from synthesis_cases import TRACKED, without_noise
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.layout import BlockReader, FlatTensors, lay_out
+from posthoc_cli.tracker.buffers import BlockReader, FlatTensors, lay_out
 
 NEVER = 10**9
 """A checkpoint interval that is never reached."""
@@ -202,7 +202,7 @@ def start_plain_lerp(model: torch.nn.Module, _: Path) -> Updates:
     """Float32 averages block by block, each changed in place by every update: what ours did, and what stops moving."""
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     reader = BlockReader.of_tensors(lay_out(parameters), parameters)
-    averages = [FlatTensors(reader.layout, wide=True) for _ in TRACKED]
+    averages = [FlatTensors(reader.layout, [group.wide for group in reader.layout]) for _ in TRACKED]
     for average in averages:
         average.fill(parameters)
 

@@ -1,17 +1,17 @@
 """The running averages: state, and the arithmetic of one update.
 
 An average over millions of updates cannot be kept in float32 alone: a change of less than half its last digit is lost,
-always in the same direction. So it is kept in two parts, a `total` in float64 and the mean of the `recent` values since
-that was last added to, which has the share `mass` of the whole:
+always in the same direction. So it is kept in two terms, a `total` in float64 and the mean of the `recent` values since
+the total was last changed, which has the share `mass` of the average:
 
     average = total + mass (recent - total)
 
-An update with share s of the new value v changes the recent mean only, which costs no more than one of a plain average:
+An update with share s of the new value v changes the recent mean only, at the cost of a plain average:
 
     mass <- mass + s (1 - mass),    recent <- recent + (s / mass) (v - recent)
 
-At every `WINDOW`th update the average becomes the new total, and the next mean begins with the next value. What each
-value counts for in the end is the same as if all had been added to one number.
+At every `WINDOW`th update the average becomes the new total, and the next mean begins with the next value. Each value
+ends with the weight that a plain average would give it.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ import torch
 
 from posthoc_cli.profiles import gamma_from_sigma_rel, new_value_share
 from posthoc_cli.reconstruction import WINDOW
-from posthoc_cli.tracker.layout import Block, BlockReader, FlatTensors, Group, Layout, on_host
+from posthoc_cli.tracker.buffers import Block, BlockReader, FlatTensors, Group, Layout, on_host
 from posthoc_cli.tracker.worker import ALONE, Crew
 
 
 @dataclass(frozen=True)
 class Standing:
-    """All of running averages that is no tensor.
+    """All of running averages but tensors.
 
     Attributes:
-        t, step: time and calls at the last update; 0 before the first.
+        t, step: time and call of the last update; 0 before the first.
         t_first: time of the first update; 0 before.
         max_interval: the longest time between two updates so far.
-        updates: how many there were; None where that is not known.
-        window: how many of them the recent means are of.
-        masses: of the recent mean, a profile.
-        inherited: expected squared norm of the error that each average has still from rounded snapshots which the run
-            went on from.
+        updates: their number; None where unknown.
+        window: number of updates in the recent means.
+        masses: of the recent means, one a profile.
+        inherited: expected squared norm of the error that each average still has from the rounded snapshots that it was
+            resumed from.
     """
 
     t: float = 0.0
@@ -51,13 +51,8 @@ class Standing:
     masses: tuple[float, ...] = ()
     inherited: tuple[float, ...] = ()
 
-    @classmethod
-    def before(cls, profiles: int) -> Standing:
-        """That before the first update."""
-        return cls(masses=(0.0,) * profiles, inherited=(0.0,) * profiles)
-
     def after(self, shares: Sequence[float], t: float, step: int) -> Standing:
-        """That after an update in which the new values have these shares."""
+        """The standing after an update in which the new values have these shares."""
         return Standing(
             t=t,
             step=step,
@@ -70,18 +65,18 @@ class Standing:
         )
 
     def of_profiles(self, indices: Sequence[int]) -> Standing:
-        """That of some of the profiles."""
+        """The same for some of the profiles."""
         masses, inherited = (tuple(values[i] for i in indices) for values in (self.masses, self.inherited))
         return replace(self, masses=masses, inherited=inherited)
 
-    def with_totals_of_all(self) -> Standing:
-        """The same when the recent means have been added to the totals."""
+    def with_new_totals(self) -> Standing:
+        """The same after the recent means were added to the totals."""
         return replace(self, window=0, masses=(0.0,) * len(self.masses))
 
 
 @dataclass(frozen=True, eq=False)
 class Accumulators:
-    """What averages are kept in: a total and a recent mean a profile, of the same tensors."""
+    """What averages are kept in: a total and a recent mean of the same tensors for each profile."""
 
     layout: Layout
     totals: tuple[FlatTensors, ...]
@@ -89,36 +84,63 @@ class Accumulators:
 
     @classmethod
     def zeros(cls, layout: Layout, profiles: int) -> Accumulators:
-        """Room, which the system has really given."""
-        made = cls(
+        """Zeros, in memory that the system has allocated."""
+        exact, wide = [group.exact for group in layout], [group.wide for group in layout]
+        return cls(
             layout,
-            tuple(FlatTensors(layout, wide=True, exact=True) for _ in range(profiles)),
-            tuple(FlatTensors(layout, wide=True) for _ in range(profiles)),
+            tuple(FlatTensors(layout, exact).zero_() for _ in range(profiles)),
+            tuple(FlatTensors(layout, wide).zero_() for _ in range(profiles)),
         )
-        for tensors in made:
-            tensors.zero_()
-        return made
 
-    def fits(self, others: Accumulators | None) -> bool:
-        """Whether this is room on the host for others."""
-        return others is not None and self.layout == on_host(others.layout) and len(self.totals) == len(others.totals)
+    @classmethod
+    def on_host(cls, others: Accumulators) -> Accumulators:
+        """Room for others on the host."""
+        return cls.zeros(on_host(others.layout), len(others.totals))
 
     def __iter__(self) -> Iterator[FlatTensors]:
         yield from self.totals
         yield from self.recent
 
+    def fits(self, others: Accumulators | None) -> bool:
+        """Whether this is room on the host for others."""
+        return others is not None and self.layout == on_host(others.layout) and len(self.totals) == len(others.totals)
+
     def moved(self, layout: Layout, begun: Mapping[str, torch.Tensor]) -> Accumulators:
-        """The same in another layout, by name; averages of what is in `begun` begin with these values."""
+        """The same in another layout, by name; averages of the tensors in `begun` start with these values."""
         made = Accumulators.zeros(layout, len(self.totals))
         for own, other in zip(made, self, strict=True):
-            own.fill({**other.views, **begun})
+            for name, view in own.views.items():
+                view.copy_(begun[name] if name in begun else other.views[name])
         return made
 
-    def copy_(self, other: Accumulators) -> None:
-        """Take the numbers of others of the same tensors, lying in the same order."""
-        for own, source in zip(self, other, strict=True):
+    def read(self, averages: RunningAverages, _: Crew = ALONE) -> None:
+        """Copy all that averages are kept in; this fits them."""
+        assert averages.accumulators is not None
+        for own, source in zip(self, averages.accumulators, strict=True):
             for flat, values in zip(own.flats, source.flats, strict=True):
                 flat.copy_(values, non_blocking=True)
+
+
+class Rounded:
+    """Averages rounded once, on the host, one set of tensors a profile, in memory that the system has allocated."""
+
+    def __init__(self, layout: Layout, profiles: int, pinned: bool = False) -> None:
+        self.layout = layout
+        wide = [group.wide for group in layout]
+        self.profiles = tuple(FlatTensors(layout, wide, pinned).zero_() for _ in range(profiles))
+
+    @classmethod
+    def on_host(cls, kept: Accumulators) -> Rounded:
+        """Room for averages on the host."""
+        return cls(on_host(kept.layout), len(kept.totals))
+
+    def fits(self, kept: Accumulators | None) -> bool:
+        """Whether this is room for averages."""
+        return kept is not None and self.layout == on_host(kept.layout) and len(self.profiles) == len(kept.totals)
+
+    def read(self, averages: RunningAverages, crew: Crew = ALONE) -> None:
+        """Take averages as they are; this fits them."""
+        averages.read(self.profiles, crew)
 
 
 @dataclass
@@ -127,9 +149,9 @@ class RunningAverages:
 
     Attributes:
         sigma_rels: the profiles.
-        standing: all that is no tensor.
+        standing: all but tensors.
         accumulators: None before the first update.
-        copies: name -> tensor as it was at the last update; never changed.
+        copies: name -> tensor as it was at the last update; never changed in place.
     """
 
     sigma_rels: tuple[float, ...]
@@ -144,7 +166,8 @@ class RunningAverages:
     @classmethod
     def none_yet(cls, sigma_rels: Sequence[float]) -> RunningAverages:
         """Those before the first update."""
-        return cls(tuple(sigma_rels), Standing.before(len(sigma_rels)))
+        zeros = (0.0,) * len(sigma_rels)
+        return cls(tuple(sigma_rels), Standing(masses=zeros, inherited=zeros))
 
     @property
     def exist(self) -> bool:
@@ -155,52 +178,52 @@ class RunningAverages:
     def update_(
         self, values: BlockReader, copies: Mapping[str, torch.Tensor], t: float, step: int, crew: Crew = ALONE
     ) -> None:
-        """Take in the model's values as they are at time `t`: averages <- averages + (1 - beta) (values - averages).
+        """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
         Arguments:
-            values: the parameters'; where their layout is another than before, the averages follow it.
+            values: the parameters'; the averages move to their layout if it has changed.
             copies: buffers and other tensors that are copied, by name; kept as they are given.
             t, step: time and number of the call.
-            crew: threads to do it with; `values` has room for them.
+            crew: threads to use; `values` has room for them.
         """
-        kept = self._laid_out(values.layout)
+        kept = self._in_layout(values.layout)
         self._make_scratch(values.layout, crew)
         before = self.standing
         shares = [new_value_share(gamma, before.t, t) for gamma in self.gammas]
         after = before.after(shares, t, step)
-        parts = [share / mass for share, mass in zip(shares, after.masses, strict=True)]
+        factors = [share / mass for share, mass in zip(shares, after.masses, strict=True)]
         closes = after.window >= WINDOW
 
         def work(block: Block, thread: int) -> None:
             own, where = values.values(block, thread), slice(block.begin, block.end)
-            for total, recent, part, mass in zip(kept.totals, kept.recent, parts, after.masses, strict=True):
+            for total, recent, factor, mass in zip(kept.totals, kept.recent, factors, after.masses, strict=True):
                 mean = recent.flats[block.group][where]
                 if before.window == 0:
                     mean.copy_(own)
                 else:
-                    torch.lerp(mean, own, part, out=mean)
+                    torch.lerp(mean, own, factor, out=mean)
                 if closes:
                     self._add(values.layout[block.group], total.flats[block.group][where], mean, mass, thread)
 
         crew.each(work, values.blocks)
         self.copies = copies
-        self.standing = after.with_totals_of_all() if closes else after
+        self.standing = after.with_new_totals() if closes else after
 
     @torch.no_grad()
-    def followed(
+    def changed(
         self, layout: Layout, begun: Mapping[str, torch.Tensor], copies: Mapping[str, torch.Tensor]
     ) -> RunningAverages:
-        """The same averages of other tensors: those of what is in `begun` begin with these values."""
+        """The averages of a changed model: unchanged tensors keep theirs, those in `begun` start with these values."""
         moved = None if self.accumulators is None else self.accumulators.moved(layout, begun)
         return RunningAverages(self.sigma_rels, self.standing, moved, copies)
 
     @torch.no_grad()
     def read(self, room: Sequence[FlatTensors], crew: Crew = ALONE) -> None:
-        """Write the averages as they are, rounded once, into buffers of the same tensors; nothing here changes."""
+        """Write the averages, rounded once, into buffers of the same layout, one a profile."""
         kept = self.accumulators
-        assert kept is not None, "called when there are some"
+        assert kept is not None
         self._make_scratch(kept.layout, crew)
-        parts = zip(kept.totals, kept.recent, self.standing.masses, room, strict=True)
+        profiles = zip(kept.totals, kept.recent, self.standing.masses, room, strict=True)
 
         def work(item: tuple[Group, float, torch.Tensor, torch.Tensor, torch.Tensor], thread: int) -> None:
             group, mass, totals, means, values = item
@@ -212,38 +235,31 @@ class RunningAverages:
             work,
             (
                 (group, mass, *block)
-                for total, recent, mass, target in parts
-                for group, *flats in zip(kept.layout, total.flats, recent.flats, target.flats, strict=True)
+                for total, recent, mass, own in profiles
+                for group, *flats in zip(kept.layout, total.flats, recent.flats, own.flats, strict=True)
                 for block in zip(*(torch.split(flat, group.exact_block) for flat in flats), strict=True)
             ),
         )
 
-    @torch.no_grad()
-    def copy_to(self, room: Accumulators) -> None:
-        """Copy all that the averages are kept in."""
-        assert self.accumulators is not None, "called when there are some"
-        room.copy_(self.accumulators)
-
     def _add(self, group: Group, total: torch.Tensor, recent: torch.Tensor, mass: float, thread: int) -> None:
-        """Make a part of the averages the new totals."""
+        """Make a range of the averages the new totals."""
         blocks = [torch.split(flat, group.exact_block) for flat in (total, recent)]
         for totals, means in zip(*blocks, strict=True):
             torch.lerp(totals, self._exact(group, means, thread), mass, out=totals)
 
     def _exact(self, group: Group, means: torch.Tensor, thread: int) -> torch.Tensor:
-        """A block of recent means in the totals' dtype; valid until the same thread's next one."""
+        """A block of recent means in the totals' dtype; valid until the same thread's next call."""
         return self._scratch[thread, group.device, group.exact][: means.numel()].copy_(means)
 
     def _make_scratch(self, layout: Layout, crew: Crew) -> None:
-        """Before anything is changed: memory may be short."""
+        """Called before anything is changed: memory may be short."""
         for group in layout:
             for thread in range(crew.size):
                 key = (thread, group.device, group.exact)
                 if key not in self._scratch:
                     self._scratch[key] = torch.empty(group.exact_block, dtype=group.exact, device=group.device)
 
-    def _laid_out(self, layout: Layout) -> Accumulators:
-        """The averages in a layout; those that lie otherwise are moved, name by name."""
+    def _in_layout(self, layout: Layout) -> Accumulators:
         kept = self.accumulators
         if kept is None:
             kept = Accumulators.zeros(layout, len(self.gammas))

@@ -1,10 +1,10 @@
-"""Which tensors of a model are averaged, which are copied, which are left out."""
+"""Which tensors of a model are averaged, copied or left out, and how a model may change while it is tracked."""
 
 from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -19,16 +19,19 @@ from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
 
-EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Dtypes that torch knows no arithmetic of."""
+log = logging.getLogger(__name__)
 
-ON_META = (
-    "is on the meta device and has no values; PostHocEMA.from_path(checkpoint_dir).load_into(model, sigma_rel=...) "
-    "fills a model with an average, load_state_dict(assign=True) with any values"
-)
-"""What to say of a tensor without values, after its name."""
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
+"""Dtypes that torch has no arithmetic for."""
 
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
+
+ON_META = (
+    "is on the meta device and has no values",
+    "PostHocEMA.from_path(checkpoint_dir).load_into(model, sigma_rel=...) fills a model with an average, "
+    "load_state_dict(assign=True) with any values",
+)
+"""Reason and hint for a tensor without values."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,9 @@ class ModelTensors:
 
     Attributes:
         averaged: floating-point parameters, and buffers that the user wants averaged.
-        copied: other persistent buffers, parameters of whole numbers, and what the user wants copied.
+        copied: other persistent buffers, parameters of whole numbers, and tensors that the user wants copied.
         aliases: further names of tensors above (tied parameters) -> the stored name.
-        left_out: names in the model's state that are not tracked: what the selection leaves out, extra state.
+        left_out: names in the model's state that are not tracked: excluded by the selection, or extra state.
         frozen: those of them that are left out only since they do not require gradients.
     """
 
@@ -52,7 +55,7 @@ class ModelTensors:
 
 @dataclass(frozen=True)
 class TrackedModel:
-    """What a run tracks of a model: the part of a snapshot's header that must not change."""
+    """What a run tracks of a model: the entries of a snapshot's header that must not change within a segment."""
 
     tensors: dict[str, TrackedTensor]
     shapes: Mapping[str, tuple[int, ...]]
@@ -63,7 +66,7 @@ class TrackedModel:
 
     @classmethod
     def of_model(cls, found: ModelTensors) -> TrackedModel:
-        """What a model in memory would be stored as."""
+        """The entries for a model in memory."""
         tensors, shapes = {}, {}
         for role, group in (("average", found.averaged), ("copy", found.copied)):
             for name, tensor in group.items():
@@ -73,18 +76,18 @@ class TrackedModel:
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
-        """What a snapshot says was tracked."""
+        """The entries of a snapshot."""
         shapes = {name: entry.shape for name, entry in snapshot.header.tensors.items()}
         info = snapshot.info
         return cls(info.tensors, shapes, info.aliases, info.left_out, segment=info.segment)
 
     def check_header(self) -> None:
-        """Raise an InvalidValueError where there are so many tensors that no snapshot's header can name them.
+        """Raise an InvalidValueError if there are too many tensors for a snapshot's header: now, not when one is due.
 
-        Now, and not when the first snapshot is due. What else a header holds is small, and not counted.
+        The rest of a header is small, and not counted.
         """
         names = [*self.tensors, *self.aliases, *self.left_out]
-        # A tensor's name stands in a header three times, beside at most 300 bytes.
+        # A header has a tensor's name three times, with at most 300 bytes more.
         if 3 * sum(map(len, names)) + 300 * len(names) < fmt.MAX_HEADER_BYTES // 4:
             return
         entries = fmt.lay_out(
@@ -95,73 +98,73 @@ class TrackedModel:
             fmt.encode_header(entries, fmt.tensor_metadata(self.tensors, self.aliases, self.left_out), checksums)
         except InvalidValueError as error:
             raise InvalidValueError(
-                "model", f"{error}; it has {len(names):,} tensors: leave some out with include or exclude, or join them"
+                "model",
+                f"with {len(names):,} tensors a snapshot's {error.subject} {error.reason}",
+                "leave some out with include or exclude, or join them",
             ) from error
 
     def check(self, found: TrackedModel) -> None:
         """Raise a ModelMismatchError, naming the tensor, unless names, shapes, dtypes and roles are these."""
-        for name in self.tensors:
-            if name not in found.tensors:
-                raise ModelMismatchError(f"tensor {name!r}", _why_missing(name, found))
+        for name in (*self.tensors, *found.tensors):
+            if (name in self.tensors) != (name in found.tensors):
+                raise ModelMismatchError(f"tensor {name!r}", *self._why_missing_or_new(name, found))
         for name, tensor in found.tensors.items():
-            if name not in self.tensors:
-                raise ModelMismatchError(f"tensor {name!r}", self._why_new(name))
-            if found.shapes[name] != self.shapes[name]:
-                shapes = list(found.shapes[name]), list(self.shapes[name])
+            shape, expected = list(found.shapes[name]), list(self.shapes[name])
+            if shape != expected:
                 raise ModelMismatchError(
-                    f"tensor {name!r}", f"has the shape {shapes[0]}, and had {shapes[1]} when tracking began"
+                    f"tensor {name!r}", f"has the shape {shape}, and had {expected} when tracking began"
                 )
             if tensor != self.tensors[name]:
-                raise ModelMismatchError(f"tensor {name!r}", _why_other(tensor, self.tensors[name]))
+                raise ModelMismatchError(f"tensor {name!r}", *_why_other(tensor, self.tensors[name]))
         for alias in self.aliases.keys() | found.aliases.keys():
             if self.aliases.get(alias) != found.aliases.get(alias):
                 raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to")
 
-    def _why_new(self, name: str) -> str:
+    def _why_missing_or_new(self, name: str, found: TrackedModel) -> tuple[str, str]:
+        follow = "make the hook with on_change='follow', which goes on "
+        if name in found.frozen:
+            return (
+                "is tracked, but does not require gradients any more",
+                f"make the hook with only_trainable=False to track frozen parameters, too, or {follow}without it",
+            )
+        if name in self.tensors:
+            return "is tracked, but the model has no such tensor to track", ""
         if name in self.left_out:
             return (
-                "is to be averaged now, but was left out when tracking began: it did not require gradients then; a "
-                "hook with on_change='follow' takes it in"
+                "requires gradients now, but was left out when tracking began, since it did not then",
+                f"{follow}with it",
             )
-        return "is in the model, but was not when tracking began; a hook with on_change='follow' takes it in"
+        return "is in the model, but was not when tracking began", f"{follow}with it"
 
 
-def _why_missing(name: str, found: TrackedModel) -> str:
-    if name in found.frozen:
-        return (
-            "is tracked, but does not require gradients any more; a hook made with only_trainable=False takes "
-            "parameters whether they do or not, one with on_change='follow' goes on without it"
-        )
-    return "is tracked, but the model has no such tensor to track"
-
-
-def _why_other(found: TrackedTensor, tracked: TrackedTensor) -> str:
+def _why_other(found: TrackedTensor, tracked: TrackedTensor) -> tuple[str, str]:
+    kept = {"average": "averaged", "copy": "copied"}
     if found.role != tracked.role:
-        return f"is {_KEPT[found.role]} now, and was {_KEPT[tracked.role]} when tracking began"
+        return f"is {kept[found.role]} now, and was {kept[tracked.role]} when tracking began", ""
     return (
-        f"is {torch_dtype(found.dtype)}, and was {torch_dtype(tracked.dtype)} when tracking began; convert the model "
-        "before the hook is made, or compute in half precision with torch.autocast, which leaves parameters as they "
-        "are; a hook with on_change='follow' begins its average anew"
+        f"is {torch_dtype(found.dtype)}, and was {torch_dtype(tracked.dtype)} when tracking began",
+        "convert the model before the hook is made; or compute in half precision with torch.autocast, which does not "
+        "change parameters; or make the hook with on_change='follow', which starts a new average",
     )
 
 
-_KEPT = {"average": "averaged", "copy": "copied"}
-
-
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
-    """`model`, or an InvalidValueError that says what it is instead."""
+    """`model`, or an InvalidValueError if it is no module."""
     if not isinstance(model, torch.nn.Module):
         raise InvalidValueError("model", f"must be a torch.nn.Module, not {type(model).__name__}")
     return model
 
 
-def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] | None = None) -> ModelTensors:
-    """Look through a model, wrapped or bare: the names are the same.
+# --- looking through a model ---
+
+
+def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
+    """The tensors of a model, wrapped or bare: the names are the same.
 
     Arguments:
         model: any module.
         selection: what the user wants of it.
-        also: parameters that are taken though they do not require gradients.
+        also: parameters to take even if they do not require gradients.
 
     Raises:
         InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
@@ -183,7 +186,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         if not selection.names(name) or (not found.is_parameter and selection.buffers == "skip"):
             left_out.append(name)
             continue
-        wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in (also or ())
+        wanted = not selection.only_trainable or tensor.requires_grad or is_copied or name in also
         if found.is_parameter and not wanted:
             left_out.append(name)
             frozen.add(name)
@@ -195,8 +198,11 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             continue
         _check_dense(name, tensor)
         (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = tensor.detach()
+    if not averaged and (frozen or not (selection.include or selection.exclude or selection.copy_only)):
+        reason = "has no parameter to average: none of floating-point values requires gradients"
+        raise InvalidValueError("model", reason, "only_trainable=False takes frozen ones too")
     if not averaged:
-        raise _nothing_to_average(selection, bool(frozen))
+        raise InvalidValueError("model", "has no parameter to average: include, exclude and copy_only leave none")
     return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen))
 
 
@@ -211,18 +217,13 @@ def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
         if tensor.numel() > 0:
             groups.setdefault((tensor.device, tensor.dtype), []).append(name)
     bad: set[str] = set()
-    for names in groups.values():
-        group = [_with_arithmetic(tensors[name]) for name in names]
+    for (_, dtype), names in groups.items():
+        group = [tensors[name].float() if dtype in EIGHT_BITS else tensors[name] for name in names]
         if bool(torch.isfinite(torch.stack(torch._foreach_norm(group, 2))).all()):
             continue
         finite = torch.isfinite(torch.stack(torch._foreach_norm(group, float("inf"))))
-        if not bool(finite.all()):
-            bad.update(name for name, fine in zip(names, finite.tolist(), strict=True) if not fine)
+        bad.update(name for name, fine in zip(names, finite.tolist(), strict=True) if not fine)
     return next((name for name in tensors if name in bad), None)
-
-
-def _with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.float() if tensor.dtype in EIGHT_BITS else tensor
 
 
 def _extra_state_names(model: torch.nn.Module) -> Iterator[str]:
@@ -248,16 +249,15 @@ def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
     if tensor.is_complex():
         raise InvalidValueError(
             "parameter",
-            "is complex, and only real numbers are averaged; let the model hold torch.view_as_real of "
-            f"it, have it copied with copy_only={name!r}, or leave it out with exclude={name!r}",
+            "is complex, and only real numbers are averaged",
+            f"let the model hold torch.view_as_real of it, have it copied with copy_only={name!r}, or leave it out "
+            f"with exclude={name!r}",
             value=f"{name!r}",
         )
     if tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
         raise InvalidValueError(
-            "parameter",
-            f"dtype {tensor.dtype} cannot be averaged; "
-            f"{', '.join(str(d).removeprefix('torch.') for d in AVERAGED_DTYPES)} can",
-            value=f"{name!r}",
+            "parameter", f"dtype {tensor.dtype} cannot be averaged; {accepted} can", value=f"{name!r}"
         )
     return tensor.is_floating_point()
 
@@ -266,71 +266,79 @@ def _check_name(found: NamedTensor) -> None:
     """Raise an InvalidValueError for the one name that no tensor in a safetensors file can have."""
     if found.name == "__metadata__":
         raise InvalidValueError(
-            f"{('parameter' if found.is_parameter else 'buffer')} {found.name!r}",
-            "safetensors files keep this name for themselves, so that no snapshot can hold it; rename "
-            f"it in the model, or leave it out with exclude={found.name!r}",
+            "parameter" if found.is_parameter else "buffer",
+            "safetensors files reserve this name, so that no snapshot can hold it",
+            f"rename it in the model, or leave it out with exclude={found.name!r}",
+            value=f"{found.name!r}",
         )
 
 
 def _check_dense(name: str, tensor: torch.Tensor) -> None:
-    """Raise an InvalidValueError for what has no values of its own, whole and here."""
+    """Raise an InvalidValueError for a tensor that has no values of its own, complete and in this process."""
+    reason, hint = "", ""
     if torch.nn.parameter.is_lazy(tensor):
-        raise InvalidValueError("tensor", "has no shape yet", "run a batch through the model first", value=f"{name!r}")
-    if hasattr(tensor, "to_local"):
-        raise InvalidValueError(
-            "tensor",
-            "is sharded over processes (DTensor), and sharded models cannot be tracked yet; "
-            "DistributedDataParallel can",
-            value=f"{name!r}",
-        )
-    if hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
-        raise InvalidValueError(
-            "tensor",
-            "is sharded over processes (DeepSpeed ZeRO-3), which leaves a placeholder here, and "
-            "sharded models cannot be tracked yet; ZeRO-1 and ZeRO-2 can",
-            value=f"{name!r}",
-        )
-    if tensor.layout != torch.strided:
-        raise InvalidValueError("tensor", f"is {tensor.layout}; only dense tensors can be tracked", value=f"{name!r}")
-    if tensor.is_meta:
-        raise InvalidValueError("tensor", ON_META, value=f"{name!r}")
+        reason, hint = "has no shape yet", "run a batch through the model first"
+    elif hasattr(tensor, "to_local"):
+        reason = "is sharded over processes (DTensor), and sharded models cannot be tracked yet"
+        hint = "use DistributedDataParallel"
+    elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
+        reason = "is sharded over processes (DeepSpeed ZeRO-3), and sharded models cannot be tracked yet"
+        hint = "use ZeRO-1 or ZeRO-2"
+    elif tensor.layout != torch.strided:
+        reason = f"is {tensor.layout}; only dense tensors can be tracked"
+    elif tensor.is_meta:
+        reason, hint = ON_META
+    if reason:
+        raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
 
 
-def _nothing_to_average(selection: Selection, has_frozen: bool) -> InvalidValueError:
-    if has_frozen or not (selection.include or selection.exclude or selection.copy_only):
-        return InvalidValueError(
-            "model",
-            "has no parameter to average: none of floating-point values requires gradients",
-            "only_trainable=False takes frozen ones too",
-        )
-    return InvalidValueError("model", "has no parameter to average: include, exclude and copy_only leave none")
+# --- a model whose tensors change ---
 
 
-# --- A model's tensors, looked through once, and again only when they are others than before -------
+@dataclass(frozen=True)
+class Change:
+    """A new segment: unchanged tensors keep their averages, new ones start with their present values.
 
-
-class WatchedModel:
-    """The tensors that were found in a model, as long as they stay the same.
-
-    What is compared at every update, in place of walking through the modules: the names and objects that the modules
-    hold, where the parameters' values are and how they lie, their shapes, dtypes and whether they require gradients.
+    Attributes:
+        tracked: what is tracked from now on.
+        begun: names of the tensors whose averages start.
     """
 
-    def __init__(self) -> None:
+    tracked: TrackedModel
+    begun: tuple[str, ...]
+
+
+class ModelWatch:
+    """Cache of the model's tensors, invalidated when the model changes.
+
+    Walking through the modules at every update would cost more than comparing names, objects, storage addresses,
+    shapes, strides, dtypes and whether gradients are required.
+
+    Arguments:
+        selection: what the user wants of the model.
+        follows_changes: whether a changed model begins a new segment, or is an error.
+        lenient: whether tracked parameters are taken even if they do not require gradients: older snapshots do not say
+            what was selected.
+    """
+
+    def __init__(self, selection: Selection, follows_changes: bool, lenient: bool = False) -> None:
+        self._selection, self._follows_changes, self._lenient = selection, follows_changes, lenient
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._contents: list[dict[str, Any]] = []
         self._filled: list[dict[str, Any]] = []
         self._state_tensors: list[torch.Tensor] = []
         self._held: list[object] = []
-        self._state: tuple[object, ...] = ()
+        self._fingerprint: tuple[object, ...] = ()
         self._tensors: ModelTensors | None = None
+        self._checked: tuple[ModelTensors, TrackedModel] | None = None
 
-    def tensors(self, model: torch.nn.Module, collect: Callable[[torch.nn.Module], ModelTensors]) -> ModelTensors:
-        """What `collect` finds in the model: the object of the last call, unless it had to be called again."""
-        if self._tensors is not None and self._model is not None and self._model() is model and self._is_same():
+    def tensors(self, model: torch.nn.Module, tracked: TrackedModel) -> ModelTensors:
+        """The model's tensors: the object of the last call, unless the model has changed."""
+        same_model = self._model is not None and self._model() is model
+        if self._tensors is not None and same_model and self._fingerprint == self._take_fingerprint():
             return self._tensors
         self._tensors = None
-        found = collect(model)
+        found = self._collect(model, tracked, self._lenient)
         self._model = weakref.ref(model)  # it may go before the tracker does
         self._contents = [
             contents
@@ -340,15 +348,39 @@ class WatchedModel:
         self._state_tensors = [*model.parameters(), *model.buffers()]
         self._filled = [contents for contents in self._contents if contents]
         self._held = [*chain.from_iterable(map(dict.values, self._filled))]
-        self._state = self._now()
+        self._fingerprint = self._take_fingerprint()
         self._tensors = found
         return found
 
-    def _is_same(self) -> bool:
-        return self._now() == self._state
+    def change(self, tensors: ModelTensors, tracked: TrackedModel) -> Change | None:
+        """How to go on if the model's tensors differ from the tracked ones; None if they are the same.
 
-    def _now(self) -> tuple[object, ...]:
-        """What would be another if the tensors were others. `_held` keeps ids from being given again."""
+        Raises:
+            ModelMismatchError: they differ, and changes are not followed.
+            NonFiniteError: they differ and one is not finite, by name.
+        """
+        if self._checked is not None and self._checked[0] is tensors and self._checked[1] is tracked:
+            return None
+        try:
+            tracked.check(TrackedModel.of_model(tensors))
+        except ModelMismatchError:
+            if not self._follows_changes:
+                raise
+            return _find_change(tracked, tensors)
+        self._checked = tensors, tracked
+        return None
+
+    def check(self, model: torch.nn.Module, tracked: TrackedModel) -> None:
+        """Raise a ModelMismatchError unless the model is the tracked one; it may be frozen, to be filled only."""
+        if not self._follows_changes:
+            self.change(self._collect(model, tracked, frozen_too=True), tracked)
+
+    def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
+        known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
+        return collect_tensors(model, self._selection, also=known)
+
+    def _take_fingerprint(self) -> tuple[object, ...]:
+        """Differs if the tensors do. `_held` keeps ids from being used again."""
         tensors = self._state_tensors
         return (
             [*map(len, self._contents)],
@@ -362,53 +394,26 @@ class WatchedModel:
         )
 
 
-# --- A run whose model changes while it is trained: the averages go on with what is as it was ------
-
-
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Change:
-    """A new segment: averages of tensors as they were go on, of others they begin with the present values.
-
-    Attributes:
-        tracked: what is tracked from now on.
-        begun: names of the tensors whose averages begin.
-    """
-
-    tracked: TrackedModel
-    begun: tuple[str, ...]
-
-
 @torch.no_grad()
-def find_change(tracked: TrackedModel, found: ModelTensors) -> Change:
-    """How to go on with what a model has now, in place of what was tracked.
-
-    Raises:
-        NonFiniteError: a tensor holds nan or infinity, by name. A new average begins at an update, and this is none.
-    """
+def _find_change(tracked: TrackedModel, found: ModelTensors) -> Change:
     wanted = replace(TrackedModel.of_model(found), segment=tracked.segment + 1)
     wanted.check_header()
-    begun = [name for name in found.averaged if not _same(name, tracked, wanted)]
+    begun = [
+        name
+        for name in found.averaged
+        if tracked.tensors.get(name) != wanted.tensors[name] or tracked.shapes.get(name) != wanted.shapes[name]
+    ]
     bad = nonfinite_name(found.averaged)
-    if bad is not None and bad not in begun:
-        raise NonFiniteError(f"parameter {bad!r}", "holds nan or infinity; no average has taken it in")
     if bad is not None:
-        raise NonFiniteError(f"parameter {bad!r}", "is new, and holds nan or infinity; its average cannot begin")
+        what = "is new, and holds nan or infinity; its average cannot begin"
+        kept = "holds nan or infinity; no average has taken it in"
+        raise NonFiniteError(f"parameter {bad!r}", what if bad in begun else kept)
+    gone = [name for name in tracked.tensors if name not in wanted.tensors]
     log.warning(
         "the model's tensors have changed: %s; a new segment of snapshots begins",
-        "; ".join(filter(None, (_listed("new", begun), _listed("gone", _gone(tracked, wanted))))) or "tied names",
+        "; ".join(filter(None, (_listed("new", begun), _listed("gone", gone)))) or "tied names",
     )
     return Change(wanted, tuple(begun))
-
-
-def _same(name: str, before: TrackedModel, now: TrackedModel) -> bool:
-    return before.tensors.get(name) == now.tensors[name] and before.shapes.get(name) == now.shapes[name]
-
-
-def _gone(before: TrackedModel, now: TrackedModel) -> list[str]:
-    return [name for name in before.tensors if name not in now.tensors]
 
 
 def _listed(what: str, names: Sequence[str]) -> str:

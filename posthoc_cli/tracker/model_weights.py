@@ -29,9 +29,9 @@ Given = TypeVar("Given")
 
 
 class Weights(OrderedDict[str, torch.Tensor]):
-    """A state dict that can also be used in a `with` statement, and pickles as a plain OrderedDict.
+    """A state dict that pickles as a plain OrderedDict: `torch.load(weights_only=True)` reads it without this package.
 
-    So a file of `torch.save(weights, ...)` loads with `weights_only=True` and without this package.
+    `with ema.state_dict(...) as weights` gives the dict itself, as users of other libraries write it.
 
     Attributes:
         predicted_error: expected relative L2 error of the weights; None if unknown.
@@ -42,9 +42,7 @@ class Weights(OrderedDict[str, torch.Tensor]):
     def __enter__(self) -> Weights:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         return None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -52,7 +50,7 @@ class Weights(OrderedDict[str, torch.Tensor]):
 
 
 class Block(Generic[Given]):
-    """A context manager that nobody takes for what it gives: any other use is an error that shows the statement."""
+    """A context manager for `with` only: any other use is an error that shows the statement to write."""
 
     def __init__(self, name: str, opened: AbstractContextManager[Given]) -> None:
         self._name = name
@@ -84,7 +82,7 @@ class Block(Generic[Given]):
 
 
 def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, Block[Given]]:
-    """`contextlib.contextmanager`, of which a call without `with` gives a decorator, for a `Block`."""
+    """As `contextlib.contextmanager`, but for a `Block`, which is no decorator."""
     opened = contextmanager(make)
 
     @wraps(make)
@@ -100,7 +98,7 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
     Arguments:
         model: any module with tensors of these names and shapes, wrapped or bare; its other tensors do not change.
         weights: tensors by name.
-        own_dtypes: whether the model keeps its dtypes and is changed in place; else it takes those of `weights`.
+        own_dtypes: whether the model keeps its dtypes and is changed in place; else it takes the dtypes of `weights`.
 
     Raises:
         ModelMismatchError: the model has no such tensor, or in another shape; nothing is changed.
@@ -154,7 +152,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     for name, target in targets.items():
         if target.tensor.is_meta:
-            raise InvalidValueError("tensor", ON_META, value=f"{name!r}")
+            raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
     if not own_dtypes:
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
     held = _holders(model, {id(target.registered) for target in targets.values()})
@@ -208,16 +206,16 @@ def _is_writable(tensor: torch.Tensor) -> bool:
 
 
 def _save(stack: ExitStack, model: torch.nn.Module, new_dtypes: Mapping[int, torch.dtype], own_dtypes: bool) -> None:
-    """Push what restores the model onto the stack; if one part cannot be restored, the others are nevertheless."""
+    """Push what restores the model onto the stack, which runs all of it even if one callback fails."""
     for module in model.modules():
         stack.callback(setattr, module, "training", module.training)
         for key, parameter in module._parameters.items():
             if parameter is not None:
                 swapped = id(parameter) in new_dtypes
                 in_place = not swapped or own_dtypes or new_dtypes[id(parameter)] == parameter.dtype
-                stack.callback(_SavedParameter(module, key, parameter, swapped, in_place).restore)
+                _save_parameter(stack, module, key, parameter, swapped, in_place)
         for key in module._buffers:
-            stack.callback(_SavedBuffer(module, key).restore)
+            _save_buffer(stack, module, key)
 
 
 def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedTensor]:
@@ -244,72 +242,58 @@ def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
         raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
 
 
-class _SavedParameter:
-    """A parameter's storage and, if its values will change, a copy of them in host memory."""
-
-    def __init__(
-        self, module: torch.nn.Module, key: str, parameter: torch.nn.Parameter, swapped: bool, in_place: bool
-    ) -> None:
-        self._module = module
-        self._key = key
-        self._parameter = parameter
-        self._device = parameter.device
-        self._grad = parameter.grad
-        self._requires_grad = parameter.requires_grad
-        # The storage itself is kept, unless it is to be replaced by one of another dtype.
-        self._storage = parameter.data if in_place else None
-        self._values = parameter.data.to("cpu", copy=True) if swapped else None
+def _save_parameter(
+    stack: ExitStack, module: torch.nn.Module, key: str, parameter: torch.nn.Parameter, swapped: bool, in_place: bool
+) -> None:
+    """Save a parameter's storage and, if its values will change, a copy of them in host memory."""
+    device, grad, requires_grad = parameter.device, parameter.grad, parameter.requires_grad
+    # The storage itself is kept, unless it is to be replaced by one of another dtype.
+    storage = parameter.data if in_place else None
+    values = parameter.data.to("cpu", copy=True) if swapped else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def restore(self) -> None:
+    def restore() -> None:
         # Moving a module between kinds of devices may replace the Parameter itself.
-        self._module._parameters[self._key] = self._parameter
-        if self._storage is None and self._values is not None:
-            self._parameter.data = self._values.to(self._device)
-        elif self._storage is not None:
-            if self._values is not None:
-                self._storage.copy_(self._values)
-            self._parameter.data = self._storage
-        self._parameter.requires_grad_(self._requires_grad)
-        self._parameter.grad = self._grad
+        module._parameters[key] = parameter
+        if storage is not None:
+            parameter.data = storage if values is None else storage.copy_(values)
+        elif values is not None:
+            parameter.data = values.to(device)
+        parameter.requires_grad_(requires_grad)
+        parameter.grad = grad
+
+    stack.callback(restore)
 
 
-class _SavedBuffer:
-    """A buffer and a copy of its values in host memory."""
-
-    def __init__(self, module: torch.nn.Module, key: str) -> None:
-        self._module = module
-        self._key = key
-        self._buffer = module._buffers[key]
-        self._storage = None if self._buffer is None else self._buffer.data
-        # On meta there are no values to save, nor can any be written.
-        writable = self._storage is not None and not self._storage.is_meta and _is_writable(self._storage)
-        self._values = self._storage.to("cpu", copy=True) if self._storage is not None and writable else None
+def _save_buffer(stack: ExitStack, module: torch.nn.Module, key: str) -> None:
+    """Save a buffer and a copy of its values in host memory."""
+    buffer = module._buffers[key]
+    storage = None if buffer is None else buffer.data
+    # On meta there are no values to save, nor can any be written.
+    writable = storage is not None and not storage.is_meta and _is_writable(storage)
+    values = storage.to("cpu", copy=True) if storage is not None and writable else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def restore(self) -> None:
-        self._module._buffers[self._key] = self._buffer
-        if self._buffer is not None and self._storage is not None:
-            self._buffer.data = self._storage
-            if self._values is not None:
-                self._storage.copy_(self._values)
+    def restore() -> None:
+        module._buffers[key] = buffer
+        if buffer is not None and storage is not None:
+            buffer.data = storage if values is None else storage.copy_(values)
 
-
-# --- A model filled with an average in place, tensor by tensor as it is made -----------------------
+    stack.callback(restore)
 
 
 def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = "cpu") -> None:
     """Fill a model's own tensors with the first target of a plan.
 
-    Everything is made once and dropped before the first tensor changes, so that a damaged snapshot, a value that is
-    not finite or a model that does not fit leaves the model as it was; that takes the time twice, and no memory.
+    Everything is computed and dropped once before the first tensor changes, so that a damaged snapshot, a value that
+    is not finite or a model that does not fit leaves the model as it was. That takes twice the time, and no memory.
 
     Arguments:
         model: with tensors of the plan's names and shapes; others of its tensors are left alone.
         plan: of one target; without a dtype of its own the model keeps its dtypes.
-        device: where tensors on `meta` come to be.
+        device: where tensors that are on `meta` are created.
 
     Raises:
         ModelMismatchError: naming the tensor, before anything is changed.
@@ -345,7 +329,7 @@ class _Fitting(NoWriter):
         ]
 
     def write(self, begin: int, values: torch.Tensor) -> None:
-        """See `TileWriter`."""
+        """Check the values instead of writing them."""
         for name, dtype, start, end in self._pieces:
             check_fits(name, values[max(0, start - begin) : max(0, end - begin)], dtype)
 
@@ -385,19 +369,16 @@ def _warn_of_the_rest(model: torch.nn.Module) -> None:
         )
 
 
-# --- BatchNorm statistics for weights that they were not measured with -----------------------------
-
-
+@torch.no_grad()
 def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
-    """Measure the statistics of a model's BatchNorm layers anew, on one pass over `loader`.
+    """Recompute the statistics of a model's BatchNorm layers in one pass over `loader`, each batch counting alike.
 
-    They were measured along the training, of other weights than the averaged ones. Every batch counts alike
-    (`torch.optim.swa_utils.update_bn`). Modes and momenta are as before afterwards; if the pass fails, the
-    statistics are, too. A model without such layers is left alone, and `loader` unread.
+    See `torch.optim.swa_utils.update_bn`. Modes and momenta are restored afterwards; after an error statistics, too.
 
     Arguments:
         model: in any mode, on any device.
-        loader: gives the model's inputs, or lists or tuples that begin with them; tensors on any device.
+        loader: gives the model's inputs, or lists or tuples that begin with them; tensors on any device. It is not read
+            if there are no BatchNorm layers.
 
     Raises:
         InvalidValueError: not a model, or a loader that gives nothing.
@@ -405,34 +386,27 @@ def update_bn(model: torch.nn.Module, loader: Iterable[Any]) -> None:
     layers = [module for module in check_model(model).modules() if isinstance(module, _BatchNorm)]
     if not layers:
         return
+    first = next(model.parameters(), next(model.buffers(), None))
+    count = 0
+
+    def inputs() -> Iterator[Any]:
+        nonlocal count
+        for count, batch in enumerate(loader, 1):  # noqa: B007  # read below
+            yield _moved(
+                batch[0] if isinstance(batch, list | tuple) else batch, None if first is None else first.device
+            )
+
     with ExitStack() as always, ExitStack() as on_error:
         for module in model.modules():
             always.callback(setattr, module, "training", module.training)
         for layer in layers:
             always.callback(setattr, layer, "momentum", layer.momentum)
             for buffer in layer.buffers(recurse=False):
-                on_error.callback(_restore, buffer, buffer.detach().clone())
-        batches = _Batches(loader, _device(model))
-        with torch.no_grad():
-            swa_utils.update_bn(batches, model)
-        if not batches.count:
+                on_error.callback(buffer.copy_, buffer.clone())
+        swa_utils.update_bn(inputs(), model)
+        if not count:
             raise InvalidValueError("update_bn", "the loader gave no batch to measure BatchNorm statistics on")
         on_error.pop_all()
-
-
-class _Batches:
-    """A loader's batches on the model's device, counted."""
-
-    def __init__(self, loader: Iterable[Any], device: torch.device | None) -> None:
-        self._loader = loader
-        self._device = device
-        self.count = 0
-
-    def __iter__(self) -> Iterator[Any]:
-        for batch in self._loader:
-            self.count += 1
-            inputs = batch[0] if isinstance(batch, (list, tuple)) else batch
-            yield _moved(inputs, self._device)
 
 
 def _moved(value: Any, device: torch.device | None) -> Any:
@@ -441,14 +415,3 @@ def _moved(value: Any, device: torch.device | None) -> Any:
     if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
     return value
-
-
-def _device(model: torch.nn.Module) -> torch.device | None:
-    """Where the model's first tensor is."""
-    tensor = next(model.parameters(), next(model.buffers(), None))
-    return None if tensor is None else tensor.device
-
-
-@torch.no_grad()
-def _restore(buffer: torch.Tensor, values: torch.Tensor) -> None:
-    buffer.copy_(values)

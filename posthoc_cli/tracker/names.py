@@ -1,105 +1,21 @@
-"""Names of PEFT's adapters: those that PEFT's own loading takes. PEFT is asked; nothing of it is repeated here.
-
-Names of a model's tensors, the same whatever the model is wrapped in.
+"""Names of a model's tensors, the same whatever the model is wrapped in.
 
 `torch.compile`, DataParallel, DistributedDataParallel, FSDP and activation checkpointing put a child between a module
-and its tensors' names. Here such a child is told by the type of its parent, never by what it is called: a module of
-one's own may have a child called `module`. Adapters of PEFT have the names that PEFT saves and loads them by.
+and its tensors' names. Such a child is recognised by its parent's type, never by its name: a user's module may have a
+child called `module`. Tensors of a PEFT adapter have the names under which PEFT saves and loads them.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError
-
-
-class Place(Protocol):
-    """A module and the paths to it; see `naming.NamedModule`."""
-
-    @property
-    def path(self) -> str:
-        """Without wrappers."""
-        ...
-
-    @property
-    def raw(self) -> str:
-        """As torch names it."""
-        ...
-
-    @property
-    def module(self) -> torch.nn.Module:
-        """Itself."""
-        ...
-
-
-@dataclass(frozen=True)
-class AdapterRoot:
-    """A module with one adapter in it, or a PeftModel around one.
-
-    Attributes:
-        path, raw: see `naming.NamedModule`.
-        module: what PEFT is asked about.
-        adapter: the adapter's name, which its tensors' names do not have where PEFT has saved them.
-    """
-
-    path: str
-    raw: str
-    module: torch.nn.Module
-    adapter: str
-
-    def saved_names(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-        """The names that PEFT saves the adapter's tensors under, by the names in the module."""
-        from peft import get_peft_model_state_dict
-
-        # An object for each name, so that what comes back tells where it was.
-        state = {name: tensor.detach() for name, tensor in tensors.items()}
-        names = {id(tensor): name for name, tensor in state.items()}
-        saved = get_peft_model_state_dict(
-            self.module, state_dict=dict(state), adapter_name=self.adapter, save_embedding_layers=False
-        )
-        return {names[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in names}
-
-
-def adapter_roots(places: Sequence[Place]) -> Iterator[AdapterRoot]:
-    """The outermost modules with an adapter each.
-
-    With several adapters in a module names stay as they are, with the adapter's in them: without it they would be the
-    same. So do those of prompt learning, which PEFT saves computed.
-    """
-    if "peft" not in sys.modules:
-        return
-    found: list[str] = []
-    for place in places:
-        if any(place.raw == raw or place.raw.startswith(f"{raw}." if raw else "") for raw in found):
-            continue
-        configs = _configs(place.module)
-        if configs:
-            found.append(place.raw)
-            adapter, config = next(iter(configs.items()))
-            if len(configs) == 1 and not config.is_prompt_learning:
-                yield AdapterRoot(place.path, place.raw, place.module, adapter)
-
-
-def _configs(module: torch.nn.Module) -> Mapping[str, Any]:
-    """The adapters that a module says it has."""
-    from peft import PeftConfig, PeftModel
-
-    # Not `getattr`: wrappers hand on what they wrap.
-    configs = module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
-    if not isinstance(configs, Mapping):
-        return {}
-    return {name: config for name, config in configs.items() if isinstance(config, PeftConfig)}
-
-
-# --- Names of a model's tensors, the same whatever the model is wrapped in -------------------------
-
 
 _WRAPPERS = (
     ("torch.nn.parallel.data_parallel", "DataParallel", "module"),
@@ -134,7 +50,7 @@ class NamedTensor:
         name: without wrappers.
         raw: as torch names it.
         tensor: the values; tied names have the same object.
-        registered: the tensor that the module holds: `tensor` itself, or the flat parameter it is a part of.
+        registered: the tensor that the module holds: `tensor` itself, or the flat parameter that contains it.
         is_parameter: else a buffer.
         in_state: whether it is in the state dict: all but transient buffers.
     """
@@ -156,16 +72,22 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
     modules = list(named_modules(model))
     tensors = [*_parameters(modules), *_buffers(modules)]
     renamed: dict[str, str] = {}
-    for root in adapter_roots(modules):
-        renamed |= _adapter_names(root, modules, tensors)
-    if renamed:
-        tensors = [_renamed(tensor, renamed) for tensor in tensors]
-        _check_distinct(tensors)
+    for root, adapter in _adapter_roots(modules):
+        renamed |= _adapter_names(root, adapter, modules, tensors)
+    if not renamed:
+        return tensors
+    tensors = [replace(tensor, name=renamed.get(tensor.raw, tensor.name)) for tensor in tensors]
+    seen: dict[str, str] = {}
+    for tensor in tensors:
+        if seen.setdefault(tensor.name, tensor.raw) != tensor.raw:
+            raise InvalidValueError(
+                "tensors", f"both are {tensor.name!r}", value=f"{seen[tensor.name]!r} and {tensor.raw!r}"
+            )
     return tensors
 
 
 def named_modules(model: torch.nn.Module, path: str = "", raw: str = "") -> Iterator[NamedModule]:
-    """Every module by every path, wrappers too (under the path of what they wrap)."""
+    """Every module by every path, wrappers too (under the path of the module they wrap)."""
     yield NamedModule(path, raw, model)
     wrapped = wrapped_child(model)
     for key, child in model._modules.items():
@@ -176,8 +98,7 @@ def named_modules(model: torch.nn.Module, path: str = "", raw: str = "") -> Iter
 def wrapped_child(module: torch.nn.Module) -> str | None:
     """The name of the child that a wrapper wraps; None for a module that is no wrapper."""
     for where, kind, child in _WRAPPERS:
-        # A wrapper whose module nobody has imported is nowhere.
-        found = getattr(sys.modules.get(where), kind, None)
+        found = getattr(sys.modules.get(where), kind, None)  # a class that nobody has imported wraps nothing
         if found is not None and isinstance(module, found):
             return child
     return None
@@ -193,22 +114,19 @@ def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def is_fsdp(module: torch.nn.Module) -> bool:
-    """Whether a module is a wrapper of FSDP, the first one (`fully_shard` wraps nothing)."""
+    """Whether a module is a wrapper of the first FSDP (`fully_shard` wraps nothing)."""
     return wrapped_child(module) == "_fsdp_wrapped_module"
-
-
-# --- inside ----------------------------------------------------------------------------------------
 
 
 def _parameters(modules: list[NamedModule]) -> Iterator[NamedTensor]:
     for place in modules:
         if is_fsdp(place.module):
-            _check_whole(place)
+            _check_unsharded(place)
         for key, parameter in place.module._parameters.items():
             if parameter is None:
                 continue
             if getattr(parameter, "_is_flat_param", False):
-                yield from _parts_of_flat(place, parameter)
+                yield from _in_flat_parameter(place, parameter)
             else:
                 yield NamedTensor(_join(place.path, key), _join(place.raw, key), parameter, parameter, True)
 
@@ -222,67 +140,95 @@ def _buffers(modules: list[NamedModule]) -> Iterator[NamedTensor]:
                 yield NamedTensor(path, raw, buffer, buffer, False, key not in transient)
 
 
-def _check_whole(place: NamedModule) -> None:
-    strategy = getattr(place.module, "sharding_strategy", None)
-    if getattr(strategy, "name", None) != "NO_SHARD":
-        where = f"module {place.path!r}" if place.path else "the model"
+def _check_unsharded(place: NamedModule) -> None:
+    strategy = getattr(getattr(place.module, "sharding_strategy", None), "name", None)
+    if strategy != "NO_SHARD":
         raise InvalidValueError(
-            where,
-            f"its parameters are sharded over processes (FSDP, {getattr(strategy, 'name', 'unknown')}), "
-            "and sharded models cannot be tracked yet; DistributedDataParallel and FSDP with NO_SHARD "
-            "can",
+            f"module {place.path!r}" if place.path else "the model",
+            f"its parameters are sharded over processes (FSDP, {strategy or 'unknown'}), and sharded models cannot be "
+            "tracked yet; DistributedDataParallel and FSDP with NO_SHARD can",
         )
 
 
-def _parts_of_flat(place: NamedModule, flat: torch.nn.Parameter) -> Iterator[NamedTensor]:
+def _in_flat_parameter(place: NamedModule, flat: torch.nn.Parameter) -> Iterator[NamedTensor]:
     """The parameters that FSDP without `use_orig_params` has laid end to end in one, as views of it."""
-    what: dict[str, torch.Tensor] = {}
+    views: dict[str, torch.Tensor] = {}
     info = vars(flat)
     sizes, paddings = info["_numels_with_padding"], info["_is_padding_mask"]
     begins = [begin for begin, padding in zip(accumulate((0, *sizes)), paddings, strict=False) if not padding]
     values = flat.detach()
     for name, begin, size, shape in zip(info["_fqns"], begins, info["_numels"], info["_shapes"], strict=True):
-        part = values[begin : begin + size].view(shape).requires_grad_(flat.requires_grad)
-        what[name] = part
+        views[name] = values[begin : begin + size].view(shape).requires_grad_(flat.requires_grad)
     for shared in info["_shared_param_infos"]:
         own = _join(shared.prim_module_name, shared.prim_param_name)
-        what[_join(shared.module_name, shared.param_name)] = what[own]
-    for name, part in what.items():
-        # FSDP has taken wrappers' prefixes off these names itself.
-        yield NamedTensor(_join(place.path, name), _join(place.raw, name), part, flat, True)
-
-
-def _adapter_names(root: AdapterRoot, modules: list[NamedModule], tensors: list[NamedTensor]) -> dict[str, str]:
-    """Names within a model of PEFT, by torch's own: those that PEFT saves and loads."""
-    start = f"{root.raw}." if root.raw else ""
-    inside = {tensor.raw.removeprefix(start): tensor for tensor in tensors if tensor.raw.startswith(start)}
-    wrappers = [place for place in modules if place.raw.startswith(start) and wrapped_child(place.module)]
-    found = {}
-    for raw, saved in root.saved_names({raw: tensor.tensor for raw, tensor in inside.items()}).items():
-        name = start + saved
-        # The innermost wrapper last: its path tells what its parents' prefixes are without theirs.
-        for place in wrappers:
-            prefix = _join(place.raw, str(wrapped_child(place.module))) + "."
-            if (start + raw).startswith(prefix) and name.startswith(prefix):
-                clean = (f"{place.path}." if place.path else "") + name.removeprefix(prefix)
-                found[start + raw] = clean
-        found.setdefault(start + raw, (f"{root.path}." if root.path else "") + saved)
-    return found
-
-
-def _renamed(tensor: NamedTensor, names: dict[str, str]) -> NamedTensor:
-    name = names.get(tensor.raw, tensor.name)
-    return NamedTensor(name, tensor.raw, tensor.tensor, tensor.registered, tensor.is_parameter, tensor.in_state)
-
-
-def _check_distinct(tensors: list[NamedTensor]) -> None:
-    seen: dict[str, str] = {}
-    for tensor in tensors:
-        if seen.setdefault(tensor.name, tensor.raw) != tensor.raw:
-            raise InvalidValueError(
-                "tensors", f"both are {tensor.name!r}", value=f"{seen[tensor.name]!r} and {tensor.raw!r}"
-            )
+        views[_join(shared.module_name, shared.param_name)] = views[own]
+    for name, view in views.items():
+        # FSDP has removed wrappers' prefixes from these names itself.
+        yield NamedTensor(_join(place.path, name), _join(place.raw, name), view, flat, True)
 
 
 def _join(path: str, key: str) -> str:
     return f"{path}.{key}" if path else key
+
+
+# --- adapters of PEFT ---
+
+
+def _adapter_roots(modules: Sequence[NamedModule]) -> Iterator[tuple[NamedModule, str]]:
+    """The outermost modules with one adapter, and its name, which PEFT leaves out of its tensors' names.
+
+    With several adapters in a module, tensors keep torch's names, which tell them apart. So do those of prompt
+    learning, which PEFT saves computed.
+    """
+    if "peft" not in sys.modules:
+        return
+    found: list[str] = []
+    for place in modules:
+        if any(place.raw == raw or place.raw.startswith(f"{raw}." if raw else "") for raw in found):
+            continue
+        configs = _adapter_configs(place.module)
+        if configs:
+            found.append(place.raw)
+            adapter, config = next(iter(configs.items()))
+            if len(configs) == 1 and not config.is_prompt_learning:
+                yield place, adapter
+
+
+def _adapter_configs(module: torch.nn.Module) -> Mapping[str, Any]:
+    from peft import PeftConfig, PeftModel
+
+    # Not `getattr`: wrappers hand on the attributes of what they wrap.
+    configs = module.peft_config if isinstance(module, PeftModel) else vars(module).get("peft_config")
+    if not isinstance(configs, Mapping):
+        return {}
+    return {name: config for name, config in configs.items() if isinstance(config, PeftConfig)}
+
+
+def _adapter_names(
+    root: NamedModule, adapter: str, modules: list[NamedModule], tensors: list[NamedTensor]
+) -> dict[str, str]:
+    """The names under which PEFT saves and loads an adapter's tensors, by torch's names."""
+    start = f"{root.raw}." if root.raw else ""
+    inside = {t.raw.removeprefix(start): t.tensor for t in tensors if t.raw.startswith(start)}
+    wrappers = [place for place in modules if place.raw.startswith(start) and wrapped_child(place.module)]
+    found = {}
+    for raw, saved in _saved_names(root.module, adapter, inside).items():
+        name = start + saved
+        # The innermost wrapper last: its path is without its parents' prefixes.
+        for place in wrappers:
+            prefix = _join(place.raw, str(wrapped_child(place.module))) + "."
+            if (start + raw).startswith(prefix) and name.startswith(prefix):
+                found[start + raw] = (f"{place.path}." if place.path else "") + name.removeprefix(prefix)
+        found.setdefault(start + raw, (f"{root.path}." if root.path else "") + saved)
+    return found
+
+
+def _saved_names(module: torch.nn.Module, adapter: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
+    """What PEFT calls an adapter's tensors, by their names in the module."""
+    from peft import get_peft_model_state_dict
+
+    # An object for each name: PEFT's result tells by it where a tensor was.
+    state = {name: tensor.detach() for name, tensor in tensors.items()}
+    names = {id(tensor): name for name, tensor in state.items()}
+    saved = get_peft_model_state_dict(module, state_dict=dict(state), adapter_name=adapter, save_embedding_layers=False)
+    return {names[id(tensor)]: name for name, tensor in saved.items() if id(tensor) in names}

@@ -1,4 +1,4 @@
-"""The settings of a tracker, and the checks of what users pass."""
+"""The settings of a tracker, and the checks of arguments."""
 
 from __future__ import annotations
 
@@ -6,15 +6,16 @@ import logging
 import math
 import operator
 import os
-import types
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.planning import USEFUL_RANGE, check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
@@ -22,8 +23,7 @@ from posthoc_cli.snapshots.format import Selection, TrackingSchedule
 from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, torch_dtype
 from posthoc_cli.tracker.names import is_fsdp, named_modules, wrapped_child
 
-ON_NONFINITE = ("raise", "skip", "warn")
-ON_CHANGE = ("raise", "follow")
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -44,12 +44,12 @@ class Settings:
             raise InvalidValueError(
                 "t_unit", "must name what t counts, such as 'steps' or 'images'", value=f"{self.t_unit!r}"
             )
-        if self.on_nonfinite not in ON_NONFINITE:
-            raise InvalidValueError(
-                "on_nonfinite", f"must be one of {', '.join(ON_NONFINITE)}", value=f"{self.on_nonfinite!r}"
-            )
-        if self.on_change not in ON_CHANGE:
-            raise InvalidValueError("on_change", f"must be one of {', '.join(ON_CHANGE)}", value=f"{self.on_change!r}")
+        for name, value, accepted in (
+            ("on_nonfinite", self.on_nonfinite, ("raise", "skip", "warn")),
+            ("on_change", self.on_change, ("raise", "follow")),
+        ):
+            if value not in accepted:
+                raise InvalidValueError(name, f"must be one of {', '.join(accepted)}", value=f"{value!r}")
 
     def update_is_due(self, step: int) -> bool:
         """Whether averages take in the model at this call."""
@@ -59,24 +59,24 @@ class Settings:
         """Whether snapshots are written at this call, if averages exist."""
         return step % self.schedule.checkpoint_every == 0
 
+    def skip_update(self, error: NonFiniteError, stacklevel: int) -> None:
+        """Leave out an update as `on_nonfinite` says: raise the error, warn, or only log it."""
+        if self.on_nonfinite == "raise":
+            raise error
+        if self.on_nonfinite == "warn":
+            warnings.warn(str(error), RuntimeWarning, stacklevel=stacklevel + 1)
+        log.info("update skipped: %s", error)
+
 
 def absolute_directory(checkpoint_dir: str | Path) -> Path:
-    """The directory for snapshots as an absolute path: a later change of the working directory does not matter."""
+    """The directory as an absolute path: the working directory may change later."""
     if not isinstance(checkpoint_dir, str | os.PathLike) or "\0" in str(checkpoint_dir):
         raise InvalidValueError("checkpoint_dir", "must be a path", value=f"{checkpoint_dir!r}")
     return Path(checkpoint_dir).absolute()
 
 
-def same_place(one: Path, other: Path) -> bool:
-    """Whether two paths lead to the same directory."""
-    try:
-        return one.samefile(other)
-    except OSError:
-        return False
-
-
 def check_device(device: str | None) -> str | None:
-    """`device` if it is "cpu", "model" or None, else an InvalidValueError that lists the choices."""
+    """`device` if it is "cpu", "model" or None, else an InvalidValueError."""
     if device not in (None, "cpu", "model"):
         raise InvalidValueError(
             "device", "must be 'cpu' (the host) or 'model' (beside the parameters)", value=f"{device!r}"
@@ -85,7 +85,7 @@ def check_device(device: str | None) -> str | None:
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
-    """Tracked profiles, the shortest first; an InvalidValueError unless there is one, all are in range, none twice."""
+    """Tracked profiles, ascending; an InvalidValueError unless there is one, all are in range, none twice."""
     if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable):
         raise InvalidValueError(
             "sigma_rels", "must be a sequence of numbers, such as (0.05, 0.28)", value=f"{sigma_rels!r}"
@@ -96,6 +96,17 @@ def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
     if len(set(checked)) < len(checked):
         raise InvalidValueError("sigma_rels", "must not name a profile twice", value=checked)
     return checked
+
+
+def check_count(name: str, value: int, least: int) -> int:
+    """`value` as an int, or an InvalidValueError that says what is accepted."""
+    try:
+        count = -1 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        count = -1
+    if count < least:
+        raise InvalidValueError(name, f"must be a whole number, at least {least}", value=f"{value!r}")
+    return count
 
 
 def make_schedule(
@@ -109,7 +120,7 @@ def make_schedule(
     """A checked schedule.
 
     Raises:
-        InvalidValueError: a ValueError that names the setting, and both where two do not fit.
+        InvalidValueError: naming the setting, or both where two contradict each other.
     """
     update_every = check_count("update_every", update_every, 1)
     checkpoint_every = check_count("checkpoint_every", checkpoint_every, 1)
@@ -129,36 +140,11 @@ def make_schedule(
     )
 
 
-def check_count(name: str, value: int, least: int) -> int:
-    """`value` as a whole number, or an InvalidValueError that says what is accepted."""
-    try:
-        count = -1 if isinstance(value, bool) else operator.index(value)
-    except TypeError:
-        count = -1
-    if count < least:
-        raise InvalidValueError(f"{name} {value!r}", f"must be a whole number, at least {least}")
-    return count
-
-
-def override_schedule(
-    stored: TrackingSchedule,
-    update_every: int | types.EllipsisType,
-    checkpoint_every: int | types.EllipsisType,
-    update_after_step: int | types.EllipsisType,
-    max_checkpoints: int | types.EllipsisType | None,
-    checkpoint_dtype: torch.dtype | str | types.EllipsisType | None,
-    sigma_range: tuple[float, float] | types.EllipsisType,
-) -> TrackingSchedule:
-    """A stored schedule with the arguments that a user passes in place of its own; `...` stands for none."""
+def override_schedule(stored: TrackingSchedule, *given: Any) -> TrackingSchedule:
+    """A stored schedule with a user's arguments, as of `make_schedule`, in place of its own; `...` for none."""
     name = stored.checkpoint_dtype
-    return make_schedule(
-        stored.update_every if update_every is ... else update_every,
-        stored.checkpoint_every if checkpoint_every is ... else checkpoint_every,
-        stored.update_after_step if update_after_step is ... else update_after_step,
-        stored.max_checkpoints if max_checkpoints is ... else max_checkpoints,
-        (None if name is None else torch_dtype(name)) if checkpoint_dtype is ... else checkpoint_dtype,
-        stored.sigma_range if sigma_range is ... else sigma_range,
-    )
+    values = vars(stored) | {"checkpoint_dtype": None if name is None else torch_dtype(name)}
+    return make_schedule(*(own if new is ... else new for own, new in zip(values.values(), given, strict=True)))
 
 
 def next_time(settings: Settings, own_clock: bool | None, last: float, step: int, t: float | None) -> float:
@@ -167,7 +153,7 @@ def next_time(settings: Settings, own_clock: bool | None, last: float, step: int
     Arguments:
         own_clock: whether earlier calls passed `t`; None before the first call.
         last: time of the last call.
-        t: what the caller passed.
+        t: the caller's argument.
     """
     if own_clock is not None and own_clock != (t is not None):
         habit = "passed t" if own_clock else "did not pass t"
@@ -189,37 +175,22 @@ def next_time(settings: Settings, own_clock: bool | None, last: float, step: int
 
 
 def _number(t: float) -> float:
-    """`t` as a float; nan for what is none."""
+    """`t` as a float; nan if it is no number."""
     try:
         return math.nan if isinstance(t, str) else float(t)
     except (TypeError, ValueError, OverflowError, RuntimeError):
         return math.nan
 
 
-def resumed_habit(step: int, t: float) -> bool | None:
-    """Whether a resumed run passes `t`, judged by its last step and time; None where these are equal."""
-    return True if t != step else None
-
-
-# --- Which process of a group keeps the averages of a model that all of them train -----------------
-
-
-log = logging.getLogger(__name__)
+# --- groups of processes ---
 
 
 def choose_writer(chosen: bool | None, model: torch.nn.Module | None) -> bool | None:
-    """Whether this process keeps the averages of a model and writes them.
+    """Whether this process keeps the averages of a model and writes them; None where that is not known yet.
 
-    Without a choice it is the first process of the group in which DistributedDataParallel, or FSDP without sharding,
-    holds the model. A model that no wrapper holds yet goes by the group of all processes: training scripts make their
-    tracker before they wrap the model, and each process that took itself for the writer would want the same directory.
-
-    Arguments:
-        chosen: the user's choice, or None.
-        model: what is trained, where it is known.
-
-    Returns:
-        None where that cannot be known yet: there is no group, and may be one later.
+    By default the first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the
+    model. Of a model without wrapper it is the first of all processes: training scripts make their tracker before they
+    wrap the model, and the processes must not all write to one directory.
 
     Raises:
         InvalidValueError: the choice is none of True, False and None.
@@ -229,13 +200,13 @@ def choose_writer(chosen: bool | None, model: torch.nn.Module | None) -> bool | 
             raise InvalidValueError("writer", "must be True, False or None", value=f"{chosen!r}")
         return chosen
     if not (dist.is_available() and dist.is_initialized()):
-        return None
+        return None  # there may be a group later
     wrapper = None if model is None else _replicating(model)
     return bool(dist.get_rank(getattr(wrapper, "process_group", None)) <= 0)
 
 
 def warn_of_assumption(chosen: bool | None, model: torch.nn.Module) -> None:
-    """Warn where only the rank says that this process keeps nothing: processes may train different models."""
+    """Warn where only its rank says that this process keeps no averages: processes may train different models."""
     if chosen is None and choose_writer(None, model) is False and _replicating(model) is None:
         log.warning(
             "process %d of its group keeps no averages, as the first one is assumed to train the same model; if this "
@@ -251,10 +222,8 @@ def is_in_group() -> bool:
 
 def _replicating(model: torch.nn.Module) -> torch.nn.Module | None:
     """The wrapper that keeps a model, or a part of it, the same in several processes."""
-    return next((place.module for place in named_modules(model) if _replicates(place.module)), None)
-
-
-def _replicates(module: torch.nn.Module) -> bool:
-    return is_fsdp(module) or (
-        wrapped_child(module) == "module" and isinstance(module, torch.nn.parallel.DistributedDataParallel)
-    )
+    for place in named_modules(model):
+        is_ddp = isinstance(place.module, torch.nn.parallel.DistributedDataParallel)
+        if is_fsdp(place.module) or (is_ddp and wrapped_child(place.module) == "module"):
+            return place.module
+    return None

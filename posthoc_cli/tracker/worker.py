@@ -1,16 +1,9 @@
-"""Work in threads of their own, one job after another.
+"""Worker threads: jobs done one after another, crews of threads for large updates, and a warning when training waits.
 
-Signal handlers run in the main thread, between any two steps of what it does there, and may call whatever it is just
-in. So nothing here holds a lock while it runs Python code: a lock that a handler would wait for is one that the code
-beneath it cannot give back. Queues and deques are appended to and taken from in one step, and who has a job is decided
-by `dict.setdefault`, which is one as well.
-
-Threads of our own for large updates.
-
-torch's own threads wait for each other at every operation: where other processes use the cores, each one waits for the
-slowest. Here each thread takes one item after another as long as there are any, and nobody waits but for the items
-that others have begun. What is done with an item is done by one thread, whichever it is, so that bits do not depend on
-the number of threads.
+Signal handlers run in the main thread, between any two steps of its code, and may call the function that they have
+interrupted. So no lock is held while Python code runs: a handler that waits for it would wait for the code beneath it.
+Queues and deques are appended to and popped from in one step, and `dict.setdefault`, one step as well, decides who
+takes a job.
 """
 
 from __future__ import annotations
@@ -33,78 +26,21 @@ import torch
 from posthoc_cli.synthesis.engine import worker_count
 from posthoc_cli.threads import take_one_openmp_thread
 
-PATIENCE = 10.0
-"""Seconds that training has waited before it is told so."""
-
-
-class Pace:
-    """How long jobs take and how often they come; says once when training has to wait for them.
-
-    Arguments:
-        what: takes the time.
-        option: of the tracker, that says how often.
-        fitting: the value of the option with which jobs would come less often by at least a factor.
-    """
-
-    def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
-        self._what, self._option, self._fitting = what, option, fitting
-        self._done, self._seconds = 0, 0.0
-        self._came, self._waited = 0, 0.0
-        self._begin = time.monotonic()
-        self._told = False
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """A job is done within the block."""
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self._done += 1
-            self._seconds += time.monotonic() - started
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """A job has come, and waits within the block to be taken."""
-        started = time.monotonic()
-        yield
-        self._came += 1
-        self._waited += time.monotonic() - started
-
-    def tell(self) -> None:
-        """Warn where training has waited for long; called when nothing is left to do that a warning could stop."""
-        training = time.monotonic() - self._begin - self._waited
-        if self._told or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
-            return
-        self._told = True
-        takes, comes = self._seconds / self._done, training / self._came
-        warnings.warn(
-            f"{self._what} takes {takes:.3g} s, and training comes with the next after {comes:.3g} s: it has waited "
-            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-
-
-def divisor(whole: int, least: float) -> int:
-    """The smallest divisor of `whole` that is at least `least`; `whole` itself where none is."""
-    return next((n for n in range(1, whole) if whole % n == 0 and n >= least), whole)
-
-
-# --- Work in threads of their own, one job after another -------------------------------------------
-
-
 log = logging.getLogger(__name__)
 
+PATIENCE = 10.0
+"""Seconds that training waits before a warning."""
+
 Result = TypeVar("Result")
+Item = TypeVar("Item")
 
 
 class Job(Generic[Result]):
-    """One piece of work, which is done once, or never where it was withdrawn before.
+    """One piece of work, done once, or never if it was withdrawn before.
 
     Arguments:
         work: to be done.
-        errors: gets what goes wrong, where nobody waits for `result`.
+        errors: receives the error, where nobody waits for `result`.
     """
 
     def __init__(self, work: Callable[[], Result], errors: deque[Exception] | None = None) -> None:
@@ -118,7 +54,7 @@ class Job(Generic[Result]):
         self._gate.acquire()
 
     def run(self) -> None:
-        """Do it; called by a worker."""
+        """Do the work; called by a worker."""
         if self._taker.setdefault(None, "worker") != "worker" or self._work is None:
             return
         try:
@@ -134,13 +70,13 @@ class Job(Generic[Result]):
             log.error("beside the training: %s", self._error)
 
     def wait(self) -> None:
-        """Return when it is done."""
+        """Return when the work is done."""
         if not self._finished:
             with self._gate:
                 pass
 
     def settle(self) -> None:
-        """Return when it is done, or will never be; whatever is raised meanwhile waits for that, too."""
+        """Withdraw the job, or return when it is done; an exception that is raised meanwhile waits for that, too."""
         try:
             if not self._withdrawn():
                 self.wait()
@@ -149,7 +85,7 @@ class Job(Generic[Result]):
                 self.settle()
 
     def result(self) -> Result:
-        """What came of it."""
+        """The result, or the error raised."""
         if self._error is not None:
             raise self._error
         return cast("Result", self._value)
@@ -159,12 +95,11 @@ class Job(Generic[Result]):
 
 
 class Worker:
-    """Jobs in the order they were given, in a thread that begins with the first and ends with `close`.
+    """Does jobs in order, in a thread that starts with the first job and ends with `close`.
 
-    It also ends when nobody has the worker any more, and does not keep the process from ending: whoever needs the jobs
-    done by then has to `wait`. It is none of `concurrent.futures`, which at the end of the process take no job more,
-    not even one that another job gives. An error of a job that nobody waits for is logged, and kept until `take_error`;
-    the jobs after it are done all the same.
+    The thread also ends when nobody refers to the worker, and does not keep the process alive: `wait` for jobs that
+    must be done by then. `concurrent.futures` takes no jobs at the end of the process, not even from another job. An
+    error of a submitted job is logged and kept until `take_error`; later jobs are done all the same.
 
     Arguments:
         name: for the thread.
@@ -177,7 +112,7 @@ class Worker:
         self._vacancy: deque[None] = deque((None,))
         self._errors: deque[Exception] = deque()
         self._process = os.getpid()
-        # Not when the process ends: jobs may still begin others then.
+        # Not at exit: jobs may still start others then.
         weakref.finalize(self, self._queue.put, None).atexit = False
 
     def submit(self, work: Callable[[], None]) -> None:
@@ -185,10 +120,10 @@ class Worker:
         self.put(Job(work, self._errors))
 
     def call(self, work: Callable[[], Result]) -> Result:
-        """Have `work` done, and return what comes of it, or raise its error.
+        """Have `work` done; return its result or raise its error.
 
-        What is raised by a signal handler meanwhile waits until the work is done, unless it had not begun: then it is
-        never done.
+        An exception that a signal handler raises meanwhile waits until the work is done; work that had not begun is
+        withdrawn.
         """
         job = Job(work)
         try:
@@ -199,7 +134,7 @@ class Worker:
         return job.result()
 
     def wait(self) -> None:
-        """Return when every job is done; in a child that was forked meanwhile, which has no thread, at once."""
+        """Return when every job is done; at once in a forked child, which has no thread."""
         if not self.is_idle() and os.getpid() == self._process:
             job = Job(lambda: None)
             self.put(job)
@@ -213,29 +148,29 @@ class Worker:
             return None
 
     def close(self) -> None:
-        """Finish every job, and end the thread; the next job would begin another one."""
+        """Finish every job and end the thread; a later job would start another one."""
         self.wait()
         if not self._vacancy:
             self._queue.put(None)
 
     def is_idle(self) -> bool:
-        """Whether there is no thread, and nothing for one to do."""
+        """Whether there is no thread, and no job for one."""
         return bool(self._vacancy) and self._queue.empty()
 
     def put(self, job: Job[Result]) -> None:
         """Do a job later; whoever waits for it gets its error."""
         self._queue.put(cast("Job[object]", job))
         if self._vacancy:
-            target = (self._queue, self._vacancy, self._begin)
+            serve = (self._queue, self._vacancy, self._begin)
             try:
-                threading.Thread(target=_serve, args=target, name=f"ema-{self._name}", daemon=True).start()
-            except RuntimeError:  # when the process ends, Python 3.12 and later begin none
+                threading.Thread(target=_serve, args=serve, name=f"ema-{self._name}", daemon=True).start()
+            except RuntimeError:  # at the end of the process, Python 3.12 and later start no thread
                 self._queue.put(None)
-                _serve(*target)
+                _serve(*serve)
 
 
 def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None], begin: Callable[[], None]) -> None:
-    """Do jobs until there comes None. Of several threads that a moment may begin, one does, and the others end."""
+    """Do jobs until None comes. Several threads may be started at a time: one takes the vacancy, the others end."""
     begin()
     while True:
         try:
@@ -244,23 +179,20 @@ def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None], begin: 
             return
         while (job := queue.get()) is not None:
             job.run()
-            del job  # while it waits, a thread must not keep alive what it has worked on
+            del job  # a waiting thread must not keep alive what it has worked on
         vacancy.append(None)
-        if queue.empty():  # else a job came after the None, from somebody who saw no vacancy
+        if queue.empty():  # else a job came after the None, from a thread that saw no vacancy
             return
 
 
-# --- Threads of our own for large updates ----------------------------------------------------------
-
-
-Item = TypeVar("Item")
-
-
 class Crew:
-    """The calling thread, in which torch must take no threads of its own, and others that help it.
+    """The calling thread, limited to one torch thread, and helper threads.
+
+    torch's own threads wait for each other at every operation, so that busy cores delay all. Here each thread takes one
+    item after another. One thread does all of an item: bits do not depend on the number of threads.
 
     Arguments:
-        size: threads of them all.
+        size: number of threads, the calling one included.
     """
 
     def __init__(self, size: int) -> None:
@@ -273,9 +205,9 @@ class Crew:
         return cls(min(torch.get_num_threads(), worker_count()))
 
     def each(self, work: Callable[[Item, int], None], items: Iterable[Item]) -> None:
-        """Do `work` with every item, in any order; it gets the number of its thread, below `size`, too.
+        """Call `work(item, thread)` for every item, in any order, with thread < `size`.
 
-        The first error is raised when nobody works any more; items that nobody had begun are left then.
+        The first error is raised when all threads have stopped; items that nobody had begun are left then.
         """
         todo = deque(items)
 
@@ -294,7 +226,7 @@ class Crew:
 
         jobs = [Job(partial(take, thread)) for thread in range(1, min(self.size, len(todo)))]
         try:
-            with suppress(RuntimeError):  # no thread is to be had any more: then the others do the work
+            with suppress(RuntimeError):  # no thread can be started any more: the others do the work
                 for helper, job in zip(self._helpers, jobs, strict=False):
                     helper.put(job)
             take(0)
@@ -315,9 +247,63 @@ ALONE = Crew(1)
 
 
 def take_one_thread() -> None:
-    """Have torch do in the calling thread what it is asked for there.
+    """Have torch work in the calling thread only.
 
-    `torch.set_num_threads(1)` would do that as well, and be taken over by all threads that begin later.
+    `torch.set_num_threads(1)` would do so as well, and all threads that start later would inherit it.
     """
-    torch.get_num_threads()  # has it set OpenMP's number for this thread, which it does once
+    torch.get_num_threads()  # makes torch set OpenMP's number for this thread, which it does once
     take_one_openmp_thread()
+
+
+class Pace:
+    """How long jobs take and how often they come; warns once if training waits on them.
+
+    Arguments:
+        what: takes the time.
+        option: of the tracker, that says how often.
+        fitting: the value of the option that makes jobs rarer by at least a factor.
+    """
+
+    def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
+        self._what, self._option, self._fitting = what, option, fitting
+        self._done, self._seconds = 0, 0.0
+        self._came, self._waited = 0, 0.0
+        self._begin = time.monotonic()
+        self._warned = False
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Do a job within the block."""
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self._done += 1
+            self._seconds += time.monotonic() - started
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Wait within the block until a new job can be taken."""
+        started = time.monotonic()
+        yield
+        self._came += 1
+        self._waited += time.monotonic() - started
+
+    def warn(self, stacklevel: int) -> None:
+        """Warn if training has waited for long; call it last, since the warning may be an error."""
+        training = time.monotonic() - self._begin - self._waited
+        if self._warned or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
+            return
+        self._warned = True
+        takes, comes = self._seconds / self._done, training / self._came
+        warnings.warn(
+            f"{self._what} takes {takes:.3g} s and is due every {comes:.3g} s: training has waited "
+            f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",
+            RuntimeWarning,
+            stacklevel=stacklevel + 1,
+        )
+
+
+def divisor(number: int, least: float) -> int:
+    """The smallest divisor of `number` that is at least `least`; `number` itself where none is."""
+    return next((n for n in range(1, number) if number % n == 0 and n >= least), number)

@@ -27,7 +27,7 @@ from factories import averages_in, exact_gamma
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.tracker.state_file import open_state
+from posthoc_cli.tracker.state import open_state
 from torture.tally import Tally
 
 SIGMA_RELS = (0.05, 0.28)

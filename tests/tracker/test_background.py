@@ -13,19 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import forked
-import numpy as np
 import pytest
 import torch
-from factories import averages_in, exact_gamma, refuse_for_space
+from factories import averages_in, refuse_for_space
+from tracker.runs import contents, step, train
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.tracker import model_tensors
 from posthoc_cli.tracker import worker as pacing
-from posthoc_cli.tracker.layout import BlockReader
-from posthoc_cli.tracker.snapshotter import Recorder
-from posthoc_cli.tracker.staging import Staged
+from posthoc_cli.tracker.buffers import BlockReader, Staged
+from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.worker import Worker
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
@@ -34,29 +33,6 @@ SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_check
 def network() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(5, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 3).bfloat16())
-
-
-def step(model: torch.nn.Module, number: int) -> None:
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator))
-        for buffer in model.buffers():
-            buffer.add_(1)
-
-
-def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) -> None:
-    for number in range(first, last + 1):
-        step(model, number)
-        tracker.update_(model)
-
-
-def contents(folder: Path) -> dict[str, dict[str, bytes]]:
-    result = {}
-    for snapshot in read_directory(folder):
-        with TensorFile(snapshot.path) as file:
-            result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
-    return result
 
 
 @pytest.fixture
@@ -71,35 +47,18 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 @pytest.fixture
 def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """While it is clear, no snapshot is written."""
-    gate, real = threading.Event(), Recorder.write
+    gate, real = threading.Event(), Snapshotter.write
 
-    def write(recorder: Recorder, *arguments: Any) -> None:
+    def write(recorder: Snapshotter, *arguments: Any) -> None:
         assert gate.wait(60)
         real(recorder, *arguments)
 
-    monkeypatch.setattr(Recorder, "write", write)
+    monkeypatch.setattr(Snapshotter, "write", write)
     yield gate
     gate.set()
 
 
 # --- the same values -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_values_are_those_of_the_step_that_was_asked_for(tmp_path: Path, device: str) -> None:
-    """Against the formula in float64: beta = (t_prev / t) ** (gamma + 1), with gamma of the profile 0.28."""
-    model = torch.nn.Linear(3, 2).double()
-    exact, last = None, 0
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), device=device, **SETTINGS) as tracker:
-        for number in range(1, 21):
-            step(model, number)
-            tracker.update_(model)
-            if number % 2 == 0:
-                own, gamma = model.weight.detach().numpy().copy(), exact_gamma(0.28)
-                beta = (last / number) ** (gamma + 1)
-                exact, last = own if exact is None else beta * exact + (1 - beta) * own, number
-        live = averages_in(tracker.state_dict())["0.28"]["weight"].numpy()
-    np.testing.assert_allclose(live, exact, rtol=1e-13)
 
 
 def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) -> None:
@@ -109,7 +68,7 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
         for first in range(1, 40, 2):
             train(model, tracker, first, first + 1)
             step(model, 1000 + first)  # what nobody may see
-            assert tracker._background.now.averages.standing.step < first + 1
+            assert tracker._pipeline.now.averages.standing.step < first + 1
             gate.set()
             tracker.flush()
             gate.clear()
@@ -182,8 +141,8 @@ def test_snapshots_take_the_same_memory_each_time(tmp_path: Path) -> None:
         for number in range(1, 41, 4):
             train(model, tracker, number, number + 3)
             tracker.flush()
-            (room,) = tracker._background._rooms
-            rooms.add(id(room.tensors[0].flats[0]))
+            (room,) = tracker._pipeline._rooms
+            rooms.add(id(room.profiles[0].flats[0]))
         assert len(rooms) == 1
 
 
@@ -228,24 +187,6 @@ def interrupted(after: float) -> Iterator[None]:
 # --- errors ----------------------------------------------------------------------------------------
 
 
-def test_a_value_that_is_not_finite_is_raised_at_the_next_call_and_taken_in_by_no_average(tmp_path: Path) -> None:
-    model = torch.nn.Linear(3, 2)
-    with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=1, checkpoint_every=100) as tracker:
-        train(model, tracker, 1, 3)
-        kept = model.weight.detach().clone()
-        with torch.no_grad():
-            model.weight[0, 0] = torch.nan
-        tracker.update_(model)
-        with torch.no_grad():
-            model.weight.copy_(kept)
-        with pytest.raises(NonFiniteError, match="'weight' holds nan or infinity at step 4"):
-            tracker.flush()
-        tracker.update_(model)  # raised once
-        state = tracker.state_dict()
-    assert (state["step"], state["averages_step"]) == (5, 5)
-    assert all(bool(average["weight"].isfinite().all()) for average in averages_in(state).values())
-
-
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
     tmp_path: Path, gate: threading.Event
 ) -> None:
@@ -263,7 +204,7 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
             model.weight.copy_(kept)
         tracker.update_(model)
         threading.Timer(0.2, gate.set).start()  # it has not come so far when the call begins
-        with pytest.raises(NonFiniteError, match="'weight' holds nan or infinity at step 4"):
+        with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 4"):
             tracker.update_(model)
         tracker.update_(model)  # raised once
         state = tracker.state_dict()
@@ -279,7 +220,7 @@ def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
         with monkeypatch.context() as fault:
             fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
-            tracker._background.flush()  # type: ignore[union-attr]  # it has failed by now, and nobody knows
+            tracker._pipeline.flush()  # type: ignore[union-attr]  # it has failed by now, and nobody knows
         step(model, 5)
         with pytest.raises(WriteError, match="no space left"):
             tracker.update_(model)
@@ -296,7 +237,7 @@ def test_a_write_that_failed_is_raised_later_where_the_next_call_fails_itself(
         with monkeypatch.context() as fault:
             fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
-            tracker._background.flush()  # type: ignore[union-attr]
+            tracker._pipeline.flush()  # type: ignore[union-attr]
         with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
             tracker.update_(model, t=5.0)
         with pytest.raises(WriteError, match="no space left"):
@@ -320,17 +261,15 @@ def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
 
 
 def test_two_threads_must_not_call_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        inside, go_on = threading.Event(), threading.Event()
-        real = PostHocEMA._take_in
+    model, inside, go_on, real = network(), threading.Event(), threading.Event(), model_tensors.collect_tensors
 
-        def wait(self: PostHocEMA, *arguments: Any) -> None:
-            inside.set()
-            assert go_on.wait(60)
-            real(self, *arguments)
+    def wait(*arguments: Any, **keywords: Any) -> Any:
+        inside.set()
+        assert go_on.wait(60)
+        return real(*arguments, **keywords)
 
-        monkeypatch.setattr(PostHocEMA, "_take_in", wait)
+    with PostHocEMA.from_model(model, tmp_path, **(SETTINGS | {"update_every": 1})) as tracker:
+        monkeypatch.setattr(model_tensors, "collect_tensors", wait)
         other = threading.Thread(target=tracker.update_, args=(model,))
         other.start()
         assert inside.wait(60)
@@ -411,7 +350,7 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
         now[0] += training
         with pace.waiting():
             now[0] += waits
-        pace.tell()
+        pace.warn(stacklevel=1)
         with pace.working():
             now[0] += job
         now[0] -= job  # it is done beside
@@ -420,10 +359,10 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
     for _ in range(4):
         come(1, 2, 3)
     with pytest.warns(
-        RuntimeWarning, match=r"an update takes 3 s, .* after 1 s: .* waited 10 s .*update_every=40 would"
+        RuntimeWarning, match=r"an update takes 3 s .* every 1 s: .* waited 10 s .*update_every=40 would"
     ):
         come(1, 2, 3)
-    come(1, 2, 3)  # told once: warnings are errors here
+    come(1, 2, 3)  # warns once: warnings are errors here
 
 
 def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
@@ -445,7 +384,7 @@ ENDS = """
 import sys, threading, torch
 from concurrent.futures import thread
 from posthoc_cli import PostHocEMA
-from posthoc_cli.tracker.staging import Staged
+from posthoc_cli.tracker.buffers import Staged
 real = Staged.reader
 def late(*arguments):
     while not thread._shutdown:  # the interpreter has begun to end
@@ -555,7 +494,7 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
         tracker.update_(model)
         model.weight.data = torch.full((2, 3), 7.0)
         with monkeypatch.context() as fault:
-            fault.setattr(BlockReader, "_room", lambda *_: (_ for _ in ()).throw(MemoryError))
+            fault.setattr(BlockReader, "of_tensors", lambda *_: (_ for _ in ()).throw(MemoryError))
             with pytest.raises(MemoryError):
                 tracker.update_(model)
         for _ in range(300):
@@ -582,13 +521,13 @@ def test_a_model_is_looked_through_once_while_it_stays_the_same(
 ) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        looked, real = [], PostHocEMA._collect
+        looked, real = [], model_tensors.collect_tensors
 
-        def collect(self: PostHocEMA, own: torch.nn.Module) -> Any:
+        def collect(own: torch.nn.Module, *arguments: Any, **keywords: Any) -> Any:
             looked.append(own)
-            return real(self, own)
+            return real(own, *arguments, **keywords)
 
-        monkeypatch.setattr(PostHocEMA, "_collect", collect)
+        monkeypatch.setattr(model_tensors, "collect_tensors", collect)
         train(model, tracker, 1, 20)
         assert looked == [model]
 

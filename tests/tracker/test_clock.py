@@ -204,7 +204,6 @@ def spoiled(change: Callable[[list], object]) -> Callable[[dict], None]:
         lambda state: state.update(clock=None),
         lambda state: state.update(clock=[]),
         lambda state: state.update(clock=[0.5, 0.0, float("inf"), 0, 0.0]),  # a training that has not begun
-        lambda state: state.update(clock=tuple(state["clock"])),
         spoiled(list.pop),
         spoiled(lambda clock: clock.extend([40, 1e9])),  # ends elsewhere
         spoiled(lambda clock: clock.__setitem__(0, float("nan"))),

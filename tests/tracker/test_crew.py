@@ -10,9 +10,9 @@ import torch
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.profiles import gamma_from_sigma_rel
-from posthoc_cli.tracker import layout
+from posthoc_cli.tracker import buffers
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.layout import BlockReader, FlatTensors, lay_out
+from posthoc_cli.tracker.buffers import BlockReader, FlatTensors, lay_out
 from posthoc_cli.tracker.model_tensors import ModelTensors
 from posthoc_cli.tracker.worker import ALONE, Crew
 
@@ -21,8 +21,8 @@ SIGMA_RELS = (0.05, 0.28)
 
 @pytest.fixture
 def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "CPU_BLOCK", 1000)
-    monkeypatch.setattr(layout, "EXACT_BLOCK", 300)
+    monkeypatch.setattr(buffers, "CPU_BLOCK", 1000)
+    monkeypatch.setattr(buffers, "EXACT_BLOCK", 300)
 
 
 @pytest.fixture
@@ -40,7 +40,8 @@ def updated(tensors: list[dict[str, torch.Tensor]], crew: Crew) -> list[FlatTens
         reader = BlockReader.of_tensors(lay_out(values), values, crew.size)
         assert reader.surely_finite(crew)
         averages.update_(reader, {}, float(step), step, crew)
-    room = [FlatTensors(lay_out(tensors[0]), wide=True) for _ in SIGMA_RELS]
+    layout = lay_out(tensors[0])
+    room = [FlatTensors(layout, [group.wide for group in layout]) for _ in SIGMA_RELS]
     averages.read(room, crew)
     return room
 
@@ -117,10 +118,8 @@ def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.Monk
 def test_an_accelerator_has_one_thread_and_one_block_of_scratch(tmp_path: Path) -> None:
     with PostHocEMA.from_model(torch.nn.Linear(2, 2), tmp_path) as tracker:
         here, elsewhere = ({"a": torch.empty(2, dtype=torch.bfloat16, device=device)} for device in ("cpu", "meta"))
-        sizes = [tracker._background._crew_for(lay_out(tensors)).size for tensors in (here, elsewhere)]
-        readers = [
-            tracker._background._reader_of(ModelTensors(tensors, {}, {}, (), ())) for tensors in (here, elsewhere)
-        ]
+        sizes = [tracker._pipeline._crew_for(lay_out(tensors)).size for tensors in (here, elsewhere)]
+        readers = [tracker._pipeline._reader_of(ModelTensors(tensors, {}, {}, (), ())) for tensors in (here, elsewhere)]
     assert sizes == [2, 1]
     assert [len(reader._scratch) for reader in readers] == [2, 1]
 
@@ -151,7 +150,7 @@ def test_the_trainings_own_threads_are_left_as_they_are(
         for _ in range(3):
             tracker.update_(model)
             seen["training"].append(torch.get_num_threads())
-        assert tracker._background._crew.size == 2
+        assert tracker._pipeline._crew.size == 2
     later()
     assert seen == {"averages": [1] * 3, "training": [2] * 3, "later": [2] * 4}
     assert torch.get_num_threads() == 2

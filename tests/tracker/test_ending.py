@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from factories import exact_average
 from safetensors.torch import load_file
+from tracker.runs import STEPS, VALUES, matrix, scheduled, walk
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
@@ -22,25 +22,8 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.tracker import pipeline
 
 SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
-STEPS = 50
-VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
 
-
-@pytest.fixture(autouse=True)
-def one_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of two directories can be compared byte for byte."""
-    monkeypatch.setattr("posthoc_cli.tracker.hook.secrets.token_hex", lambda count: "5eed" * (count // 2))
-
-
-def network() -> torch.nn.Linear:
-    return torch.nn.Linear(4, 4, bias=False)
-
-
-def train(model: torch.nn.Linear, tracker: PostHocEMA, first: int, last: int, scale: float = 1.0) -> None:
-    for step in range(first, last + 1):
-        with torch.no_grad():
-            model.weight.copy_(VALUES[step] * scale)
-        tracker.update_(model)
+pytestmark = pytest.mark.usefixtures("one_run_id")
 
 
 def times(folder: Path) -> list[tuple[float, bool]]:
@@ -51,15 +34,10 @@ def times(folder: Path) -> list[tuple[float, bool]]:
     return both[0]
 
 
-def scheduled(folder: Path) -> dict[str, bytes]:
-    """Whole files of the snapshots on the schedule."""
-    return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.info.off_schedule}
-
-
 def whole_run(folder: Path, **settings: Any) -> dict[str, bytes]:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, folder, **SETTINGS | settings) as tracker:
-        train(model, tracker, 1, STEPS)
+        walk(model, tracker, 1, STEPS)
     return scheduled(folder)
 
 
@@ -90,9 +68,9 @@ def _forget(trackers: list[PostHocEMA]) -> None:
 def test_the_end_writes_what_was_not_written(
     tmp_path: Path, end: Callable[[list[PostHocEMA]], None], device: str
 ) -> None:
-    model = network()
+    model = matrix()
     trackers = [PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS)]
-    train(model, trackers[0], 1, 25)
+    walk(model, trackers[0], 1, 25)
     end(trackers)
     assert times(tmp_path) == [(10, False), (20, False), (24, True)]
     for snapshot in read_directory(tmp_path)[-2:]:
@@ -103,9 +81,9 @@ def test_the_end_writes_what_was_not_written(
 
 def test_without_threads_to_begin_the_end_writes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Python 3.12 and later begin none in what runs at exit."""
-    model = network()
+    model = matrix()
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    train(model, tracker, 1, 5)  # no snapshot so far: there is no thread that writes
+    walk(model, tracker, 1, 5)  # no snapshot so far: there is no thread that writes
 
     def refuse(_: threading.Thread) -> None:
         raise RuntimeError("can't create new thread at interpreter shutdown")
@@ -117,48 +95,48 @@ def test_without_threads_to_begin_the_end_writes_all_the_same(tmp_path: Path, mo
 
 
 def test_nothing_new_is_not_written(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     for last in (21, 20):
         with PostHocEMA.from_model(model, tmp_path / str(last), **SETTINGS) as tracker:
-            train(model, tracker, 1, last)
+            walk(model, tracker, 1, last)
         assert times(tmp_path / str(last)) == [(10, False), (20, False)]
     with PostHocEMA.from_path(tmp_path / "20", model) as tracker:
-        train(model, tracker, 21, 21)
+        walk(model, tracker, 21, 21)
     assert times(tmp_path / "20") == [(10, False), (20, False)]
 
 
 def test_a_last_snapshot_may_be_declined(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
-        train(model, tracker, 1, 15)
+        walk(model, tracker, 1, 15)
     with PostHocEMA.from_path(tmp_path, model, final_snapshot=False) as tracker:
-        train(model, tracker, 11, 25)
+        walk(model, tracker, 11, 25)
     assert times(tmp_path) == [(10, False), (20, False)]
 
 
 def test_an_error_in_the_block_is_logged_with_the_last_snapshot(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = network()
+    model = matrix()
     with pytest.raises(ZeroDivisionError), PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 7)
+        walk(model, tracker, 1, 7)
         raise ZeroDivisionError
     assert times(tmp_path) == [(6, True)]
     assert "ZeroDivisionError ended the training at step 7" in caplog.text
 
 
 def test_a_snapshot_can_be_asked_for(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     with pytest.raises(NotReadyError, match="no update yet"):
         tracker.snapshot()
-    train(model, tracker, 1, 5)
+    walk(model, tracker, 1, 5)
     tracker.snapshot()
     assert times(tmp_path) == [(4, True)]
     before = [s.path.stat().st_ino for s in read_directory(tmp_path)]
     tracker.snapshot()
     assert [s.path.stat().st_ino for s in read_directory(tmp_path)] == before
-    train(model, tracker, 6, 10)
+    walk(model, tracker, 6, 10)
     tracker.snapshot()
     tracker.close()
     assert times(tmp_path) == [(4, True), (10, False)]
@@ -176,9 +154,9 @@ def test_a_snapshot_can_be_asked_for(tmp_path: Path) -> None:
 def test_a_directory_that_stays_empty_says_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict, told: str
 ) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS | settings) as tracker:
-        train(model, tracker, 1, 7)
+        walk(model, tracker, 1, 7)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert re.search(told, record.message)
@@ -194,10 +172,10 @@ def test_snapshots_in_between_change_no_byte_of_those_on_the_schedule(
     """Their headers have distances, the motion so far and what thinning has left: all without the others."""
     settings = {"max_checkpoints": max_checkpoints, "device": device}
     right = whole_run(tmp_path / "whole", **settings)
-    model, last = network(), 0
+    model, last = matrix(), 0
     with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS | settings) as tracker:
         for step in (3, 8, 12, 19, 20, 44, 47, STEPS):
-            train(model, tracker, last + 1, step)
+            walk(model, tracker, last + 1, step)
             tracker.snapshot()
             last = step
     assert scheduled(tmp_path / "run") == right
@@ -205,12 +183,12 @@ def test_snapshots_in_between_change_no_byte_of_those_on_the_schedule(
 
 def test_a_stop_changes_no_byte_of_what_an_exact_resume_writes(tmp_path: Path) -> None:
     right = whole_run(tmp_path / "whole", max_checkpoints=3)
-    model, last, state = network(), 0, None
+    model, last, state = matrix(), 0, None
     for step in (5, 16, 30, 33, STEPS):
         with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS, max_checkpoints=3) as tracker:
             if state is not None:
                 tracker.load_state_dict(state)
-            train(model, tracker, last + 1, step)
+            walk(model, tracker, last + 1, step)
             state, last = tracker.state_dict(), step
     assert scheduled(tmp_path / "run") == right
     assert not (tmp_path / "run" / "superseded").exists()
@@ -219,48 +197,48 @@ def test_a_stop_changes_no_byte_of_what_an_exact_resume_writes(tmp_path: Path) -
 def test_an_average_that_is_due_is_written_where_it_lies_off_the_schedule(tmp_path: Path) -> None:
     """At call 10 the update is left out: what is due is the average of call 8, which was asked for before."""
     for name in ("whole", "run"):
-        model = network()
+        model = matrix()
         with PostHocEMA.from_model(model, tmp_path / name, **SETTINGS, on_nonfinite="skip") as tracker:
-            train(model, tracker, 1, 8)
+            walk(model, tracker, 1, 8)
             if name == "run":
                 tracker.snapshot()
-            train(model, tracker, 9, 10, scale=float("nan"))
+            walk(model, tracker, 9, 10, scale=float("nan"))
     assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
     assert times(tmp_path / "run") == [(8, False)]
 
 
 def test_snapshots_in_between_go_first(tmp_path: Path) -> None:
     """They stay while there is room, the latest of them longest; the newest of all always stays."""
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=3) as tracker:
-        train(model, tracker, 1, 4)
+        walk(model, tracker, 1, 4)
         tracker.snapshot()
-        train(model, tracker, 5, 14)
+        walk(model, tracker, 5, 14)
         tracker.snapshot()
         assert times(tmp_path) == [(4, True), (10, False), (14, True)]
-        train(model, tracker, 15, 20)
+        walk(model, tracker, 15, 20)
         tracker.flush()
         assert times(tmp_path) == [(10, False), (14, True), (20, False)]
-        train(model, tracker, 21, 30)
+        walk(model, tracker, 21, 30)
         tracker.flush()
         assert times(tmp_path) == [(10, False), (20, False), (30, False)]
-        train(model, tracker, 31, 34)
+        walk(model, tracker, 31, 34)
     assert times(tmp_path) == [(10, False), (20, False), (30, False), (34, True)]
 
 
 def test_a_last_snapshot_of_another_attempt_is_set_aside(tmp_path: Path) -> None:
-    model, states = network(), []
+    model, states = matrix(), []
     for scale in (1.0, 1.001):
         with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
             if states:
                 tracker.load_state_dict(states[0])
-            train(model, tracker, tracker.step + 1, 12, scale if states else 1.0)
+            walk(model, tracker, tracker.step + 1, 12, scale if states else 1.0)
             states.append(tracker.state_dict())
-            train(model, tracker, 13, 15, scale)
+            walk(model, tracker, 13, 15, scale)
             states.append(tracker.state_dict())
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         tracker.load_state_dict(states[1])  # of the first attempt at step 15; what lies there is the second one's
         assert times(tmp_path) == [(10, False)]
-        train(model, tracker, 16, 17)
+        walk(model, tracker, 16, 17)
     assert times(tmp_path) == [(10, False), (16, True)]
     assert len(list((tmp_path / "superseded").iterdir())) == 4

@@ -8,34 +8,18 @@ import numpy as np
 import pytest
 import torch
 from factories import averages_in, exact_average, flip_bit
+from tracker.runs import STEPS, VALUES, matrix, scheduled, walk
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError, ModelMismatchError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.tracker.resuming import STATE_NAME
+from posthoc_cli.tracker.state import STATE_NAME
 
 SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None, "max_checkpoints": 3}
-STEPS = 50
-VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
 
-
-@pytest.fixture(autouse=True)
-def one_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files of two directories can be compared byte for byte."""
-    monkeypatch.setattr("posthoc_cli.tracker.hook.secrets.token_hex", lambda count: "5eed" * (count // 2))
-
-
-def network() -> torch.nn.Linear:
-    return torch.nn.Linear(4, 4, bias=False)
-
-
-def train(model: torch.nn.Linear, tracker: PostHocEMA, first: int, last: int, **clock: float) -> None:
-    for step in range(first, last + 1):
-        with torch.no_grad():
-            model.weight.copy_(VALUES[step])
-        tracker.update_(model, **{name: scale * step for name, scale in clock.items()})
+pytestmark = pytest.mark.usefixtures("one_run_id")
 
 
 def error(tracker: PostHocEMA, last: int, every: int = 2) -> float:
@@ -49,11 +33,6 @@ def error(tracker: PostHocEMA, last: int, every: int = 2) -> float:
     return max(distances)
 
 
-def scheduled(folder: Path) -> dict[str, bytes]:
-    """Whole files of the snapshots on the schedule."""
-    return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.info.off_schedule}
-
-
 def times(folder: Path) -> list[float]:
     return sorted({s.info.t for s in read_directory(folder)})
 
@@ -63,12 +42,12 @@ def times(folder: Path) -> list[float]:
 
 def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
     """With the settings that it has by then."""
-    model, found = network(), []
+    model, found = matrix(), []
     for first, last, every in ((1, 23, 10), (23, 37, 10), (37, STEPS, 20)):
         settings = SETTINGS | {"checkpoint_every": every}
         with PostHocEMA.from_model(model, tmp_path, **settings, resume="auto") as tracker:
             found.append(tracker.step)
-            train(model, tracker, tracker.step + 1 if first > 1 else first, last)
+            walk(model, tracker, tracker.step + 1 if first > 1 else first, last)
             assert tracker.settings.schedule.checkpoint_every == every
             assert error(tracker, last - last % 2) < 1e-6
     assert found == [0, 22, 36]
@@ -76,19 +55,19 @@ def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
 
 
 def test_who_does_not_ask_is_refused_as_before(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 10)
+        walk(model, tracker, 1, 10)
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    tracker._background.now.__dict__["run_id"] = "0ddd" * 8
-    with pytest.raises(MismatchError, match="this tracker is run 0ddd0ddd: continue that run with"):
+    tracker._pipeline.now.__dict__["run_id"] = "0ddd" * 8
+    with pytest.raises(MismatchError, match="this tracker is run 0ddd0ddd; continue that run with"):
         tracker.update_(model)
 
 
 def test_a_run_that_is_another_one_is_not_gone_on_with(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 10)
+        walk(model, tracker, 1, 10)
     with pytest.raises(ModelMismatchError, match="tensor 'weight'"):
         PostHocEMA.from_model(torch.nn.Linear(3, 4, bias=False), tmp_path, **SETTINGS, resume="auto")
     with pytest.raises(InvalidValueError, match=r"t_unit 'images': the run in .* counts 'steps'"):
@@ -103,27 +82,27 @@ def test_a_run_that_is_another_one_is_not_gone_on_with(tmp_path: Path) -> None:
 
 
 def test_a_run_that_was_killed_in_its_first_snapshots_begins_again(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 10)
+        walk(model, tracker, 1, 10)
     read_directory(tmp_path)[-1].path.unlink()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
         assert (tracker.step, tracker.state_dict()["averages_t"]) == (0, 0)
-        train(model, tracker, 1, 12)
+        walk(model, tracker, 1, 12)
         assert error(tracker, 12) < 1e-6
     assert times(tmp_path) == [10, 12]
     assert len(list((tmp_path / "superseded").iterdir())) == 1
 
 
 def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 30)
+        walk(model, tracker, 1, 30)
     for snapshot in read_directory(tmp_path)[:-1]:
         snapshot.path.unlink()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
         assert tracker.step == 30
-        with pytest.raises(DirectoryError, match="at no time is there a snapshot of every profile"):
+        with pytest.raises(DirectoryError, match="has no time with a snapshot of every profile"):
             tracker.update_(model)
 
 
@@ -132,9 +111,9 @@ def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) 
 
 @pytest.mark.parametrize("way", ["from_path", "from_model"])
 def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(tmp_path: Path, way: str) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 20)
+        walk(model, tracker, 1, 20)
         with torch.no_grad():
             model.weight.fill_(100.0)  # the part of the training that will be given up
         for _ in range(15):
@@ -147,16 +126,16 @@ def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(tmp_path: Path
     assert float(tracker.state_dict(sigma_rel=0.28)["weight"].max()) < 50
     assert tracker.state_dict()["step"] == tracker.step == 20
     with tracker:
-        train(model, tracker, 21, 30)
+        walk(model, tracker, 21, 30)
         assert error(tracker, 30) < 1e-6
     assert times(tmp_path) == [10, 20, 30]
     assert len(list((tmp_path / "superseded").iterdir())) == 4
 
 
 def test_a_call_without_snapshots_of_every_profile_is_refused(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 33)
+        walk(model, tracker, 1, 33)
     read_directory(tmp_path)[0].path.unlink()
     for step in (10, 25, 99):
         with pytest.raises(InvalidValueError, match=rf"step {step}: .* \(0\.05, 0\.28\) .*: 20, 30, 32$"):
@@ -164,17 +143,17 @@ def test_a_call_without_snapshots_of_every_profile_is_refused(tmp_path: Path) ->
 
 
 def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, t_unit="images") as tracker:
-        train(model, tracker, 1, 30, t=64.0)
+        walk(model, tracker, 1, 30, t=64.0)
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         with pytest.raises(
             InvalidValueError, match=r"t 1344: .* at the last call, 1,920 images; .* from_path\(\.\.\., step=N"
         ):
-            train(model, tracker, 21, 21, t=64.0)
-        train(model, tracker, 31, 32, t=64.0)
+            walk(model, tracker, 21, 21, t=64.0)
+        walk(model, tracker, 31, 32, t=64.0)
     with PostHocEMA.from_path(tmp_path, model, step=20) as tracker:
-        train(model, tracker, 21, 30, t=64.0)
+        walk(model, tracker, 21, 30, t=64.0)
         assert tracker.t == 1920
     assert times(tmp_path) == [640, 1280, 1920]
 
@@ -185,14 +164,14 @@ def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str) -> None:
     """At updates and between them, at snapshots and between them; float16, so that a resume without it would."""
-    model, last = network(), 0
+    model, last = matrix(), 0
     settings = SETTINGS | {"checkpoint_dtype": "float16", "device": device}
     with PostHocEMA.from_model(model, tmp_path / "whole", **settings) as tracker:
-        train(model, tracker, 1, STEPS)
+        walk(model, tracker, 1, STEPS)
     for step in (7, 10, 11, 13, 20, 33, 45, STEPS):
         with PostHocEMA.from_model(model, tmp_path / "run", **settings, resume="auto", keep_state=True) as tracker:
             assert tracker.step == last
-            train(model, tracker, last + 1, step)
+            walk(model, tracker, last + 1, step)
             last = step
     assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
     assert not (tmp_path / "run" / "superseded").exists()
@@ -200,7 +179,7 @@ def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str)
 
 def test_99_resumes_lose_nothing_with_a_state(tmp_path: Path) -> None:
     """From float16; the stops are between snapshots, so that only the newest have room beside those on the schedule."""
-    model = network()
+    model = matrix()
     values = (torch.randn(101, 4, 4, generator=torch.Generator().manual_seed(1)) * 1e-3).cumsum(0) + 1
     settings = {"sigma_rels": (0.28,), "update_every": 1, "checkpoint_every": 50, "max_checkpoints": 1}
     for step in range(1, 101):
@@ -214,20 +193,20 @@ def test_99_resumes_lose_nothing_with_a_state(tmp_path: Path) -> None:
 
 
 def test_a_state_is_kept_on_where_it_was_kept_so_far(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     for keep in (False, True):
         with PostHocEMA.from_model(model, tmp_path / str(keep), **SETTINGS, keep_state=keep) as tracker:
-            train(model, tracker, 1, 15)
+            walk(model, tracker, 1, 15)
         assert (tmp_path / str(keep) / STATE_NAME).exists() == keep
         assert PostHocEMA.from_path(tmp_path / str(keep)).settings.keep_state == keep
     assert not PostHocEMA.from_path(tmp_path / "True", keep_state=False).settings.keep_state
 
 
 def test_without_a_last_snapshot_the_state_is_that_of_the_newest_one(tmp_path: Path) -> None:
-    model = network()
+    model = matrix()
     settings = SETTINGS | {"keep_state": True, "final_snapshot": False}
     with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
-        train(model, tracker, 1, 27)
+        walk(model, tracker, 1, 27)
     tracker = PostHocEMA.from_path(tmp_path, model)
     assert (tracker.step, tracker.state_dict()["inherited"]) == (20, [0.0, 0.0])
 
@@ -237,14 +216,14 @@ def test_a_state_that_is_not_of_the_snapshots_is_not_gone_on_from(
     tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The averages then are those of the snapshots, rounded; a state that is damaged is named."""
-    model = network()
+    model = matrix()
     half = SETTINGS | {"checkpoint_dtype": "float16", "keep_state": True}
     with PostHocEMA.from_model(model, tmp_path, **half) as tracker:
-        train(model, tracker, 1, 20)
+        walk(model, tracker, 1, 20)
     state = tmp_path / STATE_NAME
     if wrong == "older":
         with PostHocEMA.from_path(tmp_path, model, keep_state=False) as tracker:
-            train(model, tracker, 21, 30)
+            walk(model, tracker, 21, 30)
     elif wrong == "of another version":
         metadata = read_header(state).metadata | {"ema.version": "1"}
         with TensorFileWriter(state, [], metadata, overwrite=True) as writer:
@@ -254,7 +233,7 @@ def test_a_state_that_is_not_of_the_snapshots_is_not_gone_on_from(
     step = {"older": 30, "later": 10}.get(wrong, 20)
     with PostHocEMA.from_path(tmp_path, model, step=10 if wrong == "later" else None) as tracker:
         assert tracker.step == step
-        train(model, tracker, step + 1, STEPS)
+        walk(model, tracker, step + 1, STEPS)
         assert 1e-6 < error(tracker, STEPS) < 1e-3
         assert min(tracker.state_dict()["inherited"]) > 0
     assert (f"{state}: " in caplog.text) == (wrong in ("of another version", "flipped"))

@@ -25,7 +25,7 @@ from posthoc_cli.reconstruction.measurements import Measurements
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.tracker import measuring
-from posthoc_cli.tracker.layout import FlatTensors
+from posthoc_cli.tracker.buffers import FlatTensors
 
 Tensors = dict[str, torch.Tensor]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
@@ -53,7 +53,7 @@ class Watched:
 
 def kept_by(tracker: PostHocEMA) -> tuple[tuple[FlatTensors, ...], tuple[FlatTensors, ...]]:
     """What the averages are kept in: totals and recent means."""
-    kept = tracker._background.now.averages.accumulators
+    kept = tracker._pipeline.now.averages.accumulators
     assert kept is not None
     return kept.totals, kept.recent
 
@@ -357,7 +357,7 @@ def test_an_average_that_is_not_finite_is_refused_before_anything_is_written(tmp
         Watched(tracker).train(model, 1, 4)
         _, recent = kept_by(tracker)
         recent[1].views["norm.bias"][1] = float("nan")
-        with pytest.raises(NonFiniteError, match=r"the average of 'norm\.bias' holds nan or infinity"):
+        with pytest.raises(NonFiniteError, match=r"'norm\.bias': holds nan or infinity"):
             Watched(tracker).train(model, 5, 5)
     assert not list(tmp_path.glob("*.safetensors"))
 

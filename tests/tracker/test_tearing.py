@@ -11,7 +11,6 @@ import pytest
 import torch
 from torture.tearing import Equal, Truth, averages_in, start, torn_reads, torn_states, wrong_state
 
-from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.tracker import averages
 from posthoc_cli.tracker.worker import Job, Worker
@@ -100,20 +99,6 @@ def test_reading_changes_no_later_bit(tmp_path: Path) -> None:
         for key, tensors in states[0][kind].items():
             assert all(torch.equal(value, states[1][kind][key][name]) for name, value in tensors.items())
     assert averages_in(states[0]).keys() == {"0.05", "0.28"}
-
-
-def test_a_call_that_never_ended_for_want_of_time_is_none_any_more(tmp_path: Path) -> None:
-    """An exception may come between the end of a call and its note that it has ended."""
-    model = Equal(10)
-    with start(tmp_path, model, "model", 100) as tracker:
-        monkey = PostHocEMA._end_alone
-        try:
-            PostHocEMA._end_alone = lambda *_: None  # type: ignore[method-assign]
-            tracker.update_(model)
-        finally:
-            PostHocEMA._end_alone = monkey  # type: ignore[method-assign]
-        tracker.update_(model)
-        assert tracker.step == 2
 
 
 def test_a_job_is_done_once_or_never() -> None:

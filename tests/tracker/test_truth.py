@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from factories import exact_gamma, exact_weights
+from factories import exact_weights
 from trajectories import Replay, Trajectory, record
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis
@@ -150,14 +150,3 @@ def test_a_warm_up_is_part_of_the_profile(cache_folder: Path, tmp_path: Path) ->
     for sigma_rel in (0.05, 0.10):
         found = flat(tracker.state_dict(sigma_rel=sigma_rel))
         assert relative_error(found, truth(run, sigma_rel, 10, after=3000)) <= BOUNDS[sigma_rel]
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_the_peers_beta_misses_these_bounds_by_far(name: str, cache_folder: Path) -> None:
-    """At a stride of 10 a beta for an interval of 1 is a different average altogether."""
-    run = recorded(name, cache_folder)
-    gamma = exact_gamma(0.05)
-    average = run.weights[9].astype(np.float64)
-    for step in range(20, STEPS + 1, 10):
-        average += (1 - (1 - 1 / step) ** (gamma + 1)) * (run.weights[step - 1] - average)
-    assert relative_error(average, truth(run, 0.05, 10)) > 1000 * BOUNDS[0.05]

@@ -1,0 +1,11 @@
+"""Fixtures of the tracker's tests."""
+
+from __future__ import annotations
+
+import pytest
+
+
+@pytest.fixture
+def one_run_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files of two directories can be compared byte for byte."""
+    monkeypatch.setattr("posthoc_cli.tracker.posthoc_ema.secrets.token_hex", lambda count: "5eed" * (count // 2))

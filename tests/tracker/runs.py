@@ -1,0 +1,58 @@
+"""Trainings whose steps depend on their number only, so that two runs can be compared."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.reader import TensorFile
+
+STEPS = 50
+VALUES = torch.randn(STEPS + 1, 4, 4, generator=torch.Generator().manual_seed(0)).cumsum(0)
+
+
+def step(model: torch.nn.Module, number: int) -> None:
+    """Add noise to the parameters, and 1 to the buffers."""
+    generator = torch.Generator().manual_seed(number)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator))
+        for buffer in model.buffers():
+            buffer.add_(1)
+
+
+def train(model: torch.nn.Module, tracker: PostHocEMA, first: int, last: int) -> None:
+    for number in range(first, last + 1):
+        step(model, number)
+        tracker.update_(model)
+
+
+def matrix() -> torch.nn.Linear:
+    return torch.nn.Linear(4, 4, bias=False)
+
+
+def walk(
+    model: torch.nn.Linear, tracker: PostHocEMA, first: int, last: int, scale: float = 1.0, t: float = 0.0
+) -> None:
+    """Give a `matrix` the `VALUES` of these steps; with `t` on a clock of that interval."""
+    for number in range(first, last + 1):
+        with torch.no_grad():
+            model.weight.copy_(VALUES[number] * scale)
+        tracker.update_(model, t * number if t else None)
+
+
+def contents(folder: Path) -> dict[str, dict[str, bytes]]:
+    """Tensors of the snapshots on the schedule."""
+    result = {}
+    for snapshot in (one for one in read_directory(folder) if not one.info.off_schedule):
+        with TensorFile(snapshot.path) as file:
+            result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
+    return result
+
+
+def scheduled(folder: Path) -> dict[str, bytes]:
+    """Complete files of the snapshots on the schedule."""
+    return {s.path.name: s.path.read_bytes() for s in read_directory(folder) if not s.info.off_schedule}
