@@ -1,8 +1,8 @@
 """Choose the length of a model's weight average after training.
 
-`PostHocEMA` tracks averages while a network trains; the `ema` command, or the functions here, turn its snapshots
-into the average of any length. `averages` holds the plain averages that people need next to it. Names are loaded on
-first use, so that importing the package is cheap.
+`PostHocEMA` tracks averages while a network trains. `Run` turns its snapshots into the average of any length, as the
+`ema` command does. `averages` holds other kinds of averages, `errors` everything that this package raises on purpose.
+Names are loaded on first use, so that importing the package is cheap.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from posthoc_cli import averages as averages
+    from posthoc_cli import errors as errors
     from posthoc_cli.errors import PostHocError as PostHocError
     from posthoc_cli.export.convert import export_file as export_file
     from posthoc_cli.planning import Schedule as Schedule
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from posthoc_cli.profiles import gamma_from_sigma_rel as gamma_from_sigma_rel
     from posthoc_cli.profiles import sigma_rel_from_gamma as sigma_rel_from_gamma
     from posthoc_cli.reconstruction import reconstruct as reconstruct
+    from posthoc_cli.run import Run as Run
     from posthoc_cli.synthesis.engine import synthesize as synthesize
     from posthoc_cli.synthesis.plan import plan_synthesis as plan_synthesis
     from posthoc_cli.synthesis.sources import disk_sources as disk_sources
@@ -37,6 +39,7 @@ _HOMES = {
     "PostHocEMA": "tracker",
     "PostHocError": "errors",
     "PowerFunction": "profiles",
+    "Run": "run",
     "Schedule": "planning",
     "disk_sources": "synthesis.sources",
     "error_curve": "planning",
@@ -48,13 +51,13 @@ _HOMES = {
     "synthesize": "synthesis.engine",
 }
 
-_ROOMS = ("averages",)
+_MODULES = ("averages", "errors")
 
-__all__ = sorted((*_HOMES, *_ROOMS))
+__all__ = sorted((*_HOMES, *_MODULES))
 
 
 def __getattr__(name: str) -> object:
-    if name in _ROOMS:
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose, and the exit code that `ema` ends with.
+"""Every error that this package raises on purpose, and the exit code that `ema` ends with. A public module.
 
     PostHocError                       1
     ├── InvalidValueError (ValueError) 2   an argument or option outside what is accepted
@@ -16,11 +16,11 @@
     ├── WriteError (OSError)           1   the system refused a write; nothing partial is left
     └── NotReadyError (RuntimeError)   1   an average that does not exist yet
 
-A command looks for its inputs first: a path that does not exist is wrong usage there, and exit code 2.
+On the command line a path that does not exist is wrong usage, exit code 2.
 
-Each error has three fields: `subject`, the file, tensor, option or method that is wrong; `reason`, what is wrong and
-what would be accepted; `hint`, what to do, if there is something. The message joins them in one line. Names and values
-read from files stand in it as `shown` gives them.
+Each error has the fields `subject`, the file, tensor, argument or method that is wrong; `value`, what an argument was;
+`reason`, what is wrong and what would be accepted; `hint`, what to do. The message joins them in one line. Names and
+values read from files are escaped and shortened by `shown`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ _Error = TypeVar("_Error", bound="PostHocError")
 
 
 def printable(text: str) -> str:
-    """`text` with all that steers a terminal escaped: control characters, line ends, changes of direction."""
+    """`text` with what controls a terminal escaped: control characters, line ends, changes of direction."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def shown(value: object) -> str:
-    """A stranger's name or value for a message: escaped, in one line, and short whatever it is."""
+    """A name or value from a file for a message: escaped, in one line, and short."""
     if isinstance(value, str):
         return repr(value[:_LONGEST]) + "..." * (len(value) > _LONGEST)
     if isinstance(value, int) and abs(value) >= 2**63:
@@ -49,13 +49,13 @@ def shown(value: object) -> str:
 
 
 class PostHocError(Exception):
-    """The root: catch it to catch everything that this package raises on purpose.
+    """The root: catches everything that this package raises on purpose.
 
     Attributes:
-        subject: the file, tensor, option or method that is wrong.
-        reason: what is wrong with it, or what would be accepted.
-        hint: what to do about it; empty where the reason says it.
-        value: the value that is not accepted, as text; empty where the subject is no option.
+        subject: the file, tensor, argument or method that is wrong.
+        reason: what is wrong, or what would be accepted.
+        hint: what to do; may be empty.
+        value: the value that is not accepted, as text; empty if the subject is no argument.
     """
 
     exit_code = 1
@@ -96,7 +96,7 @@ class FileFormatError(PostHocError):
 
 
 class VanishedError(FileFormatError):
-    """A file that was there a moment ago: a writer has thinned it away, or somebody has moved it."""
+    """A file that existed a moment ago: a tracker has thinned it away, or somebody has moved it."""
 
 
 class MismatchError(PostHocError, ValueError):
@@ -108,7 +108,7 @@ class ModelMismatchError(PostHocError):
 
 
 class NonFiniteError(PostHocError):
-    """A nan or an infinity where an average would take it in or a result would hold it."""
+    """nan or infinity in an average or a result."""
 
 
 class LockedError(PostHocError):
@@ -116,11 +116,11 @@ class LockedError(PostHocError):
 
 
 class OutputExistsError(PostHocError):
-    """An output that is there already and that nobody asked to replace."""
+    """An output that exists already, without leave to replace it."""
 
 
 class InexactError(PostHocError):
-    """A target that cannot be made as exactly as asked."""
+    """A target whose predicted error is above the accepted one."""
 
 
 class MissingDependencyError(PostHocError):
@@ -128,7 +128,7 @@ class MissingDependencyError(PostHocError):
 
 
 class RankError(PostHocError):
-    """Another process of a job failed or died, so that this one stops."""
+    """Another process of a job failed or died; this one stops."""
 
 
 class WriteError(PostHocError, OSError):
@@ -136,7 +136,7 @@ class WriteError(PostHocError, OSError):
 
     def __init__(self, subject: object, reason: str, hint: str = "", *, errno: int | None = None) -> None:
         super().__init__(subject, reason, hint)
-        self.errno, self.strerror = errno, reason  # what OSError makes of its arguments is not this
+        self.errno, self.strerror = errno, reason  # OSError would derive others from its arguments
 
 
 class NotReadyError(PostHocError, RuntimeError):

@@ -1,7 +1,7 @@
 """Pictures: arrays in, matplotlib figures out.
 
-Readable in print and by the colour-blind (Okabe and Ito's colours, each with its own line style), and on a dark
-page (the background is opaque white). No pyplot: a figure belongs to its caller and needs no display.
+Readable in print, with colour blindness (Okabe and Ito's colours, each with its own line style) and on a dark page
+(the background is opaque white). No pyplot: a figure belongs to its caller and needs no display.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
@@ -25,12 +25,15 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from posthoc_cli.errors import printable
 
+if TYPE_CHECKING:
+    from posthoc_cli.planning import ErrorCurve, ProfileFit
+
 _METADATA: dict[str, dict[str, None]] = {
     ".png": {"Software": None},
     ".svg": {"Creator": None, "Date": None, "Format": None, "Type": None},
     ".pdf": {"Creator": None, "Producer": None, "CreationDate": None},
 }
-"""What matplotlib says of itself and of the time, left out."""
+"""Leave out the time and the version of matplotlib."""
 
 _LONGEST_TEXT = 120
 
@@ -40,91 +43,34 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00", "#5
 STYLES = ("-", "--", "-.", ":")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GOOD_ERROR = 0.01
-"""The error below which a range is called good, shaded, and named in the title."""
+"""Ranges with smaller errors are shaded and named in the title."""
 
 _LEAST_ERRORS = (1e-8, 1e-5)
-"""The bottom of the picture lies between these; tracked profiles with less are marked there."""
+"""Bounds of the lower end of the axis; tracked profiles with smaller errors are marked at it."""
 
 _MOST_ERROR = 2.0
 
 _WIDTH = 8.0
 _FIT_HEIGHT = 2.6
-"""Inches: of a picture with one fit a row, and of such a row. Of more than two fits, two stand in a row."""
+"""Inches: width of a picture with one fit per row, and height of a row. More than two fits stand two in a row."""
 
 _MARGIN = 0.1
-"""Inches around everything: on a dark page the edges of the white background show."""
+"""Inches: on a dark page the edges of the white background are visible."""
 
 _MOST_HATCHED = 24
-"""Of more bars each is too narrow for a pattern, which would look like gaps in it."""
+"""More bars are too narrow for a pattern, which would look like gaps."""
 
 _SIGMA_TICKS = (0.01, 0.02, 0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.28, 0.4)
 _WIDE_SIGMA_TICKS = (0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.10, 0.28)
-"""Where the axis begins below 0.004."""
+"""For an axis that begins below 0.004."""
 
 
-class Point(Protocol):
-    """Errors of one target that is no power function, at its own width; `planning.ErrorPoint` is one."""
+def error_figure(curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), profile_error: bool = False) -> Figure:
+    """Reconstruction error against sigma_rel; below it the fits, each with its own title.
 
-    @property
-    def label(self) -> str: ...  # noqa: D102
-    @property
-    def sigma_rel(self) -> float: ...  # noqa: D102
-    @property
-    def profile_error(self) -> float: ...  # noqa: D102
-    @property
-    def predicted_error(self) -> float | None: ...  # noqa: D102
-
-
-class Curve(Protocol):
-    """Errors against sigma_rel; `planning.ErrorCurve` is one.
-
-    `error` is `predicted_error`, that of the weights, or where that is None `profile_error`.
+    Draws predicted errors if every curve has them, else profile errors; with `profile_error` both, the latter thin.
     """
-
-    @property
-    def label(self) -> str: ...  # noqa: D102
-    @property
-    def sigma_rels(self) -> FloatArray: ...  # noqa: D102
-    @property
-    def profile_error(self) -> FloatArray: ...  # noqa: D102
-    @property
-    def predicted_error(self) -> FloatArray | None: ...  # noqa: D102
-    @property
-    def error(self) -> FloatArray: ...  # noqa: D102
-    @property
-    def others(self) -> Sequence[Point]: ...  # noqa: D102
-    @property
-    def tracked(self) -> tuple[float, ...]: ...  # noqa: D102
-    def ranges_below(self, threshold: float) -> list[tuple[float, float]]: ...  # noqa: D102
-    def ranges_text(self, threshold: float) -> str: ...  # noqa: D102
-
-
-class Fit(Protocol):
-    """One target and what snapshots make of it over training time; `planning.ProfileFit` is one."""
-
-    @property
-    def title(self) -> str: ...  # noqa: D102
-    @property
-    def t_unit(self) -> str: ...  # noqa: D102
-    @property
-    def times(self) -> FloatArray: ...  # noqa: D102
-    @property
-    def target(self) -> FloatArray: ...  # noqa: D102
-    @property
-    def reconstructed(self) -> FloatArray: ...  # noqa: D102
-    @property
-    def snapshot_times(self) -> dict[str, FloatArray]: ...  # noqa: D102
-    @property
-    def coefficients(self) -> dict[str, FloatArray]: ...  # noqa: D102
-
-
-def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = (), profile_error: bool = False) -> Figure:
-    """Reconstruction error against sigma_rel; below it the fits, each with a title of its own.
-
-    Where every curve has a predicted error that is what is drawn; with `profile_error`, thin, at the same axis, that
-    one, too.
-    """
-    # The legend of more than one curve would cover them: it goes below, and the figure grows by it.
+    # A legend of several entries would cover the curves: it goes below, and the figure grows.
     entries = sum(1 + len(curve.others) for curve in curves)
     legend_rows = entries + 2 if entries > 1 else 0
     height = 4.6 + 0.2 * legend_rows
@@ -140,10 +86,10 @@ def error_figure(curves: Sequence[Curve], fits: Sequence[Fit] = (), profile_erro
 
 
 def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
-    """What `draw` draws, as a file: `.png`, `.svg` or `.pdf`. The same bytes, whoever draws it, where and when.
+    """A drawing as the content of a `.png`, `.svg` or `.pdf` file; reproducible byte for byte.
 
-    In matplotlib's own style: a matplotlibrc may lie in the working directory, come from a stranger, and ask for LaTeX,
-    which runs programs.
+    Ignores matplotlibrc files: one in the working directory may be somebody else's and enable LaTeX, which runs
+    programs.
     """
     stream = io.BytesIO()
     with matplotlib.rc_context():
@@ -154,21 +100,17 @@ def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
 
 
 def loss_figure(
-    sigma_rels: FloatArray,
-    losses: FloatArray,
-    standard_errors: FloatArray,
-    raw: tuple[float, float],
-    metric: str,
+    sigma_rels: FloatArray, losses: FloatArray, standard_errors: FloatArray, raw: tuple[float, float], metric: str
 ) -> Figure:
     """A metric, lower is better, against sigma_rel, with the best marked and the raw weights as a line.
 
-    The axis is linear and begins at 0, where an average is no more than the raw weights.
+    The axis is linear and begins at 0, which stands for the raw weights.
 
     Arguments:
         sigma_rels, losses: shape [averages].
         standard_errors: of each loss's distance to the lowest one, shape [averages]; drawn as bars.
         raw: the loss of the raw weights, and the standard error of its distance.
-        metric: what a loss is called.
+        metric: name of the loss.
     """
     figure = _figure(_WIDTH, 4.6)
     axes = figure.add_subplot()
@@ -192,17 +134,19 @@ def loss_figure(
     return figure
 
 
-# --- parts -----------------------------------------------------------------------------------------
+# --- error curves
 
 
 def _figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches."""
+    """An empty figure; sizes in inches."""
     left, bottom = _MARGIN / width, _MARGIN / height
     layout = ConstrainedLayoutEngine(rect=(left, bottom, 1 - 2 * left, 1 - 2 * bottom))
     return Figure(figsize=(width, height), dpi=150, layout=layout, facecolor="white")
 
 
-def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool, width: float, profile_error: bool) -> None:
+def _draw_errors(
+    axes: Axes, curves: Sequence[ErrorCurve], legend_below: bool, width: float, profile_error: bool
+) -> None:
     predicted = all(curve.predicted_error is not None for curve in curves)
     least = _bottom(curves)
     for index, curve in enumerate(curves):
@@ -224,7 +168,7 @@ def _draw_errors(axes: Axes, curves: Sequence[Curve], legend_below: bool, width:
         text.set_text(_wrapped(text.get_text(), width - (1 if legend_below else 3), size=8))
 
 
-def _draw_curve(axes: Axes, curve: Curve, index: int, least: float, alone: bool) -> None:
+def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: bool) -> None:
     colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
     name = _plain(curve.label)
     label = name if alone else f"{name}: {_good_range(curve)}"
@@ -236,13 +180,13 @@ def _draw_curve(axes: Axes, curve: Curve, index: int, least: float, alone: bool)
             marked, np.maximum(heights, least), color=colour, marker=MARKERS[index % len(MARKERS)],
             linestyle="none", clip_on=False, zorder=5, label=f"tracked: {_listed(marked)}" if alone else None,
         )  # fmt: skip
-    if alone:  # shades of several would lie over each other; the legend says their ranges
+    if alone:  # the shades of several would overlap; the legend names their ranges
         for low, high in curve.ranges_below(GOOD_ERROR):
             axes.axvspan(low, high, color=colour, alpha=0.10, linewidth=0)
 
 
-def _draw_points(axes: Axes, curve: Curve, index: int, least: float) -> None:
-    """Targets of other kinds, each with a letter that the legend explains."""
+def _draw_points(axes: Axes, curve: ErrorCurve, index: int, least: float) -> None:
+    """Targets that are no power functions, each as a letter that the legend explains."""
     for number, point in enumerate(curve.others):
         error = point.profile_error if point.predicted_error is None else point.predicted_error
         axes.plot(
@@ -253,8 +197,8 @@ def _draw_points(axes: Axes, curve: Curve, index: int, least: float) -> None:
         )  # fmt: skip
 
 
-def _draw_profile_errors(axes: Axes, curves: Sequence[Curve]) -> None:
-    """The second curves, thin, behind the others; the first of them stands for all in the legend."""
+def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
+    """Thin curves behind the others; the legend has one entry for all."""
     for index, curve in enumerate(curves):
         axes.plot(
             curve.sigma_rels, curve.profile_error, color=COLOURS[index % len(COLOURS)], alpha=0.55, linewidth=0.9,
@@ -263,16 +207,16 @@ def _draw_profile_errors(axes: Axes, curves: Sequence[Curve]) -> None:
         )  # fmt: skip
 
 
-def _bottom(curves: Sequence[Curve]) -> float:
-    """The power of ten below which the curves hardly ever come."""
+def _bottom(curves: Sequence[ErrorCurve]) -> float:
+    """The power of ten below which the curves hardly go."""
     known = [curve.error[np.isfinite(curve.error)] for curve in curves]
     lowest = min((float(np.quantile(errors, 0.1)) for errors in known if errors.size), default=1.0)
     low, high = np.log10(_LEAST_ERRORS)
     return float(10 ** np.clip(np.floor(np.log10(max(lowest, 1e-300))), low, high))
 
 
-def _error_axis(axes: Axes, least: float, curves: Sequence[Curve]) -> tuple[float, float]:
-    """Set up the vertical axis; returns the ends of the horizontal one, at which every curve and point is in."""
+def _error_axis(axes: Axes, least: float, curves: Sequence[ErrorCurve]) -> tuple[float, float]:
+    """Set up the vertical axis; returns ends of the horizontal one that include every curve and point."""
     axes.set_yscale("log")
     axes.set_ylim(least, _MOST_ERROR)
     axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
@@ -290,13 +234,16 @@ def _listed(sigma_rels: Sequence[float]) -> str:
     return ", ".join(f"{s:g}" for s in sigma_rels)
 
 
-def _good_range(curve: Curve) -> str:
+def _good_range(curve: ErrorCurve) -> str:
     ranges = curve.ranges_text(GOOD_ERROR)
     return f"below 1 % for sigma_rel {ranges}" if ranges else "nowhere below 1 %"
 
 
-def _draw_fit(figure: SubFigure, fit: Fit, width: float) -> None:
-    """The profile over training time, and beside it the coefficients."""
+# --- fits
+
+
+def _draw_fit(figure: SubFigure, fit: ProfileFit, width: float) -> None:
+    """The profile over training time, beside the coefficients."""
     figure.suptitle(_wrapped(_plain(fit.title), width - 4 * _MARGIN, size=10), fontsize=10)
     profile, coefficients = figure.subplots(1, 2)
     _draw_profile(profile, fit)
@@ -307,7 +254,7 @@ def _draw_fit(figure: SubFigure, fit: Fit, width: float) -> None:
         _finish(axes)
 
 
-def _draw_profile(axes: Axes, fit: Fit) -> None:
+def _draw_profile(axes: Axes, fit: ProfileFit) -> None:
     axes.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
     axes.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
     axes.set_ylabel(f"density (1 / {_plain(fit.t_unit)})", fontsize=9)
@@ -315,10 +262,10 @@ def _draw_profile(axes: Axes, fit: Fit) -> None:
     axes.yaxis.get_offset_text().set_fontsize(8)
 
 
-def _draw_coefficients(axes: Axes, fit: Fit) -> None:
+def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
     times = np.unique(np.concatenate(list(fit.snapshot_times.values())))
     spacing = float(np.min(np.diff(times))) if times.size > 1 else 0.1 * float(times[0])
-    # A snapshot off the schedule may stand close to one on it: bars that overlap are better than invisible ones.
+    # A snapshot off the schedule may be close to one on it: overlapping bars are better than invisible ones.
     spacing = max(spacing, float(times[-1] - times[0]) / (3 * times.size))
     width = 0.8 * spacing / len(fit.snapshot_times)
     hatches = ("", "////", "....") if times.size * len(fit.snapshot_times) <= _MOST_HATCHED else ("",)
@@ -333,21 +280,24 @@ def _draw_coefficients(axes: Axes, fit: Fit) -> None:
     axes.set_ylabel("coefficient", fontsize=9)
 
 
-def _time_axis(axes: Axes, fit: Fit) -> None:
+def _time_axis(axes: Axes, fit: ProfileFit) -> None:
     axes.set_xlim(0, 1.02 * float(fit.times[-1]))
     axes.xaxis.set_major_locator(MaxNLocator(4))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.12g}"))
     axes.set_xlabel(f"training time ({_plain(fit.t_unit)})", fontsize=9)
 
 
+# --- text and axes
+
+
 def _plain(text: str) -> str:
-    """A stranger's text for a picture: no formula, which `$` would make it, no control characters, not too long."""
+    """A text from outside for a picture: `$` begins no formula, control characters are escaped, length is limited."""
     shown = printable(text)
     return (shown if len(shown) <= _LONGEST_TEXT else f"{shown[:_LONGEST_TEXT]}...").replace("$", "\\$")
 
 
 def _wrapped(text: str, width: float, size: float) -> str:
-    """`text` of so many points in lines of at most so many inches; breaks within a word only where that is longer."""
+    """Break a text of `size` points into lines of at most `width` inches; within a word only if it is longer."""
     font = FontProperties(size=size)
 
     def fits(line: str) -> bool:
@@ -374,7 +324,7 @@ def _sigma_axis(axes: Axes, low: float, high: float) -> None:
 
 
 def _finish(axes: Axes, title: str | None = None) -> Legend:
-    """Draw the grid and the legend, which has a title if need be."""
+    """Draw the grid and the legend."""
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     return axes.legend(fontsize=8, framealpha=0.9, title=title, title_fontsize=8)

@@ -17,10 +17,10 @@ from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthe
 from posthoc_cli.planning import MOST_SOLVED, choose, snapshots_to_drop, thinning
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Motion, assumed_prior, reconstruct
+from posthoc_cli.run import Run
 from posthoc_cli.snapshots import measurements, pruning
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning
-from posthoc_cli.synthesis.judging import Judged
 
 SIGMA_RELS = (0.05, 0.28)
 
@@ -188,7 +188,7 @@ def test_the_log_tells_the_choice(run: Path, caplog: pytest.LogCaptureFixture) -
 @pytest.mark.usefixtures("_twenty")
 def test_the_curve_is_that_of_the_synthesis(run: Path) -> None:
     for t in (None, 143.0):
-        curve = Judged.of_directory(run, t).curve((0.1, 0.2), [], t, None)
+        curve = Run(run).error_curve((0.1, 0.2), t=t)
         plan = plan_synthesis(disk_sources(run), [0.1], t, dtype="float32")
         assert curve.predicted_error is not None
         assert curve.predicted_error[0] == pytest.approx(float(plan.reconstruction.predicted_error[0]), rel=1e-9)

@@ -28,6 +28,7 @@ from posthoc_cli.planning import (
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.targets import SigmaRel
 
 
 def pure(sigma_rel: float, t: float) -> PowerFunction:
@@ -259,7 +260,7 @@ def test_a_time_outside_the_snapshots_is_refused() -> None:
 
 
 def test_a_fit_has_the_mass_of_its_target() -> None:
-    fit = profile_fit(Candidate.of_schedule(Schedule((0.05, 0.10), 10_000, 500)), "0.15", pure(0.15, 10_000.0))
+    fit = profile_fit(Candidate.of_schedule(Schedule((0.05, 0.10), 10_000, 500)), SigmaRel(0.15))
     spacing = fit.times[1] - fit.times[0]
     assert fit.target.sum() * spacing == pytest.approx(1.0, abs=0.01)
     assert fit.reconstructed.sum() * spacing == pytest.approx(1.0, abs=0.01)

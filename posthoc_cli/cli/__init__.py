@@ -1,19 +1,20 @@
-"""The command `ema`: a file a command, each of which parses, calls and prints.
+"""The command `ema`: a file a command, each of which parses, calls the library once and prints.
 
 Nothing here loads torch or matplotlib before a command needs it, so that help is instant.
 """
 
 from __future__ import annotations
 
-import functools
+import copy
 import io
 import os
 import re
+import resource
 import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -24,27 +25,21 @@ import typer
 import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.cli import demo, error_plot, export, guide, info, output, plan, profile, prune, synthesize, verify
-from posthoc_cli.errors import (
-    FileFormatError,
-    InvalidValueError,
-    MismatchError,
-    PostHocError,
-    VanishedError,
-    printable,
-)
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
 # mistakes on the command line in either.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
+_CONTEXT: Any = typer.core.TyperCommand.context_class
 _DEBUG = "--debug"
 _LONGEST_LINE = 5_000
+_HYPHEN = "\u2011"  # the kind that text is not wrapped at
 
-_HYPHEN = "\u2011"  # one that text is not wrapped at
-_CONTEXT: Any = typer.core.TyperCommand.context_class
+# --- errors in the words of the command line -------------------------------------------------------
 
 
 class _Formatter(_CONTEXT.formatter_class):  # type: ignore[misc]
-    """Help in which no line ends within --sigma-range or posthoc-cli."""
+    """Help that never breaks a line within --sigma-range or posthoc-cli."""
 
     def write_text(self, text: str) -> None:
         super().write_text(text.replace("-", _HYPHEN))
@@ -60,12 +55,58 @@ class _Context(_CONTEXT):  # type: ignore[misc]
     formatter_class = _Formatter
 
 
-class _Command(typer.core.TyperCommand):
-    context_class = _Context
-
-
 class _Group(typer.core.TyperGroup):
     context_class = _Context
+
+
+class _Command(typer.core.TyperCommand):
+    """A command whose errors name its options, and the commands that help."""
+
+    context_class = _Context
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except PostHocError as error:
+            raise _translated(error, ctx).with_traceback(error.__traceback__) from error.__cause__
+
+
+_OPTIONS = {
+    "overwrite=True": "--force",
+    "prefix and strip_prefix": "--prefix and --strip-prefix",
+    "give the layout": "give --format",
+    "make all parts first": "make all parts first, by --shard 1/N to --shard N/N",
+    "make the other shards, then finish the model": "make the others by `ema synthesize --shard`, then run --finish",
+    "make an average of them": "make an average by `ema synthesize`",
+    "an export makes": "ema export makes",
+    "the error curve shows": "ema error-plot shows",
+}
+"""What hints of the library are called here."""
+
+
+def _translated(error: PostHocError, context: Any) -> PostHocError:
+    """A copy of a library's error: arguments become options, and a broken snapshot leads to `ema verify`."""
+    changed = copy.copy(error)
+    for words, here in _OPTIONS.items():
+        changed.hint = changed.hint.replace(words, here)
+    if isinstance(error, InvalidValueError):
+        options = [parameter for parameter in context.command.params if parameter.opts[0].startswith("--")]
+        names = {option.opts[0].removeprefix("--").replace("-", "_"): option.opts[0] for option in options}
+        names |= {option.name: option.opts[0] for option in options}
+        # A subject is an argument, or several: "t", "t and step", "beta 0.3".
+        changed.subject = re.sub(
+            r"(^|, | and )(\w+)(?=[, ]|$)", lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject
+        )
+    if isinstance(error, FileFormatError | MismatchError) and not isinstance(error, VanishedError):
+        for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
+            if directory is not None and error.subject.startswith(f"{files.expanded(Path(directory))}{os.sep}"):
+                return changed.with_hint(
+                    f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
+                )
+    return changed
+
+
+# --- commands --------------------------------------------------------------------------------------
 
 
 app = typer.Typer(
@@ -77,34 +118,14 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _leading_to_verify(command: Callable[..., None]) -> Callable[..., None]:
-    """The same command, which where something in a directory that it reads is broken says how to go on."""
-
-    @functools.wraps(command)
-    def run(**options: Any) -> None:
-        try:
-            command(**options)
-        except VanishedError:
-            raise
-        except (FileFormatError, MismatchError) as error:
-            for directory in [options.get("directory"), *(options.get("directories") or ())]:
-                if directory is not None and str(error).startswith(f"{files.expanded(directory)}{os.sep}"):
-                    hint = f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
-                    raise error.with_hint(hint) from error
-            raise
-
-    return run
-
-
 for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo, guide):
-    app.command(cls=_Command, epilog=_module.EPILOG)(_leading_to_verify(_module.COMMAND))
+    app.command(cls=_Command, epilog=_module.EPILOG)(_module.COMMAND)
 
 
 def _names(incomplete: str) -> list[str]:
-    """What a shell offers as the name of a command."""
-    return [name for name in _commands() if name.startswith(incomplete)]
+    """Names of commands, for completion in a shell."""
+    root: Any = typer.main.get_command(app)
+    return [name for name in root.commands if name.startswith(incomplete)]
 
 
 @app.command("help", cls=_Command, epilog="Example:  ema help synthesize")
@@ -136,56 +157,53 @@ def _root(
     """Choose the length of a model's weight average after training."""
 
 
+# --- the process -----------------------------------------------------------------------------------
+
+
 def main() -> NoReturn:
     """Run the command line and exit.
 
-    0: done. 1: the run failed, or what was checked is not in order. 2: the command line is wrong: an unknown option, a
-    value that cannot be, a path that does not exist or is of another kind, an output whose folder does not exist.
-    130: interrupted. 141: the reader of the output has gone, as `head` does.
+    0: done. 1: a failed check, or an error at run time. 2: the command line is wrong: an unknown option, a value out
+    of range, a path that does not exist or is of another kind, an output whose folder does not exist. 130:
+    interrupted. 141: the reader of the output has closed it, as `head` does.
     """
     arguments = sys.argv[1:] or ["--help"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
-    output.log_to_stderr(False)
     warnings.showwarning = _show_warning
-    # Streams that the caller has closed.
-    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
-    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
-    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # of names that the terminal's encoding lacks
-        sys.stdout.reconfigure(errors="backslashreplace")
+    output.log_to_stderr(False)
+    _prepare_streams()
     _clean_up_on_signals()
     _allow_many_files()
     try:
-        # Not app(...): that would put typer's own excepthook in the place of ours.
+        # Not app(...): that would install typer's own excepthook.
         command: Any = typer.main.get_command(app)
         code = command.main([a for a in arguments if a != _DEBUG], prog_name="ema", standalone_mode=False)
         sys.stdout.flush()
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         code = 130
-    except PostHocError as error:
-        if debug:
-            raise
-        message = str(error).replace("overwrite=True", "--force")
-        code = _fail(_as_options(message) if isinstance(error, InvalidValueError) else message, error.exit_code)
     except BrokenPipeError:
         code = _reader_has_gone()
-    except SystemExit as ended:
-        if not isinstance(ended.__context__, BrokenPipeError):  # which the parser makes an exit code 1 of
-            raise
-        code = _reader_has_gone()
-    except OSError as error:
+    except (PostHocError, OSError) as error:
         if debug:
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        code = _fail(f"{where}{(error.strerror or str(error)).lower()}", 1)
-    except typer.Abort:
-        code = 130
+        code = _fail(str(error), error.exit_code) if isinstance(error, PostHocError) else _fail(_system_error(error), 1)
+    except SystemExit as ended:
+        if not isinstance(ended.__context__, BrokenPipeError):  # click turns that into exit code 1
+            raise
+        code = _reader_has_gone()
     except _USAGE_ERROR as error:
-        code = _fail(f"{error.format_message()}{_see_help(error)}", 2)
+        context = getattr(error, "ctx", None)
+        see = "" if context is None else f" (see {context.command_path} --help)"
+        code = _fail(f"{error.format_message()}{see}", 2)
     if code == 130:
         print("ema: interrupted", file=sys.stderr)  # noqa: T201
     sys.exit(code if isinstance(code, int) else 0)
+
+
+def _system_error(error: OSError) -> str:
+    reason = (error.strerror or str(error)).lower()
+    return f"{error.filename}: {reason}" if error.filename else reason
 
 
 def _fail(message: str, code: int) -> int:
@@ -194,7 +212,7 @@ def _fail(message: str, code: int) -> int:
 
 
 def _print_message(kind: str, message: str) -> None:
-    """One line, with what steers a terminal escaped, and not longer than the longest path and a sentence."""
+    """One line of limited length, with control characters escaped."""
     line = printable(" ".join(message.split()))
     print(f"ema: {kind}: {line[:_LONGEST_LINE]}{'...' * (len(line) > _LONGEST_LINE)}", file=sys.stderr)  # noqa: T201
 
@@ -208,66 +226,38 @@ def _show_traceback(kind: type[BaseException], error: BaseException, trace: Trac
         print(printable(line), file=sys.stderr)  # noqa: T201
 
 
-def _see_help(error: Any) -> str:
-    context = getattr(error, "ctx", None)
-    return "" if context is None else f" (see {context.command_path} --help)"
-
-
-def _reader_has_gone() -> int:
-    """Let the interpreter close a stream that works; the exit code of a process that SIGPIPE ended."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + 13
-
-
-def _as_options(message: str) -> str:
-    """A message about arguments, "sigma_rel 0.4: ..." or "t and step: ...", said of the options of these names."""
-    match = re.match(r"[a-z_]+\b(?:(?:, | and )[a-z_]+\b)*", message)
-    if match is None:
-        return message
-    known = _option_names()
-    subject = re.sub(
-        r"[a-z_]+", lambda name: f"--{name[0].replace('_', '-')}" if name[0] in known else name[0], match[0]
-    )
-    return subject + message[match.end() :]
-
-
-def _commands() -> dict[str, Any]:
-    root: Any = typer.main.get_command(app)
-    return dict(root.commands)
-
-
-def _option_names() -> set[str]:
-    return {
-        name.removeprefix("--").replace("-", "_")
-        for command in _commands().values()
-        for parameter in command.params
-        for name in parameter.opts
-        if name.startswith("--")
-    }
-
-
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
     _print_message("warning", str(message))
 
 
+def _reader_has_gone() -> int:
+    """The exit code of a process that SIGPIPE ended; the interpreter closes a stream that works."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + 13
+
+
+def _prepare_streams() -> None:
+    """Replace streams that the caller has closed; escape names that the terminal's encoding lacks."""
+    sys.stdout = sys.stdout or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stderr = sys.stderr or Path(os.devnull).open("w")  # noqa: SIM115
+    sys.stdin = sys.stdin or Path(os.devnull).open()  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
 def _allow_many_files() -> None:
-    """As many open files as the system grants: a run may have more snapshots than the usual 1,024."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return
+    """Raise the limit of open files as far as allowed: a run may have more snapshots than the usual 1,024."""
     soft, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if most == resource.RLIM_INFINITY else min(65_536, most)
-    with suppress(ValueError, OSError):  # some systems allow less than they say
+    with suppress(ValueError, OSError):  # some systems allow less than they report
         resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), most))
 
 
 def _clean_up_on_signals() -> None:
-    """End as after an error, with nothing left behind: when told to, and when the terminal goes away."""
+    """End as after an error, with nothing partial left, on SIGTERM and when the terminal closes."""
     signal.signal(signal.SIGTERM, _terminate)
-    hangup = getattr(signal, "SIGHUP", None)  # not on Windows
-    if hangup is not None and signal.getsignal(hangup) != signal.SIG_IGN:  # as nohup wants it
-        signal.signal(hangup, _terminate)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # which nohup sets
+        signal.signal(signal.SIGHUP, _terminate)
 
 
 def _terminate(number: int, _: FrameType | None) -> None:

@@ -6,32 +6,34 @@ import csv
 import io
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
-from posthoc_cli.cli.output import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.values import (
+    STORED_DTYPES,
     BetaOption,
     BetweenOption,
+    JsonOption,
+    LikeOption,
     MethodOption,
     ProfileOption,
     WindowOption,
-    check_output,
     existing_directory,
+    new_file,
     one_of,
     parse_count,
     parse_sigma_range,
     parse_sigma_rels,
     parse_targets,
+    read_likeness,
 )
 from posthoc_cli.errors import InvalidValueError, printable
 
 if TYPE_CHECKING:
-    from posthoc_cli.planning import ErrorCurve, ProfileFit
-    from posthoc_cli.synthesis.judging import Judged
+    from posthoc_cli.planning import Candidate, ErrorCurve
 
 EPILOG = (
     "Example:  ema error-plot run/ema --out error.png   or, before training,   "
@@ -39,9 +41,9 @@ EPILOG = (
 )
 
 PICTURES = (".png", ".svg", ".pdf")
-_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter where a spreadsheet speaks Chinese or Japanese
+_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
 MOST_ROWS = 24
-"""Targets over time in one picture."""
+"""Drawings over time in one picture."""
 
 
 def error_plot(
@@ -69,7 +71,8 @@ def error_plot(
     dtype: Annotated[
         str,
         typer.Option(
-            autocompletion=one_of(*DTYPES.values()), help="Of the schedule: snapshots in float16, bfloat16 or float32."
+            autocompletion=one_of(*STORED_DTYPES.values()),
+            help="Snapshots of the schedule: float16, bfloat16 or float32.",
         ),
     ] = "float16",
     like: LikeOption = None,
@@ -88,98 +91,89 @@ def error_plot(
     t: Annotated[float | None, typer.Option(help="Time of the targets. [default: the last snapshot's]")] = None,
     method: MethodOption = None,
     csv_out: Annotated[Path | None, typer.Option("--csv", help="Write the curves as a table too.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace files that are there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the profile error too.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the curves as one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Draw how exact averages of any length will be.
 
     For directories after training, or for schedules before it.
 
-    The curve is the predicted error: the expected relative L2 distance of the weights from the true average. That of
-    a schedule is what ema plan expects, if the network moves evenly, or as in the run that --like names. Tracked
-    profiles are marked; the range below 1 % is shaded and named in the title. With --verbose or --method paper the
-    profile error, the published measure, is shown too: the relative L2 distance between the wanted profile and the
-    one that the snapshots make.
+    The curve is the predicted error: the expected relative L2 distance of the weights from the true average. For a
+    schedule the network is assumed to move evenly, or as in the run that --like names, as in ema plan. Tracked
+    profiles are marked; the range below 1 % is shaded and named in the title. --verbose and --method paper add the
+    profile error, the published measure: the relative L2 distance between the wanted profile and the one that the
+    snapshots make.
 
-    --beta, --window, --between and --profile add targets of other kinds: points at the targets' own width (standard
-    deviation / t), and drawings over training time as by --draw.
+    --beta, --window, --between and --profile add targets of other kinds: points at their own width (standard
+    deviation / t), and drawings over training time as with --draw.
     """
+    from posthoc_cli.planning import error_curve, profile_fit
+
     if out is None and csv_out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or ask for --csv or --json")
-    out, csv_out = (None if path is None else files.expanded(path) for path in (out, csv_out))
-    if out is not None and out.suffix not in PICTURES:
-        raise InvalidValueError("--out", f"must end in {', '.join(PICTURES)}", value=out)
     if out is not None and out == csv_out:
         raise InvalidValueError("--csv", "is the picture's name too", "take another", value=csv_out)
-    if csv_out is not None and csv_out.suffix != ".csv":
-        raise InvalidValueError("--csv", "must end in .csv", value=csv_out)
-    for path, option in ((out, "--out"), (csv_out, "--csv")):
-        if path is not None:
-            check_output(path, option, force)
+    out = new_file(out, "--out", PICTURES, overwrite)
+    csv_out = new_file(csv_out, "--csv", (".csv",), overwrite)
     targets = parse_targets(draw, beta, window, between, profile, "--draw")
     ends = parse_sigma_range(sigma_range)
-    judged = _judged(
-        directories or [], t, sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or [], dtype, like
-    )
-    rows = len(targets) * len(judged)
-    if out is not None and rows > MOST_ROWS:
-        raise InvalidValueError(
-            "--out", f"{rows} drawings over training time; at most {MOST_ROWS} go into it", value=out
-        )
+    described = [sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or []]
+    candidates = _candidates(directories or [], t, described, dtype, like)
+    drawings = len(targets) * len(candidates)
+    if out is not None and drawings > MOST_ROWS:
+        reason = f"{drawings} drawings over training time; at most {MOST_ROWS} fit"
+        raise InvalidValueError("--out", reason, value=out)
     others = [target for target in targets if target.sigma_rel is None]
+    curves = [error_curve(each, ends, t=t, method=method, others=others) for each in candidates]
     profile_error = verbose or method == "paper"
-    curves = [each.curve(ends, others, t, method) for each in judged]
     if out is not None:
-        fits = [each.fit(target, t, method) for target in targets for each in judged]
-        _draw(out, curves, fits, profile_error, force)
+        from posthoc_cli import plots
+
+        fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
+        draw_them = partial(plots.error_figure, curves, fits, profile_error)
+        files.write_whole(out, plots.as_file(draw_them, out.suffix), overwrite)
     if csv_out is not None:
-        _write_csv(csv_out, curves, force)
+        files.write_whole(csv_out, _table(curves).encode(), overwrite)
     if as_json:
-        output.print_json({"curves": [_curve_json(curve) for curve in curves]})
+        output.print_json({"curves": [curve.to_dict() for curve in curves]})
     else:
         _print_summary(curves, profile_error, [path for path in (out, csv_out) if path is not None])
 
 
-def _judged(
-    directories: list[Path],
-    t: float | None,
-    sigma_rels: list[str],
-    steps: list[str],
-    every: list[str],
-    most: list[str],
-    dtype: str,
-    like: Path | None,
-) -> list[Judged]:
-    """What to draw: a run for each directory, as of `t`, and a schedule for each --sigma-rels."""
-    from posthoc_cli.planning import Schedule, relative_rounding
-    from posthoc_cli.synthesis.judging import Judged
+COMMAND = error_plot
 
+
+def _candidates(
+    directories: list[Path], t: float | None, described: list[list[str]], dtype: str, like: Path | None
+) -> list[Candidate]:
+    """A run for each directory, as of `t`, and a schedule for each --sigma-rels.
+
+    `described` are the values of --sigma-rels, --steps, --checkpoint-every and --max-checkpoints.
+    """
+    from posthoc_cli.planning import Candidate, Schedule, relative_rounding
+    from posthoc_cli.run import Run
+
+    sigma_rels, steps, every, most = described
     if not sigma_rels and (steps or every or most or like):
-        raise InvalidValueError(
-            "--sigma-rels", "is missing; --steps and the like describe a schedule of tracked widths"
-        )
-    dtype = DTYPES.get(dtype, dtype)
+        raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
+    dtype = STORED_DTYPES.get(dtype, dtype)
     rounding = relative_rounding(dtype)
-    for directory in directories:
-        existing_directory(directory)
-    judged = [Judged.of_directory(directory, t) for directory in directories]
+    candidates = [Run(path).candidate(t) for path in [existing_directory(directory) for directory in directories]]
     for index, widths in enumerate(sigma_rels):
-        length = _nth(steps, index, len(sigma_rels), "--steps")
-        earlier = read_likeness(like, length)
-        schedule = Schedule(
-            tuple(parse_sigma_rels(widths, "--sigma-rels")),
-            length,
-            _nth(every, index, len(sigma_rels), "--checkpoint-every"),
-            _nth(most, index, len(sigma_rels), "--max-checkpoints") if most else None,
-            earlier.rounding.get(dtype, rounding),
+        length, interval = (
+            _nth(values, index, len(sigma_rels), option)
+            for values, option in ((steps, "--steps"), (every, "--checkpoint-every"))
         )
-        judged.append(Judged.of_schedule(schedule, earlier.motion, assumption_text(like, earlier)))
-    if not judged:
-        raise InvalidValueError(
-            "name a directory of snapshots, or a schedule", "--sigma-rels, --steps, --checkpoint-every"
-        )
-    return judged
+        kept = _nth(most, index, len(sigma_rels), "--max-checkpoints") if most else None
+        earlier, assumption = read_likeness(like, length)
+        stored = earlier.rounding.get(dtype, rounding)
+        schedule = Schedule(tuple(parse_sigma_rels(widths, "--sigma-rels")), length, interval, kept, stored)
+        candidates.append(Candidate.of_schedule(schedule, earlier.motion, assumption))
+    if not candidates:
+        what = "name a directory of snapshots, or a schedule"
+        raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
+    return candidates
 
 
 def _nth(values: list[str], index: int, schedules: int, option: str) -> int:
@@ -187,73 +181,32 @@ def _nth(values: list[str], index: int, schedules: int, option: str) -> int:
     if not values:
         raise InvalidValueError(option, "is missing; a schedule needs it")
     if len(values) not in (1, schedules):
-        raise InvalidValueError(
-            option, f"give it once, or once for each --sigma-rels ({schedules}); it came {len(values)} times"
-        )
+        times = f"give it once, or once for each --sigma-rels ({schedules}); it came {len(values)} times"
+        raise InvalidValueError(option, times)
     return parse_count(values[0] if len(values) == 1 else values[index], option)
 
 
-def _draw(out: Path, curves: list[ErrorCurve], fits: list[ProfileFit], profile_error: bool, force: bool) -> None:
-    from posthoc_cli import plots
-
-    draw = partial(plots.error_figure, curves, fits, profile_error)
-    files.write_whole(out, plots.as_file(draw, out.suffix), force)
+# --- what is written -------------------------------------------------------------------------------
 
 
-def _write_csv(path: Path, curves: list[ErrorCurve], force: bool) -> None:
+def _table(curves: list[ErrorCurve]) -> str:
+    """The curves and the other targets as comma-separated values."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
     for curve in curves:
-        for target, *numbers in _points(curve):
+        report = curve.to_dict()
+        columns = (report["sigma_rel"], report["predicted_error"], report["profile_error"])
+        rows = [("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
+        for target, *numbers in (*rows, *(tuple(other.values()) for other in report["others"])):
             cells = ["" if number is None else repr(number) for number in numbers]
             writer.writerow([_harmless(curve.label), repr(curve.t), _harmless(target), *cells])
-    files.write_whole(path, text.getvalue().encode(), force)
-
-
-def _points(curve: ErrorCurve) -> list[tuple[str, float, float | None, float]]:
-    """Target, its width, predicted error and profile error: of the curve, then of the targets of other kinds."""
-    count = len(curve.sigma_rels)
-    along = zip(
-        ["sigma_rel"] * count, curve.sigma_rels.tolist(), _predicted(curve), curve.profile_error.tolist(), strict=True
-    )
-    others = [
-        (other.label, other.sigma_rel, output.finite(other.predicted_error), other.profile_error)
-        for other in curve.others
-    ]
-    return [*along, *others]
-
-
-def _predicted(curve: ErrorCurve) -> list[float | None]:
-    """The predicted errors; None for one that JSON has no number for."""
-    return [output.finite(error) for error in curve.error.tolist()]
+    return text.getvalue()
 
 
 def _harmless(text: str) -> str:
-    """A cell that a spreadsheet will not take for a formula; what is no text (tabs, line ends) is escaped."""
+    """A cell that no spreadsheet takes for a formula, with control characters escaped."""
     return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
-
-
-def _curve_json(curve: ErrorCurve) -> dict[str, Any]:
-    return {
-        "label": curve.label,
-        "t": curve.t,
-        "tracked": list(curve.tracked),
-        "assumption": curve.assumption or None,
-        "below_1_percent": [list(ends) for ends in curve.ranges_below(0.01)],
-        "sigma_rel": curve.sigma_rels.tolist(),
-        "predicted_error": _predicted(curve),
-        "profile_error": curve.profile_error.tolist(),
-        "others": [
-            {
-                "target": other.label,
-                "sigma_rel": other.sigma_rel,
-                "predicted_error": output.finite(other.predicted_error),
-                "profile_error": other.profile_error,
-            }
-            for other in curve.others
-        ],
-    }
 
 
 def _print_summary(curves: list[ErrorCurve], profile_error: bool, written: list[Path]) -> None:
@@ -262,19 +215,15 @@ def _print_summary(curves: list[ErrorCurve], profile_error: bool, written: list[
         tracked = ", ".join(f"{s:g}" for s in curve.tracked)
         below = curve.ranges_text(0.01) or "none"
         output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")])
+        columns = ["  target", "width", "predicted error", *(["profile error"] if profile_error else [])]
         rows = [
             [
                 f"  {other.label}",
                 f"{other.sigma_rel:.3g}",
-                output.percent(other.predicted_error),
-                *([output.percent(other.profile_error)] if profile_error else []),
+                *map(output.percent, [other.predicted_error, *([other.profile_error] if profile_error else [])]),
             ]
             for other in curve.others
         ]
         if rows:
-            columns = ["  target", "width", "predicted error", *(["profile error"] if profile_error else [])]
             output.print_table(columns, rows, left=["  target"])
     output.print_line(f"wrote {', '.join(map(str, written))}")
-
-
-COMMAND = error_plot

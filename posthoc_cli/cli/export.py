@@ -1,4 +1,4 @@
-"""`ema export`: synthesized weights in the layout that a consumer wants."""
+"""`ema export`: synthesized weights in another layout."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
-from posthoc_cli.cli.values import DTYPE_WORDS, LAYOUT_WORDS, existing
+from posthoc_cli.cli.values import DTYPE_WORDS, JsonOption, LayoutOption, QuietOption, existing
 
 EPILOG = (
     "Example:  ema export model.safetensors --out model.pt   or   "
@@ -32,14 +32,7 @@ def export(
             "--out", "-o", help="The output: .safetensors, .pt, or a folder, for shards or for several outputs."
         ),
     ],
-    layout: Annotated[
-        str | None,
-        typer.Option(
-            "--format",
-            autocompletion=LAYOUT_WORDS,
-            help="safetensors, sharded (a folder) or pt. [default: what the output's name says]",
-        ),
-    ] = None,
+    layout: LayoutOption = None,
     dtype: Annotated[
         str,
         typer.Option(
@@ -52,35 +45,34 @@ def export(
         typer.Option(help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."),
     ] = None,
     prefix: Annotated[str, typer.Option(help="Put this in front of every name in FILE.")] = "",
-    strip_prefix: Annotated[str, typer.Option(help="Take this from the front of the names in FILE.")] = "",
+    strip_prefix: Annotated[str, typer.Option(help="Remove this from the front of the names in FILE.")] = "",
     max_shard_size: Annotated[str, typer.Option(help="Of a sharded output.")] = "5GB",
-    force: Annotated[bool, typer.Option("--force", help="Replace an output that is there.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and warnings.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    overwrite: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    quiet: QuietOption = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Write averaged weights in another layout or dtype.
 
-    Names can be changed, and a full model can fill in what was not tracked.
+    Names can be changed, and a full model can supply the tensors that were not tracked.
 
     Layouts: one safetensors file; shards with an index, named as the Hugging Face libraries look for them (one
     file when it fits); a .pt state dict for torch.load(weights_only=True).
     """
     from posthoc_cli.export.convert import export_models
 
-    output.log_to_stderr(False)
-    file, out, base = existing(file), files.expanded(out), None if base is None else existing(base)
+    base = None if base is None else existing(base)
     report = export_models(
-        file, out, layout, dtype, base, prefix, strip_prefix, force, max_shard_size,
-        lambda what, total: output.progress_bar(what, total, quiet),
+        existing(file), files.expanded(out), layout, dtype, base, prefix, strip_prefix, overwrite, max_shard_size,
+        output.progress_bar(quiet),
     )  # fmt: skip
-    made, seconds = list(report.made.values()), report.seconds
     if as_json:
         output.print_json(report.to_dict())
     elif not quiet:
-        count = f"{len(made)} models, " * (len(made) > 1) + f"{sum(one.tensors for one in made)} tensors"
+        made = report.made.values()
+        count = f"{len(made)} models, " * report.several + f"{sum(one.tensors for one in made)} tensors"
         added = f", {sum(one.from_base for one in made)} of them from {base}" if base is not None else ""
         size = output.size_text(sum(one.nbytes for one in made))
-        output.print_line(f"wrote {count}{added}, {size}, in {seconds:.1f} s: {out}")
+        output.print_line(f"wrote {count}{added}, {size}, in {report.seconds:.1f} s: {out}")
 
 
 COMMAND = export

@@ -8,11 +8,10 @@ from typing import Annotated, Any
 import typer
 
 from posthoc_cli.cli import output
-from posthoc_cli.cli.values import existing
-
-_LONGEST_TEXT = 200
+from posthoc_cli.cli.values import JsonOption, existing
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
+_LONGEST_TEXT = 200
 
 
 def info(
@@ -25,25 +24,24 @@ def info(
     verbose: Annotated[
         bool, typer.Option("--verbose", "-v", help="All coefficients of an output, and its profile error.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
-    """Say what a directory or a file holds.
+    """Show what a directory or a file holds.
 
-    Reads headers only. Exit code 1 when something is wrong with a directory: mixed runs, damaged headers. Every byte
-    is checked by ema verify.
+    Reads headers only. Exit code 1 if something is wrong with a directory: mixed runs, damaged headers. ema verify
+    checks every byte.
     """
     from posthoc_cli.snapshots.description import describe
 
     report = describe(existing(path))
-    if as_json:
-        output.print_json(report)
-    else:
-        _print(report, verbose)
+    output.print_json(report) if as_json else _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)
 
 
-# --- as text ---------------------------------------------------------------------------------------
+COMMAND = info
+
+# --- what is printed -------------------------------------------------------------------------------
 
 
 def _print(report: dict[str, Any], verbose: bool) -> None:
@@ -60,10 +58,9 @@ def _print(report: dict[str, Any], verbose: bool) -> None:
     if report["kind"] == "output":
         output.print_line("")
         _print_coefficients(report["snapshots"], verbose)
-    for note in report.get("notes", ()):
-        output.print_line(f"note: {note}")
-    for problem in report.get("problems", ()):
-        output.print_line(f"problem: {problem}")
+    for kind in ("note", "problem"):
+        for text in report.get(f"{kind}s", ()):
+            output.print_line(f"{kind}: {text}")
 
 
 def _print_profiles(profiles: list[dict[str, Any]]) -> None:
@@ -83,6 +80,13 @@ def _print_profiles(profiles: list[dict[str, Any]]) -> None:
     output.print_table(columns, rows)
 
 
+def _range_text(ends: list[float] | None) -> str:
+    if ends is None:
+        return "unknown"
+    low, high = map(output.percent, ends)
+    return low if low == high else f"{low} to {high}"
+
+
 def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
     shown = outputs if verbose else outputs[: output.MOST_ROWS]
     rows = [
@@ -96,31 +100,23 @@ def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
         for report in shown
     ]
     output.print_table(["output", "profile", "t", "predicted error", "size"], rows, left=["output", "profile"])
-    _print_rest(len(outputs) - len(shown))
+    output.print_rest(len(outputs) - len(shown))
 
 
 def _print_coefficients(snapshots: list[dict[str, Any]], verbose: bool) -> None:
-    """Those of the largest size, as they lie in the output."""
-    order = sorted(range(len(snapshots)), key=lambda index: -abs(snapshots[index]["coefficient"]))
-    shown = sorted(order[: len(order) if verbose else output.MOST_ROWS])
-    rows = [[_cut(snapshots[index]["file"]), _coefficient(snapshots[index]["coefficient"])] for index in shown]
+    """The largest ones, in the order of the output."""
+    shown = output.largest([item["coefficient"] for item in snapshots], verbose)
+    rows = [[_cut(snapshots[i]["file"]), _coefficient(snapshots[i]["coefficient"])] for i in shown]
     output.print_table(["snapshot", "coefficient"], rows, left=["snapshot"])
-    _print_rest(len(order) - len(shown), " with smaller coefficients")
+    output.print_rest(len(snapshots) - len(shown), "with smaller coefficients")
 
 
-def _print_rest(count: int, what: str = "") -> None:
-    if count:
-        output.print_line(f"and {count:,} more{what}; --verbose lists them")
-
-
-def _range_text(ends: list[float] | None) -> str:
-    if ends is None:
-        return "unknown"
-    low, high = map(output.percent, ends)
-    return low if low == high else f"{low} to {high}"
+def _coefficient(value: float) -> str:
+    return f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}"
 
 
 def _text(key: str, value: Any) -> str:
+    """A value of a report for people; empty to leave it out."""
     if key == "bytes":
         return output.size_text(value)
     if key == "measured":
@@ -131,28 +127,19 @@ def _text(key: str, value: Any) -> str:
         return output.percent(value)
     if key == "norm":
         return f"{value:.4g}"
-    if key in ("sigma_rel", "gamma") and value is None:
-        return ""  # of a profile that is no power function
+    if value is None:
+        return "" if key in ("sigma_rel", "gamma") else "none"  # of a profile that is no power function
     if isinstance(value, dict):
         return ", ".join(f"{name} {_text(name, item)}" for name, item in value.items())
     if isinstance(value, list):
         return ", ".join(map(str, value[:5])) + (f" and {len(value) - 5} more" if len(value) > 5 else "")
-    if isinstance(value, float):
-        return f"{value:,.12g}"
-    if value is None:
-        return "none"
-    if isinstance(value, int):
-        return f"{value:,}"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int | float):
+        return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
     return str(value) if key == "path" else _cut(str(value))
 
 
-def _coefficient(value: float) -> str:
-    return f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}"
-
-
 def _cut(text: str) -> str:
-    """A text from a file, of a length that fits a few lines."""
+    """A text from a file, cut to a few lines."""
     return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."
-
-
-COMMAND = info

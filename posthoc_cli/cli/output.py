@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import shutil
 import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Any
 
-import typer
 from rich.cells import cell_len
 from rich.console import Console
 from rich.progress import (
@@ -30,20 +27,17 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from posthoc_cli.cli.values import existing_directory
 from posthoc_cli.errors import printable
-
-if TYPE_CHECKING:
-    from posthoc_cli.snapshots.measurements import Likeness
+from posthoc_cli.progress import ProgressBar
 
 MOST_ROWS = 10
-"""Rows of a list that are shown unless all are asked for."""
+"""Rows of a table that are shown without --verbose."""
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
     """An aligned table without rules; columns named in `left` are text, the others numbers.
 
-    On a terminal that is too narrow for it the longest texts lose their middles; nothing is wrapped.
+    On a narrow terminal the longest texts lose their middles; nothing is wrapped.
     """
     rows = _fitted(columns, rows, [index for index, column in enumerate(columns) if column in left])
     table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
@@ -59,7 +53,7 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
 
 
 def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> list[list[str]]:
-    """The cells, those in the columns `texts` cut so that lines fit the terminal, if that leaves anything of them."""
+    """The cells; those in the columns `texts` are cut so that lines fit the terminal, down to _LEAST_TEXT."""
     cells = [[printable(cell) for cell in row] for row in rows]
     room = _terminal_width() - 2 * (len(columns) - 1)
     widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
@@ -75,7 +69,7 @@ def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequen
 
 
 def _without_middle(text: str, width: int) -> str:
-    """Both ends of a text that is wider: what tells files apart is in their names' ends."""
+    """Both ends of a text that is too wide: names of files differ at their ends."""
     if cell_len(text) <= width:
         return text
     head, tail = "", ""
@@ -91,15 +85,15 @@ def _without_middle(text: str, width: int) -> str:
 
 
 def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
-    """Names and values, aligned; on a terminal long values go on in further lines, below where they begin."""
+    """Names and values, aligned; on a terminal long values are wrapped below their start."""
     width = max(len(name) for name, _ in pairs)
     indent = " " * (width + 2)
     for name, value in pairs:
         line = f"{name:<{width}}  {printable(value)}"
         room = max(_terminal_width(), 2 * len(indent))
         wrapped = textwrap.wrap(line, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
-        for part in wrapped if len(line) > room else [line]:
-            print_line(part)
+        for row in wrapped if len(line) > room else [line]:
+            print_line(row)
 
 
 def print_line(text: str) -> None:
@@ -112,14 +106,26 @@ def print_note(text: str) -> None:
     sys.stderr.write(printable(text) + "\n")
 
 
-def finite(value: float | None) -> float | None:
-    """A number that JSON has; None in the place of nan and infinity."""
-    return value if value is not None and math.isfinite(value) else None
+def print_rest(count: int, what: str = "") -> None:
+    """Say how many rows a table lacks."""
+    if count:
+        print_line(f"and {count:,} more {what}".rstrip() + "; --verbose lists them")
 
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
     sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def largest(values: Sequence[float], everything: bool) -> list[int]:
+    """Indices, growing, of the values that are listed: those of the largest size, or all."""
+    order = sorted(range(len(values)), key=lambda index: -abs(values[index]))
+    return sorted(order if everything else order[:MOST_ROWS])
+
+
+def counted(count: int, what: str) -> str:
+    """A number of things: "1 file", "1,200 files"."""
+    return f"{count:,} {what}{'s' * (count != 1)}"
 
 
 def size_text(nbytes: float) -> str:
@@ -132,7 +138,7 @@ def size_text(nbytes: float) -> str:
 
 
 def percent(error: float | None) -> str:
-    """A relative error for people; below what rounding allows it is shown as that bound."""
+    """A relative error for people; tiny ones, which are rounding, as a bound."""
     if error is None:
         return "unknown"
     if 0 < error < 1e-7:
@@ -141,7 +147,7 @@ def percent(error: float | None) -> str:
 
 
 def log_to_stderr(verbose: bool) -> None:
-    """Show the library's messages: warnings always, what it does with `verbose`."""
+    """Show the library's log: warnings, and with `verbose` information."""
     logging.addLevelName(logging.WARNING, "warning")
     logging.addLevelName(logging.INFO, "info")
     handler = logging.StreamHandler(sys.stderr)
@@ -150,38 +156,39 @@ def log_to_stderr(verbose: bool) -> None:
 
 
 class _OneLine(logging.Formatter):
-    """A message in one line, with the names in it escaped."""
+    """A message in one line, with control characters escaped."""
 
     def format(self, record: logging.LogRecord) -> str:
         return printable(super().format(record))
 
 
 REPORT_SECONDS = 30.0
-"""Between two lines of progress where there is no terminal for a bar."""
+"""Between two lines of progress without a terminal."""
 
 
-@contextmanager
-def progress_bar(what: str, total: int, quiet: bool, verbose: bool = False) -> Iterator[Callable[[int], None]]:
-    """Progress in bytes on stderr; yields a function that advances it.
+def progress_bar(quiet: bool = False, verbose: bool = False) -> ProgressBar:
+    """Progress in bytes on stderr: a bar on a terminal; elsewhere, with `verbose`, a line every 30 seconds."""
 
-    A bar with the rate and the remaining time on a terminal; elsewhere, with `verbose`, a line every 30 seconds.
-    """
-    console = Console(stderr=True)
-    if verbose and not quiet and not console.is_terminal:
-        yield ProgressLines(what, total).advance
-        return
-    bar = Progress(
-        TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-        console=console, transient=True, disable=quiet or not console.is_terminal,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda count: bar.advance(task, count)
+    @contextmanager
+    def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
+        console = Console(stderr=True)
+        if verbose and not quiet and not console.is_terminal:
+            yield ProgressLines(what, total).advance
+            return
+        progress = Progress(
+            TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+            console=console, transient=True, disable=quiet or not console.is_terminal,
+        )  # fmt: skip
+        with progress:
+            task = progress.add_task(what, total=total)
+            yield lambda count: progress.advance(task, count)
+
+    return bar
 
 
 @contextmanager
 def working(what: str) -> Iterator[None]:
-    """A line on stderr with the time so far, where that is a terminal, as long as the block takes."""
+    """A line with the elapsed time on stderr, on a terminal, during the block."""
     console = Console(stderr=True)
     line = Progress(
         SpinnerColumn(), TextColumn(what), TimeElapsedColumn(),
@@ -193,7 +200,7 @@ def working(what: str) -> Iterator[None]:
 
 
 class ProgressLines:
-    """Progress as a line on stderr now and then."""
+    """Progress as a line on stderr every REPORT_SECONDS."""
 
     def __init__(self, what: str, total: int, clock: Callable[[], float] = time.monotonic) -> None:
         self._what, self._total, self._clock = what, total, clock
@@ -201,7 +208,7 @@ class ProgressLines:
         self._started = self._said = clock()
 
     def advance(self, count: int) -> None:
-        """Note that many more bytes, and say so where REPORT_SECONDS have gone by since the last line."""
+        """Count more bytes."""
         self._done += count
         now = self._clock()
         if now - self._said < REPORT_SECONDS:
@@ -216,50 +223,15 @@ class ProgressLines:
 
 
 _LEAST_TEXT = 12
-"""A text in a table is not cut below that."""
+"""Columns that are left of a text in a table at least."""
 
 _WIDE = 10_000
 
 
 def _terminal_width() -> int:
-    """Columns of the terminal; in a pipe a line is as long as it has to be."""
+    """Columns of the terminal; practically unlimited in a pipe."""
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
 
 
 def _console() -> Console:
     return Console(width=_WIDE, no_color=not sys.stdout.isatty())
-
-
-# --- What predicted errors rest on before training: an even movement, or that of an earlier run ----
-
-
-LikeOption = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Snapshots of an earlier run that the network will move like. [default: evenly]"),
-]
-
-DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
-"""Short words for the dtypes that a plan chooses from."""
-
-
-def read_likeness(like: Path | None, steps: int) -> Likeness:
-    """What the earlier run says about one of so many steps; nothing where there is none.
-
-    Raises:
-        FileFormatError, MismatchError: as `read_directory`.
-    """
-    from posthoc_cli.snapshots.directory import read_directory
-    from posthoc_cli.snapshots.measurements import Likeness, likeness
-
-    return Likeness(None, {}) if like is None else likeness(read_directory(existing_directory(like)), steps)
-
-
-def assumption_text(like: Path | None, earlier: Likeness) -> str:
-    """What is assumed, to follow "if": "the network moves evenly"."""
-    from posthoc_cli.planning import EVENLY
-
-    if like is None:
-        return EVENLY
-    if earlier.motion is None:
-        return f"{EVENLY}: {like} does not tell how it moved"
-    return f"the network moves as in {like}"

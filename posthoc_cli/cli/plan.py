@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from posthoc_cli import files
 from posthoc_cli.cli import output
 from posthoc_cli.cli.error_plot import PICTURES
-from posthoc_cli.cli.output import DTYPES, LikeOption, assumption_text, read_likeness
 from posthoc_cli.cli.values import (
-    check_output,
+    STORED_DTYPES,
+    JsonOption,
+    LikeOption,
+    SigmaRangeOption,
+    new_file,
     one_of,
-    parse_bytes,
+    optional,
     parse_count,
     parse_max_error,
     parse_sigma_range,
     parse_sigma_rels,
+    read_likeness,
 )
-from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import Proposal, Task
-    from posthoc_cli.snapshots.measurements import Likeness
 
 EPILOG = (
     "Example:  ema plan --steps 400000 --params 1.2e9 --max-size 60GB --sigma-range 0.03:0.28   or   "
@@ -38,17 +40,16 @@ def plan(
         str, typer.Option(metavar="COUNT", help="Length of training, in steps (calls of update_): 400000, 4e5, 400K.")
     ],
     params: Annotated[
-        str,
-        typer.Option(metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."),
+        str, typer.Option(metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M.")
     ],
     max_size: Annotated[
         str, typer.Option(metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB.")
     ],
-    sigma_range: Annotated[str, typer.Option(help="The averages that will be wanted: LOW:HIGH.")] = "0.05:0.28",
+    sigma_range: SigmaRangeOption = "0.05:0.28",
     max_error: Annotated[
         str,
         typer.Option(
-            metavar="ERROR", help="A worst predicted error that is good enough: of schedules below it, the cheapest."
+            metavar="ERROR", help="The accepted worst predicted error: of schedules below it, the cheapest is best."
         ),
     ] = "0.05%",
     like: LikeOption = None,
@@ -58,7 +59,7 @@ def plan(
     dtype: Annotated[
         str | None,
         typer.Option(
-            autocompletion=one_of(*DTYPES.values()),
+            autocompletion=one_of(*STORED_DTYPES.values()),
             help="Store in float16, bfloat16 or float32. [default: the best]",
         ),
     ] = None,
@@ -69,70 +70,54 @@ def plan(
         str | None, typer.Option(metavar="COUNT", help="Snapshots kept a profile. [default: the best, up to 64]")
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw it: a .png, .svg or .pdf.")] = None,
-    force: Annotated[bool, typer.Option("--force", help="Replace a picture that is there.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    overwrite: Annotated[bool, typer.Option("--force", help="Replace an existing picture.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Propose what to track and store before training.
 
-    Looks for the schedule that writes and updates least and whose worst predicted error in the range is good enough
-    (--max-error); where the disk does not allow that, for the smallest error. Shows what else there is (the best of
-    each dtype, of one, two and three profiles), with the snapshots kept of each profile and the steps from one to the
-    next, and prints the call to paste.
+    Finds the schedule that writes and updates least and whose worst predicted error in the range is at most
+    --max-error; if the disk does not allow that, the one with the smallest error. Also shows alternatives (the best of
+    each dtype, and of one, two and three profiles), with the snapshots kept of each profile and the steps between
+    them, and prints the call to paste.
 
-    Errors are those expected if the network moves evenly, like a random walk that in the whole of training goes a
-    quarter of the norm of its weights; --like takes the movement of an earlier run instead, stretched over --steps,
-    and how exactly its averages were stored. Disk is what the averages take while the last ones are written: one
-    more of each profile than is kept. Headers and buffers are not counted.
+    Errors assume that the network moves evenly, as a random walk that covers a quarter of the norm of its weights
+    during training. --like takes the motion of an earlier run instead, stretched over --steps, and the rounding of
+    its stored averages. Disk is the size of all averages while the last ones are written: one more of each profile
+    than is kept. Headers and buffers are not counted.
     """
-    from posthoc_cli.planning import Task, propose
+    from posthoc_cli.planning import Task, planning_report, propose
 
-    output.log_to_stderr(False)
-    out = None if out is None else files.expanded(out)
-    _check_picture(out, force)
+    out = new_file(out, "--out", PICTURES, overwrite)
     task = Task(
         steps=parse_count(steps, "--steps"),
         parameters=parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
-        max_bytes=parse_bytes(max_size, "--max-size"),
+        max_bytes=files.parse_bytes(max_size, "--max-size"),
         sigma_range=parse_sigma_range(sigma_range),
         max_error=parse_max_error(max_error),
         sigma_rels=None if sigma_rels is None else tuple(sorted(parse_sigma_rels(sigma_rels, "--sigma-rels"))),
-        dtype=None if dtype is None else DTYPES.get(dtype, dtype),
-        checkpoint_every=None if checkpoint_every is None else parse_count(checkpoint_every, "--checkpoint-every"),
-        max_checkpoints=None if max_checkpoints is None else parse_count(max_checkpoints, "--max-checkpoints", "20"),
+        dtype=None if dtype is None else STORED_DTYPES.get(dtype, dtype),
+        checkpoint_every=optional(parse_count, checkpoint_every, "--checkpoint-every"),
+        max_checkpoints=optional(parse_count, max_checkpoints, "--max-checkpoints", "20"),
     )
-    earlier = read_likeness(like, task.steps)
+    earlier, assumption = read_likeness(like, task.steps)
+    task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
     with output.working("looking for the best schedules"):
-        proposals = propose(replace(task, motion=earlier.motion, rounding=earlier.rounding))
+        proposals = propose(task)
     if out is not None:
-        _draw(out, proposals, force)
+        _draw(out, proposals, overwrite)
     if as_json:
-        output.print_json(_report(task, like, earlier, proposals))
-    else:
-        _print(task, like, earlier, proposals, out)
-
-
-def _check_picture(out: Path | None, force: bool) -> None:
-    if out is not None and out.suffix not in PICTURES:
-        raise InvalidValueError("--out", f"must end in {', '.join(PICTURES)}", value=out)
+        output.print_json({**planning_report(task, proposals), "like": None if like is None else str(like)})
+        return
+    _print(task, assumption, proposals)
     if out is not None:
-        check_output(out, "--out", force)
+        output.print_line("")
+        output.print_line(f"wrote {out}")
 
 
-def call_text(proposal: Proposal, sigma_range: tuple[float, float]) -> str:
-    """The call that makes a tracker of this kind."""
-    schedule = proposal.schedule
-    rels = ", ".join(f"{sigma_rel!r}" for sigma_rel in schedule.sigma_rels) + "," * (len(schedule.sigma_rels) == 1)
-    return (
-        "ema = PostHocEMA.from_model(\n"
-        '    model, "run/ema",\n'
-        f"    sigma_rels=({rels}), update_every={proposal.update_every},\n"
-        f"    checkpoint_every={schedule.checkpoint_every}, max_checkpoints={schedule.max_checkpoints},\n"
-        f'    checkpoint_dtype="{proposal.dtype}", sigma_range={sigma_range},\n'
-        ")"
-    )
+COMMAND = plan
 
 
-def _draw(out: Path, proposals: list[Proposal], force: bool) -> None:
+def _draw(out: Path, proposals: list[Proposal], overwrite: bool) -> None:
     from posthoc_cli import plots
     from posthoc_cli.planning import ErrorCurve
 
@@ -147,43 +132,10 @@ def _draw(out: Path, proposals: list[Proposal], force: bool) -> None:
         )
         for proposal in proposals
     ]
-    files.write_whole(out, plots.as_file(lambda: plots.error_figure(curves), out.suffix), force)
+    files.write_whole(out, plots.as_file(lambda: plots.error_figure(curves), out.suffix), overwrite)
 
 
-# --- what is printed -------------------------------------------------------------------------------
-
-
-def _report(task: Task, like: Path | None, earlier: Likeness, proposals: list[Proposal]) -> dict[str, Any]:
-    return {
-        "steps": task.steps,
-        "parameters": task.parameters,
-        "max_bytes": task.max_bytes,
-        "sigma_range": list(task.sigma_range),
-        "max_error": task.max_error,
-        "like": None if like is None else str(like),
-        "motion": "assumed" if earlier.motion is None else "like",
-        "proposals": [
-            {
-                "sigma_rels": list(proposal.schedule.sigma_rels),
-                "dtype": proposal.dtype,
-                "snapshots": proposal.schedule.kept,
-                "update_every": proposal.update_every,
-                "checkpoint_every": proposal.schedule.checkpoint_every,
-                "max_checkpoints": proposal.schedule.max_checkpoints,
-                "last_step": proposal.last_step,
-                "bytes": proposal.nbytes,
-                "worst_error": proposal.errors.worst,
-                "median_error": proposal.errors.median,
-                "sigma_rel": proposal.errors.sigma_rels.tolist(),
-                "predicted_error": proposal.errors.predicted_error.tolist(),
-            }
-            for proposal in proposals
-        ],
-        "call": call_text(proposals[0], task.sigma_range),
-    }
-
-
-def _print(task: Task, like: Path | None, earlier: Likeness, proposals: list[Proposal], out: Path | None) -> None:
+def _print(task: Task, assumption: str, proposals: list[Proposal]) -> None:
     columns = ["tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
     rows = [
         [
@@ -199,17 +151,10 @@ def _print(task: Task, like: Path | None, earlier: Likeness, proposals: list[Pro
     ]
     output.print_table(columns, rows, left=["tracked", "dtype"])
     low, high = task.sigma_range
-    assumed = assumption_text(like, earlier)
-    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {assumed}")
+    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {assumption}")
     best = proposals[0]
     if best.last_step < task.steps:
         output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {task.steps:,}")
     output.print_line("")
-    for line in call_text(best, task.sigma_range).splitlines():
+    for line in best.call(task.sigma_range).splitlines():
         output.print_line(line)
-    if out is not None:
-        output.print_line("")
-        output.print_line(f"wrote {out}")
-
-
-COMMAND = plan

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from posthoc_cli.cli import output
-from posthoc_cli.cli.values import parse_count, parse_numbers, parse_sigma_rels
+from posthoc_cli.cli.values import JsonOption, parse_count, parse_numbers, parse_sigma_rels
 from posthoc_cli.errors import InvalidValueError
 
 EPILOG = (
@@ -20,20 +20,19 @@ _COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g
 
 def profile(
     sigma_rel: Annotated[
-        str | None,
-        typer.Option(help=f"Widths: a number, list or range. [default: {_DEFAULT}]", show_default=False),
+        str | None, typer.Option(help=f"Widths: a number, list or range. [default: {_DEFAULT}]", show_default=False)
     ] = None,
     beta: Annotated[
         str | None, typer.Option(help="The other way: decays of a classical EMA, a number, list or range.")
     ] = None,
     steps: Annotated[str, typer.Option(metavar="COUNT", help="Length of training, in steps: 100000, 1e5.")] = "1000",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Convert between sigma_rel and a classical beta.
 
-    A classical EMA, average <- beta average + (1 - beta) weights, counts as equal when it has the same mean age
-    after that many steps: beta / (1 - beta) steps. sigma_rel ends at 0.2887, the uniform average; tables that
-    list a beta for sigma_rel 0.40 list something that does not exist.
+    A classical EMA, average <- beta average + (1 - beta) weights, corresponds to the power function with the same
+    mean age after that many steps: beta / (1 - beta) steps. sigma_rel ends at 0.2887, the uniform average; a table
+    with a beta for sigma_rel 0.40 is wrong.
     """
     from posthoc_cli import profiles
 
@@ -48,25 +47,16 @@ def profile(
     else:
         betas = parse_numbers(beta, "--beta")
         widths = [profiles.sigma_rel_from_classical_beta(value, count) for value in betas]
-    rows = [_row(width, value, count) for width, value in zip(widths, betas, strict=True)]
+    rows = []
+    for width, value in zip(widths, betas, strict=True):
+        gamma = profiles.gamma_from_sigma_rel(width)
+        age = profiles.mean_age(gamma, count)
+        rows.append({"sigma_rel": width, "gamma": gamma, "mean_age": age, "std": width * count, "beta": value})
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
     else:
         output.print_table(list(_COLUMNS), [[format(row[key], spec) for key, spec in _COLUMNS.items()] for row in rows])
         output.print_line(f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age")
-
-
-def _row(sigma_rel: float, beta: float, steps: int) -> dict[str, Any]:
-    from posthoc_cli.profiles import gamma_from_sigma_rel, mean_age
-
-    gamma = gamma_from_sigma_rel(sigma_rel)
-    return {
-        "sigma_rel": sigma_rel,
-        "gamma": gamma,
-        "mean_age": mean_age(gamma, steps),
-        "std": sigma_rel * steps,
-        "beta": beta,
-    }
 
 
 COMMAND = profile

@@ -1,4 +1,4 @@
-"""From words on the command line to values."""
+"""Options that several commands share, and the parsing of their values."""
 
 from __future__ import annotations
 
@@ -6,50 +6,23 @@ import stat
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
-from posthoc_cli.files import parse_bytes as parse_bytes
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, ProfileFile, SigmaRel, Target, Window
 
-_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+if TYPE_CHECKING:
+    from posthoc_cli.snapshots.measurements import Likeness
 
-
-def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
-    """A whole number from 1.2e9, 1.2B, 350M or 350,000,000.
-
-    Raises:
-        InvalidValueError: naming the option and the accepted forms.
-    """
-    value = files.parse_amount(text, _COUNTS)
-    if value is None or value != value.to_integral_value():
-        shown = text.strip() or "(empty)"
-        raise InvalidValueError(f"{option} {shown}", f"must be a whole number, at least 1, such as {example}")
-    return int(value)
-
-
-# --- From words on the command line to values ------------------------------------------------------
-
-
-_MOST_DIGITS = 1_000
-"""Before and behind the point: far more than a float has, and few enough to count with."""
-
-MOST_VALUES = 10_000
-
-_FORMS = {
-    "--window": "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
-    "--beta": "a number, a list such as 0.999,0.9999 or a range such as 0.99:0.999:0.003",
-}
-_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
-"""What `parse_numbers` takes, for each option."""
+_T = TypeVar("_T")
 
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
-    """What a shell offers as the value of an option: those of `words` that begin as what was typed."""
+    """Completion in a shell: those of `words` that begin with what was typed."""
 
     def complete(incomplete: str) -> list[str]:
         return [word for word in words if word.startswith(incomplete)]
@@ -57,23 +30,21 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
     return complete
 
 
-# What help does not load names of its own: a test holds these lists and the library's together.
+# Lists of the library that help must not load; a test compares them.
 DTYPE_WORDS = one_of("keep", "float32", "float16", "bfloat16", "float64")
 LAYOUT_WORDS = one_of("safetensors", "sharded", "pt")
-METHOD_WORDS = one_of("minvar", "paper")
-
-# --- options of several commands -------------------------------------------------------------------
+STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
+"""Short words for the dtypes of planned snapshots."""
 
 BetaOption = Annotated[
     str | None,
     typer.Option(
-        help="Classical EMA: x <- beta x + (1 - beta) theta at every step (call of update_), begun as the first "
-        "weights there are, those of the first update. A number, list or range: 0.999,0.9999."
+        help="Classical EMA: x <- beta x + (1 - beta) theta at every step (call of update_), starting from the weights "
+        "of the first update. A number, list or range: 0.999,0.9999."
     ),
 ]
 WindowOption = Annotated[
-    str | None,
-    typer.Option(help="The mean of the last so many steps, each of which counts 1 / window: a number, list or range."),
+    str | None, typer.Option(help="The mean of the last steps, each with weight 1 / window: a number, list or range.")
 ]
 BetweenOption = Annotated[
     str | None,
@@ -92,70 +63,105 @@ ProfileOption = Annotated[
 MethodOption = Annotated[
     str | None,
     typer.Option(
-        autocompletion=METHOD_WORDS,
+        autocompletion=one_of("minvar", "paper"),
         metavar="minvar|paper",
         help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as "
         "published. [default: minvar]",
     ),
 ]
+LayoutOption = Annotated[
+    str | None,
+    typer.Option(
+        "--format",
+        autocompletion=LAYOUT_WORDS,
+        help="safetensors, sharded (a folder) or pt. [default: from the output's name]",
+    ),
+]
+LikeOption = Annotated[
+    Path | None,
+    typer.Option(metavar="DIR", help="Snapshots of an earlier run that the network will move like. [default: evenly]"),
+]
+SigmaRangeOption = Annotated[str, typer.Option(help="The averages that you will want: LOW:HIGH.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and warnings.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+
+
+def bad(option: str, text: str, reason: str, hint: str = "") -> InvalidValueError:
+    """The error of an option whose value, as typed, is not accepted."""
+    return InvalidValueError(option, reason, hint, value=text.strip() or "(empty)")
 
 
 # --- numbers ---------------------------------------------------------------------------------------
+
+_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_MOST_DIGITS = 1_000
+"""Before and after the point: far more than a float has, and few enough to calculate with."""
+MOST_VALUES = 10_000
+_FORMS = {
+    "--window": "a whole number of steps, a list such as 500,1000 or a range such as 500:2000:500",
+    "--beta": "a number, a list such as 0.999,0.9999 or a range such as 0.99:0.999:0.003",
+}
+_SIGMA_FORMS = "a number, a list such as 0.05,0.10 or a range such as 0.05:0.25:0.05"
+
+
+def parse_count(text: str, option: str, example: str = "100000, 1e5 or 100K") -> int:
+    """A whole number from 1.2e9, 1.2B, 350M or 350,000,000."""
+    value = files.parse_amount(text, _COUNTS)
+    if value is None or value != value.to_integral_value():
+        raise bad(option, text, f"must be a whole number, at least 1, such as {example}")
+    return int(value)
+
+
+def _decimal(text: str) -> Decimal:
+    try:
+        return Decimal(text.strip())
+    except InvalidOperation:
+        return Decimal("nan")
 
 
 def parse_numbers(text: str, option: str) -> list[float]:
     """Numbers from `0.05,0.10`, `0.05:0.25:0.05` or `0.05,0.06,...,0.25`, in the order given, each once.
 
     Steps are exact decimals, so that `0.05:0.25:0.05` ends at 0.25 and holds 0.15, not 0.15000000000000002.
-
-    Raises:
-        InvalidValueError: naming the option, the part, and the accepted forms.
     """
-    parts = [part.strip() for part in text.split(",")]
+    items = [item.strip() for item in text.split(",")]
     numbers: list[Decimal] = []
-    for index, part in enumerate(parts):
-        if part == "...":
-            if not 2 <= index < len(parts) - 1:
-                raise InvalidValueError(f"{option} {text}", "'...' needs two numbers before it and one after")
+    for index, item in enumerate(items):
+        if item == "...":
+            if not 2 <= index < len(items) - 1:
+                raise bad(option, text, "'...' needs two numbers before it and one after")
             last, step = numbers[-1], numbers[-1] - numbers[-2]
-            numbers += _steps(last + step, _number(parts[index + 1], option), step, text, option)
-        elif ":" in part:
-            ends = part.split(":")
+            numbers += _steps(last + step, _number(items[index + 1], option), step, text, option)
+        elif ":" in item:
+            ends = item.split(":")
             if len(ends) != 3:
-                raise InvalidValueError(f"{option} {part}", "a range is START:STOP:STEP, such as 0.05:0.25:0.05")
+                raise bad(option, item, "a range is START:STOP:STEP, such as 0.05:0.25:0.05")
             start, stop, step = (_number(end, option) for end in ends)
-            numbers += _steps(start, stop, step, part, option)
+            numbers += _steps(start, stop, step, item, option)
         else:
-            numbers.append(_number(part, option))
-    return list(dict.fromkeys(float(number) for number in numbers))
+            numbers.append(_number(item, option))
+    return list(dict.fromkeys(map(float, numbers)))
 
 
 def _number(text: str, option: str) -> Decimal:
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
-        number = Decimal("nan")
-    if not text.strip() or not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS:
-        shown = text if text.strip() else "(empty)"
-        raise InvalidValueError(f"{option} {shown}", f"must be {_FORMS.get(option, _SIGMA_FORMS)}")
+    number = _decimal(text)
+    if not number.is_finite() or abs(number.adjusted()) > _MOST_DIGITS:
+        raise bad(option, text, f"must be {_FORMS.get(option, _SIGMA_FORMS)}")
     return number
 
 
 def _steps(start: Decimal, stop: Decimal, step: Decimal, text: str, option: str) -> list[Decimal]:
     if step == 0 or (stop - start) * step < 0:
-        raise InvalidValueError(f"{option} {text}", "the step must lead from the start to the stop, and not be 0")
+        raise bad(option, text, "the step must lead from the start to the stop, and not be 0")
     count = int((stop - start) / step) + 1
     if count > MOST_VALUES:
-        raise InvalidValueError(f"{option} {text}", f"makes {count:,} values; at most {MOST_VALUES:,} are accepted")
+        raise bad(option, text, f"makes more than {MOST_VALUES:,} values")
     return [start + index * step for index in range(count)]
 
 
 def parse_sigma_rels(text: str, option: str = "--sigma-rel") -> list[float]:
-    """Widths from `--sigma-rel` or an option like it, all in range.
-
-    Raises:
-        InvalidValueError: naming the option and the range.
-    """
+    """Widths, all in range."""
     return [_sigma_rel(width, option) for width in parse_numbers(text, option)]
 
 
@@ -169,47 +175,34 @@ def _sigma_rel(width: float, option: str) -> float:
 
 
 def parse_sigma_range(text: str) -> tuple[float, float]:
-    """Both ends of `--sigma-range`, LOW:HIGH.
-
-    Raises:
-        InvalidValueError: naming the option and the accepted form.
-    """
+    """Both ends of `--sigma-range`, LOW:HIGH."""
     from posthoc_cli.planning import check_sigma_range
 
     try:
         low, high = (float(end) for end in text.split(":"))
     except ValueError:
-        shown = text.strip() or "(empty)"
-        raise InvalidValueError("--sigma-range", "must be LOW:HIGH, such as 0.05:0.28", value=shown) from None
+        raise bad("--sigma-range", text, "must be LOW:HIGH, such as 0.05:0.28") from None
     return check_sigma_range((low, high))
 
 
 def parse_max_error(text: str) -> float:
-    """A relative error from `--max-error`: 0.01, or 1% for the same.
-
-    Raises:
-        InvalidValueError: naming the option and the range.
-    """
-    number = text.strip()
-    try:
-        value = Decimal(number.removesuffix("%").strip()) / (100 if number.endswith("%") else 1)
-    except InvalidOperation:
-        value = Decimal("nan")
+    """A relative error from `--max-error`: 0.01, or 1% for the same."""
+    value = _decimal(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
     if not (value.is_finite() and 0 < float(value) < 1):
-        shown = number or "(empty)"
-        raise InvalidValueError("--max-error", "must be a relative error in (0, 1), such as 0.01 or 1%", value=shown)
+        raise bad("--max-error", text, "must be a relative error in (0, 1), such as 0.01 or 1%")
     return float(value)
+
+
+def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T | None:
+    """What `parse` makes of an option's text; None without the option."""
+    return None if text is None else parse(text, *arguments)
 
 
 # --- paths -----------------------------------------------------------------------------------------
 
 
 def existing(path: Path) -> Path:
-    """An input that the command line names, with ~ expanded.
-
-    Raises:
-        InvalidValueError: there is none, or it is a pickle.
-    """
+    """An input file or directory that exists and is no pickle, with ~ expanded."""
     from posthoc_cli.snapshots.directory import PICKLES
 
     path, mode = _looked_up(path)
@@ -221,20 +214,16 @@ def existing(path: Path) -> Path:
 
 
 def existing_directory(path: Path) -> Path:
-    """A directory of snapshots that the command line names, with ~ expanded.
-
-    Raises:
-        InvalidValueError: there is none, or it is no directory.
-    """
+    """A directory of snapshots that exists, with ~ expanded."""
     path, mode = _looked_up(path)
     if mode is None or not stat.S_ISDIR(mode):
         what = "no such directory" if mode is None else "is not a directory"
-        raise InvalidValueError(path, f"{what}", "name the directory that a tracker writes its snapshots to")
+        raise InvalidValueError(path, what, "name the directory that a tracker writes its snapshots to")
     return path
 
 
 def _looked_up(path: Path) -> tuple[Path, int | None]:
-    """A path with ~ expanded, and what it leads to as a file mode; None where that is nothing."""
+    """A path with ~ expanded, and its file mode; None if it does not exist."""
     path = files.expanded(path)
     try:
         return path, path.stat().st_mode
@@ -242,29 +231,21 @@ def _looked_up(path: Path) -> tuple[Path, int | None]:
         return path, None
 
 
-def check_folder(path: Path, option: str) -> None:
-    """Refuse, before any work, an output for which there is no folder.
-
-    Raises:
-        InvalidValueError: naming the option.
-    """
+def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:
+    """An output with one of these endings that can be written, with ~ expanded; checked before any work."""
+    if path is None:
+        return None
+    path = files.expanded(path)
+    if path.suffix not in endings:
+        raise InvalidValueError(option, f"must end in {', '.join(endings)}", value=path)
     if not path.parent.is_dir():
-        raise InvalidValueError(f"{option} {path}", "its folder does not exist")
-
-
-def check_output(path: Path, option: str, force: bool) -> None:
-    """Refuse, before any work, a file that could not be written.
-
-    Raises:
-        InvalidValueError: its folder does not exist.
-        OutputExistsError: it is there, and `force` is False.
-    """
-    check_folder(path, option)
-    if path.exists() and not force:
+        raise InvalidValueError(option, "its folder does not exist", value=path)
+    if path.exists() and not overwrite:
         raise OutputExistsError(path, "is there already", "choose another name, or --force to replace it")
+    return path
 
 
-# --- targets ---------------------------------------------------------------------------------------
+# --- targets and schedules -------------------------------------------------------------------------
 
 
 def parse_targets(
@@ -275,33 +256,35 @@ def parse_targets(
     profile: Sequence[Path] | None,
     width_option: str = "--sigma-rel",
 ) -> list[Target]:
-    """What is wanted, from the options of these names: kind after kind, each target once.
-
-    `width_option` is what the first one is called.
-
-    Raises:
-        InvalidValueError: naming the option, and what would be accepted.
-    """
+    """Targets from the options of these names, kind after kind, each once; `width_option` names the first."""
     targets: list[Target] = []
     targets += [] if sigma_rel is None else map(SigmaRel, parse_sigma_rels(sigma_rel, width_option))
     targets += [] if beta is None else map(Beta, parse_numbers(beta, "--beta"))
-    targets += [] if window is None else map(Window, map(_whole, parse_numbers(window, "--window")))
+    targets += [] if window is None else map(_window, parse_numbers(window, "--window"))
     targets += [] if between is None else map(_between, between.split(","))
     targets += [ProfileFile(files.expanded(path)) for path in profile or ()]
     return list(dict.fromkeys(targets))
 
 
-def _whole(number: float) -> int:
-    """A whole number as one, so that it is shown without a point; any other as it is, to be refused."""
-    return int(number) if number.is_integer() else number  # type: ignore[return-value]
+def _window(steps: float) -> Window:
+    return Window(int(steps) if steps.is_integer() else steps)  # type: ignore[arg-type]  # which it refuses
 
 
 def _between(text: str) -> Between:
-    try:
-        start, end = (Decimal(end.strip()) for end in text.split(":"))
-    except (InvalidOperation, ValueError):
-        start = end = Decimal("nan")
-    if not (start.is_finite() and end.is_finite()):
-        shown = text.strip() or "(empty)"
-        raise InvalidValueError("--between", "must be START:END, two training times, such as 50000:80000", value=shown)
-    return Between(float(start), float(end))
+    ends = [_decimal(end) for end in text.split(":")]
+    if len(ends) != 2 or not all(end.is_finite() for end in ends):
+        raise bad("--between", text, "must be START:END, two training times, such as 50000:80000")
+    return Between(float(ends[0]), float(ends[1]))
+
+
+def read_likeness(like: Path | None, steps: int) -> tuple[Likeness, str]:
+    """What an earlier run says about one of so many steps, and what is assumed, in words that follow "if"."""
+    from posthoc_cli.planning import EVENLY
+    from posthoc_cli.run import Run
+    from posthoc_cli.snapshots.measurements import Likeness
+
+    if like is None:
+        return Likeness(None, {}), EVENLY
+    earlier = Run(existing_directory(like)).likeness(steps)
+    known = f"the network moves as in {like}"
+    return earlier, f"{EVENLY}: {like} does not tell how it moved" if earlier.motion is None else known

@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, export_paths, layout_of, output_exists
 from posthoc_cli.export.sinks import make_sink
+from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
@@ -30,7 +31,7 @@ from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, m
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
-from posthoc_cli.synthesis.engine import Options, Progress, ProgressBar, no_bar
+from posthoc_cli.synthesis.engine import Options, Progress
 
 
 @dataclass(frozen=True)

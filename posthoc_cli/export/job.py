@@ -22,7 +22,8 @@ from posthoc_cli.export.outputs import (
 )
 from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
 from posthoc_cli.export.ranks import join_ranks, local_rank
-from posthoc_cli.synthesis.engine import AUTO_REASON, Options, ProgressBar, no_bar, parse_device, worker_count
+from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.synthesis.engine import AUTO_REASON, Options, parse_device, worker_count
 from posthoc_cli.synthesis.plan import Plan, parse_accumulate, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.targets import Target
@@ -164,7 +165,9 @@ class Synthesis:
         if self.shard is not None and self.finish:
             raise InvalidValueError("shard and finish", "give one of them; finish when all parts are made")
         if self.out is None and (self.finish or not self.dry_run):
-            raise InvalidValueError("out", "is missing; only a dry run needs no output")
+            raise InvalidValueError(
+                "out", "is missing" if self.finish else "is missing; only a dry run needs no output"
+            )
         if self.skip_existing and (self.shard or self.finish or self.distributed):
             raise InvalidValueError("skip_existing", "parts that are there stay as they are anyway", "leave it out")
         if self.shard is None:

@@ -111,7 +111,8 @@ def layout_of(path: Path, layout: str | None) -> str:
         return "pt"
     if path.suffix == "" or path.is_dir():
         return "sharded"
-    raise InvalidValueError(path, "name a .safetensors or .pt file, or a folder for shards; or give the layout")
+    hint = "name a .safetensors or .pt file, or a folder for shards; or give the layout"
+    raise InvalidValueError(path, "its ending names no layout", hint)
 
 
 def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:

@@ -13,7 +13,15 @@ from posthoc_cli.planning.curves import (
     error_curve,
     profile_fit,
 )
-from posthoc_cli.planning.proposals import Proposal, Task, check_dtype, judge, propose, relative_rounding
+from posthoc_cli.planning.proposals import (
+    Proposal,
+    Task,
+    check_dtype,
+    judge,
+    planning_report,
+    propose,
+    relative_rounding,
+)
 from posthoc_cli.planning.schedule import MOST_TIMES, Forecast, Schedule, forecast, forecast_at, listed, sigma_rels_in
 from posthoc_cli.planning.thinning import (
     MOST_SOLVED,
@@ -49,6 +57,7 @@ __all__ = [
     "judge",
     "listed",
     "losses_of",
+    "planning_report",
     "profile_fit",
     "propose",
     "relative_rounding",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
+from typing import Any
 
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.schedule import Schedule, listed
-from posthoc_cli.profiles import UNIFORM_SIGMA_REL, FloatArray, PowerFunction, Profile, check_sigma_rel
+from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Clock, FloatArray, PowerFunction, check_sigma_rel
 from posthoc_cli.reconstruction import (
     METHODS,
     Motion,
@@ -22,6 +24,7 @@ from posthoc_cli.reconstruction import (
     relative_width,
 )
 from posthoc_cli.reconstruction.prior import ASSUMED
+from posthoc_cli.targets import Target
 
 EVENLY = "the network moves evenly"
 """The default assumption behind the predicted errors of a schedule."""
@@ -38,6 +41,8 @@ class Candidate:
         prior: None where nothing is known.
         assumption: behind the predicted errors, "the network moves evenly"; empty where the motion was measured. An
             assumed prior without an assumption predicts no errors.
+        clock: steps over training time.
+        t_first: time of the first update.
     """
 
     label: str
@@ -45,11 +50,22 @@ class Candidate:
     t_unit: str = "steps"
     prior: Prior | None = None
     assumption: str = ""
+    clock: Clock = field(default_factory=Clock.of_steps)
+    t_first: float = 1.0
 
     @classmethod
-    def of_run(cls, label: str, snapshots: Sequence[PowerFunction], prior: Prior, t_unit: str = "steps") -> Candidate:
+    def of_run(
+        cls,
+        label: str,
+        snapshots: Sequence[PowerFunction],
+        prior: Prior,
+        t_unit: str = "steps",
+        clock: Clock | None = None,
+        t_first: float = 1.0,
+    ) -> Candidate:
         """Snapshots of a run; even motion is assumed where they are too few to tell."""
-        return cls(label, snapshots, t_unit, prior, EVENLY if prior.source == ASSUMED else "")
+        assumption = EVENLY if prior.source == ASSUMED else ""
+        return cls(label, snapshots, t_unit, prior, assumption, clock or Clock.of_steps(), t_first)
 
     @classmethod
     def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
@@ -64,6 +80,19 @@ class Candidate:
         motion = schedule.even_motion if motion is None else motion
         snapshots = schedule.snapshots(motion)
         return cls(label, snapshots, prior=assumed_prior(snapshots, schedule.rounding, motion), assumption=assumption)
+
+    def time(self, t: float | None) -> float:
+        """A time between the first snapshot and the last, which is the default; else an InvalidValueError."""
+        times = [profile.t for profile in self.snapshots]
+        if t is None:
+            return max(times)
+        if not min(times) <= t <= max(times):
+            raise InvalidValueError(
+                "t",
+                f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}",
+                value=f"{t:.12g}",
+            )
+        return t
 
     def up_to(self, t: float) -> tuple[list[PowerFunction], Prior | None]:
         """The snapshots at or before `t`, and their prior."""
@@ -125,9 +154,36 @@ class ErrorCurve:
         runs = np.split(below, np.flatnonzero(np.diff(below) > 1) + 1)
         return [(float(self.sigma_rels[run[0]]), float(self.sigma_rels[run[-1]])) for run in runs if run.size > 1]
 
+    def to_dict(self) -> dict[str, Any]:
+        """The curve as data for JSON; None in the place of infinite errors."""
+        return {
+            "label": self.label,
+            "t": self.t,
+            "tracked": list(self.tracked),
+            "assumption": self.assumption or None,
+            "below_1_percent": [list(ends) for ends in self.ranges_below(0.01)],
+            "sigma_rel": self.sigma_rels.tolist(),
+            "predicted_error": [finite(error) for error in self.error.tolist()],
+            "profile_error": self.profile_error.tolist(),
+            "others": [
+                {
+                    "target": other.label,
+                    "sigma_rel": other.sigma_rel,
+                    "predicted_error": finite(other.predicted_error),
+                    "profile_error": other.profile_error,
+                }
+                for other in self.others
+            ],
+        }
+
     def ranges_text(self, threshold: float) -> str:
         """The same as text, "0.051 to 0.278", with each end rounded into its range."""
         return ", ".join(_range_text(low, high) for low, high in self.ranges_below(threshold))
+
+
+def finite(value: float | None) -> float | None:
+    """A number that JSON can hold: None in the place of nan and infinity."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def _range_text(low: float, high: float) -> str:
@@ -146,7 +202,7 @@ def error_curve(
     points: int = 200,
     t: float | None = None,
     method: str | None = None,
-    others: Sequence[tuple[str, Profile]] = (),
+    others: Sequence[Target] = (),
 ) -> ErrorCurve:
     """Reconstruction error over a range of sigma_rel.
 
@@ -156,16 +212,12 @@ def error_curve(
         points: spaced evenly in the logarithm; tracked sigma_rels are added.
         t: time of the targets; by default that of the last snapshot.
         method: the solver.
-        others: titles and profiles of targets that are no power functions.
+        others: targets that are no power functions.
     """
     low, high = check_sigma_range(sigma_range)
     if isinstance(candidate, Schedule):
         candidate = Candidate.of_schedule(candidate)
-    times = [p.t for p in candidate.snapshots]
-    t = max(times) if t is None else t
-    if not min(times) <= t <= max(times):
-        reason = f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
-        raise InvalidValueError("t", reason, value=f"{t:.12g}")
+    t = candidate.time(t)
     usable, prior = candidate.up_to(t)
     tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable}))
     inside = [s for s in tracked if low <= s <= high]
@@ -173,7 +225,8 @@ def error_curve(
     grid = np.clip(grid, low, high)
     prior = assumed_prior(usable) if prior is None else prior
     predicted_error, profile_error = _errors(usable, grid, method, prior, t)
-    points_of_others = reconstruct(usable, [profile for _, profile in others], method, prior, t)
+    profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
+    points_of_others = reconstruct(usable, profiles, method, prior, t)
     known = bool(candidate.assumption) or prior.source != ASSUMED
     return ErrorCurve(
         label=f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label,
@@ -184,12 +237,12 @@ def error_curve(
         tracked=tracked,
         others=tuple(
             ErrorPoint(
-                title,
+                target.title,
                 relative_width(profile, t),
                 float(points_of_others.profile_error[index]),
                 float(np.nan_to_num(points_of_others.predicted_error[index], nan=0.0)) if known else None,
             )
-            for index, (title, profile) in enumerate(others)
+            for index, (target, profile) in enumerate(zip(others, profiles, strict=True))
         ),
         assumption=candidate.assumption,
     )
@@ -228,27 +281,23 @@ class ProfileFit:
 
 
 def profile_fit(
-    candidate: Candidate,
-    title: str,
-    target: Profile,
-    t: float | None = None,
-    points: int = 1000,
-    method: str | None = None,
+    candidate: Candidate, target: Target, t: float | None = None, points: int = 1000, method: str | None = None
 ) -> ProfileFit:
-    """The profile that the snapshots make for one target."""
-    t = max(p.t for p in candidate.snapshots) if t is None else t
+    """The profile that the snapshots make for one target, beside the target itself."""
+    t = candidate.time(t)
+    wanted = target.profile(t, candidate.clock, candidate.t_first)
     usable, prior = candidate.up_to(t)
-    column = reconstruct(usable, [target], method, prior, t).coefficients[:, 0]
+    column = reconstruct(usable, [wanted], method, prior, t).coefficients[:, 0]
     times = np.linspace(t / points, t, points)
     made = np.sum([c * p.density(times) for c, p in zip(column, usable, strict=True)], axis=0)
     groups: dict[str, list[tuple[float, float]]] = {}
     for coefficient, profile in zip(column, usable, strict=True):
         groups.setdefault(f"sigma_rel {profile.sigma_rel:.4g}", []).append((profile.t, float(coefficient)))
     return ProfileFit(
-        title=f"{title} from {candidate.label}",
+        title=f"{target.title} from {candidate.label}",
         t_unit=candidate.t_unit,
         times=times,
-        target=target.density(times),
+        target=wanted.density(times),
         reconstructed=made,
         snapshot_times={label: np.array([time for time, _ in group]) for label, group in groups.items()},
         coefficients={label: np.array([c for _, c in group]) for label, group in groups.items()},

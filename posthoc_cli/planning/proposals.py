@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from itertools import combinations
+from typing import Any
 
 import numpy as np
 
@@ -209,6 +210,49 @@ class Proposal:
     def label(self) -> str:
         """For a legend."""
         return f"{listed(self.schedule.sigma_rels)} in {self.dtype}, {self.schedule.kept} each"
+
+    def call(self, sigma_range: tuple[float, float]) -> str:
+        """The Python call that makes a tracker of this kind."""
+        rels = ", ".join(f"{s!r}" for s in self.schedule.sigma_rels) + "," * (len(self.schedule.sigma_rels) == 1)
+        return (
+            "ema = PostHocEMA.from_model(\n"
+            '    model, "run/ema",\n'
+            f"    sigma_rels=({rels}), update_every={self.update_every},\n"
+            f"    checkpoint_every={self.schedule.checkpoint_every}, max_checkpoints={self.schedule.max_checkpoints},\n"
+            f'    checkpoint_dtype="{self.dtype}", sigma_range={sigma_range},\n'
+            ")"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The proposal as data for JSON."""
+        return {
+            "sigma_rels": list(self.schedule.sigma_rels),
+            "dtype": self.dtype,
+            "snapshots": self.schedule.kept,
+            "update_every": self.update_every,
+            "checkpoint_every": self.schedule.checkpoint_every,
+            "max_checkpoints": self.schedule.max_checkpoints,
+            "last_step": self.last_step,
+            "bytes": self.nbytes,
+            "worst_error": self.errors.worst,
+            "median_error": self.errors.median,
+            "sigma_rel": self.errors.sigma_rels.tolist(),
+            "predicted_error": self.errors.predicted_error.tolist(),
+        }
+
+
+def planning_report(task: Task, proposals: Sequence[Proposal]) -> dict[str, Any]:
+    """A task, the proposals for it, and the call that makes the first of them, as data for JSON."""
+    return {
+        "steps": task.steps,
+        "parameters": task.parameters,
+        "max_bytes": task.max_bytes,
+        "sigma_range": list(task.sigma_range),
+        "max_error": task.max_error,
+        "motion": "assumed" if task.motion is None else "like",
+        "proposals": [proposal.to_dict() for proposal in proposals],
+        "call": proposals[0].call(task.sigma_range),
+    }
 
 
 @one_blas_thread()

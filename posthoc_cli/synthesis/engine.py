@@ -11,7 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Protocol
@@ -28,16 +28,6 @@ from posthoc_cli.synthesis.tiles import Scratch, Tile, cut_tiles, open_tile
 
 Progress = Callable[[int], None]
 """Called with the number of bytes just read, in the thread that synthesizes."""
-
-ProgressBar = Callable[[str, int], AbstractContextManager[Progress]]
-"""Opens a progress bar: (what is done, bytes in all) -> a context with a function that takes the bytes just done."""
-
-
-@contextmanager
-def no_bar(what: str, total: int) -> Iterator[Progress]:  # noqa: ARG001
-    """A progress bar that shows nothing."""
-    yield lambda _: None
-
 
 MAX_WORKERS = 16
 """Threads at most: beyond, the memory bus and Python's own lock are the limit."""

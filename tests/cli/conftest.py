@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from factories import read_snapshot
+from factories import rewrite_snapshot
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
-from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.writer import TensorFileWriter
 
 
 @pytest.fixture(scope="session")
@@ -54,13 +50,5 @@ def exact_run(tmp_path: Path) -> Path:
 def unmeasured_run(run: Path) -> Path:
     """The directory `run` without its measurements: such as an early release, or another tool, wrote."""
     for path in run.glob("*.safetensors"):
-        snapshot = read_snapshot(path)
-        with TensorFile(path) as file:
-            data = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
-        specs = [TensorSpec(name, entry.dtype, entry.shape) for name, entry in snapshot.header.tensors.items()]
-        metadata = snapshot_metadata(replace(snapshot.info, measurements=None))
-        with TensorFileWriter(path, specs, metadata, overwrite=True) as writer:
-            for name, content in data.items():
-                writer.write(name, content)
-            writer.commit()
+        rewrite_snapshot(path, measurements=None)
     return run

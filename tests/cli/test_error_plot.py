@@ -116,7 +116,7 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
     ema("error-plot", run, "--out", tmp_path / "e.svg")
     (shown,) = set(re.findall(r"below 1 % for sigma_rel (.*?) -->", (tmp_path / "e.svg").read_text()))
     warning = ema("synthesize", run, "--sigma-rel", "0.01", "--dry-run", "-q").err
-    assert warning.rstrip().endswith(f"; below 1 % is sigma_rel {shown}")
+    assert warning.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
     ends = re.findall(r"0\.\d+", shown)
     report = json.loads(ema("synthesize", run, "--sigma-rel", ",".join(ends), "--dry-run", "--json").out)
     assert all(target["predicted_error"] < 0.01 for target in report["targets"])
@@ -196,47 +196,3 @@ def test_the_numbers_as_json_and_as_a_table(ema: Ema, run: Path, tmp_path: Path)
 def test_a_directory_beside_a_schedule(ema: Ema, run: Path) -> None:
     result = ema("error-plot", run, "--sigma-rels", "0.1", *SCHEDULE, "--json")
     assert [curve["tracked"] for curve in json.loads(result.out)["curves"]] == [[0.05, 0.28], [0.1]]
-
-
-@pytest.mark.parametrize(
-    ("options", "words"),
-    [
-        (["--out", "e.png"], "name a directory of snapshots, or a schedule"),
-        (["--sigma-rels", "0.1", "--out", "e.png"], "--steps: is missing"),
-        (["--steps", "100", "--out", "e.png"], "--sigma-rels: is missing"),
-        (["--like", "run", "--out", "e.png"], "--sigma-rels: is missing"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--dtype", "int8", "--json"], "--dtype 'int8': must be one of float16,"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--out", "e.png", "--csv", "e.png"], "--csv e.png: is the picture"),
-        (["--sigma-rels", "0.4", *SCHEDULE, "--json"], "--sigma-rels 0.4: must lie in"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--steps", "5", "--steps", "6", "--json"], "--steps: give it once"),
-        (["--sigma-rels", "0.1", "--steps", "10", "--checkpoint-every", "11", "--json"], "--checkpoint-every 11"),
-        (["--sigma-rels", "0.1", "--steps", "1000000000", "--checkpoint-every", "1", "--json"], "at most 20,000"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--max-checkpoints", "0", "--json"], "--max-checkpoints"),
-        (["--sigma-rels", "0.1", *SCHEDULE], "--out: name a picture"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--out", "e.gif"], "--out e.gif: must end in .png, .svg, .pdf"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--sigma-range", "0.2:0.1"], "first must be below the second"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--sigma-range", "0.2"], "--sigma-range 0.2: must be LOW:HIGH"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--draw", "2"], "--draw 2: must lie in (0, 0.2887)"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--t", "5"], "--t 5: must lie between"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--t", "0", "--beta", "0.9"], "--t 0: must lie between"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--window", "200000"], "--window 200000: the run has 100,000"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--json", "--profile", "nope.csv"], "--profile nope.csv: cannot be read"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--draw", "0.01:0.2:0.001", "--out", "e.png"], "191 drawings"),
-        (["--sigma-rels", "0.1", *SCHEDULE, "--profiles", "0.15", "--out", "e.png"], "No such option: --profiles"),
-    ],
-)  # fmt: skip
-def test_wrong_options_of_error_plot(
-    ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], words: str
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    result = ema("error-plot", *options)
-    assert result.code == 2
-    assert words in result.error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_pictures_are_not_replaced_unasked(ema: Ema, run: Path, tmp_path: Path) -> None:
-    (tmp_path / "e.png").write_text("precious")
-    assert "is there already" in ema("error-plot", run, "--out", tmp_path / "e.png").error
-    assert (tmp_path / "e.png").read_text() == "precious"
-    assert ema("error-plot", run, "--out", tmp_path / "e.png", "--force").code == 0

@@ -6,20 +6,18 @@ import json
 import re
 import shlex
 import shutil
+import tempfile
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from ema_command import Ema
-from factories import flip_bit
+from factories import contents, flip_bit
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.reconstruction import METHODS
-
-
-def states(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
 def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -91,10 +89,8 @@ def test_the_json_is_the_contract(ema: Ema, run: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) -> None:
     for path in run.glob("*.safetensors"):  # harm every payload: a dry run cannot notice
-        data = bytearray(path.read_bytes())
-        data[-1] ^= 1
-        path.write_bytes(data)
-    before = states(run)
+        flip_bit(path)
+    before = contents(run)
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run")
     assert result.code == 0
     assert "nothing was written" in result.out
@@ -103,7 +99,7 @@ def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) ->
         json.loads(ema("synthesize", run, "--sigma-rel", "0.15", "--dry-run", "--json").out)["targets"][0]["output"]
         is None
     )
-    assert states(run) == before
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize("when", [("--t", "1000"), ("--step", "1000")])
@@ -160,11 +156,11 @@ def test_an_output_is_never_replaced_unasked(ema: Ema, run: Path, tmp_path: Path
 
 
 def test_a_snapshot_is_never_replaced_even_with_force(ema: Ema, run: Path) -> None:
-    before = states(run)
+    before = contents(run)
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", sorted(run.glob("*.safetensors"))[3], "--force")
     assert result.code == 1
     assert "is a snapshot of a run" in result.error
-    assert states(run) == before
+    assert contents(run) == before
 
 
 def test_a_folder_takes_a_file_a_target_also_for_one(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -177,12 +173,12 @@ def test_a_folder_takes_a_file_a_target_also_for_one(ema: Ema, run: Path, tmp_pa
 def test_skip_existing_makes_what_is_missing(ema: Ema, run: Path, tmp_path: Path) -> None:
     folder = tmp_path / "averages"
     ema("synthesize", run, "--sigma-rel", "0.05,0.10", "--out", folder)
-    before = states(folder)
+    before = contents(folder)
     report = json.loads(
         ema("synthesize", run, "--sigma-rel", "0.05,0.10,0.15", "--out", folder, "--skip-existing", "--json").out
     )
     assert [target["skipped"] for target in report["targets"]] == [True, True, False]
-    assert states(folder).items() > before.items()
+    assert contents(folder).items() > before.items()
 
 
 @pytest.mark.parametrize(
@@ -200,12 +196,12 @@ def test_an_output_of_another_plan_is_not_skipped(
     for layout, out in (("safetensors", tmp_path / "m.safetensors"), ("sharded", tmp_path / "m")):
         base = ("synthesize", run, "--sigma-rel", "0.15", "--out", out, "--format", layout, "--quiet")
         assert ema(*base, *options).code == 0
-        before = states(tmp_path)
+        before = contents(tmp_path)
         refused = ema(*base, "--skip-existing")
         assert refused.code == 1
         assert f"is another output: {said}; choose another name, or --force to replace it" in refused.error
         assert ema(*base, *options, "--skip-existing").code == 0
-        assert states(tmp_path) == before
+        assert contents(tmp_path) == before
 
 
 def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skipped(
@@ -240,7 +236,7 @@ def test_a_dry_run_shows_the_largest_coefficients_and_verbose_all(ema: Ema, run:
         largest, abs=1e-6
     )
     assert [line.split()[0] for line in lines[1:11]] == sorted(line.split()[0] for line in lines[1:11])  # by time
-    assert lines[11] == "and 30 with smaller coefficients; --verbose lists them"
+    assert lines[11] == "and 30 more with smaller coefficients; --verbose lists them"
     assert ema(*arguments, "-v").out.count(".safetensors") == 40
     # A table for each target, so that any number of them fits.
     several = ema("synthesize", run, "--sigma-rel", "0.1,0.11,...,0.2", "--dry-run", "-v").out.splitlines()
@@ -279,7 +275,7 @@ def test_snapshots_of_before_the_model_changed_are_counted(ema: Ema, tmp_path: P
                 model.weight.add_(torch.randn(2, 2))
             tracker.update_(model)
     arguments = ("synthesize", tmp_path / "run", "--sigma-rel", "0.28", "--out", tmp_path / "m.safetensors")
-    assert "6 snapshots are not used: they are of the time when the model had other tensors" in ema(*arguments).err
+    assert "6 snapshots are not used: the model had other tensors then" in ema(*arguments).err
     assert set(load_file(tmp_path / "m.safetensors")) == {"weight"}
     assert json.loads(ema("info", tmp_path / "run", "--json").out)["segments"] == 2
     for command in ("info", "error-plot", "prune"):
@@ -316,3 +312,63 @@ def test_a_poor_target_is_made_with_a_warning(ema: Ema, run: Path, tmp_path: Pat
     result = ema("synthesize", run, "--sigma-rel", "0.01", "--out", tmp_path / "m.safetensors")
     assert result.code == 0
     assert result.err.startswith("ema: warning: sigma_rel 0.01: predicted error ")
+
+
+def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path, tmp_path: Path) -> None:
+    """At the newest time; thinning leaves the profiles at different earlier ones."""
+    sorted(run.glob("*.safetensors"))[5].unlink()
+    assert ema("info", run).code == 0
+    newest = sorted(run.glob("*-0.28.safetensors"))[-1]
+    newest.unlink()
+    result = ema("info", run)
+    assert result.code == 0
+    assert "the newest: no snapshot of sigma_rel 0.28" in result.out
+    assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "out.safetensors").code == 0
+
+
+# --- the system ------------------------------------------------------------------------------------
+
+
+AS_ANOTHER_USER = """
+import contextlib, os, sys
+from posthoc_cli.cli import main
+run, warm_up, out = sys.argv[1:]
+sys.argv = ["ema", "synthesize", run, "--sigma-rel", "0.15", "--quiet", "--out", warm_up]
+with contextlib.suppress(SystemExit):
+    main()  # imports everything, while this process may still read it
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may write anywhere
+sys.argv[-1] = out
+main()
+"""
+
+
+def test_an_output_directory_without_write_permission(run: Path) -> None:
+    with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to other users, by each session that begins
+        folder = Path(name)
+        folder.chmod(0o755)
+        shutil.copytree(run, folder / "run")
+        closed = folder / "closed"
+        closed.mkdir(mode=0o555)
+        arguments = [folder / "run", folder / "warm-up.safetensors", closed / "out.safetensors"]
+        done = forked.run(AS_ANOTHER_USER, *arguments)
+        assert (done.code, done.out) == (1, "")
+        assert done.error == f"{closed}/out.safetensors: cannot be written: permission denied; nothing partial is left"
+        assert list(closed.iterdir()) == []
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out.pt", "shards"])
+def test_a_full_disk(run: Path, tmp_path: Path, out: str) -> None:
+    """RLIMIT_FSIZE refuses the write as a full disk would, with another errno."""
+    code = (
+        "import resource, sys, torch, posthoc_cli.export; resource.setrlimit(resource.RLIMIT_FSIZE, (600, 600)); "
+        "from posthoc_cli.cli import main; main()"
+    )
+    before = contents(tmp_path)
+    arguments = ["synthesize", str(run), "--sigma-rel", "0.15", "--out", str(tmp_path / out)]
+    done = forked.run(code, *arguments)
+    assert done.code == 1
+    assert done.error.startswith(str(tmp_path / out))
+    assert "cannot be written" in done.error
+    assert contents(tmp_path) == before
+    assert not (tmp_path / out).exists()

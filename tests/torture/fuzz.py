@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
+from posthoc_cli.run import Run
 from posthoc_cli.snapshots.description import describe
-from posthoc_cli.synthesis.judging import Judged
 from torture.examining import examine
 from torture.forged import written
 from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart
@@ -141,7 +141,7 @@ def _uses(victim: Victim) -> dict[str, Callable[[], object]]:
         "info": lambda: _info(victim.path),
         "info of all": lambda: _info(run),
         "synthesized": victim.use,
-        "judged": lambda: Judged.of_directory(run).curve((0.05, 0.28), [], None, None),
+        "error curve": lambda: Run(run).error_curve((0.05, 0.28)),
         "resumed": lambda: _resume(run),
     }
 

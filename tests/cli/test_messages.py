@@ -1,0 +1,117 @@
+"""All messages of wrong input: one line that names the thing and what would be accepted; nothing is written or changed.
+
+The cases are in messages.txt: a command, then its exit code and message. To add one, write the command, set
+EMA_RECORD_MESSAGES=1, run this test, and read the difference.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import pickle
+import re
+import shlex
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from ema_command import Ema
+from factories import OTHER_RUN_ID, contents, flip_bit, read_snapshot, rewrite_snapshot
+from safetensors.numpy import save_file
+
+import posthoc_cli
+
+MESSAGES = Path(__file__).parent.parent / "messages.txt"
+PROFILES = {
+    "ramp": b"0,0\n2000,1\n",
+    "beta-0.99": b"0,1\n2000,1\n",
+    "negative": b"time,density\n0,1\n5,-1\n",
+    "backwards": b"0,1\n5,1\n3,1\n",
+    "late": b"0,1\n9000,1\n",
+    "early": b"-3,1\n9,1\n",
+    "massless": b"0,0\n9,0\n",
+    "binary": bytes(range(256)),
+    "points": b"",
+    "columns": b"0,1\n1,2,3\n",
+}
+
+
+def recorded() -> dict[str, str]:
+    """The answer to each command."""
+    found = re.findall(r"^\$ ema (.*)\n(.*)$", MESSAGES.read_text(), re.MULTILINE)
+    return dict(found)
+
+
+def lose_a_tensor(path: Path) -> None:
+    tensors = dict(read_snapshot(path).info.tensors)
+    del tensors["0.weight"]
+    rewrite_snapshot(path, lambda values: values.pop("0.weight"), tensors=tensors)
+
+
+HARMS: dict[str, Callable[[Path], object]] = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "flipped-payload": lambda path: flip_bit(path, -3),
+    "flipped-header": lambda path: flip_bit(path, 40),
+    "other-run": lambda path: rewrite_snapshot(path, run_id=OTHER_RUN_ID),
+    "lost-tensor": lose_a_tensor,
+    "other-shape": lambda path: rewrite_snapshot(path, lambda v: v.update({"0.weight": v["0.weight"].reshape(4, 3)})),
+}
+"""What is done to one snapshot of a directory of this name."""
+
+
+@pytest.fixture(scope="module")
+def place(_recorded_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working directory with a run, and with everything that cannot be used in its place."""
+    place = tmp_path_factory.mktemp("place")
+    shutil.copytree(_recorded_run, place / "run")
+    for name, harm in HARMS.items():
+        shutil.copytree(_recorded_run, place / name)
+        harm(place / name / "0000000000000300-0.28.safetensors")
+    for folder in ("empty", "foreign", "parts", "folder.csv", "other"):
+        (place / folder).mkdir()
+    for model in ("model", "foreign/model", "parts/model-00001-of-00003"):
+        save_file({"w": np.ones(3, np.float32)}, place / f"{model}.safetensors")
+    for name, content in PROFILES.items():
+        (place / f"{name}.csv").write_bytes(content)
+    (place / "other" / "ramp.csv").write_bytes(PROFILES["ramp"])
+    os.mkfifo(place / "pipe.csv")
+    (place / "m.pt").write_bytes(pickle.dumps({"w": 1}))
+    (place / "broken.safetensors").write_bytes(b"no header")
+    for name in ("text", "there.safetensors", "there.png", "there.csv"):
+        (place / name).write_text("precious")
+    return place
+
+
+@pytest.mark.parametrize("command", sorted({line.split()[0] for line in recorded()}))
+def test_wrong_input_is_one_line_and_changes_nothing(
+    ema: Ema, place: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    before = contents(place)
+    expected = {line: answer for line, answer in recorded().items() if line.split()[0] == command}
+    found = {}
+    for line in expected:
+        result = ema(*shlex.split(line))
+        # Ids are random, and the last digits of measurements in headers differ between processors.
+        message = re.sub(r"\b[0-9a-f]{8} and", "ID and", re.sub(r"[\d,]+ bytes|says [\d,]+", "N bytes", result.error))
+        found[line] = f"{result.code} {message}"
+        assert result.out == "" or result.code == 1, line
+    assert contents(place) == before
+    if os.environ.get("EMA_RECORD_MESSAGES"):
+        head = MESSAGES.read_text().split("\n")[0]
+        cases = "".join(f"$ ema {line}\n{answer}\n" for line, answer in (recorded() | found).items())
+        MESSAGES.write_text(f"{head}\n\n{cases}")
+    else:
+        assert found == expected
+
+
+def test_no_error_of_the_library_names_an_option_or_a_command() -> None:
+    package = Path(posthoc_cli.__file__).parent
+    for path in sorted(package.rglob("*.py")):
+        if path.relative_to(package).parts[0] in ("cli", "demo"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("Error"):
+                assert not re.search(r"""(\s|`|["'])--[a-z]|\bema [a-z]+\b""", ast.unparse(node)), path
