@@ -204,7 +204,8 @@ def start_plain_lerp(model: torch.nn.Module, _: Path) -> Updates:
     reader = BlockReader.of_tensors(lay_out(parameters), parameters)
     averages = [FlatTensors(reader.layout, [group.wide for group in reader.layout]) for _ in TRACKED]
     for average in averages:
-        average.fill(parameters)
+        for name, view in average.views.items():
+            view.copy_(parameters[name])
 
     @torch.no_grad()
     def update() -> None:

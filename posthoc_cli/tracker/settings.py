@@ -15,12 +15,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.planning import USEFUL_RANGE, check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import Selection, TrackingSchedule
-from posthoc_cli.snapshots.tensors import parse_dtype, stored_name, torch_dtype
+from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.tracker.names import is_fsdp, named_modules, wrapped_child
 
 log = logging.getLogger(__name__)
@@ -133,8 +134,7 @@ def make_schedule(
             f"must be a multiple of update_every {update_every}, so that a snapshot holds the average of its own time",
             value=checkpoint_every,
         )
-    dtype = parse_dtype(checkpoint_dtype)
-    stored = None if dtype is None else stored_name(dtype)
+    stored = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
     return TrackingSchedule(
         update_every, checkpoint_every, update_after_step, max_checkpoints, stored, check_sigma_range(sigma_range)
     )
