@@ -38,6 +38,8 @@ Wanted = float | Target | Profile
 class Weights(OrderedDict[str, "torch.Tensor"]):
     """Averaged tensors by name. Pickles as a plain OrderedDict, so that a file of it loads with `weights_only=True`.
 
+    `with ema.state_dict(...) as weights` gives the dict itself, as users of other libraries write it.
+
     Attributes:
         predicted_error: expected relative L2 distance from the true average; None if unknown.
         profile_error: relative L2 distance between the wanted profile and the one that the snapshots make.
@@ -45,6 +47,12 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
 
     predicted_error: float | None = None
     profile_error: float = 0.0
+
+    def __enter__(self) -> Weights:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return OrderedDict, (), None, None, iter(self.items())

@@ -19,8 +19,8 @@ from fidelity_runs import FloatArray
 from trajectories import Replay, Trajectory
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.run import Weights
 from posthoc_cli.targets import Target
-from posthoc_cli.tracker.model_weights import Weights
 
 NAN = math.nan
 

@@ -182,3 +182,12 @@ def test_a_wrong_target_is_named(run: Run, target: object, subject: str) -> None
     with pytest.raises(InvalidValueError) as raised:
         run.average(target)  # type: ignore[arg-type]
     assert raised.value.subject.split()[0] == subject
+
+
+def test_a_tracker_gives_its_run_with_all_due_snapshots(tmp_path: Path) -> None:
+    model = torch.nn.Linear(3, 2)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=5) as tracker:
+        assert repr(tracker.run) == f"Run({str(tmp_path / 'run')!r}: no such directory)"
+        for _ in range(10):
+            tracker.update_(model)
+        assert (tracker.run.step, len(tracker.run.snapshots)) == (10, 4)

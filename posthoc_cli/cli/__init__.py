@@ -167,6 +167,8 @@ def main() -> NoReturn:
     of range, a path that does not exist or is of another kind, an output whose folder does not exist. 130:
     interrupted. 141: the reader of the output has closed it, as `head` does.
     """
+    # Solves are small: threads of BLAS take longer to start than the work does. Read when NumPy is first imported.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     arguments = sys.argv[1:] or ["--help"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected

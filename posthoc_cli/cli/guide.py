@@ -54,8 +54,7 @@ def _render(source: str) -> None:
     from rich.console import Console
     from rich.markdown import Markdown
 
-    console = Console()
-    console.print(Markdown(source, hyperlinks=False), width=min(console.width, WIDEST))
+    Console(width=min(Console().width, WIDEST)).print(Markdown(source, hyperlinks=False))
 
 
 COMMAND = guide

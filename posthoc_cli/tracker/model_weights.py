@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
@@ -26,27 +25,6 @@ from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
 
 Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given")
-
-
-class Weights(OrderedDict[str, torch.Tensor]):
-    """A state dict that pickles as a plain OrderedDict: `torch.load(weights_only=True)` reads it without this package.
-
-    `with ema.state_dict(...) as weights` gives the dict itself, as users of other libraries write it.
-
-    Attributes:
-        predicted_error: expected relative L2 error of the weights; None if unknown.
-    """
-
-    predicted_error: float | None = None
-
-    def __enter__(self) -> Weights:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        return None
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return OrderedDict, (), None, None, iter(self.items())
 
 
 class Block(Generic[Given]):

@@ -33,6 +33,7 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import Profile, check_sigma_rel
 from posthoc_cli.reconstruction import ROUNDING
+from posthoc_cli.run import Run, Weights
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
 from posthoc_cli.snapshots.measurements import chosen_up_to
@@ -43,7 +44,7 @@ from posthoc_cli.targets import Target
 from posthoc_cli.tracker import model_weights
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.model_tensors import ModelWatch, TrackedModel, check_model, collect_tensors
-from posthoc_cli.tracker.model_weights import Weights, fill_model, in_block, is_swapped, swapped_in
+from posthoc_cli.tracker.model_weights import fill_model, in_block, is_swapped, swapped_in
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, close_predecessors, stepping_optimizer
 from posthoc_cli.tracker.pipeline import Pipeline, Update, wait_for_writers
@@ -314,6 +315,12 @@ class PostHocEMA:
         """Whether this process keeps the averages and writes them, or only counts for another one of its group."""
         self._decide_writer(None if self._model is None else self._model())
         return self._writer is not False
+
+    @property
+    def run(self) -> Run:
+        """The snapshots of this run on disk. Snapshots that are still being written are waited for."""
+        self.flush()
+        return Run(self.checkpoint_dir)
 
     # --- tracking ---
 
@@ -941,6 +948,7 @@ class PostHocEMA:
             made = {name: tensors[0] for name, tensors in synthesize(plan)}
             weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
             weights.predicted_error = plan.predicted_error(0)
+            weights.profile_error = float(plan.reconstruction.profile_error[0])
             return weights
 
         return with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make)
