@@ -161,7 +161,7 @@ def _summary(found: Verification, offer: bool) -> str:
     wrong = [report for report in found.files if not report.is_fine]
     if not wrong:
         unchecked = sum(report.state == UNCHECKED for report in found.files)
-        what = "all whole" if not unchecked else f"{count - unchecked:,} whole, {unchecked:,} without checksums"
+        what = "all intact" if not unchecked else f"{count - unchecked:,} intact, {unchecked:,} without checksums"
         size = output.size_text(found.nbytes)
         return f"{output.counted(count, 'file')}, {size} verified in {found.seconds:.1f} s: {what}"
     named = ", ".join(found.name(report.path) for report in wrong[:3])

@@ -44,7 +44,7 @@ from posthoc_cli.snapshots.states import COPY, check_state_tensors, decode_state
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
-WHOLE = "whole"
+INTACT = "intact"
 UNCHECKED = "unchecked"
 DAMAGED = "damaged"
 MISSING = "missing"
@@ -55,7 +55,7 @@ UNREADABLE = "unreadable"
 UNSUPPORTED = "unsupported"
 
 STATES: Mapping[str, str] = {
-    WHOLE: "as it was written",
+    INTACT: "as it was written",
     UNCHECKED: "no checksums: only its structure was checked",
     DAMAGED: "not as it was written, or never a file of this format",
     MISSING: "named by an index, and not there",
@@ -99,7 +99,7 @@ class FileReport:
     unit: Path
     what: str
     kind: str | None
-    state: str = WHOLE
+    state: str = INTACT
     detail: str = ""
     nbytes: int = 0
     run_id: str | None = None
@@ -108,7 +108,7 @@ class FileReport:
     @property
     def is_fine(self) -> bool:
         """Whether nothing is wrong with it."""
-        return self.state in (WHOLE, UNCHECKED)
+        return self.state in (INTACT, UNCHECKED)
 
 
 @dataclass(frozen=True)
@@ -496,7 +496,7 @@ def _read_file(path: Path, unit: Unit, progress: Progress) -> _ReadFile | None:
         known, content = _content_if_valid(path)
         state, detail = _unsupported(known) or _fault_of(error)
         return _ReadFile(FileReport(path, unit.path, content.what, content.kind, state, detail, nbytes), content, known)
-    notes = _notes(path, content, nonfinite) if state in (WHOLE, UNCHECKED) else ()
+    notes = _notes(path, content, nonfinite) if state in (INTACT, UNCHECKED) else ()
     report = FileReport(path, unit.path, content.what, content.kind, state, detail, nbytes, content.run_id, notes)
     return _ReadFile(report, content, header)
 
@@ -548,7 +548,7 @@ def _fault(damaged: Mapping[str, FileFormatError], nonfinite: Iterable[str], con
     bad = [name for name in nonfinite if name in content.averages]
     if bad:
         return NONFINITE, f"average {shown(bad[0])} holds nan or infinity{_and_more(len(bad) - 1, 'average')}"
-    return UNCHECKED if content.kind is None else WHOLE, ""
+    return UNCHECKED if content.kind is None else INTACT, ""
 
 
 def _fault_of(error: FileFormatError) -> tuple[str, str]:
@@ -617,7 +617,7 @@ def _index_problem(unit: Unit, index: Path, there: Sequence[_ReadFile]) -> tuple
             name = shown(min(own ^ set(unit.files[one.report.path])))
             return MISMATCHED, f"tensor {name} is in {one.report.path.name} or named by the index, but not both"
     if len(there) < len(unit.files) or not all(one.report.is_fine for one in there):
-        return WHOLE, ""  # the cause has a line of its own
+        return INTACT, ""  # the cause has a line of its own
     try:
         for one in there[1:]:
             check_alike(there[0].report.path, there[0].content.output, one.report.path, one.content.output)
@@ -629,7 +629,7 @@ def _index_problem(unit: Unit, index: Path, there: Sequence[_ReadFile]) -> tuple
     total = decode_index(index).total_size
     if total != held:  # an index has no checksum
         return DAMAGED, f"its total_size is {shown(total)}; the shards hold {held:,} bytes"
-    return WHOLE, ""
+    return INTACT, ""
 
 
 # --- snapshots that are not there: noted, since deleting is allowed

@@ -36,14 +36,14 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 
 
 @pytest.mark.parametrize("options", [(), ("--deep",)])
-def test_a_run_that_is_whole(ema: Ema, run: Path, options: tuple[str, ...]) -> None:
+def test_a_run_that_is_intact(ema: Ema, run: Path, options: tuple[str, ...]) -> None:
     before = contents(run)
     result = ema("verify", run, *options)
     assert (result.code, result.err) == (0, "")
     first, empty, last = result.out.splitlines()
     assert (first, empty) == ("40 files with nothing wrong; --verbose lists them", "")
     assert last.startswith("40 files, ")
-    assert last.endswith(" s: all whole")
+    assert last.endswith(" s: all intact")
     assert contents(run) == before
 
 
@@ -51,7 +51,7 @@ def test_verbose_lists_every_file(ema: Ema, run: Path) -> None:
     lines = ema("verify", run, "-v").out.splitlines()
     assert lines[0].split() == ["file", "what", "state"]
     assert lines[1].split("  ")[0] == "0000000000000100-0.05.safetensors"
-    assert [line.split()[-1] for line in lines[1:41]] == ["whole"] * 40
+    assert [line.split()[-1] for line in lines[1:41]] == ["intact"] * 40
     assert len({line.index("snapshot") for line in lines[1:41]}) == 1
     assert all(len(line) <= 80 for line in lines[:41])
     assert lines[41] == ""
@@ -66,7 +66,7 @@ def test_json(ema: Ema, run: Path) -> None:
     report = json.loads(result.out)
     assert [report[key] for key in ("kind", "path", "superseded", "quarantined")] == ["directory", str(run), 0, 0]
     assert len(report["files"]) == 40
-    (wrong,) = (file for file in report["files"] if file["state"] != "whole")
+    (wrong,) = (file for file in report["files"] if file["state"] != "intact")
     assert wrong.keys() == {"path", "what", "state", "detail", "bytes"}
     assert (wrong["path"], wrong["state"]) == (snapshot_files(run)[3].name, "damaged")
     assert "its checksum does not match" in wrong["detail"]
@@ -114,7 +114,7 @@ def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
     ):
         result = ema("verify", path)
         assert result.code == 0
-        assert result.out.splitlines()[1].split("  ")[1:] == [what, "whole"]
+        assert result.out.splitlines()[1].split("  ")[1:] == [what, "intact"]
     save_file({"w": torch.ones(3)}, tmp_path / "foreign.safetensors")
     result = ema("verify", tmp_path / "foreign.safetensors")
     assert result.code == 0

@@ -61,7 +61,7 @@ def blamed(folder: Path) -> dict[str, str]:
     """Snapshots whose norm differs; where only distances do, both of a pair, with the last line about them."""
     found = measured(folder)
     wrong = {report.path.name: report.detail for report in found.files if not report.is_fine}
-    assert {report.state for report in found.files} <= {"whole", "mismeasured"}
+    assert {report.state for report in found.files} <= {"intact", "mismeasured"}
     assert {snapshot.path.name for snapshot in found.lost} == set(wrong)
     assert len(found.snapshots) + len(found.lost) == len(found.files)
     for problem in found.problems:

@@ -97,7 +97,7 @@ def test_a_run_is_whole_and_each_file_has_its_line(run: Path) -> None:
     assert found.files[0].what == "snapshot sigma_rel 0.05 at t = 10"
     assert found.files[-1].what == "state at t = 60"
     assert {report.run_id for report in found.files} == {read_snapshot(found.files[0].path).info.run_id}
-    assert {(report.state, report.detail, report.notes) for report in found.files} == {("whole", "", ())}
+    assert {(report.state, report.detail, report.notes) for report in found.files} == {("intact", "", ())}
     assert found.nbytes == sum(
         entry.nbytes for path in run.glob("*.safetensors") for entry in read_header(path).tensors.values()
     )
@@ -108,7 +108,7 @@ def test_outputs_in_any_layout_and_foreign_files(run: Path, output: Path, shards
     for path in (output, shards, shards / INDEX_NAME, next(shards.glob("*.safetensors")), run / "state.safetensors"):
         found = verified(path)
         assert found.is_fine, found
-        assert {report.state for report in found.files} == {"whole"}
+        assert {report.state for report in found.files} == {"intact"}
     assert verified(shards).files[0].what == "index of output sigma_rel 0.1 at t = 60"
     assert len(verified(shards / INDEX_NAME).files) == len(list(shards.iterdir())) > 2
     save_file({"w": torch.full((3,), torch.nan)}, tmp_path / "foreign.safetensors")
