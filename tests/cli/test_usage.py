@@ -102,7 +102,7 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
         result = ema("verify", *order)
         assert result.code == 1
         assert "1 of 40 files is damaged" in result.out
-        assert "all whole" in result.out
+        assert "all intact" in result.out
     result = ema("verify", "other", "run", "--repair", "--yes")
     assert result.code == 0
     assert len(list(Path("other/quarantine").iterdir())) == 1

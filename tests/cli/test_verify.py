@@ -119,7 +119,7 @@ def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
     result = ema("verify", tmp_path / "foreign.safetensors")
     assert result.code == 0
     assert result.out.splitlines()[1].endswith("foreign  unchecked")
-    assert result.out.splitlines()[-1].endswith("0 whole, 1 without checksums")
+    assert result.out.splitlines()[-1].endswith("0 intact, 1 without checksums")
     flip_bit(out)
     result = ema("verify", out)
     assert result.code == 1
