@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
+from posthoc_cli.export.convert import export_file
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.description import describe
 from torture.examining import examine
@@ -135,7 +136,7 @@ def _uses(victim: Victim) -> dict[str, Callable[[], object]]:
         return uses | {"info": lambda: _info(victim.path), "loaded": lambda: _load(victim.path)}
     if victim.kind != "snapshot":
         whole = victim.path if victim.kind == "output" else victim.path.parent
-        return uses | {"info": lambda: _info(whole), "exported": victim.use}
+        return uses | {"info": lambda: _info(whole), "exported": lambda: export_file(victim.path, victim.out)}
     run = victim.path.parent
     return uses | {
         "info": lambda: _info(victim.path),
