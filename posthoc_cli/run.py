@@ -58,6 +58,17 @@ class Weights(OrderedDict[str, "torch.Tensor"]):
         return OrderedDict, (), None, None, iter(self.items())
 
 
+def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
+    """The first target of a plan, in memory. Errors as `synthesize`."""
+    from posthoc_cli.synthesis.engine import Options, synthesize
+
+    made = {name: tensors[0] for name, tensors in synthesize(plan, Options(device))}
+    weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
+    weights.predicted_error = plan.predicted_error(0)
+    weights.profile_error = float(plan.reconstruction.profile_error[0])
+    return weights
+
+
 class Run:
     """The snapshots of one run. Reads headers only, until tensors are asked for; the directory anew at every call.
 
@@ -155,17 +166,8 @@ class Run:
             InvalidValueError: an argument cannot be used.
             NonFiniteError: a value is not finite, or `dtype` cannot hold it.
         """
-        from posthoc_cli.synthesis.engine import Options, synthesize
-
-        def make(plan: Plan) -> Weights:
-            made = {name: tensors[0] for name, tensors in synthesize(plan, Options(device))}
-            weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
-            weights.predicted_error = plan.predicted_error(0)
-            weights.profile_error = float(plan.reconstruction.profile_error[0])
-            return weights
-
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
-        return with_consistent_plan(plan, make)
+        return with_consistent_plan(plan, functools.partial(make_weights, device=device))
 
     def write(
         self,

@@ -240,6 +240,13 @@ def test_a_file_that_is_no_profile_is_named_with_the_line(tmp_path: Path, conten
         ProfileFile(path).profile(100.0, STEPS, 1.0)
 
 
+def test_a_file_of_too_many_lines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(custom, "MOST_LINES", 3)
+    path = written(tmp_path, "1,1\n2,1\n3,1\n4,1\n")
+    with refused("profile", f"{path}: line 4: at most 3 lines"):
+        ProfileFile(path).profile(100.0, STEPS, 1.0)
+
+
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     huge = tmp_path / "huge.csv"
     huge.touch()

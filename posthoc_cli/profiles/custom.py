@@ -30,6 +30,7 @@ from posthoc_cli.profiles.power import FloatArray, Profile
 _SLACK = 1e-9
 """Accepted rounding error of a tail."""
 
+MOST_LINES = 1_000_000
 MOST_BYTES = 100_000_000
 """Size limit of a file of points."""
 
@@ -169,6 +170,8 @@ def _points(path: Path, text: str) -> Iterator[tuple[int, float, float]]:
         row = line.strip()
         if not row or row.startswith("#"):
             continue
+        if number > MOST_LINES:
+            raise _bad_file(path, f"line {number}: at most {MOST_LINES:,} lines are accepted")
         columns = row.split(",")
         if len(columns) != 2:
             found = f"{len(columns)} column{'s' * (len(columns) != 1)}"

@@ -33,11 +33,10 @@ from posthoc_cli.errors import (
 from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import Profile, check_sigma_rel
 from posthoc_cli.reconstruction import ROUNDING
-from posthoc_cli.run import Run, Weights
+from posthoc_cli.run import Run, Weights, make_weights
 from posthoc_cli.snapshots.directory import find_snapshots, read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
 from posthoc_cli.snapshots.measurements import chosen_up_to
-from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import Source, source_prior
 from posthoc_cli.targets import Target
@@ -524,7 +523,7 @@ class PostHocEMA:
             InvalidValueError, NotReadyError, FileFormatError, MismatchError.
         """
         if sigma_rel is not None:
-            return self._weights(sigma_rel, t, step, dtype, method)
+            return with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
         return pack_state(self._state(), self.settings) if self.keeps_averages else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -604,7 +603,7 @@ class PostHocEMA:
             InvalidValueError: an argument, or a tensor of the model is on the meta device; `load_into` fills those.
             ModelMismatchError: the model has no such tensor, or in another shape.
         """
-        weights = self._weights(sigma_rel, t, step, dtype, method)
+        weights = with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
         with swapped_in(model, weights, own_dtypes=dtype is None):
             yield model
 
@@ -935,23 +934,6 @@ class PostHocEMA:
                 "make them there and broadcast them, or read the snapshots on disk with a new "
                 "PostHocEMA.from_path(directory), before any update_ of it",
             )
-
-    def _weights(
-        self,
-        sigma_rel: float | Target | Profile,
-        t: float | None,
-        step: int | None,
-        dtype: torch.dtype | str | None,
-        method: str | None,
-    ) -> Weights:
-        def make(plan: Plan) -> Weights:
-            made = {name: tensors[0] for name, tensors in synthesize(plan)}
-            weights = Weights((spec.name, made[spec.name]) for spec in plan.specs())
-            weights.predicted_error = plan.predicted_error(0)
-            weights.profile_error = float(plan.reconstruction.profile_error[0])
-            return weights
-
-        return with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make)
 
     def _plan(
         self,
