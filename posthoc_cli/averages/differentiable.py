@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
@@ -14,19 +13,16 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 
+from posthoc_cli.averages.pairing import check_number
 from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.tracker.settings import check_count
 
 Decay = float | torch.Tensor
-"""A number, or a tensor of one element that may be part of a graph."""
-
 MODES = ("truncated", "window", "carried", "full")
-
 _ACCUMULATORS = (torch.float32, torch.float64)
 """At a decay of 0.9999 an average in half precision never moves."""
-
 _LONGEST_QUIET_GRAPH = 99
 """Values that mode "full" holds without a warning."""
-
 _CALLER = 5
 """`stacklevel` of a warning in `take_in`, past `forward` and two frames of torch.nn.Module."""
 
@@ -117,10 +113,8 @@ class DifferentiableEMA(torch.nn.Module):
         _check_decay(decay)
         _check_mode(mode, window, cotangent)
         size = _check_shape(shape)
-        self.decay = decay
-        self.mode = mode
-        self._window = window
-        self._cotangent = None if cotangent is None else _check_cotangent(cotangent, size)
+        self.decay, self.mode, self._window = decay, mode, window
+        self._cotangent = None if cotangent is None else _direction(cotangent, size)
         self.register_buffer("average", torch.zeros(size, device=device, dtype=dtype))
         self.register_buffer("num_updates", torch.zeros((), device=device, dtype=torch.int64))
         self._start_anew()
@@ -137,7 +131,7 @@ class DifferentiableEMA(torch.nn.Module):
                 Nothing is taken in.
             NotReadyError: in eval mode, when there is no average yet.
         """
-        self._check_value(value)
+        _check_value(value, self.average)
         if not self.training:
             if not self._has_average:
                 raise NotReadyError("DifferentiableEMA", "no value was taken in yet, and eval mode takes none in")
@@ -191,35 +185,20 @@ class DifferentiableEMA(torch.nn.Module):
         self._history = self._new_history()
         self._has_average = int(self.num_updates) > 0  # read here, since every read waits for an accelerator
 
-    def _new_history(self) -> _Window | _Full | _Carried | None:
+    def _new_history(self) -> _Window | _Carried | None:
         """What this mode keeps between updates beside the average."""
-        if self.mode == "window":
-            return _Window(cast(int, self._window))
         if self.mode == "carried":
             return _Carried(self._cotangent)
-        return _Full() if self.mode == "full" else None
-
-    def _check_value(self, value: torch.Tensor) -> None:
-        if not isinstance(value, torch.Tensor) or value.shape != self.average.shape:
-            found = list(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
-            raise InvalidValueError("value", f"must be a tensor of the shape {list(self.average.shape)}, not {found}")
-        if self.average.dtype not in _ACCUMULATORS:
-            raise InvalidValueError("average", f"is {self.average.dtype}", "keep it in torch.float32 with ema.float()")
-        if value.dtype != self.average.dtype:
-            reason = f"is {value.dtype}, the average {self.average.dtype}"
-            raise InvalidValueError("value", reason, "convert it with value.to(...)")
-        if value.device != self.average.device:
-            reason = f"is on {value.device}, the average on {self.average.device}"
-            raise InvalidValueError("value", reason, "move the module with ema.to(...)")
+        return None if self.mode == "truncated" else _Window(self._window)
 
 
 # --- What the modes keep: `take_in` gives the new average with the mode's graph, a tensor of its own ---
 
 
 class _Window:
-    """The last `length` values with their graphs, and the average of all earlier ones without a graph."""
+    """The last `length` values (None: all) with their graphs, and the average of all earlier ones without a graph."""
 
-    def __init__(self, length: int) -> None:
+    def __init__(self, length: int | None) -> None:
         self._length = length
         self._before: torch.Tensor | None = None
         self._kept: deque[tuple[torch.Tensor, Decay]] = deque()
@@ -229,52 +208,36 @@ class _Window:
             self._before = average
         elif len(self._kept) == self._length:
             with torch.no_grad():
-                oldest, decay_then = self._kept.popleft()
-                self._before = _next(self._before, oldest, decay_then)
+                self._before = _next(self._before, *self._kept.popleft())
         # A copy, since the value may be a view of a parameter, which the optimizer changes.
         self._kept.append((value.clone(), decay))
+        if self._length is None and len(self._kept) > _LONGEST_QUIET_GRAPH:
+            warnings.warn(
+                f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each; use 'window' or "
+                "'carried' for training, or call reset()",
+                RuntimeWarning,
+                stacklevel=_CALLER,
+            )
         running = self._before
         for kept, decay_then in self._kept:
             running = _next(running, kept.to(value), decay_then)
         return cast(torch.Tensor, running)
 
 
-class _Full:
-    """The average with the graphs of all values."""
-
-    def __init__(self) -> None:
-        self._average: torch.Tensor | None = None
-        self._length = 0
-
-    def take_in(self, average: torch.Tensor | None, value: torch.Tensor, decay: Decay, _: object) -> torch.Tensor:
-        self._average = _next(average if self._average is None else self._average, value, decay)
-        self._length += 1
-        if self._length > _LONGEST_QUIET_GRAPH:
-            warnings.warn(
-                f"mode 'full' holds the graphs of {self._length} values, and one more with each; use 'window' or "
-                "'carried' for training, or call reset()",
-                RuntimeWarning,
-                stacklevel=_CALLER,
-            )
-        return self._average.clone()
-
-
 class _Carried:
-    """The derivative J of the average with respect to the leaves: see `DifferentiableEMA`.
+    """The derivatives J of the average with respect to the leaves, see `DifferentiableEMA`.
 
-    Arguments:
-        cotangent: the one direction in which J is kept, of the average's shape and of length 1; None for all.
+    J of a leaf has the shape [elements of the average, *leaf], or [1, *leaf] along a cotangent, which has length 1.
     """
 
     def __init__(self, cotangent: torch.Tensor | None) -> None:
         self._cotangent = cotangent
         self._leaves: tuple[torch.Tensor, ...] = ()
-        self._jacobians: tuple[torch.Tensor, ...] = ()
+        self._jacobians: list[torch.Tensor] = []
 
     def take_in(
         self, average: torch.Tensor | None, value: torch.Tensor, decay: Decay, leaves: Iterable[torch.Tensor] | None
     ) -> torch.Tensor:
-        """A J of a leaf has the shape [elements of the average, *leaf]; [1, *leaf] with a cotangent."""
         found = self._check_leaves(leaves)
         if isinstance(decay, torch.Tensor) and decay.requires_grad:
             raise InvalidValueError("decay", "gets no gradients in mode 'carried'", "use 'window'")
@@ -283,7 +246,11 @@ class _Carried:
         cotangent = None if self._cotangent is None else self._cotangent.to(value)
         jacobians, unreached = _jacobians(value, found, cotangent)
         if unreached and not self._jacobians:  # a module that is skipped at a later update is no mistake
-            _warn_of_unreached(unreached, found)
+            listed = ", ".join(f"leaves[{index}] of the shape {list(found[index].shape)}" for index in unreached[:5])
+            more = f" and {len(unreached) - 5} more" if len(unreached) > 5 else ""
+            reason = "they get no gradient; leave them out, or look for a detach()"
+            text = f"the value does not depend on {listed}{more}: {reason}"
+            warnings.warn(text, RuntimeWarning, stacklevel=_CALLER)
         kept = 0.0 if average is None else float(decay)
         for index, jacobian in enumerate(jacobians):
             jacobian.mul_(1 - kept)
@@ -318,16 +285,19 @@ def _next(average: torch.Tensor | None, value: torch.Tensor, decay: Decay) -> to
 
 def _jacobians(
     value: torch.Tensor, leaves: tuple[torch.Tensor, ...], cotangent: torch.Tensor | None
-) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+) -> tuple[list[torch.Tensor], list[int]]:
     """d value / d leaf for each leaf, in float32 at least, and the indices of leaves that the value ignores."""
-    directions = [cotangent] if cotangent is not None else _unit_vectors(value)
     rows = value.numel() if cotangent is None else 1
-    jacobians = tuple(
+    jacobians = [
         torch.zeros(rows, *leaf.shape, device=leaf.device, dtype=torch.promote_types(leaf.dtype, torch.float32))
         for leaf in leaves
-    )
-    unreached = set(range(len(leaves))) if rows else set()
-    for row, direction in enumerate(directions):
+    ]
+    unreached = set(range(len(leaves)))
+    for row in range(rows):
+        direction = cotangent
+        if direction is None:
+            direction = torch.zeros_like(value, memory_format=torch.contiguous_format)
+            direction.view(-1)[row] = 1
         # The caller may want gradients of the value itself, from the same graph.
         gradients = torch.autograd.grad(value, leaves, direction, retain_graph=True, allow_unused=True)
         for index, gradient in enumerate(gradients):
@@ -335,23 +305,6 @@ def _jacobians(
                 jacobians[index][row] = gradient
                 unreached.discard(index)
     return jacobians, sorted(unreached)
-
-
-def _unit_vectors(value: torch.Tensor) -> Iterator[torch.Tensor]:
-    for index in range(value.numel()):
-        direction = torch.zeros(value.numel(), dtype=value.dtype, device=value.device)
-        direction[index] = 1
-        yield direction.reshape(value.shape)
-
-
-def _warn_of_unreached(unreached: Sequence[int], leaves: Sequence[torch.Tensor]) -> None:
-    listed = ", ".join(f"leaves[{index}] of the shape {list(leaves[index].shape)}" for index in unreached[:5])
-    more = f" and {len(unreached) - 5} more" if len(unreached) > 5 else ""
-    warnings.warn(
-        f"the value does not depend on {listed}{more}: they get no gradient; leave them out, or look for a detach()",
-        RuntimeWarning,
-        stacklevel=_CALLER + 1,
-    )
 
 
 class _Attached(torch.autograd.Function):
@@ -383,25 +336,19 @@ def _along(gradient: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
     across, size = float((gradient - scale * cotangent).norm()), float(gradient.norm())
     # A non-finite gradient passes, since a GradScaler looks for it later.
     if across > torch.finfo(gradient.dtype).eps ** 0.5 * size:
-        raise InvalidValueError(
-            "cotangent",
-            f"the gradient of the average does not point along it; {100 * across / size:.2g} % of it is across",
-            "use the loss that the cotangent was made for, or no cotangent",
-        )
+        reason = f"the gradient of the average does not point along it; {100 * across / size:.2g} % of it is across"
+        hint = "use the loss that the cotangent was made for, or no cotangent"
+        raise InvalidValueError("cotangent", reason, hint)
     return scale
-
-
-# --- Graphs that outlive an optimizer step ----------------------------------------------------------
 
 
 @contextmanager
 def _recording() -> Iterator[None]:
-    """Within the block, graphs keep copies of the tensors that autograd saves, instead of the tensors themselves.
+    """Within the block, graphs keep copies of the tensors that autograd saves, one a block for each tensor.
 
     An optimizer changes parameters in place; torch refuses `backward` through a graph that saved the parameter itself.
-    Each saved tensor is copied once a block, however many operations save it. Not covered: what a custom
-    `torch.autograd.Function` keeps without `save_for_backward`. Of nested hooks on saved tensors torch calls only the
-    innermost.
+    Not covered: what a custom `torch.autograd.Function` keeps without `save_for_backward`. Of nested hooks on saved
+    tensors torch calls only the innermost.
     """
     copies: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
@@ -426,23 +373,21 @@ def _recording() -> Iterator[None]:
 # --- Checks -----------------------------------------------------------------------------------------
 
 
-def _check_shape(shape: int | Sequence[int]) -> tuple[int, ...]:
+def _check_shape(shape: int | Sequence[int]) -> torch.Size:
     try:
-        size = tuple(operator.index(n) for n in (shape if isinstance(shape, Iterable) else (shape,)))
-    except TypeError:
-        size = (-1,)
-    if any(n < 0 for n in size):
+        return torch.empty(shape, device="meta").shape
+    except (TypeError, RuntimeError):
         reason = "must be a whole number or a sequence of them, none negative"
-        raise InvalidValueError("shape", reason, value=f"{shape!r}")
-    return size
+        raise InvalidValueError("shape", reason, value=f"{shape!r}") from None
 
 
 def _check_decay(decay: Decay) -> None:
-    if isinstance(decay, torch.Tensor) and (decay.numel() != 1 or not decay.is_floating_point()):
-        raise InvalidValueError("decay", f"a tensor must have one element of floating point, not {list(decay.shape)}")
-    number = float(decay.detach()) if isinstance(decay, torch.Tensor) else decay
-    if isinstance(number, bool) or not isinstance(number, int | float) or not 0 <= number < 1:
-        raise InvalidValueError("decay", "must lie in [0, 1); 0.99 averages over about 100 values", value=f"{number!r}")
+    if isinstance(decay, torch.Tensor):
+        if decay.numel() != 1 or not decay.is_floating_point():
+            reason = f"a tensor must have one element of floating point, not {list(decay.shape)}"
+            raise InvalidValueError("decay", reason)
+        decay = float(decay.detach())
+    check_number("decay", decay, lambda d: 0 <= d < 1, "lie in [0, 1); 0.99 averages over about 100 values")
 
 
 def _check_mode(mode: str, window: int | None, cotangent: torch.Tensor | None) -> None:
@@ -452,16 +397,33 @@ def _check_mode(mode: str, window: int | None, cotangent: torch.Tensor | None) -
         raise InvalidValueError("window", "the number of values to keep, must be given in mode 'window' and only there")
     if cotangent is not None and mode != "carried":
         raise InvalidValueError("cotangent", "is for mode 'carried'; the other modes take any gradient")
-    if window is not None and (isinstance(window, bool) or not isinstance(window, int) or window < 1):
-        raise InvalidValueError("window", "must be a whole number, at least 1", value=f"{window!r}")
+    if window is not None:
+        check_count("window", window, 1)
 
 
-def _check_cotangent(cotangent: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
+def _check_value(value: torch.Tensor, average: torch.Tensor) -> None:
+    _check_tensor("value", value, average.shape)
+    if average.dtype not in _ACCUMULATORS:
+        raise InvalidValueError("average", f"is {average.dtype}", "keep it in torch.float32 with ema.float()")
+    for found, own, where, hint in (
+        (value.dtype, average.dtype, "", "convert it with value.to(...)"),
+        (value.device, average.device, "on ", "move the module with ema.to(...)"),
+    ):
+        if found != own:
+            raise InvalidValueError("value", f"is {where}{found}, the average {where}{own}", hint)
+
+
+def _check_tensor(name: str, tensor: torch.Tensor, shape: torch.Size) -> None:
+    if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
+        found = list(tensor.shape) if isinstance(tensor, torch.Tensor) else type(tensor).__name__
+        raise InvalidValueError(name, f"must be a tensor of the average's shape {list(shape)}, not {found}")
+
+
+def _direction(cotangent: torch.Tensor, shape: torch.Size) -> torch.Tensor:
     """The cotangent scaled to length 1, in float64, since only its direction matters."""
-    if not isinstance(cotangent, torch.Tensor) or tuple(cotangent.shape) != shape:
-        found = list(cotangent.shape) if isinstance(cotangent, torch.Tensor) else type(cotangent).__name__
-        raise InvalidValueError("cotangent", f"must be a tensor of the average's shape {list(shape)}, not {found}")
-    length = float(cotangent.detach().double().norm())
+    _check_tensor("cotangent", cotangent, shape)
+    wide = cotangent.detach().double()
+    length = float(wide.norm())
     if not math.isfinite(length) or length == 0:
         raise InvalidValueError("cotangent", "must be finite, and not all zero")
-    return cotangent.detach().double() / length
+    return wide / length

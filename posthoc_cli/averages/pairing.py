@@ -34,11 +34,7 @@ class Pair(NamedTuple):
 
 @torch.inference_mode(False)  # an update cannot write to tensors made in inference mode
 def make_average(model: torch.nn.Module, device: torch.device | str | None = None) -> torch.nn.Module:
-    """A copy of a model that needs no gradients, on `device`, or where the model's tensors are.
-
-    Raises:
-        InvalidValueError: not a module, or one with uninitialised parameters.
-    """
+    """A copy of a model that needs no gradients, on `device`, or where the model's tensors are."""
     source = unwrapped(check_model(model))
     for name, parameter in source.named_parameters():
         if isinstance(parameter, torch.nn.parameter.UninitializedParameter):
@@ -48,11 +44,7 @@ def make_average(model: torch.nn.Module, device: torch.device | str | None = Non
 
 
 def pair_parameters(average: torch.nn.Module, model: torch.nn.Module) -> list[Pair]:
-    """The parameters of both, a tied one once.
-
-    Raises:
-        ModelMismatchError: names or shapes differ; lists them.
-    """
+    """The parameters of both, a tied one once; a ModelMismatchError lists names or shapes that differ."""
     return _pair("parameters", average, model)
 
 
@@ -71,15 +63,11 @@ def _pair(kind: str, average_module: torch.nn.Module, model: torch.nn.Module) ->
         missing, surplus = _listed(averages.keys() - sources.keys()), _listed(sources.keys() - averages.keys())
         reason = f"its {kind} are not the average's; only in the average: {missing}; only in the model: {surplus}"
         raise ModelMismatchError("model", reason)
-    pairs = []
-    for name, average in averages.items():
-        source = sources[name]
+    pairs = [Pair(name, average, sources[name]) for name, average in averages.items()]
+    for name, average, source in pairs:
         if source.shape != average.shape:
-            raise ModelMismatchError(
-                f"tensor {name!r}",
-                f"has the shape {list(source.shape)} in the model, {list(average.shape)} in the average",
-            )
-        pairs.append(Pair(name, average, source))
+            reason = f"has the shape {list(source.shape)} in the model, {list(average.shape)} in the average"
+            raise ModelMismatchError(f"tensor {name!r}", reason)
     return pairs
 
 
@@ -99,50 +87,52 @@ def is_averaged(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() or tensor.is_complex()
 
 
-def copy_(pairs: Iterable[Pair]) -> None:
+def copy_(pairs: Sequence[Pair]) -> None:
     """average <- source."""
-    listed = list(pairs)
-    if listed:
-        torch._foreach_copy_([pair.average for pair in listed], [pair.source for pair in listed])
+    if pairs:
+        torch._foreach_copy_([pair.average for pair in pairs], [pair.source for pair in pairs])
 
 
 def average_(pairs: Iterable[Pair], accumulators: Accumulators, share: float) -> None:
     """average <- average + share (source - average) for `is_averaged` tensors, one fused pass a device and dtype."""
-
-    def update_(averages: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
-        groups: dict[tuple[torch.device, torch.dtype], list[tuple[torch.Tensor, torch.Tensor]]] = {}
+    for averages, sources in wide_averages(pairs, accumulators):
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
         for average, source in zip(averages, sources, strict=True):
-            groups.setdefault((average.device, average.dtype), []).append((average, source))
+            group = groups.setdefault((average.device, average.dtype), ([], []))
+            group[0].append(average)
+            group[1].append(source)
         for group in groups.values():
-            torch._foreach_lerp_([average for average, _ in group], [source for _, source in group], share)
-
-    with_wide_averages(pairs, accumulators, update_)
+            torch._foreach_lerp_(*group, share)
 
 
 def average_unless_equal_(pairs: Iterable[Pair], accumulators: Accumulators, share: float) -> None:
     """The same, but equal elements stay: the average of two infinities in a mask would be nan."""
-
-    def update_(averages: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+    for averages, sources in wide_averages(pairs, accumulators):
         for average, source in zip(averages, sources, strict=True):
             average.copy_(torch.where(average == source, source, torch.lerp(average, source, share)))
 
-    with_wide_averages(pairs, accumulators, update_)
 
+def wide_averages(
+    pairs: Iterable[Pair], accumulators: Accumulators
+) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Averages to be changed in place, and sources on their devices and in their dtypes, some pairs at a time.
 
-def with_wide_averages(
-    pairs: Iterable[Pair],
-    accumulators: Accumulators,
-    update_: Callable[[list[torch.Tensor], list[torch.Tensor]], None],
-) -> None:
-    """Call `update_(averages, sources)` with float32 accumulators for half-precision averages; then round these.
-
-    A source comes on the device and in the dtype of its average or accumulator.
+    A half-precision average comes as its float32 accumulator, and is rounded from it after each turn of the loop.
     """
     for batch in _batches(pairs):
         narrow = {pair.name: pair.average for pair in batch if is_narrow(pair.average.dtype)}
         wide = accumulators.behind(narrow)
         averages = [wide.get(pair.name, pair.average) for pair in batch]
-        update_(averages, _sources_like(averages, [pair.source for pair in batch]))
+        sources = [pair.source for pair in batch]
+        other = [
+            index
+            for index, (average, source) in enumerate(zip(averages, sources, strict=True))
+            if source.dtype != average.dtype or source.device != average.device
+        ]
+        copies = copies_like([(sources[index], averages[index].device, averages[index].dtype) for index in other])
+        for index, copied in zip(other, copies, strict=True):
+            sources[index] = copied
+        yield averages, sources
         if narrow:
             torch._foreach_copy_(list(narrow.values()), [wide[name] for name in narrow])
 
@@ -159,19 +149,6 @@ def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
             batch, elements = [], 0
     if batch:
         yield batch
-
-
-def _sources_like(averages: list[torch.Tensor], sources: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The sources on their averages' devices and in their dtypes; copied only where they differ."""
-    unlike = [
-        (index, average)
-        for index, (average, source) in enumerate(zip(averages, sources, strict=True))
-        if source.dtype != average.dtype or source.device != average.device
-    ]
-    copies = copies_like([(sources[index], average.device, average.dtype) for index, average in unlike])
-    for (index, _), copied in zip(unlike, copies, strict=True):
-        sources[index] = copied
-    return sources
 
 
 # --- Precision and host values ----------------------------------------------------------------------
@@ -209,13 +186,10 @@ class WideBuffers(torch.nn.Module):
 
 
 class Accumulators(torch.nn.Module):
-    """The float32 averages of half-precision tensors; part of the state dict, one key a tensor.
+    """The float32 averages of half-precision tensors by name; part of the state dict, one key a tensor.
 
     An element is valid while it rounds to the tensor's element. Otherwise the tensor was written to since (a swap, a
     `load_state_dict` without accumulators), and its value is taken.
-
-    Attributes:
-        values: name of the tensor -> float32 average.
     """
 
     def __init__(self) -> None:
@@ -224,11 +198,11 @@ class Accumulators(torch.nn.Module):
 
     def behind(self, rounded: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The accumulators of named tensors, to be changed in place; the caller rounds them into the tensors."""
-        known = {}
-        for name, tensor in rounded.items():
-            value = self.values.get(name)
-            if value is not None and value.shape == tensor.shape:
-                known[name] = value.to(tensor.device)
+        known = {
+            name: self.values[name].to(tensor.device)
+            for name, tensor in rounded.items()
+            if name in self.values and self.values[name].shape == tensor.shape
+        }
         again = copies_like([(value, value.device, rounded[name].dtype) for name, value in known.items()])
         for (name, value), same in zip(known.items(), again, strict=True):
             torch.where(same == rounded[name], value, rounded[name], out=value)
@@ -249,11 +223,8 @@ class Accumulators(torch.nn.Module):
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
         """Accept a state without accumulators: of another class, or of a float32 model."""
-        self.values = {
-            key.removeprefix(prefix): value.detach().clone()
-            for key, value in state_dict.items()
-            if key.startswith(prefix)
-        }
+        loaded = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
+        self.values = {name: value.detach().clone() for name, value in loaded.items()}
 
 
 class HostNumber:
@@ -270,16 +241,14 @@ class HostNumber:
     def read(self, buffer: torch.Tensor) -> float:
         """The number in `buffer`."""
         if buffer is not self._buffer or buffer._version != self._version:
-            self._note(buffer, float(buffer.item()))
+            self._buffer, self._version, self._value = buffer, buffer._version, float(buffer.item())
         return self._value
 
     def write_(self, buffer: torch.Tensor, value: float) -> None:
         """Put `value` into `buffer`, and cache it as rounded there, so that a resumed run sees the same."""
         buffer.fill_(value)
-        self._note(buffer, float(torch.tensor(value, dtype=buffer.dtype)))
-
-    def _note(self, buffer: torch.Tensor, value: float) -> None:
-        self._buffer, self._version, self._value = buffer, buffer._version, value
+        self._buffer, self._version = buffer, buffer._version
+        self._value = float(torch.tensor(value, dtype=buffer.dtype))
 
 
 def check_number(name: str, value: float, accepts: Callable[[float], bool], accepted: str) -> float:

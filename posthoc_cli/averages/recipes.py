@@ -20,36 +20,33 @@ from posthoc_cli.tracker.settings import check_count
 
 
 class AveragedModule(Protocol):
-    """A module with an average of a model's weights in it."""
+    """A module with an average of a model's weights in it, as its `module`."""
 
     @property
     def module(self) -> torch.nn.Module:
         """The model with averaged weights."""
-        ...
 
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Take in the model's weights as they are now."""
-        ...
 
 
 class _CopiedBack:
-    """What the recipes share: an average that takes in every step, and a count of the steps.
+    """What the recipes share: an average that takes in every step, and `step`, the number of calls of `update`."""
 
-    Attributes:
-        step: calls of `update` so far.
-    """
+    _names: tuple[str, str]
+    """The arguments for the average and for the period."""
 
     def __init__(
         self,
         average: PostHocEMA | AveragedModule,
-        sigma_rel: float | Target | Profile | None,
         every: int | None,
-        names: tuple[str, str],
+        sigma_rel: float | Target | Profile | None,
     ) -> None:
-        update_every = _check_average(names[0], average, sigma_rel)
-        self._average = average
-        self._sigma_rel = sigma_rel
-        self._every = _check_every(names[1], every, update_every)
+        update_every = _check_average(self._names[0], average, sigma_rel)
+        if every is not None and check_count(self._names[1], every, 1) % update_every:
+            reason = f"must be a multiple of the tracker's update_every {update_every}"
+            raise InvalidValueError(self._names[1], reason, value=every)
+        self._average, self._every, self._sigma_rel = average, every, sigma_rel
         self.step = 0
 
     def update(self, model: torch.nn.Module) -> bool:
@@ -62,11 +59,9 @@ class _CopiedBack:
         if isinstance(self._average, PostHocEMA):
             self._average.update_(model)
             if not self._average.keeps_averages:
-                raise InvalidValueError(
-                    "average",
-                    "this process keeps none, so that its model would become another than the writer's",
-                    "give each process a tracker with writer=True and a directory of its own",
-                )
+                reason = "this process keeps none, so that its model would become another than the writer's"
+                hint = "give each process a tracker with writer=True and a directory of its own"
+                raise InvalidValueError("average", reason, hint)
         else:
             self._average.update_parameters(model)
         self.step += 1
@@ -92,6 +87,21 @@ class _CopiedBack:
         else:
             module = self._average.module
             load_weights(model, dict([*module.named_parameters(), *module.named_buffers()]))
+
+
+def _check_average(name: str, average: object, sigma_rel: object) -> int:
+    """The updates between two averages, which is what a recipe's interval must be a multiple of."""
+    if isinstance(average, PostHocEMA):
+        if sigma_rel is None:
+            raise InvalidValueError("sigma_rel", "must be given with a PostHocEMA, such as 0.05")
+        return average.settings.schedule.update_every
+    kind = type(average).__name__
+    if not isinstance(getattr(average, "module", None), torch.nn.Module) or not hasattr(average, "update_parameters"):
+        accepted = "have `module` and `update_parameters` as torch.optim.swa_utils.AveragedModel has"
+        raise InvalidValueError(name, f"must be a PostHocEMA, or {accepted}, not {kind}")
+    if sigma_rel is not None:
+        raise InvalidValueError("sigma_rel", f"is for a PostHocEMA; {kind} has a single average")
+    return 1
 
 
 class SwitchEMA(_CopiedBack):
@@ -128,13 +138,15 @@ class SwitchEMA(_CopiedBack):
         True 2.0
     """
 
+    _names = ("average", "switch_every")
+
     def __init__(
         self,
         average: PostHocEMA | AveragedModule,
         switch_every: int | None = None,
         sigma_rel: float | Target | Profile | None = None,
     ) -> None:
-        super().__init__(average, sigma_rel, switch_every, ("average", "switch_every"))
+        super().__init__(average, switch_every, sigma_rel)
 
     def switch(self, model: torch.nn.Module) -> None:
         """Copy the averaged weights into the model now.
@@ -186,6 +198,8 @@ class HareAndTortoise(_CopiedBack):
         True
     """
 
+    _names = ("tortoise", "reset_every")
+
     def __init__(
         self,
         tortoise: PostHocEMA | AveragedModule,
@@ -193,8 +207,13 @@ class HareAndTortoise(_CopiedBack):
         optimizer: torch.optim.Optimizer | None = None,
         sigma_rel: float | Target | Profile | None = None,
     ) -> None:
-        super().__init__(tortoise, sigma_rel, reset_every, ("tortoise", "reset_every"))
-        self._optimizer = _check_optimizer(optimizer)
+        super().__init__(tortoise, reset_every, sigma_rel)
+        if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
+            raise InvalidValueError("optimizer", f"must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
+        if isinstance(optimizer, torch.optim.Adagrad):
+            hint = "leave it out, or use Adam"
+            raise InvalidValueError("optimizer", "Adagrad cannot make a cleared state again", hint)
+        self._optimizer = optimizer
 
     def reset(self, hare: torch.nn.Module) -> None:
         """Copy the tortoise into the hare and clear the optimizer's state now.
@@ -209,39 +228,3 @@ class HareAndTortoise(_CopiedBack):
         super()._copy_into(model)
         if self._optimizer is not None:
             self._optimizer.state.clear()
-
-
-def _check_average(name: str, average: object, sigma_rel: object) -> int:
-    """The updates between two averages, which is what a recipe's interval must be a multiple of."""
-    if isinstance(average, PostHocEMA):
-        if sigma_rel is None:
-            raise InvalidValueError("sigma_rel", "must be given with a PostHocEMA, such as 0.05")
-        return average.settings.schedule.update_every
-    kind = type(average).__name__
-    if not isinstance(getattr(average, "module", None), torch.nn.Module) or not hasattr(average, "update_parameters"):
-        raise InvalidValueError(
-            name,
-            "must be a PostHocEMA, or have `module` and `update_parameters` as "
-            f"torch.optim.swa_utils.AveragedModel has, not {kind}",
-        )
-    if sigma_rel is not None:
-        raise InvalidValueError("sigma_rel", f"is for a PostHocEMA; {kind} has a single average")
-    return 1
-
-
-def _check_every(name: str, every: int | None, update_every: int) -> int | None:
-    if every is None:
-        return None
-    count = check_count(name, every, 1)
-    if count % update_every:
-        reason = f"must be a multiple of the tracker's update_every {update_every}"
-        raise InvalidValueError(name, reason, value=count)
-    return count
-
-
-def _check_optimizer(optimizer: torch.optim.Optimizer | None) -> torch.optim.Optimizer | None:
-    if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
-        raise InvalidValueError("optimizer", f"must be a torch.optim.Optimizer, not {type(optimizer).__name__}")
-    if isinstance(optimizer, torch.optim.Adagrad):
-        raise InvalidValueError("optimizer", "Adagrad cannot make a cleared state again", "leave it out, or use Adam")
-    return optimizer

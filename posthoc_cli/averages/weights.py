@@ -1,0 +1,334 @@
+"""Averages of a model's weights with one decay, compatible with mmengine's class and with TensorFlow's formula."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+
+from posthoc_cli.averages.pairing import (
+    Accumulators,
+    HostNumber,
+    Pair,
+    WideBuffers,
+    average_,
+    average_unless_equal_,
+    check_number,
+    copy_,
+    is_averaged,
+    make_average,
+    pair_buffers,
+    pair_parameters,
+    wide_averages,
+)
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.tracker.model_tensors import check_model
+from posthoc_cli.tracker.names import named_tensors
+from posthoc_cli.tracker.settings import check_count
+
+SUSPICIOUS_MOMENTUM = 0.5
+
+
+class ExponentialMovingAverage(torch.nn.Module):
+    """An average of a model's parameters with exponentially decaying weights.
+
+    The first `update_parameters` copies the model. Later ones average at every `interval`-th call:
+
+        average <- (1 - momentum) average + momentum parameter
+
+    `forward` runs the averaged module. The interface and the names in the state dict (`module.*`, `steps`) are those
+    of `mmengine.model.ExponentialMovingAverage` (also of mmedit's and mmagic's), so that a state saved by mmengine
+    loads. A state from before mmengine 1.0 (names without `module.`, no `steps`) loads as the state after one update.
+
+    Half-precision parameters are averaged in float32; `module` holds them rounded, and the exact averages are in the
+    state dict as `accumulators.*`. A model wrapped by torch.compile or DistributedDataParallel is unwrapped. Tensors
+    are matched by name, tied parameters are averaged once, integer parameters are copied. Non-finite values pass into
+    the average, as in mmengine.
+
+    Arguments:
+        model: its weights are copied at once, but have no share in the average.
+        momentum: share of the new value, in (0, 1): 1 - decay.
+        interval: calls of `update_parameters` between two averagings, at least 1.
+        device: of the average; by default the model's.
+        update_buffers: average floating-point buffers of the state dict, too. All others are copied at every call.
+        warmup: limit the decay to (1 + t) / (10 + t) after t calls, TensorFlow's rule, to forget early weights sooner.
+
+    Attributes:
+        module: the averaged model; its parameters need no gradients.
+        steps: calls of `update_parameters` so far, an int64 tensor.
+
+    Raises:
+        InvalidValueError: (a ValueError) names the argument and its range.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> ema = ExponentialMovingAverage(model, momentum=0.1)
+        >>> for value in (0.0, 1.0, 1.0):
+        ...     _ = torch.nn.init.constant_(model.weight, value)  # an optimizer's step
+        ...     ema.update_parameters(model)
+        >>> ema.module.weight
+        Parameter containing:
+        tensor([[0.1900, 0.1900]])
+        >>> ema(torch.ones(1, 2))
+        tensor([[0.3800]])
+    """
+
+    steps: torch.Tensor
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        momentum: float = 0.0002,
+        interval: int = 1,
+        device: torch.device | str | None = None,
+        update_buffers: bool = False,
+        warmup: bool = False,
+    ) -> None:
+        super().__init__()
+        accepted = "lie in (0, 1); usual values are 0.0001 to 0.1"
+        self.momentum = check_number("momentum", momentum, lambda m: 0 < m < 1, accepted)
+        if self.momentum > SUSPICIOUS_MOMENTUM:
+            text = f"momentum {momentum:g}: is the share of the new value and usually small; for a decay of"
+            warnings.warn(f"{text} {momentum:g} pass {1 - momentum:.4g}", stacklevel=2)
+        self.interval = check_count("interval", interval, 1)
+        self.update_buffers = update_buffers
+        self.warmup = warmup
+        self.module = make_average(model, device)
+        self.accumulators = Accumulators()
+        with torch.inference_mode(False):
+            self.register_buffer("steps", torch.tensor(0, device=device))
+        self._steps = HostNumber()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the averaged module."""
+        return self.module(*args, **kwargs)
+
+    def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor | None:
+        """Average one tensor in place. The override of a subclass is called for every averaged tensor.
+
+        Arguments:
+            averaged_param: the average, changed in place (float32 for a half-precision tensor).
+            source_param: the model's tensor, of the same shape, device and dtype.
+            steps: calls of `update_parameters` before this one.
+
+        Returns:
+            None, or a tensor that replaces the average, as in mmengine's first releases.
+        """
+        averaged_param.lerp_(source_param.to(averaged_param), self.momentum_at(steps))
+        return None
+
+    def momentum_at(self, steps: int) -> float:
+        """The share of the new value after `steps` calls."""
+        return max(self.momentum, 9.0 / (10.0 + steps)) if self.warmup else self.momentum
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update_parameters(self, model: torch.nn.Module) -> None:
+        """Take the model's weights into the average. Call it after every optimizer step.
+
+        Raises:
+            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
+        """
+        steps = int(self._steps.read(self.steps))
+        parameters, buffers = pair_parameters(self.module, model), pair_buffers(self.module, model)
+        if steps == 0:
+            self._copy(parameters + buffers)
+        else:
+            names = self._averaged_buffers() if self.update_buffers else set()
+            copy_([pair for pair in buffers if pair.name not in names])
+            if steps % self.interval == 0:
+                self._average(parameters, [pair for pair in buffers if pair.name in names], steps)
+        self._steps.write_(self.steps, steps + 1)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def sync_buffers(self, model: torch.nn.Module) -> None:
+        """Copy the model's buffers. With `update_buffers=True` that replaces their averages, and warns.
+
+        Raises:
+            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
+        """
+        if self.update_buffers:
+            text = "this average has update_buffers=True; the model's buffers now replace their averages"
+            warnings.warn(f"sync_buffers: {text}", stacklevel=4)  # past the two decorators
+        copy_(pair_buffers(self.module, model))
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def sync_parameters(self, model: torch.nn.Module) -> None:
+        """Copy the model's parameters and buffers and restart the average from them; `steps` is kept.
+
+        Raises:
+            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
+        """
+        self._copy(pair_parameters(self.module, model) + pair_buffers(self.module, model))
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        names = ("momentum", "interval", "update_buffers", "warmup")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *others: Any) -> None:
+        """Accept the names of mmengine 0.x, too; `state_dict` is the loader's own copy."""
+        found = {name for name in self.module.state_dict() if f"{prefix}{name}" in state_dict} - {"steps"}
+        if found and not any(f"{prefix}module.{name}" in state_dict for name in found):
+            state_dict.update({f"{prefix}module.{name}": state_dict.pop(f"{prefix}{name}") for name in found})
+            # After 0 steps the next update would replace the average by the model.
+            state_dict.setdefault(f"{prefix}steps", torch.tensor(1))
+        super()._load_from_state_dict(state_dict, prefix, *others)
+
+    def _copy(self, pairs: list[Pair]) -> None:
+        copy_(pairs)
+        self.accumulators.values.clear()
+
+    def _averaged_buffers(self) -> set[str]:
+        transient = {found.raw for found in named_tensors(self.module) if not found.in_state}
+        return {name for name, buffer in self.module.named_buffers() if is_averaged(buffer)} - transient
+
+    def _average(self, parameters: list[Pair], buffers: list[Pair], steps: int) -> None:
+        averaged = [pair for pair in parameters if is_averaged(pair.average)]
+        copy_([pair for pair in parameters if not is_averaged(pair.average)])
+        if type(self).avg_func is ExponentialMovingAverage.avg_func:
+            share = self.momentum_at(steps)
+            average_(averaged, self.accumulators, share)
+            average_unless_equal_(buffers, self.accumulators, share)
+            return
+        for averages, sources in wide_averages(averaged + buffers, self.accumulators):
+            for average, source in zip(averages, sources, strict=True):
+                result = self.avg_func(average, source, steps)
+                if result is not None and result is not average:
+                    average.copy_(result)
+
+
+class ShadowModel(WideBuffers):
+    """A model and its shadow: `forward` runs the model in train mode and the shadow in eval mode.
+
+    Call `update()` after every optimizer step. It averages the parameters with the formula of
+    `tf.train.ExponentialMovingAverage` and copies the buffers:
+
+        shadow <- shadow - (1 - decay) (shadow - variable)
+
+    Both are submodules: they move, cast, save and load together. Every floating-point parameter is averaged, also one
+    that requires no gradients at that moment, since adversarial training switches that off and on around each step.
+    The shadow needs no gradients and is always in eval mode. Half-precision parameters are averaged in float32 and
+    held rounded; the exact averages are in the state dict as `accumulators.*`.
+
+    Arguments:
+        model: the model to train; held, not copied. The shadow of a model wrapped by torch.compile or
+            DistributedDataParallel is a copy of the wrapped module.
+        decay: share of the shadow that an update keeps, in [0, 1); in practice 0.99 to 0.9999.
+        num_updates: limits the decay to (1 + num_updates) / (10 + num_updates). A number is the count to start from,
+            usually 0, and part of the state. A tensor is the caller's own counter, such as the training step: read at
+            every update, never written to.
+        zero_debias: start the shadow at zero and divide by the sum of the weights given so far (Kingma and Ba, arXiv
+            1412.6980, section 3): the model's initial parameters have no share, and the first update copies the model.
+            TensorFlow divides by 1 - decay**updates, which is that sum for a constant decay; here it holds for any.
+
+    Attributes:
+        model, shadow: the two.
+        num_updates: as above; an int64 buffer where a number was given.
+
+    Raises:
+        InvalidValueError: (a ValueError) names the argument and its range.
+
+    Example:
+        >>> net = ShadowModel(torch.nn.Linear(2, 1, bias=False), decay=0.9)
+        >>> _ = torch.nn.init.zeros_(net.shadow.weight)
+        >>> _ = torch.nn.init.ones_(net.model.weight)  # an optimizer's step
+        >>> net.update()
+        >>> net.train()(torch.ones(1, 2)).tolist()
+        [[2.0]]
+        >>> net.eval()(torch.ones(1, 2))
+        tensor([[0.2000]])
+    """
+
+    num_updates: torch.Tensor | None
+    debias_mass: torch.Tensor
+
+    @torch.inference_mode(False)
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        decay: float,
+        num_updates: int | torch.Tensor | None = None,
+        zero_debias: bool = False,
+    ) -> None:
+        super().__init__()
+        accepted = "lie in [0, 1); usual values are 0.99 to 0.9999"
+        self.decay = check_number("decay", decay, lambda d: 0 <= d < 1, accepted)
+        self.zero_debias = zero_debias
+        self.model = check_model(model)
+        self.shadow = make_average(model).eval()
+        self.accumulators = Accumulators()
+        if num_updates is None or isinstance(num_updates, torch.Tensor):
+            self.num_updates = _check_counter(num_updates)
+        else:
+            self.register_buffer("num_updates", torch.tensor(check_count("num_updates", num_updates, 0)))
+        self._counts = "num_updates" in self._buffers
+        if zero_debias:
+            self.register_buffer("debias_mass", torch.tensor(0.0, dtype=torch.float32))
+        self._read_updates, self._read_mass = HostNumber(), HostNumber()
+        self._warned = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model in train mode, the shadow in eval mode."""
+        return self.model(*args, **kwargs) if self.training else self.shadow(*args, **kwargs)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the model's parameters into the shadow. In eval mode it does nothing, and warns once.
+
+        Raises:
+            ModelMismatchError: names or shapes of the model's tensors are no longer the shadow's; lists them.
+        """
+        if not self.training:
+            if not self._warned:
+                self._warned = True
+                text = "the module is in eval mode, and the shadow stays; call train() before training"
+                warnings.warn(f"update: {text}", stacklevel=4)  # past this method and its two decorators
+            return
+        parameters, buffers = pair_parameters(self.shadow, self.model), pair_buffers(self.shadow, self.model)
+        share = self._next_share()
+        average_([pair for pair in parameters if is_averaged(pair.average)], self.accumulators, share)
+        copy_([pair for pair in parameters if not is_averaged(pair.average)] + buffers)
+
+    def train(self, mode: bool = True) -> ShadowModel:
+        """Set the mode; the shadow stays in eval mode."""
+        super().train(mode)
+        self.shadow.eval()
+        return self
+
+    def requires_grad_(self, requires_grad: bool = True) -> ShadowModel:
+        """For the model's parameters; the shadow's never require gradients."""
+        self.model.requires_grad_(requires_grad)
+        return self
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"decay={self.decay}, num_updates={self.num_updates}, zero_debias={self.zero_debias}"
+
+    def _next_share(self) -> float:
+        """The share of the new value at this update; counts it."""
+        decay = self.decay
+        if self.num_updates is not None:
+            count = self._read_updates.read(self.num_updates)
+            decay = min(decay, (1 + count) / (10 + count))
+            if self._counts:
+                self._read_updates.write_(self.num_updates, count + 1)
+        share = 1 - decay
+        if not self.zero_debias:
+            return share
+        # The sum of weights w follows the recursion of the biased average b: w <- decay w + (1 - decay). With b = w u
+        # the debiased average u moves by share / w.
+        mass = decay * self._read_mass.read(self.debias_mass) + share
+        self._read_mass.write_(self.debias_mass, mass)
+        return share / mass
+
+
+def _check_counter(counter: torch.Tensor | None) -> torch.Tensor | None:
+    if counter is not None and (counter.numel() != 1 or counter.is_complex() or counter.dtype == torch.bool):
+        found = f"the shape {list(counter.shape)} and dtype {counter.dtype}"
+        raise InvalidValueError("num_updates", f"must be a whole number, or a tensor of one, not of {found}")
+    return counter
