@@ -37,10 +37,7 @@ class _CopiedBack:
     """The arguments for the average and for the period."""
 
     def __init__(
-        self,
-        average: PostHocEMA | AveragedModule,
-        every: int | None,
-        sigma_rel: float | Target | Profile | None,
+        self, average: PostHocEMA | AveragedModule, every: int | None, sigma_rel: float | Target | Profile | None
     ) -> None:
         update_every = _check_average(self._names[0], average, sigma_rel)
         if every is not None and check_count(self._names[1], every, 1) % update_every:

@@ -119,7 +119,9 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo, guide):
-    app.command(cls=_Command, epilog=_module.EPILOG)(_module.COMMAND)
+    # The function of a command has the name of its file.
+    _function = getattr(_module, _module.__name__.rpartition(".")[2])
+    app.command(cls=_Command, epilog=_module.EPILOG)(_function)
 
 
 def _names(incomplete: str) -> list[str]:
@@ -184,52 +186,50 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+        output.print_note("ema: interrupted")
     except BrokenPipeError:
         code = _reader_has_gone()
-    except (PostHocError, OSError) as error:
+    except PostHocError as error:
         if debug:
             raise
-        code = _fail(str(error), error.exit_code) if isinstance(error, PostHocError) else _fail(_system_error(error), 1)
+        code = error.exit_code
+        _print_message("error", error)
+    except OSError as error:
+        if debug:
+            raise
+        code = 1
+        where = f"{error.filename}: " if error.filename else ""
+        _print_message("error", where + (error.strerror or str(error)).lower())
     except SystemExit as ended:
         if not isinstance(ended.__context__, BrokenPipeError):  # click turns that into exit code 1
             raise
         code = _reader_has_gone()
     except _USAGE_ERROR as error:
+        code = 2
         context = getattr(error, "ctx", None)
         see = "" if context is None else f" (see {context.command_path} --help)"
-        code = _fail(f"{error.format_message()}{see}", 2)
-    if code == 130:
-        print("ema: interrupted", file=sys.stderr)  # noqa: T201
+        _print_message("error", f"{error.format_message()}{see}")
     sys.exit(code if isinstance(code, int) else 0)
 
 
-def _system_error(error: OSError) -> str:
-    reason = (error.strerror or str(error)).lower()
-    return f"{error.filename}: {reason}" if error.filename else reason
-
-
-def _fail(message: str, code: int) -> int:
-    _print_message("error", message)
-    return code
-
-
-def _print_message(kind: str, message: str) -> None:
-    """One line of limited length, with control characters escaped."""
-    line = printable(" ".join(message.split()))
-    print(f"ema: {kind}: {line[:_LONGEST_LINE]}{'...' * (len(line) > _LONGEST_LINE)}", file=sys.stderr)  # noqa: T201
+def _print_message(kind: str, message: object) -> None:
+    """One line of limited length."""
+    line = printable(" ".join(str(message).split()))
+    output.print_note(f"ema: {kind}: {line[:_LONGEST_LINE]}{'...' * (len(line) > _LONGEST_LINE)}")
 
 
 def _report_unexpected(kind: type[BaseException], error: BaseException, _: object) -> None:
-    _fail(f"unexpected {kind.__name__}: {error}; run again with {_DEBUG} to see where, and report it", 1)
+    hint = f"run again with {_DEBUG} to see where, and report it"
+    _print_message("error", f"unexpected {kind.__name__}: {error}; {hint}")
 
 
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
-        print(printable(line), file=sys.stderr)  # noqa: T201
+        output.print_note(line)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _print_message("warning", str(message))
+    _print_message("warning", message)
 
 
 def _reader_has_gone() -> int:

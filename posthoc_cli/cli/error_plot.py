@@ -4,26 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from posthoc_cli import files
-from posthoc_cli.cli import output
+from posthoc_cli.cli import output, values
 from posthoc_cli.cli.values import (
+    PICTURES,
     STORED_DTYPES,
-    BetaOption,
-    BetweenOption,
-    JsonOption,
-    LikeOption,
-    MethodOption,
-    ProfileOption,
-    WindowOption,
-    existing_directory,
+    existing,
     new_file,
-    one_of,
     parse_count,
     parse_sigma_range,
     parse_sigma_rels,
@@ -40,60 +34,44 @@ EPILOG = (
     "ema error-plot --sigma-rels 0.05,0.28 --steps 100000 --checkpoint-every 1000 --max-checkpoints 20 --out plan.png"
 )
 
-PICTURES = (".png", ".svg", ".pdf")
 _FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
 MOST_ROWS = 24
 """Drawings over time in one picture."""
 
 
 def error_plot(
-    directories: Annotated[
-        list[Path] | None,
-        typer.Argument(metavar="[DIR]...", help="Directories that trackers wrote.", show_default=False),
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="The picture: .png, .svg or .pdf.")] = None,
-    sigma_rels: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule."
-        ),
-    ] = None,
-    steps: Annotated[
-        list[str] | None, typer.Option(metavar="COUNT", help="Of the schedule: length of training, such as 100K.")
-    ] = None,
-    checkpoint_every: Annotated[
-        list[str] | None, typer.Option(metavar="COUNT", help="Of the schedule: steps between snapshots.")
-    ] = None,
-    max_checkpoints: Annotated[
-        list[str] | None,
-        typer.Option(metavar="COUNT", help="Of the schedule: snapshots kept a profile. [default: all]"),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            autocompletion=one_of(*STORED_DTYPES.values()),
-            help="Snapshots of the schedule: float16, bfloat16 or float32.",
-        ),
-    ] = "float16",
-    like: LikeOption = None,
-    draw: Annotated[
-        str | None,
-        typer.Option(
-            metavar="SIGMA_REL",
-            help="Also draw these targets over training time, and their coefficients: 0.15 or a list.",
-        ),
-    ] = None,
-    beta: BetaOption = None,
-    window: WindowOption = None,
-    between: BetweenOption = None,
-    profile: ProfileOption = None,
-    sigma_range: Annotated[str, typer.Option(help="The curve's range of sigma_rel: LOW:HIGH.")] = "0.01:0.2886",
-    t: Annotated[float | None, typer.Option(help="Time of the targets. [default: the last snapshot's]")] = None,
-    method: MethodOption = None,
-    csv_out: Annotated[Path | None, typer.Option("--csv", help="Write the curves as a table too.")] = None,
-    overwrite: Annotated[bool, typer.Option("--force", help="Replace existing files.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show the profile error too.")] = False,
-    as_json: JsonOption = False,
+    directories: list[Path] = typer.Argument(
+        [], metavar="[DIR]...", help="Directories that trackers wrote.", show_default=False
+    ),
+    out: Path | None = values.PICTURE,
+    sigma_rels: list[str] = typer.Option(
+        [], help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule."
+    ),
+    steps: list[str] = typer.Option([], metavar="COUNT", help="Of the schedule: length of training, such as 100K."),
+    checkpoint_every: list[str] = typer.Option([], metavar="COUNT", help="Of the schedule: steps between snapshots."),
+    max_checkpoints: list[str] = typer.Option(
+        [], metavar="COUNT", help="Of the schedule: snapshots kept a profile. [default: all]"
+    ),
+    dtype: str = typer.Option(
+        "float16", autocompletion=values.STORED_WORDS, help="Snapshots of the schedule: float16, bfloat16 or float32."
+    ),
+    like: Path | None = values.LIKE,
+    draw: str | None = typer.Option(
+        None,
+        metavar="SIGMA_REL",
+        help="Also draw these targets over training time, and their coefficients: 0.15 or a list.",
+    ),
+    beta: str | None = values.BETA,
+    window: str | None = values.WINDOW,
+    between: str | None = values.BETWEEN,
+    profile: list[Path] | None = values.PROFILE,
+    sigma_range: str = typer.Option("0.01:0.2886", help="The curve's range of sigma_rel: LOW:HIGH."),
+    t: float | None = typer.Option(None, help="Time of the targets. [default: the last snapshot's]"),
+    method: str | None = values.METHOD,
+    csv_out: Path | None = typer.Option(None, "--csv", help="Write the curves as a table too."),
+    overwrite: bool = values.FORCE,
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Show the profile error too."),
+    as_json: bool = values.JSON,
 ) -> None:
     """Draw how exact averages of any length will be.
 
@@ -109,6 +87,7 @@ def error_plot(
     deviation / t), and drawings over training time as with --draw.
     """
     from posthoc_cli.planning import error_curve, profile_fit
+    from posthoc_cli.run import Run
 
     if out is None and csv_out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or ask for --csv or --json")
@@ -118,8 +97,13 @@ def error_plot(
     csv_out = new_file(csv_out, "--csv", (".csv",), overwrite)
     targets = parse_targets(draw, beta, window, between, profile, "--draw")
     ends = parse_sigma_range(sigma_range)
-    described = [sigma_rels or [], steps or [], checkpoint_every or [], max_checkpoints or []]
-    candidates = _candidates(directories or [], t, described, dtype, like)
+    if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
+        raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
+    candidates = [Run(path).candidate(t) for path in [existing(path, directory=True) for path in directories]]
+    candidates += _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints, dtype, like)
+    if not candidates:
+        what = "name a directory of snapshots, or a schedule"
+        raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
     drawings = len(targets) * len(candidates)
     if out is not None and drawings > MOST_ROWS:
         reason = f"{drawings} drawings over training time; at most {MOST_ROWS} fit"
@@ -141,49 +125,34 @@ def error_plot(
         _print_summary(curves, profile_error, [path for path in (out, csv_out) if path is not None])
 
 
-COMMAND = error_plot
-
-
-def _candidates(
-    directories: list[Path], t: float | None, described: list[list[str]], dtype: str, like: Path | None
+def _schedules(
+    sigma_rels: list[str], steps: list[str], every: list[str], most: list[str], dtype: str, like: Path | None
 ) -> list[Candidate]:
-    """A run for each directory, as of `t`, and a schedule for each --sigma-rels.
-
-    `described` are the values of --sigma-rels, --steps, --checkpoint-every and --max-checkpoints.
-    """
+    """One for each --sigma-rels, from the options of these names."""
     from posthoc_cli.planning import Candidate, Schedule, relative_rounding
-    from posthoc_cli.run import Run
 
-    sigma_rels, steps, every, most = described
-    if not sigma_rels and (steps or every or most or like):
-        raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
     dtype = STORED_DTYPES.get(dtype, dtype)
     rounding = relative_rounding(dtype)
-    candidates = [Run(path).candidate(t) for path in [existing_directory(directory) for directory in directories]]
-    for index, widths in enumerate(sigma_rels):
-        length, interval = (
-            _nth(values, index, len(sigma_rels), option)
-            for values, option in ((steps, "--steps"), (every, "--checkpoint-every"))
-        )
-        kept = _nth(most, index, len(sigma_rels), "--max-checkpoints") if most else None
+    count = len(sigma_rels)
+    lengths, intervals = _counts(steps, "--steps", count), _counts(every, "--checkpoint-every", count)
+    kept: Sequence[int | None] = _counts(most, "--max-checkpoints", count) if most else [None] * count
+    candidates = []
+    for text, length, interval, limit in zip(sigma_rels, lengths, intervals, kept, strict=True):
         earlier, assumption = read_likeness(like, length)
-        stored = earlier.rounding.get(dtype, rounding)
-        schedule = Schedule(tuple(parse_sigma_rels(widths, "--sigma-rels")), length, interval, kept, stored)
+        widths = tuple(parse_sigma_rels(text, "--sigma-rels"))
+        schedule = Schedule(widths, length, interval, limit, earlier.rounding.get(dtype, rounding))
         candidates.append(Candidate.of_schedule(schedule, earlier.motion, assumption))
-    if not candidates:
-        what = "name a directory of snapshots, or a schedule"
-        raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
     return candidates
 
 
-def _nth(values: list[str], index: int, schedules: int, option: str) -> int:
-    """The value for one schedule: one for all, or one each."""
-    if not values:
+def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
+    """The value for each schedule: one for all, or one each."""
+    if schedules and not texts:
         raise InvalidValueError(option, "is missing; a schedule needs it")
-    if len(values) not in (1, schedules):
-        times = f"give it once, or once for each --sigma-rels ({schedules}); it came {len(values)} times"
+    if len(texts) not in (1, schedules):
+        times = f"give it once, or once for each --sigma-rels ({schedules}); it came {len(texts)} times"
         raise InvalidValueError(option, times)
-    return parse_count(values[0] if len(values) == 1 else values[index], option)
+    return [parse_count(texts[index % len(texts)], option) for index in range(schedules)]
 
 
 # --- what is written -------------------------------------------------------------------------------
@@ -210,20 +179,17 @@ def _harmless(text: str) -> str:
 
 
 def _print_summary(curves: list[ErrorCurve], profile_error: bool, written: list[Path]) -> None:
+    shown = 2 if profile_error else 1
     for curve in curves:
         output.print_line(curve.label)
         tracked = ", ".join(f"{s:g}" for s in curve.tracked)
         below = curve.ranges_text(0.01) or "none"
         output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")])
-        columns = ["  target", "width", "predicted error", *(["profile error"] if profile_error else [])]
-        rows = [
-            [
-                f"  {other.label}",
-                f"{other.sigma_rel:.3g}",
-                *map(output.percent, [other.predicted_error, *([other.profile_error] if profile_error else [])]),
-            ]
-            for other in curve.others
-        ]
+        columns = ["  target", "width", *["predicted error", "profile error"][:shown]]
+        rows = []
+        for other in curve.others:
+            errors = map(output.percent, [other.predicted_error, other.profile_error][:shown])
+            rows.append([f"  {other.label}", f"{other.sigma_rel:.3g}", *errors])
         if rows:
             output.print_table(columns, rows, left=["  target"])
     output.print_line(f"wrote {', '.join(map(str, written))}")

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import typer
 
 from posthoc_cli import files
-from posthoc_cli.cli import output
-from posthoc_cli.cli.values import DTYPE_WORDS, JsonOption, LayoutOption, QuietOption, existing
+from posthoc_cli.cli import output, values
+from posthoc_cli.cli.values import existing
 
 EPILOG = (
     "Example:  ema export model.safetensors --out model.pt   or   "
@@ -18,38 +17,26 @@ EPILOG = (
 
 
 def export(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            metavar="FILE|DIR",
-            help="An output of ema synthesize, a snapshot, or any safetensors file; shards, by their folder or their "
-            "index; or a folder of several outputs.",
-        ),
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "--out", "-o", help="The output: .safetensors, .pt, or a folder, for shards or for several outputs."
-        ),
-    ],
-    layout: LayoutOption = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            autocompletion=DTYPE_WORDS,
-            help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
-        ),
-    ] = "keep",
-    base: Annotated[
-        Path | None,
-        typer.Option(help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."),
-    ] = None,
-    prefix: Annotated[str, typer.Option(help="Put this in front of every name in FILE.")] = "",
-    strip_prefix: Annotated[str, typer.Option(help="Remove this from the front of the names in FILE.")] = "",
-    max_shard_size: Annotated[str, typer.Option(help="Of a sharded output.")] = "5GB",
-    overwrite: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
-    quiet: QuietOption = False,
-    as_json: JsonOption = False,
+    file: Path = typer.Argument(
+        ...,
+        metavar="FILE|DIR",
+        help="An output of ema synthesize, a snapshot, or any safetensors file; shards, by their folder or their "
+        "index; or a folder of several outputs.",
+    ),
+    out: Path = typer.Option(
+        ..., "--out", "-o", help="The output: .safetensors, .pt, or a folder, for shards or for several outputs."
+    ),
+    layout: str | None = values.LAYOUT,
+    dtype: str = values.DTYPE,
+    base: Path | None = typer.Option(
+        None, help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."
+    ),
+    prefix: str = typer.Option("", help="Put this in front of every name in FILE."),
+    strip_prefix: str = typer.Option("", help="Remove this from the front of the names in FILE."),
+    max_shard_size: str = values.MAX_SHARD_SIZE,
+    overwrite: bool = values.FORCE,
+    quiet: bool = values.QUIET,
+    as_json: bool = values.JSON,
 ) -> None:
     """Write averaged weights in another layout or dtype.
 
@@ -73,6 +60,3 @@ def export(
         added = f", {sum(one.from_base for one in made)} of them from {base}" if base is not None else ""
         size = output.size_text(sum(one.nbytes for one in made))
         output.print_line(f"wrote {count}{added}, {size}, in {report.seconds:.1f} s: {out}")
-
-
-COMMAND = export

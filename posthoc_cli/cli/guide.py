@@ -55,6 +55,3 @@ def _render(source: str) -> None:
     from rich.markdown import Markdown
 
     Console(width=min(Console().width, WIDEST)).print(Markdown(source, hyperlinks=False))
-
-
-COMMAND = guide

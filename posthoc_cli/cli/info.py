@@ -3,28 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
-from posthoc_cli.cli import output
-from posthoc_cli.cli.values import JsonOption, existing
+from posthoc_cli.cli import output, values
+from posthoc_cli.cli.values import existing
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 _LONGEST_TEXT = 200
 
 
 def info(
-    path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="DIR|FILE", help="Snapshots, outputs, a model in shards or its index, or a single file."
-        ),
-    ],
-    verbose: Annotated[
-        bool, typer.Option("--verbose", "-v", help="All coefficients of an output, and its profile error.")
-    ] = False,
-    as_json: JsonOption = False,
+    path: Path = typer.Argument(
+        ..., metavar="DIR|FILE", help="Snapshots, outputs, a model in shards or its index, or a single file."
+    ),
+    verbose: bool = typer.Option(
+        False, "--verbose", "-v", help="All coefficients of an output, and its profile error."
+    ),
+    as_json: bool = values.JSON,
 ) -> None:
     """Show what a directory or a file holds.
 
@@ -37,11 +34,6 @@ def info(
     output.print_json(report) if as_json else _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)
-
-
-COMMAND = info
-
-# --- what is printed -------------------------------------------------------------------------------
 
 
 def _print(report: dict[str, Any], verbose: bool) -> None:

@@ -8,15 +8,17 @@ import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
-from rich.cells import cell_len
+import typer
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     Progress,
     SpinnerColumn,
     TextColumn,
@@ -24,14 +26,16 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
-from rich.table import Table
-from rich.text import Text
 
 from posthoc_cli.errors import printable
 from posthoc_cli.progress import ProgressBar
 
 MOST_ROWS = 10
 """Rows of a table that are shown without --verbose."""
+REPORT_SECONDS = 30.0
+"""Between two lines of progress without a terminal."""
+_LEAST_TEXT = 12
+"""Columns that are left of a text in a table at least."""
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Sequence[str] = ()) -> None:
@@ -39,48 +43,29 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
 
     On a narrow terminal the longest texts lose their middles; nothing is wrapped.
     """
-    rows = _fitted(columns, rows, [index for index, column in enumerate(columns) if column in left])
-    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
-    for column in columns:
-        side = "left" if column in left else "right"
-        table.add_column(Text(printable(column)), justify=side, no_wrap=True)  # type: ignore[arg-type]
-    for row in rows:
-        table.add_row(*map(Text, row))  # as text, and not as rich's markup
-    console = _console()
-    with console.capture() as capture:
-        console.print(table, crop=False)
-    sys.stdout.writelines(f"{line.rstrip()}\n" for line in capture.get().splitlines())
-
-
-def _fitted(columns: Sequence[str], rows: Sequence[Sequence[str]], texts: Sequence[int]) -> list[list[str]]:
-    """The cells; those in the columns `texts` are cut so that lines fit the terminal, down to _LEAST_TEXT."""
-    cells = [[printable(cell) for cell in row] for row in rows]
+    lines = [[*map(printable, line)] for line in (columns, *rows)]
+    texts = [index for index, column in enumerate(columns) if column in left]
+    widths = [max(map(cell_len, cells)) for cells in zip(*lines, strict=True)]
     room = _terminal_width() - 2 * (len(columns) - 1)
-    widths = [max(map(cell_len, column)) for column in zip(columns, *cells, strict=True)]
     while texts and sum(widths) > room:
         widest = max(texts, key=widths.__getitem__)
         if widths[widest] <= max(_LEAST_TEXT, cell_len(columns[widest])):
             break
         widths[widest] -= 1
-    return [
-        [_without_middle(cell, width) if index in texts else cell for index, (cell, width) in enumerate(pairs)]
-        for pairs in (zip(row, widths, strict=True) for row in cells)
-    ]
+    for number, line in enumerate(lines):
+        cells = [_aligned(cell, widths[index], index in texts) for index, cell in enumerate(line)]
+        text = "  ".join(cells).rstrip()
+        typer.echo(text if number else typer.style(text, bold=True))
 
 
-def _without_middle(text: str, width: int) -> str:
-    """Both ends of a text that is too wide: names of files differ at their ends."""
+def _aligned(text: str, width: int, left: bool) -> str:
+    """A text in so many columns; a longer one keeps its ends, in which names of files differ."""
     if cell_len(text) <= width:
-        return text
-    head, tail = "", ""
-    for character in text:
-        if cell_len(head + character) > (width - 3) // 3:
-            break
-        head += character
-    for character in reversed(text):
-        if cell_len(head + character + tail) > width - 3:
-            break
-        tail = character + tail
+        space = " " * (width - cell_len(text))
+        return text + space if left else space + text
+    head, tail = set_cell_size(text, (width - 3) // 3), text
+    while cell_len(head + tail) > width - 3:
+        tail = tail[1:]
     return f"{head}...{tail}"
 
 
@@ -88,22 +73,27 @@ def print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     """Names and values, aligned; on a terminal long values are wrapped below their start."""
     width = max(len(name) for name, _ in pairs)
     indent = " " * (width + 2)
+    room = max(_terminal_width(), 2 * len(indent))
     for name, value in pairs:
         line = f"{name:<{width}}  {printable(value)}"
-        room = max(_terminal_width(), 2 * len(indent))
         wrapped = textwrap.wrap(line, room, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
         for row in wrapped if len(line) > room else [line]:
             print_line(row)
 
 
-def print_line(text: str) -> None:
-    """One line on stdout, as it is."""
-    sys.stdout.write(printable(text) + "\n")
+def _terminal_width() -> int:
+    """Columns of the terminal; practically unlimited in a pipe."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else 10_000
+
+
+def print_line(text: str = "") -> None:
+    """One line on stdout, at once."""
+    typer.echo(printable(text))
 
 
 def print_note(text: str) -> None:
     """One line on stderr."""
-    sys.stderr.write(printable(text) + "\n")
+    typer.echo(printable(text), err=True)
 
 
 def print_rest(count: int, what: str = "") -> None:
@@ -114,7 +104,17 @@ def print_rest(count: int, what: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    sys.stdout.write(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+
+
+def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:
+    """Say what a command that changes files has done to `things`, or would do; `past` is its verb."""
+    if not things:
+        print_line(f"nothing has to be {past}")
+    elif done:
+        print_line(did)
+    else:
+        print_line(f"would {would}; " * dry_run + f"nothing was {past}")
 
 
 def largest(values: Sequence[float], everything: bool) -> list[int]:
@@ -162,24 +162,16 @@ class _OneLine(logging.Formatter):
         return printable(super().format(record))
 
 
-REPORT_SECONDS = 30.0
-"""Between two lines of progress without a terminal."""
-
-
-def progress_bar(quiet: bool = False, verbose: bool = False) -> ProgressBar:
-    """Progress in bytes on stderr: a bar on a terminal; elsewhere, with `verbose`, a line every 30 seconds."""
+def progress_bar(quiet: bool = False, verbose: bool = False, unit: str = "") -> ProgressBar:
+    """Progress on stderr, in bytes if no other `unit`: a bar on a terminal; elsewhere, with `verbose`, some lines."""
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
-        console = Console(stderr=True)
-        if verbose and not quiet and not console.is_terminal:
+        if verbose and not quiet and not Console(stderr=True).is_terminal:
             yield ProgressLines(what, total).advance
             return
-        progress = Progress(
-            TextColumn(what), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-            console=console, transient=True, disable=quiet or not console.is_terminal,
-        )  # fmt: skip
-        with progress:
+        numbers = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(), TransferSpeedColumn())
+        with _live(TextColumn(what), BarColumn(), *numbers, TimeRemainingColumn(), hidden=quiet) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count: progress.advance(task, count)
 
@@ -189,14 +181,14 @@ def progress_bar(quiet: bool = False, verbose: bool = False) -> ProgressBar:
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A line with the elapsed time on stderr, on a terminal, during the block."""
-    console = Console(stderr=True)
-    line = Progress(
-        SpinnerColumn(), TextColumn(what), TimeElapsedColumn(),
-        console=console, transient=True, disable=not console.is_terminal,
-    )  # fmt: skip
-    with line:
+    with _live(SpinnerColumn(), TextColumn(what), TimeElapsedColumn()) as line:
         line.add_task(what, total=None)
         yield
+
+
+def _live(*columns: Any, hidden: bool = False) -> Progress:
+    console = Console(stderr=True)
+    return Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal)
 
 
 class ProgressLines:
@@ -216,22 +208,5 @@ class ProgressLines:
         self._said = now
         rate = self._done / (now - self._started)
         left = (self._total - self._done) / rate if rate else 0.0
-        print_note(
-            f"{self._what}: {size_text(self._done)} of {size_text(self._total)}, {size_text(rate)}/s, "
-            f"{left:,.0f} s remain"
-        )
-
-
-_LEAST_TEXT = 12
-"""Columns that are left of a text in a table at least."""
-
-_WIDE = 10_000
-
-
-def _terminal_width() -> int:
-    """Columns of the terminal; practically unlimited in a pipe."""
-    return shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDE
-
-
-def _console() -> Console:
-    return Console(width=_WIDE, no_color=not sys.stdout.isatty())
+        done, total, speed = map(size_text, (self._done, self._total, rate))
+        print_note(f"{self._what}: {done} of {total}, {speed}/s, {left:,.0f} s remain")

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from posthoc_cli import files
-from posthoc_cli.cli import output
-from posthoc_cli.cli.error_plot import PICTURES
+from posthoc_cli.cli import output, values
 from posthoc_cli.cli.values import (
+    PICTURES,
     STORED_DTYPES,
-    JsonOption,
-    LikeOption,
-    SigmaRangeOption,
     new_file,
-    one_of,
     optional,
     parse_count,
     parse_max_error,
@@ -36,42 +32,33 @@ EPILOG = (
 
 
 def plan(
-    steps: Annotated[
-        str, typer.Option(metavar="COUNT", help="Length of training, in steps (calls of update_): 400000, 4e5, 400K.")
-    ],
-    params: Annotated[
-        str, typer.Option(metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M.")
-    ],
-    max_size: Annotated[
-        str, typer.Option(metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB.")
-    ],
-    sigma_range: SigmaRangeOption = "0.05:0.28",
-    max_error: Annotated[
-        str,
-        typer.Option(
-            metavar="ERROR", help="The accepted worst predicted error: of schedules below it, the cheapest is best."
-        ),
-    ] = "0.05%",
-    like: LikeOption = None,
-    sigma_rels: Annotated[
-        str | None, typer.Option(help="Track these widths, such as 0.05,0.28. [default: the best]")
-    ] = None,
-    dtype: Annotated[
-        str | None,
-        typer.Option(
-            autocompletion=one_of(*STORED_DTYPES.values()),
-            help="Store in float16, bfloat16 or float32. [default: the best]",
-        ),
-    ] = None,
-    checkpoint_every: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Steps between snapshots. [default: the best]")
-    ] = None,
-    max_checkpoints: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Snapshots kept a profile. [default: the best, up to 64]")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Draw it: a .png, .svg or .pdf.")] = None,
-    overwrite: Annotated[bool, typer.Option("--force", help="Replace an existing picture.")] = False,
-    as_json: JsonOption = False,
+    steps: str = typer.Option(
+        ..., metavar="COUNT", help="Length of training, in steps (calls of update_): 400000, 4e5, 400K."
+    ),
+    params: str = typer.Option(
+        ..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."
+    ),
+    max_size: str = typer.Option(..., metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB."),
+    sigma_range: str = values.SIGMA_RANGE,
+    max_error: str = typer.Option(
+        "0.05%",
+        metavar="ERROR",
+        help="The accepted worst predicted error: of schedules below it, the cheapest is best.",
+    ),
+    like: Path | None = values.LIKE,
+    sigma_rels: str | None = typer.Option(None, help="Track these widths, such as 0.05,0.28. [default: the best]"),
+    dtype: str | None = typer.Option(
+        None, autocompletion=values.STORED_WORDS, help="Store in float16, bfloat16 or float32. [default: the best]"
+    ),
+    checkpoint_every: str | None = typer.Option(
+        None, metavar="COUNT", help="Steps between snapshots. [default: the best]"
+    ),
+    max_checkpoints: str | None = typer.Option(
+        None, metavar="COUNT", help="Snapshots kept a profile. [default: the best, up to 64]"
+    ),
+    out: Path | None = values.PICTURE,
+    overwrite: bool = values.FORCE,
+    as_json: bool = values.JSON,
 ) -> None:
     """Propose what to track and store before training.
 
@@ -110,51 +97,35 @@ def plan(
         return
     _print(task, assumption, proposals)
     if out is not None:
-        output.print_line("")
+        output.print_line()
         output.print_line(f"wrote {out}")
-
-
-COMMAND = plan
 
 
 def _draw(out: Path, proposals: list[Proposal], overwrite: bool) -> None:
     from posthoc_cli import plots
     from posthoc_cli.planning import ErrorCurve
 
-    curves = [
-        ErrorCurve(
-            label=proposal.label,
-            t=proposal.last_step,
-            sigma_rels=proposal.errors.sigma_rels,
-            profile_error=proposal.errors.profile_error,
-            predicted_error=proposal.errors.predicted_error,
-            tracked=proposal.schedule.sigma_rels,
-        )
-        for proposal in proposals
-    ]
+    curves = []
+    for proposal in proposals:
+        errors, tracked = proposal.errors, proposal.schedule.sigma_rels
+        drawn = errors.sigma_rels, errors.profile_error, errors.predicted_error
+        curves.append(ErrorCurve(proposal.label, proposal.last_step, *drawn, tracked))
     files.write_whole(out, plots.as_file(lambda: plots.error_figure(curves), out.suffix), overwrite)
 
 
 def _print(task: Task, assumption: str, proposals: list[Proposal]) -> None:
     columns = ["tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
-    rows = [
-        [
-            ", ".join(f"{s:g}" for s in proposal.schedule.sigma_rels),
-            proposal.dtype,
-            str(proposal.schedule.kept),
-            f"{proposal.schedule.checkpoint_every:,}",
-            output.size_text(proposal.nbytes),
-            output.percent(proposal.errors.worst),
-            output.percent(proposal.errors.median),
-        ]
-        for proposal in proposals
-    ]
+    rows = []
+    for proposal in proposals:
+        schedule, errors = proposal.schedule, proposal.errors
+        tracked = ", ".join(f"{s:g}" for s in schedule.sigma_rels)
+        kept = tracked, proposal.dtype, str(schedule.kept), f"{schedule.checkpoint_every:,}"
+        rows.append([*kept, output.size_text(proposal.nbytes), *map(output.percent, (errors.worst, errors.median))])
     output.print_table(columns, rows, left=["tracked", "dtype"])
     low, high = task.sigma_range
     output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {assumption}")
     best = proposals[0]
     if best.last_step < task.steps:
         output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {task.steps:,}")
-    output.print_line("")
-    for line in best.call(task.sigma_range).splitlines():
-        output.print_line(line)
+    output.print_line()
+    typer.echo(best.call(task.sigma_range))

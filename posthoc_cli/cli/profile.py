@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated
-
 import typer
 
-from posthoc_cli.cli import output
-from posthoc_cli.cli.values import JsonOption, parse_count, parse_numbers, parse_sigma_rels
+from posthoc_cli.cli import output, values
+from posthoc_cli.cli.values import parse_count, parse_numbers, parse_sigma_rels
 from posthoc_cli.errors import InvalidValueError
 
 EPILOG = (
@@ -19,14 +17,10 @@ _COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g
 
 
 def profile(
-    sigma_rel: Annotated[
-        str | None, typer.Option(help=f"Widths: a number, list or range. [default: {_DEFAULT}]", show_default=False)
-    ] = None,
-    beta: Annotated[
-        str | None, typer.Option(help="The other way: decays of a classical EMA, a number, list or range.")
-    ] = None,
-    steps: Annotated[str, typer.Option(metavar="COUNT", help="Length of training, in steps: 100000, 1e5.")] = "1000",
-    as_json: JsonOption = False,
+    sigma_rel: str | None = typer.Option(None, help=f"Widths: a number, list or range. [default: {_DEFAULT}]"),
+    beta: str | None = typer.Option(None, help="The other way: decays of a classical EMA, a number, list or range."),
+    steps: str = typer.Option("1000", metavar="COUNT", help="Length of training, in steps: 100000, 1e5."),
+    as_json: bool = values.JSON,
 ) -> None:
     """Convert between sigma_rel and a classical beta.
 
@@ -34,29 +28,15 @@ def profile(
     mean age after that many steps: beta / (1 - beta) steps. sigma_rel ends at 0.2887, the uniform average; a table
     with a beta for sigma_rel 0.40 is wrong.
     """
-    from posthoc_cli import profiles
+    from posthoc_cli.profiles import convert
 
     if sigma_rel is not None and beta is not None:
         raise InvalidValueError("--sigma-rel and --beta", "give one of them")
     count = parse_count(steps, "--steps")
-    if count > 10**15:
-        raise InvalidValueError("--steps", "must be from 1 to 1e15", value=steps)
-    if beta is None:
-        widths = parse_sigma_rels(sigma_rel if sigma_rel is not None else _DEFAULT)
-        betas = [profiles.classical_beta(width, count) for width in widths]
-    else:
-        betas = parse_numbers(beta, "--beta")
-        widths = [profiles.sigma_rel_from_classical_beta(value, count) for value in betas]
-    rows = []
-    for width, value in zip(widths, betas, strict=True):
-        gamma = profiles.gamma_from_sigma_rel(width)
-        age = profiles.mean_age(gamma, count)
-        rows.append({"sigma_rel": width, "gamma": gamma, "mean_age": age, "std": width * count, "beta": value})
+    widths = parse_sigma_rels(sigma_rel or _DEFAULT) if beta is None else []
+    rows = [row.to_dict() for row in convert(count, widths, [] if beta is None else parse_numbers(beta, "--beta"))]
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
     else:
         output.print_table(list(_COLUMNS), [[format(row[key], spec) for key, spec in _COLUMNS.items()] for row in rows])
         output.print_line(f"mean_age and std in steps, at step {count:,}; beta: classical EMA with the same mean age")
-
-
-COMMAND = profile

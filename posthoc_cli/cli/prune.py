@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
 from posthoc_cli import files
-from posthoc_cli.cli import output
-from posthoc_cli.cli.values import (
-    JsonOption,
-    SigmaRangeOption,
-    YesOption,
-    existing_directory,
-    optional,
-    parse_count,
-    parse_max_error,
-    parse_sigma_range,
-)
+from posthoc_cli.cli import output, values
+from posthoc_cli.cli.values import check_leave, existing, optional, parse_count, parse_max_error, parse_sigma_range
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -29,18 +19,16 @@ EPILOG = "Example:  ema prune run/ema --keep 20 --dry-run   or   ema prune run/e
 
 
 def prune(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory that the tracker wrote.")],
-    keep: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="Keep this number of snapshots of each profile; or")
-    ] = None,
-    max_size: Annotated[str | None, typer.Option(metavar="SIZE", help="as many as fit: 10GB, 500MiB; or")] = None,
-    max_error: Annotated[
-        str | None, typer.Option(help="as few as keep the worst predicted error in the range at or below this: 1e-3.")
-    ] = None,
-    sigma_range: SigmaRangeOption = "0.05:0.28",
-    yes: YesOption = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be deleted; delete nothing.")] = False,
-    as_json: JsonOption = False,
+    directory: Path = values.DIRECTORY,
+    keep: str | None = typer.Option(None, metavar="COUNT", help="Keep this number of snapshots of each profile; or"),
+    max_size: str | None = typer.Option(None, metavar="SIZE", help="as many as fit: 10GB, 500MiB; or"),
+    max_error: str | None = typer.Option(
+        None, help="as few as keep the worst predicted error in the range at or below this: 1e-3."
+    ),
+    sigma_range: str = values.SIGMA_RANGE,
+    yes: bool = values.YES,
+    dry_run: bool = typer.Option(False, "--dry-run", help="Show what would be deleted; delete nothing."),
+    as_json: bool = values.JSON,
 ) -> None:
     """Delete the snapshots that are missed least.
 
@@ -49,6 +37,7 @@ def prune(
     tracker writes to the directory; an interruption leaves a valid directory.
     """
     from posthoc_cli.run import Run
+    from posthoc_cli.snapshots.pruning import file_bytes
 
     if [keep, max_size, max_error].count(None) != 2:
         raise InvalidValueError("--keep, --max-size and --max-error", "give one of them")
@@ -56,11 +45,8 @@ def prune(
     max_bytes = optional(files.parse_bytes, max_size, "--max-size")
     error = optional(parse_max_error, max_error)
     wanted = parse_sigma_range(sigma_range)
-    directory = existing_directory(directory)
-    if as_json and not (yes or dry_run):
-        raise InvalidValueError("--json", "shows what is deleted only afterwards", "add --yes or --dry-run")
-    if not (yes or dry_run or sys.stdin.isatty()):
-        raise InvalidValueError("--yes", "is needed without a terminal; --dry-run shows what would be deleted")
+    directory = existing(directory, directory=True)
+    check_leave(yes, dry_run, as_json)
 
     def agree(planned: Pruning) -> bool:
         if not as_json:
@@ -74,15 +60,13 @@ def prune(
     if as_json:
         output.print_json(pruning.to_dict())
     else:
-        _print(pruning, wanted) if dry_run or not pruning.gone else None
-        _print_end(pruning, dry_run)
+        if dry_run or not pruning.gone:
+            _print(pruning, wanted)
+        what = f"{output.counted(len(pruning.gone), 'snapshot')}, {output.size_text(file_bytes(pruning.gone))}"
+        did = f"deleted {what}; {len(pruning.kept)} are left, verified"
+        output.print_outcome(pruning.gone, pruning.deleted, dry_run, f"delete {what}", did, "deleted")
     if pruning.gone and not (pruning.deleted or dry_run):
         raise typer.Exit(1)
-
-
-COMMAND = prune
-
-# --- what is printed -------------------------------------------------------------------------------
 
 
 def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
@@ -94,27 +78,15 @@ def _print(pruning: Pruning, sigma_range: tuple[float, float]) -> None:
             for s in sorted(pruning.gone, key=lambda snapshot: (snapshot.info.t, snapshot.info.sigma_rel))
         ]
         output.print_table(["would go", "t", "sigma_rel", "size"], rows, left=["would go"])
-        output.print_line("")
-    states = [("now", (*pruning.kept, *pruning.gone), pruning.before), ("then", pruning.kept, pruning.after)]
-    table = [
-        [when, str(len(group)), output.size_text(file_bytes(group)), *map(output.percent, (e.worst, e.median))]
-        for when, group, e in states
-    ]
+        output.print_line()
+    table = []
+    for when, group, errors in (
+        ("now", (*pruning.kept, *pruning.gone), pruning.before),
+        ("then", pruning.kept, pruning.after),
+    ):
+        numbers = map(output.percent, (errors.worst, errors.median))
+        table.append([when, str(len(group)), output.size_text(file_bytes(group)), *numbers])
     output.print_table(["", "snapshots", "size", "worst error", "median error"], table, left=[""])
     low, high = sigma_range
     how = {"assumed": ", if the network moves evenly", "sampled": ", from a sample of the weights"}
     output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g}{how.get(pruning.source, '')}")
-
-
-def _print_end(pruning: Pruning, dry_run: bool) -> None:
-    from posthoc_cli.snapshots.pruning import file_bytes
-
-    what = f"{output.counted(len(pruning.gone), 'snapshot')}, {output.size_text(file_bytes(pruning.gone))}"
-    if not pruning.gone:
-        output.print_line("nothing has to be deleted")
-    elif pruning.deleted:
-        output.print_line(f"deleted {what}; {len(pruning.kept)} are left, verified")
-    elif dry_run:
-        output.print_line(f"would delete {what}; nothing was deleted")
-    else:
-        output.print_line("nothing was deleted")

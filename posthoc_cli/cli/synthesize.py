@@ -4,27 +4,12 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING
 
 import typer
 
-from posthoc_cli.cli import output
-from posthoc_cli.cli.values import (
-    DTYPE_WORDS,
-    BetaOption,
-    BetweenOption,
-    JsonOption,
-    LayoutOption,
-    MethodOption,
-    ProfileOption,
-    QuietOption,
-    WindowOption,
-    existing_directory,
-    optional,
-    parse_count,
-    parse_max_error,
-    parse_targets,
-)
+from posthoc_cli.cli import output, values
+from posthoc_cli.cli.values import existing, optional, parse_count, parse_max_error, parse_targets
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -38,81 +23,58 @@ EPILOG = (
 
 
 def synthesize(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="The directory that the tracker wrote.")],
-    sigma_rel: Annotated[
-        str | None,
-        typer.Option(
-            help="Length of the average: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
-        ),
-    ] = None,
-    beta: BetaOption = None,
-    window: WindowOption = None,
-    between: BetweenOption = None,
-    profile: ProfileOption = None,
-    out: Annotated[
-        str | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="The output: a file; a folder, for one file per target; or a name with {sigma_rel} or {target} in "
-            "it, which each target fills in (sigma_rel-0.15, beta-0.9999, ...).",
-        ),
-    ] = None,
-    t: Annotated[
-        float | None, typer.Option(help="The average as it stood at this training time. [default: the last]")
-    ] = None,
-    step: Annotated[
-        str | None, typer.Option(metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K.")
-    ] = None,
-    max_error: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ERROR", help="Fail if a predicted error exceeds this: 0.01, or 1%. [default: warn at 1%]"
-        ),
-    ] = None,
-    dtype: Annotated[
-        str,
-        typer.Option(
-            autocompletion=DTYPE_WORDS,
-            help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each parameter's own.",
-        ),
-    ] = "keep",
-    layout: LayoutOption = None,
-    max_shard_size: Annotated[str, typer.Option(help="With --format sharded.")] = "5GB",
-    device: Annotated[str, typer.Option(help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps.")] = "auto",
-    accumulate: Annotated[
-        str | None,
-        typer.Option(
-            help="dtype of the sums: float32 or float64. [default: float64 for averages in float32 or float64]"
-        ),
-    ] = None,
-    method: MethodOption = None,
-    shard: Annotated[
-        str | None,
-        typer.Option(
-            metavar="K/N",
-            help="Make part K of N only, a shard in the folder --out; other processes make the others, in any order. "
-            "An existing part of the same plan is kept.",
-        ),
-    ] = None,
-    finish: Annotated[
-        bool, typer.Option("--finish", help="Verify the parts that --shard has made, and write their index.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--force", help="Replace existing outputs.")] = False,
-    skip_existing: Annotated[
-        bool, typer.Option("--skip-existing", help="Keep existing outputs of the same plan, verified.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run",
-            help="Show coefficients, errors and sizes; read headers, and a sample where they hold no measurements; "
-            "write nothing.",
-        ),
-    ] = False,
-    quiet: QuietOption = False,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Print coefficients and profile errors.")] = False,
-    as_json: JsonOption = False,
+    directory: Path = values.DIRECTORY,
+    sigma_rel: str | None = typer.Option(
+        None, help="Length of the average: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
+    ),
+    beta: str | None = values.BETA,
+    window: str | None = values.WINDOW,
+    between: str | None = values.BETWEEN,
+    profile: list[Path] | None = values.PROFILE,
+    out: str | None = typer.Option(
+        None,
+        "--out",
+        "-o",
+        help="The output: a file; a folder, for one file per target; or a name with {sigma_rel} or {target} in it, "
+        "which each target fills in (sigma_rel-0.15, beta-0.9999, ...).",
+    ),
+    t: float | None = typer.Option(None, help="The average as it stood at this training time. [default: the last]"),
+    step: str | None = typer.Option(
+        None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K."
+    ),
+    max_error: str | None = typer.Option(
+        None, metavar="ERROR", help="Fail if a predicted error exceeds this: 0.01, or 1%. [default: warn at 1%]"
+    ),
+    dtype: str = values.DTYPE,
+    layout: str | None = values.LAYOUT,
+    max_shard_size: str = values.MAX_SHARD_SIZE,
+    device: str = typer.Option("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
+    accumulate: str | None = typer.Option(
+        None, help="dtype of the sums: float32 or float64. [default: float64 for averages in float32 or float64]"
+    ),
+    method: str | None = values.METHOD,
+    shard: str | None = typer.Option(
+        None,
+        metavar="K/N",
+        help="Make part K of N only, a shard in the folder --out; other processes make the others, in any order. An "
+        "existing part of the same plan is kept.",
+    ),
+    finish: bool = typer.Option(
+        False, "--finish", help="Verify the parts that --shard has made, and write their index."
+    ),
+    overwrite: bool = values.FORCE,
+    skip_existing: bool = typer.Option(
+        False, "--skip-existing", help="Keep existing outputs of the same plan, verified."
+    ),
+    dry_run: bool = typer.Option(
+        False,
+        "--dry-run",
+        help="Show coefficients, errors and sizes; read headers, and a sample where they hold no measurements; write "
+        "nothing.",
+    ),
+    quiet: bool = values.QUIET,
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Print coefficients and profile errors."),
+    as_json: bool = values.JSON,
 ) -> None:
     """Make the average of any length from snapshots.
 
@@ -133,35 +95,17 @@ def synthesize(
     if not targets:
         kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000 or --profile FILE"
         raise InvalidValueError("no target", f"name one or several by {kinds}")
-    report = Run(existing_directory(directory)).write(
-        targets,
-        out,
-        t=t,
-        step=optional(parse_count, step, "--step"),
-        method=method,
-        max_error=optional(parse_max_error, max_error),
-        dtype=dtype,
-        layout=layout,
-        max_shard_size=max_shard_size,
-        device=device,
-        accumulate=accumulate,
-        overwrite=overwrite,
-        skip_existing=skip_existing,
-        dry_run=dry_run,
-        shard=shard,
-        finish=finish,
-        distributed=shard is None and not finish and is_rank(),
+    report = Run(existing(directory, directory=True)).write(
+        targets, out, t=t, step=optional(parse_count, step, "--step"), method=method,
+        max_error=optional(parse_max_error, max_error), dtype=dtype, layout=layout, max_shard_size=max_shard_size,
+        device=device, accumulate=accumulate, overwrite=overwrite, skip_existing=skip_existing, dry_run=dry_run,
+        shard=shard, finish=finish, distributed=shard is None and not finish and is_rank(),
         progress=output.progress_bar(quiet, verbose),
-    )
+    )  # fmt: skip
     if report is not None and as_json:
         output.print_json(report.to_dict())
     elif report is not None and not quiet:
         _print(report, verbose)
-
-
-COMMAND = synthesize
-
-# --- what is printed -------------------------------------------------------------------------------
 
 
 def _print(report: SynthesisReport, verbose: bool) -> None:

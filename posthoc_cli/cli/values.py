@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import stat
+import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import typer
 
@@ -30,61 +31,55 @@ def one_of(*words: str) -> Callable[[str], list[str]]:
     return complete
 
 
-# Lists of the library that help must not load; a test compares them.
-DTYPE_WORDS = one_of("keep", "float32", "float16", "bfloat16", "float64")
-LAYOUT_WORDS = one_of("safetensors", "sharded", "pt")
 STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Short words for the dtypes of planned snapshots."""
+PICTURES = (".png", ".svg", ".pdf")
 
-BetaOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Classical EMA: x <- beta x + (1 - beta) theta at every step (call of update_), starting from the weights "
-        "of the first update. A number, list or range: 0.999,0.9999."
-    ),
-]
-WindowOption = Annotated[
-    str | None, typer.Option(help="The mean of the last steps, each with weight 1 / window: a number, list or range.")
-]
-BetweenOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="START:END", help="The mean over a span of training time, such as 50000:80000, or a list of them."
-    ),
-]
-ProfileOption = Annotated[
-    list[Path] | None,
-    typer.Option(
-        metavar="FILE",
-        help="Any profile: a CSV file of time,density, linear between its points, 0 outside them, scaled to mass 1. "
-        "May be given several times.",
-    ),
-]
-MethodOption = Annotated[
-    str | None,
-    typer.Option(
-        autocompletion=one_of("minvar", "paper"),
-        metavar="minvar|paper",
-        help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as "
-        "published. [default: minvar]",
-    ),
-]
-LayoutOption = Annotated[
-    str | None,
-    typer.Option(
-        "--format",
-        autocompletion=LAYOUT_WORDS,
-        help="safetensors, sharded (a folder) or pt. [default: from the output's name]",
-    ),
-]
-LikeOption = Annotated[
-    Path | None,
-    typer.Option(metavar="DIR", help="Snapshots of an earlier run that the network will move like. [default: evenly]"),
-]
-SigmaRangeOption = Annotated[str, typer.Option(help="The averages that you will want: LOW:HIGH.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors and warnings.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-YesOption = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
+BETA = typer.Option(
+    None,
+    help="Classical EMA: x <- beta x + (1 - beta) theta at every step (call of update_), starting from the weights of "
+    "the first update. A number, list or range: 0.999,0.9999.",
+)
+WINDOW = typer.Option(None, help="The mean of the last steps, each with weight 1 / window: a number, list or range.")
+BETWEEN = typer.Option(
+    None, metavar="START:END", help="The mean over a span of training time, such as 50000:80000, or a list of them."
+)
+PROFILE = typer.Option(
+    None,
+    metavar="FILE",
+    help="Any profile: a CSV file of time,density, linear between its points, 0 outside them, scaled to mass 1. May be "
+    "given several times.",
+)
+METHOD = typer.Option(
+    None,
+    autocompletion=one_of("minvar", "paper"),
+    metavar="minvar|paper",
+    help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as published. "
+    "[default: minvar]",
+)
+LAYOUT = typer.Option(
+    None,
+    "--format",
+    autocompletion=one_of("safetensors", "sharded", "pt"),
+    help="safetensors, sharded (a folder) or pt. [default: from the output's name]",
+)
+DTYPE = typer.Option(
+    "keep",
+    autocompletion=one_of("keep", "float32", "float16", "bfloat16", "float64"),
+    help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
+)
+MAX_SHARD_SIZE = typer.Option("5GB", help="Of a sharded output.")
+LIKE = typer.Option(
+    None, metavar="DIR", help="Snapshots of an earlier run that the network will move like. [default: evenly]"
+)
+SIGMA_RANGE = typer.Option("0.05:0.28", help="The averages that you will want: LOW:HIGH.")
+DIRECTORY = typer.Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
+PICTURE = typer.Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
+FORCE = typer.Option(False, "--force", help="Replace existing outputs.")
+QUIET = typer.Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.")
+JSON = typer.Option(False, "--json", help="Print one JSON object.")
+STORED_WORDS = one_of(*STORED_DTYPES.values())
+YES = typer.Option(False, "--yes", "-y", help="Do not ask.")
 
 
 def bad(option: str, text: str, reason: str, hint: str = "") -> InvalidValueError:
@@ -162,16 +157,15 @@ def _steps(start: Decimal, stop: Decimal, step: Decimal, text: str, option: str)
 
 def parse_sigma_rels(text: str, option: str = "--sigma-rel") -> list[float]:
     """Widths, all in range."""
-    return [_sigma_rel(width, option) for width in parse_numbers(text, option)]
-
-
-def _sigma_rel(width: float, option: str) -> float:
-    try:
-        return check_sigma_rel(width)
-    except InvalidValueError as error:
-        is_beta = SHORTEST_BETA <= width < 1 and option in ("--sigma-rel", "--draw")
-        hint = f"for a decay of {width!r} a step there is --beta {width!r}" if is_beta else error.hint
-        raise InvalidValueError(option, error.reason, hint, value=error.value) from None
+    widths = parse_numbers(text, option)
+    for width in widths:
+        try:
+            check_sigma_rel(width)
+        except InvalidValueError as error:
+            is_beta = SHORTEST_BETA <= width < 1 and option in ("--sigma-rel", "--draw")
+            hint = f"for a decay of {width!r} a step there is --beta {width!r}" if is_beta else error.hint
+            raise InvalidValueError(option, error.reason, hint, value=error.value) from None
+    return widths
 
 
 def parse_sigma_range(text: str) -> tuple[float, float]:
@@ -193,6 +187,14 @@ def parse_max_error(text: str) -> float:
     return float(value)
 
 
+def check_leave(yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Refuse a command that changes files and would ask where nobody answers."""
+    if as_json and not (yes or dry_run):
+        raise InvalidValueError("--json", "shows what is changed only afterwards", "add --yes or --dry-run")
+    if not (yes or dry_run or sys.stdin.isatty()):
+        raise InvalidValueError("--yes", "is needed without a terminal; --dry-run shows what would be changed")
+
+
 def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T | None:
     """What `parse` makes of an option's text; None without the option."""
     return None if text is None else parse(text, *arguments)
@@ -201,34 +203,22 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
 # --- paths -----------------------------------------------------------------------------------------
 
 
-def existing(path: Path) -> Path:
-    """An input file or directory that exists and is no pickle, with ~ expanded."""
+def existing(path: Path, directory: bool = False) -> Path:
+    """An input that exists and is no pickle, with ~ expanded; with `directory` one that may hold snapshots."""
     from posthoc_cli.snapshots.directory import PICKLES
 
-    path, mode = _looked_up(path)
-    if mode is None:
-        raise InvalidValueError(path, "no such file or directory")
-    if path.suffix in PICKLES and not stat.S_ISDIR(mode):
+    path = files.expanded(path)
+    what = "no such directory" if directory else "no such file or directory"
+    hint = "name the directory that a tracker writes its snapshots to" if directory else ""
+    try:
+        is_directory = stat.S_ISDIR(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        raise InvalidValueError(path, what, hint) from None
+    if directory and not is_directory:
+        raise InvalidValueError(path, "is not a directory", hint)
+    if path.suffix in PICKLES and not is_directory:
         raise InvalidValueError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
     return path
-
-
-def existing_directory(path: Path) -> Path:
-    """A directory of snapshots that exists, with ~ expanded."""
-    path, mode = _looked_up(path)
-    if mode is None or not stat.S_ISDIR(mode):
-        what = "no such directory" if mode is None else "is not a directory"
-        raise InvalidValueError(path, what, "name the directory that a tracker writes its snapshots to")
-    return path
-
-
-def _looked_up(path: Path) -> tuple[Path, int | None]:
-    """A path with ~ expanded, and its file mode; None if it does not exist."""
-    path = files.expanded(path)
-    try:
-        return path, path.stat().st_mode
-    except (FileNotFoundError, NotADirectoryError):
-        return path, None
 
 
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:
@@ -285,6 +275,6 @@ def read_likeness(like: Path | None, steps: int) -> tuple[Likeness, str]:
 
     if like is None:
         return Likeness(None, {}), EVENLY
-    earlier = Run(existing_directory(like)).likeness(steps)
+    earlier = Run(existing(like, directory=True)).likeness(steps)
     known = f"the network moves as in {like}"
     return earlier, f"{EVENLY}: {like} does not tell how it moved" if earlier.motion is None else known

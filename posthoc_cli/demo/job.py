@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -68,6 +69,22 @@ class Result:
     def best(self) -> Measured:
         """The average with the lowest validation loss."""
         return min(self.averages, key=lambda measured: measured.loss)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The results as data for JSON."""
+        return {
+            "out": str(self.folder.root),
+            "steps": self.settings.steps,
+            "checkpoint_every": self.settings.checkpoint_every,
+            "parameters": self.parameters,
+            "raw": vars(self.raw),
+            "averages": [vars(measured) for measured in self.averages],
+            "best": self.best.sigma_rel,
+            "tracked": [vars(check) for check in self.checks],
+            "commands": self.commands,
+            "files": [str(path) for path in self.folder.made()],
+            "seconds": self.seconds,
+        }
 
 
 def run(out: Path, steps: int, force: bool, say: Say, watch: Watch) -> Result:

@@ -12,10 +12,12 @@ from posthoc_cli.profiles.clock import Clock, ClockRecorder
 from posthoc_cli.profiles.custom import Table, read_table, try_profile
 from posthoc_cli.profiles.others import (
     ClassicalEMA,
+    Conversion,
     StepWindow,
     Tabulated,
     Uniform,
     classical_beta,
+    convert,
     mean_age,
     sigma_rel_from_classical_beta,
 )
@@ -39,6 +41,7 @@ __all__ = [
     "ClassicalEMA",
     "Clock",
     "ClockRecorder",
+    "Conversion",
     "FloatArray",
     "PowerFunction",
     "Profile",
@@ -50,6 +53,7 @@ __all__ = [
     "beta",
     "check_sigma_rel",
     "classical_beta",
+    "convert",
     "gamma_from_sigma_rel",
     "mean_age",
     "new_value_share",

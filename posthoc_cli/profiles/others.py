@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -108,6 +109,44 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
         lambda value: mean_age(math.expm1(value), steps) - age, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
     )
     return sigma_rel_from_gamma(math.expm1(log_x))
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A power function, and the classical EMA that has the same mean age after some number of steps.
+
+    Attributes:
+        sigma_rel, gamma: of the power function.
+        mean_age, std: mean age of the averaged values and standard deviation of their times, in steps.
+        beta: of the classical EMA.
+    """
+
+    sigma_rel: float
+    gamma: float
+    mean_age: float
+    std: float
+    beta: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """The attributes, for JSON."""
+        return asdict(self)
+
+
+def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float] = ()) -> list[Conversion]:
+    """The power functions of these widths, and those of these classical decays, after `steps` steps.
+
+    Raises:
+        InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
+    """
+    if not 1 <= steps <= 10**15:
+        raise InvalidValueError("steps", "must be from 1 to 1e15", value=steps)
+    pairs = [(sigma_rel, classical_beta(sigma_rel, steps)) for sigma_rel in sigma_rels]
+    pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
+    gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel, _ in pairs]
+    return [
+        Conversion(sigma_rel, gamma, mean_age(gamma, steps), sigma_rel * steps, beta)
+        for (sigma_rel, beta), gamma in zip(pairs, gammas, strict=True)
+    ]
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_repair_and_clean(ema: Ema, run: Path) -> None:
     assert "note: 1 set aside in quarantine/ as broken; not read" in result.out
     result = ema("verify", run, "--repair", "--clean", "--yes")
     assert result.code == 0
-    assert result.out.splitlines()[-2:] == ["nothing has to be set aside", "no leftovers"]
+    assert result.out.splitlines()[-2:] == ["nothing has to be set aside", "nothing has to be deleted"]
 
 
 def test_repair_as_json(ema: Ema, run: Path) -> None:
@@ -208,7 +208,7 @@ def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
     result = ema("verify", run, "--repair", "--clean", "--dry-run")
     assert result.code == 1
     assert result.out.splitlines()[-2:] == [
-        f"would set 1 file aside in {run / 'quarantine'}; nothing was moved",
+        f"would set 1 file aside in {run / 'quarantine'}; nothing was set aside",
         "would delete 1 leftover; nothing was deleted",
     ]
     report = json.loads(ema("verify", run, "--repair", "--clean", "--dry-run", "--json").out)
@@ -241,7 +241,7 @@ def test_it_asks(ema: Ema, run: Path, terminal: pytest.MonkeyPatch, answer: str,
     changed = {name for name in before if contents(run).get(name) != before[name] and "lock" not in name}
     assert changed == ({"0000000000000200-0.05.safetensors", ".ema-0123.tmp"} if answer == "y" else set())
     if answer == "n":
-        assert result.out.splitlines()[-2:] == ["nothing was moved", "nothing was deleted"]
+        assert result.out.splitlines()[-2:] == ["nothing was set aside", "nothing was deleted"]
 
 
 def test_snapshots_that_contradict_each_other_stay_and_both_are_named(ema: Ema, run: Path) -> None:
