@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import textwrap
@@ -12,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
-import typer
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.progress import (
@@ -52,10 +52,11 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], left: Seq
         if widths[widest] <= max(_LEAST_TEXT, cell_len(columns[widest])):
             break
         widths[widest] -= 1
+    on_terminal = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     for number, line in enumerate(lines):
         cells = [_aligned(cell, widths[index], index in texts) for index, cell in enumerate(line)]
         text = "  ".join(cells).rstrip()
-        typer.echo(text if number else typer.style(text, bold=True))
+        sys.stdout.write(f"\x1b[1m{text}\x1b[0m\n" if number == 0 and on_terminal else f"{text}\n")
 
 
 def _aligned(text: str, width: int, left: bool) -> str:
@@ -88,12 +89,13 @@ def _terminal_width() -> int:
 
 def print_line(text: str = "") -> None:
     """One line on stdout, at once."""
-    typer.echo(printable(text))
+    sys.stdout.write(f"{printable(text)}\n")
+    sys.stdout.flush()
 
 
 def print_note(text: str) -> None:
     """One line on stderr."""
-    typer.echo(printable(text), err=True)
+    sys.stderr.write(f"{printable(text)}\n")
 
 
 def print_rest(count: int, what: str = "") -> None:
@@ -104,7 +106,7 @@ def print_rest(count: int, what: str = "") -> None:
 
 def print_json(value: Any) -> None:
     """One JSON object on stdout."""
-    typer.echo(json.dumps(value, indent=2, allow_nan=False))
+    sys.stdout.write(f"{json.dumps(value, indent=2, allow_nan=False)}\n")
 
 
 def print_outcome(things: Sized, done: bool, dry_run: bool, would: str, did: str, past: str) -> None:

@@ -128,4 +128,5 @@ def _print(task: Task, assumption: str, proposals: list[Proposal]) -> None:
     if best.last_step < task.steps:
         output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {task.steps:,}")
     output.print_line()
-    typer.echo(best.call(task.sigma_range))
+    for line in best.call(task.sigma_range).splitlines():
+        output.print_line(line)

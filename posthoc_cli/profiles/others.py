@@ -139,7 +139,7 @@ def convert(steps: int, sigma_rels: Sequence[float] = (), betas: Sequence[float]
         InvalidValueError: `steps` is not from 1 to 1e15, or a width or a decay is out of its range.
     """
     if not 1 <= steps <= 10**15:
-        raise InvalidValueError("steps", "must be from 1 to 1e15", value=steps)
+        raise InvalidValueError("steps", "must be from 1 to 1e15", value=f"{steps:g}")
     pairs = [(sigma_rel, classical_beta(sigma_rel, steps)) for sigma_rel in sigma_rels]
     pairs += [(sigma_rel_from_classical_beta(beta, steps), beta) for beta in betas]
     gammas = [gamma_from_sigma_rel(sigma_rel) for sigma_rel, _ in pairs]
