@@ -18,9 +18,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Annotated, Any, NoReturn
+from typing import Any, NoReturn
 
 import typer
+from typer import Argument, Option
 
 import posthoc_cli
 from posthoc_cli import files
@@ -34,8 +35,6 @@ _CONTEXT: Any = typer.core.TyperCommand.context_class
 _DEBUG = "--debug"
 _LONGEST_LINE = 5_000
 _HYPHEN = "\u2011"  # the kind that text is not wrapped at
-
-# --- errors in the words of the command line -------------------------------------------------------
 
 
 class _Formatter(_CONTEXT.formatter_class):  # type: ignore[misc]
@@ -90,23 +89,17 @@ def _translated(error: PostHocError, context: Any) -> PostHocError:
     for words, here in _OPTIONS.items():
         changed.hint = changed.hint.replace(words, here)
     if isinstance(error, InvalidValueError):
-        options = [parameter for parameter in context.command.params if parameter.opts[0].startswith("--")]
-        names = {option.opts[0].removeprefix("--").replace("-", "_"): option.opts[0] for option in options}
-        names |= {option.name: option.opts[0] for option in options}
+        options = [(option.name, option.opts[0]) for option in context.command.params if option.opts[0][:2] == "--"]
+        names = {option[2:].replace("-", "_"): option for _, option in options} | dict(options)
         # A subject is an argument, or several: "t", "t and step", "beta 0.3".
-        changed.subject = re.sub(
-            r"(^|, | and )(\w+)(?=[, ]|$)", lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject
-        )
+        subject = r"(^|, | and )(\w+)(?=[, ]|$)"
+        changed.subject = re.sub(subject, lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject)
     if isinstance(error, FileFormatError | MismatchError) and not isinstance(error, VanishedError):
         for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
             if directory is not None and error.subject.startswith(f"{files.expanded(Path(directory))}{os.sep}"):
-                return changed.with_hint(
-                    f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
-                )
+                hint = f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
+                return changed.with_hint(hint)
     return changed
-
-
-# --- commands --------------------------------------------------------------------------------------
 
 
 app = typer.Typer(
@@ -133,9 +126,7 @@ def _names(incomplete: str) -> list[str]:
 @app.command("help", cls=_Command, epilog="Example:  ema help synthesize")
 def _help(
     context: typer.Context,
-    command: Annotated[
-        str | None, typer.Argument(metavar="[COMMAND]", autocompletion=_names, help="The command; all by default.")
-    ] = None,
+    command: str | None = Argument(None, metavar="[COMMAND]", autocompletion=_names, help="By default all commands."),
 ) -> None:
     """Show the help of a command, or of all."""
     root: Any = context.find_root().command
@@ -150,16 +141,10 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[
-        bool,
-        typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Print the version and exit."),
-    ] = False,
-    debug: Annotated[bool, typer.Option(_DEBUG, help="Show a traceback when something goes wrong.")] = False,
+    version: bool = Option(False, "--version", "-V", callback=_print_version, is_eager=True, help="Print the version."),
+    debug: bool = Option(False, _DEBUG, help="Show a traceback when something goes wrong."),
 ) -> None:
     """Choose the length of a model's weight average after training."""
-
-
-# --- the process -----------------------------------------------------------------------------------
 
 
 def main() -> NoReturn:

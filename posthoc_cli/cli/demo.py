@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from typer import Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
@@ -21,11 +21,9 @@ EPILOG = "Example:  ema demo --out ema-demo"
 
 
 def demo(
-    out: Path = typer.Option(
-        "ema-demo", "--out", "-o", help="The folder for everything that the demo makes; new, or empty."
-    ),
-    steps: str = typer.Option("10000", metavar="COUNT", help="Steps of training: a multiple of 100."),
-    force: bool = typer.Option(False, "--force", help="Replace an earlier demo in that folder; other files stay."),
+    out: Path = Option("ema-demo", "--out", "-o", help="The folder for everything that the demo makes; new, or empty."),
+    steps: str = Option("10000", metavar="COUNT", help="Steps of training: a multiple of 100."),
+    force: bool = Option(False, "--force", help="Replace an earlier demo in that folder; other files stay."),
     as_json: bool = values.JSON,
 ) -> None:
     """Train a small diffusion model and choose its average.

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from typer import Argument, Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
@@ -40,37 +40,31 @@ MOST_ROWS = 24
 
 
 def error_plot(
-    directories: list[Path] = typer.Argument(
-        [], metavar="[DIR]...", help="Directories that trackers wrote.", show_default=False
-    ),
+    directories: list[Path] = Argument([], metavar="[DIR]...", help="Directories that trackers wrote."),
     out: Path | None = values.PICTURE,
-    sigma_rels: list[str] = typer.Option(
+    sigma_rels: list[str] = Option(
         [], help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule."
     ),
-    steps: list[str] = typer.Option([], metavar="COUNT", help="Of the schedule: length of training, such as 100K."),
-    checkpoint_every: list[str] = typer.Option([], metavar="COUNT", help="Of the schedule: steps between snapshots."),
-    max_checkpoints: list[str] = typer.Option(
-        [], metavar="COUNT", help="Of the schedule: snapshots kept a profile. [default: all]"
+    steps: list[str] = Option([], metavar="COUNT", help="Of the schedule: length of training, such as 100K."),
+    checkpoint_every: list[str] = Option([], metavar="COUNT", help="Of the schedule: steps between snapshots."),
+    max_checkpoints: list[str] = Option(
+        [], metavar="COUNT", help="Of the schedule: snapshots a profile. [default: all]"
     ),
-    dtype: str = typer.Option(
-        "float16", autocompletion=values.STORED_WORDS, help="Snapshots of the schedule: float16, bfloat16 or float32."
-    ),
+    dtype: str = Option("float16", autocompletion=values.STORED, help="Of the schedule: float16, bfloat16 or float32."),
     like: Path | None = values.LIKE,
-    draw: str | None = typer.Option(
-        None,
-        metavar="SIGMA_REL",
-        help="Also draw these targets over training time, and their coefficients: 0.15 or a list.",
+    draw: str | None = Option(
+        None, metavar="SIGMA_REL", help="Also draw these targets over training time, with coefficients: 0.15 or a list."
     ),
     beta: str | None = values.BETA,
     window: str | None = values.WINDOW,
     between: str | None = values.BETWEEN,
     profile: list[Path] | None = values.PROFILE,
-    sigma_range: str = typer.Option("0.01:0.2886", help="The curve's range of sigma_rel: LOW:HIGH."),
-    t: float | None = typer.Option(None, help="Time of the targets. [default: the last snapshot's]"),
+    sigma_range: str = Option("0.01:0.2886", help="The curve's range of sigma_rel: LOW:HIGH."),
+    t: float | None = Option(None, help="Time of the targets. [default: the last snapshot's]"),
     method: str | None = values.METHOD,
-    csv_out: Path | None = typer.Option(None, "--csv", help="Write the curves as a table too."),
+    csv_out: Path | None = Option(None, "--csv", help="Write the curves as a table too."),
     overwrite: bool = values.FORCE,
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Show the profile error too."),
+    verbose: bool = Option(False, "--verbose", "-v", help="Show the profile error too."),
     as_json: bool = values.JSON,
 ) -> None:
     """Draw how exact averages of any length will be.

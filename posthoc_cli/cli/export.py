@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import typer
+from typer import Argument, Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
@@ -17,22 +17,22 @@ EPILOG = (
 
 
 def export(
-    file: Path = typer.Argument(
+    file: Path = Argument(
         ...,
         metavar="FILE|DIR",
         help="An output of ema synthesize, a snapshot, or any safetensors file; shards, by their folder or their "
         "index; or a folder of several outputs.",
     ),
-    out: Path = typer.Option(
+    out: Path = Option(
         ..., "--out", "-o", help="The output: .safetensors, .pt, or a folder, for shards or for several outputs."
     ),
     layout: str | None = values.LAYOUT,
     dtype: str = values.DTYPE,
-    base: Path | None = typer.Option(
+    base: Path | None = Option(
         None, help="A full model (a file, or a folder with an index): tensors that FILE lacks come from it."
     ),
-    prefix: str = typer.Option("", help="Put this in front of every name in FILE."),
-    strip_prefix: str = typer.Option("", help="Remove this from the front of the names in FILE."),
+    prefix: str = Option("", help="Put this in front of every name in FILE."),
+    strip_prefix: str = Option("", help="Remove this from the front of the names in FILE."),
     max_shard_size: str = values.MAX_SHARD_SIZE,
     overwrite: bool = values.FORCE,
     quiet: bool = values.QUIET,

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import sys
 from importlib.resources import files
-from typing import Annotated
 
-import typer
+from typer import Argument
 
 from posthoc_cli.cli import output
 from posthoc_cli.errors import InvalidValueError
@@ -26,9 +25,7 @@ def _names(incomplete: str) -> list[str]:
 
 
 def guide(
-    name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", autocompletion=_names, help="The guide; default: list all.")
-    ] = None,
+    name: str | None = Argument(None, metavar="[NAME]", autocompletion=_names, help="The guide; default: list all."),
 ) -> None:
     """Show a guide, or list the guides.
 
@@ -36,22 +33,15 @@ def guide(
     """
     guides = _read_guides()
     if name is None:
-        output.print_table(["guide", "about"], [_row(*page) for page in guides.items()], left=["guide", "about"])
+        # Each begins with a line such as "# Training: record averages while a model trains".
+        rows = [[page, source.splitlines()[0].partition(": ")[2]] for page, source in guides.items()]
+        output.print_table(["guide", "about"], rows, left=["guide", "about"])
     elif name not in guides:
         raise InvalidValueError("guide", f"must be one of {', '.join(guides)}", value=name)
-    elif sys.stdout.isatty():
-        _render(guides[name])
-    else:
+    elif not sys.stdout.isatty():
         sys.stdout.write(guides[name])
+    else:
+        from rich.console import Console
+        from rich.markdown import Markdown
 
-
-def _row(name: str, source: str) -> list[str]:
-    """Name and subject, from a first line such as "# Training: record averages while a model trains"."""
-    return [name, source.splitlines()[0].partition(": ")[2]]
-
-
-def _render(source: str) -> None:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    Console(width=min(Console().width, WIDEST)).print(Markdown(source, hyperlinks=False))
+        Console(width=min(Console().width, WIDEST)).print(Markdown(guides[name], hyperlinks=False))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import typer
+from typer import Argument, Option
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.cli.values import existing
@@ -15,12 +17,10 @@ _LONGEST_TEXT = 200
 
 
 def info(
-    path: Path = typer.Argument(
+    path: Path = Argument(
         ..., metavar="DIR|FILE", help="Snapshots, outputs, a model in shards or its index, or a single file."
     ),
-    verbose: bool = typer.Option(
-        False, "--verbose", "-v", help="All coefficients of an output, and its profile error."
-    ),
+    verbose: bool = Option(False, "--verbose", "-v", help="All coefficients of an output, and its profile error."),
     as_json: bool = values.JSON,
 ) -> None:
     """Show what a directory or a file holds.
@@ -42,13 +42,10 @@ def _print(report: dict[str, Any], verbose: bool) -> None:
     pairs = [(key.replace("_", " "), _text(key, value)) for key, value in report.items() if key not in hidden]
     output.print_pairs([(name, text) for name, text in pairs if text])
     if "profiles" in report:
-        output.print_line("")
         _print_profiles(report["profiles"])
     if "outputs" in report:
-        output.print_line("")
         _print_outputs(report["outputs"], verbose)
     if report["kind"] == "output":
-        output.print_line("")
         _print_coefficients(report["snapshots"], verbose)
     for kind in ("note", "problem"):
         for text in report.get(f"{kind}s", ()):
@@ -56,69 +53,56 @@ def _print(report: dict[str, Any], verbose: bool) -> None:
 
 
 def _print_profiles(profiles: list[dict[str, Any]]) -> None:
-    columns = ["sigma_rel", "gamma", "snapshots", "first t", "last t", "rounding", "size"]
-    rows = [
-        [
-            f"{p['sigma_rel']:g}",
-            f"{p['gamma']:.4g}",
-            str(len(p["times"])),
-            f"{p['times'][0]:,.12g}",
-            f"{p['times'][-1]:,.12g}",
-            _range_text(p["relative_rounding"]),
-            output.size_text(p["bytes"]),
-        ]
-        for p in profiles
-    ]
-    output.print_table(columns, rows)
-
-
-def _range_text(ends: list[float] | None) -> str:
-    if ends is None:
-        return "unknown"
-    low, high = map(output.percent, ends)
-    return low if low == high else f"{low} to {high}"
+    rows = []
+    for profile in profiles:
+        times, ends = profile["times"], profile["relative_rounding"]
+        numbers = f"{profile['sigma_rel']:g}", f"{profile['gamma']:.4g}", str(len(times))
+        rounding = " to ".join(dict.fromkeys(map(output.percent, ends or [None])))
+        span = f"{times[0]:,.12g}", f"{times[-1]:,.12g}"
+        rows.append([*numbers, *span, rounding, output.size_text(profile["bytes"])])
+    output.print_line()
+    output.print_table(["sigma_rel", "gamma", "snapshots", "first t", "last t", "rounding", "size"], rows)
 
 
 def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
     shown = outputs if verbose else outputs[: output.MOST_ROWS]
-    rows = [
-        [
-            Path(report["path"]).name,
-            _cut(report.get("profile", report["kind"])),
-            f"{report['t']:,.12g}" if "t" in report else "",
-            output.percent(report["predicted_error"]) if "predicted_error" in report else "",
-            output.size_text(report["bytes"]),
-        ]
-        for report in shown
-    ]
+    rows = []
+    for report in shown:
+        profile = _cut(report.get("profile", report["kind"]))
+        t = f"{report['t']:,.12g}" if "t" in report else ""
+        error = output.percent(report["predicted_error"]) if "predicted_error" in report else ""
+        rows.append([Path(report["path"]).name, profile, t, error, output.size_text(report["bytes"])])
+    output.print_line()
     output.print_table(["output", "profile", "t", "predicted error", "size"], rows, left=["output", "profile"])
     output.print_rest(len(outputs) - len(shown))
 
 
 def _print_coefficients(snapshots: list[dict[str, Any]], verbose: bool) -> None:
     """The largest ones, in the order of the output."""
-    shown = output.largest([item["coefficient"] for item in snapshots], verbose)
-    rows = [[_cut(snapshots[i]["file"]), _coefficient(snapshots[i]["coefficient"])] for i in shown]
+    rows = []
+    for index in output.largest([item["coefficient"] for item in snapshots], verbose):
+        file, value = snapshots[index]["file"], snapshots[index]["coefficient"]
+        rows.append([_cut(file), f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}"])
+    output.print_line()
     output.print_table(["snapshot", "coefficient"], rows, left=["snapshot"])
-    output.print_rest(len(snapshots) - len(shown), "with smaller coefficients")
+    output.print_rest(len(snapshots) - len(rows), "with smaller coefficients")
 
 
-def _coefficient(value: float) -> str:
-    return f"{value:+.6f}" if abs(value) < 1e6 else f"{value:+.6g}"
+_FORMATS: dict[str, Callable[[Any], str]] = {
+    "path": str,
+    "bytes": output.size_text,
+    "norm": "{:.4g}".format,
+    "measured": lambda count: f"{count:,} of them" if count else "none of them: errors are predicted from a sample",
+    **dict.fromkeys(("profile_error", "predicted_error", "relative_rounding"), output.percent),
+}
 
 
 def _text(key: str, value: Any) -> str:
     """A value of a report for people; empty to leave it out."""
-    if key == "bytes":
-        return output.size_text(value)
-    if key == "measured":
-        return f"{value:,} of them" if value else "none of them: errors are predicted from a sample"
+    if key in _FORMATS:
+        return _FORMATS[key](value)
     if key == "snapshots" and isinstance(value, list):
         return f"{len(value):,}"
-    if key in ("profile_error", "predicted_error", "relative_rounding"):
-        return output.percent(value)
-    if key == "norm":
-        return f"{value:.4g}"
     if value is None:
         return "" if key in ("sigma_rel", "gamma") else "none"  # of a profile that is no power function
     if isinstance(value, dict):
@@ -129,7 +113,7 @@ def _text(key: str, value: Any) -> str:
         return "yes" if value else "no"
     if isinstance(value, int | float):
         return f"{value:,}" if isinstance(value, int) else f"{value:,.12g}"
-    return str(value) if key == "path" else _cut(str(value))
+    return _cut(str(value))
 
 
 def _cut(text: str) -> str:

@@ -13,19 +13,9 @@ from collections.abc import Callable, Iterator, Sequence, Sized
 from contextlib import contextmanager
 from typing import Any
 
+from rich import progress as live
 from rich.cells import cell_len, set_cell_size
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from posthoc_cli.errors import printable
 from posthoc_cli.progress import ProgressBar
@@ -172,8 +162,14 @@ def progress_bar(quiet: bool = False, verbose: bool = False, unit: str = "") -> 
         if verbose and not quiet and not Console(stderr=True).is_terminal:
             yield ProgressLines(what, total).advance
             return
-        numbers = (MofNCompleteColumn(), TextColumn(unit)) if unit else (DownloadColumn(), TransferSpeedColumn())
-        with _live(TextColumn(what), BarColumn(), *numbers, TimeRemainingColumn(), hidden=quiet) as progress:
+        numbers = (
+            (live.MofNCompleteColumn(), live.TextColumn(unit))
+            if unit
+            else (live.DownloadColumn(), live.TransferSpeedColumn())
+        )
+        with _live(
+            live.TextColumn(what), live.BarColumn(), *numbers, live.TimeRemainingColumn(), hidden=quiet
+        ) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count: progress.advance(task, count)
 
@@ -183,14 +179,14 @@ def progress_bar(quiet: bool = False, verbose: bool = False, unit: str = "") -> 
 @contextmanager
 def working(what: str) -> Iterator[None]:
     """A line with the elapsed time on stderr, on a terminal, during the block."""
-    with _live(SpinnerColumn(), TextColumn(what), TimeElapsedColumn()) as line:
+    with _live(live.SpinnerColumn(), live.TextColumn(what), live.TimeElapsedColumn()) as line:
         line.add_task(what, total=None)
         yield
 
 
-def _live(*columns: Any, hidden: bool = False) -> Progress:
+def _live(*columns: Any, hidden: bool = False) -> live.Progress:
     console = Console(stderr=True)
-    return Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal)
+    return live.Progress(*columns, console=console, transient=True, disable=hidden or not console.is_terminal)
 
 
 class ProgressLines:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from typer import Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
@@ -32,29 +32,21 @@ EPILOG = (
 
 
 def plan(
-    steps: str = typer.Option(
-        ..., metavar="COUNT", help="Length of training, in steps (calls of update_): 400000, 4e5, 400K."
-    ),
-    params: str = typer.Option(
-        ..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."
-    ),
-    max_size: str = typer.Option(..., metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB."),
+    steps: str = Option(..., metavar="COUNT", help="Steps of training (calls of update_): 400000, 4e5, 400K."),
+    params: str = Option(..., metavar="COUNT", help="Parameters of the network that are averaged: 1.2e9, 1.2B, 350M."),
+    max_size: str = Option(..., metavar="SIZE", help="Disk for all snapshots at their fullest: 60GB, 500MiB."),
     sigma_range: str = values.SIGMA_RANGE,
-    max_error: str = typer.Option(
-        "0.05%",
-        metavar="ERROR",
-        help="The accepted worst predicted error: of schedules below it, the cheapest is best.",
+    max_error: str = Option(
+        "0.05%", metavar="ERROR", help="The accepted worst predicted error; of schedules below it the cheapest is best."
     ),
     like: Path | None = values.LIKE,
-    sigma_rels: str | None = typer.Option(None, help="Track these widths, such as 0.05,0.28. [default: the best]"),
-    dtype: str | None = typer.Option(
-        None, autocompletion=values.STORED_WORDS, help="Store in float16, bfloat16 or float32. [default: the best]"
+    sigma_rels: str | None = Option(None, help="Track these widths, such as 0.05,0.28. [default: the best]"),
+    dtype: str | None = Option(
+        None, autocompletion=values.STORED, help="float16, bfloat16 or float32. [default: the best]"
     ),
-    checkpoint_every: str | None = typer.Option(
-        None, metavar="COUNT", help="Steps between snapshots. [default: the best]"
-    ),
-    max_checkpoints: str | None = typer.Option(
-        None, metavar="COUNT", help="Snapshots kept a profile. [default: the best, up to 64]"
+    checkpoint_every: str | None = Option(None, metavar="COUNT", help="Steps between snapshots. [default: the best]"),
+    max_checkpoints: str | None = Option(
+        None, metavar="COUNT", help="Snapshots a profile. [default: the best, up to 64]"
     ),
     out: Path | None = values.PICTURE,
     overwrite: bool = values.FORCE,

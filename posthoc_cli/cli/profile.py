@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import typer
+from typer import Option
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.cli.values import parse_count, parse_numbers, parse_sigma_rels
@@ -17,9 +17,9 @@ _COLUMNS = {"sigma_rel": ".6g", "gamma": ".6g", "mean_age": ",.6g", "std": ",.6g
 
 
 def profile(
-    sigma_rel: str | None = typer.Option(None, help=f"Widths: a number, list or range. [default: {_DEFAULT}]"),
-    beta: str | None = typer.Option(None, help="The other way: decays of a classical EMA, a number, list or range."),
-    steps: str = typer.Option("1000", metavar="COUNT", help="Length of training, in steps: 100000, 1e5."),
+    sigma_rel: str | None = Option(None, help=f"Widths: a number, list or range. [default: {_DEFAULT}]"),
+    beta: str | None = Option(None, help="The other way: decays of a classical EMA, a number, list or range."),
+    steps: str = Option("1000", metavar="COUNT", help="Length of training, in steps: 100000, 1e5."),
     as_json: bool = values.JSON,
 ) -> None:
     """Convert between sigma_rel and a classical beta.

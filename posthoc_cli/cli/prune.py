@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from typer import Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
@@ -20,14 +21,14 @@ EPILOG = "Example:  ema prune run/ema --keep 20 --dry-run   or   ema prune run/e
 
 def prune(
     directory: Path = values.DIRECTORY,
-    keep: str | None = typer.Option(None, metavar="COUNT", help="Keep this number of snapshots of each profile; or"),
-    max_size: str | None = typer.Option(None, metavar="SIZE", help="as many as fit: 10GB, 500MiB; or"),
-    max_error: str | None = typer.Option(
-        None, help="as few as keep the worst predicted error in the range at or below this: 1e-3."
+    keep: str | None = Option(None, metavar="COUNT", help="Keep this number of snapshots of each profile; or"),
+    max_size: str | None = Option(None, metavar="SIZE", help="as many as fit: 10GB, 500MiB; or"),
+    max_error: str | None = Option(
+        None, help="as few as keep the worst predicted error in the range within this: 1e-3."
     ),
     sigma_range: str = values.SIGMA_RANGE,
     yes: bool = values.YES,
-    dry_run: bool = typer.Option(False, "--dry-run", help="Show what would be deleted; delete nothing."),
+    dry_run: bool = Option(False, "--dry-run", help="Show what would be deleted; delete nothing."),
     as_json: bool = values.JSON,
 ) -> None:
     """Delete the snapshots that are missed least.

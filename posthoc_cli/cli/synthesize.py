@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
+from typer import Option
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.cli.values import existing, optional, parse_count, parse_max_error, parse_targets
@@ -24,56 +24,50 @@ EPILOG = (
 
 def synthesize(
     directory: Path = values.DIRECTORY,
-    sigma_rel: str | None = typer.Option(
+    sigma_rel: str | None = Option(
         None, help="Length of the average: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
     ),
     beta: str | None = values.BETA,
     window: str | None = values.WINDOW,
     between: str | None = values.BETWEEN,
     profile: list[Path] | None = values.PROFILE,
-    out: str | None = typer.Option(
+    out: str | None = Option(
         None,
         "--out",
         "-o",
         help="The output: a file; a folder, for one file per target; or a name with {sigma_rel} or {target} in it, "
         "which each target fills in (sigma_rel-0.15, beta-0.9999, ...).",
     ),
-    t: float | None = typer.Option(None, help="The average as it stood at this training time. [default: the last]"),
-    step: str | None = typer.Option(
-        None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K."
-    ),
-    max_error: str | None = typer.Option(
+    t: float | None = Option(None, help="The average as it stood at this training time. [default: the last]"),
+    step: str | None = Option(None, metavar="COUNT", help="The same in steps (calls of update_): 50000, 5e4, 50K."),
+    max_error: str | None = Option(
         None, metavar="ERROR", help="Fail if a predicted error exceeds this: 0.01, or 1%. [default: warn at 1%]"
     ),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
     max_shard_size: str = values.MAX_SHARD_SIZE,
-    device: str = typer.Option("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
-    accumulate: str | None = typer.Option(
+    device: str = Option("auto", help="Where to compute the sums: auto, cpu, cuda, cuda:1, mps."),
+    accumulate: str | None = Option(
         None, help="dtype of the sums: float32 or float64. [default: float64 for averages in float32 or float64]"
     ),
     method: str | None = values.METHOD,
-    shard: str | None = typer.Option(
+    shard: str | None = Option(
         None,
         metavar="K/N",
         help="Make part K of N only, a shard in the folder --out; other processes make the others, in any order. An "
         "existing part of the same plan is kept.",
     ),
-    finish: bool = typer.Option(
-        False, "--finish", help="Verify the parts that --shard has made, and write their index."
-    ),
+    finish: bool = Option(False, "--finish", help="Verify the parts that --shard has made, and write their index."),
     overwrite: bool = values.FORCE,
-    skip_existing: bool = typer.Option(
-        False, "--skip-existing", help="Keep existing outputs of the same plan, verified."
-    ),
-    dry_run: bool = typer.Option(
+    skip_existing: bool = Option(False, "--skip-existing", help="Keep existing outputs of the same plan, verified."),
+    dry_run: bool = Option(
         False,
         "--dry-run",
         help="Show coefficients, errors and sizes; read headers, and a sample where they hold no measurements; write "
         "nothing.",
     ),
     quiet: bool = values.QUIET,
-    verbose: bool = typer.Option(False, "--verbose", "-v", help="Print coefficients and profile errors."),
+    verbose: bool = Option(False, "--verbose", "-v", help="Print coefficients and profile errors."),
     as_json: bool = values.JSON,
 ) -> None:
     """Make the average of any length from snapshots.
@@ -111,13 +105,13 @@ def synthesize(
 def _print(report: SynthesisReport, verbose: bool) -> None:
     plan = report.plan
     if report.parts is not None:
-        _print_coefficients(plan, True) if verbose else None
+        if verbose:
+            _print_coefficients(plan, verbose)
         output.print_line(_parts_text(report))
         return
     if plan.aside:
-        output.print_note(
-            f"{plan.aside} snapshots are not used: the model had other tensors then than at t = {plan.t:,.12g}"
-        )
+        reason = f"the model had other tensors then than at t = {plan.t:,.12g}"
+        output.print_note(f"{plan.aside} snapshots are not used: {reason}")
     if plan.choice is not None:
         output.print_line(f"from {plan.choice}")
     made = [index for index in range(len(plan.targets)) if index not in report.existing]
@@ -125,67 +119,61 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
         _note_left_out(plan, report.outputs[made[0]])
     if verbose or (not report.outputs and len(plan.targets) == 1):
         _print_coefficients(plan, verbose)
-    _print_targets(report, made, verbose or plan.method == "paper")
+    errors = {"predicted error": [plan.predicted_error(index) for index in range(len(plan.targets))]}
+    if verbose or plan.method == "paper":
+        errors["profile error"] = [*plan.reconstruction.profile_error.tolist()]
+    if len(plan.targets) > 1:
+        _print_table(report, errors)
+    if made:
+        output.print_line(_made_text(report, made, errors))
+    else:
+        output.print_line("every output is there already; nothing was written")
 
 
 def _print_coefficients(plan: Plan, verbose: bool) -> None:
     """Each target's snapshots by time: all, or those with the largest coefficients."""
-    for target, column in zip(plan.targets, plan.reconstruction.coefficients.T, strict=True):
-        chosen = output.largest(column.tolist(), verbose)
-        rows = [
-            [source.name, f"{source.info.t:,.12g}", f"{source.info.sigma_rel:g}", f"{column[index]:+.6f}"]
-            for index, source in ((index, plan.sources[index]) for index in chosen)
-        ]
+    for target, column in zip(plan.targets, plan.reconstruction.coefficients.T.tolist(), strict=True):
+        rows = []
+        for index in output.largest(column, verbose):
+            source = plan.sources[index]
+            rows.append([source.name, f"{source.info.t:,.12g}", f"{source.info.sigma_rel:g}", f"{column[index]:+.6f}"])
         output.print_table(["snapshot", "t", "tracked", f"c({target.label})"], rows, left=["snapshot"])
-        output.print_rest(len(column) - len(chosen), "with smaller coefficients")
-        output.print_line("")
+        output.print_rest(len(column) - len(rows), "with smaller coefficients")
+        output.print_line()
 
 
-def _print_targets(report: SynthesisReport, made: list[int], profile_error: bool) -> None:
+def _print_table(report: SynthesisReport, errors: dict[str, list[float | None]]) -> None:
+    paths = report.outputs
+    one_folder = len({path.parent for path in paths}) == 1  # which the last line names
+    rows = []
+    for index, target in enumerate(report.plan.targets):
+        path = "-" if not paths else paths[index].name if one_folder else str(paths[index])
+        cells = [output.percent(values[index]) for values in errors.values()]
+        rows.append([target.title, *cells, path + " (was there)" * (index in report.existing)])
+    output.print_table(["target", *errors, "output"], rows, left=["target", "output"])
+    output.print_line()
+
+
+def _made_text(report: SynthesisReport, made: list[int], errors: dict[str, list[float | None]]) -> str:
     plan, paths = report.plan, report.outputs
     single = len(plan.targets) == 1
-    if not single:
-        _print_table(report, profile_error)
-    if not made:
-        output.print_line("every output is there already; nothing was written")
-        return
     which = plan.targets[0].title if single else output.counted(len(made), "average")
     size = output.size_text(sum(spec.nbytes for spec in plan.specs())) + " each" * (not single)
     count = output.counted(len(plan.sources), "snapshot")
     newest = f"training time of the newest snapshot: {plan.last:,.12g}"
-    errors = _errors_text(plan, made, profile_error)
-    what = f"{which} at t = {plan.t:,.12g} from {count}, {newest}, {errors}, {size}"
+    worst = [f"{name} {_largest_text([values[index] for index in made])}" for name, values in errors.items()]
+    what = f"{which} at t = {plan.t:,.12g} from {count}, {newest}, {', '.join(worst)}, {size}"
     if not paths:
-        output.print_line(f"would make {what}; would read {output.size_text(plan.read_bytes)}; nothing was written")
-        return
+        return f"would make {what}; would read {output.size_text(plan.read_bytes)}; nothing was written"
     where = str(paths[0] if single else paths[0].parent)
-    output.print_line(f"made {what}, in {report.seconds:.1f} s: {'in this folder' if where == '.' else where}")
+    return f"made {what}, in {report.seconds:.1f} s: {'in this folder' if where == '.' else where}"
 
 
-def _print_table(report: SynthesisReport, profile_error: bool) -> None:
-    plan, paths = report.plan, report.outputs
-    one_folder = len({path.parent for path in paths}) == 1  # which the last line names
-    rows = []
-    for index, target in enumerate(plan.targets):
-        errors = [plan.predicted_error(index)]
-        errors += [float(plan.reconstruction.profile_error[index])] if profile_error else []
-        path = "-" if not paths else paths[index].name if one_folder else str(paths[index])
-        rows.append([target.title, *map(output.percent, errors), path + " (was there)" * (index in report.existing)])
-    names = ["predicted error", *(["profile error"] if profile_error else [])]
-    output.print_table(["target", *names, "output"], rows, left=["target", "output"])
-    output.print_line("")
-
-
-def _errors_text(plan: Plan, made: list[int], profile_error: bool) -> str:
-    """The largest error of what is made, and that of the profiles."""
-    up_to = "up to " if len(made) > 1 else ""
-    predicted = [plan.predicted_error(index) for index in made]
-    known = [error for error in predicted if error is not None]
-    complete = len(known) == len(made)
-    text = f"predicted error {up_to if complete else ''}{output.percent(max(known) if complete else None)}"
-    if not profile_error:
-        return text
-    return f"{text}, profile error {up_to}{output.percent(float(plan.reconstruction.profile_error[made].max()))}"
+def _largest_text(errors: list[float | None]) -> str:
+    known = [error for error in errors if error is not None]
+    if len(known) < len(errors):
+        return output.percent(None)
+    return "up to " * (len(known) > 1) + output.percent(max(known))
 
 
 def _note_left_out(plan: Plan, path: Path) -> None:
@@ -197,13 +185,8 @@ def _note_left_out(plan: Plan, path: Path) -> None:
     file = path.with_suffix(".safetensors") if path.suffix in (".pt", ".pth", ".bin") else path
     how = "" if file == path else f"make {file.name} and not {path.name}, then: "
     command = f"{how}ema export {shlex.quote(str(file))} --base FULL.safetensors --out NEW.safetensors"
-    output.print_note(
-        f"{len(left_out)} of the model's tensors are not in the output, since the run does not track them ({shown}); "
-        f"to add them from a full model: {command}"
-    )
-
-
-# --- in parts
+    reason = f"are not in the output, since the run does not track them ({shown})"
+    output.print_note(f"{len(left_out)} of the model's tensors {reason}; to add them from a full model: {command}")
 
 
 def _parts_text(report: SynthesisReport) -> str:
@@ -215,20 +198,19 @@ def _parts_text(report: SynthesisReport) -> str:
     which = plan.targets[0].title if len(plan.targets) == 1 else f"{len(plan.targets)} averages"
     what = f"{which} at t = {plan.t:,.12g} from {output.counted(len(plan.sources), 'snapshot')}"
     if isinstance(parts, Shares):
-        read, size = sum(part.read_bytes for part in parts.own), sum(part.nbytes for part in parts.own)
-        return (
-            f"would make {what} in {parts.parts} parts, {len(parts.own)} in each of {parts.processes} processes; the "
-            f"first would read {output.size_text(read)} and write {output.size_text(size)}; nothing was written"
-        )
+        read = output.size_text(sum(part.read_bytes for part in parts.own))
+        size = output.size_text(sum(part.nbytes for part in parts.own))
+        split = f"in {parts.parts} parts, {len(parts.own)} in each of {parts.processes} processes"
+        return f"would make {what} {split}; the first would read {read} and write {size}; nothing was written"
     if isinstance(parts, MadePart):
         what = f"part {parts.part} of {what}"
-        count, read_text = output.counted(parts.tensors, "tensor"), output.size_text(parts.read_bytes)
-        size_text = output.size_text(parts.nbytes)
+        count, read = output.counted(parts.tensors, "tensor"), output.size_text(parts.read_bytes)
+        size = output.size_text(parts.nbytes)
         if dry_run:
-            return f"would make {what}: {count}, {read_text} to read, {size_text} to write; nothing was written"
+            return f"would make {what}: {count}, {read} to read, {size} to write; nothing was written"
         if len(parts.there) == len(parts.paths):
             return f"{what} is there already, of this plan: {parts.paths[0]}"
-        return f"made {what}: {count}, {read_text} read, {size_text}: {parts.paths[0]}"
+        return f"made {what}: {count}, {read} read, {size}: {parts.paths[0]}"
     assert parts is not None
     text = f"{what}: {output.counted(parts.parts, 'part')}, {output.size_text(parts.nbytes)}, all there and of one plan"
     if dry_run:

@@ -9,7 +9,7 @@ from decimal import Decimal, InvalidOperation
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-import typer
+from typer import Argument, Option
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
@@ -35,59 +35,57 @@ STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Short words for the dtypes of planned snapshots."""
 PICTURES = (".png", ".svg", ".pdf")
 
-BETA = typer.Option(
+BETA = Option(
     None,
     help="Classical EMA: x <- beta x + (1 - beta) theta at every step (call of update_), starting from the weights of "
     "the first update. A number, list or range: 0.999,0.9999.",
 )
-WINDOW = typer.Option(None, help="The mean of the last steps, each with weight 1 / window: a number, list or range.")
-BETWEEN = typer.Option(
+WINDOW = Option(None, help="The mean of the last steps, each with weight 1 / window: a number, list or range.")
+BETWEEN = Option(
     None, metavar="START:END", help="The mean over a span of training time, such as 50000:80000, or a list of them."
 )
-PROFILE = typer.Option(
+PROFILE = Option(
     None,
     metavar="FILE",
     help="Any profile: a CSV file of time,density, linear between its points, 0 outside them, scaled to mass 1. May be "
     "given several times.",
 )
-METHOD = typer.Option(
+METHOD = Option(
     None,
     autocompletion=one_of("minvar", "paper"),
     metavar="minvar|paper",
     help="The solver: minvar, the least expected error of the weights, or paper, the nearest profile, as published. "
     "[default: minvar]",
 )
-LAYOUT = typer.Option(
+LAYOUT = Option(
     None,
     "--format",
     autocompletion=one_of("safetensors", "sharded", "pt"),
     help="safetensors, sharded (a folder) or pt. [default: from the output's name]",
 )
-DTYPE = typer.Option(
+DTYPE = Option(
     "keep",
     autocompletion=one_of("keep", "float32", "float16", "bfloat16", "float64"),
     help="float32, float16, bfloat16, float64 (or fp32, ...), or keep: each tensor's own.",
 )
-MAX_SHARD_SIZE = typer.Option("5GB", help="Of a sharded output.")
-LIKE = typer.Option(
+MAX_SHARD_SIZE = Option("5GB", help="Of a sharded output.")
+LIKE = Option(
     None, metavar="DIR", help="Snapshots of an earlier run that the network will move like. [default: evenly]"
 )
-SIGMA_RANGE = typer.Option("0.05:0.28", help="The averages that you will want: LOW:HIGH.")
-DIRECTORY = typer.Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
-PICTURE = typer.Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
-FORCE = typer.Option(False, "--force", help="Replace existing outputs.")
-QUIET = typer.Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.")
-JSON = typer.Option(False, "--json", help="Print one JSON object.")
-STORED_WORDS = one_of(*STORED_DTYPES.values())
-YES = typer.Option(False, "--yes", "-y", help="Do not ask.")
+SIGMA_RANGE = Option("0.05:0.28", help="The averages that you will want: LOW:HIGH.")
+DIRECTORY = Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
+PICTURE = Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
+FORCE = Option(False, "--force", help="Replace existing outputs.")
+QUIET = Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.")
+JSON = Option(False, "--json", help="Print one JSON object.")
+STORED = one_of(*STORED_DTYPES.values())
+YES = Option(False, "--yes", "-y", help="Do not ask.")
 
 
 def bad(option: str, text: str, reason: str, hint: str = "") -> InvalidValueError:
     """The error of an option whose value, as typed, is not accepted."""
     return InvalidValueError(option, reason, hint, value=text.strip() or "(empty)")
 
-
-# --- numbers ---------------------------------------------------------------------------------------
 
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _MOST_DIGITS = 1_000
@@ -200,9 +198,6 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
     return None if text is None else parse(text, *arguments)
 
 
-# --- paths -----------------------------------------------------------------------------------------
-
-
 def existing(path: Path, directory: bool = False) -> Path:
     """An input that exists and is no pickle, with ~ expanded; with `directory` one that may hold snapshots."""
     from posthoc_cli.snapshots.directory import PICKLES
@@ -233,9 +228,6 @@ def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: 
     if path.exists() and not overwrite:
         raise OutputExistsError(path, "is there already", "choose another name, or --force to replace it")
     return path
-
-
-# --- targets and schedules -------------------------------------------------------------------------
 
 
 def parse_targets(

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import typer
+from typer import Argument, Option
 
 from posthoc_cli.cli import output, values
 from posthoc_cli.cli.values import check_leave, existing
@@ -19,21 +20,15 @@ EPILOG = "Example:  ema verify run/ema   or   ema verify run/ema --repair   or  
 
 
 def verify(
-    paths: list[Path] = typer.Argument(
+    paths: list[Path] = Argument(
         ..., metavar="DIR|FILE...", help="Snapshots, outputs, states, parts or shards; or such files."
     ),
-    deep: bool = typer.Option(
-        False, "--deep", help="Also compare the values with what was measured when they were written."
-    ),
-    repair: bool = typer.Option(
-        False, "--repair", help="Set aside what is broken in a snapshot directory: in DIR/quarantine."
-    ),
-    clean: bool = typer.Option(False, "--clean", help="Delete the temporaries that interrupted writes have left."),
+    deep: bool = Option(False, "--deep", help="Also compare the values with what was measured when they were written."),
+    repair: bool = Option(False, "--repair", help="Move what is broken in a snapshot directory to DIR/quarantine."),
+    clean: bool = Option(False, "--clean", help="Delete the temporaries that interrupted writes have left."),
     yes: bool = values.YES,
-    dry_run: bool = typer.Option(False, "--dry-run", help="Show what --repair or --clean would do; change nothing."),
-    verbose: bool = typer.Option(
-        False, "--verbose", "-v", help="A line for each file, not only for those with something wrong."
-    ),
+    dry_run: bool = Option(False, "--dry-run", help="Show what --repair or --clean would do; change nothing."),
+    verbose: bool = Option(False, "--verbose", "-v", help="A line for each file, also those with nothing wrong."),
     as_json: bool = values.JSON,
 ) -> None:
     """Check every byte of snapshots, outputs and states.
