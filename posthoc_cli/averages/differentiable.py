@@ -6,7 +6,7 @@ import math
 import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from typing import Any, cast
 
 import torch
@@ -77,7 +77,8 @@ class DifferentiableEMA(torch.nn.Module):
         decay, mode: as given.
 
     Raises:
-        InvalidValueError: (a ValueError) names the argument and what would be accepted.
+        InvalidValueError: (a ValueError) names the argument and what would be accepted. Such a value is not taken in.
+        NotReadyError: (in eval mode) there is no average yet.
 
     Example:
         >>> weight = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
@@ -125,11 +126,6 @@ class DifferentiableEMA(torch.nn.Module):
         Arguments:
             value: of the average's shape, dtype and device.
             leaves: in mode "carried" the leaves that gradients shall reach, the same at every update.
-
-        Raises:
-            InvalidValueError: a value of another shape, dtype or device, a decay out of range, or wrong leaves.
-                Nothing is taken in.
-            NotReadyError: in eval mode, when there is no average yet.
         """
         _check_value(value, self.average)
         if not self.training:
@@ -151,13 +147,32 @@ class DifferentiableEMA(torch.nn.Module):
         self._has_average = True
         return result
 
-    def recording(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def recording(self) -> Iterator[None]:
         """A block in which the graphs of values are made so that they outlive the next optimizer step.
 
-        Each tensor that autograd saves within it is copied once. Does nothing in modes "truncated" and "carried", which
-        keep no graph.
+        They keep copies of the tensors that autograd saves, one a block for each tensor. In modes "truncated" and
+        "carried", which keep no graph, it does nothing. Not covered: what a custom `torch.autograd.Function` keeps
+        without `save_for_backward`. Of nested hooks on saved tensors torch calls only the innermost.
         """
-        return _recording() if self.mode in ("window", "full") else nullcontext()
+        copies: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def keep(saved: torch.Tensor) -> torch.Tensor:
+            value = saved.detach()
+            if value.layout != torch.strided:
+                return value.clone()
+            place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.device, value.dtype)
+            view = (*place, value.shape, value.stride(), saved._version)
+            if view not in copies:
+                # Held until the block ends: the address of a freed tensor could be given to another one.
+                copies[view] = value, value.clone()
+            return copies[view][1]
+
+        try:
+            with saved_tensors_hooks(keep, lambda kept: kept) if self.mode in ("window", "full") else nullcontext():
+                yield
+        finally:
+            copies.clear()
 
     def reset(self) -> None:
         """Forget everything: the next value is the first."""
@@ -340,37 +355,6 @@ def _along(gradient: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
         hint = "use the loss that the cotangent was made for, or no cotangent"
         raise InvalidValueError("cotangent", reason, hint)
     return scale
-
-
-@contextmanager
-def _recording() -> Iterator[None]:
-    """Within the block, graphs keep copies of the tensors that autograd saves, one a block for each tensor.
-
-    An optimizer changes parameters in place; torch refuses `backward` through a graph that saved the parameter itself.
-    Not covered: what a custom `torch.autograd.Function` keeps without `save_for_backward`. Of nested hooks on saved
-    tensors torch calls only the innermost.
-    """
-    copies: dict[tuple[object, ...], tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def keep(saved: torch.Tensor) -> torch.Tensor:
-        value = saved.detach()
-        if value.layout != torch.strided:
-            return value.clone()
-        place = (value.untyped_storage().data_ptr(), value.storage_offset(), value.device, value.dtype)
-        view = (*place, value.shape, value.stride(), saved._version)
-        if view not in copies:
-            # Held until the block ends: the address of a freed tensor could be given to another one.
-            copies[view] = value, value.clone()
-        return copies[view][1]
-
-    try:
-        with saved_tensors_hooks(keep, lambda kept: kept):
-            yield
-    finally:
-        copies.clear()
-
-
-# --- Checks -----------------------------------------------------------------------------------------
 
 
 def _check_shape(shape: int | Sequence[int]) -> torch.Size:

@@ -12,8 +12,7 @@ from typing import Protocol, cast
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.profiles import Profile
-from posthoc_cli.targets import Target
+from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.model_weights import load_weights
 from posthoc_cli.tracker.settings import check_count
@@ -36,9 +35,7 @@ class _CopiedBack:
     _names: tuple[str, str]
     """The arguments for the average and for the period."""
 
-    def __init__(
-        self, average: PostHocEMA | AveragedModule, every: int | None, sigma_rel: float | Target | Profile | None
-    ) -> None:
+    def __init__(self, average: PostHocEMA | AveragedModule, every: int | None, sigma_rel: Wanted | None) -> None:
         update_every = _check_average(self._names[0], average, sigma_rel)
         if every is not None and check_count(self._names[1], every, 1) % update_every:
             reason = f"must be a multiple of the tracker's update_every {update_every}"
@@ -49,9 +46,7 @@ class _CopiedBack:
     def update(self, model: torch.nn.Module) -> bool:
         """Take the model's step into the average, and copy the average into the model if that is due.
 
-        Returns:
-            Whether the model now has the averaged weights. It keeps its own while a tracker has no average yet
-            (`update_after_step`).
+        Returns whether the model now has the averaged weights; it keeps its own while a tracker has no average yet.
         """
         if isinstance(self._average, PostHocEMA):
             self._average.update_(model)
@@ -109,7 +104,8 @@ class SwitchEMA(_CopiedBack):
     its state; the average continues over weights that jump at the switches. Use the average in the end.
 
     `update` calls a tracker's `update_`; with a tracker that is attached to the optimizer, call only `switch`. The
-    snapshots of a tracker remain averages of the weights that the model really had.
+    snapshots of a tracker remain averages of the weights that the model really had. `step` counts the calls of
+    `update`.
 
     Arguments:
         average: a `PostHocEMA`, or a module with `module` and `update_parameters`.
@@ -117,11 +113,10 @@ class SwitchEMA(_CopiedBack):
             its `update_every`, so that the average is up to date.
         sigma_rel: with a tracker, the target (such as a sigma_rel) to switch to.
 
-    Attributes:
-        step: calls of `update` so far.
-
     Raises:
         InvalidValueError: (a ValueError) names the argument and what would be accepted.
+        NotReadyError: (in `switch`) there is no average yet.
+        ModelMismatchError: (in `update` and `switch`) the model lacks a tensor, or has another shape; it is unchanged.
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -141,17 +136,12 @@ class SwitchEMA(_CopiedBack):
         self,
         average: PostHocEMA | AveragedModule,
         switch_every: int | None = None,
-        sigma_rel: float | Target | Profile | None = None,
+        sigma_rel: Wanted | None = None,
     ) -> None:
         super().__init__(average, switch_every, sigma_rel)
 
     def switch(self, model: torch.nn.Module) -> None:
-        """Copy the averaged weights into the model now.
-
-        Raises:
-            NotReadyError: there is no average yet.
-            ModelMismatchError: the model has no such tensor, or of another shape; nothing is changed.
-        """
+        """Copy the averaged weights into the model now."""
         self._copy_into(model)
 
 
@@ -165,19 +155,9 @@ class HareAndTortoise(_CopiedBack):
     The resets keep a network able to learn from changing data. The authors' experiments with images use a decay of
     0.999 a step and a reset every 10 epochs. A tracker's average lengthens with training; theirs has one length.
 
-    Arguments:
-        tortoise: a `PostHocEMA`, or a module with `module` and `update_parameters`.
-        reset_every: calls of `update` between resets; None to call `reset` yourself. With a tracker a multiple of its
-            `update_every`.
+    Arguments and errors as in `SwitchEMA` (`reset` in the place of `switch`), and:
         optimizer: its state is cleared at a reset. None keeps the state, as the authors' code for images does, which
             makes a new optimizer for each section of the data.
-        sigma_rel: with a tracker, the target (such as a sigma_rel) of the tortoise.
-
-    Attributes:
-        step: calls of `update` so far.
-
-    Raises:
-        InvalidValueError: (a ValueError) names the argument and what would be accepted.
 
     Example:
         >>> from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
@@ -202,7 +182,7 @@ class HareAndTortoise(_CopiedBack):
         tortoise: PostHocEMA | AveragedModule,
         reset_every: int | None = None,
         optimizer: torch.optim.Optimizer | None = None,
-        sigma_rel: float | Target | Profile | None = None,
+        sigma_rel: Wanted | None = None,
     ) -> None:
         super().__init__(tortoise, reset_every, sigma_rel)
         if optimizer is not None and not isinstance(optimizer, torch.optim.Optimizer):
@@ -213,12 +193,7 @@ class HareAndTortoise(_CopiedBack):
         self._optimizer = optimizer
 
     def reset(self, hare: torch.nn.Module) -> None:
-        """Copy the tortoise into the hare and clear the optimizer's state now.
-
-        Raises:
-            NotReadyError: there is no average yet.
-            ModelMismatchError: the hare has no such tensor, or of another shape; nothing is changed.
-        """
+        """Copy the tortoise into the hare and clear the optimizer's state now."""
         self._copy_into(hare)
 
     def _copy_into(self, model: torch.nn.Module) -> None:

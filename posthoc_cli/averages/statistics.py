@@ -35,7 +35,7 @@ class EMAStats(WideBuffers):
     `center_with_running_mean=False` every batch is centred with its own mean, which is unbiased (one row adds 0).
 
     Statistics are float32, or float64 after `double()`, also for half-precision batches, under autocast and after
-    `half()` or `bfloat16()`.
+    `half()` or `bfloat16()`. The output is the input; x has the shape [n, dim_x], y [n, dim_y].
 
     Arguments:
         dim_x, dim_y: columns of x and y; without `dim_y`, y has those of x and may be left out.
@@ -47,9 +47,6 @@ class EMAStats(WideBuffers):
             and take part in every backward pass; gradients are those of the sum of all processes' losses. Copies share
             the group; pickling drops it, with a warning.
 
-    Shape:
-        x: [n, dim_x], y: [n, dim_y]; the output is the input.
-
     Attributes:
         mean_x, mean_y: [dim_x], [dim_y]; 0 before the first batch.
         cov_xx, cov_yy, cov_xy: [dim_x, dim_x], [dim_y, dim_y], [dim_x, dim_y]; 1, 1 and 0 before the first batch.
@@ -57,7 +54,8 @@ class EMAStats(WideBuffers):
         All six are buffers, in the state dict; a state of symm-learning's class (`running_mean_x`, ...) loads too.
 
     Raises:
-        InvalidValueError: (a ValueError) names the argument, its value and what is accepted.
+        InvalidValueError: (a ValueError) names the argument, or the batch that `forward` does not accept.
+        NotReadyError: (in the methods that read the statistics) no batch yet.
 
     Example:
         >>> stats = EMAStats(dim_x=1, dim_y=1, momentum=0.5)
@@ -100,11 +98,7 @@ class EMAStats(WideBuffers):
             self.register_buffer(name, value)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take a batch into the statistics in train mode; return it unchanged, `(x, x)` if y was left out.
-
-        Raises:
-            InvalidValueError: a rank, a size, a dtype or a device that is not accepted, or no row.
-        """
+        """Take a batch into the statistics in train mode; return it unchanged, `(x, x)` if y was left out."""
         if y is None:
             if not self._y_may_be_x:
                 raise InvalidValueError("y", f"is missing; must have the shape [n, {self.dim_y}]")
@@ -122,25 +116,17 @@ class EMAStats(WideBuffers):
         """Pearson correlations of x and y, [dim_x, dim_y]: cov_xy / sqrt((var_x + eps) (var_y + eps)).
 
         A constant column has correlation 0. The result is differentiable like the statistics.
-
-        Raises:
-            NotReadyError: no batch yet.
         """
         self._check_ready("correlation")
-        scale_x = (self.cov_xx.diagonal() + self.eps).rsqrt()
-        scale_y = (self.cov_yy.diagonal() + self.eps).rsqrt()
-        scales: torch.Tensor = torch.outer(scale_x, scale_y)
-        return self.cov_xy * scales
+        scale_x, scale_y = ((cov.diagonal() + self.eps).rsqrt() for cov in (self.cov_xx, self.cov_yy))
+        return self.cov_xy * torch.outer(scale_x, scale_y)
 
     def canonical_correlations(self) -> torch.Tensor:
         """Canonical correlations of x and y (Hotelling, 1936), [min(dim_x, dim_y)], the largest first.
 
         They are the singular values of (cov_xx + eps I)^(-1/2) cov_xy (cov_yy + eps I)^(-1/2), with eps as a ridge on
-        both covariances. Solved in float64 where the device has it, and differentiable like the statistics.
-
-        Raises:
-            NotReadyError: no batch yet.
-            InvalidValueError: eps is too small for a covariance without full rank.
+        both covariances. Solved in float64 where the device has it, and differentiable like the statistics. An
+        InvalidValueError says if eps is too small for a covariance without full rank.
         """
         self._check_ready("canonical_correlations")
         dtype = self.cov_xy.dtype if self.cov_xy.device.type == "mps" else torch.float64
@@ -158,10 +144,8 @@ class EMAStats(WideBuffers):
 
     def extra_repr(self) -> str:
         """The settings."""
-        return (
-            f"dim_x={self.dim_x}, dim_y={self.dim_y}, momentum={self.momentum}, eps={self.eps}, "
-            f"center_with_running_mean={self.center_with_running_mean}"
-        )
+        names = ("dim_x", "dim_y", "momentum", "eps", "center_with_running_mean")
+        return ", ".join(f"{name}={getattr(self, name)}" for name in names)
 
     def _update(self, x: torch.Tensor, y: torch.Tensor) -> None:
         # Compared on the device: reading the number would wait for a GPU at every batch.
@@ -194,14 +178,11 @@ class EMAStats(WideBuffers):
         return tuple(flat.view_as(term) for flat, term in zip(sums, terms, strict=True))
 
     def _initial(self, dtype: torch.dtype, device: torch.device | None) -> dict[str, torch.Tensor]:
-        return {
-            "mean_x": torch.zeros(self.dim_x, dtype=dtype, device=device),
-            "mean_y": torch.zeros(self.dim_y, dtype=dtype, device=device),
-            "cov_xx": torch.eye(self.dim_x, dtype=dtype, device=device),
-            "cov_yy": torch.eye(self.dim_y, dtype=dtype, device=device),
-            "cov_xy": torch.zeros(self.dim_x, self.dim_y, dtype=dtype, device=device),
-            "num_batches_tracked": torch.tensor(0, device=device),
-        }
+        x, y = self.dim_x, self.dim_y
+        means = {"mean_x": torch.zeros(x), "mean_y": torch.zeros(y)}
+        statistics = means | {"cov_xx": torch.eye(x), "cov_yy": torch.eye(y), "cov_xy": torch.zeros(x, y)}
+        count = {"num_batches_tracked": torch.tensor(0, device=device)}
+        return {name: value.to(device, dtype) for name, value in statistics.items()} | count
 
     def _check(self, name: str, batch: torch.Tensor, dim: int) -> None:
         if not isinstance(batch, torch.Tensor):
@@ -221,13 +202,13 @@ class EMAStats(WideBuffers):
 
     def _root(self, name: str, dtype: torch.dtype) -> torch.Tensor:
         """The Cholesky factor of a covariance with its ridge."""
-        covariance: torch.Tensor = getattr(self, name).to(dtype)
-        ridge = self.eps * torch.eye(covariance.shape[0], dtype=dtype, device=covariance.device)
+        covariance: torch.Tensor = getattr(self, name)
+        size = covariance.shape[0]
+        ridged = covariance.to(dtype) + self.eps * torch.eye(size, dtype=dtype, device=covariance.device)
         factor: torch.Tensor
-        factor, info = torch.linalg.cholesky_ex(covariance + ridge)
+        factor, info = torch.linalg.cholesky_ex(ridged)
         # The pivots of a singular matrix are rounding errors of its variances.
-        noise = covariance.shape[0] * torch.finfo(getattr(self, name).dtype).eps
-        lost = factor.diagonal().square() <= noise * (covariance + ridge).diagonal()
+        lost = factor.diagonal().square() <= size * torch.finfo(covariance.dtype).eps * ridged.diagonal()
         if int(info) != 0 or bool(lost.any()):
             raise InvalidValueError("eps", f"too small for {name}, which lacks full rank", value=f"{self.eps:g}")
         return factor
@@ -246,9 +227,8 @@ class EMAStats(WideBuffers):
 
     def __getstate__(self) -> dict[str, Any]:
         if self.process_group is not None:
-            warnings.warn(
-                "process_group: cannot be saved with the module; set it again on the loaded one", stacklevel=2
-            )
+            text = "process_group: cannot be saved with the module; set it again on the loaded one"
+            warnings.warn(text, stacklevel=2)
         return {**self._without_graph(), "process_group": None}
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:

@@ -60,6 +60,7 @@ class ExponentialMovingAverage(torch.nn.Module):
 
     Raises:
         InvalidValueError: (a ValueError) names the argument and its range.
+        ModelMismatchError: (in `update_parameters` and `sync_*`) lists names or shapes that are not the average's.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -107,13 +108,8 @@ class ExponentialMovingAverage(torch.nn.Module):
     def avg_func(self, averaged_param: torch.Tensor, source_param: torch.Tensor, steps: int) -> torch.Tensor | None:
         """Average one tensor in place. The override of a subclass is called for every averaged tensor.
 
-        Arguments:
-            averaged_param: the average, changed in place (float32 for a half-precision tensor).
-            source_param: the model's tensor, of the same shape, device and dtype.
-            steps: calls of `update_parameters` before this one.
-
-        Returns:
-            None, or a tensor that replaces the average, as in mmengine's first releases.
+        `averaged_param` (float32 for a half-precision tensor) and `source_param` have the same shape, device and dtype;
+        `steps` are the calls of `update_parameters` before. A tensor returned replaces the average, as in mmengine 0.x.
         """
         averaged_param.lerp_(source_param.to(averaged_param), self.momentum_at(steps))
         return None
@@ -125,11 +121,7 @@ class ExponentialMovingAverage(torch.nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def update_parameters(self, model: torch.nn.Module) -> None:
-        """Take the model's weights into the average. Call it after every optimizer step.
-
-        Raises:
-            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
-        """
+        """Take the model's weights into the average. Call it after every optimizer step."""
         steps = int(self._steps.read(self.steps))
         parameters, buffers = pair_parameters(self.module, model), pair_buffers(self.module, model)
         if steps == 0:
@@ -144,11 +136,7 @@ class ExponentialMovingAverage(torch.nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def sync_buffers(self, model: torch.nn.Module) -> None:
-        """Copy the model's buffers. With `update_buffers=True` that replaces their averages, and warns.
-
-        Raises:
-            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
-        """
+        """Copy the model's buffers. With `update_buffers=True` that replaces their averages, and warns."""
         if self.update_buffers:
             text = "this average has update_buffers=True; the model's buffers now replace their averages"
             warnings.warn(f"sync_buffers: {text}", stacklevel=4)  # past the two decorators
@@ -157,11 +145,7 @@ class ExponentialMovingAverage(torch.nn.Module):
     @torch.inference_mode(False)
     @torch.no_grad()
     def sync_parameters(self, model: torch.nn.Module) -> None:
-        """Copy the model's parameters and buffers and restart the average from them; `steps` is kept.
-
-        Raises:
-            ModelMismatchError: names or shapes of tensors are not those of the average; lists them.
-        """
+        """Copy the model's parameters and buffers and restart the average from them; `steps` is kept."""
         self._copy(pair_parameters(self.module, model) + pair_buffers(self.module, model))
 
     def extra_repr(self) -> str:
@@ -231,6 +215,7 @@ class ShadowModel(WideBuffers):
 
     Raises:
         InvalidValueError: (a ValueError) names the argument and its range.
+        ModelMismatchError: (in `update`) lists names or shapes of the model that are no longer the shadow's.
 
     Example:
         >>> net = ShadowModel(torch.nn.Linear(2, 1, bias=False), decay=0.9)
@@ -278,11 +263,7 @@ class ShadowModel(WideBuffers):
     @torch.inference_mode(False)
     @torch.no_grad()
     def update(self) -> None:
-        """Take the model's parameters into the shadow. In eval mode it does nothing, and warns once.
-
-        Raises:
-            ModelMismatchError: names or shapes of the model's tensors are no longer the shadow's; lists them.
-        """
+        """Take the model's parameters into the shadow. In eval mode it does nothing, and warns once."""
         if not self.training:
             if not self._warned:
                 self._warned = True

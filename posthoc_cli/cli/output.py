@@ -162,14 +162,10 @@ def progress_bar(quiet: bool = False, verbose: bool = False, unit: str = "") -> 
         if verbose and not quiet and not Console(stderr=True).is_terminal:
             yield ProgressLines(what, total).advance
             return
-        numbers = (
-            (live.MofNCompleteColumn(), live.TextColumn(unit))
-            if unit
-            else (live.DownloadColumn(), live.TransferSpeedColumn())
-        )
-        with _live(
-            live.TextColumn(what), live.BarColumn(), *numbers, live.TimeRemainingColumn(), hidden=quiet
-        ) as progress:
+        in_bytes = live.DownloadColumn(), live.TransferSpeedColumn()
+        numbers = (live.MofNCompleteColumn(), live.TextColumn(unit)) if unit else in_bytes
+        columns = live.TextColumn(what), live.BarColumn(), *numbers, live.TimeRemainingColumn()
+        with _live(*columns, hidden=quiet) as progress:
             task = progress.add_task(what, total=total)
             yield lambda count: progress.advance(task, count)
 
