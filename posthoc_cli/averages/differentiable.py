@@ -39,7 +39,7 @@ class DifferentiableEMA(torch.nn.Module):
 
     - "truncated": g^T (1 - decay) dx_t/dw, the newest value only, as batch statistics do. Constant memory.
     - "window": g^T sum_i c_i df_i/dw(w_i) over the last `window` values, exactly. Holds `window` graphs.
-    - "full": the same over all values, for checks. The graph grows without end; it warns from the 100th value on.
+    - "full": the same over all values, for checks. Graph and time grow without end; it warns from the 100th value on.
     - "carried": the same over all values without a graph, see below.
 
     **Kept graphs** ("window", "full") serve more than one `backward`: call it with `retain_graph=True`. Optimizers
@@ -207,11 +207,11 @@ class DifferentiableEMA(torch.nn.Module):
         return None if self.mode == "truncated" else _Window(self._window)
 
 
-# --- What the modes keep: `take_in` gives the new average with the mode's graph, a tensor of its own ---
-
-
 class _Window:
-    """The last `length` values (None: all) with their graphs, and the average of all earlier ones without a graph."""
+    """The last `length` values (None: all) with their graphs, and the average of all earlier ones without a graph.
+
+    `take_in`, here and in `_Carried`, gives the new average with the mode's graph, a tensor of its own.
+    """
 
     def __init__(self, length: int | None) -> None:
         self._length = length
@@ -227,12 +227,9 @@ class _Window:
         # A copy, since the value may be a view of a parameter, which the optimizer changes.
         self._kept.append((value.clone(), decay))
         if self._length is None and len(self._kept) > _LONGEST_QUIET_GRAPH:
-            warnings.warn(
-                f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each; use 'window' or "
-                "'carried' for training, or call reset()",
-                RuntimeWarning,
-                stacklevel=_CALLER,
-            )
+            hint = "use 'window' or 'carried' for training, or call reset()"
+            text = f"mode 'full' holds the graphs of {len(self._kept)} values, and one more with each; {hint}"
+            warnings.warn(text, RuntimeWarning, stacklevel=_CALLER)
         running = self._before
         for kept, decay_then in self._kept:
             running = _next(running, kept.to(value), decay_then)

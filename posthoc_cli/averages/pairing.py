@@ -20,7 +20,6 @@ from posthoc_cli.tracker.names import named_tensors, unwrapped
 
 ELEMENTS_AT_A_TIME = 2**24
 """An update copies half-precision tensors and sources on other devices: at most about 64 MiB at a time."""
-
 _LISTED_NAMES = 5
 
 
@@ -43,17 +42,8 @@ def make_average(model: torch.nn.Module, device: torch.device | str | None = Non
     return average if device is None else average.to(device)
 
 
-def pair_parameters(average: torch.nn.Module, model: torch.nn.Module) -> list[Pair]:
-    """The parameters of both, a tied one once; a ModelMismatchError lists names or shapes that differ."""
-    return _pair("parameters", average, model)
-
-
-def pair_buffers(average: torch.nn.Module, model: torch.nn.Module) -> list[Pair]:
-    """The buffers of both, including those outside of the state dict; raises like `pair_parameters`."""
-    return _pair("buffers", average, model)
-
-
-def _pair(kind: str, average_module: torch.nn.Module, model: torch.nn.Module) -> list[Pair]:
+def paired(kind: str, average_module: torch.nn.Module, model: torch.nn.Module) -> list[Pair]:
+    """The "parameters" or "buffers" of both, a tied one once; a ModelMismatchError lists what differs."""
     model = unwrapped(check_model(model))
     averages, sources = (dict(getattr(module, f"named_{kind}")()) for module in (average_module, model))
     if averages.keys() != sources.keys():
@@ -149,9 +139,6 @@ def _batches(pairs: Iterable[Pair]) -> Iterator[list[Pair]]:
             batch, elements = [], 0
     if batch:
         yield batch
-
-
-# --- Precision and host values ----------------------------------------------------------------------
 
 
 def is_narrow(dtype: torch.dtype) -> bool:

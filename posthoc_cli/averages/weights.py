@@ -18,8 +18,7 @@ from posthoc_cli.averages.pairing import (
     copy_,
     is_averaged,
     make_average,
-    pair_buffers,
-    pair_parameters,
+    paired,
     wide_averages,
 )
 from posthoc_cli.errors import InvalidValueError
@@ -123,7 +122,7 @@ class ExponentialMovingAverage(torch.nn.Module):
     def update_parameters(self, model: torch.nn.Module) -> None:
         """Take the model's weights into the average. Call it after every optimizer step."""
         steps = int(self._steps.read(self.steps))
-        parameters, buffers = pair_parameters(self.module, model), pair_buffers(self.module, model)
+        parameters, buffers = paired("parameters", self.module, model), paired("buffers", self.module, model)
         if steps == 0:
             self._copy(parameters + buffers)
         else:
@@ -140,13 +139,13 @@ class ExponentialMovingAverage(torch.nn.Module):
         if self.update_buffers:
             text = "this average has update_buffers=True; the model's buffers now replace their averages"
             warnings.warn(f"sync_buffers: {text}", stacklevel=4)  # past the two decorators
-        copy_(pair_buffers(self.module, model))
+        copy_(paired("buffers", self.module, model))
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def sync_parameters(self, model: torch.nn.Module) -> None:
         """Copy the model's parameters and buffers and restart the average from them; `steps` is kept."""
-        self._copy(pair_parameters(self.module, model) + pair_buffers(self.module, model))
+        self._copy(paired("parameters", self.module, model) + paired("buffers", self.module, model))
 
     def extra_repr(self) -> str:
         """The settings."""
@@ -270,7 +269,7 @@ class ShadowModel(WideBuffers):
                 text = "the module is in eval mode, and the shadow stays; call train() before training"
                 warnings.warn(f"update: {text}", stacklevel=4)  # past this method and its two decorators
             return
-        parameters, buffers = pair_parameters(self.shadow, self.model), pair_buffers(self.shadow, self.model)
+        parameters, buffers = paired("parameters", self.shadow, self.model), paired("buffers", self.shadow, self.model)
         share = self._next_share()
         average_([pair for pair in parameters if is_averaged(pair.average)], self.accumulators, share)
         copy_([pair for pair in parameters if not is_averaged(pair.average)] + buffers)
