@@ -159,7 +159,7 @@ def main() -> NoReturn:
     arguments = sys.argv[1:] or ["--help"]
     debug = _DEBUG in arguments
     sys.excepthook = _show_traceback if debug else _report_unexpected
-    warnings.showwarning = _show_warning
+    warnings.showwarning = lambda message, *_, **__: _print_message("warning", message)
     output.log_to_stderr(False)
     _prepare_streams()
     _clean_up_on_signals()
@@ -211,10 +211,6 @@ def _report_unexpected(kind: type[BaseException], error: BaseException, _: objec
 def _show_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     for line in "".join(traceback.format_exception(kind, error, trace)).splitlines():
         output.print_note(line)
-
-
-def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
-    _print_message("warning", message)
 
 
 def _reader_has_gone() -> int:

@@ -149,9 +149,6 @@ def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
     return [parse_count(texts[index % len(texts)], option) for index in range(schedules)]
 
 
-# --- what is written -------------------------------------------------------------------------------
-
-
 def _table(curves: list[ErrorCurve]) -> str:
     """The curves and the other targets as comma-separated values."""
     text = io.StringIO()

@@ -24,16 +24,13 @@ _T = TypeVar("_T")
 
 def one_of(*words: str) -> Callable[[str], list[str]]:
     """Completion in a shell: those of `words` that begin with what was typed."""
-
-    def complete(incomplete: str) -> list[str]:
-        return [word for word in words if word.startswith(incomplete)]
-
-    return complete
+    return lambda incomplete: [word for word in words if word.startswith(incomplete)]
 
 
+PICTURES = (".png", ".svg", ".pdf")
 STORED_DTYPES = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
 """Short words for the dtypes of planned snapshots."""
-PICTURES = (".png", ".svg", ".pdf")
+STORED = one_of(*STORED_DTYPES.values())
 
 BETA = Option(
     None,
@@ -78,7 +75,6 @@ PICTURE = Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
 FORCE = Option(False, "--force", help="Replace existing outputs.")
 QUIET = Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.")
 JSON = Option(False, "--json", help="Print one JSON object.")
-STORED = one_of(*STORED_DTYPES.values())
 YES = Option(False, "--yes", "-y", help="Do not ask.")
 
 

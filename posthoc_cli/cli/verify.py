@@ -101,9 +101,6 @@ def _clean(found: Verification, yes: bool, dry_run: bool, as_json: bool) -> Clea
     return cleaning
 
 
-# --- what is printed -------------------------------------------------------------------------------
-
-
 def _print(found: Verification, verbose: bool, offer: bool) -> None:
     fine = [report for report in found.files if report.is_fine]
     listed = fine if verbose or len(fine) <= output.MOST_ROWS else []
