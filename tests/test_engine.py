@@ -358,7 +358,7 @@ def test_a_flipped_bit_anywhere_in_a_tensor_is_found_by_name_and_nothing_is_left
 ) -> None:
     run, path = harmed(mixed, tmp_path)
     plan = plan_of(run)
-    header = plan.sources[1].snapshot.header  # type: ignore[attr-defined]
+    header = plan.sources[1].header  # type: ignore[attr-defined]
     flip(path, header.payload_start + header.tensors[name].begin + header.tensors[name].nbytes - 1)
     with pytest.raises(FileFormatError, match=f"{path.name}: tensor '{name}' is damaged"):
         write_synthesis(plan, [tmp_path / f"{target}.safetensors" for target in TARGETS])
@@ -593,7 +593,7 @@ def test_tf32_that_is_allowed_later_changes_no_byte_on_a_gpu(mixed: Path) -> Non
 def test_memory_that_a_failed_synthesis_has_freed_is_not_written_any_more(mixed: Path, tmp_path: Path) -> None:
     run, path = harmed(mixed, tmp_path)
     plan = plan_of(run)
-    header = plan.sources[1].snapshot.header  # type: ignore[attr-defined]
+    header = plan.sources[1].header  # type: ignore[attr-defined]
     flip(path, header.payload_start + header.tensors["large"].begin + header.tensors["large"].nbytes - 1)
     for _ in range(10):
         with pytest.raises(FileFormatError, match="is damaged"):
