@@ -87,7 +87,7 @@ def _report(result: Result) -> dict[str, Any]:
         "best": result.best.sigma_rel,
         "tracked": [vars(check) for check in result.checks],
         "commands": result.commands,
-        "files": [str(path) for path in result.folder.made()],
+        "files": [str(path) for path in sorted(result.folder.root.iterdir())],
         "seconds": result.seconds,
     }
 
@@ -129,7 +129,7 @@ def _print_closing(result: Result) -> None:
     mine, plan = folder.root / "mine.safetensors", folder.root / "plan.png"
     output.print_line("")
     output.print_line(f"done in {result.seconds:.0f} s; in {folder.root}:")
-    output.print_line(f"  {', '.join(path.name + '/' * path.is_dir() for path in folder.made())}")
+    output.print_line(f"  {', '.join(path.name + '/' * path.is_dir() for path in sorted(folder.root.iterdir()))}")
     output.print_line("look at the pictures, and try:")
     for command in (
         ["synthesize", folder.snapshots, "--sigma-rel", "0.13", "--out", mine],
