@@ -28,7 +28,7 @@ from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import BLOCK_BYTES, TrackedTensor
 from posthoc_cli.synthesis import engine, sums
 from posthoc_cli.synthesis import plan as plan_module
-from posthoc_cli.synthesis.engine import NoWriter, Options, numbered_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import Options, TileWriter, numbered_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
@@ -501,8 +501,8 @@ class Streams:
         monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
-    def open(self, _: object) -> list[NoWriter]:
-        writers = [NoWriter()] * len(TARGETS)
+    def open(self, _: object) -> list[TileWriter]:
+        writers = [TileWriter()] * len(TARGETS)
         self.log.append(("open", id(writers)))
         self.kept = [*getattr(self, "kept", []), writers]  # so that no id is given again
         return writers
@@ -621,7 +621,7 @@ def test_the_number_of_threads_of_torch_is_as_it_was(mixed: Path) -> None:
 def test_nothing_is_changed_by_a_synthesis_into_nowhere(mixed: Path) -> None:
     told: list[int] = []
     plan = plan_of(mixed)
-    for _ in synthesize_into(plan, lambda _: [NoWriter()] * len(TARGETS), Options(progress=told.append)):
+    for _ in synthesize_into(plan, lambda _: [TileWriter()] * len(TARGETS), Options(progress=told.append)):
         pass
     assert sum(told) == plan.read_bytes
 

@@ -111,7 +111,7 @@ class _FileSink:
         self._writer.discard()
 
 
-class _FileTile:
+class _FileTile(TileWriter):
     """Writes a tile to files, under all names of its tensors."""
 
     def __init__(self, sink: _FileSink, tile: Tile, names: Mapping[str, Sequence[str]]) -> None:

@@ -20,7 +20,7 @@ from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, r
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, of_segment_at
 from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock
 from posthoc_cli.snapshots.outputs import OutputInfo
-from posthoc_cli.synthesis.sources import Source, distinct_dtypes, source_prior
+from posthoc_cli.synthesis.sources import Source, source_prior
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -232,9 +232,7 @@ def plan_synthesis(
         solved=len(usable),
         there=sum(source.info.t <= time for source in alike),
         last=max(source.info.t for source in sources),
-        coarse=frozenset(
-            name for dtypes, _ in distinct_dtypes(usable) for name, stored in dtypes.items() if ITEM_BYTES[stored] < 4
-        ),
+        coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
     )
     plan = replace(plan, output_rounding=_output_rounding(plan))
     if max_error is not None:

@@ -54,13 +54,3 @@ def source_prior(sources: Sequence[Source]) -> Prior:
     prior = snapshot_prior(on_disk, [source.info for source in in_memory])
     place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
     return prior.of([place[id(source)] for source in sources])
-
-
-def distinct_dtypes(sources: Sequence[Source]) -> list[tuple[Mapping[str, str], int]]:
-    """The dtypes that tensors are stored in, and the number of sources that share them; mostly one entry a run."""
-    found: list[tuple[Mapping[str, str], int]] = []
-    for source in sources:
-        dtypes = {name: entry.dtype for name, entry in source.stored.items()}
-        index = next((index for index, (other, _) in enumerate(found) if dtypes == other), len(found))
-        found[index : index + 1] = [(dtypes, found[index][1] + 1 if index < len(found) else 1)]
-    return found
