@@ -40,7 +40,7 @@ from synthesis_cases import (
 )
 
 from posthoc_cli.export.outputs import write_synthesis
-from posthoc_cli.synthesis.engine import NoWriter, Options, parse_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import Options, TileWriter, parse_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 
@@ -211,7 +211,7 @@ def planned(run: Path, targets: Sequence[float]) -> Plan:
 
 def nowhere(plan: Plan, device: str, workers: int | None = None) -> Iterable[object]:
     """The engine alone."""
-    return synthesize_into(plan, lambda _: [NoWriter()] * len(plan.targets), Options(device, workers))
+    return synthesize_into(plan, lambda _: [TileWriter()] * len(plan.targets), Options(device, workers))
 
 
 def exhaust(items: Iterable[object]) -> None:

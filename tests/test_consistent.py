@@ -40,7 +40,7 @@ def trained(folder: Path) -> torch.nn.Module:
 
 def remove_one(plan: Plan) -> Plan:
     """As a writer does that thins: one of the snapshots that were planned with, not the newest."""
-    plan.sources[len(plan.sources) // 2].snapshot.path.unlink()  # type: ignore[attr-defined]
+    plan.sources[len(plan.sources) // 2].path.unlink()  # type: ignore[attr-defined]
     return plan
 
 

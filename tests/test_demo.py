@@ -20,8 +20,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import plots
 from posthoc_cli.demo import denoiser
-from posthoc_cli.demo.folder import Folder
-from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS, Commands, compare
+from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS, Commands, Folder, compare
 from posthoc_cli.demo.training import DirectAverage, Settings, train
 from posthoc_cli.errors import OutputExistsError
 from posthoc_cli.profiles import PowerFunction
@@ -280,10 +279,10 @@ def test_a_direct_average_weighs_each_value_with_the_profiles_mass_on_its_interv
 def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
     images = denoiser.load_digits(seed=0).training
     state, threads = torch.get_rng_state(), torch.get_num_threads()
-    first, second = (train(Settings(100), images, tmp_path / name, [0.1], lambda _: None) for name in "ab")
+    first, second = (train(Settings(100), images, tmp_path / name, [0.1], lambda _: None)[0] for name in "ab")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    for (name, a), b in zip(first.model.state_dict().items(), second.model.state_dict().values(), strict=True):
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
 

@@ -28,7 +28,7 @@ from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import BLOCK_BYTES, TrackedTensor
 from posthoc_cli.synthesis import engine, sums
 from posthoc_cli.synthesis import plan as plan_module
-from posthoc_cli.synthesis.engine import NoWriter, Options, numbered_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import Options, TileWriter, numbered_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
@@ -358,7 +358,7 @@ def test_a_flipped_bit_anywhere_in_a_tensor_is_found_by_name_and_nothing_is_left
 ) -> None:
     run, path = harmed(mixed, tmp_path)
     plan = plan_of(run)
-    header = plan.sources[1].snapshot.header  # type: ignore[attr-defined]
+    header = plan.sources[1].header  # type: ignore[attr-defined]
     flip(path, header.payload_start + header.tensors[name].begin + header.tensors[name].nbytes - 1)
     with pytest.raises(FileFormatError, match=f"{path.name}: tensor '{name}' is damaged"):
         write_synthesis(plan, [tmp_path / f"{target}.safetensors" for target in TARGETS])
@@ -501,8 +501,8 @@ class Streams:
         monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
-    def open(self, _: object) -> list[NoWriter]:
-        writers = [NoWriter()] * len(TARGETS)
+    def open(self, _: object) -> list[TileWriter]:
+        writers = [TileWriter()] * len(TARGETS)
         self.log.append(("open", id(writers)))
         self.kept = [*getattr(self, "kept", []), writers]  # so that no id is given again
         return writers
@@ -593,7 +593,7 @@ def test_tf32_that_is_allowed_later_changes_no_byte_on_a_gpu(mixed: Path) -> Non
 def test_memory_that_a_failed_synthesis_has_freed_is_not_written_any_more(mixed: Path, tmp_path: Path) -> None:
     run, path = harmed(mixed, tmp_path)
     plan = plan_of(run)
-    header = plan.sources[1].snapshot.header  # type: ignore[attr-defined]
+    header = plan.sources[1].header  # type: ignore[attr-defined]
     flip(path, header.payload_start + header.tensors["large"].begin + header.tensors["large"].nbytes - 1)
     for _ in range(10):
         with pytest.raises(FileFormatError, match="is damaged"):
@@ -621,7 +621,7 @@ def test_the_number_of_threads_of_torch_is_as_it_was(mixed: Path) -> None:
 def test_nothing_is_changed_by_a_synthesis_into_nowhere(mixed: Path) -> None:
     told: list[int] = []
     plan = plan_of(mixed)
-    for _ in synthesize_into(plan, lambda _: [NoWriter()] * len(TARGETS), Options(progress=told.append)):
+    for _ in synthesize_into(plan, lambda _: [TileWriter()] * len(TARGETS), Options(progress=told.append)):
         pass
     assert sum(told) == plan.read_bytes
 

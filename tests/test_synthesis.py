@@ -16,11 +16,11 @@ from factories import RUN_ID, exact_average, exact_gamma, random_walk, write_run
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, NonFiniteError
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
-from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
 from posthoc_cli.synthesis.engine import Options, parse_device, synthesize
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.synthesis.sources import DiskSource, disk_sources
+from posthoc_cli.synthesis.sources import disk_sources
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)
@@ -54,9 +54,9 @@ def made(plan: Plan, **options: Any) -> dict[str, list[torch.Tensor]]:
     return dict(synthesize(plan, Options(**options)))
 
 
-def stored(source: DiskSource, name: str) -> torch.Tensor:
+def stored(source: Snapshot, name: str) -> torch.Tensor:
     """A tensor as it is in a snapshot."""
-    with TensorFile(source.snapshot.path) as file:
+    with TensorFile(source.path) as file:
         entry = file.header.tensors[name]
         return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
@@ -65,7 +65,7 @@ def expected(plan: Plan, name: str) -> tuple[list[np.ndarray], list[np.ndarray]]
     """For each target, sum_i c_i x_i and sum_i |c_i x_i| in float64."""
     values = []
     for source in plan.sources:
-        assert isinstance(source, DiskSource)
+        assert isinstance(source, Snapshot)
         values.append(stored(source, name).double().numpy())
     columns = plan.reconstruction.coefficients.T
     return (

@@ -45,10 +45,10 @@ def export(
     Layouts: one safetensors file; shards with an index, named as the Hugging Face libraries look for them (one
     file when it fits); a .pt state dict for torch.load(weights_only=True).
     """
-    from posthoc_cli.export.convert import export_models
+    from posthoc_cli.export.convert import export_file
 
     base = None if base is None else existing(base)
-    report = export_models(
+    report = export_file(
         existing(file), files.expanded(out), layout, dtype, base, prefix, strip_prefix, overwrite, max_shard_size,
         output.progress_bar(quiet),
     )  # fmt: skip

@@ -16,8 +16,7 @@ from torch import nn
 
 from posthoc_cli.errors import MissingDependencyError
 
-SIDE = 8
-PIXELS = SIDE * SIDE
+PIXELS = 8 * 8
 CLASSES = 10
 STANDARD_DEVIATION = 0.75
 """Of the pixels, scaled to -1 (paper) .. 1 (ink)."""
@@ -43,11 +42,7 @@ class Split:
 
 
 def load_digits(seed: int) -> Split:
-    """All images, split at random.
-
-    Raises:
-        MissingDependencyError: scikit-learn is not installed.
-    """
+    """All images, split at random; a MissingDependencyError if scikit-learn is not installed."""
     try:
         from sklearn import datasets
     except ModuleNotFoundError as error:
@@ -56,12 +51,9 @@ def load_digits(seed: int) -> Split:
     pixels, labels = datasets.load_digits(return_X_y=True)
     images = torch.as_tensor(pixels, dtype=torch.float32) / (_LARGEST_VALUE / 2) - 1
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    digits = Digits(images[order], torch.as_tensor(labels, dtype=torch.int64)[order])
+    images, labels = images[order], torch.as_tensor(labels, dtype=torch.int64)[order]
     count = _FOR_VALIDATION
-    training, validation = (
-        Digits(digits.images[which], digits.labels[which]) for which in (slice(count, None), slice(count))
-    )
-    return Split(training, validation)
+    return Split(Digits(images[count:], labels[count:]), Digits(images[:count], labels[:count]))
 
 
 LOG_NOISE_MEAN, LOG_NOISE_STD = -0.8, 1.2
@@ -121,9 +113,7 @@ def make_denoiser(seed: int) -> Denoiser:
 def losses(model: nn.Module, digits: Digits, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     """The weighted squared error of each image, shape [images]; for F = 0 about 1 in the mean.
 
-    Arguments:
-        sigma: noise levels, shape [images, 1].
-        noise: standard normal, shape [images, 64].
+    `sigma` are the noise levels, shape [images, 1]; `noise` is standard normal, shape [images, 64].
     """
     denoised = model(digits.images + sigma * noise, sigma, digits.labels)
     weight = (sigma**2 + _VARIANCE) / (sigma**2 * _VARIANCE)
@@ -146,11 +136,8 @@ class Validation:
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> torch.Tensor:
         """The loss of each image, the mean over its draws: float64, shape [images]."""
-        count = len(self._digits.images)
-        rows = [
-            losses(model, self._digits, sigma.expand(count, 1), noise)
-            for sigma, noise in zip(self._sigmas, self._noise, strict=True)
-        ]
+        sigmas = self._sigmas.reshape(-1, 1, 1).expand(-1, len(self._digits.images), 1)
+        rows = [losses(model, self._digits, *draw) for draw in zip(sigmas, self._noise, strict=True)]
         return torch.stack(rows).double().mean(dim=0)
 
 

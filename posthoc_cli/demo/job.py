@@ -6,9 +6,9 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import safetensors.torch
 import torch
 from safetensors.torch import load_file
 
-from posthoc_cli import files
+from posthoc_cli import files, plots
 from posthoc_cli.demo.denoiser import Denoiser, Digits, Validation, load_digits
-from posthoc_cli.demo.folder import Folder
-from posthoc_cli.demo.training import UPDATE_EVERY, Settings, Trained, train
-from posthoc_cli.errors import PostHocError
+from posthoc_cli.demo.training import UPDATE_EVERY, Settings, train
+from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
+from posthoc_cli.progress import ProgressBar
 
 Say = Callable[[str], None]
 """Prints a line."""
@@ -37,24 +37,33 @@ SIGMA_RELS = tuple(count * 25 / 1000 for count in range(1, 12))
 DIRECT_SIGMA_RELS = (0.05, 0.1, 0.15, 0.2, 0.25)
 """Those also tracked directly."""
 
-_SEED = 0
 
-Watch = Callable[[str, int], AbstractContextManager[Callable[[int], None]]]
-"""Shows progress, from a title and a number of steps; gives a function that advances it."""
+@dataclass(frozen=True)
+class Measured:
+    """The validation loss of an average, or of the raw weights (`RAW`).
+
+    `above_best` is its difference to the lowest loss of an average, and `standard_error` that of the difference over
+    the images: both losses are measured with the same noise.
+    """
+
+    sigma_rel: float
+    loss: float
+    above_best: float
+    standard_error: float
+
+
+@dataclass(frozen=True)
+class DirectCheck:
+    """|| synthesized - tracked || / || tracked || over all parameters, in float64; and the same for the raw weights."""
+
+    sigma_rel: float
+    relative_error: float
+    raw_distance: float
 
 
 @dataclass(frozen=True)
 class Result:
-    """The results of a demo.
-
-    Attributes:
-        folder: its files.
-        parameters: of the network.
-        raw, averages: measured on the validation images.
-        checks: synthesized against directly tracked averages.
-        commands: the `ema` commands that were run, quoted for a shell.
-        seconds: of the demo.
-    """
+    """The results of a demo: its files, the measurements, and the `ema` commands that were run."""
 
     folder: Folder
     settings: Settings
@@ -87,7 +96,7 @@ class Result:
         }
 
 
-def run(out: Path, steps: int, force: bool, say: Say, watch: Watch) -> Result:
+def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Result:
     """Train a small diffusion model with the hook, and choose the length of its average afterwards.
 
     Arguments:
@@ -95,36 +104,40 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: Watch) -> Result:
         steps: of training; a multiple of 100.
         force: replace an earlier demo in `out`.
         say: prints what is going on.
-        watch: shows the progress of the training.
+        watch: opens a progress bar, of the steps of training.
 
     Raises:
-        InvalidValueError: `steps` is not a multiple of 100.
-        OutputExistsError: `out` holds other files, or an earlier demo without `force`.
-        MissingDependencyError: scikit-learn is not installed.
+        InvalidValueError, OutputExistsError, MissingDependencyError: see `Settings`, `Folder.prepare`, `load_digits`.
         PostHocError: a command failed.
     """
-    started = time.perf_counter()
+    started, threads = time.perf_counter(), torch.get_num_threads()
     settings, folder, commands = Settings(steps), Folder(out), Commands(say)
-    digits = load_digits(_SEED)
+    digits = load_digits(seed=0)
     folder.prepare(force)
-    with _one_thread():
-        trained = _train(settings, digits.training, folder, say, watch)
-        _synthesize(folder, commands)
+    torch.set_num_threads(1)  # faster for so small a network, and the same sums on every machine
+    try:
+        model = _train(settings, digits.training, folder, say, watch)
+        widths = f"{SIGMA_RELS[0]:g},{SIGMA_RELS[1]:g},...,{SIGMA_RELS[-1]:g}"
+        commands.run("info", folder.snapshots)
+        commands.run("error-plot", folder.snapshots, "--out", folder.error_picture, "--force")
+        commands.run("synthesize", folder.snapshots, "--sigma-rel", widths, "--out", folder.averages, "--force")
         say("")
         say(f"measuring the validation loss of {len(SIGMA_RELS)} averages and of the raw weights")
         weights = {sigma_rel: load_file(folder.average(sigma_rel)) for sigma_rel in SIGMA_RELS}
         last = load_file(folder.raw)
-        raw, averages = measure(Validation(digits.validation, _SEED), trained.model, last, weights)
+        raw, averages = measure(Validation(digits.validation, seed=0), model, last, weights)
         best = min(averages, key=lambda measured: measured.loss)
-        commands.run("export", str(folder.average(best.sigma_rel)), "--out", str(folder.best), "--force")
+        commands.run("export", folder.average(best.sigma_rel), "--out", folder.best, "--force")
         _draw(folder, raw, averages)
         checks = [compare(width, weights[width], load_file(folder.tracked(width)), last) for width in DIRECT_SIGMA_RELS]
-    parameters = sum(parameter.numel() for parameter in trained.model.parameters())
+    finally:
+        torch.set_num_threads(threads)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - started
     return Result(folder, settings, parameters, raw, averages, checks, commands.lines, seconds)
 
 
-def _train(settings: Settings, digits: Digits, folder: Folder, say: Say, watch: Watch) -> Trained:
+def _train(settings: Settings, digits: Digits, folder: Folder, say: Say, watch: ProgressBar) -> Denoiser:
     """Train, and save the raw weights and the directly tracked averages."""
     say(
         f"training a diffusion model on {len(digits.images):,} images of digits: {settings.steps:,} steps of Adam, "
@@ -136,61 +149,30 @@ def _train(settings: Settings, digits: Digits, folder: Folder, say: Say, watch: 
     )
     started = time.perf_counter()
     with watch("training", settings.steps) as advance:
-        trained = train(settings, digits, folder.snapshots, DIRECT_SIGMA_RELS, advance)
+        model, direct = train(settings, digits, folder.snapshots, DIRECT_SIGMA_RELS, advance)
     say(f"trained in {time.perf_counter() - started:.0f} s")
-    _save(folder.raw, trained.model.state_dict())
-    for average in trained.direct:
-        _save(folder.tracked(average.sigma_rel), average.by_name(trained.model))
-    return trained
-
-
-def _synthesize(folder: Folder, commands: Commands) -> None:
-    snapshots = str(folder.snapshots)
-    widths = f"{SIGMA_RELS[0]:g},{SIGMA_RELS[1]:g},...,{SIGMA_RELS[-1]:g}"
-    commands.run("info", snapshots)
-    commands.run("error-plot", snapshots, "--out", str(folder.picture("error")), "--force")
-    commands.run("synthesize", snapshots, "--sigma-rel", widths, "--out", str(folder.averages), "--force")
+    files.write_whole(folder.raw, safetensors.torch.save(model.state_dict()))
+    for average in direct:
+        files.write_whole(folder.tracked(average.sigma_rel), safetensors.torch.save(average.by_name(model)))
+    return model
 
 
 def _draw(folder: Folder, raw: Measured, averages: list[Measured]) -> None:
-    from posthoc_cli import plots
-
-    widths = np.array([measured.sigma_rel for measured in averages])
-    losses = np.array([measured.loss for measured in averages])
-    errors = np.array([measured.standard_error for measured in averages])
-    of_raw = raw.loss, raw.standard_error
-    picture = plots.as_file(lambda: plots.loss_figure(widths, losses, errors, of_raw, "validation loss"), ".png")
-    files.write_whole(folder.picture("loss"), picture)
-
-
-def _save(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    files.write_whole(path, safetensors.torch.save(dict(tensors)))
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread for the block: faster for so small a network, and the same sums on every machine."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+    columns = [(measured.sigma_rel, measured.loss, measured.standard_error) for measured in averages]
+    widths, losses, errors = np.array(columns).T
+    figure = partial(plots.loss_figure, widths, losses, errors, (raw.loss, raw.standard_error), "validation loss")
+    files.write_whole(folder.loss_picture, plots.as_file(figure, ".png"))
 
 
 class Commands:
-    """Runs `ema` in another process.
-
-    Attributes:
-        lines: the commands so far, quoted for a shell in the current directory.
-    """
+    """Runs `ema` in another process; `lines` are the commands so far, quoted for a shell in the current directory."""
 
     def __init__(self, say: Say) -> None:
-        self.lines: list[str] = []
-        self._say = say
+        self._say, self.lines = say, list[str]()
 
-    def run(self, *arguments: str) -> None:
-        """Run `ema` with `arguments` and print its output; a PostHocError for another exit code than 0."""
+    def run(self, *words: str | Path) -> None:
+        """Run `ema` with `words` and print its output; a PostHocError for another exit code than 0."""
+        arguments = list(map(str, words))
         line = shlex.join(["ema", *arguments])
         self._say("")
         self._say(f"$ {line}")
@@ -208,37 +190,6 @@ class Commands:
         self.lines.append(line)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """One set of weights on the validation images.
-
-    Attributes:
-        sigma_rel: of the average; `RAW` for the raw weights.
-        loss: the validation loss.
-        above_best: difference to the lowest loss of the averages.
-        standard_error: of `above_best`, over the images; both losses are measured with the same noise.
-    """
-
-    sigma_rel: float
-    loss: float
-    above_best: float
-    standard_error: float
-
-
-@dataclass(frozen=True)
-class DirectCheck:
-    """Synthesized weights against the average of the same length tracked directly, in float64.
-
-    Attributes:
-        relative_error: || synthesized - tracked || / || tracked || over all parameters.
-        raw_distance: the same for the raw weights.
-    """
-
-    sigma_rel: float
-    relative_error: float
-    raw_distance: float
-
-
 def measure(
     validation: Validation, model: Denoiser, raw: Weights, averages: Mapping[float, Weights]
 ) -> tuple[Measured, list[Measured]]:
@@ -252,20 +203,74 @@ def measure(
     return _measured(RAW, of_raw, best), [_measured(sigma_rel, loss, best) for sigma_rel, loss in losses.items()]
 
 
-def compare(sigma_rel: float, synthesized: Weights, tracked: Weights, raw: Weights) -> DirectCheck:
-    """Distances to the directly tracked average, over its tensors."""
-    return DirectCheck(sigma_rel, _relative_distance(synthesized, tracked), _relative_distance(raw, tracked))
-
-
 def _measured(sigma_rel: float, loss: torch.Tensor, best: torch.Tensor) -> Measured:
     above = loss - best
     return Measured(sigma_rel, float(loss.mean()), float(above.mean()), float(above.std() / len(above) ** 0.5))
 
 
-def _relative_distance(weights: Weights, reference: Weights) -> float:
-    apart = _flat({name: weights[name].double() - value for name, value in reference.items()})
-    return float(apart.norm() / _flat(reference).norm())
+def compare(sigma_rel: float, synthesized: Weights, tracked: Weights, raw: Weights) -> DirectCheck:
+    """Distances to the directly tracked average, over its tensors."""
+    truth = torch.cat([value.reshape(-1) for value in tracked.values()])
+    found = [torch.cat([weights[name].double().reshape(-1) for name in tracked]) for weights in (synthesized, raw)]
+    return DirectCheck(sigma_rel, *(float((values - truth).norm() / truth.norm()) for values in found))
 
 
-def _flat(weights: Weights) -> torch.Tensor:
-    return torch.cat([value.reshape(-1) for value in weights.values()])
+# --- the folder --------------------------------------------------------------------------------------
+
+_MARKER = "made-by-ema-demo.txt"
+_MARKER_TEXT = """\
+`ema demo` made this folder.
+
+snapshots/        what the hook wrote during training: give it to ema synthesize, ema error-plot, ema info
+averages/         averages of many lengths, synthesized from the snapshots after training
+tracked/          averages of a few lengths, tracked during training in float64, to compare with
+raw.safetensors   the weights as the last step of training left them
+best.pt           the best average, as a state dict for torch.load
+*.png             pictures
+
+`ema demo --force` removes these files and makes them again. It leaves other files alone.
+"""
+_MADE = (
+    "snapshots/*.safetensors", "snapshots/.ema*", "averages/sigma_rel-*.safetensors", "tracked/sigma_rel-*.safetensors",
+    "raw.safetensors", "best.pt", "loss.png", "error.png",
+)  # fmt: skip
+
+
+class Folder:
+    """The files of a demo, in `root`."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.snapshots, self.averages = root, root / "snapshots", root / "averages"
+        self.raw, self.best = root / "raw.safetensors", root / "best.pt"
+        self.loss_picture, self.error_picture = root / "loss.png", root / "error.png"
+
+    def average(self, sigma_rel: float) -> Path:
+        """One of the averages, as named by `ema synthesize`."""
+        return self.averages / f"sigma_rel-{sigma_rel!r}.safetensors"
+
+    def tracked(self, sigma_rel: float) -> Path:
+        """An average that was tracked directly."""
+        return self.root / "tracked" / f"sigma_rel-{sigma_rel!r}.safetensors"
+
+    def prepare(self, force: bool) -> None:
+        """Make the folder, or with `force` delete the files of an earlier demo; else an OutputExistsError."""
+        if not self.root.parent.is_dir():
+            raise InvalidValueError("out", "its parent folder does not exist", value=self.root)
+        if self.root.exists() and not self.root.is_dir():
+            raise OutputExistsError(self.root, "is a file", "name a folder")
+        marker = self.root / _MARKER
+        if self.root.is_dir() and any(self.root.iterdir()):
+            if not marker.is_file():
+                raise OutputExistsError(self.root, "is not empty, and no earlier demo made it", "name another folder")
+            if not force:
+                raise OutputExistsError(self.root, "holds an earlier demo", "name another folder, or force=True")
+        for folder in (self.snapshots, self.averages, self.root / "tracked"):
+            if folder.is_symlink():
+                raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")
+        with files.reported_as_write_error(self.root):
+            for pattern in _MADE:
+                for path in self.root.glob(pattern):
+                    files.system.unlink(path)
+            for folder in (self.root, self.averages, self.root / "tracked"):
+                files.make_directory(folder)
+        files.write_whole(marker, _MARKER_TEXT.encode(), overwrite=True)

@@ -18,8 +18,6 @@ UPDATE_EVERY = 10
 SNAPSHOTS = 40
 """Kept a tracked profile; no more are taken if the number of steps allows that."""
 
-_STEPS_UNIT = 100
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -35,16 +33,14 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.steps < _STEPS_UNIT or self.steps % _STEPS_UNIT:
-            reason = f"must be a multiple of {_STEPS_UNIT}, from {_STEPS_UNIT}"
-            raise InvalidValueError("steps", reason, value=self.steps)
+        if self.steps < 100 or self.steps % 100:
+            raise InvalidValueError("steps", "must be a multiple of 100, from 100", value=self.steps)
 
     @property
     def checkpoint_every(self) -> int:
         """Steps between snapshots: a divisor of `steps`, so that the last step has one."""
         updates = self.steps // UPDATE_EVERY
-        longest = max(1, updates // SNAPSHOTS)
-        return UPDATE_EVERY * next(count for count in range(longest, 0, -1) if updates % count == 0)
+        return UPDATE_EVERY * next(n for n in range(max(1, updates // SNAPSHOTS), 0, -1) if updates % n == 0)
 
     @property
     def decay_start(self) -> int:
@@ -54,14 +50,6 @@ class Settings:
     def learning_rate_at(self, step: int) -> float:
         """alpha_ref / sqrt(max(t / t_ref, 1)), the decay of arXiv 2312.02696."""
         return self.learning_rate / math.sqrt(max(step / self.decay_start, 1.0))
-
-
-@dataclass(frozen=True)
-class Trained:
-    """The network with its last weights, and the directly tracked averages."""
-
-    model: Denoiser
-    direct: list[DirectAverage]
 
 
 class DirectAverage:
@@ -76,17 +64,12 @@ class DirectAverage:
         # The largest real root of (x + 1)**2 (x + 2) = x / sigma_rel**2 with x = gamma + 1.
         roots = np.roots([1, 4, 5 - sigma_rel**-2, 2])
         self.gamma = float(max(root.real for root in roots if abs(root.imag) < 1e-9)) - 1
-        self._t = 0.0
-        self._value = torch.zeros(0, dtype=torch.float64)
+        self._t, self._value = 0.0, torch.zeros((), dtype=torch.float64)
 
     def update_(self, weights: torch.Tensor, t: float) -> None:
         """Take in all parameters, as one vector, at time `t`."""
-        if self._t == 0:
-            self._value = weights.double()
-        else:
-            beta = (self._t / t) ** (self.gamma + 1)
-            self._value = beta * self._value + (1 - beta) * weights.double()
-        self._t = t
+        beta = (self._t / t) ** (self.gamma + 1)  # 0 for the first
+        self._t, self._value = t, beta * self._value + (1 - beta) * weights.double()
 
     def by_name(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """The average as tensors by name, float64."""
@@ -96,56 +79,33 @@ class DirectAverage:
 
 
 def train(
-    settings: Settings,
-    digits: Digits,
-    directory: Path,
-    direct_widths: Sequence[float],
-    advance: Callable[[int], None],
-) -> Trained:
-    """Train a denoiser with the hook, and track averages directly at the same steps.
+    settings: Settings, digits: Digits, directory: Path, direct: Sequence[float], advance: Callable[[int], None]
+) -> tuple[Denoiser, list[DirectAverage]]:
+    """Train a denoiser with the hook, and track averages directly at the same steps; returns both.
 
-    Arguments:
-        directory: for the snapshots.
-        direct_widths: sigma_rel of the averages to track directly.
-        advance: called with the number of steps since the last call.
+    `directory` is for the snapshots, `direct` has the sigma_rel of the averages to track directly; `advance` is called
+    with the number of steps since the last call.
     """
     model = make_denoiser(settings.seed)
     optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
-    direct = [DirectAverage(width) for width in direct_widths]
-    ema = PostHocEMA.from_model(
-        model,
-        directory,
-        update_every=UPDATE_EVERY,
-        checkpoint_every=settings.checkpoint_every,
-        max_checkpoints=SNAPSHOTS,
-    )
-    generator = torch.Generator().manual_seed(settings.seed)
-    with ema:
+    averages = [DirectAverage(width) for width in direct]
+    every, random = settings.checkpoint_every, torch.Generator().manual_seed(settings.seed)
+    with PostHocEMA.from_model(
+        model, directory, update_every=UPDATE_EVERY, checkpoint_every=every, max_checkpoints=SNAPSHOTS
+    ) as ema:
         for step in range(1, settings.steps + 1):
             optimizer.param_groups[0]["lr"] = settings.learning_rate_at(step)
-            _train_one_step(model, optimizer, digits, settings.batch, generator)
+            chosen = torch.randint(len(digits.images), (settings.batch,), generator=random)
+            sigma = random_noise_levels(settings.batch, random)
+            images = Digits(digits.images[chosen], digits.labels[chosen])
+            loss = losses(model, images, sigma, torch.randn(images.images.shape, generator=random)).mean()
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            optimizer.step()
             ema.update_(model)
             if step % UPDATE_EVERY == 0:
-                weights = _flat_parameters(model)
-                for average in direct:
+                weights = torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+                for average in averages:
                     average.update_(weights, step)
                 advance(UPDATE_EVERY)
-    return Trained(model, direct)
-
-
-def _train_one_step(
-    model: Denoiser, optimizer: torch.optim.Optimizer, digits: Digits, batch: int, generator: torch.Generator
-) -> None:
-    chosen = torch.randint(len(digits.images), (batch,), generator=generator)
-    images = Digits(digits.images[chosen], digits.labels[chosen])
-    sigma = random_noise_levels(batch, generator)
-    noise = torch.randn(images.images.shape, generator=generator)
-    loss = losses(model, images, sigma, noise).mean()
-    optimizer.zero_grad()
-    torch.autograd.backward(loss)
-    optimizer.step()
-
-
-def _flat_parameters(model: torch.nn.Module) -> torch.Tensor:
-    """All parameters as one vector, in the order of `model.parameters()`."""
-    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+    return model, averages

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,77 +21,26 @@ from posthoc_cli.errors import (
     OutputExistsError,
     shown,
 )
-from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, export_paths, layout_of, output_exists
-from posthoc_cli.export.sinks import make_sink
+from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, PICKLES, layout_of, output_exists, suffix_of
+from posthoc_cli.export.sinks import OTHER_FOLDER, make_sink
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.format import TensorSpec
+from posthoc_cli.snapshots.format import SUFFIX, TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files, models_at
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
-from posthoc_cli.synthesis.engine import Options, Progress
+from posthoc_cli.synthesis.engine import Options
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote: the number of tensors, how many of them came from the base, and their bytes."""
+    """What an output holds: the number of tensors, how many of them came from the base, and their bytes."""
 
     tensors: int
     from_base: int
     nbytes: int
-
-
-def export_file(
-    source: Path,
-    out: Path,
-    layout: str | None = None,
-    dtype: torch.dtype | str | None = None,
-    base: Path | None = None,
-    prefix: str = "",
-    strip_prefix: str = "",
-    overwrite: bool = False,
-    max_shard_size: str = DEFAULT_SHARD_SIZE,
-    progress: Progress | None = None,
-) -> Exported:
-    """Write a model in another layout. One tensor at a time, except for .pt.
-
-    Arguments:
-        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; or
-            shards of one of these: their index, or its folder.
-        out: the output; its name decides the layout unless `layout` does.
-        dtype: of all floating-point tensors but copies; None keeps each one's own.
-        base: a safetensors file, an index of shards, or a folder of one of these, whose further tensors complete the
-            output.
-        prefix, strip_prefix: put in front of, or taken from, the names in `source`, before they are compared
-            with those in `base`.
-        overwrite: replace an output that is there.
-        max_shard_size: such as "5GB".
-        progress: called with the bytes just written.
-
-    Raises:
-        FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
-    """
-    layout, wanted = layout_of(out, layout), parse_dtype(dtype)
-    options = Options(overwrite=overwrite, max_shard_size=files.parse_bytes(max_shard_size, "max_shard_size"))
-    with ExitStack() as stack:
-        own, info = _read_source(stack, source, wanted)
-        renamed = _rename(own, prefix, strip_prefix)
-        if info is not None:
-            copies = tuple(name for name, tensor in renamed.items() if tensor.role == "copy")
-            info = replace(info, copies=copies)
-        added = {} if base is None else _read_base(stack, base, wanted, renamed)
-        tensors = renamed | added
-        metadata = {"format": "pt"} if info is None else output_metadata(info)
-        specs = [tensor.spec(name) for name, tensor in tensors.items()]
-        with make_sink(layout, out, specs, metadata, options) as sink:
-            for spec in specs:
-                sink.write(spec.name, tensors[spec.name].read())
-                if progress is not None:
-                    progress(spec.nbytes)
-            sink.commit()
-    return Exported(len(tensors), len(added), sum(spec.nbytes for spec in specs))
 
 
 @dataclass(frozen=True)
@@ -114,7 +63,7 @@ class ExportReport:
         return {**({"outputs": reports} if self.several else reports[0]), "seconds": self.seconds}
 
 
-def export_models(
+def export_file(
     source: Path,
     out: Path,
     layout: str | None = None,
@@ -126,50 +75,78 @@ def export_models(
     max_shard_size: str = DEFAULT_SHARD_SIZE,
     progress: ProgressBar = no_bar,
 ) -> ExportReport:
-    """As `export_file`, also for a folder of several outputs, which go into the folder `out`.
+    """Write a model, or each model of a folder, in another layout. One tensor at a time, except for .pt.
+
+    Arguments:
+        source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; or
+            shards of one of these: their index, or its folder; or a folder of several outputs.
+        out: the output, whose name decides the layout unless `layout` does; a folder for several.
+        dtype: of all floating-point tensors but copies; None keeps each one's own.
+        base: a safetensors file, an index of shards, or a folder of one of these, whose further tensors complete the
+            output.
+        prefix, strip_prefix: put in front of, or taken from, the names in `source`, before they are compared
+            with those in `base`.
+        overwrite: replace an output that is there.
+        max_shard_size: such as "5GB".
+        progress: opens a progress bar, of the bytes to read.
 
     Raises:
-        OutputExistsError: one of several outputs is there already; nothing was written.
-        others: as `export_file`.
+        FileFormatError, MismatchError, InvalidValueError, OutputExistsError, WriteError, NonFiniteError.
     """
     started = time.perf_counter()
     sources = models_at(source)
-    several = len(sources) > 1
-    outs = export_paths(sources, out, layout) if several else [out]
-    if several:
-        for path in outs if not overwrite else ():
-            if output_exists(path, layout_of(path, layout)):
-                hint = "choose another folder, or overwrite=True to replace it"
-                raise OutputExistsError(path, "is there already", hint)
-        if out.parent.is_dir():
-            files.make_directory(out)
+    outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
+    options = Options(overwrite=overwrite, max_shard_size=files.parse_bytes(max_shard_size, "max_shard_size"))
+    made, wanted = {}, parse_dtype(dtype)
     total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
     with progress("exporting", total) as advance:
-        made = {
-            path: export_file(
-                model, path, layout, dtype, base, prefix, strip_prefix, overwrite, max_shard_size, advance
-            )
-            for model, path in zip(sources, outs, strict=True)
-        }
-    return ExportReport(made, several, time.perf_counter() - started)
+        for model, path in zip(sources, outs, strict=True):
+            kind = layout_of(path, layout)
+            with ExitStack() as stack:
+                own, info = _read_source(stack, model, wanted)
+                tensors = _rename(own, prefix, strip_prefix)
+                if info is not None:
+                    copies = tuple(name for name, tensor in tensors.items() if tensor.role == "copy")
+                    info = replace(info, copies=copies)
+                if base is not None:
+                    tensors |= _read_base(stack, base, wanted, tensors)
+                metadata = {"format": "pt"} if info is None else output_metadata(info)
+                specs = [TensorSpec(name, tensor.dtype, tensor.shape) for name, tensor in tensors.items()]
+                sink = make_sink(kind, path, specs, metadata, options)
+                stack.callback(sink.discard)
+                for spec in specs:
+                    sink.write(spec.name, tensors[spec.name].read())
+                    advance(spec.nbytes)
+                sink.commit()
+            made[path] = Exported(len(tensors), len(tensors) - len(own), sum(spec.nbytes for spec in specs))
+    return ExportReport(made, len(sources) > 1, time.perf_counter() - started)
+
+
+def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overwrite: bool) -> list[Path]:
+    """The outputs of several models, in a folder that is made for them, each under its own name."""
+    if folder.suffix in (SUFFIX, *PICKLES) and not folder.is_dir():
+        raise InvalidValueError("out", f"{len(sources)} models need a folder", value=folder)
+    paths = [folder / f"{source.name.removesuffix(SUFFIX)}{suffix_of(layout)}" for source in sources]
+    for path in paths if not overwrite else ():
+        if output_exists(path, layout_of(path, layout)):
+            raise OutputExistsError(path, "is there already", OTHER_FOLDER)
+    if folder.parent.is_dir():
+        files.make_directory(folder)
+    return paths
 
 
 @dataclass(frozen=True)
 class _PlannedTensor:
-    """A tensor of an input, with the dtype that it will have."""
+    """A tensor of an input, with the dtype that it will have; its role is "average", "copy" or, if unknown, "other"."""
 
     file: TensorFile
     name: str
     dtype: str
-    role: str  # "average", "copy", or "other": not known
+    role: str
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.file.header.tensors[self.name].shape
-
-    def spec(self, name: str) -> TensorSpec:
-        """What it will be in the output, under a name."""
-        return TensorSpec(name, self.dtype, self.shape)
 
     def read(self) -> torch.Tensor:
         stored = tensor_from_bytes(self.file.read(self.name), self.file.header.tensors[self.name].dtype, self.shape)
@@ -192,18 +169,18 @@ def _read_source(
 ) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """The tensors of the model to export, under all their names, and its metadata as an output."""
     tensors: dict[str, _PlannedTensor] = {}
-    first: tuple[Path, OutputInfo | None] | None = None
+    found: list[tuple[Path, OutputInfo | None]] = []
     index = index_of(source)
     name = source.name if index is None else index.parent.name
     for file in _open_model(stack, source):
         own, info = _read_file(file, name, dtype)
-        first = (file.path, info) if first is None else first
-        check_alike(*first, file.path, info)
+        found.append((file.path, info))
+        check_alike(*found[0], *found[-1])
         twice = own.keys() & tensors.keys()
         if twice:
             raise FileFormatError(file.path, f"tensor {shown(min(twice))} is in {tensors[min(twice)].file.path} too")
         tensors |= own
-    return tensors, None if first is None else first[1]
+    return tensors, found[0][1] if found else None
 
 
 def _read_file(file: TensorFile, model: str, dtype: str | None) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
@@ -229,19 +206,10 @@ def _read_snapshot(file: TensorFile, model: str, dtype: str | None) -> tuple[dic
         tracked = snapshot.tensors[name]
         stored = tracked.dtype if tracked.role == "copy" else dtype or tracked.dtype
         tensors[alias] = _PlannedTensor(file, name, stored, tracked.role)
-    info = OutputInfo(
-        run_id=snapshot.run_id,
-        profile=f"sigma_rel {snapshot.sigma_rel!r}",
-        sigma_rel=snapshot.sigma_rel,
-        gamma=snapshot.gamma,
-        t=snapshot.t,
-        t_unit=snapshot.t_unit,
-        method="tracked",
-        profile_error=0.0,
-        predicted_error=None,
-        snapshots=((model, 1.0),),
-    )
-    return tensors, info
+    return tensors, OutputInfo(
+        snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
+        snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
+    )  # fmt: skip
 
 
 def _planned(file: TensorFile, name: str, role: str, dtype: str | None) -> _PlannedTensor:
@@ -251,9 +219,8 @@ def _planned(file: TensorFile, name: str, role: str, dtype: str | None) -> _Plan
 
 def _rename(tensors: Mapping[str, _PlannedTensor], prefix: str, strip: str) -> dict[str, _PlannedTensor]:
     if strip and not any(name.startswith(strip) for name in tensors):
-        raise InvalidValueError(
-            "strip_prefix", f"no tensor's name begins so; the first is {min(tensors, default='')!r}", value=f"{strip!r}"
-        )
+        reason = f"no tensor's name begins so; the first is {min(tensors, default='')!r}"
+        raise InvalidValueError("strip_prefix", reason, value=f"{strip!r}")
     renamed: dict[str, _PlannedTensor] = {}
     for name, tensor in tensors.items():
         new = prefix + name.removeprefix(strip)
@@ -267,8 +234,7 @@ def _read_base(
     stack: ExitStack, base: Path, dtype: str | None, own: Mapping[str, _PlannedTensor]
 ) -> dict[str, _PlannedTensor]:
     """The tensors that only the base has; those in both must have the same shape."""
-    tensors = {}
-    seen = set()
+    tensors, seen = {}, set()
     for file in _open_model(stack, base):
         for name, entry in file.header.tensors.items():
             seen.add(name)

@@ -7,6 +7,7 @@ import re
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.export.outputs import (
-    DEFAULT_SHARD_SIZE,
-    existing_outputs,
-    output_paths,
-    write_synthesis,
-)
+from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, existing_outputs, output_paths, write_synthesis
 from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
 from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -31,13 +27,7 @@ from posthoc_cli.targets import Target
 
 @dataclass(frozen=True)
 class Shares:
-    """How the processes of a job would share a synthesis.
-
-    Attributes:
-        parts: how many there are.
-        own: those of this process.
-        processes: how many there are.
-    """
+    """How the processes of a job would share a synthesis: the number of parts, those of this process, the processes."""
 
     parts: int
     own: tuple[MadePart, ...]
@@ -52,19 +42,19 @@ class SynthesisReport:
         plan: of all targets.
         outputs: one a target; empty in a dry run.
         existing: the targets, by index, whose output was there already.
+        parts: of a synthesis in parts: the part that was made, what was finished, or the shares of a dry run.
         device: where the sums were made.
         reason: why there.
         seconds: how long it took.
-        parts: of a synthesis in parts: the part that was made, what was finished, or the shares of a dry run.
     """
 
     plan: Plan
     outputs: tuple[Path, ...]
     existing: frozenset[int]
-    device: str
-    reason: str
-    seconds: float
-    parts: MadePart | Finished | Shares | None = None
+    parts: MadePart | Finished | Shares | None
+    device: str = "cpu"
+    reason: str = ""
+    seconds: float = 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain values for JSON."""
@@ -73,38 +63,21 @@ class SynthesisReport:
             target["output"] = str(self.outputs[index]) if self.outputs else None
             target["skipped"] = index in self.existing
             target["seconds"] = self.seconds
-        return report | {"device": self.device, "reason": self.reason} | self._parts()
-
-    def _parts(self) -> dict[str, Any]:
+        report |= {"device": self.device, "reason": self.reason}
         made = self.parts
         if isinstance(made, MadePart):
             counts = {"bytes": made.nbytes, "read_bytes": made.read_bytes, "tensors": made.tensors}
-            return {"shard": {"part": made.part.number, "of": made.part.of, **counts}}
-        if isinstance(made, Finished):
-            return {"finished": {"parts": made.parts, "bytes": made.nbytes}}
-        return {} if made is None else {"parts": made.parts}
+            report["shard"] = {"part": made.part.number, "of": made.part.of, **counts}
+        elif isinstance(made, Finished):
+            report["finished"] = {"parts": made.parts, "bytes": made.nbytes}
+        elif made is not None:
+            report["parts"] = made.parts
+        return report
 
 
 @dataclass(frozen=True)
 class Synthesis:
-    """A request for averages as files.
-
-    Attributes:
-        directory: the run.
-        targets: at least one.
-        out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
-        t, step, method, max_error, dtype, accumulate: as in `plan_synthesis`.
-        layout: "safetensors", "sharded" or "pt"; by default from the output's name.
-        max_shard_size: of the sharded layout, such as "5GB".
-        device: "auto", "cpu", "cuda", ...
-        overwrite: replace outputs that are there.
-        skip_existing: leave outputs of the same plan as they are.
-        dry_run: plan only.
-        shard: "K/N": make part K of N, a shard in the folder `out`.
-        finish: verify the parts that are there, and write the index.
-        distributed: this is one of the processes of a torchrun job, all of which make this call.
-        progress: opens a progress bar.
-    """
+    """A request for averages as files; `Run.write` says what its fields are."""
 
     directory: Path
     targets: tuple[Target, ...]
@@ -127,133 +100,118 @@ class Synthesis:
     progress: ProgressBar = no_bar
 
     def run(self) -> SynthesisReport | None:
-        """Do it; None in every process of a job but the first.
-
-        Raises:
-            InvalidValueError, InexactError, OutputExistsError, WriteError, FileFormatError, MismatchError,
-            NonFiniteError, NotReadyError, RankError: see `plan_synthesis`, `write_synthesis`, `parts` and `ranks`.
-        """
+        """Do it; None in every process of a torchrun job but the first."""
         started = time.perf_counter()
         part = self._checked_part()
-        in_parts = self.finish or self.distributed or part is not None
-        if in_parts:
-            self._check_folder_of_shards()
-        layout = "sharded" if in_parts else self.layout
-        paths, folder = ([], None) if self.out is None else output_paths(self.targets, self.out, layout)
-        for path in paths if folder is None else [folder]:
+        for path in self._outputs[0] if self._outputs[1] is None else [self._outputs[1]]:
             if not self.dry_run and not path.parent.is_dir():
                 raise InvalidValueError("out", "its folder does not exist", value=path)
         parse_accumulate(self.accumulate)
-        device = "cpu" if self.dry_run and self.device == "auto" else parse_device(self._device())
-        limit = files.parse_bytes(self.max_shard_size, "max_shard_size")
-        job = _Job(self, started, paths, folder, Options(device, None, None, layout, self.overwrite, limit))
+        device = str(self._options.device)  # options are checked before anything is read
         if part is not None:
-            return job.make_part(part)
-        if self.finish:
-            return job.finish()
-        return job.share() if self.distributed else job.make()
-
-    def plan(self) -> Plan:
-        """The plan of the snapshots that are there now."""
-        sources = disk_sources(self.directory)
-        options = (self.t, self.step, self.method, self.max_error, self.dtype, self.accumulate)
-        return plan_synthesis(sources, self.targets, *options)
+            report: SynthesisReport | None = self._make_part(part)
+        elif self.finish:
+            report = self._finish()
+        else:
+            report = self._share() if self.distributed else self._make()
+        reason, seconds = AUTO_REASON if self.device == "auto" else "asked for", time.perf_counter() - started
+        return None if report is None else replace(report, device=device, reason=reason, seconds=seconds)
 
     def _checked_part(self) -> Part | None:
+        """The part to make, of a synthesis in parts, after a check of the options that say so."""
         if self.overwrite and self.skip_existing:
             raise InvalidValueError("overwrite and skip_existing", "give one of them")
         if self.shard is not None and self.finish:
             raise InvalidValueError("shard and finish", "give one of them; finish when all parts are made")
         if self.out is None and (self.finish or not self.dry_run):
-            raise InvalidValueError(
-                "out", "is missing" if self.finish else "is missing; only a dry run needs no output"
-            )
-        if self.skip_existing and (self.shard or self.finish or self.distributed):
+            reason = "is missing" if self.finish else "is missing; only a dry run needs no output"
+            raise InvalidValueError("out", reason)
+        in_parts = self.finish or self.distributed or self.shard is not None
+        if self.skip_existing and in_parts:
             raise InvalidValueError("skip_existing", "parts that are there stay as they are anyway", "leave it out")
-        if self.shard is None:
-            return None
-        match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", self.shard)
-        if match is None:
+        match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", self.shard or "")
+        if match is None and self.shard is not None:
             example = "must be K/N, part K of N, such as 3/8 for the third of eight"
             raise InvalidValueError("shard", example, value=self.shard or "(empty)")
-        return Part(int(match[1]), int(match[2]))
-
-    def _check_folder_of_shards(self) -> None:
+        part = None if match is None else Part(int(match[1]), int(match[2]))
         is_file = self.out is not None and re.search(r"\.(safetensors|pt|pth|bin)$", self.out) is not None
-        name, value = ("out", self.out) if self.layout is None else ("layout", self.layout)
-        if self.layout not in (None, "sharded") or (self.layout is None and is_file):
+        if in_parts and (is_file if self.layout is None else self.layout != "sharded"):
+            name, value = ("out", self.out) if self.layout is None else ("layout", self.layout)
             reason = "a synthesis in parts makes a folder of shards; name a folder"
             raise InvalidValueError(name, reason, "an export makes one file of it", value=value)
+        return part
 
-    def _device(self) -> str:
-        """The device that was asked for; each rank of a machine takes one of its own."""
-        if not self.distributed or self.device != "cuda":
-            return self.device
-        return f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
+    @cached_property
+    def _outputs(self) -> tuple[list[Path], Path | None]:
+        """One a target, and their folder if it is to be made; none without a name."""
+        return ([], None) if self.out is None else output_paths(self.targets, self.out, self._layout)
 
+    @property
+    def _layout(self) -> str | None:
+        return "sharded" if self.finish or self.distributed or self.shard is not None else self.layout
 
-@dataclass(frozen=True)
-class _Job:
-    """A request whose options are checked, and the four ways to do it."""
+    @cached_property
+    def _options(self) -> Options:
+        device = self.device
+        if self.distributed and device == "cuda":  # each rank of a machine takes one of its own
+            device = f"cuda:{local_rank()[0] % max(1, torch.cuda.device_count())}"
+        device = "cpu" if self.dry_run and device == "auto" else parse_device(device)
+        limit = files.parse_bytes(self.max_shard_size, "max_shard_size")
+        return Options(device, None, None, self._layout, self.overwrite, limit)
 
-    request: Synthesis
-    started: float
-    paths: list[Path]
-    folder: Path | None
-    options: Options
+    def _plan(self) -> Plan:
+        """The plan of the snapshots that are there now."""
+        options = (self.t, self.step, self.method, self.max_error, self.dtype, self.accumulate)
+        return plan_synthesis(disk_sources(self.directory), self.targets, *options)
 
-    def make(self) -> SynthesisReport:
+    def _make(self) -> SynthesisReport:
         """All targets in this process."""
-        paths = [] if self.request.dry_run else self.paths
+        (paths, folder), options = ([], None) if self.dry_run else self._outputs, self._options
         existing: set[int] = set()
 
         def write(plan: Plan) -> Plan:
-            existing.update(existing_outputs(plan, paths, self.options.layout) if self.request.skip_existing else ())
+            existing.update(existing_outputs(plan, paths, options.layout) if self.skip_existing else ())
             wanted = [index for index in range(len(paths)) if index not in existing]
             if wanted:
-                with self.request.progress("synthesizing", plan.read_bytes) as advance:
-                    options = replace(self.options, progress=advance)
-                    write_synthesis(plan.only(wanted), [paths[index] for index in wanted], options, self.folder)
+                with self.progress("synthesizing", plan.read_bytes) as advance:
+                    chosen = [paths[index] for index in wanted]
+                    write_synthesis(plan.only(wanted), chosen, replace(options, progress=advance), folder)
             return plan
 
-        return self._report(with_consistent_plan(self.request.plan, write), paths, existing)
+        return self._report(with_consistent_plan(self._plan, write), paths, existing)
 
-    def make_part(self, part: Part) -> SynthesisReport:
+    def _make_part(self, part: Part) -> SynthesisReport:
         """One part of every target."""
-        plan = self.request.plan()
-        parted = self._parted(plan, part.of)
+        parted = self._parted(self._plan(), part.of)
         made = parted.describe(part)
-        if not self.request.dry_run:
-            with self.request.progress("synthesizing", made.read_bytes) as advance:
+        if not self.dry_run:
+            with self.progress("synthesizing", made.read_bytes) as advance:
                 made = parted.make(part, advance)
-        return self._report(plan, made.paths, made.there, made)
+        return self._report(parted.plan, made.paths, made.there, made)
 
-    def finish(self) -> SynthesisReport:
+    def _finish(self) -> SynthesisReport:
         """Verify all parts, and write the indexes."""
-        plan = self.request.plan()
-        count = parts_to_finish(self.paths, lambda count: self._parted(plan, count).plan_ids)
-        total = len(plan.targets) * sum(spec.nbytes for spec in plan.specs())
-        with self.request.progress("verifying", total) as advance:
-            done = finish(self._parted(plan, count), True, advance, write=not self.request.dry_run)
-        return self._report(plan, self.paths, done.there, done)
+        plan, (paths, _) = self._plan(), self._outputs
+        parted = self._parted(plan, parts_to_finish(paths, lambda count: self._parted(plan, count).plan_ids))
+        with self.progress("verifying", len(plan.targets) * plan.nbytes) as advance:
+            done = finish(parted, True, advance, write=not self.dry_run)
+        return self._report(plan, paths, done.there, done)
 
-    def share(self) -> SynthesisReport | None:
+    def _share(self) -> SynthesisReport | None:
         """The parts of this process, beside the others of a torchrun job; None in all but the first."""
         done: list[Finished] = []
         with join_ranks() as ranks:
             if ranks.rank:  # the first one logs for all
                 logging.getLogger("posthoc_cli").setLevel(logging.ERROR)
-            plan = self.request.plan()
-            nbytes = sum(spec.nbytes for spec in plan.specs())
-            count = parts_for(nbytes, self.options.max_shard_size, ranks.world)
+            plan = self._plan()
+            count = parts_for(plan.nbytes, self._options.max_shard_size, ranks.world)
             parted = self._parted(plan, count, max(1, worker_count() // local_rank()[1]))
-            own = Part.all(count)[ranks.rank :: ranks.world]
+            own = parted.parts[ranks.rank :: ranks.world]
             described = tuple(map(parted.describe, own))
-            if self.request.dry_run:
-                shares = Shares(count, described, ranks.world)
-                return None if ranks.rank else self._report(plan, (), (), shares)
+            if self.dry_run:
+                return None if ranks.rank else self._report(plan, parts=Shares(count, described, ranks.world))
             ranks.begin(parted.check_space)  # for all parts, before any is made
-            bar = no_bar if ranks.rank else self.request.progress
+            bar = no_bar if ranks.rank else self.progress
             with bar("synthesizing", sum(part.read_bytes for part in described)) as advance:
 
                 def progress(nbytes: int) -> None:
@@ -263,23 +221,20 @@ class _Job:
                 for part in own:
                     parted.make(part, progress)
             ranks.finish(lambda: done.append(finish(parted, verify=False)))
-        return self._report(plan, self.paths, done[0].there, done[0]) if done else None
+        return self._report(plan, self._outputs[0], done[0].there, done[0]) if done else None
 
     def _parted(self, plan: Plan, parts: int, workers: int | None = None) -> PartedSynthesis:
-        folders = self.paths or [Path("(no output)")] * len(plan.targets)
-        return PartedSynthesis(plan, folders, parts, replace(self.options, workers=workers), self.folder)
+        paths, folder = self._outputs
+        folders = paths or [Path("(no output)")] * len(plan.targets)
+        return PartedSynthesis(plan, folders, parts, replace(self._options, workers=workers), folder)
 
     def _report(
         self,
         plan: Plan,
-        outputs: Iterable[Path],
-        existing: Iterable[int],
+        outputs: Iterable[Path] = (),
+        existing: Iterable[int] = (),
         parts: MadePart | Finished | Shares | None = None,
     ) -> SynthesisReport:
-        if self.request.dry_run:
+        if self.dry_run:
             outputs = existing = ()
-        reason = AUTO_REASON if self.request.device == "auto" else "asked for"
-        seconds = time.perf_counter() - self.started
-        return SynthesisReport(
-            plan, tuple(outputs), frozenset(existing), str(self.options.device), reason, seconds, parts
-        )
+        return SynthesisReport(plan, tuple(outputs), frozenset(existing), parts)

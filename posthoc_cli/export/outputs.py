@@ -15,7 +15,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError, shown
 from posthoc_cli.export.sinks import Sink, holds_model, make_sink
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.models import INDEX_NAME, SINGLE_NAME, read_index
+from posthoc_cli.snapshots.models import model_files
 from posthoc_cli.snapshots.outputs import (
     OutputInfo,
     decode_output,
@@ -33,14 +33,12 @@ LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt"}
 
 DEFAULT_SHARD_SIZE = "5GB"
 PICKLES = (".pt", ".pth", ".bin")
+ANOTHER_NAME = "choose another name, or overwrite=True to replace it"
 _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
 
 def write_synthesis(
-    plan: Plan,
-    paths: Sequence[Path],
-    options: Options = Options(),
-    folder: Path | None = None,
+    plan: Plan, paths: Sequence[Path], options: Options = Options(), folder: Path | None = None
 ) -> None:
     """Synthesize every target of a plan into its path; none appears before all are complete.
 
@@ -54,26 +52,25 @@ def write_synthesis(
         OutputExistsError: an output is there already, and `options.overwrite` is False.
         FileFormatError, NonFiniteError: as `synthesize`.
     """
-    specs = plan.specs()
-    check_space(dict.fromkeys(paths, sum(spec.nbytes for spec in specs)))
+    check_space(dict.fromkeys(paths, plan.nbytes))
     with ExitStack() as stack:
         if folder is not None and folder.parent.is_dir():
             stack.enter_context(files.new_directory(folder))
-        sinks = []
-        for index, path in enumerate(paths):
-            metadata = output_metadata(plan.output_info(index))
-            sink = make_sink(layout_of(path, options.layout), path, specs, metadata, options)
-            sinks.append(stack.enter_context(sink))
-        fill_sinks(plan, sinks, options)
-        for sink in sinks:
+        metadata = [output_metadata(plan.output_info(index)) for index in range(len(paths))]
+        for sink in fill_sinks(stack, plan, dict(zip(paths, metadata, strict=True)), options):
             sink.commit()
 
 
-def fill_sinks(plan: Plan, sinks: Sequence[Sink], options: Options) -> None:
-    """Synthesize every target of a plan into its sink; commits none."""
+def fill_sinks(stack: ExitStack, plan: Plan, outputs: Mapping[Path, Mapping[str, str]], options: Options) -> list[Sink]:
+    """Synthesize targets into sinks for outputs, given with their metadata; `stack` discards what is not committed."""
+    sinks: list[Sink] = []
+    for path, metadata in outputs.items():
+        sinks.append(make_sink(layout_of(path, options.layout), path, plan.specs(), metadata, options))
+        stack.callback(sinks[-1].discard)
     with closing(synthesize_into(plan, lambda tile: [s.open_tile(tile, plan.names) for s in sinks], options)) as made:
         for _ in made:
             pass
+    return sinks
 
 
 def check_space(outputs: Mapping[Path, int]) -> None:
@@ -115,6 +112,11 @@ def layout_of(path: Path, layout: str | None) -> str:
     raise InvalidValueError(path, "its ending names no layout", hint)
 
 
+def suffix_of(layout: str | None) -> str:
+    """What the names of outputs end in: in one safetensors file unless a layout is given."""
+    return LAYOUTS["safetensors" if layout is None else layout_of(Path(), layout)]
+
+
 def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
     """The output of each target, and the folder to create for them, if one was named.
 
@@ -132,7 +134,10 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     unknown = [name for name in re.findall(r"\{\w*\}", out) if name not in (_SIGMA_REL, _TARGET)]
     if unknown:
         raise InvalidValueError("out", f"{unknown[0]} is not known; must be {_SIGMA_REL} or {_TARGET}", value=out)
-    paths, folder = _paths(targets, out, layout)
+    if _SIGMA_REL in out or _TARGET in out:
+        paths, folder = [_filled_in(out, target) for target in targets], None
+    else:
+        paths, folder = _paths(targets, out, layout)
     taken: dict[Path, Target] = {}
     for target, path in zip(targets, paths, strict=True):
         if path in taken:
@@ -142,24 +147,7 @@ def output_paths(targets: Sequence[Target], out: str, layout: str | None) -> tup
     return paths, folder
 
 
-def export_paths(sources: Sequence[Path], out: Path, layout: str | None) -> list[Path]:
-    """The outputs of several models: in the folder `out`, each under its own name.
-
-    Raises:
-        InvalidValueError: the output is a file.
-    """
-    if out.suffix in (fmt.SUFFIX, *PICKLES) and not out.is_dir():
-        raise InvalidValueError("out", f"{len(sources)} models need a folder", value=out)
-    return [out / f"{source.name.removesuffix(fmt.SUFFIX)}{_suffix(layout)}" for source in sources]
-
-
-def _suffix(layout: str | None) -> str:
-    return LAYOUTS[layout_of(Path("x.safetensors"), layout)]
-
-
 def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[list[Path], Path | None]:
-    if _SIGMA_REL in out or _TARGET in out:
-        return [_filled_in(out, target) for target in targets], None
     path = files.expanded(out)
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InvalidValueError("out", "is a pipe or a device", "name a file or a folder", value=out)
@@ -170,7 +158,7 @@ def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[lis
         place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
         example = f"a name with {place} in it, such as {path.stem}-{place}{path.suffix}"
         raise InvalidValueError("out", f"{len(targets)} targets need a folder, or {example}", value=out)
-    return [path / f"{_name(target)}{_suffix(layout)}" for target in targets], path
+    return [path / f"{_name(target)}{suffix_of(layout)}" for target in targets], path
 
 
 def _filled_in(pattern: str, target: Target) -> Path:
@@ -199,35 +187,21 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = Non
         OutputExistsError: a file with an output's name is damaged, or of another run, target, time, method or dtype, of
             other snapshots, or has no metadata to tell.
     """
-    there, specs = set(), plan.specs()
-    for index, path in enumerate(paths):
-        kind = layout_of(path, layout)
-        if not output_exists(path, kind):
-            continue
+    there = {index for index, path in enumerate(paths) if output_exists(path, layout_of(path, layout))}
+    for index in sorted(there):
         try:
-            _check_output(path, kind, plan.output_info(index), specs)
+            _check_output(paths[index], layout_of(paths[index], layout), plan, plan.output_info(index))
         except (FileFormatError, MismatchError) as error:
-            hint = "choose another name, or overwrite=True to replace it"
-            raise OutputExistsError(error.subject, error.reason, hint) from error
-        there.add(index)
+            raise OutputExistsError(error.subject, error.reason, ANOTHER_NAME) from error
     return there
 
 
-def _check_output(path: Path, layout: str, wanted: OutputInfo, specs: Sequence[fmt.TensorSpec]) -> None:
-    """Check that an output is there as it would be made.
-
-    Raises:
-        FileFormatError: it is damaged, or no output.
-        MismatchError: it is another one; says what differs.
-    """
+def _check_output(path: Path, layout: str, plan: Plan, wanted: OutputInfo) -> None:
+    """Check that an output is there as it would be made: FileFormatError or MismatchError."""
     if layout == "pt":
         raise MismatchError(path, "is there already, and a .pt file does not say which average it holds")
-    shards, index = [path], path / INDEX_NAME
-    if layout == "sharded":
-        shards = [path / name for name in (read_index(index) if os.path.lexists(index) else [SINGLE_NAME])]
-    expected = {spec.name: (spec.dtype, spec.shape) for spec in specs}
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for shard in shards:
+    for shard in model_files(path):
         header = read_header(shard)
         info = decode_output(shard, header)
         difference = output_difference(info, wanted)
@@ -237,6 +211,7 @@ def _check_output(path: Path, layout: str, wanted: OutputInfo, specs: Sequence[f
             raise MismatchError(shard, f"is another output: {difference}")
         verify_payload(shard, header)
         found |= {name: (entry.dtype, entry.shape) for name, entry in header.tensors.items()}
+    expected = {spec.name: (spec.dtype, spec.shape) for spec in plan.specs()}
     for name in sorted(found.keys() | expected.keys()):
         if found.get(name) != expected.get(name):
             raise MismatchError(path, f"is another output: tensor {shown(name)} differs")

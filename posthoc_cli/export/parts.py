@@ -32,20 +32,13 @@ import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NotReadyError, OutputExistsError
 from posthoc_cli.export.outputs import check_space, fill_sinks
-from posthoc_cli.export.sinks import MODEL_FILE, Sink, check_no_model, check_no_snapshot, make_sink
+from posthoc_cli.export.sinks import MODEL_FILE, OTHER_FOLDER, check_free_folder, check_no_snapshot
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import outputs
 from posthoc_cli.snapshots.models import INDEX_NAME, encode_index, read_index
-from posthoc_cli.snapshots.outputs import (
-    OutputInfo,
-    decode_output,
-    output_difference,
-    output_metadata,
-    same_coefficients,
-)
-from posthoc_cli.snapshots.reader import read_header, read_small_file, verify_payload
+from posthoc_cli.snapshots.reader import Snapshot, read_header, read_small_file, verify_payload
 from posthoc_cli.synthesis.engine import Options, Progress
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.synthesis.sources import DiskSource, Source
 
 log = logging.getLogger(__name__)
 
@@ -55,16 +48,10 @@ MAX_PARTS = 99_999
 _UNITS_A_PART = 64
 """Neighbours below this fraction of a part stay together, so that small tensors are read in runs."""
 
-_OTHER_MODEL = "choose another folder, or overwrite=True to replace it"
-
 
 @dataclass(frozen=True)
 class Part:
-    """One of the parts of a job: the `number`-th of `of`, counted from 1.
-
-    Raises:
-        InvalidValueError: there is no such part.
-    """
+    """One of the parts of a job: the `number`-th of `of`, counted from 1; an InvalidValueError if there is none."""
 
     number: int
     of: int
@@ -128,13 +115,13 @@ class PartedSynthesis:
         options: Options = Options(),
         container: Path | None = None,
     ) -> None:
-        self.plan, self.folders, self.parts, self.options = plan, list(folders), Part(1, parts).of, options
-        self._container = container
+        self.plan, self.folders, self.parts = plan, list(folders), Part.all(Part(1, parts).of)
+        self.options, self._container = replace(options, layout="safetensors"), container
 
     @cached_property
     def division(self) -> list[list[str]]:
         """The stored tensors of each part."""
-        return divide(self.plan, self.parts)
+        return divide(self.plan, len(self.parts))
 
     @cached_property
     def plan_ids(self) -> list[str]:
@@ -145,25 +132,22 @@ class PartedSynthesis:
         """The plan of one part, for all targets."""
         return replace(self.plan, part=frozenset(self.division[part.number - 1]))
 
-    def file(self, target: int, part: Part) -> PartFile:
-        """The file of one part of a target, as it must be."""
-        plan, path = self.plan_of(part), part.path(self.folders[target])
-        return PartFile(path, part, plan.output_info(target), tuple(plan.specs()), self.plan_ids[target])
+    def files_of(self, part: Part) -> list[PartFile]:
+        """The file of one part for each target, as it must be."""
+        plan = self.plan_of(part)
+        return [
+            PartFile(part.path(folder), part, plan.output_info(target), tuple(plan.specs()), self.plan_ids[target])
+            for target, folder in enumerate(self.folders)
+        ]
 
     def describe(self, part: Part) -> MadePart:
         """What making a part would read and write; looks at no file."""
-        plan = self.plan_of(part)
-        paths = tuple(part.path(folder) for folder in self.folders)
-        nbytes = len(plan.targets) * sum(spec.nbytes for spec in plan.specs())
-        return MadePart(part, paths, frozenset(), len(plan.tensors), plan.read_bytes, nbytes)
+        plan, paths = self.plan_of(part), tuple(part.path(folder) for folder in self.folders)
+        return MadePart(part, paths, frozenset(), len(plan.tensors), plan.read_bytes, len(paths) * plan.nbytes)
 
     def check_space(self) -> None:
-        """Check that the disk has room for all parts that are not there yet.
-
-        Raises:
-            WriteError: it has not; nothing was written.
-        """
-        each = {part: sum(spec.nbytes for spec in self.plan_of(part).specs()) for part in Part.all(self.parts)}
+        """Check that the disk has room for all parts that are not there yet; raises a WriteError."""
+        each = {part: self.plan_of(part).nbytes for part in self.parts}
         paths = {part.path(folder): nbytes for folder in self.folders for part, nbytes in each.items()}
         check_space({path: nbytes for path, nbytes in paths.items() if not path.exists()})
 
@@ -173,40 +157,34 @@ class PartedSynthesis:
         Raises:
             OutputExistsError: another file has a part's name, or another model is in its folder, and
                 `options.overwrite` is False.
-            WriteError, FileFormatError, NonFiniteError: as in `write_synthesis`.
+            InvalidValueError, WriteError, FileFormatError, NonFiniteError: as `write_synthesis`.
         """
-        wanted = [self.file(target, part) for target in range(len(self.plan.targets))]
+        wanted = self.files_of(part)
         there = frozenset(target for target, file in enumerate(wanted) if self._is_there(file))
         missing = [target for target in range(len(wanted)) if target not in there]
         if missing:
-            options = replace(self.options, progress=progress)
-            self._write(self.plan_of(part).only(missing), [wanted[target] for target in missing], options)
+            plan = self.plan_of(part).only(missing)
+            self._write(plan, [wanted[target] for target in missing], replace(self.options, progress=progress))
         return replace(self.describe(part), there=there)
 
     def _write(self, plan: Plan, wanted: Sequence[PartFile], options: Options) -> None:
         outermost = self._container or wanted[0].path.parent
         if not outermost.parent.is_dir():
             raise InvalidValueError(outermost, "its folder does not exist")
-        check_space({file.path: file.nbytes for file in wanted})
+        check_space(dict.fromkeys([file.path for file in wanted], plan.nbytes))
         with ExitStack() as stack:
-            sinks: list[Sink] = []
             for file in wanted:
                 stack.enter_context(files.new_directory(file.path.parent))
-                sink = make_sink("safetensors", file.path, file.specs, file.metadata, options)
-                sinks.append(stack.enter_context(sink))
-            fill_sinks(plan, sinks, options)
+            sinks = fill_sinks(stack, plan, {file.path: file.metadata for file in wanted}, options)
             for sink, file in zip(sinks, wanted, strict=True):
-                self._publish(sink, file)
-
-    def _publish(self, sink: Sink, file: PartFile) -> None:
-        if self.options.overwrite:
-            _remove_index_of(file.path)
-        try:
-            sink.commit()
-        except OutputExistsError:
-            # Another process may have made the same part meanwhile.
-            if not self._is_there(file):
-                raise
+                if options.overwrite:
+                    _remove_index_of(file.path)
+                try:
+                    sink.commit()
+                except OutputExistsError:
+                    # Another process may have made the same part meanwhile.
+                    if not self._is_there(file):
+                        raise
 
     def _is_there(self, file: PartFile) -> bool:
         """Whether a part is there, complete and of this plan; every byte of it is verified.
@@ -215,19 +193,17 @@ class PartedSynthesis:
             OutputExistsError: something else is, and may not be replaced.
         """
         folder, overwrite = file.path.parent, self.options.overwrite
-        if folder.exists() and not folder.is_dir():
-            raise OutputExistsError(folder, "is a file; shards need a folder")
+        there = os.path.lexists(file.path)
+        check_free_folder(folder, overwrite or there)
         if overwrite:
             check_no_snapshot(folder)
-        if not os.path.lexists(file.path):
-            if not overwrite:
-                check_no_model(folder)
+        if not there:
             return False
         try:
             verify_payload(file.path, file.read_header())
         except (FileFormatError, MismatchError) as error:
             if not overwrite:
-                raise OutputExistsError(error.subject, error.reason, _OTHER_MODEL) from error
+                raise OutputExistsError(error.subject, error.reason, OTHER_FOLDER) from error
             return False
         return True
 
@@ -260,10 +236,10 @@ def divide(plan: Plan, parts: int) -> list[list[str]]:
     Parts have nearly equal numbers of bytes to read and write: the largest tensors first, each to the part that has
     the least so far. A tensor is never cut, and goes to one part under all its names.
     """
-    costs = dict.fromkeys(plan.tensors, 0)
+    costs = {}
     for name, aliases in plan.names.items():
-        shape, dtype = plan.newest.stored[name].shape, plan.output_dtype(name)
-        costs[name] = len(plan.targets) * len(aliases) * fmt.TensorSpec(name, dtype, shape).nbytes
+        written = fmt.TensorSpec(name, plan.output_dtype(name), plan.newest.stored[name].shape).nbytes
+        costs[name] = len(plan.targets) * len(aliases) * written
         costs[name] += sum(source.stored[name].nbytes for source in plan.sources)
     loads = [(0, 0, part) for part in range(parts)]
     part_of: dict[str, int] = {}
@@ -272,7 +248,7 @@ def divide(plan: Plan, parts: int) -> list[list[str]]:
         part_of |= dict.fromkeys(names, part)
         heapq.heappush(loads, (load + cost, count + len(names), part))
     result: list[list[str]] = [[] for _ in range(parts)]
-    for name in plan.tensors:
+    for name in costs:
         result[part_of[name]].append(name)
     return result
 
@@ -299,20 +275,16 @@ def plan_digest(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     computes with other roundings: those are compared, see `outputs.SAME_COEFFICIENT`.
     """
     column = plan.reconstruction.coefficients[:, target]
-    info = plan.output_info(target)
+    info, checksums = plan.output_info(target), []
+    for source in (source for source, c in zip(plan.sources, column, strict=True) if c):
+        if not isinstance(source, Snapshot):
+            raise InvalidValueError("shard", f"{source.name} is in memory; parts are made from snapshots on disk")
+        checksums.append(source.header.metadata["ema.checksum"])
     facts = [
         fmt.VERSION, posthoc_cli.__version__, info.run_id, info.profile, info.t, info.t_unit, info.method,
-        plan.accumulate, [_checksum(source) for source, c in zip(plan.sources, column, strict=True) if c],
-        [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,
+        plan.accumulate, checksums, [(spec.name, spec.dtype, spec.shape) for spec in plan.specs()], division,
     ]  # fmt: skip
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, separators=(",", ":")).encode())
-
-
-def _checksum(source: Source) -> str:
-    """The checksum in a snapshot's header, which differs if two snapshots hold different values."""
-    if not isinstance(source, DiskSource):
-        raise InvalidValueError("shard", f"{source.name} is in memory; parts are made from snapshots on disk")
-    return source.snapshot.header.metadata["ema.checksum"]
 
 
 # --- the file of a part ------------------------------------------------------------------------------
@@ -320,32 +292,19 @@ def _checksum(source: Source) -> str:
 
 @dataclass(frozen=True)
 class PartFile:
-    """A part of one target, as it must be on disk.
-
-    Attributes:
-        path: its file.
-        part: which one it is.
-        info: its metadata as an output.
-        specs: its tensors.
-        plan_id: digest of the plan, see `plan_digest`.
-    """
+    """A part of one target, as it must be on disk; `plan_id` is from `plan_digest`."""
 
     path: Path
     part: Part
-    info: OutputInfo
+    info: outputs.OutputInfo
     specs: tuple[fmt.TensorSpec, ...]
     plan_id: str
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of its tensors."""
-        return sum(spec.nbytes for spec in self.specs)
 
     @property
     def metadata(self) -> dict[str, str]:
         """Strings for its header."""
         own = {"ema.part": str(self.part), "ema.plan": self.plan_id, "ema.release": posthoc_cli.__version__}
-        return output_metadata(self.info) | own
+        return outputs.output_metadata(self.info) | own
 
     def read_header(self) -> fmt.FileHeader:
         """The header of the file that is there, if it is this part: of the right size, and of the same plan.
@@ -355,7 +314,7 @@ class PartFile:
             MismatchError: it is of another plan; says what differs.
         """
         header = read_header(self.path)
-        found = decode_output(self.path, header)
+        found = outputs.decode_output(self.path, header)
         if "ema.part" not in header.metadata:
             raise FileFormatError(self.path, "is not a part of a synthesis")
         difference = self._difference(header.metadata, found)
@@ -366,17 +325,17 @@ class PartFile:
             raise FileFormatError(self.path, f"does not hold the tensors of part {self.part}")
         return header
 
-    def _difference(self, metadata: Mapping[str, str], found: OutputInfo) -> str | None:
+    def _difference(self, metadata: Mapping[str, str], found: outputs.OutputInfo) -> str | None:
         """How the file differs from this part, in words; None if it does not."""
         for key, words in (("ema.part", "it is part"), ("ema.release", "it was made by release")):
             if metadata.get(key) != self.metadata[key]:
                 return f"{words} {str(metadata.get(key))[:60]}, not {self.metadata[key]}"
-        difference = output_difference(found, self.info)
+        difference = outputs.output_difference(found, self.info)
         if difference is not None:
             return difference
         if metadata.get("ema.plan") != self.plan_id:
             return "its snapshots, dtype or tensors are others, or the targets that it was made together with"
-        if not same_coefficients(found, self.info):
+        if not outputs.same_coefficients(found, self.info):
             return "its coefficients are others; snapshots were added or removed since"
         return None
 
@@ -419,18 +378,18 @@ def finish(
         FileFormatError, MismatchError: a part is damaged, or of another plan; nothing was written.
         OutputExistsError: the folder holds another model, or parts of one, which may not be replaced.
     """
-    contents = [_checked_index(parted, target, verify, progress) for target in range(len(parted.folders))]
-    indexes = [folder / INDEX_NAME for folder in parted.folders]
-    there = frozenset(i for i, index in enumerate(indexes) if _holds(index, contents[i][0]))
-    for target, folder in enumerate(parted.folders):
-        _check_alone(folder, parted, target in there)
-    for target, index in enumerate(indexes if write else ()):
+    by_target = zip(*map(parted.files_of, parted.parts), strict=True)
+    contents = {own[0].path.parent / INDEX_NAME: _checked_index(own, verify, progress) for own in by_target}
+    there = frozenset(i for i, (index, content) in enumerate(contents.items()) if _holds(index, content))
+    for target, index in enumerate(contents):
+        _check_alone(index, parted, target in there)
+    for target, (index, content) in enumerate(contents.items() if write else ()):
         if target not in there:
-            files.write_whole(index, contents[target][0], parted.options.overwrite)
-        for path in _other_models(index.parent, parted.parts):
+            files.write_whole(index, content, parted.options.overwrite)
+        for path in _other_models(index.parent, parted):
             _remove(path)
         _warn_of_leftovers(index.parent)
-    return Finished(parted.parts, tuple(indexes), there, sum(total for _, total in contents))
+    return Finished(len(parted.parts), tuple(contents), there, len(contents) * parted.plan.nbytes)
 
 
 def parts_to_finish(folders: Sequence[Path], plan_ids: Callable[[int], Collection[str]]) -> int:
@@ -467,9 +426,8 @@ def _plan_id(path: Path) -> str | None:
         return None
 
 
-def _checked_index(parted: PartedSynthesis, target: int, verify: bool, progress: Progress | None) -> tuple[bytes, int]:
-    """The content of a target's index, and the bytes of its tensors."""
-    wanted = [parted.file(target, part) for part in Part.all(parted.parts)]
+def _checked_index(wanted: Sequence[PartFile], verify: bool, progress: Progress | None) -> bytes:
+    """The content of the index of one target, whose parts are checked."""
     headers = []
     for file in wanted:
         if not os.path.lexists(file.path):
@@ -477,8 +435,8 @@ def _checked_index(parted: PartedSynthesis, target: int, verify: bool, progress:
         headers.append(file.read_header())
     for file, header in zip(wanted, headers, strict=True) if verify else ():
         verify_payload(file.path, header, progress)
-    total = sum(file.nbytes for file in wanted)
-    return encode_index({spec.name: file.path.name for file in wanted for spec in file.specs}, total), total
+    total = sum(spec.nbytes for file in wanted for spec in file.specs)
+    return encode_index({spec.name: file.path.name for file in wanted for spec in file.specs}, total)
 
 
 def _holds(path: Path, content: bytes) -> bool:
@@ -489,33 +447,30 @@ def _holds(path: Path, content: bytes) -> bool:
         return False
 
 
-def _other_models(folder: Path, parts: int) -> list[Path]:
+def _other_models(folder: Path, parted: PartedSynthesis) -> list[Path]:
     """Files of other models in a folder: readers may take them for this one."""
-    own = {part.path(folder) for part in Part.all(parts)}
+    own = {part.path(folder) for part in parted.parts}
     return sorted(path for path in files.system.list(folder) if MODEL_FILE.fullmatch(path.name) and path not in own)
 
 
-def _check_alone(folder: Path, parted: PartedSynthesis, has_index: bool) -> None:
-    check_no_snapshot(folder)
+def _check_alone(index: Path, parted: PartedSynthesis, has_index: bool) -> None:
+    check_no_snapshot(index.parent)
     if parted.options.overwrite:
         return
-    index, others = folder / INDEX_NAME, _other_models(folder, parted.parts)
     if os.path.lexists(index) and not has_index:
         raise OutputExistsError(index, "is there already, and is of another model", "overwrite=True to replace it")
-    if others:
-        raise OutputExistsError(others[0], "is of another model", "remove it, or overwrite=True to replace that model")
+    for other in _other_models(index.parent, parted):
+        raise OutputExistsError(other, "is of another model", "remove it, or overwrite=True to replace that model")
 
 
 def _warn_of_leftovers(folder: Path) -> None:
     """Name the temporary files that a killed process left; they may be large."""
     found = files.leftovers(folder)
-    if not found:
-        return
     nbytes = 0
     for path in found:
         with suppress(OSError):
             nbytes += path.stat().st_size
-    which = str(found[0]) + f" and {len(found) - 1} more" * (len(found) > 1)
-    log.warning(
-        "%s: left by interrupted processes, %s bytes; remove unless one still writes here", which, f"{nbytes:,}"
-    )
+    if found:
+        which = str(found[0]) + f" and {len(found) - 1} more" * (len(found) > 1)
+        text = "%s: left by interrupted processes, %s bytes; remove unless one still writes here"
+        log.warning(text, which, f"{nbytes:,}")

@@ -1,9 +1,8 @@
 """The processes of one torchrun job: they make parts side by side, and end together if one of them fails or dies.
 
-No tensor is exchanged. The processes share the job's key-value store (torch.distributed's TCPStore). The first failure
-is noted there, and everyone sees it at its next tile. A process that has died is noticed by the launcher, which ends
-the others; without a launcher by those that wait for it until their time is up; and if it is rank 0, by the store's
-silence.
+No tensor is exchanged, only signs in the job's key-value store (torch.distributed's TCPStore). The first failure is
+noted there, and everyone sees it at its next tile. A process that has died is noticed by the launcher, which ends the
+others; without one by those that wait for it until their time is up; and if it is rank 0, by the store's silence.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from types import TracebackType
@@ -33,11 +32,11 @@ FAREWELL = 3.0
 
 _T = TypeVar("_T")
 
-_WANTED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
 
 class Ranks:
     """One process among those of a job. A context manager: an error that leaves it stops the others, too.
+
+    Every method raises a RankError that names the rank which failed, was ended, or does not answer.
 
     Arguments:
         rank: its number, from 0.
@@ -49,38 +48,20 @@ class Ranks:
         self.rank, self.world, self._store = rank, world, store
         self._began = time.monotonic()
 
-    def check(self, *_: object) -> None:
-        """Go on only while no other process has failed.
-
-        Raises:
-            RankError: naming the rank that failed, or was ended.
-        """
+    def check(self) -> None:
+        """Go on only while no other process has failed."""
         self._raise_noted("failure")
         self._raise_noted("end")
 
     def begin(self, work: Callable[[], None]) -> None:
-        """Do the work in rank 0 alone, before any process goes on.
-
-        Raises:
-            RankError: naming rank 0 if the work failed, or another one that failed meanwhile.
-        """
-        if self.rank == 0:
-            work()
-            self._sign("begun")
-        self._wait_for("begun", [0])
+        """Do the work in rank 0 alone, before any process goes on."""
+        self._in_first(work, "begun")
 
     def finish(self, work: Callable[[], None]) -> None:
-        """When every process has come here: do the work in rank 0 alone. Returns when it is done, in every process.
-
-        Raises:
-            RankError: naming a rank that did not come here, or rank 0 if the work failed.
-        """
+        """When every process has come here: do the work in rank 0 alone. Returns when it is done, in every process."""
         self._sign("ready")
         self._wait_for("ready", range(self.world))
-        if self.rank == 0:
-            work()
-            self._sign("finished")
-        self._wait_for("finished", [0])
+        self._in_first(work, "finished")
 
     def __enter__(self) -> Ranks:
         return self
@@ -95,11 +76,7 @@ class Ranks:
                 raise found from None
 
     def _leave(self, error: BaseException | None) -> None:
-        """Say why this process ends, and wait until the others have seen it.
-
-        Raises:
-            RankError: this process was ended by a signal, because another one has died or failed.
-        """
+        """Note why this process ends, and wait until the others have seen it; if a signal ended it, find out why."""
         ended = isinstance(error, SystemExit)
         if ended:
             self._note("end", f"rank {self.rank}: was ended by a signal")
@@ -116,14 +93,14 @@ class Ranks:
                 named = " and ".join(f"rank {rank}" for rank in silent)
                 raise RankError(named, "has died" if len(silent) == 1 else "died, or never began")
 
-    # --- the store
+    def _in_first(self, work: Callable[[], None], list_name: str) -> None:
+        if self.rank == 0:
+            work()
+            self._sign(list_name)
+        self._wait_for(list_name, [0])
 
     def _ask(self, call: Callable[[], _T]) -> _T:
-        """What the store answers.
-
-        Raises:
-            RankError: it does not.
-        """
+        """What the store answers."""
         try:
             return call()
         except RuntimeError as error:
@@ -133,7 +110,7 @@ class Ranks:
     def _sign(self, list_name: str) -> None:
         self._ask(lambda: self._store.set(f"{list_name}/{self.rank}", "1"))
 
-    def _missing(self, list_name: str, ranks: Any) -> list[int]:
+    def _missing(self, list_name: str, ranks: Sequence[int]) -> list[int]:
         """The ranks that have not signed a list."""
         return self._ask(lambda: [rank for rank in ranks if not self._store.check([f"{list_name}/{rank}"])])
 
@@ -146,27 +123,27 @@ class Ranks:
         if self._ask(lambda: self._store.check([key])):
             raise RankError(*self._ask(lambda: self._store.get(key)).decode().split(": ", 1))
 
-    def _wait_for(self, list_name: str, ranks: Any) -> None:
+    def _wait_for(self, list_name: str, ranks: Sequence[int]) -> None:
         now = time.monotonic()
         deadline = now + PATIENCE + 2 * (now - self._began)
         while missing := self._missing(list_name, ranks):
-            self.check()
             if time.monotonic() > deadline:
                 message = f"rank {missing[0]}: has died, or is stuck: it did not come within {deadline - now:.0f} s"
                 self._note("failure", message)
-                self.check()
+            self.check()
             time.sleep(0.05)
 
 
-def is_rank(environment: Mapping[str, str] = os.environ) -> bool:
+def is_rank() -> bool:
     """Whether this process is one of several of a torchrun job."""
-    return all(environment.get(name) for name in _WANTED) and environment["WORLD_SIZE"] != "1"
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
 
 
-def local_rank(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+def local_rank() -> tuple[int, int]:
     """The number of this process among those on this machine, and how many they are; (0, 1) if not known."""
     try:
-        return int(environment.get("LOCAL_RANK", "0")), max(1, int(environment.get("LOCAL_WORLD_SIZE", "1")))
+        return int(os.environ.get("LOCAL_RANK", "0")), max(1, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except ValueError:
         return 0, 1
 
@@ -191,10 +168,10 @@ def join_ranks() -> Ranks:
         variables = f"RANK {os.environ['RANK']!r} and WORLD_SIZE {os.environ['WORLD_SIZE']!r} in the environment"
         raise InvalidValueError(variables, "must be whole numbers as torchrun sets them")
     meet: Any = rendezvous
-    where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     try:
         store, _, _ = _interruptible(lambda: next(meet("env://", rank, world, timeout=timedelta(seconds=START))))
     except (RuntimeError, ValueError) as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         reason = f"the {world} processes did not meet at {where}: {_first_line(error)}"
         raise RankError(f"rank {rank}", reason) from error
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import io
 import re
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from itertools import groupby, pairwise
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -30,49 +28,18 @@ from posthoc_cli.synthesis.tiles import Tile
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """Names of the files of a model in a folder."""
 
-
-class Sink(ABC):
-    """Takes the tensors of one target. A context manager: without `commit` nothing is left behind."""
-
-    @abstractmethod
-    def write(self, name: str, tensor: torch.Tensor) -> None:
-        """Take one tensor."""
-
-    @abstractmethod
-    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TileWriter:
-        """Begin a tile; several may be open, in any threads. `names` has every name of each tensor, its own first."""
-
-    @abstractmethod
-    def commit(self) -> None:
-        """Make the output appear."""
-
-    @abstractmethod
-    def discard(self) -> None:
-        """Remove what was written; nothing happens after `commit`."""
-
-    def __enter__(self) -> Sink:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.discard()
+OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
 
 
 def make_sink(
     layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
 ) -> Sink:
-    """A sink for one output.
+    """A sink for one output; call its `discard` at the end in any case.
 
     Arguments:
         layout: "safetensors", "sharded" (`path` is a folder) or "pt".
-        path: the output.
         specs: every tensor that will be written.
         metadata: strings for the header; a .pt file has no place for them.
-        options: `overwrite` and `max_shard_size`.
-
-    Raises:
-        OutputExistsError, WriteError.
     """
     if not path.parent.is_dir():
         raise InvalidValueError(path, "its folder does not exist")
@@ -107,45 +74,52 @@ def holds_model(folder: Path) -> bool:
     return any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
 
 
-def check_no_model(folder: Path) -> None:
-    """Check that a folder holds no model.
+def check_free_folder(folder: Path, overwrite: bool) -> None:
+    """Check that shards may be written into a folder.
 
     Raises:
-        OutputExistsError: it does.
+        OutputExistsError: it is a file, or holds a model that may not be replaced.
     """
-    if holds_model(folder):
-        hint = "choose another folder, or overwrite=True to replace it"
-        raise OutputExistsError(folder, "holds a model already", hint)
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(folder, "is a file; shards need a folder")
+    if not overwrite and holds_model(folder):
+        raise OutputExistsError(folder, "holds a model already", OTHER_FOLDER)
 
 
 # --- safetensors -------------------------------------------------------------------------------------
 
 
-class _SafetensorsSink(Sink):
-    """Writes into safetensors files; `_writer_of` gives the file of a tensor."""
+class _FileSink:
+    """One safetensors file."""
 
-    @abstractmethod
-    def _writer_of(self, name: str) -> TensorFileWriter: ...
+    def __init__(self, writer: TensorFileWriter) -> None:
+        self._writer = writer
+
+    def writer_of(self, name: str) -> TensorFileWriter:  # noqa: ARG002
+        return self._writer
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
-        self._writer_of(name).write(name, tensor_bytes(tensor))
+        self.writer_of(name).write(name, tensor_bytes(tensor))
 
     def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TileWriter:
-        return _FileTile(self._writer_of, tile, names)
+        return _FileTile(self, tile, names)
+
+    def commit(self) -> None:
+        self._writer.commit()
+
+    def discard(self) -> None:
+        self._writer.discard()
 
 
-class _FileTile:
+class _FileTile(TileWriter):
     """Writes a tile to files, under all names of its tensors."""
 
-    def __init__(
-        self, writer_of: Callable[[str], TensorFileWriter], tile: Tile, names: Mapping[str, Sequence[str]]
-    ) -> None:
-        self._writer_of, self._tile, self._names = writer_of, tile, names
-        self._size = ITEM_BYTES[tile.dtype]
-        piece = tile.pieces[0]
-        begin, end = piece.begin * self._size, piece.end * self._size
-        batch = len(tile.pieces) > 1
-        self._ranges = [] if batch else [writer_of(name).write_range(name, begin, end) for name in names[piece.name]]
+    def __init__(self, sink: _FileSink, tile: Tile, names: Mapping[str, Sequence[str]]) -> None:
+        self._sink, self._names = sink, {name: names[name] for name in tile.names}
+        size, piece = ITEM_BYTES[tile.dtype], tile.pieces[0]
+        self._bounds = [bound * size for bound in tile.bounds]
+        aliases = self._names[piece.name] if len(tile.pieces) == 1 else ()
+        self._ranges = [sink.writer_of(n).write_range(n, piece.begin * size, piece.end * size) for n in aliases]
 
     def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
         view = tensor_bytes(values)
@@ -160,35 +134,18 @@ class _FileTile:
 
     def _write_batch(self, view: memoryview) -> None:
         """Write small tensors: neighbours in one file together, then each under its further names."""
-        bounds = [bound * self._size for bound in self._tile.bounds]
         begin = 0
-        for writer, run in groupby(self._tile.names, self._writer_of):
+        for writer, run in groupby(self._names, self._sink.writer_of):
             names = list(run)
             end = begin + len(names)
-            writer.write_many(names, view[bounds[begin] : bounds[end]])
+            writer.write_many(names, view[self._bounds[begin] : self._bounds[end]])
             begin = end
-        for name, (start, stop) in zip(self._tile.names, pairwise(bounds), strict=True):
-            for alias in self._names[name][1:]:
-                self._writer_of(alias).write(alias, view[start:stop])
+        for aliases, (start, stop) in zip(self._names.values(), pairwise(self._bounds), strict=True):
+            for alias in aliases[1:]:
+                self._sink.writer_of(alias).write(alias, view[start:stop])
 
 
-class _FileSink(_SafetensorsSink):
-    """One safetensors file."""
-
-    def __init__(self, writer: TensorFileWriter) -> None:
-        self._writer = writer
-
-    def _writer_of(self, name: str) -> TensorFileWriter:  # noqa: ARG002
-        return self._writer
-
-    def commit(self) -> None:
-        self._writer.commit()
-
-    def discard(self) -> None:
-        self._writer.discard()
-
-
-class _ShardedSink(_SafetensorsSink):
+class _ShardedSink(_FileSink):
     """Shards and an index in a folder, as the Hugging Face libraries lay them out.
 
     The index comes last: without it no reader takes the folder for a model. A model that fits one shard is one file
@@ -199,10 +156,7 @@ class _ShardedSink(_SafetensorsSink):
     def __init__(
         self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
     ) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise OutputExistsError(folder, "is a file; shards need a folder")
-        if not options.overwrite:
-            check_no_model(folder)
+        check_free_folder(folder, options.overwrite)
         for path in _model_files(folder):
             if path.is_dir() and not path.is_symlink():
                 raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
@@ -214,12 +168,12 @@ class _ShardedSink(_SafetensorsSink):
             filename_pattern="model{suffix}.safetensors",
             max_shard_size=options.max_shard_size,
         )
-        self._old = _OldModel(folder)
         with files.reported_as_write_error(folder):
             self._made = files.make_directory(folder)
-        self._stack = ExitStack()
+        self._old: dict[Path, Path] = {}  # the replaced model's files, with their temporary names
         self._published: list[Path] = []
         self._committed = False
+        self._stack = ExitStack()
         try:
             self._writers = {
                 file: self._stack.enter_context(
@@ -231,12 +185,13 @@ class _ShardedSink(_SafetensorsSink):
             self.discard()
             raise
 
-    def _writer_of(self, name: str) -> TensorFileWriter:
+    def writer_of(self, name: str) -> TensorFileWriter:
         return self._writers[self._split.tensor_to_filename[name]]
 
     def commit(self) -> None:
-        if self._overwrite:
-            self._old.keep()
+        with files.reported_as_write_error(self._folder):
+            for path in _model_files(self._folder) if self._overwrite else ():
+                self._keep(path)
         for file, writer in self._writers.items():
             writer.commit()
             self._published.append(self._folder / file)
@@ -244,9 +199,12 @@ class _ShardedSink(_SafetensorsSink):
             text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
             files.write_whole(self._folder / INDEX_NAME, text, self._overwrite)
             self._published.append(self._folder / INDEX_NAME)
-        self._old.remove_all_but(self._published)
+        with files.reported_as_write_error(self._folder):
+            for path in self._old.keys() - set(self._published):
+                files.unlink_if_there(path)
+            files.system.fsync_directory(self._folder)
         self._committed = True
-        self._old.forget()
+        files.discard(self._old.values())
 
     def discard(self) -> None:
         self._stack.close()
@@ -254,65 +212,34 @@ class _ShardedSink(_SafetensorsSink):
             return
         for path in self._published:
             files.unlink_if_there(path)
-        self._old.restore()
+        for path, second in self._old.items():
+            if second.exists():
+                files.system.rename(second, path)
+                files.unlink_if_there(second)  # still there if both were names of one file
         files.remove_directories(self._made)
+
+    def _keep(self, path: Path) -> None:
+        """Give a file of the old model a second name. The index loses its first: no index leads to two models."""
+        self._old[path] = files.temporary_path(self._folder)
+        if path.name != INDEX_NAME:
+            try:
+                return files.system.link(path, self._old[path])
+            except OSError as error:
+                if error.errno not in files.NO_HARD_LINKS:
+                    raise
+        return files.system.rename(path, self._old[path])
 
 
 def _model_files(folder: Path) -> list[Path]:
     """The files of a folder that have names of a model's files, sorted."""
-    if not folder.is_dir():
-        return []
-    found = files.system.list(folder)
+    found = files.system.list(folder) if folder.is_dir() else []
     return sorted(path for path in found if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
-
-
-class _OldModel:
-    """The files of the model in a folder, kept under temporary names until a new one is complete."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        self._kept: dict[Path, Path] = {}
-
-    def keep(self) -> None:
-        """Give every file a second name. The index loses its first: it must not lead to shards of two models."""
-        with files.reported_as_write_error(self._folder):
-            for path in _model_files(self._folder):
-                self._kept[path] = files.temporary_path(self._folder)
-                self._rename_or_link(path)
-
-    def _rename_or_link(self, path: Path) -> None:
-        if path.name != INDEX_NAME:
-            try:
-                return files.system.link(path, self._kept[path])
-            except OSError as error:
-                if error.errno not in files.NO_HARD_LINKS:
-                    raise
-        return files.system.rename(path, self._kept[path])
-
-    def remove_all_but(self, new: Sequence[Path]) -> None:
-        """Remove the files that no new one has replaced."""
-        with files.reported_as_write_error(self._folder):
-            for path in self._kept.keys() - set(new):
-                files.unlink_if_there(path)
-            files.system.fsync_directory(self._folder)
-
-    def restore(self) -> None:
-        """Give every file its own name back."""
-        for path, second in self._kept.items():
-            if second.exists():
-                files.system.rename(second, path)
-                files.unlink_if_there(second)  # still there if both were names of one file
-
-    def forget(self) -> None:
-        """Remove the second names."""
-        files.discard(self._kept.values())
-        self._kept.clear()
 
 
 # --- .pt ---------------------------------------------------------------------------------------------
 
 
-class _TorchSink(Sink):
+class _TorchSink:
     """A .pt state dict. torch.save takes all of it at once, so this layout holds the model in memory."""
 
     def __init__(self, path: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
@@ -335,11 +262,12 @@ class _TorchSink(Sink):
     def commit(self) -> None:
         stream = _Stream(self._file)
         try:
-            with io.BufferedWriter(stream) as buffered:
-                torch.save(self._tensors, buffered)
+            torch.save(self._tensors, stream)  # type: ignore[arg-type]  # any object that writes
         except RuntimeError as error:
             # torch's archive writer replaces the stream's error, and a Ctrl-C, by an error of its own.
-            cause = stream.error or _interruption(error)
+            cause = stream.error or error.__context__
+            while isinstance(cause, Exception) and cause is not stream.error:
+                cause = cause.__context__
             if cause is None:
                 raise
             raise cause from error
@@ -349,24 +277,13 @@ class _TorchSink(Sink):
         self._file.discard()
 
 
-def _interruption(error: BaseException) -> BaseException | None:
-    """The Ctrl-C or exit during which an error was raised, if any."""
-    before = error.__context__
-    while isinstance(before, Exception):
-        before = before.__context__
-    return before
-
-
 class _Stream(io.RawIOBase):
     """A pending file as the stream that torch.save writes to; keeps the error that a write ended with."""
 
-    def __init__(self, file: files.PendingFile) -> None:
-        self.error: BaseException | None = None
-        self._file = file
-        self._offset = 0
+    error: BaseException | None = None
 
-    def writable(self) -> bool:
-        return True
+    def __init__(self, file: files.PendingFile) -> None:
+        self._file, self._offset = file, 0
 
     def write(self, data: Any) -> int:
         view = memoryview(data).cast("B")
@@ -377,3 +294,8 @@ class _Stream(io.RawIOBase):
             raise
         self._offset += len(view)
         return len(view)
+
+
+Sink = _FileSink | _TorchSink
+"""Takes the tensors of one target: whole (`write`), or in tiles, several at a time, in any threads (`open_tile`, given
+every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""

@@ -11,7 +11,7 @@ import os
 import stat
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -47,6 +47,20 @@ class Snapshot:
     path: Path
     header: fmt.FileHeader
     info: fmt.SnapshotInfo
+
+    @property
+    def name(self) -> str:
+        """The file's name."""
+        return self.path.name
+
+    @property
+    def stored(self) -> Mapping[str, fmt.TensorEntry]:
+        """Dtype, shape and place of each stored tensor."""
+        return self.header.tensors
+
+    def open(self) -> TensorFile:
+        """Open the file; it must still be the one whose header was read."""
+        return TensorFile(self.path, self.header)
 
 
 def read_header(path: Path, cache: DecodeCache | None = None, whole: bool = True) -> fmt.FileHeader:

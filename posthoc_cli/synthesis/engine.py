@@ -14,7 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -122,19 +122,17 @@ def synthesize_into(
             yield tile
 
 
-class TileWriter(Protocol):
-    """Takes one tile of one target; one thread uses it."""
+class TileWriter:
+    """Takes one tile of one target; one thread uses it. This one drops it: all is verified, and nothing changed."""
 
     def write(self, begin: int, values: torch.Tensor) -> None:
         """Take the elements of the tile from `begin` on, which follow those before; `values` is reused afterwards."""
-        ...
 
     def close(self) -> None:
         """The tile is complete."""
-        ...
 
 
-class TensorTile:
+class TensorTile(TileWriter):
     """Writes a tile into tensors, one for each of its pieces."""
 
     def __init__(self, tensors: Sequence[torch.Tensor], tile: Tile) -> None:
@@ -150,19 +148,6 @@ class TensorTile:
         else:
             torch._foreach_copy_(self._flat, torch.split(values, self._sizes))
 
-    def close(self) -> None:
-        """See `TileWriter`."""
-
-
-class NoWriter:
-    """Drops a tile: everything is verified, nothing is changed."""
-
-    def write(self, begin: int, values: torch.Tensor) -> None:
-        """See `TileWriter`."""
-
-    def close(self) -> None:
-        """See `TileWriter`."""
-
 
 # --- devices and threads -----------------------------------------------------------------------------
 
@@ -173,14 +158,12 @@ def parse_device(device: str) -> str:
     Raises:
         InvalidValueError: no such device; the hint lists those there are.
     """
-    available = ["cpu"]
-    available += [f"cuda:{index}" for index in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
-    available += ["mps"] if torch.backends.mps.is_available() else []
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    available = ["cpu", *(f"cuda:{index}" for index in range(count)), *["mps"] * torch.backends.mps.is_available()]
     wanted = {"auto": "cpu", "cuda": "cuda:0"}.get(device, device)
     if wanted not in available:
-        raise InvalidValueError(
-            "device", "is not there", f"choose from auto, {', '.join(available)}", value=f"{device!r}"
-        )
+        hint = f"choose from auto, {', '.join(available)}"
+        raise InvalidValueError("device", "is not there", hint, value=f"{device!r}")
     return wanted
 
 
@@ -223,9 +206,6 @@ def _make_tiles(
     own, stop = threading.local(), threading.Event()
     threads = torch.get_num_threads()
 
-    def begin() -> None:
-        torch.set_num_threads(1)  # for this thread: the tiles run side by side instead
-
     def work(tile: Tile, writers: Sequence[TileWriter], opened: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
@@ -238,7 +218,8 @@ def _make_tiles(
         return tile
 
     waiting: deque[Future[Tile]] = deque()
-    with ThreadPoolExecutor(workers, "ema-synthesis", begin) as pool:
+    # One thread of torch in each of these: the tiles run side by side instead.
+    with ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)) as pool:
         try:
             for tile in tiles:
                 waiting.append(pool.submit(work, tile, open_tiles(tile), caller_event(device)))
@@ -259,11 +240,7 @@ class Maker:
     """Makes tiles in one thread, in buffers of its own."""
 
     def __init__(
-        self,
-        plan: Plan,
-        opened: Sequence[TensorFile | Mapping[str, torch.Tensor]],
-        device: torch.device,
-        chunk: int,
+        self, plan: Plan, opened: Sequence[TensorFile | Mapping[str, torch.Tensor]], device: torch.device, chunk: int
     ) -> None:
         self._plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
         self._scratch = Scratch(chunk * max(ITEM_BYTES.values()), device)
@@ -273,17 +250,9 @@ class Maker:
         self._stream = cuda.Stream(device) if device.type == "cuda" else None
 
     def make(self, tile: Tile, writers: Sequence[TileWriter], stop: threading.Event, opened: Any) -> None:
-        """Make all targets of a tile.
+        """Make all targets of a tile for its writers, one a target; `stop` ends it with `Stopped`.
 
-        Arguments:
-            tile: what to make.
-            writers: where it goes, one a target.
-            stop: set when it is no longer wanted.
-            opened: the caller's event after which the sources can be read and the results written.
-
-        Raises:
-            Stopped: `stop` was set meanwhile.
-            FileFormatError, NonFiniteError: naming the tensor.
+        `opened` is the caller's event after which the sources can be read and the results written.
         """
         with self._own_stream(opened):
             self._copy(tile, writers, stop) if tile.role == "copy" else self._average(tile, writers, stop)

@@ -20,7 +20,7 @@ from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, r
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, of_segment_at
 from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock
 from posthoc_cli.snapshots.outputs import OutputInfo
-from posthoc_cli.synthesis.sources import Source, distinct_dtypes, source_prior
+from posthoc_cli.synthesis.sources import Source, source_prior
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -112,12 +112,16 @@ class Plan:
 
     def specs(self) -> list[TensorSpec]:
         """The tensors of each output, under every name."""
-        stored = self.newest.stored
         return [
-            TensorSpec(alias, self.output_dtype(name), stored[name].shape)
+            TensorSpec(alias, self.output_dtype(name), self.newest.stored[name].shape)
             for name, aliases in self.names.items()
             for alias in aliases
         ]
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Bytes of each output."""
+        return sum(spec.nbytes for spec in self.specs())
 
     def only(self, targets: Sequence[int]) -> Plan:
         """The same plan for some of the targets, by index."""
@@ -131,43 +135,28 @@ class Plan:
 
     def output_info(self, target: int) -> OutputInfo:
         """The metadata of the output for one target."""
-        info = self.newest.info
-        wanted = self.targets[target]
-        column = self.reconstruction.coefficients[:, target]
-        width = wanted.sigma_rel
+        info, wanted = self.newest.info, self.targets[target]
+        column = self.reconstruction.coefficients[:, target].tolist()
+        copies = [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
         return OutputInfo(
             run_id=info.run_id,
             profile=wanted.title,
-            sigma_rel=width,
-            gamma=None if width is None else PowerFunction.from_sigma_rel(width, self.t).gamma,
+            sigma_rel=wanted.sigma_rel,
+            gamma=None if wanted.sigma_rel is None else PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma,
             t=self.t,
             t_unit=info.t_unit,
             method=self.method,
             profile_error=float(self.reconstruction.profile_error[target]),
             predicted_error=self.predicted_error(target),
-            snapshots=tuple((source.name, float(c)) for source, c in zip(self.sources, column, strict=True)),
-            copies=tuple(
-                alias for name, names in self.names.items() if self.tensors[name].role == "copy" for alias in names
-            ),
+            snapshots=tuple((source.name, c) for source, c in zip(self.sources, column, strict=True)),
+            copies=tuple(alias for name in copies for alias in self.names[name]),
         )
 
     def to_dict(self) -> dict[str, Any]:
         """The run, its motion, and for each target coefficients and errors; plain values for JSON."""
         prior = self.reconstruction.prior
-        targets = []
-        for index in range(len(self.targets)):
-            info = self.output_info(index)
-            targets.append(
-                {
-                    "target": info.profile,
-                    "sigma_rel": info.sigma_rel,
-                    "t": info.t,
-                    "method": info.method,
-                    "profile_error": info.profile_error,
-                    "predicted_error": info.predicted_error,
-                    "snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots],
-                }
-            )
+        infos = [self.output_info(index) for index in range(len(self.targets))]
+        same = ("sigma_rel", "t", "method", "profile_error", "predicted_error")
         return {
             "run": self.newest.info.run_id,
             "movement": {
@@ -176,7 +165,12 @@ class Plan:
                 "noise": bool(prior.motion.noise.any()),
             },
             "snapshots": {"solved_with": self.solved, "of": self.there},
-            "targets": targets,
+            "targets": [
+                {"target": info.profile}
+                | {name: getattr(info, name) for name in same}
+                | {"snapshots": [{"file": file, "coefficient": c} for file, c in info.snapshots]}
+                for info in infos
+            ],
         }
 
 
@@ -219,18 +213,11 @@ def plan_synthesis(
     time = _target_time(sources, t, step)
     alike = _alike(sources, time)
     usable, later = chosen_up_to(alike, time)
-    clock = run_clock([source.info for source in alike])
-    first = min(source.info.t_first for source in usable)
-    profiles = [source.info.profile.pure for source in usable]
-    # The later sources, too, tell how the network moved.
-    prior = source_prior([*usable, *later])
-    result = reconstruct(
-        profiles,
-        [target.profile(time, clock, first) for target in wanted],
-        method,
-        prior.of(range(len(usable))),
-        time,
-    )
+    snapshots = [source.info.profile.pure for source in (*usable, *later)]
+    prior = source_prior([*usable, *later])  # the later ones, too, tell how the network moved
+    clock, first = run_clock([source.info for source in alike]), min(source.info.t_first for source in usable)
+    profiles = [target.profile(time, clock, first) for target in wanted]
+    result = reconstruct(snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)
     plan = Plan(
         sources=tuple(usable[i] for i in used),
@@ -245,16 +232,12 @@ def plan_synthesis(
         solved=len(usable),
         there=sum(source.info.t <= time for source in alike),
         last=max(source.info.t for source in sources),
-        coarse=frozenset(
-            name for dtypes, _ in distinct_dtypes(usable) for name, stored in dtypes.items() if ITEM_BYTES[stored] < 4
-        ),
+        coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
     )
     plan = replace(plan, output_rounding=_output_rounding(plan))
     if max_error is not None:
         _check_errors(plan, max_error)
-    _warn_of_poor_targets(
-        plan, Candidate.of_run("", [*profiles, *(source.info.profile.pure for source in later)], prior)
-    )
+    _warn_of_poor_targets(plan, Candidate.of_run("", snapshots, prior))
     return plan
 
 
@@ -293,22 +276,15 @@ def _target_time(sources: Sequence[Source], t: float | None, step: int | None) -
             raise InvalidValueError(name, f"must lie between {ends}", value=f"{value:.12g}")
     if t is not None and step is not None:
         raise InvalidValueError("t and step", "give one of them")
-    if step is not None:
-        return _time_of_step(times, step, sources[0].info.t_unit)
-    return max(times.values()) if t is None else float(t)
-
-
-def _time_of_step(times: dict[int, float], step: int, unit: str) -> float:
-    """The time of a step between the first and the last of `times`."""
+    if step is None:
+        return max(times.values()) if t is None else float(t)
     if step != int(step):
         raise InvalidValueError("step", "must be a whole number", value=repr(step))
-    if step in times:
-        return times[step]
-    if all(t == s for s, t in times.items()):
-        return float(step)
+    if step in times or all(t == s for s, t in times.items()):
+        return times.get(step, float(step))
     before, after = max(s for s in times if s < step), min(s for s in times if s > step)
     reason = f"lies between the snapshots at {before:,} and {after:,}"
-    raise InvalidValueError("step", reason, f"take one of them, or give t in {unit}", value=step)
+    raise InvalidValueError("step", reason, f"take one of them, or give t in {sources[0].info.t_unit}", value=step)
 
 
 def _alike(sources: Sequence[Source], time: float) -> list[Source]:
@@ -317,12 +293,8 @@ def _alike(sources: Sequence[Source], time: float) -> list[Source]:
     last = max(source.info.t for source in alike)
     if time > last:
         after = min(source.info.t for source in sources if source.info.t > time)
-        raise InvalidValueError(
-            "t",
-            f"the model's tensors changed between the snapshots at {last:,.12g} and {after:,.12g}",
-            "take one of them",
-            value=f"{time:.12g}",
-        )
+        reason = f"the model's tensors changed between the snapshots at {last:,.12g} and {after:,.12g}"
+        raise InvalidValueError("t", reason, "take one of them", value=f"{time:.12g}")
     return alike
 
 
@@ -341,11 +313,8 @@ def _check_errors(plan: Plan, max_error: float) -> None:
     for index, target in enumerate(plan.targets):
         error = plan.predicted_error(index)
         if error is None:
-            raise InexactError(
-                target.title,
-                "its error cannot be predicted: too few snapshots to measure the motion of the network",
-                "set no limit on the error, or take more snapshots",
-            )
+            reason = "its error cannot be predicted: too few snapshots to measure the motion of the network"
+            raise InexactError(target.title, reason, "set no limit on the error, or take more snapshots")
         if error > max_error:
             reason = f"the predicted error is {100 * error:.3g} %, above the accepted {100 * max_error:.3g} %"
             raise InexactError(target.title, reason, "the error curve shows what these snapshots can make")
@@ -385,10 +354,6 @@ def with_consistent_plan(make: Callable[[], Plan], use: Callable[[Plan], _T]) ->
     Arguments:
         make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
         use: opens the snapshots of the plan; must leave nothing behind when it raises.
-
-    Raises:
-        VanishedError: snapshots vanished at every attempt.
-        others: as `make` and `use`.
     """
     for _ in range(ATTEMPTS - 1):
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -24,55 +23,25 @@ class Source(Protocol):
     @property
     def name(self) -> str:
         """The file's name, or a description of an average in memory."""
-        ...
 
     @property
     def info(self) -> SnapshotInfo:
         """The snapshot's header, or what it would be."""
-        ...
 
     @property
     def stored(self) -> Mapping[str, TensorEntry | TensorSpec]:
         """Dtype, shape and bytes of each stored tensor."""
-        ...
 
     def open(self) -> AbstractContextManager[TensorFile | Mapping[str, torch.Tensor]]:
         """Open it for reading, by any number of threads.
 
         Tensors in memory are on the host, or hold their values already: threads do not wait for the caller's stream.
         """
-        ...
-
-
-@dataclass(frozen=True)
-class DiskSource:
-    """A snapshot on disk, in one file or several, as a source."""
-
-    snapshot: Snapshot
-
-    @property
-    def name(self) -> str:
-        """The name of the file, or of the directory."""
-        return self.snapshot.path.name
-
-    @property
-    def info(self) -> SnapshotInfo:
-        """The snapshot's header, decoded."""
-        return self.snapshot.info
-
-    @property
-    def stored(self) -> Mapping[str, TensorEntry]:
-        """Dtype, shape and place of each tensor."""
-        return self.snapshot.header.tensors
-
-    def open(self) -> TensorFile:
-        """Open the file; it must still be the one that was planned with."""
-        return TensorFile(self.snapshot.path, self.snapshot.header)
 
 
 def disk_sources(directory: str | Path) -> list[Source]:
     """The snapshots of a directory as sources; raises what `read_directory` raises."""
-    return [DiskSource(snapshot) for snapshot in read_directory(Path(directory))]
+    return list(read_directory(Path(directory)))
 
 
 def source_prior(sources: Sequence[Source]) -> Prior:
@@ -80,18 +49,8 @@ def source_prior(sources: Sequence[Source]) -> Prior:
 
     If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
     """
-    on_disk = [source for source in sources if isinstance(source, DiskSource)]
-    in_memory = [source for source in sources if not isinstance(source, DiskSource)]
-    prior = snapshot_prior([source.snapshot for source in on_disk], [source.info for source in in_memory])
+    on_disk = [source for source in sources if isinstance(source, Snapshot)]
+    in_memory = [source for source in sources if not isinstance(source, Snapshot)]
+    prior = snapshot_prior(on_disk, [source.info for source in in_memory])
     place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
     return prior.of([place[id(source)] for source in sources])
-
-
-def distinct_dtypes(sources: Sequence[Source]) -> list[tuple[Mapping[str, str], int]]:
-    """The dtypes that tensors are stored in, and the number of sources that share them; mostly one entry a run."""
-    found: list[tuple[Mapping[str, str], int]] = []
-    for source in sources:
-        dtypes = {name: entry.dtype for name, entry in source.stored.items()}
-        index = next((index for index, (other, _) in enumerate(found) if dtypes == other), len(found))
-        found[index : index + 1] = [(dtypes, found[index][1] + 1 if index < len(found) else 1)]
-    return found

@@ -7,11 +7,12 @@ so each byte is read once, and verified in the pass that reads it.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -20,7 +21,6 @@ from posthoc_cli.snapshots.format import BLOCK_BYTES
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.synthesis.sources import distinct_dtypes
 
 MAX_BATCH = 1024
 """Small tensors in one tile at most, so that a tile takes milliseconds even if tensors have one element."""
@@ -67,12 +67,8 @@ class Tile:
 
     def steps(self, chunk: int) -> Iterator[tuple[int, int]]:
         """Element ranges of at most `chunk`, in order; a tile of several tensors, or of none, is one step."""
-        elements = self.bounds[-1]
-        if len(self.pieces) > 1 or not elements:
-            yield 0, elements
-            return
-        for begin in range(0, elements, chunk):
-            yield begin, min(begin + chunk, elements)
+        for begin in range(0, max(1, self.bounds[-1]), chunk):
+            yield begin, min(begin + chunk, self.bounds[-1])
 
 
 def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dtype: str | None = None) -> list[Tile]:
@@ -87,57 +83,40 @@ def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dty
     tiles: list[Tile] = []
     batches: dict[tuple[str, str, str], _Batch] = {}
     wide_dtype = plan.accumulate or wide_dtype
-    dtypes = distinct_dtypes(plan.sources)
     for name, tensor in plan.tensors.items():
         made = plan.output_dtype(name)
         exact = tensor.dtype == "F64" or name not in plan.coarse
         wide = made if tensor.role == "copy" else wide_dtype or ("F64" if exact else "F32")
-        sizes = [(ITEM_BYTES[types[name]], sources) for types, sources in dtypes]
-        count, stored = math.prod(plan.newest.stored[name].shape), sum(size * sources for size, sources in sizes)
+        kind = (tensor.role, made, wide)
+        sizes = [ITEM_BYTES[source.stored[name].dtype] for source in plan.sources]
+        count, stored = math.prod(plan.newest.stored[name].shape), sum(sizes)
         if count > chunk:
-            block = BLOCK_BYTES // min(ITEM_BYTES[made], *(size for size, _ in sizes))
+            block = BLOCK_BYTES // min(ITEM_BYTES[made], *sizes)
             step = block * max(1, round((tile_elements or block) / block))
             for begin in range(0, count, step):
                 end = min(begin + step, count)
-                piece = Piece(name, begin, end)
-                tiles.append(Tile((piece,), tensor.role, made, wide, stored * (end - begin), end == count))
+                tiles.append(Tile((Piece(name, begin, end),), *kind, stored * (end - begin), end == count))
             continue
-        kind = (tensor.role, made, wide)
-        batch = batches.setdefault(kind, _Batch([]))
+        batch = batches.setdefault(kind, _Batch())
         if batch.elements + count > chunk or len(batch.pieces) == MAX_BATCH:
-            tiles.append(batch.tile(kind))
-            batch = batches[kind] = _Batch([])
+            tiles.append(Tile(tuple(batch.pieces), *kind, batch.nbytes))
+            batch = batches[kind] = _Batch()
         batch.pieces.append(Piece(name, 0, count))
         batch.elements += count
         batch.nbytes += stored * count
-    return tiles + [batch.tile(kind) for kind, batch in batches.items()]
+    return tiles + [Tile(tuple(batch.pieces), *kind, batch.nbytes) for kind, batch in batches.items()]
 
 
 @dataclass
 class _Batch:
     """Small tensors of one kind that will be a tile."""
 
-    pieces: list[Piece]
+    pieces: list[Piece] = field(default_factory=list)
     elements: int = 0
     nbytes: int = 0
 
-    def tile(self, kind: tuple[str, str, str]) -> Tile:
-        return Tile(tuple(self.pieces), *kind, self.nbytes)
-
 
 # --- reading -----------------------------------------------------------------------------------------
-
-
-class TileReader(Protocol):
-    """One tile of one source, read in order."""
-
-    def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:
-        """Fill `slot` with the elements of the tile from `begin` on, in the slot's dtype and on its device.
-
-        Raises:
-            FileFormatError: naming the file and the tensor.
-        """
-        ...
 
 
 def open_tile(source: TensorFile | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
@@ -148,59 +127,51 @@ def open_tile(source: TensorFile | Mapping[str, torch.Tensor], tile: Tile) -> Ti
 
 
 class Scratch:
-    """A thread's room for bytes as they are stored, made once and used for every chunk."""
+    """A thread's room for bytes as they are stored, made once and used for every chunk.
+
+    With an accelerator there are two: the next bytes are read while the last ones are copied to it.
+    """
 
     def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._pinned = device.type == "cuda"
-        # With an accelerator the next bytes are read while the last ones are copied to it.
-        self._rooms = [_Room(nbytes, self._pinned) for _ in range(1 + self._pinned)]
-        self._turn = 0
+        pinned = device.type == "cuda"
+        self._rooms = deque(_Room(nbytes, pinned) for _ in range(1 + pinned))
 
-    def next(self, nbytes: int) -> memoryview:
-        """Room for that many bytes; what `next` gave before the last time is overwritten."""
-        self._turn = (self._turn + 1) % len(self._rooms)
-        room = self._rooms[self._turn]
-        if room.sent is not None:
-            room.sent.synchronize()
-        return room.view[:nbytes]
-
-    def parts(self, bounds: Sequence[int]) -> list[memoryview]:
-        """The bytes that `next` gave, cut at `bounds`."""
-        return self._rooms[self._turn].parts(bounds)
-
-    def send(self, slot: torch.Tensor, dtype: str) -> None:
-        """Convert the first values in the room, of a safetensors dtype, into `slot`, on its device."""
-        room = self._rooms[self._turn]
-        values = room.typed(dtype)[: slot.numel()]
-        if slot.device.type == "cpu":
-            slot.copy_(values)
-            return
-        slot.copy_(values.to(slot.device, non_blocking=self._pinned))
-        if self._pinned:
-            room.sent = torch.cuda.current_stream(slot.device).record_event()
+    def next(self) -> _Room:
+        """A room; the values sent from it before, if any, have arrived."""
+        self._rooms.rotate()
+        if self._rooms[0].sent is not None:
+            self._rooms[0].sent.synchronize()
+        return self._rooms[0]
 
 
 class _Room:
     """Bytes, the same as tensors of any dtype, and the event after which they may be overwritten."""
 
     def __init__(self, nbytes: int, pinned: bool) -> None:
-        self._bytes = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned)
+        self._bytes, self._pinned = torch.zeros(nbytes, dtype=torch.uint8, pin_memory=pinned), pinned
         self.view = self._bytes.numpy().data
         self.sent: Any = None
         self._typed: dict[str, torch.Tensor] = {}
         self._bounds: Sequence[int] = ()
         self._parts: list[memoryview] = []
 
-    def typed(self, dtype: str) -> torch.Tensor:
-        if dtype not in self._typed:
-            self._typed[dtype] = self._bytes.view(torch_dtype(dtype))
-        return self._typed[dtype]
-
     def parts(self, bounds: Sequence[int]) -> list[memoryview]:
-        # Mostly the same bounds for every source.
+        """The bytes cut at `bounds`, which are mostly the same for every source."""
         if bounds != self._bounds:
             self._bounds, self._parts = bounds, [self.view[a:b] for a, b in pairwise(bounds)]
         return self._parts
+
+    def send(self, slot: torch.Tensor, dtype: str) -> None:
+        """Convert the first values, of a safetensors dtype, into `slot`, on its device."""
+        if dtype not in self._typed:
+            self._typed[dtype] = self._bytes.view(torch_dtype(dtype))
+        values = self._typed[dtype][: slot.numel()]
+        if slot.device.type == "cpu":
+            slot.copy_(values)
+            return
+        slot.copy_(values.to(slot.device, non_blocking=self._pinned))
+        if self._pinned:
+            self.sent = torch.cuda.current_stream(slot.device).record_event()
 
 
 class _FileRange:
@@ -212,45 +183,31 @@ class _FileRange:
         self._range = file.read_range(piece.name, piece.begin * self._size, piece.end * self._size)
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
-        self._range.read_into(scratch.next(slot.numel() * self._size))
-        scratch.send(slot, self._dtype)
+        room = scratch.next()
+        self._range.read_into(room.view[: slot.numel() * self._size])
+        room.send(slot, self._dtype)
 
 
 class _FileBatch:
-    """Small tensors of a file: neighbours are read and converted together, each is verified alone."""
+    """Small tensors of a file: neighbours of one dtype are read and converted together, each is verified alone."""
 
     def __init__(self, file: TensorFile, tile: Tile) -> None:
-        self._file = file
-        self._bounds = tile.bounds
-        self._names = tile.names
+        self._file, self._tile = file, tile
         self._entries = [file.header.tensors[name] for name in tile.names]
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
-        first = 0
-        for end in self._run_ends():
-            self._read_run(slot, first, end, scratch)
-            first = end
-
-    def _run_ends(self) -> list[int]:
-        """Where runs of neighbours of one dtype end."""
-        start, dtype = self._entries[0].begin, self._entries[0].dtype
-        begins, dtypes = [entry.begin for entry in self._entries], {entry.dtype for entry in self._entries}
-        if dtypes == {dtype} and begins == [start + ITEM_BYTES[dtype] * bound for bound in self._bounds[:-1]]:
-            return [len(self._entries)]  # mostly all of them
-        cuts = [
+        entries, bounds = self._entries, self._tile.bounds
+        apart = [
             index
-            for index, (one, other) in enumerate(pairwise(self._entries), 1)
+            for index, (one, other) in enumerate(pairwise(entries), 1)
             if other.begin != one.begin + one.nbytes or other.dtype != one.dtype
         ]
-        return [*cuts, len(self._entries)]
-
-    def _read_run(self, slot: torch.Tensor, first: int, end: int, scratch: Scratch) -> None:
-        names, dtype = self._names[first:end], self._entries[first].dtype
-        size, start = ITEM_BYTES[dtype], self._bounds[first]
-        bounds = [size * (bound - start) for bound in self._bounds[first : end + 1]]
-        self._file.fill(names[0], scratch.next(bounds[-1]), 0)
-        self._file.verify(names, scratch.parts(bounds))
-        scratch.send(slot[start : self._bounds[end]], dtype)
+        for first, end in pairwise([0, *apart, len(entries)]):
+            names, dtype, room = self._tile.names[first:end], entries[first].dtype, scratch.next()
+            edges = [ITEM_BYTES[dtype] * (bound - bounds[first]) for bound in bounds[first : end + 1]]
+            self._file.fill(names[0], room.view[: edges[-1]], 0)
+            self._file.verify(names, room.parts(edges))
+            room.send(slot[bounds[first] : bounds[end]], dtype)
 
 
 class _MemoryTile:
@@ -266,3 +223,8 @@ class _MemoryTile:
             return
         for (start, end), piece in zip(pairwise(self._bounds), self._pieces, strict=True):
             slot[start:end].copy_(piece)
+
+
+TileReader = _FileRange | _FileBatch | _MemoryTile
+"""One tile of one source, read in order: `read_into(slot, begin, scratch)` fills `slot` with the elements of the tile
+from `begin` on, in the slot's dtype and on its device; a FileFormatError names the file and the tensor."""

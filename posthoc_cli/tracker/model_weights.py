@@ -17,7 +17,7 @@ from torch.optim import swa_utils
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError, NotReadyError
 from posthoc_cli.snapshots.tensors import torch_dtype
-from posthoc_cli.synthesis.engine import NoWriter, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import TileWriter, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, check_model
@@ -295,7 +295,7 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
     _warn_of_the_rest(model)
 
 
-class _Fitting(NoWriter):
+class _Fitting(TileWriter):
     """Drops results after a check that the model's tensors can hold them."""
 
     def __init__(self, tile: Tile, dtypes: Mapping[str, torch.dtype], names: Mapping[str, Sequence[str]]) -> None:

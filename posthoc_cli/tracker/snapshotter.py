@@ -30,7 +30,7 @@ from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis.sources import DiskSource, Source
+from posthoc_cli.synthesis.sources import Source
 from posthoc_cli.tracker.averages import Accumulators, Rounded, RunningAverages, Standing
 from posthoc_cli.tracker.measuring import measure_live, measure_stored
 from posthoc_cli.tracker.model_tensors import nonfinite_name
@@ -149,7 +149,7 @@ def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) ->
     for snapshot in snapshots:
         info = snapshot.info
         if info.t < now or (info.t == now and info.sigma_rel not in held):
-            sources.append(DiskSource(snapshot))
+            sources.append(snapshot)
     return sources
 
 
