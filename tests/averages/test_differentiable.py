@@ -26,12 +26,7 @@ STEPS = 30
 ROWS, WEIGHTS = 3, 5
 EPS = np.finfo(np.float64).eps
 
-MODES: dict[str, dict[str, Any]] = {
-    "truncated": {},
-    "window": {"window": 7},
-    "carried": {},
-    "full": {},
-}
+MODES: dict[str, dict[str, Any]] = {"truncated": {}, "window": {"window": 7}, "carried": {}, "full": {}}
 
 
 class Problem:
@@ -111,9 +106,6 @@ def train(ema: DifferentiableEMA, problem: Problem, rate: float = RATE) -> Train
     return training
 
 
-# --- the average -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_gives_the_same_average(mode: str) -> None:
     problem, ema = Problem(), make(mode)
@@ -151,9 +143,6 @@ def test_a_value_that_is_a_parameter_is_kept_as_it_was() -> None:
         result = ema(weight.view(ROWS))
     expected = coefficients([DECAY] * 3) @ [1, 2, 3]
     np.testing.assert_allclose(result.detach().numpy(), expected, rtol=0, atol=rounding())
-
-
-# --- gradients -------------------------------------------------------------------------------------
 
 
 def expected_gradients(problem: Problem, seen: Sequence[FloatArray], kept: int) -> list[FloatArray]:
@@ -202,8 +191,6 @@ def test_a_graph_that_is_not_retained_is_refused() -> None:
     with pytest.raises(RuntimeError, match="retain_graph=True"):
         ema(problem.value(1, weight)).sum().backward()
 
-
-# --- gradients that are carried --------------------------------------------------------------------
 
 forward_mode = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 """torch 2.13 compiles rules for forward mode when it is first used, and warns of its own compiler."""
@@ -339,9 +326,6 @@ def test_half_precision_leaves_get_their_gradient_in_their_own_dtype() -> None:
     assert weight.grad.float().numpy() == pytest.approx(1 - 0.999**1000, rel=2**-8)
 
 
-# --- a learned decay -------------------------------------------------------------------------------
-
-
 def test_a_learned_decay_gets_the_newest_updates_gradient_when_truncated() -> None:
     """a_t = d a_{t-1} + (1 - d) x_t: with a_{t-1} constant, da_t/dd = a_{t-1} - x_t."""
     random = np.random.default_rng(1)
@@ -405,9 +389,6 @@ def test_a_decay_may_be_made_anew_for_every_update() -> None:
     twin = copy.deepcopy(ema)
     assert isinstance(twin.decay, torch.Tensor)
     assert not twin.decay.requires_grad
-
-
-# --- what is kept ----------------------------------------------------------------------------------
 
 
 class _Saved:
@@ -534,9 +515,6 @@ def test_eval_mode_takes_nothing_in() -> None:
     assert ema.num_updates == 1
 
 
-# --- state -----------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("mode", MODES)
 def test_a_loaded_state_goes_on_with_the_average_as_a_constant(mode: str) -> None:
     problem, first = Problem(), make(mode)
@@ -608,9 +586,6 @@ def test_a_learned_decay_is_part_of_the_state_and_moves() -> None:
     assert repr(ema) == "DifferentiableEMA([2], decay=learned, mode='truncated')"
     assert repr(DifferentiableEMA((), 0.5)) == "DifferentiableEMA([], decay=0.5, mode='truncated')"
     assert not copy.deepcopy(ema).decay.grad_fn
-
-
-# --- bad input -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -46,9 +46,6 @@ def numbers(tensor: torch.Tensor) -> FloatArray:
     return tensor.detach().double().numpy().copy()
 
 
-# --- the formula -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("warmup", [False, True])
 @pytest.mark.parametrize("interval", [1, 3])
 @pytest.mark.parametrize("update_buffers", [False, True])
@@ -157,9 +154,6 @@ def test_whole_number_parameters_are_copied() -> None:
     assert ema.module.table.tolist() == [9, 9]
 
 
-# --- half precision --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_averages_move(dtype: torch.dtype) -> None:
     """Rounded after every update, 2e-4 of the distance 1 is lost in values near 1: the average would stay at 1."""
@@ -264,9 +258,6 @@ def test_a_half_precision_model_and_a_float32_average() -> None:
     assert not ema.accumulators.values
 
 
-# --- states ----------------------------------------------------------------------------------------
-
-
 def mmengine_state(model: torch.nn.Module, steps: int) -> dict[str, torch.Tensor]:
     """What `mmengine.model.ExponentialMovingAverage(model).state_dict()` holds, by its documented names."""
     state = {f"module.{name}": torch.randn(value.shape) for name, value in model.state_dict().items()}
@@ -359,9 +350,6 @@ def test_a_copy_continues_alone(copied: Callable[[torch.nn.Module], torch.nn.Mod
         twin.update_parameters(model)
     assert twin.steps == 9
     assert not torch.equal(twin.module.weight, ema.module.weight)
-
-
-# --- the rest of the interface ---------------------------------------------------------------------
 
 
 def test_sync_parameters_begins_anew_and_sync_buffers_copies_buffers_only() -> None:
@@ -497,9 +485,6 @@ def test_the_average_can_live_on_another_device() -> None:
     assert ema.module.weight.is_meta
     assert ema.steps.is_meta
     assert not model.weight.is_meta
-
-
-# --- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("momentum", [0.0, 1.0, -0.1, 2, float("nan"), float("inf"), True, "0.1", None, [0.1]])

@@ -78,9 +78,6 @@ def expected_path(forget_momentum: bool) -> list[FloatArray]:
     return path
 
 
-# --- over a module -----------------------------------------------------------------------------------
-
-
 def test_switching_keeps_the_momentum() -> None:
     model = Quadratic()
     average = averaged(model)
@@ -156,9 +153,6 @@ def test_a_model_with_other_tensors_is_refused_and_left_alone() -> None:
         with refused(f"tensor '{name}'", kind=ModelMismatchError):
             recipe.switch(model)
         assert torch.equal(model.weight, before)
-
-
-# --- over the tracker --------------------------------------------------------------------------------
 
 
 def tracker(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
@@ -241,8 +235,6 @@ def test_a_tracker_that_is_attached_is_only_switched(tmp_path: Path) -> None:
         assert ema.step == 4
         np.testing.assert_allclose(model.weight.detach(), ema.state_dict(SIGMA_REL)["weight"], rtol=0, atol=ROUNDING)
 
-
-# --- bad input ---------------------------------------------------------------------------------------
 
 KINDS = [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")]
 

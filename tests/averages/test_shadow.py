@@ -43,9 +43,6 @@ def train(net: ShadowModel, steps: int) -> list[FloatArray]:
     return values
 
 
-# --- the formula -----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("num_updates", [None, 0, 7])
 def test_the_shadow_is_tensorflows_formula(num_updates: int | None) -> None:
     net = ShadowModel(tiny_model(), 0.6, num_updates)
@@ -139,9 +136,6 @@ def test_half_precision_shadows_move(dtype: torch.dtype) -> None:
     assert abs(net.shadow.weight.item() - (2 - 0.9998**2000)) <= torch.finfo(dtype).eps / 2 + rounding(2000, 2.0)
 
 
-# --- modes -----------------------------------------------------------------------------------------
-
-
 class Dropped(torch.nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -208,9 +202,6 @@ def test_an_update_in_eval_mode_warns_once_and_does_nothing() -> None:
     assert net.num_updates == 0
     net.train().update()
     assert net.num_updates == 1
-
-
-# --- copies, casts and wrappers --------------------------------------------------------------------
 
 
 def settled(dtype: torch.dtype = torch.float32) -> ShadowModel:
@@ -282,9 +273,6 @@ def test_tied_parameters_stay_tied() -> None:
     net = settled()
     assert net.shadow.head.weight is net.shadow.embed.weight
     assert net.shadow.head.weight is not net.model.head.weight
-
-
-# --- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("decay", [1.0, -0.1, 2, float("nan"), True, "0.9", None])

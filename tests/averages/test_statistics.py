@@ -61,9 +61,6 @@ def check(stats: EMAStats, expected: dict[str, FloatArray], tolerance: float) ->
         assert np.abs(found - expected[name]).max() <= tolerance * np.abs(expected[name]).max(), name
 
 
-# --- the formulas ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("running_mean", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 1.0])
 @pytest.mark.parametrize("rows", [1, 2, 33])
@@ -115,9 +112,6 @@ def test_reset_is_a_new_beginning() -> None:
     assert_same_tensors(stats.state_dict(), fresh.state_dict())
     feed(stats, data, torch.float32), feed(fresh, data, torch.float32)
     assert_same_tensors(stats.state_dict(), fresh.state_dict())
-
-
-# --- gradients and memory --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -215,9 +209,6 @@ def test_a_loss_on_the_statistics_trains() -> None:
     assert (covariance - torch.eye(2)).abs().max() < 0.1
 
 
-# --- precision -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_batches_accumulate_in_float32(dtype: torch.dtype) -> None:
     data = [tuple(torch.from_numpy(b).to(dtype).double().numpy() for b in batch) for batch in batches(30, 64, 4, 3)]
@@ -255,9 +246,6 @@ def test_default_dtypes_of_half_precision_do_not_make_such_statistics() -> None:
             assert EMAStats(2).cov_xx.dtype == expected
     finally:
         torch.set_default_dtype(before)
-
-
-# --- correlations ----------------------------------------------------------------------------------
 
 
 def test_correlation_is_that_of_numpy() -> None:
@@ -332,9 +320,6 @@ def test_a_singular_covariance_without_a_ridge_is_named() -> None:
     assert stats.canonical_correlations().allclose(torch.ones(3), atol=1e-3)
 
 
-# --- copies and states --------------------------------------------------------------------
-
-
 def with_graph() -> EMAStats:
     stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32)
     stats(torch.randn(8, 3, requires_grad=True), torch.randn(8, 2))
@@ -397,9 +382,6 @@ def test_compiled_it_gives_the_same() -> None:
         plain(torch.from_numpy(x).float(), torch.from_numpy(y).float())
         run(torch.from_numpy(x).float(), torch.from_numpy(y).float())
     assert_same_tensors(compiled.state_dict(), plain.state_dict())
-
-
-# --- refusals --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -44,9 +44,6 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.step()
 
 
-# --- which steps count -----------------------------------------------------------------------------
-
-
 def test_averages_follow_the_optimizers_steps_without_a_call(tmp_path: Path) -> None:
     model = network().double()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -203,8 +200,7 @@ class PlainWrapper:
 
 
 @pytest.mark.parametrize(
-    "wrap",
-    [Wrapper, PlainWrapper, lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False)],
+    "wrap", [Wrapper, PlainWrapper, lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False)]
 )
 def test_other_wrappers_are_refused_with_the_line_to_write(tmp_path: Path, wrap) -> None:  # type: ignore[no-untyped-def]
     Accelerator(cpu=True)
@@ -296,9 +292,6 @@ def test_a_clock_of_ones_own(tmp_path: Path) -> None:
             seen += 64
             step(model, optimizer)
         assert (tracker.step, tracker.t) == (3, 192)
-
-
-# --- whose optimizer -------------------------------------------------------------------------------
 
 
 def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> None:
@@ -398,9 +391,6 @@ def test_the_model_is_not_kept_alive(tmp_path: Path) -> None:
     assert alive() is None
 
 
-# --- a cell of a notebook that runs again ----------------------------------------------------------
-
-
 def test_a_cell_that_runs_again_before_training_goes_on_with_its_last_tracker(tmp_path: Path) -> None:
     model = network()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -476,9 +466,6 @@ def test_a_tracker_that_follows_another_optimizer_by_now_is_left_alone(tmp_path:
             step(model, now)
             step(model, before)
             assert (first.step, second.step) == (1, 1)
-
-
-# --- errors ----------------------------------------------------------------------------------------
 
 
 def test_an_error_of_the_update_leaves_the_step_and_training_goes_on(

@@ -58,9 +58,6 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate.set()
 
 
-# --- the same values -------------------------------------------------------------------------------
-
-
 def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) -> None:
     """Training has gone on, and its values have changed, before the worker looks at what it was given."""
     model = network()
@@ -184,9 +181,6 @@ def interrupted(after: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-# --- errors ----------------------------------------------------------------------------------------
-
-
 def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_the_worker_is(
     tmp_path: Path, gate: threading.Event
 ) -> None:
@@ -251,10 +245,7 @@ def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
 ) -> None:
     model = network()
     monkeypatch.setattr(files.system, "fsync", refuse_for_space)
-    with (
-        pytest.raises(ZeroDivisionError),
-        PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker,
-    ):
+    with pytest.raises(ZeroDivisionError), PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         train(model, tracker, 1, 4)
         raise ZeroDivisionError
     assert "no space left" in caplog.text
@@ -318,9 +309,6 @@ def test_threads_end_with_their_tracker(tmp_path: Path) -> None:
     for thread in begun:
         thread.join(60)
         assert not thread.is_alive()
-
-
-# --- waiting ---------------------------------------------------------------------------------------
 
 
 def test_a_worker_that_falls_behind_is_waited_for_and_no_update_is_dropped(
@@ -432,9 +420,6 @@ def test_a_forked_process_has_no_tracker_and_leaves_that_of_its_parent_alone(tmp
     """It has none of the threads, and would wait for them for good."""
     forked.check(FORKS, tmp_path, device)
     assert {s.info.t for s in read_directory(tmp_path)} == {1, 2}
-
-
-# --- what is looked through once -------------------------------------------------------------------
 
 
 def replace_storage(model: torch.nn.Module) -> None:

@@ -70,9 +70,6 @@ def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -
     return float(np.linalg.norm(found.numpy() - exact) / np.linalg.norm(exact))
 
 
-# --- what headers say ------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run over `changing_twice`, to be read only."""
@@ -138,9 +135,6 @@ def test_snapshots_that_contradict_each_other_are_named() -> None:
     assert run_clock([without, early]) == Clock((10, 20), (640.0, 1280.0))
 
 
-# --- what that is good for -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("steps", [600, 650, 700, 900, 1200])
 def test_the_last_steps_are_found_where_the_batch_changed(changed: Path, steps: int) -> None:
     exact = path(changing_twice())[-steps:].mean(axis=0)
@@ -164,9 +158,6 @@ def test_live_averages_know_the_clock_too(tmp_path: Path) -> None:
     found = tracker.state_dict(Window(300))["w"].numpy()
     exact = path(times)[-300:].mean(axis=0)
     assert np.linalg.norm(found - exact) < 3e-4 * np.linalg.norm(exact)
-
-
-# --- going on --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("interrupted_at", [0, 1, 249, 250, 699])

@@ -41,9 +41,6 @@ def whole_run(folder: Path, **settings: Any) -> dict[str, bytes]:
     return scheduled(folder)
 
 
-# --- what is written, and when ---------------------------------------------------------------------
-
-
 def _close(trackers: list[PostHocEMA]) -> None:
     trackers.pop().close()
 
@@ -160,9 +157,6 @@ def test_a_directory_that_stays_empty_says_why(
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert re.search(told, record.message)
-
-
-# --- what comes afterwards -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])

@@ -62,9 +62,6 @@ def all_equal(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
     return len(one) == len(other) and all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-# --- the average now -------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("steps", [12, 40, 100])
 def test_the_average_is_that_of_now_and_not_of_the_last_snapshot(tmp_path: Path, steps: int) -> None:
     run = Run(tmp_path)
@@ -151,9 +148,6 @@ def test_tied_names_and_a_model_of_half_the_width(tmp_path: Path) -> None:
             assert torch.equal(untied["a"].weight, model["a"].weight.bfloat16())
 
 
-# --- training does not notice ----------------------------------------------------------------------
-
-
 def test_a_training_that_looks_at_every_step_ends_where_one_does_that_never_looks(tmp_path: Path) -> None:
     blind = Run(tmp_path / "blind")
     blind.train(40)
@@ -186,9 +180,6 @@ def test_blocks_of_both_kinds_stand_in_each_other(tmp_path: Path) -> None:
     assert all_equal(run.everything(), before)
 
 
-# --- the switch ------------------------------------------------------------------------------------
-
-
 def test_switching_to_the_average_between_steps(tmp_path: Path) -> None:
     run = Run(tmp_path)
     run.train(20)
@@ -204,9 +195,6 @@ def test_switching_to_the_average_between_steps(tmp_path: Path) -> None:
     assert run.tracker.step == 40
     with run.tracker.averaged(run.model, tracked=0.28):  # of the weights that the updates saw
         assert run.error(run.now(), run.exact(0.28)) < 1e-6
-
-
-# --- BatchNorm statistics --------------------------------------------------------------------------
 
 
 def batches() -> list[tuple[torch.Tensor, torch.Tensor]]:

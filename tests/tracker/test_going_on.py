@@ -37,9 +37,6 @@ def times(folder: Path) -> list[float]:
     return sorted({s.info.t for s in read_directory(folder)})
 
 
-# --- by itself -------------------------------------------------------------------------------------
-
-
 def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
     """With the settings that it has by then."""
     model, found = matrix(), []
@@ -106,9 +103,6 @@ def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) 
             tracker.update_(model)
 
 
-# --- from an earlier call --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("way", ["from_path", "from_model"])
 def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(tmp_path: Path, way: str) -> None:
     model = matrix()
@@ -156,9 +150,6 @@ def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> No
         walk(model, tracker, 21, 30, t=64.0)
         assert tracker.t == 1920
     assert times(tmp_path) == [640, 1280, 1920]
-
-
-# --- from an exact state ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])

@@ -103,9 +103,6 @@ def check_all(watched: Watched, folder: Path) -> None:
         check(watched, snapshot, [s for s in snapshots if s.info.t < snapshot.info.t])
 
 
-# --- when they are written -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sigma_rels", [(0.1,), (0.05, 0.28), (0.05, 0.1, 0.28)])
 @pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64", None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -221,9 +218,6 @@ def test_safetensors_and_readers_of_its_metadata_open_the_files(tmp_path: Path) 
         assert opened.metadata()["ema.sigma_rels"] == "[0.05,0.28]"
 
 
-# --- going on --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("resume", ["state", "directory"])
 def test_a_resumed_run_measures_to_what_is_on_disk(tmp_path: Path, resume: str) -> None:
     model = tiny_model()
@@ -274,9 +268,6 @@ def test_a_run_goes_on_without_a_profile_whose_snapshots_were_deleted_only_when_
     assert last.sigma_rels == (0.05,)
     assert last.measurements is not None
     assert [(d.t, d.sigma_rel) for d in last.measurements.distances] == [(5, 0.05), (10, 0.05)]
-
-
-# --- what is in the way ----------------------------------------------------------------------------
 
 
 def remove(path: Path) -> None:
@@ -360,9 +351,6 @@ def test_an_average_that_is_not_finite_is_refused_before_anything_is_written(tmp
         with pytest.raises(NonFiniteError, match=r"'norm\.bias': holds nan or infinity"):
             Watched(tracker).train(model, 5, 5)
     assert not list(tmp_path.glob("*.safetensors"))
-
-
-# --- live averages ---------------------------------------------------------------------------------
 
 
 def test_live_averages_are_measured_as_snapshots_are_and_without_rounding(tmp_path: Path) -> None:

@@ -63,9 +63,6 @@ def assert_same(model: torch.nn.Module, before: dict[str, torch.Tensor]) -> None
         assert after[name].dtype == tensor.dtype
 
 
-# --- what is tracked -------------------------------------------------------------------------------
-
-
 def test_parameters_are_averaged_buffers_copied_tied_ones_stored_once(tmp_path: Path) -> None:
     model, tracker, _ = trained(tmp_path)
     info = read_directory(tmp_path)[-1].info
@@ -164,9 +161,6 @@ def test_a_model_of_empty_tensors_has_averages_of_them(tmp_path: Path) -> None:
             pass
 
 
-# --- the state dict --------------------------------------------------------------------------------
-
-
 def test_the_state_dict_is_a_dict_and_a_context_and_pickles_plainly(tmp_path: Path) -> None:
     _model, tracker, _ = trained(tmp_path / "run")
     with tracker.state_dict(sigma_rel=0.15) as weights:
@@ -216,9 +210,6 @@ def test_bad_arguments_are_value_errors(tmp_path: Path, wrong: dict) -> None:
     _, tracker, _ = trained(tmp_path)
     with pytest.raises(ValueError, match="must"):
         tracker.state_dict(**wrong)
-
-
-# --- swapped into a model --------------------------------------------------------------------------
 
 
 class BodyError(Exception):

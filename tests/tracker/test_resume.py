@@ -33,9 +33,6 @@ def network() -> torch.nn.Module:
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
 
 
-# --- the tracker's own state -----------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_run_of_60_steps_may_be_interrupted_at_any_of_them(tmp_path: Path, device: str) -> None:
     """Snapshots, thinned ones too, are byte for byte those of the run without interruption."""
@@ -144,9 +141,6 @@ def test_a_state_taken_from_a_directory_goes_on_too(tmp_path: Path) -> None:
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         tracker.load_state_dict(state)
         assert (tracker.step, tracker.t) == (20, 20)
-
-
-# --- from snapshots --------------------------------------------------------------------------------
 
 
 def test_going_on_from_snapshots_keeps_the_profile(tmp_path: Path) -> None:
@@ -361,9 +355,6 @@ def test_an_evaluation_model_without_gradients_opens(tmp_path: Path) -> None:
     PostHocEMA.from_path(tmp_path, model.requires_grad_(False))
 
 
-# --- whose directory -------------------------------------------------------------------------------
-
-
 def test_a_directory_of_another_run_is_refused_at_the_first_update(tmp_path: Path) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as first:
@@ -541,9 +532,6 @@ def test_a_change_of_the_working_directory_does_not_move_the_run(
         monkeypatch.chdir(tmp_path / "elsewhere")
         train(model, tracker, 11, 20)
     assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 20}
-
-
-# --- the picture -----------------------------------------------------------------------------------
 
 
 def test_the_error_figure_is_of_what_is_there_or_of_the_plan(tmp_path: Path) -> None:

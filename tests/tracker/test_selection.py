@@ -51,8 +51,6 @@ def roles(folder: Path) -> dict[str, str]:
     return {name: tensor.role for name, tensor in read_directory(folder)[-1].info.tensors.items()}
 
 
-# --- filters ---------------------------------------------------------------------------------------
-
 ALL = {
     "0.weight", "0.bias", "1.weight", "1.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked",
     "2.weight", "2.bias",
@@ -85,10 +83,7 @@ def test_filters_take_what_they_name_and_the_header_lists_the_rest(tmp_path: Pat
 @pytest.mark.parametrize(
     ("filters", "message"),
     [
-        (
-            {"include": "conv.*"},
-            r"include 'conv\.\*': matches no tensor of the model; .* such as '0\.weight'",
-        ),
+        ({"include": "conv.*"}, r"include 'conv\.\*': matches no tensor of the model; .* such as '0\.weight'"),
         ({"exclude": ["2.*", "3.*"]}, r"exclude '3\.\*': matches no tensor"),
         ({"include": 3}, "include 3: must be a glob on names"),
         ({"exclude": [""]}, "must be a glob on names"),
@@ -114,9 +109,6 @@ def test_of_tied_names_the_one_that_is_taken_names_the_tensor(tmp_path: Path) ->
     PostHocEMA.from_path(tmp_path).load_into(model, sigma_rel=0.2)
 
 
-# --- buffers ---------------------------------------------------------------------------------------
-
-
 def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path: Path) -> None:
     states = tracked(network(), tmp_path, buffers="average")
     found = roles(tmp_path)
@@ -131,8 +123,6 @@ def test_buffers_are_averaged_as_parameters_are_where_they_have_a_point(tmp_path
     PostHocEMA.from_path(tmp_path, model).load_into(model, sigma_rel=0.28)
     assert torch.equal(model[1].running_mean, weights["1.running_mean"])
 
-
-# --- copied, not averaged --------------------------------------------------------------------------
 
 COPIED = {"0.weight", "0.bias", "1.running_mean", "1.running_var", "1.num_batches_tracked", "2.bias"}
 
@@ -205,9 +195,6 @@ def test_a_header_without_copies_asked_for_is_as_it_was_before_there_were_any(tm
     chosen = '{"only_trainable":true,"include":[],"exclude":[],"buffers":"copy"}'
     assert snapshot.header.metadata["ema.selection"] == chosen
     assert snapshot.info.selection == Selection()
-
-
-# --- kinds of tensors ------------------------------------------------------------------------------
 
 
 class Holder(torch.nn.Module):

@@ -20,8 +20,6 @@ import torch
 from posthoc_cli.tracker import buffers
 from posthoc_cli.tracker.buffers import Layout, Staged, Stager, lay_out, pinned_empty
 
-# --- a device that is not there --------------------------------------------------------------------
-
 
 class Event:
     """After it, what was recorded before it is done."""
@@ -92,10 +90,7 @@ class SimulatedDevice:
         """What `staging` sees in place of torch."""
         used_by = self.used_by
         cuda = SimpleNamespace(
-            Stream=self.stream,
-            Event=lambda **_: Event(self),
-            current_stream=lambda _: self.current,
-            stream=self.on,
+            Stream=self.stream, Event=lambda **_: Event(self), current_stream=lambda _: self.current, stream=self.on
         )
 
         class OnDevice(torch.Tensor):
@@ -206,9 +201,6 @@ def test_buffers_are_used_again_and_others_are_made_for_other_tensors(device: Si
     other = stager.stage(fewer)
     assert other.arrived().keys() == fewer.keys()
     assert expected(other.arrived(), 7)
-
-
-# --- pinned memory ---------------------------------------------------------------------------------
 
 
 class Cudart:
@@ -323,8 +315,6 @@ def test_pinned_memory_is_the_same_for_a_forked_process(monkeypatch: pytest.Monk
     os.waitpid(child, 0)
     assert flat.tolist() == [0, 5]
 
-
-# --- a device that is there ------------------------------------------------------------------------
 
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -91,9 +91,6 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-# --- as a file -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("t_unit", ["steps", "images"])
 @pytest.mark.parametrize("interrupted_at", [1, 9, 10, 15])
 def test_going_on_from_a_file_is_exact(tmp_path: Path, interrupted_at: int, t_unit: str) -> None:
@@ -231,9 +228,6 @@ def test_what_is_wrong_with_a_file_names_the_file(tmp_path: Path) -> None:
         Run(tmp_path / "third", sigma_rels=(0.1, 0.28)).tracker.load_state(tmp_path / "state")
 
 
-# --- torch.distributed.checkpoint, torch.load ------------------------------------------------------
-
-
 @contextmanager
 def _process_group(kind: str) -> Iterator[None]:
     if kind == "none":
@@ -322,9 +316,6 @@ def test_a_tracker_is_no_object_to_copy_or_pickle_and_says_what_to_do(tmp_path: 
         tracker.update_(model)  # as before
 
 
-# --- other settings than before --------------------------------------------------------------------
-
-
 def continued(tmp_path: Path, before: dict, after: dict, first: int, last: int) -> Run:
     """A run of `first` steps, continued by a tracker of other settings up to `last`."""
     early = Run(tmp_path / "run", **before)
@@ -404,8 +395,6 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
         three.tracker.load_state_dict(early.tracker.state_dict())
     assert same(three.tracker.state_dict(), before)
 
-
-# --- states that were tampered with ----------------------------------------------------------------
 
 NOT_OF_ONE_TRAINING = "not times of one training"
 NOT_THE_AVERAGES = "not those of 2 averages at step 4"

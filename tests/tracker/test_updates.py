@@ -41,9 +41,6 @@ def walk(steps: int, seed: int = 0) -> np.ndarray:
     return np.cumsum(np.random.default_rng(seed).standard_normal((steps, 3)), axis=0)
 
 
-# --- exactness -------------------------------------------------------------------------------------
-
-
 @given(
     update_every=st.integers(1, 12),
     update_after_step=st.integers(0, 40),
@@ -148,9 +145,6 @@ def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:
     assert snapshots[-1].info.step == 30
 
 
-# --- when things are due ---------------------------------------------------------------------------
-
-
 def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
     settings = PostHocEMA.from_model(Scalar(), tmp_path).settings
     assert settings.sigma_rels == (0.05, 0.28)
@@ -227,9 +221,6 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
             tracker.state_dict(sigma_rel=0.15)
         tracker.update_(model)
         assert set(tracker.state_dict(sigma_rel=0.28)) == {"weight"}
-
-
-# --- refused ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -232,8 +232,6 @@ def test_parameters_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, shap
             tracker.update_(model)
 
 
-# --- several processes -----------------------------------------------------------------------------
-
 JOB = """
     import sys, warnings
     import torch, torch.distributed as dist
@@ -398,9 +396,6 @@ def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_proces
         assert abs(value.numpy() - exact).max() < 8 * 2**-53
     first, second = (torch.load(tmp_path / f"read-{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-# --- who keeps the averages, without processes -----------------------------------------------------
 
 
 def test_a_process_that_keeps_no_averages_counts_and_writes_nothing(tmp_path: Path) -> None:
