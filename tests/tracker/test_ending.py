@@ -6,7 +6,6 @@ import gc
 import logging
 import re
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -34,45 +33,31 @@ def times(folder: Path) -> list[tuple[float, bool]]:
     return both[0]
 
 
-def whole_run(folder: Path, **settings: Any) -> dict[str, bytes]:
+def run(folder: Path, last: int, **settings: Any) -> None:
     model = matrix()
     with PostHocEMA.from_model(model, folder, **SETTINGS | settings) as tracker:
-        walk(model, tracker, 1, STEPS)
-    return scheduled(folder)
-
-
-def _close(trackers: list[PostHocEMA]) -> None:
-    trackers.pop().close()
-
-
-def _leave_block(trackers: list[PostHocEMA]) -> None:
-    with trackers.pop():
-        pass
-
-
-def _end_process(_: list[PostHocEMA]) -> None:
-    pipeline.finish()
-
-
-def _forget(trackers: list[PostHocEMA]) -> None:
-    del trackers[:]
-    gc.collect()
-    pipeline.finish()
+        walk(model, tracker, 1, last)
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
-@pytest.mark.parametrize("end", [_close, _leave_block, _end_process, _forget])
-def test_the_end_writes_what_was_not_written(
-    tmp_path: Path, end: Callable[[list[PostHocEMA]], None], device: str
-) -> None:
+@pytest.mark.parametrize("end", ["close", "block", "process", "forgotten"])
+def test_the_end_writes_what_was_not_written(tmp_path: Path, end: str, device: str) -> None:
     model = matrix()
-    trackers = [PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS)]
-    walk(model, trackers[0], 1, 25)
-    end(trackers)
+    tracker = PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS)
+    walk(model, tracker, 1, 25)
+    if end == "close":
+        tracker.close()
+    elif end == "block":
+        with tracker:
+            pass
+    else:
+        if end == "forgotten":
+            del tracker
+            gc.collect()
+        pipeline.finish()
     assert times(tmp_path) == [(10, False), (20, False), (24, True)]
     for snapshot in read_directory(tmp_path)[-2:]:
-        updates = range(2, 25, 2)
-        exact = exact_average(VALUES[2:25:2].numpy(), snapshot.info.sigma_rel, [float(t) for t in updates])
+        exact = exact_average(VALUES[2:25:2].numpy(), snapshot.info.sigma_rel, range(2, 25, 2))
         assert np.abs(load_file(snapshot.path)["weight"].numpy() - exact).max() < 1e-6
 
 
@@ -91,24 +76,16 @@ def test_without_threads_to_begin_the_end_writes_all_the_same(tmp_path: Path, mo
     assert times(tmp_path) == [(4, True)]
 
 
-def test_nothing_new_is_not_written(tmp_path: Path) -> None:
-    model = matrix()
-    for last in (21, 20):
-        with PostHocEMA.from_model(model, tmp_path / str(last), **SETTINGS) as tracker:
-            walk(model, tracker, 1, last)
-        assert times(tmp_path / str(last)) == [(10, False), (20, False)]
-    with PostHocEMA.from_path(tmp_path / "20", model) as tracker:
-        walk(model, tracker, 21, 21)
-    assert times(tmp_path / "20") == [(10, False), (20, False)]
-
-
-def test_a_last_snapshot_may_be_declined(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
-        walk(model, tracker, 1, 15)
-    with PostHocEMA.from_path(tmp_path, model, final_snapshot=False) as tracker:
-        walk(model, tracker, 11, 25)
-    assert times(tmp_path) == [(10, False), (20, False)]
+def test_nothing_new_is_not_written_and_a_last_snapshot_may_be_declined(tmp_path: Path) -> None:
+    expected = [(10, False), (20, False)]
+    for last, settings in ((21, {}), (20, {}), (25, {"final_snapshot": False})):
+        run(tmp_path / str(last), last, **settings)
+        assert times(tmp_path / str(last)) == expected
+    for folder, last, settings in ((tmp_path / "20", 21, {}), (tmp_path / "25", 25, {"final_snapshot": False})):
+        model = matrix()
+        with PostHocEMA.from_path(folder, model, **settings) as tracker:
+            walk(model, tracker, 21, last)
+        assert times(folder) == expected
 
 
 def test_an_error_in_the_block_is_logged_with_the_last_snapshot(
@@ -151,9 +128,7 @@ def test_a_snapshot_can_be_asked_for(tmp_path: Path) -> None:
 def test_a_directory_that_stays_empty_says_why(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict, told: str
 ) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS | settings) as tracker:
-        walk(model, tracker, 1, 7)
+    run(tmp_path, 7, **settings)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
     assert re.search(told, record.message)
@@ -164,28 +139,15 @@ def test_snapshots_in_between_change_no_byte_of_those_on_the_schedule(
     tmp_path: Path, device: str, max_checkpoints: int | None
 ) -> None:
     """Their headers have distances, the motion so far and what thinning has left: all without the others."""
-    settings = {"max_checkpoints": max_checkpoints, "device": device}
-    right = whole_run(tmp_path / "whole", **settings)
+    settings = SETTINGS | {"max_checkpoints": max_checkpoints, "device": device}
+    run(tmp_path / "whole", STEPS, **settings)
     model, last = matrix(), 0
-    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS | settings) as tracker:
+    with PostHocEMA.from_model(model, tmp_path / "run", **settings) as tracker:
         for step in (3, 8, 12, 19, 20, 44, 47, STEPS):
             walk(model, tracker, last + 1, step)
             tracker.snapshot()
             last = step
-    assert scheduled(tmp_path / "run") == right
-
-
-def test_a_stop_changes_no_byte_of_what_an_exact_resume_writes(tmp_path: Path) -> None:
-    right = whole_run(tmp_path / "whole", max_checkpoints=3)
-    model, last, state = matrix(), 0, None
-    for step in (5, 16, 30, 33, STEPS):
-        with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS, max_checkpoints=3) as tracker:
-            if state is not None:
-                tracker.load_state_dict(state)
-            walk(model, tracker, last + 1, step)
-            state, last = tracker.state_dict(), step
-    assert scheduled(tmp_path / "run") == right
-    assert not (tmp_path / "run" / "superseded").exists()
+    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
 
 
 def test_an_average_that_is_due_is_written_where_it_lies_off_the_schedule(tmp_path: Path) -> None:
@@ -203,19 +165,18 @@ def test_an_average_that_is_due_is_written_where_it_lies_off_the_schedule(tmp_pa
 
 def test_snapshots_in_between_go_first(tmp_path: Path) -> None:
     """They stay while there is room, the latest of them longest; the newest of all always stays."""
-    model = matrix()
+    model, last = matrix(), 0
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=3) as tracker:
-        walk(model, tracker, 1, 4)
-        tracker.snapshot()
-        walk(model, tracker, 5, 14)
-        tracker.snapshot()
-        assert times(tmp_path) == [(4, True), (10, False), (14, True)]
-        walk(model, tracker, 15, 20)
-        tracker.flush()
-        assert times(tmp_path) == [(10, False), (14, True), (20, False)]
-        walk(model, tracker, 21, 30)
-        tracker.flush()
-        assert times(tmp_path) == [(10, False), (20, False), (30, False)]
+        for step, asked, expected in (
+            (4, True, [(4, True)]),
+            (14, True, [(4, True), (10, False), (14, True)]),
+            (20, False, [(10, False), (14, True), (20, False)]),
+            (30, False, [(10, False), (20, False), (30, False)]),
+        ):
+            walk(model, tracker, last + 1, step)
+            tracker.snapshot() if asked else tracker.flush()
+            assert times(tmp_path) == expected
+            last = step
         walk(model, tracker, 31, 34)
     assert times(tmp_path) == [(10, False), (20, False), (30, False), (34, True)]
 
@@ -226,7 +187,7 @@ def test_a_last_snapshot_of_another_attempt_is_set_aside(tmp_path: Path) -> None
         with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
             if states:
                 tracker.load_state_dict(states[0])
-            walk(model, tracker, tracker.step + 1, 12, scale if states else 1.0)
+            walk(model, tracker, tracker.step + 1, 12, scale)
             states.append(tracker.state_dict())
             walk(model, tracker, 13, 15, scale)
             states.append(tracker.state_dict())
