@@ -9,14 +9,15 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
 import forked
 import pytest
 import torch
-from factories import averages_in, refuse_for_space
-from tracker.runs import contents, step, train
+from factories import refuse_for_space
+from tracker.runs import contents, scheduled, step, times, train
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, WriteError
@@ -58,39 +59,34 @@ def slow_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     gate.set()
 
 
+def plain(folder: Path, steps: int, device: str = "model") -> None:
+    """A run whose every call waits for what is due."""
+    model = network()
+    with PostHocEMA.from_model(model, folder, device=device, **SETTINGS) as tracker:
+        for number in range(1, steps + 1):
+            train(model, tracker, number, number)
+            tracker.flush()
+
+
 def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) -> None:
     """Training has gone on, and its values have changed, before the worker looks at what it was given."""
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "beside", device="cpu", **SETTINGS) as tracker:
         for first in range(1, 40, 2):
             train(model, tracker, first, first + 1)
-            step(model, 1000 + first)  # what nobody may see
-            assert tracker._pipeline.now.averages.standing.step < first + 1
+            kept = deepcopy(model.state_dict())
+            step(model, 1000)  # what nobody may see
             gate.set()
             tracker.flush()
             gate.clear()
-            step_back(model, 1000 + first)
+            model.load_state_dict(kept)
         gate.set()
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "plain", device="model", **SETTINGS) as plain:
-        for first in range(1, 40, 2):
-            train(model, plain, first, first + 1)
-            step(model, 1000 + first)
-            step_back(model, 1000 + first)
+    plain(tmp_path / "plain", 40)
     assert contents(tmp_path / "beside") == contents(tmp_path / "plain")
     assert len(contents(tmp_path / "plain")) == 20
 
 
-def step_back(model: torch.nn.Module, number: int) -> None:
-    """Undo `step`, up to rounding, which is the same in two runs."""
-    generator = torch.Generator().manual_seed(number)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.sub_(torch.randn(parameter.shape, generator=generator))
-        for buffer in model.buffers():
-            buffer.sub_(1)
-
-
+@pytest.mark.usefixtures("one_run_id")
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_snapshots_hold_the_averages_of_their_time_however_late_they_are_written(
     tmp_path: Path, device: str, slow_disk: threading.Event
@@ -98,19 +94,11 @@ def test_snapshots_hold_the_averages_of_their_time_however_late_they_are_written
     """Three more updates while the first snapshots wait for the disk."""
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "late", device=device, **SETTINGS) as late:
-        train(model, late, 1, 4)
-        train(model, late, 5, 7)
+        train(model, late, 1, 7)
         slow_disk.set()
         train(model, late, 8, 20)
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "prompt", device="model", **SETTINGS) as prompt:
-        for number in range(1, 21):
-            train(model, prompt, number, number)
-            prompt.flush()
-    assert contents(tmp_path / "late") == contents(tmp_path / "prompt")
-    assert [s.info.measurements for s in read_directory(tmp_path / "late")] == [
-        s.info.measurements for s in read_directory(tmp_path / "prompt")
-    ]
+    plain(tmp_path / "prompt", 20)
+    assert scheduled(tmp_path / "late") == scheduled(tmp_path / "prompt")
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
@@ -159,9 +147,7 @@ def test_a_wait_for_the_disk_that_is_interrupted_has_counted_nothing(
         slow_disk.set()
         tracker.update_(model)
         train(model, tracker, 9, 12)
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "plain", device=device, **SETTINGS) as plain:
-        train(model, plain, 1, 12)
+    plain(tmp_path / "plain", 12, device)
     assert contents(tmp_path / "cut") == contents(tmp_path / "plain")
 
 
@@ -205,39 +191,25 @@ def test_a_value_that_is_not_finite_is_raised_by_the_next_update_however_slow_th
     assert (state["step"], state["averages_step"], state["updates"]) == (7, 6, 2)
 
 
-@pytest.mark.parametrize("device", ["cpu", "model"])
+@pytest.mark.parametrize(("device", "next_fails"), [("cpu", False), ("model", False), ("cpu", True)])
 def test_a_write_that_fails_is_raised_once_at_the_next_call_which_does_its_work(
-    tmp_path: Path, device: str, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, device: str, next_fails: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """And at a later one where the next call fails itself."""
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS) as tracker:
         with monkeypatch.context() as fault:
             fault.setattr(files.system, "fsync", refuse_for_space)
             train(model, tracker, 1, 4)
             tracker._pipeline.flush()  # type: ignore[union-attr]  # it has failed by now, and nobody knows
-        step(model, 5)
+        if next_fails:
+            with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
+                tracker.update_(model, t=5.0)
         with pytest.raises(WriteError, match="no space left"):
             tracker.update_(model)
         assert tracker.step == 5
         train(model, tracker, 6, 8)
-    assert {s.info.t for s in read_directory(tmp_path)} == {8}
-
-
-def test_a_write_that_failed_is_raised_later_where_the_next_call_fails_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        with monkeypatch.context() as fault:
-            fault.setattr(files.system, "fsync", refuse_for_space)
-            train(model, tracker, 1, 4)
-            tracker._pipeline.flush()  # type: ignore[union-attr]
-        with pytest.raises(InvalidValueError, match="pass it at every call or at none"):
-            tracker.update_(model, t=5.0)
-        with pytest.raises(WriteError, match="no space left"):
-            tracker.update_(model)
-        assert tracker.step == 5
-        train(model, tracker, 6, 8)
+    assert times(tmp_path) == {8}
 
 
 def test_an_error_in_the_block_is_not_hidden_by_one_of_the_disk(
@@ -269,11 +241,6 @@ def test_two_threads_must_not_call_at_once(tmp_path: Path, monkeypatch: pytest.M
         go_on.set()
         other.join()
         assert tracker.step == 1
-
-
-def test_an_unknown_device_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match=r"'cpu' .* or 'model'"):
-        PostHocEMA.from_model(network(), tmp_path, device="cuda")
 
 
 SCRIPT = """
@@ -387,7 +354,7 @@ tracker.update_(model)
 
 def test_a_process_that_ends_before_its_averages_are_updated_writes_their_snapshots(tmp_path: Path) -> None:
     assert forked.check(ENDS, tmp_path).err == ""
-    assert {s.info.t for s in read_directory(tmp_path)} == {1}
+    assert times(tmp_path) == {1}
 
 
 FORKS = """
@@ -419,43 +386,33 @@ tracker.close()
 def test_a_forked_process_has_no_tracker_and_leaves_that_of_its_parent_alone(tmp_path: Path, device: str) -> None:
     """It has none of the threads, and would wait for them for good."""
     forked.check(FORKS, tmp_path, device)
-    assert {s.info.t for s in read_directory(tmp_path)} == {1, 2}
+    assert times(tmp_path) == {1, 2}
 
 
-def replace_storage(model: torch.nn.Module) -> None:
-    model[0].weight.data = model[0].weight.data.clone()
-
-
-def replace_parameter(model: torch.nn.Module) -> None:
-    model[0].weight = torch.nn.Parameter(model[0].weight.detach().clone())
-
-
-def replace_buffer(model: torch.nn.Module) -> None:
-    model[1].running_mean = model[1].running_mean.clone()
-
-
-def replace_module(model: torch.nn.Module) -> None:
+def replace_module(model: torch.nn.Sequential) -> None:
     new = torch.nn.Linear(5, 4)
     new.load_state_dict(model[0].state_dict())
     model[0] = new
 
 
-def to_channels_last(model: torch.nn.Module) -> None:
-    model[0].weight.data = model[0].weight.detach().t().contiguous().t()
+CHANGES = {
+    "storage": lambda model: setattr(model[0].weight, "data", model[0].weight.data.clone()),
+    "parameter": lambda model: setattr(model[0], "weight", torch.nn.Parameter(model[0].weight.detach().clone())),
+    "buffer": lambda model: setattr(model[1], "running_mean", model[1].running_mean.clone()),
+    "module": replace_module,
+    "strides": lambda model: setattr(model[0].weight, "data", model[0].weight.detach().t().contiguous().t()),
+}
 
 
-@pytest.mark.parametrize(
-    "change", [replace_storage, replace_parameter, replace_buffer, replace_module, to_channels_last]
-)
+@pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: Any, device: str) -> None:
-    for name, changes in (("changed", True), ("plain", False)):
-        model = network()
-        with PostHocEMA.from_model(model, tmp_path / name, device=device, **SETTINGS) as tracker:
-            train(model, tracker, 1, 6)
-            if changes:
-                change(model)
-            train(model, tracker, 7, 12)
+def test_tensors_that_were_replaced_are_followed(tmp_path: Path, change: str, device: str) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "changed", device=device, **SETTINGS) as tracker:
+        train(model, tracker, 1, 6)
+        CHANGES[change](model)
+        train(model, tracker, 7, 12)
+    plain(tmp_path / "plain", 12, device)
     assert contents(tmp_path / "changed") == contents(tmp_path / "plain")
 
 
@@ -468,7 +425,7 @@ def test_a_tensor_turned_in_its_place_is_followed(tmp_path: Path, device: str) -
         model.weight.data = model.weight.data.t()
         for _ in range(300):
             tracker.update_(model)
-        average = averages_in(tracker.state_dict())["0.05"]["weight"].float()
+        average = tracker.state_dict(sigma_rel=0.05)["weight"]
     torch.testing.assert_close(average, model.weight.detach(), rtol=1e-6, atol=1e-6)
 
 
@@ -484,7 +441,7 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
                 tracker.update_(model)
         for _ in range(300):
             tracker.update_(model)
-        average = averages_in(tracker.state_dict())["0.05"]["weight"].float()
+        average = tracker.state_dict(sigma_rel=0.05)["weight"]
     torch.testing.assert_close(average, torch.full((2, 3), 7.0))
 
 
@@ -495,9 +452,7 @@ def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
             step(model, number)
             with torch.inference_mode(number < 5):
                 tracker.update_(model)
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "plain", **SETTINGS) as plain:
-        train(model, plain, 1, 12)
+    plain(tmp_path / "plain", 12)
     assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
 
 
