@@ -154,9 +154,9 @@ def test_a_tensor_of_many_chunks_is_measured_as_one(tmp_path: Path, monkeypatch:
     check_all(watched, tmp_path)
 
 
-@pytest.mark.parametrize("scale", [1e6, 1e-9])
+@pytest.mark.parametrize("scale", [1e6, 1e-6, 2e-8])
 def test_a_tensor_that_is_kept_in_float32_counts_as_it_is_stored(tmp_path: Path, scale: float) -> None:
-    """Too large, or too small, for float16: nothing of that tensor is rounded."""
+    """Too large, too small (subnormal) or zero in float16: nothing of that tensor is rounded."""
     model = torch.nn.Linear(4, 4)
     with torch.no_grad():
         model.weight.fill_(scale)
