@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -59,19 +60,11 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
 ) -> None:
     first = (update_after_step // update_every + 1) * update_every
     steps = first + more
-    values = walk(steps)
+    values, model = walk(steps), Scalar()
     clock = np.cumsum(np.random.default_rng(1).uniform(0.5, 200, steps)) if own_clock else np.arange(1, steps + 1)
-    model = Scalar()
-    folder = tmp_path_factory.mktemp("run")
-    with PostHocEMA.from_model(
-        model,
-        folder,
-        sigma_rels=(sigma_rel,),
-        update_every=update_every,
-        update_after_step=update_after_step,
-        checkpoint_every=1000 * update_every,
-        t_unit="images" if own_clock else "steps",
-    ) as tracker:
+    schedule = {"update_every": update_every, "checkpoint_every": 1000 * update_every}
+    schedule |= {"update_after_step": update_after_step, "t_unit": "images" if own_clock else "steps"}
+    with PostHocEMA.from_model(model, tmp_path_factory.mktemp("run"), (sigma_rel,), **schedule) as tracker:
         for step in range(steps):
             model.set(values[step])
             tracker.update_(model, t=float(clock[step])) if own_clock else tracker.update_(model)
@@ -163,20 +156,9 @@ def test_a_planned_schedule_replaces_its_arguments(tmp_path: Path) -> None:
     assert raised.value.subject == "schedule"
 
 
-def test_snapshots_are_due_at_multiples_of_checkpoint_every(tmp_path: Path) -> None:
-    model = Scalar()
-    settings = {"update_every": 2, "checkpoint_every": 6, "final_snapshot": False}
-    with PostHocEMA.from_model(model, tmp_path, (0.05,), **settings) as tracker:
-        for _ in range(20):
-            tracker.update_(model)
-    assert [s.info.t for s in read_directory(tmp_path)] == [6, 12, 18]
-
-
 def test_snapshots_are_thinned_and_never_the_oldest_first(tmp_path: Path) -> None:
-    model = Scalar()
-    with PostHocEMA.from_model(
-        model, tmp_path, SIGMA_RELS, update_every=1, checkpoint_every=1, max_checkpoints=4
-    ) as tracker:
+    model, settings = Scalar(), {"update_every": 1, "checkpoint_every": 1, "max_checkpoints": 4}
+    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **settings) as tracker:
         for _ in range(21):
             tracker.update_(model)
     for sigma_rel in SIGMA_RELS:
@@ -198,8 +180,7 @@ def test_snapshots_are_kept_for_the_averages_that_are_wanted(tmp_path: Path) -> 
             sigma_range=sigma_range, checkpoint_dtype=torch.float16,
         ) as tracker:  # fmt: skip
             for step in range(200):
-                with torch.no_grad():
-                    next(model.parameters()).add_(math.cos(step * step))
+                model.weight.data.add_(math.cos(step * step))
                 tracker.update_(model)
         snapshots = read_directory(tmp_path / name)
         kept[name] = np.mean([s.info.t for s in snapshots])
@@ -228,12 +209,9 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
     [
         ({"checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 10"),
         ({"update_every": 0}, "update_every 0"),
-        ({"update_every": 2.5}, "update_every 2.5"),
         ({"sigma_rels": 0.1}, "sigma_rels 0.1: must be a sequence"),
         ({"sigma_rels": "0.05"}, "sigma_rels '0.05': must be a sequence"),
         ({"sigma_rels": ("abc",)}, "sigma_rel 'abc': must lie in"),
-        ({"sigma_rels": (None,)}, "sigma_rel None: must lie in"),
-        ({"t_unit": 5}, "t_unit 5"),
         ({"t_unit": "a\nb"}, "t_unit"),
         ({"update_every": True}, "update_every True"),
         ({"update_after_step": -1}, "update_after_step -1"),
@@ -242,7 +220,6 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         ({"sigma_rels": (0.05, 0.05)}, "must not name a profile twice"),
         ({"sigma_rels": (0.05, 0.3)}, "sigma_rel 0.3: must lie in"),
         ({"checkpoint_dtype": "int8"}, "dtype int8: must be one of"),
-        ({"checkpoint_dtype": torch.int32}, "dtype int32: must be one of"),
         ({"t_unit": ""}, "t_unit"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
         ({"device": "cuda"}, "device 'cuda': must be 'cpu'"),
@@ -310,95 +287,60 @@ def test_a_directory_that_is_no_path_is_refused(bad: object) -> None:
             make(bad)
 
 
-def test_a_lazy_parameter_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match="'weight': has no shape yet"):
-        PostHocEMA.from_model(torch.nn.LazyLinear(3), tmp_path)
-
-
-def test_large_finite_values_are_no_nan(tmp_path: Path) -> None:
-    """Their 2-norm overflows, they do not."""
-    model = Scalar(torch.float32)
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1) as tracker:
-        model.set(np.full(3, 3e38))
-        tracker.update_(model)
-        np.testing.assert_allclose(tracked(tracker, 0.28), 3e38, rtol=1e-6)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Path, bad: float) -> None:
-    model = Scalar()
+    model = Scalar(torch.float32)
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, update_every=1) as tracker:
-        model.set(np.ones(3))
+        model.set(np.full(3, 3e38))  # whose 2-norm overflows: they do not
         tracker.update_(model)
         model.set(np.array([1.0, bad, 1.0]))
         with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 2"):
             tracker.update_(model)
         for sigma_rel in SIGMA_RELS:
-            np.testing.assert_array_equal(tracked(tracker, sigma_rel), 1.0)
+            np.testing.assert_allclose(tracked(tracker, sigma_rel), 3e38, rtol=1e-6)
 
 
-def test_a_skipped_update_leaves_the_profile_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    values, model = walk(9), Scalar()
+@pytest.mark.parametrize("on_nonfinite", ["skip", "warn"])
+def test_a_skipped_update_leaves_the_profile_exact(
+    tmp_path: Path, on_nonfinite: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The snapshot that is due at it holds the average of its own time."""
+    values, model = walk(10), Scalar()
     values[4] = np.nan
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, on_nonfinite="skip") as tracker:
-        with caplog.at_level(logging.INFO):
-            for value in values:
-                model.set(value)
+    settings = {"update_every": 1, "checkpoint_every": 5, "on_nonfinite": on_nonfinite}
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), **settings) as tracker, caplog.at_level(logging.INFO):
+        for step, value in enumerate(values, 1):
+            model.set(value)
+            warned = on_nonfinite == "warn" and step == 5
+            with pytest.warns(RuntimeWarning, match="parameter 'weight'") if warned else nullcontext():
                 tracker.update_(model)
-        finite = [k for k in range(1, 10) if k != 5]
+        finite = [k for k in range(1, 11) if k != 5]
         exact = exact_average([values[k - 1] for k in finite], 0.28, finite)
         np.testing.assert_allclose(tracked(tracker, 0.28), exact, atol=1e-13)
     assert "update skipped" in caplog.text
-
-
-def test_warn_names_the_parameter_in_a_warning(tmp_path: Path) -> None:
-    model = Scalar()
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, on_nonfinite="warn") as tracker:
-        model.set(np.full(3, np.inf))
-        with pytest.warns(RuntimeWarning, match="parameter 'weight'"):
-            tracker.update_(model)
-
-
-def test_a_snapshot_due_at_a_skipped_update_holds_the_average_of_its_own_time(tmp_path: Path) -> None:
-    model = Scalar()
-    with PostHocEMA.from_model(
-        model, tmp_path, (0.28,), update_every=1, checkpoint_every=5, on_nonfinite="skip"
-    ) as tracker:
-        for k in range(1, 11):
-            model.set(np.full(3, np.nan if k == 5 else k))
-            tracker.update_(model)
     assert [s.info.t for s in read_directory(tmp_path)] == [4, 10]
 
 
-def grow(model: Scalar) -> None:
-    model.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+def parameter(elements: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(elements, dtype=torch.float64))
 
 
-def add(model: Scalar) -> None:
-    model.extra = torch.nn.Parameter(torch.zeros(1))
-
-
-def remove(model: Scalar) -> None:
+def rename(model: Scalar) -> None:
     model.other = model.weight
     del model.weight
-
-
-def halve(model: Scalar) -> None:
-    model.half()
-
-
-def freeze_another(model: Scalar) -> None:
-    model.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (grow, r"'weight': has the shape \[4\], and had \[3\] when tracking began"),
-        (add, "'extra': is in the model, but was not"),
-        (remove, "'weight': is tracked, but the model has no such tensor"),
-        (halve, "'weight': is torch.float16, and was torch.float64 when .* torch.autocast, .*on_change='follow'"),
-        (freeze_another, "'count': is in the model, but was not"),
+        (
+            lambda m: setattr(m, "weight", parameter(4)),
+            r"'weight': has the shape \[4\], and had \[3\] when tracking began",
+        ),
+        (lambda m: setattr(m, "extra", parameter(1)), "'extra': is in the model, but was not"),
+        (rename, "'weight': is tracked, but the model has no such tensor"),
+        (Scalar.half, "'weight': is torch.float16, and was torch.float64 when .* torch.autocast, .*on_change='follow'"),
+        (lambda m: m.register_buffer("count", torch.zeros(())), "'count': is in the model, but was not"),
     ],
 )
 def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -412,26 +354,22 @@ def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, cha
         assert not list(tmp_path.glob("*.safetensors"))
 
 
+class Single(torch.nn.Module):
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.p = torch.nn.Parameter(value)
+
+
 @pytest.mark.parametrize(
-    ("parameter", "message"),
+    ("make", "message"),
     [
-        (torch.zeros(2, dtype=torch.complex64), "parameter 'p': is complex, .*view_as_real.*exclude='p'"),
-        (torch.zeros(2, device="meta"), "tensor 'p': is on the meta device"),
-        (torch.zeros(2, dtype=torch.float8_e4m3fnuz), "parameter 'p': dtype torch.float8_e4m3fnuz cannot be averaged"),
+        (lambda: Single(torch.zeros(2, dtype=torch.complex64)), "'p': is complex, .*view_as_real.*exclude='p'"),
+        (lambda: Single(torch.zeros(2, device="meta")), "tensor 'p': is on the meta device"),
+        (lambda: Single(torch.zeros(2).to(torch.float8_e4m3fnuz)), "dtype torch.float8_e4m3fnuz cannot be averaged"),
+        (lambda: torch.nn.LazyLinear(3), "'weight': has no shape yet"),
+        (lambda: torch.nn.Linear(2, 2).requires_grad_(False), "only_trainable=False"),
     ],
 )
-def test_parameters_that_cannot_be_averaged_are_named(tmp_path: Path, parameter: torch.Tensor, message: str) -> None:
-    model = torch.nn.Module()
-    model.p = torch.nn.Parameter(parameter)
+def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InvalidValueError, match=message):
-        PostHocEMA.from_model(model, tmp_path)
-
-
-def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2).requires_grad_(False)
-    with pytest.raises(InvalidValueError, match="only_trainable=False"):
-        PostHocEMA.from_model(model, tmp_path)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, only_trainable=False)
-    with tracker:
-        tracker.update_(model)
-        assert set(tracker.state_dict(sigma_rel=0.28)) == {"weight", "bias"}
+        PostHocEMA.from_model(make(), tmp_path)
