@@ -222,6 +222,7 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         ({"checkpoint_dtype": "int8"}, "dtype int8: must be one of"),
         ({"t_unit": ""}, "t_unit"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
+        ({"writer": "yes"}, "must be True, False or None"),
         ({"device": "cuda"}, "device 'cuda': must be 'cpu'"),
     ],
 )

@@ -6,11 +6,13 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
 import torch
 import torch.distributed as dist
+from checking import assert_same_tensors
 from factories import exact_average
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
@@ -19,8 +21,6 @@ from torch.nn.parallel import DistributedDataParallel
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import Selection
-from posthoc_cli.tracker.model_tensors import collect_tensors
 
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
 
@@ -62,54 +62,30 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
     return torch.compile(model, backend="eager")  # type: ignore[return-value]
 
 
-def parallel(model: torch.nn.Module) -> torch.nn.Module:
-    return torch.nn.DataParallel(model)
+def fsdp(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    strategy = ShardingStrategy.NO_SHARD
+    return FullyShardedDataParallel(model, sharding_strategy=strategy, device_id=torch.device("cpu"), **options)
 
 
-def replicated(model: torch.nn.Module) -> torch.nn.Module:
-    return DistributedDataParallel(model)
+def with_part(name: str, wrap: Callable[..., Any]) -> Callable[[torch.nn.Module], torch.nn.Module]:
+    def change(model: torch.nn.Module) -> torch.nn.Module:
+        setattr(model, name, wrap(getattr(model, name)))
+        return model
+
+    return change
 
 
-def fsdp(model: torch.nn.Module, use_orig_params: bool) -> torch.nn.Module:
-    return FullyShardedDataParallel(
-        model,
-        sharding_strategy=ShardingStrategy.NO_SHARD,
-        use_orig_params=use_orig_params,
-        device_id=torch.device("cpu"),
-    )
-
-
-def compiled_and_replicated(model: torch.nn.Module) -> torch.nn.Module:
-    return compiled(replicated(compiled(model)))
-
-
-def compiled_part(model: torch.nn.Module) -> torch.nn.Module:
-    model.head = compiled(model.head)  # type: ignore[assignment]
-    return model
-
-
-def checkpointed_part(model: torch.nn.Module) -> torch.nn.Module:
-    model.head = checkpoint_wrapper(model.head)  # type: ignore[assignment,arg-type]
-    return model
-
-
-def fsdp_named(model: torch.nn.Module) -> torch.nn.Module:
-    return fsdp(model, use_orig_params=True)
-
-
-def fsdp_flat(model: torch.nn.Module) -> torch.nn.Module:
-    return fsdp(model, use_orig_params=False)
-
-
-def fsdp_parts(model: torch.nn.Module) -> torch.nn.Module:
-    model.module = fsdp_flat(model.module)  # type: ignore[assignment,arg-type]
-    return fsdp_flat(model)
-
-
-WRAPPERS: list[Callable[[torch.nn.Module], torch.nn.Module]] = [
-    compiled, parallel, replicated, compiled_and_replicated, compiled_part, checkpointed_part,
-    fsdp_named, fsdp_flat, fsdp_parts,
-]  # fmt: skip
+WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "compiled": compiled,
+    "parallel": torch.nn.DataParallel,
+    "replicated": DistributedDataParallel,
+    "compiled and replicated": lambda model: compiled(DistributedDataParallel(compiled(model))),
+    "compiled part": with_part("head", compiled),
+    "checkpointed part": with_part("head", checkpoint_wrapper),
+    "fsdp, named": lambda model: fsdp(model, use_orig_params=True),
+    "fsdp, flat": lambda model: fsdp(model, use_orig_params=False),
+    "fsdp, parts": lambda model: fsdp(with_part("module", fsdp)(model)),
+}
 
 
 def step(model: torch.nn.Module, number: int) -> None:
@@ -119,66 +95,47 @@ def step(model: torch.nn.Module, number: int) -> None:
     optimizer.zero_grad()
 
 
-def test_a_bare_model_keeps_children_that_are_called_like_a_wrappers() -> None:
-    found = collect_tensors(network(), Selection())
-    assert (set(found.averaged), set(found.copied)) == (NAMES, BUFFERS)
-    assert found.aliases == {"head.1.weight": "head.0.weight"}
+def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """What a tracker finds in a model: the first update's average."""
+    with PostHocEMA.from_model(model, folder, update_every=1, final_snapshot=False) as tracker:
+        tracker.update_(model)
+        return tracker.state_dict(sigma_rel=0.28)
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS)
-def test_a_wrapped_model_has_the_names_and_values_of_the_bare_one(wrap, one_process: None) -> None:  # type: ignore[no-untyped-def]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = collect_tensors(wrap(network()), Selection())
-    expected = collect_tensors(network(), Selection())
-    assert list(found.averaged) == list(expected.averaged) or wrap is fsdp_parts
-    assert set(found.averaged) == NAMES
-    assert set(found.copied) == BUFFERS
-    assert found.aliases == expected.aliases
-    for name, tensor in expected.averaged.items():
-        assert torch.equal(found.averaged[name], tensor), name
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(tmp_path: Path, kind: str) -> None:
+    bare, wrapped = network(), WRAPPERS[kind](network())
+    assert_same_tensors(values_of(wrapped, tmp_path / "values"), bare.state_dict())
+    with (
+        PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
+        PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before it was wrapped
+    ):
+        for number in range(4):
+            step(bare, number)
+            one.update_(bare)
+            step(wrapped, number)
+            other.update_(wrapped)
+    for name in ("bare", "wrapped"):
+        info = read_directory(tmp_path / name)[-1].info
+        assert (set(info.tensors), info.aliases) == (NAMES | BUFFERS, {"head.1.weight": "head.0.weight"})
+    weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
+    expected = PostHocEMA.from_path(tmp_path / "bare").state_dict(sigma_rel=0.15)
+    for name, tensor in expected.items():
+        assert torch.allclose(weights[name], tensor, rtol=1e-5, atol=1e-6), name
+    fresh = network()
+    fresh.load_state_dict(weights)
 
-
-@pytest.mark.parametrize("wrap", WRAPPERS)
-def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(
-    tmp_path: Path,
-    wrap,
-    one_process: None,  # type: ignore[no-untyped-def]
-) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        bare, wrapped = network(), wrap(network())
-        with (
-            PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
-            PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before it was wrapped
-        ):
-            for number in range(4):
-                step(bare, number)
-                one.update_(bare)
-                step(wrapped, number)
-                other.update_(wrapped)
-        names = [set(read_directory(tmp_path / name)[-1].info.tensors) for name in ("bare", "wrapped")]
-        assert names[0] == names[1] == NAMES | BUFFERS
-        weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
-        expected = PostHocEMA.from_path(tmp_path / "bare").state_dict(sigma_rel=0.15)
-        for name, tensor in expected.items():
-            assert torch.allclose(weights[name], tensor, rtol=1e-5, atol=1e-6), name
-        fresh = network()
-        fresh.load_state_dict(weights)
-
-        x = torch.randn(6, 3)
-        before = collect_tensors(wrapped, Selection())
-        before_values = {name: tensor.clone() for name, tensor in before.averaged.items()}
-        run = PostHocEMA.from_path(tmp_path / "wrapped", wrapped)
-        with run.model(wrapped, sigma_rel=0.15) as averaged, torch.no_grad():
-            assert torch.allclose(averaged(x), fresh.eval()(x), rtol=1e-5, atol=1e-6)
-            with pytest.raises(NotReadyError, match="holds averaged weights"):
-                run.update_(wrapped)
-        for name, tensor in collect_tensors(wrapped, Selection()).averaged.items():
-            assert torch.equal(tensor, before_values[name]), name
-        run.load_into(wrapped, sigma_rel=0.15)
-        for name, tensor in collect_tensors(wrapped, Selection()).averaged.items():
-            assert torch.equal(tensor, weights[name]), name
+    x = torch.randn(6, 3)
+    before = values_of(wrapped, tmp_path / "before")
+    run = PostHocEMA.from_path(tmp_path / "wrapped", wrapped)
+    with run.model(wrapped, sigma_rel=0.15) as averaged, torch.no_grad():
+        assert torch.allclose(averaged(x), fresh.eval()(x), rtol=1e-5, atol=1e-6)
+        with pytest.raises(NotReadyError, match="holds averaged weights"):
+            run.update_(wrapped)
+    assert_same_tensors(values_of(wrapped, tmp_path / "after"), before)
+    run.load_into(wrapped, sigma_rel=0.15)
+    assert_same_tensors(values_of(wrapped, tmp_path / "loaded"), weights)
 
 
 def test_a_wrapper_put_around_a_swapped_model_is_known_to_hold_averages(tmp_path: Path) -> None:
@@ -186,22 +143,19 @@ def test_a_wrapper_put_around_a_swapped_model_is_known_to_hold_averages(tmp_path
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         tracker.update_(model)
         with tracker.model(model, sigma_rel=0.28), pytest.raises(NotReadyError, match="holds averaged weights"):
-            tracker.update_(parallel(model))
+            tracker.update_(torch.nn.DataParallel(model))
 
 
 def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = fsdp_flat(network())
+    model = fsdp(network(), use_orig_params=False)
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         tracker.update_(model)
-        with (
-            pytest.raises(InvalidValueError, match="keeps the dtypes it has"),
-            tracker.model(model, 0.28, dtype="bf16"),
+        for call in (
+            lambda: tracker.model(model, 0.28, dtype="bf16").__enter__(),
+            lambda: tracker.load_into(model, 0.28, dtype="bf16"),
         ):
-            pass
-        with pytest.raises(InvalidValueError, match="keeps the dtypes it has"):
-            tracker.load_into(model, 0.28, dtype="bf16")
+            with pytest.raises(InvalidValueError, match="keeps the dtypes it has"):
+                call()
 
 
 def test_sharded_models_are_refused_by_name(tmp_path: Path, one_process: None) -> None:
@@ -430,17 +384,9 @@ def test_the_state_of_a_process_that_keeps_no_averages_is_none_for_a_writer(tmp_
             pass
 
 
-@pytest.mark.parametrize("writer", [1, "yes"])
-def test_a_writer_is_chosen_by_true_false_or_none(tmp_path: Path, writer: object) -> None:
-    with pytest.raises(InvalidValueError, match="must be True, False or None"):
-        PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path, writer=writer)  # type: ignore[arg-type]
-
-
 def test_what_the_user_says_holds_against_the_wrapper(tmp_path: Path, one_process: None) -> None:
     """As where each process of a group trains a model of its own, in a directory of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = replicated(network())
+    model = DistributedDataParallel(network())
     with PostHocEMA.from_model(model, tmp_path, writer=False, **SETTINGS) as tracker:
         step(model, 0)
         tracker.update_(model)
