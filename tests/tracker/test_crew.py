@@ -26,11 +26,8 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _two_threads():  # type: ignore[no-untyped-def]
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+def _two_threads() -> None:
+    torch.set_num_threads(2)  # conftest sets it to 1 for each test
 
 
 def updated(tensors: list[dict[str, torch.Tensor]], crew: Crew) -> list[FlatTensors]:
