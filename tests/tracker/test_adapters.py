@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import pytest
@@ -22,6 +21,8 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import Selection
 from posthoc_cli.tracker.model_tensors import collect_tensors
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of PEFT itself
 
 LORA = LoraConfig(r=2, target_modules=["middle", "embed"], modules_to_save=["head"])
 CONFIGS = {
@@ -77,18 +78,14 @@ def test_averages_load_by_pefts_own_functions(tmp_path: Path) -> None:
     assert not torch.allclose(model(x), expected)
 
     fresh = get_peft_model(Network(), LORA)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        loaded = set_peft_model_state_dict(fresh, weights)
+    loaded = set_peft_model_state_dict(fresh, weights)
     assert not loaded.unexpected_keys
     assert torch.equal(fresh.eval()(x), expected)
 
     # As a folder that from_pretrained reads: PEFT's own configuration, our weights.
     model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
     save_file(dict(weights), tmp_path / "adapter" / "adapter_model.safetensors")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        read = PeftModel.from_pretrained(Network(), str(tmp_path / "adapter"))
+    read = PeftModel.from_pretrained(Network(), str(tmp_path / "adapter"))
     assert torch.equal(read.eval()(x), expected)
 
 
@@ -97,30 +94,24 @@ def test_an_adapter_injected_into_a_model_has_pefts_names_too(tmp_path: Path) ->
     weights = track(model, tmp_path)
     assert set(weights) == set(get_peft_model_state_dict(model, save_embedding_layers=False))
     fresh = inject_adapter_in_model(CONFIGS["lora"], Network())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        set_peft_model_state_dict(fresh, weights)
+    set_peft_model_state_dict(fresh, weights)
     PostHocEMA.from_path(tmp_path).load_into(model, sigma_rel=0.15)
     x = torch.randint(0, 7, (8, 3))
     assert torch.equal(fresh(x), model(x))
 
 
-def test_a_compiled_part_of_a_model_of_peft_changes_no_name() -> None:
+def names(model: torch.nn.Module, **filters: bool) -> set[str]:
+    return set(collect_tensors(model, Selection(**filters)).averaged)
+
+
+def test_names_where_a_part_is_compiled_or_the_model_is_one_of_several_or_has_several_adapters() -> None:
     model = get_peft_model(Network(), LORA)
-    expected = set(collect_tensors(model, Selection()).averaged)
+    expected = names(model)
     model.base_model.model.middle = torch.compile(model.base_model.model.middle, backend="eager")
-    assert set(collect_tensors(model, Selection()).averaged) == expected
-
-
-def test_a_model_of_peft_inside_another_has_its_place_before_its_names() -> None:
-    model = torch.nn.ModuleDict({"text": get_peft_model(Network(), CONFIGS["dora"]), "image": torch.nn.Linear(2, 2)})
-    names = set(collect_tensors(model, Selection()).averaged)
-    assert {"text.base_model.model.middle.lora_A.weight", "image.weight"} < names
-
-
-def test_of_several_adapters_each_keeps_its_own_name() -> None:
+    assert names(model) == expected
     model = get_peft_model(Network(), CONFIGS["dora"])
+    both = torch.nn.ModuleDict({"text": model, "image": torch.nn.Linear(2, 2)})
+    assert {"text.base_model.model.middle.lora_A.weight", "image.weight"} < names(both)
     model.add_adapter("second", CONFIGS["dora"])
-    names = set(collect_tensors(model, Selection(only_trainable=False)).averaged)
-    start = "base_model.model.middle.lora_A"
-    assert {f"{start}.default.weight", f"{start}.second.weight"} < names
+    each = {f"base_model.model.middle.lora_A.{name}.weight" for name in ("default", "second")}
+    assert each < names(model, only_trainable=False)

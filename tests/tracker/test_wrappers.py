@@ -190,60 +190,33 @@ JOB = """
     import sys, warnings
     import torch, torch.distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.nn.parallel import DistributedDataParallel
     from posthoc_cli import PostHocEMA
-    from posthoc_cli.errors import InvalidValueError, NotReadyError
+    from posthoc_cli.errors import InvalidValueError
 
     what, folder, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(0)
-    bare = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
-    options = dict(device_id=torch.device("cpu"))
-    if what == "sharded":
-        model = FullyShardedDataParallel(bare, sharding_strategy=ShardingStrategy.FULL_SHARD, **options)
-        try:
-            PostHocEMA.from_model(model, folder + "/run")
-        except InvalidValueError as error:
-            assert "sharded over processes (FSDP, FULL_SHARD)" in str(error), error
-            sys.exit(0)
-        sys.exit("was not refused")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
     if what == "ddp":
-        model = torch.nn.parallel.DistributedDataParallel(bare)
+        model = DistributedDataParallel(model)
     elif what == "part":
-        model = bare
-        model[0] = torch.nn.parallel.DistributedDataParallel(model[0])
-        model[2] = torch.nn.parallel.DistributedDataParallel(model[2])
+        model[0], model[2] = DistributedDataParallel(model[0]), DistributedDataParallel(model[2])
     else:
-        model = FullyShardedDataParallel(bare, sharding_strategy=ShardingStrategy.NO_SHARD, **options)
+        strategy = ShardingStrategy.FULL_SHARD if what == "sharded" else ShardingStrategy.NO_SHARD
+        model = FullyShardedDataParallel(model, sharding_strategy=strategy, device_id=torch.device("cpu"))
+    try:
+        run = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
+    except InvalidValueError as error:
+        sys.exit(what != "sharded" or "sharded over processes (FSDP, FULL_SHARD)" not in str(error))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
     for step in range(6):
-        generator = torch.Generator().manual_seed(2 * step + rank)
-        model(torch.randn(5, 3, generator=generator)).square().mean().backward()
+        model(torch.randn(5, 3)).square().mean().backward()
         optimizer.step()
-        optimizer.zero_grad()
         run.update_(model)
-    assert (run.step, run.t) == (6, 6.0)
-    state = run.state_dict()
-    if rank:
-        assert state == {}
-        run.load_state_dict({})
-        try:
-            run.state_dict(sigma_rel=0.15)
-        except NotReadyError as error:
-            assert "the first one of its group does" in str(error)
-        else:
-            sys.exit("gave an average that it cannot have")
-    else:
-        run.state_dict(sigma_rel=0.15)
-        torch.save(state, folder + "/state.pt")
-    dist.barrier()
+    assert (run.step, run.t, run.state_dict() == {}) == (6, 6.0, rank == 1)
     run.close()
-    again = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
-    again.load_state_dict(torch.load(folder + "/state.pt", weights_only=True))
-    again.update_(model)
-    assert (again.step, again.t) == (7, 7.0)
-    again.close()
     dist.barrier()
     dist.destroy_process_group()
 """
@@ -268,7 +241,7 @@ def test_of_two_processes_the_first_one_writes(tmp_path: Path, what: str) -> Non
         assert not (tmp_path / "run").exists()
         return
     snapshots = read_directory(tmp_path / "run")
-    assert sorted({snapshot.info.step for snapshot in snapshots}) == [3, 6, 7]
+    assert {snapshot.info.step for snapshot in snapshots} == {3, 6}
     assert {name for name in snapshots[0].info.tensors if name.startswith("0.")} == {"0.weight", "0.bias"}
 
 
@@ -277,7 +250,7 @@ BEFORE_WRAPPING = """
     import torch, torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from posthoc_cli import PostHocEMA
-    from posthoc_cli.errors import InvalidValueError, NotReadyError
+    from posthoc_cli.errors import NotReadyError
 
     folder, rank = sys.argv[1], int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
@@ -317,8 +290,7 @@ BEFORE_WRAPPING = """
     run.load_state(folder + "/state")
     assert run.step == 4
     train(bare, run)
-    assert (run.step, run.t) == (8, 8.0)
-    assert (run.state_dict() == {}) == (rank == 1)
+    assert (run.step, run.t, run.state_dict() == {}) == (8, 8.0, rank == 1)
     if rank:
         assert refused(lambda: run.averaged(bare, 0.28).__enter__())
         assert refused(lambda: run.model(bare, 0.15).__enter__())
