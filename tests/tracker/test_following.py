@@ -119,15 +119,6 @@ def test_a_parameter_that_is_thawed_again_begins_again(tmp_path: Path) -> None:
     assert sorted({s.info.segment for s in read_directory(tmp_path)}) == [0, 2]
 
 
-def test_another_shape_under_the_same_name_begins_anew(tmp_path: Path) -> None:
-    model, states = network(), []
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as run:
-        train(model, run, states, 10)
-        model["head"].bias = torch.nn.Parameter(torch.ones(1))
-        train(model, run, states, 1)
-        assert torch.equal(run.state_dict(sigma_rel=0.28)["head.bias"], states[-1]["head.bias"])
-
-
 def test_a_resumed_run_follows_and_goes_on_exactly(tmp_path: Path) -> None:
     changed_run(tmp_path / "straight")
     model, states = network(), []

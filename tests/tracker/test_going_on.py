@@ -159,20 +159,6 @@ def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str,
     assert not (tmp_path / "run" / "superseded").exists()
 
 
-def test_99_resumes_lose_nothing_with_a_state(tmp_path: Path) -> None:
-    """From float16; the stops are between snapshots, so that only the newest have room beside those on the schedule."""
-    model = matrix()
-    values = (torch.randn(101, 4, 4, generator=torch.Generator().manual_seed(1)) * 1e-3).cumsum(0) + 1
-    settings = {"sigma_rels": (0.28,), "update_every": 1, "checkpoint_every": 50, "max_checkpoints": 1}
-    for step in range(1, 101):
-        with PostHocEMA.from_model(model, tmp_path, **settings, resume="auto", keep_state=True) as run:
-            model.weight.data.copy_(values[step])
-            run.update_(model)
-    found = averages_in(run.state_dict())["0.28"]["weight"].numpy()
-    exact = exact_average(values[1:].numpy(), 0.28, range(1, 101))
-    assert np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
-
-
 def test_a_state_is_kept_on_where_it_was_kept_so_far(tmp_path: Path) -> None:
     for keep in (False, True):
         begun(tmp_path / str(keep), 15, keep_state=keep)

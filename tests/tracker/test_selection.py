@@ -12,7 +12,6 @@ from factories import exact_average
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.snapshots.format import Selection
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import stored_name, tensor_from_bytes
 from posthoc_cli.synthesis.engine import check_finite
@@ -159,21 +158,6 @@ def test_what_is_only_copied_is_as_it_was_at_the_time_of_each_average(tmp_path: 
         assert all(torch.equal(run.state_dict()["copies"][name], raw[name]) for name in COPIED)
 
 
-def test_what_is_only_copied_is_what_the_other_library_leaves_out_of_its_average(tmp_path: Path) -> None:
-    ema_pytorch = pytest.importorskip("ema_pytorch")
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-    theirs = ema_pytorch.EMA(model, update_every=1, update_after_step=0, param_or_buffer_names_no_ema={"0.weight"})
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, copy_only="0.weight") as run:
-        for step in range(5):
-            wander(model, step)
-            theirs.update()
-            run.update_(model)
-        weights = run.state_dict(sigma_rel=0.1)
-    assert torch.equal(weights["0.weight"], theirs.ema_model[0].weight)
-    assert torch.equal(weights["0.weight"], model[0].weight)
-    assert not torch.equal(weights["1.weight"], model[1].weight)
-
-
 def test_averaged_buffers_and_complex_parameters_may_be_copied_and_what_is_left_out_stays_so(tmp_path: Path) -> None:
     tracked(network(), tmp_path / "a", copy_only=["1.*", "2.*"], buffers="average", exclude="2.bias")
     expected = {name: "average" if name.startswith("0.") else "copy" for name in ALL - {"2.bias"}}
@@ -181,14 +165,6 @@ def test_averaged_buffers_and_complex_parameters_may_be_copied_and_what_is_left_
     model = Holder(phase=torch.ones(2, dtype=torch.complex64), w=torch.ones(2))
     tracked(model, tmp_path / "b", copy_only="phase")
     assert torch.equal(PostHocEMA.from_path(tmp_path / "b").state_dict(sigma_rel=0.1)["phase"], model.phase)
-
-
-def test_a_header_without_copies_asked_for_is_as_it_was_before_there_were_any(tmp_path: Path) -> None:
-    tracked(network(), tmp_path, steps=3)
-    snapshot = read_directory(tmp_path)[-1]
-    chosen = '{"only_trainable":true,"include":[],"exclude":[],"buffers":"copy"}'
-    assert snapshot.header.metadata["ema.selection"] == chosen
-    assert snapshot.info.selection == Selection()
 
 
 class Holder(torch.nn.Module):

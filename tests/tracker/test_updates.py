@@ -74,21 +74,6 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
         np.testing.assert_allclose(tracked(tracker, sigma_rel), exact, atol=1e-11)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_averages_of_half_precision_models_keep_moving(tmp_path: Path, dtype: torch.dtype) -> None:
-    """At a decay of 0.9999 an accumulator in half precision would stay where it began, at 1."""
-    model = Scalar(dtype)
-    model.set(np.ones(3))
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1) as tracker:
-        tracker.update_(model, t=5000.0)
-        model.set(np.full(3, 2.0))
-        for k in range(1, 501):
-            tracker.update_(model, t=5000.0 + k)
-        exact = 2 - (5000 / 5500) ** (exact_gamma(0.28) + 1)
-        # Values of 1 and 2 are exact, and so are their means but in the first window: half a last digit of 2 an update.
-        np.testing.assert_allclose(tracked(tracker, 0.28), exact, atol=32 * 2**-24)
-
-
 @pytest.mark.parametrize(
     ("dtype", "begin", "change"),
     # A change of all values by so much moves float32 averages by less than half their last digit an update.
@@ -237,22 +222,13 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
     model = Scalar()
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
         tracker.update_(model, t=64)
-        for bad in (64, 63, float("nan"), float("inf")):
+        for bad in (64, 63, float("nan"), float("inf"), "abc", [1], 1j, 10**400, torch.tensor([1.0, 2.0])):
             with pytest.raises(InvalidValueError, match="must be finite, and larger than at the last call"):
-                tracker.update_(model, t=bad)
+                tracker.update_(model, t=bad)  # type: ignore[arg-type]
         with pytest.raises(InvalidValueError, match="at every call or at none"):
             tracker.update_(model)
         tracker.update_(model, t=128)
         assert (tracker.step, tracker.t) == (2, 128)
-
-
-@pytest.mark.parametrize("bad", ["abc", [1], 1j, 10**400, torch.tensor([1.0, 2.0])])
-def test_a_time_that_is_no_number_is_refused(tmp_path: Path, bad: object) -> None:
-    with (
-        PostHocEMA.from_model(Scalar(), tmp_path) as tracker,
-        pytest.raises(InvalidValueError, match="must be finite, and larger than at the last call"),
-    ):
-        tracker.update_(Scalar(), t=bad)  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
