@@ -60,36 +60,78 @@ def snapshot_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {f"{name} {tensor.dtype}": tensor for name, tensor in state.items()} | trainable
 
 
-def test_parameters_are_averaged_buffers_copied_tied_ones_stored_once(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path)
-    info = read_directory(tmp_path)[-1].info
-    roles = {name: tensor.role for name, tensor in info.tensors.items()}
-    assert roles == {
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Network, PostHocEMA]:
+    """A model after 20 steps and its tracker; to be read only."""
+    model, tracker, _ = trained(tmp_path_factory.mktemp("run"))
+    tracker.flush()
+    return model, tracker
+
+
+def test_parameters_are_averaged_buffers_copied_tied_ones_stored_once(run: tuple[Network, PostHocEMA]) -> None:
+    model, tracker = run
+    info = tracker.run.snapshots[-1].info
+    assert {name: tensor.role for name, tensor in info.tensors.items()} == {
         **dict.fromkeys(("embed.weight", "norm.weight", "norm.bias"), "average"),
         **dict.fromkeys(("norm.running_mean", "norm.running_var", "norm.num_batches_tracked"), "copy"),
     }
     assert info.aliases == {"head.weight": "embed.weight"}
     assert set(info.left_out) == {"frozen.weight", "frozen.bias"}
-
     weights = tracker.state_dict(sigma_rel=0.28)
     assert torch.equal(weights["head.weight"], weights["embed.weight"])
-    assert weights["norm.num_batches_tracked"] == 20
-    assert weights["norm.num_batches_tracked"].dtype == torch.int64
+    assert torch.equal(weights["norm.num_batches_tracked"], torch.tensor(20))
     assert torch.equal(weights["norm.running_var"], model.norm.running_var)
-    missing = model.load_state_dict(weights, strict=False)
-    assert set(missing.missing_keys) == {"frozen.weight", "frozen.bias"}
-    assert not missing.unexpected_keys
+    missing = Network().load_state_dict(weights, strict=False)
+    assert (set(missing.missing_keys), missing.unexpected_keys) == ({"frozen.weight", "frozen.bias"}, [])
+
+
+def test_the_state_dict_is_a_dict_and_a_context_and_pickles_plainly(
+    run: tuple[Network, PostHocEMA], tmp_path: Path
+) -> None:
+    model, tracker = run
+    before = snapshot_of(model)
+    with tracker.state_dict(sigma_rel=0.15) as weights:
+        assert isinstance(weights, dict)
+    assert type(pickle.loads(pickle.dumps(weights))) is OrderedDict
+    torch.save(weights, tmp_path / "w.pt")
+    loaded = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert type(loaded) is OrderedDict
+    assert list(loaded) == list(weights)
+    for tensor in weights.values():
+        tensor.zero_()  # shares memory neither with the model nor with the averages
+    assert_same_tensors(snapshot_of(model), before)
+    assert_same_tensors(tracker.state_dict(sigma_rel=0.15), loaded)
+
+
+def test_an_earlier_time_uses_only_what_was_there_then(run: tuple[Network, PostHocEMA], tmp_path: Path) -> None:
+    _, tracker = run
+    _, early, _ = trained(tmp_path, steps=10)
+    for when in ({"t": 10}, {"step": 10}):
+        assert_same_tensors(tracker.state_dict(sigma_rel=0.28, **when), early.state_dict(sigma_rel=0.28))
+
+
+BAD: list[tuple[dict, str]] = [
+    *(({"sigma_rel": sigma_rel}, "must") for sigma_rel in ("abc", [0.1], 0.4)),
+    *(({"t": t}, "t ") for t in ("10", 4, 21)),
+    *(({"step": step}, "step ") for step in ("5", 5.5, 4, 21)),
+    *(({"t": 10, "step": 10}, "t and step"), ({"dtype": "int8"}, "must"), ({"method": "magic"}, "must")),
+]
+
+
+@pytest.mark.parametrize(("wrong", "said"), BAD)
+def test_bad_arguments_are_value_errors(run: tuple[Network, PostHocEMA], wrong: dict, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        run[1].state_dict(**{"sigma_rel": 0.1, **wrong})
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_weights_come_in_the_parameters_own_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
     model = torch.nn.Linear(3, 3, dtype=dtype)
-    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
-        tracker.update_(model)
-        assert tracker.state_dict(sigma_rel=0.28)["weight"].dtype == dtype
-        assert PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.28)["weight"].dtype == dtype
-        assert tracker.state_dict(sigma_rel=0.28, dtype=torch.float64)["weight"].dtype == torch.float64
-        assert tracker.state_dict(sigma_rel=0.28, dtype="bf16")["weight"].dtype == torch.bfloat16
+    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1)
+    tracker.update_(model)
+    for source in (tracker, PostHocEMA.from_path(tmp_path)):
+        for asked, expected in ((None, dtype), (torch.float64, torch.float64), ("bf16", torch.bfloat16)):
+            assert source.state_dict(sigma_rel=0.28, dtype=asked)["weight"].dtype == expected
 
 
 def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -98,77 +140,22 @@ def test_a_buffer_with_nan_is_copied_and_named(tmp_path: Path, caplog: pytest.Lo
     tracker.update_(model)
     tracker.flush()
     assert "tensor 'norm.running_mean' holds nan" in caplog.text
-
-
-def test_tying_that_changes_is_refused(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path)
     model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
-    with pytest.raises(ModelMismatchError, match=r"'head\.weight'"):
+    with pytest.raises(ModelMismatchError, match=r"'head\.weight'"):  # no longer tied
         tracker.update_(model)
 
 
 def test_a_model_of_empty_tensors_has_averages_of_them(tmp_path: Path) -> None:
-    model = torch.nn.Module()
-    model.none = torch.nn.Parameter(torch.empty(0, 3))
-    model.columns = torch.nn.Parameter(torch.empty(5, 0, dtype=torch.float64))
+    empty = {"none": torch.empty(0, 3), "columns": torch.empty(5, 0, dtype=torch.float64)}
+    model = torch.nn.ParameterDict({name: torch.nn.Parameter(value) for name, value in empty.items()})
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=2) as tracker:
         for _ in range(4):
             tracker.update_(model)
         weights = tracker.state_dict(sigma_rel=0.15)
-        assert {name: (value.shape, value.dtype) for name, value in weights.items()} == {
-            "none": ((0, 3), torch.float32),
-            "columns": ((5, 0), torch.float64),
-        }
+        assert_same_tensors(weights, empty)
+        assert weights["columns"].dtype == torch.float64
         with tracker.model(model, sigma_rel=0.1), tracker.averaged(model, tracked=0.28):
             pass
-
-
-def test_the_state_dict_is_a_dict_and_a_context_and_pickles_plainly(tmp_path: Path) -> None:
-    _model, tracker, _ = trained(tmp_path / "run")
-    with tracker.state_dict(sigma_rel=0.15) as weights:
-        assert isinstance(weights, dict)
-    assert type(pickle.loads(pickle.dumps(weights))) is OrderedDict
-    torch.save(weights, tmp_path / "w.pt")
-    loaded = torch.load(tmp_path / "w.pt", weights_only=True)
-    assert type(loaded) is OrderedDict
-    assert list(loaded) == list(weights)
-    assert_same_tensors(loaded, weights)
-
-
-def test_weights_do_not_share_memory_with_the_model_or_the_averages(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path)
-    before = snapshot_of(model)
-    for tensor in tracker.state_dict(sigma_rel=0.28).values():
-        tensor.zero_()
-    assert_same_tensors(snapshot_of(model), before)
-    assert all(bool(tensor.ne(0).any()) for tensor in tracker.state_dict(sigma_rel=0.28).values())
-
-
-def test_an_earlier_time_uses_only_what_was_there_then(tmp_path: Path) -> None:
-    _, tracker, _ = trained(tmp_path / "long", steps=20)
-    _, early, _ = trained(tmp_path / "short", steps=10)
-    for name, tensor in early.state_dict(sigma_rel=0.28).items():
-        assert torch.equal(tracker.state_dict(sigma_rel=0.28, t=10)[name], tensor)
-        assert torch.equal(tracker.state_dict(sigma_rel=0.28, step=10)[name], tensor)
-    for wrong in ({"t": 4}, {"t": 21}, {"step": 4}, {"step": 21}, {"t": 10, "step": 10}):
-        with pytest.raises(InvalidValueError):
-            tracker.state_dict(sigma_rel=0.28, **wrong)
-
-
-BAD: list[dict] = [
-    {"sigma_rel": "abc"},
-    {"sigma_rel": [0.1]},
-    {"sigma_rel": 0.4},
-    *({"sigma_rel": 0.1, **more} for more in ({"t": "10"}, {"step": "5"}, {"step": 5.5})),
-    *({"sigma_rel": 0.1, **more} for more in ({"dtype": "int8"}, {"method": "magic"})),
-]
-
-
-def test_bad_arguments_are_value_errors(tmp_path: Path) -> None:
-    _, tracker, _ = trained(tmp_path)
-    for wrong in BAD:
-        with pytest.raises(ValueError, match="must"):
-            tracker.state_dict(**wrong)
 
 
 class BodyError(Exception):
@@ -223,29 +210,19 @@ def test_afterwards_everything_is_as_it_was(tmp_path: Path, body: str, dtype: st
         assert {name: p.data_ptr() for name, p in model.named_parameters()} == pointers
 
 
-def test_a_buffer_whose_elements_share_memory_is_no_trouble(tmp_path: Path) -> None:
-    model, tracker, _ = trained(tmp_path)
-    model.register_buffer("wide", torch.full((1,), float("nan")).expand(4), persistent=False)
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_whose_elements_share_memory_is_no_trouble(tmp_path: Path, persistent: bool) -> None:
+    model = torch.nn.Linear(2, 2)
+    model.register_buffer("wide", torch.full((1,), 0.0 if persistent else torch.nan).expand(4), persistent=persistent)
+    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1)
+    tracker.update_(model)
     model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
-    model.train()
-    with tracker.model(model, sigma_rel=0.15):
+    with tracker.model(model, sigma_rel=0.28):
         pass
     assert model.training
     assert model.wide.stride() == (0,)
-
-    other = torch.nn.Linear(2, 2)
-    other.register_buffer("wide", torch.zeros(1).expand(5))
-    with PostHocEMA.from_model(other, tmp_path / "other", update_every=1) as tracking:
-        tracking.update_(other)
-        with tracking.model(other, sigma_rel=0.28):
-            pass
-        assert other.wide.stride() == (0,)
-
-
-def test_a_sparse_tensor_in_the_state_is_named(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2)
-    model.register_buffer("adjacency", torch.eye(3).to_sparse())
-    with pytest.raises(InvalidValueError, match="'adjacency': is torch"):
+    model.register_buffer("table", torch.eye(3).to_sparse())
+    with pytest.raises(InvalidValueError, match="'table': is torch"):
         PostHocEMA.from_model(model, tmp_path)
 
 
@@ -312,52 +289,43 @@ def test_what_is_not_swapped_may_be_on_meta(tmp_path: Path) -> None:
     model.cache = model.cache.to("meta")
     with tracker.model(model, sigma_rel=0.2):
         pass
-    assert model.frozen.weight.is_meta
-    assert model.cache.is_meta
+    assert model.frozen.weight.is_meta is model.cache.is_meta is True
 
 
-@pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (torch.nn.Linear(4, 7), "the model has no such tensor"),
-        (torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 3)}), r"'embed\.weight': has the shape"),
-    ],
-)
-def test_another_model_is_refused_before_anything_changes(tmp_path: Path, other, message: str) -> None:  # type: ignore[no-untyped-def]
-    _, tracker, _ = trained(tmp_path)
+OTHERS = [
+    (torch.nn.Linear(4, 7), "the model has no such tensor"),
+    (torch.nn.ModuleDict({"embed": torch.nn.Embedding(3, 3)}), r"'embed\.weight': has the shape"),
+]
+
+
+@pytest.mark.parametrize(("other", "message"), OTHERS)
+def test_another_model_is_refused_before_anything_changes(
+    run: tuple[Network, PostHocEMA], other: torch.nn.Module, message: str
+) -> None:
+    _, tracker = run
     before = snapshot_of(other)
-    with pytest.raises(ModelMismatchError, match=message), tracker.model(other, sigma_rel=0.15):
-        pass
-    with pytest.raises(ModelMismatchError, match=message):
-        tracker.load_into(other, sigma_rel=0.15)
+    for call in (lambda: tracker.model(other, sigma_rel=0.15).__enter__(), lambda: tracker.load_into(other, 0.15)):
+        with pytest.raises(ModelMismatchError, match=message):
+            call()
     assert_same_tensors(snapshot_of(other), before)
 
 
-def parts(folder: Path) -> tuple[torch.nn.Sequential, dict[str, torch.nn.Module], dict[str, PostHocEMA]]:
-    """A model, itself and parts of it by name, and a tracker of each that has seen one update."""
+SWAPPED = {
+    "all": {"all", "0", "1", "2", "1 and 2"},
+    "0": {"all", "0", "2", "1 and 2"},  # 2 has the same parameter
+    "1": {"all", "1", "1 and 2"},
+    "1 and 2": {"all", "0", "1", "2", "1 and 2"},
+}
+
+
+@pytest.mark.parametrize("swapped", SWAPPED)
+def test_no_tracker_of_a_part_or_of_the_whole_takes_averaged_weights_in(tmp_path: Path, swapped: str) -> None:
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(3)))
     model[2].weight = model[0].weight  # tied
     modules = {"all": model, "0": model[0], "1": model[1], "2": model[2], "1 and 2": torch.nn.ModuleList(model[1:])}
-    settings: dict = {"update_every": 1, "checkpoint_every": 10, "device": "model"}
-    trackers = {name: PostHocEMA.from_model(module, folder / name, **settings) for name, module in modules.items()}
+    trackers = {name: PostHocEMA.from_model(m, tmp_path / name, update_every=1) for name, m in modules.items()}
     for name, module in modules.items():
         trackers[name].update_(module)
-    return model, modules, trackers
-
-
-@pytest.mark.parametrize(
-    ("swapped", "refused"),
-    [
-        ("all", {"all", "0", "1", "2", "1 and 2"}),
-        ("0", {"all", "0", "2", "1 and 2"}),  # 2 has the same parameter
-        ("1", {"all", "1", "1 and 2"}),
-        ("1 and 2", {"all", "0", "1", "2", "1 and 2"}),
-    ],
-)
-def test_no_tracker_of_a_part_or_of_the_whole_takes_averaged_weights_in(
-    tmp_path: Path, swapped: str, refused: set[str]
-) -> None:
-    _, modules, trackers = parts(tmp_path)
     found = set()
     with trackers[swapped].model(modules[swapped], sigma_rel=0.28):
         for name, module in modules.items():
@@ -366,10 +334,9 @@ def test_no_tracker_of_a_part_or_of_the_whole_takes_averaged_weights_in(
             except NotReadyError as error:
                 assert "holds averaged weights" in str(error)
                 found.add(name)
-    assert found == refused
+    assert found == SWAPPED[swapped]
     for name, module in modules.items():
         trackers[name].update_(module)
-        trackers[name].close()
 
 
 @pytest.mark.cuda
