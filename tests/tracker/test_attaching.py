@@ -69,27 +69,6 @@ def test_a_closure_that_is_called_often_makes_one_step(tmp_path: Path) -> None:
         assert len(calls) > 3
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, fused: bool, unscaled: bool) -> None:
-    """Of a fused optimizer `step` is called even then."""
-    model = network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with attached(model, tmp_path, optimizer) as tracker:
-        counts = []
-        for number in range(6):
-            optimizer.zero_grad()
-            loss = (model(X) - Y).square().mean() * (float("inf") if number in (1, 2) else 1.0)
-            scaler.scale(loss).backward()
-            if unscaled:
-                scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-            counts.append(tracker.step)
-    assert counts == [1, 1, 1, 2, 3, 4]
-
-
 class ScaledSGD(torch.optim.SGD):
     """Takes the scaler itself, as fused optimizers of other libraries do."""
 
@@ -101,19 +80,33 @@ class ScaledSGD(torch.optim.SGD):
             super().step(closure)
 
 
-def test_an_optimizer_that_is_given_the_scaler_skips_too(tmp_path: Path) -> None:
+SCALED = {
+    "plain": torch.optim.Adam,
+    "fused": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
+    "given the scaler": ScaledSGD,
+}
+
+
+@pytest.mark.parametrize("make", SCALED)
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
+def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, make: str, unscaled: bool) -> None:
+    """Of an optimizer that is fused or given the scaler `step` is called even then."""
     model = network()
-    torch.optim.SGD(model.parameters())  # so that the hooks of the class below run within those of its subclass
-    optimizer = ScaledSGD(model.parameters(), lr=0.01)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    torch.optim.SGD(model.parameters())  # so that the hooks of ScaledSGD run within those of its subclass
+    optimizer = SCALED[make](model.parameters(), lr=0.01)
+    scaler, counts = torch.amp.GradScaler("cpu", init_scale=4.0), []
     with attached(model, tmp_path, optimizer) as tracker:
-        for factor in (1.0, float("inf"), 1.0):
+        for number in range(6):
             optimizer.zero_grad()
-            scaler.scale((model(X) - Y).square().mean() * factor).backward()
-            with pytest.warns(FutureWarning, match="GradScaler"):
-                scaler.step(optimizer)
+            loss = (model(X) - Y).square().mean() * (float("inf") if number in (1, 2) else 1.0)
+            scaler.scale(loss).backward()
+            if unscaled and make != "given the scaler":
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
             scaler.update()
-        assert tracker.step == 2
+            counts.append(tracker.step)
+    assert counts == [1, 1, 1, 2, 3, 4]
 
 
 class Clipped(torch.optim.Adam):

@@ -26,7 +26,6 @@ from posthoc_cli.tracker import model_tensors
 from posthoc_cli.tracker import worker as pacing
 from posthoc_cli.tracker.buffers import BlockReader, Staged
 from posthoc_cli.tracker.snapshotter import Snapshotter
-from posthoc_cli.tracker.worker import Worker
 
 SETTINGS: dict[str, Any] = {"update_every": 2, "checkpoint_every": 4, "max_checkpoints": None}
 
@@ -251,12 +250,13 @@ def test_a_process_that_ends_finishes_what_is_under_way(tmp_path: Path, device: 
     assert [s.info.t for s in read_directory(tmp_path)] == [3, 3, 6, 6, 7, 7]
 
 
-def test_threads_end_with_their_tracker(tmp_path: Path) -> None:
-    model = network()
-    before = set(threading.enumerate())
-    tracker = PostHocEMA.from_model(model, tmp_path, device="cpu", **SETTINGS)
+def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_path: Path) -> None:
+    model, before = network(), set(threading.enumerate())
+    tracker, gone = PostHocEMA.from_model(model, tmp_path, device="cpu", **SETTINGS), weakref.ref(model)
     train(model, tracker, 1, 8)
     tracker.flush()
+    del model
+    assert gone() is None
     begun = set(threading.enumerate()) - before
     assert len(begun) == 2
     del tracker
@@ -297,21 +297,6 @@ def test_training_that_waits_is_told_so_once_with_what_would_fit(monkeypatch: py
         with pace.working():
             now[0] += 3
         now[0] -= 3  # it is done beside
-
-
-def test_errors_of_a_worker_come_one_by_one_and_in_order() -> None:
-    worker = Worker("test")
-
-    def fail(number: int) -> None:
-        raise WriteError(28, f"the {number}th")
-
-    for number in range(5):
-        worker.submit(lambda number=number: fail(number))
-    worker.wait()
-    for number in range(5):
-        assert str(worker.take_error()).endswith(f"the {number}th")
-    assert worker.take_error() is None
-    worker.close()
 
 
 ENDS = """
@@ -423,17 +408,6 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
     torch.testing.assert_close(average, torch.full((2, 3), 7.0))
 
 
-def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "mixed", **SETTINGS) as tracker:
-        for number in range(1, 13):
-            step(model, number)
-            with torch.inference_mode(number < 5):
-                tracker.update_(model)
-    plain(tmp_path / "plain", 12)
-    assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
-
-
 def test_a_model_is_looked_through_once_while_it_stays_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -442,13 +416,3 @@ def test_a_model_is_looked_through_once_while_it_stays_the_same(
         monkeypatch.setattr(model_tensors, "collect_tensors", lambda *a, **k: looked.append(a[0]) or real(*a, **k))
         train(model, tracker, 1, 20)
         assert looked == [model]
-
-
-def test_a_tracker_does_not_keep_a_model_alive(tmp_path: Path) -> None:
-    model = network()
-    gone = weakref.ref(model)
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 8)
-        del model
-        assert gone() is None
-        assert tracker.state_dict()["step"] == 8

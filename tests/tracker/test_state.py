@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ema_command import Ema
+from factories import contents as files_below
 from factories import exact_average, refuse_for_space
 from torch.distributed.checkpoint.stateful import Stateful
 from tracker.runs import contents, step, times
@@ -155,38 +156,31 @@ def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch:
     assert max(sizes) == 8 * 12
 
 
-def test_a_state_is_replaced_when_the_new_one_is_durable_and_not_before(
+def test_a_state_is_replaced_when_the_new_one_is_durable_and_nothing_else_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = trained(tmp_path / "run", 4)
+    run = trained(tmp_path / "run", 10)
     path = tmp_path / "state.safetensors"
     run.tracker.save_state(path)
-    before = path.read_bytes()
-    run.train(5, 8)
-    with monkeypatch.context() as fault:
-        fault.setattr(files.system, "fsync", refuse_for_space)
-        with pytest.raises(WriteError, match="no space left"):
-            run.tracker.save_state(path)
-    assert path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "state.safetensors"]
-    run.tracker.save_state(path)
-    fresh = Run(tmp_path / "run2")
-    fresh.tracker.load_state(path)
-    assert fresh.tracker.step == 8
-
-
-def test_nothing_but_a_state_is_replaced(tmp_path: Path) -> None:
-    run = trained(tmp_path / "run", 10)
-    before = contents(tmp_path / "run")
     (tmp_path / "notes.txt").write_text("mine")
-    for path in (read_directory(tmp_path / "run")[0].path, tmp_path / "notes.txt", tmp_path / "run"):
-        with pytest.raises(OutputExistsError, match=path.name):
-            run.tracker.save_state(path)
-    assert contents(tmp_path / "run") == before
+    snapshot, before = read_directory(tmp_path / "run")[0].path, files_below(tmp_path)
+    for other in (snapshot, tmp_path / "notes.txt", tmp_path / "run"):
+        with pytest.raises(OutputExistsError, match=other.name):
+            run.tracker.save_state(other)
     with pytest.raises(WriteError, match="absent"):
         run.tracker.save_state(tmp_path / "absent" / "state")
     with pytest.raises(InvalidValueError, match="path 5: must be"):
         run.tracker.save_state(5)  # type: ignore[arg-type]
+    run.train(11, 12)
+    with monkeypatch.context() as fault:
+        fault.setattr(files.system, "fsync", refuse_for_space)
+        with pytest.raises(WriteError, match="no space left"):
+            run.tracker.save_state(path)
+    assert files_below(tmp_path) == before
+    run.tracker.save_state(path)
+    fresh = Run(tmp_path / "run2")
+    fresh.tracker.load_state(path)
+    assert fresh.tracker.step == 12
 
 
 def test_any_flipped_bit_and_any_truncation_is_found_and_changes_nothing(tmp_path: Path) -> None:
@@ -337,17 +331,6 @@ def test_a_profile_may_be_left_behind_and_the_others_stay_exact(tmp_path: Path, 
     assert np.abs(stored - exact).max() < 10 * 2**-24 * np.abs(exact).max() * 4
     with PostHocEMA.from_path(tmp_path / "run", run.model) as again:
         assert (again.step, again.settings.sigma_rels) == (40, (0.05, 0.28))
-
-
-def test_a_profile_may_be_left_behind_without_a_state(tmp_path: Path) -> None:
-    run = trained(tmp_path, 20)
-    run.tracker.close()
-    with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones, 0\.05, 0\.28"):
-        PostHocEMA.from_path(tmp_path, run.model, sigma_rels=(0.1,))
-    with PostHocEMA.from_path(tmp_path, run.model, sigma_rels=[0.28]) as run.tracker:
-        run.train(21, 40)
-        run.check(0.28, list(range(2, 41, 2)))
-    assert PostHocEMA.from_path(tmp_path).settings.sigma_rels == (0.28,)
 
 
 def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path: Path) -> None:
