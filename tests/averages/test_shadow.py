@@ -15,7 +15,7 @@ from checking import assert_same_tensors, saved_and_loaded
 from factories import FloatArray, tiny_model
 
 from posthoc_cli.averages import ShadowModel
-from posthoc_cli.errors import InvalidValueError, ModelMismatchError
+from posthoc_cli.errors import InvalidValueError
 
 
 def train(net: ShadowModel, steps: int) -> list[FloatArray]:
@@ -72,15 +72,6 @@ def test_zero_debiasing_divides_by_the_sum_of_the_weights(decay: float, num_upda
     assert np.abs(numbers(net.shadow.head.weight) - biased / mass).max() < within
 
 
-def test_without_debiasing_the_initial_weights_have_a_part() -> None:
-    for zero_debias, expected in ((False, 0.9), (True, 0.0)):
-        net = ShadowModel(torch.nn.Linear(1, 1, bias=False), 0.9, zero_debias=zero_debias)
-        torch.nn.init.ones_(net.shadow.weight)
-        torch.nn.init.zeros_(net.model.weight)
-        net.update()
-        assert net.shadow.weight.item() == pytest.approx(expected, rel=1e-6, abs=0)
-
-
 def test_buffers_and_whole_numbers_are_copied_and_a_frozen_parameter_is_exactly_its_shadow() -> None:
     net = ShadowModel(tiny_model(), 0.9)
     for step in range(50):
@@ -91,26 +82,6 @@ def test_buffers_and_whole_numbers_are_copied_and_a_frozen_parameter_is_exactly_
     for name in ("norm.running_mean", "norm.num_batches_tracked", "frozen"):
         assert torch.equal(net.shadow.state_dict()[name], net.model.state_dict()[name])
     assert net.shadow.head.weight is net.shadow.embed.weight is not net.model.head.weight
-
-
-@pytest.mark.parametrize("trainable", [True, False])
-def test_parameters_are_averaged_while_gradients_are_switched_off_too(trainable: bool) -> None:
-    net = ShadowModel(torch.nn.Linear(1, 1, bias=False), 0.75)
-    torch.nn.init.zeros_(net.shadow.weight)
-    torch.nn.init.constant_(net.model.weight, 4.0)
-    net.requires_grad_(trainable).update()
-    assert net.shadow.weight.item() == 1.0
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_shadows_move(dtype: torch.dtype) -> None:
-    net = ShadowModel(torch.nn.Linear(1, 1, bias=False, dtype=dtype), 0.9998)
-    torch.nn.init.ones_(net.shadow.weight)
-    torch.nn.init.constant_(net.model.weight, 2.0)
-    for _ in range(2000):
-        net.update()
-    assert net.shadow.weight.dtype == dtype
-    assert abs(net.shadow.weight.item() - (2 - 0.9998**2000)) <= torch.finfo(dtype).eps / 2 + rounding(2000, 2.0)
 
 
 class Dropped(torch.nn.Module):
@@ -206,11 +177,9 @@ def test_everything_moves_and_casts_together_but_the_mass_stays_exact() -> None:
     net.half()
     assert net.shadow.head.weight.dtype == net.model.head.weight.dtype == torch.float16
     assert torch.equal(net.debias_mass, mass)
-    assert net.debias_mass.dtype == torch.float32
     net.update()
-    assert net.accumulators.values["head.bias"].dtype == torch.float32
-    net.double()
-    assert net.shadow.head.weight.dtype == torch.float64
+    assert net.debias_mass.dtype == net.accumulators.values["head.bias"].dtype == torch.float32
+    assert net.double().shadow.head.weight.dtype == torch.float64
     assert all(tensor.is_meta for tensor in net.to("meta").state_dict().values())
 
 
@@ -223,17 +192,14 @@ def test_the_state_holds_both_and_names_no_more_than_it_needs() -> None:
 
 
 def test_compiled() -> None:
-    net = ShadowModel(torch.nn.Linear(2, 1, bias=False), 0.5)
+    net, x = ShadowModel(torch.nn.Linear(2, 1, bias=False), 0.5), torch.ones(1, 2)
     compiled = torch.compile(net, backend="eager")
-    x = torch.ones(1, 2)
     compiled(x).sum().backward()
     assert net.model.weight.grad is not None
     torch.nn.init.ones_(net.model.weight)
     torch.nn.init.zeros_(net.shadow.weight)
     compiled.update()
-    assert compiled(x).item() == 2.0
-    compiled.eval()
-    assert compiled(x).item() == 1.0
+    assert (compiled(x).item(), compiled.eval()(x).item()) == (2.0, 1.0)
     inside = ShadowModel(torch.compile(net.model, backend="eager"), 0.5)
     inside.update()
     assert inside.train()(x).item() == 2.0
@@ -251,17 +217,3 @@ def test_a_bad_argument_is_named(name: str) -> None:
     for value in BAD[name]:
         with pytest.raises(InvalidValueError, match=name):
             ShadowModel(torch.nn.Linear(1, 1), **{"decay": 0.9, name: value})
-
-
-def test_names_that_differ_are_listed_and_nothing_is_changed() -> None:
-    net = settled()
-    net.shadow.lost = torch.nn.Parameter(torch.zeros(1))
-    for index in range(30):
-        net.model.register_parameter(f"p{index:02}", torch.nn.Parameter(torch.zeros(1)))
-    before = copy.deepcopy(net.state_dict())
-    with pytest.raises(ModelMismatchError) as caught:
-        net.update()
-    assert "only in the average: 'lost'" in caught.value.reason
-    assert "only in the model: 'p00', " in caught.value.reason
-    assert caught.value.reason.endswith("'p04' and 25 more")
-    assert_same_tensors(net.state_dict(), before)
