@@ -43,9 +43,7 @@ def test_the_room_is_there_without_an_import_of_its_own() -> None:
     assert averages.__all__ == sorted(averages.__all__)
 
 
-def test_bench_averages_gives_no_verdict_on_a_busy_machine(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_bench_averages_judges_no_busy_cpu(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = iter(range(10**9))
     monkeypatch.setattr(quiet_timing, "PATIENCE", 0.0)
     monkeypatch.setattr(quiet_timing, "busy_seconds", lambda: 1000.0 * next(ticks))

@@ -337,7 +337,7 @@ def test_a_cell_that_runs_again_before_training_goes_on_with_its_last_tracker(tm
 
 
 @pytest.mark.parametrize("again", ["one", "other"])
-def test_a_cell_that_runs_again_after_training_has_closed_its_first_tracker(
+def test_a_cell_run_again_closes_its_first_tracker(
     tmp_path: Path, again: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, optimizer = sgd()
@@ -400,9 +400,7 @@ def test_a_tracker_that_follows_another_optimizer_by_now_is_left_alone(tmp_path:
             assert (first.step, second.step) == (1, 1)
 
 
-def test_an_error_of_the_update_leaves_the_step_and_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_an_error_of_the_update_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a fused optimizer and a scaler: what the scaler leaves there must not scale the next gradients."""
 
     def train(tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:

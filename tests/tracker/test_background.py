@@ -87,7 +87,7 @@ def test_a_slow_worker_changes_no_byte(tmp_path: Path, gate: threading.Event) ->
 
 @pytest.mark.usefixtures("one_run_id")
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_snapshots_hold_the_averages_of_their_time_however_late_they_are_written(
+def test_late_snapshots_hold_the_averages_of_their_time(
     tmp_path: Path, device: str, slow_disk: threading.Event
 ) -> None:
     """Three more updates while the first snapshots wait for the disk."""
@@ -119,9 +119,7 @@ def test_a_reader_in_the_same_process_waits_for_what_is_due(
 
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
-def test_a_wait_for_the_disk_that_is_interrupted_has_counted_nothing(
-    tmp_path: Path, device: str, slow_disk: threading.Event
-) -> None:
+def test_an_interrupted_wait_for_disk_counts_nothing(tmp_path: Path, device: str, slow_disk: threading.Event) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path / "cut", device=device, **SETTINGS) as tracker:
         train(model, tracker, 1, 7)
@@ -265,9 +263,7 @@ def test_threads_end_with_their_tracker_which_does_not_keep_the_model_alive(tmp_
         assert not thread.is_alive()
 
 
-def test_a_worker_that_falls_behind_is_waited_for_and_no_update_is_dropped(
-    tmp_path: Path, gate: threading.Event
-) -> None:
+def test_a_worker_that_falls_behind_is_waited_for_and_drops_no_update(tmp_path: Path, gate: threading.Event) -> None:
     model = network()
     with PostHocEMA.from_model(model, tmp_path, device="cpu", update_every=1, checkpoint_every=100) as tracker:
         train(model, tracker, 1, 1)  # the worker has the first update, and holds on to it
@@ -408,9 +404,7 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
     torch.testing.assert_close(average, torch.full((2, 3), 7.0))
 
 
-def test_a_model_is_looked_through_once_while_it_stays_the_same(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_that_stays_the_same_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, looked, real = network(), [], model_tensors.collect_tensors
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         monkeypatch.setattr(model_tensors, "collect_tensors", lambda *a, **k: looked.append(a[0]) or real(*a, **k))

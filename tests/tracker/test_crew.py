@@ -96,7 +96,7 @@ def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.Monk
 
 @pytest.mark.usefixtures("_small_blocks", "_two_threads")
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_the_trainings_own_threads_are_left_as_they_are(
+def test_threads_of_training_are_left_alone(
     device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, during and after an update, in its own thread and in those that begin later."""

@@ -86,7 +86,7 @@ def test_any_other_length_is_as_exact_as_the_log_predicts(tmp_path: Path, caplog
         assert error < 4 * float(line.rpartition(" ")[2])
 
 
-def test_a_tracked_average_reads_no_disk(
+def test_a_tracked_average_needs_no_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = trained(tmp_path, 30)
@@ -112,9 +112,7 @@ def test_a_tracked_average_reads_no_disk(
         ("0.05", "tracked .*must"),
     ],
 )
-def test_a_profile_that_is_not_tracked_is_refused_and_those_that_are_listed(
-    tmp_path: Path, tracked: float, message: str
-) -> None:
+def test_a_profile_that_is_not_tracked_is_refused(tmp_path: Path, tracked: float, message: str) -> None:
     run = trained(tmp_path, 3)
     with pytest.raises(InvalidValueError, match=message):
         run.tracker.averaged(run.model, tracked=tracked).__enter__()

@@ -181,9 +181,7 @@ def test_without_a_last_snapshot_the_state_is_that_of_the_newest_one(tmp_path: P
 
 
 @pytest.mark.parametrize("wrong", ["older", "later", "of another version", "flipped"])
-def test_a_state_that_is_not_of_the_snapshots_is_not_gone_on_from(
-    tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_state_of_other_snapshots_is_not_used(tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture) -> None:
     """The averages then are those of the snapshots, rounded; a state that is damaged is named."""
     model = begun(tmp_path, 20, checkpoint_dtype="float16", keep_state=True)
     state = tmp_path / STATE_NAME
@@ -261,9 +259,7 @@ def test_nothing_new_is_not_written_and_a_last_snapshot_may_be_declined(tmp_path
         assert written(folder) == expected
 
 
-def test_an_error_in_the_block_is_logged_with_the_last_snapshot(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_error_in_the_block_is_logged_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     model = matrix()
     with pytest.raises(ZeroDivisionError), PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         walk(model, tracker, 1, 7)
@@ -298,9 +294,7 @@ def test_a_snapshot_can_be_asked_for(tmp_path: Path) -> None:
         ({"final_snapshot": False}, r"no snapshot: 3 updates .* checkpoint_every=10, final_snapshot=False"),
     ],
 )
-def test_a_directory_that_stays_empty_says_why(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict, told: str
-) -> None:
+def test_an_empty_run_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict, told: str) -> None:
     begun(tmp_path, 7, **settings)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
@@ -308,9 +302,7 @@ def test_a_directory_that_stays_empty_says_why(
 
 
 @pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
-def test_snapshots_in_between_change_no_byte_of_those_on_the_schedule(
-    tmp_path: Path, device: str, max_checkpoints: int | None
-) -> None:
+def test_snapshots_in_between_change_no_other_byte(tmp_path: Path, device: str, max_checkpoints: int | None) -> None:
     """Their headers have distances, the motion so far and what thinning has left: all without the others."""
     settings = SETTINGS | {"max_checkpoints": max_checkpoints, "device": device}
     begun(tmp_path / "whole", STEPS, **settings)

@@ -227,9 +227,7 @@ SPOIL: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("spoil", SPOIL)
-def test_an_earlier_snapshot_that_cannot_be_read_is_left_out_with_a_warning(
-    tmp_path: Path, spoil: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_an_unreadable_snapshot_is_warned_of(tmp_path: Path, spoil: str, caplog: pytest.LogCaptureFixture) -> None:
     model = tiny_model()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         Watched(tracker).train(model, 1, 10)
@@ -252,9 +250,7 @@ def test_an_earlier_snapshot_that_cannot_be_read_is_left_out_with_a_warning(
     ]  # fmt: skip
 
 
-def test_a_profile_that_could_not_be_written_is_written_when_it_is_due_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_profile_that_could_not_be_written_is_written_later(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of two files fails: the first stays, whole, and nothing of the second."""
     model = tiny_model()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:

@@ -62,9 +62,7 @@ def test_a_run_of_60_steps_may_be_interrupted_at_any_of_them(tmp_path: Path, dev
         assert scheduled(tmp_path / str(step)) == whole
 
 
-def test_later_snapshots_are_set_aside_and_a_failure_there_can_be_tried_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_setting_later_snapshots_aside_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, calls = network(), []
 
     def rename(source: Path, target: Path) -> None:
@@ -274,9 +272,7 @@ def test_a_directory_of_another_run_is_refused_at_the_first_update(tmp_path: Pat
         train(model, third, 11, 12)
 
 
-def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_directory_is_not_taken_for_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may hold another run."""
 
     def refuse(_: Path) -> None:
@@ -406,9 +402,7 @@ def test_strange_files_beside_the_snapshots_do_not_stop_a_training(tmp_path: Pat
         train(model, again, 41, 42)
 
 
-def test_a_change_of_the_working_directory_does_not_move_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_change_of_the_working_directory_moves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     model = network()
     with PostHocEMA.from_model(model, "run", **SETTINGS) as tracker:

@@ -174,9 +174,7 @@ def test_a_buffer_is_not_filled_again_before_its_values_have_left(device: Simula
         assert expected(one.arrived(), number)
 
 
-def test_training_waits_for_no_copy_to_the_host_but_that_of_the_buffer_that_it_fills_again(
-    device: SimulatedDevice,
-) -> None:
+def test_training_waits_for_no_copy_to_the_host_but_that_of_the_buffer_it_refills(device: SimulatedDevice) -> None:
     values, stager = tensors(), Stager()
     first = stager.stage(values)
     groups = len(lay_out(values))

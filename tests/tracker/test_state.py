@@ -156,9 +156,7 @@ def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch:
     assert max(sizes) == 8 * 12
 
 
-def test_a_state_is_replaced_when_the_new_one_is_durable_and_nothing_else_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_state_is_replaced_when_durable_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trained(tmp_path / "run", 10)
     path = tmp_path / "state.safetensors"
     run.tracker.save_state(path)
@@ -394,9 +392,7 @@ def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
         ({"copies": {5: torch.zeros(1)}}, PLACES),
     ],
 )
-def test_a_state_that_was_tampered_with_is_refused_in_one_line(
-    tmp_path: Path, state: dict, change: dict, message: str
-) -> None:
+def test_a_state_that_was_tampered_with_is_refused(tmp_path: Path, state: dict, change: dict, message: str) -> None:
     tracker = trained(tmp_path, 3).tracker
     before = tracker.state_dict()
     with pytest.raises((InvalidValueError, ModelMismatchError), match=message) as refused:

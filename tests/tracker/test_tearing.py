@@ -29,7 +29,7 @@ def test_no_signal_leaves_a_part_of_an_update(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("way", ["state", "load", "update", "close"])
-def test_calls_in_the_middle_of_an_update_are_after_or_before_it(
+def test_calls_amid_an_update_are_after_or_before_it(
     tmp_path: Path, device: str, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """From another thread, while the worker has half of an update."""

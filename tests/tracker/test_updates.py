@@ -278,9 +278,7 @@ def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Pa
 
 
 @pytest.mark.parametrize("on_nonfinite", ["skip", "warn"])
-def test_a_skipped_update_leaves_the_profile_exact(
-    tmp_path: Path, on_nonfinite: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_skipped_update_leaves_it_exact(tmp_path: Path, on_nonfinite: str, caplog: pytest.LogCaptureFixture) -> None:
     """The snapshot that is due at it holds the average of its own time."""
     values, model = walk(10), Scalar()
     values[4] = np.nan
