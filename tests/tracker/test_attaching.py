@@ -260,8 +260,8 @@ def test_a_clock_of_ones_own(tmp_path: Path) -> None:
 
 
 def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> None:
-    model = network()
-    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    model, first = sgd()
+    second = torch.optim.SGD(model.parameters(), lr=0.1)
     with attached(model, tmp_path, first) as tracker:
         step(model, first)
         tracker.detach()
@@ -275,7 +275,12 @@ def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> No
         assert tracker.step == 3
         handle.remove()
         step(model, second)
-        assert tracker.step == 3
+        tracker.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        gc.collect()  # it is gone, and followed no more
+        tracker.update_(model)
+        tracker.attach(first)
+        step(model, first)
+        assert tracker.step == 5
 
 
 def test_the_same_optimizer_twice_counts_once_and_another_one_is_refused(tmp_path: Path) -> None:
@@ -289,17 +294,6 @@ def test_the_same_optimizer_twice_counts_once_and_another_one_is_refused(tmp_pat
             tracker.attach(torch.optim.Adam([model.bias]))
         step(model, optimizer)
         assert tracker.step == 1
-
-
-def test_an_optimizer_that_is_gone_is_followed_no_more(tmp_path: Path) -> None:
-    model = network()
-    with attached(model, tmp_path, torch.optim.SGD(model.parameters(), lr=0.1)) as tracker:
-        gc.collect()
-        tracker.update_(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        tracker.attach(optimizer)
-        step(model, optimizer)
-        assert tracker.step == 2
 
 
 def test_a_call_by_hand_beside_the_optimizer_is_refused_not_counted_twice(tmp_path: Path) -> None:
@@ -366,8 +360,7 @@ def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_pa
     gc.disable()
     try:
         for _ in range(2):
-            model = network()
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model, optimizer = sgd()
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
             tracker = attached(model, tmp_path, optimizer, resume="auto")
             step(model, optimizer)
@@ -375,29 +368,23 @@ def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_pa
     finally:
         gc.enable()
     assert tracker.step == 2
-    tracker.close()
 
 
-def test_trackers_of_two_models_that_one_optimizer_trains_are_both_kept(tmp_path: Path) -> None:
+def test_trackers_of_another_model_or_of_another_optimizer_by_now_are_left_alone(tmp_path: Path) -> None:
     one, two = network(), network()
-    optimizer = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
-    with attached(one, tmp_path / "1", optimizer) as first, attached(two, tmp_path / "2", optimizer) as second:
-        optimizer.zero_grad()
+    both = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
+    other = torch.optim.SGD(one.parameters(), lr=0.1)
+    with attached(one, tmp_path / "1", both) as first, attached(two, tmp_path / "2", both) as second:
+        both.zero_grad()
         backward(one)
-        step(two, optimizer)
+        step(two, both)
         assert (first.step, second.step) == (1, 1)
-
-
-def test_a_tracker_that_follows_another_optimizer_by_now_is_left_alone(tmp_path: Path) -> None:
-    model = network()
-    before, now = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
-    with attached(model, tmp_path / "1", before) as first:
         first.detach()
-        first.attach(now)
-        with attached(model, tmp_path / "2", before) as second:
-            step(model, now)
-            step(model, before)
-            assert (first.step, second.step) == (1, 1)
+        first.attach(other)
+        with attached(one, tmp_path / "3", both) as third:
+            step(one, other)
+            step(one, both)
+            assert (first.step, second.step, third.step) == (2, 2, 1)
 
 
 def test_after_an_error_of_the_update_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -402,17 +402,6 @@ def test_strange_files_beside_the_snapshots_do_not_stop_a_training(tmp_path: Pat
         train(model, again, 41, 42)
 
 
-def test_a_change_of_the_working_directory_moves_no_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = network()
-    with PostHocEMA.from_model(model, "run", **SETTINGS) as tracker:
-        train(model, tracker, 1, 10)
-        (tmp_path / "elsewhere").mkdir()
-        monkeypatch.chdir(tmp_path / "elsewhere")
-        train(model, tracker, 11, 20)
-    assert times(tmp_path / "run") == {10, 20}
-
-
 def test_the_error_figure_is_of_what_is_there_or_of_the_plan(tmp_path: Path) -> None:
     def labels(figure) -> list[str]:  # type: ignore[no-untyped-def]
         return figure.axes[0].get_legend_handles_labels()[1]
