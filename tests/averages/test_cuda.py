@@ -10,10 +10,7 @@ from factories import tiny_model
 
 from posthoc_cli.averages import EMAStats, ExponentialMovingAverage, ShadowModel
 
-pytestmark = [
-    pytest.mark.cuda,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.cuda, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 @pytest.fixture

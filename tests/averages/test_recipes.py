@@ -78,34 +78,18 @@ def expected_path(forget_momentum: bool) -> list[FloatArray]:
     return path
 
 
-# --- over a module -----------------------------------------------------------------------------------
-
-
-def test_switching_keeps_the_momentum() -> None:
+@pytest.mark.parametrize("kind", ["switch", "hare", "hare and its optimizer"])
+def test_switching_keeps_the_momentum_unless_the_hares_optimizer_is_given(kind: str) -> None:
     model = Quadratic()
-    average = averaged(model)
-    path = train(model, sgd(model), SwitchEMA(average, switch_every=EVERY))
+    optimizer, average = sgd(model), averaged(model)
+    given = (optimizer,) if kind == "hare and its optimizer" else ()
+    recipe = SwitchEMA(average, EVERY) if kind == "switch" else HareAndTortoise(average, EVERY, *given)
+    path = train(model, optimizer, recipe)
     assert path.switched == [step % EVERY == 0 for step in range(1, STEPS + 1)]
-    np.testing.assert_allclose(path.weights, expected_path(forget_momentum=False), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(path.weights, expected_path(forget_momentum=bool(given)), rtol=0, atol=ROUNDING)
+    other = np.array(expected_path(forget_momentum=not given))
+    assert np.abs(np.array(path.weights) - other).max() > 0.1
     assert torch.equal(model.weight, average.module.weight)
-
-
-def test_a_reset_hare_begins_without_momentum() -> None:
-    model = Quadratic()
-    optimizer = sgd(model)
-    path = train(model, optimizer, HareAndTortoise(averaged(model), EVERY, optimizer))
-    np.testing.assert_allclose(path.weights, expected_path(forget_momentum=True), rtol=0, atol=ROUNDING)
-
-
-def test_a_hare_whose_optimizer_is_not_given_keeps_its_momentum() -> None:
-    model = Quadratic()
-    path = train(model, sgd(model), HareAndTortoise(averaged(model), EVERY))
-    np.testing.assert_allclose(path.weights, expected_path(forget_momentum=False), rtol=0, atol=ROUNDING)
-
-
-def test_the_two_paths_differ() -> None:
-    kept, forgotten = expected_path(forget_momentum=False), expected_path(forget_momentum=True)
-    assert np.abs(np.array(kept) - np.array(forgotten)).max() > 0.1
 
 
 @pytest.mark.parametrize("kind", [SwitchEMA, HareAndTortoise])
@@ -117,10 +101,7 @@ def test_a_switch_touches_neither_the_parameter_objects_nor_the_average(kind: ty
     train(model, optimizer, recipe, steps=5)
     parameter, address = model.weight, model.weight.data_ptr()
     state, before = copy.deepcopy(optimizer.state_dict()), average.module.weight.clone()
-    if kind is SwitchEMA:
-        recipe.switch(model)
-    else:
-        recipe.reset(model)
+    recipe.switch(model) if kind is SwitchEMA else recipe.reset(model)
     assert model.weight is parameter
     assert model.weight.data_ptr() == address != average.module.weight.data_ptr()
     assert torch.equal(model.weight, before)
@@ -156,9 +137,6 @@ def test_a_model_with_other_tensors_is_refused_and_left_alone() -> None:
         with refused(f"tensor '{name}'", kind=ModelMismatchError):
             recipe.switch(model)
         assert torch.equal(model.weight, before)
-
-
-# --- over the tracker --------------------------------------------------------------------------------
 
 
 def tracker(model: torch.nn.Module, folder: Path, **options: Any) -> PostHocEMA:
@@ -242,20 +220,11 @@ def test_a_tracker_that_is_attached_is_only_switched(tmp_path: Path) -> None:
         np.testing.assert_allclose(model.weight.detach(), ema.state_dict(SIGMA_REL)["weight"], rtol=0, atol=ROUNDING)
 
 
-# --- bad input ---------------------------------------------------------------------------------------
-
-KINDS = [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")]
-
-
-@pytest.mark.parametrize("every", [0, -1, 2.5, True, "6"])
-@pytest.mark.parametrize(("kind", "name"), KINDS)
-def test_a_bad_period_is_named(kind: type, name: str, every: object) -> None:
-    with pytest.raises(InvalidValueError, match=name):
-        kind(averaged(Quadratic()), every)
-
-
-@pytest.mark.parametrize(("kind", "name"), KINDS)
-def test_a_period_between_two_updates_of_the_tracker_is_refused(kind: type, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "name"), [(SwitchEMA, "switch_every"), (HareAndTortoise, "reset_every")])
+def test_a_bad_period_is_named(kind: type, name: str, tmp_path: Path) -> None:
+    for every in (0, -1, 2.5, True, "6"):
+        with pytest.raises(InvalidValueError, match=name):
+            kind(averaged(Quadratic()), every)
     with refused(name, "multiple of the tracker's update_every 3"):
         kind(tracker(Quadratic(), tmp_path, update_every=3), 4, sigma_rel=SIGMA_REL)
 

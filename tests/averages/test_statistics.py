@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import copy
-import warnings
 import weakref
 from collections.abc import Callable
+from typing import Any
 
-import forked
 import numpy as np
 import pytest
 import torch
@@ -61,9 +60,6 @@ def check(stats: EMAStats, expected: dict[str, FloatArray], tolerance: float) ->
         assert np.abs(found - expected[name]).max() <= tolerance * np.abs(expected[name]).max(), name
 
 
-# --- the formulas ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("running_mean", [True, False])
 @pytest.mark.parametrize("momentum", [0.1, 1.0])
 @pytest.mark.parametrize("rows", [1, 2, 33])
@@ -76,9 +72,10 @@ def test_statistics_are_the_formulas(running_mean: bool, momentum: float, rows: 
     assert stats.num_batches_tracked == 12
 
 
-def test_one_batch_has_the_unbiased_covariances_of_numpy() -> None:
+def test_one_batch_has_the_unbiased_covariances_and_correlations_of_numpy() -> None:
     ((x, y),) = data = batches(1, 50, 4, 3)
-    stats = feed(EMAStats(4, 3, 0.01).double(), data, torch.float64)
+    stats = feed(EMAStats(4, 3, 0.01, eps=1e-12).double(), data, torch.float64)
+    np.testing.assert_allclose(stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11)
     both = np.cov(x, y, rowvar=False)
     np.testing.assert_allclose(stats.cov_xx, both[:4, :4], rtol=1e-12)
     np.testing.assert_allclose(stats.cov_yy, both[4:, 4:], rtol=1e-12)
@@ -86,14 +83,12 @@ def test_one_batch_has_the_unbiased_covariances_of_numpy() -> None:
 
 
 def test_inputs_come_back_as_they_are_and_y_may_be_x() -> None:
-    x, y = torch.randn(5, 3), torch.randn(5, 2)
-    returned = EMAStats(3, 2)(x, y)
-    assert returned[0] is x
-    assert returned[1] is y
-    stats = EMAStats(3)
-    alone = stats(x)
-    assert alone[0] is x
-    assert alone[1] is x
+    x, stats = torch.randn(5, 3), EMAStats(3)
+    for y, given in ((torch.randn(5, 3), True), (x, False)):
+        stats.reset()
+        returned = stats(x, y) if given else stats(x)
+        assert returned[0] is x
+        assert returned[1] is y
     assert torch.equal(stats.cov_xy, stats.cov_xx)
     stats(x, torch.randn(5, 3))
     assert not torch.equal(stats.cov_xy, stats.cov_xx)
@@ -108,16 +103,12 @@ def test_eval_mode_touches_nothing() -> None:
 
 
 def test_reset_is_a_new_beginning() -> None:
-    data = batches(3, 8, 3, 2)
-    stats = feed(EMAStats(3, 2), batches(5, 8, 3, 2, seed=9), torch.float32)
-    fresh = EMAStats(3, 2)
+    fresh, stats = EMAStats(3, 2), feed(EMAStats(3, 2), batches(5, 8, 3, 2, seed=9), torch.float32)
     stats.reset()
-    assert_same_tensors(stats.state_dict(), fresh.state_dict())
-    feed(stats, data, torch.float32), feed(fresh, data, torch.float32)
-    assert_same_tensors(stats.state_dict(), fresh.state_dict())
-
-
-# --- gradients and memory --------------------------------------------------------------------------
+    for _ in range(2):
+        assert_same_tensors(stats.state_dict(), fresh.state_dict())
+        for one in (stats, fresh):
+            feed(one, batches(3, 8, 3, 2), torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -161,12 +152,9 @@ def test_no_graph_grows_and_what_old_batches_saved_is_freed() -> None:
     saved: weakref.WeakSet[Saved] = weakref.WeakSet()
     sizes = set()
 
-    def pack(tensor: torch.Tensor) -> Saved:
-        found = Saved(tensor)
-        saved.add(found)
-        return found
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.add(kept := Saved(tensor)) or kept, lambda kept: kept.tensor
+    ):
         for step in range(12):
             stats(torch.randn(8, 4) * scale, torch.randn(8, 3))
             if step % 3 == 2:
@@ -176,46 +164,6 @@ def test_no_graph_grows_and_what_old_batches_saved_is_freed() -> None:
     ((nodes, tensors),) = sizes
     assert nodes > 3
     assert tensors > 3
-
-
-LOOP = """
-import resource, torch
-from posthoc_cli.averages import EMAStats
-torch.set_num_threads(1)
-stats, scale, x = EMAStats(32, momentum=0.01), torch.ones(32, requires_grad=True), torch.randn(64, 32)
-for step in range(10_000):
-    stats(x * scale)
-    if step % 2:
-        stats.cov_xy.sum().backward()
-    if step == 1_000:
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / before)
-"""
-
-
-def test_memory_is_flat_over_10_000_batches() -> None:
-    """Kept graphs of 9,000 batches would take 16 kB each at least: half as much again as torch itself."""
-    assert float(forked.check(LOOP).out) < 1.05
-
-
-def test_a_loss_on_the_statistics_trains() -> None:
-    """Whitening: without gradients through the statistics the layer would stay as it is."""
-    generator = torch.Generator().manual_seed(0)
-    layer = torch.nn.Linear(2, 2, bias=False)
-    layer.weight.data = torch.tensor([[1.0, 0.5], [1.0, 1.0]])
-    stats = EMAStats(2, momentum=0.2)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.02)
-    for _ in range(300):
-        stats(layer(torch.randn(64, 2, generator=generator)))
-        optimizer.zero_grad()
-        (stats.cov_xx - torch.eye(2)).square().sum().backward()
-        optimizer.step()
-    # The covariance of outputs is W W^T: 1.5 off the diagonal at first, and 1.25 and 2 on it.
-    covariance = layer.weight @ layer.weight.mT
-    assert (covariance - torch.eye(2)).abs().max() < 0.1
-
-
-# --- precision -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -239,11 +187,9 @@ def test_autocast_does_not_touch_the_statistics() -> None:
 
 def test_casting_a_module_around_it_keeps_float32() -> None:
     outer = torch.nn.Sequential(torch.nn.Linear(3, 3), EMAStats(3))
-    outer.half()
-    assert outer[0].weight.dtype == torch.float16
-    assert outer[1].cov_xy.dtype == torch.float32
-    outer.double()
-    assert outer[1].cov_xy.dtype == torch.float64
+    for cast, expected in ((outer.half, torch.float32), (outer.double, torch.float64)):
+        cast()
+        assert outer[1].cov_xy.dtype == expected
     assert outer.to("meta")[1].cov_xx.is_meta
 
 
@@ -255,15 +201,6 @@ def test_default_dtypes_of_half_precision_do_not_make_such_statistics() -> None:
             assert EMAStats(2).cov_xx.dtype == expected
     finally:
         torch.set_default_dtype(before)
-
-
-# --- correlations ----------------------------------------------------------------------------------
-
-
-def test_correlation_is_that_of_numpy() -> None:
-    ((x, y),) = data = batches(1, 50, 4, 3)
-    stats = feed(EMAStats(4, 3, eps=1e-12).double(), data, torch.float64)
-    np.testing.assert_allclose(stats.correlation(), np.corrcoef(x, y, rowvar=False)[:4, 4:], rtol=0, atol=1e-11)
 
 
 def test_eps_is_added_to_both_variances() -> None:
@@ -303,20 +240,17 @@ def test_canonical_correlations_do_not_depend_on_the_basis() -> None:
 
 
 @pytest.mark.parametrize("what", ["correlation", "canonical_correlations"])
-def test_correlations_are_differentiable(what: str) -> None:
-    def value(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+def test_correlations_are_differentiable_from_the_first_batch_on(what: str) -> None:
+    def value(*batch: torch.Tensor) -> torch.Tensor:
         stats = EMAStats(2).double()
-        stats(x, y)
+        if batch:
+            stats(*batch)
         return getattr(stats, what)()
 
+    with pytest.raises(NotReadyError, match=what):
+        value()
     x, y = (torch.randn(6, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     assert torch.autograd.gradcheck(value, (x, y))
-
-
-@pytest.mark.parametrize("what", ["correlation", "canonical_correlations"])
-def test_no_correlations_before_the_first_batch(what: str) -> None:
-    with pytest.raises(NotReadyError, match=what):
-        getattr(EMAStats(2), what)()
 
 
 def test_a_singular_covariance_without_a_ridge_is_named() -> None:
@@ -332,9 +266,6 @@ def test_a_singular_covariance_without_a_ridge_is_named() -> None:
     assert stats.canonical_correlations().allclose(torch.ones(3), atol=1e-3)
 
 
-# --- copies and states --------------------------------------------------------------------
-
-
 def with_graph() -> EMAStats:
     stats = feed(EMAStats(3, 2), batches(2, 8, 3, 2), torch.float32)
     stats(torch.randn(8, 3, requires_grad=True), torch.randn(8, 2))
@@ -348,14 +279,18 @@ def by_state(stats: EMAStats) -> EMAStats:
     return twin
 
 
-def inside_another(stats: EMAStats) -> EMAStats:
-    return copy.deepcopy(torch.nn.ModuleList([torch.nn.Linear(1, 1), stats]))[1]
+COPIES: dict[str, Callable[[EMAStats], EMAStats]] = {
+    "copied": copy.deepcopy,
+    "inside another": lambda stats: copy.deepcopy(torch.nn.ModuleList([torch.nn.Linear(1, 1), stats]))[1],
+    "saved": saved_and_loaded,
+    "by state": by_state,
+}
 
 
-@pytest.mark.parametrize("how", [copy.deepcopy, inside_another, saved_and_loaded, by_state])
-def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(how: Callable[[EMAStats], EMAStats]) -> None:
+@pytest.mark.parametrize("how", COPIES)
+def test_copies_while_a_graph_hangs_on_are_detached_and_go_on_alone(how: str) -> None:
     stats = with_graph()
-    twin = how(stats)
+    twin = COPIES[how](stats)
     data = batches(3, 8, 3, 2, seed=5)
     before = {name: value.clone() for name, value in stats.state_dict().items()}
     assert_same_tensors(twin.state_dict(), before)
@@ -399,9 +334,6 @@ def test_compiled_it_gives_the_same() -> None:
     assert_same_tensors(compiled.state_dict(), plain.state_dict())
 
 
-# --- refusals --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("name", "values"),
     [
@@ -417,30 +349,25 @@ def test_a_bad_argument_is_named(name: str, values: list[object]) -> None:
             EMAStats(**{"dim_x": 2, name: value})
 
 
+WRONG: list[tuple[Any, Any, str, str]] = [
+    *(
+        (torch.ones(shape), torch.ones(4, 2), "x", f"has the shape {list(shape)}; must be [n, 3]")
+        for shape in ((4,), (1, 4, 3), (4, 2), (0, 3))
+    ),
+    (torch.ones(4, 3), torch.ones(4, 3), "y", "has the shape [4, 3]; must be [n, 2]"),
+    (torch.ones(4, 3), torch.ones(5, 2), "y", "has 5 rows, x has 4"),
+    (torch.ones(4, 3), None, "y", "is missing"),
+    (torch.ones(4, 3).long(), torch.ones(4, 2), "x", "is torch.int64, the statistics are torch.float32"),
+    (torch.ones(4, 3), torch.ones(4, 2).double(), "y", "is torch.float64, the statistics are torch.float32"),
+    (torch.ones(4, 3, dtype=torch.complex64), torch.ones(4, 2), "x", "is torch.complex64"),
+    (torch.ones(4, 3), torch.ones(4, 2, device="meta"), "y", "is on meta, the statistics are on cpu"),
+    ([[1.0, 2.0, 3.0]], torch.ones(1, 2), "x", "must be a tensor of the shape [n, 3], not list"),
+]
+
+
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize(
-    ("x", "y", "subject", "words"),
-    [
-        (torch.ones(4), torch.ones(4, 2), "x", "has the shape [4]; must be [n, 3]"),
-        (torch.ones(1, 4, 3), torch.ones(4, 2), "x", "has the shape [1, 4, 3]; must be [n, 3]"),
-        (torch.ones(4, 2), torch.ones(4, 2), "x", "has the shape [4, 2]; must be [n, 3]"),
-        (torch.ones(4, 3), torch.ones(4, 3), "y", "has the shape [4, 3]; must be [n, 2]"),
-        (torch.ones(0, 3), torch.ones(0, 2), "x", "has the shape [0, 3]; must be [n, 3] with n at least 1"),
-        (torch.ones(4, 3), torch.ones(5, 2), "y", "has 5 rows, x has 4"),
-        (torch.ones(4, 3), None, "y", "is missing"),
-        (
-            torch.ones(4, 3, dtype=torch.int64),
-            torch.ones(4, 2),
-            "x",
-            "is torch.int64, the statistics are torch.float32",
-        ),
-        (torch.ones(4, 3), torch.ones(4, 2).double(), "y", "is torch.float64, the statistics are torch.float32"),
-        (torch.ones(4, 3, dtype=torch.complex64), torch.ones(4, 2), "x", "is torch.complex64"),
-        (torch.ones(4, 3), torch.ones(4, 2, device="meta"), "y", "is on meta, the statistics are on cpu"),
-        ([[1.0, 2.0, 3.0]], torch.ones(1, 2), "x", "must be a tensor of the shape [n, 3], not list"),
-    ],
-)
-def test_batches_that_do_not_fit(training: bool, x: torch.Tensor, y: torch.Tensor, subject: str, words: str) -> None:
+@pytest.mark.parametrize(("x", "y", "subject", "words"), WRONG)
+def test_batches_that_do_not_fit(training: bool, x: Any, y: Any, subject: str, words: str) -> None:
     stats = EMAStats(3, 2).train(training)
     with refused(subject, words):
         stats(x, y)
@@ -450,11 +377,4 @@ def test_batches_that_do_not_fit(training: bool, x: torch.Tensor, y: torch.Tenso
 def test_shapes_alone_on_the_meta_device() -> None:
     stats = EMAStats(3, 2).to("meta")
     stats(torch.empty(4, 3, device="meta"), torch.empty(4, 2, device="meta"))
-    assert stats.cov_xy.shape == (3, 2)
-    assert stats.cov_xy.is_meta
-
-
-def test_nothing_warns() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        feed(EMAStats(3, 2), batches(3, 1, 3, 2), torch.float32)
+    assert (stats.cov_xy.shape, stats.cov_xy.is_meta) == ((3, 2), True)

@@ -44,6 +44,11 @@ def walk(
         tracker.update_(model, t * number if t else None)
 
 
+def times(folder: Path) -> set[float]:
+    """The times with snapshots."""
+    return {snapshot.info.t for snapshot in read_directory(folder)}
+
+
 def contents(folder: Path) -> dict[str, dict[str, bytes]]:
     """Tensors of the snapshots on the schedule."""
     result = {}

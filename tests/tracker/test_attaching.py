@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import weakref
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from factories import exact_average, refuse_for_space
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict, set_state_dict
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.errors import InvalidValueError, MismatchError, NotReadyError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 
 X = torch.randn(16, 3, generator=torch.Generator().manual_seed(1))
@@ -27,6 +27,12 @@ def network() -> torch.nn.Module:
     return torch.nn.Linear(3, 2)
 
 
+def sgd(**options: Any) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    """A model and what trains it."""
+    model = network()
+    return model, torch.optim.SGD(model.parameters(), lr=0.1, **options)
+
+
 def attached(model: torch.nn.Module, folder: Path, optimizer: torch.optim.Optimizer, **settings: object) -> PostHocEMA:
     defaults: dict = {"update_every": 1, "checkpoint_every": 10, "checkpoint_dtype": None, "sigma_rels": (0.05, 0.28)}
     tracker = PostHocEMA.from_model(model, folder, **(defaults | settings))
@@ -35,44 +41,14 @@ def attached(model: torch.nn.Module, folder: Path, optimizer: torch.optim.Optimi
 
 
 def backward(model: torch.nn.Module) -> None:
-    (model(X) - Y).square().mean().backward()
+    dtype = next(model.parameters()).dtype
+    (model(X.to(dtype)) - Y.to(dtype)).square().mean().backward()
 
 
 def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
     optimizer.zero_grad()
     backward(model)
     optimizer.step()
-
-
-# --- which steps count -----------------------------------------------------------------------------
-
-
-def test_averages_follow_the_optimizers_steps_without_a_call(tmp_path: Path) -> None:
-    model = network().double()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    values = []
-    with attached(model, tmp_path, optimizer) as tracker:
-        for _ in range(7):
-            optimizer.zero_grad()
-            (model(X.double()) - Y.double()).square().mean().backward()
-            optimizer.step()
-            values.append(model.weight.detach().clone().numpy())
-        assert (tracker.step, tracker.t) == (7, 7)
-        with tracker.averaged(model, tracked=0.28):
-            # Seven updates in float64: each rounds by at most half a unit in the last place of values below 2.
-            assert abs(model.weight.detach().numpy() - exact_average(values, 0.28, range(1, 8))).max() < 7 * 2**-52
-
-
-def test_accumulated_gradients_make_one_step(tmp_path: Path) -> None:
-    model = network()
-    optimizer = torch.optim.AdamW(model.parameters())
-    with attached(model, tmp_path, optimizer) as tracker:
-        for batch in range(12):
-            backward(model)
-            if batch % 4 == 3:
-                optimizer.step()
-                optimizer.zero_grad()
-        assert tracker.step == 3
 
 
 def test_a_closure_that_is_called_often_makes_one_step(tmp_path: Path) -> None:
@@ -83,36 +59,14 @@ def test_a_closure_that_is_called_often_makes_one_step(tmp_path: Path) -> None:
     def closure() -> torch.Tensor:
         calls.append(1)
         optimizer.zero_grad()
-        loss = (model(X) - Y).square().mean()
-        loss.backward()
-        return loss
+        backward(model)
+        return (model(X) - Y).square().mean()
 
     with attached(model, tmp_path, optimizer) as tracker:
         for _ in range(3):
             optimizer.step(closure)
         assert tracker.step == 3
         assert len(calls) > 3
-
-
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("unscaled", [False, True])
-def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, fused: bool, unscaled: bool) -> None:
-    """Of a fused optimizer `step` is called even then."""
-    model = network()
-    optimizer = torch.optim.Adam(model.parameters(), lr=0.01, fused=fused)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
-    with attached(model, tmp_path, optimizer) as tracker:
-        counts = []
-        for number in range(6):
-            optimizer.zero_grad()
-            loss = (model(X) - Y).square().mean() * (float("inf") if number in (1, 2) else 1.0)
-            scaler.scale(loss).backward()
-            if unscaled:
-                scaler.unscale_(optimizer)
-            scaler.step(optimizer)
-            scaler.update()
-            counts.append(tracker.step)
-    assert counts == [1, 1, 1, 2, 3, 4]
 
 
 class ScaledSGD(torch.optim.SGD):
@@ -126,19 +80,33 @@ class ScaledSGD(torch.optim.SGD):
             super().step(closure)
 
 
-def test_an_optimizer_that_is_given_the_scaler_skips_too(tmp_path: Path) -> None:
+SCALED = {
+    "plain": torch.optim.Adam,
+    "fused": lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, fused=True),
+    "given the scaler": ScaledSGD,
+}
+
+
+@pytest.mark.parametrize("make", SCALED)
+@pytest.mark.parametrize("unscaled", [False, True])
+@pytest.mark.filterwarnings("ignore:.*GradScaler:FutureWarning")
+def test_steps_that_a_grad_scaler_skips_do_not_count(tmp_path: Path, make: str, unscaled: bool) -> None:
+    """Of an optimizer that is fused or given the scaler `step` is called even then."""
     model = network()
-    torch.optim.SGD(model.parameters())  # so that the hooks of the class below run within those of its subclass
-    optimizer = ScaledSGD(model.parameters(), lr=0.01)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    torch.optim.SGD(model.parameters())  # so that the hooks of ScaledSGD run within those of its subclass
+    optimizer = SCALED[make](model.parameters(), lr=0.01)
+    scaler, counts = torch.amp.GradScaler("cpu", init_scale=4.0), []
     with attached(model, tmp_path, optimizer) as tracker:
-        for factor in (1.0, float("inf"), 1.0):
+        for number in range(6):
             optimizer.zero_grad()
-            scaler.scale((model(X) - Y).square().mean() * factor).backward()
-            with pytest.warns(FutureWarning, match="GradScaler"):
-                scaler.step(optimizer)
+            loss = (model(X) - Y).square().mean() * (float("inf") if number in (1, 2) else 1.0)
+            scaler.scale(loss).backward()
+            if unscaled and make != "given the scaler":
+                scaler.unscale_(optimizer)
+            scaler.step(optimizer)
             scaler.update()
-        assert tracker.step == 2
+            counts.append(tracker.step)
+    assert counts == [1, 1, 1, 2, 3, 4]
 
 
 class Clipped(torch.optim.Adam):
@@ -168,8 +136,7 @@ def test_a_step_that_calls_the_one_it_overrides_counts_once_and_at_its_end(tmp_p
 def test_the_wrapper_of_accelerate_is_looked_through(tmp_path: Path) -> None:
     """With accumulated gradients it makes a step at every other call, and a scheduler makes none."""
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model = network()
-    plain = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, plain = sgd()
     scheduler = torch.optim.lr_scheduler.StepLR(plain, 1)
     prepared, optimizer = accelerator.prepare(model, plain)
     assert type(optimizer) is AcceleratedOptimizer
@@ -202,23 +169,22 @@ class PlainWrapper:
         return getattr(self.optimizer, name)
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [Wrapper, PlainWrapper, lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False)],
-)
-def test_other_wrappers_are_refused_with_the_line_to_write(tmp_path: Path, wrap) -> None:  # type: ignore[no-untyped-def]
+IS_A_WRAPPER = r"Wrapper is a wrapper.*call ema\.update_\(model\) after each step"
+REFUSED: list[tuple[Any, str]] = [
+    (Wrapper, IS_A_WRAPPER),
+    (PlainWrapper, IS_A_WRAPPER),
+    (lambda optimizer: AcceleratedOptimizer(Wrapper(optimizer), device_placement=False), IS_A_WRAPPER),
+    (lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1), "StepLR is a scheduler"),
+    (lambda _: network(), r"a torch\.optim\.Optimizer, not Linear"),
+]
+
+
+@pytest.mark.parametrize(("wrap", "message"), REFUSED)
+def test_other_wrappers_are_refused_with_the_line_to_write(tmp_path: Path, wrap: Any, message: str) -> None:
     Accelerator(cpu=True)
-    model = network()
-    tracker = PostHocEMA.from_model(model, tmp_path)
-    with pytest.raises(InvalidValueError, match=r"Wrapper is a wrapper.*call ema\.update_\(model\) after each step"):
-        tracker.attach(wrap(torch.optim.SGD(model.parameters(), lr=0.1)))
-
-
-def test_a_scheduler_is_refused(tmp_path: Path) -> None:
-    model = network()
-    scheduler = torch.optim.lr_scheduler.StepLR(torch.optim.SGD(model.parameters(), lr=0.1), 1)
-    with pytest.raises(InvalidValueError, match="StepLR is a scheduler"):
-        PostHocEMA.from_model(model, tmp_path).attach(scheduler)  # type: ignore[arg-type]
+    model, optimizer = sgd()
+    with pytest.raises(InvalidValueError, match=message):
+        PostHocEMA.from_model(model, tmp_path).attach(wrap(optimizer))
 
 
 OPTIMIZERS = [
@@ -239,8 +205,7 @@ def test_steps_that_only_make_state_for_a_checkpoint_do_not_count(tmp_path: Path
         stored = get_optimizer_state_dict(model, optimizer)
         for _ in range(3):
             for _ in range(2):
-                (model(X.double()) - Y.double()).square().mean().backward()
-                optimizer.step()
+                step(model, optimizer)
                 optimizer.zero_grad()
                 values.append(model.weight.detach().clone().numpy())
             stored = get_optimizer_state_dict(model, optimizer)
@@ -269,8 +234,7 @@ def test_a_first_step_of_a_warm_up_counts(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, when it compiles
 def test_a_compiled_step_is_followed_and_the_tracker_not_compiled(tmp_path: Path) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = sgd()
     compiled = torch.compile(optimizer.step, backend="eager")
     with attached(model, tmp_path, optimizer) as tracker:
         compiling = []
@@ -283,13 +247,10 @@ def test_a_compiled_step_is_followed_and_the_tracker_not_compiled(tmp_path: Path
 
 
 def test_a_clock_of_ones_own(tmp_path: Path) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = sgd()
     with PostHocEMA.from_model(model, tmp_path, update_every=1, t_unit="images") as tracker:
         with pytest.raises(InvalidValueError, match=r"counts images; give it the clock: attach\(optimizer, t="):
             tracker.attach(optimizer)
-        with pytest.raises(InvalidValueError, match="t 5: must be a function"):
-            tracker.attach(optimizer, t=5)  # type: ignore[arg-type]
         seen = 0
         tracker.attach(optimizer, t=lambda: seen)
         for _ in range(3):
@@ -298,12 +259,9 @@ def test_a_clock_of_ones_own(tmp_path: Path) -> None:
         assert (tracker.step, tracker.t) == (3, 192)
 
 
-# --- whose optimizer -------------------------------------------------------------------------------
-
-
 def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> None:
-    model = network()
-    first, second = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
+    model, first = sgd()
+    second = torch.optim.SGD(model.parameters(), lr=0.1)
     with attached(model, tmp_path, first) as tracker:
         step(model, first)
         tracker.detach()
@@ -317,93 +275,52 @@ def test_detached_it_counts_no_more_and_may_follow_another(tmp_path: Path) -> No
         assert tracker.step == 3
         handle.remove()
         step(model, second)
-        assert tracker.step == 3
+        tracker.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+        gc.collect()  # it is gone, and followed no more
+        tracker.update_(model)
+        tracker.attach(first)
+        step(model, first)
+        assert tracker.step == 5
 
 
-def test_the_same_optimizer_twice_counts_once(tmp_path: Path) -> None:
+def test_the_same_optimizer_twice_counts_once_and_another_one_is_refused(tmp_path: Path) -> None:
     """A notebook's cell that runs again."""
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = sgd()
     with attached(model, tmp_path, optimizer) as tracker:
         tracker.attach(optimizer)
-        with pytest.raises(InvalidValueError, match="must be a function"):
+        with pytest.raises(InvalidValueError, match="t 1: must be a function"):
             tracker.attach(optimizer, t=1)  # type: ignore[arg-type]
-        step(model, optimizer)
-        assert tracker.step == 1
-
-
-def test_of_several_optimizers_one_is_chosen(tmp_path: Path) -> None:
-    model = network()
-    first, last = torch.optim.SGD([model.weight], lr=0.1), torch.optim.Adam([model.bias])
-    with attached(model, tmp_path, first) as tracker:
         with pytest.raises(InvalidValueError, match=r"attached to another optimizer \(SGD\)"):
-            tracker.attach(last)
-        step(model, first)
-        last.step()
-        assert tracker.step == 1
-
-
-def test_an_optimizer_that_is_gone_is_followed_no_more(tmp_path: Path) -> None:
-    model = network()
-    with attached(model, tmp_path, torch.optim.SGD(model.parameters(), lr=0.1)) as tracker:
-        gc.collect()
-        tracker.update_(model)
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        tracker.attach(optimizer)
+            tracker.attach(torch.optim.Adam([model.bias]))
         step(model, optimizer)
-        assert tracker.step == 2
+        assert tracker.step == 1
 
 
 def test_a_call_by_hand_beside_the_optimizer_is_refused_not_counted_twice(tmp_path: Path) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = sgd()
     with attached(model, tmp_path, optimizer) as tracker:
         step(model, optimizer)
         with pytest.raises(NotReadyError, match="leave out either this call or attach"):
             tracker.update_(model)
         step(model, optimizer)
         assert tracker.step == 2
+    step(model, optimizer)  # a closed tracker follows nothing
 
 
-def test_a_closed_tracker_follows_nothing(tmp_path: Path) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with attached(model, tmp_path, optimizer):
-        step(model, optimizer)
-    step(model, optimizer)
-
-
-def test_it_needs_an_optimizer_and_a_model_that_is_there(tmp_path: Path) -> None:
-    model = network()
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1)
+def test_it_needs_a_model_that_is_there(tmp_path: Path) -> None:
+    model, optimizer = sgd()
     with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=1) as tracker:
-        with pytest.raises(InvalidValueError, match=r"a torch\.optim\.Optimizer, not Linear"):
-            tracker.attach(model)  # type: ignore[arg-type]
         tracker.update_(model)
     with pytest.raises(InvalidValueError, match="made without a model"):
         PostHocEMA.from_path(tmp_path).attach(optimizer)
     gone = PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path / "other")
-    gone.attach(optimizer)
+    gone.attach(optimizer)  # which does not keep the model alive
     with pytest.raises(NotReadyError, match="gone"):
         optimizer.step()
 
 
-def test_the_model_is_not_kept_alive(tmp_path: Path) -> None:
-    model = network()
-    alive = weakref.ref(model)
-    tracker = PostHocEMA.from_model(model, tmp_path)
-    tracker.attach(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1))
-    del model
-    gc.collect()
-    assert alive() is None
-
-
-# --- a cell of a notebook that runs again ----------------------------------------------------------
-
-
 def test_a_cell_that_runs_again_before_training_goes_on_with_its_last_tracker(tmp_path: Path) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = sgd()
     attached(model, tmp_path, optimizer)
     wrapped = torch.nn.DataParallel(model)
     with attached(wrapped, tmp_path, optimizer) as last:
@@ -414,11 +331,10 @@ def test_a_cell_that_runs_again_before_training_goes_on_with_its_last_tracker(tm
 
 
 @pytest.mark.parametrize("again", ["one", "other"])
-def test_a_cell_that_runs_again_after_training_has_closed_its_first_tracker(
+def test_a_cell_run_again_closes_its_first_tracker(
     tmp_path: Path, again: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model, optimizer = sgd()
     first = attached(model, tmp_path / "one", optimizer)
     for _ in range(3):
         step(model, optimizer)
@@ -444,8 +360,7 @@ def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_pa
     gc.disable()
     try:
         for _ in range(2):
-            model = network()
-            optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+            model, optimizer = sgd()
             scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
             tracker = attached(model, tmp_path, optimizer, resume="auto")
             step(model, optimizer)
@@ -453,37 +368,26 @@ def test_a_cell_that_makes_everything_anew_waits_for_no_garbage_collector(tmp_pa
     finally:
         gc.enable()
     assert tracker.step == 2
-    tracker.close()
 
 
-def test_trackers_of_two_models_that_one_optimizer_trains_are_both_kept(tmp_path: Path) -> None:
+def test_trackers_of_another_model_or_of_another_optimizer_by_now_are_left_alone(tmp_path: Path) -> None:
     one, two = network(), network()
-    optimizer = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
-    with attached(one, tmp_path / "1", optimizer) as first, attached(two, tmp_path / "2", optimizer) as second:
-        optimizer.zero_grad()
+    both = torch.optim.SGD([*one.parameters(), *two.parameters()], lr=0.1)
+    other = torch.optim.SGD(one.parameters(), lr=0.1)
+    with attached(one, tmp_path / "1", both) as first, attached(two, tmp_path / "2", both) as second:
+        both.zero_grad()
         backward(one)
-        step(two, optimizer)
+        step(two, both)
         assert (first.step, second.step) == (1, 1)
-
-
-def test_a_tracker_that_follows_another_optimizer_by_now_is_left_alone(tmp_path: Path) -> None:
-    model = network()
-    before, now = (torch.optim.SGD(model.parameters(), lr=0.1) for _ in range(2))
-    with attached(model, tmp_path / "1", before) as first:
         first.detach()
-        first.attach(now)
-        with attached(model, tmp_path / "2", before) as second:
-            step(model, now)
-            step(model, before)
-            assert (first.step, second.step) == (1, 1)
+        first.attach(other)
+        with attached(one, tmp_path / "3", both) as third:
+            step(one, other)
+            step(one, both)
+            assert (first.step, second.step, third.step) == (2, 2, 1)
 
 
-# --- errors ----------------------------------------------------------------------------------------
-
-
-def test_an_error_of_the_update_leaves_the_step_and_training_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_after_an_error_of_the_update_training_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a fused optimizer and a scaler: what the scaler leaves there must not scale the next gradients."""
 
     def train(tracker: PostHocEMA | None, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -500,23 +404,10 @@ def test_an_error_of_the_update_leaves_the_step_and_training_goes_on(
                     tracker._pipeline.flush()
             scaler.update()
 
-    plain = network()
-    train(None, plain, torch.optim.SGD(plain.parameters(), lr=0.1, fused=True))
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, fused=True)
+    plain, its = sgd(fused=True)
+    train(None, plain, its)
+    model, optimizer = sgd(fused=True)
     with attached(model, tmp_path, optimizer, checkpoint_every=2) as tracker:
         train(tracker, model, optimizer)
         assert tracker.step == 4
     assert torch.equal(model.weight, plain.weight)
-
-
-def test_a_step_to_nan_is_named_by_the_step(tmp_path: Path) -> None:
-    model = network()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    with attached(model, tmp_path, optimizer) as tracker:
-        backward(model)
-        assert model.weight.grad is not None
-        model.weight.grad.fill_(float("nan"))
-        with pytest.raises(NonFiniteError, match="'weight'"):
-            optimizer.step()
-        assert tracker.step == 1

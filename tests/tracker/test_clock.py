@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,16 +44,23 @@ def path(times: np.ndarray) -> np.ndarray:
     return np.stack([np.exp(-3 * s), 1 + s, np.sin(4 * s) + 2], axis=1)
 
 
+def weights() -> torch.nn.ParameterDict:
+    return torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))})
+
+
 def track(folder: Path, times: Sequence[float], first: int = 1, tracker: PostHocEMA | None = None) -> PostHocEMA:
     """Train from step `first` on along `path`, the network's values being those of its time."""
-    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))})
-    values = torch.from_numpy(path(np.asarray(times)))
-    tracker = tracker or PostHocEMA.from_model(model, folder, **SETTINGS)
+    model, values = weights(), torch.from_numpy(path(np.asarray(times)))
+    tracker = tracker or fresh(folder)
     with tracker, torch.no_grad():
         for step in range(first, len(times) + 1):
             model["w"].copy_(values[step - 1])
             tracker.update_(model, t=times[step - 1])
     return tracker
+
+
+def fresh(folder: Path) -> PostHocEMA:
+    return PostHocEMA.from_model(weights(), folder, **SETTINGS)
 
 
 def clocks(folder: Path) -> dict[float, tuple]:
@@ -68,9 +75,6 @@ def error(folder: Path, target: Target, exact: np.ndarray, known: bool = True) -
     plan = plan_synthesis(sources, [target])
     (found,) = dict(synthesize(plan))["w"]
     return float(np.linalg.norm(found.numpy() - exact) / np.linalg.norm(exact))
-
-
-# --- what headers say ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -138,9 +142,6 @@ def test_snapshots_that_contradict_each_other_are_named() -> None:
     assert run_clock([without, early]) == Clock((10, 20), (640.0, 1280.0))
 
 
-# --- what that is good for -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("steps", [600, 650, 700, 900, 1200])
 def test_the_last_steps_are_found_where_the_batch_changed(changed: Path, steps: int) -> None:
     exact = path(changing_twice())[-steps:].mean(axis=0)
@@ -166,17 +167,13 @@ def test_live_averages_know_the_clock_too(tmp_path: Path) -> None:
     assert np.linalg.norm(found - exact) < 3e-4 * np.linalg.norm(exact)
 
 
-# --- going on --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("interrupted_at", [0, 1, 249, 250, 699])
 def test_going_on_from_the_state_keeps_the_clock_exactly(tmp_path: Path, interrupted_at: int) -> None:
     times = uneven(700).tolist()
     track(tmp_path / "whole", times)
     tracker = track(tmp_path / "parts", times[:interrupted_at])
     torch.save(tracker.state_dict(), tmp_path / "state.pt")
-    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))})
-    resumed = PostHocEMA.from_model(model, tmp_path / "parts", **SETTINGS)
+    resumed = fresh(tmp_path / "parts")
     resumed.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     track(tmp_path / "parts", times, interrupted_at + 1, resumed)
     assert clocks(tmp_path / "parts") == clocks(tmp_path / "whole")
@@ -193,36 +190,28 @@ def test_going_on_from_snapshots_keeps_their_knots(tmp_path: Path) -> None:
     assert clocks(tmp_path)[times[-1]] == ((1290, 82560.0), (1440, 120960.0), (2000, 156800.0))
 
 
-def spoiled(change: Callable[[list], object]) -> Callable[[dict], None]:
-    return lambda state: change(state["clock"])  # type: ignore[return-value]
+IMPOSSIBLE: list[tuple[int | slice | None, object]] = [
+    (None, None),
+    (None, []),
+    (None, [0.5, 0.0, float("inf"), 0, 0.0]),  # of a training that has not begun
+    (slice(-1, None), []),
+    (slice(99, 99), [40, 1e9]),  # ends elsewhere
+    *((0, longest) for longest in (float("nan"), 0.1)),
+    *((1, -1.0), (2, 0.0)),
+    *((3, step) for step in (0, 1.0, 10**400)),
+    *((4, t) for t in ("64", 1e9)),
+    (slice(3, 3), [1, 1.0] * 256),
+]
 
 
-@pytest.mark.parametrize(
-    "spoil",
-    [
-        lambda state: state.pop("clock"),
-        lambda state: state.update(clock=None),
-        lambda state: state.update(clock=[]),
-        lambda state: state.update(clock=[0.5, 0.0, float("inf"), 0, 0.0]),  # a training that has not begun
-        spoiled(list.pop),
-        spoiled(lambda clock: clock.extend([40, 1e9])),  # ends elsewhere
-        spoiled(lambda clock: clock.__setitem__(0, float("nan"))),
-        spoiled(lambda clock: clock.__setitem__(0, 0.1)),
-        spoiled(lambda clock: clock.__setitem__(1, -1.0)),
-        spoiled(lambda clock: clock.__setitem__(2, 0.0)),
-        spoiled(lambda clock: clock.__setitem__(3, 0)),
-        spoiled(lambda clock: clock.__setitem__(3, 1.0)),
-        spoiled(lambda clock: clock.__setitem__(3, 10**400)),
-        spoiled(lambda clock: clock.__setitem__(4, "64")),
-        spoiled(lambda clock: clock.__setitem__(4, 1e9)),
-        spoiled(lambda clock: clock.__setitem__(slice(3, 3), [1, 1.0] * 256)),
-    ],
-)  # fmt: skip
-def test_a_state_with_an_impossible_clock_is_refused(tmp_path: Path, spoil: Callable[[dict], object]) -> None:
+@pytest.mark.parametrize(("place", "value"), IMPOSSIBLE)
+def test_a_state_with_an_impossible_clock_is_refused(tmp_path: Path, place: int | slice | None, value: object) -> None:
     state = track(tmp_path / "a", uneven(30).tolist()).state_dict()
-    spoil(state)
-    model = torch.nn.ParameterDict({"w": torch.nn.Parameter(torch.zeros(3, dtype=torch.float64))})
-    with PostHocEMA.from_model(model, tmp_path / "b", **SETTINGS) as tracker:
+    if place is None:
+        state["clock"] = value
+    else:
+        state["clock"][place] = value
+    with fresh(tmp_path / "b") as tracker:
         with pytest.raises(InvalidValueError, match=r"state: .*clock") as caught:
             tracker.load_state_dict(state)
         assert tracker.step == 0

@@ -7,16 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from checking import assert_same_tensors
+from factories import averages_in
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.tracker import buffers
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.buffers import BlockReader, FlatTensors, lay_out
-from posthoc_cli.tracker.model_tensors import ModelTensors
-from posthoc_cli.tracker.worker import ALONE, Crew
-
-SIGMA_RELS = (0.05, 0.28)
+from posthoc_cli.tracker.worker import Crew
 
 
 @pytest.fixture
@@ -26,47 +23,30 @@ def _small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def _two_threads():  # type: ignore[no-untyped-def]
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
-def updated(tensors: list[dict[str, torch.Tensor]], crew: Crew) -> list[FlatTensors]:
-    """Averages of what the tensors are at times 1, 2, ..."""
-    averages = RunningAverages.none_yet(SIGMA_RELS)
-    for step, values in enumerate(tensors, start=1):
-        reader = BlockReader.of_tensors(lay_out(values), values, crew.size)
-        assert reader.surely_finite(crew)
-        averages.update_(reader, {}, float(step), step, crew)
-    layout = lay_out(tensors[0])
-    room = [FlatTensors(layout, [group.wide for group in layout]) for _ in SIGMA_RELS]
-    averages.read(room, crew)
-    return room
+def _two_threads() -> None:
+    torch.set_num_threads(2)  # conftest sets it to 1 for each test
 
 
 @pytest.mark.usefixtures("_small_blocks")
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_bits_are_the_same_for_any_number_of_threads(size: int) -> None:
+def test_bits_are_the_same_for_any_number_of_threads(tmp_path: Path, size: int) -> None:
     generator = torch.Generator().manual_seed(0)
     shapes = {"a": (37, 41), "b": (5003,), "c": (3,), "d": (64, 64), "e": ()}
     dtypes = {"b": torch.bfloat16, "d": torch.float64}
-    tensors = [
-        {name: torch.randn(shape, generator=generator).to(dtypes.get(name)) for name, shape in shapes.items()}
-        for _ in range(40)  # more than a window: totals are added to as well
-    ]
-    crew = Crew(size)
-    alone, together = updated(tensors, ALONE), updated(tensors, crew)
-    crew.close()
-    for sigma_rel, one, other in zip(SIGMA_RELS, alone, together, strict=True):
-        shares = torch.arange(41, dtype=torch.float64).pow(gamma_from_sigma_rel(sigma_rel) + 1).diff() / 40 ** (
-            gamma_from_sigma_rel(sigma_rel) + 1
-        )
-        for name, view in other.views.items():
-            assert torch.equal(view, one.views[name])
-            true = sum(share * values[name].double() for share, values in zip(shares, tensors, strict=True))
-            torch.testing.assert_close(view.double(), true, rtol=1e-5, atol=1e-6)
+    states = []
+    for threads in (1, size):
+        torch.set_num_threads(threads)
+        generator.manual_seed(0)
+        values = {name: torch.empty(shape, dtype=dtypes.get(name)) for name, shape in shapes.items()}
+        model = torch.nn.ParameterDict({name: torch.nn.Parameter(value) for name, value in values.items()})
+        with PostHocEMA.from_model(model, tmp_path / str(threads), update_every=1, checkpoint_every=100) as tracker:
+            for _ in range(40):  # more than a window: totals are added to as well
+                for parameter in model.values():
+                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
+                tracker.update_(model)
+            states.append(averages_in(tracker.state_dict()))
+    for sigma_rel, average in states[0].items():
+        assert_same_tensors(states[1][sigma_rel], average)
 
 
 def test_every_item_is_done_once_and_by_several_threads() -> None:
@@ -114,19 +94,9 @@ def test_a_crew_that_gets_no_thread_does_the_work_alone(monkeypatch: pytest.Monk
     assert done == list(range(9))
 
 
-@pytest.mark.usefixtures("_two_threads")
-def test_an_accelerator_has_one_thread_and_one_block_of_scratch(tmp_path: Path) -> None:
-    with PostHocEMA.from_model(torch.nn.Linear(2, 2), tmp_path) as tracker:
-        here, elsewhere = ({"a": torch.empty(2, dtype=torch.bfloat16, device=device)} for device in ("cpu", "meta"))
-        sizes = [tracker._pipeline._crew_for(lay_out(tensors)).size for tensors in (here, elsewhere)]
-        readers = [tracker._pipeline._reader_of(ModelTensors(tensors, {}, {}, (), ())) for tensors in (here, elsewhere)]
-    assert sizes == [2, 1]
-    assert [len(reader._scratch) for reader in readers] == [2, 1]
-
-
 @pytest.mark.usefixtures("_small_blocks", "_two_threads")
 @pytest.mark.parametrize("device", [None, "cpu"])
-def test_the_trainings_own_threads_are_left_as_they_are(
+def test_threads_of_training_are_left_alone(
     device: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before, during and after an update, in its own thread and in those that begin later."""

@@ -1,20 +1,27 @@
-"""Going on from a directory: by itself, from an earlier call, and exactly, from a state beside the snapshots."""
+"""The end of training, which writes a last snapshot and changes nothing of what comes afterwards; and going on from a
+directory: by itself, from an earlier call, and exactly, from a state beside the snapshots."""
 
 from __future__ import annotations
 
+import gc
+import logging
+import re
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from factories import averages_in, exact_average, flip_bit
-from tracker.runs import STEPS, VALUES, matrix, scheduled, walk
+from safetensors.torch import load_file
+from tracker.runs import STEPS, VALUES, matrix, scheduled, times, walk
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import DirectoryError, InvalidValueError, MismatchError, ModelMismatchError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, ModelMismatchError, NotReadyError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.tracker import pipeline
 from posthoc_cli.tracker.state import STATE_NAME
 
 SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None, "max_checkpoints": 3}
@@ -22,22 +29,23 @@ SETTINGS: dict = {"update_every": 2, "checkpoint_every": 10, "checkpoint_dtype":
 pytestmark = pytest.mark.usefixtures("one_run_id")
 
 
-def error(tracker: PostHocEMA, last: int, every: int = 2) -> float:
+def begun(folder: Path, last: int, t: float = 0.0, **settings: object) -> torch.nn.Linear:
+    """The model of a run that was closed after step `last`."""
+    model = matrix()
+    with PostHocEMA.from_model(model, folder, **SETTINGS | settings) as tracker:
+        walk(model, tracker, 1, last, t=t)
+    return model
+
+
+def error(tracker: PostHocEMA, last: int) -> float:
     """Largest distance of a tracked average, relative to its norm, from the sum over the updates in float64."""
-    found, updates = averages_in(tracker.state_dict()), range(every, last + 1, every)
+    found, updates = averages_in(tracker.state_dict()), range(2, last + 1, 2)
     distances = []
     for sigma_rel in tracker.settings.sigma_rels:
-        exact = exact_average(VALUES[every : last + 1 : every].numpy(), sigma_rel, [float(t) for t in updates])
+        exact = exact_average(VALUES[2 : last + 1 : 2].numpy(), sigma_rel, updates)
         own = found[repr(sigma_rel)]["weight"].numpy()
         distances.append(float(np.linalg.norm(own - exact) / np.linalg.norm(exact)))
     return max(distances)
-
-
-def times(folder: Path) -> list[float]:
-    return sorted({s.info.t for s in read_directory(folder)})
-
-
-# --- by itself -------------------------------------------------------------------------------------
 
 
 def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
@@ -47,57 +55,46 @@ def test_a_script_that_is_run_again_goes_on(tmp_path: Path) -> None:
         settings = SETTINGS | {"checkpoint_every": every}
         with PostHocEMA.from_model(model, tmp_path, **settings, resume="auto") as tracker:
             found.append(tracker.step)
-            walk(model, tracker, tracker.step + 1 if first > 1 else first, last)
+            walk(model, tracker, first, last)
             assert tracker.settings.schedule.checkpoint_every == every
-            assert error(tracker, last - last % 2) < 1e-6
+            assert error(tracker, last) < 1e-6
     assert found == [0, 22, 36]
     assert len({s.info.run_id for s in read_directory(tmp_path)}) == 1
 
 
-def test_who_does_not_ask_is_refused_as_before(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        walk(model, tracker, 1, 10)
-    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    tracker._pipeline.now.__dict__["run_id"] = "0ddd" * 8
-    with pytest.raises(MismatchError, match="this tracker is run 0ddd0ddd; continue that run with"):
-        tracker.update_(model)
-
-
 def test_a_run_that_is_another_one_is_not_gone_on_with(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        walk(model, tracker, 1, 10)
-    with pytest.raises(ModelMismatchError, match="tensor 'weight'"):
-        PostHocEMA.from_model(torch.nn.Linear(3, 4, bias=False), tmp_path, **SETTINGS, resume="auto")
-    with pytest.raises(InvalidValueError, match=r"t_unit 'images': the run in .* counts 'steps'"):
-        PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto", t_unit="images")
-    with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones"):
-        PostHocEMA.from_model(model, tmp_path, (0.1, 0.28), **SETTINGS, resume="auto")
-    for wrong in ("yes", 0, True, 3.5):
-        with pytest.raises(InvalidValueError, match=r"resume 'yes': must be|step .*: must be a whole number"):
-            PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume=wrong)  # type: ignore[arg-type]
+    model, other = begun(tmp_path, 10), torch.nn.Linear(3, 4, bias=False)
+    for call in (
+        lambda: PostHocEMA.from_model(other, tmp_path, **SETTINGS, resume="auto"),
+        lambda: PostHocEMA.from_path(tmp_path, other),
+    ):
+        with pytest.raises(ModelMismatchError, match="tensor 'weight'"):
+            call()
+    for wrong, message in (
+        ({"resume": "auto", "t_unit": "images"}, r"t_unit 'images': the run in .* counts 'steps'"),
+        ({"resume": "auto", "sigma_rels": (0.1, 0.28)}, r"sigma_rels: 0\.1 is none of the tracked ones"),
+        ({"resume": "yes"}, "resume 'yes': must be"),
+        *(({"resume": step}, "step .*: must be a whole number") for step in (0, True, 3.5)),
+    ):
+        with pytest.raises(InvalidValueError, match=message):
+            PostHocEMA.from_model(model, tmp_path, **SETTINGS, **wrong)
     with pytest.raises(DirectoryError, match="no such directory"):
         PostHocEMA.from_model(model, tmp_path / "new", **SETTINGS, resume=10)
 
 
 def test_a_run_that_was_killed_in_its_first_snapshots_begins_again(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        walk(model, tracker, 1, 10)
+    model = begun(tmp_path, 10)
     read_directory(tmp_path)[-1].path.unlink()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
         assert (tracker.step, tracker.state_dict()["averages_t"]) == (0, 0)
         walk(model, tracker, 1, 12)
         assert error(tracker, 12) < 1e-6
-    assert times(tmp_path) == [10, 12]
+    assert times(tmp_path) == {10, 12}
     assert len(list((tmp_path / "superseded").iterdir())) == 1
 
 
 def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        walk(model, tracker, 1, 30)
+    model = begun(tmp_path, 30)
     for snapshot in read_directory(tmp_path)[:-1]:
         snapshot.path.unlink()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume="auto") as tracker:
@@ -106,36 +103,30 @@ def test_a_run_that_has_lost_its_snapshots_does_not_begin_again(tmp_path: Path) 
             tracker.update_(model)
 
 
-# --- from an earlier call --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("way", ["from_path", "from_model"])
 def test_going_on_from_an_earlier_call_sets_later_snapshots_aside(tmp_path: Path, way: str) -> None:
     model = matrix()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         walk(model, tracker, 1, 20)
-        with torch.no_grad():
-            model.weight.fill_(100.0)  # the part of the training that will be given up
+        torch.nn.init.constant_(model.weight, 100.0)  # the part of the training that will be given up
         for _ in range(15):
             tracker.update_(model)
     if way == "from_path":
         tracker = PostHocEMA.from_path(tmp_path, model, step=20)
     else:
         tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS, resume=20)
-    assert times(tmp_path) == [10, 20, 30, 34]
+    assert times(tmp_path) == {10, 20, 30, 34}
     assert float(tracker.state_dict(sigma_rel=0.28)["weight"].max()) < 50
     assert tracker.state_dict()["step"] == tracker.step == 20
     with tracker:
         walk(model, tracker, 21, 30)
         assert error(tracker, 30) < 1e-6
-    assert times(tmp_path) == [10, 20, 30]
+    assert times(tmp_path) == {10, 20, 30}
     assert len(list((tmp_path / "superseded").iterdir())) == 4
 
 
 def test_a_call_without_snapshots_of_every_profile_is_refused(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        walk(model, tracker, 1, 33)
+    model = begun(tmp_path, 33)
     read_directory(tmp_path)[0].path.unlink()
     for step in (10, 25, 99):
         with pytest.raises(InvalidValueError, match=rf"step {step}: .* \(0\.05, 0\.28\) .*: 20, 30, 32$"):
@@ -143,90 +134,62 @@ def test_a_call_without_snapshots_of_every_profile_is_refused(tmp_path: Path) ->
 
 
 def test_a_time_that_is_not_after_the_snapshots_is_refused(tmp_path: Path) -> None:
-    model = matrix()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, t_unit="images") as tracker:
-        walk(model, tracker, 1, 30, t=64.0)
+    model = begun(tmp_path, 30, t=64.0, t_unit="images")
+    message = r"t 1344: .* at the last call, 1,920 images; .* from_path\(\.\.\., step=N"
     with PostHocEMA.from_path(tmp_path, model) as tracker:
-        with pytest.raises(
-            InvalidValueError, match=r"t 1344: .* at the last call, 1,920 images; .* from_path\(\.\.\., step=N"
-        ):
+        with pytest.raises(InvalidValueError, match=message):
             walk(model, tracker, 21, 21, t=64.0)
         walk(model, tracker, 31, 32, t=64.0)
     with PostHocEMA.from_path(tmp_path, model, step=20) as tracker:
         walk(model, tracker, 21, 30, t=64.0)
         assert tracker.t == 1920
-    assert times(tmp_path) == [640, 1280, 1920]
+    assert times(tmp_path) == {640, 1280, 1920}
 
 
-# --- from an exact state ---------------------------------------------------------------------------
+@pytest.mark.parametrize(("device", "way"), [("cpu", "file"), ("model", "file"), ("cpu", "dict")])
+def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str, way: str) -> None:
+    """At updates and between them, at snapshots and between them; float16, so that a resume without it would.
 
-
-@pytest.mark.parametrize("device", ["cpu", "model"])
-def test_stops_change_no_byte_of_any_later_snapshot(tmp_path: Path, device: str) -> None:
-    """At updates and between them, at snapshots and between them; float16, so that a resume without it would."""
-    model, last = matrix(), 0
+    Each stop leaves a last snapshot, which the next one finds.
+    """
+    model, last, state = begun(tmp_path / "whole", STEPS, checkpoint_dtype="float16", device=device), 0, None
     settings = SETTINGS | {"checkpoint_dtype": "float16", "device": device}
-    with PostHocEMA.from_model(model, tmp_path / "whole", **settings) as tracker:
-        walk(model, tracker, 1, STEPS)
+    by_file = {"resume": "auto", "keep_state": True} if way == "file" else {}
     for step in (7, 10, 11, 13, 20, 33, 45, STEPS):
-        with PostHocEMA.from_model(model, tmp_path / "run", **settings, resume="auto", keep_state=True) as tracker:
+        with PostHocEMA.from_model(model, tmp_path / "run", **settings, **by_file) as tracker:
+            if state is not None:
+                tracker.load_state_dict(state)
             assert tracker.step == last
             walk(model, tracker, last + 1, step)
-            last = step
+            last, state = step, None if by_file else tracker.state_dict()
     assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
     assert not (tmp_path / "run" / "superseded").exists()
 
 
-def test_99_resumes_lose_nothing_with_a_state(tmp_path: Path) -> None:
-    """From float16; the stops are between snapshots, so that only the newest have room beside those on the schedule."""
-    model = matrix()
-    values = (torch.randn(101, 4, 4, generator=torch.Generator().manual_seed(1)) * 1e-3).cumsum(0) + 1
-    settings = {"sigma_rels": (0.28,), "update_every": 1, "checkpoint_every": 50, "max_checkpoints": 1}
-    for step in range(1, 101):
-        with PostHocEMA.from_model(model, tmp_path, **settings, resume="auto", keep_state=True) as run:
-            with torch.no_grad():
-                model.weight.copy_(values[step])
-            run.update_(model)
-    found = averages_in(run.state_dict())["0.28"]["weight"].numpy()
-    exact = exact_average(values[1:].numpy(), 0.28, [float(t) for t in range(1, 101)])
-    assert np.linalg.norm(found - exact) < 1e-6 * np.linalg.norm(exact)
-
-
 def test_a_state_is_kept_on_where_it_was_kept_so_far(tmp_path: Path) -> None:
-    model = matrix()
     for keep in (False, True):
-        with PostHocEMA.from_model(model, tmp_path / str(keep), **SETTINGS, keep_state=keep) as tracker:
-            walk(model, tracker, 1, 15)
+        begun(tmp_path / str(keep), 15, keep_state=keep)
         assert (tmp_path / str(keep) / STATE_NAME).exists() == keep
         assert PostHocEMA.from_path(tmp_path / str(keep)).settings.keep_state == keep
     assert not PostHocEMA.from_path(tmp_path / "True", keep_state=False).settings.keep_state
 
 
 def test_without_a_last_snapshot_the_state_is_that_of_the_newest_one(tmp_path: Path) -> None:
-    model = matrix()
-    settings = SETTINGS | {"keep_state": True, "final_snapshot": False}
-    with PostHocEMA.from_model(model, tmp_path, **settings) as tracker:
-        walk(model, tracker, 1, 27)
+    model = begun(tmp_path, 27, keep_state=True, final_snapshot=False)
     tracker = PostHocEMA.from_path(tmp_path, model)
     assert (tracker.step, tracker.state_dict()["inherited"]) == (20, [0.0, 0.0])
 
 
 @pytest.mark.parametrize("wrong", ["older", "later", "of another version", "flipped"])
-def test_a_state_that_is_not_of_the_snapshots_is_not_gone_on_from(
-    tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_state_of_other_snapshots_is_not_used(tmp_path: Path, wrong: str, caplog: pytest.LogCaptureFixture) -> None:
     """The averages then are those of the snapshots, rounded; a state that is damaged is named."""
-    model = matrix()
-    half = SETTINGS | {"checkpoint_dtype": "float16", "keep_state": True}
-    with PostHocEMA.from_model(model, tmp_path, **half) as tracker:
-        walk(model, tracker, 1, 20)
+    model = begun(tmp_path, 20, checkpoint_dtype="float16", keep_state=True)
     state = tmp_path / STATE_NAME
     if wrong == "older":
         with PostHocEMA.from_path(tmp_path, model, keep_state=False) as tracker:
             walk(model, tracker, 21, 30)
     elif wrong == "of another version":
-        metadata = read_header(state).metadata | {"ema.version": "1"}
-        with TensorFileWriter(state, [], metadata, overwrite=True) as writer:
+        with TensorFileWriter(state, [], read_header(state).metadata | {"ema.version": "1"}, overwrite=True) as writer:
             writer.commit()
     elif wrong == "flipped":
         flip_bit(state)
@@ -237,3 +200,165 @@ def test_a_state_that_is_not_of_the_snapshots_is_not_gone_on_from(
         assert 1e-6 < error(tracker, STEPS) < 1e-3
         assert min(tracker.state_dict()["inherited"]) > 0
     assert (f"{state}: " in caplog.text) == (wrong in ("of another version", "flipped"))
+
+
+def written(folder: Path) -> list[tuple[float, bool]]:
+    """Time of each snapshot of the first profile, and whether it is off the schedule; the same of both profiles."""
+    found = [(s.info.sigma_rel, (s.info.t, s.info.off_schedule)) for s in read_directory(folder)]
+    both = [[one for sigma_rel, one in found if sigma_rel == wanted] for wanted in (0.05, 0.28)]
+    assert both[0] == both[1]
+    return both[0]
+
+
+@pytest.mark.parametrize("device", ["cpu", "model"])
+@pytest.mark.parametrize("end", ["close", "block", "process", "forgotten"])
+def test_the_end_writes_what_was_not_written(tmp_path: Path, end: str, device: str) -> None:
+    model = matrix()
+    tracker = PostHocEMA.from_model(model, tmp_path, device=device, **SETTINGS)
+    walk(model, tracker, 1, 25)
+    if end == "close":
+        tracker.close()
+    elif end == "block":
+        with tracker:
+            pass
+    else:
+        if end == "forgotten":
+            del tracker
+            gc.collect()
+        pipeline.finish()
+    assert written(tmp_path) == [(10, False), (20, False), (24, True)]
+    for snapshot in read_directory(tmp_path)[-2:]:
+        exact = exact_average(VALUES[2:25:2].numpy(), snapshot.info.sigma_rel, range(2, 25, 2))
+        assert np.abs(load_file(snapshot.path)["weight"].numpy() - exact).max() < 1e-6
+
+
+def test_without_threads_to_begin_the_end_writes_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python 3.12 and later begin none in what runs at exit."""
+    model = matrix()
+    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    walk(model, tracker, 1, 5)  # no snapshot so far: there is no thread that writes
+
+    def refuse(_: threading.Thread) -> None:
+        raise RuntimeError("can't create new thread at interpreter shutdown")
+
+    with monkeypatch.context() as ending:
+        ending.setattr(threading.Thread, "start", refuse)
+        pipeline.finish()
+    assert written(tmp_path) == [(4, True)]
+
+
+def test_nothing_new_is_not_written_and_a_last_snapshot_may_be_declined(tmp_path: Path) -> None:
+    expected = [(10, False), (20, False)]
+    for last, settings in ((21, {}), (20, {}), (25, {"final_snapshot": False})):
+        begun(tmp_path / str(last), last, **settings)
+        assert written(tmp_path / str(last)) == expected
+    for folder, last, settings in ((tmp_path / "20", 21, {}), (tmp_path / "25", 25, {"final_snapshot": False})):
+        model = matrix()
+        with PostHocEMA.from_path(folder, model, **settings) as tracker:
+            walk(model, tracker, 21, last)
+        assert written(folder) == expected
+
+
+def test_an_error_in_the_block_is_logged_and_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = matrix()
+    with pytest.raises(ZeroDivisionError), PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        walk(model, tracker, 1, 7)
+        raise ZeroDivisionError
+    assert written(tmp_path) == [(6, True)]
+    assert "ZeroDivisionError ended the training at step 7" in caplog.text
+
+
+def test_a_snapshot_can_be_asked_for(tmp_path: Path) -> None:
+    model = matrix()
+    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
+    with pytest.raises(NotReadyError, match="no update yet"):
+        tracker.snapshot()
+    walk(model, tracker, 1, 5)
+    tracker.snapshot()
+    assert written(tmp_path) == [(4, True)]
+    before = [s.path.stat().st_ino for s in read_directory(tmp_path)]
+    tracker.snapshot()
+    assert [s.path.stat().st_ino for s in read_directory(tmp_path)] == before
+    walk(model, tracker, 6, 10)
+    tracker.snapshot()
+    tracker.close()
+    assert written(tmp_path) == [(4, True), (10, False)]
+    with pytest.raises(NotReadyError, match="was closed"):
+        tracker.snapshot()
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"update_after_step": 20}, r"no snapshot: 0 updates .* update_after_step=20, checkpoint_every=10"),
+        ({"final_snapshot": False}, r"no snapshot: 3 updates .* checkpoint_every=10, final_snapshot=False"),
+    ],
+)
+def test_an_empty_run_says_why(tmp_path: Path, caplog: pytest.LogCaptureFixture, settings: dict, told: str) -> None:
+    begun(tmp_path, 7, **settings)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert re.search(told, record.message)
+
+
+@pytest.mark.parametrize(("device", "max_checkpoints"), [("cpu", 3), ("model", None)])
+def test_snapshots_in_between_change_no_other_byte(tmp_path: Path, device: str, max_checkpoints: int | None) -> None:
+    """Their headers have distances, the motion so far and what thinning has left: all without the others."""
+    settings = SETTINGS | {"max_checkpoints": max_checkpoints, "device": device}
+    begun(tmp_path / "whole", STEPS, **settings)
+    model, last = matrix(), 0
+    with PostHocEMA.from_model(model, tmp_path / "run", **settings) as tracker:
+        for step in (3, 8, 12, 19, 20, 44, 47, STEPS):
+            walk(model, tracker, last + 1, step)
+            tracker.snapshot()
+            last = step
+    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
+
+
+def test_an_average_that_is_due_is_written_where_it_lies_off_the_schedule(tmp_path: Path) -> None:
+    """At call 10 the update is left out: what is due is the average of call 8, which was asked for before."""
+    for name in ("whole", "run"):
+        model = matrix()
+        with PostHocEMA.from_model(model, tmp_path / name, **SETTINGS, on_nonfinite="skip") as tracker:
+            walk(model, tracker, 1, 8)
+            if name == "run":
+                tracker.snapshot()
+            walk(model, tracker, 9, 10, scale=float("nan"))
+    assert scheduled(tmp_path / "run") == scheduled(tmp_path / "whole")
+    assert written(tmp_path / "run") == [(8, False)]
+
+
+def test_snapshots_in_between_go_first(tmp_path: Path) -> None:
+    """They stay while there is room, the latest of them longest; the newest of all always stays."""
+    model, last = matrix(), 0
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        for step, asked, expected in (
+            (4, True, [(4, True)]),
+            (14, True, [(4, True), (10, False), (14, True)]),
+            (20, False, [(10, False), (14, True), (20, False)]),
+            (30, False, [(10, False), (20, False), (30, False)]),
+        ):
+            walk(model, tracker, last + 1, step)
+            tracker.snapshot() if asked else tracker.flush()
+            assert written(tmp_path) == expected
+            last = step
+        walk(model, tracker, 31, 34)
+    assert written(tmp_path) == [(10, False), (20, False), (30, False), (34, True)]
+
+
+def test_a_last_snapshot_of_another_attempt_is_set_aside(tmp_path: Path) -> None:
+    model, states = matrix(), []
+    for scale in (1.0, 1.001):
+        with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+            if states:
+                tracker.load_state_dict(states[0])
+            walk(model, tracker, tracker.step + 1, 12, scale)
+            states.append(tracker.state_dict())
+            walk(model, tracker, 13, 15, scale)
+            states.append(tracker.state_dict())
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        tracker.load_state_dict(states[1])  # of the first attempt at step 15; what lies there is the second one's
+        assert written(tmp_path) == [(10, False)]
+        walk(model, tracker, 16, 17)
+    assert written(tmp_path) == [(10, False), (16, True)]
+    assert len(list((tmp_path / "superseded").iterdir())) == 4

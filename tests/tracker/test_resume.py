@@ -6,12 +6,11 @@ import shutil
 from pathlib import Path
 
 import forked
-import numpy as np
 import pytest
 import torch
-from factories import averages_in, exact_average, exact_gamma, random_walk, write_run
+from factories import averages_in, exact_gamma, random_walk, write_run
 from safetensors.torch import load_file, save_file
-from tracker.runs import contents, train
+from tracker.runs import contents, scheduled, times, train
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import (
@@ -28,192 +27,147 @@ from posthoc_cli.snapshots.directory import read_directory
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
 
 
-def network() -> torch.nn.Module:
+def network() -> torch.nn.Sequential:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
 
 
-# --- the tracker's own state -----------------------------------------------------------------------
+def begun(folder: Path, last: int, **settings: object) -> tuple[torch.nn.Sequential, dict, str]:
+    """A run that was closed after step `last`: its model, its state at that step, its id."""
+    model = network()
+    with PostHocEMA.from_model(model, folder, **SETTINGS | settings) as tracker:
+        train(model, tracker, 1, last)
+        return model, tracker.state_dict(), tracker.run_id
 
 
+@pytest.mark.usefixtures("one_run_id")
 @pytest.mark.parametrize("device", ["cpu", "model"])
 def test_a_run_of_60_steps_may_be_interrupted_at_any_of_them(tmp_path: Path, device: str) -> None:
-    """Snapshots, thinned ones too, are byte for byte those of the run without interruption."""
+    """Snapshots, thinned ones too, are byte for byte those of the run without interruption, headers included."""
     settings = dict(SETTINGS, max_checkpoints=3, device=device)
     model = network()
-    checkpoints = []
     with PostHocEMA.from_model(model, tmp_path / "whole", **settings) as tracker:
         for step in range(1, 61):
             train(model, tracker, step, step)
-            state = {"model": model.state_dict(), "ema": tracker.state_dict()}
-            torch.save(state, tmp_path / f"{step}.pt")
+            torch.save({"model": model.state_dict(), "ema": tracker.state_dict()}, tmp_path / f"{step}.pt")
             shutil.copytree(tmp_path / "whole", tmp_path / str(step), ignore=shutil.ignore_patterns(".ema*"))
-            checkpoints.append(step)
-    whole = contents(tmp_path / "whole")
-    for step in checkpoints:
+    whole = scheduled(tmp_path / "whole")
+    for step in range(1, 61):
         checkpoint = torch.load(tmp_path / f"{step}.pt", weights_only=True)
         model = network()
         model.load_state_dict(checkpoint["model"])
         with PostHocEMA.from_model(model, tmp_path / str(step), **settings) as tracker:
             tracker.load_state_dict(checkpoint["ema"])
             train(model, tracker, step + 1, 60)
-        assert contents(tmp_path / str(step)) == whole
+        assert scheduled(tmp_path / str(step)) == whole
 
 
-def test_snapshots_later_than_the_state_are_set_aside_not_mixed_nor_lost(tmp_path: Path) -> None:
-    model = network()
+def test_setting_later_snapshots_aside_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = network(), []
+
+    def rename(source: Path, target: Path) -> None:
+        calls.append(source)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        source.replace(target)
+
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
         train(model, tracker, 1, 15)
         state = tracker.state_dict()
-        train(model, tracker, 16, 35)
-    later = {name: data for name, data in contents(tmp_path).items() if int(name.partition("-")[0]) > 15}
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
+        train(model, tracker, 16, 40)
+        tracker.flush()
+        read_directory(tmp_path)[3].path.unlink()  # by another hand
+        later = {name: data for name, data in contents(tmp_path).items() if int(name.partition("-")[0]) > 15}
+        monkeypatch.setattr("posthoc_cli.files.system.rename", rename)
+        with pytest.raises(WriteError, match="input/output error"):
+            tracker.load_state_dict(state)
         tracker.load_state_dict(state)
-    assert {s.info.t for s in read_directory(tmp_path)} == {10}
+    assert times(tmp_path) == {10}
     assert contents(tmp_path / "superseded") == later
 
 
 def test_an_abandoned_attempt_is_not_mixed_into_the_one_that_goes_on(tmp_path: Path) -> None:
     """Back to an early state, on for a while, then forward to a late state of the first attempt after all."""
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
+    model, run = network(), tmp_path / "run"
+    with PostHocEMA.from_model(model, run, **SETTINGS) as tracker:
         train(model, tracker, 1, 15)
         early = tracker.state_dict()
         train(model, tracker, 16, 35)
         late, at_late = tracker.state_dict(), [p.detach().clone() for p in model.parameters()]
-        first_attempt = contents(tmp_path / "run")
+        first_attempt = contents(run)
         tracker.load_state_dict(early)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                parameter.fill_(100.0)
+        for parameter in model.parameters():
+            parameter.data.fill_(100.0)
         train(model, tracker, 16, 45)
         tracker.load_state_dict(late)
-        with torch.no_grad():
-            for parameter, value in zip(model.parameters(), at_late, strict=True):
-                parameter.copy_(value)
+        for parameter, value in zip(model.parameters(), at_late, strict=True):
+            parameter.data.copy_(value)
         train(model, tracker, 36, 50)
-    left = contents(tmp_path / "run")
+    left = contents(run)
     assert {name for name in left if int(name.partition("-")[0]) < 40} <= set(first_attempt)
     assert all(left[name] == first_attempt[name] for name in left.keys() & first_attempt.keys())
-    assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 40, 50}
-    assert len(list((tmp_path / "run" / "superseded").iterdir())) == 10
+    assert times(run) == {10, 40, 50}
+    assert len(list((run / "superseded").iterdir())) == 10
 
 
-def test_setting_aside_that_failed_can_be_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, final_snapshot=False) as tracker:
-        train(model, tracker, 1, 5)
-        state = tracker.state_dict()
-        train(model, tracker, 6, 40)
-        read_directory(tmp_path)[3].path.unlink()  # by another hand
-        calls = []
-
-        def rename(source: Path, target: Path) -> None:
-            calls.append(source)
-            if len(calls) == 2:
-                raise OSError(5, "Input/output error")
-            source.replace(target)
-
-        monkeypatch.setattr("posthoc_cli.files.system.rename", rename)
-        with pytest.raises(WriteError, match="input/output error"):
+@pytest.mark.parametrize("resume", ["new", "state", "directory"])
+def test_updates_and_resumes_inside_inference_mode_leave_averages_that_go_on(tmp_path: Path, resume: str) -> None:
+    model, state, _ = begun(tmp_path, 10)
+    settings = SETTINGS | {"checkpoint_every": 100}
+    with torch.inference_mode():
+        if resume == "new":
+            tracker = PostHocEMA.from_model(model, tmp_path / "new", **settings)
+        else:
+            tracker = PostHocEMA.from_path(tmp_path, model, checkpoint_every=100)
+        if resume == "state":
             tracker.load_state_dict(state)
-        tracker.load_state_dict(state)
-    assert not list(tmp_path.glob("*.safetensors"))
-    assert len(list((tmp_path / "superseded").iterdir())) == 7
-
-
-@pytest.mark.parametrize("resume", ["state", "directory"])
-def test_resuming_inside_inference_mode_leaves_averages_that_go_on(tmp_path: Path, resume: str) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 10)
-        state = tracker.state_dict()
-    with PostHocEMA.from_path(tmp_path, model) as tracker:
-        with torch.inference_mode():
-            if resume == "state":
-                tracker.load_state_dict(state)
-            tracker.update_(model)
-        train(model, tracker, 12, 20)
+        train(model, tracker, 11, 12)
+    train(model, tracker, 13, 20)
+    assert tracker.state_dict()["averages_step"] == tracker.step
 
 
 def test_a_state_taken_from_a_directory_goes_on_too(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 20)
+    model, _, _ = begun(tmp_path, 20)
     state = PostHocEMA.from_path(tmp_path).state_dict()
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         tracker.load_state_dict(state)
         assert (tracker.step, tracker.t) == (20, 20)
 
 
-# --- from snapshots --------------------------------------------------------------------------------
+def test_looking_at_the_state_does_not_take_the_run_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A reader asks for the state; the writer goes on; then the reader does: from what is there by then, and says so.
 
-
-def test_going_on_from_snapshots_keeps_the_profile(tmp_path: Path) -> None:
-    """Stored in float32, an average is rounded once: the run then is nearly the uninterrupted one."""
+    Where the two are trainings, the model may well be of the time when the second one looked.
+    """
     model = network()
-    with PostHocEMA.from_model(model, tmp_path / "whole", **SETTINGS) as tracker:
-        train(model, tracker, 1, 30)
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "parts", **SETTINGS) as tracker:
-        train(model, tracker, 1, 20)
-    run_id = tracker.run_id
-    with PostHocEMA.from_path(tmp_path / "parts", model) as tracker:
-        assert (tracker.step, tracker.t, tracker.run_id) == (20, 20, run_id)
-        train(model, tracker, 21, 30)
-    assert_near(tmp_path / "parts", tmp_path / "whole")
-
-
-def assert_near(folder: Path, other: Path) -> None:
-    """The same snapshots, but for float32: up to 25 updates round a recent mean, and averages are rounded twice."""
-    ours, theirs = read_directory(folder), read_directory(other)
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as writer:
+        train(model, writer, 1, 20)
+        reader = PostHocEMA.from_path(tmp_path, model)
+        assert (reader.state_dict()["step"], reader.run_id) == (20, writer.run_id)
+        train(model, writer, 21, 40)
+    with reader:
+        train(model, reader, 41, 50)
+    assert "the run has gone on since from_path looked, from step 20 to 40" in caplog.text
+    begun(tmp_path / "whole", 50)
+    ours, theirs = read_directory(tmp_path), read_directory(tmp_path / "whole")
     assert [(s.info.t, s.info.sigma_rel) for s in ours] == [(s.info.t, s.info.sigma_rel) for s in theirs]
     for one, two in zip(ours, theirs, strict=True):
         expected = load_file(two.path)
         for name, found in load_file(one.path).items():
-            largest = float(expected[name].abs().max())
-            torch.testing.assert_close(found, expected[name], rtol=0, atol=27 * 2**-24 * largest)
-
-
-def test_half_precision_snapshots_cost_their_rounding_and_no_more(tmp_path: Path) -> None:
-    model = torch.nn.Linear(64, 64, bias=False)
-    values = [torch.randn(64, 64, generator=torch.Generator().manual_seed(k)) for k in range(40)]
-
-    def feed(tracker: PostHocEMA, first: int, last: int) -> None:
-        for k in range(first, last):
-            with torch.no_grad():
-                model.weight.copy_(values[k])
-            tracker.update_(model)
-
-    half = dict(SETTINGS, update_every=1, checkpoint_dtype=torch.float16, sigma_rels=(0.28,))
-    with PostHocEMA.from_model(model, tmp_path, **half) as tracker:
-        feed(tracker, 0, 20)
-    with PostHocEMA.from_path(tmp_path, model) as tracker:
-        feed(tracker, 20, 40)
-        result = tracker.state_dict(sigma_rel=0.28)["weight"].double().numpy()
-    exact = exact_average([v.numpy() for v in values], 0.28, range(1, 41))
-    kept = (20 / 40) ** (exact_gamma(0.28) + 1)  # share of what was rounded
-    # Rounding to nearest in float16: at most 2**-11 relative to each stored value, here below 3 in magnitude.
-    assert np.abs(result - exact).max() <= kept * 2**-11 * 3 + 1e-6
-    assert np.abs(result - exact).max() > 1e-6
+            # Float32: up to 25 updates round a recent mean, and averages are rounded twice.
+            within = 27 * 2**-24 * float(expected[name].abs().max())
+            torch.testing.assert_close(found, expected[name], rtol=0, atol=within)
 
 
 def test_what_resumes_from_rounded_snapshots_cost_is_counted(tmp_path: Path) -> None:
     """Squared norms add up, and fade by beta squared as averages move on; here beta = (t_resume / t)^(gamma+1)."""
     model = torch.nn.Linear(64, 64, bias=False)
-    values = [torch.randn(64, 64, generator=torch.Generator().manual_seed(k)).double() for k in range(60)]
     gamma, lost, last = exact_gamma(0.28), 0.0, 0
     settings = {"sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 20}
     for end in (20, 40, 60):
-        with (
-            PostHocEMA.from_path(tmp_path, model)
-            if last
-            else PostHocEMA.from_model(model, tmp_path, **settings) as tracker
-        ):
-            for k in range(last, end):
-                with torch.no_grad():
-                    model.weight.copy_(values[k])
-                tracker.update_(model)
+        tracker = PostHocEMA.from_path(tmp_path, model) if last else PostHocEMA.from_model(model, tmp_path, **settings)
+        with tracker:
+            train(model, tracker, last + 1, end)
             state = tracker.state_dict()
         (snapshot,) = (s for s in read_directory(tmp_path) if (s.info.t, s.info.sigma_rel) == (end, 0.28))
         lost *= ((last / end) ** (gamma + 1)) ** 2
@@ -227,24 +181,19 @@ def test_what_resumes_from_rounded_snapshots_cost_is_counted(tmp_path: Path) -> 
 
 
 def test_settings_are_those_of_the_run_unless_said_otherwise(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=7) as tracker:
-        train(model, tracker, 1, 10)
-    stored = PostHocEMA.from_path(tmp_path).settings.schedule
-    assert (stored.update_every, stored.checkpoint_every, stored.max_checkpoints) == (2, 10, 7)
-    assert stored.checkpoint_dtype is None
-    changed = PostHocEMA.from_path(tmp_path, max_checkpoints=None, checkpoint_dtype="bf16", checkpoint_every=4)
-    schedule = changed.settings.schedule
-    assert (schedule.update_every, schedule.checkpoint_every, schedule.max_checkpoints) == (2, 4, None)
-    assert schedule.checkpoint_dtype == "BF16"
+    model, _, _ = begun(tmp_path, 10, max_checkpoints=7)
+    PostHocEMA.from_path(tmp_path, model.requires_grad_(False))  # for an evaluation
+    changes = {"max_checkpoints": None, "checkpoint_dtype": "bf16", "checkpoint_every": 4}
+    for given, expected in (({}, (2, 10, 7, None)), (changes, (2, 4, None, "BF16"))):
+        found = PostHocEMA.from_path(tmp_path, **given).settings.schedule
+        kept = found.update_every, found.checkpoint_every, found.max_checkpoints, found.checkpoint_dtype
+        assert kept == expected
     with pytest.raises(ValueError, match="multiple of update_every"):
         PostHocEMA.from_path(tmp_path, checkpoint_every=5)
 
 
 def test_an_incomplete_last_time_is_not_gone_on_from(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 20)
+    model, _, _ = begun(tmp_path, 20)
     read_directory(tmp_path)[-1].path.unlink()
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         assert tracker.step == 10
@@ -252,24 +201,6 @@ def test_an_incomplete_last_time_is_not_gone_on_from(tmp_path: Path) -> None:
         assert tracker.step == 11
     assert [s.info.t for s in read_directory(tmp_path)] == [10, 10]
     assert len(list((tmp_path / "superseded").iterdir())) == 1
-
-
-def test_another_model_is_refused_at_once(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 10)
-    with pytest.raises(ModelMismatchError, match=r"tensor '0\.weight'"):
-        PostHocEMA.from_path(tmp_path, torch.nn.Sequential(torch.nn.Linear(2, 4), torch.nn.BatchNorm1d(4)))
-
-
-def test_frozen_parameters_of_the_run_stay_tracked(tmp_path: Path) -> None:
-    model = network()
-    model[0].bias.requires_grad_(False)
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS, only_trainable=False) as tracker:
-        train(model, tracker, 1, 10)
-    with PostHocEMA.from_path(tmp_path, model) as tracker:
-        train(model, tracker, 11, 20)
-    assert "0.bias" in read_directory(tmp_path)[-1].info.tensors
 
 
 def test_a_run_whose_header_has_no_selection_goes_on_with_what_it_tracked(tmp_path: Path) -> None:
@@ -287,28 +218,6 @@ def test_a_directory_without_snapshots_is_refused(tmp_path: Path, name: str) -> 
     (tmp_path / "empty").mkdir()
     with pytest.raises(DirectoryError, match=name):
         PostHocEMA.from_path(tmp_path / name)
-
-
-def test_looking_at_the_state_does_not_take_the_run_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A reader asks for the state; the writer goes on; then the reader does: from what is there by then, and says so.
-
-    Where the two are trainings, the model may well be of the time when the second one looked.
-    """
-    model = network()
-    writer = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    train(model, writer, 1, 20)
-    reader = PostHocEMA.from_path(tmp_path, model)
-    assert reader.state_dict()["step"] == 20
-    train(model, writer, 21, 40)
-    writer.close()
-    with reader:
-        train(model, reader, 41, 50)
-    assert "the run has gone on since from_path looked, from step 20 to 40" in caplog.text
-    assert {s.info.t for s in read_directory(tmp_path)} == {10, 20, 30, 40, 50}
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "whole", **SETTINGS) as whole:
-        train(model, whole, 1, 50)
-    assert_near(tmp_path, tmp_path / "whole")
 
 
 def test_a_run_keeps_its_habit_of_passing_a_clock(tmp_path: Path) -> None:
@@ -329,10 +238,7 @@ def test_a_run_keeps_its_habit_of_passing_a_clock(tmp_path: Path) -> None:
 
 
 def test_profiles_may_come_in_any_order(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **dict(SETTINGS, sigma_rels=(0.28, 0.05))) as tracker:
-        train(model, tracker, 1, 10)
-        state = tracker.state_dict()
+    model, state, _ = begun(tmp_path, 10, sigma_rels=(0.28, 0.05))
     with PostHocEMA.from_path(tmp_path, model) as tracker:
         tracker.load_state_dict(state)
 
@@ -354,47 +260,32 @@ def test_frozen_or_thawed_later_a_parameter_is_named(tmp_path: Path) -> None:
         train(model, tracker, 7, 8)
 
 
-def test_an_evaluation_model_without_gradients_opens(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        train(model, tracker, 1, 10)
-    PostHocEMA.from_path(tmp_path, model.requires_grad_(False))
-
-
-# --- whose directory -------------------------------------------------------------------------------
-
-
 def test_a_directory_of_another_run_is_refused_at_the_first_update(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as first:
-        train(model, first, 1, 10)
+    model, _, first = begun(tmp_path, 10)
     before = contents(tmp_path)
     second = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     # A ValueError, too: what code written for pytorch-posthoc-ema catches.
-    with pytest.raises(ValueError, match=f"{first.run_id[:8]}.*{second.run_id[:8]}.*from_path.*another directory"):
+    with pytest.raises(ValueError, match=f"{first[:8]}.*{second.run_id[:8]}.*from_path.*another directory"):
         second.update_(model)
     assert contents(tmp_path) == before
     with PostHocEMA.from_path(tmp_path, model) as third:  # the refusal has not kept the lock
         train(model, third, 11, 12)
 
 
-def test_a_directory_that_cannot_be_read_is_not_taken_for_an_empty_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unreadable_directory_is_not_taken_for_an_empty_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It may hold another run."""
 
     def refuse(_: Path) -> None:
         raise PermissionError(13, "Permission denied")
 
     model = network()
-    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    with monkeypatch.context() as closed:
-        closed.setattr(Path, "iterdir", refuse)
-        with pytest.raises(DirectoryError, match="cannot be read: permission denied"):
-            tracker.update_(model)
-    assert tracker.step == 0
-    tracker.update_(model)  # the refusal has not kept the lock
-    tracker.close()
+    with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
+        with monkeypatch.context() as closed:
+            closed.setattr(Path, "iterdir", refuse)
+            with pytest.raises(DirectoryError, match="cannot be read: permission denied"):
+                tracker.update_(model)
+        assert tracker.step == 0
+        tracker.update_(model)  # the refusal has not kept the lock
 
 
 def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
@@ -407,7 +298,9 @@ def test_one_writer_and_any_number_of_readers(tmp_path: Path) -> None:
         reader.update_(model)
     writer.close()
     reader.update_(model)
-    reader.close()
+    del reader  # a forgotten tracker gives the directory free
+    with PostHocEMA.from_path(tmp_path, model) as again:
+        train(model, again, 11, 20)
 
 
 def test_a_second_writer_of_a_group_is_told_that_one_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -425,33 +318,22 @@ def test_a_second_writer_of_a_group_is_told_that_one_writes(tmp_path: Path, monk
 
 
 def test_a_state_of_another_run_is_refused_where_this_one_has_begun(tmp_path: Path) -> None:
-    model = network()
-    with PostHocEMA.from_model(model, tmp_path / "other", **SETTINGS) as other:
-        train(model, other, 1, 10)
-        state = other.state_dict()
-    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
+    _, state, other = begun(tmp_path / "other", 10)
+    model, run = network(), tmp_path / "run"
+    with PostHocEMA.from_model(model, run, **SETTINGS) as tracker:
         train(model, tracker, 1, 10)
         tracker.flush()
-        before = contents(tmp_path / "run")
-        with pytest.raises(MismatchError, match=f"{tracker.run_id[:8]}.*{other.run_id[:8]}"):
+        before = contents(run)
+        with pytest.raises(MismatchError, match=f"{tracker.run_id[:8]}.*{other[:8]}"):
             tracker.load_state_dict(state)
-        assert contents(tmp_path / "run") == before
+        assert contents(run) == before
         train(model, tracker, 11, 20)
-    assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 20}
+    assert times(run) == {10, 20}
 
 
 def test_making_a_tracker_takes_no_lock_and_writes_nothing(tmp_path: Path) -> None:
     PostHocEMA.from_model(network(), tmp_path / "run")
     assert not (tmp_path / "run").exists()
-
-
-def test_a_forgotten_tracker_gives_the_directory_free(tmp_path: Path) -> None:
-    model = network()
-    tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
-    train(model, tracker, 1, 10)
-    del tracker
-    with PostHocEMA.from_path(tmp_path, model) as again:
-        train(model, again, 11, 20)
 
 
 def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
@@ -472,28 +354,19 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
         assert contents(tmp_path) == before
 
 
-SCRIPT = """
-import signal, sys, torch
+WRITER = """
+import sys, torch
 from posthoc_cli import PostHocEMA
-def main(directory, way):
-    model = torch.nn.Linear(2, 2)
-    tracker = PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=1 if way == "wait" else 10)
-    tracker.update_(model)
-    if way == "wait":
-        tracker.flush()
-        print("ready", flush=True)
-        signal.pause()
-main(*sys.argv[1:])
+model = torch.nn.Linear(2, 2)
+tracker = PostHocEMA.from_model(model, sys.argv[1], update_every=1, checkpoint_every=1)
+tracker.update_(model)
+tracker.flush()
+print("ready", flush=True)
 """
 
 
-def test_a_process_that_forgets_to_close_loses_nothing(tmp_path: Path) -> None:
-    forked.check(SCRIPT, tmp_path, "end")
-    assert {s.info.t for s in read_directory(tmp_path)} == {1}
-
-
 def test_another_process_is_named_and_its_death_frees_the_directory(tmp_path: Path) -> None:
-    with forked.waiting(SCRIPT, tmp_path, "wait") as holder:
+    with forked.waiting(WRITER, tmp_path) as holder:
         model = torch.nn.Linear(2, 2)
         tracker = PostHocEMA.from_path(tmp_path, model)
         with pytest.raises(LockedError, match=f"process {holder.pid} on "):
@@ -523,30 +396,16 @@ def test_strange_files_beside_the_snapshots_do_not_stop_a_training(tmp_path: Pat
         save_file({"w": torch.zeros(2)}, tmp_path / "model.safetensors")
         train(model, tracker, 11, 40)
     (tmp_path / "note.safetensors").unlink()
-    times = [s.info.t for s in read_directory(tmp_path)]
-    assert max(times) == 40
-    assert len(times) == 2 * len({s.info.sigma_rel for s in read_directory(tmp_path)})
+    assert max(times(tmp_path)) == 40
+    assert len(read_directory(tmp_path)) == 4
     with PostHocEMA.from_path(tmp_path, model) as again:
         train(model, again, 41, 42)
 
 
-def test_a_change_of_the_working_directory_does_not_move_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    model = network()
-    with PostHocEMA.from_model(model, "run", **SETTINGS) as tracker:
-        train(model, tracker, 1, 10)
-        (tmp_path / "elsewhere").mkdir()
-        monkeypatch.chdir(tmp_path / "elsewhere")
-        train(model, tracker, 11, 20)
-    assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 20}
-
-
-# --- the picture -----------------------------------------------------------------------------------
-
-
 def test_the_error_figure_is_of_what_is_there_or_of_the_plan(tmp_path: Path) -> None:
+    def labels(figure) -> list[str]:  # type: ignore[no-untyped-def]
+        return figure.axes[0].get_legend_handles_labels()[1]
+
     model = network()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS, max_checkpoints=5) as tracker:
         planned = tracker.reconstruction_error()
@@ -556,10 +415,6 @@ def test_the_error_figure_is_of_what_is_there_or_of_the_plan(tmp_path: Path) -> 
         assert "4 averages up to t = 20" in labels(made)
         assert made.axes[0].get_xlim() == (0.1, 0.2)
     assert "4 averages up to t = 20" in labels(PostHocEMA.from_path(tmp_path).reconstruction_error())
-
-
-def labels(figure) -> list[str]:  # type: ignore[no-untyped-def]
-    return figure.axes[0].get_legend_handles_labels()[1]
 
 
 @pytest.mark.parametrize("resumes", ["load_state", "from_path"])

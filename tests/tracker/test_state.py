@@ -20,9 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ema_command import Ema
+from factories import contents as files_below
 from factories import exact_average, refuse_for_space
 from torch.distributed.checkpoint.stateful import Stateful
-from tracker.runs import step
+from tracker.runs import contents, step, times
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import (
@@ -70,16 +71,17 @@ class Run:
         with self.tracker.averaged(self.model, tracked=sigma_rel):
             return self.model[0].weight.detach().double().numpy().copy()
 
-    def exact(self, sigma_rel: float, times: list[int]) -> np.ndarray:
-        return exact_average([self.weights[t] for t in times], sigma_rel, times)
+    def check(self, sigma_rel: float, times: list[int]) -> None:
+        """The average now is that over updates at these times."""
+        exact = exact_average([self.weights[t] for t in times], sigma_rel, times)
+        # Float32: an update rounds by at most 2**-24 of the largest magnitude, and there are len(times).
+        assert np.abs(self.live(sigma_rel) - exact).max() < len(times) * 2**-24 * np.abs(exact).max() * 4
 
 
-def contents(folder: Path) -> dict[str, dict[str, bytes]]:
-    result = {}
-    for snapshot in read_directory(folder):
-        with TensorFile(snapshot.path) as file:
-            result[snapshot.path.name] = {name: file.read(name).tobytes() for name in snapshot.header.tensors}
-    return result
+def trained(folder: Path, steps: int, t_unit: str = "steps", **settings: object) -> Run:
+    run = Run(folder, t_unit, **settings)
+    run.train(1, steps)
+    return run
 
 
 def same(one: object, other: object) -> bool:
@@ -91,16 +93,11 @@ def same(one: object, other: object) -> bool:
     return one == other
 
 
-# --- as a file -------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("t_unit", ["steps", "images"])
 @pytest.mark.parametrize("interrupted_at", [1, 9, 10, 15])
 def test_going_on_from_a_file_is_exact(tmp_path: Path, interrupted_at: int, t_unit: str) -> None:
-    whole = Run(tmp_path / "whole", t_unit)
-    whole.train(1, 30)
-    first = Run(tmp_path / "parts", t_unit)
-    first.train(1, interrupted_at)
+    trained(tmp_path / "whole", 30, t_unit)
+    first = trained(tmp_path / "parts", interrupted_at, t_unit)
     first.tracker.save_state(tmp_path / "state.safetensors")
     state = first.tracker.state_dict()
     first.tracker.close()
@@ -116,8 +113,7 @@ def test_going_on_from_a_file_is_exact(tmp_path: Path, interrupted_at: int, t_un
 
 
 def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) -> None:
-    run = Run(tmp_path)
-    run.train(1, 23)
+    run = trained(tmp_path, 23)
     path = tmp_path / "state.safetensors"
     run.tracker.save_state(str(path))
     run.tracker.close()
@@ -126,11 +122,9 @@ def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) 
     assert ema("info", tmp_path).code == 0
     found = json.loads(ema("info", path, "--json").out)
     expected = {"kind": "state", "run": run.tracker.run_id, "step": 23, "t": 23.0, "averages_t": 22.0, "t_first": 2.0}
-    assert {key: found[key] for key in expected} == expected
-    assert (found["sigma_rels"], found["known_snapshots"], found["tensors"]) == ([0.05, 0.28], 4, 19)
-    text = ema("info", path).out
-    assert re.search(r"kind +state", text)
-    assert re.search(r"sigma rels +0\.05, 0\.28", text)
+    expected |= {"sigma_rels": [0.05, 0.28], "known_snapshots": 4, "tensors": 19}
+    assert found.items() >= expected.items()
+    assert re.search(r"kind +state(.|\n)*sigma rels +0\.05, 0\.28", ema("info", path).out)
     refused = ema("export", path, "--out", tmp_path / "out.pt")
     assert refused.code == 1
     assert "is a tracker's state, not weights" in refused.err
@@ -139,8 +133,7 @@ def test_a_state_beside_the_snapshots_is_none_of_them(tmp_path: Path, ema: Ema) 
 
 
 def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    run = Run(tmp_path / "run")
-    run.train(1, 4)
+    run = trained(tmp_path / "run", 4)
     read, write = TensorFile.read, TensorFileWriter.write
     alive: list[weakref.ref[np.ndarray]] = []
     sizes = []
@@ -163,75 +156,55 @@ def test_tensors_are_read_and_written_one_at_a_time(tmp_path: Path, monkeypatch:
     assert max(sizes) == 8 * 12
 
 
-def test_a_state_is_replaced_when_the_new_one_is_durable_and_not_before(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = Run(tmp_path / "run")
-    run.train(1, 4)
+def test_a_state_is_replaced_when_durable_and_nothing_else_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trained(tmp_path / "run", 10)
     path = tmp_path / "state.safetensors"
     run.tracker.save_state(path)
-    before = path.read_bytes()
-    run.train(5, 8)
-    with monkeypatch.context() as fault:
-        fault.setattr(files.system, "fsync", refuse_for_space)
-        with pytest.raises(WriteError, match="no space left"):
-            run.tracker.save_state(path)
-    assert path.read_bytes() == before
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "state.safetensors"]
-    run.tracker.save_state(path)
-    fresh = Run(tmp_path / "run2")
-    fresh.tracker.load_state(path)
-    assert fresh.tracker.step == 8
-
-
-def test_nothing_but_a_state_is_replaced(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.train(1, 10)
-    before = contents(tmp_path / "run")
     (tmp_path / "notes.txt").write_text("mine")
-    for path in (read_directory(tmp_path / "run")[0].path, tmp_path / "notes.txt", tmp_path / "run"):
-        with pytest.raises(OutputExistsError, match=path.name):
-            run.tracker.save_state(path)
-    assert contents(tmp_path / "run") == before
+    snapshot, before = read_directory(tmp_path / "run")[0].path, files_below(tmp_path)
+    for other in (snapshot, tmp_path / "notes.txt", tmp_path / "run"):
+        with pytest.raises(OutputExistsError, match=other.name):
+            run.tracker.save_state(other)
     with pytest.raises(WriteError, match="absent"):
         run.tracker.save_state(tmp_path / "absent" / "state")
     with pytest.raises(InvalidValueError, match="path 5: must be"):
         run.tracker.save_state(5)  # type: ignore[arg-type]
+    run.train(11, 12)
+    with monkeypatch.context() as fault:
+        fault.setattr(files.system, "fsync", refuse_for_space)
+        with pytest.raises(WriteError, match="no space left"):
+            run.tracker.save_state(path)
+    assert files_below(tmp_path) == before
+    run.tracker.save_state(path)
+    fresh = Run(tmp_path / "run2")
+    fresh.tracker.load_state(path)
+    assert fresh.tracker.step == 12
 
 
 def test_any_flipped_bit_and_any_truncation_is_found_and_changes_nothing(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.train(1, 7)
     path = tmp_path / "state"
-    run.tracker.save_state(path)
-    data = path.read_bytes()
-    other = Run(tmp_path / "other")
-    other.train(1, 3)
-    before = other.tracker.state_dict()
-    payload = read_header(path).payload_start
+    trained(tmp_path / "run", 7).tracker.save_state(path)
+    data, payload = path.read_bytes(), read_header(path).payload_start
+    other = trained(tmp_path / "other", 3).tracker
+    before = other.state_dict()
     places = [*range(0, payload, 61), *range(payload, len(data), 7)]
     for damaged in [data[:k] + bytes([data[k] ^ 16]) + data[k + 1 :] for k in places] + [data[:k] for k in places]:
         path.write_bytes(damaged)
         with pytest.raises(FileFormatError, match="state"):
-            other.tracker.load_state(path)
-    assert same(other.tracker.state_dict(), before)
+            other.load_state(path)
+    assert same(other.state_dict(), before)
     with pytest.raises(FileFormatError, match="absent: cannot be opened"):
-        other.tracker.load_state(tmp_path / "absent")
+        other.load_state(tmp_path / "absent")
 
 
 def test_what_is_wrong_with_a_file_names_the_file(tmp_path: Path) -> None:
-    run = Run(tmp_path / "run")
-    run.train(1, 4)
-    run.tracker.save_state(tmp_path / "state")
+    trained(tmp_path / "run", 4).tracker.save_state(tmp_path / "state")
     model = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.BatchNorm1d(4))
     tracker = PostHocEMA.from_model(model, tmp_path / "other", **SETTINGS)
     with pytest.raises(ModelMismatchError, match=r"/state: tensor '0\.weight': has the shape \[4, 3\] in the state"):
         tracker.load_state(tmp_path / "state")
     with pytest.raises(InvalidValueError, match=r"/state: sigma_rels: 0\.1 is none of"):
         Run(tmp_path / "third", sigma_rels=(0.1, 0.28)).tracker.load_state(tmp_path / "state")
-
-
-# --- torch.distributed.checkpoint, torch.load ------------------------------------------------------
 
 
 @contextmanager
@@ -251,9 +224,8 @@ def _process_group(kind: str) -> Iterator[None]:
 @pytest.mark.parametrize("group", ["none", "gloo"])
 @pytest.mark.parametrize("steps", [1, 7, 15])
 def test_torch_distributed_checkpoint_saves_and_fills_all_of_the_state(tmp_path: Path, group: str, steps: int) -> None:
-    run = Run(tmp_path / "run", "images")
+    run = trained(tmp_path / "run", steps, "images")
     assert isinstance(run.tracker, Stateful)
-    run.train(1, steps)
     expected = run.tracker.state_dict()
     run.tracker.close()
     fresh = Run(tmp_path / "run", "images")
@@ -263,8 +235,7 @@ def test_torch_distributed_checkpoint_saves_and_fills_all_of_the_state(tmp_path:
     assert same(fresh.tracker.state_dict(), expected)
     fresh.goes_on_from(run)
     fresh.train(steps + 1, 20)
-    whole = Run(tmp_path / "whole", "images")
-    whole.train(1, 20)
+    trained(tmp_path / "whole", 20, "images")
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
@@ -272,10 +243,9 @@ def test_a_model_without_buffers_and_a_profile_less_through_it(tmp_path: Path) -
     """The averages are found by their sigma_rel: the first of two must not become the only one of another tracker."""
     model = torch.nn.Linear(3, 3)
     with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
-        for _ in range(4):
+        for number in range(4):
+            step(model, number)
             tracker.update_(model)
-            with torch.no_grad():
-                model.weight.add_(1)
         expected = tracker.state_dict()
     for sigma_rel in (0.05, 0.28):
         settings = SETTINGS | {"sigma_rels": (sigma_rel,)}
@@ -290,9 +260,7 @@ def test_a_model_without_buffers_and_a_profile_less_through_it(tmp_path: Path) -
 
 @pytest.mark.parametrize("steps", [1, 15])
 def test_torch_loads_it_weights_only_and_it_is_made_of_plain_things(tmp_path: Path, steps: int) -> None:
-    run = Run(tmp_path / "run", "images")
-    run.train(1, steps)
-    state = run.tracker.state_dict()
+    state = trained(tmp_path / "run", steps, "images").tracker.state_dict()
 
     def plain(value: object) -> bool:
         if isinstance(value, dict):
@@ -322,13 +290,9 @@ def test_a_tracker_is_no_object_to_copy_or_pickle_and_says_what_to_do(tmp_path: 
         tracker.update_(model)  # as before
 
 
-# --- other settings than before --------------------------------------------------------------------
-
-
 def continued(tmp_path: Path, before: dict, after: dict, first: int, last: int) -> Run:
     """A run of `first` steps, continued by a tracker of other settings up to `last`."""
-    early = Run(tmp_path / "run", **before)
-    early.train(1, first)
+    early = trained(tmp_path / "run", first, **before)
     state = early.tracker.state_dict()
     early.tracker.close()
     late = Run(tmp_path / "run", **after)
@@ -340,63 +304,40 @@ def continued(tmp_path: Path, before: dict, after: dict, first: int, last: int) 
 
 def test_another_stride_keeps_the_profile_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        after = {"update_every": 5, "checkpoint_every": 5}
-        run = continued(tmp_path, {"update_every": 2, "checkpoint_every": 10}, after, 13, 40)
-    times = [*range(2, 13, 2), *range(15, 41, 5)]
+        run = continued(tmp_path, {}, {"update_every": 5, "checkpoint_every": 5}, 13, 40)
     for sigma_rel in (0.05, 0.28):
-        exact = run.exact(sigma_rel, times)
-        # Float32: an update rounds by at most 2**-24 of the largest magnitude, and there are len(times).
-        assert np.abs(run.live(sigma_rel) - exact).max() < len(times) * 2**-24 * np.abs(exact).max() * 4
+        run.check(sigma_rel, [*range(2, 13, 2), *range(15, 41, 5)])
     newest = read_directory(tmp_path / "run")[-1].info
     assert (newest.max_interval, newest.t_first, newest.t) == (5, 2, 40)
     assert (newest.schedule.update_every, newest.schedule.checkpoint_every) == (5, 5)
-    assert {s.info.t for s in read_directory(tmp_path / "run")} == {10, 15, 20, 25, 30, 35, 40}
+    assert times(tmp_path / "run") == {10, 15, 20, 25, 30, 35, 40}
     assert "update_every is 5 from here on; it was 2" in caplog.text
     assert "checkpoint_every is 5 from here on; it was 10" in caplog.text
 
 
 def test_a_profile_may_be_left_behind_and_the_others_stay_exact(tmp_path: Path, ema: Ema) -> None:
-    three, two = {"sigma_rels": (0.05, 0.15, 0.28)}, {"sigma_rels": (0.05, 0.28)}
-    run = continued(tmp_path, three, two, 21, 40)
+    run = continued(tmp_path, {"sigma_rels": (0.05, 0.15, 0.28)}, {}, 21, 40)
     for sigma_rel in (0.05, 0.28):
-        exact = run.exact(sigma_rel, list(range(2, 41, 2)))
-        assert np.abs(run.live(sigma_rel) - exact).max() < 20 * 2**-24 * np.abs(exact).max() * 4
+        run.check(sigma_rel, list(range(2, 41, 2)))
     found = [(s.info.t, s.info.sigma_rel) for s in read_directory(tmp_path / "run")]
     assert [t for t, sigma_rel in found if sigma_rel == 0.15] == [10, 20]
     assert [t for t, sigma_rel in found if sigma_rel == 0.28] == [10, 20, 30, 40]
     run.tracker.close()
     assert ema("info", tmp_path / "run").code == 0  # a profile that ended is no problem
-    exact = run.exact(0.15, list(range(2, 21, 2)))
+    exact = exact_average([run.weights[t] for t in range(2, 21, 2)], 0.15, range(2, 21, 2))
     stored = PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15, t=20)["0.weight"].double().numpy()
     assert np.abs(stored - exact).max() < 10 * 2**-24 * np.abs(exact).max() * 4
     with PostHocEMA.from_path(tmp_path / "run", run.model) as again:
         assert (again.step, again.settings.sigma_rels) == (40, (0.05, 0.28))
 
 
-def test_a_profile_may_be_left_behind_without_a_state(tmp_path: Path) -> None:
-    run = Run(tmp_path)
-    run.train(1, 20)
-    run.tracker.close()
-    with pytest.raises(InvalidValueError, match=r"sigma_rels: 0\.1 is none of the tracked ones, 0\.05, 0\.28"):
-        PostHocEMA.from_path(tmp_path, run.model, sigma_rels=(0.1,))
-    with PostHocEMA.from_path(tmp_path, run.model, sigma_rels=[0.28]) as tracker:
-        run.tracker = tracker
-        run.train(21, 40)
-        exact = run.exact(0.28, list(range(2, 41, 2)))
-        assert np.abs(run.live(0.28) - exact).max() < 20 * 2**-24 * np.abs(exact).max() * 4
-    assert PostHocEMA.from_path(tmp_path).settings.sigma_rels == (0.28,)
-
-
 def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path: Path) -> None:
-    early = Run(tmp_path / "early")
-    early.train(1, 1)
+    early = trained(tmp_path / "early", 1)
     three = Run(tmp_path / "three", sigma_rels=(0.05, 0.1, 0.28))
     three.tracker.load_state_dict(early.tracker.state_dict())
     three.goes_on_from(early)
     three.train(2, 10)
-    exact = three.exact(0.1, list(range(2, 11, 2)))
-    assert np.abs(three.live(0.1) - exact).max() < 5 * 2**-24 * np.abs(exact).max() * 4
-
+    three.check(0.1, list(range(2, 11, 2)))
     early.train(2, 4)
     before = three.tracker.state_dict()
     message = r"sigma_rels: 0\.1 is none of the tracked ones, 0\.05, 0\.28: an average cannot begin in mid-run"
@@ -405,74 +346,60 @@ def test_a_profile_cannot_begin_in_mid_run_but_before_the_first_update(tmp_path:
     assert same(three.tracker.state_dict(), before)
 
 
-# --- states that were tampered with ----------------------------------------------------------------
-
 NOT_OF_ONE_TRAINING = "not times of one training"
 NOT_THE_AVERAGES = "not those of 2 averages at step 4"
+PLACES = "is in the state or in the model, but not in both"
+
+
+@pytest.fixture(scope="module")
+def state(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    """Of a run after 4 steps; to be read only."""
+    return trained(tmp_path_factory.mktemp("run"), 4).tracker.state_dict()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"version": 1}, r"state: has version 1; this release reads 2"),
-        ({"version": None}, r"state: has version None"),
         ({"t_unit": "images"}, r"state: counts time in 'images', this tracker in 'steps'"),
         ({"t_unit": 3}, r"state: t_unit: must be a string, not 3"),
-        (
-            {"sigma_rels": [0.1], "masses": [1.0], "inherited": [0.0]},
-            r"sigma_rels: 0\.05 is none of the tracked ones, 0\.1",
-        ),
+        ({"sigma_rels": [0.1], "masses": [1.0], "inherited": [0.0]}, r"0\.05 is none of the tracked ones, 0\.1"),
         ({"sigma_rels": [0.05, float("nan")]}, r"state: sigma_rels: must be a list of finite numbers"),
-        ({"sigma_rels": 7}, r"state: sigma_rels: must be a list of finite numbers"),
         ({"step": "zz"}, r"state: step: must be a whole number, at least 0, not 'zz'"),
-        ({"step": -4}, r"state: step: must be a whole number, at least 0, not -4"),
         ({"step": True}, r"state: step: must be a whole number, at least 0, not True"),
         ({"step": 10**5000}, r"state: step: must be a whole number, at least 0, not an? int"),
         ({"step": 5}, r"state: clock: ends at step 4, t 4\.0; the training is at step 5"),
         ({"clock": [0.5, 0.9, 1.1, 10**5000, 4.0]}, "state: clock: "),
         ({"t": float("nan")}, r"state: t: must be a finite number, at least 0, not nan"),
-        ({"t": 10**5000}, r"state: t: must be a finite number, at least 0, not an? int"),
         ({"t": 3.0}, NOT_OF_ONE_TRAINING),
         ({"t_first": 0.0}, NOT_OF_ONE_TRAINING),
         ({"averages_step": 99}, NOT_OF_ONE_TRAINING),
         ({"max_interval": 99.0}, NOT_OF_ONE_TRAINING),
         ({"clock": "abc"}, r"state: clock: must be a list"),
-        ({"run_id": None}, r"state: run_id: must be 32 hexadecimal digits, not None"),
         ({"run_id": "ABC"}, r"state: run_id: must be 32 hexadecimal digits, not 'ABC'"),
         ({"snapshots": "abc"}, r"state: snapshots: must be a list of strings, not 'abc'"),
         ({"schedule": 5}, r"state: schedule: must be a dict, not 5"),
         ({"updates": 1}, NOT_THE_AVERAGES),
-        ({"updates": 5}, NOT_THE_AVERAGES),
-        ({"updates": 1.0}, r"state: updates: must be a whole number"),
         ({"window": 3}, NOT_THE_AVERAGES),
-        ({"window": 0}, NOT_THE_AVERAGES),
         ({"masses": [1.0]}, NOT_THE_AVERAGES),
         ({"masses": [1.0, 0.0]}, NOT_THE_AVERAGES),
         ({"masses": [1.0, 1.5]}, NOT_THE_AVERAGES),
-        ({"masses": [1.0, float("nan")]}, r"state: masses: must be a list of finite numbers"),
         ({"inherited": [0.0]}, NOT_THE_AVERAGES),
-        ({"inherited": [0.0, -1.0]}, r"state: inherited: must be a list of finite numbers"),
         ({"totals": []}, r"state: totals: must be a dict, not a list"),
-        ({"totals": {}}, r"state: 0\.05: is missing"),
         ({"totals": {"0.05": 5, "0.28": {}}}, r"state: 0\.05: must be a dict, not 5"),
-        ({"totals": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': is in the state or in the model, but not in both"),
-        ({"recent": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': is in the state or in the model, but not in both"),
-        ({"copies": {5: torch.zeros(1)}}, "is in the state or in the model, but not in both"),
-        ({"copies": None}, r"state: copies: must be a dict, not None"),
+        ({"totals": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
+        ({"recent": {"0.05": {}, "0.28": {}}}, r"tensor '0\.bias': " + PLACES),
+        ({"copies": {5: torch.zeros(1)}}, PLACES),
     ],
 )
-def test_a_state_that_was_tampered_with_is_refused_in_one_line(tmp_path: Path, change: dict, message: str) -> None:
-    run = Run(tmp_path / "run")
-    run.train(1, 4)
-    state = run.tracker.state_dict() | change
-    other = Run(tmp_path / "other")
-    other.train(1, 3)
-    before = other.tracker.state_dict()
+def test_a_state_that_was_tampered_with_is_refused(tmp_path: Path, state: dict, change: dict, message: str) -> None:
+    tracker = trained(tmp_path, 3).tracker
+    before = tracker.state_dict()
     with pytest.raises((InvalidValueError, ModelMismatchError), match=message) as refused:
-        other.tracker.load_state_dict(state)
+        tracker.load_state_dict(state | change)
     assert "\n" not in str(refused.value)
     assert len(str(refused.value)) < 300
-    assert same(other.tracker.state_dict(), before)
+    assert same(tracker.state_dict(), before)
 
 
 @pytest.mark.parametrize(
@@ -485,44 +412,33 @@ def test_a_state_that_was_tampered_with_is_refused_in_one_line(tmp_path: Path, c
         (torch.zeros(4, 3).to_sparse(), InvalidValueError, r"is torch\.sparse_coo on cpu in the state; must be dense"),
         (torch.zeros(4, 3, device="meta"), InvalidValueError, r"on meta in the state; must be dense"),
         ([[0.0] * 3] * 4, InvalidValueError, "is a list in the state, and no tensor"),
-        (None, InvalidValueError, "is None in the state, and no tensor"),
     ],
 )
-def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, tensor, error, message: str) -> None:  # type: ignore[no-untyped-def]
-    run = Run(tmp_path / "run")
-    run.train(1, 4)
-    state = copy.deepcopy(run.tracker.state_dict())
-    before = run.tracker.state_dict()
-    state["recent"]["0.28"]["0.weight"] = tensor
+def test_a_tensor_that_was_tampered_with_is_named(tmp_path: Path, state: dict, tensor, error, message: str) -> None:  # type: ignore[no-untyped-def]
+    tracker = trained(tmp_path, 3).tracker
+    before, changed = tracker.state_dict(), copy.deepcopy(state)
+    changed["recent"]["0.28"]["0.weight"] = tensor
     with pytest.raises(error, match=rf"tensor '0\.weight': .*{message}"):
-        run.tracker.load_state_dict(state)
-    assert same(run.tracker.state_dict(), before)
+        tracker.load_state_dict(changed)
+    assert same(tracker.state_dict(), before)
 
 
-@pytest.mark.parametrize(
-    "key",
-    [
-        "version", "run_id", "step", "t", "t_unit", "sigma_rels", "averages_t", "averages_step", "t_first",
-        "max_interval", "schedule", "clock", "snapshots", "totals", "recent", "updates",
-        "window", "masses", "inherited", "copies",
-    ],
-)  # fmt: skip
-def test_an_entry_that_is_missing_is_named(tmp_path: Path, key: str) -> None:
-    run = Run(tmp_path)
-    run.train(1, 4)
-    state = run.tracker.state_dict()
-    del state[key]
-    with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):
-        run.tracker.load_state_dict(state)
+def test_an_entry_that_is_missing_is_named(tmp_path: Path, state: dict) -> None:
+    tracker = Run(tmp_path).tracker
+    needed = state.keys() - {"segment"}
+    assert len(needed) == 20
+    for key in needed:
+        without = {name: value for name, value in state.items() if name != key}
+        with pytest.raises(InvalidValueError, match=f"state: {key}: is missing; not a tracker's state"):
+            tracker.load_state_dict(without)
     for wrong in ([], None, "state"):
         with pytest.raises(InvalidValueError, match="state: must be the dict that state_dict"):
-            run.tracker.load_state_dict(wrong)  # type: ignore[arg-type]
+            tracker.load_state_dict(wrong)  # type: ignore[arg-type]
 
 
 def test_what_the_tracker_goes_on_with_is_its_own(tmp_path: Path) -> None:
     """Neither later updates change the state, nor the state's owner the averages."""
-    run = Run(tmp_path)
-    run.train(1, 4)
+    run = trained(tmp_path, 4)
     state = run.tracker.state_dict()
     kept = copy.deepcopy(state)
     run.tracker.load_state_dict(state)

@@ -66,9 +66,7 @@ def track(run: Trajectory, folder: Path, stride: int, **settings: object) -> Non
 
 
 @pytest.mark.parametrize(("name", "stride"), [("denoiser-adam", 10), ("classifier-sgd", 1), ("classifier-sgd", 10)])
-def test_synthesized_weights_are_near_the_true_average(
-    name: str, stride: int, cache_folder: Path, tmp_path: Path
-) -> None:
+def test_synthesized_weights_are_near_the_true_ones(name: str, stride: int, cache_folder: Path, tmp_path: Path) -> None:
     run = recorded(name, cache_folder)
     track(run, tmp_path, stride)
     tracker = PostHocEMA.from_path(tmp_path)
@@ -103,9 +101,7 @@ def test_minimum_variance_beats_the_published_method_and_knows_its_error(
 
 
 @pytest.mark.parametrize("stride", [1, 10])
-def test_other_averages_of_the_same_snapshots_are_near_the_true_ones(
-    stride: int, cache_folder: Path, tmp_path: Path
-) -> None:
+def test_other_averages_of_these_snapshots_are_near_the_truth(stride: int, cache_folder: Path, tmp_path: Path) -> None:
     """A classical average, x <- beta x + (1 - beta) theta at every step; a window; a span of training."""
     run = recorded("denoiser-adam", cache_folder)
     track(run, tmp_path, stride)

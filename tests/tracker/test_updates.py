@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -41,9 +42,6 @@ def walk(steps: int, seed: int = 0) -> np.ndarray:
     return np.cumsum(np.random.default_rng(seed).standard_normal((steps, 3)), axis=0)
 
 
-# --- exactness -------------------------------------------------------------------------------------
-
-
 @given(
     update_every=st.integers(1, 12),
     update_after_step=st.integers(0, 40),
@@ -62,19 +60,11 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
 ) -> None:
     first = (update_after_step // update_every + 1) * update_every
     steps = first + more
-    values = walk(steps)
+    values, model = walk(steps), Scalar()
     clock = np.cumsum(np.random.default_rng(1).uniform(0.5, 200, steps)) if own_clock else np.arange(1, steps + 1)
-    model = Scalar()
-    folder = tmp_path_factory.mktemp("run")
-    with PostHocEMA.from_model(
-        model,
-        folder,
-        sigma_rels=(sigma_rel,),
-        update_every=update_every,
-        update_after_step=update_after_step,
-        checkpoint_every=1000 * update_every,
-        t_unit="images" if own_clock else "steps",
-    ) as tracker:
+    schedule = {"update_every": update_every, "checkpoint_every": 1000 * update_every}
+    schedule |= {"update_after_step": update_after_step, "t_unit": "images" if own_clock else "steps"}
+    with PostHocEMA.from_model(model, tmp_path_factory.mktemp("run"), (sigma_rel,), **schedule) as tracker:
         for step in range(steps):
             model.set(values[step])
             tracker.update_(model, t=float(clock[step])) if own_clock else tracker.update_(model)
@@ -82,21 +72,6 @@ def test_any_stride_warm_up_and_clock_give_the_exact_profile(
         exact = exact_average([values[k - 1] for k in calls], sigma_rel, [float(clock[k - 1]) for k in calls])
         # float64: a rounding of 1e-16 an update, of values up to about 100.
         np.testing.assert_allclose(tracked(tracker, sigma_rel), exact, atol=1e-11)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_averages_of_half_precision_models_keep_moving(tmp_path: Path, dtype: torch.dtype) -> None:
-    """At a decay of 0.9999 an accumulator in half precision would stay where it began, at 1."""
-    model = Scalar(dtype)
-    model.set(np.ones(3))
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1) as tracker:
-        tracker.update_(model, t=5000.0)
-        model.set(np.full(3, 2.0))
-        for k in range(1, 501):
-            tracker.update_(model, t=5000.0 + k)
-        exact = 2 - (5000 / 5500) ** (exact_gamma(0.28) + 1)
-        # Values of 1 and 2 are exact, and so are their means but in the first window: half a last digit of 2 an update.
-        np.testing.assert_allclose(tracked(tracker, 0.28), exact, atol=32 * 2**-24)
 
 
 @pytest.mark.parametrize(
@@ -148,9 +123,6 @@ def test_the_header_says_which_profile_a_file_holds(tmp_path: Path) -> None:
     assert snapshots[-1].info.step == 30
 
 
-# --- when things are due ---------------------------------------------------------------------------
-
-
 def test_defaults_are_those_of_the_contract(tmp_path: Path) -> None:
     settings = PostHocEMA.from_model(Scalar(), tmp_path).settings
     assert settings.sigma_rels == (0.05, 0.28)
@@ -169,20 +141,9 @@ def test_a_planned_schedule_replaces_its_arguments(tmp_path: Path) -> None:
     assert raised.value.subject == "schedule"
 
 
-def test_snapshots_are_due_at_multiples_of_checkpoint_every(tmp_path: Path) -> None:
-    model = Scalar()
-    settings = {"update_every": 2, "checkpoint_every": 6, "final_snapshot": False}
-    with PostHocEMA.from_model(model, tmp_path, (0.05,), **settings) as tracker:
-        for _ in range(20):
-            tracker.update_(model)
-    assert [s.info.t for s in read_directory(tmp_path)] == [6, 12, 18]
-
-
 def test_snapshots_are_thinned_and_never_the_oldest_first(tmp_path: Path) -> None:
-    model = Scalar()
-    with PostHocEMA.from_model(
-        model, tmp_path, SIGMA_RELS, update_every=1, checkpoint_every=1, max_checkpoints=4
-    ) as tracker:
+    model, settings = Scalar(), {"update_every": 1, "checkpoint_every": 1, "max_checkpoints": 4}
+    with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, **settings) as tracker:
         for _ in range(21):
             tracker.update_(model)
     for sigma_rel in SIGMA_RELS:
@@ -204,8 +165,7 @@ def test_snapshots_are_kept_for_the_averages_that_are_wanted(tmp_path: Path) -> 
             sigma_range=sigma_range, checkpoint_dtype=torch.float16,
         ) as tracker:  # fmt: skip
             for step in range(200):
-                with torch.no_grad():
-                    next(model.parameters()).add_(math.cos(step * step))
+                model.weight.data.add_(math.cos(step * step))
                 tracker.update_(model)
         snapshots = read_directory(tmp_path / name)
         kept[name] = np.mean([s.info.t for s in snapshots])
@@ -229,20 +189,14 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         assert set(tracker.state_dict(sigma_rel=0.28)) == {"weight"}
 
 
-# --- refused ---------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"checkpoint_every": 1005}, "checkpoint_every 1005: must be a multiple of update_every 10"),
         ({"update_every": 0}, "update_every 0"),
-        ({"update_every": 2.5}, "update_every 2.5"),
         ({"sigma_rels": 0.1}, "sigma_rels 0.1: must be a sequence"),
         ({"sigma_rels": "0.05"}, "sigma_rels '0.05': must be a sequence"),
         ({"sigma_rels": ("abc",)}, "sigma_rel 'abc': must lie in"),
-        ({"sigma_rels": (None,)}, "sigma_rel None: must lie in"),
-        ({"t_unit": 5}, "t_unit 5"),
         ({"t_unit": "a\nb"}, "t_unit"),
         ({"update_every": True}, "update_every True"),
         ({"update_after_step": -1}, "update_after_step -1"),
@@ -251,9 +205,10 @@ def test_an_average_is_not_there_before_the_first_update(tmp_path: Path) -> None
         ({"sigma_rels": (0.05, 0.05)}, "must not name a profile twice"),
         ({"sigma_rels": (0.05, 0.3)}, "sigma_rel 0.3: must lie in"),
         ({"checkpoint_dtype": "int8"}, "dtype int8: must be one of"),
-        ({"checkpoint_dtype": torch.int32}, "dtype int32: must be one of"),
         ({"t_unit": ""}, "t_unit"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite 'ignore'"),
+        ({"writer": "yes"}, "must be True, False or None"),
+        ({"device": "cuda"}, "device 'cuda': must be 'cpu'"),
     ],
 )
 def test_an_impossible_setting_is_a_value_error_that_names_it(tmp_path: Path, arguments: dict, message: str) -> None:
@@ -267,22 +222,13 @@ def test_a_clock_must_grow_and_stay_the_same_clock(tmp_path: Path) -> None:
     model = Scalar()
     with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
         tracker.update_(model, t=64)
-        for bad in (64, 63, float("nan"), float("inf")):
+        for bad in (64, 63, float("nan"), float("inf"), "abc", [1], 1j, 10**400, torch.tensor([1.0, 2.0])):
             with pytest.raises(InvalidValueError, match="must be finite, and larger than at the last call"):
-                tracker.update_(model, t=bad)
+                tracker.update_(model, t=bad)  # type: ignore[arg-type]
         with pytest.raises(InvalidValueError, match="at every call or at none"):
             tracker.update_(model)
         tracker.update_(model, t=128)
         assert (tracker.step, tracker.t) == (2, 128)
-
-
-@pytest.mark.parametrize("bad", ["abc", [1], 1j, 10**400, torch.tensor([1.0, 2.0])])
-def test_a_time_that_is_no_number_is_refused(tmp_path: Path, bad: object) -> None:
-    with (
-        PostHocEMA.from_model(Scalar(), tmp_path) as tracker,
-        pytest.raises(InvalidValueError, match="must be finite, and larger than at the last call"),
-    ):
-        tracker.update_(Scalar(), t=bad)  # type: ignore[arg-type]
 
 
 def test_numbers_of_numpy_are_numbers(tmp_path: Path) -> None:
@@ -318,95 +264,58 @@ def test_a_directory_that_is_no_path_is_refused(bad: object) -> None:
             make(bad)
 
 
-def test_a_lazy_parameter_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InvalidValueError, match="'weight': has no shape yet"):
-        PostHocEMA.from_model(torch.nn.LazyLinear(3), tmp_path)
-
-
-def test_large_finite_values_are_no_nan(tmp_path: Path) -> None:
-    """Their 2-norm overflows, they do not."""
-    model = Scalar(torch.float32)
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1) as tracker:
-        model.set(np.full(3, 3e38))
-        tracker.update_(model)
-        np.testing.assert_allclose(tracked(tracker, 0.28), 3e38, rtol=1e-6)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_is_named_and_no_average_touched(tmp_path: Path, bad: float) -> None:
-    model = Scalar()
+    model = Scalar(torch.float32)
     with PostHocEMA.from_model(model, tmp_path, SIGMA_RELS, update_every=1) as tracker:
-        model.set(np.ones(3))
+        model.set(np.full(3, 3e38))  # whose 2-norm overflows: they do not
         tracker.update_(model)
         model.set(np.array([1.0, bad, 1.0]))
         with pytest.raises(NonFiniteError, match="'weight': holds nan or infinity at step 2"):
             tracker.update_(model)
         for sigma_rel in SIGMA_RELS:
-            np.testing.assert_array_equal(tracked(tracker, sigma_rel), 1.0)
+            np.testing.assert_allclose(tracked(tracker, sigma_rel), 3e38, rtol=1e-6)
 
 
-def test_a_skipped_update_leaves_the_profile_exact(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    values, model = walk(9), Scalar()
+@pytest.mark.parametrize("on_nonfinite", ["skip", "warn"])
+def test_a_skipped_update_leaves_it_exact(tmp_path: Path, on_nonfinite: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The snapshot that is due at it holds the average of its own time."""
+    values, model = walk(10), Scalar()
     values[4] = np.nan
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, on_nonfinite="skip") as tracker:
-        with caplog.at_level(logging.INFO):
-            for value in values:
-                model.set(value)
+    settings = {"update_every": 1, "checkpoint_every": 5, "on_nonfinite": on_nonfinite}
+    with PostHocEMA.from_model(model, tmp_path, (0.28,), **settings) as tracker, caplog.at_level(logging.INFO):
+        for step, value in enumerate(values, 1):
+            model.set(value)
+            warned = on_nonfinite == "warn" and step == 5
+            with pytest.warns(RuntimeWarning, match="parameter 'weight'") if warned else nullcontext():
                 tracker.update_(model)
-        finite = [k for k in range(1, 10) if k != 5]
+        finite = [k for k in range(1, 11) if k != 5]
         exact = exact_average([values[k - 1] for k in finite], 0.28, finite)
         np.testing.assert_allclose(tracked(tracker, 0.28), exact, atol=1e-13)
     assert "update skipped" in caplog.text
-
-
-def test_warn_names_the_parameter_in_a_warning(tmp_path: Path) -> None:
-    model = Scalar()
-    with PostHocEMA.from_model(model, tmp_path, (0.28,), update_every=1, on_nonfinite="warn") as tracker:
-        model.set(np.full(3, np.inf))
-        with pytest.warns(RuntimeWarning, match="parameter 'weight'"):
-            tracker.update_(model)
-
-
-def test_a_snapshot_due_at_a_skipped_update_holds_the_average_of_its_own_time(tmp_path: Path) -> None:
-    model = Scalar()
-    with PostHocEMA.from_model(
-        model, tmp_path, (0.28,), update_every=1, checkpoint_every=5, on_nonfinite="skip"
-    ) as tracker:
-        for k in range(1, 11):
-            model.set(np.full(3, np.nan if k == 5 else k))
-            tracker.update_(model)
     assert [s.info.t for s in read_directory(tmp_path)] == [4, 10]
 
 
-def grow(model: Scalar) -> None:
-    model.weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+def parameter(elements: int) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.zeros(elements, dtype=torch.float64))
 
 
-def add(model: Scalar) -> None:
-    model.extra = torch.nn.Parameter(torch.zeros(1))
-
-
-def remove(model: Scalar) -> None:
+def rename(model: Scalar) -> None:
     model.other = model.weight
     del model.weight
-
-
-def halve(model: Scalar) -> None:
-    model.half()
-
-
-def freeze_another(model: Scalar) -> None:
-    model.register_buffer("count", torch.zeros((), dtype=torch.int64))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (grow, r"'weight': has the shape \[4\], and had \[3\] when tracking began"),
-        (add, "'extra': is in the model, but was not"),
-        (remove, "'weight': is tracked, but the model has no such tensor"),
-        (halve, "'weight': is torch.float16, and was torch.float64 when .* torch.autocast, .*on_change='follow'"),
-        (freeze_another, "'count': is in the model, but was not"),
+        (
+            lambda m: setattr(m, "weight", parameter(4)),
+            r"'weight': has the shape \[4\], and had \[3\] when tracking began",
+        ),
+        (lambda m: setattr(m, "extra", parameter(1)), "'extra': is in the model, but was not"),
+        (rename, "'weight': is tracked, but the model has no such tensor"),
+        (Scalar.half, "'weight': is torch.float16, and was torch.float64 when .* torch.autocast, .*on_change='follow'"),
+        (lambda m: m.register_buffer("count", torch.zeros(())), "'count': is in the model, but was not"),
     ],
 )
 def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, change, message: str) -> None:  # type: ignore[no-untyped-def]
@@ -420,26 +329,22 @@ def test_a_model_that_changes_is_refused_and_nothing_written(tmp_path: Path, cha
         assert not list(tmp_path.glob("*.safetensors"))
 
 
+class Single(torch.nn.Module):
+    def __init__(self, value: torch.Tensor) -> None:
+        super().__init__()
+        self.p = torch.nn.Parameter(value)
+
+
 @pytest.mark.parametrize(
-    ("parameter", "message"),
+    ("make", "message"),
     [
-        (torch.zeros(2, dtype=torch.complex64), "parameter 'p': is complex, .*view_as_real.*exclude='p'"),
-        (torch.zeros(2, device="meta"), "tensor 'p': is on the meta device"),
-        (torch.zeros(2, dtype=torch.float8_e4m3fnuz), "parameter 'p': dtype torch.float8_e4m3fnuz cannot be averaged"),
+        (lambda: Single(torch.zeros(2, dtype=torch.complex64)), "'p': is complex, .*view_as_real.*exclude='p'"),
+        (lambda: Single(torch.zeros(2, device="meta")), "tensor 'p': is on the meta device"),
+        (lambda: Single(torch.zeros(2).to(torch.float8_e4m3fnuz)), "dtype torch.float8_e4m3fnuz cannot be averaged"),
+        (lambda: torch.nn.LazyLinear(3), "'weight': has no shape yet"),
+        (lambda: torch.nn.Linear(2, 2).requires_grad_(False), "only_trainable=False"),
     ],
 )
-def test_parameters_that_cannot_be_averaged_are_named(tmp_path: Path, parameter: torch.Tensor, message: str) -> None:
-    model = torch.nn.Module()
-    model.p = torch.nn.Parameter(parameter)
+def test_models_that_cannot_be_averaged_are_refused_by_name(tmp_path: Path, make, message: str) -> None:  # type: ignore[no-untyped-def]
     with pytest.raises(InvalidValueError, match=message):
-        PostHocEMA.from_model(model, tmp_path)
-
-
-def test_a_model_without_trainable_parameters_is_refused(tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2).requires_grad_(False)
-    with pytest.raises(InvalidValueError, match="only_trainable=False"):
-        PostHocEMA.from_model(model, tmp_path)
-    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, only_trainable=False)
-    with tracker:
-        tracker.update_(model)
-        assert set(tracker.state_dict(sigma_rel=0.28)) == {"weight", "bias"}
+        PostHocEMA.from_model(make(), tmp_path)

@@ -1,4 +1,7 @@
-"""Wrapped models: the same names as bare ones, told by the wrapper's type; one process of a group writes."""
+"""Wrapped models: the same names as bare ones, told by the wrapper's type; one process of a group writes.
+
+Adapters of PEFT: those alone, under the names that PEFT itself saves and loads them by.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,24 @@ import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
 import torch
 import torch.distributed as dist
+from checking import assert_same_tensors
 from factories import exact_average
+from peft import (
+    LoHaConfig,
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from safetensors.torch import save_file
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
 from torch.nn.parallel import DistributedDataParallel
@@ -62,54 +77,30 @@ def compiled(model: torch.nn.Module) -> torch.nn.Module:
     return torch.compile(model, backend="eager")  # type: ignore[return-value]
 
 
-def parallel(model: torch.nn.Module) -> torch.nn.Module:
-    return torch.nn.DataParallel(model)
+def fsdp(model: torch.nn.Module, **options: Any) -> torch.nn.Module:
+    strategy = ShardingStrategy.NO_SHARD
+    return FullyShardedDataParallel(model, sharding_strategy=strategy, device_id=torch.device("cpu"), **options)
 
 
-def replicated(model: torch.nn.Module) -> torch.nn.Module:
-    return DistributedDataParallel(model)
+def with_part(name: str, wrap: Callable[..., Any]) -> Callable[[torch.nn.Module], torch.nn.Module]:
+    def change(model: torch.nn.Module) -> torch.nn.Module:
+        setattr(model, name, wrap(getattr(model, name)))
+        return model
+
+    return change
 
 
-def fsdp(model: torch.nn.Module, use_orig_params: bool) -> torch.nn.Module:
-    return FullyShardedDataParallel(
-        model,
-        sharding_strategy=ShardingStrategy.NO_SHARD,
-        use_orig_params=use_orig_params,
-        device_id=torch.device("cpu"),
-    )
-
-
-def compiled_and_replicated(model: torch.nn.Module) -> torch.nn.Module:
-    return compiled(replicated(compiled(model)))
-
-
-def compiled_part(model: torch.nn.Module) -> torch.nn.Module:
-    model.head = compiled(model.head)  # type: ignore[assignment]
-    return model
-
-
-def checkpointed_part(model: torch.nn.Module) -> torch.nn.Module:
-    model.head = checkpoint_wrapper(model.head)  # type: ignore[assignment,arg-type]
-    return model
-
-
-def fsdp_named(model: torch.nn.Module) -> torch.nn.Module:
-    return fsdp(model, use_orig_params=True)
-
-
-def fsdp_flat(model: torch.nn.Module) -> torch.nn.Module:
-    return fsdp(model, use_orig_params=False)
-
-
-def fsdp_parts(model: torch.nn.Module) -> torch.nn.Module:
-    model.module = fsdp_flat(model.module)  # type: ignore[assignment,arg-type]
-    return fsdp_flat(model)
-
-
-WRAPPERS: list[Callable[[torch.nn.Module], torch.nn.Module]] = [
-    compiled, parallel, replicated, compiled_and_replicated, compiled_part, checkpointed_part,
-    fsdp_named, fsdp_flat, fsdp_parts,
-]  # fmt: skip
+WRAPPERS: dict[str, Callable[[torch.nn.Module], torch.nn.Module]] = {
+    "compiled": compiled,
+    "parallel": torch.nn.DataParallel,
+    "replicated": DistributedDataParallel,
+    "compiled and replicated": lambda model: compiled(DistributedDataParallel(compiled(model))),
+    "compiled part": with_part("head", compiled),
+    "checkpointed part": with_part("head", checkpoint_wrapper),
+    "fsdp, named": lambda model: fsdp(model, use_orig_params=True),
+    "fsdp, flat": lambda model: fsdp(model, use_orig_params=False),
+    "fsdp, parts": lambda model: fsdp(with_part("module", fsdp)(model)),
+}
 
 
 def step(model: torch.nn.Module, number: int) -> None:
@@ -119,66 +110,47 @@ def step(model: torch.nn.Module, number: int) -> None:
     optimizer.zero_grad()
 
 
-def test_a_bare_model_keeps_children_that_are_called_like_a_wrappers() -> None:
-    found = collect_tensors(network(), Selection())
-    assert (set(found.averaged), set(found.copied)) == (NAMES, BUFFERS)
-    assert found.aliases == {"head.1.weight": "head.0.weight"}
+def values_of(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """What a tracker finds in a model: the first update's average."""
+    with PostHocEMA.from_model(model, folder, update_every=1, final_snapshot=False) as tracker:
+        tracker.update_(model)
+        return tracker.state_dict(sigma_rel=0.28)
 
 
-@pytest.mark.parametrize("wrap", WRAPPERS)
-def test_a_wrapped_model_has_the_names_and_values_of_the_bare_one(wrap, one_process: None) -> None:  # type: ignore[no-untyped-def]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        found = collect_tensors(wrap(network()), Selection())
-    expected = collect_tensors(network(), Selection())
-    assert list(found.averaged) == list(expected.averaged) or wrap is fsdp_parts
-    assert set(found.averaged) == NAMES
-    assert set(found.copied) == BUFFERS
-    assert found.aliases == expected.aliases
-    for name, tensor in expected.averaged.items():
-        assert torch.equal(found.averaged[name], tensor), name
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("kind", WRAPPERS)
+def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(tmp_path: Path, kind: str) -> None:
+    bare, wrapped = network(), WRAPPERS[kind](network())
+    assert_same_tensors(values_of(wrapped, tmp_path / "values"), bare.state_dict())
+    with (
+        PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
+        PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before it was wrapped
+    ):
+        for number in range(4):
+            step(bare, number)
+            one.update_(bare)
+            step(wrapped, number)
+            other.update_(wrapped)
+    for name in ("bare", "wrapped"):
+        info = read_directory(tmp_path / name)[-1].info
+        assert (set(info.tensors), info.aliases) == (NAMES | BUFFERS, {"head.1.weight": "head.0.weight"})
+    weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
+    expected = PostHocEMA.from_path(tmp_path / "bare").state_dict(sigma_rel=0.15)
+    for name, tensor in expected.items():
+        assert torch.allclose(weights[name], tensor, rtol=1e-5, atol=1e-6), name
+    fresh = network()
+    fresh.load_state_dict(weights)
 
-
-@pytest.mark.parametrize("wrap", WRAPPERS)
-def test_snapshots_of_a_wrapped_model_are_those_of_the_bare_one_and_load_into_either(
-    tmp_path: Path,
-    wrap,
-    one_process: None,  # type: ignore[no-untyped-def]
-) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        bare, wrapped = network(), wrap(network())
-        with (
-            PostHocEMA.from_model(bare, tmp_path / "bare", **SETTINGS) as one,
-            PostHocEMA.from_model(network(), tmp_path / "wrapped", **SETTINGS) as other,  # made before it was wrapped
-        ):
-            for number in range(4):
-                step(bare, number)
-                one.update_(bare)
-                step(wrapped, number)
-                other.update_(wrapped)
-        names = [set(read_directory(tmp_path / name)[-1].info.tensors) for name in ("bare", "wrapped")]
-        assert names[0] == names[1] == NAMES | BUFFERS
-        weights = PostHocEMA.from_path(tmp_path / "wrapped").state_dict(sigma_rel=0.15)
-        expected = PostHocEMA.from_path(tmp_path / "bare").state_dict(sigma_rel=0.15)
-        for name, tensor in expected.items():
-            assert torch.allclose(weights[name], tensor, rtol=1e-5, atol=1e-6), name
-        fresh = network()
-        fresh.load_state_dict(weights)
-
-        x = torch.randn(6, 3)
-        before = collect_tensors(wrapped, Selection())
-        before_values = {name: tensor.clone() for name, tensor in before.averaged.items()}
-        run = PostHocEMA.from_path(tmp_path / "wrapped", wrapped)
-        with run.model(wrapped, sigma_rel=0.15) as averaged, torch.no_grad():
-            assert torch.allclose(averaged(x), fresh.eval()(x), rtol=1e-5, atol=1e-6)
-            with pytest.raises(NotReadyError, match="holds averaged weights"):
-                run.update_(wrapped)
-        for name, tensor in collect_tensors(wrapped, Selection()).averaged.items():
-            assert torch.equal(tensor, before_values[name]), name
-        run.load_into(wrapped, sigma_rel=0.15)
-        for name, tensor in collect_tensors(wrapped, Selection()).averaged.items():
-            assert torch.equal(tensor, weights[name]), name
+    x = torch.randn(6, 3)
+    before = values_of(wrapped, tmp_path / "before")
+    run = PostHocEMA.from_path(tmp_path / "wrapped", wrapped)
+    with run.model(wrapped, sigma_rel=0.15) as averaged, torch.no_grad():
+        assert torch.allclose(averaged(x), fresh.eval()(x), rtol=1e-5, atol=1e-6)
+        with pytest.raises(NotReadyError, match="holds averaged weights"):
+            run.update_(wrapped)
+    assert_same_tensors(values_of(wrapped, tmp_path / "after"), before)
+    run.load_into(wrapped, sigma_rel=0.15)
+    assert_same_tensors(values_of(wrapped, tmp_path / "loaded"), weights)
 
 
 def test_a_wrapper_put_around_a_swapped_model_is_known_to_hold_averages(tmp_path: Path) -> None:
@@ -186,22 +158,19 @@ def test_a_wrapper_put_around_a_swapped_model_is_known_to_hold_averages(tmp_path
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         tracker.update_(model)
         with tracker.model(model, sigma_rel=0.28), pytest.raises(NotReadyError, match="holds averaged weights"):
-            tracker.update_(parallel(model))
+            tracker.update_(torch.nn.DataParallel(model))
 
 
 def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = fsdp_flat(network())
+    model = fsdp(network(), use_orig_params=False)
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         tracker.update_(model)
-        with (
-            pytest.raises(InvalidValueError, match="keeps the dtypes it has"),
-            tracker.model(model, 0.28, dtype="bf16"),
+        for call in (
+            lambda: tracker.model(model, 0.28, dtype="bf16").__enter__(),
+            lambda: tracker.load_into(model, 0.28, dtype="bf16"),
         ):
-            pass
-        with pytest.raises(InvalidValueError, match="keeps the dtypes it has"):
-            tracker.load_into(model, 0.28, dtype="bf16")
+            with pytest.raises(InvalidValueError, match="keeps the dtypes it has"):
+                call()
 
 
 def test_sharded_models_are_refused_by_name(tmp_path: Path, one_process: None) -> None:
@@ -232,66 +201,37 @@ def test_parameters_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, shap
             tracker.update_(model)
 
 
-# --- several processes -----------------------------------------------------------------------------
-
 JOB = """
     import sys, warnings
     import torch, torch.distributed as dist
     from torch.distributed.fsdp import FullyShardedDataParallel, ShardingStrategy
+    from torch.nn.parallel import DistributedDataParallel
     from posthoc_cli import PostHocEMA
-    from posthoc_cli.errors import InvalidValueError, NotReadyError
+    from posthoc_cli.errors import InvalidValueError
 
     what, folder, rank = sys.argv[1], sys.argv[2], int(sys.argv[3])
     warnings.simplefilter("ignore")
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
     torch.manual_seed(0)
-    bare = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
-    options = dict(device_id=torch.device("cpu"))
-    if what == "sharded":
-        model = FullyShardedDataParallel(bare, sharding_strategy=ShardingStrategy.FULL_SHARD, **options)
-        try:
-            PostHocEMA.from_model(model, folder + "/run")
-        except InvalidValueError as error:
-            assert "sharded over processes (FSDP, FULL_SHARD)" in str(error), error
-            sys.exit(0)
-        sys.exit("was not refused")
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
     if what == "ddp":
-        model = torch.nn.parallel.DistributedDataParallel(bare)
+        model = DistributedDataParallel(model)
     elif what == "part":
-        model = bare
-        model[0] = torch.nn.parallel.DistributedDataParallel(model[0])
-        model[2] = torch.nn.parallel.DistributedDataParallel(model[2])
+        model[0], model[2] = DistributedDataParallel(model[0]), DistributedDataParallel(model[2])
     else:
-        model = FullyShardedDataParallel(bare, sharding_strategy=ShardingStrategy.NO_SHARD, **options)
+        strategy = ShardingStrategy.FULL_SHARD if what == "sharded" else ShardingStrategy.NO_SHARD
+        model = FullyShardedDataParallel(model, sharding_strategy=strategy, device_id=torch.device("cpu"))
+    try:
+        run = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
+    except InvalidValueError as error:
+        sys.exit(what != "sharded" or "sharded over processes (FSDP, FULL_SHARD)" not in str(error))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    run = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
     for step in range(6):
-        generator = torch.Generator().manual_seed(2 * step + rank)
-        model(torch.randn(5, 3, generator=generator)).square().mean().backward()
+        model(torch.randn(5, 3)).square().mean().backward()
         optimizer.step()
-        optimizer.zero_grad()
         run.update_(model)
-    assert (run.step, run.t) == (6, 6.0)
-    state = run.state_dict()
-    if rank:
-        assert state == {}
-        run.load_state_dict({})
-        try:
-            run.state_dict(sigma_rel=0.15)
-        except NotReadyError as error:
-            assert "the first one of its group does" in str(error)
-        else:
-            sys.exit("gave an average that it cannot have")
-    else:
-        run.state_dict(sigma_rel=0.15)
-        torch.save(state, folder + "/state.pt")
-    dist.barrier()
+    assert (run.step, run.t, run.state_dict() == {}) == (6, 6.0, rank == 1)
     run.close()
-    again = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
-    again.load_state_dict(torch.load(folder + "/state.pt", weights_only=True))
-    again.update_(model)
-    assert (again.step, again.t) == (7, 7.0)
-    again.close()
     dist.barrier()
     dist.destroy_process_group()
 """
@@ -316,7 +256,7 @@ def test_of_two_processes_the_first_one_writes(tmp_path: Path, what: str) -> Non
         assert not (tmp_path / "run").exists()
         return
     snapshots = read_directory(tmp_path / "run")
-    assert sorted({snapshot.info.step for snapshot in snapshots}) == [3, 6, 7]
+    assert {snapshot.info.step for snapshot in snapshots} == {3, 6}
     assert {name for name in snapshots[0].info.tensors if name.startswith("0.")} == {"0.weight", "0.bias"}
 
 
@@ -325,7 +265,7 @@ BEFORE_WRAPPING = """
     import torch, torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     from posthoc_cli import PostHocEMA
-    from posthoc_cli.errors import InvalidValueError, NotReadyError
+    from posthoc_cli.errors import NotReadyError
 
     folder, rank = sys.argv[1], int(sys.argv[2])
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=2)
@@ -365,8 +305,7 @@ BEFORE_WRAPPING = """
     run.load_state(folder + "/state")
     assert run.step == 4
     train(bare, run)
-    assert (run.step, run.t) == (8, 8.0)
-    assert (run.state_dict() == {}) == (rank == 1)
+    assert (run.step, run.t, run.state_dict() == {}) == (8, 8.0, rank == 1)
     if rank:
         assert refused(lambda: run.averaged(bare, 0.28).__enter__())
         assert refused(lambda: run.model(bare, 0.15).__enter__())
@@ -398,9 +337,6 @@ def test_a_tracker_that_is_made_before_wrapping_trains_and_resumes_in_two_proces
         assert abs(value.numpy() - exact).max() < 8 * 2**-53
     first, second = (torch.load(tmp_path / f"read-{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(value, second[name]) for name, value in first.items())
-
-
-# --- who keeps the averages, without processes -----------------------------------------------------
 
 
 def test_a_process_that_keeps_no_averages_counts_and_writes_nothing(tmp_path: Path) -> None:
@@ -435,18 +371,108 @@ def test_the_state_of_a_process_that_keeps_no_averages_is_none_for_a_writer(tmp_
             pass
 
 
-@pytest.mark.parametrize("writer", [1, "yes"])
-def test_a_writer_is_chosen_by_true_false_or_none(tmp_path: Path, writer: object) -> None:
-    with pytest.raises(InvalidValueError, match="must be True, False or None"):
-        PostHocEMA.from_model(torch.nn.Linear(1, 1), tmp_path, writer=writer)  # type: ignore[arg-type]
-
-
 def test_what_the_user_says_holds_against_the_wrapper(tmp_path: Path, one_process: None) -> None:
     """As where each process of a group trains a model of its own, in a directory of its own."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model = replicated(network())
+    model = DistributedDataParallel(network())
     with PostHocEMA.from_model(model, tmp_path, writer=False, **SETTINGS) as tracker:
         step(model, 0)
         tracker.update_(model)
     assert list(tmp_path.glob("*.safetensors")) == []
+
+
+PEFTS = pytest.mark.filterwarnings("ignore")  # whose own warnings are many
+LORA = LoraConfig(r=2, target_modules=["middle", "embed"], modules_to_save=["head"])
+CONFIGS = {
+    "lora": LORA,
+    "dora": LoraConfig(r=2, target_modules=["middle"], use_dora=True),
+    "loha": LoHaConfig(r=2, target_modules=["middle"]),
+}
+
+
+class Adapted(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = torch.nn.Embedding(7, 4)
+        self.middle = torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.relu(self.middle(self.embed(x).mean(1))))
+
+
+def track(model: torch.nn.Module, folder: Path) -> dict[str, torch.Tensor]:
+    """Train for a few steps; returns an average."""
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
+    with PostHocEMA.from_model(model, folder, update_every=1, checkpoint_every=4, checkpoint_dtype=None) as run:
+        for _ in range(8):
+            model(torch.randint(0, 7, (8, 3))).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            run.update_(model)
+    return PostHocEMA.from_path(folder).state_dict(sigma_rel=0.15)
+
+
+@PEFTS
+@pytest.mark.parametrize("kind", CONFIGS)
+@pytest.mark.parametrize("wrap", [lambda m: m, torch.nn.DataParallel, lambda m: torch.compile(m, backend="eager")])
+def test_an_adapter_has_the_names_that_peft_saves(kind: str, wrap) -> None:  # type: ignore[no-untyped-def]
+    model = get_peft_model(Adapted(), CONFIGS[kind])
+    found = collect_tensors(wrap(model), Selection())
+    assert set(found.averaged) == set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    assert not found.copied
+    assert "base_model.model.middle.base_layer.weight" in found.left_out
+
+
+@PEFTS
+def test_averages_load_by_pefts_own_functions(tmp_path: Path) -> None:
+    model = get_peft_model(Adapted(), LORA)
+    weights = track(model, tmp_path / "run")
+    assert set(read_directory(tmp_path / "run")[0].info.tensors) == set(weights)
+
+    x = torch.randint(0, 7, (8, 3))
+    run = PostHocEMA.from_path(tmp_path / "run", model)
+    with run.model(model, sigma_rel=0.15) as averaged, torch.no_grad():
+        expected = averaged(x)
+    assert not torch.allclose(model(x), expected)
+
+    fresh = get_peft_model(Adapted(), LORA)
+    loaded = set_peft_model_state_dict(fresh, weights)
+    assert not loaded.unexpected_keys
+    assert torch.equal(fresh.eval()(x), expected)
+
+    # As a folder that from_pretrained reads: PEFT's own configuration, our weights.
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=False)
+    save_file(dict(weights), tmp_path / "adapter" / "adapter_model.safetensors")
+    read = PeftModel.from_pretrained(Adapted(), str(tmp_path / "adapter"))
+    assert torch.equal(read.eval()(x), expected)
+
+
+@PEFTS
+def test_an_adapter_injected_into_a_model_has_pefts_names_too(tmp_path: Path) -> None:
+    model = inject_adapter_in_model(CONFIGS["lora"], Adapted())
+    weights = track(model, tmp_path)
+    assert set(weights) == set(get_peft_model_state_dict(model, save_embedding_layers=False))
+    fresh = inject_adapter_in_model(CONFIGS["lora"], Adapted())
+    set_peft_model_state_dict(fresh, weights)
+    PostHocEMA.from_path(tmp_path).load_into(model, sigma_rel=0.15)
+    x = torch.randint(0, 7, (8, 3))
+    assert torch.equal(fresh(x), model(x))
+
+
+def names(model: torch.nn.Module, **filters: bool) -> set[str]:
+    return set(collect_tensors(model, Selection(**filters)).averaged)
+
+
+@PEFTS
+def test_names_where_a_part_is_compiled_or_the_model_is_one_of_several_or_has_several_adapters() -> None:
+    model = get_peft_model(Adapted(), LORA)
+    expected = names(model)
+    model.base_model.model.middle = torch.compile(model.base_model.model.middle, backend="eager")
+    assert names(model) == expected
+    model = get_peft_model(Adapted(), CONFIGS["dora"])
+    both = torch.nn.ModuleDict({"text": model, "image": torch.nn.Linear(2, 2)})
+    assert {"text.base_model.model.middle.lora_A.weight", "image.weight"} < names(both)
+    model.add_adapter("second", CONFIGS["dora"])
+    each = {f"base_model.model.middle.lora_A.{name}.weight" for name in ("default", "second")}
+    assert each < names(model, only_trainable=False)
