@@ -62,11 +62,7 @@ def exact_average(values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequ
 
 
 def make_info(
-    values: Mapping[str, torch.Tensor],
-    t: float = 10.0,
-    sigma_rel: float = 0.05,
-    run_id: str = RUN_ID,
-    **overrides: Any,
+    values: Mapping[str, torch.Tensor], t: float = 10.0, sigma_rel: float = 0.05, run_id: str = RUN_ID, **overrides: Any
 ) -> SnapshotInfo:
     """What a snapshot of `values` says: floating-point tensors are averages of their own dtype, others copies.
 

@@ -284,9 +284,7 @@ def test_sums_in_float64_are_rounded_once(mixed: Path) -> None:
     values = []
     for source in plan.sources:
         only = replace(
-            plan,
-            sources=(source,),
-            reconstruction=replace(plan.reconstruction, coefficients=np.ones((1, 1))),
+            plan, sources=(source,), reconstruction=replace(plan.reconstruction, coefficients=np.ones((1, 1)))
         )
         values.append(dict(synthesize(only))["large"][0].double())
     exact = sum(c * v for c, v in zip(plan.reconstruction.coefficients[:, 0].tolist(), values, strict=True))

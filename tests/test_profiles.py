@@ -108,10 +108,7 @@ def test_time_that_does_not_grow_is_refused(t_prev: float, t: float) -> None:
         new_value_share(6.94, t_prev, t)
 
 
-@given(
-    st.floats(0.01, 0.288),
-    st.lists(st.floats(0.01, 100), min_size=1, max_size=30),
-)
+@given(st.floats(0.01, 0.288), st.lists(st.floats(0.01, 100), min_size=1, max_size=30))
 def test_a_chain_of_updates_leaves_the_profiles_own_mass_on_each_value(sigma_rel: float, steps: list[float]) -> None:
     gamma = gamma_from_sigma_rel(sigma_rel)
     times = np.cumsum(steps)
