@@ -16,7 +16,16 @@ import safetensors
 import safetensors.torch
 import torch
 from checking import refused
-from factories import RUN_ID, exact_gamma, flip_bit, read_snapshot, refuse_for_space, write_sharded, write_snapshot
+from factories import (
+    RUN_ID,
+    exact_gamma,
+    flip_bit,
+    read_snapshot,
+    refuse_for_space,
+    write_sharded,
+    write_snapshot,
+    write_tensors,
+)  # fmt: skip
 
 from posthoc_cli import files
 from posthoc_cli.errors import (
@@ -26,14 +35,12 @@ from posthoc_cli.errors import (
     NonFiniteError,
     OutputExistsError,
     WriteError,
-)
+)  # fmt: skip
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import LAYOUTS, layout_of, output_exists, write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
-from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
@@ -49,18 +56,12 @@ WEIGHTS: Tensors = {
 }
 
 
-def write_output(
-    path: Path, tensors: Mapping[str, torch.Tensor] = WEIGHTS, copies: tuple[str, ...] = ("var", "count")
-) -> Path:
+def write_output(path: Path, tensors: Tensors = WEIGHTS, copies: tuple[str, ...] = ("var", "count")) -> Path:
     """A file as a synthesis writes it."""
     info = OutputInfo(
         RUN_ID, "sigma_rel 0.1", 0.1, exact_gamma(0.1), 10.0, "steps", "paper", 1e-3, None, (("x", 1.0),), copies
     )
-    specs = [fmt.TensorSpec(name, stored_name(t.dtype), tuple(t.shape)) for name, t in tensors.items()]
-    with TensorFileWriter(path, specs, output_metadata(info), overwrite=True) as writer:
-        for name, tensor in tensors.items():
-            writer.write(name, tensor_bytes(tensor))
-        writer.commit()
+    write_tensors(path, tensors, output_metadata(info), overwrite=True)
     return path
 
 
