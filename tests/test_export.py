@@ -25,7 +25,7 @@ from factories import (
     write_sharded,
     write_snapshot,
     write_tensors,
-)  # fmt: skip
+)
 
 from posthoc_cli import files
 from posthoc_cli.errors import (
@@ -35,7 +35,7 @@ from posthoc_cli.errors import (
     NonFiniteError,
     OutputExistsError,
     WriteError,
-)  # fmt: skip
+)
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import LAYOUTS, layout_of, output_exists, write_synthesis
 from posthoc_cli.snapshots import format as fmt

@@ -23,7 +23,7 @@ from posthoc_cli.profiles import (
     new_value_share,
     sigma_rel_from_classical_beta,
     sigma_rel_from_gamma,
-)  # fmt: skip
+)
 
 # beta for sigma_rel after 1,000 steps, as users of another library know it.
 KNOWN_TABLE = {0.001: 0.3700, 0.01: 0.9055, 0.03: 0.9680, 0.05: 0.9808, 0.1: 0.9911, 0.15: 0.9944, 0.2: 0.9962}
