@@ -149,7 +149,7 @@ def test_a_synthesis_is_one_call_and_its_report_is_that_of_the_command(ema: Ema,
     assert made is not None
     options = ("--dtype", "bf16", "--skip-existing", "--json")
     printed = ema("synthesize", run, "--sigma-rel", "0.1,0.2", "--out", out, *options)
-    report, found = json.loads(printed.out), made.to_dict()
+    report, found = printed.json, made.to_dict()
     for index, path in enumerate(made.outputs):
         assert load_file(path)["embed"].dtype == torch.bfloat16
         assert report["targets"][index].pop("skipped") is not found["targets"][index].pop("skipped")
@@ -183,7 +183,7 @@ def test_parts_and_finish_on_the_command_line(ema: Ema, run: Path, tmp_path: Pat
     assert "would make part 2/3" in make(ema, run, out, "--shard", "2/3", "--dry-run").out
     assert not out.exists()
     make_all(ema, run, out, 3)
-    report = json.loads(make(ema, run, out, "--shard", "3/3", "--json").out)
+    report = make(ema, run, out, "--shard", "3/3", "--json").json
     nbytes = sum(tensor.nbytes for tensor in load_file(out / "model-00003-of-00003.safetensors").values())
     assert {key: report["shard"][key] for key in ("part", "of", "bytes")} == {"part": 3, "of": 3, "bytes": nbytes}
     assert report["targets"][0]["skipped"] is True

@@ -89,7 +89,7 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
     assert [path.name for path in report.outputs] == ["sigma_rel-0.1.safetensors", "beta-0.9.safetensors"]
     arguments = ("--sigma-rel", "0.1", "--beta", "0.9", "--out", tmp_path / "new", "--force", "--json")
     printed = ema("synthesize", run.directory, *arguments)
-    found, expected = json.loads(printed.out), json.loads(json.dumps(report.to_dict()))
+    found, expected = printed.json, json.loads(json.dumps(report.to_dict()))
     for target in (*found["targets"], *expected["targets"]):
         del target["seconds"]
     assert found == expected

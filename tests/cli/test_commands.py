@@ -24,7 +24,7 @@ def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     assert re.search(r"^run +[0-9a-f]{32}$", result.out, re.MULTILINE)
     assert re.search(r"^ *0\.28 +0\.1693 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out, re.MULTILINE)
     assert re.search(r"^measured +40 of them$", result.out, re.MULTILINE)
-    report = json.loads(ema("info", run, "--json").out)
+    report = ema("info", run, "--json").json
     assert report["run"] == PostHocEMA.from_path(run).run_id
     assert [p["sigma_rel"] for p in report["profiles"]] == [0.05, 0.28]
     assert report["profiles"][0]["times"] == [100.0 * k for k in range(1, 21)]
@@ -42,17 +42,17 @@ def test_info_says_where_nothing_was_measured(ema: Ema, unmeasured_run: Path) ->
     assert (result.code, result.err) == (0, "")
     assert re.search(r"^measured +none of them: errors are predicted from a sample$", result.out, re.MULTILINE)
     assert result.out.count("unknown") == 2
-    report = json.loads(ema("info", unmeasured_run, "--json").out)
+    report = ema("info", unmeasured_run, "--json").json
     assert report["measured"] == 0
     assert [profile["relative_rounding"] for profile in report["profiles"]] == [None, None]
-    snapshot = json.loads(ema("info", sorted(unmeasured_run.glob("*.safetensors"))[0], "--json").out)
+    snapshot = ema("info", sorted(unmeasured_run.glob("*.safetensors"))[0], "--json").json
     assert snapshot["measurements"] is None
 
 
 def test_info_of_an_output_that_is_no_power_function(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "beta.safetensors"
     ema("synthesize", run, "--beta", "0.99", "--out", out)
-    report = json.loads(ema("info", out, "--json").out)
+    report = ema("info", out, "--json").json
     assert (report["profile"], report["sigma_rel"], report["gamma"]) == ("beta 0.99", None, None)
     text = ema("info", out).out
     assert re.search(r"^profile +beta 0\.99$", text, re.MULTILINE)
@@ -61,7 +61,7 @@ def test_info_of_an_output_that_is_no_power_function(ema: Ema, run: Path, tmp_pa
 
 def test_info_of_a_snapshot_an_output_and_a_stranger(ema: Ema, run: Path, tmp_path: Path) -> None:
     snapshot = sorted(run.glob("*.safetensors"))[-1]
-    report = json.loads(ema("info", snapshot, "--json").out)
+    report = ema("info", snapshot, "--json").json
     assert (report["kind"], report["sigma_rel"], report["t"], report["t_first"]) == ("snapshot", 0.28, 2000, 10)
     assert report["measurements"]["distances"] == 5
     assert report["measurements"]["relative_rounding"] == pytest.approx(2**-11, rel=0.7)
@@ -72,7 +72,7 @@ def test_info_of_a_snapshot_an_output_and_a_stranger(ema: Ema, run: Path, tmp_pa
                      ema("info", snapshot).out, re.MULTILINE)  # fmt: skip
     out = tmp_path / "m.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
-    report = json.loads(ema("info", out, "--json").out)
+    report = ema("info", out, "--json").json
     assert (report["kind"], report["sigma_rel"], report["method"]) == ("output", 0.15, "minvar")
     assert report["profile"] == "sigma_rel 0.15"
     assert 0 < report["predicted_error"] < 0.01
@@ -90,7 +90,7 @@ def test_info_of_a_snapshot_an_output_and_a_stranger(ema: Ema, run: Path, tmp_pa
     assert verbose.count(".safetensors  ") == 40
     assert re.search(r"^profile error +\d", verbose, re.MULTILINE)
     save_file({"w": torch.zeros(3, 2)}, tmp_path / "other.safetensors")
-    report = json.loads(ema("info", tmp_path / "other.safetensors", "--json").out)
+    report = ema("info", tmp_path / "other.safetensors", "--json").json
     assert (report["kind"], report["parameters"]) == ("safetensors", 6)
 
 
@@ -98,7 +98,7 @@ def test_info_reports_leftovers_and_what_was_set_aside(ema: Ema, run: Path) -> N
     (run / ".ema-0123.tmp").write_text("")
     (run / "superseded").mkdir()
     (run / "superseded" / "x.safetensors").write_text("")
-    report = json.loads(ema("info", run, "--json").out)
+    report = ema("info", run, "--json").json
     assert report["leftovers"] == [".ema-0123.tmp"]
     assert report["superseded"] == 1
 
@@ -110,19 +110,19 @@ def make_averages(ema: Ema, run: Path, folder: Path, *options: str) -> None:
 def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_averages(ema, run, tmp_path / "averages")
     make_averages(ema, run, tmp_path / "shards", "--format", "sharded", "--max-shard-size", "50")
-    alone = json.loads(ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").out)
+    alone = ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").json
     folder = tmp_path / "shards" / "sigma_rel-0.15"
     for path in (folder, folder / "model.safetensors.index.json"):
         result = ema("info", path, "--json")
         assert result.code == 0
-        report = json.loads(result.out)
+        report = result.json
         assert report.pop("files") == len(list(folder.glob("*.safetensors"))) > 1
         assert report.pop("path") == str(path)
         assert report.pop("bytes") == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
         assert report == {key: value for key, value in alone.items() if key not in ("path", "bytes")}
         assert re.search(r"^profile +sigma_rel 0\.15$", ema("info", path).out, re.MULTILINE)
     for container in ("averages", "shards"):
-        report = json.loads(ema("info", tmp_path / container, "--json").out)
+        report = ema("info", tmp_path / container, "--json").json
         assert report["kind"] == "outputs"
         assert [one["profile"] for one in report["outputs"]] == ["sigma_rel 0.1", "sigma_rel 0.15", "sigma_rel 0.2"]
         text = ema("info", tmp_path / container).out
@@ -180,7 +180,7 @@ def test_what_shard_and_finish_leave_goes_on_to_one_file(ema: Ema, run: Path, tm
         found = load_file(made)
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-        reports = [json.loads(ema("info", path, "--json").out) for path in (made, whole)]
+        reports = [ema("info", path, "--json").json for path in (made, whole)]
         assert len({json.dumps({**report, "path": "", "bytes": 0}) for report in reports}) == 1
 
 
@@ -233,7 +233,7 @@ def test_export_into_a_pt_file_completed_from_a_full_model(ema: Ema, run: Path, 
     assert loaded.keys() == full.keys()
     assert torch.equal(loaded["net.2.bias"], torch.ones(2).half())
     result = ema("export", tmp_path / "full.safetensors", "--out", tmp_path / "s", "--strip-prefix", "net.", "--json")
-    assert json.loads(result.out)["tensors"] == 9
+    assert result.json["tensors"] == 9
     assert set(load_file(tmp_path / "s" / "model.safetensors")) == {name.removeprefix("net.") for name in full}
 
 
@@ -250,8 +250,8 @@ def test_the_table_that_users_know(ema: Ema) -> None:
 
 
 def test_both_ways(ema: Ema) -> None:
-    (row,) = json.loads(ema("profile", "--beta", "0.9999", "--steps", "100000", "--json").out)["profiles"]
-    back = json.loads(ema("profile", "--sigma-rel", row["sigma_rel"], "--steps", "100000", "--json").out)
+    (row,) = ema("profile", "--beta", "0.9999", "--steps", "100000", "--json").json["profiles"]
+    back = ema("profile", "--sigma-rel", row["sigma_rel"], "--steps", "100000", "--json").json
     assert back["profiles"][0]["beta"] == pytest.approx(0.9999, rel=1e-12)
 
 

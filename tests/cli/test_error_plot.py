@@ -64,7 +64,7 @@ def test_the_profile_error_is_for_those_who_ask(ema: Ema, run: Path, tmp_path: P
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_a_schedule_has_the_predicted_error_of_plan_under_the_same_assumption(ema: Ema, dtype: str) -> None:
     schedule = ("--sigma-rels", "0.05,0.28", "--steps", "8000", "--checkpoint-every", "1000", "--dtype", dtype)
-    (curve,) = json.loads(ema("error-plot", *schedule, "--sigma-range", "0.05:0.28", "--json").out)["curves"]
+    (curve,) = ema("error-plot", *schedule, "--sigma-range", "0.05:0.28", "--json").json["curves"]
     rounding = {"float16": 2.0**-10, "bfloat16": 2.0**-7}[dtype] * np.sqrt(2 * np.log(2) / 36)
     for index in range(20, 200, 30):
         least = expected_error(curve["sigma_rel"][index], (0.05, 0.28), range(1000, 8001, 1000), float(rounding))
@@ -72,7 +72,7 @@ def test_a_schedule_has_the_predicted_error_of_plan_under_the_same_assumption(em
             0.99 * least < curve["predicted_error"][index] < 1.13 * least
         )  # a little more where the paper's are taken
     fixed = (*schedule, "--params", "1M", "--max-size", "1GB", "--max-checkpoints", "8")
-    (plan,) = json.loads(ema("plan", *fixed, "--json").out)["proposals"]
+    (plan,) = ema("plan", *fixed, "--json").json["proposals"]
     found = np.interp(plan["sigma_rel"], curve["sigma_rel"], curve["predicted_error"])
     assert found == pytest.approx(plan["predicted_error"], rel=0.02)
     assert curve["assumption"] == "the network moves evenly"
@@ -82,9 +82,9 @@ def test_a_schedule_has_the_predicted_error_of_plan_under_the_same_assumption(em
 def test_a_schedule_takes_the_movement_of_an_earlier_run(ema: Ema, run: Path) -> None:
     schedule = ("--sigma-rels", "0.05,0.28", "--steps", "4000", "--checkpoint-every", "500", "--like", run)
     result = ema("error-plot", *schedule, "--sigma-range", "0.05:0.28", "--json")
-    (curve,) = json.loads(result.out)["curves"]
+    (curve,) = result.json["curves"]
     fixed = (*schedule, "--params", "1M", "--max-size", "1GB", "--max-checkpoints", "8", "--dtype", "float16")
-    (plan,) = json.loads(ema("plan", *fixed, "--json").out)["proposals"]
+    (plan,) = ema("plan", *fixed, "--json").json["proposals"]
     found = np.interp(plan["sigma_rel"], curve["sigma_rel"], curve["predicted_error"])
     assert found == pytest.approx(plan["predicted_error"], rel=0.02)
     assert curve["assumption"] == f"the network moves as in {run}"
@@ -105,7 +105,7 @@ def test_a_run_that_does_not_tell_how_it_moved_is_judged_as_a_schedule(ema: Ema,
     with PostHocEMA.from_model(model, tmp_path / "one", sigma_rels=(0.05,), checkpoint_every=100) as tracker:
         for _ in range(100):
             tracker.update_(model)
-    (curve,) = json.loads(ema("error-plot", tmp_path / "one", "--sigma-range", "0.05:0.28", "--json").out)["curves"]
+    (curve,) = ema("error-plot", tmp_path / "one", "--sigma-range", "0.05:0.28", "--json").json["curves"]
     assert curve["label"].endswith("/one: 1 snapshot up to 100 steps, if the network moves evenly")
     assert curve["predicted_error"][-1] == pytest.approx(expected_error(0.28, (0.05,), (100,), 0.0), rel=0.01)
 
@@ -118,18 +118,18 @@ def test_the_picture_and_the_warning_name_the_same_range_and_both_ends_are_in_it
     warning = ema("synthesize", run, "--sigma-rel", "0.01", "--dry-run", "-q").err
     assert warning.rstrip().endswith(f"; below 1 % for sigma_rel {shown}")
     ends = re.findall(r"0\.\d+", shown)
-    report = json.loads(ema("synthesize", run, "--sigma-rel", ",".join(ends), "--dry-run", "--json").out)
+    report = ema("synthesize", run, "--sigma-rel", ",".join(ends), "--dry-run", "--json").json
     assert all(target["predicted_error"] < 0.01 for target in report["targets"])
 
 
 def test_a_directory_without_measurements_is_measured_from_a_sample(ema: Ema, run: Path, unmeasured_run: Path) -> None:
-    (curve,) = json.loads(ema("error-plot", unmeasured_run, "--json").out)["curves"]
+    (curve,) = ema("error-plot", unmeasured_run, "--json").json["curves"]
     assert curve["assumption"] is None
     assert all(error > 0 for error in curve["predicted_error"])
 
 
 def test_the_range_below_1_percent_is_that_of_the_main_error(ema: Ema, run: Path) -> None:
-    (curve,) = json.loads(ema("error-plot", run, "--json").out)["curves"]
+    (curve,) = ema("error-plot", run, "--json").json["curves"]
     assert curve["below_1_percent"]
     for sigma_rel, error in zip(curve["sigma_rel"], curve["predicted_error"], strict=True):
         inside = any(low <= sigma_rel <= high for low, high in curve["below_1_percent"])
@@ -142,7 +142,7 @@ def test_targets_of_other_kinds_are_points_and_drawn_over_time(ema: Ema, run: Pa
     others = ["--beta", "0.99,0.999", "--window", "500", "--between", "500:1500", "--profile", ramp]
     titles = ["beta 0.99", "beta 0.999", "window 500", "between 500:1500", "profile ramp.csv"]
     arguments = ["error-plot", run, *others, "--draw", "0.15", "--out", tmp_path / "e.svg", "--csv", tmp_path / "e.csv"]
-    (curve,) = json.loads(ema(*arguments, "--json").out)["curves"]
+    (curve,) = ema(*arguments, "--json").json["curves"]
     found = {other["target"]: other for other in curve["others"]}
     assert list(found) == titles
     assert found["window 500"]["sigma_rel"] == pytest.approx(0.25 / 12**0.5, rel=1e-6)
@@ -179,7 +179,7 @@ def test_before_training_several_schedules_in_one_picture(ema: Ema, tmp_path: Pa
 
 def test_the_numbers_as_json_and_as_a_table(ema: Ema, run: Path, tmp_path: Path) -> None:
     result = ema("error-plot", run, "--csv", tmp_path / "e.csv", "--json", "--sigma-range", "0.04:0.28")
-    (curve,) = json.loads(result.out)["curves"]
+    (curve,) = result.json["curves"]
     rows = list(csv.DictReader((tmp_path / "e.csv").read_text().splitlines()))
     assert [float(row["sigma_rel"]) for row in rows] == curve["sigma_rel"]
     assert [float(row["profile_error"]) for row in rows] == curve["profile_error"]
@@ -188,11 +188,11 @@ def test_the_numbers_as_json_and_as_a_table(ema: Ema, run: Path, tmp_path: Path)
     assert {row["target"] for row in rows} == {"sigma_rel"}
     assert curve["tracked"] == [0.05, 0.28]
     assert (curve["sigma_rel"][0], curve["sigma_rel"][-1]) == (0.04, 0.28)
-    dry = json.loads(ema("synthesize", run, "--sigma-rel", "0.04", "--dtype", "float64", "--dry-run", "--json").out)
+    dry = ema("synthesize", run, "--sigma-rel", "0.04", "--dtype", "float64", "--dry-run", "--json").json
     for error in ("predicted_error", "profile_error"):
         assert dry["targets"][0][error] == pytest.approx(curve[error][0])
 
 
 def test_a_directory_beside_a_schedule(ema: Ema, run: Path) -> None:
     result = ema("error-plot", run, "--sigma-rels", "0.1", *SCHEDULE, "--json")
-    assert [curve["tracked"] for curve in json.loads(result.out)["curves"]] == [[0.05, 0.28], [0.1]]
+    assert [curve["tracked"] for curve in result.json["curves"]] == [[0.05, 0.28], [0.1]]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -38,7 +37,7 @@ def test_it_prints_alternatives_and_a_call_that_runs(ema: Ema, tmp_path: Path, m
 
 
 def test_json_has_everything(ema: Ema) -> None:
-    report = json.loads(ema(*TASK, "--sigma-range", "0.1:0.2", "--json").out)
+    report = ema(*TASK, "--sigma-range", "0.1:0.2", "--json").json
     assert report["max_bytes"] == 24_000_000
     assert report["motion"] == "assumed"
     best = report["proposals"][0]
@@ -51,7 +50,7 @@ def test_json_has_everything(ema: Ema) -> None:
 
 def test_what_is_good_enough_can_be_said(ema: Ema) -> None:
     fixed = (*TASK, "--max-size", "100MB", "--dtype", "float16", "--sigma-rels", "0.05,0.28", "--json")
-    coarse, fine = (json.loads(ema(*fixed, "--max-error", error).out)["proposals"] for error in ("1%", "1e-5"))
+    coarse, fine = (ema(*fixed, "--max-error", error).json["proposals"] for error in ("1%", "1e-5"))
     assert coarse[0]["worst_error"] <= 0.01
     assert coarse[0]["bytes"] < fine[0]["bytes"]
     assert fine[0]["worst_error"] == min(other["worst_error"] for other in fine)  # not to be had: the least
@@ -59,14 +58,14 @@ def test_what_is_good_enough_can_be_said(ema: Ema) -> None:
 
 def test_choices_can_be_fixed(ema: Ema) -> None:
     fixed = ("--sigma-rels", "0.1,0.05", "--dtype", "fp16", "--checkpoint-every", "500", "--max-checkpoints", "3")
-    (best,) = json.loads(ema(*TASK, *fixed, "--json").out)["proposals"]
+    (best,) = ema(*TASK, *fixed, "--json").json["proposals"]
     assert (best["sigma_rels"], best["dtype"]) == ([0.05, 0.1], "float16")
     assert (best["checkpoint_every"], best["max_checkpoints"]) == (500, 3)
 
 
 def test_like_takes_the_movement_of_a_run(ema: Ema, run: Path) -> None:
     fixed = ("--sigma-rels", "0.05,0.28", "--dtype", "float16", "--checkpoint-every", "500", "--json")
-    plain, like = (json.loads(ema(*TASK, *fixed, *more).out) for more in ((), ("--like", run)))
+    plain, like = (ema(*TASK, *fixed, *more).json for more in ((), ("--like", run)))
     assert like["motion"] == "like"
     assert like["proposals"][0]["worst_error"] != pytest.approx(plain["proposals"][0]["worst_error"], rel=0.05)
     assert f"as in {run}" in ema(*TASK, *fixed[:-1], "--like", run).out

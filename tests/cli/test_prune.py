@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
@@ -41,7 +40,7 @@ def test_it_shows_what_goes_and_deletes_it(ema: Ema, run: Path) -> None:
 
 def test_json_says_what_it_did(ema: Ema, run: Path) -> None:
     everything = set(snapshots(run))
-    report = json.loads(ema("prune", run, "--max-error", "30%", "--yes", "--json").out)
+    report = ema("prune", run, "--max-error", "30%", "--yes", "--json").json
     assert report["deleted"] is True
     assert report["before"]["worst_error"] <= report["after"]["worst_error"] <= 0.3
     assert set(report["kept"]) == set(snapshots(run)) == everything - {gone["file"] for gone in report["gone"]}
@@ -55,7 +54,7 @@ def test_a_dry_run_deletes_nothing(ema: Ema, run: Path, wish: tuple[str, str]) -
     assert result.code == 0
     assert "nothing was deleted" in result.out.splitlines()[-1]
     assert before == {path.name: path.read_bytes() for path in run.iterdir()}
-    report = json.loads(ema("prune", run, *wish, "--dry-run", "--json").out)
+    report = ema("prune", run, *wish, "--dry-run", "--json").json
     assert report["deleted"] is False
     assert report["gone"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -60,7 +59,7 @@ def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest
     assert [row[-1] for row in rows] == [
         f"{name}.safetensors" for name in ("sigma_rel-0.15", "beta-0.99", "window-500")
     ]
-    report = json.loads(ema(*arguments, "--dry-run", "--json").out)
+    report = ema(*arguments, "--dry-run", "--json").json
     errors = [name.replace(" ", "_") for name in names]
     for row, target in zip(rows, report["targets"], strict=True):
         assert row[1:-1] == [f"{100 * target[error]:.2g} %" for error in errors]
@@ -74,7 +73,7 @@ def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest
 
 def test_the_json_names_targets_of_every_kind(ema: Ema, run: Path, ramp: Path) -> None:
     arguments = ["--sigma-rel", "0.1", "--beta", "0.99,0.99", "--between", "500:1500,0:2e3", "--profile", ramp]
-    report = json.loads(ema("synthesize", run, *arguments, "--dry-run", "--json").out)
+    report = ema("synthesize", run, *arguments, "--dry-run", "--json").json
     named = [(target["target"], target["sigma_rel"]) for target in report["targets"]]
     assert named == [
         ("sigma_rel 0.1", 0.1), ("beta 0.99", None), ("between 500:1500", None), ("between 0:2000", None),
@@ -93,7 +92,7 @@ def test_a_pattern_is_filled_in_by_any_target(ema: Ema, run: Path, tmp_path: Pat
 
 
 def test_without_measurements_a_sample_tells_how_the_network_moved(ema: Ema, unmeasured_run: Path) -> None:
-    report = json.loads(ema("synthesize", unmeasured_run, "--sigma-rel", "0.15", "--dry-run", "--json").out)
+    report = ema("synthesize", unmeasured_run, "--sigma-rel", "0.15", "--dry-run", "--json").json
     assert report["movement"]["source"] == "sampled"
     assert report["targets"][0]["predicted_error"] > 0
 
@@ -104,7 +103,7 @@ def test_of_one_snapshot_no_error_is_predicted(ema: Ema, tmp_path: Path) -> None
         for _ in range(100):
             tracker.update_(model)
     arguments = ["synthesize", tmp_path / "one", "--sigma-rel", "0.051"]
-    report = json.loads(ema(*arguments, "--dry-run", "--json").out)
+    report = ema(*arguments, "--dry-run", "--json").json
     assert report["targets"][0]["predicted_error"] is None
     assert report["movement"]["source"] == "assumed"
     made = ema(*arguments, "--out", tmp_path / "m.safetensors")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import sys
@@ -54,15 +53,15 @@ def test_a_reader_that_goes_is_not_taken_for_damage(
 
 def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
     schedule = ("--sigma-rels", "0.1", "--checkpoint-every", "1e3", "--max-checkpoints", "5e0", "--steps", "10K")
-    (curve,) = json.loads(ema("error-plot", *schedule, "--json").out)["curves"]
+    (curve,) = ema("error-plot", *schedule, "--json").json["curves"]
     assert curve["label"] == "plan: 0.1 at 5 times in 10,000 steps, if the network moves evenly"
-    assert json.loads(ema("profile", "--steps", "1e6", "--json").out)["steps"] == 1_000_000
+    assert ema("profile", "--steps", "1e6", "--json").json["steps"] == 1_000_000
     # What is refused is the option after it.
     late = ("--checkpoint-every", "0.1K", "--max-checkpoints", "many")
     assert ema("plan", *TASK[3:], "--steps", "1e3", *late).error.startswith("--max-checkpoints many: ")
     assert ema("prune", "run", "--keep", "1e1", "--dry-run").code == 0
     made = ema("synthesize", "run", *TARGET, "--step", "2K", "--dry-run", "--json")
-    assert json.loads(made.out)["targets"][0]["t"] == 2000
+    assert made.json["targets"][0]["t"] == 2000
 
 
 def test_an_output_in_the_working_directory_has_a_name(ema: Ema, place: Path) -> None:
@@ -90,7 +89,7 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
     result = ema("verify", "run", "other", "model.safetensors")
     assert (result.code, result.err) == (0, "")
     assert result.out.count("40 files, ") == 2
-    report = json.loads(ema("verify", "run", "model.safetensors", "--json").out)
+    report = ema("verify", "run", "model.safetensors", "--json").json
     assert report["kind"] == "several"
     assert [(one["kind"], one["path"]) for one in report["paths"]] == [
         ("directory", "run"),

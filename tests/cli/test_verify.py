@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -63,7 +62,7 @@ def test_json(ema: Ema, run: Path) -> None:
     leave(run)
     result = ema("verify", run, "--json", "--deep")
     assert (result.code, result.err) == (1, "")
-    report = json.loads(result.out)
+    report = result.json
     assert [report[key] for key in ("kind", "path", "superseded", "quarantined")] == ["directory", str(run), 0, 0]
     assert len(report["files"]) == 40
     (wrong,) = (file for file in report["files"] if file["state"] != "intact")
@@ -137,7 +136,7 @@ def test_parts_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     result = ema("verify", tmp_path / "m")
     assert result.code == 0
     assert "index of part 1/2" not in result.out
-    assert len(json.loads(ema("verify", tmp_path / "m", "--json").out)["files"]) == 3
+    assert len(ema("verify", tmp_path / "m", "--json").json["files"]) == 3
 
 
 def test_names_cannot_steer_a_terminal(ema: Ema, run: Path) -> None:
@@ -147,7 +146,7 @@ def test_names_cannot_steer_a_terminal(ema: Ema, run: Path) -> None:
     assert "\x1b" not in result.out
     assert "\u202e" not in result.out
     assert "\\x1b[31mred\\u202e.safetensors" in result.out
-    json.loads(ema("verify", run, "--json").out)
+    assert ema("verify", run, "--json").json["files"]
 
 
 def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +190,7 @@ def test_repair_and_clean(ema: Ema, run: Path) -> None:
 def test_repair_as_json(ema: Ema, run: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
-    report = json.loads(ema("verify", run, "--repair", "--clean", "--yes", "--json").out)
+    report = ema("verify", run, "--repair", "--clean", "--yes", "--json").json
     name = "0000000000000200-0.05.safetensors"
     assert report["repair"]["gone"] == [name]
     assert report["repair"]["moved"] == [f"quarantine/{name}"]
@@ -211,7 +210,7 @@ def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
         f"would set 1 file aside in {run / 'quarantine'}; nothing was moved",
         "would delete 1 leftover; nothing was deleted",
     ]
-    report = json.loads(ema("verify", run, "--repair", "--clean", "--dry-run", "--json").out)
+    report = ema("verify", run, "--repair", "--clean", "--dry-run", "--json").json
     assert (report["repair"]["done"], report["clean"]["done"]) == (False, False)
     assert contents(run) == before
 
