@@ -62,11 +62,7 @@ def exact_average(values: Sequence[npt.ArrayLike], sigma_rel: float, times: Sequ
 
 
 def make_info(
-    values: Mapping[str, torch.Tensor],
-    t: float = 10.0,
-    sigma_rel: float = 0.05,
-    run_id: str = RUN_ID,
-    **overrides: Any,
+    values: Mapping[str, torch.Tensor], t: float = 10.0, sigma_rel: float = 0.05, run_id: str = RUN_ID, **overrides: Any
 ) -> SnapshotInfo:
     """What a snapshot of `values` says: floating-point tensors are averages of their own dtype, others copies.
 
@@ -92,6 +88,15 @@ def make_info(
     return replace(info, **overrides)
 
 
+def write_tensors(path: Path, values: Mapping[str, torch.Tensor], metadata: Mapping[str, str], overwrite: bool) -> None:
+    """Write a file of these values and this metadata, with right checksums."""
+    specs = [TensorSpec(name, stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()]
+    with TensorFileWriter(path, specs, metadata, overwrite=overwrite) as writer:
+        for name, value in values.items():
+            writer.write(name, tensor_bytes(value))
+        writer.commit()
+
+
 def write_snapshot(
     directory: Path,
     t: float,
@@ -108,20 +113,14 @@ def write_snapshot(
     directory.mkdir(parents=True, exist_ok=True)
     info = make_info(values, t, sigma_rel, run_id, **overrides)
     path = snapshot_path(directory, info.t, info.sigma_rel) if name is None else directory / name
-    specs = [TensorSpec(key, stored_name(value.dtype), tuple(value.shape)) for key, value in values.items()]
-    with TensorFileWriter(path, specs, snapshot_metadata(info)) as writer:
-        for key, value in values.items():
-            writer.write(key, tensor_bytes(value))
-        writer.commit()
+    write_tensors(path, values, snapshot_metadata(info), overwrite=False)
     return path
 
 
 def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:
-    """Write a snapshot in several files, with an index; returns its directory.
+    """Write a snapshot in several files, the values of each in `parts`, with an index; returns its directory.
 
-    Arguments:
-        info: of the whole; its measurements are written in every shard.
-        parts: the values in each shard.
+    `info` is of the whole; its measurements are written in every shard.
     """
     folder.mkdir(parents=True)
     weight_map = {}
@@ -129,11 +128,7 @@ def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str,
         path = folder / f"model-{number:05d}-of-{len(parts):05d}.safetensors"
         aliases = {alias: name for alias, name in info.aliases.items() if name in values}
         own = replace(info, tensors={name: info.tensors[name] for name in values}, aliases=aliases)
-        specs = [TensorSpec(key, stored_name(value.dtype), tuple(value.shape)) for key, value in values.items()]
-        with TensorFileWriter(path, specs, snapshot_metadata(own)) as writer:
-            for key, value in values.items():
-                writer.write(key, tensor_bytes(value))
-            writer.commit()
+        write_tensors(path, values, snapshot_metadata(own), overwrite=False)
         weight_map |= dict.fromkeys(values, path.name)
     total = sum(value.nbytes for values in parts for value in values.values())
     (folder / INDEX_NAME).write_bytes(encode_index(weight_map, total))
@@ -146,11 +141,7 @@ def rewrite_snapshot(
     """Write a snapshot anew, with right checksums and other values or other `fields` of its SnapshotInfo."""
     info, values = read_snapshot(path).info, load_file(path)
     change(values)
-    specs = [TensorSpec(name, stored_name(value.dtype), tuple(value.shape)) for name, value in values.items()]
-    with TensorFileWriter(path, specs, snapshot_metadata(replace(info, **fields)), overwrite=True) as writer:  # type: ignore[arg-type]
-        for name, value in values.items():
-            writer.write(name, tensor_bytes(value))
-        writer.commit()
+    write_tensors(path, values, snapshot_metadata(replace(info, **fields)), overwrite=True)  # type: ignore[arg-type]
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -270,8 +261,7 @@ def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[f
 
     For weights that walk evenly, over all of that time a quarter of their norm; each snapshot is off by `rounding`.
     """
-    last = max(times)
-    s = (np.arange(20_000) + 0.5) / 20_000 * last
+    s = (np.arange(20_000) + 0.5) / 20_000 * max(times)
 
     def tail(width: float, t: float) -> FloatArray:
         return np.where(s < t, 1 - (np.minimum(s, t) / t) ** (exact_gamma(width) + 1), 0.0)
@@ -279,7 +269,7 @@ def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[f
     columns = np.stack([tail(width, t) for t in times for width in tracked], axis=1)
     walk = 0.25 / np.sqrt(len(s))  # in each interval
     rows = np.vstack([walk * columns, rounding * np.eye(columns.shape[1])])
-    wanted = np.concatenate([walk * tail(sigma_rel, last), np.zeros(columns.shape[1])])
+    wanted = np.concatenate([walk * tail(sigma_rel, max(times)), np.zeros(columns.shape[1])])
     # The last coefficient is 1 minus the others.
     free, rest = rows[:, :-1] - rows[:, -1:], wanted - rows[:, -1]
     return float(np.linalg.norm(free @ np.linalg.lstsq(free, rest, rcond=None)[0] - rest))

@@ -38,6 +38,10 @@ def trained(folder: Path) -> torch.nn.Module:
     return model
 
 
+def average(folder: Path) -> torch.Tensor:
+    return PostHocEMA.from_path(folder).state_dict(sigma_rel=0.15)["weight"]
+
+
 def remove_one(plan: Plan) -> Plan:
     """As a writer does that thins: one of the snapshots that were planned with, not the newest."""
     plan.sources[len(plan.sources) // 2].path.unlink()  # type: ignore[attr-defined]
@@ -85,35 +89,30 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
     return removed
 
 
-@pytest.mark.parametrize("way", ["state_dict", "load_into"])
-def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, planned: list[Plan]) -> None:
-    model = trained(tmp_path)
-    reader = PostHocEMA.from_path(tmp_path)
+@pytest.mark.parametrize("way", ["state_dict", "load_into", "command"])
+def test_weights_are_made_from_what_is_left(tmp_path: Path, way: str, planned: list[Plan], ema: Ema) -> None:
+    run, out = tmp_path / "run", tmp_path / "out.safetensors"
+    model = trained(run)
     if way == "state_dict":
-        found = reader.state_dict(sigma_rel=0.15)["weight"]
-    else:
-        reader.load_into(model, sigma_rel=0.15)
+        found = average(run)
+    elif way == "load_into":
+        PostHocEMA.from_path(run).load_into(model, sigma_rel=0.15)
         found = model.weight.detach()
+    else:
+        result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
+        assert result.code == 0
+        assert "planning again with what is there" in result.err
+        found = load_file(out)["weight"]
+        assert not list(tmp_path.glob(".ema-*"))
     assert len(planned) == 1
-    assert torch.equal(found, PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["weight"])
-
-
-def test_the_command_makes_its_output_from_what_is_left(ema: Ema, tmp_path: Path, planned: list[Plan]) -> None:
-    trained(tmp_path / "run")
-    result = ema("synthesize", str(tmp_path / "run"), "--sigma-rel", "0.15", "--out", str(tmp_path / "out.safetensors"))
-    assert result.code == 0
-    assert len(planned) == 1
-    assert "planning again with what is there" in result.err
-    expected = PostHocEMA.from_path(tmp_path / "run").state_dict(sigma_rel=0.15)
-    assert torch.equal(load_file(tmp_path / "out.safetensors")["weight"], expected["weight"])
-    assert not list(tmp_path.glob(".ema-*"))
+    assert torch.equal(found, average(run))
 
 
 def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Headers without measurements: the plan itself reads tensors."""
-    write_run(tmp_path, random_walk(80, {"w": (3,)}), range(10, 81, 10))
+    write_run(tmp_path, random_walk(80, {"weight": (3,)}), range(10, 81, 10))
     real, removed = measurements.sample_measurements, []
 
     def sample(snapshots: Sequence[Snapshot]) -> list[Measurements]:
@@ -123,10 +122,9 @@ def test_a_snapshot_that_vanishes_while_it_is_measured_is_planned_without(
         return real(snapshots)
 
     monkeypatch.setattr("posthoc_cli.snapshots.measurements.sample_measurements", sample)
-    found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["w"]
+    found = average(tmp_path)
     assert f"{removed[0]}: cannot be opened: no such file or directory; planning again" in caplog.text
-    monkeypatch.undo()
-    assert torch.equal(found, PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["w"])
+    assert torch.equal(found, average(tmp_path))
 
 
 def test_an_open_file_that_another_host_removes_has_gone_away_too(
@@ -134,41 +132,38 @@ def test_an_open_file_that_another_host_removes_has_gone_away_too(
 ) -> None:
     """On a local file system it would stay readable; a client of a network one gets ESTALE."""
     trained(tmp_path)
-    reader = PostHocEMA.from_path(tmp_path)
-    expected = reader.state_dict(sigma_rel=0.15)["weight"]
+    expected = average(tmp_path)
     real, refused = TensorFile.fill, []
-
-    def fill(self: TensorFile, *arguments: object) -> None:
-        if refused:
-            return real(self, *arguments)  # type: ignore[arg-type]
-        refused.append(self.path)
-        monkeypatch.setattr(files.system, "read", stale)
-        try:
-            return real(self, *arguments)  # type: ignore[arg-type]
-        finally:
-            monkeypatch.setattr(files.system, "read", os_read)
 
     def stale(*_: object) -> int:
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    os_read = files.system.read
+    def fill(self: TensorFile, *arguments: object) -> None:
+        with monkeypatch.context() as patch:
+            if not refused:
+                refused.append(self.path)
+                patch.setattr(files.system, "read", stale)
+            real(self, *arguments)  # type: ignore[arg-type]
+
     monkeypatch.setattr(TensorFile, "fill", fill)
-    assert torch.equal(reader.state_dict(sigma_rel=0.15)["weight"], expected)
+    assert torch.equal(average(tmp_path), expected)
     (record,) = caplog.records
     assert f"{refused[0]}: cannot be read: stale file handle; planning again" in record.getMessage()
 
 
+CROWDED = """
+import resource, sys; from posthoc_cli import PostHocEMA; import torch
+tracker = PostHocEMA.from_path(sys.argv[1])
+tracker.state_dict(sigma_rel=0.15)
+resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
+try: tracker.state_dict(sigma_rel=0.15)
+except Exception as error: print(type(error).__name__, error)
+"""
+
+
 def test_too_many_open_files_are_told_with_the_limit_to_raise(tmp_path: Path) -> None:
     trained(tmp_path)
-    script = (
-        "import resource, sys; from posthoc_cli import PostHocEMA; import torch\n"
-        "tracker = PostHocEMA.from_path(sys.argv[1])\n"
-        "tracker.state_dict(sigma_rel=0.15)\n"
-        "resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))\n"
-        "try: tracker.state_dict(sigma_rel=0.15)\n"
-        "except Exception as error: print(type(error).__name__, error)\n"
-    )
-    said = forked.check(script, tmp_path).out
+    said = forked.check(CROWDED, tmp_path).out
     assert said.startswith("FileFormatError ")
     assert "too many open files; raise the limit" in said
 

@@ -14,7 +14,7 @@ import forked
 import numpy as np
 import pytest
 import torch
-from checking import refused
+from checking import assert_same_tensors, refused
 from ema_command import Ema
 from safetensors.torch import load_file
 
@@ -25,9 +25,6 @@ from posthoc_cli.demo.training import DirectAverage, Settings, train
 from posthoc_cli.errors import OutputExistsError
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.snapshots.directory import read_directory
-
-PICTURES = ("loss.png", "error.png")
-
 
 # --- one short demo --------------------------------------------------------------------------------
 
@@ -43,47 +40,35 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return base, done.out
 
 
-def test_a_demo_makes_snapshots_averages_and_pictures(demo: tuple[Path, str]) -> None:
+def test_a_demo_makes_snapshots_averages_and_pictures_and_marks_the_lowest_loss(demo: tuple[Path, str]) -> None:
     base, printed = demo
     out = base / "ema-demo"
     assert len(list((out / "snapshots").glob("*.safetensors"))) == 2 * 30
     assert sorted((out / "averages").iterdir()) == sorted(Folder(out).average(width) for width in SIGMA_RELS)
-    for name in PICTURES:
+    for name in ("loss.png", "error.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert name in printed.partition("done in")[2]
     weights = torch.load(out / "best.pt", weights_only=True)
     assert denoiser.make_denoiser(seed=1).load_state_dict(weights)
-
-
-def test_the_marked_length_has_the_lowest_loss_of_the_table(demo: tuple[Path, str]) -> None:
-    _, printed = demo
     rows = re.findall(r"^ *(raw weights|0\.\d+) +(0\.\d{5}) +([+-].*?%)?.*?(<- best)?$", printed, re.MULTILINE)
     losses = {width: float(loss) for width, loss, _, _ in rows}
     assert list(losses) == ["raw weights", *(f"{width:g}" for width in SIGMA_RELS)]
-    marked = [width for width, _, _, mark in rows if mark]
-    assert len(marked) == 1
-    assert losses[marked[0]] == min(loss for width, loss in losses.items() if width != "raw weights")
-    assert losses[marked[0]] < losses["raw weights"]
+    assert [width for width, _, _, mark in rows if mark] == [min(losses, key=lambda width: losses[width])]
 
 
 def test_every_command_that_a_demo_prints_can_be_repeated(demo: tuple[Path, str]) -> None:
+    """And those that it suggests to try next work."""
     base, printed = demo
     commands = re.findall(r"^\$ (ema .*)$", printed, re.MULTILINE)
     assert [shlex.split(command)[1] for command in commands] == ["info", "error-plot", "synthesize", "export"]
+    suggested = re.findall(r"^  (ema .*)$", printed.partition("and try:")[2], re.MULTILINE)
+    assert len(suggested) == 3
     average = Folder(base / "ema-demo").average(0.1)
     before = load_file(average)
     average.unlink()
-    for command in commands:
+    for command in commands + suggested:
         forked.check(forked.EMA, *shlex.split(command)[1:], cwd=base)
-    assert all(torch.equal(value, before[name]) for name, value in load_file(average).items())
-
-
-def test_what_a_demo_suggests_to_try_next_works(demo: tuple[Path, str]) -> None:
-    base, printed = demo
-    commands = re.findall(r"^  (ema .*)$", printed.partition("and try:")[2], re.MULTILINE)
-    assert len(commands) == 3
-    for command in commands:
-        forked.check(forked.EMA, *shlex.split(command)[1:], cwd=base)
+    assert_same_tensors(load_file(average), before)
 
 
 def test_synthesized_weights_are_the_tracked_averages_within_the_bound(demo: tuple[Path, str]) -> None:
@@ -123,27 +108,23 @@ def _error_bound(folder: Folder, width: float, path: torch.Tensor) -> float:
     have mass 1, so that sum_k e_k = 0 and weights_k may be counted from the last ones. Storage in float16
     moves a snapshot by at most 2**-11 of its values, and below 2**-14 by at most 2**-25.
     """
-    snapshots = _coefficients(folder, width)
+    snapshots = {s.path.name: s.info for s in read_directory(folder.snapshots)}
+    report = json.loads(forked.check(forked.EMA, "info", folder.average(width), "--json").out)
+    coefficients = {item["file"]: item["coefficient"] for item in report["snapshots"]}
     times = np.arange(10, 301, 10)
     wanted = PowerFunction.from_sigma_rel(width, 300).discrete_weights(times)
     made = np.zeros(len(times))
-    for (t, stored_width), coefficient in snapshots.items():
+    for name, coefficient in coefficients.items():
+        t = snapshots[name].t
         count = round(t / 10)
-        made[:count] += coefficient * PowerFunction.from_sigma_rel(stored_width, t).discrete_weights(times[:count])
+        stored = PowerFunction.from_sigma_rel(snapshots[name].sigma_rel, t)
+        made[:count] += coefficient * stored.discrete_weights(times[:count])
     from_last = (path - path[-1]).norm(dim=1).numpy()
     norm = float(torch.cat([v.reshape(-1) for v in load_file(folder.tracked(width)).values()]).norm())
-    largest = float(path.norm(dim=1).max())
-    rounding = 2**-11 * largest + 2**-25 * path.shape[1] ** 0.5
-    total = np.abs(made - wanted) @ from_last + sum(abs(c) for c in snapshots.values()) * rounding
+    rounding = 2**-11 * float(path.norm(dim=1).max()) + 2**-25 * path.shape[1] ** 0.5
+    total = np.abs(made - wanted) @ from_last + sum(map(abs, coefficients.values())) * rounding
     # What made the bound, the path, is itself known to a few percent only.
     return 1.1 * float(total) / norm
-
-
-def _coefficients(folder: Folder, width: float) -> dict[tuple[float, float], float]:
-    """(t, sigma_rel) of each snapshot in an average -> its coefficient, as `ema info` tells it."""
-    snapshots = {s.path.name: (s.info.t, s.info.sigma_rel) for s in read_directory(folder.snapshots)}
-    report = json.loads(forked.check(forked.EMA, "info", folder.average(width), "--json").out)
-    return {snapshots[item["file"]]: item["coefficient"] for item in report["snapshots"]}
 
 
 # --- the folder ------------------------------------------------------------------------------------
@@ -177,30 +158,19 @@ def test_force_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_o
 
 
 def test_a_folder_that_is_not_a_demos_is_never_touched(tmp_path: Path) -> None:
-    mine = tmp_path / "snapshots" / "mine.safetensors"
-    mine.parent.mkdir()
+    Folder(tmp_path).prepare(force=False)  # an empty one is taken
+    mine = tmp_path / "mine" / "snapshots" / "mine.safetensors"
+    mine.parent.mkdir(parents=True)
     mine.write_text("x")
     for force in (False, True):
-        with refused(str(tmp_path), "no earlier demo", kind=OutputExistsError):
-            Folder(tmp_path).prepare(force)
-    assert list(tmp_path.rglob("*")) == [mine.parent, mine]
-
-
-def test_an_empty_folder_is_taken_and_a_file_is_not(tmp_path: Path) -> None:
-    Folder(tmp_path).prepare(force=False)
-    file = tmp_path / "file"
-    file.touch()
-    with refused(str(file), "is a file", kind=OutputExistsError):
-        Folder(file).prepare(force=True)
+        with refused(str(tmp_path / "mine"), "no earlier demo", kind=OutputExistsError):
+            Folder(tmp_path / "mine").prepare(force)
+    assert list((tmp_path / "mine").rglob("*")) == [mine.parent, mine]
+    with refused(str(mine), "is a file", kind=OutputExistsError):
+        Folder(mine).prepare(force=True)
 
 
 # --- what is refused -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("steps", [0, -100, 50, 250])
-def test_steps_that_do_not_fit_are_refused(steps: int) -> None:
-    with refused("steps", "multiple of 100"):
-        Settings(steps)
 
 
 def test_steps_that_do_not_fit_end_with_exit_code_2(ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -223,6 +193,14 @@ def test_without_scikit_learn_one_line_says_what_to_install(
 # --- its steps -------------------------------------------------------------------------------------
 
 
+CLEANING = """
+import pathlib, signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (pathlib.Path(sys.argv[1]).touch(), sys.exit(143)))
+print("works", flush=True)
+time.sleep(60)
+"""
+
+
 @pytest.mark.parametrize("raised", [KeyboardInterrupt(), SystemExit(143)])
 def test_a_demo_that_is_stopped_lets_its_command_clean_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, raised: BaseException
@@ -233,13 +211,7 @@ def test_a_demo_that_is_stopped_lets_its_command_clean_up(
         """A command that says when it has cleaned up; its caller is stopped as soon as it works."""
 
         def __init__(self, _: object, **options: object) -> None:
-            code = (
-                "import pathlib, signal, sys, time\n"
-                f"cleaned = pathlib.Path({str(tmp_path / 'cleaned')!r})\n"
-                "signal.signal(signal.SIGTERM, lambda *_: (cleaned.touch(), sys.exit(143)))\n"
-                "print('works', flush=True); time.sleep(60)"
-            )
-            super().__init__([sys.executable, "-c", code], **options)  # type: ignore[call-overload]
+            super().__init__([sys.executable, "-c", CLEANING, tmp_path / "cleaned"], **options)  # type: ignore[call-overload]
             started.append(self)
 
         def communicate(self, *_: object) -> tuple[str, str]:  # type: ignore[override]
@@ -287,12 +259,11 @@ def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alo
 
 
 def test_a_network_that_answers_nothing_scores_about_one() -> None:
-    split = denoiser.load_digits(seed=0)
+    split, model = denoiser.load_digits(seed=0), denoiser.make_denoiser(seed=0)
     assert len(split.training.images) + len(split.validation.images) == 1797
     assert float(split.training.images.std()) == pytest.approx(denoiser.STANDARD_DEVIATION, abs=0.01)
-    model = denoiser.make_denoiser(seed=0)
-    torch.nn.init.zeros_(model.outward.weight)
-    torch.nn.init.zeros_(model.outward.bias)
+    for parameter in model.outward.parameters():
+        torch.nn.init.zeros_(parameter)
     losses = denoiser.Validation(split.validation, seed=0)(model)
     assert losses.shape == (360,)
     # The images' mean is not 0: their mean square, not their variance, is what a noisy image is judged by.
@@ -304,11 +275,8 @@ def test_the_loss_figure_marks_the_lowest_point_and_the_standard_errors_of_the_t
     axes = plots.loss_figure(widths, losses, errors, (0.4, 0.03), "loss").axes[0]
     marked = next(line for line in axes.lines if line.get_marker() == "*")
     assert (marked.get_xdata()[0], marked.get_ydata()[0]) == (0.1, 0.2)
-    assert {text.get_text() for text in axes.get_legend().get_texts()} == {
-        "raw weights: 0.40000",
-        "averaged weights",
-        "best: sigma_rel 0.1, 0.20000",
-    }
+    named = {text.get_text() for text in axes.get_legend().get_texts()}
+    assert named == {"raw weights: 0.40000", "averaged weights", "best: sigma_rel 0.1, 0.20000"}
     assert "standard error" in axes.get_legend().get_title().get_text()
     (bars,) = axes.containers
     drawn = [segment[:, 1].tolist() for segment in bars.lines[2][0].get_segments()]

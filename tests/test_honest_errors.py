@@ -74,6 +74,21 @@ def true(path: npt.NDArray[np.float32], stride: int = STRIDE, times: Floats | No
     return np.array([exact_weights(s, clock[seen]) for s in WIDTHS]) @ path[seen].astype(np.float64)
 
 
+def judged(
+    folder: Path, path: npt.NDArray[np.float32], stride: int = STRIDE, times: Floats | None = None
+) -> tuple[Floats, Floats, Floats]:
+    """Of WIDTHS from a directory: the errors, those of the published method, and the predicted ones."""
+    truth = true(path, stride, times)
+    (found, predicted), (published, _) = (made(folder, [*WIDTHS], method) for method in ("minvar", "paper"))
+    return errors(found, truth), errors(published, truth), predicted
+
+
+def assert_honest(actual: Floats, theirs: Floats, predicted: Floats) -> None:
+    """No worse than the published method, and than predicted; the last digit of float32 aside."""
+    assert np.all(actual <= 1.05 * theirs + 3e-8)
+    assert np.all(actual < 3 * predicted + 3e-8)
+
+
 def errors(found: Floats, truth: Floats) -> Floats:
     return np.linalg.norm(found - truth, axis=1) / np.linalg.norm(truth, axis=1)
 
@@ -87,9 +102,7 @@ def test_with_few_snapshots_left_the_predicted_error_holds(
     path = walk(rate)
     track(tmp_path, path, sigma_rels=tracked, max_checkpoints=keep)
     assert len(read_directory(tmp_path)) == keep * len(tracked)
-    found, predicted = made(tmp_path, [*WIDTHS], "minvar")
-    published, _ = made(tmp_path, [*WIDTHS], "paper")
-    actual, theirs = errors(found, true(path)), errors(published, true(path))
+    actual, theirs, predicted = judged(tmp_path, path)
     # A walk of 400 elements: an error of one realisation is within a tenth of its expectation; the rest is the motion.
     assert np.all(actual < 4 * predicted)
     assert np.median(actual / predicted) == pytest.approx(1, abs=0.6)
@@ -123,8 +136,7 @@ def test_a_snapshot_at_every_update_or_second_one_is_used(tmp_path: Path, every:
     """Motion between two updates has no part in any average."""
     path = walk("cosine", 600)
     track(tmp_path, path, checkpoint_every=every, checkpoint_dtype="float32")
-    (found, predicted), (published, _) = (made(tmp_path, [*WIDTHS], method) for method in ("minvar", "paper"))
-    actual, theirs = errors(found, true(path)), errors(published, true(path))
+    actual, theirs, predicted = judged(tmp_path, path)
     assert np.all(actual <= 1.05 * theirs + 3e-8)  # the last digit of float32 aside
     assert np.all(predicted < 4 * actual + 1e-7)
     assert actual.max() < (1e-5 if every == 20 else 2e-6)
@@ -135,11 +147,7 @@ def test_a_pause_of_the_clock_costs_nothing(tmp_path: Path) -> None:
     path = walk("cosine")
     times = np.arange(1.0, STEPS + 1) + np.where(np.arange(STEPS) < STEPS // 2, 0.0, 4000.0)
     track(tmp_path, path, times=times, checkpoint_dtype="float32")
-    (found, predicted), (published, _) = (made(tmp_path, [*WIDTHS], method) for method in ("minvar", "paper"))
-    truth = true(path, times=times)
-    actual, theirs = errors(found, truth), errors(published, truth)
-    assert np.all(actual <= 1.05 * theirs + 3e-8)
-    assert np.all(actual < 3 * predicted + 3e-8)
+    assert_honest(*judged(tmp_path, path, times=times))
 
 
 @pytest.mark.parametrize("tracked", [(0.10,), (0.05, 0.28)])
@@ -148,10 +156,7 @@ def test_weights_drawn_anew_right_after_a_snapshot_are_expected(tmp_path: Path, 
     path = walk("cosine")
     path[2000:, :40] += np.float32(0.15) * np.random.default_rng(2).normal(size=40).astype(np.float32)
     track(tmp_path, path, sigma_rels=tracked, checkpoint_dtype="float32")
-    (found, predicted), (published, _) = (made(tmp_path, [*WIDTHS], method) for method in ("minvar", "paper"))
-    actual, theirs = errors(found, true(path)), errors(published, true(path))
-    assert np.all(actual <= 1.05 * theirs + 3e-8)
-    assert np.all(actual < 3 * predicted + 3e-8)
+    assert_honest(*judged(tmp_path, path))
 
 
 @pytest.mark.parametrize("updates", [2, 3, 5])
@@ -161,10 +166,7 @@ def test_five_snapshots_of_a_few_updates_are_no_worse_than_the_published_answer(
         for tracked in ((0.10,), (0.05, 0.28)):
             folder = tmp_path / f"{rate}-{len(tracked)}"
             track(folder, path, 1, sigma_rels=tracked, checkpoint_every=updates, checkpoint_dtype="float32")
-            (found, predicted), (published, _) = (made(folder, [*WIDTHS], method) for method in ("minvar", "paper"))
-            actual, theirs = errors(found, true(path, 1)), errors(published, true(path, 1))
-            assert np.all(actual <= 1.05 * theirs + 3e-8)
-            assert np.all(actual < 3 * predicted + 3e-8)
+            assert_honest(*judged(folder, path, 1))
 
 
 @pytest.mark.parametrize("scale", [1e-41, 1e-40, 1e-30])

@@ -25,6 +25,9 @@ ROOMS = (
 COMMANDS = {"synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo", "guide", "help"}
 
 
+MODULES = pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+
+
 def commands() -> dict:
     return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
@@ -63,41 +66,34 @@ def test_every_error_has_a_place_in_the_tree_and_an_exit_code() -> None:
 # --- the direction of imports ----------------------------------------------------------------------
 
 
-def imported_rooms(path: Path) -> set[str]:
-    rooms = set()
+def imported(path: Path) -> set[str]:
+    """The modules that a module imports, and what it takes from them."""
+    names = []
     for node in ast.walk(ast.parse(path.read_text())):
-        names = []
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            parts = name.split(".")
-            if parts[0] == "posthoc_cli" and len(parts) > 1 and parts[1] in ROOMS:
-                rooms.add(parts[1])
-    return rooms
+            names += [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+    return set(names)
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@MODULES
 def test_imports_point_towards_errors(path: Path) -> None:
     room = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
     if room in ("__init__", "__main__"):
         return
     assert room in ROOMS, "a new room: say where it stands"
-    allowed = set(ROOMS[: ROOMS.index(room) + 1])
-    if room == "plots":
-        allowed = {"plots", "planning", "errors"}
-    assert imported_rooms(path) <= allowed
+    allowed = {"plots", "planning", "errors"} if room == "plots" else set(ROOMS[: ROOMS.index(room) + 1])
+    rooms = {name.split(".")[1] for name in imported(path) if name.startswith("posthoc_cli.")}
+    assert rooms & set(ROOMS) <= allowed
 
 
 LIGHT = {
-    "ema --help": "import sys; sys.argv = ['ema', '--help']\nfrom posthoc_cli.cli import main\n"
-    "try: main()\nexcept SystemExit: pass",
-    "ema synthesize --help": "import sys; sys.argv = ['ema', 'synthesize', '--help']\n"
-    "from posthoc_cli.cli import main\ntry: main()\nexcept SystemExit: pass",
+    **{f"ema {words}": f"import sys; sys.argv = {['ema', *words.split()]!r}\nfrom posthoc_cli.cli import main\n"
+       "try: main()\nexcept SystemExit: pass" for words in ("--help", "synthesize --help")},
     "a look at a run": "from posthoc_cli import Run; print(Run('nowhere'))",
     "numbers": "import posthoc_cli, posthoc_cli.profiles, posthoc_cli.reconstruction, posthoc_cli.planning",
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("what", LIGHT)
@@ -110,15 +106,13 @@ def test_help_and_numbers_load_no_torch_and_no_matplotlib(what: str) -> None:
 # --- documentation ---------------------------------------------------------------------------------
 
 
-def test_the_commands() -> None:
-    assert set(commands()) == COMMANDS
-
-
-@pytest.mark.parametrize("name", sorted(COMMANDS))
+@pytest.mark.parametrize("name", sorted(COMMANDS | commands().keys()))
 def test_every_command_has_help_an_example_and_a_place_in_the_guides(name: str) -> None:
+    assert name in COMMANDS
     command = commands()[name]
     assert len(command.help.splitlines()[0]) < 60
     assert f"Example:  ema {name}" in command.epilog
+    assert set(re.findall(r"--[a-z-]+", command.epilog)) <= {option for p in command.params for option in p.opts}
     pages = [ROOT / "README.md", *(PACKAGE / "guides").glob("*.md")]
     assert any(f"ema {name}" in page.read_text() for page in pages)
     for parameter in command.params:
@@ -126,59 +120,23 @@ def test_every_command_has_help_an_example_and_a_place_in_the_guides(name: str) 
             assert parameter.help, f"{name} {parameter.name}"
 
 
-def test_every_option_in_an_example_exists() -> None:
-    for name, command in commands().items():
-        known = {option for parameter in command.params for option in parameter.opts}
-        assert set(re.findall(r"--[a-z-]+", command.epilog)) <= known, name
-
-
 PICKLING = {
-    "pickle",
-    "cPickle",
-    "_pickle",
-    "marshal",
-    "shelve",
-    "dill",
-    "joblib",
-    "cloudpickle",
-    "yaml",
-    "pandas",
-    "runpy",
-}
+    "pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "joblib", "cloudpickle", "yaml", "pandas", "runpy",
+}  # fmt: skip
 EXECUTING = {"eval", "exec", "compile", "__import__"}
 LOADING = {"load", "loads", "load_file", "load_state_dict_from_url", "read_pickle", "load_module", "Unpickler"}
 HARMLESS = {"json.loads", "load_file"}
 """Loaders that execute nothing: of JSON, and safetensors' own, which the demo reads its own files with."""
 
 
-def called(path: Path) -> set[str]:
-    """What a module calls, as it is written there."""
-    return {ast.unparse(node.func) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)}
-
-
-def imported(path: Path) -> set[str]:
-    """The outermost packages that a module imports."""
-    names = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            names.append(node.module or "")
-    return {name.split(".")[0] for name in names}
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+@MODULES
 def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
-    assert not imported(path) & PICKLING
-    calls = called(path)
+    """What is imported by name is of the table of public names."""
+    assert not {name.split(".")[0] for name in imported(path)} & PICKLING
+    text = path.read_text()
+    calls = {ast.unparse(node.func) for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Call)}
     assert not calls & EXECUTING
     assert {call for call in calls if call.split(".")[-1] in LOADING} <= HARMLESS
-    assert not any("allow_pickle" in ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())))
-    if "load_file" in calls:
-        assert "from safetensors.torch import load_file" in path.read_text()
-
-
-def test_what_is_called_dynamically_is_of_this_package() -> None:
-    """Modules by name: those of the table of public names, and an optional adapter library."""
-    found = {str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py") if "import_module" in p.read_text()}
-    assert found <= {"__init__.py"}
+    assert "allow_pickle" not in ast.unparse(ast.parse(text))
+    assert "load_file" not in calls or "from safetensors.torch import load_file" in text
+    assert "import_module" not in text or path == PACKAGE / "__init__.py"

@@ -126,38 +126,22 @@ def test_recording_continues_exactly_from_a_state_and_closely_from_knots(interru
     assert worst(knots, times) <= 3
 
 
-def test_a_recorder_continues_from_more_knots_than_it_keeps() -> None:
-    knots = [(step, step + 0.2 * (step % 3)) for step in range(1, 1001)]
-    recorder = ClockRecorder.of_knots(knots)
-    recorder = recorder.add(1001, 2000.0)
-    recorder = recorder.add(1002, 2001.0)
-    assert len(recorder.knots_until(1002, 2001.0)) <= 256
-    assert len(ClockRecorder.of_state(recorder.state()).knots_until(1002, 2001.0)) <= 256
-
-
-def test_steps_of_one_length_have_no_turn_however_often_a_run_goes_on() -> None:
-    recorder = ClockRecorder()
-    for step in range(1, 1001):
-        recorder = recorder.add(step, 7.0 * step)
-        if step % 100 == 0:
-            recorder = ClockRecorder.of_knots(recorder.knots_until(step, 7.0 * step))
-    assert recorder.knots_until(1000, 7000.0) == ((1000, 7000.0),)
-
-
-def test_steps_of_one_length_after_a_turn_have_no_further_one() -> None:
+@pytest.mark.parametrize(
+    ("times", "knots"),
+    [
+        (np.arange(1.0, 1001), ()),  # the step clock
+        (7.0 * np.arange(1, 1001), ((1000, 7000.0),)),
+        (3.0 * np.arange(1, 1001) + 4.0 * np.arange(-99, 901).clip(min=0), ((100, 300.0), (1000, 6600.0))),
+    ],
+)
+def test_steps_of_one_length_have_no_turn_however_often_a_run_goes_on(times: np.ndarray, knots: tuple) -> None:
     """The slope of a run that goes on from its knots is that of the last piece, not of all training."""
     recorder = ClockRecorder()
-    times = [3.0 * step if step <= 100 else 300 + 7.0 * (step - 100) for step in range(1, 1001)]
-    for step, t in enumerate(times, 1):
+    for step, t in enumerate(times.tolist(), 1):
         recorder = recorder.add(step, t)
-        if step % 50 == 0:
+        if step % 50 == 0 and recorder.knots_until(step, t):
             recorder = ClockRecorder.of_knots(recorder.knots_until(step, t))
-    assert recorder.knots_until(1000, times[-1]) == ((100, 300.0), (1000, times[-1]))
-
-
-def test_the_step_clock_needs_no_knots_and_any_other_does() -> None:
-    assert recorded(np.arange(1.0, 101)).knots_until(100, 100.0) == ()
-    assert recorded(np.arange(2.0, 201, 2)).knots_until(100, 200.0) == ((100, 200.0),)
+    assert recorder.knots_until(1000, times[-1]) == knots
 
 
 def test_the_knot_that_goes_is_the_one_that_is_missed_least() -> None:
@@ -178,44 +162,20 @@ def test_a_recorder_continues_from_a_state(state: list[float]) -> None:
     recorder = ClockRecorder.of_state(state)
     assert recorder.state() == state
     assert (recorder.step, recorder.t) == (state[-2], state[-1])
-
-
-def test_a_recorder_begins_at_step_and_time_0() -> None:
-    recorder = ClockRecorder()
-    assert (recorder.step, recorder.t, recorder.state()) == (0, 0.0, BEGUN)
+    assert ClockRecorder().state() == BEGUN
 
 
 @pytest.mark.parametrize(
     "state",
     [
-        {},
-        tuple(BEGUN),
-        BEGUN[:3],
-        BEGUN[:4],
-        [*BEGUN, 1],
-        [*FULL, 257],
-        [*FULL, 257, 257.0],
-        [*FULL, *FULL[3:]],
-        [*BEGUN[:4], "0"],
-        [True, *BEGUN[1:]],
-        [0.5, 0.9, 1.1, 2**63, 4.0],
-        [0.5, 0.9, 1.1, 4, 2**63],
-        [0.49, 0.9, 1.1, 4, 4.0],
-        [math.inf, 0.9, 1.1, 4, 4.0],
-        [math.nan, 0.9, 1.1, 4, 4.0],
-        [0.5, -0.1, 1.1, 4, 4.0],
-        [0.5, 1.2, 1.1, 4, 4.0],
-        [0.5, 0.9, 1.1, 4.0, 4.0],
-        [0.5, 0.9, 1.1, 0, 4.0],
-        [0.5, 0.9, 1.1, 4, 0.0],
-        [0.5, 0.9, 1.1, 4, math.inf],
-        [0.5, 0.9, 1.1, 4, math.nan],
-        [0.5, 0.9, 1.1, 4, 4.0, 4, 5.0],
-        [0.5, 0.9, 1.1, 4, 4.0, 5, 4.0],
-        [0.5, 0.9, 1.1, 4, 4.0, 3, 5.0],
-        [0.5, 0.9, 1.1, 4, 4.0, 5, 3.0],
+        {}, tuple(BEGUN), BEGUN[:3], BEGUN[:4], [*BEGUN, 1], [*FULL, 257], [*FULL, 257, 257.0], [*FULL, *FULL[3:]],
+        [*BEGUN[:4], "0"], [True, *BEGUN[1:]], [0.5, 0.9, 1.1, 2**63, 4.0], [0.5, 0.9, 1.1, 4, 2**63],
+        *([tolerance, 0.9, 1.1, 4, 4.0] for tolerance in (0.49, math.inf, math.nan)),
+        *([0.5, lowest, 1.1, 4, 4.0] for lowest in (-0.1, 1.2)),
+        *([0.5, 0.9, 1.1, *pair] for pair in ((4.0, 4.0), (0, 4.0), (4, 0.0), (4, math.inf), (4, math.nan))),
+        *([0.5, 0.9, 1.1, 4, 4.0, *pair] for pair in ((4, 5.0), (5, 4.0), (3, 5.0), (5, 3.0))),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_state_is_refused(state: list[float]) -> None:
     with refused("clock", "must be a list"):
         ClockRecorder.of_state(state)
@@ -249,13 +209,15 @@ def test_the_tail_is_the_integral_of_the_density(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OTHERS)
-def test_times_of_any_dtype_are_computed_in_float64(name: str) -> None:
+def test_times_of_any_dtype_are_computed_in_float64_and_those_outside_the_run_have_no_mass(name: str) -> None:
     profile, _ = OTHERS[name]
     times = np.array([0.0, 1.0, 3.0, 60.0, 69.0, 90.0, 97.0])
     for method in (profile.density, profile.tail):
         found = method(times.astype(np.float32))
         assert np.asarray(found).dtype == np.float64
         np.testing.assert_array_equal(found, method(times))
+    np.testing.assert_array_equal(profile.tail([[-5.0, -1e-9], [90.0, 1e6]]), [[1, 1], [0, 0]])
+    np.testing.assert_array_equal(profile.density([[-5.0, 0.0], [90.1, 1e6]]), np.zeros((2, 2)))
 
 
 @pytest.mark.parametrize(
@@ -273,38 +235,34 @@ def test_a_density_is_that_of_a_span_open_on_the_left(profile: Profile, start: f
     assert profile.density(np.nextafter(end, 1e9)) == 0
 
 
-@pytest.mark.parametrize("name", OTHERS)
-def test_no_profile_has_mass_outside_the_run(name: str) -> None:
-    profile, _ = OTHERS[name]
-    np.testing.assert_array_equal(profile.tail([[-5.0, -1e-9], [90.0, 1e6]]), [[1, 1], [0, 0]])
-    np.testing.assert_array_equal(profile.density([[-5.0, 0.0], [90.1, 1e6]]), np.zeros((2, 2)))
+def later_weights(weights: np.ndarray) -> np.ndarray:
+    """The sum of the weights after each step."""
+    return np.append(np.cumsum(weights[::-1])[::-1], 0.0)[1:]
 
 
-def simulated_weights(decay: float, steps: int, first: int = 1) -> np.ndarray:
-    """What x <- decay x + (1 - decay) theta_k, from x = theta_first, leaves on theta_0 .. theta_steps."""
+def simulated(decay: float, steps: int, first: int = 1) -> np.ndarray:
+    """`later_weights` of what x <- decay x + (1 - decay) theta_k, from x = theta_first, leaves on each step."""
     weights = np.zeros(steps + 1)
     weights[first] = 1.0
     for step in range(first + 1, steps + 1):
         weights *= decay
         weights[step] += 1 - decay
-    return weights
+    return later_weights(weights)
 
 
-def later_weights(weights: np.ndarray) -> np.ndarray:
-    return np.append(np.cumsum(weights[::-1])[::-1], 0.0)[1:]
+CLOCKS = ((Clock.of_steps(), np.arange(101.0)), (UNEVEN, np.array([uneven_time(step) for step in range(101)])))
+"""With the times of steps 0 to 100."""
 
 
 @pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 0.9999, 1 - 1e-12, 1e-3])
 @pytest.mark.parametrize("first", [1, 7])
 def test_the_classical_profile_is_what_its_recursion_leaves(decay: float, first: int) -> None:
-    expected = later_weights(simulated_weights(decay, 100, first))
-    for clock, time in ((Clock.of_steps(), float), (UNEVEN, uneven_time)):
-        times = np.array([time(step) for step in range(101)])
+    for clock, times in CLOCKS:
         profile = ClassicalEMA(decay, times[-1], clock, start=times[first])
-        np.testing.assert_allclose(profile.tail(times), expected, rtol=1e-12, atol=1e-15)
+        np.testing.assert_allclose(profile.tail(times), simulated(decay, 100, first), rtol=1e-12, atol=1e-15)
         assert profile.mass_on_start == pytest.approx(decay ** (100 - first), rel=1e-12)
         whole = ClassicalEMA(decay, times[-1], clock)
-        np.testing.assert_allclose(whole.tail(times[1:]), later_weights(simulated_weights(decay, 100))[1:], rtol=1e-12)
+        np.testing.assert_allclose(whole.tail(times[1:]), simulated(decay, 100)[1:], rtol=1e-12)
         assert whole.mass_on_start == pytest.approx(decay**100, rel=1e-12)
 
 
@@ -320,11 +278,10 @@ def test_a_decay_next_to_one_keeps_its_digits() -> None:
 def test_a_window_weighs_each_of_its_steps_the_same(steps: int) -> None:
     weights = np.zeros(101)
     weights[-steps:] = 1 / steps
-    for clock, time in ((Clock.of_steps(), float), (UNEVEN, uneven_time)):
-        times = np.array([time(step) for step in range(101)])
+    for clock, times in CLOCKS:
         profile = StepWindow(steps, times[-1], clock)
         np.testing.assert_allclose(profile.tail(times), later_weights(weights), rtol=1e-12, atol=1e-12)
-        assert profile.start == pytest.approx(time(100 - steps), abs=1e-12)
+        assert profile.start == pytest.approx(times[100 - steps], abs=1e-12)
 
 
 @given(st.data())
@@ -364,29 +321,20 @@ def test_tabulated_densities_may_have_any_scale() -> None:
     assert wanted.tail(99.999) == pytest.approx(last, rel=1e-9)
 
 
-@pytest.mark.parametrize(
-    ("make", "subject"),
-    [
-        (lambda: ClassicalEMA(1.0, 5.0, Clock.of_steps()), "beta"),
-        (lambda: ClassicalEMA(0.0, 5.0, Clock.of_steps()), "beta"),
-        (lambda: ClassicalEMA(0.9, 5.0, Clock.of_steps(), start=6.0), "start"),
-        (lambda: ClassicalEMA(0.9, 0.0, Clock.of_steps()), "start"),
-        (lambda: ClassicalEMA(0.9, math.inf, Clock.of_steps()), "start"),
-        (lambda: Uniform(5.0, math.inf), "uniform"),
-        (lambda: Uniform(5.0, 5.0), "uniform"),
-        (lambda: Uniform(-1.0, 5.0), "uniform"),
-        (lambda: StepWindow(0, 5.0, Clock.of_steps()), "window"),
-        (lambda: StepWindow(6, 5.0, Clock.of_steps()), "window"),
-        (lambda: Tabulated((1,), (1,)), "profile"),
-        (lambda: Tabulated((1, 2), (1, 2, 3)), "profile"),
-        (lambda: Tabulated((1, 1), (1, 2)), "profile"),
-        (lambda: Tabulated((-1, 1), (1, 2)), "profile"),
-        (lambda: Tabulated((0, 1), (1, -2)), "profile"),
-        (lambda: Tabulated((0, 1), (1, math.nan)), "profile"),
-        (lambda: Tabulated((0, 1), (0, 0)), "profile"),
-        (lambda: Tabulated((0, 5e-324, 1e300), (1, 0, 0)), "profile"),
+IMPOSSIBLE: dict[str, list[Callable[[], Profile]]] = {
+    "start": [lambda: ClassicalEMA(0.9, 5.0, Clock.of_steps(), start=6.0)],
+    "uniform": [lambda: Uniform(5.0, math.inf), lambda: Uniform(5.0, 5.0), lambda: Uniform(-1.0, 5.0)],
+    "window": [lambda: StepWindow(0, 5.0, Clock.of_steps()), lambda: StepWindow(6, 5.0, Clock.of_steps())],
+    "profile": [
+        lambda: Tabulated((1,), (1,)), lambda: Tabulated((1, 2), (1, 2, 3)), lambda: Tabulated((1, 1), (1, 2)),
+        lambda: Tabulated((-1, 1), (1, 2)), lambda: Tabulated((0, 1), (1, -2)), lambda: Tabulated((0, 1), (0, 0)),
+        lambda: Tabulated((0, 1), (1, math.nan)), lambda: Tabulated((0, 5e-324, 1e300), (1, 0, 0)),
     ],
-)
-def test_an_impossible_profile_is_refused(make: Callable[[], Profile], subject: str) -> None:
-    with refused(subject):
-        make()
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("subject", IMPOSSIBLE)
+def test_an_impossible_profile_is_refused(subject: str) -> None:
+    for make in IMPOSSIBLE[subject]:
+        with refused(subject):
+            make()

@@ -14,6 +14,7 @@ from matplotlib.cbook import is_math_text
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from posthoc_cli import plots
@@ -54,21 +55,15 @@ def laid_out(figure: Figure) -> list[Text]:
 
 
 def test_the_legends_thin_line_is_the_thin_curve_and_not_the_line_at_1_percent() -> None:
-    axes = plots.error_figure([curve()], profile_error=True).subfigs[0].axes[0]
-    (name,) = (name for name in entries(axes) if "thin" in name)
-    entry = entries(axes)[name]
-    (thin,) = (line for line in axes.lines if np.allclose(line.get_ydata(), 0.05))
+    axes = plots.error_figure([curve(), curve(label="other")], profile_error=True).subfigs[0].axes[0]
+    (entry,) = (line for name, line in entries(axes).items() if "thin" in name)
+    thin, *_ = (line for line in axes.lines if np.allclose(line.get_ydata(), 0.05))
     (bound,) = (line for line in axes.lines if np.allclose(line.get_ydata(), 0.01))
     for get in (Line2D.get_color, Line2D.get_linestyle, Line2D.get_linewidth, Line2D.get_alpha):
         assert get(entry) == get(thin)
     assert bound.get_linestyle() != thin.get_linestyle()
     assert bound.get_color() != thin.get_color()
-
-
-def test_one_scale_has_one_axis() -> None:
-    axes = plots.error_figure([curve(), curve(label="other")]).subfigs[0].axes[0]
-    assert axes.child_axes == []
-    assert axes.get_ylabel() == "expected relative L2 error of the weights"
+    assert axes.child_axes == []  # one scale, one axis
 
 
 @pytest.mark.parametrize(
@@ -105,44 +100,33 @@ def test_no_text_leaves_the_page_or_covers_another_title(label: str, count: int)
     assert not any(a.overlaps(b) for a in titles for b in titles if a is not b)
 
 
-def test_a_dollar_sign_keeps_its_escape_wherever_its_word_is_broken() -> None:
-    for label in ("$" * 110, "i$" * 55, "W$" * 55):
-        lines = [
-            line for text in laid_out(plots.error_figure([curve(label=label)])) for line in text.get_text().split("\n")
-        ]
-        assert sum("$" in line for line in lines) > 1
-        assert not any(line.endswith("\\") or is_math_text(line) for line in lines)
+@pytest.mark.parametrize("label", ["$" * 110, "i$" * 55, "W$" * 55])
+def test_a_dollar_sign_keeps_its_escape_wherever_its_word_is_broken(label: str) -> None:
+    texts = laid_out(plots.error_figure([curve(label=label)]))
+    lines = [line for text in texts for line in text.get_text().split("\n")]
+    assert sum("$" in line for line in lines) > 1
+    assert not any(line.endswith("\\") or is_math_text(line) for line in lines)
 
 
 def test_a_pattern_is_in_bars_that_are_wide_enough_for_it() -> None:
-    hatches = {
-        times: [
-            c.patches[0].get_hatch()
-            for c in plots.error_figure([curve()], [fit(times=times)]).subfigs[1].axes[1].containers
-        ]
-        for times in (10, 40)
-    }
+    """And bars stay visible where a snapshot is close to another."""
+
+    def bars(drawn: ProfileFit) -> list[list[Rectangle]]:
+        return [c.patches for c in plots.error_figure([curve()], [drawn]).subfigs[1].axes[1].containers]
+
+    hatches = {times: [bar[0].get_hatch() for bar in bars(fit(times=times))] for times in (10, 40)}
     assert hatches == {10: ["", "////"], 40: ["", ""]}
-
-
-def test_bars_stay_visible_where_a_snapshot_is_close_to_another() -> None:
     drawn = fit(times=7)
     close = {label: np.append(at, at[3] + 1) for label, at in drawn.snapshot_times.items()}
     values = {label: np.append(values, 1.0) for label, values in drawn.coefficients.items()}
-    figure = plots.error_figure([curve()], [replace(drawn, snapshot_times=close, coefficients=values)])
-    widths = {abs(bar.get_width()) for c in figure.subfigs[1].axes[1].containers for bar in c.patches}
-    assert min(widths) > 1000 / 100
+    both = bars(replace(drawn, snapshot_times=close, coefficients=values))
+    assert min(abs(bar.get_width()) for patches in both for bar in patches) > 1000 / 100
 
 
 def test_the_background_is_opaque_and_what_is_drawn_keeps_away_from_its_edges() -> None:
     """On a dark page a picture without background would show black text on black."""
-    pictures = {
-        "error": lambda: plots.error_figure([curve(label=LONG)]),
-        "loss": lambda: plots.loss_figure(
-            np.array([0.1, 0.2]), np.array([0.3, 0.2]), np.array([0.01, 0.0]), (0.4, 0.02), "validation loss"
-        ),
-    }
-    for draw in pictures.values():
+    numbers = np.array([0.1, 0.2]), np.array([0.3, 0.2]), np.array([0.01, 0.0]), (0.4, 0.02)
+    for draw in (lambda: plots.error_figure([curve(label=LONG)]), lambda: plots.loss_figure(*numbers, "loss")):
         pixels = matplotlib.image.imread(io.BytesIO(plots.as_file(draw, ".png")))
         assert (pixels[..., 3] == 1).all()
         edge = np.ones(pixels.shape[:2], dtype=bool)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli.planning import Schedule, Task, judge, propose, relative_rounding
-from posthoc_cli.planning.proposals import ITEM_BYTES, Proposal
+from posthoc_cli.planning.proposals import ITEM_BYTES
 from posthoc_cli.reconstruction import Motion
 
 TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0.05, 0.28), max_error=0.0)
@@ -44,14 +44,9 @@ def test_proposals_are_within_the_budget(steps: int, parameters: int, snapshots:
         assert proposal.dtype == dtype
         assert schedule.checkpoint_every % proposal.update_every == 0
         assert 0 < proposal.last_step <= steps
-        assert schedule.max_checkpoints == schedule.kept
-
-
-def even(task: Task, sigma_rels: tuple[float, ...], dtype: str) -> Proposal:
-    """As many snapshots as fit, evenly spaced."""
-    count = task.max_bytes // (len(sigma_rels) * task.parameters * ITEM_BYTES[dtype])
-    schedule = Schedule(sigma_rels, task.steps, -(-task.steps // count), None, task.rounding_of(dtype))
-    return judge(task, schedule, dtype)
+    for max_bytes in (task.max_bytes, 10**20):
+        for proposal in propose(replace(task, max_bytes=max_bytes)):  # disk is always bounded
+            assert proposal.schedule.max_checkpoints == proposal.schedule.kept
 
 
 @pytest.mark.parametrize(
@@ -59,9 +54,12 @@ def even(task: Task, sigma_rels: tuple[float, ...], dtype: str) -> Proposal:
 )
 def test_the_first_proposal_is_better_than_even_spacing_for_the_same_budget(motion: Motion | None) -> None:
     task = replace(TASK, motion=motion)
-    proposals = propose(task)
-    naive = [even(task, rels, dtype) for rels in ((0.05,), (0.05, 0.10), (0.05, 0.28)) for dtype in ITEM_BYTES]
-    assert all(proposals[0].errors.worst < other.errors.worst for other in naive)
+    first = propose(task)[0]
+    for rels in ((0.05,), (0.05, 0.10), (0.05, 0.28)):
+        for dtype in ITEM_BYTES:
+            count = task.max_bytes // (len(rels) * task.parameters * ITEM_BYTES[dtype])
+            even = Schedule(rels, task.steps, -(-task.steps // count), None, task.rounding_of(dtype))
+            assert first.errors.worst < judge(task, even, dtype).errors.worst
 
 
 def test_the_alternatives_come_best_first_and_are_different() -> None:
@@ -72,6 +70,9 @@ def test_the_alternatives_come_best_first_and_are_different() -> None:
     assert {len(p.schedule.sigma_rels) for p in proposals} == {1, 2, 3}
     assert any(p.nbytes <= TASK.max_bytes / 2 for p in proposals)
     assert len({p.label for p in proposals}) == len(proposals) <= 7
+    assert all(proposal.last_step == TASK.steps for proposal in proposals)  # where steps can be divided
+    assert all(proposal.last_step > 0.98 * 39_989 for proposal in propose(replace(TASK, steps=39_989)))  # a prime
+    assert propose(replace(TASK, rounding={"float16": 0.1, "bfloat16": 0.1}))[0].dtype == "float32"
 
 
 def test_fixed_choices_are_kept() -> None:
@@ -81,12 +82,6 @@ def test_fixed_choices_are_kept() -> None:
     assert proposal.dtype == "bfloat16"
     for name, value in (("checkpoint_every", 1000), ("max_checkpoints", 5), ("sigma_rels", (0.1, 0.2))):
         assert all(getattr(p.schedule, name) == value for p in propose(replace(TASK, dtype="float16", **{name: value})))
-
-
-def test_the_last_snapshot_is_at_the_end_where_steps_can_be_divided() -> None:
-    assert all(proposal.last_step == 40_000 for proposal in propose(TASK))
-    for proposal in propose(replace(TASK, steps=39_989)):  # a prime
-        assert proposal.last_step > 0.98 * 39_989
 
 
 # --- good enough -----------------------------------------------------------------------------------
@@ -121,41 +116,15 @@ def test_a_smaller_error_takes_more_snapshots() -> None:
     assert fine.schedule.taken > coarse.schedule.taken
 
 
-@pytest.mark.parametrize("max_bytes", [10**7, 10**8, 10**13])
-@pytest.mark.parametrize("steps", [30, 3_000])
-def test_disk_is_always_bounded(max_bytes: int, steps: int) -> None:
-    for proposal in propose(replace(AMPLE, max_bytes=max_bytes, steps=steps, dtype="float16")):
-        assert proposal.schedule.max_checkpoints == proposal.schedule.kept
-
-
 def test_short_averages_are_updated_more_often() -> None:
     for steps, low, every in ((3_000, 0.05, 10), (500, 0.05, 2), (500, 0.2, 10), (20, 0.05, 1)):
         task = replace(AMPLE, steps=steps, sigma_range=(low, 0.28), checkpoint_every=20, dtype="float16")
         assert {p.update_every for p in propose(replace(task, sigma_rels=(low, 0.28)))} == {every}
 
 
-def test_measured_rounding_counts() -> None:
-    coarse = propose(replace(TASK, rounding={"float16": 0.1, "bfloat16": 0.1}))
-    assert coarse[0].dtype == "float32"
-
-
 @pytest.mark.parametrize(
     ("change", "subject"),
-    [
-        ({"steps": 0}, "steps"),
-        ({"parameters": 0}, "params"),
-        ({"max_bytes": 10**6}, "max_size"),
-        ({"max_bytes": 10**7, "max_checkpoints": 5}, "max_size"),
-        ({"sigma_range": (0.28, 0.05)}, "sigma_range"),
-        ({"sigma_rels": (0.4,)}, "sigma_rel"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"checkpoint_every": 0}, "checkpoint_every"),
-        ({"checkpoint_every": 40_001}, "checkpoint_every"),
-        ({"max_checkpoints": 0}, "max_checkpoints"),
-        ({"max_error": -0.1}, "max_error"),
-        ({"max_error": 1.0}, "max_error"),
-        ({"max_error": float("nan")}, "max_error"),
-    ],
+    [({"steps": 0}, "steps"), ({"max_bytes": 10**6}, "max_size"), ({"max_error": float("nan")}, "max_error")],
 )
 def test_an_impossible_task_is_refused(change: dict, subject: str) -> None:
     with refused(subject):

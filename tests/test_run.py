@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from checking import assert_same_tensors, refused
 from ema_command import Ema
 from factories import flip_bit, snapshot_files, write_run
 from safetensors.torch import load_file
 
 from posthoc_cli import Beta, Between, PostHocEMA, PowerFunction, Run, Window
-from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, InvalidValueError, OutputExistsError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, OutputExistsError
 
 TARGETS = {
     "0.15": 0.15,
@@ -57,91 +58,75 @@ def test_a_look_needs_no_torch(run: Run) -> None:
 
 
 @pytest.mark.parametrize("name", TARGETS)
-def test_an_average_is_that_of_the_tracker_and_of_the_command_line(
-    run: Run, ema: Ema, tmp_path: Path, name: str
-) -> None:
+def test_an_average_is_that_of_the_tracker_and_of_a_file(run: Run, tmp_path: Path, name: str) -> None:
     target = TARGETS[name]
     weights = run.average(target, dtype="float64")
     expected = PostHocEMA.from_path(run.directory).state_dict(sigma_rel=target, dtype="float64")
-    assert {key: value.tolist() for key, value in weights.items()} == {k: v.tolist() for k, v in expected.items()}
+    assert_same_tensors(weights, expected)
     assert weights.predicted_error == expected.predicted_error
     assert weights.profile_error == run.plan(target, dtype="float64").to_dict()["targets"][0]["profile_error"]
-    report = run.write(target, tmp_path / "a.safetensors", dtype="float64")
-    assert report is not None
-    assert load_file(tmp_path / "a.safetensors")["w"].equal(weights["w"])
+    report = written(run, target, tmp_path / "a.safetensors", dtype="float64")
+    assert_same_tensors(load_file(tmp_path / "a.safetensors"), weights)
     assert report.to_dict()["targets"][0]["predicted_error"] == weights.predicted_error
 
 
-def test_an_average_of_another_time_and_dtype_that_torch_saves_without_this_package(run: Run) -> None:
+def test_an_average_of_another_time_and_dtype_that_torch_saves_without_this_package(run: Run, tmp_path: Path) -> None:
     weights = run.average(0.1, step=50, dtype=torch.bfloat16)
     assert weights["w"].dtype == torch.bfloat16
-    assert run.average(0.1, t=50, dtype="bfloat16")["w"].equal(weights["w"])
-    stream = io.BytesIO()
-    torch.save(weights, stream)
-    stream.seek(0)
-    assert torch.load(stream, weights_only=True)["b"].equal(weights["b"])
+    assert_same_tensors(run.average(0.1, t=50, dtype="bfloat16"), weights)
+    torch.save(weights, tmp_path / "weights.pt")
+    assert_same_tensors(torch.load(tmp_path / "weights.pt", weights_only=True), weights)
+
+
+def written(run: Run, *arguments: Any, **options: Any) -> Any:
+    report = run.write(*arguments, **options)
+    assert report is not None
+    return report
 
 
 def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp_path: Path) -> None:
-    report = run.write([0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
-    assert report is not None
+    report = written(run, [0.1, Beta(0.9)], tmp_path / "new", max_error=0.9)
     assert [path.name for path in report.outputs] == ["sigma_rel-0.1.safetensors", "beta-0.9.safetensors"]
     arguments = ("--sigma-rel", "0.1", "--beta", "0.9", "--out", tmp_path / "new", "--force", "--json")
     printed = ema("synthesize", run.directory, *arguments)
-    found, expected = json.loads(printed.out), json.loads(json.dumps(report.to_dict()))
+    found, expected = printed.json, json.loads(json.dumps(report.to_dict()))
     for target in (*found["targets"], *expected["targets"]):
         del target["seconds"]
     assert found == expected
     with pytest.raises(FrozenInstanceError):
         report.seconds = 0.0  # type: ignore[misc]
-    again = run.write([0.1, Beta(0.9)], tmp_path / "new", skip_existing=True)
-    assert again is not None
-    assert again.existing == {0, 1}
+    assert written(run, [0.1, Beta(0.9)], tmp_path / "new", skip_existing=True).existing == {0, 1}
     with pytest.raises(OutputExistsError) as raised:
         run.write([0.1, 0.2], tmp_path / "new")
     assert raised.value.hint == "choose another name, or overwrite=True to replace it"
     with pytest.raises(InexactError):
         run.write(0.1, tmp_path / "no.safetensors", max_error=1e-9)
     assert not (tmp_path / "no.safetensors").exists()
-
-
-def test_a_dry_run_needs_no_output(run: Run) -> None:
-    report = run.write(0.1, None, dry_run=True)
-    assert report is not None
-    assert report.outputs == ()
-    assert report.to_dict()["targets"][0]["output"] is None
-    with pytest.raises(InvalidValueError) as raised:
+    assert written(run, 0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
+    with refused("out"):
         run.write(0.1, None)
-    assert raised.value.subject == "out"
 
 
 def test_parts_of_a_model(run: Run, tmp_path: Path) -> None:
     for part in ("2/2", "1/2"):
-        made = run.write(0.1, tmp_path / "m", shard=part)
-        assert made is not None
-    finished = run.write(0.1, tmp_path / "m", finish=True)
-    assert finished is not None
-    assert finished.to_dict()["finished"]["parts"] == 2
-    found = [load_file(path) for path in sorted((tmp_path / "m").glob("*.safetensors"))]
-    assert {name: value for part in found for name, value in part.items()}["w"].equal(run.average(0.1)["w"])
+        written(run, 0.1, tmp_path / "m", shard=part)
+    assert written(run, 0.1, tmp_path / "m", finish=True).to_dict()["finished"]["parts"] == 2
+    parts = [load_file(path) for path in (tmp_path / "m").glob("*.safetensors")]
+    assert {name: value for part in parts for name, value in part.items()}["w"].equal(run.average(0.1)["w"])
 
 
-def test_the_plan_has_the_coefficients(run: Run) -> None:
+def test_the_plan_has_the_coefficients_and_the_error_of_the_curve(run: Run) -> None:
     plan = run.plan([0.05, 0.1], t=80)
     (copied, mixed) = plan.to_dict()["targets"]
     (file,) = (item["file"] for item in copied["snapshots"] if item["coefficient"] > 0.5)
     assert file.endswith("80-0.05.safetensors")
     assert sum(item["coefficient"] for item in mixed["snapshots"]) == pytest.approx(1)
     assert mixed["predicted_error"] == plan.predicted_error(1)
-
-
-def test_the_curve_and_the_picture_have_the_error_of_the_plan(run: Run) -> None:
     curve = run.error_curve((0.1, 0.2), others=[Window(50)])
     plan = run.plan([0.1, Window(50)], dtype="float64")
     assert curve.error[0] == pytest.approx(plan.predicted_error(0))
     assert curve.others[0].predicted_error == pytest.approx(plan.predicted_error(1))
-    figure = run.plot_errors((0.1, 0.2), draw=[0.15, Window(50)])
-    assert len(figure.subfigs) == 3
+    assert len(run.plot_errors((0.1, 0.2), draw=[0.15, Window(50)]).subfigs) == 3
 
 
 def test_damage_is_found_and_the_rest_is_described(run: Run) -> None:
@@ -173,15 +158,6 @@ def test_a_directory_that_is_read_anew(run: Run, tmp_path: Path) -> None:
     assert raised.value.subject == str(tmp_path / "later")
     run.directory.rename(tmp_path / "later")
     assert later.t == 100.0
-
-
-@pytest.mark.parametrize(
-    ("target", "subject"), [(0.4, "sigma_rel"), ("wide", "sigma_rel"), (None, "target"), ([], "sigma_rel")]
-)
-def test_a_wrong_target_is_named(run: Run, target: object, subject: str) -> None:
-    with pytest.raises(InvalidValueError) as raised:
-        run.average(target)  # type: ignore[arg-type]
-    assert raised.value.subject.split()[0] == subject
 
 
 def test_a_tracker_gives_its_run_with_all_due_snapshots(tmp_path: Path) -> None:

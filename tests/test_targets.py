@@ -49,17 +49,9 @@ def test_labels_tell_targets_apart_that_differ_late_in_their_digits() -> None:
     assert Window(1000.0).label == "window-1000"  # type: ignore[arg-type]
 
 
-def test_a_beta_whose_start_keeps_most_of_the_mass_is_what_it_is() -> None:
-    profile = Beta(0.9999).profile(1000.0, STEPS, 1.0)
-    assert profile.mass_on_start == pytest.approx(0.9999**999, rel=1e-12)
-
-
 @pytest.mark.parametrize("value", [0.15, np.float32(0.15), np.array(0.15)])
-def test_a_number_is_a_sigma_rel(value: float) -> None:
+def test_a_number_is_a_sigma_rel_and_an_object_with_density_and_tail_a_profile(value: float) -> None:
     assert as_target(value) == SigmaRel(float(value))
-
-
-def test_any_object_with_density_and_tail_is_a_target() -> None:
     assert as_target(Uniform(0.0, 5.0)) == GivenProfile(Uniform(0.0, 5.0))
 
 
@@ -80,40 +72,21 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
         (lambda: as_target(None), "target", "None"),
         (lambda: as_target([0.1, 0.2]), "target", "[0.1, 0.2]"),
         (lambda: as_target("abc"), "sigma_rel", "'abc'"),
-        (lambda: as_target(0.4), "sigma_rel", "0.4: must lie in (0, 0.2887)"),
-        (lambda: as_target(0.9999), "sigma_rel", "use Beta(0.9999)"),
         (lambda: as_target(0.99999999), "sigma_rel", "use Beta(0.99999999)"),
         (lambda: Beta(0.0), "beta", "0.0: must lie in (0, 1)"),
-        (lambda: Beta(1.0), "beta", "1.0: must lie in (0, 1)"),
         (lambda: Beta(math.nan), "beta", "finite"),
         (lambda: Beta("0.9"), "beta", "'0.9'"),  # type: ignore[arg-type]
-        (lambda: Beta(0.3), "beta", "at least 0.5"),
-        (lambda: Window(0), "window", "at least 1"),
-        (lambda: Window(2.5), "window", "whole number"),  # type: ignore[arg-type]
         (lambda: Window(True), "window", "True"),
-        (lambda: Between(5, 3), "between", "5:3"),
         (lambda: Between(5, 5), "between", "5:5"),
-        (lambda: Between(-5, 3), "between", "0 or later"),
         (lambda: Between(0, math.inf), "between", "finite"),
         (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile", "'../a b'"),
+        (lambda: GivenProfile(Uniform(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
+         "9.99999e-07 of its mass lies after"),
     ],
-)
-def test_an_impossible_target_is_refused_when_it_is_made(make: Callable[[], object], subject: str, words: str) -> None:
+)  # fmt: skip
+def test_an_impossible_target_is_refused(make: Callable[[], object], subject: str, words: str) -> None:
     with refused(subject, words):
         make()
-
-
-@pytest.mark.parametrize(
-    ("target", "subject", "words"),
-    [
-        (Window(20_000), "window", "has 10,000 steps up to t = 1,000,000"),
-        (Between(5, 1_000_001), "between", "ends after t = 1,000,000"),
-        (GivenProfile(Uniform(0, 1e6 + 1), "mine"), "profile mine", "9.99999e-07 of its mass lies after"),
-    ],
-)
-def test_a_run_that_is_too_short_for_the_target_is_named(target: Target, subject: str, words: str) -> None:
-    with refused(subject, words):
-        target.profile(1e6, IMAGES, 1280.0)
 
 
 def test_the_longest_window_is_the_whole_run() -> None:
@@ -154,14 +127,10 @@ def test_sound_profiles_are_taken_as_they_are(profile: object) -> None:
         (Written(density=lambda _: 0.01), "shape (1146,) has shape ()"),
         (Written(density=lambda s: math.exp(s)), "density fails for an array of times: only "),
         (Written(tail=lambda s: np.full(s.shape, np.inf)), "tail is inf at s = -100"),
-        (Written(tail=lambda s: np.clip(1 - s / 100, 0, 1) * 2), "tail is 2 at s = -100"),
         (Written(tail=lambda s: 1 - s / 100), "tail is 2 at s = -100"),
         (Written(tail=lambda s: np.clip(0.5 - s / 200, 0, 0.5)), "0.5 of its mass lies before 0"),
         (Written(tail=lambda s: np.clip(1 - s / 200, 0, 1)), "0.5 of its mass lies after t = 100"),
-        (
-            Written(tail=lambda s: np.where((s > 40) & (s < 60), 1, np.clip(1 - s / 100, 0, 1))),
-            "tail grows after s = 39.94140625",
-        ),
+        (Written(tail=lambda s: np.where(abs(s - 50) < 10, 1, np.clip(1 - s / 100, 0, 1))), "grows after s = 39.94140"),
         (Written(tail=lambda _: 1 / 0), "tail fails for an array of times: division by zero"),
     ],
 )
@@ -212,38 +181,28 @@ def test_every_digit_of_a_file_counts(tmp_path_factory: pytest.TempPathFactory, 
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        ("", "holds 0 points"),
         ("time,density\n0,1\n", "holds 1 point;"),
         ("0,1\n\n# so\n5,1\n5,2\n", "line 5: time 5 after 5"),
-        ("0,1\n50000,1\n3,2\n", "line 3: time 3 after 50,000"),
-        ("time,density\n-1,1\n5,1\n", "line 2: time -1"),
         ("0,1\ninf,1\n", "line 2: time inf"),
-        ("0,1\n5,-0.5\n", "line 2: density -0.5"),
         ("0,nan\n5,1\n", "line 1: density nan"),
         ("0,1e999\n5,1\n", "line 1: density inf"),
         ("time,density\n0,0\n\n5,0\n", "lines 2 to 4: its mass is 0"),
         ("0,1\n5\n", "line 2: 1 column in '5'"),
-        ("0,1\n5,1,2\n", "line 2: 3 columns in '5,1,2'"),
         ("time,density\nt,d\n0,1\n5,1\n", "line 2: 't,d' holds no two numbers"),
-        ("0,1\n5,x\n", "line 2: '5,x' holds no two numbers"),
         ("0,1\n5,\n", "line 2: '5,' holds no two numbers"),
         ("0,1\n1,1\n150,0\n200,0\n", "line 3: time 150 puts mass outside the run"),
         (b"0,1\n5,\xff\n", "line 2: not a text file in UTF-8"),
-        (b"0,1\n5,1\n\0\0\0\0", "line 3: not a text file in UTF-8"),
         (b"\n0,1\n5,1\n\0\n\n\0", "line 4: not a text file in UTF-8"),
         ("0,1\n5,1\n".encode("utf-16"), "line 1: not a text file in UTF-8"),
+        ("1,1\n2,1\n3,1\n4,1\n5,1\n6,1\n", "line 6: at most 5 lines"),
     ],
 )
-def test_a_file_that_is_no_profile_is_named_with_the_line(tmp_path: Path, content: str | bytes, words: str) -> None:
+def test_a_file_that_is_no_profile_is_named_with_the_line(
+    tmp_path: Path, content: str | bytes, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(custom, "MOST_LINES", 5)
     path = written(tmp_path, content)
     with refused("profile", f"{path}: {words}"):
-        ProfileFile(path).profile(100.0, STEPS, 1.0)
-
-
-def test_a_file_of_too_many_lines_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(custom, "MOST_LINES", 3)
-    path = written(tmp_path, "1,1\n2,1\n3,1\n4,1\n")
-    with refused("profile", f"{path}: line 4: at most 3 lines"):
         ProfileFile(path).profile(100.0, STEPS, 1.0)
 
 
@@ -251,14 +210,7 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     huge = tmp_path / "huge.csv"
     huge.touch()
     os.truncate(huge, custom.MOST_BYTES + 1)  # sparse
-    os.mkfifo(tmp_path / "pipe")
-    for path, words in (
-        (tmp_path, "is a directory"),
-        (tmp_path / "pipe", "is no regular file"),
-        (tmp_path / "absent.csv", "No such file"),
-        (Path("a\0b"), "cannot be read"),
-        (huge, "larger than 100 MB"),
-    ):
+    for path, words in ((Path("a\0b"), "cannot be read"), (huge, "larger than 100 MB")):
         with refused("profile", words):
             _ = ProfileFile(path).table
 

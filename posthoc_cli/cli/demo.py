@@ -55,7 +55,7 @@ def _print(result: Result) -> None:
     mine, plan = folder.root / "mine.safetensors", folder.root / "plan.png"
     print_line()
     print_line(f"done in {result.seconds:.0f} s; in {folder.root}:")
-    print_line(f"  {', '.join(path.name + '/' * path.is_dir() for path in folder.made())}")
+    print_line(f"  {', '.join(path.name + '/' * path.is_dir() for path in sorted(folder.root.iterdir()))}")
     print_line("look at the pictures, and try:")
     for command in (
         ["synthesize", folder.snapshots, "--sigma-rel", "0.13", "--out", mine],

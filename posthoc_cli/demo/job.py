@@ -91,7 +91,7 @@ class Result:
             "best": self.best.sigma_rel,
             "tracked": [vars(check) for check in self.checks],
             "commands": self.commands,
-            "files": [str(path) for path in self.folder.made()],
+            "files": [str(path) for path in sorted(self.folder.root.iterdir())],
             "seconds": self.seconds,
         }
 

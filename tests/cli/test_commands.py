@@ -2,37 +2,41 @@
 
 from __future__ import annotations
 
-import json
 import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from checking import assert_same_tensors
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.cli.output import percent, print_pairs, print_table, printable, size_text
+from posthoc_cli.cli.output import percent, print_pairs, print_table, size_text
 
 # --- info ------------------------------------------------------------------------------------------
 
 
 def test_info_of_a_directory(ema: Ema, run: Path) -> None:
+    (run / ".ema-0123.tmp").write_text("")
+    (run / "superseded").mkdir()
+    (run / "superseded" / "x.safetensors").write_text("")
     result = ema("info", run)
     assert (result.code, result.err) == (0, "")
     assert re.search(r"^run +[0-9a-f]{32}$", result.out, re.MULTILINE)
     assert re.search(r"^ *0\.28 +0\.1693 +20 +100 +2,000 +0\.0\d+ % to 0\.0\d+ % ", result.out, re.MULTILINE)
     assert re.search(r"^measured +40 of them$", result.out, re.MULTILINE)
-    report = json.loads(ema("info", run, "--json").out)
+    report = ema("info", run, "--json").json
     assert report["run"] == PostHocEMA.from_path(run).run_id
     assert [p["sigma_rel"] for p in report["profiles"]] == [0.05, 0.28]
     assert report["profiles"][0]["times"] == [100.0 * k for k in range(1, 21)]
     assert (report["averaged"], report["copied"], report["left_out"]) == (5, 3, ["2.bias"])
     assert report["bytes"] == sum(p.stat().st_size for p in run.glob("*.safetensors"))
-    assert report["problems"] == []
-    assert report["measured"] == 40
-    assert (report["t"], report["step"]) == (2000, 2000)
+    assert (report["problems"], report["leftovers"], report["superseded"]) == ([], [".ema-0123.tmp"], 1)
+    assert (report["measured"], report["t"], report["step"]) == (40, 2000, 2000)
     low, high = report["profiles"][0]["relative_rounding"]
     assert 2**-13 < low <= high < 2**-11
 
@@ -42,43 +46,44 @@ def test_info_says_where_nothing_was_measured(ema: Ema, unmeasured_run: Path) ->
     assert (result.code, result.err) == (0, "")
     assert re.search(r"^measured +none of them: errors are predicted from a sample$", result.out, re.MULTILINE)
     assert result.out.count("unknown") == 2
-    report = json.loads(ema("info", unmeasured_run, "--json").out)
+    report = ema("info", unmeasured_run, "--json").json
     assert report["measured"] == 0
     assert [profile["relative_rounding"] for profile in report["profiles"]] == [None, None]
-    snapshot = json.loads(ema("info", sorted(unmeasured_run.glob("*.safetensors"))[0], "--json").out)
+    snapshot = ema("info", sorted(unmeasured_run.glob("*.safetensors"))[0], "--json").json
     assert snapshot["measurements"] is None
 
 
-def test_info_of_an_output_that_is_no_power_function(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "beta.safetensors"
-    ema("synthesize", run, "--beta", "0.99", "--out", out)
-    report = json.loads(ema("info", out, "--json").out)
-    assert (report["profile"], report["sigma_rel"], report["gamma"]) == ("beta 0.99", None, None)
-    text = ema("info", out).out
-    assert re.search(r"^profile +beta 0\.99$", text, re.MULTILINE)
-    assert "sigma rel" not in text
-
-
-def test_info_of_a_snapshot_an_output_and_a_stranger(ema: Ema, run: Path, tmp_path: Path) -> None:
+def test_info_of_a_snapshot_and_a_stranger(ema: Ema, run: Path, tmp_path: Path) -> None:
     snapshot = sorted(run.glob("*.safetensors"))[-1]
-    report = json.loads(ema("info", snapshot, "--json").out)
+    report = ema("info", snapshot, "--json").json
     assert (report["kind"], report["sigma_rel"], report["t"], report["t_first"]) == ("snapshot", 0.28, 2000, 10)
     assert report["measurements"]["distances"] == 5
     assert report["measurements"]["relative_rounding"] == pytest.approx(2**-11, rel=0.7)
     tensors = {name: tensor for name, tensor in load_file(snapshot).items() if not name.startswith("1.running")}
     norm = torch.cat([t.double().flatten() for t in tensors.values() if t.is_floating_point()]).norm()
     assert report["measurements"]["norm"] == pytest.approx(float(norm), rel=1e-3)
-    assert re.search(r"^measurements +norm [\d.]+, relative_rounding 0\.0\d+ %, distances 5$",
-                     ema("info", snapshot).out, re.MULTILINE)  # fmt: skip
+    said = r"^measurements +norm [\d.]+, relative_rounding 0\.0\d+ %, distances 5$"
+    assert re.search(said, ema("info", snapshot).out, re.MULTILINE)
+    for name in ("a", "b"):
+        save_file({"w": torch.zeros(3, 2)}, tmp_path / f"{name}.safetensors")
+    report = ema("info", tmp_path / "a.safetensors", "--json").json
+    assert (report["kind"], report["parameters"]) == ("safetensors", 6)
+    shutil.rmtree(run)
+    result = ema("info", tmp_path)
+    assert (result.code, result.err) == (0, "")
+    assert re.findall(r"^([ab])\.safetensors +safetensors .* B$", result.out, re.MULTILINE) == ["a", "b"]
+
+
+def test_info_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
     out = tmp_path / "m.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
-    report = json.loads(ema("info", out, "--json").out)
+    report = ema("info", out, "--json").json
     assert (report["kind"], report["sigma_rel"], report["method"]) == ("output", 0.15, "minvar")
     assert report["profile"] == "sigma_rel 0.15"
     assert 0 < report["predicted_error"] < 0.01
-    assert re.search(r"^predicted error +0\.\d+ %$", ema("info", out).out, re.MULTILINE)
     assert len(report["snapshots"]) == 40
     text = ema("info", out).out
+    assert re.search(r"^predicted error +0\.\d+ %$", text, re.MULTILINE)
     assert "sigma rel" in text
     assert max(map(len, text.replace(str(out), "").splitlines())) <= 80
     rows = re.findall(r"^(\S+\.safetensors) +([+-]\d\.\d{6})$", text, re.MULTILINE)
@@ -89,18 +94,10 @@ def test_info_of_a_snapshot_an_output_and_a_stranger(ema: Ema, run: Path, tmp_pa
     verbose = ema("info", out, "-v").out
     assert verbose.count(".safetensors  ") == 40
     assert re.search(r"^profile error +\d", verbose, re.MULTILINE)
-    save_file({"w": torch.zeros(3, 2)}, tmp_path / "other.safetensors")
-    report = json.loads(ema("info", tmp_path / "other.safetensors", "--json").out)
-    assert (report["kind"], report["parameters"]) == ("safetensors", 6)
-
-
-def test_info_reports_leftovers_and_what_was_set_aside(ema: Ema, run: Path) -> None:
-    (run / ".ema-0123.tmp").write_text("")
-    (run / "superseded").mkdir()
-    (run / "superseded" / "x.safetensors").write_text("")
-    report = json.loads(ema("info", run, "--json").out)
-    assert report["leftovers"] == [".ema-0123.tmp"]
-    assert report["superseded"] == 1
+    ema("synthesize", run, "--beta", "0.99", "--out", out, "--force")
+    report = ema("info", out, "--json").json
+    assert (report["profile"], report["sigma_rel"], report["gamma"]) == ("beta 0.99", None, None)
+    assert "sigma rel" not in ema("info", out).out
 
 
 def make_averages(ema: Ema, run: Path, folder: Path, *options: str) -> None:
@@ -110,31 +107,20 @@ def make_averages(ema: Ema, run: Path, folder: Path, *options: str) -> None:
 def test_info_of_shards_of_their_index_and_of_a_folder_of_outputs(ema: Ema, run: Path, tmp_path: Path) -> None:
     make_averages(ema, run, tmp_path / "averages")
     make_averages(ema, run, tmp_path / "shards", "--format", "sharded", "--max-shard-size", "50")
-    alone = json.loads(ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").out)
+    alone = ema("info", tmp_path / "averages" / "sigma_rel-0.15.safetensors", "--json").json
     folder = tmp_path / "shards" / "sigma_rel-0.15"
+    shards = list(folder.glob("*.safetensors"))
+    assert len(shards) > 1
+    own = {"files": len(shards), "bytes": sum(shard.stat().st_size for shard in shards)}
     for path in (folder, folder / "model.safetensors.index.json"):
-        result = ema("info", path, "--json")
-        assert result.code == 0
-        report = json.loads(result.out)
-        assert report.pop("files") == len(list(folder.glob("*.safetensors"))) > 1
-        assert report.pop("path") == str(path)
-        assert report.pop("bytes") == sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        assert report == {key: value for key, value in alone.items() if key not in ("path", "bytes")}
+        assert ema("info", path, "--json").json == {**alone, **own, "path": str(path)}
         assert re.search(r"^profile +sigma_rel 0\.15$", ema("info", path).out, re.MULTILINE)
     for container in ("averages", "shards"):
-        report = json.loads(ema("info", tmp_path / container, "--json").out)
+        report = ema("info", tmp_path / container, "--json").json
         assert report["kind"] == "outputs"
         assert [one["profile"] for one in report["outputs"]] == ["sigma_rel 0.1", "sigma_rel 0.15", "sigma_rel 0.2"]
         text = ema("info", tmp_path / container).out
         assert len(re.findall(r"^sigma_rel-0\.\S+ +sigma_rel 0\.\d+ +2,000 +0\.0\d+ % ", text, re.MULTILINE)) == 3
-
-
-def test_info_of_a_folder_of_files_of_other_kinds(ema: Ema, tmp_path: Path) -> None:
-    for name in ("a", "b"):
-        save_file({"w": torch.zeros(3, 2)}, tmp_path / f"{name}.safetensors")
-    result = ema("info", tmp_path)
-    assert (result.code, result.err) == (0, "")
-    assert re.findall(r"^([ab])\.safetensors +safetensors .* B$", result.out, re.MULTILINE) == ["a", "b"]
 
 
 def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -159,29 +145,21 @@ def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tm
 
 def test_what_shard_and_finish_leave_goes_on_to_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     average = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q")
-    assert ema(*average, "--out", tmp_path / "whole.safetensors").code == 0
-    refused = ema(*average, "--out", tmp_path / "m.safetensors", "--shard", "1/3").error
-    assert refused.endswith(
-        "a synthesis in parts makes a folder of shards; name a folder; ema export makes one file of it"
-    )
+    whole, folder = tmp_path / "whole.safetensors", tmp_path / "m"
+    assert ema(*average, "--out", whole).code == 0
     for number in (1, 2, 3):
-        assert ema(*average, "--out", tmp_path / "m", "--shard", f"{number}/3").code == 0
-    for command in (("info", tmp_path / "m"), ("export", tmp_path / "m", "--out", tmp_path / "x.safetensors")):
-        result = ema(*command)
-        assert result.code == 1
-        assert "3 of 3 shards of a model are there, and no index" in result.error
-        assert "--finish" in result.error
-    assert ema(*average, "--out", tmp_path / "m", "--finish").code == 0
-    for name, source in (("a", tmp_path / "m"), ("b", tmp_path / "m" / "model.safetensors.index.json")):
-        result = ema("export", source, "--out", tmp_path / f"{name}.safetensors")
+        assert ema(*average, "--out", folder, "--shard", f"{number}/3").code == 0
+    for command in (("info", folder), ("export", folder, "--out", tmp_path / "x.safetensors")):
+        assert "3 of 3 shards of a model are there, and no index" in ema(*command).error
+        assert "--finish" in ema(*command).error
+    assert ema(*average, "--out", folder, "--finish").code == 0
+    for name, source in (("a", folder), ("b", folder / "model.safetensors.index.json")):
+        made = tmp_path / f"{name}.safetensors"
+        result = ema("export", source, "--out", made)
         assert (result.code, result.err) == (0, "")
-        made, whole = (tmp_path / f"{file}.safetensors" for file in (name, "whole"))
-        expected = load_file(whole)
-        found = load_file(made)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], tensor) for key, tensor in expected.items())
-        reports = [json.loads(ema("info", path, "--json").out) for path in (made, whole)]
-        assert len({json.dumps({**report, "path": "", "bytes": 0}) for report in reports}) == 1
+        assert_same_tensors(load_file(made), load_file(whole))
+        reports = [{**ema("info", path, "--json").json, "path": "", "bytes": 0} for path in (made, whole)]
+        assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize(("layout", "ending"), [(None, ".safetensors"), ("pt", ".pt"), ("sharded", "")])
@@ -189,15 +167,17 @@ def test_a_folder_of_outputs_is_exported_into_a_folder(
     ema: Ema, run: Path, tmp_path: Path, layout: str | None, ending: str
 ) -> None:
     make_averages(ema, run, tmp_path / "averages")
-    options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16")
-    options = options if layout is None else (*options, "--format", layout)
+    chosen = ("--format", layout) if layout else ()
+    options = ("export", tmp_path / "averages", "--out", tmp_path / "new", "--dtype", "bf16", *chosen)
     result = ema(*options)
     assert result.code == 0
     assert result.out.startswith("wrote 3 models, 24 tensors, ")
     assert {path.name for path in (tmp_path / "new").iterdir()} == {f"sigma_rel-{s}{ending}" for s in (0.1, 0.15, 0.2)}
     found = tmp_path / "new" / f"sigma_rel-0.15{ending}"
-    loaded = torch.load(found, weights_only=True) if layout == "pt" else None
-    loaded = loaded or load_file(found if layout is None else found / "model.safetensors")
+    if layout == "pt":
+        loaded = torch.load(found, weights_only=True)
+    else:
+        loaded = load_file(found if layout is None else found / "model.safetensors")
     expected = load_file(tmp_path / "averages" / "sigma_rel-0.15.safetensors")
     assert torch.equal(loaded["0.weight"], expected["0.weight"].bfloat16())
     assert "is there already" in ema(*options).error
@@ -205,10 +185,12 @@ def test_a_folder_of_outputs_is_exported_into_a_folder(
     assert "3 models need a folder" in ema("export", tmp_path / "averages", "--out", tmp_path / "x.pt").error
 
 
-@pytest.mark.parametrize("name", ["m.pt", "m.safetensors", "m"])
+@pytest.mark.parametrize("name", ["m.pt", "the model.safetensors", "m"])
 def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_path: Path, name: str) -> None:
     layout = ("--format", "sharded") if name == "m" else ()
     made = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / name, *layout)
+    (note,) = (line for line in made.err.splitlines() if "not in the output" in line)
+    assert "(2.bias)" in note
     command = made.err.split("from a full model: ")[1].strip()
     if name == "m.pt":
         assert command.startswith("make m.safetensors and not m.pt, then: ")
@@ -216,9 +198,9 @@ def test_the_command_that_completes_an_output_works(ema: Ema, run: Path, tmp_pat
         command = command.split("then: ")[1]
     weights = PostHocEMA.from_path(run).state_dict(sigma_rel=0.15)
     save_file({**weights, "2.bias": torch.ones(2).half()}, tmp_path / "FULL.safetensors")
-    words = [re.sub(r"^(FULL|NEW)", rf"{tmp_path}/\1", word) for word in command.split()[1:]]
+    words = [re.sub(r"^(FULL|NEW)", rf"{tmp_path}/\1", word) for word in shlex.split(command)[1:]]
     assert ema(*words).code == 0
-    assert "2.bias" in load_file(tmp_path / "NEW.safetensors")
+    assert torch.equal(load_file(tmp_path / "NEW.safetensors")["2.bias"], torch.ones(2).half())
 
 
 def test_export_into_a_pt_file_completed_from_a_full_model(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -233,62 +215,25 @@ def test_export_into_a_pt_file_completed_from_a_full_model(ema: Ema, run: Path, 
     assert loaded.keys() == full.keys()
     assert torch.equal(loaded["net.2.bias"], torch.ones(2).half())
     result = ema("export", tmp_path / "full.safetensors", "--out", tmp_path / "s", "--strip-prefix", "net.", "--json")
-    assert json.loads(result.out)["tensors"] == 9
+    assert result.json["tensors"] == 9
     assert set(load_file(tmp_path / "s" / "model.safetensors")) == {name.removeprefix("net.") for name in full}
 
 
 # --- profile ---------------------------------------------------------------------------------------
 
 
-def test_the_table_that_users_know(ema: Ema) -> None:
-    result = ema("profile")
-    rows = [line.split() for line in result.out.splitlines()]
+def test_the_table_that_users_know_and_both_ways(ema: Ema) -> None:
+    rows = [line.split() for line in ema("profile").out.splitlines()]
     assert rows[0] == ["sigma_rel", "gamma", "mean_age", "std", "beta"]
     assert [row[0] for row in rows[1:9]] == ["0.001", "0.01", "0.03", "0.05", "0.1", "0.15", "0.2", "0.27"]
     known = [0.3700, 0.9055, 0.9680, 0.9808, 0.9911, 0.9944, 0.9962, 0.9979]
     assert [float(row[4]) for row in rows[1:9]] == pytest.approx(known, abs=0.002)
-
-
-def test_both_ways(ema: Ema) -> None:
-    (row,) = json.loads(ema("profile", "--beta", "0.9999", "--steps", "100000", "--json").out)["profiles"]
-    back = json.loads(ema("profile", "--sigma-rel", row["sigma_rel"], "--steps", "100000", "--json").out)
+    (row,) = ema("profile", "--beta", "0.9999", "--steps", "100000", "--json").json["profiles"]
+    back = ema("profile", "--sigma-rel", row["sigma_rel"], "--steps", "100000", "--json").json
     assert back["profiles"][0]["beta"] == pytest.approx(0.9999, rel=1e-12)
 
 
 # --- every command ---------------------------------------------------------------------------------
-
-
-def test_no_command_is_a_request_for_help(ema: Ema) -> None:
-    result = ema()
-    assert result.code == 0
-    assert result.out == ema("--help").out
-
-
-def test_an_unknown_command_is_one_line(ema: Ema) -> None:
-    result = ema("synthesise")
-    assert result.code == 2
-    assert "synthesise" in result.error
-
-
-def test_the_version(ema: Ema) -> None:
-    import posthoc_cli
-
-    assert ema("--version").out == f"ema {posthoc_cli.__version__}\n"
-
-
-def test_debug_shows_where(ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from posthoc_cli.cli import main
-    from posthoc_cli.errors import FileFormatError
-
-    (tmp_path / "text").write_text("hello")
-    monkeypatch.setattr("sys.argv", ["ema", "--debug", "info", str(tmp_path / "text")])
-    with pytest.raises(FileFormatError):
-        main()
-
-
-def test_a_name_from_a_file_cannot_steer_the_terminal() -> None:
-    assert printable("a\x1b[31mb\nc") == "a\\x1b[31mb\\nc"
-    assert printable("größe") == "größe"
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:
@@ -301,10 +246,11 @@ def test_tables_fit_a_terminal_and_are_whole_in_a_pipe(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = f"{'very/' * 20}long/0001-0.05.safetensors"
-    print_table(["file", "what", "size"], [[path, "ein schöner größerer Text", "12 MB"]], left=["file", "what"])
+    table = ["file", "what", "size"], [[path, "ein schöner größerer Text", "12 MB"]]
+    print_table(*table, left=["file", "what"])
     assert path in capsys.readouterr().out
     on_terminal(monkeypatch, 60)
-    print_table(["file", "what", "size"], [[path, "ein schöner größerer Text", "12 MB"]], left=["file", "what"])
+    print_table(*table, left=["file", "what"])
     header, line = (re.sub(r"\x1b\[[0-9;]*m", "", line) for line in capsys.readouterr().out.splitlines())
     assert len(line) == 60
     assert re.match(r"very/ve\.\.\.\S+\.safetensors  ein schöner größerer Text  12 MB$", line)
@@ -327,14 +273,8 @@ def test_long_values_go_on_below_where_they_begin(
 
 
 def test_sizes_and_errors_for_people() -> None:
-    assert [size_text(n) for n in (0, 999, 1500, 2.5e6, 3e9, 4e12)] == [
-        "0 B",
-        "999 B",
-        "1.5 kB",
-        "2.5 MB",
-        "3 GB",
-        "4 TB",
-    ]
-    assert [percent(e) for e in (None, 0.0, 1e-8, 0.00123, 0.5, 0.996, 12.0)] == [
-        "unknown", "0 %", "< 1e-5 %", "0.12 %", "50 %", "100 %", "1,200 %",
-    ]  # fmt: skip
+    sizes = {0: "0 B", 999: "999 B", 1500: "1.5 kB", 2.5e6: "2.5 MB", 3e9: "3 GB", 4e12: "4 TB"}
+    assert {size: size_text(size) for size in sizes} == sizes
+    errors = {0.0: "0 %", 1e-8: "< 1e-5 %", 0.00123: "0.12 %", 0.5: "50 %", 0.996: "100 %", 12.0: "1,200 %"}
+    assert {error: percent(error) for error in errors} == errors
+    assert percent(None) == "unknown"

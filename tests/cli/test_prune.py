@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 
 import pytest
+import typer
 from ema_command import Ema
-from factories import flip_bit
+from factories import contents, flip_bit
 
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
 
 
 def snapshots(run: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in run.glob("*.safetensors")}
-
-
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Somebody to ask."""
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    return monkeypatch
 
 
 def test_it_shows_what_goes_and_deletes_it(ema: Ema, run: Path) -> None:
@@ -41,29 +33,31 @@ def test_it_shows_what_goes_and_deletes_it(ema: Ema, run: Path) -> None:
 
 def test_json_says_what_it_did(ema: Ema, run: Path) -> None:
     everything = set(snapshots(run))
-    report = json.loads(ema("prune", run, "--max-error", "30%", "--yes", "--json").out)
+    report = ema("prune", run, "--max-error", "30%", "--yes", "--json").json
     assert report["deleted"] is True
     assert report["before"]["worst_error"] <= report["after"]["worst_error"] <= 0.3
-    assert set(report["kept"]) == set(snapshots(run)) == everything - {gone["file"] for gone in report["gone"]}
-    assert report["bytes"]["kept"] == sum(s.header.file_bytes for s in read_directory(run))
+    left = snapshots(run)
+    assert set(report["kept"]) == set(left) == everything - {gone["file"] for gone in report["gone"]}
+    assert report["bytes"]["kept"] == sum(map(len, left.values()))
+    enough = ema("prune", run, "--max-size", "1GB", "--yes")
+    assert enough.code == 0
+    assert enough.out.splitlines()[-1] == "nothing has to be deleted"
 
 
 @pytest.mark.parametrize("wish", [("--keep", "5"), ("--max-size", "30kB"), ("--max-error", "0.5")])
 def test_a_dry_run_deletes_nothing(ema: Ema, run: Path, wish: tuple[str, str]) -> None:
-    before = {path.name: path.read_bytes() for path in run.iterdir()}
+    before = contents(run)
     result = ema("prune", run, *wish, "--dry-run")
     assert result.code == 0
     assert "nothing was deleted" in result.out.splitlines()[-1]
-    assert before == {path.name: path.read_bytes() for path in run.iterdir()}
-    report = json.loads(ema("prune", run, *wish, "--dry-run", "--json").out)
+    report = ema("prune", run, *wish, "--dry-run", "--json").json
     assert report["deleted"] is False
     assert report["gone"]
+    assert contents(run) == before
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, 40), ("y", 0, 10), ("", 130, 40)])
-def test_it_asks(ema: Ema, run: Path, terminal: pytest.MonkeyPatch, answer: str, code: int, left: int) -> None:
-    import typer
-
+def test_it_asks(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int) -> None:
     def confirm(question: str, err: bool) -> bool:
         assert question == "delete 30 snapshots for good?"
         assert err
@@ -71,18 +65,12 @@ def test_it_asks(ema: Ema, run: Path, terminal: pytest.MonkeyPatch, answer: str,
             raise typer.Abort
         return answer == "y"
 
-    terminal.setattr(typer, "confirm", confirm)
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr(typer, "confirm", confirm)
     result = ema("prune", run, "--keep", "5")
     assert result.code == code
     assert len(snapshots(run)) == left
-    if answer == "n":
-        assert result.out.splitlines()[-1] == "nothing was deleted"
-
-
-def test_enough_room_is_no_mistake(ema: Ema, run: Path) -> None:
-    result = ema("prune", run, "--max-size", "1GB", "--yes")
-    assert result.code == 0
-    assert result.out.splitlines()[-1] == "nothing has to be deleted"
+    assert answer != "n" or result.out.splitlines()[-1] == "nothing was deleted"
 
 
 def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:

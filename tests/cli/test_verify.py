@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import os
+import shutil
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -63,7 +65,7 @@ def test_json(ema: Ema, run: Path) -> None:
     leave(run)
     result = ema("verify", run, "--json", "--deep")
     assert (result.code, result.err) == (1, "")
-    report = json.loads(result.out)
+    report = result.json
     assert [report[key] for key in ("kind", "path", "superseded", "quarantined")] == ["directory", str(run), 0, 0]
     assert len(report["files"]) == 40
     (wrong,) = (file for file in report["files"] if file["state"] != "intact")
@@ -102,24 +104,21 @@ def test_of_many_files_only_what_is_wrong_has_a_line(ema: Ema, run: Path) -> Non
     assert lines[1].endswith("its checksum does not match")
     assert lines[2] == ".ema-0123.tmp: left by an interrupted write, or by one in progress"
     assert len(lines) < 9
-    assert len(ema("verify", run, "--verbose").out.splitlines()) > 41
 
 
 def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out = tmp_path / "model.safetensors"
+    out, foreign = tmp_path / "model.safetensors", tmp_path / "foreign.safetensors"
     ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
-    for path, what in (
-        (snapshot_files(run)[0], "snapshot sigma_rel 0.05 at t = 100"),
-        (out, "output sigma_rel 0.15 at t = 2,000"),
+    save_file({"w": torch.ones(3)}, foreign)
+    for path, row, last in (
+        (snapshot_files(run)[0], ["snapshot sigma_rel 0.05 at t = 100", "intact"], "all intact"),
+        (out, ["output sigma_rel 0.15 at t = 2,000", "intact"], "all intact"),
+        (foreign, ["foreign", "unchecked"], "0 intact, 1 without checksums"),
     ):
         result = ema("verify", path)
         assert result.code == 0
-        assert result.out.splitlines()[1].split("  ")[1:] == [what, "intact"]
-    save_file({"w": torch.ones(3)}, tmp_path / "foreign.safetensors")
-    result = ema("verify", tmp_path / "foreign.safetensors")
-    assert result.code == 0
-    assert result.out.splitlines()[1].endswith("foreign  unchecked")
-    assert result.out.splitlines()[-1].endswith("0 intact, 1 without checksums")
+        assert result.out.splitlines()[1].split("  ")[-2:] == row
+        assert result.out.splitlines()[-1].endswith(last)
     flip_bit(out)
     result = ema("verify", out)
     assert result.code == 1
@@ -127,37 +126,24 @@ def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
 
 
 def test_parts_of_an_output(ema: Ema, run: Path, tmp_path: Path) -> None:
-    command = (*f"synthesize {run} --sigma-rel 0.15 --step 2000 -q --out".split(), tmp_path / "m")
+    command = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q", "--out", tmp_path / "m")
     for number in (1, 2):
         assert ema(*command, "--shard", f"{number}/2").code == 0
     result = ema("verify", tmp_path / "m")
     assert result.code == 0
     assert "part 2/2 of output sigma_rel 0.15 at t = 2,000" in result.out
     assert ema(*command, "--finish").code == 0
-    result = ema("verify", tmp_path / "m")
-    assert result.code == 0
-    assert "index of part 1/2" not in result.out
-    assert len(json.loads(ema("verify", tmp_path / "m", "--json").out)["files"]) == 3
-
-
-def test_names_cannot_steer_a_terminal(ema: Ema, run: Path) -> None:
-    (run / "\x1b[31mred\u202e.safetensors").write_text("x")
-    result = ema("verify", run)
-    assert result.code == 1
-    assert "\x1b" not in result.out
-    assert "\u202e" not in result.out
-    assert "\\x1b[31mred\\u202e.safetensors" in result.out
-    json.loads(ema("verify", run, "--json").out)
+    assert "index of part 1/2" not in ema("verify", tmp_path / "m").out
+    assert len(ema("verify", tmp_path / "m", "--json").json["files"]) == 3
 
 
 def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, list[int]] = {}
-    from contextlib import contextmanager
 
     @contextmanager
-    def bar(what: str, total: int):
+    def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:
         told[what] = [total]
-        yield lambda count: told[what].append(count)
+        yield told[what].append
 
     monkeypatch.setattr(output, "progress_bar", lambda: bar)
     assert ema("verify", run, "--deep").code == 0
@@ -170,32 +156,25 @@ def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch:
 # --- what it changes -------------------------------------------------------------------------------
 
 
-def test_repair_and_clean(ema: Ema, run: Path) -> None:
+def test_repair_and_clean(ema: Ema, run: Path, tmp_path: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
-    result = ema("verify", run, "--repair", "--clean", "--yes")
+    command = ("verify", run, "--repair", "--clean", "--yes")
+    shutil.copytree(run, tmp_path / "same")
+    result = ema(*command)
     assert (result.code, result.err) == (0, "")
     table = result.out[result.out.index("sigma_rel  predicted error") :].splitlines()
     assert [line.split()[0] for line in table[1:8]] == ["0.05", "0.1", "0.15", "0.2", "0.25", "0.28", "worst"]
-    assert table[8] == "at t = 2,000"
-    assert table[9] == f"set 1 file aside in {run / 'quarantine'}"
-    assert table[10] == "deleted 1 leftover"
+    assert table[8:11] == ["at t = 2,000", f"set 1 file aside in {run / 'quarantine'}", "deleted 1 leftover"]
     result = ema("verify", run)
     assert result.code == 0
     assert "note: 1 set aside in quarantine/ as broken; not read" in result.out
-    result = ema("verify", run, "--repair", "--clean", "--yes")
-    assert result.code == 0
-    assert result.out.splitlines()[-2:] == ["nothing has to be set aside", "nothing has to be deleted"]
-
-
-def test_repair_as_json(ema: Ema, run: Path) -> None:
-    flip_bit(snapshot_files(run)[2])
-    leave(run)
-    report = json.loads(ema("verify", run, "--repair", "--clean", "--yes", "--json").out)
+    assert ema(*command).out.splitlines()[-2:] == ["nothing has to be set aside", "nothing has to be deleted"]
+    report = ema("verify", tmp_path / "same", *command[2:], "--json").json
     name = "0000000000000200-0.05.safetensors"
-    assert report["repair"]["gone"] == [name]
-    assert report["repair"]["moved"] == [f"quarantine/{name}"]
-    assert report["repair"]["done"] is True
+    assert {key: report["repair"][key] for key in ("gone", "moved", "done")} == {
+        "gone": [name], "moved": [f"quarantine/{name}"], "done": True,
+    }  # fmt: skip
     for when in ("before", "after"):
         assert [point["sigma_rel"] for point in report["repair"][when]["errors"]] == [0.05, 0.1, 0.15, 0.2, 0.25, 0.28]
     assert report["clean"] == {"removed": [".ema-0123.tmp"], "left": [], "done": True}
@@ -204,14 +183,14 @@ def test_repair_as_json(ema: Ema, run: Path) -> None:
 def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
-    before = contents(run)
-    result = ema("verify", run, "--repair", "--clean", "--dry-run")
+    before, command = contents(run), ("verify", run, "--repair", "--clean", "--dry-run")
+    result = ema(*command)
     assert result.code == 1
     assert result.out.splitlines()[-2:] == [
         f"would set 1 file aside in {run / 'quarantine'}; nothing was set aside",
         "would delete 1 leftover; nothing was deleted",
     ]
-    report = json.loads(ema("verify", run, "--repair", "--clean", "--dry-run", "--json").out)
+    report = ema(*command, "--json").json
     assert (report["repair"]["done"], report["clean"]["done"]) == (False, False)
     assert contents(run) == before
 
@@ -268,19 +247,3 @@ def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
     finally:
         lock.release()
     assert {name: data for name, data in contents(run).items() if "lock" not in name} == before
-
-
-def test_wrong_paths(ema: Ema, tmp_path: Path) -> None:
-    (tmp_path / "model.pt").write_bytes(b"\x80\x04.")
-    result = ema("verify", tmp_path / "model.pt")
-    assert result.code == 2
-    assert "model.pt: is a pickle (.pt, .bin), which is never read; save it as safetensors" in result.error
-    result = ema("verify", tmp_path / "absent")
-    assert result.code == 2
-    assert "absent: no such file or directory" in result.error
-    assert ema("verify", tmp_path).code == 1
-    save_file({"w": torch.ones(3)}, tmp_path / "x.safetensors")
-    result = ema("verify", tmp_path, "--repair", "--yes")
-    assert result.code == 1
-    assert "is no directory of snapshots" in result.error
-    assert list(tmp_path.glob(".ema*")) == []
