@@ -9,13 +9,14 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import forked
 import pytest
 from ema_command import Ema
-from factories import refuse_for_space, tiny_model
+from factories import contents, refuse_for_space, tiny_model
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, LockedError, WriteError
@@ -23,49 +24,49 @@ from posthoc_cli.snapshots import lock
 from posthoc_cli.snapshots.lock import DirectoryLock
 
 HOLDER = """
-import sys
+import os, sys
 from pathlib import Path
+from posthoc_cli.errors import LockedError
 from posthoc_cli.snapshots.lock import DirectoryLock
-lock = DirectoryLock(Path(sys.argv[1]))
+held = DirectoryLock(Path(sys.argv[1]))
 print("held", flush=True)
 """
+OTHER_TRACKER = rf"another tracker of this process \({os.getpid()}, lock taken 0 s ago\)"
 
 
-def test_a_second_lock_in_the_same_process_is_refused_and_names_the_holder(tmp_path: Path) -> None:
-    first = DirectoryLock(tmp_path)
-    with pytest.raises(
-        LockedError, match=rf"another tracker of this process \({os.getpid()}, lock taken 0 s ago\)"
-    ) as caught:
-        DirectoryLock(tmp_path)
-    assert str(tmp_path) in str(caught.value)
-    first.release()
+@pytest.fixture
+def held(tmp_path: Path) -> Iterator[DirectoryLock]:
+    """A lock of this process on `tmp_path`."""
+    own = DirectoryLock(tmp_path)
+    yield own
+    own.release()
 
 
-def test_a_released_lock_is_free_and_releasing_twice_does_no_harm(tmp_path: Path) -> None:
-    first = DirectoryLock(tmp_path)
-    first.release()
+def refused(directory: Path, told: str) -> None:
+    """A lock is refused with these words."""
+    with pytest.raises(LockedError, match=told) as caught:
+        DirectoryLock(directory)
+    assert str(directory) in str(caught.value)
+
+
+def test_a_second_lock_is_refused_until_the_first_is_released_which_does_no_harm_twice(
+    tmp_path: Path, held: DirectoryLock
+) -> None:
+    refused(tmp_path, OTHER_TRACKER)
+    (tmp_path / "another").mkdir()
+    DirectoryLock(tmp_path / "another").release()
+    held.release()
     second = DirectoryLock(tmp_path)
-    first.release()
-    with pytest.raises(LockedError, match=str(os.getpid())):
-        DirectoryLock(tmp_path)
+    held.release()
+    refused(tmp_path, OTHER_TRACKER)
     second.release()
-
-
-def test_directories_are_locked_each_on_its_own(tmp_path: Path) -> None:
-    locks = []
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        locks.append(DirectoryLock(tmp_path / name))
-    for held in locks:
-        held.release()
 
 
 def test_another_process_is_named_and_its_lock_is_taken_over_with_a_warning_when_it_was_killed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with forked.waiting(HOLDER, tmp_path) as process:
-        with pytest.raises(LockedError, match=rf"process {process.pid} on .* \(lock taken \d s ago\) is writing here"):
-            DirectoryLock(tmp_path)
+        refused(tmp_path, rf"process {process.pid} on .* \(lock taken \d s ago\) is writing here")
         process.kill()
         process.wait()
         assert not caplog.records
@@ -73,55 +74,72 @@ def test_another_process_is_named_and_its_lock_is_taken_over_with_a_warning_when
     (record,) = caplog.records
     assert f"process {process.pid} on " in record.getMessage()
     assert "died without releasing it; taken over" in record.getMessage()
-    with pytest.raises(LockedError, match="another tracker of this process"):
-        DirectoryLock(tmp_path)
+    refused(tmp_path, OTHER_TRACKER)
     mine.release()
 
 
-def test_a_process_that_ends_without_a_release_has_not_died(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    script = "import sys; from pathlib import Path; from posthoc_cli.snapshots.lock import DirectoryLock\n"
-    script += "held = DirectoryLock(Path(sys.argv[1]))\n"
-    forked.check(script, tmp_path)
+def test_a_forked_child_that_ends_does_not_free_the_lock_and_a_process_that_ends_has_not_died(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Workers of a DataLoader are such children."""
+    child = """
+child = os.fork()
+if child == 0:
+    held.release()
+    sys.exit()
+os.waitpid(child, 0)
+try:
+    DirectoryLock(Path(sys.argv[1]))
+except LockedError:
+    print("still held")
+"""
+    assert forked.check(HOLDER + child, tmp_path).out == "held\nstill held\n"
     DirectoryLock(tmp_path).release()
     assert not caplog.records
 
 
+# --- the holder's note
+
+
+def note(**changes: object) -> str:
+    """As a holder leaves it that was killed, or whose machine lost power."""
+    return json.dumps({"host": socket.gethostname(), "process": 2**22 + 1, "since": time.time() - 3600, **changes})
+
+
+UNKNOWN = "at an unknown time"
+
+
 @pytest.mark.parametrize(
     ("hours", "words"),
-    [(-1, "0 s"), (0.02, "72 s"), (0.034, "2 minutes"), (1.99, "119 minutes"), (30, "30 hours"), (72, "3 days")],
-)
+    [
+        (-1, "0 s ago"), (0.02, "72 s ago"), (0.034, "2 minutes ago"), (1.99, "119 minutes ago"), (30, "30 hours ago"),
+        (72, "3 days ago"), (float("nan"), UNKNOWN), (float("inf"), UNKNOWN), (-float("inf"), UNKNOWN),
+    ],
+)  # fmt: skip
+@pytest.mark.usefixtures("held")
 def test_the_age_of_a_lock_is_told_and_a_strangers_host_is_shown_escaped(
     tmp_path: Path, hours: float, words: str
 ) -> None:
-    held = DirectoryLock(tmp_path)
-    note = {"host": "h\x1b[31m", "process": 7, "since": time.time() - 3600 * hours}
-    (tmp_path / lock.HOLDER_NAME).write_text(json.dumps(note))
-    with pytest.raises(LockedError, match=rf"process 7 on h\\x1b\[31m \(lock taken {words} ago"):
-        DirectoryLock(tmp_path)
-    held.release()
+    text = note(host="h\x1b[31m", process=7, since=time.time() - 3600 * hours)
+    (tmp_path / lock.HOLDER_NAME).write_text(text)
+    refused(tmp_path, rf"process 7 on h\\x1b\[31m \(lock taken {words}")
 
 
-@pytest.mark.parametrize("since", [float("nan"), float("inf"), -float("inf")])
-def test_a_time_that_is_no_number_is_not_told(tmp_path: Path, since: float) -> None:
-    held = DirectoryLock(tmp_path)
-    (tmp_path / lock.HOLDER_NAME).write_text(json.dumps({"host": "h", "process": 7, "since": since}))
-    with pytest.raises(LockedError, match=r"process 7 on h \(lock taken at an unknown time\) is writing"):
-        DirectoryLock(tmp_path)
-    held.release()
+@pytest.mark.parametrize("text", [b"", b"{", b"[]", b"{}", b'{"process":"x","host":1}', b"\xff"])
+@pytest.mark.usefixtures("held")
+def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / lock.HOLDER_NAME).write_bytes(text)
+    refused(tmp_path, "another process is writing here")
 
 
-# --- notes without a lock
-
-
-def leave_note(directory: Path, **changes: object) -> None:
-    """As a holder leaves it that was killed, or whose machine lost power."""
-    note = {"host": socket.gethostname(), "process": 2**22 + 1, "since": time.time() - 3600, **changes}
+def taken_over(directory: Path, caplog: pytest.LogCaptureFixture, **changes: object) -> str:
+    """The warning, after training has gone on in a directory with such a note and no lock."""
     (directory / lock.LOCK_NAME).touch()
-    (directory / lock.HOLDER_NAME).write_text(json.dumps(note))
+    (directory / lock.HOLDER_NAME).write_text(note(**changes))
+    return warned(directory, caplog)
 
 
-def taken_over(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
-    """The warning, after training has gone on in the directory."""
+def warned(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
     model = tiny_model()
     with PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=1) as tracker:
         tracker.update_(model)
@@ -130,25 +148,22 @@ def taken_over(directory: Path, caplog: pytest.LogCaptureFixture) -> str:
     return record.getMessage()
 
 
+@pytest.mark.parametrize(("hours", "age"), [(1, "60 minutes"), (-24, "0 s")])
 def test_a_note_from_before_a_reboot_is_taken_over_with_a_warning(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, hours: int, age: str
 ) -> None:
-    leave_note(tmp_path)
-    warning = taken_over(tmp_path, caplog)
-    assert f"process 4194305 on {socket.gethostname()} (lock taken 60 minutes ago) died without rel" in warning
+    warning = taken_over(tmp_path, caplog, since=time.time() - 3600 * hours)
+    assert f"process 4194305 on {socket.gethostname()} (lock taken {age} ago) died without rel" in warning
 
 
 def test_a_note_of_another_host_may_be_of_one_that_is_running(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """On a mount that keeps locks to one host the lock is free, whoever writes elsewhere."""
-    leave_note(tmp_path, host="node-7", process=os.getpid())
-    warning = taken_over(tmp_path, caplog)
+    warning = taken_over(tmp_path, caplog, host="node-7", process=os.getpid())
     assert f"process {os.getpid()} on node-7 (lock taken 60 minutes ago) has not released it, and holds no" in warning
     assert warning.endswith("taken over: make sure that it is not running any more")
 
 
-def test_a_clock_that_is_ahead_does_no_harm(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    leave_note(tmp_path, since=time.time() + 86_400)
-    assert "(lock taken 0 s ago) died" in taken_over(tmp_path, caplog)
+# --- what the system refuses
 
 
 @pytest.mark.parametrize("code", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
@@ -159,7 +174,7 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
         raise OSError(code, os.strerror(code))
 
     monkeypatch.setattr(fcntl, "flock", refuse)
-    warning = taken_over(tmp_path, caplog)
+    warning = warned(tmp_path, caplog)
     assert f"{tmp_path}: no locks on this file system ({os.strerror(code).lower()})" in warning
     assert warning.endswith("make sure that nothing else writes")
     caplog.clear()
@@ -170,109 +185,69 @@ def test_without_locks_in_the_file_system_a_warning_says_what_is_not_protected(
     first.release()
 
 
-def test_another_refusal_of_the_lock_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
-    with pytest.raises(WriteError, match="cannot be written: input/output error"):
-        DirectoryLock(tmp_path)
-
-
-# --- a medium that is read-only
-
-
-@pytest.fixture
-def read_only(monkeypatch: pytest.MonkeyPatch) -> Callable[[Path], None]:
-    """Makes the system refuse every change in a directory, as a medium that was mounted read-only does."""
-
-    def mount(directory: Path) -> None:
-        def inside(path: object) -> bool:
-            return not isinstance(path, int) and Path(os.fsdecode(path)).is_relative_to(directory)  # type: ignore[arg-type]
-
-        def refused(name: str) -> None:
-            real = getattr(os, name)
-
-            def call(path: object, *arguments: object, **options: object) -> object:
-                opened = name != "open" or bool(int(arguments[0]) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT))  # type: ignore[call-overload]
-                if opened and (inside(path) or (name in ("link", "rename", "replace") and inside(arguments[0]))):
-                    raise OSError(errno.EROFS, os.strerror(errno.EROFS), path)
-                return real(path, *arguments, **options)
-
-            monkeypatch.setattr(os, name, call)
-
-        for name in ("open", "mkdir", "unlink", "rmdir", "rename", "replace", "link"):
-            refused(name)
-
-    return mount
-
-
-def test_readers_need_no_lock_and_writers_are_told(tmp_path: Path, ema: Ema, read_only: Callable[[Path], None]) -> None:
-    model, run, out = tiny_model(), tmp_path / "run", tmp_path / "out"
-    out.mkdir()
-    with PostHocEMA.from_model(model, run, update_every=1, checkpoint_every=1) as tracker:
-        for _ in range(5):
-            tracker.update_(model)
-    before = {path: path.read_bytes() for path in run.iterdir()}
-    read_only(run)
-    for words in (
-        ["info"],
-        ["verify"],
-        ["error-plot", "--out", str(out / "e.png")],
-        ["synthesize", "--sigma-rel", "0.15", "--out", str(out / "m.safetensors")],
-        ["prune", "--keep", "2", "--dry-run"],
-    ):
-        result = ema(words[0], str(run), *words[1:])
-        assert result.code == 0, result
-    tracker = PostHocEMA.from_path(run, model)
-    assert tracker.state_dict(sigma_rel=0.15)
-    with pytest.raises(DirectoryError, match=r"run: cannot be written: read-only file system; nothing partial is left"):
-        tracker.update_(model)
-    refused = ema("prune", str(run), "--keep", "2", "--yes")
-    assert refused.code == 1
-    assert refused.error == f"{run}: cannot be written: read-only file system; nothing partial is left"
-    assert {path: path.read_bytes() for path in run.iterdir()} == before
-
-
-# --- the note
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"process":"x","host":1}', "\udcff"])
-def test_a_holder_that_cannot_be_read_is_another_process(tmp_path: Path, text: str) -> None:
-    held = DirectoryLock(tmp_path)
-    (tmp_path / lock.HOLDER_NAME).write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(LockedError, match="another process is writing here"):
-        DirectoryLock(tmp_path)
-    held.release()
-
-
-def test_a_forked_child_that_ends_does_not_free_the_lock_of_its_parent(tmp_path: Path) -> None:
-    """As the workers of a DataLoader do."""
-    held = DirectoryLock(tmp_path)
-    script = (
-        "import os, sys; from pathlib import Path; from posthoc_cli.snapshots.lock import DirectoryLock\n"
-        "held = DirectoryLock(Path(sys.argv[1]))\n"
-        "child = os.fork()\n"
-        "if child == 0: held.release(); sys.exit()\n"
-        "os.waitpid(child, 0)\n"
-        "try: DirectoryLock(Path(sys.argv[1]))\n"
-        "except Exception as error: print(type(error).__name__)\n"
-    )
-    held.release()
-    assert forked.check(script, tmp_path).out == "LockedError\n"
-
-
-def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", refuse)
+        with pytest.raises(WriteError, match="cannot be written: input/output error"):
+            DirectoryLock(tmp_path)
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="file: cannot be written"):
         DirectoryLock(tmp_path / "file")
-
     with monkeypatch.context() as patched:
         patched.setattr(files.system, "write", refuse_for_space)
         with pytest.raises(WriteError, match="no space left") as caught:
             DirectoryLock(tmp_path)
     DirectoryLock(tmp_path).release()  # although `caught` keeps the failed one alive
     assert caught.value.errno == errno.ENOSPC
+
+
+# --- a medium that is read-only
+
+
+def mount_read_only(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make the system refuse every change in a directory, as a medium that is mounted read-only does."""
+
+    def guarded(name: str) -> Callable[..., object]:
+        real = getattr(os, name)
+
+        def call(*arguments: Any, **options: object) -> object:
+            changes = name != "open" or arguments[1] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+            paths = [Path(os.fsdecode(path)) for path in arguments[:2] if not isinstance(path, int)]
+            if changes and any(path.is_relative_to(directory) for path in paths):
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), arguments[0])
+            return real(*arguments, **options)
+
+        return call
+
+    for name in ("open", "mkdir", "unlink", "rmdir", "rename", "replace", "link"):
+        monkeypatch.setattr(os, name, guarded(name))
+
+
+def test_readers_need_no_lock_and_writers_are_told(tmp_path: Path, ema: Ema, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, run, out = tiny_model(), tmp_path / "run", tmp_path / "out"
+    out.mkdir()
+    with PostHocEMA.from_model(model, run, update_every=1, checkpoint_every=1) as tracker:
+        for _ in range(5):
+            tracker.update_(model)
+    before = contents(run)
+    mount_read_only(run, monkeypatch)
+    for command, *options in (
+        ["info"], ["verify"], ["error-plot", "--out", out / "e.png"], ["prune", "--keep", "2", "--dry-run"],
+        ["synthesize", "--sigma-rel", "0.15", "--out", out / "m.safetensors"],
+    ):  # fmt: skip
+        result = ema(command, run, *options)
+        assert result.code == 0, result
+    tracker = PostHocEMA.from_path(run, model)
+    assert tracker.state_dict(sigma_rel=0.15)
+    with pytest.raises(DirectoryError, match=r"run: cannot be written: read-only file system; nothing partial is left"):
+        tracker.update_(model)
+    result = ema("prune", run, "--keep", "2", "--yes")
+    assert result.code == 1
+    assert result.error == f"{run}: cannot be written: read-only file system; nothing partial is left"
+    assert contents(run) == before
 
 
 def test_a_second_tracker_is_refused_at_its_first_update_and_goes_on_after_the_first_was_closed(

@@ -27,12 +27,8 @@ def draw(seed: int, *shape: int) -> torch.Tensor:
 
 def write(folder: Path, t: float, sigma_rel: float, values: dict[str, torch.Tensor], run_id: str = RUN_ID) -> Snapshot:
     """A snapshot of a float32 model (of float64, where that is stored)."""
-    tensors = {
-        name: TrackedTensor("copy", "I64")
-        if not value.is_floating_point()
-        else TrackedTensor("average", "F64" if value.dtype == torch.float64 else "F32")
-        for name, value in values.items()
-    }
+    own = {torch.int64: TrackedTensor("copy", "I64"), torch.float64: TrackedTensor("average", "F64")}
+    tensors = {name: own.get(value.dtype, TrackedTensor("average", "F32")) for name, value in values.items()}
     path = write_snapshot(folder, t, sigma_rel, run_id, values, tensors=tensors, sigma_rels=(0.05, 0.28))
     return read_snapshot(path)
 
@@ -61,26 +57,19 @@ def test_a_model_smaller_than_the_sample_is_measured_exactly(tmp_path: Path, dty
         for distance in measured.distances:
             other = values[int(distance.t), distance.sigma_rel]
             assert distance.squared == pytest.approx(squares(*((own[n], other[n]) for n in "wb")), rel=1e-12)
-            assert (
-                distance.rounding
-                == measured.rounding + found[keys.index((int(distance.t), distance.sigma_rel))].rounding
-            )
+            partner = found[keys.index((int(distance.t), distance.sigma_rel))]
+            assert distance.rounding == measured.rounding + partner.rounding
 
 
-def test_results_come_in_the_order_of_the_snapshots(tmp_path: Path) -> None:
-    snapshots = [write(tmp_path, t, 0.05, {"w": draw(t, 5)}) for t in (10, 20, 30)]
-    assert sample_measurements(snapshots[::-1]) == sample_measurements(snapshots)[::-1]
-    assert sample_measurements([]) == []
-
-
-def test_a_profile_that_is_missing_at_a_time_is_met_at_its_newest_ones(tmp_path: Path) -> None:
+def test_results_come_in_the_order_of_the_snapshots_with_the_newest_of_each_profile(tmp_path: Path) -> None:
     times = [(10, 0.05), (10, 0.28), (20, 0.05), (30, 0.05)]
-    *_, last = sample_measurements([write(tmp_path, t, s, {"w": draw(t, 5)}) for t, s in times])
-    assert [(d.t, d.sigma_rel) for d in last.distances] == [(10, 0.05), (20, 0.05), (10, 0.28)]
-
-
-def test_a_model_without_elements_measures_nothing(tmp_path: Path) -> None:
-    assert sample_measurements([write(tmp_path, 10, 0.05, {"w": torch.empty(0, 3)})]) == [Measurements(0.0, 0.0)]
+    snapshots = [write(tmp_path, t, s, {"w": draw(t, 5)}) for t, s in times]
+    found = sample_measurements(snapshots)
+    assert sample_measurements(snapshots[::-1]) == found[::-1]
+    assert [(d.t, d.sigma_rel) for d in found[-1].distances] == [(10, 0.05), (20, 0.05), (10, 0.28)]
+    empty = write(tmp_path / "empty", 10, 0.05, {"w": torch.empty(0, 3)})
+    assert sample_measurements([empty]) == [Measurements(0.0, 0.0)]
+    assert sample_measurements([]) == []
 
 
 # --- rounding
@@ -103,14 +92,11 @@ def test_float32_of_a_float64_model_is_rounded(tmp_path: Path) -> None:
     exact = draw(1, 100_000)
     expected = expected_rounding(exact.float().double().numpy(), "F32", "F64")
     assert expected == pytest.approx(squares((exact, exact.float())), rel=0.02)
-    info = make_info({"w": exact}, 10.0)
-    path = write_snapshot(tmp_path, 10.0, 0.05, RUN_ID, {"w": exact.float()}, tensors=info.tensors)
+    tensors = make_info({"w": exact}).tensors
+    path = write_snapshot(tmp_path, 10.0, 0.05, RUN_ID, {"w": exact.float()}, tensors=tensors)
     (measured,) = sample_measurements([read_snapshot(path)])
     assert measured.rounding == pytest.approx(expected, rel=1e-12)
-
-
-def test_zeros_are_taken_for_exact() -> None:
-    assert expected_rounding(np.zeros(10), "F16", "F32") == 0
+    assert expected_rounding(np.zeros(10), "F16", "F32") == 0  # zeros are taken for exact
 
 
 # --- large models
@@ -182,14 +168,16 @@ def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
 
 
 def test_a_run_of_elements_goes_on_in_the_next_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "MOST_ELEMENTS", 2_048)
-    values = {f"{k:04}": torch.full((k % 7,), float(k)) for k in range(3000)}
+    """Each lies within one tensor, and all of a model that is no larger than the sample are read, once each."""
+    monkeypatch.setattr(measurements, "RUN_ELEMENTS", 4)
+    values = {name: torch.zeros(size) for name, size in zip("abcde", [3, 0, 9, 1, 6], strict=True)}
     (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
     assert all(0 <= begin < end <= 4 * values[name].numel() for name, begin, end in parts)
-    assert sum(end - begin for _, begin, end in parts) in (
-        4 * 2_048,
-        4 * (1_024 + sum(k % 7 for k in range(3000)) % 1_024),
-    )
+    read = sorted((name, byte) for name, begin, end in parts for byte in range(begin, end, 4))
+    assert read == [(name, 4 * k) for name, value in values.items() for k in range(value.numel())]
+    monkeypatch.setattr(measurements, "MOST_ELEMENTS", 8)
+    (parts,) = elements_read([write(tmp_path, 20, 0.05, values)], monkeypatch)
+    assert sum(end - begin for _, begin, end in parts) in (4 * 8, 4 * (4 + 19 % 4))
 
 
 # --- what cannot be measured
@@ -223,13 +211,3 @@ def test_a_file_that_became_shorter_is_named(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(TensorFile, "read_unverified", shrink)
     with pytest.raises(FileFormatError, match=r"tensor 'w': the file became shorter"):
         sample_measurements([snapshot])
-
-
-def test_runs_of_a_long_vector_are_cut_where_tensors_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All runs together tile all tensors, and each lies within one."""
-    monkeypatch.setattr(measurements, "RUN_ELEMENTS", 4)
-    names, sizes = list("abcde"), [3, 0, 9, 1, 6]
-    ends = [int(end) for end in np.cumsum(sizes)]
-    segments = [one for begin in range(0, ends[-1], 4) for one in measurements._ranges(names, ends, begin)]
-    read = [(one.name, element) for one in segments for element in range(one.begin, one.end)]
-    assert read == [(name, element) for name, size in zip(names, sizes, strict=True) for element in range(size)]

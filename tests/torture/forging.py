@@ -7,7 +7,7 @@ trees of their own.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -82,6 +82,16 @@ def seal(tree: Any) -> bytes:
         return blank
     blank = before + mark + b"0" * 16 + after[16:]
     return before + mark + xxhash.xxh3_64_hexdigest(blank).encode() + after[16:]
+
+
+def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
+    """Give a file's metadata other values, or none, and seal it again."""
+    tree, payload = take_apart(path)
+    (first, metadata), *entries = tree
+    changed = {**dict(metadata), **changes}
+    kept = Pairs((key, value) for key, value in changed.items() if value is not None)
+    path.write_bytes(seal(Pairs([(first, kept), *entries])) + payload)
+    return path
 
 
 def places(tree: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:

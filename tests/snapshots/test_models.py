@@ -1,4 +1,4 @@
-"""An index of shards leads to files beside it and nowhere else."""
+"""An index of shards leads to files beside it and nowhere else; each kind of file and folder is described as such."""
 
 from __future__ import annotations
 
@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from factories import RUN_ID, flip_bit, write_snapshot
 
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli.errors import DirectoryError, FileFormatError
+from posthoc_cli.export.convert import export_file
+from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.models import INDEX_NAME, ShardIndex, decode_index, encode_index, is_plain_name
-from posthoc_cli.snapshots.reader import read_small_file
 
 SUFFIX = ".safetensors"
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["a", "model-00001-of-00002", "ä", "模型", "a b", "a..b", "x" * (255 - len(SUFFIX)), "ä" * 121, "-", "$HOME"],
-)
+@pytest.mark.parametrize("name", ["a", "ä", "模型", "a b", "a..b", "x" * (255 - len(SUFFIX)), "ä" * 121, "-", "$HOME"])
 def test_a_plain_name_may_be_any_visible_one(name: str) -> None:
     assert is_plain_name(name + SUFFIX)
 
@@ -71,8 +71,39 @@ def test_what_is_no_index_is_said_so(tmp_path: Path, text: str, told: str) -> No
         decode_index(tmp_path / INDEX_NAME)
 
 
-def test_a_small_file_has_at_most_so_many_bytes(tmp_path: Path) -> None:
-    (tmp_path / "x").write_bytes(b"abcd")
-    assert read_small_file(tmp_path / "x", 4) == b"abcd"
-    with pytest.raises(FileFormatError, match=r"x: has 4 bytes; at most 3 are allowed"):
-        read_small_file(tmp_path / "x", 3)
+# --- descriptions; `ema info` prints them, see tests/cli and the recorded reports
+
+VALUES = {"a": torch.arange(6.0), "n": torch.tensor(3)}
+
+
+def test_each_kind_says_what_and_where_it_is(tmp_path: Path) -> None:
+    snapshot = write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, VALUES)
+    single, shards = tmp_path / "single", tmp_path / "shards"
+    single.mkdir()
+    export_file(snapshot, single / "model.safetensors")
+    export_file(snapshot, shards, max_shard_size="24")
+    for path, kind, where in (
+        (snapshot, "snapshot", snapshot),
+        (tmp_path / "run", "directory", tmp_path / "run"),
+        (single, "output", single / "model.safetensors"),
+        (shards, "output", shards),
+        (shards / INDEX_NAME, "output", shards / INDEX_NAME),
+        (tmp_path, "outputs", tmp_path),
+    ):
+        found = describe(path)
+        assert (found["kind"], found["path"]) == (kind, str(where)), path
+    assert describe(shards)["files"] == 2
+    assert describe(tmp_path / "run")["profiles"][0]["times"] == [10]
+
+
+def test_a_damaged_snapshot_is_a_problem_of_its_directory(tmp_path: Path) -> None:
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, VALUES)
+    write_snapshot(tmp_path, 20, 0.05, RUN_ID, VALUES)
+    flip_bit(path, 30)
+    found = describe(tmp_path)
+    assert found["snapshots"] == 1
+    assert [problem.startswith(f"{path}: damaged header") for problem in found["problems"]] == [True]
+    path.unlink()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DirectoryError):
+        describe(tmp_path / "empty")

@@ -1,0 +1,38 @@
+"""Files and directories that tests may harm: copies of what was made once."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from snapshots.recorded import Walk, new_tracker
+from torture.victims import small_output, small_snapshot, small_state
+
+
+@pytest.fixture(scope="session")
+def _recorded(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, walk = tmp_path_factory.mktemp("recorded") / "run", Walk()
+    with new_tracker(walk, folder) as tracker:
+        walk.train(tracker, 60)
+        tracker.save_state(folder / "state.safetensors")
+    return folder
+
+
+@pytest.fixture
+def run(_recorded: Path, tmp_path: Path) -> Path:
+    """A directory of 6 times x 2 profiles, up to step 60, and a state."""
+    return Path(shutil.copytree(_recorded, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def _small(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    makers = {"snapshot": small_snapshot, "output": small_output, "state": small_state}
+    return {kind: make(tmp_path_factory.mktemp(kind)).path for kind, make in makers.items()}
+
+
+@pytest.fixture
+def small(_small: dict[str, Path], tmp_path: Path) -> Callable[[str], Path]:
+    """A small file of a kind: "snapshot", "output" or "state"."""
+    return lambda kind: Path(shutil.copy(_small[kind], tmp_path))

@@ -1,0 +1,289 @@
+"""Metadata that cannot be, under a checksum that is right, is one short error that names the file and the key."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import RUN_ID, read_snapshot, write_snapshot
+from torture.examining import examine
+from torture.forging import forge
+
+from posthoc_cli.errors import FileFormatError
+from posthoc_cli.export.convert import export_file
+from posthoc_cli.snapshots.reader import read_header
+
+Small = Callable[[str], Path]
+VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
+
+NUMBERS = ["x", "--1", "0x10", "1,5", "1_0", "١", " 1", "1 ", "+1", ".5", "1.", "", "nan", "-inf", "1e999", "infinity"]
+WHOLE = ["", "1.5", "-1", "1e3", "\u0663", "9" * 20, "nan"]
+OBJECTS = ["", "{", "[]", "null", "1", '{"a":1,"a":1}', "{'a':1}", "[" * 10**5, '"\ud800"', "NaN"]
+LISTS = ["", "{", "{}", "null", "[" * 10**5, "[1]", '[["a"]]', '[{"a":1}]', "[null]", '["\ud800', "[NaN]"]
+MALFORMED: dict[str, dict[str, Sequence[str]]] = {
+    "snapshot": {
+        **dict.fromkeys(("ema.sigma_rel", "ema.gamma", "ema.t", "ema.t_first", "ema.inherited"), NUMBERS),
+        **dict.fromkeys(("ema.step", "ema.updates"), WHOLE),
+        **dict.fromkeys(("ema.schedule", "ema.tensors", "ema.aliases", "ema.measurements", "ema.motion"), OBJECTS),
+        **dict.fromkeys(("ema.left_out", "ema.sigma_rels", "ema.clock"), LISTS),
+        "ema.t_unit": ["", "\x1b[31m", "a\nb", "\u202e"],
+        "ema.off_schedule": ["yes"],
+        "ema.checksums": ["{}", "[]", '{"a":1,"b":1}', '"\ud800"', f'{{"a":"{"0" * 32}","b":"{"0" * 16}"}}'],
+    },
+    "output": {
+        **dict.fromkeys(("ema.profile_error", "ema.predicted_error", "ema.t"), NUMBERS),
+        "ema.copies": LISTS,
+        "ema.snapshots": [
+            *LISTS, *(f'[{{"file":"x","coefficient":{c}}}]' for c in ("1" * 400, "1e999", "true", '"1"', "null"))
+        ],
+    },
+}  # fmt: skip
+
+
+def schedule(**changes: Any) -> str:
+    whole = {"update_every": 5, "checkpoint_every": 10, "update_after_step": 0, "max_checkpoints": None,
+             "checkpoint_dtype": "F16", "sigma_range": [0.05, 0.28], **changes}  # fmt: skip
+    return json.dumps({name: value for name, value in whole.items() if value is not ...})
+
+
+def roles(**changes: Any) -> str:
+    return json.dumps({"a": {"role": "average", "dtype": "F32"}, "b": {"role": "copy", "dtype": "I16"}, **changes})
+
+
+DISTANCE = {"t": 10.0, "sigma_rel": 0.28, "squared": 0.5, "rounding": 0.0}
+
+
+def measured(distance: dict[str, Any] | None = None, **changes: Any) -> str:
+    first = DISTANCE | (distance or {})
+    distances = [first, first | {"t": 5.0, "sigma_rel": 0.05}]
+    return json.dumps({"norm": 7.25, "rounding": 1e-7, "distances": distances, **changes})
+
+
+def motion(**changes: Any) -> str:
+    return json.dumps({"edges": [1, 5, 10], "walk": [2, 0.5], "noise": [0, 1e-3], **changes})
+
+
+def selection(**changes: Any) -> str:
+    return json.dumps({"only_trainable": True, "include": ["a*"], "exclude": ["b"], "buffers": "copy", **changes})
+
+
+FEW = "must have 1 to 1,000 values"
+LAST = "must end with the snapshot's own pair, step 10 at t = 10"
+GLOBS = "include, exclude, copy_only must be lists of globs"
+FIELDS = "must have only_trainable, include, exclude, buffers, copy_only, and nothing else"
+SNAPSHOT = {
+    "ema.version": [("2", "")],
+    "ema.run_id": [("short", ""), ("\x1b[31m" + "0" * 27, "")],
+    "ema.sigma_rel": [("0.2887", ""), ("-0.1", ""), ("1e-320", "")],
+    "ema.gamma": [("16.9", "")],
+    # The first update is at 1; with a time this small nothing can be reckoned.
+    "ema.t": [("-10", ""), ("0.5", ""), ("-1.0", "-1, first update 1, step 10: not a time of training")],
+    "ema.t_first": [("0", "first update 0, step 10: not a time"), ("5e-324", "not a time of training")],
+    "ema.step": [("0", "first update 1, step 0: not a time of training")],
+    "ema.max_interval": [("-1", ""), ("10.5", "")],
+    "ema.updates": [("0", "0 must lie in [1, 10]"), ("11", "11 must lie in [1, 10]")],
+    "ema.inherited": [("-0.5", "-0.5 must be at least 0")],
+    "ema.schedule": [
+        ('{"update_every":1}', ""), (schedule(update_every=True), ""), (schedule(update_every=None), ""),
+        (schedule(max_checkpoints=1.0), ""), (schedule(checkpoint_dtype="F13"), ""),
+        (schedule(checkpoint_dtype=["F16"]), ""), (schedule(max_checkpoints=...), "max_checkpoints is None"),
+        (schedule(checkpoint_dtype=...), "checkpoint_dtype is None"),
+        (schedule(update_every=7), "no multiple of update_every"),
+        (schedule(update_after_step=10**400), "update_after_step is an int of many digits"),
+        (schedule(sigma_range=[0.05, 1.5]), "must lie in"), (schedule(sigma_range=[0.05]), "sigma_range is a list"),
+        (schedule(sigma_range=[0.28, 0.05]), "the first must be below the second"),
+    ],
+    "ema.tensors": [
+        ("{}", ""), (roles(a={"role": "sum", "dtype": "F32"}), ""), (roles(a={"role": "average", "dtype": "F13"}), ""),
+        (roles(a={"role": ["average"], "dtype": "F32"}), ""), (roles(c={"role": "copy", "dtype": "F32"}), ""),
+        (roles(a={"role": "average", "dtype": "I64"}), ""),  # an average of whole numbers
+        (roles(b={"role": "average", "dtype": "I16"}), ""),
+        (roles(b={"role": "copy", "dtype": "F16"}), ""),  # a copy of another dtype than its bytes
+    ],
+    "ema.aliases": [
+        ('{"tied":"missing"}', ""), ('{"a":"b"}', ""), ('{"tied":["a"]}', ""), ('{"tied":null}', ""),
+        ('{"__metadata__":"a"}', "'__metadata__'"),
+    ],
+    "ema.selection": [
+        (selection(only_trainable=1), FIELDS), (selection(further=1), FIELDS), (selection(include="a*"), GLOBS),
+        (selection(include={"a": 1}), GLOBS), (selection(exclude=["a", 1]), GLOBS),
+        (selection(buffers="keep"), "buffers 'keep' is none of "),
+    ],
+    "ema.measurements": [
+        (measured(norm=-1), "norm -1 must be a finite number, at least 0"), (measured(norm=True), "norm True"),
+        (measured(norm="1"), "norm '1' must"), (measured(norm=None), "norm None"),
+        (measured(rounding=10**400), "rounding an int of many digits"),
+        (measured(norm=1).replace("1,", "1e999,", 1), "norm inf"), (measured(norm=float("nan")), "NaN is not JSON"),
+        (measured({"squared": -1e-300}), "squared -1e-300"),
+        (measured({"rounding": float("inf")}), "Infinity is not JSON"),
+        (measured({"t": 10.5}), "t 10.5: must lie in [1, 10]"), (measured({"t": 0}), "t 0: must lie in [1, 10]"),
+        (measured({"t": -1}), "t -1"), (measured({"t": [1]}), "t a list"),
+        (measured({"sigma_rel": 0.1}), "sigma_rel 0.1, none of the tracked 0.05, 0.28"),
+        (measured({"sigma_rel": 0.05}), "the snapshot itself, sigma_rel 0.05 at t = 10"),
+        (measured({"extra": 1}), "must have t, sigma_rel, squared, rounding, and nothing else"),
+        (measured(extra=1), "must have norm, rounding, and nothing else"),
+        (measured(distances=[DISTANCE, DISTANCE]), "the same t and sigma_rel twice"),
+        (measured(distances=[DISTANCE | {"t": t} for t in range(1, 7)]), "a list of at most 5 for 2 profiles"),
+        (measured(distances={}), "distances must be a list"), (measured(distances=[1]), "must have t, sigma_rel"),
+        ('{"norm":1,"rounding":0}', "distances must be a list"),
+        ('{"rounding":0,"distances":[]}', "must have norm, rounding"),
+    ],
+    "ema.motion": [
+        (motion(walk=[-1, 1]), "walk must be a list of finite numbers, at least 0"),
+        (motion(noise=[0, "1"]), "noise must be a list"), (motion(edges={}), "edges must be a list"),
+        (motion(walk=[1, 10**400]), "walk must be a list"),
+        (motion(extra=1), "must have edges, walk, noise, and nothing else"),
+        (motion(walk=[1]), f"{FEW} of walk, as many of noise, and one more"), (motion(noise=[1, 1, 1]), FEW),
+        (motion(edges=[1, 10]), FEW), (motion(edges=[1], walk=[], noise=[]), FEW),
+        (motion(edges=[*range(1, 1003)], walk=[1] * 1001, noise=[0] * 1001), FEW),
+        (motion(edges=[0, 5, 10]), "must grow from above 0 to at most 10"), (motion(edges=[1, 1, 10]), "must grow"),
+        (motion(edges=[1, 5, 11]), "must grow from above 0 to at most 10"),
+        (motion(walk=[float("nan"), 1]), "NaN is not JSON"),
+    ],
+    "ema.sigma_rels": [
+        ("[]", "is not a list of numbers"), ("[true]", "is not a list of numbers"),
+        ("[0.28,0.05]", "must grow, each profile once"), ("[0.05,0.05,0.28]", "must grow, each profile once"),
+        ("[0.05,0.3]", "sigma_rel 0.3: must lie in (0, 0.2887)"),
+        ("[0.1,0.28]", "0.1, 0.28 must include the snapshot's own 0.05"),
+        ("[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17]", "0.16, 0.17 must include the snapshot's own 0.05"),
+        ("[0.1,0.11,0.12,0.13,0.14,0.15,0.16,0.17,0.18]", "0.16, 0.17, ... must include the snapshot's own 0.05"),
+    ],
+    "ema.clock": [
+        *((text, LAST) for text in ("[]", "[[4,4.5]]", "[[10,10.5]]", "[[4,4.5],[10,10],[11,11]]")),
+        ("[4,10]", "a whole step and its time, not 4"), ("[[4,4.5,1],[10,10]]", "step and its time, not a list"),
+        *((f"[[{pair}],[10,10]]", "a whole step")
+          for pair in ("4.0,4.5", "true,4.5", '4,"4"', "4,1e999", "4,1" + "0" * 400)),
+        ("[[4,NaN],[10,10]]", "NaN is not JSON"),
+        ("[[0,0.5],[10,10]]", "must grow from above 0: step 0 at t = 0.5 comes after step 0 at t = 0"),
+        *((f"[[{pair}],[10,10]]", "must grow from above 0") for pair in ("-1,0.5", "1,0", "1,-1", f"1{'0' * 400},4.5")),
+        ("[[4,4.5],[4,5],[10,10]]", "step 4 at t = 5 comes after step 4 at t = 4.5"),
+        ("[[4,4.5],[5,4.5],[10,10]]", "step 5 at t = 4.5 comes after step 4 at t = 4.5"),
+        (json.dumps([[k, k] for k in range(1, 1002)]), "has 1,001 pairs; at most 1,000 are allowed"),
+    ],
+    "ema.checksums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
+    "ema.format": [("output", "ema.snapshots: is missing"), ("elsewhere", "")],
+}  # fmt: skip
+OUTPUT = {
+    "ema.t": [("-1.0", "-1 is not a time of training"), ("1e300", "1e+300 is not a time of training")],
+    "ema.sigma_rel": [("0", "0 is not above 0")],
+    "ema.profile_error": [("-0.1", "-0.1 is below 0")],
+    "ema.predicted_error": [("-1e-9", "-1e-09 is below 0")],
+}
+STATE = {
+    "ema.schedule": SNAPSHOT["ema.schedule"],
+    "ema.t": [("-1.0", "must be a finite number, at least 0, not -1.0")],
+    "ema.averages_step": [("61", "not times of one training")],
+    "ema.step": [("61", "ema.clock: ends at step 1, t 1.0; the training is at step 61, t 1.0")],
+    "ema.sigma_rels": [("[1e999,0.28]", "finite numbers")],
+    "ema.clock_state": [("[1e999,0]", "list of numbers")],
+}
+IMPOSSIBLE = {"snapshot": SNAPSHOT, "output": OUTPUT, "state": STATE}
+CASES = [(kind, key, text, "") for kind, keys in MALFORMED.items() for key, texts in keys.items() for text in texts]
+CASES += [(kind, key, *case) for kind, keys in IMPOSSIBLE.items() for key, cases in keys.items() for case in cases]
+
+
+@pytest.mark.parametrize(("kind", "key", "text", "told"), CASES)
+def test_a_value_that_cannot_be_is_refused_in_one_short_line(
+    small: Small, kind: str, key: str, text: str, told: str
+) -> None:
+    path = forge(small(kind), {key: text})
+    with pytest.raises(FileFormatError) as caught:
+        examine(path)
+    assert caught.value.subject == str(path)
+    assert (told or key) in caught.value.reason
+    assert caught.value.reason.isprintable()
+    assert len(caught.value.reason) < 300
+
+
+SHARED = "version run_id sigma_rel gamma t t_unit checksums"
+KEYS = {
+    "snapshot": f"{SHARED} sigma_rels step t_first max_interval schedule tensors aliases left_out",
+    "output": f"{SHARED} method profile_error predicted_error snapshots copies",
+}
+
+
+@pytest.mark.parametrize(("kind", "key"), [(kind, key) for kind, keys in KEYS.items() for key in keys.split()])
+def test_a_missing_key_is_named(small: Small, kind: str, key: str) -> None:
+    with pytest.raises(FileFormatError, match=rf"ema\.{key}: is missing"):
+        examine(forge(small(kind), {f"ema.{key}": None}))
+
+
+@pytest.mark.parametrize("kind", KEYS)
+def test_a_missing_checksum_is_told_and_forging_alone_changes_nothing(small: Small, kind: str) -> None:
+    path = small(kind)
+    before = examine(path)
+    assert examine(forge(path, {})) == before
+    with pytest.raises(FileFormatError, match="has no checksum"):
+        examine(forge(path, {"ema.checksum": None}))
+
+
+# --- what is unusual and can be
+
+
+def test_what_may_be_missing_or_too_large_to_use_is_read_as_none(small: Small) -> None:
+    path = small("snapshot")
+    assert read_snapshot(forge(path, {"ema.motion": motion(walk=[1e200, 1])})).info.motion is None
+    info = read_snapshot(forge(path, {"ema.measurements": None, "ema.clock": None, "ema.motion": None})).info
+    assert (info.measurements, info.clock, info.motion, info.selection) == (None, (), None, None)
+    assert (info.updates, info.inherited, info.off_schedule) == (None, 0.0, False)
+
+
+@pytest.mark.parametrize(
+    ("square", "usable"), [(0, True), (1e-119, True), (1e119, True), (1e-121, False), (1e121, False), (1e300, False)]
+)
+@pytest.mark.parametrize("which", ["norm", "rounding", "weights", "distance"])
+def test_measurements_of_absurd_weights_are_as_good_as_none(
+    small: Small, which: str, square: float, usable: bool
+) -> None:
+    """Of float64 weights of 1e100 and more, say: the snapshot is as good as any other."""
+    text = measured({"squared": square}) if which == "distance" else measured(**{"weights": 1.0, which: square})
+    info = read_snapshot(forge(small("snapshot"), {"ema.measurements": text})).info
+    assert (info.measurements is not None) == usable
+
+
+def test_a_clock_that_can_be_is_read(small: Small, tmp_path: Path) -> None:
+    path = forge(small("snapshot"), {"ema.clock": "[[1,7],[10,10]]"})
+    assert read_snapshot(path).info.clock == ((1, 7.0), (10, 10.0))
+    path = write_snapshot(tmp_path / "long", 500, 0.05, RUN_ID, VALUES, step=1000)
+    knots = json.dumps([[k, k / 2] for k in range(1, 1001)])
+    assert len(read_snapshot(forge(path, {"ema.clock": knots})).info.clock) == 1000
+
+
+def test_an_output_of_a_kind_that_is_not_known_is_not_exported_as_a_foreign_file(small: Small, tmp_path: Path) -> None:
+    path = forge(small("output"), {"ema.format": "something later"})
+    with pytest.raises(FileFormatError, match=r"'something later', which this release does not know"):
+        export_file(path, tmp_path / "out.pt")
+    assert not (tmp_path / "out.pt").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "is_text"),
+    [
+        ('["a\\u0000"]', False), ('["b","\\udbff"]', False), ('["\\udc00\\ud800"]', False), ('["\\ud800","b"]', False),
+        ('["\\u0001","b"]', True), ('["\\ud7ff","\\ue000"]', True), ('["\\ud83d\\ude00"]', True), ('["\\u0041"]', True),
+    ],
+)  # fmt: skip
+def test_escapes_make_text_or_are_refused(small: Small, text: str, is_text: bool) -> None:
+    """Halves of a character and zero bytes are none."""
+    path = forge(small("snapshot"), {"ema.left_out": text})
+    if is_text:
+        assert read_snapshot(path).info.left_out == tuple(json.loads(text))
+        return
+    with pytest.raises(FileFormatError, match=r"damaged ema\.left_out: .*is not Unicode text, or has a zero byte$"):
+        read_snapshot(path)
+
+
+@pytest.mark.parametrize("text", [r'{"a":["\ud800"]}', r'{"a":{"\udc00":1}}', r'{"a":{"b":"\udc00\ud800"},"l":"b"}'])
+def test_escapes_are_refused_however_deep_they_lie(small: Small, text: str) -> None:
+    with pytest.raises(FileFormatError, match="is not Unicode text, or has a zero byte"):
+        read_snapshot(forge(small("snapshot"), {"ema.aliases": text}))
+
+
+def test_a_foreign_file_is_no_snapshot(small: Small) -> None:
+    path = forge(small("snapshot"), dict.fromkeys(read_header(small("snapshot")).metadata))
+    with pytest.raises(FileFormatError, match=r"not a snapshot of this package: has no ema\.format"):
+        read_snapshot(path)
