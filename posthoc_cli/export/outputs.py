@@ -15,12 +15,14 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError, shown
 from posthoc_cli.export.sinks import Sink, holds_model, make_sink
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.models import INDEX_NAME, SINGLE_NAME, read_index
 from posthoc_cli.snapshots.outputs import (
+    INDEX_NAME,
+    SINGLE_NAME,
     OutputInfo,
     decode_output,
     output_difference,
     output_metadata,
+    read_index,
     same_coefficients,
 )
 from posthoc_cli.snapshots.reader import read_header, verify_payload

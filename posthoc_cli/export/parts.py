@@ -34,12 +34,14 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 from posthoc_cli.export.outputs import check_space, fill_sinks
 from posthoc_cli.export.sinks import MODEL_FILE, Sink, check_no_model, check_no_snapshot, make_sink
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.models import INDEX_NAME, encode_index, read_index
 from posthoc_cli.snapshots.outputs import (
+    INDEX_NAME,
     OutputInfo,
     decode_output,
+    encode_index,
     output_difference,
     output_metadata,
+    read_index,
     same_coefficients,
 )
 from posthoc_cli.snapshots.reader import read_header, read_small_file, verify_payload

@@ -37,8 +37,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import SnapshotInfo, by_segment
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.measurements import run_clock
-from posthoc_cli.snapshots.models import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output
+from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, OutputInfo, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, check_payload, in_order, read_header, worker_threads
 from posthoc_cli.snapshots.states import COPY, check_state_tensors, decode_state, tensors_with
 

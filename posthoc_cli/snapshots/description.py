@@ -16,8 +16,16 @@ from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import Inspection, inspect_directory
 from posthoc_cli.snapshots.format import FileHeader, by_segment
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, is_model_folder, model_files, models_at
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output
+from posthoc_cli.snapshots.outputs import (
+    OutputInfo,
+    check_alike,
+    check_indexed,
+    decode_output,
+    index_of,
+    is_model_folder,
+    model_files,
+    models_at,
+)
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.states import decode_state
 

@@ -28,7 +28,7 @@ from posthoc_cli.errors import DirectoryError, OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile, system
 from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter

@@ -11,7 +11,7 @@ from factories import RUN_ID, flip_bit, write_snapshot
 from posthoc_cli.errors import DirectoryError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.snapshots.description import describe
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 
 VALUES = {"a": torch.arange(6.0), "n": torch.tensor(3)}
 

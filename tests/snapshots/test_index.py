@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from posthoc_cli.errors import FileFormatError
-from posthoc_cli.snapshots.models import INDEX_NAME, ShardIndex, decode_index, encode_index, is_plain_name
+from posthoc_cli.snapshots.outputs import INDEX_NAME, ShardIndex, decode_index, encode_index, is_plain_name
 from posthoc_cli.snapshots.reader import read_small_file
 
 SUFFIX = ".safetensors"

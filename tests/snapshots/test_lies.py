@@ -59,7 +59,7 @@ def test_a_schedule_that_no_tracker_has_is_refused(
         examine(path)
 
 
-@pytest.mark.parametrize("number", ["1_0", "١", " 1", "1 ", "+1", ".5", "1.", "0x1", "1e400", "infinity", "nan", ""])
+@pytest.mark.parametrize("number", ["1_0", "١", "+1", ".5", "1.", "0x1", "1e400", "infinity", "nan", ""])
 def test_a_number_is_decimal_and_nothing_else(tmp_path: Path, number: str) -> None:
     path = lie(small_output(tmp_path).path, "ema.t", lambda _: number)
     with pytest.raises(FileFormatError, match=r"ema\.t"):
@@ -69,7 +69,7 @@ def test_a_number_is_decimal_and_nothing_else(tmp_path: Path, number: str) -> No
 @pytest.mark.parametrize("unit", ["", "\x1b[31m", "a\nb", "\u202e"])
 def test_a_unit_is_a_word_for_people(tmp_path: Path, unit: str) -> None:
     path = lie(small_snapshot(tmp_path).path, "ema.t_unit", lambda _: unit)
-    with pytest.raises(FileFormatError, match=r"ema\.t_unit: .* must be a printable name"):
+    with pytest.raises(FileFormatError, match=r"ema\.t_unit: must be a printable name"):
         examine(path)
 
 
