@@ -57,19 +57,12 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was found in a file.
+    """What was found in a file; `is_fine` if nothing is wrong.
 
-    Attributes:
-        path: the file.
-        unit: the path that is moved if it is broken: the file, or the folder of a sharded model.
-        what: a description, in a few words.
-        kind: "snapshot", "output" or "state"; None for other files, or if it is unknown.
-        state: one of the above.
-        detail: why; may be empty.
-        nbytes: bytes that were read.
-        run_id: of its run; None if it has none.
-        notes: what is unusual and not wrong.
-        header, snapshot, output: what its header says, if that is valid; a snapshot only of the directory itself.
+    `unit` is what is moved if it is broken: the file, or the folder of a sharded model. `what` describes it in a few
+    words, `kind` is "snapshot", "output", "state" or None. `detail` says why it is in its `state`; `notes` are unusual
+    and not wrong. `header`, `snapshot` and `output` are what a valid header says; a snapshot only of the directory
+    itself.
     """
 
     path: Path
@@ -95,18 +88,10 @@ class FileReport:
 class Verification:
     """What was found in a path.
 
-    Attributes:
-        path: as it was given.
-        is_directory: whether it is one.
-        files: in the order of their names.
-        problems: what is wrong and not the fault of one file: files that contradict each other, both named.
-        notes: what is unusual and not wrong, a line each.
-        snapshots: those without fault, by time, then sigma_rel; none that was superseded, and none at all where some
-            contradict each other.
-        lost: the damaged snapshots of the same run whose headers are valid.
-        leftovers: temporaries of interrupted writes, or of writes in progress.
-        superseded, quarantined: numbers of files set aside.
-        seconds: how long it took.
+    `problems` are files that contradict each other, both named; `notes` are unusual and not wrong. `snapshots` are
+    those without fault, by time, then sigma_rel: none that was superseded, and none at all where some contradict each
+    other. `lost` are the damaged ones of the same run whose headers are valid, `leftovers` the temporaries of
+    interrupted writes, or of writes in progress; `superseded` and `quarantined` count files set aside.
     """
 
     path: Path
@@ -164,14 +149,9 @@ class Verification:
 
 @dataclass(frozen=True)
 class Unit:
-    """A file, or the shards of a model with their index.
+    """A file, or the shards of a model with their index, if it can be read (else there is a `problem`).
 
-    Attributes:
-        path: what is moved if it is broken: the file, or the folder of the shards.
-        files: the safetensors files, each with the tensors that the index names; those of an index need not exist.
-        index: that of the shards.
-        problem: why the index cannot be read.
-        superseded: whether it was set aside by a training that went back.
+    `path` is what is moved if it is broken. `files` have the tensors that the index names, and need not exist then.
     """
 
     path: Path
@@ -203,12 +183,7 @@ class Contents:
 
 
 def list_contents(path: Path) -> Contents:
-    """List what there is to verify in a directory or a file. Reads indexes, and no other file.
-
-    Raises:
-        InvalidValueError: a file that has no checksums and could only be unpickled.
-        DirectoryError: there is no such path, it cannot be read, or holds nothing to verify.
-    """
+    """List what there is to verify in a directory or a file: a DirectoryError if nothing. Reads indexes only."""
     if path.is_dir():
         return _list_directory(path)
     if not os.path.lexists(path):
@@ -272,11 +247,8 @@ def _shards(index: Path) -> Unit:
 def verify(contents: Contents, progress: Progress = lambda _: None) -> Verification:
     """Read every byte, and compare: checksums, headers, values, the snapshots of the run with each other.
 
-    Takes no lock: files that a training thins away meanwhile are left out, files that it adds are not read.
-
-    Arguments:
-        contents: from `list_contents`.
-        progress: called with numbers of bytes that were read, by several threads.
+    Takes no lock: files that a training thins away meanwhile are left out, files that it adds are not read. `progress`
+    gets the numbers of bytes that were read, from several threads.
     """
     started, stopped = time.perf_counter(), threading.Event()
 
@@ -315,15 +287,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
 
 
 def verify_measurements(found: Verification, progress: Progress = lambda _: None) -> Verification:
-    """Compare the values of the snapshots with what their headers measured; see `deep`.
-
-    Arguments:
-        found: from `verify`.
-        progress: called with numbers of bytes that were read, `deep.deep_bytes` in all.
-
-    Raises:
-        FileFormatError: a file was replaced meanwhile, or became shorter.
-    """
+    """Compare the values of verified snapshots with what their headers measured, see `deep`."""
     started = time.perf_counter()
     wrong, problems = compare_measurements(found.snapshots, progress)
     return replace(
@@ -538,11 +502,7 @@ def _index_fault(unit: Unit, index: Path, there: Sequence[FileReport]) -> tuple[
 
 
 def gaps(snapshots: Sequence[Snapshot]) -> list[str]:
-    """A line for each profile and segment that lacks snapshots of the schedule.
-
-    Arguments:
-        snapshots: of one run, by time.
-    """
+    """A line for each profile and segment of a run that lacks snapshots of the schedule; `snapshots` are by time."""
     notes = directories.missing_at_newest(snapshots)
     before = 0
     for segment in fmt.by_segment(snapshots):

@@ -1,7 +1,4 @@
-"""Decode a snapshot's metadata and check it, against itself and against the tensors.
-
-Whatever is wrong becomes a FileFormatError that names the file and the key.
-"""
+"""Decode a snapshot's metadata and check it, against itself and against the tensors."""
 
 from __future__ import annotations
 
@@ -19,24 +16,9 @@ from posthoc_cli.planning import check_sigma_range
 from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection
-from posthoc_cli.snapshots.headers import (
-    AMOUNT,
-    LIST,
-    NUMBER,
-    OBJECT,
-    RUN_ID,
-    TEXTS,
-    UNIT,
-    WHOLE,
-    DecodeCache,
-    Entry,
-    decode_metadata,
-    is_amount,
-    is_list_of,
-    is_number,
-    is_whole,
-)  # fmt: skip
+from posthoc_cli.snapshots.headers import DecodeCache, Entry, is_amount, is_list_of, is_number, is_whole
 
 _LEAST_SQUARE = 1e-120
 """Squares below this, or above its inverse, are not used: products and ratios of them leave what a float holds."""
@@ -45,16 +27,9 @@ Values = Mapping[str, Any]
 
 
 def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | None = None) -> fmt.SnapshotInfo:
-    """The checked metadata of a snapshot.
-
-    Arguments:
-        cache: the one that the header was decoded with.
-
-    Raises:
-        FileFormatError: naming the file and the key.
-    """
+    """The checked metadata of a snapshot; a FileFormatError names the file and the key."""
     cache = cache or DecodeCache()
-    values = decode_metadata(path, header, "snapshot", _ENTRIES, cache)
+    values = headers.decode_metadata(path, header, "snapshot", _ENTRIES, cache)
     raw, aliases = values["tensors"], values["aliases"]
     try:
         tensors = cache.once("tensors", (raw, header.tensors), lambda: _tensors(raw, header.tensors))
@@ -121,7 +96,7 @@ def _selection(raw: dict[str, Any], _: Values) -> Selection:
     names = [field.name for field in fields(Selection)]
     if set(given) != set(names) or not isinstance(given["only_trainable"], bool):
         raise ValueError(f"must have {', '.join(names)}, and nothing else")
-    if not all(isinstance(given[what], list) and TEXTS.accepts(given[what]) for what in GLOBS):
+    if not all(isinstance(given[what], list) and headers.TEXTS.accepts(given[what]) for what in GLOBS):
         raise ValueError(f"{', '.join(GLOBS)} must be lists of globs")
     _one_of(given, "buffers", BUFFERS)
     return Selection(**(given | {what: tuple(given[what]) for what in GLOBS}))
@@ -251,29 +226,29 @@ def _listed(sigma_rels: Sequence[float]) -> str:
     return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels[:8]) + ", ..." * (len(sigma_rels) > 8)
 
 
-SCHEDULE = replace(OBJECT, convert=_schedule)
+SCHEDULE = replace(headers.OBJECT, convert=_schedule)
 
 _ENTRIES = {
-    "run_id": RUN_ID,
-    "t_unit": UNIT,
-    "sigma_rel": NUMBER,
+    "run_id": headers.RUN_ID,
+    "t_unit": headers.UNIT,
+    "sigma_rel": headers.NUMBER,
     "sigma_rels": Entry("a list of numbers", lambda v: is_list_of(v, is_number) and len(v) > 0, _sigma_rels),
-    "gamma": replace(NUMBER, convert=_gamma),
-    "step": WHOLE,
-    "t_first": NUMBER,
-    "t": replace(NUMBER, convert=_t),
-    "max_interval": replace(NUMBER, convert=_from_to(0, "t")),
+    "gamma": replace(headers.NUMBER, convert=_gamma),
+    "step": headers.WHOLE,
+    "t_first": headers.NUMBER,
+    "t": replace(headers.NUMBER, convert=_t),
+    "max_interval": replace(headers.NUMBER, convert=_from_to(0, "t")),
     "schedule": SCHEDULE,
-    "tensors": OBJECT,
-    "aliases": OBJECT,
-    "left_out": TEXTS,
-    "selection": replace(OBJECT, convert=_selection, optional=True),
-    "segment": replace(WHOLE, optional=True),
-    "updates": replace(WHOLE, convert=_from_to(1, "step"), optional=True),
-    "inherited": replace(AMOUNT, optional=True),
+    "tensors": headers.OBJECT,
+    "aliases": headers.OBJECT,
+    "left_out": headers.TEXTS,
+    "selection": replace(headers.OBJECT, convert=_selection, optional=True),
+    "segment": replace(headers.WHOLE, optional=True),
+    "updates": replace(headers.WHOLE, convert=_from_to(1, "step"), optional=True),
+    "inherited": replace(headers.AMOUNT, optional=True),
     "off_schedule": Entry("true", lambda value: value == "true", lambda *_: True, is_text=True, optional=True),
-    "clock": replace(LIST, convert=_clock, optional=True),
-    "measurements": replace(OBJECT, convert=_measurements, optional=True),
-    "motion": replace(OBJECT, convert=_motion, optional=True),
+    "clock": replace(headers.LIST, convert=_clock, optional=True),
+    "measurements": replace(headers.OBJECT, convert=_measurements, optional=True),
+    "motion": replace(headers.OBJECT, convert=_motion, optional=True),
 }
 """What the metadata of a snapshot must be, in an order in which later values are checked against earlier ones."""

@@ -41,10 +41,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class _Pair:
-    """A distance that the header of snapshot `i` names, to snapshot `j`.
-
-    `rounding` is how far the distance of the stored copies may be from it.
-    """
+    """A distance from snapshot `i` to `j`; that of the stored copies differs from it by `rounding` at most."""
 
     i: int
     j: int
@@ -54,10 +51,7 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Group:
-    """The measurements taken at one time, and their distances to each other and to earlier snapshots.
-
-    `files` are the indices of all snapshots that are read.
-    """
+    """The measurements taken at one time, by snapshot, and their distances to each other and to earlier snapshots."""
 
     own: dict[int, Measurements]
     pairs: list[_Pair]
@@ -78,16 +72,8 @@ def compare_measurements(
 ) -> tuple[dict[Path, str], list[str]]:
     """Find values that differ from what was measured.
 
-    Arguments:
-        snapshots: verified ones that belong together.
-        progress: called with numbers of bytes that were read.
-
-    Returns:
-        The snapshots with another norm than measured, each with the reason; and a line for each pair of other
-        snapshots with another distance than measured: either of the two may be wrong.
-
-    Raises:
-        FileFormatError: a file was replaced, or became shorter.
+    Returns the snapshots with another norm, each with the reason, and a line for each pair of other snapshots with
+    another distance: either of the two may be wrong. `progress` gets numbers of bytes that were read.
     """
     norms: dict[Path, str] = {}
     distances: list[tuple[set[Path], str]] = []

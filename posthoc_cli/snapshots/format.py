@@ -129,15 +129,7 @@ GLOBS = ("include", "exclude", "copy_only")
 
 @dataclass(frozen=True)
 class Selection:
-    """The choice of tensors; see `PostHocEMA.from_model`.
-
-    Attributes:
-        only_trainable: leave out parameters that do not require gradients.
-        include: globs; tensors that match none are left out. Empty: all are included.
-        exclude: globs; tensors that match one are left out.
-        buffers: "copy", "average" or "skip".
-        copy_only: globs; tensors that match one are copied and not averaged, with or without gradients.
-    """
+    """The choice of tensors, by globs on their names; see `PostHocEMA.from_model`."""
 
     only_trainable: bool = True
     include: tuple[str, ...] = ()
@@ -165,11 +157,7 @@ def make_selection(
     buffers: str,
     copy_only: str | Iterable[str] | None = None,
 ) -> Selection:
-    """A selection from a user's arguments.
-
-    Raises:
-        InvalidValueError: naming the argument and what would be accepted.
-    """
+    """A selection from a user's arguments; an InvalidValueError names the argument and what would be accepted."""
     if buffers not in BUFFERS:
         raise InvalidValueError("buffers", f"must be one of {', '.join(BUFFERS)}", value=f"{buffers!r}")
     given = zip(GLOBS, (include, exclude, copy_only), strict=True)
@@ -275,10 +263,7 @@ class TrackingSchedule:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """All metadata of a snapshot, in the order in which a header has it; from `selection` on empty if it has none.
-
-    `sigma_rels` are all profiles that the run tracks.
-    """
+    """All metadata of a snapshot, in a header's order; from `selection` on empty where it has none."""
 
     run_id: str
     sigma_rel: float

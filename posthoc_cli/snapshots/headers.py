@@ -32,11 +32,7 @@ _MOST_DIGITS = 4_300
 
 
 class DecodeCache:
-    """The last decoded values, shared by the headers of a run: most of their text is equal.
-
-    A directory may hold thousands of snapshots, each of which names every tensor; equal parts are decoded and stored
-    once.
-    """
+    """The last decoded values, shared by the headers of a run, which may be thousands: most of their text is equal."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
@@ -49,10 +45,7 @@ class DecodeCache:
         return self._texts
 
     def once(self, key: str, source: object, decode: Callable[[], T]) -> T:
-        """The result of `decode`, or the previous one under `key` if `source`, all that it depends on, is equal.
-
-        The result must not be changed.
-        """
+        """The result of `decode`, or the previous one if `source`, all that it depends on, is equal."""
         last = self._decoded.get(key)
         if last is None or last[0] != source:
             last = self._decoded[key] = source, decode()
@@ -68,12 +61,6 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: Decod
 
     Checks everything that can be checked without the payload: JSON without duplicate keys, known dtypes, offsets that
     tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
-
-    Arguments:
-        cache: shared by the files of one run.
-
-    Raises:
-        FileFormatError: naming the file, and the tensor where there is one.
     """
     cache = cache or DecodeCache()
     with _named_on_error(path, "header"):
@@ -100,10 +87,7 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: Decod
 
 
 def _split(text: str) -> tuple[Any, str | None]:
-    """The metadata, and the other entries as a JSON object of their own: equal text in every snapshot of a run.
-
-    Without the latter for a header that does not begin with its metadata.
-    """
+    """The metadata, and the text of the other entries: equal in all snapshots of a run. None if these come first."""
     if not text.startswith(_BEGINNING):
         return None, None
     metadata, end = _decoder().raw_decode(text, len(_BEGINNING))
@@ -149,11 +133,7 @@ def _is_sizes(value: Any) -> bool:
 
 
 def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
-    """Block checksums by tensor, of the right number each; empty for a foreign file, which has none.
-
-    Raises:
-        FileFormatError: naming the file and the tensor.
-    """
+    """Block checksums by tensor, of the right number each; empty for a foreign file, which has none."""
     if "ema.checksums" not in header.metadata:
         if file_kind(header) is not None:
             raise FileFormatError(path, "ema.checksums: is missing")
@@ -186,13 +166,9 @@ def file_kind(header: fmt.FileHeader) -> str | None:
 
 @dataclass(frozen=True)
 class Entry:
-    """What a value of the metadata must be.
+    """What a value of the metadata must be: in words, and as a test of its JSON, or of the text itself where `is_text`.
 
-    Attributes:
-        words, accepts: in words, and as a test of the decoded JSON, or of the text itself where `is_text`.
-        convert: makes the result from it and from the results of earlier entries; raises a ValueError where they do
-            not fit together.
-        optional: whether a file may lack it.
+    `convert` makes the result from it and the results of earlier entries, or raises a ValueError if they do not fit.
     """
 
     words: str
@@ -256,15 +232,7 @@ OBJECT = Entry("a JSON object", lambda v: isinstance(v, dict))
 def decode_metadata(
     path: Path, header: fmt.FileHeader, kind: str, entries: Mapping[str, Entry], cache: DecodeCache | None = None
 ) -> dict[str, Any]:
-    """The values of a file's metadata, without those that it lacks; keys as in `entries`, in the file with `ema.`.
-
-    Arguments:
-        kind: as in `file_kind`, what the file must be.
-        cache: the one that the header was decoded with.
-
-    Raises:
-        FileFormatError: naming the file and the key.
-    """
+    """The values of a file of this kind by the keys of `entries`, without optional ones that it lacks."""
     found = file_kind(header)
     if found != kind:
         what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
@@ -292,11 +260,7 @@ def decode_metadata(
 
 
 def parse_json(path: Path, data: bytes | str, what: str) -> Any:
-    """Strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits.
-
-    Raises:
-        FileFormatError: naming the file and `what`.
-    """
+    """Strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
     with _named_on_error(path, what):
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = _decoder().decode(text)

@@ -1,8 +1,7 @@
-"""One writer a directory. The system releases the lock when its holder dies.
+"""One writer a directory, by `flock`, which the system releases when its holder dies.
 
-The lock is `flock`: of the local file system, or of a network file system that passes it on to its server. On a file
-system without locks, or one that keeps them to one host, nothing can exclude a second writer; a warning says so if that
-can be detected. Beside the lock lies a note of its holder, for people.
+On a file system without locks, or one that keeps them to one host, nothing can exclude a second writer; a warning says
+so if that can be detected. Beside the lock lies a note of its holder, for people.
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 class DirectoryLock:
     """The exclusive right to write to a directory: held from construction until `release`, also a context manager.
 
-    Raises:
-        LockedError: another tracker or command holds it.
-        WriteError: the system refused.
+    A LockedError if another tracker or command holds it, a WriteError if the system refused.
     """
 
     def __init__(self, directory: Path) -> None:

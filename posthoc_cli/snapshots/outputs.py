@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,20 +18,17 @@ from typing import Any
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.headers import (
     NUMBER,
     NUMBER_OR_NULL,
-    RUN_ID,
     TEXT,
-    TEXTS,
-    UNIT,
     Entry,
-    decode_metadata,
     file_kind,
     is_list_of,
     is_number,
     parse_json,
-)  # fmt: skip
+)
 from posthoc_cli.snapshots.reader import read_header, read_small_file
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -47,10 +44,7 @@ _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """All metadata of an output.
-
-    `profile` is the target in words; `snapshots` are the name and coefficient of each.
-    """
+    """All metadata of an output: `profile` is the target in words, `snapshots` their names and coefficients."""
 
     run_id: str
     profile: str
@@ -95,12 +89,8 @@ def output_metadata(info: OutputInfo) -> dict[str, str]:
 
 
 def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
-    """The checked metadata of an output.
-
-    Raises:
-        FileFormatError: naming the file and the key.
-    """
-    return OutputInfo(**decode_metadata(path, header, "output", _ENTRIES))
+    """The checked metadata of an output; a FileFormatError names the file and the key."""
+    return OutputInfo(**headers.decode_metadata(path, header, "output", _ENTRIES))
 
 
 def _is_source(item: Any) -> bool:
@@ -111,36 +101,29 @@ def _sources(listed: list[dict[str, Any]], _: object) -> tuple[tuple[str, float]
     return tuple((item["file"], float(item["coefficient"])) for item in listed)
 
 
-def _t(value: float, _: object) -> float:
-    if not fmt.EARLIEST <= value <= fmt.LATEST:
-        raise ValueError(f"{value:g} is not a time of training")
-    return float(value)
+def _checked(reason: str, accepts: Callable[[float], bool]) -> Callable[[Any, object], float | None]:
+    def convert(value: float | None, _: object) -> float | None:
+        if value is not None and not accepts(value):
+            raise ValueError(f"{value:g} {reason}")
+        return None if value is None else float(value)
+
+    return convert
 
 
-def _width(value: float | None, _: object) -> float | None:
-    if value is not None and not value > 0:
-        raise ValueError(f"{value:g} is not above 0")
-    return value
-
-
-def _error(value: float | None, _: object) -> float | None:
-    if value is not None and value < 0:
-        raise ValueError(f"{value:g} is below 0")
-    return value
-
+_ERROR = _checked("is below 0", lambda value: value >= 0)
 
 _ENTRIES = {
-    "run_id": RUN_ID,
+    "run_id": headers.RUN_ID,
     "profile": TEXT,
-    "sigma_rel": replace(NUMBER_OR_NULL, convert=_width),
+    "sigma_rel": replace(NUMBER_OR_NULL, convert=_checked("is not above 0", lambda value: value > 0)),
     "gamma": NUMBER_OR_NULL,
-    "t": replace(NUMBER, convert=_t),
-    "t_unit": UNIT,
+    "t": replace(NUMBER, convert=_checked("is not a time of training", lambda t: fmt.EARLIEST <= t <= fmt.LATEST)),
+    "t_unit": headers.UNIT,
     "method": TEXT,
-    "profile_error": replace(NUMBER, convert=_error),
-    "predicted_error": replace(NUMBER_OR_NULL, convert=_error),
+    "profile_error": replace(NUMBER, convert=_ERROR),
+    "predicted_error": replace(NUMBER_OR_NULL, convert=_ERROR),
     "snapshots": Entry("a list of files with their coefficients", lambda v: is_list_of(v, _is_source), _sources),
-    "copies": TEXTS,
+    "copies": headers.TEXTS,
 }
 """What the metadata of an output must be."""
 
@@ -150,12 +133,7 @@ _ENTRIES = {
 
 @dataclass(frozen=True)
 class ShardIndex:
-    """The content of an index.
-
-    Attributes:
-        shards: the tensors in each file, by the file's name, growing.
-        total_size: bytes of all tensors; None if the index has no such number.
-    """
+    """The content of an index: the tensors in each file, by its name, growing; bytes of all tensors, if it has them."""
 
     shards: dict[str, list[str]]
     total_size: int | None
@@ -167,11 +145,7 @@ def read_index(path: Path) -> dict[str, list[str]]:
 
 
 def decode_index(path: Path) -> ShardIndex:
-    """The checked index of a sharded model: names lead to files beside it and nowhere else.
-
-    Raises:
-        FileFormatError: naming the index.
-    """
+    """The checked index of a sharded model: names lead to files beside it and nowhere else."""
     found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
     if not isinstance(found, dict):
         raise FileFormatError(path, "is not an index of shards: it is no JSON object")
@@ -207,11 +181,7 @@ def is_plain_name(name: str) -> bool:
 
 
 def model_files(path: Path) -> dict[Path, list[str] | None]:
-    """The files of the model at a path, each with the tensors that an index names; None without an index.
-
-    Raises:
-        FileFormatError: the index is damaged.
-    """
+    """The files of the model at a path, each with the tensors that an index names; None without an index."""
     index = index_of(path)
     if index is not None:
         return {index.parent / name: names for name, names in read_index(index).items()}
@@ -234,8 +204,7 @@ def is_model_folder(path: Path) -> bool:
 def models_at(path: Path) -> list[Path]:
     """The models at a path: itself, or those in a folder of several, by name.
 
-    Raises:
-        DirectoryError: a folder without models, with shards but no index, or with the snapshots of a run.
+    A DirectoryError for a folder without models, with shards but no index, or with the snapshots of a run.
     """
     if not path.is_dir() or is_model_folder(path):
         return [path]
@@ -261,29 +230,16 @@ def _is_snapshot(path: Path) -> bool:
 
 
 def check_indexed(path: Path, header: fmt.FileHeader, names: list[str] | None) -> None:
-    """Check that a shard holds the tensors that its index names.
-
-    Raises:
-        FileFormatError: naming the shard and the tensor.
-    """
+    """Raise a FileFormatError, naming the shard and the tensor, if it lacks one that its index names."""
     missing = set(names or ()) - header.tensors.keys()
     if missing:
         raise FileFormatError(path, f"tensor {shown(min(missing))} is not in it, as the index says")
 
 
 def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
-    """Check that two shards are of one model.
-
-    Arguments:
-        info, found: what they say of their output; None for other files.
-
-    Raises:
-        MismatchError: naming both.
-    """
-    difference = None
+    """Raise a MismatchError unless two shards are of one model, by their outputs; None for other files."""
     if info is None or found is None:
-        if info is not found:
-            difference = "only one of them is of a synthesis"
+        difference = "only one of them is of a synthesis" if info is not found else None
     else:
         difference = output_difference(found, info)
         if difference is None and not same_coefficients(found, info):

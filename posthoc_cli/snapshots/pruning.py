@@ -32,15 +32,10 @@ _ONE_BY_ONE = 128
 
 @dataclass(frozen=True)
 class Pruning:
-    """A plan of what to delete, and whether that was done.
+    """A plan of what to delete: `kept` by time, then sigma_rel, `gone` in the order to delete.
 
-    Attributes:
-        kept: survivors, by time, then sigma_rel.
-        gone: in the order to delete.
-        before, after: expected errors from all snapshots, and from the survivors, both with the prior from all
-            headers. Of very many snapshots only some are used, see `planning.choose`.
-        source: what the errors rest on, see `reconstruction.Prior`.
-        deleted: whether it was carried out.
+    `before` and `after` are expected errors from all snapshots and from the survivors, both with the prior from all
+    headers; of very many snapshots only some are used, see `planning.choose`. `source` as in `reconstruction.Prior`.
     """
 
     kept: tuple[Snapshot, ...]
@@ -101,7 +96,6 @@ def plan_pruning(
         keep: the number to keep of each profile; or
         max_bytes: keep as many as take at most this; or
         max_error: keep as few as have at most this worst predicted error over `sigma_range`. Exactly one of the three.
-        sigma_range: what snapshots are kept for.
 
     Raises:
         InvalidValueError: `keep` is more than there are, or `max_bytes` less than the newest ones take.
@@ -163,13 +157,9 @@ def plan_pruning(
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
     """Delete what was planned, while the directory is locked: verify all survivors, then delete the others.
 
-    Arguments:
-        progress: called with the number of bytes of each tensor that was verified.
-
     Raises:
         LockedError: a tracker is writing to the directory.
-        DirectoryError, MismatchError: the directory has changed since it was read; nothing is deleted.
-        FileFormatError: a survivor is damaged; nothing is deleted.
+        DirectoryError, MismatchError, FileFormatError: it has changed, or a survivor is damaged; nothing is deleted.
         WriteError: the system refused a deletion. All survivors are there.
     """
     with DirectoryLock(directory):
@@ -191,10 +181,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
 def removal_order(
     profiles: Sequence[PowerFunction], prior: Prior, keep: int, sigma_range: tuple[float, float]
 ) -> list[int]:
-    """Indices of snapshots to delete until `keep` of each profile are left, the least needed first.
-
-    As `planning.snapshots_to_drop`, if there are not very many.
-    """
+    """Indices of snapshots to delete until `keep` of each profile are left, the least needed first."""
     needed = _needed(profiles)
     left = list(range(len(profiles)))
     order: list[int] = []

@@ -1,7 +1,7 @@
 """Read files: the header first, checked; then tensors, each block verified as it is read.
 
-No torch: tensors come as bytes. Files are read, never mapped, so that a file that shrinks under a reader is an error
-and not a crash.
+No torch: tensors come as bytes. Files are read, never mapped, so that one that shrinks under a reader is no crash.
+A FileFormatError names the file that cannot be opened, is no regular file, is damaged or too short, and the tensor.
 """
 
 from __future__ import annotations
@@ -50,15 +50,7 @@ class Snapshot:
 
 
 def read_header(path: Path, cache: DecodeCache | None = None, whole: bool = True) -> fmt.FileHeader:
-    """The checked header of a safetensors file.
-
-    Arguments:
-        cache: shared by the files of one run.
-        whole: also check the file's size; without it the header of a truncated file can be read.
-
-    Raises:
-        FileFormatError: the file cannot be opened, is no regular file, or is damaged.
-    """
+    """The checked header of a safetensors file; without `whole` also that of a truncated file."""
     descriptor = _open(path)
     try:
         start, size = _read_start(path, descriptor)
@@ -68,10 +60,9 @@ def read_header(path: Path, cache: DecodeCache | None = None, whole: bool = True
 
 
 class TensorFile:
-    """A safetensors file opened for its tensors. Use it as a context manager.
+    """A safetensors file opened for its tensors, a context manager; any number of threads may read at once.
 
-    The header is read again and, where `expected` is given, must be equal: the file that was planned with is the file
-    that is read. Any number of threads may read at once.
+    The header is read again and must be `expected`: the file that was planned with is the file that is read.
     """
 
     def __init__(self, path: Path, expected: fmt.FileHeader | None = None) -> None:
@@ -87,11 +78,7 @@ class TensorFile:
             raise
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a tensor, verified where the file has checksums: shape [nbytes].
-
-        Raises:
-            FileFormatError: naming the file and the tensor, when a block does not match or bytes are missing.
-        """
+        """The bytes of a tensor, verified where the file has checksums: shape [nbytes]."""
         data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
         reader = self.read_range(name, 0, data.size)
         for begin in range(0, data.size, fmt.BLOCK_BYTES):
@@ -99,18 +86,11 @@ class TensorFile:
         return data
 
     def read_range(self, name: str, begin: int, end: int) -> RangeReader:
-        """The bytes `begin` to `end` of a tensor, to be read in order and verified on the way.
-
-        `begin` is at the start of a block; `end` at the end of one, or of the tensor.
-        """
+        """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order and verified."""
         return RangeReader(self, name, begin, end)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
-        """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow.
-
-        Raises:
-            FileFormatError: naming the file and the tensor, when bytes are missing.
-        """
+        """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""
         offset = self.header.payload_start + self.header.tensors[name].begin + begin
         while view:
             try:
@@ -122,11 +102,7 @@ class TensorFile:
             view, offset = view[count:], offset + count
 
     def verify(self, names: Sequence[str], parts: Sequence[memoryview]) -> None:
-        """Check all bytes of tensors of at most one block each, which the caller has read by `fill`.
-
-        Raises:
-            FileFormatError: naming the file and the first tensor whose bytes do not match.
-        """
+        """Check all bytes of tensors of at most one block each, which the caller has read by `fill`."""
         if not self._checksums:
             return
         found = [xxhash.xxh3_64_hexdigest(part) if part else "" for part in parts]
@@ -144,11 +120,7 @@ class TensorFile:
         return FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin].
-
-        Raises:
-            FileFormatError: naming the file and the tensor, when bytes are missing.
-        """
+        """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin]."""
         data = np.empty(end - begin, dtype=np.uint8)
         self.fill(name, data.data, begin)
         return data
@@ -165,21 +137,14 @@ class TensorFile:
 
 
 class RangeReader:
-    """Some blocks of one tensor, read in order, in parts of any size; each block is verified at its end.
-
-    The checksum runs along, so that the parts of one block need not be in memory together.
-    """
+    """Some blocks of one tensor, read in order, in parts of any size; each block is verified at its end."""
 
     def __init__(self, file: TensorFile, name: str, begin: int, end: int) -> None:
         self._file, self._name, self._position, self._end = file, name, begin, end
         self._hash = xxhash.xxh3_64()
 
     def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the bytes that come next.
-
-        Raises:
-            FileFormatError: naming the file and the tensor, when a block does not match or bytes are missing.
-        """
+        """Fill `view` with the bytes that come next."""
         self._file.fill(self._name, view, self._position)
         while view:
             left = fmt.BLOCK_BYTES - self._position % fmt.BLOCK_BYTES
@@ -194,11 +159,7 @@ class RangeReader:
 
 
 def read_small_file(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes.
-
-    Raises:
-        FileFormatError: it is larger or no regular file, or cannot be opened or read.
-    """
+    """The content of a regular file of at most `most` bytes."""
     descriptor = _open(path)
     try:
         size = os.fstat(descriptor).st_size
@@ -274,13 +235,8 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
 
 @dataclass(frozen=True)
 class Checked:
-    """The result of checking some bytes of a payload.
-
-    Attributes:
-        nbytes: how many.
-        damaged: tensors that do not match their checksums.
-        error: what is wrong with the first of them.
-        nonfinite: tensors that hold nan or infinity.
+    """The result of checking some bytes: tensors that do not match their checksums, with the error of the first, and
+    those that hold nan or infinity.
     """
 
     nbytes: int
@@ -290,15 +246,7 @@ class Checked:
 
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:
-    """Read a file and check each block of each tensor. Memory: a block a thread.
-
-    Arguments:
-        header: what the file must still have.
-        progress: called with the number of bytes that were read, in this thread.
-
-    Raises:
-        FileFormatError: the file was replaced, or naming it and the tensor that is damaged.
-    """
+    """Read a file, whose header must still be this, and check each block of each tensor. Memory: a block a thread."""
     with TensorFile(path, header) as file, closing(check_payload(file)) as found:
         for checked in found:
             if checked.error is not None:

@@ -12,21 +12,9 @@ from typing import Any
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.decoding import SCHEDULE
-from posthoc_cli.snapshots.headers import (
-    AMOUNT,
-    AMOUNTS,
-    RUN_ID,
-    TEXT,
-    TEXTS,
-    UNIT,
-    WHOLE,
-    Entry,
-    decode_metadata,
-    is_list_of,
-    is_number,
-    is_whole,
-)  # fmt: skip
+from posthoc_cli.snapshots.headers import AMOUNT, AMOUNTS, TEXTS, WHOLE, Entry, is_list_of, is_number, is_whole
 
 COPY = "copy"
 """The prefix of copied tensors, before the slash."""
@@ -44,19 +32,11 @@ def recent_prefix(sigma_rel: float) -> str:
 
 @dataclass(frozen=True)
 class StateInfo:
-    """All of a tracker's state that is no tensor.
+    """All of a tracker's state that is no tensor: of the last call, and with `averages_` of the last update.
 
-    Attributes:
-        run_id, step, t, t_unit: the run, calls and time so far.
-        sigma_rels: the tracked profiles, growing.
-        averages_t, averages_step: time and calls at the last update; 0 before.
-        t_first, max_interval: time of the first update, and the longest time between two since; 0 before.
-        updates: how many there were; None if unknown.
-        window, masses, inherited: as in `tracker.averages.Standing`.
-        schedule: the tracker's.
-        clock: from `ClockRecorder.state`.
-        snapshots: header checksums of those on disk.
-        segment: how often the model's tensors have changed.
+    Zeros before the first update; `updates` is None if unknown. `window`, `masses` and `inherited` are as in
+    `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are header checksums of those on
+    disk.
     """
 
     run_id: str
@@ -82,14 +62,15 @@ _COUNT = Entry("a whole number, at least 0, or None", lambda v: v is None or is_
 _CLOCK = Entry("a list", lambda v: isinstance(v, Iterable))
 
 _ENTRIES = {
-    "run_id": RUN_ID, "step": WHOLE, "t": AMOUNT, "t_unit": TEXT, "sigma_rels": AMOUNTS, "averages_t": AMOUNT,
+    "run_id": headers.RUN_ID,
+    "step": WHOLE, "t": AMOUNT, "t_unit": headers.TEXT, "sigma_rels": AMOUNTS, "averages_t": AMOUNT,
     "averages_step": WHOLE, "t_first": AMOUNT, "max_interval": AMOUNT, "updates": _COUNT, "window": WHOLE,
     "masses": AMOUNTS, "inherited": AMOUNTS, "clock": _CLOCK, "snapshots": TEXTS, "segment": WHOLE,
 }  # fmt: skip
 """What each entry of a state must be, of a file as of a tracker's `state_dict()`."""
 
 _IN_FILE = {key: entry for key, entry in _ENTRIES.items() if key != "clock"} | {
-    "t_unit": UNIT,
+    "t_unit": headers.UNIT,
     "schedule": SCHEDULE,
     # JSON has no infinity, which the clock begins with as its steepest slope.
     "clock_state": Entry("a list of numbers", lambda v: is_list_of(v, lambda item: item is None or is_number(item))),
@@ -104,12 +85,8 @@ def state_metadata(info: StateInfo) -> dict[str, str]:
 
 
 def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
-    """The checked metadata of a state.
-
-    Raises:
-        FileFormatError: naming the file and the key.
-    """
-    values = decode_metadata(path, header, "state", _IN_FILE)
+    """The checked metadata of a state; a FileFormatError names the file and the key."""
+    values = headers.decode_metadata(path, header, "state", _IN_FILE)
     values["clock"] = [math.inf if value is None else value for value in values["clock_state"]]
     try:
         return state_from(values, values["schedule"])
@@ -118,11 +95,7 @@ def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
 
 
 def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -> None:
-    """Check that all profiles of a state have the same averages, and that other tensors are copies.
-
-    Raises:
-        FileFormatError: naming the file and a tensor.
-    """
+    """Raise a FileFormatError unless all profiles of a state have the same averages, and other tensors are copies."""
     totals = [total_prefix(sigma_rel) for sigma_rel in state.sigma_rels]
     recent = [recent_prefix(sigma_rel) for sigma_rel in state.sigma_rels]
     named = {prefix: tensors_with(prefix, header) for prefix in (*totals, *recent, COPY)}
@@ -141,11 +114,7 @@ def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) ->
 
 
 def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> StateInfo:
-    """The checked entries of a state; `values` may have further ones.
-
-    Raises:
-        InvalidValueError: the reason begins with the entry that is missing, of another type, or not of one training.
-    """
+    """The checked entries of a state; `values` may have further ones. An InvalidValueError names the entry."""
     checked: dict[str, Any] = {}
     for key, entry in _ENTRIES.items():
         if key not in values:
@@ -190,11 +159,7 @@ def _check_window(info: StateInfo) -> None:
 
 
 def clock_at(state: Any, step: int, t: float) -> ClockRecorder:
-    """The clock of a training at `step` and `t`, from `ClockRecorder.state`.
-
-    Raises:
-        InvalidValueError: it is invalid, or ends elsewhere.
-    """
+    """The clock of a training at `step` and `t`, from its state; an InvalidValueError if it ends elsewhere."""
     clock = ClockRecorder.of_state(state)
     if (clock.step, clock.t) != (step, t):
         there = f"ends at step {shown(clock.step)}, t {clock.t!r}"

@@ -28,11 +28,7 @@ from posthoc_cli.snapshots import format as fmt
 class TensorFileWriter:
     """Writes one safetensors file. Use it as a context manager and end with `commit`.
 
-    Arguments:
-        path: the final name.
-        specs: every tensor that will be written.
-        metadata: strings for the header; the checksums are added.
-        overwrite: replace a file of that name, in the moment of `commit`.
+    `specs` are all tensors that will be written; checksums are added to `metadata`.
     """
 
     def __init__(
@@ -74,10 +70,7 @@ class TensorFileWriter:
             begin = end
 
     def write_range(self, name: str, begin: int, end: int) -> RangeWriter:
-        """Write the bytes `begin` to `end` of a tensor, in order and in parts.
-
-        `begin` is at the start of a block of the tensor; `end` at the end of one, or of the tensor.
-        """
+        """Write the bytes `begin` to `end` of a tensor, at ends of its blocks, in order and in parts."""
         self._claim(name, begin, end)
         return RangeWriter(self._file, self._blocks[name], begin, self._position(name))
 
