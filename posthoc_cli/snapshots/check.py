@@ -23,7 +23,7 @@ from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.deep import compare_measurements
-from posthoc_cli.snapshots.directory import PICKLES, QUARANTINE, SUPERSEDED, list_directory, snapshot_path, time_order
+from posthoc_cli.snapshots.directory import PICKLES, QUARANTINE, SUPERSEDED, Listing, list_directory, time_order
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.measurements import run_clock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, OutputInfo, check_alike, decode_index, decode_output
@@ -61,8 +61,7 @@ class FileReport:
 
     `unit` is what is moved if it is broken: the file, or the folder of a sharded model. `what` describes it in a few
     words, `kind` is "snapshot", "output", "state" or None. `detail` says why it is in its `state`; `notes` are unusual
-    and not wrong. `header`, `snapshot` and `output` are what a valid header says; a snapshot only of the directory
-    itself.
+    and not wrong. The rest is what a valid header says: `averages` must be finite; a snapshot is one of the directory.
     """
 
     path: Path
@@ -77,6 +76,7 @@ class FileReport:
     header: fmt.FileHeader | None = None
     snapshot: Snapshot | None = None
     output: OutputInfo | None = None
+    averages: Collection[str] = ()
 
     @property
     def is_fine(self) -> bool:
@@ -149,15 +149,14 @@ class Verification:
 
 @dataclass(frozen=True)
 class Unit:
-    """A file, or the shards of a model with their index, if it can be read (else there is a `problem`).
+    """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
 
-    `path` is what is moved if it is broken. `files` have the tensors that the index names, and need not exist then.
+    `path` is what is moved if it is broken.
     """
 
     path: Path
     files: Mapping[Path, Collection[str]]
     index: Path | None = None
-    problem: FileFormatError | None = None
     superseded: bool = False
 
 
@@ -200,21 +199,21 @@ def _list_directory(directory: Path) -> Contents:
     sharded = {path for unit in units for path in unit.files}
     units += [Unit(path, {path: ()}) for path in listing.files if path not in sharded]
     units.sort(key=lambda unit: unit.index or unit.path)
-    leftovers, superseded = listing.leftovers, directory / SUPERSEDED
-    for folder in (superseded, *folders):
+    aside, listed = directory / SUPERSEDED, [listing]
+    for folder in (aside, *folders, directory / QUARANTINE):
+        found = Listing(folder, ())
         try:
-            if not folder.is_symlink():  # a link would lead out of the directory
-                listed = list_directory(folder)
-                leftovers += listed.leftovers
-                units += [Unit(path, {path: ()}, superseded=True) for path in listed.files if folder is superseded]
-            elif folder is superseded:
+            if folder != aside or not folder.is_symlink():  # a link would lead out of the directory
+                found = list_directory(folder)
+            else:
                 notes.append(f"{SUPERSEDED}/ is a symbolic link; not read")
         except DirectoryError as error:
-            if folder is superseded and not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            if folder == aside and not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
                 notes.append(f"{SUPERSEDED}/ cannot be read")
-    quarantined = 0
-    with suppress(DirectoryError):
-        quarantined = len(list_directory(directory / QUARANTINE).entries)
+        listed.append(found)
+    units += [Unit(path, {path: ()}, superseded=True) for path in listed[1].files]
+    leftovers = sorted(path for one in listed[:-1] for path in one.leftovers)
+    quarantined = len(listed[-1].entries)
     count = len(listing.pickles)
     if not (units or leftovers or quarantined):
         what = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(count)
@@ -223,7 +222,7 @@ def _list_directory(directory: Path) -> Contents:
         notes.append(f"{count:,} pickled files (.pt and the like) have no checksums and were not read")
     if quarantined:
         notes.append(f"{quarantined:,} set aside in {QUARANTINE}/ as broken; not read")
-    return Contents(directory, True, tuple(units), tuple(sorted(leftovers)), quarantined, tuple(notes))
+    return Contents(directory, True, tuple(units), tuple(leftovers), quarantined, tuple(notes))
 
 
 def _has_index(folder: Path) -> bool:
@@ -236,8 +235,8 @@ def _shards(index: Path) -> Unit:
     """The shards that an index names; none if it cannot be read, so that files beside it are units of their own."""
     try:
         shards = decode_index(index).shards
-    except FileFormatError as error:
-        return Unit(index.parent, {}, index, error)
+    except FileFormatError:  # reported when the index is compared with the shards
+        shards = {}
     return Unit(index.parent, {index.parent / name: names for name, names in shards.items()}, index)
 
 
@@ -359,15 +358,22 @@ def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
             return None  # a writer has thinned it away
         return replace(_unreadable(FileReport(path, unit), error), nbytes=nbytes)
     report = replace(report, nbytes=nbytes)
-    averages = _averages(report) if nonfinite else ()
-    bad = [name for name in nonfinite if name in averages]
+    bad = [name for name in nonfinite if name in report.averages]
     if damaged:
         detail = f"{next(iter(damaged.values())).reason}{_and_more(len(damaged) - 1, 'tensor')}"
         return replace(report, state=DAMAGED, detail=detail)
     if bad:
         detail = f"average {shown(bad[0])} holds nan or infinity{_and_more(len(bad) - 1, 'average')}"
         return replace(report, state=NONFINITE, detail=detail)
-    return replace(report, state=UNCHECKED if report.kind is None else INTACT, notes=_notes(report, [*nonfinite]))
+    notes, info = [], report.snapshot and report.snapshot.info
+    if nonfinite:
+        what = "tensor" if report.kind is None else "copy"
+        notes.append(
+            f"{what} {shown(next(iter(nonfinite)))} holds nan or infinity{_and_more(len(nonfinite) - 1, 'tensor')}"
+        )
+    if info and _is_snapshot_name(path) and path != directories.snapshot_path(path.parent, info.t, info.sigma_rel):
+        notes.append(f"its name differs: it holds sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
+    return replace(report, state=UNCHECKED if report.kind is None else INTACT, notes=tuple(notes))
 
 
 def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
@@ -379,63 +385,49 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
     if kind == "output":
         output = decode_output(path, header)
         part = f"part {_shortened(header.metadata['ema.part'])} of " if "ema.part" in header.metadata else ""
-        return replace(report, what=f"{part}{_output_words(output)}", run_id=output.run_id, output=output)
+        what, averages = f"{part}{_output_words(output)}", header.tensors.keys() - set(output.copies)
+        return replace(report, what=what, run_id=output.run_id, output=output, averages=averages)
     if kind == "state":
         state = decode_state(path, header)
         check_state_tensors(path, header, state)
-        return replace(report, what=f"state at t = {state.t:,.12g}", run_id=state.run_id)
+        averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
+        return replace(report, what=f"state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
     info = decode_snapshot(path, header)
     what = f"snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
-    return replace(report, what=what, run_id=info.run_id, snapshot=Snapshot(path, header, info))
+    snapshot, averages = Snapshot(path, header, info), frozenset(info.averages)
+    return replace(report, what=what, run_id=info.run_id, snapshot=snapshot, averages=averages)
 
 
-def _averages(report: FileReport) -> Collection[str]:
-    """Names of the tensors that must be finite."""
-    if report.snapshot is not None:
-        return report.snapshot.info.averages
-    if report.header is None or report.kind is None:
-        return ()
-    copies = report.output.copies if report.output is not None else tensors_with(COPY, report.header).values()
-    return report.header.tensors.keys() - set(copies)
+def _fault(error: FileFormatError) -> tuple[str, str]:
+    """State and detail of a file that cannot be read."""
+    known = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
+    return DAMAGED if known else UNREADABLE, error.reason
 
 
 def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
     """The report of a file that cannot be read, with what its header says if that is valid, or else its name."""
-    known = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
-    report = replace(report, state=DAMAGED if known else UNREADABLE, detail=error.reason)
+    state, detail = _fault(error)
     if _is_snapshot_name(report.path):
         report = replace(report, what="snapshot, by its name", kind="snapshot")
     with suppress(FileFormatError):
         header = read_header(report.path, whole=False)
         kind, version = file_kind(header), header.metadata.get("ema.version")
         if kind not in (None, "snapshot", "output", "state"):
-            detail = f"its ema.format is {shown(kind)}, which this release does not know"
-            report = replace(report, header=header, state=UNSUPPORTED, detail=detail)
+            state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
         elif version not in (None, fmt.version_of(kind)):
-            detail = f"its ema.version is {shown(version)}; this release reads {fmt.version_of(kind)}"
-            report = replace(report, header=header, state=UNSUPPORTED, detail=detail)
-        return replace(_described(report, header), run_id=None)
-    return report
-
-
-def _notes(report: FileReport, nonfinite: Sequence[str]) -> tuple[str, ...]:
-    """Notes on a file without fault; none of its averages is among `nonfinite`."""
-    notes = []
-    if nonfinite:
-        what = "tensor" if report.kind is None else "copy"
-        notes.append(f"{what} {shown(nonfinite[0])} holds nan or infinity{_and_more(len(nonfinite) - 1, 'tensor')}")
-    if report.snapshot is not None and _is_snapshot_name(report.path):
-        info = report.snapshot.info
-        if report.path.name != snapshot_path(report.path.parent, info.t, info.sigma_rel).name:
-            notes.append(f"its name differs: it holds sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
-    return tuple(notes)
+            state, detail = (
+                UNSUPPORTED,
+                f"its ema.version is {shown(version)}; this release reads {fmt.version_of(kind)}",
+            )
+        report = replace(_described(report, header), run_id=None)
+    return replace(report, state=state, detail=detail)
 
 
 def _is_snapshot_name(path: Path) -> bool:
     """Whether a name has the form that `snapshot_path` gives."""
     t, dash, sigma_rel = path.name.removesuffix(fmt.SUFFIX).partition("-")
     try:
-        return bool(dash) and snapshot_path(path.parent, float(t), float(sigma_rel)) == path
+        return bool(dash) and directories.snapshot_path(path.parent, float(t), float(sigma_rel)) == path
     except (ValueError, ArithmeticError):
         return False
 
@@ -471,9 +463,10 @@ def _shard_reports(
 
 def _index_fault(unit: Unit, index: Path, there: Sequence[FileReport]) -> tuple[str, str]:
     """State and detail of an index, compared with the shards that are there."""
-    if unit.problem is not None:
-        report = _unreadable(FileReport(index, unit.path), unit.problem)
-        return report.state, report.detail
+    try:
+        total = decode_index(index).total_size
+    except FileFormatError as error:
+        return _fault(error)
     if not unit.files:
         return DAMAGED, "names no shard"
     held = 0
@@ -490,7 +483,6 @@ def _index_fault(unit: Unit, index: Path, there: Sequence[FileReport]) -> tuple[
             check_alike(there[0].path, there[0].output, one.path, one.output)
     except MismatchError as error:
         return MISMATCHED, str(error).replace(f"{unit.path}{os.sep}", "")
-    total = decode_index(index).total_size
     if not any(one.output for one in there):
         return UNCHECKED, ""
     if total != held:  # an index has no checksum

@@ -64,9 +64,6 @@ def _one_of(value: Any, name: str, accepted: Collection[str], prefix: str = "") 
     return found
 
 
-# --- the entries; each converter gets the value and the results of the entries before it
-
-
 def _schedule(raw: dict[str, Any], _: Values) -> fmt.TrackingSchedule:
     values: dict[str, Any] = {field.name: raw.get(field.name) for field in fields(fmt.TrackingSchedule)}
     for name, value in values.items():

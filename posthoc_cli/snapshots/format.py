@@ -183,9 +183,6 @@ def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
     return listed
 
 
-# --- the format
-
-
 VERSION = "1"
 """Of snapshots and outputs."""
 STATE_VERSION = "2"
@@ -310,9 +307,6 @@ OPTIONAL = ("selection", "segment", "clock", "updates", "inherited", "off_schedu
 def version_of(kind: str | None) -> str:
     """The version that this release writes and reads of a kind of file, as in ema.format."""
     return STATE_VERSION if kind == "state" else VERSION
-
-
-# --- writing
 
 
 def lay_out(specs: Sequence[TensorSpec]) -> dict[str, TensorEntry]:

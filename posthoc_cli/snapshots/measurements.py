@@ -74,9 +74,6 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     return float(np.dot(spacing, spacing)) / 12
 
 
-# --- the sample
-
-
 class _Range(NamedTuple):
     """Consecutive elements of one tensor."""
 
@@ -166,9 +163,6 @@ def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
         return values.astype(np.float64)
 
 
-# --- sums
-
-
 def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
     distances = []
     for partner in partners:
@@ -253,9 +247,6 @@ def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
     return Clock([step for step, _ in pairs], [t for _, t in pairs])
 
 
-# --- choosing snapshots of a large directory
-
-
 def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
     """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
 
@@ -268,9 +259,6 @@ def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
 
 def _chosen(items: Sequence[One]) -> list[One]:
     return [items[index] for index in choose([item.info.profile.pure for item in items])]
-
-
-# --- an earlier run, for a plan
 
 
 @dataclass(frozen=True)

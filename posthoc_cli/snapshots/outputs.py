@@ -39,9 +39,6 @@ SINGLE_NAME = "model.safetensors"
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
-# --- outputs
-
-
 @dataclass(frozen=True)
 class OutputInfo:
     """All metadata of an output: `profile` is the target in words, `snapshots` their names and coefficients."""
@@ -128,9 +125,6 @@ _ENTRIES = {
 """What the metadata of an output must be."""
 
 
-# --- the index
-
-
 @dataclass(frozen=True)
 class ShardIndex:
     """The content of an index: the tensors in each file, by its name, growing; bytes of all tensors, if it has them."""
@@ -175,9 +169,6 @@ def is_plain_name(name: str) -> bool:
         and len(name.encode(errors="replace")) <= 255
         and all(c.isprintable() and c not in "/\\:" for c in name)
     )
-
-
-# --- models
 
 
 def model_files(path: Path) -> dict[Path, list[str] | None]:
