@@ -203,9 +203,9 @@ def _list_directory(directory: Path) -> Contents:
     for folder in (aside, *folders, directory / QUARANTINE):
         found = Listing(folder, ())
         try:
-            if folder != aside or not folder.is_symlink():  # a link would lead out of the directory
+            if not folder.is_symlink():  # a link would lead out of the directory
                 found = list_directory(folder)
-            else:
+            elif folder == aside:
                 notes.append(f"{SUPERSEDED}/ is a symbolic link; not read")
         except DirectoryError as error:
             if folder == aside and not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
@@ -367,10 +367,8 @@ def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
         return replace(report, state=NONFINITE, detail=detail)
     notes, info = [], report.snapshot and report.snapshot.info
     if nonfinite:
-        what = "tensor" if report.kind is None else "copy"
-        notes.append(
-            f"{what} {shown(next(iter(nonfinite)))} holds nan or infinity{_and_more(len(nonfinite) - 1, 'tensor')}"
-        )
+        what, more = "tensor" if report.kind is None else "copy", _and_more(len(nonfinite) - 1, "tensor")
+        notes.append(f"{what} {shown(next(iter(nonfinite)))} holds nan or infinity{more}")
     if info and _is_snapshot_name(path) and path != directories.snapshot_path(path.parent, info.t, info.sigma_rel):
         notes.append(f"its name differs: it holds sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
     return replace(report, state=UNCHECKED if report.kind is None else INTACT, notes=tuple(notes))
@@ -378,6 +376,7 @@ def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
 
 def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
     """The report with what a header says; a FileFormatError if it contradicts itself."""
+    averages: Collection[str]
     path, kind = report.path, file_kind(header)
     report = replace(report, kind=kind, header=header)
     if kind is None:
@@ -412,13 +411,11 @@ def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
     with suppress(FileFormatError):
         header = read_header(report.path, whole=False)
         kind, version = file_kind(header), header.metadata.get("ema.version")
+        known = fmt.version_of(kind)
         if kind not in (None, "snapshot", "output", "state"):
             state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
-        elif version not in (None, fmt.version_of(kind)):
-            state, detail = (
-                UNSUPPORTED,
-                f"its ema.version is {shown(version)}; this release reads {fmt.version_of(kind)}",
-            )
+        elif version not in (None, known):
+            state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"
         report = replace(_described(report, header), run_id=None)
     return replace(report, state=state, detail=detail)
 
