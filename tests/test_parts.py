@@ -20,7 +20,7 @@ from posthoc_cli.errors import OutputExistsError, WriteError
 from posthoc_cli.export.job import Synthesis
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources

@@ -27,8 +27,16 @@ from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import SUFFIX, TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, model_files, models_at
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
+from posthoc_cli.snapshots.outputs import (
+    OutputInfo,
+    check_alike,
+    check_indexed,
+    decode_output,
+    index_of,
+    model_files,
+    models_at,
+    output_metadata,
+)
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.synthesis.engine import Options

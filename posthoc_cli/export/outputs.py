@@ -15,10 +15,10 @@ from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError, shown
 from posthoc_cli.export.sinks import Sink, holds_model, make_sink
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.models import model_files
 from posthoc_cli.snapshots.outputs import (
     OutputInfo,
     decode_output,
+    model_files,
     output_difference,
     output_metadata,
     same_coefficients,

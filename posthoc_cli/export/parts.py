@@ -35,7 +35,7 @@ from posthoc_cli.export.outputs import check_space, fill_sinks
 from posthoc_cli.export.sinks import MODEL_FILE, OTHER_FOLDER, check_free_folder, check_no_snapshot
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import outputs
-from posthoc_cli.snapshots.models import INDEX_NAME, encode_index, read_index
+from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index, read_index
 from posthoc_cli.snapshots.reader import Snapshot, read_header, read_small_file, verify_payload
 from posthoc_cli.synthesis.engine import Options, Progress
 from posthoc_cli.synthesis.plan import Plan

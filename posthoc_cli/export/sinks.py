@@ -18,7 +18,7 @@ from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError
 from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import INDEX_NAME, SINGLE_NAME, encode_index, read_index
+from posthoc_cli.snapshots.outputs import INDEX_NAME, SINGLE_NAME, encode_index, read_index
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter

@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -19,53 +19,29 @@ from typing import Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, VanishedError, shown
+from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.deep import compare_measurements
-from posthoc_cli.snapshots.directory import (
-    PICKLES,
-    QUARANTINE,
-    SUPERSEDED,
-    Listing,
-    contradictions,
-    difference,
-    list_directory,
-    missing_at_newest,
-    snapshot_path,
-    time_order,
-)
-from posthoc_cli.snapshots.format import SnapshotInfo, by_segment
+from posthoc_cli.snapshots.directory import PICKLES, QUARANTINE, SUPERSEDED, Listing, list_directory, time_order
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.measurements import run_clock
-from posthoc_cli.snapshots.models import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output
+from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, OutputInfo, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, check_payload, in_order, read_header, worker_threads
 from posthoc_cli.snapshots.states import COPY, check_state_tensors, decode_state, tensors_with
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
-INTACT = "intact"
-UNCHECKED = "unchecked"
-DAMAGED = "damaged"
-MISSING = "missing"
-NONFINITE = "nonfinite"
-MISMATCHED = "mismatched"
-MISMEASURED = "mismeasured"
-UNREADABLE = "unreadable"
-UNSUPPORTED = "unsupported"
-
-STATES: Mapping[str, str] = {
-    INTACT: "as it was written",
-    UNCHECKED: "no checksums: only its structure was checked",
-    DAMAGED: "not as it was written, or never a file of this format",
-    MISSING: "named by an index, and not there",
-    NONFINITE: "an average in it holds nan or infinity",
-    MISMATCHED: "an index that does not match its shards, or shards of different models",
-    MISMEASURED: "its values contradict what was measured when they were written",
-    UNREADABLE: "the system refused to read it, so that nothing is known of it",
-    UNSUPPORTED: "of a kind or version that this release does not know",
-}
-"""The states of a file."""
+# The states of a file.
+INTACT = "intact"  # as it was written
+UNCHECKED = "unchecked"  # no checksums: only its structure was checked
+DAMAGED = "damaged"  # not as it was written, or never a file of this format
+MISSING = "missing"  # named by an index, and not there
+NONFINITE = "nonfinite"  # an average in it holds nan or infinity
+MISMATCHED = "mismatched"  # an index that does not match its shards, or shards of different models
+MISMEASURED = "mismeasured"  # its values contradict what was measured when they were written
+UNREADABLE = "unreadable"  # the system refused to read it, so that nothing is known of it
+UNSUPPORTED = "unsupported"  # of a kind or version that this release does not know
 
 _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 """Errors of opening or reading that are the file's fault: a bad disk, a broken link, no regular file."""
@@ -81,29 +57,26 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class FileReport:
-    """What was found in a file.
+    """What was found in a file; `is_fine` if nothing is wrong.
 
-    Attributes:
-        path: the file.
-        unit: the path that is moved if it is broken: the file, or the folder of a sharded model.
-        what: a description, in a few words.
-        kind: "snapshot", "output" or "state"; None for other files, or if it is unknown.
-        state: one of STATES.
-        detail: why; may be empty.
-        nbytes: bytes that were read.
-        run_id: of its run; None if it has none.
-        notes: what is unusual and not wrong.
+    `unit` is what is moved if it is broken: the file, or the folder of a sharded model. `what` describes it in a few
+    words, `kind` is "snapshot", "output", "state" or None. `detail` says why it is in its `state`; `notes` are unusual
+    and not wrong. The rest is what a valid header says: `averages` must be finite; a snapshot is one of the directory.
     """
 
     path: Path
     unit: Path
-    what: str
-    kind: str | None
+    what: str = "unknown"
+    kind: str | None = None
     state: str = INTACT
     detail: str = ""
     nbytes: int = 0
     run_id: str | None = None
     notes: tuple[str, ...] = ()
+    header: fmt.FileHeader | None = None
+    snapshot: Snapshot | None = None
+    output: OutputInfo | None = None
+    averages: Collection[str] = ()
 
     @property
     def is_fine(self) -> bool:
@@ -115,18 +88,10 @@ class FileReport:
 class Verification:
     """What was found in a path.
 
-    Attributes:
-        path: as it was given.
-        is_directory: whether it is one.
-        files: in the order of their names.
-        problems: what is wrong and not the fault of one file: files that contradict each other, both named.
-        notes: what is unusual and not wrong, a line each.
-        snapshots: those without fault, by time, then sigma_rel; none that was superseded, and none at all where some
-            contradict each other.
-        lost: the damaged snapshots of the same run whose headers are valid.
-        leftovers: temporaries of interrupted writes, or of writes in progress.
-        superseded, quarantined: numbers of files set aside.
-        seconds: how long it took.
+    `problems` are files that contradict each other, both named; `notes` are unusual and not wrong. `snapshots` are
+    those without fault, by time, then sigma_rel: none that was superseded, and none at all where some contradict each
+    other. `lost` are the damaged ones of the same run whose headers are valid, `leftovers` the temporaries of
+    interrupted writes, or of writes in progress; `superseded` and `quarantined` count files set aside.
     """
 
     path: Path
@@ -184,21 +149,14 @@ class Verification:
 
 @dataclass(frozen=True)
 class Unit:
-    """A file, or the shards of a model with their index.
+    """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
 
-    Attributes:
-        path: what is moved if it is broken: the file, or the folder of the shards.
-        files: the safetensors files; those that an index names need not exist. With the tensors that the index
-            names, if any.
-        index: that of the shards.
-        problem: why the index cannot be read.
-        superseded: whether it was set aside by a training that went back.
+    `path` is what is moved if it is broken.
     """
 
     path: Path
     files: Mapping[Path, Collection[str]]
     index: Path | None = None
-    problem: FileFormatError | None = None
     superseded: bool = False
 
 
@@ -224,40 +182,42 @@ class Contents:
 
 
 def list_contents(path: Path) -> Contents:
-    """List what there is to verify in a directory or a file. Reads indexes, and no other file.
-
-    Raises:
-        InvalidValueError: a file that has no checksums and could only be unpickled.
-        DirectoryError: there is no such path, it cannot be read, or holds nothing to verify.
-    """
+    """List what there is to verify in a directory or a file: a DirectoryError if nothing. Reads indexes only."""
     if path.is_dir():
         return _list_directory(path)
     if not os.path.lexists(path):
         raise DirectoryError(path, "no such file or directory", ACCEPTED)
     if path.suffix in PICKLES:
         raise InvalidValueError(path, "has no checksums, and no pickle is opened here", ACCEPTED)
-    if path.name.endswith(INDEX_SUFFIX):
-        return Contents(path, False, (_shards(path),))
-    return Contents(path, False, (Unit(path, {path: ()}),))
+    return Contents(path, False, (_shards(path) if path.name.endswith(INDEX_SUFFIX) else Unit(path, {path: ()}),))
 
 
 def _list_directory(directory: Path) -> Contents:
-    listing = list_directory(directory)
+    listing, notes = list_directory(directory), []
     folders = [path for path in listing.entries if path.name not in (SUPERSEDED, QUARANTINE) and _has_index(path)]
     units = [_shards(folder / INDEX_NAME) for folder in (directory, *folders) if _has_index(folder)]
     sharded = {path for unit in units for path in unit.files}
     units += [Unit(path, {path: ()}) for path in listing.files if path not in sharded]
     units.sort(key=lambda unit: unit.index or unit.path)
-    aside, note = _list_superseded(directory / SUPERSEDED)
-    units += [Unit(path, {path: ()}, superseded=True) for path in aside.files]
-    listed = [listing, aside, *(_listed(folder) for folder in folders if not folder.is_symlink())]
-    leftovers = sorted(path for one in listed for path in one.leftovers)
-    quarantined = len(_listed(directory / QUARANTINE).entries)
+    aside, listed = directory / SUPERSEDED, [listing]
+    for folder in (aside, *folders, directory / QUARANTINE):
+        found = Listing(folder, ())
+        try:
+            if not folder.is_symlink():  # a link would lead out of the directory
+                found = list_directory(folder)
+            elif folder == aside:
+                notes.append(f"{SUPERSEDED}/ is a symbolic link; not read")
+        except DirectoryError as error:
+            if folder == aside and not isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+                notes.append(f"{SUPERSEDED}/ cannot be read")
+        listed.append(found)
+    units += [Unit(path, {path: ()}, superseded=True) for path in listed[1].files]
+    leftovers = sorted(path for one in listed[:-1] for path in one.leftovers)
+    quarantined = len(listed[-1].entries)
     count = len(listing.pickles)
     if not (units or leftovers or quarantined):
         what = "holds no snapshots, outputs or states" + "; no pickle is opened here" * bool(count)
         raise DirectoryError(directory, what, ACCEPTED)
-    notes = [note] if note else []
     if count:
         notes.append(f"{count:,} pickled files (.pt and the like) have no checksums and were not read")
     if quarantined:
@@ -271,29 +231,12 @@ def _has_index(folder: Path) -> bool:
     return False
 
 
-def _list_superseded(folder: Path) -> tuple[Listing, str]:
-    """The names in the folder, and a note if it was not read: a link would lead out of the directory."""
-    if folder.is_symlink():
-        return Listing(folder, ()), f"{folder.name}/ is a symbolic link; not read"
-    try:
-        return list_directory(folder), ""
-    except DirectoryError as error:
-        gone = isinstance(error.__cause__, FileNotFoundError | NotADirectoryError)
-        return Listing(folder, ()), "" if gone else f"{folder.name}/ cannot be read"
-
-
-def _listed(folder: Path) -> Listing:
-    with suppress(DirectoryError):
-        return list_directory(folder)
-    return Listing(folder, ())
-
-
 def _shards(index: Path) -> Unit:
     """The shards that an index names; none if it cannot be read, so that files beside it are units of their own."""
     try:
         shards = decode_index(index).shards
-    except FileFormatError as error:
-        return Unit(index.parent, {}, index, error)
+    except FileFormatError:  # reported when the index is compared with the shards
+        shards = {}
     return Unit(index.parent, {index.parent / name: names for name, names in shards.items()}, index)
 
 
@@ -303,42 +246,38 @@ def _shards(index: Path) -> Unit:
 def verify(contents: Contents, progress: Progress = lambda _: None) -> Verification:
     """Read every byte, and compare: checksums, headers, values, the snapshots of the run with each other.
 
-    Takes no lock: files that a training thins away meanwhile are left out, files that it adds are not read.
-
-    Arguments:
-        contents: from `list_contents`.
-        progress: called with numbers of bytes that were read, by several threads.
+    Takes no lock: files that a training thins away meanwhile are left out, files that it adds are not read. `progress`
+    gets the numbers of bytes that were read, from several threads.
     """
-    started = time.perf_counter()
-    with worker_threads(_UNITS_AT_A_TIME) as pool, _Stoppable(progress) as stoppable:
-        found = in_order(pool, lambda unit: _read_unit(unit, stoppable), contents.units)
-        read = [*zip(contents.units, found, strict=True)]
-    reports = [
-        replace(one.report, what=f"superseded {one.report.what}") if unit.superseded else one.report
-        for unit, files_read in read
-        for one in files_read
-    ]
-    of_run = [
-        (one.content.snapshot, one.report.is_fine)
-        for unit, files_read in read
-        for one in files_read
-        if one.content.snapshot and not (unit.superseded or unit.index)
-    ]
-    own = sorted((snapshot for snapshot, is_fine in of_run if is_fine), key=time_order)
-    harmed = [snapshot for snapshot, is_fine in of_run if not is_fine]
-    problems = [str(error) for error in contradictions(own)] or _clock_problems(own)
+    started, stopped = time.perf_counter(), threading.Event()
+
+    def advance(nbytes: int) -> None:
+        if stopped.is_set():
+            raise CancelledError
+        progress(nbytes)
+
+    with worker_threads(_UNITS_AT_A_TIME) as pool:
+        try:
+            read = in_order(pool, lambda unit: _read_unit(unit, advance), contents.units)
+            reports = [report for of_unit in read for report in of_unit]
+        finally:  # after an interrupt the threads do not read on
+            stopped.set()
+    own = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
+    harmed = [r.snapshot for r in reports if r.snapshot and not r.is_fine]
+    problems = directories.contradictions(own)
+    if own and not problems:
+        try:
+            run_clock([snapshot.info for snapshot in own])
+        except MismatchError as error:
+            problems = [error]
     return Verification(
         path=contents.path,
         is_directory=contents.is_directory,
         files=tuple(reports),
-        problems=tuple(problems),
-        notes=(
-            *_notes_of_files(reports, own, contents),
-            *(gaps(own) if contents.is_directory else ()),
-            *contents.notes,
-        ),
+        problems=tuple(map(str, problems)),
+        notes=(*_notes_of_files(reports, own, contents), *(gaps(own) * contents.is_directory), *contents.notes),
         snapshots=() if problems else tuple(own),
-        lost=() if problems else tuple(_lost(harmed, own)),
+        lost=() if problems or not own else tuple(_lost(harmed, own)),
         leftovers=contents.leftovers,
         superseded=sum(unit.superseded for unit in contents.units),
         quarantined=contents.quarantined,
@@ -347,15 +286,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
 
 
 def verify_measurements(found: Verification, progress: Progress = lambda _: None) -> Verification:
-    """Compare the values of the snapshots with what their headers measured; see `deep`.
-
-    Arguments:
-        found: from `verify`.
-        progress: called with numbers of bytes that were read, `deep.deep_bytes` in all.
-
-    Raises:
-        FileFormatError: a file was replaced meanwhile, or became shorter.
-    """
+    """Compare the values of verified snapshots with what their headers measured, see `deep`."""
     started = time.perf_counter()
     wrong, problems = compare_measurements(found.snapshots, progress)
     return replace(
@@ -371,227 +302,135 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
     )
 
 
-class _Stoppable:
-    """Calls `progress` until the block is left; then its next call cancels the reading that makes it."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._stopped = threading.Event()
-
-    def __call__(self, nbytes: int) -> None:
-        if self._stopped.is_set():
-            raise CancelledError
-        self._progress(nbytes)
-
-    def __enter__(self) -> _Stoppable:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stopped.set()
-
-
-def _clock_problems(snapshots: Sequence[Snapshot]) -> list[str]:
-    try:
-        if snapshots:
-            run_clock([snapshot.info for snapshot in snapshots])
-    except MismatchError as error:
-        return [str(error)]
-    return []
-
-
-def _lost(harmed: Sequence[Snapshot], snapshots: Sequence[Snapshot]) -> list[Snapshot]:
+def _lost(harmed: Sequence[Snapshot], own: Sequence[Snapshot]) -> list[Snapshot]:
     """The harmed ones that would belong with the others, and have no undamaged copy."""
-    there = {(s.info.t, s.info.sigma_rel) for s in snapshots}
-    return [
-        snapshot
-        for snapshot in harmed
-        if snapshots
-        and (snapshot.info.t, snapshot.info.sigma_rel) not in there
-        and difference(*sorted((snapshots[0], snapshot), key=time_order)) is None
-    ]
+    there = {time_order(snapshot)[:2] for snapshot in own}
+    pairs = [sorted((own[0], one), key=time_order) for one in harmed]
+    fits = [directories.difference(first, other) is None for first, other in pairs]
+    return [one for one, fitting in zip(harmed, fits, strict=True) if fitting and time_order(one)[:2] not in there]
 
 
-def _notes_of_files(reports: Sequence[FileReport], snapshots: Sequence[Snapshot], contents: Contents) -> list[str]:
+def _notes_of_files(reports: Sequence[FileReport], own: Sequence[Snapshot], contents: Contents) -> list[str]:
     directory = contents.path if contents.is_directory else contents.path.parent
     notes = [f"{report.path.relative_to(directory)}: {note}" for report in reports for note in report.notes]
-    run_id = snapshots[0].info.run_id if snapshots else None
+    run_id = own[0].info.run_id if own else ""
     others = {
-        r.unit: r.run_id for r in reports if r.is_fine and r.kind != "snapshot" and r.run_id not in (None, run_id)
+        r.unit: r.run_id
+        for r in reports
+        if own and r.is_fine and r.kind != "snapshot" and r.run_id not in (None, run_id)
     }
     return notes + [
         f"{unit.relative_to(directory)}: is of run {str(other)[:8]}; the snapshots are of {run_id[:8]}"
         for unit, other in others.items()
-        if run_id is not None
     ]
 
 
 # --- reading a file
 
 
-@dataclass(frozen=True)
-class _Content:
-    """What a file's header says.
-
-    Attributes:
-        what: in words.
-        kind: as `file_kind`.
-        averages: names of the tensors that must be finite.
-        run_id: of its run, if it has one.
-        snapshot, output: if it is one.
-    """
-
-    what: str
-    kind: str | None
-    averages: Collection[str] = ()
-    run_id: str | None = None
-    snapshot: Snapshot | None = None
-    output: OutputInfo | None = None
+def _read_unit(unit: Unit, progress: Progress) -> list[FileReport]:
+    """Reports of the files of a unit, its index first; none of files that have gone since they were listed."""
+    read = {path: _read_file(path, unit.path, progress) for path in unit.files}
+    there = [report for report in read.values() if report is not None]
+    if unit.index is not None:
+        return _shard_reports(unit, unit.index, read, there)
+    if unit.superseded:
+        return [replace(report, what=f"superseded {report.what}", snapshot=None) for report in there]
+    return there
 
 
-@dataclass(frozen=True)
-class _ReadFile:
-    """A file that was read: its report, its content, and its header if that is valid."""
-
-    report: FileReport
-    content: _Content
-    header: fmt.FileHeader | None = None
-
-
-def _read_unit(unit: Unit, progress: Progress) -> list[_ReadFile]:
-    """The files of a unit, its index first; without files that have gone since they were listed, but for shards."""
-    read = {path: _read_file(path, unit, progress) for path in unit.files}
-    there = [one for one in read.values() if one is not None]
-    if unit.index is None:
-        return there
-    model = next((one.content for one in there if one.content.output), _Content("", None))
-    of = f" of {_output_words(model.output)}" if model.output else ""
-    found = _index_problem(unit, unit.index, there)
-    reports = [FileReport(unit.index, unit.path, f"index{of}", model.kind, *found, run_id=model.run_id)]
-    for path, one in read.items():
-        if one is None:
-            reports.append(FileReport(path, unit.path, f"shard{of}", None, MISSING, f"{unit.index.name} names it"))
-        else:
-            reports.append(replace(one.report, what=f"shard{of}") if one.content.output else one.report)
-    return [_ReadFile(report, model) for report in reports]
-
-
-def _read_file(path: Path, unit: Unit, progress: Progress) -> _ReadFile | None:
+def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
     """Read every byte of a file; None if it has gone."""
     nbytes = 0
     damaged: dict[str, FileFormatError] = {}
     nonfinite: dict[str, None] = {}
     try:
         with TensorFile(path) as file, closing(check_payload(file)) as found:
-            header, content = file.header, _content(path, file.header)
+            report = _described(FileReport(path, unit), file.header)
             for checked in found:
                 if checked.error is not None:
                     damaged |= dict.fromkeys(checked.damaged, checked.error)
                 nonfinite |= dict.fromkeys(checked.nonfinite)
                 nbytes += checked.nbytes
                 progress(checked.nbytes)
-        state, detail = _fault(damaged, nonfinite, content)
     except FileFormatError as error:
         if isinstance(error, VanishedError) and files.is_gone(path):
             return None  # a writer has thinned it away
-        known, content = _content_if_valid(path)
-        state, detail = _unsupported(known) or _fault_of(error)
-        return _ReadFile(FileReport(path, unit.path, content.what, content.kind, state, detail, nbytes), content, known)
-    notes = _notes(path, content, nonfinite) if state in (INTACT, UNCHECKED) else ()
-    report = FileReport(path, unit.path, content.what, content.kind, state, detail, nbytes, content.run_id, notes)
-    return _ReadFile(report, content, header)
+        return replace(_unreadable(FileReport(path, unit), error), nbytes=nbytes)
+    report = replace(report, nbytes=nbytes)
+    bad = [name for name in nonfinite if name in report.averages]
+    if damaged:
+        detail = f"{next(iter(damaged.values())).reason}{_and_more(len(damaged) - 1, 'tensor')}"
+        return replace(report, state=DAMAGED, detail=detail)
+    if bad:
+        detail = f"average {shown(bad[0])} holds nan or infinity{_and_more(len(bad) - 1, 'average')}"
+        return replace(report, state=NONFINITE, detail=detail)
+    notes, info = [], report.snapshot and report.snapshot.info
+    if nonfinite:
+        what, more = "tensor" if report.kind is None else "copy", _and_more(len(nonfinite) - 1, "tensor")
+        notes.append(f"{what} {shown(next(iter(nonfinite)))} holds nan or infinity{more}")
+    if info and _is_snapshot_name(path) and path != directories.snapshot_path(path.parent, info.t, info.sigma_rel):
+        notes.append(f"its name differs: it holds sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
+    return replace(report, state=UNCHECKED if report.kind is None else INTACT, notes=tuple(notes))
 
 
-def _content(path: Path, header: fmt.FileHeader) -> _Content:
-    """Decode a header.
-
-    Raises:
-        FileFormatError: it contradicts itself.
-    """
-    kind = file_kind(header)
+def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
+    """The report with what a header says; a FileFormatError if it contradicts itself."""
+    averages: Collection[str]
+    path, kind = report.path, file_kind(header)
+    report = replace(report, kind=kind, header=header)
     if kind is None:
-        return _Content("foreign", None)
+        return replace(report, what="foreign")
     if kind == "output":
         output = decode_output(path, header)
         part = f"part {_shortened(header.metadata['ema.part'])} of " if "ema.part" in header.metadata else ""
-        what = f"{part}{_output_words(output)}"
-        return _Content(what, kind, header.tensors.keys() - set(output.copies), output.run_id, output=output)
+        what, averages = f"{part}{_output_words(output)}", header.tensors.keys() - set(output.copies)
+        return replace(report, what=what, run_id=output.run_id, output=output, averages=averages)
     if kind == "state":
         state = decode_state(path, header)
         check_state_tensors(path, header, state)
         averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
-        return _Content(f"state at t = {state.t:,.12g}", kind, averages, state.run_id)
+        return replace(report, what=f"state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
     info = decode_snapshot(path, header)
-    averages = {name for name, tensor in info.tensors.items() if tensor.role == "average"}
     what = f"snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
-    return _Content(what, kind, averages, info.run_id, Snapshot(path, header, info))
+    snapshot, averages = Snapshot(path, header, info), frozenset(info.averages)
+    return replace(report, what=what, run_id=info.run_id, snapshot=snapshot, averages=averages)
 
 
-def _output_words(output: OutputInfo) -> str:
-    return f"output {_shortened(output.profile)} at t = {output.t:,.12g}"
-
-
-def _content_if_valid(path: Path) -> tuple[fmt.FileHeader | None, _Content]:
-    """What the header of a damaged file says, or else its name."""
-    header = None
-    with suppress(FileFormatError):
-        header = read_header(path, whole=False)
-        return header, _content(path, header)
-    if _is_snapshot_name(path):
-        return header, _Content("snapshot, by its name", "snapshot")
-    return header, _Content("unknown", None)
-
-
-def _fault(damaged: Mapping[str, FileFormatError], nonfinite: Iterable[str], content: _Content) -> tuple[str, str]:
-    """State and detail of a file with a valid header."""
-    if damaged:
-        return DAMAGED, f"{next(iter(damaged.values())).reason}{_and_more(len(damaged) - 1, 'tensor')}"
-    bad = [name for name in nonfinite if name in content.averages]
-    if bad:
-        return NONFINITE, f"average {shown(bad[0])} holds nan or infinity{_and_more(len(bad) - 1, 'average')}"
-    return UNCHECKED if content.kind is None else INTACT, ""
-
-
-def _fault_of(error: FileFormatError) -> tuple[str, str]:
+def _fault(error: FileFormatError) -> tuple[str, str]:
     """State and detail of a file that cannot be read."""
-    cause = error.__cause__
-    known = not isinstance(cause, OSError) or cause.errno in _BROKEN_FILE
+    known = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
     return DAMAGED if known else UNREADABLE, error.reason
 
 
-def _unsupported(header: fmt.FileHeader | None) -> tuple[str, str] | None:
-    """State and detail of a file whose header is valid, and of a kind or version from the future."""
-    if header is None:
-        return None
-    kind = file_kind(header)
-    known = fmt.version_of(kind)
-    version = header.metadata.get("ema.version", known)
-    if kind not in (None, "snapshot", "output", "state"):
-        return UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
-    if version != known:
-        return UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"
-    return None
-
-
-def _notes(path: Path, content: _Content, nonfinite: Iterable[str]) -> tuple[str, ...]:
-    notes = []
-    odd = [name for name in nonfinite if name not in content.averages]
-    if odd:
-        what = "tensor" if content.kind is None else "copy"
-        notes.append(f"{what} {shown(odd[0])} holds nan or infinity{_and_more(len(odd) - 1, 'tensor')}")
-    if content.snapshot is not None and _is_snapshot_name(path):
-        info = content.snapshot.info
-        if path.name != snapshot_path(path.parent, info.t, info.sigma_rel).name:
-            notes.append(f"its name differs: it holds sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
-    return tuple(notes)
+def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
+    """The report of a file that cannot be read, with what its header says if that is valid, or else its name."""
+    state, detail = _fault(error)
+    if _is_snapshot_name(report.path):
+        report = replace(report, what="snapshot, by its name", kind="snapshot")
+    with suppress(FileFormatError):
+        header = read_header(report.path, whole=False)
+        kind, version = file_kind(header), header.metadata.get("ema.version")
+        known = fmt.version_of(kind)
+        if kind not in (None, "snapshot", "output", "state"):
+            state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
+        elif version not in (None, known):
+            state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"
+        report = replace(_described(report, header), run_id=None)
+    return replace(report, state=state, detail=detail)
 
 
 def _is_snapshot_name(path: Path) -> bool:
     """Whether a name has the form that `snapshot_path` gives."""
     t, dash, sigma_rel = path.name.removesuffix(fmt.SUFFIX).partition("-")
     try:
-        return bool(dash) and snapshot_path(path.parent, float(t), float(sigma_rel)) == path
+        return bool(dash) and directories.snapshot_path(path.parent, float(t), float(sigma_rel)) == path
     except (ValueError, ArithmeticError):
         return False
+
+
+def _output_words(output: OutputInfo) -> str:
+    return f"output {_shortened(output.profile)} at t = {output.t:,.12g}"
 
 
 def _shortened(text: str) -> str:
@@ -605,28 +444,44 @@ def _and_more(count: int, what: str) -> str:
 # --- an index against its shards
 
 
-def _index_problem(unit: Unit, index: Path, there: Sequence[_ReadFile]) -> tuple[str, str]:
+def _shard_reports(
+    unit: Unit, index: Path, read: Mapping[Path, FileReport | None], there: Sequence[FileReport]
+) -> list[FileReport]:
+    model = next((report for report in there if report.output), FileReport(index, unit.path))
+    of = f" of {_output_words(model.output)}" if model.output else ""
+    state, detail = _index_fault(unit, index, there)
+    reports = [FileReport(index, unit.path, f"index{of}", model.kind, state, detail, run_id=model.run_id)]
+    for path, report in read.items():
+        if report is None:
+            report = FileReport(path, unit.path, f"shard{of}", None, MISSING, f"{index.name} names it")
+        reports.append(replace(report, what=f"shard{of}" if report.output else report.what, snapshot=None))
+    return reports
+
+
+def _index_fault(unit: Unit, index: Path, there: Sequence[FileReport]) -> tuple[str, str]:
     """State and detail of an index, compared with the shards that are there."""
-    if unit.problem is not None:
-        return _fault_of(unit.problem)
+    try:
+        total = decode_index(index).total_size
+    except FileFormatError as error:
+        return _fault(error)
     if not unit.files:
         return DAMAGED, "names no shard"
+    held = 0
     for one in there:
-        own = set(one.header.tensors) if one.header else set()
-        if one.header and one.report.is_fine and own != set(unit.files[one.report.path]):
-            name = shown(min(own ^ set(unit.files[one.report.path])))
-            return MISMATCHED, f"tensor {name} is in {one.report.path.name} or named by the index, but not both"
-    if len(there) < len(unit.files) or not all(one.report.is_fine for one in there):
+        own, named = one.header.tensors if one.header else {}, set(unit.files[one.path])
+        held += sum(entry.nbytes for entry in own.values())
+        if one.is_fine and own.keys() != named:
+            name = shown(min(own.keys() ^ named))
+            return MISMATCHED, f"tensor {name} is in {one.path.name} or named by the index, but not both"
+    if len(there) < len(unit.files) or not all(one.is_fine for one in there):
         return INTACT, ""  # the cause has a line of its own
     try:
         for one in there[1:]:
-            check_alike(there[0].report.path, there[0].content.output, one.report.path, one.content.output)
+            check_alike(there[0].path, there[0].output, one.path, one.output)
     except MismatchError as error:
         return MISMATCHED, str(error).replace(f"{unit.path}{os.sep}", "")
-    if not any(one.content.output for one in there):
+    if not any(one.output for one in there):
         return UNCHECKED, ""
-    held = sum(entry.nbytes for one in there if one.header for entry in one.header.tensors.values())
-    total = decode_index(index).total_size
     if total != held:  # an index has no checksum
         return DAMAGED, f"its total_size is {shown(total)}; the shards hold {held:,} bytes"
     return INTACT, ""
@@ -636,14 +491,10 @@ def _index_problem(unit: Unit, index: Path, there: Sequence[_ReadFile]) -> tuple
 
 
 def gaps(snapshots: Sequence[Snapshot]) -> list[str]:
-    """A line for each profile and segment that lacks snapshots of the schedule.
-
-    Arguments:
-        snapshots: of one run, by time.
-    """
-    notes = missing_at_newest(snapshots)
+    """A line for each profile and segment of a run that lacks snapshots of the schedule; `snapshots` are by time."""
+    notes = directories.missing_at_newest(snapshots)
     before = 0
-    for segment in by_segment(snapshots):
+    for segment in fmt.by_segment(snapshots):
         for sigma_rel in sorted({snapshot.info.sigma_rel for snapshot in segment}):
             infos = [snapshot.info for snapshot in segment if snapshot.info.sigma_rel == sigma_rel]
             found = _missing_times(infos) or _too_few(infos, before)
@@ -652,24 +503,23 @@ def gaps(snapshots: Sequence[Snapshot]) -> list[str]:
     return notes
 
 
-def _missing_times(infos: Sequence[SnapshotInfo]) -> str | None:
+def _missing_times(infos: Sequence[fmt.SnapshotInfo]) -> str | None:
     """Times between the first and the newest snapshot at which one was due, where none is ever thinned away."""
-    missing: list[tuple[int, int, int]] = []
+    missing: list[range] = []
     for earlier, later in pairwise(infos):
         every = later.schedule.checkpoint_every
         unlimited = earlier.schedule.max_checkpoints is None and later.schedule.max_checkpoints is None
         if unlimited and every == earlier.schedule.checkpoint_every:  # else the time of the change is unknown
-            first, last = earlier.step // every + 1, (later.step - 1) // every
-            if first <= last:
-                missing.append((first * every, last * every, last - first + 1))
+            missing.append(range((earlier.step // every + 1) * every, later.step, every))
+    missing = [times for times in missing if times]
     if not missing:
         return None
-    count, (first, _, _), (_, last, _) = sum(count for _, _, count in missing), missing[0], missing[-1]
+    count, first, last = sum(map(len, missing)), missing[0][0], missing[-1][-1]
     where = f"at step {first:,}" if count == 1 else f"at {count:,} times from step {first:,} to {last:,}"
     return f"no snapshot {where}, where the schedule had one"
 
 
-def _too_few(infos: Sequence[SnapshotInfo], before: int) -> str | None:
+def _too_few(infos: Sequence[fmt.SnapshotInfo], before: int) -> str | None:
     """Whether thinning would have kept more, after the step `before` and with one schedule throughout."""
     schedule = infos[-1].schedule
     most, every = schedule.max_checkpoints, schedule.checkpoint_every

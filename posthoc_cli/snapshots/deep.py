@@ -41,10 +41,7 @@ Progress = Callable[[int], object]
 
 @dataclass(frozen=True)
 class _Pair:
-    """A distance that the header of snapshot `i` names, to snapshot `j`.
-
-    `rounding` is how far the distance of the stored copies may be from it.
-    """
+    """A distance from snapshot `i` to `j`; that of the stored copies differs from it by `rounding` at most."""
 
     i: int
     j: int
@@ -54,30 +51,20 @@ class _Pair:
 
 @dataclass(frozen=True)
 class _Group:
-    """The measurements taken at one time.
-
-    Attributes:
-        own: those of the snapshots of that time, by index.
-        pairs: their distances to each other and to earlier snapshots.
-    """
+    """The measurements taken at one time, by snapshot, and their distances to each other and to earlier snapshots."""
 
     own: dict[int, Measurements]
-    pairs: tuple[_Pair, ...]
+    pairs: list[_Pair]
 
     @property
     def files(self) -> list[int]:
-        """Indices of all snapshots that are read."""
         return sorted({*self.own, *(pair.j for pair in self.pairs)})
 
 
 def deep_bytes(snapshots: Sequence[Snapshot]) -> int:
     """The number of bytes that `compare_measurements` reads."""
-    return sum(
-        snapshots[index].header.tensors[name].nbytes
-        for group in _groups(snapshots)
-        for index in group.files
-        for name in _averages(snapshots[index])
-    )
+    read = (snapshots[index] for group in _groups(snapshots) for index in group.files)
+    return sum(snapshot.header.tensors[name].nbytes for snapshot in read for name in snapshot.info.averages)
 
 
 def compare_measurements(
@@ -85,16 +72,8 @@ def compare_measurements(
 ) -> tuple[dict[Path, str], list[str]]:
     """Find values that differ from what was measured.
 
-    Arguments:
-        snapshots: verified ones that belong together.
-        progress: called with numbers of bytes that were read.
-
-    Returns:
-        The snapshots with another norm than measured, each with the reason; and a line for each pair of other
-        snapshots with another distance than measured: either of the two may be wrong.
-
-    Raises:
-        FileFormatError: a file was replaced, or became shorter.
+    Returns the snapshots with another norm, each with the reason, and a line for each pair of other snapshots with
+    another distance: either of the two may be wrong. `progress` gets numbers of bytes that were read.
     """
     norms: dict[Path, str] = {}
     distances: list[tuple[set[Path], str]] = []
@@ -105,12 +84,10 @@ def compare_measurements(
             continue  # thinned away meanwhile
         off = (count + 16) * 2.0**-53
         for (i, own), squared in zip(group.own.items(), squares, strict=False):
-            wrong = _differs(squared, own.norm, sqrt(own.rounding), off, off)
-            if wrong is not None:
+            if wrong := _differs(squared, own.norm, sqrt(own.rounding), off, off):
                 norms[snapshots[i].path] = f"its norm is {wrong}"
         for pair, squared in zip(group.pairs, squares[len(group.own) :], strict=True):
-            wrong = _differs(squared, pair.distance.squared, pair.rounding, off, _DIFFERENCE + off)
-            if wrong is not None:
+            if wrong := _differs(squared, pair.distance.squared, pair.rounding, off, _DIFFERENCE + off):
                 first, other = snapshots[pair.i].path, snapshots[pair.j].path
                 distances.append(({first, other}, f"the distance of {first.name} and {other.name} is {wrong}"))
     return norms, [line for paths, line in distances if not paths & norms.keys()]
@@ -126,69 +103,52 @@ def _differs(squared: float, measured: float, rounding: float, off: float, relat
 def _groups(snapshots: Sequence[Snapshot]) -> Iterator[_Group]:
     places = {(s.info.t, s.info.sigma_rel): index for index, s in enumerate(snapshots)}
     by_time = sorted(range(len(snapshots)), key=lambda index: snapshots[index].info.t)
-    for _, group in groupby(by_time, lambda index: snapshots[index].info.t):
-        measured = {index: snapshots[index].info.measurements for index in group}
-        own = {index: measurements for index, measurements in measured.items() if measurements is not None}
-        pairs = [
-            _pair(i, j, distance, snapshots)
-            for i, measurements in own.items()
-            for distance in measurements.distances
-            if (j := places.get((distance.t, distance.sigma_rel))) is not None
-        ]
+    for t, group in groupby(by_time, lambda index: snapshots[index].info.t):
+        own: dict[int, Measurements] = {}
+        pairs: list[_Pair] = []
+        for i in group:
+            if (measured := snapshots[i].info.measurements) is None:
+                continue
+            own[i] = measured
+            for distance in measured.distances:
+                j = places.get((distance.t, distance.sigma_rel))
+                if j is None or snapshots[j].info.segment != snapshots[i].info.segment:
+                    continue
+                roundings = [measured] if distance.t < t else [measured, snapshots[j].info.measurements]
+                known = [sqrt(measurements.rounding) for measurements in roundings if measurements is not None]
+                if len(known) == len(roundings):  # else the distance says nothing about the stored copies
+                    pairs.append(_Pair(i, j, distance, sum(known)))
         if own:
-            yield _Group(own, tuple(pair for pair in pairs if pair is not None))
-
-
-def _pair(i: int, j: int, distance: Distance, snapshots: Sequence[Snapshot]) -> _Pair | None:
-    """None if the distance says nothing about the stored copies."""
-    first, other = snapshots[i].info, snapshots[j].info
-    roundings = [first.measurements] if other.t < first.t else [first.measurements, other.measurements]
-    known = [sqrt(measurements.rounding) for measurements in roundings if measurements is not None]
-    if len(known) < len(roundings) or first.segment != other.segment:
-        return None
-    return _Pair(i, j, distance, sum(known))
-
-
-def _averages(snapshot: Snapshot) -> list[str]:
-    return [name for name, tensor in snapshot.info.tensors.items() if tensor.role == "average"]
+            yield _Group(own, pairs)
 
 
 def _squares(group: _Group, snapshots: Sequence[Snapshot], progress: Progress) -> tuple[list[float], int]:
     """Squared norms of the group's snapshots, then its squared distances, and the number of elements summed."""
-    first = snapshots[min(group.own)]
     totals, count = np.zeros(len(group.own) + len(group.pairs)), 0
-    with ExitStack() as stack:
-        files = {
-            index: stack.enter_context(TensorFile(snapshots[index].path, snapshots[index].header))
-            for index in group.files
-        }
+    with ExitStack() as stack, worker_threads() as pool:
+        read = {i: stack.enter_context(TensorFile(snapshots[i].path, snapshots[i].header)) for i in group.files}
 
         def sums(tile: tuple[str, int, int]) -> tuple[FloatArray, int, int]:
-            read = {index: _read(file, *tile) for index, file in files.items()}
-            values = {index: value for index, (value, _) in read.items()}
-            return _tile_sums(group, values), tile[2] - tile[1], sum(nbytes for _, nbytes in read.values())
+            loaded = {index: _read(file, *tile) for index, file in read.items()}
+            with np.errstate(over="ignore"):  # the difference of finite values may be infinite
+                vectors = [loaded[i][0] for i in group.own]
+                vectors += [loaded[pair.i][0] - loaded[pair.j][0] for pair in group.pairs]
+                squares = np.array([np.einsum("i,i->", vector, vector) for vector in vectors])
+            return squares, tile[2] - tile[1], sum(nbytes for _, nbytes in loaded.values())
 
-        with worker_threads() as pool:
-            for partial, elements, nbytes in in_order(pool, sums, _tiles(first)):
-                totals += partial
-                count += elements
-                progress(nbytes)
+        for partial, elements, nbytes in in_order(pool, sums, _tiles(snapshots[min(group.own)])):
+            totals += partial
+            count += elements
+            progress(nbytes)
     return totals.tolist(), count
-
-
-def _tile_sums(group: _Group, values: dict[int, FloatArray]) -> FloatArray:
-    with np.errstate(over="ignore"):  # the difference of finite values may be infinite
-        vectors = [values[i] for i in group.own] + [values[pair.i] - values[pair.j] for pair in group.pairs]
-        return np.array([np.einsum("i,i->", vector, vector) for vector in vectors])
 
 
 def _tiles(snapshot: Snapshot) -> Iterator[tuple[str, int, int]]:
     """Element ranges of all averages."""
-    for name in _averages(snapshot):
+    for name in snapshot.info.averages:
         entry = snapshot.header.tensors[name]
         count = entry.nbytes // fmt.ITEM_BYTES[entry.dtype]
-        for begin in range(0, count, TILE):
-            yield name, begin, min(begin + TILE, count)
+        yield from ((name, begin, min(begin + TILE, count)) for begin in range(0, count, TILE))
 
 
 def _read(file: TensorFile, name: str, begin: int, end: int) -> tuple[FloatArray, int]:

@@ -1,23 +1,22 @@
-"""Describe a path from headers alone: a snapshot directory, a snapshot, an output, a state, or another model.
+"""Describe a path from headers alone, as a dict for JSON that begins with its kind.
 
-Each description is a dict for JSON that begins with its kind: "directory", "snapshot", "output", "outputs", "state"
-or "safetensors".
+Kinds are "directory", "snapshot", "output", "outputs", "state" and "safetensors".
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from posthoc_cli.reconstruction import Measurements
+from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import Inspection, inspect_directory
 from posthoc_cli.snapshots.format import FileHeader, by_segment
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import check_alike, check_indexed, index_of, is_model_folder, model_files, models_at
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output
+from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.states import decode_state
 
@@ -37,29 +36,43 @@ def describe(path: Path) -> Description:
     found = inspect_directory(path)
     if found.snapshots or found.problems:
         return _describe_directory(found)
-    models = [describe_model(model) for model in models_at(path)]
-    return models[0] if is_model_folder(path) else {"kind": "outputs", "path": str(path), "outputs": models}
+    described = [describe_model(model) for model in models.models_at(path)]
+    if models.is_model_folder(path):
+        return described[0]
+    return {"kind": "outputs", "path": str(path), "outputs": described}
 
 
 def describe_model(path: Path) -> Description:
     """Describe a file, or a model in shards. Errors as in `describe`."""
     headers: dict[Path, FileHeader] = {}
-    for file, names in model_files(path).items():
+    for file, names in models.model_files(path).items():
         headers[file] = read_header(file)
         check_indexed(file, headers[file], names)
-    if index_of(path) is None:
-        ((path, header),) = headers.items()
-        if file_kind(header) == "snapshot":
-            return _describe_snapshot(Snapshot(path, header, decode_snapshot(path, header)))
-        if file_kind(header) == "state":
-            return _describe_state(path, header)
-    outputs = [decode_output(file, header) for file, header in headers.items() if file_kind(header) == "output"]
-    if not outputs or len(outputs) < len(headers):
+    first, header = next(iter(headers.items()))
+    is_sharded, kinds = models.index_of(path) is not None, {file_kind(one) for one in headers.values()}
+    path = path if is_sharded else first
+    if kinds == {"snapshot"} and not is_sharded:
+        return _describe_snapshot(Snapshot(first, header, decode_snapshot(first, header)))
+    if kinds == {"state"} and not is_sharded:
+        state = decode_state(first, header)
+        fields = "t t_unit step sigma_rels averages_t t_first max_interval"
+        return {
+            **_values("state", first, state, fields),
+            "schedule": vars(state.schedule),
+            "known_snapshots": len(state.snapshots),
+            **_sizes(headers.values()),
+        }
+    if kinds != {"output"}:
         return {"kind": "safetensors", "path": str(path), **_sizes(headers.values())}
-    first = next(iter(headers))
-    for file, output in zip(headers, outputs, strict=True):
-        check_alike(first, outputs[0], file, output)
-    return _describe_output(path, outputs[0], [*headers.values()])
+    outputs = {file: decode_output(file, one) for file, one in headers.items()}
+    for file, output in outputs.items():
+        check_alike(first, outputs[first], file, output)
+    fields = "profile sigma_rel gamma t t_unit method profile_error predicted_error"
+    return {
+        **_values("output", path, outputs[first], fields),
+        "snapshots": [{"file": file, "coefficient": coefficient} for file, coefficient in outputs[first].snapshots],
+        **_sizes(headers.values()),
+    }
 
 
 def _describe_directory(found: Inspection) -> Description:
@@ -75,31 +88,29 @@ def _describe_directory(found: Inspection) -> Description:
 
 
 def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
-    newest = snapshots[-1]
+    newest = snapshots[-1].info
     runs = sorted({snapshot.info.run_id for snapshot in snapshots})
-    profiles: dict[float, list[Snapshot]] = {}
-    for snapshot in snapshots:
-        profiles.setdefault(snapshot.info.sigma_rel, []).append(snapshot)
+    widths = sorted({snapshot.info.sigma_rel for snapshot in snapshots})
     return {
         "run": runs[0] if len(runs) == 1 else runs,
-        "t_unit": newest.info.t_unit,
-        "t": newest.info.t,
-        "step": newest.info.step,
-        "schedule": dict(vars(newest.info.schedule)),
-        **_describe_tensors(newest),
+        "t_unit": newest.t_unit,
+        "t": newest.t,
+        "step": newest.step,
+        "schedule": vars(newest.schedule),
+        **_describe_tensors(snapshots[-1]),
         "snapshots": len(snapshots),
-        **({"segments": len(by_segment(snapshots))} if newest.info.segment else {}),
+        **({"segments": len(by_segment(snapshots))} if newest.segment else {}),
         "measured": sum(snapshot.info.measurements is not None for snapshot in snapshots),
         "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
-        "profiles": [_describe_profile(sigma_rel, group) for sigma_rel, group in sorted(profiles.items())],
+        "profiles": [_describe_profile([s for s in snapshots if s.info.sigma_rel == width]) for width in widths],
     }
 
 
-def _describe_profile(sigma_rel: float, group: Sequence[Snapshot]) -> Description:
+def _describe_profile(group: Sequence[Snapshot]) -> Description:
     roundings = [_relative_rounding(snapshot.info.measurements) for snapshot in group]
     known = [error for error in roundings if error is not None]
     return {
-        "sigma_rel": sigma_rel,
+        "sigma_rel": group[0].info.sigma_rel,
         "gamma": group[0].info.gamma,
         "times": [snapshot.info.t for snapshot in group],
         "t_first": group[-1].info.t_first,
@@ -111,94 +122,50 @@ def _describe_profile(sigma_rel: float, group: Sequence[Snapshot]) -> Descriptio
 
 def _relative_rounding(measured: Measurements | None) -> float | None:
     """The rounding error of a stored copy relative to its norm; None if unknown."""
-    if measured is None or not measured.norm > 0:
-        return None
-    return math.sqrt(measured.rounding / measured.norm)
+    return math.sqrt(measured.rounding / measured.norm) if measured is not None and measured.norm > 0 else None
 
 
 def _describe_snapshot(snapshot: Snapshot) -> Description:
     info, measured = snapshot.info, snapshot.info.measurements
+    measurements = measured and {
+        "norm": math.sqrt(measured.norm),
+        "relative_rounding": _relative_rounding(measured),
+        "distances": len(measured.distances),
+    }
+    fields = "sigma_rel gamma t t_unit step off_schedule t_first max_interval"
     return {
-        "kind": "snapshot",
-        "path": str(snapshot.path),
-        "run": info.run_id,
-        "sigma_rel": info.sigma_rel,
-        "gamma": info.gamma,
-        "t": info.t,
-        "t_unit": info.t_unit,
-        "step": info.step,
-        "off_schedule": info.off_schedule,
-        "t_first": info.t_first,
-        "max_interval": info.max_interval,
-        "schedule": dict(vars(info.schedule)),
-        "measurements": None
-        if measured is None
-        else {
-            "norm": math.sqrt(measured.norm),
-            "relative_rounding": _relative_rounding(measured),
-            "distances": len(measured.distances),
-        },
+        **_values("snapshot", snapshot.path, info, fields),
+        "schedule": vars(info.schedule),
+        "measurements": measurements,
         **_describe_tensors(snapshot),
         "bytes": snapshot.header.file_bytes,
     }
 
 
-def _describe_output(path: Path, info: OutputInfo, headers: Sequence[FileHeader]) -> Description:
-    return {
-        "kind": "output",
-        "path": str(path),
-        "run": info.run_id,
-        "profile": info.profile,
-        "sigma_rel": info.sigma_rel,
-        "gamma": info.gamma,
-        "t": info.t,
-        "t_unit": info.t_unit,
-        "method": info.method,
-        "profile_error": info.profile_error,
-        "predicted_error": info.predicted_error,
-        "snapshots": [{"file": file, "coefficient": coefficient} for file, coefficient in info.snapshots],
-        **_sizes(headers),
-    }
-
-
-def _describe_state(path: Path, header: FileHeader) -> Description:
-    """`t` and `step` are those of the last call."""
-    info = decode_state(path, header)
-    return {
-        "kind": "state",
-        "path": str(path),
-        "run": info.run_id,
-        "t": info.t,
-        "t_unit": info.t_unit,
-        "step": info.step,
-        "sigma_rels": list(info.sigma_rels),
-        "averages_t": info.averages_t,
-        "t_first": info.t_first,
-        "max_interval": info.max_interval,
-        "schedule": dict(vars(info.schedule)),
-        "known_snapshots": len(info.snapshots),
-        **_sizes([header]),
+def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
+    return {"kind": kind, "path": str(path), "run": info.run_id} | {
+        name: getattr(info, name) for name in fields.split()
     }
 
 
 def _describe_tensors(snapshot: Snapshot) -> Description:
-    roles = [tensor.role for tensor in snapshot.info.tensors.values()]
+    info = snapshot.info
+    averages = info.averages
     return {
         **_counts([snapshot.header]),
-        "averaged": roles.count("average"),
-        "copied": roles.count("copy"),
-        "aliases": len(snapshot.info.aliases),
-        "left_out": list(snapshot.info.left_out),
-        "model_dtypes": sorted({t.dtype for t in snapshot.info.tensors.values() if t.role == "average"}),
+        "averaged": len(averages),
+        "copied": len(info.tensors) - len(averages),
+        "aliases": len(info.aliases),
+        "left_out": list(info.left_out),
+        "model_dtypes": sorted({info.tensors[name].dtype for name in averages}),
     }
 
 
-def _sizes(headers: Iterable[FileHeader]) -> Description:
-    listed = [*headers]
-    return _counts(listed) | {"bytes": sum(header.file_bytes for header in listed)}
+def _sizes(headers: Collection[FileHeader]) -> Description:
+    return _counts(headers) | {"bytes": sum(header.file_bytes for header in headers)}
 
 
-def _counts(headers: Sequence[FileHeader]) -> Description:
+def _counts(headers: Collection[FileHeader]) -> Description:
     dtypes: dict[str, int] = {}
     for entry in (entry for header in headers for entry in header.tensors.values()):
         dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)

@@ -1,7 +1,6 @@
 """A snapshot directory: list it, read the headers of its run, check that they belong together, add to it.
 
-Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers are believed. Any snapshot can be
-copied, moved or deleted on its own and the rest still works.
+Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers are believed.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
-from itertools import takewhile
+from itertools import chain, count, takewhile
 from pathlib import Path
 
 from posthoc_cli import files
@@ -43,10 +42,7 @@ WANTED = "name the directory that a tracker writes its snapshots to"
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """A snapshot that is on disk: all that its header says, apart from where its bytes are.
-
-    `checksum` is its header's: two trainings that continued from one state differ in it at equal times.
-    """
+    """A snapshot on disk; its header's `checksum` tells it from those of other attempts at the same time."""
 
     path: Path
     info: fmt.SnapshotInfo
@@ -54,7 +50,7 @@ class StoredSnapshot:
 
     @property
     def t(self) -> float:
-        """Training time at which the average stood."""
+        """Training time of the average."""
         return self.info.t
 
     @property
@@ -95,11 +91,7 @@ class Listing:
 
 
 def list_directory(directory: Path) -> Listing:
-    """List a directory.
-
-    Raises:
-        DirectoryError: it is absent, is no directory, or cannot be read.
-    """
+    """List a directory; a DirectoryError if it is absent, no directory, or cannot be read."""
     try:
         return Listing(directory, tuple(sorted(files.system.list(directory))))
     except FileNotFoundError as error:
@@ -113,14 +105,7 @@ def list_directory(directory: Path) -> Listing:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The headers of a directory.
-
-    Attributes:
-        listing: its names.
-        snapshots: those that can be read, by time, then sigma_rel.
-        problems: what is wrong.
-        notes: one line for each thing that is unusual and not wrong.
-    """
+    """The headers of a directory: snapshots by time, then sigma_rel, what is wrong, and what is only unusual."""
 
     listing: Listing
     snapshots: tuple[Snapshot, ...]
@@ -136,11 +121,7 @@ class Inspection:
 
 
 def inspect_directory(directory: Path) -> Inspection:
-    """Read the headers of all snapshots in a directory, and continue after errors.
-
-    Raises:
-        DirectoryError: the directory is absent or cannot be read.
-    """
+    """Read the headers of all snapshots in a directory, and continue after errors. Raises as `list_directory`."""
     listing = list_directory(directory)
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
@@ -179,12 +160,11 @@ def read_directory(directory: Path) -> list[Snapshot]:
         FileFormatError: a file in it is damaged.
         MismatchError: two files do not belong together; both are named.
     """
-    snapshots = find_snapshots(directory)
-    if not snapshots:
-        others = [path.name for path in list_directory(directory).entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
-        what = f"; {others[0]} is not a snapshot of this package" if others else ""
-        raise DirectoryError(directory, f"no snapshots here{what}", WANTED)
-    return snapshots
+    if snapshots := find_snapshots(directory):
+        return snapshots
+    others = [path.name for path in list_directory(directory).entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
+    what = f"; {others[0]} is not a snapshot of this package" if others else ""
+    raise DirectoryError(directory, f"no snapshots here{what}", WANTED)
 
 
 # --- what belongs together
@@ -199,7 +179,7 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     """Pairs of snapshots, in order of time, that cannot be of one directory: an error each, which names both."""
     found = [
         MismatchError(f"{first.path} and {other.path}", reason)
-        for first, other in pairs_to_compare(snapshots)
+        for first, other in _pairs_to_compare(snapshots)
         if (reason := difference(first, other)) is not None
     ]
     seen: dict[tuple[float, float], Snapshot] = {}
@@ -212,17 +192,13 @@ def contradictions(snapshots: Sequence[Snapshot]) -> list[MismatchError]:
     return found
 
 
-def pairs_to_compare(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, Snapshot]]:
-    """Pairs that together compare all snapshots, in order of time: each with the first of its segment, the first of
-    each segment with the first of all, and neighbours of different segments.
-    """
+def _pairs_to_compare(snapshots: Sequence[Snapshot]) -> Iterator[tuple[Snapshot, Snapshot]]:
+    """Pairs that compare all: with the first of a segment, that with the first of all, neighbours across segments."""
     firsts: dict[int, Snapshot] = {}
     for index, snapshot in enumerate(snapshots):
         first = firsts.setdefault(snapshot.info.segment, snapshot)
-        if first is not snapshot:
-            yield first, snapshot
-        elif index > 0:
-            yield snapshots[0], snapshot
+        if index > 0:
+            yield (snapshots[0] if first is snapshot else first), snapshot
         if index > 1 and snapshots[index - 1].info.segment != snapshot.info.segment:
             yield snapshots[index - 1], snapshot
 
@@ -236,17 +212,11 @@ def difference(first: Snapshot, other: Snapshot) -> str | None:
         return f"count time in {shown(a.t_unit)} and {shown(b.t_unit)}"
     # A run whose last snapshot of a profile was deleted may have continued without that profile.
     if not (set(a.sigma_rels) <= set(b.sigma_rels) or set(b.sigma_rels) <= set(a.sigma_rels)):
-        lists = [", ".join(f"{s:g}" for s in info.sigma_rels) for info in (a, b)]
-        return f"do not match: their runs track the profiles {lists[0]} and {lists[1]}"
+        return f"do not match: their runs track the profiles {_widths(a.sigma_rels)} and {_widths(b.sigma_rels)}"
     if a.segment != b.segment:
         if a.t < b.t and a.segment < b.segment:
             return None
         return f"do not match: the segments {a.segment} and {b.segment} do not follow each other in time"
-    return _tensor_difference(first, other)
-
-
-def _tensor_difference(first: Snapshot, other: Snapshot) -> str | None:
-    a, b = first.info, other.info
     same = (first.header.tensors, a.tensors) == (other.header.tensors, b.tensors)  # mostly the same objects
     for name in () if same else sorted(a.tensors.keys() | b.tensors.keys()):
         if name not in a.tensors or name not in b.tensors:
@@ -267,13 +237,16 @@ def missing_at_newest(snapshots: Sequence[Snapshot]) -> list[str]:
     Not for those that the run no longer tracks: it continued without them.
     """
     own = [s.info for s in snapshots if s.info.run_id == snapshots[0].info.run_id]
-    newest = max((info.t for info in own), default=0.0)
-    there = [info for info in own if info.t == newest]
+    there = [info for info in own if info.t == own[-1].t]
     tracked = {sigma_rel for info in there for sigma_rel in info.sigma_rels}
     missing = ({info.sigma_rel for info in own} & tracked) - {info.sigma_rel for info in there}
     if not missing:
         return []
-    return [f"t = {newest:,.12g}, the newest: no snapshot of sigma_rel {', '.join(f'{s:g}' for s in sorted(missing))}"]
+    return [f"t = {own[-1].t:,.12g}, the newest: no snapshot of sigma_rel {_widths(sorted(missing))}"]
+
+
+def _widths(sigma_rels: Sequence[float]) -> str:
+    return ", ".join(f"{sigma_rel:g}" for sigma_rel in sigma_rels)
 
 
 # --- adding to a directory
@@ -310,11 +283,7 @@ def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
 
 
 def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot; one that is already gone is no error.
-
-    Raises:
-        WriteError: the system refused.
-    """
+    """Delete a snapshot; one that is already gone is no error. A WriteError if the system refuses."""
     with files.reported_as_write_error(path, "removed"):
         files.unlink_if_there(path)
 
@@ -326,18 +295,23 @@ def thin(
 
     Those on the schedule are chosen as if there were no others, so that a training which was stopped in between keeps
     the same ones. Of those off the schedule the latest stay if there is room, and the newest of all snapshots always.
-    Reads headers only, see `planning.snapshots_to_drop`. Returns what is left, in order of time.
+    Returns what is left, in order of time.
     """
     if max_checkpoints is None:
         return list(stored)
-    return [left for segment in by_segment(stored) for left in _thin_segment(segment, max_checkpoints, sigma_range)]
+    gone = [one for segment in by_segment(stored) for one in _surplus(segment, max_checkpoints, sigma_range)]
+    for snapshot in gone:
+        log.debug("thinning: removing %s", snapshot.path)
+        remove_snapshot(snapshot.path)
+    return [snapshot for snapshot in stored if snapshot not in gone]
 
 
-def _thin_segment(
+def _surplus(
     stored: Sequence[StoredSnapshot], max_checkpoints: int, sigma_range: tuple[float, float]
 ) -> list[StoredSnapshot]:
+    """The snapshots of a segment to delete."""
     if max(Counter(snapshot.sigma_rel for snapshot in stored).values()) <= max_checkpoints:
-        return list(stored)
+        return []
     scheduled = on_schedule(stored)
     counts = Counter(snapshot.sigma_rel for snapshot in scheduled)
     gone: list[StoredSnapshot] = []
@@ -346,15 +320,11 @@ def _thin_segment(
         profiles = [average.profile.pure for average in averages]
         dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
         gone += [scheduled[index] for index in dropped]
-    newest = max(snapshot.t for snapshot in stored)
     for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):
         others = [s for s in stored if s.info.off_schedule and s.sigma_rel == sigma_rel]
         room = max(max_checkpoints - counts[sigma_rel], 0)
-        gone += [snapshot for snapshot in others[: max(len(others) - room, 0)] if snapshot.t < newest]
-    for snapshot in gone:
-        log.debug("thinning: removing %s", snapshot.path)
-        remove_snapshot(snapshot.path)
-    return [snapshot for snapshot in stored if snapshot not in gone]
+        gone += [snapshot for snapshot in others[: max(len(others) - room, 0)] if snapshot.t < stored[-1].t]
+    return gone
 
 
 def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
@@ -367,11 +337,7 @@ def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
 def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Move files and directories, durably, into a folder of the same file system; returns their new paths.
 
-    Nothing there is replaced. Paths that are already gone are skipped.
-
-    Raises:
-        DirectoryError: the folder is a symbolic link, or no folder.
-        WriteError: the system refused.
+    Nothing there is replaced; paths that are already gone are skipped. A DirectoryError if it is a link or no folder.
     """
     if folder.is_symlink():
         raise DirectoryError(folder, "is a symbolic link; snapshots would leave the directory", "remove it")
@@ -392,8 +358,5 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _free_name(path: Path) -> Path:
-    candidate, number = path, 1
-    while os.path.lexists(candidate):
-        candidate = path.with_name(f"{path.stem}.{number}{path.suffix}")
-        number += 1
-    return candidate
+    numbered = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in count(1))
+    return next(candidate for candidate in chain([path], numbered) if not os.path.lexists(candidate))

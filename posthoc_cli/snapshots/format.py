@@ -108,10 +108,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Protocol, TypeVar
 
+import numpy as np
 import xxhash
 
 from posthoc_cli.dtypes import ITEM_BYTES as ITEM_BYTES
@@ -122,19 +123,13 @@ from posthoc_cli.reconstruction import Measurements, Motion
 
 BUFFERS = ("copy", "average", "skip")
 """Treatments of buffers."""
+GLOBS = ("include", "exclude", "copy_only")
+"""Fields of a selection that are globs on names."""
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The choice of tensors; see `PostHocEMA.from_model`.
-
-    Attributes:
-        only_trainable: leave out parameters that do not require gradients.
-        include: globs; tensors that match none are left out. Empty: all are included.
-        exclude: globs; tensors that match one are left out.
-        buffers: "copy", "average" or "skip".
-        copy_only: globs; tensors that match one are copied and not averaged, with or without gradients.
-    """
+    """The choice of tensors, by globs on their names; see `PostHocEMA.from_model`."""
 
     only_trainable: bool = True
     include: tuple[str, ...] = ()
@@ -144,13 +139,15 @@ class Selection:
 
     def names(self, name: str) -> bool:
         """Whether the globs select a name. `*` matches any characters, dots too."""
-        if self.include and not any(fnmatchcase(name, glob) for glob in self.include):
-            return False
-        return not any(fnmatchcase(name, glob) for glob in self.exclude)
+        return (not self.include or _matches(name, self.include)) and not _matches(name, self.exclude)
 
     def copies(self, name: str) -> bool:
         """Whether a glob of `copy_only` matches a name."""
-        return any(fnmatchcase(name, glob) for glob in self.copy_only)
+        return _matches(name, self.copy_only)
+
+
+def _matches(name: str, globs: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, glob) for glob in globs)
 
 
 def make_selection(
@@ -160,23 +157,17 @@ def make_selection(
     buffers: str,
     copy_only: str | Iterable[str] | None = None,
 ) -> Selection:
-    """A selection from a user's arguments.
-
-    Raises:
-        InvalidValueError: naming the argument and what would be accepted.
-    """
+    """A selection from a user's arguments; an InvalidValueError names the argument and what would be accepted."""
     if buffers not in BUFFERS:
         raise InvalidValueError("buffers", f"must be one of {', '.join(BUFFERS)}", value=f"{buffers!r}")
-    globs = {"include": include, "exclude": exclude, "copy_only": copy_only}
-    return Selection(
-        bool(only_trainable), buffers=buffers, **{what: _globs(what, given) for what, given in globs.items()}
-    )
+    given = zip(GLOBS, (include, exclude, copy_only), strict=True)
+    return Selection(bool(only_trainable), buffers=buffers, **{what: _globs(what, globs) for what, globs in given})
 
 
 def check_globs(selection: Selection, names: Iterable[str]) -> None:
     """Raise an InvalidValueError if a glob matches none of a model's names: it is usually misspelt."""
     names = list(names)
-    for what in ("include", "exclude", "copy_only"):
+    for what in GLOBS:
         for glob in getattr(selection, what):
             if not any(fnmatchcase(name, glob) for name in names):
                 some = ", ".join(map(repr, names[:3])) or "none"
@@ -185,16 +176,11 @@ def check_globs(selection: Selection, names: Iterable[str]) -> None:
 
 
 def _globs(what: str, globs: str | Iterable[str] | None) -> tuple[str, ...]:
-    if globs is None:
-        return ()
-    given = (globs,) if isinstance(globs, str) else globs
-    listed = tuple(given) if isinstance(given, Iterable) else (given,)
+    given = () if globs is None else (globs,) if isinstance(globs, str) or not isinstance(globs, Iterable) else globs
+    listed = tuple(given)
     if not all(isinstance(glob, str) and glob for glob in listed):
         raise InvalidValueError(what, "must be a glob on names, such as 'decoder.*', or a list", value=repr(globs))
     return listed
-
-
-# --- the format
 
 
 VERSION = "1"
@@ -274,11 +260,7 @@ class TrackingSchedule:
 
 @dataclass(frozen=True)
 class SnapshotInfo:
-    """All metadata of a snapshot.
-
-    `sigma_rels` are all profiles that the run tracks; `measurements`, `motion`, `selection` and `updates` are None and
-    `clock` is empty if the file has none.
-    """
+    """All metadata of a snapshot, in a header's order; from `selection` on empty where it has none."""
 
     run_id: str
     sigma_rel: float
@@ -296,11 +278,11 @@ class SnapshotInfo:
     selection: Selection | None = None
     segment: int = 0
     clock: tuple[tuple[int, float], ...] = ()
-    measurements: Measurements | None = None
-    motion: Motion | None = None
     updates: int | None = None
     inherited: float = 0.0
     off_schedule: bool = False
+    measurements: Measurements | None = None
+    motion: Motion | None = None
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -312,13 +294,19 @@ class SnapshotInfo:
         """The profile of the average."""
         return RecordedPowerFunction(self.gamma, self.t, self.t_first, self.max_interval)
 
+    @property
+    def averages(self) -> list[str]:
+        """Names of the averaged tensors."""
+        return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
+
+
+OPTIONAL = ("selection", "segment", "clock", "updates", "inherited", "off_schedule", "measurements", "motion")
+"""Metadata that a snapshot may lack."""
+
 
 def version_of(kind: str | None) -> str:
     """The version that this release writes and reads of a kind of file, as in ema.format."""
     return STATE_VERSION if kind == "state" else VERSION
-
-
-# --- writing
 
 
 def lay_out(specs: Sequence[TensorSpec]) -> dict[str, TensorEntry]:
@@ -337,10 +325,8 @@ def encode_header(
     entries: Mapping[str, TensorEntry], metadata: Mapping[str, str], checksums: Mapping[str, str]
 ) -> bytes:
     """The file's first bytes, up to the payload. Their number depends on the checksums' lengths only."""
-    full = dict(metadata)
-    full["ema.checksums"] = compact(checksums)
-    full["ema.checksum"] = "0" * CHECKSUM_DIGITS
-    header: dict[str, Any] = {"__metadata__": full}
+    sums = {"ema.checksums": compact(checksums), "ema.checksum": "0" * CHECKSUM_DIGITS}
+    header: dict[str, Any] = {"__metadata__": {**metadata, **sums}}
     for name, entry in entries.items():
         offsets = [entry.begin, entry.begin + entry.nbytes]
         header[name] = {"dtype": entry.dtype, "shape": list(entry.shape), "data_offsets": offsets}
@@ -365,54 +351,18 @@ def header_checksum(start: bytes) -> str:
     return start[begin : begin + CHECKSUM_DIGITS].decode()
 
 
+def encode_metadata(kind: str, values: Mapping[str, object]) -> dict[str, str]:
+    """The metadata of a file as strings, without its checksums: text as it is, anything else as JSON."""
+    texts = {f"ema.{key}": value if isinstance(value, str) else compact(value) for key, value in values.items()}
+    return {"format": "pt", "ema.format": kind, "ema.version": version_of(kind), **texts}
+
+
 def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     """The metadata of a snapshot, without its checksums."""
-    metadata = {
-        "format": "pt",
-        "ema.format": "snapshot",
-        "ema.version": VERSION,
-        "ema.run_id": info.run_id,
-        "ema.sigma_rel": repr(info.sigma_rel),
-        "ema.gamma": repr(info.gamma),
-        "ema.sigma_rels": compact(list(info.sigma_rels)),
-        "ema.t": repr(info.t),
-        "ema.t_unit": info.t_unit,
-        "ema.step": str(info.step),
-        "ema.t_first": repr(info.t_first),
-        "ema.max_interval": repr(info.max_interval),
-        "ema.schedule": compact(vars(info.schedule)),
-        **tensor_metadata(info.tensors, info.aliases, info.left_out),
-    }
-    if info.selection is not None:
-        chosen = vars(info.selection)
-        # Left out without globs, for readers that do not know `copy_only`.
-        metadata["ema.selection"] = compact({k: v for k, v in chosen.items() if k != "copy_only" or v})
-    if info.segment:
-        metadata["ema.segment"] = str(info.segment)
-    if info.clock:
-        metadata["ema.clock"] = compact(info.clock)
-    if info.updates is not None:
-        metadata["ema.updates"] = str(info.updates)
-    if info.inherited:
-        metadata["ema.inherited"] = repr(info.inherited)
-    if info.off_schedule:
-        metadata["ema.off_schedule"] = "true"
-    if info.measurements is not None:
-        metadata["ema.measurements"] = compact(asdict(info.measurements))
-    if info.motion is not None:
-        metadata["ema.motion"] = compact({name: values.tolist() for name, values in vars(info.motion).items()})
-    return metadata
-
-
-def tensor_metadata(
-    tensors: Mapping[str, TrackedTensor], aliases: Mapping[str, str], left_out: Sequence[str]
-) -> dict[str, str]:
-    """The part of the metadata that grows with the number of tensors."""
-    return {
-        "ema.tensors": compact({name: vars(tensor) for name, tensor in tensors.items()}),
-        "ema.aliases": compact(aliases),
-        "ema.left_out": compact(left_out),
-    }
+    values = {key: value for key, value in vars(info).items() if key not in OPTIONAL or value}
+    if info.selection is not None and not info.selection.copy_only:  # for readers that do not know it
+        values["selection"] = {key: value for key, value in vars(info.selection).items() if key != "copy_only"}
+    return encode_metadata("snapshot", values)
 
 
 def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:
@@ -427,8 +377,12 @@ def blank_checksums(nbytes: int) -> str:
 
 
 def compact(value: object) -> str:
-    """JSON without spaces."""
-    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    """JSON without spaces; of arrays as lists, of dataclasses as objects."""
+    return json.dumps(value, separators=(",", ":"), ensure_ascii=False, allow_nan=False, default=_plain)
+
+
+def _plain(value: Any) -> object:
+    return value.tolist() if isinstance(value, np.ndarray) else vars(value)
 
 
 # --- segments of a run: its averages between two changes of the tensors that it tracks
@@ -448,8 +402,7 @@ One = TypeVar("One", bound=Described)
 
 def of_newest_segment(items: Sequence[One]) -> list[One]:
     """Those of the newest segment."""
-    newest = max((item.info.segment for item in items), default=0)
-    return [item for item in items if item.info.segment == newest]
+    return by_segment(items)[-1] if items else []
 
 
 def of_segment_at(items: Sequence[One], t: float) -> list[One]:

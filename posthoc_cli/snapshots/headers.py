@@ -1,4 +1,4 @@
-"""Parse the header of a safetensors file from bytes, and check it; typed access to its metadata.
+"""Parse the header of a safetensors file from bytes, and check it; decode its metadata by a table of what it must be.
 
 A file may be hostile or come from a failing disk. Whatever is wrong becomes a FileFormatError that names the file and
 the tensor or key; a header that passes is consistent with itself and with the file's size.
@@ -12,6 +12,8 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,18 +27,12 @@ T = TypeVar("T")
 _BEGINNING = '{"__metadata__":'
 """The first bytes of a header written by us or by the safetensors library."""
 
-_DECIMAL = re.compile(r"-?[0-9]+(\.[0-9]+)?([eE][+-]?[0-9]+)?")
-
 _MOST_DIGITS = 4_300
 """The limit of Python itself since 3.10.7, unless configured otherwise."""
 
 
 class DecodeCache:
-    """The last decoded values, shared by the headers of a run: most of their text is equal.
-
-    A directory may hold thousands of snapshots, each of which names every tensor; equal parts are decoded and stored
-    once.
-    """
+    """The last decoded values, shared by the headers of a run, which may be thousands: most of their text is equal."""
 
     def __init__(self) -> None:
         self._texts: dict[str, str] = {}
@@ -49,11 +45,7 @@ class DecodeCache:
         return self._texts
 
     def once(self, key: str, source: object, decode: Callable[[], T]) -> T:
-        """The result of `decode`, or the previous result under `key` if `source` is equal to the previous one.
-
-        Arguments:
-            source: all that the result depends on. The result must not be changed.
-        """
+        """The result of `decode`, or the previous one if `source`, all that it depends on, is equal."""
         last = self._decoded.get(key)
         if last is None or last[0] != source:
             last = self._decoded[key] = source, decode()
@@ -61,28 +53,25 @@ class DecodeCache:
         return result
 
 
+# --- the header
+
+
 def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: DecodeCache | None = None) -> fmt.FileHeader:
     """Parse and check the first 8 + N bytes of a file of `file_bytes` bytes; None skips the check of its size.
 
     Checks everything that can be checked without the payload: JSON without duplicate keys, known dtypes, offsets that
     tile the payload without gap or overlap, the file's size, the header's checksum where it has one.
-
-    Arguments:
-        cache: shared by the files of one run.
-
-    Raises:
-        FileFormatError: naming the file, and the tensor where there is one.
     """
     cache = cache or DecodeCache()
     with _named_on_error(path, "header"):
         text = start[8:].decode("utf-8")
-    split = _split(path, text)
-    if split is None:
-        raw = _header_object(path, text)
-        metadata, tensors = raw.pop("__metadata__", {}), _decode_entries(path, raw)
+        metadata, rest = _split(text)
+    if rest is None:
+        raw = parse_json(path, text, "header")
+        metadata = raw.pop("__metadata__", {}) if isinstance(raw, dict) else {}
+        tensors = _decode_entries(path, raw)
     else:
-        metadata, rest = split
-        tensors = cache.once("header", rest, lambda: _decode_entries(path, _header_object(path, rest)))
+        tensors = cache.once("header", rest, lambda: _decode_entries(path, parse_json(path, rest, "header")))
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise FileFormatError(path, "__metadata__ must map names to strings")
     header = fmt.FileHeader(cache.texts(metadata), tensors, len(start))
@@ -97,12 +86,54 @@ def decode_header(path: Path, start: bytes, file_bytes: int | None, cache: Decod
     return header
 
 
-def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
-    """Block checksums by tensor, of the right number each; empty for a foreign file, which has none.
+def _split(text: str) -> tuple[Any, str | None]:
+    """The metadata, and the text of the other entries: equal in all snapshots of a run. None if these come first."""
+    if not text.startswith(_BEGINNING):
+        return None, None
+    metadata, end = _decoder().raw_decode(text, len(_BEGINNING))
+    if "\\u" in text[len(_BEGINNING) : end]:
+        _check_text(metadata)
+    # The padding depends on the length of the metadata.
+    return metadata, "{" + text[end + 1 :].rstrip(" ") if text.startswith(',"', end) else None
 
-    Raises:
-        FileFormatError: naming the file and the tensor.
-    """
+
+def _decode_entries(path: Path, raw: Any) -> dict[str, fmt.TensorEntry]:
+    if not isinstance(raw, dict):
+        raise FileFormatError(path, "the header is not a JSON object; not a safetensors file")
+    if "__metadata__" in raw:  # was taken out before
+        raise FileFormatError(path, "damaged header: the same key twice")
+    tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
+    position = 0
+    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
+        if entry.begin != position:
+            raise FileFormatError(path, f"tensor {shown(name)}: begins at {entry.begin:,} where {position:,} was due")
+        position += entry.nbytes
+    return tensors
+
+
+def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
+    is_entry = isinstance(value, dict) and set(value) == {"dtype", "shape", "data_offsets"}
+    dtype, shape, offsets = (value["dtype"], value["shape"], value["data_offsets"]) if is_entry else (None, [], [])
+    is_entry = _is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
+    # Also where another size is 0: no array library can hold the strides of such a shape.
+    if not is_entry or math.prod(size or 1 for size in shape) >= 2**60:
+        raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
+    if not isinstance(dtype, str) or dtype not in fmt.ITEM_BYTES:
+        known = ", ".join(fmt.ITEM_BYTES)
+        raise FileFormatError(path, f"tensor {shown(name)}: dtype {shown(dtype)} is none of {known}")
+    begin, end = offsets
+    if end - begin != math.prod(shape) * fmt.ITEM_BYTES[dtype]:
+        what = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
+        raise FileFormatError(path, f"tensor {shown(name)}: {what}")
+    return fmt.TensorEntry(dtype, tuple(shape), begin, end - begin)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)
+
+
+def decode_checksums(path: Path, header: fmt.FileHeader) -> dict[str, str]:
+    """Block checksums by tensor, of the right number each; empty for a foreign file, which has none."""
     if "ema.checksums" not in header.metadata:
         if file_kind(header) is not None:
             raise FileFormatError(path, "ema.checksums: is missing")
@@ -130,122 +161,112 @@ def file_kind(header: fmt.FileHeader) -> str | None:
     return header.metadata.get("ema.format")
 
 
-class Metadata:
-    """Typed access to the metadata of one file, with errors that name the file and the key.
+# --- metadata
 
-    Arguments:
-        expected: the kind of file that it must be, as `file_kind`.
+
+@dataclass(frozen=True)
+class Entry:
+    """What a value of the metadata must be: in words, and as a test of its JSON, or of the text itself where `is_text`.
+
+    `convert` makes the result from it and the results of earlier entries, or raises a ValueError if they do not fit.
     """
 
-    def __init__(self, path: Path, header: fmt.FileHeader, expected: str) -> None:
-        self._path = path
-        self._metadata = header.metadata
-        found = file_kind(header)
-        if found != expected:
-            what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
-            article = "an" if expected.startswith("o") else "a"
-            raise FileFormatError(path, f"not {article} {expected} of this package: {what}")
-        version = fmt.version_of(expected)
-        if self.text("ema.version") != version:
-            raise self.bad("ema.version", f"{shown(self.text('ema.version'))}; this release reads {version}")
+    words: str
+    accepts: Callable[[Any], bool]
+    convert: Callable[[Any, Mapping[str, Any]], Any] | None = None
+    is_text: bool = False
+    optional: bool = False
 
-    def bad(self, key: str, reason: str) -> FileFormatError:
-        """The error to raise for a key."""
-        return FileFormatError(self._path, f"{key}: {reason}")
+    def result(self, value: Any, earlier: Mapping[str, Any]) -> Any:
+        """The checked value; a ValueError says what is wrong."""
+        if not self.accepts(value):
+            raise ValueError(f"must be {self.words}, not {shown(value)}")
+        return value if self.convert is None else self.convert(value, earlier)
 
-    def has(self, key: str) -> bool:
-        """Whether the file has the key."""
-        return key in self._metadata
 
-    def text(self, key: str) -> str:
-        """The value itself."""
-        if key not in self._metadata:
-            raise self.bad(key, "is missing")
-        return self._metadata[key]
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
-    def unit(self) -> str:
-        """The unit of time: printable, since it goes into tables and pictures."""
-        text = self.text("ema.t_unit")
-        if not (text and text.isprintable()):
-            raise self.bad("ema.t_unit", f"{shown(text)} must be a printable name of what t counts")
-        return text
 
-    def run_id(self) -> str:
-        """32 hexadecimal digits."""
-        text = self.text("ema.run_id")
-        if not re.fullmatch(r"[0-9a-f]{32}", text):
-            raise self.bad("ema.run_id", f"{shown(text)} is not 32 hexadecimal digits")
-        return text
+def is_amount(value: Any) -> bool:
+    """Whether it is a finite number, at least 0."""
+    return is_number(value) and value >= 0
 
-    def number(self, key: str) -> float:
-        """A finite number."""
-        if not _DECIMAL.fullmatch(self.text(key)):  # float() takes more: 1_0, digits of other scripts
-            raise self.bad(key, f"{shown(self.text(key))} is not a number")
-        value = float(self.text(key))
-        if not math.isfinite(value):
-            raise self.bad(key, f"{value} is not finite")
-        return value
 
-    def optional_number(self, key: str) -> float | None:
-        """A finite number, or None for null."""
-        return None if self.text(key) == "null" else self.number(key)
+def is_whole(value: Any) -> bool:
+    """Whether it is a whole number, at least 0."""
+    return type(value) is int and 0 <= value < 2**63
 
-    def integer(self, key: str) -> int:
-        """A whole number, at least 0."""
-        text = self.text(key)
-        if not (text.isascii() and text.isdigit() and len(text) < 19):
-            raise self.bad(key, f"{shown(text)} is not a whole number")
-        return int(text)
 
-    def json_object(self, key: str) -> dict[str, Any]:
-        """A JSON object."""
-        value = parse_json(self._path, self.text(key), key)
-        if not isinstance(value, dict):
-            raise self.bad(key, "is not a JSON object")
-        return value
+def is_list_of(value: Any, accepts: Callable[[Any], bool]) -> bool:
+    """Whether it is a list of such values."""
+    return isinstance(value, list | tuple) and all(map(accepts, value))
 
-    def json_list(self, key: str) -> list[Any]:
-        """A JSON list."""
-        value = parse_json(self._path, self.text(key), key)
-        if not isinstance(value, list):
-            raise self.bad(key, "is not a JSON list")
-        return value
 
-    def names(self, key: str) -> tuple[str, ...]:
-        """A JSON list of strings."""
-        value = self.json_list(key)
-        if not all(isinstance(name, str) for name in value):
-            raise self.bad(key, "is not a list of names")
-        return tuple(value)
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
 
-    def one_of(self, key: str, value: Any, field: str, accepted: tuple[str, ...]) -> str:
-        """The string `field` of the JSON object `value`, one of those accepted."""
-        found = value.get(field) if isinstance(value, dict) else None
-        if not isinstance(found, str) or found not in accepted:
-            raise self.bad(key, f"{field} {shown(found)} is none of {', '.join(accepted)}")
-        return found
+
+def _listed(value: Any, _: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(value)
+
+
+TEXT = Entry("a string", _is_text, is_text=True)
+UNIT = Entry("a printable name of what t counts", lambda v: _is_text(v) and v != "" and v.isprintable(), is_text=True)
+RUN_ID = Entry(
+    "32 hexadecimal digits", lambda v: _is_text(v) and re.fullmatch("[0-9a-f]{32}", v) is not None, is_text=True
+)
+NUMBER = Entry("a finite number", is_number, lambda value, _: float(value))
+NUMBER_OR_NULL = Entry(
+    "a finite number", lambda v: v is None or is_number(v), lambda v, _: None if v is None else float(v)
+)
+AMOUNT = Entry("a finite number, at least 0", is_amount, lambda value, _: float(value))
+AMOUNTS = Entry("a list of finite numbers, at least 0", lambda v: is_list_of(v, is_amount), _listed)
+WHOLE = Entry("a whole number, at least 0", is_whole)
+TEXTS = Entry("a list of strings", lambda v: is_list_of(v, _is_text), _listed)
+LIST = Entry("a list", lambda v: isinstance(v, list))
+OBJECT = Entry("a JSON object", lambda v: isinstance(v, dict))
+
+
+def decode_metadata(
+    path: Path, header: fmt.FileHeader, kind: str, entries: Mapping[str, Entry], cache: DecodeCache | None = None
+) -> dict[str, Any]:
+    """The values of a file of this kind by the keys of `entries`, without optional ones that it lacks."""
+    found = file_kind(header)
+    if found != kind:
+        what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
+        raise FileFormatError(path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {what}")
+    known, version = fmt.version_of(kind), header.metadata.get("ema.version")
+    if version != known:
+        raise FileFormatError(path, f"ema.version: {shown(version)}; this release reads {known}")
+    cache = cache or DecodeCache()
+    values: dict[str, Any] = {}
+    for name, entry in entries.items():
+        key = f"ema.{name}"
+        text = header.metadata.get(key)
+        if text is not None:
+            raw = text if entry.is_text else cache.once(key, text, partial(parse_json, path, text, key))
+            try:
+                values[name] = entry.result(raw, values)
+            except ValueError as error:
+                raise FileFormatError(path, f"{key}: {error}") from error
+        elif not entry.optional:
+            raise FileFormatError(path, f"{key}: is missing")
+    return values
 
 
 # --- JSON
 
 
 def parse_json(path: Path, data: bytes | str, what: str) -> Any:
-    """Strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits.
-
-    Raises:
-        FileFormatError: naming the file and `what`.
-    """
+    """Strict JSON: no duplicate keys, no NaN, no invalid Unicode, no numbers of thousands of digits."""
     with _named_on_error(path, what):
         text = data if isinstance(data, str) else data.decode("utf-8")
         value = _decoder().decode(text)
         if "\\u" in text:  # only escapes can make invalid text
             _check_text(value)
         return value
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value of JSON is a finite number."""
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max
 
 
 @contextmanager
@@ -287,63 +308,3 @@ def _check_text(value: Any) -> None:
             left += [(key, item) for item in one]
         elif isinstance(one, str) and any(c == "\0" or "\ud800" <= c <= "\udfff" for c in one):
             raise ValueError(f"{shown(key)}: {shown(one)} is not Unicode text, or has a zero byte")
-
-
-# --- the header's tensors
-
-
-def _split(path: Path, text: str) -> tuple[Any, str] | None:
-    """The metadata, and the other entries as a JSON object of their own: equal text in every snapshot of a run.
-
-    None for a header that does not begin with its metadata.
-    """
-    if not text.startswith(_BEGINNING):
-        return None
-    with _named_on_error(path, "header"):
-        metadata, end = _decoder().raw_decode(text, len(_BEGINNING))
-        if "\\u" in text[len(_BEGINNING) : end]:
-            _check_text(metadata)
-    if not text.startswith(',"', end):
-        return None
-    return metadata, "{" + text[end + 1 :].rstrip(" ")  # the padding depends on the length of the metadata
-
-
-def _header_object(path: Path, text: str) -> dict[str, Any]:
-    raw = parse_json(path, text, "header")
-    if not isinstance(raw, dict):
-        raise FileFormatError(path, "the header is not a JSON object; not a safetensors file")
-    return raw
-
-
-def _decode_entries(path: Path, raw: Mapping[str, Any]) -> dict[str, fmt.TensorEntry]:
-    if "__metadata__" in raw:  # was taken out before
-        raise FileFormatError(path, "damaged header: the same key twice")
-    tensors = {name: _decode_entry(path, name, value) for name, value in raw.items()}
-    position = 0
-    for name, entry in sorted(tensors.items(), key=lambda item: (item[1].begin, item[1].nbytes)):
-        if entry.begin != position:
-            raise FileFormatError(path, f"tensor {shown(name)}: begins at {entry.begin:,} where {position:,} was due")
-        position += entry.nbytes
-    return tensors
-
-
-def _decode_entry(path: Path, name: str, value: Any) -> fmt.TensorEntry:
-    if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
-    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in fmt.ITEM_BYTES:
-        known = ", ".join(fmt.ITEM_BYTES)
-        raise FileFormatError(path, f"tensor {shown(name)}: dtype {shown(dtype)} is none of {known}")
-    sizes = _is_sizes(shape) and _is_sizes(offsets) and len(offsets) == 2 and len(shape) <= 64
-    # Also where another size is 0: no array library can hold the strides of such a shape.
-    if not sizes or math.prod(size or 1 for size in shape) >= 2**60:
-        raise FileFormatError(path, f"tensor {shown(name)}: its header entry is malformed")
-    begin, end = offsets
-    if end - begin != math.prod(shape) * fmt.ITEM_BYTES[dtype]:
-        what = f"{end - begin:,} bytes do not make {dtype} of shape {shape}"
-        raise FileFormatError(path, f"tensor {shown(name)}: {what}")
-    return fmt.TensorEntry(dtype, tuple(shape), begin, end - begin)
-
-
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(x) is int and 0 <= x < 2**63 for x in value)

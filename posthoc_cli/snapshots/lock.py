@@ -1,8 +1,7 @@
-"""One writer a directory. The system releases the lock when its holder dies.
+"""One writer a directory, by `flock`, which the system releases when its holder dies.
 
-The lock is `flock`: of the local file system, or of a network file system that passes it on to its server. On a file
-system without locks, or one that keeps them to one host, nothing can exclude a second writer; a warning says so if that
-can be detected. Beside the lock lies a note of its holder, for people.
+On a file system without locks, or one that keeps them to one host, nothing can exclude a second writer; a warning says
+so if that can be detected. Beside the lock lies a note of its holder, for people.
 """
 
 from __future__ import annotations
@@ -38,9 +37,7 @@ NO_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK)
 class DirectoryLock:
     """The exclusive right to write to a directory: held from construction until `release`, also a context manager.
 
-    Raises:
-        LockedError: another tracker or command holds it.
-        WriteError: the system refused.
+    A LockedError if another tracker or command holds it, a WriteError if the system refused.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -48,9 +45,8 @@ class DirectoryLock:
         self._forget: Callable[[], object] = lambda: None
         with files.reported_as_write_error(directory):
             # Not filelock's substitute, a file that exists or not: it would survive a crash.
-            self._lock = filelock.FileLock(
-                directory / LOCK_NAME, blocking=False, is_singleton=False, fallback_to_soft=False
-            )
+            path = directory / LOCK_NAME
+            self._lock = filelock.FileLock(path, blocking=False, is_singleton=False, fallback_to_soft=False)
             try:
                 self._lock.acquire()
             except filelock.Timeout:
@@ -100,10 +96,8 @@ class DirectoryLock:
         holder = self._read_holder()
         if self._lock.is_locked and (holder is None or holder[1] == socket.gethostname()):
             return f"{self._named_holder()} died without releasing it; taken over"
-        return (
-            f"{self._named_holder()} has not released it, and holds no lock that can be seen here; taken over: "
-            "make sure that it is not running any more"
-        )
+        what = f"{self._named_holder()} has not released it, and holds no lock that can be seen here; taken over: "
+        return what + "make sure that it is not running any more"
 
     def _read_holder(self) -> tuple[int, str, float] | None:
         """Process, host and time of the note; None if it cannot be read."""
@@ -118,10 +112,15 @@ class DirectoryLock:
         if holder is None:
             return "another process"
         process, host, since = holder
-        age = f"lock taken {_age(time.time() - since)} ago" if math.isfinite(since) else "lock taken at an unknown time"
+        age = "at an unknown time"
+        if math.isfinite(since):
+            seconds = max(0.0, time.time() - since)  # the clocks of two hosts may differ
+            units = (("days", 86_400), ("hours", 3_600), ("minutes", 60), ("s", 1))
+            unit, length = next((one for one in units if seconds >= 2 * one[1]), units[-1])
+            age = f"{seconds / length:.0f} {unit} ago"
         if process == os.getpid() and host == socket.gethostname():
-            return f"another tracker of this process ({process}, {age})"
-        return f"process {process} on {printable(host[:80])} ({age})"
+            return f"another tracker of this process ({process}, lock taken {age})"
+        return f"process {process} on {printable(host[:80])} (lock taken {age})"
 
 
 def _forget(holder: Path, process: int) -> None:
@@ -129,11 +128,3 @@ def _forget(holder: Path, process: int) -> None:
     if os.getpid() == process:
         with suppress(OSError):
             files.unlink_if_there(holder)
-
-
-def _age(seconds: float) -> str:
-    """A time span in words; at least 0, since the clocks of two hosts may differ."""
-    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:.0f} {unit}"
-    return f"{max(0.0, seconds):.0f} s"

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from math import sqrt
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,29 +38,23 @@ RUN_ELEMENTS = 1_024
 
 
 def sample_measurements(snapshots: Sequence[Snapshot]) -> list[Measurements]:
-    """Estimate the measurements of the snapshots of one run, in their order.
+    """Estimate the measurements of the snapshots of one run, in their order; all of stored copies.
 
-    Distances are between stored copies, to the other profiles of the same time and to the two newest earlier
-    snapshots of each profile. The exact averages are unknown: roundings are expected ones, see `expected_rounding`,
-    and `Distance.rounding` is the sum for both copies.
-
-    Raises:
-        FileFormatError: a file is damaged, or became shorter.
-        NonFiniteError: a value is nan or infinity; names file and tensor.
-        OverflowError: values are too large to be squared.
+    `Distance.rounding` is the expected one of both copies, see `expected_rounding`. A FileFormatError or NonFiniteError
+    names the file; an OverflowError if values are too large to be squared.
     """
     found: dict[int, Measurements] = {}
-    newest: dict[float, list[_Sample]] = {}
+    newest: dict[float, list[_Sample]] = defaultdict(list)
     ranges = _sampled_ranges(snapshots[0]) if snapshots else []
     by_time = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].info.t, snapshots[i].info.sigma_rel))
     for _, group in groupby(by_time, key=lambda i: snapshots[i].info.t):
         now = {index: _read(snapshots[index], ranges) for index in group}
+        earlier = [other for sigma_rel in sorted(newest) for other in newest[sigma_rel]]
         for index, sample in now.items():
-            others = [other for other in now.values() if other is not sample]
-            earlier = [other for sigma_rel in sorted(newest) for other in newest[sigma_rel]]
-            found[index] = _measure(sample, others + earlier)
+            found[index] = _measure(sample, [other for other in now.values() if other is not sample] + earlier)
         for sample in now.values():
-            newest[sample.snapshot.info.sigma_rel] = [*newest.get(sample.snapshot.info.sigma_rel, []), sample][-2:]
+            own = sample.snapshot.info.sigma_rel
+            newest[own] = [*newest[own], sample][-2:]
     return [found[index] for index in range(len(snapshots))]
 
 
@@ -67,12 +62,8 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     """The expected sum of squared rounding errors of values that were rounded to nearest.
 
     Spacing^2 / 12 each, the variance of an error that is uniform within half the spacing, also among the subnormal
-    numbers. 0 for zeros, which are almost always exact (biases and gains that never moved).
-
-    Arguments:
-        values: as they are stored.
-        stored, own: dtypes (safetensors names) of the file and of the model. The average was kept in float64 for
-            a model's float64, else in float32; a stored dtype that holds that is not rounded.
+    numbers. 0 for zeros, which are almost always exact (biases and gains that never moved), and where the stored dtype
+    holds the average, kept in float64 for a model's float64, else in float32.
     """
     dtype = DTYPES[stored]
     if dtype.mantissa_bits >= DTYPES["F64" if own == "F64" else "F32"].mantissa_bits:
@@ -83,11 +74,7 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
     return float(np.dot(spacing, spacing)) / 12
 
 
-# --- the sample
-
-
-@dataclass(frozen=True)
-class _Range:
+class _Range(NamedTuple):
     """Consecutive elements of one tensor."""
 
     name: str
@@ -108,8 +95,7 @@ class _Sample:
 def _averaged(snapshot: Snapshot) -> dict[str, int]:
     """Elements of each averaged tensor, by name."""
     entries = snapshot.header.tensors
-    names = sorted(name for name, tensor in snapshot.info.tensors.items() if tensor.role == "average")
-    return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in names}
+    return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.info.averages)}
 
 
 def _sampled_ranges(snapshot: Snapshot) -> list[_Range]:
@@ -126,8 +112,7 @@ def _sampled_ranges(snapshot: Snapshot) -> list[_Range]:
 
 def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[_Range]:
     """The run that begins at an element of the long vector, cut at the `ends` of tensors."""
-    end = min(begin + RUN_ELEMENTS, ends[-1])
-    index = bisect_right(ends, begin)
+    end, index = min(begin + RUN_ELEMENTS, ends[-1]), bisect_right(ends, begin)
     while begin < end:
         start, stop = ends[index - 1] if index else 0, min(end, ends[index])
         if begin < stop:
@@ -178,20 +163,12 @@ def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
         return values.astype(np.float64)
 
 
-# --- sums
-
-
 def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
-    distances = tuple(
-        Distance(
-            partner.snapshot.info.t,
-            partner.snapshot.info.sigma_rel,
-            _squares(sample, sample.values - partner.values),
-            sample.rounding + partner.rounding,
-        )
-        for partner in partners
-    )
-    return Measurements(_squares(sample, sample.values), sample.rounding, distances)
+    distances = []
+    for partner in partners:
+        info, squared = partner.snapshot.info, _squares(sample, sample.values - partner.values)
+        distances.append(Distance(info.t, info.sigma_rel, squared, sample.rounding + partner.rounding))
+    return Measurements(_squares(sample, sample.values), sample.rounding, tuple(distances))
 
 
 def _squares(sample: _Sample, values: FloatArray) -> float:
@@ -209,17 +186,16 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
     """The part of a header that reconstruction uses."""
     schedule = info.schedule
     before = schedule.update_after_step // schedule.update_every
-    updates = info.updates or max(info.step // schedule.update_every - before, 1)
-    own = {tensor.dtype for tensor in info.tensors.values() if tensor.role == "average"}
-    # Averages accumulate in float64 for float64 parameters, else in float32.
-    eps = EPS["F64" if own == {"F64"} else "F32"]
+    own = {info.tensors[name].dtype for name in info.averages}
     steps, times = zip(*info.clock_pairs, strict=True)
+    (step, t), (last_step, last_t) = [(0, 0.0), *info.clock_pairs][-2:]
     return StoredAverage(
         info.profile,
-        updates,
-        eps,
+        info.updates or max(info.step // schedule.update_every - before, 1),
+        # Averages accumulate in float64 for float64 parameters, else in float32.
+        EPS["F64" if own == {"F64"} else "F32"],
         info.measurements,
-        _step_length(info),
+        (last_t - t) / (last_step - step),
         Steps(Clock(steps, times), schedule.update_every),
         info.motion,
         info.inherited,
@@ -231,12 +207,6 @@ def motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
     prior = measured_prior([stored_average(info) for info in infos])
     known = prior.source == MEASURED and prior.motion.edges[0] > 0  # an assumed motion begins at time 0
     return prior.motion.handed_on() if known else None
-
-
-def _step_length(info: SnapshotInfo) -> float:
-    """Time of a step between the last two knots of the clock."""
-    (step, t), (last_step, last_t) = [(0, 0.0), *info.clock_pairs][-2:]
-    return (last_t - t) / (last_step - step)
 
 
 def snapshot_prior(snapshots: Sequence[Snapshot], others: Sequence[SnapshotInfo] = ()) -> Prior:
@@ -251,17 +221,14 @@ def snapshot_prior(snapshots: Sequence[Snapshot], others: Sequence[SnapshotInfo]
 
 
 def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """The same snapshots, all with measurements estimated from one sample of elements: distances need both sides.
+    """The same snapshots, all with measurements of one sample of elements, since distances need both sides.
 
     Without measurements if values are too large to be squared.
-
-    Raises:
-        FileFormatError, NonFiniteError: while reading the sample.
     """
     try:
-        sampled = sample_measurements(snapshots)
+        sampled: Sequence[Measurements | None] = sample_measurements(snapshots)
     except OverflowError:
-        return [replace(s, info=replace(s.info, measurements=None, motion=None)) for s in snapshots]
+        sampled = [None] * len(snapshots)
     return [
         replace(snapshot, info=replace(snapshot.info, measurements=measurements, motion=None))
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
@@ -269,11 +236,7 @@ def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
 
 
 def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
-    """The run's steps over its training time: the knots of all its snapshots' clocks.
-
-    Raises:
-        MismatchError: two snapshots contradict each other.
-    """
+    """The run's steps over its time, from all its snapshots' clocks; a MismatchError if two contradict each other."""
     pairs = sorted({pair for info in infos for pair in info.clock_pairs})
     for (step, t), (next_step, next_t) in pairwise(pairs):
         if step == next_step or t >= next_t:
@@ -284,32 +247,25 @@ def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
     return Clock([step for step, _ in pairs], [t for _, t in pairs])
 
 
-# --- choosing snapshots of a large directory
-
-
 def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
     """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
 
     Both by time, then sigma_rel; of very many a limited number, see `planning.choose`.
     """
     ordered = sorted(items, key=lambda item: (item.info.t, item.info.sigma_rel))
-    return _chosen([o for o in ordered if o.info.t <= t]), _chosen([o for o in ordered if o.info.t > t])
+    usable, later = [o for o in ordered if o.info.t <= t], [o for o in ordered if o.info.t > t]
+    return _chosen(usable), _chosen(later)
 
 
 def _chosen(items: Sequence[One]) -> list[One]:
     return [items[index] for index in choose([item.info.profile.pure for item in items])]
 
 
-# --- an earlier run, for a plan
-
-
 @dataclass(frozen=True)
 class Likeness:
-    """An earlier run, relative to its norm and stretched to another length.
+    """An earlier run, relative to its norm and stretched to another length: the motion, None if too little is known.
 
-    Attributes:
-        motion: of its network; None if too little is known.
-        rounding: root mean square error of its stored averages by dtype, relative to their norm.
+    `rounding` is the root mean square error of its stored averages by dtype, relative to their norm.
     """
 
     motion: Motion | None
@@ -317,11 +273,7 @@ class Likeness:
 
 
 def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
-    """Describe the snapshots of one run for a plan of a run of `steps`.
-
-    Raises:
-        FileFormatError, NonFiniteError: while reading a sample, if headers have no measurements.
-    """
+    """Describe the snapshots of one run for a plan of a run of `steps`. Reads a sample if headers lack measurements."""
     snapshots = of_newest_segment(snapshots)
     snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
     prior = snapshot_prior(snapshots)

@@ -1,21 +1,47 @@
-"""The metadata of an output; specified in `snapshots.format`."""
+"""Outputs, and models on disk: a safetensors file, shards with an index, or a folder of either; folders of several.
+
+The metadata of an output is specified in `snapshots.format`. The index of a sharded model is a JSON file as the Hugging
+Face libraries define it:
+
+    {"metadata": {"total_size": bytes}, "weight_map": {tensor: name of a file beside the index}}
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from posthoc_cli.errors import FileFormatError
+from posthoc_cli import files
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.headers import Metadata, is_number
+from posthoc_cli.snapshots import headers
+from posthoc_cli.snapshots.headers import (
+    NUMBER,
+    NUMBER_OR_NULL,
+    TEXT,
+    Entry,
+    file_kind,
+    is_list_of,
+    is_number,
+    parse_json,
+)
+from posthoc_cli.snapshots.reader import read_header, read_small_file
+
+INDEX_NAME = "model.safetensors.index.json"
+INDEX_SUFFIX = ".safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+"""A model that fits one shard."""
+
+_SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
 
 
 @dataclass(frozen=True)
 class OutputInfo:
-    """All metadata of an output.
-
-    `profile` is the target in words; `snapshots` are the name and coefficient of each.
-    """
+    """All metadata of an output: `profile` is the target in words, `snapshots` their names and coefficients."""
 
     run_id: str
     profile: str
@@ -55,54 +81,159 @@ def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
 
 def output_metadata(info: OutputInfo) -> dict[str, str]:
     """The metadata of an output as strings, without its checksums."""
-    return {
-        "format": "pt",
-        "ema.format": "output",
-        "ema.version": fmt.VERSION,
-        "ema.run_id": info.run_id,
-        "ema.profile": info.profile,
-        "ema.sigma_rel": fmt.compact(info.sigma_rel),
-        "ema.gamma": fmt.compact(info.gamma),
-        "ema.t": repr(info.t),
-        "ema.t_unit": info.t_unit,
-        "ema.method": info.method,
-        "ema.profile_error": repr(info.profile_error),
-        "ema.predicted_error": fmt.compact(info.predicted_error),
-        "ema.snapshots": fmt.compact([{"file": name, "coefficient": c} for name, c in info.snapshots]),
-        "ema.copies": fmt.compact(list(info.copies)),
-    }
+    listed = [{"file": name, "coefficient": coefficient} for name, coefficient in info.snapshots]
+    return fmt.encode_metadata("output", vars(info) | {"snapshots": listed})
 
 
 def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:
-    """The checked metadata of an output.
+    """The checked metadata of an output; a FileFormatError names the file and the key."""
+    return OutputInfo(**headers.decode_metadata(path, header, "output", _ENTRIES))
 
-    Raises:
-        FileFormatError: naming the file and the key.
-    """
-    reader = Metadata(path, header, "output")
-    snapshots = []
-    for item in reader.json_list("ema.snapshots"):
-        if not (isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))):
-            raise FileFormatError(path, "ema.snapshots must list files with their coefficients")
-        snapshots.append((item["file"], float(item["coefficient"])))
-    info = OutputInfo(
-        run_id=reader.run_id(),
-        profile=reader.text("ema.profile"),
-        sigma_rel=reader.optional_number("ema.sigma_rel"),
-        gamma=reader.optional_number("ema.gamma"),
-        t=reader.number("ema.t"),
-        t_unit=reader.unit(),
-        method=reader.text("ema.method"),
-        profile_error=reader.number("ema.profile_error"),
-        predicted_error=reader.optional_number("ema.predicted_error"),
-        snapshots=tuple(snapshots),
-        copies=reader.names("ema.copies"),
+
+def _is_source(item: Any) -> bool:
+    return isinstance(item, dict) and isinstance(item.get("file"), str) and is_number(item.get("coefficient"))
+
+
+def _sources(listed: list[dict[str, Any]], _: object) -> tuple[tuple[str, float], ...]:
+    return tuple((item["file"], float(item["coefficient"])) for item in listed)
+
+
+def _checked(reason: str, accepts: Callable[[float], bool]) -> Callable[[Any, object], float | None]:
+    def convert(value: float | None, _: object) -> float | None:
+        if value is not None and not accepts(value):
+            raise ValueError(f"{value:g} {reason}")
+        return None if value is None else float(value)
+
+    return convert
+
+
+_ERROR = _checked("is below 0", lambda value: value >= 0)
+
+_ENTRIES = {
+    "run_id": headers.RUN_ID,
+    "profile": TEXT,
+    "sigma_rel": replace(NUMBER_OR_NULL, convert=_checked("is not above 0", lambda value: value > 0)),
+    "gamma": NUMBER_OR_NULL,
+    "t": replace(NUMBER, convert=_checked("is not a time of training", lambda t: fmt.EARLIEST <= t <= fmt.LATEST)),
+    "t_unit": headers.UNIT,
+    "method": TEXT,
+    "profile_error": replace(NUMBER, convert=_ERROR),
+    "predicted_error": replace(NUMBER_OR_NULL, convert=_ERROR),
+    "snapshots": Entry("a list of files with their coefficients", lambda v: is_list_of(v, _is_source), _sources),
+    "copies": headers.TEXTS,
+}
+"""What the metadata of an output must be."""
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """The content of an index: the tensors in each file, by its name, growing; bytes of all tensors, if it has them."""
+
+    shards: dict[str, list[str]]
+    total_size: int | None
+
+
+def read_index(path: Path) -> dict[str, list[str]]:
+    """The tensors in each file of a sharded model, by the file's name, growing. Errors as in `decode_index`."""
+    return decode_index(path).shards
+
+
+def decode_index(path: Path) -> ShardIndex:
+    """The checked index of a sharded model: names lead to files beside it and nowhere else."""
+    found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
+    if not isinstance(found, dict):
+        raise FileFormatError(path, "is not an index of shards: it is no JSON object")
+    weight_map, metadata = found.get("weight_map"), found.get("metadata")
+    if not isinstance(weight_map, dict):
+        raise FileFormatError(path, "is not an index of shards: it has no weight_map")
+    shards: dict[str, list[str]] = {}
+    for tensor, name in weight_map.items():
+        if not (isinstance(name, str) and is_plain_name(name)):
+            raise FileFormatError(path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file beside it")
+        shards.setdefault(name, []).append(tensor)
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return ShardIndex(dict(sorted(shards.items())), total if type(total) is int else None)
+
+
+def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
+    """The content of an index."""
+    index = {"metadata": {"total_size": total_size}, "weight_map": dict(weight_map)}
+    return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
+
+
+def is_plain_name(name: str) -> bool:
+    """Whether a name leads to a visible file in the same folder, on every system."""
+    return (
+        name.endswith(fmt.SUFFIX)
+        and not name.startswith(".")
+        and len(name.encode(errors="replace")) <= 255
+        and all(c.isprintable() and c not in "/\\:" for c in name)
     )
-    if not fmt.EARLIEST <= info.t <= fmt.LATEST:
-        raise reader.bad("ema.t", f"{info.t:g} is not a time of training")
-    if info.sigma_rel is not None and not info.sigma_rel > 0:
-        raise reader.bad("ema.sigma_rel", f"{info.sigma_rel:g} is not above 0")
-    for key, error in (("profile_error", info.profile_error), ("predicted_error", info.predicted_error)):
-        if error is not None and error < 0:
-            raise reader.bad(f"ema.{key}", f"{error:g} is below 0")
-    return info
+
+
+def model_files(path: Path) -> dict[Path, list[str] | None]:
+    """The files of the model at a path, each with the tensors that an index names; None without an index."""
+    index = index_of(path)
+    if index is not None:
+        return {index.parent / name: names for name, names in read_index(index).items()}
+    return {path / SINGLE_NAME if path.is_dir() else path: None}
+
+
+def index_of(path: Path) -> Path | None:
+    """The index of a sharded model: the path itself, or a file in that folder; None for other models."""
+    if not path.is_dir():
+        return path if path.name.endswith(INDEX_SUFFIX) else None
+    own = path / INDEX_NAME
+    return own if own.exists() else min(path.glob(f"*{INDEX_SUFFIX}"), default=None)
+
+
+def is_model_folder(path: Path) -> bool:
+    """Whether a path is a folder of one model: shards with an index, or `model.safetensors`."""
+    return path.is_dir() and (index_of(path) is not None or (path / SINGLE_NAME).exists())
+
+
+def models_at(path: Path) -> list[Path]:
+    """The models at a path: itself, or those in a folder of several, by name.
+
+    A DirectoryError for a folder without models, with shards but no index, or with the snapshots of a run.
+    """
+    if not path.is_dir() or is_model_folder(path):
+        return [path]
+    entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
+    shards = [match for entry in entries if (match := _SHARD.fullmatch(entry.name))]
+    if shards:
+        what = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
+        raise DirectoryError(path, what, "make the other shards, then finish the model")
+    found = [entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry)]
+    if not found:
+        hint = "name a .safetensors file, an index of shards, or a folder of these"
+        raise DirectoryError(path, "holds no snapshots, outputs or models", hint)
+    if any(map(_is_snapshot, found)):
+        raise DirectoryError(path, "holds the snapshots of a run", "name one of them, or make an average of them")
+    return found
+
+
+def _is_snapshot(path: Path) -> bool:
+    try:
+        return any(file_kind(read_header(file)) == "snapshot" for file in model_files(path))
+    except FileFormatError:  # raised again when it is opened
+        return False
+
+
+def check_indexed(path: Path, header: fmt.FileHeader, names: list[str] | None) -> None:
+    """Raise a FileFormatError, naming the shard and the tensor, if it lacks one that its index names."""
+    missing = set(names or ()) - header.tensors.keys()
+    if missing:
+        raise FileFormatError(path, f"tensor {shown(min(missing))} is not in it, as the index says")
+
+
+def check_alike(first: Path, info: OutputInfo | None, other: Path, found: OutputInfo | None) -> None:
+    """Raise a MismatchError unless two shards are of one model, by their outputs; None for other files."""
+    if info is None or found is None:
+        difference = "only one of them is of a synthesis" if info is not found else None
+    else:
+        difference = output_difference(found, info)
+        if difference is None and not same_coefficients(found, info):
+            difference = "its coefficients differ"
+    if difference is not None:
+        raise MismatchError(f"{first} and {other} are not of one model", difference)

@@ -6,9 +6,11 @@ least needed first, so that an interruption leaves a valid directory, and the be
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import snapshot_prior
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.reader import Snapshot, verify_payload
 from posthoc_cli.threads import one_blas_thread
 
 _ONE_BY_ONE = 128
@@ -32,15 +34,10 @@ _ONE_BY_ONE = 128
 
 @dataclass(frozen=True)
 class Pruning:
-    """A plan of what to delete, and whether that was done.
+    """A plan of what to delete: `kept` by time, then sigma_rel, `gone` in the order to delete.
 
-    Attributes:
-        kept: survivors, by time, then sigma_rel.
-        gone: in the order to delete.
-        before, after: expected errors from all snapshots, and from the survivors, both with the prior from all
-            headers. Of very many snapshots only some are used, see `planning.choose`.
-        source: what the errors rest on, see `reconstruction.Prior`.
-        deleted: whether it was carried out.
+    `before` and `after` are expected errors from all snapshots and from the survivors, both with the prior from all
+    headers; of very many snapshots only some are used, see `planning.choose`. `source` as in `reconstruction.Prior`.
     """
 
     kept: tuple[Snapshot, ...]
@@ -57,18 +54,11 @@ class Pruning:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as data for JSON."""
+        gone = [(s.path.name, s.info.t, s.info.sigma_rel, s.header.file_bytes) for s in self.gone]
         return {
             "run": self.kept[0].info.run_id,
             "kept": [snapshot.path.name for snapshot in self.kept],
-            "gone": [
-                {
-                    "file": snapshot.path.name,
-                    "t": snapshot.info.t,
-                    "sigma_rel": snapshot.info.sigma_rel,
-                    "bytes": snapshot.header.file_bytes,
-                }
-                for snapshot in self.gone
-            ],
+            "gone": [dict(zip(("file", "t", "sigma_rel", "bytes"), one, strict=True)) for one in gone],
             "bytes": {"kept": file_bytes(self.kept), "gone": file_bytes(self.gone)},
             "before": {"worst_error": self.before.worst, "median_error": self.before.median},
             "after": {"worst_error": self.after.worst, "median_error": self.after.median},
@@ -101,7 +91,6 @@ def plan_pruning(
         keep: the number to keep of each profile; or
         max_bytes: keep as many as take at most this; or
         max_error: keep as few as have at most this worst predicted error over `sigma_range`. Exactly one of the three.
-        sigma_range: what snapshots are kept for.
 
     Raises:
         InvalidValueError: `keep` is more than there are, or `max_bytes` less than the newest ones take.
@@ -147,7 +136,8 @@ def plan_pruning(
     if max_bytes is not None:
         count = _enough_bytes(snapshots, order, max_bytes)
     if max_error is not None:
-        count = _most(count, lambda n: errors_without(order[:n]).worst <= max_error)
+        # The errors grow with what goes.
+        count = bisect_left(range(1, count + 1), True, key=lambda n: errors_without(order[:n]).worst > max_error)
     gone = order[:count]
     if len(solved) == len(profiles):
         left = sorted(set(range(len(profiles))) - set(gone))
@@ -163,13 +153,9 @@ def plan_pruning(
 def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] = lambda _: None) -> Pruning:
     """Delete what was planned, while the directory is locked: verify all survivors, then delete the others.
 
-    Arguments:
-        progress: called with the number of bytes of each tensor that was verified.
-
     Raises:
         LockedError: a tracker is writing to the directory.
-        DirectoryError, MismatchError: the directory has changed since it was read; nothing is deleted.
-        FileFormatError: a survivor is damaged; nothing is deleted.
+        DirectoryError, MismatchError, FileFormatError: it has changed, or a survivor is damaged; nothing is deleted.
         WriteError: the system refused a deletion. All survivors are there.
     """
     with DirectoryLock(directory):
@@ -177,10 +163,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
         for snapshot in pruning.kept:
-            with TensorFile(snapshot.path, snapshot.header) as file:
-                for name, entry in snapshot.header.tensors.items():
-                    file.read(name)
-                    progress(entry.nbytes)
+            verify_payload(snapshot.path, snapshot.header, progress)
         for snapshot in pruning.gone:
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):
@@ -191,10 +174,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
 def removal_order(
     profiles: Sequence[PowerFunction], prior: Prior, keep: int, sigma_range: tuple[float, float]
 ) -> list[int]:
-    """Indices of snapshots to delete until `keep` of each profile are left, the least needed first.
-
-    As `planning.snapshots_to_drop`, if there are not very many.
-    """
+    """Indices of snapshots to delete until `keep` of each profile are left, the least needed first."""
     needed = _needed(profiles)
     left = list(range(len(profiles)))
     order: list[int] = []
@@ -216,12 +196,9 @@ def removal_order(
 
 def _needed(profiles: Sequence[PowerFunction]) -> set[int]:
     """Indices of the newest of each profile, and of those of the newest time that has all."""
-    gammas = {p.gamma for p in profiles}
-    newest = {gamma: max(p.t for p in profiles if p.gamma == gamma) for gamma in gammas}
-    at: dict[float, set[float]] = {}
-    for p in profiles:
-        at.setdefault(p.t, set()).add(p.gamma)
-    complete = max((t for t, found in at.items() if found == gammas), default=None)
+    times = {gamma: {p.t for p in profiles if p.gamma == gamma} for gamma in {p.gamma for p in profiles}}
+    newest = {gamma: max(own) for gamma, own in times.items()}
+    complete = max(set.intersection(*times.values()), default=None)
     return {index for index, p in enumerate(profiles) if p.t in (newest[p.gamma], complete)}
 
 
@@ -238,15 +215,10 @@ def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerF
     chosen: list[int] = []
     taken: set[int] = set()
     for index in ranked:
-        if len(chosen) == most:
-            break
-        if not taken & {place[index] - 1, place[index] + 1}:
+        if len(chosen) < most and not taken & {place[index] - 1, place[index] + 1}:
             chosen.append(index)
             taken.add(place[index])
     return chosen
-
-
-# --- how many
 
 
 def _check_keep(snapshots: Sequence[Snapshot], keep: int) -> None:
@@ -260,21 +232,10 @@ def _check_keep(snapshots: Sequence[Snapshot], keep: int) -> None:
 
 def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes: int) -> int:
     """How many of the first ones must go for the rest to fit."""
+    freed = [0, *accumulate(snapshots[index].header.file_bytes for index in order)]
     size = file_bytes(snapshots)
-    for count, index in enumerate(order):
-        if size <= max_bytes:
-            return count
-        size -= snapshots[index].header.file_bytes
-    if size > max_bytes:
-        reason = f"the newest snapshots of each profile, which stay, take {size:,} bytes"
+    fitting = next((count for count, nbytes in enumerate(freed) if size - nbytes <= max_bytes), None)
+    if fitting is None:
+        reason = f"the newest snapshots of each profile, which stay, take {size - freed[-1]:,} bytes"
         raise InvalidValueError("max_size", reason, value=f"{max_bytes:,} bytes")
-    return len(order)
-
-
-def _most(limit: int, holds: Callable[[int], bool]) -> int:
-    """The largest number up to `limit` for which `holds`, which is true from 0 up to some number."""
-    low = 0
-    while low < limit:
-        middle = (low + limit + 1) // 2
-        low, limit = (middle, limit) if holds(middle) else (low, middle - 1)
-    return low
+    return fitting

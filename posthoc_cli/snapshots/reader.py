@@ -1,7 +1,7 @@
 """Read files: the header first, checked; then tensors, each block verified as it is read.
 
-No torch: tensors come as bytes. Files are read, never mapped, so that a file that shrinks under a reader is an error
-and not a crash.
+No torch: tensors come as bytes. Files are read, never mapped, so that one that shrinks under a reader is no crash.
+A FileFormatError names the file that cannot be opened, is no regular file, is damaged or too short, and the tensor.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -64,67 +64,54 @@ class Snapshot:
 
 
 def read_header(path: Path, cache: DecodeCache | None = None, whole: bool = True) -> fmt.FileHeader:
-    """The checked header of a safetensors file.
-
-    Arguments:
-        cache: shared by the files of one run.
-        whole: also check the file's size; without it the header of a truncated file can be read.
-
-    Raises:
-        FileFormatError: the file cannot be opened, is no regular file, or is damaged.
-    """
-    descriptor = _open(path)
-    try:
+    """The checked header of a safetensors file; without `whole` also that of a truncated file."""
+    with _opened(path) as descriptor:
         start, size = _read_start(path, descriptor)
         return headers.decode_header(path, start, size if whole else None, cache)
-    finally:
-        files.system.close(descriptor)
 
 
 class TensorFile:
-    """A safetensors file opened for its tensors. Use it as a context manager.
+    """A safetensors file opened for its tensors, a context manager; any number of threads may read at once.
 
-    The header is read again and, where `expected` is given, must be equal: the file that was planned with is the file
-    that is read. Any number of threads may read at once.
+    The header is read again and must be `expected`: the file that was planned with is the file that is read.
     """
 
     def __init__(self, path: Path, expected: fmt.FileHeader | None = None) -> None:
         self.path = path
         self._descriptor = _open(path)
         try:
-            self.header = _known_header(path, self._descriptor, expected)
-            if expected is not None and self.header != expected:
-                raise FileFormatError(path, "was replaced while it was being used", "run again")
+            self.header = self._checked_header(expected)
             self._checksums = headers.decode_checksums(path, self.header)
         except BaseException:
             files.system.close(self._descriptor)
             raise
 
-    def read(self, name: str) -> npt.NDArray[np.uint8]:
-        """The bytes of a tensor, verified where the file has checksums: shape [nbytes].
+    def _checked_header(self, expected: fmt.FileHeader | None) -> fmt.FileHeader:
+        """The header; `expected` itself if the file still has it, which saves decoding it again."""
+        start, size = _read_start(self.path, self._descriptor)
+        if expected is not None and (len(start), size) == (expected.payload_start, expected.file_bytes):
+            checksum = expected.metadata.get("ema.checksum")
+            if checksum is not None and headers.has_header_checksum(start, checksum):
+                return expected
+        header = headers.decode_header(self.path, start, size)
+        if expected not in (None, header):
+            raise FileFormatError(self.path, "was replaced while it was being used", "run again")
+        return header
 
-        Raises:
-            FileFormatError: naming the file and the tensor, when a block does not match or bytes are missing.
-        """
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a tensor, verified where the file has checksums: shape [nbytes]."""
         data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
         reader = self.read_range(name, 0, data.size)
-        for begin in range(0, data.size, fmt.BLOCK_BYTES):
+        for begin in range(0, data.size, fmt.BLOCK_BYTES):  # checksums find a block in the cache
             reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
         return data
 
     def read_range(self, name: str, begin: int, end: int) -> RangeReader:
-        """The bytes `begin` to `end` of a tensor, to be read in order and verified on the way.
-
-        `begin` is at the start of a block; `end` at the end of one, or of the tensor.
-        """
+        """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order and verified."""
         return RangeReader(self, name, begin, end)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
-        """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow.
-
-        Raises:
-            FileFormatError: naming the file and the tensor, when bytes are missing.
-        """
+        """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""
         offset = self.header.payload_start + self.header.tensors[name].begin + begin
         while view:
             try:
@@ -136,11 +123,7 @@ class TensorFile:
             view, offset = view[count:], offset + count
 
     def verify(self, names: Sequence[str], parts: Sequence[memoryview]) -> None:
-        """Check all bytes of tensors of at most one block each, which the caller has read by `fill`.
-
-        Raises:
-            FileFormatError: naming the file and the first tensor whose bytes do not match.
-        """
+        """Check all bytes of tensors of at most one block each, which the caller has read by `fill`."""
         if not self._checksums:
             return
         found = [xxhash.xxh3_64_hexdigest(part) if part else "" for part in parts]
@@ -158,11 +141,7 @@ class TensorFile:
         return FileFormatError(self.path, f"tensor {shown(name)} is damaged: its checksum does not match")
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin].
-
-        Raises:
-            FileFormatError: naming the file and the tensor, when bytes are missing.
-        """
+        """The bytes `begin` to `end` of a tensor, without checksums, for estimates only: shape [end - begin]."""
         data = np.empty(end - begin, dtype=np.uint8)
         self.fill(name, data.data, begin)
         return data
@@ -179,21 +158,14 @@ class TensorFile:
 
 
 class RangeReader:
-    """Some blocks of one tensor, read in order, in parts of any size; each block is verified at its end.
-
-    The checksum runs along, so that the parts of one block need not be in memory together.
-    """
+    """Some blocks of one tensor, read in order, in parts of any size; each block is verified at its end."""
 
     def __init__(self, file: TensorFile, name: str, begin: int, end: int) -> None:
         self._file, self._name, self._position, self._end = file, name, begin, end
         self._hash = xxhash.xxh3_64()
 
     def read_into(self, view: memoryview) -> None:
-        """Fill `view` with the bytes that come next.
-
-        Raises:
-            FileFormatError: naming the file and the tensor, when a block does not match or bytes are missing.
-        """
+        """Fill `view` with the bytes that come next."""
         self._file.fill(self._name, view, self._position)
         while view:
             left = fmt.BLOCK_BYTES - self._position % fmt.BLOCK_BYTES
@@ -208,20 +180,13 @@ class RangeReader:
 
 
 def read_small_file(path: Path, most: int) -> bytes:
-    """The content of a regular file of at most `most` bytes.
-
-    Raises:
-        FileFormatError: it is larger or no regular file, or cannot be opened or read.
-    """
-    descriptor = _open(path)
-    try:
+    """The content of a regular file of at most `most` bytes."""
+    with _opened(path) as descriptor:
         size = os.fstat(descriptor).st_size
         if size > most:
             raise FileFormatError(path, f"has {size:,} bytes; at most {most:,} are allowed")
         with _named_on_error(path, "read"):
             return files.read_at(descriptor, size, 0)
-    finally:
-        files.system.close(descriptor)
 
 
 # --- opening, and the header's bytes
@@ -233,6 +198,8 @@ def _named_on_error(path: Path, verb: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise _cannot(path, verb, error) from error
+    except ValueError as error:
+        raise FileFormatError(f"{str(path)!r}", f"cannot be {verb}: no file can have this name") from error
 
 
 def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
@@ -242,26 +209,22 @@ def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
     return kind(path, f"cannot be {verb}: {(error.strerror or str(error)).lower()}", hint)
 
 
-def _open(path: Path) -> int:
+@contextmanager
+def _opened(path: Path) -> Iterator[int]:
+    descriptor = _open(path)
     try:
-        with _named_on_error(path, "opened"):
-            descriptor = files.system.open(path)
-    except ValueError as error:
-        raise FileFormatError(f"{str(path)!r}", "cannot be opened: no file can have this name") from error
+        yield descriptor
+    finally:
+        files.system.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    with _named_on_error(path, "opened"):
+        descriptor = files.system.open(path)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         files.system.close(descriptor)
         raise FileFormatError(path, "is not a regular file")
     return descriptor
-
-
-def _known_header(path: Path, descriptor: int, known: fmt.FileHeader | None) -> fmt.FileHeader:
-    """The checked header; `known` itself if the file still has it, which saves decoding it again."""
-    start, size = _read_start(path, descriptor)
-    if known is not None and len(start) == known.payload_start and size == known.file_bytes:
-        checksum = known.metadata.get("ema.checksum")
-        if checksum is not None and headers.has_header_checksum(start, checksum):
-            return known
-    return headers.decode_header(path, start, size)
 
 
 def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
@@ -269,15 +232,16 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
     with _named_on_error(path, "read"):
         size = os.fstat(descriptor).st_size
         prefix = files.read_at(descriptor, 8, 0)
-        if len(prefix) < 8:
-            raise FileFormatError(path, f"truncated: {size:,} bytes cannot hold a safetensors header")
         length = int.from_bytes(prefix, "little")
-        if length > fmt.MAX_HEADER_BYTES or 8 + length > size:
-            if prefix.startswith(_PICKLES):
-                raise FileFormatError(path, "is a pickle (.pt, .bin), which is never read", "save it as safetensors")
-            what = "damaged, truncated or not safetensors"
-            raise FileFormatError(path, f"{what}: its header would take {length:,} bytes of a file of {size:,}")
-        start = prefix + files.read_at(descriptor, length, len(prefix))
+        is_held = len(prefix) == 8 and length <= fmt.MAX_HEADER_BYTES and 8 + length <= size
+        start = prefix + files.read_at(descriptor, length, 8) if is_held else b""
+    if len(prefix) < 8:
+        raise FileFormatError(path, f"truncated: {size:,} bytes cannot hold a safetensors header")
+    if not is_held and prefix.startswith(_PICKLES):
+        raise FileFormatError(path, "is a pickle (.pt, .bin), which is never read", "save it as safetensors")
+    if not is_held:
+        what = "damaged, truncated or not safetensors"
+        raise FileFormatError(path, f"{what}: its header would take {length:,} bytes of a file of {size:,}")
     if len(start) < 8 + length:
         raise FileFormatError(path, "the file became shorter while it was read")
     return start, size
@@ -286,33 +250,17 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
 # --- verifying a whole payload: on all cores, in constant memory
 
 
-@dataclass(frozen=True)
-class Checked:
-    """The result of checking some bytes of a payload.
-
-    Attributes:
-        nbytes: how many.
-        damaged: tensors that do not match their checksums.
-        error: what is wrong with the first of them.
-        nonfinite: tensors that hold nan or infinity.
-    """
+class Checked(NamedTuple):
+    """A part of a payload: tensors that do not match their checksums, why the first does not, those with nan or inf."""
 
     nbytes: int
-    damaged: tuple[str, ...] = ()
+    damaged: Sequence[str] = ()
     error: FileFormatError | None = None
-    nonfinite: tuple[str, ...] = ()
+    nonfinite: Sequence[str] = ()
 
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:
-    """Read a file and check each block of each tensor. Memory: a block a thread.
-
-    Arguments:
-        header: what the file must still have.
-        progress: called with the number of bytes that were read, in this thread.
-
-    Raises:
-        FileFormatError: the file was replaced, or naming it and the tensor that is damaged.
-    """
+    """Read a file, whose header must still be this, and check each block of each tensor. Memory: a block a thread."""
     with TensorFile(path, header) as file, closing(check_payload(file)) as found:
         for checked in found:
             if checked.error is not None:
@@ -323,7 +271,29 @@ def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int],
 
 def check_payload(file: TensorFile) -> Generator[Checked, None, None]:
     """Check a payload from its first byte to its last; continue after damage."""
-    check = _BlockCheck(file)
+    buffers = threading.local()  # each thread keeps one
+
+    def check(spans: Sequence[_Span]) -> Checked:
+        if not hasattr(buffers, "own"):
+            buffers.own = memoryview(bytearray(fmt.BLOCK_BYTES))
+        view = buffers.own[: sum(span.end - span.begin for span in spans)]
+        try:
+            file.fill(spans[0].name, view, spans[0].begin)
+        except FileFormatError as error:
+            return Checked(len(view), [span.name for span in spans], error)
+        damaged, nonfinite, at = [], [], 0
+        for dtype, group in groupby(spans, lambda span: file.header.tensors[span.name].dtype):
+            parts, start = [], at
+            for name, begin, end in group:
+                parts.append((name, view[at : at + end - begin]))
+                at += end - begin
+                expected = file.checksum(name, begin // fmt.BLOCK_BYTES)
+                if expected is not None and xxhash.xxh3_64_hexdigest(parts[-1][1]) != expected:
+                    damaged.append(name)
+            if holds_nonfinite(view[start:at], dtype):  # neighbours together, and one by one only if that finds some
+                nonfinite += [name for name, part in parts if holds_nonfinite(part, dtype)]
+        return Checked(len(view), damaged, file.damaged(damaged[0]) if damaged else None, nonfinite)
+
     blocks = _blocks(file.header)
     first = list(islice(blocks, 2))
     if len(first) < 2:  # threads take longer to start than to read a small file
@@ -331,6 +301,30 @@ def check_payload(file: TensorFile) -> Generator[Checked, None, None]:
         return
     with worker_threads() as pool:
         yield from in_order(pool, check, chain(first, blocks))
+
+
+class _Span(NamedTuple):
+    """The bytes `begin` to `end` of a tensor, within one of its blocks."""
+
+    name: str
+    begin: int
+    end: int
+
+
+def _blocks(header: fmt.FileHeader) -> Iterator[list[_Span]]:
+    """The payload from its first byte to its last, in consecutive spans of at most a block together."""
+    batch: list[_Span] = []
+    size = 0
+    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
+        for begin in range(0, entry.nbytes, fmt.BLOCK_BYTES):
+            end = min(begin + fmt.BLOCK_BYTES, entry.nbytes)
+            if size + end - begin > fmt.BLOCK_BYTES:
+                yield batch
+                batch, size = [], 0
+            batch.append(_Span(name, begin, end))
+            size += end - begin
+    if batch:
+        yield batch
 
 
 def holds_nonfinite(data: memoryview, dtype: str) -> bool:
@@ -367,67 +361,3 @@ def in_order(pool: Executor, function: Callable[[_Item], _Result], items: Iterab
             yield in_work.popleft().result()
     while in_work:
         yield in_work.popleft().result()
-
-
-@dataclass(frozen=True)
-class _Span:
-    """The bytes `begin` to `end` of a tensor, within one of its blocks; `at` is where they lie in a buffer."""
-
-    name: str
-    begin: int
-    end: int
-    at: int
-
-    @property
-    def stop(self) -> int:
-        return self.at + self.end - self.begin
-
-
-def _blocks(header: fmt.FileHeader) -> Iterator[list[_Span]]:
-    """The payload from its first byte to its last, in consecutive spans of at most a block together."""
-    batch: list[_Span] = []
-    size = 0
-    for name, entry in sorted(header.tensors.items(), key=lambda item: item[1].begin):
-        for begin in range(0, entry.nbytes, fmt.BLOCK_BYTES):
-            end = min(begin + fmt.BLOCK_BYTES, entry.nbytes)
-            if size + end - begin > fmt.BLOCK_BYTES:
-                yield batch
-                batch, size = [], 0
-            batch.append(_Span(name, begin, end, size))
-            size += end - begin
-    if batch:
-        yield batch
-
-
-class _BlockCheck:
-    """Reads consecutive spans of a file and checks them; each thread has a buffer of a block."""
-
-    def __init__(self, file: TensorFile) -> None:
-        self._file = file
-        self._own = threading.local()
-
-    def __call__(self, spans: Sequence[_Span]) -> Checked:
-        if not hasattr(self._own, "buffer"):
-            self._own.buffer = memoryview(bytearray(fmt.BLOCK_BYTES))
-        view = self._own.buffer[: spans[-1].stop]
-        try:
-            self._file.fill(spans[0].name, view, spans[0].begin)
-        except FileFormatError as error:
-            return Checked(len(view), tuple(span.name for span in spans), error)
-        damaged = []
-        for span in spans:
-            expected = self._file.checksum(span.name, span.begin // fmt.BLOCK_BYTES)
-            if expected is not None and xxhash.xxh3_64_hexdigest(view[span.at : span.stop]) != expected:
-                damaged.append(span.name)
-        wrong = self._file.damaged(damaged[0]) if damaged else None
-        return Checked(len(view), tuple(damaged), wrong, self._nonfinite(spans, view))
-
-    def _nonfinite(self, spans: Sequence[_Span], view: memoryview) -> tuple[str, ...]:
-        """Neighbours of one dtype are checked together, and one by one only if that finds something."""
-        tensors = self._file.header.tensors
-        found: list[str] = []
-        for dtype, group in groupby(spans, lambda span: tensors[span.name].dtype):
-            own = list(group)
-            if holds_nonfinite(view[own[0].at : own[-1].stop], dtype):
-                found += [span.name for span in own if holds_nonfinite(view[span.at : span.stop], dtype)]
-        return tuple(found)

@@ -1,7 +1,6 @@
 """Set aside broken files of a snapshot directory, and delete what interrupted writes have left; only without a writer.
 
-Only temporaries are deleted. A broken file keeps its name in the folder `quarantine`, so that the directory can be read
-again, with what is left.
+Only temporaries are deleted. A broken file keeps its name in the folder `quarantine`.
 """
 
 from __future__ import annotations
@@ -21,22 +20,15 @@ from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError
 from posthoc_cli.planning import USEFUL_RANGE, forecast_at, sigma_rels_in
 from posthoc_cli.profiles import FloatArray
-from posthoc_cli.snapshots.check import (
-    DAMAGED,
-    MISMATCHED,
-    MISMEASURED,
-    MISSING,
-    NONFINITE,
-    FileReport,
-    Verification,
-)
+from posthoc_cli.snapshots import check
+from posthoc_cli.snapshots.check import FileReport, Verification
 from posthoc_cli.snapshots.directory import QUARANTINE, move_aside, time_order
 from posthoc_cli.snapshots.format import of_newest_segment
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.measurements import chosen_up_to, snapshot_prior
 from posthoc_cli.snapshots.reader import Snapshot
 
-MOVED = frozenset({DAMAGED, MISSING, NONFINITE, MISMATCHED, MISMEASURED})
+MOVED = frozenset({check.DAMAGED, check.MISSING, check.NONFINITE, check.MISMATCHED, check.MISMEASURED})
 """States of files that are set aside."""
 
 SIGMA_RELS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.28)
@@ -51,14 +43,9 @@ STILL_SECONDS_UNLOCKED = 3600.0
 
 @dataclass(frozen=True)
 class Errors:
-    """Errors to expect from the snapshots of the newest segment.
+    """Errors to expect from the snapshots of the newest segment, at the time `t` of the last one.
 
-    Attributes:
-        t: time of the last one, and of the averages.
-        predicted: errors at SIGMA_RELS.
-        worst: the largest over the useful range.
-        solved: the number of snapshots that a reconstruction uses.
-        count: the number there are.
+    `predicted` at SIGMA_RELS, `worst` the largest over the useful range; `solved` of `count` snapshots were used.
     """
 
     t: float
@@ -70,12 +57,10 @@ class Errors:
     def to_dict(self) -> dict[str, Any]:
         """The errors as data for JSON, where infinity is null."""
         worst, *predicted = (float(e) if math.isfinite(e) else None for e in (self.worst, *self.predicted))
+        errors = zip(SIGMA_RELS, predicted, strict=True)
         return {
             "t": self.t,
-            "errors": [
-                {"sigma_rel": sigma_rel, "predicted_error": error}
-                for sigma_rel, error in zip(SIGMA_RELS, predicted, strict=True)
-            ],
+            "errors": [{"sigma_rel": sigma_rel, "predicted_error": error} for sigma_rel, error in errors],
             "worst_error": worst,
             "solved_with": self.solved,
             "of": self.count,
@@ -86,15 +71,9 @@ class Errors:
 class Repair:
     """A plan of what to set aside, and what was done of it.
 
-    Attributes:
-        directory: the snapshot directory.
-        gone: files and folders of shards to move.
-        staying: reports of files that are wrong and stay, since they may be valid.
-        before, after: expected errors with and without; None if there are none.
-        unknown: the number of snapshots in neither, since their headers are damaged.
-        stamps: identities of `gone`, to notice files that were replaced.
-        moved: new paths.
-        done: whether it was carried out.
+    `staying` are wrong, but may be valid. `before` and `after` are the expected errors with and without `gone`, None if
+    there are none; `unknown` counts snapshots in neither, since their headers are damaged. `stamps` are the identities
+    of `gone`, to notice files that were replaced; `moved` their new paths.
     """
 
     directory: Path
@@ -144,22 +123,21 @@ def is_snapshot_directory(found: Verification) -> bool:
 
 
 def plan_repair(found: Verification) -> Repair:
-    """Plan what `repair` sets aside. Reads no tensor, but a sample if headers have no measurements.
-
-    Raises:
-        DirectoryError: it is no directory of snapshots.
-    """
+    """Plan what `repair` sets aside, without reading tensors; a DirectoryError if it is no directory of snapshots."""
     if not is_snapshot_directory(found):
         hint = "an output can be made again; a snapshot is set aside in its own directory"
         raise DirectoryError(found.path, "is no directory of snapshots: nothing is set aside", hint)
     units = dict.fromkeys(report.unit for report in found.files if report.state in MOVED)
-    gone = tuple(path for unit in units for path in _files_of(unit, found))
+    # A model whose shards are in the directory itself is moved file by file.
+    gone = [r.path if r.unit == found.path else r.unit for r in found.files if r.unit in units]
+    gone = [*dict.fromkeys(gone)]
     staying = [report for report in found.files if not report.is_fine and report.unit not in units]
     after = _errors(found.snapshots)
     before = _errors(sorted((*found.snapshots, *found.lost), key=time_order)) if found.lost else after
     known = {snapshot.path for snapshot in found.lost}
-    unknown = {r.unit for r in found.files if r.state == DAMAGED and r.kind == "snapshot"} - known
-    return Repair(found.path, gone, tuple(staying), before, after, len(unknown), tuple(map(_stamp, gone)))
+    unknown = {r.unit for r in found.files if r.state == check.DAMAGED and r.kind == "snapshot"} - known
+    stamps = tuple(map(_stamp, gone))
+    return Repair(found.path, tuple(gone), tuple(staying), before, after, len(unknown), stamps)
 
 
 def repair(plan: Repair) -> Repair:
@@ -167,8 +145,7 @@ def repair(plan: Repair) -> Repair:
 
     Raises:
         LockedError: a tracker is writing to the directory.
-        MismatchError: a file has changed since; nothing was moved.
-        DirectoryError: `quarantine` is a symbolic link, or no folder; nothing was moved.
+        MismatchError, DirectoryError: a file has changed since, or `quarantine` is no folder; nothing was moved.
         WriteError: the system refused. What was moved is in the folder `quarantine`, the rest where it was.
     """
     with DirectoryLock(plan.directory):
@@ -182,11 +159,7 @@ def repair(plan: Repair) -> Repair:
 def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning:
     """Delete the leftovers of interrupted writes, if they are old enough that no write can be in progress.
 
-    In a snapshot directory only while it is locked.
-
-    Raises:
-        LockedError: a tracker is writing to the directory.
-        WriteError: the system refused.
+    In a snapshot directory only while it is locked: a LockedError if a tracker is writing there.
     """
     if is_snapshot_directory(found):
         with DirectoryLock(found.path):
@@ -208,11 +181,6 @@ def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
     profiles = [snapshot.info.profile.pure for snapshot in solved]
     expected = forecast_at(profiles, prior, np.concatenate((SIGMA_RELS, sigma_rels_in(USEFUL_RANGE)))).predicted_error
     return Errors(t, expected[: len(SIGMA_RELS)], float(expected.max()), len(solved), len(newest))
-
-
-def _files_of(unit: Path, found: Verification) -> list[Path]:
-    """What to move of a unit: the unit itself, or the files of a model whose shards are in the directory itself."""
-    return [unit] if unit != found.path else [report.path for report in found.files if report.unit == unit]
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,8 +12,9 @@ from typing import Any
 from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_schedule
-from posthoc_cli.snapshots.headers import Metadata, is_number
+from posthoc_cli.snapshots import headers
+from posthoc_cli.snapshots.decoding import SCHEDULE
+from posthoc_cli.snapshots.headers import AMOUNT, AMOUNTS, TEXTS, WHOLE, Entry, is_list_of, is_number, is_whole
 
 COPY = "copy"
 """The prefix of copied tensors, before the slash."""
@@ -33,19 +32,11 @@ def recent_prefix(sigma_rel: float) -> str:
 
 @dataclass(frozen=True)
 class StateInfo:
-    """All of a tracker's state that is no tensor.
+    """All of a tracker's state that is no tensor: of the last call, and with `averages_` of the last update.
 
-    Attributes:
-        run_id, step, t, t_unit: the run, calls and time so far.
-        sigma_rels: the tracked profiles, growing.
-        averages_t, averages_step: time and calls at the last update; 0 before.
-        t_first, max_interval: time of the first update, and the longest time between two since; 0 before.
-        updates: how many there were; None if unknown.
-        window, masses, inherited: as in `tracker.averages.Standing`.
-        schedule: the tracker's.
-        clock: from `ClockRecorder.state`.
-        snapshots: header checksums of those on disk.
-        segment: how often the model's tensors have changed.
+    Zeros before the first update; `updates` is None if unknown. `window`, `masses` and `inherited` are as in
+    `tracker.averages.Standing`, `clock` is from `ClockRecorder.state`, `snapshots` are header checksums of those on
+    disk.
     """
 
     run_id: str
@@ -67,71 +58,50 @@ class StateInfo:
     segment: int
 
 
+_COUNT = Entry("a whole number, at least 0, or None", lambda v: v is None or is_whole(v))
+_CLOCK = Entry("a list", lambda v: isinstance(v, Iterable))
+
+_ENTRIES = {
+    "run_id": headers.RUN_ID,
+    "step": WHOLE, "t": AMOUNT, "t_unit": headers.TEXT, "sigma_rels": AMOUNTS, "averages_t": AMOUNT,
+    "averages_step": WHOLE, "t_first": AMOUNT, "max_interval": AMOUNT, "updates": _COUNT, "window": WHOLE,
+    "masses": AMOUNTS, "inherited": AMOUNTS, "clock": _CLOCK, "snapshots": TEXTS, "segment": WHOLE,
+}  # fmt: skip
+"""What each entry of a state must be, of a file as of a tracker's `state_dict()`."""
+
+_IN_FILE = {key: entry for key, entry in _ENTRIES.items() if key != "clock"} | {
+    "t_unit": headers.UNIT,
+    "schedule": SCHEDULE,
+    # JSON has no infinity, which the clock begins with as its steepest slope.
+    "clock_state": Entry("a list of numbers", lambda v: is_list_of(v, lambda item: item is None or is_number(item))),
+}
+
+
 def state_metadata(info: StateInfo) -> dict[str, str]:
     """The metadata of a state, without its checksums."""
-    # JSON has no infinity, which the clock begins with as its steepest slope.
     clock = [None if value == math.inf else value for value in info.clock]
-    return {
-        "format": "pt",
-        "ema.format": "state",
-        "ema.version": fmt.STATE_VERSION,
-        "ema.run_id": info.run_id,
-        "ema.step": str(info.step),
-        "ema.t": repr(info.t),
-        "ema.t_unit": info.t_unit,
-        "ema.sigma_rels": json.dumps(info.sigma_rels),
-        "ema.averages_t": repr(info.averages_t),
-        "ema.averages_step": str(info.averages_step),
-        "ema.t_first": repr(info.t_first),
-        "ema.max_interval": repr(info.max_interval),
-        "ema.updates": "null" if info.updates is None else str(info.updates),
-        "ema.window": str(info.window),
-        "ema.masses": json.dumps(info.masses),
-        "ema.inherited": json.dumps(info.inherited),
-        "ema.schedule": json.dumps(vars(info.schedule)),
-        "ema.clock_state": json.dumps(clock, allow_nan=False),
-        "ema.snapshots": json.dumps(info.snapshots),
-        "ema.segment": str(info.segment),
-    }
+    values = {key: value for key, value in vars(info).items() if key != "clock"}
+    return fmt.encode_metadata("state", values | {"clock_state": clock})
 
 
 def decode_state(path: Path, header: fmt.FileHeader) -> StateInfo:
-    """The checked metadata of a state.
-
-    Raises:
-        FileFormatError: naming the file and the key.
-    """
-    reader = Metadata(path, header, "state")
-    values: dict[str, Any] = {"run_id": reader.run_id(), "t_unit": reader.unit()}
-    for key in ("step", "averages_step", "window", "segment"):
-        values[key] = reader.integer(f"ema.{key}")
-    for key in ("t", "averages_t", "t_first", "max_interval"):
-        values[key] = reader.number(f"ema.{key}")
-    for key in ("sigma_rels", "masses", "inherited", "snapshots"):
-        values[key] = reader.json_list(f"ema.{key}")
-    values["updates"] = None if reader.text("ema.updates") == "null" else reader.integer("ema.updates")
-    clock = reader.json_list("ema.clock_state")
-    if not all(value is None or is_number(value) for value in clock):
-        raise reader.bad("ema.clock_state", "is not a list of numbers")
-    values["clock"] = [math.inf if value is None else value for value in clock]
+    """The checked metadata of a state; a FileFormatError names the file and the key."""
+    values = headers.decode_metadata(path, header, "state", _IN_FILE)
+    values["clock"] = [math.inf if value is None else value for value in values["clock_state"]]
     try:
-        return state_from(values, decode_schedule(reader))
+        return state_from(values, values["schedule"])
     except InvalidValueError as error:
         raise FileFormatError(path, f"ema.{error.reason}") from error
 
 
 def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -> None:
-    """Check that all profiles of a state have the same averages, and that other tensors are copies.
-
-    Raises:
-        FileFormatError: naming the file and a tensor.
-    """
+    """Raise a FileFormatError unless all profiles of a state have the same averages, and other tensors are copies."""
     totals = [total_prefix(sigma_rel) for sigma_rel in state.sigma_rels]
     recent = [recent_prefix(sigma_rel) for sigma_rel in state.sigma_rels]
     named = {prefix: tensors_with(prefix, header) for prefix in (*totals, *recent, COPY)}
-    known = {full for names in named.values() for full in names.values()}
-    if known != header.tensors.keys():
-        raise FileFormatError(path, f"tensor {shown(min(header.tensors.keys() - known))} is of no profile of the state")
+    unknown = header.tensors.keys() - {full for names in named.values() for full in names.values()}
+    if unknown:
+        raise FileFormatError(path, f"tensor {shown(min(unknown))} is of no profile of the state")
     for prefixes, compared in ((totals, "dtype shape"), (recent, "dtype shape"), ((totals[0], recent[0]), "shape")):
         entries = [
             {(name, *(getattr(header.tensors[full], a) for a in compared.split())) for name, full in named[p].items()}
@@ -143,115 +113,57 @@ def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) ->
                 raise FileFormatError(path, f"tensor {shown(name)} is not the same in {prefixes[0]} and {prefix}")
 
 
-# --- checking the entries of a state: of a file, or of a tracker's `state_dict()`
-
-
-def _is_whole(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _is_amount(value: Any) -> bool:
-    return is_number(value) and value >= 0
-
-
-def _is_list(value: Any, accepts: Callable[[Any], bool]) -> bool:
-    return isinstance(value, list | tuple) and all(map(accepts, value))
-
-
-_RUN_ID = ("32 hexadecimal digits", lambda v: isinstance(v, str) and re.fullmatch("[0-9a-f]{32}", v) is not None)
-_TEXT = ("a string", lambda v: isinstance(v, str))
-_TEXTS = ("a list of strings", lambda v: _is_list(v, lambda item: isinstance(item, str)))
-_WHOLE = ("a whole number, at least 0", _is_whole)
-_COUNT = ("a whole number, at least 0, or None", lambda v: v is None or _is_whole(v))
-_AMOUNT = ("a finite number, at least 0", _is_amount)
-_AMOUNTS = ("a list of finite numbers, at least 0", lambda v: _is_list(v, _is_amount))
-_ANY: tuple[str, Callable[[Any], bool]] = ("a list", lambda v: isinstance(v, Iterable))
-
-_ENTRIES: dict[str, tuple[str, Callable[[Any], bool]]] = {
-    "run_id": _RUN_ID, "step": _WHOLE, "t": _AMOUNT, "t_unit": _TEXT, "sigma_rels": _AMOUNTS, "averages_t": _AMOUNT,
-    "averages_step": _WHOLE, "t_first": _AMOUNT, "max_interval": _AMOUNT, "updates": _COUNT, "window": _WHOLE,
-    "masses": _AMOUNTS, "inherited": _AMOUNTS, "clock": _ANY, "snapshots": _TEXTS, "segment": _WHOLE,
-}  # fmt: skip
-"""What each entry of a state must be, in words and as a test."""
-
-
 def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> StateInfo:
-    """The checked entries of a state; `values` may have further ones.
-
-    Raises:
-        InvalidValueError: the reason begins with the entry that is missing, of another type, or not of one training.
-    """
+    """The checked entries of a state; `values` may have further ones. An InvalidValueError names the entry."""
     checked: dict[str, Any] = {}
-    for key, (accepted, accepts) in _ENTRIES.items():
+    for key, entry in _ENTRIES.items():
         if key not in values:
             raise InvalidValueError("state", f"{key}: is missing; not a tracker's state, as state_dict() gives it")
-        value = values[key]
-        if not accepts(value):
-            raise InvalidValueError("state", f"{key}: must be {accepted}, not {shown(value)}")
-        checked[key] = float(value) if accepts is _is_amount else tuple(value) if isinstance(value, list) else value
+        try:
+            checked[key] = entry.result(values[key], checked)
+        except ValueError as error:
+            raise InvalidValueError("state", f"{key}: {error}") from error
     info = StateInfo(**checked, schedule=schedule)
     try:
         if not info.sigma_rels or any(a >= b for a, b in pairwise(map(check_sigma_rel, info.sigma_rels))):
             raise InvalidValueError("sigma_rels", "must grow, each profile once")
-        check_times(info.step, info.t, info.averages_step, info.averages_t, info.t_first, info.max_interval)
-        check_window(len(info.sigma_rels), info.averages_step, info.updates, info.window, info.masses, info.inherited)
+        _check_times(info)
+        _check_window(info)
         clock_at(list(info.clock), info.step, info.t)
     except InvalidValueError as error:
         raise InvalidValueError("state", str(error)) from error
-    return info
+    return replace(info, clock=tuple(info.clock))
 
 
-def check_times(
-    step: int, t: float, averages_step: int, averages_t: float, t_first: float, max_interval: float
-) -> None:
-    """Check that times and counters are of one training: finite and in order.
-
-    Raises:
-        InvalidValueError: they are not.
-    """
-    in_order = 0 <= t_first <= averages_t <= t < math.inf and 0 <= averages_step <= step
-    if not in_order or not 0 <= max_interval <= averages_t or (averages_t > 0) != (t_first > 0):
-        raise InvalidValueError(
-            "t", "not times of one training", value=f"{t!r}, step {step}, averages at {averages_t!r} since {t_first!r}"
-        )
+def _check_times(info: StateInfo) -> None:
+    """Check that times and counters are of one training: finite and in order."""
+    in_order = 0 <= info.t_first <= info.averages_t <= info.t and info.averages_step <= info.step
+    if not in_order or info.max_interval > info.averages_t or (info.averages_t > 0) != (info.t_first > 0):
+        value = f"{info.t!r}, step {info.step}, averages at {info.averages_t!r} since {info.t_first!r}"
+        raise InvalidValueError("t", "not times of one training", value=value)
 
 
-def check_window(
-    profiles: int,
-    averages_step: int,
-    updates: int | None,
-    window: int,
-    masses: Sequence[float],
-    inherited: Sequence[float],
-) -> None:
-    """Check how averages are made up of totals and recent means; `masses` and `inherited` have a number a profile.
-
-    Raises:
-        InvalidValueError: no updates can lead to them.
-    """
-    counted = averages_step if updates is None else updates
-    in_order = (averages_step > 0) == (counted > 0) and window <= counted <= averages_step
-    fits = len(masses) == len(inherited) == profiles and all(0 <= error < math.inf for error in inherited)
-    if not (in_order and fits and all((0 < mass <= 1) if window else mass == 0 for mass in masses)):
+def _check_window(info: StateInfo) -> None:
+    """Check how averages are made up of totals and recent means."""
+    counted, masses, inherited = info.updates, info.masses, info.inherited
+    if counted is None:
+        counted = info.averages_step
+    in_order = (info.averages_step > 0) == (counted > 0) and info.window <= counted <= info.averages_step
+    fits = len(masses) == len(inherited) == len(info.sigma_rels)
+    if not (in_order and fits and all((0 < mass <= 1) if info.window else mass == 0 for mass in masses)):
         raise InvalidValueError(
             "updates",
-            f"not those of {profiles} averages at step {averages_step}",
-            value=f"{shown(updates)}, window {window}, masses {shown(list(masses))}, inherited "
-            f"{shown(list(inherited))}",
+            f"not those of {len(info.sigma_rels)} averages at step {info.averages_step}",
+            value=f"{info.updates}, window {info.window}, masses {list(masses)}, inherited {list(inherited)}",
         )
 
 
 def clock_at(state: Any, step: int, t: float) -> ClockRecorder:
-    """The clock of a training at `step` and `t`, from `ClockRecorder.state`.
-
-    Raises:
-        InvalidValueError: it is invalid, or ends elsewhere.
-    """
+    """The clock of a training at `step` and `t`, from its state; an InvalidValueError if it ends elsewhere."""
     clock = ClockRecorder.of_state(state)
     if (clock.step, clock.t) != (step, t):
-        raise InvalidValueError(
-            "clock", f"ends at step {shown(clock.step)}, t {clock.t!r}; the training is at step {step}, t {t!r}"
-        )
+        there = f"ends at step {shown(clock.step)}, t {clock.t!r}"
+        raise InvalidValueError("clock", f"{there}; the training is at step {step}, t {t!r}")
     return clock
 
 

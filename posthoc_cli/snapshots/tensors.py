@@ -14,11 +14,7 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 def stored_name(dtype: torch.dtype, tensor: str = "") -> str:
-    """The safetensors name of a dtype.
-
-    Raises:
-        InvalidValueError: safetensors has none; `tensor` is named.
-    """
+    """The safetensors name of a dtype; an InvalidValueError names the `tensor` if it has none."""
     if dtype not in _NAMES:
         where = f"tensor {tensor!r}" if tensor else "tensor"
         raise InvalidValueError(where, f"dtype {dtype} cannot be stored; one of {', '.join(map(str, _NAMES))} can")
@@ -31,11 +27,7 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def parse_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A dtype for averages, from a dtype or a user's word; None for None and "keep": each tensor's own.
-
-    Raises:
-        InvalidValueError: listing the accepted words.
-    """
+    """A dtype for averages, from a dtype or a user's word; None for None and "keep": each tensor's own."""
     name = dtypes.parse_dtype(dtype)
     return None if name is None else _DTYPES[name]
 

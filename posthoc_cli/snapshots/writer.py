@@ -1,15 +1,8 @@
 """Durable writing of safetensors files with checksums.
 
-Guarantees, also after errors, signals and loss of power:
-
-1. A file is absent or complete. It is written under a temporary name in its own directory, fsynced, put under its
-   final name in one step, and the directory is fsynced.
-2. Nothing is written in place. A reader that has an older file open keeps it.
-3. A write that was not committed leaves nothing: neither an error nor Ctrl-C finalizes a file.
-4. Every byte of every tensor is written exactly once, and has a checksum.
-
-Memory: the header and what is being written. Tensors, or ranges of them, are written in any order and from any number
-of threads; the header, which holds their checksums, is laid out first and filled in last.
+A file is absent or complete, see `files.PendingFile`: a write that was not committed leaves nothing. Every byte of
+every tensor is written exactly once, in any order and from any number of threads, and has a checksum. The header, which
+holds the checksums, is laid out first and filled in last. Memory: the header and what is being written.
 """
 
 from __future__ import annotations
@@ -28,22 +21,13 @@ from posthoc_cli.snapshots import format as fmt
 class TensorFileWriter:
     """Writes one safetensors file. Use it as a context manager and end with `commit`.
 
-    Arguments:
-        path: the final name.
-        specs: every tensor that will be written.
-        metadata: strings for the header; the checksums are added.
-        overwrite: replace a file of that name, in the moment of `commit`.
+    `specs` are all tensors that will be written; checksums are added to `metadata`.
     """
 
     def __init__(
-        self,
-        path: Path,
-        specs: Sequence[fmt.TensorSpec],
-        metadata: Mapping[str, str],
-        overwrite: bool = False,
+        self, path: Path, specs: Sequence[fmt.TensorSpec], metadata: Mapping[str, str], overwrite: bool = False
     ) -> None:
-        self.path = path
-        self._metadata = metadata
+        self.path, self._metadata = path, metadata
         self._entries = fmt.lay_out(specs)
         self._blocks: dict[str, list[str | None]] = {
             name: [None] * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in self._entries.items()
@@ -74,10 +58,7 @@ class TensorFileWriter:
             begin = end
 
     def write_range(self, name: str, begin: int, end: int) -> RangeWriter:
-        """Write the bytes `begin` to `end` of a tensor, in order and in parts.
-
-        `begin` is at the start of a block of the tensor; `end` at the end of one, or of the tensor.
-        """
+        """Write the bytes `begin` to `end` of a tensor, at ends of its blocks, in order and in parts."""
         self._claim(name, begin, end)
         return RangeWriter(self._file, self._blocks[name], begin, self._position(name))
 

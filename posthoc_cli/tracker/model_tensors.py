@@ -94,8 +94,9 @@ class TrackedModel:
             [fmt.TensorSpec(name, own.dtype, self.shapes[name]) for name, own in self.tensors.items()]
         )
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
+        tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
         try:
-            fmt.encode_header(entries, fmt.tensor_metadata(self.tensors, self.aliases, self.left_out), checksums)
+            fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
         except InvalidValueError as error:
             raise InvalidValueError(
                 "model",

@@ -21,7 +21,7 @@ from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.headers import decode_header
-from posthoc_cli.snapshots.models import INDEX_NAME, read_index
+from posthoc_cli.snapshots.outputs import INDEX_NAME, read_index
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
 

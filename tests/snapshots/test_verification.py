@@ -28,7 +28,7 @@ from posthoc_cli.snapshots.check import Verification, list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSchedule
 from posthoc_cli.snapshots.measurements import decode_values
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.reader import TensorFile, check_payload, holds_nonfinite, read_header, verify_payload
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter

@@ -13,7 +13,7 @@ import numpy as np
 from factories import RUN_ID, exact_gamma
 
 from posthoc_cli.errors import PostHocError
-from posthoc_cli.snapshots.models import INDEX_NAME, read_index
+from posthoc_cli.snapshots.outputs import INDEX_NAME, read_index
 from torture.commands import HungError, time_limit
 from torture.examining import examine
 from torture.forging import Inner, Pairs, seal, take_apart

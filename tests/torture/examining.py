@@ -8,8 +8,7 @@ from posthoc_cli.errors import FileFormatError
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.models import INDEX_NAME, read_index
-from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.states import decode_state
 

@@ -137,7 +137,7 @@ def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str
 
 
 def _check_index(index: Path, found: list[str]) -> None:
-    from posthoc_cli.snapshots.models import read_index
+    from posthoc_cli.snapshots.outputs import read_index
 
     for name, tensors in read_index(index).items():
         path = index.parent / name

@@ -23,7 +23,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.files import is_temporary
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture.commands import HungError, run_ema, time_limit
 from torture.tally import Experiment, Tally
 from torture.victims import synthesize
