@@ -20,7 +20,7 @@ from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis.engine import NoWriter, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
-from posthoc_cli.tracker.model_tensors import ON_META, check_model
+from posthoc_cli.tracker.model_tensors import ON_META, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
 
 Arguments = ParamSpec("Arguments")
@@ -135,8 +135,8 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
         check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
     held = _holders(model, {id(target.registered) for target in targets.values()})
     with ExitStack() as stack:
-        _swapped.append(held)
-        stack.callback(_swapped.remove, held)
+        swapped.append(held)
+        stack.callback(swapped.remove, held)
         new_dtypes = {id(target.registered): weights[name].dtype for name, target in targets.items()}
         with torch.inference_mode(False), torch.no_grad():
             _save(stack, model, new_dtypes, own_dtypes)
@@ -146,24 +146,6 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
         load_weights(model, weights, own_dtypes)
         model.eval()
         yield
-
-
-_swapped: list[frozenset[int]] = []
-"""For each open block, the ids of the swapped tensors and of the modules that hold them.
-
-The block refers to all of these objects, so that no id is used again meanwhile.
-"""
-
-
-def is_swapped(model: torch.nn.Module) -> bool:
-    """Whether any part of a model holds averaged weights, which no average may take in.
-
-    Compares tensors and modules, since the swapped model may be a part of this one, or this one a part of it.
-    """
-    if not _swapped:
-        return False
-    own = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
-    return any(own & held for held in [*_swapped])
 
 
 def _holders(model: torch.nn.Module, tensors: set[int]) -> frozenset[int]:

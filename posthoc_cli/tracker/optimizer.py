@@ -14,14 +14,16 @@ import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.names import unwrapped
+from posthoc_cli.tracker.settings import Settings
 
 log = logging.getLogger(__name__)
 
 
 class Attachable(Protocol):
-    """The calls of a tracker that an attachment makes."""
+    """What an attachment needs of a tracker."""
 
     checkpoint_dir: Path
+    settings: Settings
 
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
         """Take in a step of the model."""
@@ -67,19 +69,14 @@ class Attachment:
             handle.remove()
         self._handles = []
 
-    def check_alone(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise an InvalidValueError while this is an attachment to another optimizer."""
-        attached = self._optimizer()
-        if self._handles and attached is not None and attached is not optimizer:
-            raise InvalidValueError(
-                "attach",
-                f"this tracker is attached to another optimizer ({type(attached).__name__})",
-                "of several that train one model, attach to the one that steps last in an iteration, or detach() first",
-            )
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The one that this is still attached to."""
+        return self._optimizer() if self._handles else None
 
     def check_caller(self) -> None:
         """Raise a NotReadyError if the user calls `update_` himself: each step would be counted twice."""
-        if self._handles and self._optimizer() is not None and not self._is_updating:
+        if self.optimizer is not None and not self._is_updating:
             raise NotReadyError(
                 "update_",
                 "this tracker is attached to an optimizer and is updated by its steps",
@@ -117,11 +114,35 @@ _attachments: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[A
 )
 
 
-def close_predecessors(
-    optimizer: torch.optim.Optimizer, tracker: Attachable, model: weakref.ref[torch.nn.Module]
-) -> None:
-    """Close other trackers that are attached to an optimizer for the same model, with a warning."""
-    for other in [*_attachments.get(optimizer, ())]:
+def attach(
+    tracker: Attachable,
+    optimizer: object,
+    model: weakref.ref[torch.nn.Module] | None,
+    t: Callable[[], float] | None,
+    before: Attachment | None,
+) -> Attachment:
+    """Attach a tracker to an optimizer in place of `before`; closes other trackers that are attached for its model.
+
+    Raises:
+        InvalidValueError: an argument, or the tracker is attached to another optimizer.
+    """
+    unit = tracker.settings.t_unit
+    if t is not None and not callable(t):
+        raise InvalidValueError("attach", f"t {t!r}: must be a function that gives the training time, or None")
+    if t is None and unit != "steps":
+        raise InvalidValueError("attach", f"this run counts {unit}", "give it the clock: attach(optimizer, t=function)")
+    if model is None:
+        reason = "this tracker was made without a model"
+        raise InvalidValueError("attach", reason, "give it to from_model or from_path")
+    stepping = _stepping_optimizer(optimizer)
+    attached = None if before is None else before.optimizer
+    if attached is not None and attached is not stepping:
+        raise InvalidValueError(
+            "attach",
+            f"this tracker is attached to another optimizer ({type(attached).__name__})",
+            "of several that train one model, attach to the one that steps last in an iteration, or detach() first",
+        )
+    for other in [*_attachments.get(stepping, ())]:
         if other.tracker is not tracker and other.is_of(model):
             log.warning(
                 "attach: the tracker of %s was attached to this optimizer for the same model; it is closed, and "
@@ -130,9 +151,12 @@ def close_predecessors(
                 tracker.checkpoint_dir,
             )
             other.tracker.close()
+    if before is not None:
+        before.remove()
+    return Attachment(stepping, tracker, model, t)
 
 
-def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
+def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     """The optimizer that makes the steps and calls its hooks: itself, or the one that accelerate has wrapped.
 
     Raises:

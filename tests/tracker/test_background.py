@@ -142,7 +142,7 @@ def test_snapshots_take_the_same_memory_each_time(tmp_path: Path) -> None:
             train(model, tracker, number, number + 3)
             tracker.flush()
             (room,) = tracker._pipeline._rooms
-            rooms.add(id(room.profiles[0].flats[0]))
+            rooms.add(id(room.recent[0].flats[0]))
         assert len(rooms) == 1
 
 
