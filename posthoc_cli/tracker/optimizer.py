@@ -39,11 +39,7 @@ class Attachment:
     optimizer's state for a checkpoint; and once however often it calls its closure, or `step` of a base class. An error
     of the update leaves `optimizer.step()` after the parameters have been changed.
 
-    Arguments:
-        optimizer: makes the steps.
-        tracker: updated after each.
-        model: what it is updated with; held weakly.
-        t: gives the training time; None for steps.
+    The model is held weakly; `t` gives the training time, None for steps.
     """
 
     def __init__(
@@ -77,11 +73,8 @@ class Attachment:
     def check_caller(self) -> None:
         """Raise a NotReadyError if the user calls `update_` himself: each step would be counted twice."""
         if self.optimizer is not None and not self._is_updating:
-            raise NotReadyError(
-                "update_",
-                "this tracker is attached to an optimizer and is updated by its steps",
-                "leave out either this call or attach(), or detach() first",
-            )
+            reason = "this tracker is attached to an optimizer and is updated by its steps"
+            raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
 
     def is_of(self, model: weakref.ref[torch.nn.Module]) -> bool:
         """Whether this is active for a model, in any wrappers."""
@@ -109,9 +102,8 @@ class Attachment:
             self._is_updating = False
 
 
-_attachments: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Attachment]] = (
-    weakref.WeakKeyDictionary()
-)
+_attachments: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Attachment]]
+_attachments = weakref.WeakKeyDictionary()
 
 
 def attach(
@@ -121,11 +113,7 @@ def attach(
     t: Callable[[], float] | None,
     before: Attachment | None,
 ) -> Attachment:
-    """Attach a tracker to an optimizer in place of `before`; closes other trackers that are attached for its model.
-
-    Raises:
-        InvalidValueError: an argument, or the tracker is attached to another optimizer.
-    """
+    """Attach a tracker to an optimizer in place of `before`; closes other trackers that are attached for its model."""
     unit = tracker.settings.t_unit
     if t is not None and not callable(t):
         raise InvalidValueError("attach", f"t {t!r}: must be a function that gives the training time, or None")
@@ -137,19 +125,13 @@ def attach(
     stepping = _stepping_optimizer(optimizer)
     attached = None if before is None else before.optimizer
     if attached is not None and attached is not stepping:
-        raise InvalidValueError(
-            "attach",
-            f"this tracker is attached to another optimizer ({type(attached).__name__})",
-            "of several that train one model, attach to the one that steps last in an iteration, or detach() first",
-        )
+        reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
+        hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
+        raise InvalidValueError("attach", reason, hint)
     for other in [*_attachments.get(stepping, ())]:
         if other.tracker is not tracker and other.is_of(model):
-            log.warning(
-                "attach: the tracker of %s was attached to this optimizer for the same model; it is closed, and "
-                "the one of %s replaces it",
-                other.tracker.checkpoint_dir,
-                tracker.checkpoint_dir,
-            )
+            replaced = "the tracker of %s was attached to this optimizer for the same model; it is closed, and the one"
+            log.warning(f"attach: {replaced} of %s replaces it", other.tracker.checkpoint_dir, tracker.checkpoint_dir)
             other.tracker.close()
     if before is not None:
         before.remove()
@@ -157,11 +139,7 @@ def attach(
 
 
 def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """The optimizer that makes the steps and calls its hooks: itself, or the one that accelerate has wrapped.
-
-    Raises:
-        InvalidValueError: it is no optimizer; says what to do with it.
-    """
+    """The optimizer that makes the steps and calls its hooks: itself, or the one that accelerate has wrapped."""
     # Who does not use accelerate has not imported it.
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
@@ -173,11 +151,9 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
         raise InvalidValueError("attach", f"{kind} is a scheduler of learning rates", "attach to its optimizer")
     if isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-        raise InvalidValueError(
-            "attach",
-            f"{kind} is a wrapper around an optimizer, which may make other steps than the training",
-            "leave attach out, and call ema.update_(model) after each step that was taken",
-        )
+        reason = f"{kind} is a wrapper around an optimizer, which may make other steps than the training"
+        hint = "leave attach out, and call ema.update_(model) after each step that was taken"
+        raise InvalidValueError("attach", reason, hint)
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
 
 
@@ -203,8 +179,8 @@ def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
 def _was_skipped(optimizer: torch.optim.Optimizer, keywords: Mapping[str, Any]) -> bool:
     """Whether a GradScaler's step has left the parameters as they were, for infinities in their gradients.
 
-    Most optimizers are not called then. Those that do the scaling themselves (`fused=True`) are, with the attribute
-    `found_inf`; some of other libraries get the scaler itself instead.
+    It does not call most optimizers then. Those that do the scaling themselves (`fused=True`) it does, with the
+    attribute `found_inf`; some of other libraries get the scaler itself instead.
     """
     found = getattr(optimizer, "found_inf", None)
     if found is not None:
@@ -218,9 +194,8 @@ def _was_skipped(optimizer: torch.optim.Optimizer, keywords: Mapping[str, Any]) 
 def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step had no other purpose than to make the optimizer's state: rates of 0, and gradients of 0.
 
-    `get_optimizer_state_dict` and `set_state_dict` of torch.distributed.checkpoint.state_dict make such a step where an
-    optimizer has no state yet; plain SGD never has one. The first step of a warm-up may have a rate of 0, too, but
-    its gradients are not 0.
+    torch.distributed.checkpoint.state_dict makes such a step where an optimizer has no state yet; plain SGD never has
+    one. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
     """
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     # torch puts its 0 on the CPU. To look at a rate on a device would wait for it, at every step.
@@ -233,10 +208,7 @@ def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _forget_scale(optimizer: torch.optim.Optimizer) -> None:
-    """Remove the attributes that a GradScaler gives an optimizer for one step.
-
-    It does so itself when `step` returns, but not when it raises, and would multiply the next scale by a left one.
-    """
+    """Remove a GradScaler's attributes for one step: it leaves them if the step raises, and multiplies the next scale."""
     if getattr(optimizer, "found_inf", None) is not None:
         for name in ("grad_scale", "found_inf"):
             if hasattr(optimizer, name):

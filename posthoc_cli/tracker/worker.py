@@ -36,12 +36,7 @@ Item = TypeVar("Item")
 
 
 class Job(Generic[Result]):
-    """One piece of work, done once, or never if it was withdrawn before.
-
-    Arguments:
-        work: to be done.
-        errors: receives the error, where nobody waits for `result`.
-    """
+    """Work that is done once, or never if it was withdrawn; `errors` gets its error where nobody waits for `result`."""
 
     def __init__(self, work: Callable[[], Result], errors: deque[Exception] | None = None) -> None:
         self._work: Callable[[], Result] | None = work
@@ -95,15 +90,11 @@ class Job(Generic[Result]):
 
 
 class Worker:
-    """Does jobs in order, in a thread that starts with the first job and ends with `close`.
+    """Does jobs in order, in a thread that starts with the first job, calls `begin`, and ends with `close`.
 
     The thread also ends when nobody refers to the worker, and does not keep the process alive: `wait` for jobs that
     must be done by then. `concurrent.futures` takes no jobs at the end of the process, not even from another job. An
     error of a submitted job is logged and kept until `take_error`; later jobs are done all the same.
-
-    Arguments:
-        name: for the thread.
-        begin: called in the thread before its first job.
     """
 
     def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
@@ -142,10 +133,9 @@ class Worker:
 
     def take_error(self) -> Exception | None:
         """The first error of a job that was not taken yet."""
-        try:
+        with suppress(IndexError):
             return self._errors.popleft()
-        except IndexError:
-            return None
+        return None
 
     def close(self) -> None:
         """Finish every job and end the thread; a later job would start another one."""
@@ -186,13 +176,10 @@ def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None], begin: 
 
 
 class Crew:
-    """The calling thread, limited to one torch thread, and helper threads.
+    """The calling thread, limited to one torch thread, and helper threads: `size` in all.
 
     torch's own threads wait for each other at every operation, so that busy cores delay all. Here each thread takes one
     item after another. One thread does all of an item: bits do not depend on the number of threads.
-
-    Arguments:
-        size: number of threads, the calling one included.
     """
 
     def __init__(self, size: int) -> None:
@@ -256,20 +243,15 @@ def take_one_thread() -> None:
 
 
 class Pace:
-    """How long jobs take and how often they come; warns once if training waits on them.
+    """How long jobs (`what`) take and how often they come; warns once if training waits on them.
 
-    Arguments:
-        what: takes the time.
-        option: of the tracker, that says how often.
-        fitting: the value of the option that makes jobs rarer by at least a factor.
+    `option` of the tracker says how often; `fitting` gives its value that makes jobs rarer by at least a factor.
     """
 
     def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
         self._what, self._option, self._fitting = what, option, fitting
-        self._done, self._seconds = 0, 0.0
-        self._came, self._waited = 0, 0.0
-        self._begin = time.monotonic()
-        self._warned = False
+        self._done, self._seconds, self._came, self._waited = 0, 0.0, 0, 0.0
+        self._begin, self._warned = time.monotonic(), False
 
     @contextmanager
     def working(self) -> Iterator[None]:
