@@ -205,11 +205,7 @@ Marks = tuple[tuple[torch.device, Any], ...]
 
 
 class DeviceStreams:
-    """Orders the work of a tracker's threads on accelerators: a stream keeps order, and each thread has its own.
-
-    Attributes:
-        last: marks after the last update.
-    """
+    """Orders a tracker's threads on accelerators, where each has its own stream; `last` marks the last update's end."""
 
     def __init__(self) -> None:
         self.last: Marks = ()
@@ -265,7 +261,7 @@ class Staged:
             event.synchronize()
         return self.values.views
 
-    def reader(self, threads: int = 1) -> BlockReader:
+    def reader(self, threads: int) -> BlockReader:
         """The values block by block, for so many threads; waits until they are there."""
         self.arrived()
         return BlockReader(self.layout, [[flat] for flat in self.values.flats], threads)
@@ -275,7 +271,7 @@ class Stager:
     """Copies a model's values into buffers on the host, which it uses again.
 
     On an accelerator, the training's own stream first copies the values into a buffer there, and another stream copies
-    that to the host while training goes on. So the accelerator holds one more copy of what is staged.
+    that to the host while training goes on.
     """
 
     def __init__(self) -> None:
@@ -337,9 +333,6 @@ class Stager:
 
 # --- pinned memory ---
 
-_PORTABLE = 1
-"""cudaHostRegisterPortable: pinned for every device."""
-
 
 def pinned_empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
     """A flat tensor without values in pinned host memory, less than a page larger than its values.
@@ -360,12 +353,12 @@ def pinned_empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _register(address: int, nbytes: int) -> bool:
-    """Pin memory; False where the system cannot pin memory that is allocated already."""
+    """Pin memory for every device; False where the system cannot pin memory that is allocated already."""
     cuda: Any = torch.cuda
-    cudart, current = cuda.cudart(), cuda.current_device()
+    portable, cudart, current = 1, cuda.cudart(), cuda.current_device()
     # On a device that is in use: elsewhere this would make a context, which takes memory there. So does torch.
     with cuda.device(next(iter(_devices_in_use()), current)):
-        if int(cudart.cudaHostRegister(address, nbytes, _PORTABLE)) == 0:
+        if int(cudart.cudaHostRegister(address, nbytes, portable)) == 0:
             return True
         with suppress(RuntimeError):
             torch.zeros(1, device="cuda").neg_()  # clears the error, which the training's next kernel would raise

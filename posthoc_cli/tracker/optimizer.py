@@ -6,30 +6,18 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.names import unwrapped
-from posthoc_cli.tracker.settings import Settings
+
+if TYPE_CHECKING:
+    from posthoc_cli.tracker.posthoc_ema import PostHocEMA
 
 log = logging.getLogger(__name__)
-
-
-class Attachable(Protocol):
-    """What an attachment needs of a tracker."""
-
-    checkpoint_dir: Path
-    settings: Settings
-
-    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
-        """Take in a step of the model."""
-
-    def close(self) -> None:
-        """Finish, and detach."""
 
 
 class Attachment:
@@ -45,7 +33,7 @@ class Attachment:
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        tracker: Attachable,
+        tracker: PostHocEMA,
         model: weakref.ref[torch.nn.Module],
         t: Callable[[], float] | None = None,
     ) -> None:
@@ -107,7 +95,7 @@ _attachments = weakref.WeakKeyDictionary()
 
 
 def attach(
-    tracker: Attachable,
+    tracker: PostHocEMA,
     optimizer: object,
     model: weakref.ref[torch.nn.Module] | None,
     t: Callable[[], float] | None,
@@ -208,7 +196,7 @@ def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _forget_scale(optimizer: torch.optim.Optimizer) -> None:
-    """Remove a GradScaler's attributes for one step: it leaves them if the step raises, and multiplies the next scale."""
+    """Remove a GradScaler's attributes for one step: if that raises it leaves them, and multiplies the next scale."""
     if getattr(optimizer, "found_inf", None) is not None:
         for name in ("grad_scale", "found_inf"):
             if hasattr(optimizer, name):

@@ -13,13 +13,14 @@ from collections import deque
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
 import torch
 
 from posthoc_cli.errors import DirectoryError, InvalidValueError, LockedError, NonFiniteError, NotReadyError, WriteError
-from posthoc_cli.tracker.averages import Accumulators
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages
 from posthoc_cli.tracker.buffers import (
     BlockReader,
     DeviceStreams,
@@ -33,7 +34,7 @@ from posthoc_cli.tracker.buffers import (
 )
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
-from posthoc_cli.tracker.snapshotter import Reading, Snapshotter
+from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, take_one_thread
 
@@ -51,11 +52,6 @@ class _Update:
 
 class Pipeline:
     """Takes in a model's values, gives the averages to any thread, and has snapshots written beside the training.
-
-    Arguments:
-        settings: of the tracker.
-        tracking: at its beginning.
-        device: "cpu" or "model", as in `PostHocEMA.from_model`; None for "cpu" where a parameter is on an accelerator.
 
     Attributes:
         now: what the tracker has after the last update; only a job changes it.
@@ -77,12 +73,9 @@ class Pipeline:
         self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots")
         self._crew = Crew.like_torch()
         every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
-        self._update_pace = Pace(
-            "an update of the averages", "update_every", lambda factor: divisor(snapshots, every * factor)
-        )
-        self._write_pace = Pace(
-            "writing snapshots", "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every)
-        )
+        updates, writes = "an update of the averages", "writing snapshots"
+        self._update_pace = Pace(updates, "update_every", lambda factor: divisor(snapshots, every * factor))
+        self._write_pace = Pace(writes, "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every))
         self._reader: BlockReader | None = None
         self._read: ModelTensors | None = None
         self._rooms: deque[Accumulators] = deque(maxlen=1)
@@ -118,13 +111,8 @@ class Pipeline:
     def update(self, tensors: ModelTensors, changed: TrackedModel | None, progress: Progress) -> NonFiniteError | None:
         """Take in a model's values, and have snapshots written if they are due; `wait_for_turn` came before.
 
-        Arguments:
-            tensors: the same object as long as the model is unchanged.
-            changed: what is tracked from now on, where the model has changed.
-            progress: of the training with this call.
-
-        Returns:
-            Why the update was left out, if it was; an update beside the training keeps that for `take_error`.
+        `tensors` are the same object as long as the model is unchanged; `changed` is what is tracked from now on, where
+        it has changed. Returns why the update was left out; beside the training that is kept for `take_error`.
         """
         self._check_open()  # a signal handler may have closed the tracker since the call began
         if self._beside is None:
@@ -132,9 +120,8 @@ class Pipeline:
             self._beside = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
         copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
         is_due = self._settings.snapshot_is_due(progress.step)
-        update = _Update(
-            tensors, changed, progress, copies, self._room_for(lay_out(tensors.averaged)) if is_due else None
-        )
+        room = self._room_for(lay_out(tensors.averaged)) if is_due else None
+        update = _Update(tensors, changed, progress, copies, room)
         refused = None
         if self._beside:
             staged, marks = self._stager.stage(tensors.averaged), self._streams.marks(copies.values())
@@ -179,12 +166,12 @@ class Pipeline:
 
     # --- called by any thread ---
 
-    def read(self, exact: bool = False) -> Reading:
-        """The averages, rounded once or `exact`, in memory of the caller's own: making it must not hold up updates."""
+    def read(self, exact: bool = False) -> Tracking:
+        """What the tracker has, with a copy of the averages on the host, rounded once or `exact`."""
         while True:
             averages = self.now.averages
             kept = averages.accumulators
-            with torch.inference_mode(False):
+            with torch.inference_mode(False):  # memory of the caller's own: making it must not hold up updates
                 room = None if kept is None else Accumulators(on_host(kept.layout), len(kept.recent), exact)
             if averages.exist or not self._updates.is_idle():
                 found = self._updates.call(lambda: self._fill(room, self._known()))  # noqa: B023  # done by then
@@ -221,14 +208,7 @@ class Pipeline:
 
     def refuse(self, error: NotReadyError) -> None:
         """Take in nothing that was not handed over yet: later calls raise `error`."""
-
-        def work() -> None:
-            self._refusal = error
-
-        if self._updates.is_idle():
-            work()
-        else:
-            self._updates.submit(work)
+        self._updates.submit(partial(setattr, self, "_refusal", error))
 
     def close(self) -> None:
         """Finish everything, and let another writer into the directory."""
@@ -244,21 +224,22 @@ class Pipeline:
         if self._refusal is not None:
             raise self._refusal
 
-    def _fill(self, room: Accumulators | None, known: Tracking) -> Reading | None:
-        """A reading in `room`; None where the room does not fit the averages."""
-        averages = known.averages
-        kept = averages.accumulators
-        if kept is None or not averages.exist:
-            return Reading(known, averages.standing, None, {})
-        if room is None or not room.fits(kept):
+    def _fill(self, room: Accumulators | None, known: Tracking) -> Tracking | None:
+        """The same with averages in `room`; None where the room does not fit them."""
+        averages, copies = known.averages, {}
+        kept = averages.accumulators if averages.exist else None
+        if kept is None:
+            room = None
+        elif room is None or not room.fits(kept):
             return None
-        with self._streams.beside_training():
-            if room.totals:
-                averages.copy_to(room)
-            else:
-                averages.read(room.recent, self._crew_for(kept.layout))
-            copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-        return Reading(known, averages.standing, room, copies)
+        else:
+            with self._streams.beside_training():
+                if room.totals:
+                    averages.copy_to(room)
+                else:
+                    averages.read(room.recent, self._crew_for(kept.layout))
+                copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
+        return replace(known, averages=RunningAverages(averages.sigma_rels, averages.standing, room, copies))
 
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
@@ -360,8 +341,8 @@ class Pipeline:
                 if network is not None:
                     self._stager.give_back(network)
                 self._rooms.append(fitting)
-                if exact is not None and exact.room is not None:
-                    self._exact_rooms.append(exact.room)
+                if exact is not None and exact.averages.accumulators is not None:
+                    self._exact_rooms.append(exact.averages.accumulators)
 
         self._writes.submit(job)
 

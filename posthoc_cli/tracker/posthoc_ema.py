@@ -47,7 +47,7 @@ from posthoc_cli.tracker.settings import (
     warn_of_assumption,
 )
 from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, current_sources, live_sources
-from posthoc_cli.tracker.state import TrackerState, Tracking
+from posthoc_cli.tracker.state import Tracking
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -650,7 +650,7 @@ class PostHocEMA:
             if not now.resumes:
                 return
             found = self._stored_state()
-            progress = found.tracking.progress
+            progress = found.progress
             snapshotter.set_aside_others(progress.t, known=found.snapshots)
             if progress.step != now.progress.step:
                 log.warning(
@@ -659,7 +659,7 @@ class PostHocEMA:
                     self.checkpoint_dir, now.progress.step, progress.step,
                 )  # fmt: skip
             self._resumed_at = progress.step
-            self._pipeline.set(found.tracking)
+            self._pipeline.set(found)
 
     @contextmanager
     def _as_writer(self, run_id: str) -> Iterator[Snapshotter]:
@@ -718,7 +718,7 @@ class PostHocEMA:
 
     # --- state ---
 
-    def _state(self) -> TrackerState:
+    def _state(self) -> Tracking:
         """What a tracker would continue from; its tensors are copies."""
         self.flush()
         if self._pipeline.now.resumes:
@@ -726,25 +726,24 @@ class PostHocEMA:
         reading = self._pipeline.read(exact=True)
         self._pipeline.flush()  # the snapshots of that time are on disk now
         snapshotter = self._pipeline.snapshotter
-        return reading.state([] if snapshotter is None else snapshotter.checksums)
+        return reading if snapshotter is None else replace(reading, snapshots=snapshotter.checksums)
 
-    def _stored_state(self) -> TrackerState:
+    def _stored_state(self) -> Tracking:
         """The state in the directory to go on from."""
         now = self._pipeline.now
         if self._from_step == 0:
-            return TrackerState(replace(now, progress=Progress(), resumes=False))
+            return replace(now, progress=Progress(), resumes=False)
         return state.load_from_directory(self.checkpoint_dir, self.settings, now.tracked, self._from_step)
 
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         loaded = state.unpack_state(state_dict, self.settings, self._pipeline.now.tracked)
-        tracking = loaded.tracking
         if self.keeps_averages:
-            with self._as_writer(tracking.run_id) as snapshotter:
-                known = loaded.snapshots | snapshotter.holding(tracking.averages)
-                snapshotter.set_aside_others(tracking.progress.t, known)
+            with self._as_writer(loaded.run_id) as snapshotter:
+                known = loaded.snapshots | snapshotter.holding(loaded.averages)
+                snapshotter.set_aside_others(loaded.progress.t, known)
         else:
-            tracking = replace(tracking, averages=RunningAverages.none_yet(self.settings.sigma_rels))
-        self._pipeline.set(tracking)
+            loaded = replace(loaded, averages=RunningAverages.none_yet(self.settings.sigma_rels))
+        self._pipeline.set(loaded)
 
     # --- synthesis ---
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -41,7 +41,7 @@ from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.state import STATE_NAME, TrackerState, Tracking, read_tensor, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Tracking, read_tensor, write_state
 
 log = logging.getLogger(__name__)
 
@@ -67,28 +67,6 @@ Averages = Sequence[Mapping[str, torch.Tensor]]
 Key = tuple[str, int, int]
 """What a sum is of: "norm" or "rounding" of the average (i, i), its distance from the "network" (i, i), the "live"
 distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the earlier snapshot j."""
-
-
-@dataclass(frozen=True)
-class Reading:
-    """The averages as they were after one update.
-
-    Attributes:
-        tracking: of that moment, but for its averages, which go on.
-        standing: of the averages.
-        room: their tensors, on the host; None before the first update.
-        copies: name -> tensor as it was, on the host.
-    """
-
-    tracking: Tracking
-    standing: Standing
-    room: Accumulators | None
-    copies: Mapping[str, torch.Tensor]
-
-    def state(self, snapshots: Iterable[str]) -> TrackerState:
-        """The state that an exact reading holds, with the checksums of these snapshots."""
-        averages = RunningAverages(self.tracking.averages.sigma_rels, self.standing, self.room, self.copies)
-        return TrackerState(replace(self.tracking, averages=averages), frozenset(snapshots))
 
 
 # --- sources of a synthesis ---
@@ -122,13 +100,14 @@ class LiveSource:
         return nullcontext(self.tensors)
 
 
-def live_sources(settings: Settings, reading: Reading, off_schedule: bool = False) -> list[LiveSource]:
-    """The running averages, one a profile; none before the first update."""
-    if reading.room is None:
+def live_sources(settings: Settings, tracking: Tracking, off_schedule: bool = False) -> list[LiveSource]:
+    """The running averages of a reading, one a profile; none before the first update."""
+    averages, standing, tracked = tracking.averages, tracking.averages.standing, tracking.tracked
+    if averages.accumulators is None:
         return []
-    tracking, standing, tracked = reading.tracking, reading.standing, reading.tracking.tracked
-    averages, knots = tracking.averages, tracking.progress.clock.knots_until(standing.step, standing.t)
-    profiles = zip(averages.sigma_rels, averages.gammas, standing.inherited, reading.room.recent, strict=True)
+    knots = tracking.progress.clock.knots_until(standing.step, standing.t)
+    values = averages.accumulators.recent
+    profiles = zip(averages.sigma_rels, averages.gammas, standing.inherited, values, strict=True)
     return [
         LiveSource(
             SnapshotInfo(
@@ -139,10 +118,10 @@ def live_sources(settings: Settings, reading: Reading, off_schedule: bool = Fals
                 selection=settings.selection, segment=tracked.segment, updates=standing.updates,
                 inherited=inherited, off_schedule=off_schedule,
             ),
-            values.views,
-            reading.copies,
+            own.views,
+            averages.copies,
         )
-        for sigma_rel, gamma, inherited, values in profiles
+        for sigma_rel, gamma, inherited, own in profiles
     ]  # fmt: skip
 
 
@@ -217,9 +196,9 @@ class Snapshotter:
         self._kept_step = 0
 
     @property
-    def checksums(self) -> list[str]:
+    def checksums(self) -> frozenset[str]:
         """Header checksums of the stored snapshots."""
-        return [snapshot.checksum for snapshot in self._stored]
+        return frozenset(snapshot.checksum for snapshot in self._stored)
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError where the directory holds snapshots of another run."""
@@ -279,7 +258,7 @@ class Snapshotter:
         return behind
 
     def record(
-        self, reading: Reading, network: Mapping[str, torch.Tensor] | None, exact: Reading | None, is_due: bool = True
+        self, reading: Tracking, network: Mapping[str, torch.Tensor] | None, exact: Tracking | None, is_due: bool = True
     ) -> None:
         """Write the averages of one time, thin, and replace the exact state where one is given.
 
@@ -287,14 +266,14 @@ class Snapshotter:
             network: the values of the model's parameters, where they are known.
             is_due: whether the schedule asks for it; else only what is not stored yet is written.
         """
-        schedule, standing = self._settings.schedule, reading.standing
+        schedule, standing = self._settings.schedule, reading.averages.standing
         if is_due or not self._holds(standing):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             self.write(live_sources(self._settings, reading, off_schedule), network)
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
         if exact is not None:  # after the snapshots, so that it is never of a later time
-            write_state(self.directory / STATE_NAME, exact.state(self.checksums), self._settings)
-            self._kept_step = exact.tracking.progress.step
+            write_state(self.directory / STATE_NAME, replace(exact, snapshots=self.checksums), self._settings)
+            self._kept_step = exact.progress.step
 
     def write(self, sources: Sequence[LiveSource], network: Mapping[str, torch.Tensor] | None = None) -> None:
         """Write the snapshots of one time, each durably, with their measurements.

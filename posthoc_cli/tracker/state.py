@@ -55,7 +55,9 @@ _MOST_NAMED = 20
 class Tracking:
     """All that a tracker has; replaced in one assignment, so that its fields always belong together.
 
-    `resumes` says that the averages are still to be loaded from the directory.
+    Attributes:
+        resumes: whether the averages are still to be loaded from the directory.
+        snapshots: of a state to continue from: header checksums of the snapshots until then.
     """
 
     run_id: str
@@ -63,6 +65,7 @@ class Tracking:
     tracked: TrackedModel
     averages: RunningAverages
     resumes: bool = False
+    snapshots: frozenset[str] = frozenset()
 
     @classmethod
     def new(cls, run_id: str, tracked: TrackedModel, sigma_rels: Sequence[float], resumes: bool = False) -> Tracking:
@@ -70,27 +73,19 @@ class Tracking:
         return cls(run_id, Progress(), tracked, RunningAverages.none_yet(sigma_rels), resumes)
 
 
-@dataclass(frozen=True)
-class TrackerState:
-    """What a tracker continues from: its tensors, copied, and the header checksums of the snapshots until then."""
-
-    tracking: Tracking
-    snapshots: frozenset[str] = frozenset()
-
-
 # --- a dict ---
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack_state(state: TrackerState, settings: Settings) -> dict[str, Any]:
+def pack_state(state: Tracking, settings: Settings) -> dict[str, Any]:
     """The state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
 
     Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
     the tensors are zeros (`averages_t` = 0 says so): loaders that fill the tensors of a fresh object's state, such as
     torch.distributed.checkpoint, find them in their places.
     """
-    averages, tracked = state.tracking.averages, state.tracking.tracked
+    averages, tracked = state.averages, state.tracked
     kept, copies = averages.accumulators, averages.copies
     if kept is None or not averages.exist:
         kept = Accumulators(_host_layout(tracked), len(averages.sigma_rels))
@@ -107,14 +102,10 @@ def pack_state(state: TrackerState, settings: Settings) -> dict[str, Any]:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedModel) -> TrackerState:
+def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedModel) -> Tracking:
     """Check a state against the tracker that is to continue from it, one tensor after the other.
 
-    The tracker's schedule holds from here on. Profiles that only the state has are dropped; one that only the tracker
-    has cannot begin in mid-run.
-
-    Raises:
-        InvalidValueError, ModelMismatchError, NonFiniteError: naming what does not fit.
+    Profiles that only the state has are dropped; one that only the tracker has cannot begin in mid-run.
     """
     if not isinstance(state, Mapping):
         raise InvalidValueError("state", f"must be the dict that state_dict() gives, not {shown(state)}")
@@ -146,21 +137,20 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         averages = RunningAverages(wanted, standing, kept, copies)
     _log_changes(info.sigma_rels, schedule, settings)
     progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t))
-    tracking = Tracking(info.run_id, progress, replace(tracked, segment=info.segment), averages)
-    return TrackerState(tracking, frozenset(info.snapshots))
+    tracked = replace(tracked, segment=info.segment)
+    return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
 
-def _state_info(state: TrackerState, settings: Settings) -> StateInfo:
+def _state_info(state: Tracking, settings: Settings) -> StateInfo:
     """All of a state but tensors."""
-    tracking, progress = state.tracking, state.tracking.progress
-    standing = tracking.averages.standing
+    progress, averages, standing = state.progress, state.averages, state.averages.standing
     return StateInfo(
-        run_id=tracking.run_id, step=progress.step, t=progress.t, t_unit=settings.t_unit,
-        sigma_rels=tracking.averages.sigma_rels, averages_t=standing.t, averages_step=standing.step,
+        run_id=state.run_id, step=progress.step, t=progress.t, t_unit=settings.t_unit,
+        sigma_rels=averages.sigma_rels, averages_t=standing.t, averages_step=standing.step,
         t_first=standing.t_first, max_interval=standing.max_interval, updates=standing.updates,
         window=standing.window, masses=standing.masses, inherited=standing.inherited,
         schedule=settings.schedule, clock=tuple(progress.clock.state()),
-        snapshots=tuple(sorted(state.snapshots)), segment=tracking.tracked.segment,
+        snapshots=tuple(sorted(state.snapshots)), segment=state.tracked.segment,
     )  # fmt: skip
 
 
@@ -238,7 +228,7 @@ def _log_changes(held: Sequence[float], schedule: Mapping[str, Any], settings: S
 # --- a file ---
 
 
-def write_state(path: Path, state: TrackerState, settings: Settings) -> None:
+def write_state(path: Path, state: Tracking, settings: Settings) -> None:
     """Write a state to a file. See `PostHocEMA.save_state`."""
     if os.path.lexists(path) and not path.is_dir():  # the writer's error tells about a directory
         try:
@@ -248,7 +238,7 @@ def write_state(path: Path, state: TrackerState, settings: Settings) -> None:
             raise OutputExistsError(path, reason, "choose another name") from error
         if kind != "state":
             raise OutputExistsError(path, "is there already, and is no tracker's state", "choose another name")
-    averages, kept = state.tracking.averages, state.tracking.averages.accumulators
+    averages, kept = state.averages, state.averages.accumulators
     sets: dict[str, Mapping[str, torch.Tensor]] = {}
     if kept is not None:  # else before the first update
         for sigma_rel, total, recent in zip(averages.sigma_rels, kept.totals, kept.recent, strict=True):
@@ -265,11 +255,7 @@ def write_state(path: Path, state: TrackerState, settings: Settings) -> None:
 
 @contextmanager
 def open_state(path: Path) -> Iterator[dict[str, Any]]:
-    """A state as `pack_state` gives it, except that each tensor is read when it is used.
-
-    Raises:
-        FileFormatError: the file cannot be opened, is no state, or is damaged; of a tensor also when it is read.
-    """
+    """A state as `pack_state` gives it, except that each tensor is read when it is used; errors name the file."""
     with TensorFile(path) as file:
         info = decode_state(path, file.header)
         totals = {repr(sigma_rel): _StoredTensors(file, total_prefix(sigma_rel)) for sigma_rel in info.sigma_rels}
@@ -308,11 +294,7 @@ def read_tensor(file: TensorFile, name: str) -> torch.Tensor:
 def find_run(
     directory: Path, settings: Settings, tracked: TrackedModel, resume: str | int
 ) -> tuple[Tracking, int | None] | None:
-    """What a directory holds to go on with, and the call to go on from; None if it holds nothing, and may.
-
-    Raises:
-        InvalidValueError: `resume`, or its run has another clock or no such profiles.
-    """
+    """What a directory holds to go on with, and the call to go on from; None if it holds nothing, and may."""
     if isinstance(resume, str) and resume != "auto":
         reason = "must be 'auto', a call of update_ that has snapshots, or None"
         raise InvalidValueError("resume", reason, value=f"{resume!r}")
@@ -333,10 +315,7 @@ def find_run(
 
 
 def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> Tracking:
-    """What a directory says of the newest time with a snapshot of every profile, averages not loaded yet.
-
-    Where there is no such time, of the newest snapshot, which can be read.
-    """
+    """What a directory says of the newest time with a snapshot of every profile, or else of the newest snapshot."""
     found, kept = _find_start(directory, snapshots, sigma_rels)
     last = found[0] if found else snapshots[-1]
     clock = ClockRecorder.of_knots(last.info.clock_pairs)
@@ -346,26 +325,16 @@ def resumed_tracking(directory: Path, snapshots: Sequence[Snapshot], sigma_rels:
     return replace(tracking, progress=Progress.resumed(clock))
 
 
-def load_from_directory(
-    directory: Path, settings: Settings, tracked: TrackedModel, step: int | None = None
-) -> TrackerState:
-    """The exact state, or else the averages of the newest snapshots up to a call.
-
-    Raises:
-        DirectoryError: at no time are all profiles there.
-        InvalidValueError: not at that call.
-    """
+def load_from_directory(directory: Path, settings: Settings, tracked: TrackedModel, step: int | None) -> Tracking:
+    """The exact state, or else the averages of the newest snapshots up to a call, with one of every profile."""
     sigma_rels = settings.sigma_rels
     snapshots = snapshots_until(read_directory(directory), sigma_rels, step)
     found, kept = _find_start(directory, snapshots, sigma_rels)
     if not found:
         there = sorted({snapshot.info.sigma_rel for snapshot in snapshots[-len(sigma_rels) :]})
-        raise DirectoryError(
-            directory,
-            f"has no time with a snapshot of every profile ({_listed(sigma_rels)}) to go on from",
-            f"go on without some (the newest are of {_listed(there)}) with from_path(..., sigma_rels=...), or begin a "
-            "new run in another directory",
-        )
+        reason = f"has no time with a snapshot of every profile ({_listed(sigma_rels)}) to go on from"
+        hint = f"go on without some (the newest are of {_listed(there)}) with from_path(..., sigma_rels=...)"
+        raise DirectoryError(directory, reason, f"{hint}, or begin a new run in another directory")
     if kept is not None:
         try:
             with open_state(directory / STATE_NAME) as state:
@@ -377,11 +346,7 @@ def load_from_directory(
 
 
 def snapshots_until(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float], step: int | None) -> Sequence[Snapshot]:
-    """The snapshots up to a call, which must have one of every profile; all of them for None.
-
-    Raises:
-        InvalidValueError: it has not; names the calls that have.
-    """
+    """The snapshots up to a call, which must have one of every profile; all of them for None."""
     if step is None:
         return snapshots
     step = check_count("step", step, 1)
@@ -457,7 +422,7 @@ def _warn_of_damage(error: FileFormatError) -> None:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> TrackerState:
+def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Tracking:
     """The averages as the snapshots of one time, one a profile, hold them."""
     last = chosen[0].info
     kept = Accumulators(_host_layout(TrackedModel.of_snapshot(chosen[0])), len(chosen))
@@ -468,7 +433,7 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Tracker
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, masses, inherited)
     averages = RunningAverages(tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies)
     progress = Progress.resumed(ClockRecorder.of_knots(last.clock_pairs))
-    return TrackerState(Tracking(last.run_id, progress, replace(tracked, segment=last.segment), averages))
+    return Tracking(last.run_id, progress, replace(tracked, segment=last.segment), averages)
 
 
 def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
