@@ -36,16 +36,7 @@ from posthoc_cli.tracker.model_weights import fill_model, in_block, swapped_in
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, open_snapshotter, wait_for_writers
-from posthoc_cli.tracker.settings import (
-    Progress,
-    Settings,
-    check_path,
-    check_sigma_rels,
-    choose_writer,
-    make_schedule,
-    override_schedule,
-    warn_of_assumption,
-)
+from posthoc_cli.tracker.settings import Progress, Settings, check_path, check_sigma_rels, choose_writer, make_schedule
 from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, current_sources, live_sources
 from posthoc_cli.tracker.state import Tracking
 
@@ -80,23 +71,18 @@ class PostHocEMA:
     """Tracks power-function averages of a model and gives the average of any other length.
 
     Make one with `from_model` or `from_path`. Snapshots are written beside the training; `flush` returns when all due
-    ones are on disk. `close`, or the end of a `with` block, also lets another writer into the directory.
-
-    Attributes:
-        checkpoint_dir: where the snapshots are.
-        settings: the checked arguments.
+    ones are on disk. `close`, or the end of a `with` block, also lets another writer into the directory. Public
+    attributes: `checkpoint_dir`, where the snapshots are, and `settings`, the checked arguments.
     """
 
     def __init__(self, beginning: Any = None, *_: Any, **__: Any) -> None:
         if not isinstance(beginning, _Beginning):
+            how = "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or by"
             raise InvalidValueError(
-                "PostHocEMA(...)",
-                "is made by PostHocEMA.from_model(model, checkpoint_dir, sigma_rels=...) for a new run, or "
-                "by PostHocEMA.from_path(checkpoint_dir) for the run in a directory",
+                "PostHocEMA(...)", f"{how} PostHocEMA.from_path(checkpoint_dir) for the run in a directory"
             )
         settings, tracking, model = beginning.settings, beginning.tracking, beginning.model
-        self.checkpoint_dir = beginning.directory
-        self.settings = settings
+        self.checkpoint_dir, self.settings = beginning.directory, settings
         self._watch = ModelWatch(settings.selection, settings.on_change == "follow", not beginning.knows_selection)
         if model is not None and tracking.resumes:
             self._watch.check(model, tracking.tracked)
@@ -106,13 +92,10 @@ class PostHocEMA:
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
         self._writer = choose_writer(beginning.writer, model)
-        self._from_step = beginning.from_step
-        self._resumed_at: int | None = None
+        self._from_step, self._resumed_at = beginning.from_step, -1
         self._pending: Exception | None = None
-        self._lock = threading.Lock()  # held by the call that changes something
-        self._caller = 0
-        self._closed = False
-        self._process = os.getpid()
+        self._lock, self._caller = threading.Lock(), 0  # held by the call that changes something
+        self._closed, self._process = False, os.getpid()
 
     @classmethod
     def from_model(
@@ -141,12 +124,10 @@ class PostHocEMA:
             model: to be tracked, wrapped or bare: names are those of the bare model.
             checkpoint_dir: the directory for the snapshots, made when it is missing. One run a directory.
             sigma_rels: profiles to track; two reach almost everything, see `ema error-plot`.
-            update_every: averages are updated at the calls that are multiples of it.
-            checkpoint_every: snapshots are due at the calls that are multiples of it; a multiple of update_every.
-            update_after_step: no update up to this call.
+            update_every, update_after_step: averages are updated at multiples of the first, after the second.
+            checkpoint_every: snapshots are due at multiples of it; a multiple of update_every.
             max_checkpoints: snapshots to keep of each profile: those that reconstruction needs most. None keeps all.
-            checkpoint_dtype: that averages are stored in; None for each parameter's own. A tensor whose values do not
-                fit into it is stored in float32.
+            checkpoint_dtype: that averages are stored in, float32 where values do not fit; None for each parameter's.
             t_unit: the unit of `t`, if you pass a clock of your own to `update_`.
             only_trainable: leave out parameters that do not require gradients.
             on_nonfinite: where a parameter holds nan or infinity, "raise" an error, "skip" the update, or also "warn".
@@ -176,16 +157,13 @@ class PostHocEMA:
         """
         if schedule is not None:
             if (sigma_rels, checkpoint_every, max_checkpoints) != ((0.05, 0.28), 1000, 20):
-                raise InvalidValueError(
-                    "schedule", "sets sigma_rels, checkpoint_every and max_checkpoints", "leave these arguments out"
-                )
+                reason = "sets sigma_rels, checkpoint_every and max_checkpoints"
+                raise InvalidValueError("schedule", reason, "leave these arguments out")
             sigma_rels, checkpoint_every = schedule.sigma_rels, schedule.checkpoint_every
             max_checkpoints = schedule.max_checkpoints
         selection = make_selection(only_trainable, include, exclude, buffers, copy_only)
-        profiles = check_sigma_rels(sigma_rels)
-        timing = make_schedule(
-            update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range
-        )
+        given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
+        profiles, timing = check_sigma_rels(sigma_rels), make_schedule(given)
         settings = Settings(profiles, timing, t_unit, selection, on_nonfinite, on_change, final_snapshot, keep_state)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
         tracked = TrackedModel.of_model(collect_tensors(model, selection))
@@ -195,9 +173,7 @@ class PostHocEMA:
         if resume is not None:
             wait_for_writers(directory, last_too=True)
             tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
-        tracker = cls(_Beginning(directory, settings, tracking, model, device, writer, step))
-        warn_of_assumption(writer, model)
-        return tracker
+        return cls(_Beginning(directory, settings, tracking, model, device, writer, step))
 
     @classmethod
     def from_path(
@@ -242,7 +218,7 @@ class PostHocEMA:
         snapshots = state.snapshots_until(stored, profiles, step)
         newest = snapshots[-1].info
         given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
-        timing, selection = override_schedule(newest.schedule, *given), newest.selection or Selection()
+        timing, selection = make_schedule(given, newest.schedule), newest.selection or Selection()
         keeps = state.keeps_state(directory, newest.run_id) if keep_state is None else keep_state
         settings = Settings(profiles, timing, newest.t_unit, selection, on_nonfinite, on_change, final_snapshot, keeps)
         tracking = state.resumed_tracking(directory, snapshots, profiles)
@@ -289,10 +265,8 @@ class PostHocEMA:
         Raises:
             NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has changed. No average
                 is touched. Where averages are updated beside the training, the first comes with the next call.
-            WriteError: an earlier snapshot could not be written; raised once. Nothing partial is left, this call has
-                done its work, and later snapshots are tried again.
-            NotReadyError: the tracker is closed, attached to an optimizer, in use, or a forked process's copy; or the
-                model holds averaged weights.
+            WriteError: an earlier snapshot could not be written; raised once, this call has done its work.
+            NotReadyError: the tracker is closed, attached, in use or another process's; or the weights are averaged.
             LockedError, MismatchError, DirectoryError, FileFormatError: at the first call: the directory has another
                 writer or run, is damaged, or lacks a profile to go on from. Nothing of the call has been done.
         """
@@ -300,9 +274,8 @@ class PostHocEMA:
         if self._attachment is not None:
             self._attachment.check_caller()
         if is_swapped(model):
-            raise NotReadyError(
-                "update_", "the model holds averaged weights now", "call it outside `with ema.model(...)`"
-            )
+            reason = "the model holds averaged weights now"
+            raise NotReadyError("update_", reason, "call it outside `with ema.model(...)`")
         self._check_free("update_")
         with self._lock:
             self._caller = threading.get_ident()
@@ -317,8 +290,7 @@ class PostHocEMA:
         again, nothing else can close it. To have two of one model, call `update_` of one of them yourself.
 
         Arguments:
-            optimizer: the one that trains the model; of several, the one that steps last in an iteration. It may be
-                accelerate's `AcceleratedOptimizer`.
+            optimizer: the one that trains the model, may be accelerate's; of several, the one that steps last.
             t: gives the training time on a clock of your own, such as `lambda: images_seen`; None for steps.
 
         Returns:
@@ -452,10 +424,7 @@ class PostHocEMA:
         `checkpoint_every`, or fewer `sigma_rels`; every profile stays exact. On an error nothing is changed.
 
         Raises:
-            InvalidValueError: not such a state, one of a process that keeps no averages, without a profile that this
-                tracker has, or of another clock.
-            ModelMismatchError: of another model.
-            NonFiniteError: an average in it holds nan or infinity.
+            InvalidValueError, ModelMismatchError, NonFiniteError: not such a state, or one that does not fit.
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         self._check_open()
@@ -559,10 +528,8 @@ class PostHocEMA:
 
         Arguments:
             model: in any mode, on any device; without BatchNorm layers nothing happens.
-            loader: yields the model's inputs, or lists or tuples whose first item they are.
-
-        Raises:
-            InvalidValueError: the loader yields nothing. After any error the statistics are as before.
+            loader: yields the model's inputs, or lists or tuples whose first item they are; an InvalidValueError if
+                nothing. After any error the statistics are as before.
         """
         model_weights.update_bn(model, loader)
 
@@ -571,9 +538,7 @@ class PostHocEMA:
     ) -> Figure:
         """A figure of the reconstruction error against sigma_rel: of the current averages, or before of the schedule.
 
-        Arguments:
-            sigma_range: lowest and highest sigma_rel.
-            method: the solver; None for the default one.
+        `sigma_range` is the lowest and highest sigma_rel, `method` the solver; None for the default one.
         """
         from posthoc_cli import plots
 
@@ -685,19 +650,17 @@ class PostHocEMA:
         """Raise a NotReadyError while another call is under way; two that begin at once take turns."""
         self._check_process()
         if self._lock.locked():
-            beneath = self._caller == threading.get_ident()
-            where = "this thread, beneath a signal handler," if beneath else "another thread"
-            raise NotReadyError(
-                name, f"{where} is calling the tracker", "call update_ from one thread, after every step"
+            where = (
+                "this thread, beneath a signal handler," if self._caller == threading.get_ident() else "another thread"
             )
+            reason = f"{where} is calling the tracker"
+            raise NotReadyError(name, reason, "call update_ from one thread, after every step")
 
     def _check_process(self) -> None:
         if self._process != os.getpid():
-            raise NotReadyError(
-                self.checkpoint_dir,
-                "this process was forked from the one that has the tracker, and its threads",
-                "call it there, or read the snapshots with PostHocEMA.from_path",
-            )
+            reason = "this process was forked from the one that has the tracker, and its threads"
+            hint = "call it there, or read the snapshots with PostHocEMA.from_path"
+            raise NotReadyError(self.checkpoint_dir, reason, hint)
 
     def _check_open(self) -> None:
         self._check_process()
@@ -770,12 +733,9 @@ class PostHocEMA:
         known = self.settings.sigma_rels
         index = next((i for i, own in enumerate(known) if math.isclose(wanted, own, rel_tol=1e-6)), None)
         if index is None:  # 0.05 of float32 is the same profile, and was found
-            raise InvalidValueError(
-                "tracked",
-                f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}",
-                f"for any other use model(model, sigma_rel={tracked:g})",
-                value=f"{tracked:g}",
-            )
+            reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}"
+            hint = f"for any other use model(model, sigma_rel={tracked:g})"
+            raise InvalidValueError("tracked", reason, hint, value=f"{tracked:g}")
         self._check_keeps()
         self.flush()
         sources = self._live_sources()
@@ -786,8 +746,7 @@ class PostHocEMA:
     def _check_keeps(self) -> None:
         if not self.keeps_averages:
             raise NotReadyError(
-                "this process keeps no averages, the first one of its group does, or the one that was made "
-                "with writer=True",
+                "this process keeps no averages, the first one of its group does, or one made with writer=True",
                 "make them there and broadcast them, or read the snapshots on disk with a new "
                 "PostHocEMA.from_path(directory), before any update_ of it",
             )

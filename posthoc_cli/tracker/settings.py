@@ -155,36 +155,27 @@ def check_count(name: str, value: int, least: int) -> int:
     return count
 
 
-def make_schedule(
-    update_every: int,
-    checkpoint_every: int,
-    update_after_step: int,
-    max_checkpoints: int | None,
-    checkpoint_dtype: torch.dtype | str | None,
-    sigma_range: tuple[float, float],
-) -> TrackingSchedule:
-    """A checked schedule, or an InvalidValueError that names the setting, or both where two contradict each other."""
-    update_every = check_count("update_every", update_every, 1)
-    checkpoint_every = check_count("checkpoint_every", checkpoint_every, 1)
-    update_after_step = check_count("update_after_step", update_after_step, 0)
-    if max_checkpoints is not None:
-        max_checkpoints = check_count("max_checkpoints", max_checkpoints, 1)
+def make_schedule(given: Sequence[Any], stored: TrackingSchedule | None = None) -> TrackingSchedule:
+    """A checked schedule.
+
+    Arguments:
+        given: update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype and sigma_range, as
+            of `PostHocEMA.from_model`; or `...` for that of `stored`.
+    """
+    if stored is not None:
+        name = stored.checkpoint_dtype
+        values = vars(stored) | {"checkpoint_dtype": None if name is None else torch_dtype(name)}
+        given = [own if new is ... else new for own, new in zip(values.values(), given, strict=True)]
+    update_every = check_count("update_every", given[0], 1)
+    checkpoint_every = check_count("checkpoint_every", given[1], 1)
+    update_after_step = check_count("update_after_step", given[2], 0)
+    max_checkpoints = None if given[3] is None else check_count("max_checkpoints", given[3], 1)
     if checkpoint_every % update_every:
-        reason = (
-            f"must be a multiple of update_every {update_every}, so that a snapshot holds the average of its own time"
-        )
+        own_time = "so that a snapshot holds the average of its own time"
+        reason = f"must be a multiple of update_every {update_every}, {own_time}"
         raise InvalidValueError("checkpoint_every", reason, value=checkpoint_every)
-    stored = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
-    return TrackingSchedule(
-        update_every, checkpoint_every, update_after_step, max_checkpoints, stored, check_sigma_range(sigma_range)
-    )
-
-
-def override_schedule(stored: TrackingSchedule, *given: Any) -> TrackingSchedule:
-    """A stored schedule with a user's arguments, as of `make_schedule`, in place of its own; `...` for none."""
-    name = stored.checkpoint_dtype
-    values = vars(stored) | {"checkpoint_dtype": None if name is None else torch_dtype(name)}
-    return make_schedule(*(own if new is ... else new for own, new in zip(values.values(), given, strict=True)))
+    dtype, sigma_range = parse_dtype(given[4], "checkpoint_dtype"), check_sigma_range(given[5])
+    return TrackingSchedule(update_every, checkpoint_every, update_after_step, max_checkpoints, dtype, sigma_range)
 
 
 # --- groups of processes ---
@@ -204,17 +195,14 @@ def choose_writer(chosen: bool | None, model: torch.nn.Module | None) -> bool | 
     if not (dist.is_available() and dist.is_initialized()):
         return None  # there may be a group later
     wrapper = None if model is None else _replicating(model)
-    return bool(dist.get_rank(getattr(wrapper, "process_group", None)) <= 0)
-
-
-def warn_of_assumption(chosen: bool | None, model: torch.nn.Module) -> None:
-    """Warn where only its rank says that this process keeps no averages: processes may train different models."""
-    if chosen is None and choose_writer(None, model) is False and _replicating(model) is None:
+    if (rank := dist.get_rank(getattr(wrapper, "process_group", None))) > 0 and model is not None and wrapper is None:
+        # Processes may train different models.
         log.warning(
             "process %d of its group keeps no averages, as the first one is assumed to train the same model; if this "
             "process trains another one, say from_model(..., writer=True), else writer=False to silence this warning",
-            dist.get_rank(),
+            rank,
         )
+    return rank <= 0
 
 
 def is_in_group() -> bool:
