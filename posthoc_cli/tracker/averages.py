@@ -29,17 +29,13 @@ from posthoc_cli.tracker.worker import ALONE, Crew
 
 @dataclass(frozen=True)
 class Standing:
-    """All of running averages but tensors.
+    """All of running averages but tensors, at the last update.
 
     Attributes:
-        t, step: time and call of the last update; 0 before the first.
-        t_first: time of the first update; 0 before.
-        max_interval: the longest time between two updates so far.
-        updates: their number; None where unknown.
-        window: number of updates in the recent means.
+        t_first, max_interval: time of the first update, and the longest time between two so far.
+        updates, window: their number, None where unknown, and that of those in the recent means.
         masses: of the recent means, one a profile.
-        inherited: expected squared norm of the error that each average still has from the rounded snapshots that it was
-            resumed from.
+        inherited: expected squared norms of the errors left from the rounded snapshots that it was resumed from.
     """
 
     t: float = 0.0
@@ -95,11 +91,7 @@ class Accumulators:
 class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
 
-    Attributes:
-        sigma_rels: the profiles.
-        standing: all but tensors.
-        accumulators: None before the first update.
-        copies: name -> tensor as it was at the last update; never changed in place.
+    There are no accumulators before the first update. A copy is as its tensor was at the last, never changed in place.
     """
 
     sigma_rels: tuple[float, ...]
@@ -128,11 +120,7 @@ class RunningAverages:
     ) -> None:
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
-        Arguments:
-            values: the parameters'; the averages move to their layout if it has changed.
-            copies: buffers and other tensors that are copied, by name; kept as they are given.
-            t, step: time and number of the call.
-            crew: threads to use; `values` has room for them.
+        The averages move to the layout of `values` if it has changed; `copies` are kept as they are given.
         """
         kept = self.accumulators
         if kept is None:

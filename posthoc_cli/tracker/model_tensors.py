@@ -45,10 +45,9 @@ class ModelTensors:
 
     Attributes:
         averaged: floating-point parameters, and buffers that the user wants averaged.
-        copied: other persistent buffers, parameters of whole numbers, and tensors that the user wants copied.
-        aliases: further names of tensors above (tied parameters) -> the stored name.
-        left_out: names in the model's state that are not tracked: excluded by the selection, or extra state.
-        frozen: those of them that are left out only since they do not require gradients.
+        copied: other persistent buffers and parameters, and tensors that the user wants copied.
+        aliases: further names of these (tied parameters) -> the stored name.
+        left_out: names in the model's state that are not tracked; those in `frozen` since they need no gradient.
     """
 
     averaged: dict[str, torch.Tensor]
@@ -98,10 +97,7 @@ class TrackedModel:
         return [name for name, own in self.tensors.items() if own.role == "average" and name not in same]
 
     def check_header(self) -> None:
-        """Raise an InvalidValueError if there are too many tensors for a snapshot's header: now, not when one is due.
-
-        The rest of a header is small, and not counted.
-        """
+        """Raise an InvalidValueError for too many tensors for a snapshot's header: now, not when one is due."""
         names = [*self.tensors, *self.aliases, *self.left_out]
         # A header has a tensor's name three times, with at most 300 bytes more.
         if 3 * sum(map(len, names)) + 300 * len(names) < fmt.MAX_HEADER_BYTES // 4:
@@ -178,12 +174,7 @@ def is_swapped(model: torch.nn.Module) -> bool:
 
 
 def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
-    """The tensors of a model, wrapped or bare: the names are the same.
-
-    Arguments:
-        model: any module.
-        selection: what the user wants of it.
-        also: parameters to take even if they do not require gradients.
+    """The tensors of a model; those in `also` even if they do not require gradients.
 
     Raises:
         InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
@@ -292,13 +283,8 @@ class ModelWatch:
     """Cache of the model's tensors, invalidated when the model changes.
 
     Walking through the modules at every update would cost more than comparing names, objects, storage addresses,
-    shapes, strides, dtypes and whether gradients are required.
-
-    Arguments:
-        selection: what the user wants of the model.
-        follows_changes: whether a changed model begins a new segment, or is an error.
-        lenient: whether tracked parameters are taken even if they do not require gradients: older snapshots do not say
-            what was selected.
+    shapes, strides, dtypes and whether gradients are required. If `lenient`, tracked parameters are taken even if they
+    do not require gradients: older snapshots do not say what was selected.
     """
 
     def __init__(self, selection: Selection, follows_changes: bool, lenient: bool = False) -> None:
@@ -333,12 +319,7 @@ class ModelWatch:
         return found
 
     def change(self, tensors: ModelTensors, tracked: TrackedModel) -> TrackedModel | None:
-        """What to track in a new segment if the model's tensors differ from the tracked ones; None if they do not.
-
-        Raises:
-            ModelMismatchError: they differ, and changes are not followed.
-            NonFiniteError: they differ and one is not finite, by name.
-        """
+        """What to track in a new segment if the model's tensors have changed, and may; None if they have not."""
         if self._checked is not None and self._checked[0] is tensors and self._checked[1] is tracked:
             return None
         try:

@@ -71,16 +71,9 @@ def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, 
 
 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
-    """Copy `weights` into a model's parameters and buffers.
+    """Copy `weights` into a model's tensors of these names and shapes; others do not change. On an error nothing does.
 
-    Arguments:
-        model: any module with tensors of these names and shapes, wrapped or bare; its other tensors do not change.
-        weights: tensors by name.
-        own_dtypes: whether the model keeps its dtypes and is changed in place; else it takes the dtypes of `weights`.
-
-    Raises:
-        ModelMismatchError: the model has no such tensor, or in another shape; nothing is changed.
-        NonFiniteError: a value is too large for the model's dtype; nothing is changed.
+    With `own_dtypes` the model keeps its dtypes and is changed in place; else it takes the dtypes of `weights`.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     with torch.inference_mode(False), torch.no_grad():

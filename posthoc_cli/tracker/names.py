@@ -38,13 +38,10 @@ class NamedModule:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A parameter or buffer, under one of its names: without wrappers, and as torch's.
+    """A parameter or buffer, under one of its names: without wrappers, and as torch's. Tied names have one `tensor`.
 
-    Attributes:
-        tensor: the values; tied names have the same object.
-        registered: the tensor that the module holds: `tensor` itself, or the flat parameter that contains it.
-        is_parameter: else a buffer.
-        in_state: whether it is in the state dict: all but transient buffers.
+    `registered` is what the module holds: `tensor` or the flat parameter that contains it. `in_state` are all but
+    transient buffers.
     """
 
     name: str

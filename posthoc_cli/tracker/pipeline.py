@@ -10,8 +10,8 @@ from __future__ import annotations
 import atexit
 import gc
 from collections import deque
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -206,6 +206,21 @@ class Pipeline:
         """An error of the work beside the training; each is returned once."""
         return self._updates.take_error() or self._writes.take_error()
 
+    @contextmanager
+    def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
+        """The directory's writer; if the block fails, this pipeline has one only if it had before."""
+        before = self.snapshotter
+        snapshotter = before or _open_snapshotter(directory, self._settings)
+        try:
+            snapshotter.check_run(run_id)
+            self.snapshotter = snapshotter
+            yield snapshotter
+        except BaseException:
+            if before is None:
+                self.snapshotter = None
+                snapshotter.close()
+            raise
+
     def refuse(self, error: NotReadyError) -> None:
         """Take in nothing that was not handed over yet: later calls raise `error`."""
         self._updates.submit(partial(setattr, self, "_refusal", error))
@@ -352,7 +367,7 @@ class Pipeline:
 _at_work: WeakSet[Pipeline] = WeakSet()
 
 
-def open_snapshotter(directory: Path, settings: Settings) -> Snapshotter:
+def _open_snapshotter(directory: Path, settings: Settings) -> Snapshotter:
     """The directory's writer, when other trackers of this process that hold it have ended."""
     wait_for_writers(directory)  # a forgotten tracker may still be writing its last snapshot
     try:

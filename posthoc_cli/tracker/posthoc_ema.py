@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import secrets
 import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,10 +33,11 @@ from posthoc_cli.tracker.model_tensors import ModelWatch, TrackedModel, check_mo
 from posthoc_cli.tracker.model_weights import fill_model, in_block, swapped_in
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
-from posthoc_cli.tracker.pipeline import Pipeline, open_snapshotter, wait_for_writers
+from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.settings import Progress, Settings, check_path, check_sigma_rels, choose_writer, make_schedule
-from posthoc_cli.tracker.snapshotter import LiveSource, Snapshotter, current_sources, live_sources
+from posthoc_cli.tracker.snapshotter import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.state import Tracking
+from posthoc_cli.tracker.worker import Calls
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -94,8 +93,7 @@ class PostHocEMA:
         self._writer = choose_writer(beginning.writer, model)
         self._from_step, self._resumed_at = beginning.from_step, -1
         self._pending: Exception | None = None
-        self._lock, self._caller = threading.Lock(), 0  # held by the call that changes something
-        self._closed, self._process = False, os.getpid()
+        self._calls = Calls(self.checkpoint_dir)
 
     @classmethod
     def from_model(
@@ -207,8 +205,7 @@ class PostHocEMA:
             others: as in `from_model`; the default is the stored value, for `keep_state` whether there is a state.
 
         Raises:
-            DirectoryError, FileFormatError, MismatchError: what is wrong with the directory.
-            ModelMismatchError: the model is another one; names the tensor.
+            DirectoryError, FileFormatError, MismatchError, ModelMismatchError: of the directory, and of the model.
             InvalidValueError: an argument, or a `step` without snapshots; names those that have some.
         """
         directory = check_path("checkpoint_dir", checkpoint_dir)
@@ -243,8 +240,7 @@ class PostHocEMA:
     @property
     def keeps_averages(self) -> bool:
         """Whether this process keeps the averages and writes them, or only counts for another one of its group."""
-        self._decide_writer(None if self._model is None else self._model())
-        return self._writer is not False
+        return self._is_writer(None if self._model is None else self._model())
 
     @property
     def run(self) -> Run:
@@ -276,9 +272,8 @@ class PostHocEMA:
         if is_swapped(model):
             reason = "the model holds averaged weights now"
             raise NotReadyError("update_", reason, "call it outside `with ema.model(...)`")
-        self._check_free("update_")
-        with self._lock:
-            self._caller = threading.get_ident()
+        with self._calls.lock("update_"):
+            self._calls.caller = threading.get_ident()
             self._advance(model, t)
         self._raise_pending()
 
@@ -314,22 +309,21 @@ class PostHocEMA:
         Raises:
             WriteError, NonFiniteError: what went wrong since the last call; raised once.
         """
-        self._check_process()
+        self._calls.check_process()
         self._pipeline.flush()
         self._pending = self._take_error()
         self._raise_pending()
 
     def snapshot(self) -> None:
-        """Write a snapshot of every profile now, and return when they are durable.
+        """Write a snapshot of every profile now, if not all updates are in the newest, and return when it is durable.
 
-        They are marked as off the schedule: later snapshots do not depend on them, and `max_checkpoints` drops them
-        first. Nothing is written if the newest snapshots hold all updates.
+        It is marked as off the schedule: later snapshots do not depend on it, and `max_checkpoints` drops it first.
 
         Raises:
             NotReadyError: there was no update yet, or the tracker is closed.
             WriteError, NonFiniteError: as `flush`.
         """
-        self._check_open()
+        self._calls.check_open()
         if self._pipeline.snapshotter is not None:
             self._pipeline.write_missing()
         elif self.keeps_averages and not self._pipeline.now.resumes:
@@ -343,10 +337,10 @@ class PostHocEMA:
         `final_snapshot=False`. The end of a `with` block or of the process does the same.
         """
         self.detach()
-        self._closed = True
-        if self._process != os.getpid():
+        self._calls.closed = True
+        if self._calls.is_forked:
             return  # the threads and the directory belong to another process
-        self._pipeline.refuse(self._closed_error())
+        self._pipeline.refuse(self._calls.closed_error())
         try:
             self._pipeline.end()
             self.flush()
@@ -359,7 +353,7 @@ class PostHocEMA:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: types.TracebackType | None
     ) -> None:
-        writes = self._pipeline.snapshotter is not None and not self._closed
+        writes = self._pipeline.snapshotter is not None and not self._calls.closed
         if error is not None and self.settings.final_snapshot and writes:
             ended = "%s: %s ended the training at step %d; a last snapshot is written"
             log.warning(ended, self.checkpoint_dir, type(error).__name__, self.step)
@@ -401,8 +395,7 @@ class PostHocEMA:
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)` or
                 `targets.Window(1000)`; or any object with `density` and `tail`.
-            t, step: time of the average, or its number of calls; by default the current time of a live tracker, else
-                that of the last snapshot.
+            t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
             dtype: dtype of the averages; None for each parameter's own.
             method: the solver, "minvar" or "paper"; None for the first.
 
@@ -427,10 +420,9 @@ class PostHocEMA:
             InvalidValueError, ModelMismatchError, NonFiniteError: not such a state, or one that does not fit.
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
-        self._check_open()
-        self._check_free("load_state_dict")
-        with self._lock:
-            self._caller = threading.get_ident()
+        self._calls.check_open()
+        with self._calls.lock("load_state_dict"):
+            self._calls.caller = threading.get_ident()
             self.flush()
             if self.keeps_averages or state:
                 self._load(state)
@@ -442,8 +434,8 @@ class PostHocEMA:
         may go on. In a group of processes all may make the call, with the same path; one writes.
 
         Raises:
-            OutputExistsError: the path holds anything but a state.
-            WriteError: the system refused; nothing partial is left, and an older state is as it was.
+            OutputExistsError, WriteError: the path holds anything but a state, or the system refused. Nothing partial
+                is left, and an older state is as it was.
         """
         path = check_path("path", path)
         if self.keeps_averages:
@@ -477,8 +469,7 @@ class PostHocEMA:
 
         Raises:
             NotReadyError: the block is used without `with`; or no average exists yet.
-            InvalidValueError: an argument, or a tensor of the model is on the meta device; `load_into` fills those.
-            ModelMismatchError: the model has no such tensor, or in another shape.
+            InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
         """
         weights = with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
         with swapped_in(model, weights, own_dtypes=dtype is None):
@@ -489,9 +480,8 @@ class PostHocEMA:
         """As `model`, with the live average of a tracked profile: it is exact, and no snapshot is read.
 
         Raises:
-            InvalidValueError: `tracked` is none of the tracked profiles, which are listed.
+            InvalidValueError, ModelMismatchError: as in `model`; or `tracked` is no tracked profile.
             NotReadyError: there was no update yet, or none since `from_path`; or there is no `with`.
-            ModelMismatchError: as in `model`.
         """
         source = self._tracked_source(tracked)
         names = {name: name for name in source.tensors} | source.info.aliases
@@ -511,11 +501,9 @@ class PostHocEMA:
 
         Arguments:
             device: where tensors on `meta` that an average fills are created; a warning names those that stay there.
-            others: as in `model`.
 
         Raises:
-            ModelMismatchError: the model has no such tensor, or in another shape.
-            InvalidValueError, NotReadyError, FileFormatError, MismatchError, NonFiniteError: as `state_dict`.
+            ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
         """
         plan = partial(self._plan, sigma_rel, t, step, dtype, method)
         with_consistent_plan(plan, lambda plan: fill_model(model, plan, device))
@@ -546,28 +534,26 @@ class PostHocEMA:
         if sources:
             last = max(source.info.t for source in sources)
             chosen, _ = chosen_up_to(sources, last)
-            counted = f"{len(chosen):,} of {len(sources):,}" if len(chosen) < len(sources) else f"{len(sources):,}"
-            label = f"{counted} averages up to t = {last:,.12g}"
+            of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
+            label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
             profiles = [source.info.profile.pure for source in chosen]
             candidate = Candidate.of_run(label, profiles, source_prior(chosen), self.settings.t_unit)
         else:
             schedule = self.settings.schedule
             every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
             rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
-            plan = Schedule(self.settings.sigma_rels, count * every, every, count, rounding)
-            candidate = Candidate.of_schedule(plan)
+            candidate = Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
     # --- one call of `update_` ---
 
     def _advance(self, model: torch.nn.Module, t: float | None) -> None:
-        self._check_open()
+        self._calls.check_open()
         # Errors of work beside the training since the last call; they stay if this call fails itself.
         self._pending = self._take_error()
-        self._decide_writer(model)
         pipeline, settings = self._pipeline, self.settings
-        if self._writer is False:
+        if not self._is_writer(model):
             pipeline.count(self._after(t))
             return
         if pipeline.snapshotter is None or pipeline.now.resumes:
@@ -610,7 +596,7 @@ class PostHocEMA:
 
     def _begin(self) -> None:
         """At the first call: become the directory's writer and, in a resumed run, load its averages."""
-        with self._as_writer(self.run_id) as snapshotter:
+        with self._pipeline.as_writer(self.checkpoint_dir, self.run_id) as snapshotter:
             now = self._pipeline.now
             if not now.resumes:
                 return
@@ -626,49 +612,11 @@ class PostHocEMA:
             self._resumed_at = progress.step
             self._pipeline.set(found)
 
-    @contextmanager
-    def _as_writer(self, run_id: str) -> Iterator[Snapshotter]:
-        """The directory's writer; if the block fails, this tracker stays one only if it was one before."""
-        pipeline, before = self._pipeline, self._pipeline.snapshotter
-        snapshotter = before or open_snapshotter(self.checkpoint_dir, self.settings)
-        try:
-            snapshotter.check_run(run_id)
-            pipeline.snapshotter = snapshotter
-            yield snapshotter
-        except BaseException:
-            if before is None:
-                pipeline.snapshotter = None
-                snapshotter.close()
-            raise
-
-    def _decide_writer(self, model: torch.nn.Module | None) -> None:
-        """Decide, for good, who keeps the averages: when the tracker is made, or once there is a group."""
+    def _is_writer(self, model: torch.nn.Module | None) -> bool:
+        """Whether this process keeps averages: decided for good when the tracker is made, or once there is a group."""
         if self._writer is None and self._pipeline.snapshotter is None:
             self._writer = choose_writer(None, model)
-
-    def _check_free(self, name: str) -> None:
-        """Raise a NotReadyError while another call is under way; two that begin at once take turns."""
-        self._check_process()
-        if self._lock.locked():
-            where = (
-                "this thread, beneath a signal handler," if self._caller == threading.get_ident() else "another thread"
-            )
-            reason = f"{where} is calling the tracker"
-            raise NotReadyError(name, reason, "call update_ from one thread, after every step")
-
-    def _check_process(self) -> None:
-        if self._process != os.getpid():
-            reason = "this process was forked from the one that has the tracker, and its threads"
-            hint = "call it there, or read the snapshots with PostHocEMA.from_path"
-            raise NotReadyError(self.checkpoint_dir, reason, hint)
-
-    def _check_open(self) -> None:
-        self._check_process()
-        if self._closed:
-            raise self._closed_error()
-
-    def _closed_error(self) -> NotReadyError:
-        return NotReadyError(self.checkpoint_dir, "this tracker was closed", "go on with PostHocEMA.from_path")
+        return self._writer is not False
 
     def _take_error(self) -> Exception | None:
         """The error to be raised by this call or the next one."""
@@ -701,7 +649,7 @@ class PostHocEMA:
     def _load(self, state_dict: Mapping[str, Any]) -> None:
         loaded = state.unpack_state(state_dict, self.settings, self._pipeline.now.tracked)
         if self.keeps_averages:
-            with self._as_writer(loaded.run_id) as snapshotter:
+            with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
                 known = loaded.snapshots | snapshotter.holding(loaded.averages)
                 snapshotter.set_aside_others(loaded.progress.t, known)
         else:

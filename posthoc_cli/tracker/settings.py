@@ -67,12 +67,9 @@ class Settings:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training is.
+    """How far a training is: the clock of all calls, and the last one at which an update was due.
 
-    Attributes:
-        clock: of all calls.
-        own_clock: whether the calls pass a time; None while unknown.
-        updated: the last call at which an update was due; 0 before.
+    `own_clock` says whether the calls pass a time; None while unknown.
     """
 
     clock: ClockRecorder = field(default_factory=ClockRecorder)
@@ -156,12 +153,7 @@ def check_count(name: str, value: int, least: int) -> int:
 
 
 def make_schedule(given: Sequence[Any], stored: TrackingSchedule | None = None) -> TrackingSchedule:
-    """A checked schedule.
-
-    Arguments:
-        given: update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype and sigma_range, as
-            of `PostHocEMA.from_model`; or `...` for that of `stored`.
-    """
+    """A checked schedule of the arguments of `from_model`, in the order of its fields, `...` for those of `stored`."""
     if stored is not None:
         name = stored.checkpoint_dtype
         values = vars(stored) | {"checkpoint_dtype": None if name is None else torch_dtype(name)}

@@ -161,17 +161,11 @@ def _measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> l
 
 
 class Snapshotter:
-    """The one writer of a directory, from its construction until `close`.
-
-    Arguments:
-        directory: made when it is missing.
-        settings: of the tracker that writes.
+    """The one writer of a directory, which it makes when it is missing, from its construction until `close`.
 
     Raises:
         LockedError: another writer holds the directory.
-        DirectoryError, FileFormatError, MismatchError: a file is in its place, or what is in it cannot be read, is
-            damaged, or does not belong together.
-        WriteError: the directory cannot be made or written.
+        DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written.
     """
 
     def __init__(self, directory: Path, settings: Settings) -> None:
@@ -208,11 +202,7 @@ class Snapshotter:
             raise MismatchError(self.directory, reason, hint)
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
-        """Set aside snapshots that are not part of a training that goes on from `t`.
-
-        These are later than `t`, or their header checksums are not `known`: they are of another attempt, that went on
-        from an earlier state.
-        """
+        """Set aside snapshots later than `t`, or of another attempt that went on from an earlier state: not `known`."""
         own: list[StoredSnapshot] = []
         others: list[StoredSnapshot] = []
         for snapshot in self._stored:
@@ -262,9 +252,8 @@ class Snapshotter:
     ) -> None:
         """Write the averages of one time, thin, and replace the exact state where one is given.
 
-        Arguments:
-            network: the values of the model's parameters, where they are known.
-            is_due: whether the schedule asks for it; else only what is not stored yet is written.
+        `network` are the values of the model's parameters, where known. Without `is_due` only what is not stored yet
+        is written.
         """
         schedule, standing = self._settings.schedule, reading.averages.standing
         if is_due or not self._holds(standing):
@@ -276,14 +265,10 @@ class Snapshotter:
             self._kept_step = exact.progress.step
 
     def write(self, sources: Sequence[LiveSource], network: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write the snapshots of one time, each durably, with their measurements.
+        """Write the snapshots of one time, each durably, with their measurements, or none where one is not finite.
 
         After skipped updates an average may be due that is stored already: it is not written again. Snapshots on the
         schedule are written, and measured, as if there were none off it.
-
-        Raises:
-            NonFiniteError: an average is not finite, by name; nothing is written.
-            WriteError: the system refused. Snapshots of the other profiles may be there, each complete.
         """
         due = [not self._has_written(source.info) for source in sources]
         if not any(due):
@@ -369,17 +354,11 @@ def measure(
     network: Mapping[str, torch.Tensor] | None = None,
     stored: bool = True,
 ) -> tuple[list[Measurements | None], list[dict[str, torch.dtype]]]:
-    """Measurements of averages, and the dtypes to store them in, by name; one a profile each.
+    """Measurements of averages, and the dtypes to store them in if they are to be, by name; one a profile each.
 
-    Measurements are None where a value is not finite, or the squares are too large for float64. A dtype is the
-    wanted one, or wider where that would lose more than its rounding, see `_widened`.
-
-    Arguments:
-        infos: headers of the averages; all of one time.
-        earlier: snapshots to take distances to. They are read from disk and verified; one that is gone or damaged
-            is left out, with a warning. Memory: a tensor of each at a time.
-        network: its values at that time, where they are known.
-        stored: whether they will be stored, and so rounded; else there are no dtypes.
+    Measurements are None where a value is not finite, or the squares are too large for float64. Memory: a tensor of
+    each of the `earlier` snapshots at a time. These are read from disk and verified; one that is gone or damaged is
+    left out, with a warning.
     """
     sums: dict[Key, float] = defaultdict(float)
     storage: list[dict[str, torch.dtype]] = [{} for _ in infos]
@@ -392,11 +371,9 @@ def measure(
             }
             own = None if network is None else _flat(network[name].detach())
             found = _sums_of(exact, wanted, others.read(name, exact[0].device), own)
-            for index in wanted:
-                storage[index][name] = _widened(exact[index], wanted[index], index, found)
-                found["rounding", index, index] += _lost_below_normal(
-                    exact[index], infos[index], found["norm", index, index]
-                )
+            for i in wanted:
+                storage[i][name] = _widened(exact[i], wanted[i], i, found)
+                found["rounding", i, i] += _lost_below_normal(exact[i], infos[i], found["norm", i, i])
             for key, value in found.items():
                 sums[key] += value
         return [_measurements(sums, infos, index, others.readable()) for index in range(len(infos))], storage
@@ -436,34 +413,27 @@ def _sums_of(
     first = averages[min(averages)]
     chunk = CPU_CHUNK if first.device.type == "cpu" else DEVICE_CHUNK
     total: dict[Key, torch.Tensor] = {}
+
+    def add(kind: str, i: int, j: int, values: torch.Tensor) -> None:
+        square, key = _square(values), (kind, i, j)
+        total[key] = total[key] + square if key in total else square
+
     for begin in range(0, first.numel(), chunk):
         part = slice(begin, begin + chunk)
-        cut, cut_earlier = ({index: t[part] for index, t in tensors.items()} for tensors in (averages, earlier))
-        for key, square in _squares(cut, stored, cut_earlier, None if network is None else network[part]):
-            total[key] = total[key] + square if key in total else square
+        cut = {i: average[part] for i, average in averages.items()}
+        for i, average in cut.items():
+            add("norm", i, i, average)
+            if i in stored:
+                add("rounding", i, i, average - _with_arithmetic(average.to(stored[i])))
+            if network is not None:
+                add("network", i, i, average - network[part].to(average.device, average.dtype))
+            for j, snapshot in earlier.items():
+                add("earlier", i, j, average - snapshot[part])
+        for i, j in combinations(cut, 2):
+            add("live", i, j, cut[i] - cut[j])
     # One synchronisation a tensor, not one a sum.
     values = torch.stack(list(total.values())).tolist() if total else []
     return defaultdict(float, zip(total, values, strict=True))
-
-
-def _squares(
-    averages: Mapping[int, torch.Tensor],
-    stored: Mapping[int, torch.dtype],
-    earlier: Mapping[int, torch.Tensor],
-    network: torch.Tensor | None,
-) -> Iterator[tuple[Key, torch.Tensor]]:
-    """The sums of one chunk, float64 scalars."""
-    for i, average in averages.items():
-        yield ("norm", i, i), _square(average)
-        if i in stored:
-            yield ("rounding", i, i), _square(average - _with_arithmetic(average.to(stored[i])))
-        if network is not None:
-            yield ("network", i, i), _square(average - network.to(average.device, average.dtype))
-    for i, j in combinations(averages, 2):
-        yield ("live", i, j), _square(averages[i] - averages[j])
-    for j, snapshot in earlier.items():
-        for i, average in averages.items():
-            yield ("earlier", i, j), _square(average - snapshot)
 
 
 def _square(values: torch.Tensor) -> torch.Tensor:
@@ -484,9 +454,8 @@ def _flat(tensor: torch.Tensor) -> torch.Tensor:
 def _widened(average: torch.Tensor, wanted: torch.dtype, index: int, sums: dict[Key, float]) -> torch.dtype:
     """The dtype to store a tensor in: the wanted one, or wider where that would lose more than its rounding.
 
-    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative. More is lost where a value
-    is too large (infinity), or where all are so small that they lie among or below the subnormal numbers. The
-    rounding in `sums` becomes that of the returned dtype.
+    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more where a value becomes
+    infinite, or all are about as small as the subnormal numbers. Leaves the rounding of that dtype in `sums`.
     """
     norm, rounding = ("norm", index, index), ("rounding", index, index)
     for dtype in (wanted, torch.float32):

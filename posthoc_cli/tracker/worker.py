@@ -18,11 +18,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
 
 import torch
 
+from posthoc_cli.errors import NotReadyError
 from posthoc_cli.synthesis.engine import worker_count
 from posthoc_cli.threads import take_one_openmp_thread
 
@@ -33,6 +35,45 @@ PATIENCE = 10.0
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
+
+
+class Calls:
+    """Lets one call at a time into a tracker, of the process that made it, until it is closed."""
+
+    def __init__(self, directory: Path) -> None:
+        self.closed, self.caller = False, 0
+        self._directory, self._process, self._lock = directory, os.getpid(), threading.Lock()
+
+    def check_process(self) -> None:
+        """Raise a NotReadyError in a forked process, which has no threads."""
+        if self.is_forked:
+            reason = "this process was forked from the one that has the tracker, and its threads"
+            hint = "call it there, or read the snapshots with PostHocEMA.from_path"
+            raise NotReadyError(self._directory, reason, hint)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether the tracker belongs to another process."""
+        return self._process != os.getpid()
+
+    def check_open(self) -> None:
+        """Raise a NotReadyError in a forked process, and if the tracker is closed."""
+        self.check_process()
+        if self.closed:
+            raise self.closed_error()
+
+    def closed_error(self) -> NotReadyError:
+        """The error of calls that come too late."""
+        return NotReadyError(self._directory, "this tracker was closed", "go on with PostHocEMA.from_path")
+
+    def lock(self, name: str) -> threading.Lock:
+        """The lock to take; a NotReadyError while another call is under way. Two that begin at once take turns."""
+        self.check_process()
+        if self._lock.locked():
+            beneath = self.caller == threading.get_ident()
+            who = "this thread, beneath a signal handler, is" if beneath else "another thread is"
+            raise NotReadyError(name, f"{who} calling the tracker", "call update_ from one thread, after every step")
+        return self._lock
 
 
 class Job(Generic[Result]):
