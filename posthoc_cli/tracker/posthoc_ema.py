@@ -97,24 +97,14 @@ class PostHocEMA:
 
     @classmethod
     def from_model(
-        cls,
-        model: torch.nn.Module,
-        checkpoint_dir: str | Path,
-        sigma_rels: Sequence[float] = (0.05, 0.28),
+        cls, model: torch.nn.Module, checkpoint_dir: str | Path, sigma_rels: Sequence[float] = (0.05, 0.28),
         update_every: int = 10, checkpoint_every: int = 1000, update_after_step: int = 0,
-        max_checkpoints: int | None = 20,
-        checkpoint_dtype: Dtype = torch.float16,
-        t_unit: str = "steps",
-        only_trainable: bool = True,
-        on_nonfinite: str = "raise",
-        sigma_range: tuple[float, float] = (0.05, 0.28),
+        max_checkpoints: int | None = 20, checkpoint_dtype: Dtype = torch.float16, t_unit: str = "steps",
+        only_trainable: bool = True, on_nonfinite: str = "raise", sigma_range: tuple[float, float] = (0.05, 0.28),
         include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None,
-        copy_only: str | Sequence[str] | None = None, buffers: str = "copy",
-        on_change: str = "raise",
-        device: str | None = None, writer: bool | None = None,
-        final_snapshot: bool = True, keep_state: bool = False,
-        resume: str | int | None = None,
-        schedule: Schedule | None = None,
+        copy_only: str | Sequence[str] | None = None, buffers: str = "copy", on_change: str = "raise",
+        device: str | None = None, writer: bool | None = None, final_snapshot: bool = True, keep_state: bool = False,
+        resume: str | int | None = None, schedule: Schedule | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
@@ -175,19 +165,12 @@ class PostHocEMA:
 
     @classmethod
     def from_path(
-        cls,
-        checkpoint_dir: str | Path,
-        model: torch.nn.Module | None = None,
+        cls, checkpoint_dir: str | Path, model: torch.nn.Module | None = None,
         update_every: int | Stored = ..., checkpoint_every: int | Stored = ..., update_after_step: int | Stored = ...,
-        max_checkpoints: int | Stored | None = ...,
-        checkpoint_dtype: torch.dtype | str | Stored | None = ...,
-        on_nonfinite: str = "raise",
-        sigma_range: tuple[float, float] | Stored = ...,
-        device: str | None = None,
-        on_change: str = "raise",
-        sigma_rels: Sequence[float] | Stored = ...,
-        writer: bool | None = None,
-        final_snapshot: bool = True, keep_state: bool | None = None,
+        max_checkpoints: int | Stored | None = ..., checkpoint_dtype: torch.dtype | str | Stored | None = ...,
+        on_nonfinite: str = "raise", sigma_range: tuple[float, float] | Stored = ...,
+        device: str | None = None, on_change: str = "raise", sigma_rels: Sequence[float] | Stored = ...,
+        writer: bool | None = None, final_snapshot: bool = True, keep_state: bool | None = None,
         step: int | None = None,
     ) -> PostHocEMA:  # fmt: skip
         """The run in a directory: to synthesize from, and to go on tracking.
@@ -216,7 +199,8 @@ class PostHocEMA:
         newest = snapshots[-1].info
         given = (update_every, checkpoint_every, update_after_step, max_checkpoints, checkpoint_dtype, sigma_range)
         timing, selection = make_schedule(given, newest.schedule), newest.selection or Selection()
-        keeps = state.keeps_state(directory, newest.run_id) if keep_state is None else keep_state
+        kept = state.read_state_info(directory) if keep_state is None else None
+        keeps = keep_state or (kept is not None and kept.run_id == newest.run_id)
         settings = Settings(profiles, timing, newest.t_unit, selection, on_nonfinite, on_change, final_snapshot, keeps)
         tracking = state.resumed_tracking(directory, snapshots, profiles)
         knows_selection = newest.selection is not None
@@ -251,12 +235,9 @@ class PostHocEMA:
     # --- tracking ---
 
     def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
-        """Count a training step of the model. Call it after every optimizer step.
+        """Count a training step of the model, wrapped or bare. Call it after every optimizer step.
 
-        Arguments:
-            model: the model, as it is now, wrapped or bare.
-            t: training time on a clock of your own (images, tokens), growing at every call; None at every call for
-                steps.
+        `t` is the training time on a clock of your own (images, tokens), growing at every call; or None at every call.
 
         Raises:
             NonFiniteError, ModelMismatchError: a parameter holds nan or infinity, or the model has changed. No average

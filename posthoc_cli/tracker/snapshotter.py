@@ -34,23 +34,20 @@ from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, 
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
 from posthoc_cli.snapshots.reader import TensorFile
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, torch_dtype
+from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.sources import DiskSource, Source
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.state import STATE_NAME, Tracking, read_tensor, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Tracking, write_state
 
 log = logging.getLogger(__name__)
 
-CPU_CHUNK = 30_000
-"""Elements at a time on the CPU: a chunk stays in the cache, and has fewer than torch splits over threads (32,768),
-whose thousands of barriers would wait for seconds beside data loaders that keep every core busy."""
-
-DEVICE_CHUNK = 2**24
-"""Elements at a time on an accelerator, where starting a kernel costs more than leaving the cache."""
+CPU_CHUNK, DEVICE_CHUNK = 30_000, 2**24
+"""Elements at a time. On the CPU a chunk stays in the cache, and has fewer than torch splits over threads (32,768),
+whose barriers would wait for seconds; on an accelerator starting a kernel costs more than leaving the cache."""
 
 _SMALL, _SPACING = 2.0**-120, 2.0**-149
 """Values below which float32 has few digits, and the distance between its smallest ones."""
@@ -100,29 +97,24 @@ class LiveSource:
         return nullcontext(self.tensors)
 
 
-def live_sources(settings: Settings, tracking: Tracking, off_schedule: bool = False) -> list[LiveSource]:
+def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = False) -> list[LiveSource]:
     """The running averages of a reading, one a profile; none before the first update."""
-    averages, standing, tracked = tracking.averages, tracking.averages.standing, tracking.tracked
+    averages, standing, tracked = reading.averages, reading.averages.standing, reading.tracked
     if averages.accumulators is None:
         return []
-    knots = tracking.progress.clock.knots_until(standing.step, standing.t)
-    values = averages.accumulators.recent
-    profiles = zip(averages.sigma_rels, averages.gammas, standing.inherited, values, strict=True)
-    return [
-        LiveSource(
-            SnapshotInfo(
-                run_id=tracking.run_id, sigma_rel=sigma_rel, gamma=gamma, sigma_rels=averages.sigma_rels,
-                t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
-                t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
-                tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
-                selection=settings.selection, segment=tracked.segment, updates=standing.updates,
-                inherited=inherited, off_schedule=off_schedule,
-            ),
-            own.views,
-            averages.copies,
-        )
-        for sigma_rel, gamma, inherited, own in profiles
-    ]  # fmt: skip
+    knots = reading.progress.clock.knots_until(standing.step, standing.t)
+    sources = []
+    for index, values in enumerate(averages.accumulators.recent):
+        info = SnapshotInfo(
+            run_id=reading.run_id, sigma_rel=averages.sigma_rels[index], gamma=averages.gammas[index],
+            sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
+            t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
+            tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
+            selection=settings.selection, segment=tracked.segment, updates=standing.updates,
+            inherited=standing.inherited[index], off_schedule=off_schedule,
+        )  # fmt: skip
+        sources.append(LiveSource(info, values.views, averages.copies))
+    return sources
 
 
 def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
@@ -386,18 +378,18 @@ def _measurements(
     norm = sums.get(("norm", index, index), 0.0)
     if not math.isfinite(norm):
         return None
-    distances = [
-        Distance(other.t, other.sigma_rel, sums.get(("live", min(index, j), max(index, j)), 0.0), 0.0)
-        for j, other in enumerate(infos)
+    found = [
+        (info.t, info.sigma_rel, sums.get(("live", min(index, j), max(index, j)), 0.0), 0.0)
+        for j, info in enumerate(infos)
         if j != index
     ]
-    distances += [
-        Distance(s.t, s.sigma_rel, sums.get(("earlier", index, j), 0.0), s.info.measurements.rounding)
+    found += [
+        (s.t, s.sigma_rel, sums.get(("earlier", index, j), 0.0), s.info.measurements.rounding)
         for j, s in earlier.items()
         if s.info.measurements is not None
     ]
     # The difference of two large numbers may overflow where neither does.
-    finite = tuple(distance for distance in distances if math.isfinite(distance.squared))
+    finite = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
     network = sums.get(("network", index, index), math.inf)
     rounding = sums.get(("rounding", index, index), 0.0)
     return Measurements(norm, rounding, finite, network if math.isfinite(network) else None)
@@ -503,7 +495,9 @@ class _EarlierFiles(ExitStack):
         tensors = {}
         for index, file in list(self._files.items()):
             with self._left_out_on_error(index):
-                tensors[index] = _with_arithmetic(read_tensor(file, name).reshape(-1)).to(device)
+                entry = file.header.tensors[name]
+                value = tensor_from_bytes(file.read(name), entry.dtype, entry.shape).reshape(-1)
+                tensors[index] = _with_arithmetic(value).to(device)
         return tensors
 
     @contextmanager

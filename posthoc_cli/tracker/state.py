@@ -372,12 +372,6 @@ def resumed_profiles(
     return wanted
 
 
-def keeps_state(directory: Path, run_id: str) -> bool:
-    """Whether a state of this run lies beside its snapshots."""
-    found = _read_state_info(directory)
-    return found is not None and found.run_id == run_id
-
-
 def _find_start(
     directory: Path, snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]
 ) -> tuple[list[Snapshot], StateInfo | None]:
@@ -385,7 +379,7 @@ def _find_start(
     complete = _complete(snapshots, sigma_rels)
     if not complete:
         return [], None
-    newest, found = complete[-1], _read_state_info(directory)
+    newest, found = complete[-1], read_state_info(directory)
     if found is None:
         return newest, None
     # The state is used only where its averages are those that the snapshots hold, rounded.
@@ -406,7 +400,8 @@ def _complete(snapshots: Sequence[Snapshot], sigma_rels: Sequence[float]) -> lis
     return [[found[sigma_rel] for sigma_rel in sigma_rels] for found in complete]
 
 
-def _read_state_info(directory: Path) -> StateInfo | None:
+def read_state_info(directory: Path) -> StateInfo | None:
+    """The state beside the snapshots, if there is one."""
     path = directory / STATE_NAME
     try:
         header = read_header(path) if path.is_file() else None
