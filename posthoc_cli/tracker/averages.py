@@ -16,7 +16,7 @@ ends with the weight that a plain average would give it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -29,17 +29,13 @@ from posthoc_cli.tracker.worker import ALONE, Crew
 
 @dataclass(frozen=True)
 class Standing:
-    """All of running averages but tensors.
+    """All of running averages but tensors, at the last update.
 
     Attributes:
-        t, step: time and call of the last update; 0 before the first.
-        t_first: time of the first update; 0 before.
-        max_interval: the longest time between two updates so far.
-        updates: their number; None where unknown.
-        window: number of updates in the recent means.
+        t_first, max_interval: time of the first update, and the longest time between two so far.
+        updates, window: their number, None where unknown, and that of those in the recent means.
         masses: of the recent means, one a profile.
-        inherited: expected squared norm of the error that each average still has from the rounded snapshots that it was
-            resumed from.
+        inherited: expected squared norms of the errors left from the rounded snapshots that it was resumed from.
     """
 
     t: float = 0.0
@@ -64,94 +60,38 @@ class Standing:
             inherited=tuple(error * (1 - share) ** 2 for error, share in zip(self.inherited, shares, strict=True)),
         )
 
-    def of_profiles(self, indices: Sequence[int]) -> Standing:
-        """The same for some of the profiles."""
-        masses, inherited = (tuple(values[i] for i in indices) for values in (self.masses, self.inherited))
-        return replace(self, masses=masses, inherited=inherited)
 
-    def with_new_totals(self) -> Standing:
-        """The same after the recent means were added to the totals."""
-        return replace(self, window=0, masses=(0.0,) * len(self.masses))
-
-
-@dataclass(frozen=True, eq=False)
 class Accumulators:
-    """What averages are kept in: a total and a recent mean of the same tensors for each profile."""
+    """What averages are kept in: a total and a recent mean of the same tensors for each profile.
 
-    layout: Layout
-    totals: tuple[FlatTensors, ...]
-    recent: tuple[FlatTensors, ...]
+    Not `exact`, it is memory for averages that are rounded once: these are in `recent`, and there are no totals.
+    """
 
-    @classmethod
-    def zeros(cls, layout: Layout, profiles: int) -> Accumulators:
-        """Zeros, in memory that the system has allocated."""
-        exact, wide = [group.exact for group in layout], [group.wide for group in layout]
-        return cls(
-            layout,
-            tuple(FlatTensors(layout, exact).zero_() for _ in range(profiles)),
-            tuple(FlatTensors(layout, wide).zero_() for _ in range(profiles)),
-        )
-
-    @classmethod
-    def on_host(cls, others: Accumulators) -> Accumulators:
-        """Room for others on the host."""
-        return cls.zeros(on_host(others.layout), len(others.totals))
-
-    def __iter__(self) -> Iterator[FlatTensors]:
-        yield from self.totals
-        yield from self.recent
+    def __init__(self, layout: Layout, profiles: int, exact: bool = True, pinned: bool = False) -> None:
+        self.layout = layout
+        wide, totals = [group.wide for group in layout], [group.exact for group in layout]
+        # Zeros, in memory that the system has allocated.
+        self.totals = tuple(FlatTensors(layout, totals).zero_() for _ in range(profiles if exact else 0))
+        self.recent = tuple(FlatTensors(layout, wide, pinned).zero_() for _ in range(profiles))
 
     def fits(self, others: Accumulators | None) -> bool:
         """Whether this is room on the host for others."""
-        return others is not None and self.layout == on_host(others.layout) and len(self.totals) == len(others.totals)
+        return others is not None and self.layout == on_host(others.layout) and len(self.recent) == len(others.recent)
 
     def moved(self, layout: Layout, begun: Mapping[str, torch.Tensor]) -> Accumulators:
         """The same in another layout, by name; averages of the tensors in `begun` start with these values."""
-        made = Accumulators.zeros(layout, len(self.totals))
-        for own, other in zip(made, self, strict=True):
+        made = Accumulators(layout, len(self.recent))
+        for own, other in zip((*made.totals, *made.recent), (*self.totals, *self.recent), strict=True):
             for name, view in own.views.items():
                 view.copy_(begun[name] if name in begun else other.views[name])
         return made
-
-    def read(self, averages: RunningAverages, _: Crew = ALONE) -> None:
-        """Copy all that averages are kept in; this fits them."""
-        assert averages.accumulators is not None
-        for own, source in zip(self, averages.accumulators, strict=True):
-            for flat, values in zip(own.flats, source.flats, strict=True):
-                flat.copy_(values, non_blocking=True)
-
-
-class Rounded:
-    """Averages rounded once, on the host, one set of tensors a profile, in memory that the system has allocated."""
-
-    def __init__(self, layout: Layout, profiles: int, pinned: bool = False) -> None:
-        self.layout = layout
-        wide = [group.wide for group in layout]
-        self.profiles = tuple(FlatTensors(layout, wide, pinned).zero_() for _ in range(profiles))
-
-    @classmethod
-    def on_host(cls, kept: Accumulators) -> Rounded:
-        """Room for averages on the host."""
-        return cls(on_host(kept.layout), len(kept.totals))
-
-    def fits(self, kept: Accumulators | None) -> bool:
-        """Whether this is room for averages."""
-        return kept is not None and self.layout == on_host(kept.layout) and len(self.profiles) == len(kept.totals)
-
-    def read(self, averages: RunningAverages, crew: Crew = ALONE) -> None:
-        """Take averages as they are; this fits them."""
-        averages.read(self.profiles, crew)
 
 
 @dataclass
 class RunningAverages:
     """Averages of the same tensors with several profiles. One thread at a time may work on them.
 
-    Attributes:
-        sigma_rels: the profiles.
-        standing: all but tensors.
-        accumulators: None before the first update.
-        copies: name -> tensor as it was at the last update; never changed in place.
+    There are no accumulators before the first update. A copy is as its tensor was at the last, never changed in place.
     """
 
     sigma_rels: tuple[float, ...]
@@ -180,13 +120,14 @@ class RunningAverages:
     ) -> None:
         """Take in the model's values at time `t`: averages <- averages + (1 - beta) (values - averages).
 
-        Arguments:
-            values: the parameters'; the averages move to their layout if it has changed.
-            copies: buffers and other tensors that are copied, by name; kept as they are given.
-            t, step: time and number of the call.
-            crew: threads to use; `values` has room for them.
+        The averages move to the layout of `values` if it has changed; `copies` are kept as they are given.
         """
-        kept = self._in_layout(values.layout)
+        kept = self.accumulators
+        if kept is None:
+            kept = Accumulators(values.layout, len(self.gammas))
+        elif kept.layout != values.layout:
+            kept = kept.moved(values.layout, {})
+        self.accumulators = kept
         self._make_scratch(values.layout, crew)
         before = self.standing
         shares = [new_value_share(gamma, before.t, t) for gamma in self.gammas]
@@ -207,7 +148,7 @@ class RunningAverages:
 
         crew.each(work, values.blocks)
         self.copies = copies
-        self.standing = after.with_new_totals() if closes else after
+        self.standing = replace(after, window=0, masses=(0.0,) * len(factors)) if closes else after
 
     @torch.no_grad()
     def changed(
@@ -223,7 +164,6 @@ class RunningAverages:
         kept = self.accumulators
         assert kept is not None
         self._make_scratch(kept.layout, crew)
-        profiles = zip(kept.totals, kept.recent, self.standing.masses, room, strict=True)
 
         def work(item: tuple[Group, float, torch.Tensor, torch.Tensor, torch.Tensor], thread: int) -> None:
             group, mass, totals, means, values = item
@@ -235,11 +175,19 @@ class RunningAverages:
             work,
             (
                 (group, mass, *block)
-                for total, recent, mass, own in profiles
+                for total, recent, mass, own in zip(kept.totals, kept.recent, self.standing.masses, room, strict=True)
                 for group, *flats in zip(kept.layout, total.flats, recent.flats, own.flats, strict=True)
                 for block in zip(*(torch.split(flat, group.exact_block) for flat in flats), strict=True)
             ),
         )
+
+    def copy_to(self, room: Accumulators) -> None:
+        """Copy all that the averages are kept in; `room` fits them."""
+        kept = self.accumulators
+        assert kept is not None
+        for own, source in zip((*room.totals, *room.recent), (*kept.totals, *kept.recent), strict=True):
+            for flat, values in zip(own.flats, source.flats, strict=True):
+                flat.copy_(values, non_blocking=True)
 
     def _add(self, group: Group, total: torch.Tensor, recent: torch.Tensor, mass: float, thread: int) -> None:
         """Make a range of the averages the new totals."""
@@ -258,12 +206,3 @@ class RunningAverages:
                 key = (thread, group.device, group.exact)
                 if key not in self._scratch:
                     self._scratch[key] = torch.empty(group.exact_block, dtype=group.exact, device=group.device)
-
-    def _in_layout(self, layout: Layout) -> Accumulators:
-        kept = self.accumulators
-        if kept is None:
-            kept = Accumulators.zeros(layout, len(self.gammas))
-        elif kept.layout != layout:
-            kept = kept.moved(layout, {})
-        self.accumulators = kept
-        return kept

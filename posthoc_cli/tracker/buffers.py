@@ -10,12 +10,11 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import threading
 import weakref
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -26,11 +25,9 @@ from posthoc_cli.tracker.worker import ALONE, Crew
 
 HOST = torch.device("cpu")
 
-CPU_BLOCK = 524_288
-"""Elements of a block on the CPU, which one thread works on."""
-
-DEVICE_BLOCK = 2**24
-"""Elements of a block on an accelerator, where starting a kernel costs more than leaving the cache."""
+CPU_BLOCK, DEVICE_BLOCK = 524_288, 2**24
+"""Elements of a block on the CPU, which one thread works on, and on an accelerator, where starting a kernel costs more
+than leaving the cache."""
 
 EXACT_BLOCK, EXACT_DEVICE_BLOCK = 131_072, 2**22
 """The same for float64 arithmetic, which needs scratch memory."""
@@ -60,16 +57,6 @@ class Group:
         return self.wide if self.device.type == "mps" else torch.float64
 
     @property
-    def elements(self) -> int:
-        """Elements of all tensors."""
-        return self.bounds[-1]
-
-    @property
-    def block(self) -> int:
-        """Elements of a block."""
-        return CPU_BLOCK if self.device.type == "cpu" else DEVICE_BLOCK
-
-    @property
     def exact_block(self) -> int:
         """Elements of a block of float64 arithmetic."""
         return EXACT_BLOCK if self.device.type == "cpu" else EXACT_DEVICE_BLOCK
@@ -90,18 +77,12 @@ def lay_out(tensors: Mapping[str, torch.Tensor]) -> Layout:
 
 def group_tensors(tensors: Mapping[str, tuple[torch.device, torch.dtype, tuple[int, ...]]]) -> Layout:
     """The same for tensors that are known by device, dtype and shape."""
-    groups: dict[tuple[torch.device, torch.dtype], list[str]] = defaultdict(list)
-    for name, (device, dtype, _) in tensors.items():
-        groups[device, dtype].append(name)
-    shapes = {name: shape for name, (_, _, shape) in tensors.items()}
+    groups: dict[tuple[torch.device, torch.dtype], dict[str, tuple[int, ...]]] = defaultdict(dict)
+    for name, (device, dtype, shape) in tensors.items():
+        groups[device, dtype][name] = shape
     return tuple(
-        Group(
-            *key,
-            tuple(names),
-            tuple(shapes[name] for name in names),
-            (0, *accumulate(math.prod(shapes[name]) for name in names)),
-        )
-        for key, names in groups.items()
+        Group(*key, tuple(own), tuple(own.values()), (0, *accumulate(math.prod(shape) for shape in own.values())))
+        for key, own in groups.items()
     )
 
 
@@ -111,19 +92,13 @@ def on_host(layout: Layout) -> Layout:
 
 
 class FlatTensors:
-    """One flat buffer a group, and the tensors in it by name.
-
-    Arguments:
-        layout: the groups.
-        dtypes: of the buffers.
-        pinned: whether an accelerator can copy to the memory by itself; see `pinned_empty`.
-    """
+    """One flat buffer a group, in these dtypes, and the tensors in it by name; see `pinned_empty` for `pinned`."""
 
     def __init__(self, layout: Layout, dtypes: Iterable[torch.dtype], pinned: bool = False) -> None:
         self.flats = [
-            pinned_empty(group.elements, dtype)
+            pinned_empty(group.bounds[-1], dtype)
             if pinned
-            else torch.empty(group.elements, dtype=dtype, device=group.device)
+            else torch.empty(group.bounds[-1], dtype=dtype, device=group.device)
             for group, dtype in zip(layout, dtypes, strict=True)
         ]
         self.views = {
@@ -166,12 +141,9 @@ class Block:
 
 
 class BlockReader:
-    """Tensors of a layout, block by block, wherever their values are. Holds views of the tensors, and no copy.
+    """Tensors of a layout, block by block, for so many threads at a time. Holds views of the tensors, and no copy.
 
-    Arguments:
-        layout: the groups.
-        tensors: for each group tensors that hold its values, in order, on the group's device.
-        threads: that will read at the same time.
+    `tensors` are for each group those that hold its values, in order, on the group's device.
     """
 
     def __init__(self, layout: Layout, tensors: Sequence[Sequence[torch.Tensor]], threads: int = 1) -> None:
@@ -179,7 +151,7 @@ class BlockReader:
         self.blocks = [
             Block(index, *block)
             for index, (group, own) in enumerate(zip(layout, tensors, strict=True))
-            for block in _cut(own, group.block)
+            for block in _cut(own, CPU_BLOCK if group.device.type == "cpu" else DEVICE_BLOCK)
         ]
         longest = [max((b.end - b.begin for b in self.blocks if b.group == i), default=0) for i in range(len(layout))]
         self._scratch = [
@@ -233,11 +205,7 @@ Marks = tuple[tuple[torch.device, Any], ...]
 
 
 class DeviceStreams:
-    """Orders the work of a tracker's threads on accelerators: a stream keeps order, and each thread has its own.
-
-    Attributes:
-        last: marks after the last update.
-    """
+    """Orders a tracker's threads on accelerators, where each has its own stream; `last` marks the last update's end."""
 
     def __init__(self) -> None:
         self.last: Marks = ()
@@ -293,99 +261,77 @@ class Staged:
             event.synchronize()
         return self.values.views
 
-    def reader(self, threads: int = 1) -> BlockReader:
+    def reader(self, threads: int) -> BlockReader:
         """The values block by block, for so many threads; waits until they are there."""
         self.arrived()
         return BlockReader(self.layout, [[flat] for flat in self.values.flats], threads)
-
-
-@dataclass(eq=False)
-class _DeviceBuffer:
-    """A group's values on an accelerator, and the event after which they have left for the host."""
-
-    values: torch.Tensor
-    sent: Any = None
-
-
-@dataclass(eq=False)
-class _StagedLast:
-    """Tensors that were staged last, their layout, and a buffer on the accelerator a group."""
-
-    tensors: Mapping[str, torch.Tensor]
-    layout: Layout
-    buffers: dict[int, _DeviceBuffer] = field(default_factory=dict)
 
 
 class Stager:
     """Copies a model's values into buffers on the host, which it uses again.
 
     On an accelerator, the training's own stream first copies the values into a buffer there, and another stream copies
-    that to the host while training goes on. So the accelerator holds one more copy of what is staged.
+    that to the host while training goes on.
     """
 
     def __init__(self) -> None:
-        self._free: Staged | None = None
-        self._lock = threading.Lock()
-        self._last: _StagedLast | None = None
+        self._free: deque[Staged] = deque(maxlen=1)  # one is enough, and old layouts go
+        # The tensors staged last, their layout, and a buffer on the accelerator a group, with the event after which
+        # its values have left for the host. Replaced in one assignment.
+        self._last: tuple[Mapping[str, torch.Tensor], Layout, dict[int, tuple[torch.Tensor, Any]]] = ({}, (), {})
         self._streams: Streams = {}
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def stage(self, tensors: Mapping[str, torch.Tensor]) -> Staged:
         """A copy of tensors as they are now; return it with `give_back`."""
-        last = self._last
-        if last is None or last.tensors is not tensors:
-            last = self._last = _StagedLast(tensors, lay_out(tensors))
-        staged = self._buffers(last.layout)
-        groups = enumerate(zip(last.layout, staged.values.flats, strict=True))
-        events = [self._copy(last, index, group, room) for index, (group, room) in groups]
-        return replace(staged, events=tuple(event for event in events if event is not None))
+        if self._last[0] is not tensors:
+            self._last = tensors, lay_out(tensors), {}
+        _, layout, buffers = self._last
+        own = on_host(layout)
+        staged = self._free.pop() if self._free else None
+        if staged is None or staged.layout != own:
+            pinned = any(group.device.type == "cuda" for group in layout)
+            staged = Staged(own, FlatTensors(own, [group.dtype for group in own], pinned))
+        events = []
+        for index, (group, room) in enumerate(zip(layout, staged.values.flats, strict=True)):
+            values = [tensors[name].detach() for name in group.names]
+            if group.device.type == "cuda":
+                buffers[index] = self._send(group, values, room, *buffers.get(index, (None, None)))
+                events.append(buffers[index][1])
+            else:
+                torch._foreach_copy_([view for _, view in group.views(room)], values)
+        return replace(staged, events=tuple(events))
 
     def give_back(self, staged: Staged) -> None:
         """Take back a copy that has arrived and is no longer needed; from any thread."""
-        with self._lock:
-            self._free = replace(staged, events=())  # one is enough, and old layouts go
+        self._free.append(replace(staged, events=()))
 
-    def _buffers(self, layout: Layout) -> Staged:
-        own = on_host(layout)
-        with self._lock:
-            free, self._free = self._free, None
-        if free is not None and free.layout == own:
-            return free
-        pinned = any(group.device.type == "cuda" for group in layout)
-        return Staged(own, FlatTensors(own, [group.dtype for group in own], pinned))
-
-    def _copy(self, last: _StagedLast, index: int, group: Group, room: torch.Tensor) -> Any:
-        """Copy one group to the host; returns the event after which it is there, None where it is there now."""
-        values = [last.tensors[name].detach() for name in group.names]
-        if group.device.type != "cuda":
-            torch._foreach_copy_([view for _, view in group.views(room)], values)
-            return None
+    def _send(
+        self, group: Group, values: list[torch.Tensor], room: torch.Tensor, buffer: torch.Tensor | None, sent: Any
+    ) -> tuple[torch.Tensor, Any]:
+        """Copy one group by way of a buffer; returns that, and the event after which the values are on the host."""
         cuda: Any = torch.cuda
         if group.device not in self._streams:
             self._streams[group.device] = cuda.Stream(group.device)
         stream, training = self._streams[group.device], cuda.current_stream(group.device)
-        if index not in last.buffers:
-            last.buffers[index] = _DeviceBuffer(torch.empty(group.elements, dtype=group.dtype, device=group.device))
-        buffer = last.buffers[index]
-        if buffer.sent is not None:
-            training.wait_event(buffer.sent)  # its last values may still be on their way to the host
-        torch._foreach_copy_([view for _, view in group.views(buffer.values)], values)
+        if buffer is None:
+            buffer = torch.empty(group.bounds[-1], dtype=group.dtype, device=group.device)
+        else:
+            training.wait_event(sent)  # its last values may still be on their way to the host
+        torch._foreach_copy_([view for _, view in group.views(buffer)], values)
         stream.wait_stream(training)
         with cuda.stream(stream):
-            room.copy_(buffer.values, non_blocking=True)
+            room.copy_(buffer, non_blocking=True)
         # A thread that waits for a blocking event sleeps, and takes no core from the training.
-        buffer.sent = stream.record_event(cuda.Event(blocking=True))
+        sent = stream.record_event(cuda.Event(blocking=True))
         # When it is freed, torch must not use its memory again before both streams are done with it.
         for user in (stream, training):
-            buffer.values.record_stream(user)
-        return buffer.sent
+            buffer.record_stream(user)
+        return buffer, sent
 
 
 # --- pinned memory ---
-
-_PORTABLE = 1
-"""cudaHostRegisterPortable: pinned for every device."""
 
 
 def pinned_empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
@@ -407,12 +353,12 @@ def pinned_empty(elements: int, dtype: torch.dtype) -> torch.Tensor:
 
 
 def _register(address: int, nbytes: int) -> bool:
-    """Pin memory; False where the system cannot pin memory that is allocated already."""
+    """Pin memory for every device; False where the system cannot pin memory that is allocated already."""
     cuda: Any = torch.cuda
-    cudart, current = cuda.cudart(), cuda.current_device()
+    portable, cudart, current = 1, cuda.cudart(), cuda.current_device()
     # On a device that is in use: elsewhere this would make a context, which takes memory there. So does torch.
     with cuda.device(next(iter(_devices_in_use()), current)):
-        if int(cudart.cudaHostRegister(address, nbytes, _PORTABLE)) == 0:
+        if int(cudart.cudaHostRegister(address, nbytes, portable)) == 0:
             return True
         with suppress(RuntimeError):
             torch.zeros(1, device="cuda").neg_()  # clears the error, which the training's next kernel would raise

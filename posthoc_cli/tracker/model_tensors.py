@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
@@ -33,6 +33,11 @@ ON_META = (
 )
 """Reason and hint for a tensor without values."""
 
+_OTHER_DTYPE = (
+    "convert the model before the hook is made; or compute in half precision with torch.autocast, which does not "
+    "change parameters; or make the hook with on_change='follow', which starts a new average"
+)
+
 
 @dataclass(frozen=True)
 class ModelTensors:
@@ -40,10 +45,9 @@ class ModelTensors:
 
     Attributes:
         averaged: floating-point parameters, and buffers that the user wants averaged.
-        copied: other persistent buffers, parameters of whole numbers, and tensors that the user wants copied.
-        aliases: further names of tensors above (tied parameters) -> the stored name.
-        left_out: names in the model's state that are not tracked: excluded by the selection, or extra state.
-        frozen: those of them that are left out only since they do not require gradients.
+        copied: other persistent buffers and parameters, and tensors that the user wants copied.
+        aliases: further names of these (tied parameters) -> the stored name.
+        left_out: names in the model's state that are not tracked; those in `frozen` since they need no gradient.
     """
 
     averaged: dict[str, torch.Tensor]
@@ -67,12 +71,10 @@ class TrackedModel:
     @classmethod
     def of_model(cls, found: ModelTensors) -> TrackedModel:
         """The entries for a model in memory."""
-        tensors, shapes = {}, {}
-        for role, group in (("average", found.averaged), ("copy", found.copied)):
-            for name, tensor in group.items():
-                tensors[name] = TrackedTensor(role, stored_name(tensor.dtype, name))
-                shapes[name] = tuple(tensor.shape)
-        return cls(tensors, shapes, found.aliases, found.left_out, found.frozen)
+        averaged = {name: TrackedTensor("average", stored_name(t.dtype, name)) for name, t in found.averaged.items()}
+        copied = {name: TrackedTensor("copy", stored_name(t.dtype, name)) for name, t in found.copied.items()}
+        shapes = {name: tuple(tensor.shape) for name, tensor in (found.averaged | found.copied).items()}
+        return cls(averaged | copied, shapes, found.aliases, found.left_out, found.frozen)
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
@@ -81,42 +83,52 @@ class TrackedModel:
         info = snapshot.info
         return cls(info.tensors, shapes, info.aliases, info.left_out, segment=info.segment)
 
-    def check_header(self) -> None:
-        """Raise an InvalidValueError if there are too many tensors for a snapshot's header: now, not when one is due.
+    def dtypes(self, role: str) -> dict[str, torch.dtype]:
+        """The model's dtypes of the tensors that are averaged ("average") or copied ("copy"), by name."""
+        return {name: torch_dtype(own.dtype) for name, own in self.tensors.items() if own.role == role}
 
-        The rest of a header is small, and not counted.
-        """
+    def begun_since(self, before: TrackedModel) -> list[str]:
+        """Names of tensors whose averages start when the model becomes this one."""
+        same = {
+            name
+            for name, own in before.tensors.items()
+            if own == self.tensors.get(name) and before.shapes[name] == self.shapes[name]
+        }
+        return [name for name, own in self.tensors.items() if own.role == "average" and name not in same]
+
+    def check_header(self) -> None:
+        """Raise an InvalidValueError for too many tensors for a snapshot's header: now, not when one is due."""
         names = [*self.tensors, *self.aliases, *self.left_out]
         # A header has a tensor's name three times, with at most 300 bytes more.
         if 3 * sum(map(len, names)) + 300 * len(names) < fmt.MAX_HEADER_BYTES // 4:
             return
-        entries = fmt.lay_out(
-            [fmt.TensorSpec(name, own.dtype, self.shapes[name]) for name, own in self.tensors.items()]
-        )
+        specs = [fmt.TensorSpec(name, own.dtype, self.shapes[name]) for name, own in self.tensors.items()]
+        entries = fmt.lay_out(specs)
         checksums = {name: "0" * 16 * -(-entry.nbytes // fmt.BLOCK_BYTES) for name, entry in entries.items()}
         tables = {"tensors": self.tensors, "aliases": self.aliases, "left_out": self.left_out}
         try:
             fmt.encode_header(entries, fmt.encode_metadata("snapshot", tables), checksums)
         except InvalidValueError as error:
-            raise InvalidValueError(
-                "model",
-                f"with {len(names):,} tensors a snapshot's {error.subject} {error.reason}",
-                "leave some out with include or exclude, or join them",
-            ) from error
+            reason = f"with {len(names):,} tensors a snapshot's {error.subject} {error.reason}"
+            raise InvalidValueError("model", reason, "leave some out with include or exclude, or join them") from error
 
     def check(self, found: TrackedModel) -> None:
         """Raise a ModelMismatchError, naming the tensor, unless names, shapes, dtypes and roles are these."""
         for name in (*self.tensors, *found.tensors):
             if (name in self.tensors) != (name in found.tensors):
                 raise ModelMismatchError(f"tensor {name!r}", *self._why_missing_or_new(name, found))
+        kept = {"average": "averaged", "copy": "copied"}
         for name, tensor in found.tensors.items():
-            shape, expected = list(found.shapes[name]), list(self.shapes[name])
+            own, shape, expected = self.tensors[name], list(found.shapes[name]), list(self.shapes[name])
+            what, was, hint = "", "", ""
             if shape != expected:
-                raise ModelMismatchError(
-                    f"tensor {name!r}", f"has the shape {shape}, and had {expected} when tracking began"
-                )
-            if tensor != self.tensors[name]:
-                raise ModelMismatchError(f"tensor {name!r}", *_why_other(tensor, self.tensors[name]))
+                what, was = f"has the shape {shape}", f"had {expected}"
+            elif tensor.role != own.role:
+                what, was = f"is {kept[tensor.role]} now", f"was {kept[own.role]}"
+            elif tensor.dtype != own.dtype:
+                what, was, hint = f"is {torch_dtype(tensor.dtype)}", f"was {torch_dtype(own.dtype)}", _OTHER_DTYPE
+            if what:
+                raise ModelMismatchError(f"tensor {name!r}", f"{what}, and {was} when tracking began", hint)
         for alias in self.aliases.keys() | found.aliases.keys():
             if self.aliases.get(alias) != found.aliases.get(alias):
                 raise ModelMismatchError(f"tensor {alias!r}", "is not tied to the tensor that it was tied to")
@@ -124,29 +136,14 @@ class TrackedModel:
     def _why_missing_or_new(self, name: str, found: TrackedModel) -> tuple[str, str]:
         follow = "make the hook with on_change='follow', which goes on "
         if name in found.frozen:
-            return (
-                "is tracked, but does not require gradients any more",
-                f"make the hook with only_trainable=False to track frozen parameters, too, or {follow}without it",
-            )
+            hint = f"make the hook with only_trainable=False to track frozen parameters, too, or {follow}without it"
+            return "is tracked, but does not require gradients any more", hint
         if name in self.tensors:
             return "is tracked, but the model has no such tensor to track", ""
         if name in self.left_out:
-            return (
-                "requires gradients now, but was left out when tracking began, since it did not then",
-                f"{follow}with it",
-            )
+            reason = "requires gradients now, but was left out when tracking began, since it did not then"
+            return reason, f"{follow}with it"
         return "is in the model, but was not when tracking began", f"{follow}with it"
-
-
-def _why_other(found: TrackedTensor, tracked: TrackedTensor) -> tuple[str, str]:
-    kept = {"average": "averaged", "copy": "copied"}
-    if found.role != tracked.role:
-        return f"is {kept[found.role]} now, and was {kept[tracked.role]} when tracking began", ""
-    return (
-        f"is {torch_dtype(found.dtype)}, and was {torch_dtype(tracked.dtype)} when tracking began",
-        "convert the model before the hook is made; or compute in half precision with torch.autocast, which does not "
-        "change parameters; or make the hook with on_change='follow', which starts a new average",
-    )
 
 
 def check_model(model: torch.nn.Module) -> torch.nn.Module:
@@ -156,16 +153,29 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+swapped: list[frozenset[int]] = []
+"""For each open block with averaged weights, the ids of the swapped tensors and of the modules that hold them.
+
+The block refers to all of these objects, so that no id is used again meanwhile.
+"""
+
+
+def is_swapped(model: torch.nn.Module) -> bool:
+    """Whether any part of a model holds averaged weights, which no average may take in.
+
+    Compares tensors and modules, since the swapped model may be a part of this one, or this one a part of it.
+    """
+    if not swapped:
+        return False
+    own = frozenset(map(id, chain(model.modules(), model.parameters(), model.buffers())))
+    return any(own & held for held in [*swapped])
+
+
 # --- looking through a model ---
 
 
 def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
-    """The tensors of a model, wrapped or bare: the names are the same.
-
-    Arguments:
-        model: any module.
-        selection: what the user wants of it.
-        also: parameters to take even if they do not require gradients.
+    """The tensors of a model; those in `also` even if they do not require gradients.
 
     Raises:
         InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
@@ -192,39 +202,30 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             left_out.append(name)
             frozen.add(name)
             continue
-        _check_name(found)
+        if name == "__metadata__":
+            reason = "safetensors files reserve this name, so that no snapshot can hold it"
+            hint = f"rename it in the model, or leave it out with exclude={name!r}"
+            raise InvalidValueError("parameter" if found.is_parameter else "buffer", reason, hint, value=f"{name!r}")
         stored = first_name.setdefault(id(tensor), name)
         if stored != name:
             aliases[name] = stored
             continue
         _check_dense(name, tensor)
         (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = tensor.detach()
-    if not averaged and (frozen or not (selection.include or selection.exclude or selection.copy_only)):
-        reason = "has no parameter to average: none of floating-point values requires gradients"
-        raise InvalidValueError("model", reason, "only_trainable=False takes frozen ones too")
     if not averaged:
-        raise InvalidValueError("model", "has no parameter to average: include, exclude and copy_only leave none")
+        reason, hint = "none of floating-point values requires gradients", "only_trainable=False takes frozen ones too"
+        if not frozen and (selection.include or selection.exclude or selection.copy_only):
+            reason, hint = "include, exclude and copy_only leave none", ""
+        raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
     return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen))
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """The first tensor that holds a nan or an infinity; while none does, one synchronisation a device and dtype.
-
-    The 2-norm is the cheapest sum that no nan and no infinity can hide in. It may overflow where all values are
-    finite: then the largest magnitude decides.
-    """
-    groups: dict[tuple[torch.device, torch.dtype], list[str]] = {}
+    """The first tensor that holds a nan or an infinity."""
     for name, tensor in tensors.items():
-        if tensor.numel() > 0:
-            groups.setdefault((tensor.device, tensor.dtype), []).append(name)
-    bad: set[str] = set()
-    for (_, dtype), names in groups.items():
-        group = [tensors[name].float() if dtype in EIGHT_BITS else tensors[name] for name in names]
-        if bool(torch.isfinite(torch.stack(torch._foreach_norm(group, 2))).all()):
-            continue
-        finite = torch.isfinite(torch.stack(torch._foreach_norm(group, float("inf"))))
-        bad.update(name for name, fine in zip(names, finite.tolist(), strict=True) if not fine)
-    return next((name for name in tensors if name in bad), None)
+        if not bool((tensor.float() if tensor.dtype in EIGHT_BITS else tensor).isfinite().all()):
+            return name
+    return None
 
 
 def _extra_state_names(model: torch.nn.Module) -> Iterator[str]:
@@ -239,39 +240,22 @@ def _extra_state_names(model: torch.nn.Module) -> Iterator[str]:
 
 
 def _is_averaged(found: NamedTensor, selection: Selection) -> bool:
-    """Whether a tensor is averaged, or else copied.
-
-    Raises:
-        InvalidValueError: it should be averaged and cannot be, by name.
-    """
+    """Whether a tensor is averaged, or else copied; an InvalidValueError if it should be averaged and cannot be."""
     if not found.is_parameter:
         return selection.buffers == "average" and found.tensor.dtype in AVERAGED_DTYPES
     name, tensor = found.name, found.tensor
     if tensor.is_complex():
-        raise InvalidValueError(
-            "parameter",
-            "is complex, and only real numbers are averaged",
+        hint = (
             f"let the model hold torch.view_as_real of it, have it copied with copy_only={name!r}, or leave it out "
-            f"with exclude={name!r}",
-            value=f"{name!r}",
+            f"with exclude={name!r}"
         )
+        reason = "is complex, and only real numbers are averaged"
+        raise InvalidValueError("parameter", reason, hint, value=f"{name!r}")
     if tensor.is_floating_point() and tensor.dtype not in AVERAGED_DTYPES:
         accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in AVERAGED_DTYPES)
-        raise InvalidValueError(
-            "parameter", f"dtype {tensor.dtype} cannot be averaged; {accepted} can", value=f"{name!r}"
-        )
+        reason = f"dtype {tensor.dtype} cannot be averaged; {accepted} can"
+        raise InvalidValueError("parameter", reason, value=f"{name!r}")
     return tensor.is_floating_point()
-
-
-def _check_name(found: NamedTensor) -> None:
-    """Raise an InvalidValueError for the one name that no tensor in a safetensors file can have."""
-    if found.name == "__metadata__":
-        raise InvalidValueError(
-            "parameter" if found.is_parameter else "buffer",
-            "safetensors files reserve this name, so that no snapshot can hold it",
-            f"rename it in the model, or leave it out with exclude={found.name!r}",
-            value=f"{found.name!r}",
-        )
 
 
 def _check_dense(name: str, tensor: torch.Tensor) -> None:
@@ -296,30 +280,12 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
 # --- a model whose tensors change ---
 
 
-@dataclass(frozen=True)
-class Change:
-    """A new segment: unchanged tensors keep their averages, new ones start with their present values.
-
-    Attributes:
-        tracked: what is tracked from now on.
-        begun: names of the tensors whose averages start.
-    """
-
-    tracked: TrackedModel
-    begun: tuple[str, ...]
-
-
 class ModelWatch:
     """Cache of the model's tensors, invalidated when the model changes.
 
     Walking through the modules at every update would cost more than comparing names, objects, storage addresses,
-    shapes, strides, dtypes and whether gradients are required.
-
-    Arguments:
-        selection: what the user wants of the model.
-        follows_changes: whether a changed model begins a new segment, or is an error.
-        lenient: whether tracked parameters are taken even if they do not require gradients: older snapshots do not say
-            what was selected.
+    shapes, strides, dtypes and whether gradients are required. If `lenient`, tracked parameters are taken even if they
+    do not require gradients: older snapshots do not say what was selected.
     """
 
     def __init__(self, selection: Selection, follows_changes: bool, lenient: bool = False) -> None:
@@ -353,13 +319,8 @@ class ModelWatch:
         self._tensors = found
         return found
 
-    def change(self, tensors: ModelTensors, tracked: TrackedModel) -> Change | None:
-        """How to go on if the model's tensors differ from the tracked ones; None if they are the same.
-
-        Raises:
-            ModelMismatchError: they differ, and changes are not followed.
-            NonFiniteError: they differ and one is not finite, by name.
-        """
+    def change(self, tensors: ModelTensors, tracked: TrackedModel) -> TrackedModel | None:
+        """What to track in a new segment if the model's tensors have changed, and may; None if they have not."""
         if self._checked is not None and self._checked[0] is tensors and self._checked[1] is tracked:
             return None
         try:
@@ -396,27 +357,21 @@ class ModelWatch:
 
 
 @torch.no_grad()
-def _find_change(tracked: TrackedModel, found: ModelTensors) -> Change:
+def _find_change(tracked: TrackedModel, found: ModelTensors) -> TrackedModel:
     wanted = replace(TrackedModel.of_model(found), segment=tracked.segment + 1)
     wanted.check_header()
-    begun = [
-        name
-        for name in found.averaged
-        if tracked.tensors.get(name) != wanted.tensors[name] or tracked.shapes.get(name) != wanted.shapes[name]
-    ]
+    begun = wanted.begun_since(tracked)
     bad = nonfinite_name(found.averaged)
     if bad is not None:
         what = "is new, and holds nan or infinity; its average cannot begin"
         kept = "holds nan or infinity; no average has taken it in"
         raise NonFiniteError(f"parameter {bad!r}", what if bad in begun else kept)
     gone = [name for name in tracked.tensors if name not in wanted.tensors]
-    log.warning(
-        "the model's tensors have changed: %s; a new segment of snapshots begins",
-        "; ".join(filter(None, (_listed("new", begun), _listed("gone", gone)))) or "tied names",
-    )
-    return Change(wanted, tuple(begun))
-
-
-def _listed(what: str, names: Sequence[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return f"{what}: {', '.join(names[:5])}{more}" if names else ""
+    changes = [
+        f"{what}: {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+        for what, names in (("new", begun), ("gone", gone))
+        if names
+    ]
+    message = "the model's tensors have changed: %s; a new segment of snapshots begins"
+    log.warning(message, "; ".join(changes) or "tied names")
+    return wanted

@@ -29,13 +29,7 @@ _WRAPPERS = (
 
 @dataclass(frozen=True)
 class NamedModule:
-    """A module, at one of the paths that lead to it.
-
-    Attributes:
-        path: without wrappers; "" for the model itself.
-        raw: as torch names it.
-        module: itself, which may be a wrapper.
-    """
+    """A module or wrapper, at one of the paths to it: without wrappers ("" for the model itself), and as torch's."""
 
     path: str
     raw: str
@@ -44,15 +38,10 @@ class NamedModule:
 
 @dataclass(frozen=True)
 class NamedTensor:
-    """A parameter or buffer, under one of its names.
+    """A parameter or buffer, under one of its names: without wrappers, and as torch's. Tied names have one `tensor`.
 
-    Attributes:
-        name: without wrappers.
-        raw: as torch names it.
-        tensor: the values; tied names have the same object.
-        registered: the tensor that the module holds: `tensor` itself, or the flat parameter that contains it.
-        is_parameter: else a buffer.
-        in_state: whether it is in the state dict: all but transient buffers.
+    `registered` is what the module holds: `tensor` or the flat parameter that contains it. `in_state` are all but
+    transient buffers.
     """
 
     name: str
@@ -78,11 +67,9 @@ def named_tensors(model: torch.nn.Module) -> list[NamedTensor]:
         return tensors
     tensors = [replace(tensor, name=renamed.get(tensor.raw, tensor.name)) for tensor in tensors]
     seen: dict[str, str] = {}
-    for tensor in tensors:
-        if seen.setdefault(tensor.name, tensor.raw) != tensor.raw:
-            raise InvalidValueError(
-                "tensors", f"both are {tensor.name!r}", value=f"{seen[tensor.name]!r} and {tensor.raw!r}"
-            )
+    for found in tensors:
+        if (first := seen.setdefault(found.name, found.raw)) != found.raw:
+            raise InvalidValueError("tensors", f"both are {found.name!r}", value=f"{first!r} and {found.raw!r}")
     return tensors
 
 
@@ -143,11 +130,11 @@ def _buffers(modules: list[NamedModule]) -> Iterator[NamedTensor]:
 def _check_unsharded(place: NamedModule) -> None:
     strategy = getattr(getattr(place.module, "sharding_strategy", None), "name", None)
     if strategy != "NO_SHARD":
-        raise InvalidValueError(
-            f"module {place.path!r}" if place.path else "the model",
-            f"its parameters are sharded over processes (FSDP, {strategy or 'unknown'}), and sharded models cannot be "
-            "tracked yet; DistributedDataParallel and FSDP with NO_SHARD can",
+        reason = (
+            f"its parameters are sharded over processes (FSDP, {strategy or 'unknown'}), and sharded models cannot be"
         )
+        hint = "tracked yet; DistributedDataParallel and FSDP with NO_SHARD can"
+        raise InvalidValueError(f"module {place.path!r}" if place.path else "the model", f"{reason} {hint}")
 
 
 def _in_flat_parameter(place: NamedModule, flat: torch.nn.Parameter) -> Iterator[NamedTensor]:
@@ -177,8 +164,7 @@ def _join(path: str, key: str) -> str:
 def _adapter_roots(modules: Sequence[NamedModule]) -> Iterator[tuple[NamedModule, str]]:
     """The outermost modules with one adapter, and its name, which PEFT leaves out of its tensors' names.
 
-    With several adapters in a module, tensors keep torch's names, which tell them apart. So do those of prompt
-    learning, which PEFT saves computed.
+    With several, tensors keep torch's names, which tell them apart; so do those of prompt learning, saved computed.
     """
     if "peft" not in sys.modules:
         return
@@ -214,17 +200,16 @@ def _adapter_names(
     found = {}
     for raw, saved in _saved_names(root.module, adapter, inside).items():
         name = start + saved
+        found[start + raw] = _join(root.path, saved)
         # The innermost wrapper last: its path is without its parents' prefixes.
         for place in wrappers:
             prefix = _join(place.raw, str(wrapped_child(place.module))) + "."
             if (start + raw).startswith(prefix) and name.startswith(prefix):
-                found[start + raw] = (f"{place.path}." if place.path else "") + name.removeprefix(prefix)
-        found.setdefault(start + raw, (f"{root.path}." if root.path else "") + saved)
+                found[start + raw] = _join(place.path, name.removeprefix(prefix))
     return found
 
 
 def _saved_names(module: torch.nn.Module, adapter: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, str]:
-    """What PEFT calls an adapter's tensors, by their names in the module."""
     from peft import get_peft_model_state_dict
 
     # An object for each name: PEFT's result tells by it where a tensor was.

@@ -6,28 +6,18 @@ import logging
 import sys
 import weakref
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.tracker.names import unwrapped
 
+if TYPE_CHECKING:
+    from posthoc_cli.tracker.posthoc_ema import PostHocEMA
+
 log = logging.getLogger(__name__)
-
-
-class Attachable(Protocol):
-    """The calls of a tracker that an attachment makes."""
-
-    checkpoint_dir: Path
-
-    def update_(self, model: torch.nn.Module, t: float | None = None) -> None:
-        """Take in a step of the model."""
-
-    def close(self) -> None:
-        """Finish, and detach."""
 
 
 class Attachment:
@@ -37,17 +27,13 @@ class Attachment:
     optimizer's state for a checkpoint; and once however often it calls its closure, or `step` of a base class. An error
     of the update leaves `optimizer.step()` after the parameters have been changed.
 
-    Arguments:
-        optimizer: makes the steps.
-        tracker: updated after each.
-        model: what it is updated with; held weakly.
-        t: gives the training time; None for steps.
+    The model is held weakly; `t` gives the training time, None for steps.
     """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        tracker: Attachable,
+        tracker: PostHocEMA,
         model: weakref.ref[torch.nn.Module],
         t: Callable[[], float] | None = None,
     ) -> None:
@@ -67,24 +53,16 @@ class Attachment:
             handle.remove()
         self._handles = []
 
-    def check_alone(self, optimizer: torch.optim.Optimizer) -> None:
-        """Raise an InvalidValueError while this is an attachment to another optimizer."""
-        attached = self._optimizer()
-        if self._handles and attached is not None and attached is not optimizer:
-            raise InvalidValueError(
-                "attach",
-                f"this tracker is attached to another optimizer ({type(attached).__name__})",
-                "of several that train one model, attach to the one that steps last in an iteration, or detach() first",
-            )
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The one that this is still attached to."""
+        return self._optimizer() if self._handles else None
 
     def check_caller(self) -> None:
         """Raise a NotReadyError if the user calls `update_` himself: each step would be counted twice."""
-        if self._handles and self._optimizer() is not None and not self._is_updating:
-            raise NotReadyError(
-                "update_",
-                "this tracker is attached to an optimizer and is updated by its steps",
-                "leave out either this call or attach(), or detach() first",
-            )
+        if self.optimizer is not None and not self._is_updating:
+            reason = "this tracker is attached to an optimizer and is updated by its steps"
+            raise NotReadyError("update_", reason, "leave out either this call or attach(), or detach() first")
 
     def is_of(self, model: weakref.ref[torch.nn.Module]) -> bool:
         """Whether this is active for a model, in any wrappers."""
@@ -112,32 +90,44 @@ class Attachment:
             self._is_updating = False
 
 
-_attachments: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Attachment]] = (
-    weakref.WeakKeyDictionary()
-)
+_attachments: weakref.WeakKeyDictionary[torch.optim.Optimizer, weakref.WeakSet[Attachment]]
+_attachments = weakref.WeakKeyDictionary()
 
 
-def close_predecessors(
-    optimizer: torch.optim.Optimizer, tracker: Attachable, model: weakref.ref[torch.nn.Module]
-) -> None:
-    """Close other trackers that are attached to an optimizer for the same model, with a warning."""
-    for other in [*_attachments.get(optimizer, ())]:
+def attach(
+    tracker: PostHocEMA,
+    optimizer: object,
+    model: weakref.ref[torch.nn.Module] | None,
+    t: Callable[[], float] | None,
+    before: Attachment | None,
+) -> Attachment:
+    """Attach a tracker to an optimizer in place of `before`; closes other trackers that are attached for its model."""
+    unit = tracker.settings.t_unit
+    if t is not None and not callable(t):
+        raise InvalidValueError("attach", f"t {t!r}: must be a function that gives the training time, or None")
+    if t is None and unit != "steps":
+        raise InvalidValueError("attach", f"this run counts {unit}", "give it the clock: attach(optimizer, t=function)")
+    if model is None:
+        reason = "this tracker was made without a model"
+        raise InvalidValueError("attach", reason, "give it to from_model or from_path")
+    stepping = _stepping_optimizer(optimizer)
+    attached = None if before is None else before.optimizer
+    if attached is not None and attached is not stepping:
+        reason = f"this tracker is attached to another optimizer ({type(attached).__name__})"
+        hint = "of several that train one model, attach to the one that steps last in an iteration, or detach() first"
+        raise InvalidValueError("attach", reason, hint)
+    for other in [*_attachments.get(stepping, ())]:
         if other.tracker is not tracker and other.is_of(model):
-            log.warning(
-                "attach: the tracker of %s was attached to this optimizer for the same model; it is closed, and "
-                "the one of %s replaces it",
-                other.tracker.checkpoint_dir,
-                tracker.checkpoint_dir,
-            )
+            replaced = "the tracker of %s was attached to this optimizer for the same model; it is closed, and the one"
+            log.warning(f"attach: {replaced} of %s replaces it", other.tracker.checkpoint_dir, tracker.checkpoint_dir)
             other.tracker.close()
+    if before is not None:
+        before.remove()
+    return Attachment(stepping, tracker, model, t)
 
 
-def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
-    """The optimizer that makes the steps and calls its hooks: itself, or the one that accelerate has wrapped.
-
-    Raises:
-        InvalidValueError: it is no optimizer; says what to do with it.
-    """
+def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
+    """The optimizer that makes the steps and calls its hooks: itself, or the one that accelerate has wrapped."""
     # Who does not use accelerate has not imported it.
     accelerated = getattr(sys.modules.get("accelerate.optimizer"), "AcceleratedOptimizer", ())
     while isinstance(optimizer, accelerated):
@@ -149,11 +139,9 @@ def stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     if isinstance(optimizer, torch.optim.lr_scheduler.LRScheduler):
         raise InvalidValueError("attach", f"{kind} is a scheduler of learning rates", "attach to its optimizer")
     if isinstance(optimizer, torch.optim.Optimizer) or hasattr(optimizer, "optimizer"):
-        raise InvalidValueError(
-            "attach",
-            f"{kind} is a wrapper around an optimizer, which may make other steps than the training",
-            "leave attach out, and call ema.update_(model) after each step that was taken",
-        )
+        reason = f"{kind} is a wrapper around an optimizer, which may make other steps than the training"
+        hint = "leave attach out, and call ema.update_(model) after each step that was taken"
+        raise InvalidValueError("attach", reason, hint)
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
 
 
@@ -179,8 +167,8 @@ def _is_nested(optimizer: torch.optim.Optimizer) -> bool:
 def _was_skipped(optimizer: torch.optim.Optimizer, keywords: Mapping[str, Any]) -> bool:
     """Whether a GradScaler's step has left the parameters as they were, for infinities in their gradients.
 
-    Most optimizers are not called then. Those that do the scaling themselves (`fused=True`) are, with the attribute
-    `found_inf`; some of other libraries get the scaler itself instead.
+    It does not call most optimizers then. Those that do the scaling themselves (`fused=True`) it does, with the
+    attribute `found_inf`; some of other libraries get the scaler itself instead.
     """
     found = getattr(optimizer, "found_inf", None)
     if found is not None:
@@ -194,9 +182,8 @@ def _was_skipped(optimizer: torch.optim.Optimizer, keywords: Mapping[str, Any]) 
 def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
     """Whether a step had no other purpose than to make the optimizer's state: rates of 0, and gradients of 0.
 
-    `get_optimizer_state_dict` and `set_state_dict` of torch.distributed.checkpoint.state_dict make such a step where an
-    optimizer has no state yet; plain SGD never has one. The first step of a warm-up may have a rate of 0, too, but
-    its gradients are not 0.
+    torch.distributed.checkpoint.state_dict makes such a step where an optimizer has no state yet; plain SGD never has
+    one. The first step of a warm-up may have a rate of 0, too, but its gradients are not 0.
     """
     rates = [group["lr"] for group in optimizer.param_groups if "lr" in group]
     # torch puts its 0 on the CPU. To look at a rate on a device would wait for it, at every step.
@@ -209,10 +196,7 @@ def _only_made_state(optimizer: torch.optim.Optimizer) -> bool:
 
 
 def _forget_scale(optimizer: torch.optim.Optimizer) -> None:
-    """Remove the attributes that a GradScaler gives an optimizer for one step.
-
-    It does so itself when `step` returns, but not when it raises, and would multiply the next scale by a left one.
-    """
+    """Remove a GradScaler's attributes for one step: if that raises it leaves them, and multiplies the next scale."""
     if getattr(optimizer, "found_inf", None) is not None:
         for name in ("grad_scale", "found_inf"):
             if hasattr(optimizer, name):

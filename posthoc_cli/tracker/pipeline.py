@@ -8,17 +8,19 @@ change with the averages, see `Tracking`.
 from __future__ import annotations
 
 import atexit
-import logging
+import gc
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from weakref import WeakSet
 
 import torch
 
-from posthoc_cli.errors import NonFiniteError, NotReadyError
-from posthoc_cli.tracker.averages import Accumulators, Rounded
+from posthoc_cli.errors import DirectoryError, InvalidValueError, LockedError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages
 from posthoc_cli.tracker.buffers import (
     BlockReader,
     DeviceStreams,
@@ -30,39 +32,26 @@ from posthoc_cli.tracker.buffers import (
     lay_out,
     on_host,
 )
-from posthoc_cli.tracker.model_tensors import Change, ModelTensors, nonfinite_name
-from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.snapshotter import Reading, Room, Snapshotter
-from posthoc_cli.tracker.state import Progress, Tracking
+from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_name
+from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
+from posthoc_cli.tracker.snapshotter import Snapshotter
+from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, take_one_thread
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Update:
-    """What a call brings to the averages.
-
-    Attributes:
-        tensors: the model's; the same object as long as the model is unchanged.
-        progress: of the training with this call.
-        is_due: whether snapshots are due afterwards.
-        change: set where the model has changed.
-    """
+class _Update:
+    """What a call brings to the averages: the model's tensors and copies of some, and room for snapshots if due."""
 
     tensors: ModelTensors
+    changed: TrackedModel | None
     progress: Progress
-    is_due: bool
-    change: Change | None
+    copies: Mapping[str, torch.Tensor]
+    room: Accumulators | None
 
 
 class Pipeline:
     """Takes in a model's values, gives the averages to any thread, and has snapshots written beside the training.
-
-    Arguments:
-        settings: of the tracker.
-        tracking: at its beginning.
-        device: "cpu" or "model", as in `PostHocEMA.from_model`; None for "cpu" where a parameter is on an accelerator.
 
     Attributes:
         now: what the tracker has after the last update; only a job changes it.
@@ -70,29 +59,27 @@ class Pipeline:
     """
 
     def __init__(self, settings: Settings, tracking: Tracking, device: str | None = None) -> None:
+        if device not in (None, "cpu", "model"):
+            reason = "must be 'cpu' (the host) or 'model' (beside the parameters)"
+            raise InvalidValueError("device", reason, value=f"{device!r}")
         self.now = tracking
         self.snapshotter: Snapshotter | None = None
-        self._settings = settings
-        self._device = device
+        self._settings, self._device = settings, device
         self._beside: bool | None = None  # whether averages are updated by their own thread; known at the first update
         self._counted = tracking.progress
         self._refusal: NotReadyError | None = None
         self._ended = False
-        self._stager = Stager()
+        self._stager, self._streams = Stager(), DeviceStreams()
         self._updates, self._writes = Worker("averages", take_one_thread), Worker("snapshots")
         self._crew = Crew.like_torch()
         every, snapshots = settings.schedule.update_every, settings.schedule.checkpoint_every
-        self._update_pace = Pace(
-            "an update of the averages", "update_every", lambda factor: divisor(snapshots, every * factor)
-        )
-        self._write_pace = Pace(
-            "writing snapshots", "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every)
-        )
+        updates, writes = "an update of the averages", "writing snapshots"
+        self._update_pace = Pace(updates, "update_every", lambda factor: divisor(snapshots, every * factor))
+        self._write_pace = Pace(writes, "checkpoint_every", lambda factor: int(-(-snapshots * factor // every) * every))
         self._reader: BlockReader | None = None
         self._read: ModelTensors | None = None
-        self._rooms: deque[Rounded] = deque(maxlen=1)
+        self._rooms: deque[Accumulators] = deque(maxlen=1)
         self._exact_rooms: deque[Accumulators] = deque(maxlen=1)
-        self._streams = DeviceStreams()
         _at_work.add(self)
 
     @property
@@ -113,32 +100,38 @@ class Pipeline:
                 self._writes.wait()
 
     def count(self, progress: Progress) -> None:
-        """Count a call at which nothing else is due."""
-        self._counted = progress
+        """Count a call without update; due snapshots hold the averages as they are."""
+        if self.now.resumes:  # of a process that only counts: the averages differ from those on disk from here on
+            self.set(replace(self.now, progress=progress, resumes=False))
+        elif self._settings.snapshot_is_due(progress.step) and self.now.averages.exist:
+            self.leave_out(progress)
+        else:
+            self._counted = progress
 
-    def update(self, update: Update) -> NonFiniteError | None:
+    def update(self, tensors: ModelTensors, changed: TrackedModel | None, progress: Progress) -> NonFiniteError | None:
         """Take in a model's values, and have snapshots written if they are due; `wait_for_turn` came before.
 
-        Returns:
-            Why the update was left out, if it was; an update beside the training keeps that for `take_error`.
+        `tensors` are the same object as long as the model is unchanged; `changed` is what is tracked from now on, where
+        it has changed. Returns why the update was left out; beside the training that is kept for `take_error`.
         """
         self._check_open()  # a signal handler may have closed the tracker since the call began
         if self._beside is None:
-            all_on_cpu = all(tensor.device.type == "cpu" for tensor in update.tensors.averaged.values())
+            all_on_cpu = all(tensor.device.type == "cpu" for tensor in tensors.averaged.values())
             self._beside = (self._device or ("model" if all_on_cpu else "cpu")) == "cpu"
-        copies = {name: tensor.clone() for name, tensor in update.tensors.copied.items()}
-        room = self._snapshot_room(lay_out(update.tensors.averaged)) if update.is_due else None
+        copies = {name: tensor.clone() for name, tensor in tensors.copied.items()}
+        is_due = self._settings.snapshot_is_due(progress.step)
+        room = self._room_for(lay_out(tensors.averaged)) if is_due else None
+        update = _Update(tensors, changed, progress, copies, room)
         refused = None
         if self._beside:
-            staged = self._stager.stage(update.tensors.averaged)
-            marks = self._streams.marks(update.tensors.copied.values())
-            self._updates.submit(lambda: self._update_beside(update, staged, copies, marks, room))
+            staged, marks = self._stager.stage(tensors.averaged), self._streams.marks(copies.values())
+            self._updates.submit(lambda: self._update_beside(update, staged, marks))
         else:
-            reader = self._reader_of(update.tensors)
+            reader = self._reader_of(tensors)
             devices = [group.device for group in reader.layout] + [copy.device for copy in copies.values()]
             streams = self._streams.current(devices)
-            refused = self._updates.call(lambda: self._update_here(update, reader, copies, streams, room))
-        self._counted = update.progress
+            refused = self._updates.call(lambda: self._update_here(update, reader, streams))
+        self._counted = progress
         return refused
 
     def warn_of_waiting(self, stacklevel: int) -> None:
@@ -146,10 +139,11 @@ class Pipeline:
         self._update_pace.warn(stacklevel + 1)
         self._write_pace.warn(stacklevel + 1)
 
-    def leave_out(self, progress: Progress, is_due: bool) -> None:
-        """Count a call whose update is left out; snapshots that are due hold the averages as they are."""
+    def leave_out(self, progress: Progress, writes: bool = True) -> None:
+        """Count a call whose update is left out; snapshots that are due are written if `writes`."""
         kept = self.now.averages.accumulators
-        room = self._snapshot_room(kept.layout) if is_due and kept is not None else None
+        is_due = writes and self._settings.snapshot_is_due(progress.step)
+        room = self._room_for(kept.layout) if is_due and kept is not None else None
 
         def work() -> None:
             self._check_open()
@@ -172,13 +166,19 @@ class Pipeline:
 
     # --- called by any thread ---
 
-    def read(self) -> Reading[Rounded]:
-        """The averages, in memory of the caller's own."""
-        return self._ask(Rounded.on_host)
-
-    def read_exactly(self) -> Reading[Accumulators]:
-        """The averages' accumulators, in memory of the caller's own."""
-        return self._ask(Accumulators.on_host)
+    def read(self, exact: bool = False) -> Tracking:
+        """What the tracker has, with a copy of the averages on the host, rounded once or `exact`."""
+        while True:
+            averages = self.now.averages
+            kept = averages.accumulators
+            with torch.inference_mode(False):  # memory of the caller's own: making it must not hold up updates
+                room = None if kept is None else Accumulators(on_host(kept.layout), len(kept.recent), exact)
+            if averages.exist or not self._updates.is_idle():
+                found = self._updates.call(lambda: self._fill(room, self._known()))  # noqa: B023  # done by then
+            else:
+                found = self._fill(room, self._known())
+            if found is not None:
+                return found
 
     def write_missing(self, at_end: bool = False) -> None:
         """Have the averages written, when everything due before is durable, unless they are stored. Nobody waits."""
@@ -186,9 +186,7 @@ class Pipeline:
         def work() -> None:
             self._writes.wait()
             known, snapshotter = self._known(), self.snapshotter
-            if snapshotter is None:
-                return
-            if snapshotter.is_behind_at_end(known) if at_end else snapshotter.is_behind(known):
+            if snapshotter is not None and snapshotter.is_behind(known, at_end):
                 self._have_written(known, None, None, is_due=False)
 
         self._updates.submit(work)
@@ -208,22 +206,32 @@ class Pipeline:
         """An error of the work beside the training; each is returned once."""
         return self._updates.take_error() or self._writes.take_error()
 
+    @contextmanager
+    def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
+        """The directory's writer; if the block fails, this pipeline has one only if it had before."""
+        before = self.snapshotter
+        snapshotter = before or _open_snapshotter(directory, self._settings)
+        try:
+            snapshotter.check_run(run_id)
+            self.snapshotter = snapshotter
+            yield snapshotter
+        except BaseException:
+            if before is None:
+                self.snapshotter = None
+                snapshotter.close()
+            raise
+
     def refuse(self, error: NotReadyError) -> None:
         """Take in nothing that was not handed over yet: later calls raise `error`."""
-
-        def work() -> None:
-            self._refusal = error
-
-        if self._updates.is_idle():
-            work()
-        else:
-            self._updates.submit(work)
+        self._updates.submit(partial(setattr, self, "_refusal", error))
 
     def close(self) -> None:
-        """Finish everything."""
+        """Finish everything, and let another writer into the directory."""
         self._updates.close()
         self._crew.close()
         self._writes.close()
+        if self.snapshotter is not None:
+            self.snapshotter.close()
 
     # --- inside ---
 
@@ -231,29 +239,22 @@ class Pipeline:
         if self._refusal is not None:
             raise self._refusal
 
-    def _ask(self, make: Callable[[Accumulators], Room]) -> Reading[Room]:
-        """A reading in a room that the caller makes: allocating memory must not hold up updates."""
-        while self.now.averages.exist or not self._updates.is_idle():
-            kept = self.now.averages.accumulators
-            with torch.inference_mode(False):
-                room = None if kept is None else make(kept)
-            found = self._updates.call(lambda: self._fill(room, self._known()))  # noqa: B023  # done before the next
-            if found is not None:
-                return found
-        return self._fill(None, self._known()) or self._ask(make)
-
-    def _fill(self, room: Room | None, known: Tracking) -> Reading[Room] | None:
-        """A reading in `room`; None where the room does not fit the averages."""
-        averages = known.averages
-        if not averages.exist:
-            return Reading(known, averages.standing, None, {})
-        kept = averages.accumulators
-        if room is None or kept is None or not room.fits(kept):
+    def _fill(self, room: Accumulators | None, known: Tracking) -> Tracking | None:
+        """The same with averages in `room`; None where the room does not fit them."""
+        averages, copies = known.averages, {}
+        kept = averages.accumulators if averages.exist else None
+        if kept is None:
+            room = None
+        elif room is None or not room.fits(kept):
             return None
-        with self._streams.beside_training():
-            room.read(averages, self._crew_for(kept.layout))
-            copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
-        return Reading(known, averages.standing, room, copies)
+        else:
+            with self._streams.beside_training():
+                if room.totals:
+                    averages.copy_to(room)
+                else:
+                    averages.read(room.recent, self._crew_for(kept.layout))
+                copies = {name: copy.to("cpu") for name, copy in averages.copies.items()}
+        return replace(known, averages=RunningAverages(averages.sigma_rels, averages.standing, room, copies))
 
     def _known(self) -> Tracking:
         """The averages with the calls counted so far if no update was among them, else with those until then."""
@@ -262,16 +263,15 @@ class Pipeline:
         return replace(now, progress=counted) if later else now
 
     @torch.inference_mode(False)
-    def _snapshot_room(self, layout: Layout) -> Rounded:
-        """Room for a snapshot's averages, used again: making it takes longer than an update."""
+    def _room_for(self, layout: Layout, exact: bool = False) -> Accumulators:
+        """Room on the host for a snapshot's averages, used again: making it takes longer than an update."""
         wanted, profiles = on_host(layout), len(self.now.averages.sigma_rels)
-        try:
-            room = self._rooms.pop()
-            if room.layout == wanted and len(room.profiles) == profiles:
+        with suppress(IndexError):
+            room = (self._exact_rooms if exact else self._rooms).pop()
+            if room.layout == wanted and len(room.recent) == profiles:
                 return room
-        except IndexError:
-            pass
-        return Rounded(wanted, profiles, pinned=any(group.device.type == "cuda" for group in layout))
+        pinned = not exact and any(group.device.type == "cuda" for group in layout)
+        return Accumulators(wanted, profiles, exact, pinned)
 
     @torch.inference_mode(False)  # scratch made in inference mode could never be written to outside
     def _reader_of(self, tensors: ModelTensors) -> BlockReader:
@@ -288,34 +288,26 @@ class Pipeline:
 
     # --- jobs ---
 
-    def _update_here(
-        self,
-        update: Update,
-        reader: BlockReader,
-        copies: Mapping[str, torch.Tensor],
-        streams: Streams,
-        room: Rounded | None,
-    ) -> NonFiniteError | None:
+    def _update_here(self, update: _Update, reader: BlockReader, streams: Streams) -> NonFiniteError | None:
         """Take in values that nobody changes until this is done; returns why the update was left out."""
+        averaged = update.tensors.averaged
         with self._streams.entered(streams):
-            refused = self._take_in(update, reader, update.tensors.averaged, copies)
-            network = self._stager.stage(update.tensors.averaged) if update.is_due and refused is None else None
-        if update.is_due:
-            self._have_written(self.now, network, room)
+            refused = self._take_in(update, reader, averaged)
+            network = self._stager.stage(averaged) if update.room is not None and refused is None else None
+        if update.room is not None:
+            self._have_written(self.now, network, update.room)
         return refused
 
-    def _update_beside(
-        self, update: Update, staged: Staged, copies: Mapping[str, torch.Tensor], marks: Marks, room: Rounded | None
-    ) -> None:
+    def _update_beside(self, update: _Update, staged: Staged, marks: Marks) -> None:
         """Take in a copy of the values."""
         handed_over = False
         try:
             with self._update_pace.working():
-                refused = self._take_in(update, staged.reader(self._crew.size), staged.values.views, copies)
+                refused = self._take_in(update, staged.reader(self._crew.size), staged.values.views)
             self._streams.last = marks
-            handed_over = update.is_due and refused is None
-            if update.is_due:
-                self._have_written(self.now, staged if handed_over else None, room)
+            handed_over = update.room is not None and refused is None
+            if update.room is not None:
+                self._have_written(self.now, staged if handed_over else None, update.room)
         finally:
             if not handed_over:
                 self._stager.give_back(staged)
@@ -324,40 +316,37 @@ class Pipeline:
 
     @torch.no_grad()
     def _take_in(
-        self,
-        update: Update,
-        reader: BlockReader,
-        values: Mapping[str, torch.Tensor],
-        copies: Mapping[str, torch.Tensor],
+        self, update: _Update, reader: BlockReader, values: Mapping[str, torch.Tensor]
     ) -> NonFiniteError | None:
         """Update the averages and the counters; returns why the update was left out."""
         self._check_open()
         now, progress = self.now, update.progress
-        averages, tracked = now.averages, now.tracked
-        if update.change is not None:
-            begun = {name: values[name] for name in update.change.begun}
-            averages, tracked = averages.changed(reader.layout, begun, copies), update.change.tracked
+        averages, tracked = now.averages, update.changed or now.tracked
+        if update.changed is not None:
+            begun = {name: values[name] for name in tracked.begun_since(now.tracked)}
+            averages = averages.changed(reader.layout, begun, update.copies)
         crew = self._crew_for(reader.layout)
         name = None if reader.surely_finite(crew) else nonfinite_name(values)
         if name is None:
-            averages.update_(reader, copies, progress.t, progress.step, crew)
+            averages.update_(reader, update.copies, progress.t, progress.step, crew)
         self.now = replace(now, progress=progress, tracked=tracked, averages=averages)
         if name is None:
             return None
-        return NonFiniteError(
-            f"parameter {name!r}", f"holds nan or infinity at step {progress.step}; no average has taken it in"
-        )
+        reason = f"holds nan or infinity at step {progress.step}; no average has taken it in"
+        return NonFiniteError(f"parameter {name!r}", reason)
 
-    def _have_written(self, known: Tracking, network: Staged | None, room: Rounded | None, is_due: bool = True) -> None:
+    def _have_written(
+        self, known: Tracking, network: Staged | None, room: Accumulators | None, is_due: bool = True
+    ) -> None:
         """Have the averages written as they are now."""
         kept, snapshotter = known.averages.accumulators, self.snapshotter
         if kept is None or snapshotter is None or not known.averages.exist:
             return
         # An update that was left out leaves averages of other tensors than its own.
-        fitting = room if room is not None and room.fits(kept) else self._snapshot_room(kept.layout)
+        fitting = room if room is not None and room.fits(kept) else self._room_for(kept.layout)
         reading = self._fill(fitting, known)
+        exact = self._fill(self._room_for(kept.layout, exact=True), known) if self._settings.keep_state else None
         assert reading is not None, "the room fits"
-        exact = self._exact_copy(kept, known) if self._settings.keep_state else None
 
         def job() -> None:
             try:
@@ -367,19 +356,36 @@ class Pipeline:
                 if network is not None:
                     self._stager.give_back(network)
                 self._rooms.append(fitting)
-                if exact is not None and exact.room is not None:
-                    self._exact_rooms.append(exact.room)
+                if exact is not None and exact.averages.accumulators is not None:
+                    self._exact_rooms.append(exact.averages.accumulators)
 
         self._writes.submit(job)
 
-    @torch.inference_mode(False)
-    def _exact_copy(self, kept: Accumulators, known: Tracking) -> Reading[Accumulators] | None:
-        """The accumulators, in room that is used again."""
-        room = self._exact_rooms.pop() if self._exact_rooms else None
-        return self._fill(room if room is not None and room.fits(kept) else Accumulators.on_host(kept), known)
 
+# --- writers of this process ---
 
 _at_work: WeakSet[Pipeline] = WeakSet()
+
+
+def _open_snapshotter(directory: Path, settings: Settings) -> Snapshotter:
+    """The directory's writer, when other trackers of this process that hold it have ended."""
+    wait_for_writers(directory)  # a forgotten tracker may still be writing its last snapshot
+    try:
+        try:
+            return Snapshotter(directory, settings)
+        except LockedError:
+            # The holder may be garbage, such as the tracker of a notebook cell that was run again: one that is
+            # attached to an optimizer with a scheduler stays until the collector runs.
+            gc.collect()
+            wait_for_writers(directory)
+            return Snapshotter(directory, settings)
+    except WriteError as error:  # a WriteError of `update_` would say that the call has done its work
+        raise DirectoryError(error.subject, error.reason, error.hint) from error
+    except LockedError as error:
+        if not is_in_group():
+            raise
+        hint = "in a group of processes one writes: from_model(..., writer=rank == 0), and the same for from_path"
+        raise error.with_hint(hint) from error
 
 
 def wait_for_writers(directory: Path, last_too: bool = False) -> None:
@@ -395,10 +401,9 @@ def wait_for_writers(directory: Path, last_too: bool = False) -> None:
 
 
 def _same_place(one: Path, other: Path) -> bool:
-    try:
+    with suppress(OSError):
         return one.samefile(other)
-    except OSError:
-        return False
+    return False
 
 
 @atexit.register

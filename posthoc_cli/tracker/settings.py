@@ -1,4 +1,4 @@
-"""The settings of a tracker, and the checks of arguments."""
+"""The settings of a tracker and the checks of its arguments; the calls counted so far; who writes in a group."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.planning import USEFUL_RANGE, check_sigma_range
-from posthoc_cli.profiles import check_sigma_rel
+from posthoc_cli.planning import check_sigma_range
+from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import Selection, TrackingSchedule
 from posthoc_cli.snapshots.tensors import torch_dtype
@@ -42,15 +42,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         if not isinstance(self.t_unit, str) or not self.t_unit or not self.t_unit.isprintable():
-            raise InvalidValueError(
-                "t_unit", "must name what t counts, such as 'steps' or 'images'", value=f"{self.t_unit!r}"
-            )
-        for name, value, accepted in (
-            ("on_nonfinite", self.on_nonfinite, ("raise", "skip", "warn")),
-            ("on_change", self.on_change, ("raise", "follow")),
-        ):
-            if value not in accepted:
-                raise InvalidValueError(name, f"must be one of {', '.join(accepted)}", value=f"{value!r}")
+            reason = "must name what t counts, such as 'steps' or 'images'"
+            raise InvalidValueError("t_unit", reason, value=f"{self.t_unit!r}")
+        for name, accepted in (("on_nonfinite", ("raise", "skip", "warn")), ("on_change", ("raise", "follow"))):
+            if getattr(self, name) not in accepted:
+                raise InvalidValueError(name, f"must be one of {', '.join(accepted)}", value=f"{getattr(self, name)!r}")
 
     def update_is_due(self, step: int) -> bool:
         """Whether averages take in the model at this call."""
@@ -69,28 +65,74 @@ class Settings:
         log.info("update skipped: %s", error)
 
 
-def absolute_directory(checkpoint_dir: str | Path) -> Path:
-    """The directory as an absolute path: the working directory may change later."""
-    if not isinstance(checkpoint_dir, str | os.PathLike) or "\0" in str(checkpoint_dir):
-        raise InvalidValueError("checkpoint_dir", "must be a path", value=f"{checkpoint_dir!r}")
-    return Path(checkpoint_dir).absolute()
+@dataclass(frozen=True)
+class Progress:
+    """How far a training is: the clock of all calls, and the last one at which an update was due.
+
+    `own_clock` says whether the calls pass a time; None while unknown.
+    """
+
+    clock: ClockRecorder = field(default_factory=ClockRecorder)
+    own_clock: bool | None = None
+    updated: int = 0
+
+    @classmethod
+    def resumed(cls, clock: ClockRecorder) -> Progress:
+        """The progress of a resumed run; whether it passes `t` is unknown where time and step are equal."""
+        return cls(clock, True if clock.t != clock.step else None, clock.step)
+
+    @property
+    def step(self) -> int:
+        """The last call; 0 before the first."""
+        return self.clock.step
+
+    @property
+    def t(self) -> float:
+        """Its time."""
+        return self.clock.t
+
+    def after(self, t: float | None, settings: Settings) -> Progress:
+        """The progress after one more call, with the caller's `t`, which is checked against the last one."""
+        unit, step = settings.t_unit, self.step + 1
+        if self.own_clock is not None and self.own_clock != (t is not None):
+            habit = "passed t" if self.own_clock else "did not pass t"
+            reason = f"earlier calls of update_ in this run {habit}"
+            raise InvalidValueError("t", reason, "pass it at every call or at none")
+        if t is None and unit != "steps":
+            raise InvalidValueError("t", f"this run counts {unit}", "pass t= at every call of update_")
+        time = float(step) if t is None else _number(t)
+        if not math.isfinite(time) or not time > self.t:
+            reason = f"must be finite, and larger than at the last call, {self.t:,.12g} {unit}"
+            raise InvalidValueError("t", reason, value=f"{time:.12g}")
+        if not fmt.EARLIEST <= time <= fmt.LATEST:
+            raise InvalidValueError("t", f"must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}", value=f"{time:g}")
+        updated = step if settings.update_is_due(step) else self.updated
+        return Progress(self.clock.add(step, time), t is not None, updated)
 
 
-def check_device(device: str | None) -> str | None:
-    """`device` if it is "cpu", "model" or None, else an InvalidValueError."""
-    if device not in (None, "cpu", "model"):
-        raise InvalidValueError(
-            "device", "must be 'cpu' (the host) or 'model' (beside the parameters)", value=f"{device!r}"
-        )
-    return device
+def _number(t: float) -> float:
+    """`t` as a float; nan if it is no number."""
+    try:
+        return math.nan if isinstance(t, str) else float(t)
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return math.nan
+
+
+# --- arguments ---
+
+
+def check_path(name: str, path: str | Path) -> Path:
+    """An absolute path: the working directory may change later."""
+    if not isinstance(path, str | os.PathLike) or "\0" in str(path):
+        raise InvalidValueError(name, "must be a path", value=f"{path!r}")
+    return Path(path).absolute()
 
 
 def check_sigma_rels(sigma_rels: Sequence[float]) -> tuple[float, ...]:
     """Tracked profiles, ascending; an InvalidValueError unless there is one, all are in range, none twice."""
     if isinstance(sigma_rels, str) or not isinstance(sigma_rels, Iterable):
-        raise InvalidValueError(
-            "sigma_rels", "must be a sequence of numbers, such as (0.05, 0.28)", value=f"{sigma_rels!r}"
-        )
+        reason = "must be a sequence of numbers, such as (0.05, 0.28)"
+        raise InvalidValueError("sigma_rels", reason, value=f"{sigma_rels!r}")
     checked = tuple(sorted(check_sigma_rel(sigma_rel) for sigma_rel in sigma_rels))
     if not checked:
         raise InvalidValueError("sigma_rels", "at least one profile must be tracked, such as (0.05, 0.28)")
@@ -110,76 +152,22 @@ def check_count(name: str, value: int, least: int) -> int:
     return count
 
 
-def make_schedule(
-    update_every: int,
-    checkpoint_every: int,
-    update_after_step: int,
-    max_checkpoints: int | None,
-    checkpoint_dtype: torch.dtype | str | None,
-    sigma_range: tuple[float, float] = USEFUL_RANGE,
-) -> TrackingSchedule:
-    """A checked schedule.
-
-    Raises:
-        InvalidValueError: naming the setting, or both where two contradict each other.
-    """
-    update_every = check_count("update_every", update_every, 1)
-    checkpoint_every = check_count("checkpoint_every", checkpoint_every, 1)
-    update_after_step = check_count("update_after_step", update_after_step, 0)
-    if max_checkpoints is not None:
-        max_checkpoints = check_count("max_checkpoints", max_checkpoints, 1)
+def make_schedule(given: Sequence[Any], stored: TrackingSchedule | None = None) -> TrackingSchedule:
+    """A checked schedule of the arguments of `from_model`, in the order of its fields, `...` for those of `stored`."""
+    if stored is not None:
+        name = stored.checkpoint_dtype
+        values = vars(stored) | {"checkpoint_dtype": None if name is None else torch_dtype(name)}
+        given = [own if new is ... else new for own, new in zip(values.values(), given, strict=True)]
+    update_every = check_count("update_every", given[0], 1)
+    checkpoint_every = check_count("checkpoint_every", given[1], 1)
+    update_after_step = check_count("update_after_step", given[2], 0)
+    max_checkpoints = None if given[3] is None else check_count("max_checkpoints", given[3], 1)
     if checkpoint_every % update_every:
-        raise InvalidValueError(
-            "checkpoint_every",
-            f"must be a multiple of update_every {update_every}, so that a snapshot holds the average of its own time",
-            value=checkpoint_every,
-        )
-    stored = parse_dtype(checkpoint_dtype, "checkpoint_dtype")
-    return TrackingSchedule(
-        update_every, checkpoint_every, update_after_step, max_checkpoints, stored, check_sigma_range(sigma_range)
-    )
-
-
-def override_schedule(stored: TrackingSchedule, *given: Any) -> TrackingSchedule:
-    """A stored schedule with a user's arguments, as of `make_schedule`, in place of its own; `...` for none."""
-    name = stored.checkpoint_dtype
-    values = vars(stored) | {"checkpoint_dtype": None if name is None else torch_dtype(name)}
-    return make_schedule(*(own if new is ... else new for own, new in zip(values.values(), given, strict=True)))
-
-
-def next_time(settings: Settings, own_clock: bool | None, last: float, step: int, t: float | None) -> float:
-    """The time of the call number `step`, checked against the last one.
-
-    Arguments:
-        own_clock: whether earlier calls passed `t`; None before the first call.
-        last: time of the last call.
-        t: the caller's argument.
-    """
-    if own_clock is not None and own_clock != (t is not None):
-        habit = "passed t" if own_clock else "did not pass t"
-        raise InvalidValueError(
-            "t", f"earlier calls of update_ in this run {habit}", "pass it at every call or at none"
-        )
-    if t is None and settings.t_unit != "steps":
-        raise InvalidValueError("t", f"this run counts {settings.t_unit}", "pass t= at every call of update_")
-    time = float(step) if t is None else _number(t)
-    if not math.isfinite(time) or not time > last:
-        raise InvalidValueError(
-            "t",
-            f"must be finite, and larger than at the last call, {last:,.12g} {settings.t_unit}",
-            value=f"{time:.12g}",
-        )
-    if not fmt.EARLIEST <= time <= fmt.LATEST:
-        raise InvalidValueError("t", f"must lie between {fmt.EARLIEST:g} and {fmt.LATEST:g}", value=f"{time:g}")
-    return time
-
-
-def _number(t: float) -> float:
-    """`t` as a float; nan if it is no number."""
-    try:
-        return math.nan if isinstance(t, str) else float(t)
-    except (TypeError, ValueError, OverflowError, RuntimeError):
-        return math.nan
+        own_time = "so that a snapshot holds the average of its own time"
+        reason = f"must be a multiple of update_every {update_every}, {own_time}"
+        raise InvalidValueError("checkpoint_every", reason, value=checkpoint_every)
+    dtype, sigma_range = parse_dtype(given[4], "checkpoint_dtype"), check_sigma_range(given[5])
+    return TrackingSchedule(update_every, checkpoint_every, update_after_step, max_checkpoints, dtype, sigma_range)
 
 
 # --- groups of processes ---
@@ -191,9 +179,6 @@ def choose_writer(chosen: bool | None, model: torch.nn.Module | None) -> bool | 
     By default the first process of the group in which DistributedDataParallel, or FSDP without sharding, holds the
     model. Of a model without wrapper it is the first of all processes: training scripts make their tracker before they
     wrap the model, and the processes must not all write to one directory.
-
-    Raises:
-        InvalidValueError: the choice is none of True, False and None.
     """
     if chosen is not None:
         if not isinstance(chosen, bool):
@@ -202,17 +187,14 @@ def choose_writer(chosen: bool | None, model: torch.nn.Module | None) -> bool | 
     if not (dist.is_available() and dist.is_initialized()):
         return None  # there may be a group later
     wrapper = None if model is None else _replicating(model)
-    return bool(dist.get_rank(getattr(wrapper, "process_group", None)) <= 0)
-
-
-def warn_of_assumption(chosen: bool | None, model: torch.nn.Module) -> None:
-    """Warn where only its rank says that this process keeps no averages: processes may train different models."""
-    if chosen is None and choose_writer(None, model) is False and _replicating(model) is None:
+    if (rank := dist.get_rank(getattr(wrapper, "process_group", None))) > 0 and model is not None and wrapper is None:
+        # Processes may train different models.
         log.warning(
             "process %d of its group keeps no averages, as the first one is assumed to train the same model; if this "
             "process trains another one, say from_model(..., writer=True), else writer=False to silence this warning",
-            dist.get_rank(),
+            rank,
         )
+    return rank <= 0
 
 
 def is_in_group() -> bool:

@@ -1,21 +1,26 @@
-"""The averages of one moment: as sources of a synthesis beside the snapshots on disk, and written as snapshots."""
+"""The averages of one moment: measured, written as snapshots, and as sources of a synthesis beside those on disk.
+
+Measurements are norms, rounding errors and distances, taken in one pass, tensor by tensor, in chunks that stay in the
+cache. Differences of float32 values are taken in float32, their squares and sums in float64.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
+from collections import defaultdict
 from collections.abc import Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice, takewhile
+from itertools import combinations, islice, takewhile
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import DirectoryError, MismatchError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError
+from posthoc_cli.reconstruction import Distance, Measurements, roundings
 from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
     find_snapshots,
@@ -28,16 +33,24 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
-from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.sources import Source
-from posthoc_cli.tracker.averages import Accumulators, Rounded, RunningAverages, Standing
-from posthoc_cli.tracker.measuring import measure_live, measure_stored
-from posthoc_cli.tracker.model_tensors import nonfinite_name
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
+from posthoc_cli.tracker.buffers import on_host
+from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.state import STATE_NAME, TrackerState, Tracking, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Tracking, write_state
 
 log = logging.getLogger(__name__)
+
+CPU_CHUNK, DEVICE_CHUNK = 30_000, 2**24
+"""Elements at a time. On the CPU a chunk stays in the cache, and has fewer than torch splits over threads (32,768),
+whose barriers would wait for seconds; on an accelerator starting a kernel costs more than leaving the cache."""
+
+_SMALL, _SPACING = 2.0**-120, 2.0**-149
+"""Values below which float32 has few digits, and the distance between its smallest ones."""
 
 _SAME = 1e-12
 """Relative difference of one norm, summed twice in float64 in different orders."""
@@ -45,30 +58,12 @@ _SAME = 1e-12
 _FITTED = 24
 """Snapshots that a new one's motion is fitted to; earlier ones' measurements are in their headers."""
 
-Room = TypeVar("Room", Rounded, Accumulators)
+Averages = Sequence[Mapping[str, torch.Tensor]]
+"""The averages of one time, one a profile: equal names, shapes and, tensor by tensor, devices."""
 
-
-@dataclass(frozen=True)
-class Reading(Generic[Room]):
-    """The averages as they were after one update.
-
-    Attributes:
-        tracking: of that moment, but for its averages, which go on.
-        standing: of the averages.
-        room: their tensors, on the host; None before the first update.
-        copies: name -> tensor as it was, on the host.
-    """
-
-    tracking: Tracking
-    standing: Standing
-    room: Room | None
-    copies: Mapping[str, torch.Tensor]
-
-
-def exact_state(reading: Reading[Accumulators], snapshots: Sequence[str]) -> TrackerState:
-    """The state that a reading holds."""
-    averages = RunningAverages(reading.tracking.averages.sigma_rels, reading.standing, reading.room, reading.copies)
-    return TrackerState(replace(reading.tracking, averages=averages), frozenset(snapshots))
+Key = tuple[str, int, int]
+"""What a sum is of: "norm" or "rounding" of the average (i, i), its distance from the "network" (i, i), the "live"
+distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the earlier snapshot j."""
 
 
 # --- sources of a synthesis ---
@@ -102,37 +97,23 @@ class LiveSource:
         return nullcontext(self.tensors)
 
 
-def live_sources(settings: Settings, reading: Reading[Rounded], off_schedule: bool = False) -> list[LiveSource]:
-    """The running averages, one a profile; none before the first update."""
-    if reading.room is None:
+def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = False) -> list[LiveSource]:
+    """The running averages of a reading, one a profile; none before the first update."""
+    averages, standing, tracked = reading.averages, reading.averages.standing, reading.tracked
+    if averages.accumulators is None:
         return []
-    tracking, standing = reading.tracking, reading.standing
-    tracked, averages = tracking.tracked, tracking.averages
-    knots = tracking.progress.clock.knots_until(standing.step, standing.t)
+    knots = reading.progress.clock.knots_until(standing.step, standing.t)
     sources = []
-    for index, (sigma_rel, gamma) in enumerate(zip(averages.sigma_rels, averages.gammas, strict=True)):
+    for index, values in enumerate(averages.accumulators.recent):
         info = SnapshotInfo(
-            run_id=tracking.run_id,
-            sigma_rel=sigma_rel,
-            gamma=gamma,
-            sigma_rels=averages.sigma_rels,
-            t=standing.t,
-            t_unit=settings.t_unit,
-            step=standing.step,
-            clock=knots,
-            t_first=standing.t_first,
-            max_interval=standing.max_interval,
-            schedule=settings.schedule,
-            tensors=tracked.tensors,
-            aliases=tracked.aliases,
-            left_out=tracked.left_out,
-            selection=settings.selection,
-            segment=tracked.segment,
-            updates=standing.updates,
-            inherited=standing.inherited[index],
-            off_schedule=off_schedule,
-        )
-        sources.append(LiveSource(info, reading.room.profiles[index].views, reading.copies))
+            run_id=reading.run_id, sigma_rel=averages.sigma_rels[index], gamma=averages.gammas[index],
+            sigma_rels=averages.sigma_rels, t=standing.t, t_unit=settings.t_unit, step=standing.step, clock=knots,
+            t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
+            tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
+            selection=settings.selection, segment=tracked.segment, updates=standing.updates,
+            inherited=standing.inherited[index], off_schedule=off_schedule,
+        )  # fmt: skip
+        sources.append(LiveSource(info, values.views, averages.copies))
     return sources
 
 
@@ -161,7 +142,7 @@ def _measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> l
     infos = [source.info for source in live]
     found = [known.get((info.t, info.sigma_rel)) for info in infos]
     if None in found:
-        found = measure_live(infos, [source.averages for source in live], newest_before(infos[0], stored))
+        found, _ = measure(infos, [source.averages for source in live], newest_before(infos[0], stored), stored=False)
     return [
         replace(source, info=replace(source.info, measurements=measured and replace(measured, rounding=0.0)))
         for source, measured in zip(live, found, strict=True)
@@ -172,24 +153,21 @@ def _measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> l
 
 
 class Snapshotter:
-    """The one writer of a directory, from its construction until `close`.
-
-    Arguments:
-        directory: made when it is missing.
-        settings: of the tracker that writes.
+    """The one writer of a directory, which it makes when it is missing, from its construction until `close`.
 
     Raises:
         LockedError: another writer holds the directory.
-        DirectoryError, FileFormatError, MismatchError: a file is in its place, or what is in it cannot be read, is
-            damaged, or does not belong together.
-        WriteError: the directory cannot be made or written.
+        DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written.
     """
 
     def __init__(self, directory: Path, settings: Settings) -> None:
         self.directory = directory
         self._settings = settings
         with files.reported_as_write_error(directory):
-            _check_no_file(directory)
+            for place in (directory, *directory.parents):
+                if (place.exists() or place.is_symlink()) and not place.is_dir():
+                    reason = f"is not a directory; snapshots are written to the directory {directory}"
+                    raise DirectoryError(place, reason, "name another one, or move the file away")
             files.make_directory(directory)
         self._lock = DirectoryLock(directory)
         try:
@@ -204,25 +182,19 @@ class Snapshotter:
         self._kept_step = 0
 
     @property
-    def checksums(self) -> list[str]:
+    def checksums(self) -> frozenset[str]:
         """Header checksums of the stored snapshots."""
-        return [snapshot.checksum for snapshot in self._stored]
+        return frozenset(snapshot.checksum for snapshot in self._stored)
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError where the directory holds snapshots of another run."""
         if self._run_id not in (None, run_id):
-            raise MismatchError(
-                self.directory,
-                f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}",
-                "continue that run with PostHocEMA.from_path, or use another directory",
-            )
+            reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
+            hint = "continue that run with PostHocEMA.from_path, or use another directory"
+            raise MismatchError(self.directory, reason, hint)
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
-        """Set aside snapshots that are not part of a training that goes on from `t`.
-
-        These are later than `t`, or their header checksums are not `known`: they are of another attempt, that went on
-        from an earlier state.
-        """
+        """Set aside snapshots later than `t`, or of another attempt that went on from an earlier state: not `known`."""
         own: list[StoredSnapshot] = []
         others: list[StoredSnapshot] = []
         for snapshot in self._stored:
@@ -237,81 +209,58 @@ class Snapshotter:
         A state that was saved before they were written does not list them. Averages of another attempt at the same
         time would have other norms.
         """
-        t, kept = averages.standing.t, averages.accumulators
-        there = [s for s in self._stored if s.t == t and s.info.off_schedule and s.sigma_rel in averages.sigma_rels]
+        kept, norms = averages.accumulators, {}
+        there = [s for s in self._stored if s.t == averages.standing.t and s.info.off_schedule]
         if not there or kept is None:
             return frozenset()
-        room = Rounded.on_host(kept)
-        room.read(averages)
-        norms = {
-            sigma_rel: sum(
-                float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2 for value in own.views.values()
-            )
-            for sigma_rel, own in zip(averages.sigma_rels, room.profiles, strict=True)
-        }
-        measured = [(s, s.info.measurements) for s in there]
-        return frozenset(
-            s.checksum for s, own in measured if own and math.isclose(own.norm, norms[s.sigma_rel], rel_tol=_SAME)
-        )
+        room = Accumulators(on_host(kept.layout), len(kept.recent), exact=False)
+        averages.read(room.recent)
+        for sigma_rel, own in zip(averages.sigma_rels, room.recent, strict=True):
+            norms[sigma_rel] = sum(float(_square(value)) for value in own.views.values())
+        measured = [(s, s.info.measurements.norm) for s in there if s.info.measurements and s.sigma_rel in norms]
+        return frozenset(s.checksum for s, norm in measured if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME))
 
-    def is_behind(self, tracking: Tracking) -> bool:
-        """Whether averages, or calls that the exact state counts, are not stored."""
-        standing = tracking.averages.standing
-        if not standing.t:
-            return False
+    def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
+        """Whether averages, or calls that the exact state counts, are not stored.
+
+        At the end of training, whether a last snapshot is wanted, too; logs why a directory stays empty.
+        """
+        settings, standing, schedule = self._settings, tracking.averages.standing, self._settings.schedule
+        holds = self._holds(standing)
         # Calls may have been counted since that brought no update.
-        kept_behind = self._settings.keep_state and self._kept_step != tracking.progress.step
-        return kept_behind or not self._holds(standing)
-
-    def is_behind_at_end(self, tracking: Tracking) -> bool:
-        """The same at the end of training, if a last snapshot is wanted; logs why a directory stays empty."""
-        standing, schedule = tracking.averages.standing, self._settings.schedule
-        wanted = self._settings.final_snapshot or self._holds(standing)
-        behind = wanted and self.is_behind(tracking)
-        if not behind and not self._stored:
+        kept_behind = settings.keep_state and self._kept_step != tracking.progress.step
+        behind = standing.t > 0 and (kept_behind or not holds) and (not at_end or settings.final_snapshot or holds)
+        if at_end and not behind and not self._stored:
             log.warning(
                 "%s: no snapshot: %s updates since the training began; update_every=%d, update_after_step=%d, "
                 "checkpoint_every=%d, final_snapshot=%s",
-                self.directory,
-                standing.updates,
-                schedule.update_every,
-                schedule.update_after_step,
-                schedule.checkpoint_every,
-                self._settings.final_snapshot,
-            )
+                self.directory, standing.updates, schedule.update_every, schedule.update_after_step,
+                schedule.checkpoint_every, settings.final_snapshot,
+            )  # fmt: skip
         return behind
 
     def record(
-        self,
-        reading: Reading[Rounded],
-        network: Mapping[str, torch.Tensor] | None,
-        exact: Reading[Accumulators] | None,
-        is_due: bool = True,
+        self, reading: Tracking, network: Mapping[str, torch.Tensor] | None, exact: Tracking | None, is_due: bool = True
     ) -> None:
         """Write the averages of one time, thin, and replace the exact state where one is given.
 
-        Arguments:
-            network: the values of the model's parameters, where they are known.
-            is_due: whether the schedule asks for it; else only what is not stored yet is written.
+        `network` are the values of the model's parameters, where known. Without `is_due` only what is not stored yet
+        is written.
         """
-        schedule, standing = self._settings.schedule, reading.standing
+        schedule, standing = self._settings.schedule, reading.averages.standing
         if is_due or not self._holds(standing):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             self.write(live_sources(self._settings, reading, off_schedule), network)
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
         if exact is not None:  # after the snapshots, so that it is never of a later time
-            write_state(self.directory / STATE_NAME, exact_state(exact, self.checksums), self._settings)
-            self._kept_step = exact.tracking.progress.step
+            write_state(self.directory / STATE_NAME, replace(exact, snapshots=self.checksums), self._settings)
+            self._kept_step = exact.progress.step
 
     def write(self, sources: Sequence[LiveSource], network: Mapping[str, torch.Tensor] | None = None) -> None:
-        """Write the snapshots of one time, each durably, with their measurements.
+        """Write the snapshots of one time, each durably, with their measurements, or none where one is not finite.
 
         After skipped updates an average may be due that is stored already: it is not written again. Snapshots on the
         schedule are written, and measured, as if there were none off it.
-
-        Raises:
-            NonFiniteError: an average is not finite, by name; nothing is written.
-            WriteError: the system refused. Snapshots of the other profiles may be there, each complete.
         """
         due = [not self._has_written(source.info) for source in sources]
         if not any(due):
@@ -319,7 +268,7 @@ class Snapshotter:
         infos = [source.info for source in sources]
         averages = [source.averages for source in sources]
         behind = self._stored if infos[0].off_schedule else on_schedule(self._stored)
-        measured, storage = measure_stored(infos, averages, newest_before(infos[0], behind), network)
+        measured, storage = measure(infos, averages, newest_before(infos[0], behind), network)
         for average, measurements in zip(averages, measured, strict=True):
             if measurements is None and (bad := nonfinite_name(average)) is not None:
                 raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
@@ -327,7 +276,10 @@ class Snapshotter:
             if copy.is_floating_point() and bool(copy.isnan().any()):
                 log.warning("tensor %r holds nan; it is copied as it is", name)
         infos = [replace(info, measurements=found) for info, found in zip(infos, measured, strict=True)]
-        motion = motion_so_far([*(snapshot.info for snapshot in _newest(infos[0], behind)), *infos])
+        # The newest snapshots of this segment, as many as a motion is fitted to.
+        alike = (s for s in reversed(behind) if s.info.segment == infos[0].segment and s.info.measurements)
+        fitted = [snapshot.info for snapshot in islice(alike, _FITTED) if snapshot.t < infos[0].t][::-1]
+        motion = motion_so_far([*fitted, *infos])
         for source, info, dtypes, is_due in zip(sources, infos, storage, due, strict=True):
             if is_due:
                 self._write_one(replace(info, motion=motion), source, dtypes)
@@ -339,19 +291,21 @@ class Snapshotter:
     def _write_one(self, info: SnapshotInfo, source: LiveSource, dtypes: Mapping[str, torch.dtype]) -> None:
         tensors = source.tensors
         storage = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
-        specs = [
-            TensorSpec(name, stored_name(dtype, name), tuple(tensors[name].shape)) for name, dtype in storage.items()
-        ]
+        specs = [TensorSpec(name, stored_name(storage[name], name), tuple(one.shape)) for name, one in tensors.items()]
         path = snapshot_path(self.directory, info.t, info.sigma_rel)
         others = [snapshot for snapshot in self._stored if snapshot.path != path]
         replaces = len(others) < len(self._stored)  # one off the schedule, of the same average
         with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:
             for names in _batches(specs):
+                tensor, dtype = tensors[names[0]], storage[names[0]]
                 if len(names) > 1:
-                    flat = [tensors[name].reshape(-1).to(storage[name]) for name in names]
-                    writer.write_many(names, tensor_bytes(torch.cat(flat)))
-                else:
-                    _write_large(writer, names[0], tensors[names[0]], storage[names[0]])
+                    flat = torch.cat([tensors[name].reshape(-1).to(dtype) for name in names])
+                    writer.write_many(names, tensor_bytes(flat))
+                else:  # block by block, so that no second copy of it is held
+                    out = writer.write_range(names[0], 0, tensor.numel() * dtype.itemsize)
+                    for values in torch.split(tensor.reshape(-1), BLOCK_BYTES // dtype.itemsize):
+                        out.write(tensor_bytes(values.to(dtype)))
+                    out.close()
             checksum = writer.commit()
         self._run_id = info.run_id
         self._stored = [*others, StoredSnapshot(path, info, checksum)]
@@ -368,22 +322,6 @@ class Snapshotter:
         return any(info.off_schedule or not s.info.off_schedule for s in same)
 
 
-def _check_no_file(directory: Path) -> None:
-    for place in (directory, *directory.parents):
-        if (place.exists() or place.is_symlink()) and not place.is_dir():
-            raise DirectoryError(
-                place,
-                f"is not a directory; snapshots are written to the directory {directory}",
-                "name another one, or move the file away",
-            )
-
-
-def _newest(info: SnapshotInfo, behind: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
-    """The newest snapshots of this segment, as many as a motion is fitted to."""
-    own = (s for s in reversed(behind) if s.info.segment == info.segment and s.info.measurements)
-    return [snapshot for snapshot in islice(own, _FITTED) if snapshot.t < info.t][::-1]
-
-
 def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
     """Names of small tensors of one dtype in batches, of large ones alone: few large writes are fast."""
     batch: list[str] = []
@@ -398,10 +336,174 @@ def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
         yield batch
 
 
-def _write_large(writer: TensorFileWriter, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> None:
-    """Write a tensor block by block, so that no second copy of it is held."""
-    flat = tensor.reshape(-1)
-    out = writer.write_range(name, 0, flat.numel() * dtype.itemsize)
-    for values in torch.split(flat, BLOCK_BYTES // dtype.itemsize):
-        out.write(tensor_bytes(values.to(dtype)))
-    out.close()
+# --- measurements ---
+
+
+def measure(
+    infos: Sequence[SnapshotInfo],
+    averages: Averages,
+    earlier: Sequence[StoredSnapshot],
+    network: Mapping[str, torch.Tensor] | None = None,
+    stored: bool = True,
+) -> tuple[list[Measurements | None], list[dict[str, torch.dtype]]]:
+    """Measurements of averages, and the dtypes to store them in if they are to be, by name; one a profile each.
+
+    Measurements are None where a value is not finite, or the squares are too large for float64. Memory: a tensor of
+    each of the `earlier` snapshots at a time. These are read from disk and verified; one that is gone or damaged is
+    left out, with a warning.
+    """
+    sums: dict[Key, float] = defaultdict(float)
+    storage: list[dict[str, torch.dtype]] = [{} for _ in infos]
+    with _EarlierFiles(earlier) as others:
+        for name in averages[0]:
+            exact = {index: _flat(average[name]) for index, average in enumerate(averages)}
+            wanted = {
+                index: torch_dtype(info.schedule.checkpoint_dtype or info.tensors[name].dtype)
+                for index, info in enumerate(infos if stored else ())
+            }
+            own = None if network is None else _flat(network[name].detach())
+            found = _sums_of(exact, wanted, others.read(name, exact[0].device), own)
+            for i in wanted:
+                storage[i][name] = _widened(exact[i], wanted[i], i, found)
+                found["rounding", i, i] += _lost_below_normal(exact[i], infos[i], found["norm", i, i])
+            for key, value in found.items():
+                sums[key] += value
+        return [_measurements(sums, infos, index, others.readable()) for index in range(len(infos))], storage
+
+
+def _measurements(
+    sums: Mapping[Key, float], infos: Sequence[SnapshotInfo], index: int, earlier: Mapping[int, StoredSnapshot]
+) -> Measurements | None:
+    """The measurements of the average of that index, from its sums over all tensors."""
+    norm = sums.get(("norm", index, index), 0.0)
+    if not math.isfinite(norm):
+        return None
+    found = [
+        (info.t, info.sigma_rel, sums.get(("live", min(index, j), max(index, j)), 0.0), 0.0)
+        for j, info in enumerate(infos)
+        if j != index
+    ]
+    found += [
+        (s.t, s.sigma_rel, sums.get(("earlier", index, j), 0.0), s.info.measurements.rounding)
+        for j, s in earlier.items()
+        if s.info.measurements is not None
+    ]
+    # The difference of two large numbers may overflow where neither does.
+    finite = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
+    network = sums.get(("network", index, index), math.inf)
+    rounding = sums.get(("rounding", index, index), 0.0)
+    return Measurements(norm, rounding, finite, network if math.isfinite(network) else None)
+
+
+def _sums_of(
+    averages: Mapping[int, torch.Tensor],
+    stored: Mapping[int, torch.dtype],
+    earlier: Mapping[int, torch.Tensor],
+    network: torch.Tensor | None = None,
+) -> dict[Key, float]:
+    """All sums of one tensor, flat in averages, earlier snapshots and the network; `stored` are dtypes of storage."""
+    first = averages[min(averages)]
+    chunk = CPU_CHUNK if first.device.type == "cpu" else DEVICE_CHUNK
+    total: dict[Key, torch.Tensor] = {}
+
+    def add(kind: str, i: int, j: int, values: torch.Tensor) -> None:
+        square, key = _square(values), (kind, i, j)
+        total[key] = total[key] + square if key in total else square
+
+    for begin in range(0, first.numel(), chunk):
+        part = slice(begin, begin + chunk)
+        cut = {i: average[part] for i, average in averages.items()}
+        for i, average in cut.items():
+            add("norm", i, i, average)
+            if i in stored:
+                add("rounding", i, i, average - _with_arithmetic(average.to(stored[i])))
+            if network is not None:
+                add("network", i, i, average - network[part].to(average.device, average.dtype))
+            for j, snapshot in earlier.items():
+                add("earlier", i, j, average - snapshot[part])
+        for i, j in combinations(cut, 2):
+            add("live", i, j, cut[i] - cut[j])
+    # One synchronisation a tensor, not one a sum.
+    values = torch.stack(list(total.values())).tolist() if total else []
+    return defaultdict(float, zip(total, values, strict=True))
+
+
+def _square(values: torch.Tensor) -> torch.Tensor:
+    """The squared norm of a vector, float64."""
+    norm: torch.Tensor = torch.linalg.vector_norm(values, dtype=torch.float64)
+    return norm.square()
+
+
+def _with_arithmetic(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.float() if tensor.dtype in EIGHT_BITS else tensor
+
+
+def _flat(tensor: torch.Tensor) -> torch.Tensor:
+    """A vector of the elements, row-major, on a device that has float64: not on Apple's GPUs."""
+    return (tensor.cpu() if tensor.device.type == "mps" else tensor).reshape(-1)
+
+
+def _widened(average: torch.Tensor, wanted: torch.dtype, index: int, sums: dict[Key, float]) -> torch.dtype:
+    """The dtype to store a tensor in: the wanted one, or wider where that would lose more than its rounding.
+
+    Rounding to nearest costs at most half a unit in the last place, eps / 2 relative; more where a value becomes
+    infinite, or all are about as small as the subnormal numbers. Leaves the rounding of that dtype in `sums`.
+    """
+    norm, rounding = ("norm", index, index), ("rounding", index, index)
+    for dtype in (wanted, torch.float32):
+        if dtype != wanted:
+            sums[rounding] = _sums_of({index: average}, {index: dtype}, {})[rounding]
+        if math.isfinite(sums[rounding]) and sums[rounding] <= (torch.finfo(dtype).eps / 2) ** 2 * sums[norm]:
+            return dtype
+    sums[rounding] = 0.0
+    return average.dtype
+
+
+def _lost_below_normal(average: torch.Tensor, info: SnapshotInfo, norm: float) -> float:
+    """Expected squared error of a float32 average whose values lie among float32's subnormal numbers; else 0.
+
+    These have one spacing, whatever their size. A product and a sum are rounded at every update.
+    """
+    if average.dtype != torch.float32 or not 0 < norm < average.numel() * _SMALL**2:
+        return 0.0
+    return average.numel() * _SPACING**2 / 12 * 2 * roundings(info.gamma, info.updates or info.step)
+
+
+class _EarlierFiles(ExitStack):
+    """Snapshots that are read beside the averages; one that cannot be read is left out, with a warning."""
+
+    def __init__(self, snapshots: Sequence[StoredSnapshot]) -> None:
+        super().__init__()
+        self._snapshots = snapshots
+        self._files: dict[int, TensorFile] = {}
+
+    def __enter__(self) -> _EarlierFiles:
+        for index, snapshot in enumerate(self._snapshots):
+            with self._left_out_on_error(index):
+                file = self.enter_context(TensorFile(snapshot.path))
+                if file.header.metadata.get("ema.checksum") != snapshot.checksum:
+                    raise FileFormatError(snapshot.path, "was replaced by another file")
+                self._files[index] = file
+        return self
+
+    def readable(self) -> dict[int, StoredSnapshot]:
+        """Those that have been read without an error so far, by index."""
+        return {index: self._snapshots[index] for index in self._files}
+
+    def read(self, name: str, device: torch.device) -> dict[int, torch.Tensor]:
+        """One tensor of each that is readable, flat, by index."""
+        tensors = {}
+        for index, file in list(self._files.items()):
+            with self._left_out_on_error(index):
+                entry = file.header.tensors[name]
+                value = tensor_from_bytes(file.read(name), entry.dtype, entry.shape).reshape(-1)
+                tensors[index] = _with_arithmetic(value).to(device)
+        return tensors
+
+    @contextmanager
+    def _left_out_on_error(self, index: int) -> Iterator[None]:
+        try:
+            yield
+        except FileFormatError as error:
+            log.warning("%s; new snapshots are written without their distance to it", error)
+            self._files.pop(index, None)

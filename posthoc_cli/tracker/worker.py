@@ -18,11 +18,13 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Generic, TypeVar, cast
 
 import torch
 
+from posthoc_cli.errors import NotReadyError
 from posthoc_cli.synthesis.engine import worker_count
 from posthoc_cli.threads import take_one_openmp_thread
 
@@ -35,13 +37,47 @@ Result = TypeVar("Result")
 Item = TypeVar("Item")
 
 
-class Job(Generic[Result]):
-    """One piece of work, done once, or never if it was withdrawn before.
+class Calls:
+    """Lets one call at a time into a tracker, of the process that made it, until it is closed."""
 
-    Arguments:
-        work: to be done.
-        errors: receives the error, where nobody waits for `result`.
-    """
+    def __init__(self, directory: Path) -> None:
+        self.closed, self.caller = False, 0
+        self._directory, self._process, self._lock = directory, os.getpid(), threading.Lock()
+
+    def check_process(self) -> None:
+        """Raise a NotReadyError in a forked process, which has no threads."""
+        if self.is_forked:
+            reason = "this process was forked from the one that has the tracker, and its threads"
+            hint = "call it there, or read the snapshots with PostHocEMA.from_path"
+            raise NotReadyError(self._directory, reason, hint)
+
+    @property
+    def is_forked(self) -> bool:
+        """Whether the tracker belongs to another process."""
+        return self._process != os.getpid()
+
+    def check_open(self) -> None:
+        """Raise a NotReadyError in a forked process, and if the tracker is closed."""
+        self.check_process()
+        if self.closed:
+            raise self.closed_error()
+
+    def closed_error(self) -> NotReadyError:
+        """The error of calls that come too late."""
+        return NotReadyError(self._directory, "this tracker was closed", "go on with PostHocEMA.from_path")
+
+    def lock(self, name: str) -> threading.Lock:
+        """The lock to take; a NotReadyError while another call is under way. Two that begin at once take turns."""
+        self.check_process()
+        if self._lock.locked():
+            beneath = self.caller == threading.get_ident()
+            who = "this thread, beneath a signal handler, is" if beneath else "another thread is"
+            raise NotReadyError(name, f"{who} calling the tracker", "call update_ from one thread, after every step")
+        return self._lock
+
+
+class Job(Generic[Result]):
+    """Work that is done once, or never if it was withdrawn; `errors` gets its error where nobody waits for `result`."""
 
     def __init__(self, work: Callable[[], Result], errors: deque[Exception] | None = None) -> None:
         self._work: Callable[[], Result] | None = work
@@ -95,15 +131,11 @@ class Job(Generic[Result]):
 
 
 class Worker:
-    """Does jobs in order, in a thread that starts with the first job and ends with `close`.
+    """Does jobs in order, in a thread that starts with the first job, calls `begin`, and ends with `close`.
 
     The thread also ends when nobody refers to the worker, and does not keep the process alive: `wait` for jobs that
     must be done by then. `concurrent.futures` takes no jobs at the end of the process, not even from another job. An
     error of a submitted job is logged and kept until `take_error`; later jobs are done all the same.
-
-    Arguments:
-        name: for the thread.
-        begin: called in the thread before its first job.
     """
 
     def __init__(self, name: str, begin: Callable[[], None] = lambda: None) -> None:
@@ -142,10 +174,9 @@ class Worker:
 
     def take_error(self) -> Exception | None:
         """The first error of a job that was not taken yet."""
-        try:
+        with suppress(IndexError):
             return self._errors.popleft()
-        except IndexError:
-            return None
+        return None
 
     def close(self) -> None:
         """Finish every job and end the thread; a later job would start another one."""
@@ -186,13 +217,10 @@ def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None], begin: 
 
 
 class Crew:
-    """The calling thread, limited to one torch thread, and helper threads.
+    """The calling thread, limited to one torch thread, and helper threads: `size` in all.
 
     torch's own threads wait for each other at every operation, so that busy cores delay all. Here each thread takes one
     item after another. One thread does all of an item: bits do not depend on the number of threads.
-
-    Arguments:
-        size: number of threads, the calling one included.
     """
 
     def __init__(self, size: int) -> None:
@@ -256,20 +284,15 @@ def take_one_thread() -> None:
 
 
 class Pace:
-    """How long jobs take and how often they come; warns once if training waits on them.
+    """How long jobs (`what`) take and how often they come; warns once if training waits on them.
 
-    Arguments:
-        what: takes the time.
-        option: of the tracker, that says how often.
-        fitting: the value of the option that makes jobs rarer by at least a factor.
+    `option` of the tracker says how often; `fitting` gives its value that makes jobs rarer by at least a factor.
     """
 
     def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
         self._what, self._option, self._fitting = what, option, fitting
-        self._done, self._seconds = 0, 0.0
-        self._came, self._waited = 0, 0.0
-        self._begin = time.monotonic()
-        self._warned = False
+        self._done, self._seconds, self._came, self._waited = 0, 0.0, 0, 0.0
+        self._begin, self._warned = time.monotonic(), False
 
     @contextmanager
     def working(self) -> Iterator[None]:

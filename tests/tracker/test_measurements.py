@@ -25,7 +25,7 @@ from posthoc_cli.errors import DirectoryError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.tracker import measuring
+from posthoc_cli.tracker import snapshotter
 
 Tensors = dict[str, torch.Tensor]
 SETTINGS: dict = {"update_every": 1, "checkpoint_every": 5}
@@ -134,7 +134,7 @@ def test_the_distance_to_the_weights_is_measured_where_they_are_at_hand(tmp_path
 
 
 def test_a_tensor_of_many_chunks_is_measured_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "CPU_CHUNK", 1_000)
+    monkeypatch.setattr(snapshotter, "CPU_CHUNK", 1_000)
     model = torch.nn.Linear(123, 457)
     model.empty = torch.nn.Parameter(torch.empty(0, 3))
     model.scalar = torch.nn.Parameter(torch.tensor(2.0))
@@ -288,7 +288,7 @@ def test_live_averages_are_measured_as_snapshots_are_and_without_rounding(tmp_pa
 @pytest.mark.cuda
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_averages_on_a_device_are_measured_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measuring, "DEVICE_CHUNK", 1_000)
+    monkeypatch.setattr(snapshotter, "DEVICE_CHUNK", 1_000)
     model = torch.nn.Linear(123, 45).cuda()
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
         watched = Watched(tracker)
