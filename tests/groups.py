@@ -79,7 +79,7 @@ def joined(rank: int, world: int, meeting: str) -> Iterator[tuple[int, int]]:
 
 
 class Net(nn.Module):
-    """Uneven shapes: 5 and 7 rows, one with fewer rows than processes, a scalar, a tied and a frozen tensor, buffers."""
+    """Uneven shapes: 5 and 7 rows, a tensor with fewer rows than processes, a frozen one, buffers."""
 
     def __init__(self) -> None:
         super().__init__()
