@@ -131,3 +131,11 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
     if len(set(filled)) < len(filled):
         return "chunks overlap"
     return None if len(filled) == cells else "elements are missing"
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A box of a tensor of some complete shape."""
+
+    complete: tuple[int, ...]
+    box: Box
