@@ -1,0 +1,167 @@
+"""Groups of processes on gloo that train one model, and what their averages must be.
+
+Parameters follow a walk that every process knows in full, so that the values of a sharded model equal, bit for bit,
+those of the same model in one process, whatever the order in which gradients would have been added.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from ema_command import Result
+from forked import Forked
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+HERE = str(Path(__file__).parent)
+KINDS = ("fsdp", "hsdp", "tp", "fsdp-tp", "ddp", "replicas")
+"""Ways to spread a model over processes: see `spread`."""
+
+
+def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[Forked]:
+    """Start processes that run `code` with `rank`, `world`, `folder` and `arguments`, inside a gloo group.
+
+    The group is left at the end of the code unless the code did so itself.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    meeting = f"{folder}/meeting-{len(list(folder.glob('meeting-*')))}"
+    Path(meeting).touch()
+    program = (
+        f"import sys; sys.path.insert(0, {HERE!r})\n"
+        "import groups\n"
+        "rank, world, meeting, folder, *arguments = sys.argv[1:]\n"
+        "with groups.joined(int(rank), int(world), meeting) as (rank, world):\n"
+        + "".join(f"    {line}\n" for line in ["from pathlib import Path", "folder = Path(folder)", *code.splitlines()])
+    )
+    return [Forked(program, rank, ranks, meeting, folder, *arguments) for rank in range(ranks)]
+
+
+def run_group(code: str, ranks: int, folder: Path, *arguments: object, timeout: float = 120) -> list[Result]:
+    """Run processes as `start_group` does, to their end: the result of each."""
+    processes = start_group(code, ranks, folder, *arguments)
+    try:
+        return [Result(process.wait(timeout), *process.communicate()) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def check_group(code: str, ranks: int, folder: Path, *arguments: object) -> list[str]:
+    """Run processes that all end well: what each has printed."""
+    results = run_group(code, ranks, folder, *arguments)
+    assert all(result.code == 0 for result in results), "\n".join(result.err for result in results)
+    return [result.out for result in results]
+
+
+@contextmanager
+def joined(rank: int, world: int, meeting: str) -> Iterator[tuple[int, int]]:
+    """A process of a gloo group."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=world)
+    try:
+        yield rank, world
+    except BaseException:
+        sys.stdout.flush()
+        raise
+    else:
+        if dist.is_initialized():
+            dist.barrier()
+            dist.destroy_process_group()
+
+
+class Net(nn.Module):
+    """Uneven shapes: 5 and 7 rows, a tensor with fewer rows than processes, a frozen one, buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(6, 8)
+        self.second = nn.Linear(8, 7, bias=False)
+        self.odd = nn.Parameter(torch.zeros(5, 3))
+        self.short = nn.Parameter(torch.zeros(1, 4))
+        self.frozen = nn.Parameter(torch.zeros(3), requires_grad=False)
+        self.register_buffer("mean", torch.zeros(4))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Use every parameter."""
+        hidden = self.first(x).relu()
+        return self.second(hidden).sum() + self.odd.sum() + self.short.sum()
+
+
+def spread(model: nn.Module, kind: str) -> nn.Module:
+    """The model as a kind of parallel training has it; "single" leaves it as it is."""
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    if kind == "fsdp":
+        fully_shard(model.first)
+        return fully_shard(model)
+    if kind == "hsdp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("replicate", "shard"))
+        return fully_shard(model, mesh=mesh)
+    if kind == "tp":
+        mesh = init_device_mesh("cpu", (world,))
+        return parallelize_module(model, mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
+    if kind == "fsdp-tp":
+        mesh = init_device_mesh("cpu", (2, world // 2), mesh_dim_names=("dp", "tp"))
+        parallelize_module(model, mesh["tp"], {"first": ColwiseParallel(), "second": RowwiseParallel()})
+        return fully_shard(model, mesh=mesh["dp"])
+    if kind == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    return model
+
+
+def value(name: str, step: int, like: torch.Tensor) -> torch.Tensor:
+    """The complete value of a tensor after a step: a walk from a start of the name's own."""
+    total = torch.zeros(like.shape, dtype=torch.float64)
+    for number in range(step + 1):
+        seed = int.from_bytes(hashlib.sha256(f"{name}/{number}".encode()).digest()[:6], "big")
+        noise = torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        total += noise if number == 0 else 0.05 * noise
+    return (100 * total).to(like.dtype) if not like.is_floating_point() else total.to(like.dtype)
+
+
+def local(tensor: torch.Tensor, complete: torch.Tensor) -> torch.Tensor:
+    """This process's part of a complete tensor, as `tensor` is spread."""
+    if not isinstance(tensor, DTensor):
+        return complete
+    (chunk,) = tensor.__create_chunk_list__()
+    for axis, (first, length) in enumerate(zip(chunk.offsets, chunk.sizes, strict=True)):
+        complete = complete.narrow(axis, first, length) if length else complete.narrow(axis, 0, 0)
+    return complete
+
+
+@torch.no_grad()
+def move(model: nn.Module, step: int) -> None:
+    """Give every tensor of the model its value after a step."""
+    bare = getattr(model, "module", model)
+    for name, tensor in [*bare.named_parameters(), *bare.named_buffers()]:
+        into = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        into.copy_(local(tensor, value(name, step, tensor)))
+
+
+def truth(gamma: float, updates: list[int], dtype: torch.dtype = torch.float32) -> Mapping[str, torch.Tensor]:
+    """The float64 power-function average of each parameter over the updates, which are steps on a grid.
+
+    With F(t) = t^(gamma + 1), the value of an update at t_k stands for the time since the one before it, and the first
+    one for all time before.
+    """
+    net = Net()
+    last = float(updates[-1])
+    result = {}
+    for name, parameter in net.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        total = torch.zeros(parameter.shape, dtype=torch.float64)
+        for before, step in zip([0, *updates], updates, strict=False):
+            share = (step / last) ** (gamma + 1) - (before / last) ** (gamma + 1)
+            total += share * value(name, step, parameter.to(dtype)).double()
+        result[name] = total
+    return result

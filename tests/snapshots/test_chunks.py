@@ -1,0 +1,97 @@
+"""Chunks of tensors: every box from every cut, against numpy's own indexing."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from posthoc_cli.snapshots.chunks import Box, boxes_of_range, copy_range, cover_problem
+
+SHAPES = [(), (1,), (7,), (5, 3), (4, 1, 6), (3, 4, 2, 2), (0, 3)]
+
+
+@dataclass
+class Stored:
+    """The elements of a chunk, which may only be read forwards."""
+
+    values: npt.NDArray[np.int64]
+    position: int = 0
+    reads: list[tuple[int, int]] = field(default_factory=list)
+
+    def read(self, begin: int, end: int) -> npt.NDArray[np.int64]:
+        assert self.position <= begin < end <= self.values.size
+        self.position = end
+        return self.values[begin:end].copy()
+
+
+def cut(rng: np.random.Generator, shape: tuple[int, ...], most: int = 3) -> list[Box]:
+    """A grid of chunks with random cuts, some of them empty, in random order."""
+    boxes = [Box.whole(shape)]
+    for axis, length in enumerate(shape):
+        cuts = sorted([0, length, *rng.integers(0, length + 1, rng.integers(0, most)).tolist()])
+        boxes = [
+            Box(
+                (*box.offset[:axis], first, *box.offset[axis + 1 :]),
+                (*box.shape[:axis], last - first, *box.shape[axis + 1 :]),
+            )
+            for box in boxes
+            for first, last in itertools.pairwise(cuts)
+        ]
+    rng.shuffle(boxes)  # type: ignore[arg-type]
+    return boxes
+
+
+def slices(box: Box) -> tuple[slice, ...]:
+    return tuple(slice(first, last) for first, last in zip(box.offset, box.end, strict=True))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_any_chunk_is_read_from_any_other_chunks(shape: tuple[int, ...], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    tensor = rng.integers(0, 2**62, shape)
+    for wanted in cut(rng, shape):
+        stored = [(box, Stored(np.ascontiguousarray(tensor[slices(box)]).reshape(-1))) for box in cut(rng, shape)]
+        expected = tensor[slices(wanted)].reshape(-1)
+        found = np.empty_like(expected)
+        edges = sorted([0, wanted.size, *rng.integers(0, wanted.size + 1, 4).tolist()])
+        for begin, end in itertools.pairwise(edges):
+            copy_range(found[begin:end], wanted, begin, stored)
+        assert np.array_equal(found, expected)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if np.prod(shape)], ids=str)
+def test_a_range_is_few_boxes_in_order(shape: tuple[int, ...]) -> None:
+    positions = np.arange(np.prod(shape, dtype=int)).reshape(shape)
+    for begin in range(positions.size + 1):
+        for end in range(begin, positions.size + 1):
+            boxes = list(boxes_of_range(Box.whole(shape), begin, end))
+            found = [position for box in boxes for position in positions[slices(box)].reshape(-1).tolist()]
+            assert found == list(range(begin, end))
+            assert len(boxes) <= max(1, 2 * len(shape) - 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("seed", range(8))
+def test_a_grid_covers_a_tensor_once(shape: tuple[int, ...], seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    boxes = cut(rng, shape)
+    assert cover_problem(shape, boxes) is None
+    filled = [box for box in boxes if box.size]
+    for box in filled:
+        others = [other for other in boxes if other is not box]
+        assert cover_problem(shape, others) == "elements are missing"
+        assert cover_problem(shape, [*boxes, box]) == "chunks overlap"
+    assert cover_problem((0, 3), []) == "no chunk of it is there"
+
+
+def test_what_is_no_partition_is_named() -> None:
+    assert cover_problem((4,), [Box((0,), (3,)), Box((2,), (2,))]) == "chunks overlap"
+    assert cover_problem((4,), [Box((0,), (2,)), Box((3,), (1,))]) == "elements are missing"
+    assert cover_problem((4,), [Box((0,), (5,))]) == "a chunk reaches beyond the tensor"
+    diagonal = [Box((0, 0), (2, 2)), Box((2, 2), (2, 2))]
+    assert cover_problem((4, 4), diagonal) == "elements are missing"
