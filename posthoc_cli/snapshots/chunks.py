@@ -135,7 +135,11 @@ def cover_problem(shape: Sequence[int], chunks: Sequence[Box]) -> str | None:
 
 @dataclass(frozen=True)
 class Chunk:
-    """A box of a tensor of some complete shape."""
+    """Where the elements of a file's tensor belong: the `shape` of the complete tensor, the `offset` of the first."""
 
-    complete: tuple[int, ...]
-    box: Box
+    shape: tuple[int, ...]
+    offset: tuple[int, ...]
+
+    def box(self, shape: tuple[int, ...]) -> Box:
+        """Its indices, for a tensor of this shape in the file."""
+        return Box(self.offset, shape)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import fields, replace
 from itertools import pairwise
@@ -17,6 +18,7 @@ from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
+from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.format import BUFFERS, GLOBS, Selection
 from posthoc_cli.snapshots.headers import DecodeCache, Entry, is_amount, is_list_of, is_number, is_whole
 
@@ -36,6 +38,8 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
         for alias, name in aliases.items():
             if not isinstance(name, str) or name not in tensors or alias in tensors or alias == "__metadata__":
                 raise ValueError(f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
+        if "part" in values:
+            _check_chunks(values.get("chunks", {}), header.tensors)
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return fmt.SnapshotInfo(**(values | {"tensors": tensors}))
@@ -50,6 +54,37 @@ def _tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fm
         if not (own == kept if role == "copy" else own in EPS and kept in EPS):
             raise ValueError(f"ema.tensors: tensor {shown(name)}: {kept} cannot hold {role} of {own}")
     return tensors
+
+
+def _check_chunks(chunks: Mapping[str, Chunk], stored: Mapping[str, fmt.TensorEntry]) -> None:
+    for name in sorted(chunks.keys() | stored.keys()):
+        if name not in chunks or name not in stored:
+            raise ValueError(f"ema.chunks: tensor {shown(name)} is in the payload or here, but not in both")
+        own, chunk = stored[name].shape, chunks[name]
+        fits = len(own) == len(chunk.shape) == len(chunk.offset)
+        if not fits or any(last > size for last, size in zip(chunk.box(own).end, chunk.shape, strict=True)):
+            what = f"shape {list(own)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
+            raise ValueError(f"ema.chunks: tensor {shown(name)}: {what}")
+
+
+def _chunks(raw: dict[str, Any], _: Values) -> dict[str, Chunk]:
+    for name, value in raw.items():
+        if not (isinstance(value, dict) and set(value) == {"shape", "offset"} and all(map(_is_sizes, value.values()))):
+            raise ValueError(f"{shown(name)} must have a shape and an offset, not {shown(value)}")
+    return {name: Chunk(tuple(value["shape"]), tuple(value["offset"])) for name, value in raw.items()}
+
+
+def _is_sizes(value: Any) -> bool:
+    return is_list_of(value, is_whole)
+
+
+def _is_part(text: str) -> bool:
+    return re.fullmatch("[1-9][0-9]{0,5}/[1-9][0-9]{0,5}", text) is not None and int.__le__(*_part(text, {}))
+
+
+def _part(text: str, _: Values) -> tuple[int, int]:
+    number, count = text.split("/")
+    return int(number), int(count)
 
 
 def _role_and_dtype(value: Any) -> tuple[str, str]:
@@ -247,5 +282,8 @@ _ENTRIES = {
     "clock": replace(headers.LIST, convert=_clock, optional=True),
     "measurements": replace(headers.OBJECT, convert=_measurements, optional=True),
     "motion": replace(headers.OBJECT, convert=_motion, optional=True),
+    "part": Entry("two numbers such as 3/8", _is_part, _part, is_text=True, optional=True),
+    "chunks": replace(headers.OBJECT, convert=_chunks, optional=True),
+    "mesh": replace(headers.OBJECT, optional=True),
 }
 """What the metadata of a snapshot must be, in an order in which later values are checked against earlier ones."""

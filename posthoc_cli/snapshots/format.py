@@ -42,6 +42,10 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.measurements  JSON object: norm, rounding, weights, distances; see below. May be missing
     ema.motion        JSON object: edges, walk, noise: the motion of the network up to `t`, from the measurements of
                       all snapshots so far, also of those deleted since; see below. May be missing
+    ema.part          "3/8" in the third of eight parts of a snapshot; see below. May be missing, as the next two
+    ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the part's first element in it},
+                      for each tensor of a part
+    ema.mesh          JSON object: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the processes that trained, for people
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
@@ -71,6 +75,14 @@ bytes are cut into blocks of 4 MiB (4,194,304 bytes), the last one shorter; a te
 header's checksum is taken over the first 8 + N bytes of the file with the 16 digits after
 `"ema.checksum":"` replaced by zeros. That text occurs once: inside a JSON string its quotes would be escaped.
 
+A snapshot of a model that several processes hold in chunks is a folder named as a file would be, without the suffix. It
+has a file for each process that owns a chunk, `part-00003-of-00008.safetensors`, each a snapshot of its own tensors:
+ema.tensors and ema.measurements are of these alone (readers add the measurements, and keep a distance that all parts
+have), ema.motion is in the first part. The snapshot is complete when all parts are there, equal in the other keys, and
+the chunks of each tensor hold every element once, as the cells of a grid; else readers leave it alone. Each part also
+has DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} for each of its tensors, and DCP_VERSION "1.0",
+so that torch.distributed.checkpoint reads such a folder with its HuggingFaceStorageReader.
+
 An *output* (what a synthesis writes) is the same with ema.format "output": it has ema.version, run_id,
 t, t_unit, checksums and checksum as above, and
 
@@ -99,7 +111,7 @@ copies are named `copy/<name>`. There are no tensors before the first update. An
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
 
-A *part* of an output has some of its tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal digits,
+A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal digits,
 the same in all parts of a plan) and ema.release (the release that wrote it).
 """
 
@@ -120,6 +132,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning import USEFUL_RANGE
 from posthoc_cli.profiles import RecordedPowerFunction
 from posthoc_cli.reconstruction import Measurements, Motion
+from posthoc_cli.snapshots.chunks import Chunk
 
 BUFFERS = ("copy", "average", "skip")
 """Treatments of buffers."""
@@ -283,6 +296,9 @@ class SnapshotInfo:
     off_schedule: bool = False
     measurements: Measurements | None = None
     motion: Motion | None = None
+    part: tuple[int, int] | None = None
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+    mesh: dict[str, Any] = field(default_factory=dict)
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -300,7 +316,10 @@ class SnapshotInfo:
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
 
-OPTIONAL = ("selection", "segment", "clock", "updates", "inherited", "off_schedule", "measurements", "motion")
+OPTIONAL = (
+    "selection", "segment", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "part", "chunks",
+    "mesh",
+)  # fmt: skip
 """Metadata that a snapshot may lack."""
 
 
@@ -362,7 +381,11 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     values = {key: value for key, value in vars(info).items() if key not in OPTIONAL or value}
     if info.selection is not None and not info.selection.copy_only:  # for readers that do not know it
         values["selection"] = {key: value for key, value in vars(info.selection).items() if key != "copy_only"}
-    return encode_metadata("snapshot", values)
+    if info.part is None:
+        return encode_metadata("snapshot", values)
+    values["part"] = "{}/{}".format(*info.part)
+    offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in info.chunks.items()}
+    return encode_metadata("snapshot", values) | {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
 
 
 def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:

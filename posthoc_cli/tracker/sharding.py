@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from posthoc_cli.errors import InvalidValueError, RankError
-from posthoc_cli.snapshots.chunks import Box, Chunk
+from posthoc_cli.snapshots.chunks import Chunk
 
 PATIENCE = 60.0
 """Seconds that a process waits for the others."""
@@ -52,7 +52,7 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | N
     with torch.no_grad():
         local = found.to_local()
     (place,) = found.__create_chunk_list__()
-    return local, Chunk(tuple(found.shape), Box(tuple(place.offsets), tuple(place.sizes)))
+    return local.detach().view(tuple(place.sizes)), Chunk(tuple(found.shape), tuple(place.offsets))
 
 
 def _check_even(name: str, tensor: Any, axis: int) -> None:
