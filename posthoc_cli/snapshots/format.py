@@ -43,9 +43,9 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.motion        JSON object: edges, walk, noise: the motion of the network up to `t`, from the measurements of
                       all snapshots so far, also of those deleted since; see below. May be missing
     ema.part          "3/8" in the third of eight parts of a snapshot; see below. May be missing, as the next two
-    ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the part's first element in it},
+    ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the first element in it},
                       for each tensor of a part
-    ema.mesh          JSON object: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the processes that trained, for people
+    ema.mesh          JSON object: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the training's processes, for people
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
@@ -111,8 +111,8 @@ copies are named `copy/<name>`. There are no tensors before the first update. An
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
 
-A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal digits,
-the same in all parts of a plan) and ema.release (the release that wrote it).
+A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal
+digits, the same in all parts of a plan) and ema.release (the release that wrote it).
 """
 
 from __future__ import annotations
