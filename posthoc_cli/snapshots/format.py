@@ -45,7 +45,7 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.part          "3/8" in the third of eight parts of a snapshot; see below. May be missing, as the next two
     ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the first element in it},
                       for each tensor of a part
-    ema.mesh          JSON object: {"shape": [2, 4], "names": ["dp", "tp"] or null}: the training's processes, for people
+    ema.mesh          JSON object: {"shape": [2, 4], "names": ["dp", "tp"] or null}: of the processes, for people
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
