@@ -252,11 +252,13 @@ def _widths(sigma_rels: Sequence[float]) -> str:
 # --- adding to a directory
 
 
-def snapshot_path(directory: Path, t: float, sigma_rel: float) -> Path:
-    """The path of a new snapshot. Names sort by time up to the largest whole number that a float holds exactly."""
+def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, int] | None = None) -> Path:
+    """The path of a new snapshot, or of a part of one. Names sort by time up to the largest whole number of a float."""
     whole, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
     clock = f"{int(whole):016d}" + (f".{fraction}" if fraction.strip("0") else "")
-    return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
+    if part is None:
+        return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
+    return directory / f"{clock}-{sigma_rel!r}" / "part-{:05d}-of-{:05d}{}".format(*part, fmt.SUFFIX)
 
 
 def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:

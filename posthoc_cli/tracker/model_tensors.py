@@ -5,21 +5,25 @@ from __future__ import annotations
 import logging
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
+from posthoc_cli.tracker.sharding import Members, local_part, local_tensors, reshard
 
 log = logging.getLogger(__name__)
+
+Value = TypeVar("Value")
 
 EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Dtypes that torch has no arithmetic for."""
@@ -48,6 +52,7 @@ class ModelTensors:
         copied: other persistent buffers and parameters, and tensors that the user wants copied.
         aliases: further names of these (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked; those in `frozen` since they need no gradient.
+        chunks: of the tensors of which this process holds a part only, see `sharding`: where it belongs.
     """
 
     averaged: dict[str, torch.Tensor]
@@ -55,11 +60,30 @@ class ModelTensors:
     aliases: dict[str, str]
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+
+    def of(self, members: Members) -> ModelTensors:
+        """What this process owns of them."""
+        aliases = {alias: name for alias, name in self.aliases.items() if name in members.owned}
+        return replace(
+            self,
+            averaged=_within(members.owned, self.averaged),
+            copied=_within(members.owned, self.copied),
+            aliases=aliases,
+            chunks=_within(members.owned, self.chunks),
+        )
+
+
+def _within(names: frozenset[str], values: Mapping[str, Value]) -> dict[str, Value]:
+    return {name: value for name, value in values.items() if name in names}
 
 
 @dataclass(frozen=True)
 class TrackedModel:
-    """What a run tracks of a model: the entries of a snapshot's header that must not change within a segment."""
+    """What a run tracks of a model: the entries of a snapshot's header that must not change within a segment.
+
+    In a process that has met others to track one model, `members`, it is what that process owns.
+    """
 
     tensors: dict[str, TrackedTensor]
     shapes: Mapping[str, tuple[int, ...]]
@@ -67,14 +91,18 @@ class TrackedModel:
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     segment: int = 0
+    chunks: dict[str, Chunk] = field(default_factory=dict)
+    members: Members | None = None
 
     @classmethod
-    def of_model(cls, found: ModelTensors) -> TrackedModel:
+    def of_model(cls, found: ModelTensors, members: Members | None = None) -> TrackedModel:
         """The entries for a model in memory."""
         averaged = {name: TrackedTensor("average", stored_name(t.dtype, name)) for name, t in found.averaged.items()}
         copied = {name: TrackedTensor("copy", stored_name(t.dtype, name)) for name, t in found.copied.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in (found.averaged | found.copied).items()}
-        return cls(averaged | copied, shapes, found.aliases, found.left_out, found.frozen)
+        whole = {name: Chunk(shape, (0,) * len(shape)) for name, shape in shapes.items()}
+        chunks = {} if members is None else whole | found.chunks
+        return cls(averaged | copied, shapes, found.aliases, found.left_out, found.frozen, 0, chunks, members)
 
     @classmethod
     def of_snapshot(cls, snapshot: Snapshot) -> TrackedModel:
@@ -175,7 +203,7 @@ def is_swapped(model: torch.nn.Module) -> bool:
 
 
 def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozenset[str] = frozenset()) -> ModelTensors:
-    """The tensors of a model; those in `also` even if they do not require gradients.
+    """The tensors of a model, or what this process holds of them; those in `also` even if they require no gradients.
 
     Raises:
         InvalidValueError: nothing to average, or a tensor that cannot be averaged or stored, by name.
@@ -186,6 +214,8 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     left_out = list(_extra_state_names(check_model(model)))
     frozen: set[str] = set()
     first_name: dict[int, str] = {}
+    chunks: dict[str, Chunk] = {}
+    reshard(model)
     tensors = named_tensors(model)
     # A tied parameter is one tensor: any of its names will do.
     copy_only = {id(found.tensor) for found in tensors if selection.copies(found.name)}
@@ -211,13 +241,16 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
             aliases[name] = stored
             continue
         _check_dense(name, tensor)
-        (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = tensor.detach()
+        local, chunk = local_part(name, tensor)
+        (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = local
+        if chunk is not None:
+            chunks[name] = chunk
     if not averaged:
         reason, hint = "none of floating-point values requires gradients", "only_trainable=False takes frozen ones too"
         if not frozen and (selection.include or selection.exclude or selection.copy_only):
             reason, hint = "include, exclude and copy_only leave none", ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
-    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen))
+    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks)
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -263,12 +296,9 @@ def _check_dense(name: str, tensor: torch.Tensor) -> None:
     reason, hint = "", ""
     if torch.nn.parameter.is_lazy(tensor):
         reason, hint = "has no shape yet", "run a batch through the model first"
-    elif hasattr(tensor, "to_local"):
-        reason = "is sharded over processes (DTensor), and sharded models cannot be tracked yet"
-        hint = "use DistributedDataParallel"
     elif hasattr(tensor, "ds_id") and hasattr(tensor, "ds_tensor"):
-        reason = "is sharded over processes (DeepSpeed ZeRO-3), and sharded models cannot be tracked yet"
-        hint = "use ZeRO-1 or ZeRO-2"
+        reason = "is sharded over processes by DeepSpeed ZeRO-3, whose parameters have no values between steps"
+        hint = "use ZeRO-1 or ZeRO-2, or fully_shard"
     elif tensor.layout != torch.strided:
         reason = f"is {tensor.layout}; only dense tensors can be tracked"
     elif tensor.is_meta:
@@ -288,8 +318,11 @@ class ModelWatch:
     do not require gradients: older snapshots do not say what was selected.
     """
 
-    def __init__(self, selection: Selection, follows_changes: bool, lenient: bool = False) -> None:
+    def __init__(
+        self, selection: Selection, follows_changes: bool, lenient: bool = False, members: Members | None = None
+    ) -> None:
         self._selection, self._follows_changes, self._lenient = selection, follows_changes, lenient
+        self._members = members
         self._model: weakref.ref[torch.nn.Module] | None = None
         self._contents: list[dict[str, Any]] = []
         self._filled: list[dict[str, Any]] = []
@@ -324,7 +357,7 @@ class ModelWatch:
         if self._checked is not None and self._checked[0] is tensors and self._checked[1] is tracked:
             return None
         try:
-            tracked.check(TrackedModel.of_model(tensors))
+            tracked.check(TrackedModel.of_model(tensors, self._members))
         except ModelMismatchError:
             if not self._follows_changes:
                 raise
@@ -339,11 +372,12 @@ class ModelWatch:
 
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
-        return collect_tensors(model, self._selection, also=known)
+        found = collect_tensors(model, self._selection, known)
+        return found if self._members is None else found.of(self._members)
 
     def _take_fingerprint(self) -> tuple[object, ...]:
         """Differs if the tensors do. `_held` keeps ids from being used again."""
-        tensors = self._state_tensors
+        tensors = local_tensors(self._state_tensors)
         return (
             [*map(len, self._contents)],
             [*chain.from_iterable(self._filled)],

@@ -131,10 +131,10 @@ def _check_unsharded(place: NamedModule) -> None:
     strategy = getattr(getattr(place.module, "sharding_strategy", None), "name", None)
     if strategy != "NO_SHARD":
         reason = (
-            f"its parameters are sharded over processes (FSDP, {strategy or 'unknown'}), and sharded models cannot be"
+            f"FSDP has laid its parameters end to end and cut them ({strategy or 'unknown'}), which no average fits"
         )
-        hint = "tracked yet; DistributedDataParallel and FSDP with NO_SHARD can"
-        raise InvalidValueError(f"module {place.path!r}" if place.path else "the model", f"{reason} {hint}")
+        hint = "use torch.distributed.fsdp.fully_shard, DistributedDataParallel, or FSDP with NO_SHARD"
+        raise InvalidValueError(f"module {place.path!r}" if place.path else "the model", reason, hint)
 
 
 def _in_flat_parameter(place: NamedModule, flat: torch.nn.Parameter) -> Iterator[NamedTensor]:

@@ -19,7 +19,16 @@ from weakref import WeakSet
 
 import torch
 
-from posthoc_cli.errors import DirectoryError, InvalidValueError, LockedError, NonFiniteError, NotReadyError, WriteError
+from posthoc_cli.errors import (
+    DirectoryError,
+    InvalidValueError,
+    LockedError,
+    NonFiniteError,
+    NotReadyError,
+    PostHocError,
+    RankError,
+    WriteError,
+)
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages
 from posthoc_cli.tracker.buffers import (
     BlockReader,
@@ -34,6 +43,7 @@ from posthoc_cli.tracker.buffers import (
 )
 from posthoc_cli.tracker.model_tensors import ModelTensors, TrackedModel, nonfinite_name
 from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
+from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, take_one_thread
@@ -209,13 +219,26 @@ class Pipeline:
     @contextmanager
     def as_writer(self, directory: Path, run_id: str) -> Iterator[Snapshotter]:
         """The directory's writer; if the block fails, this pipeline has one only if it had before."""
-        before = self.snapshotter
-        snapshotter = before or _open_snapshotter(directory, self._settings)
+        before, members = self.snapshotter, self.now.tracked.members
+        if members is not None and members.rank > 0:
+            refused = members.wait_for("writer", "has not taken the directory yet")
+            if refused:
+                raise RankError("rank 0", refused)
+        try:
+            snapshotter = before or _open_snapshotter(directory, self._settings, members)
+        except PostHocError as error:
+            if members is not None:
+                members.announce("writer", str(error))
+            raise
         try:
             snapshotter.check_run(run_id)
             self.snapshotter = snapshotter
             yield snapshotter
-        except BaseException:
+            if members is not None and members.rank == 0:
+                members.announce("writer", "")
+        except BaseException as error:
+            if members is not None:
+                members.announce("writer" if members.rank == 0 else "failed", f"rank {members.rank}: {error}")
             if before is None:
                 self.snapshotter = None
                 snapshotter.close()
@@ -367,18 +390,18 @@ class Pipeline:
 _at_work: WeakSet[Pipeline] = WeakSet()
 
 
-def _open_snapshotter(directory: Path, settings: Settings) -> Snapshotter:
+def _open_snapshotter(directory: Path, settings: Settings, members: Members | None) -> Snapshotter:
     """The directory's writer, when other trackers of this process that hold it have ended."""
     wait_for_writers(directory)  # a forgotten tracker may still be writing its last snapshot
     try:
         try:
-            return Snapshotter(directory, settings)
+            return Snapshotter(directory, settings, members)
         except LockedError:
             # The holder may be garbage, such as the tracker of a notebook cell that was run again: one that is
             # attached to an optimizer with a scheduler stays until the collector runs.
             gc.collect()
             wait_for_writers(directory)
-            return Snapshotter(directory, settings)
+            return Snapshotter(directory, settings, members)
     except WriteError as error:  # a WriteError of `update_` would say that the call has done its work
         raise DirectoryError(error.subject, error.reason, error.hint) from error
     except LockedError as error:

@@ -29,12 +29,21 @@ from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_pla
 from posthoc_cli.synthesis.sources import Source, source_prior
 from posthoc_cli.tracker import model_weights, state
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.model_tensors import ModelWatch, TrackedModel, check_model, collect_tensors, is_swapped
+from posthoc_cli.tracker.model_tensors import (
+    ModelTensors,
+    ModelWatch,
+    TrackedModel,
+    check_model,
+    collect_tensors,
+    is_swapped,
+    nonfinite_name,
+)
 from posthoc_cli.tracker.model_weights import fill_model, in_block, swapped_in
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.settings import Progress, Settings, check_path, check_sigma_rels, choose_writer, make_schedule
+from posthoc_cli.tracker.sharding import Members, meet, mesh_of
 from posthoc_cli.tracker.snapshotter import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
@@ -82,7 +91,9 @@ class PostHocEMA:
             )
         settings, tracking, model = beginning.settings, beginning.tracking, beginning.model
         self.checkpoint_dir, self.settings = beginning.directory, settings
-        self._watch = ModelWatch(settings.selection, settings.on_change == "follow", not beginning.knows_selection)
+        self._members = members = tracking.tracked.members
+        follows = settings.on_change == "follow"
+        self._watch = ModelWatch(settings.selection, follows, not beginning.knows_selection, members)
         if model is not None and tracking.resumes:
             self._watch.check(model, tracking.tracked)
         self._model = None if model is None else weakref.ref(model)
@@ -90,7 +101,7 @@ class PostHocEMA:
         # Also where nobody closes it. It must not wait for a thread: that may be collecting the garbage.
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
-        self._writer = choose_writer(beginning.writer, model)
+        self._writer = choose_writer(beginning.writer, model) if members is None else members.part is not None
         self._from_step, self._resumed_at = beginning.from_step, -1
         self._pending: Exception | None = None
         self._calls = Calls(self.checkpoint_dir)
@@ -154,10 +165,14 @@ class PostHocEMA:
         profiles, timing = check_sigma_rels(sigma_rels), make_schedule(given)
         settings = Settings(profiles, timing, t_unit, selection, on_nonfinite, on_change, final_snapshot, keep_state)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
-        tracked = TrackedModel.of_model(collect_tensors(model, selection))
-        tracked.check_header()
+        found, run_id = collect_tensors(model, selection), secrets.token_hex(16)
         directory = check_path("checkpoint_dir", checkpoint_dir)
-        tracking, step = Tracking.new(secrets.token_hex(16), tracked, profiles), None
+        tracked = TrackedModel.of_model(found)
+        if found.chunks:
+            members = _meet(model, found, settings, directory, run_id, writer, resume)
+            tracked, run_id = TrackedModel.of_model(found.of(members), members), members.run_id
+        tracked.check_header()
+        tracking, step = Tracking.new(run_id, tracked, profiles), None
         if resume is not None:
             wait_for_writers(directory, last_too=True)
             tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
@@ -294,6 +309,8 @@ class PostHocEMA:
         self._pipeline.flush()
         self._pending = self._take_error()
         self._raise_pending()
+        if self._members is not None:
+            self._members.check()
 
     def snapshot(self) -> None:
         """Write a snapshot of every profile now, if not all updates are in the newest, and return when it is durable.
@@ -386,6 +403,7 @@ class PostHocEMA:
         Raises:
             InvalidValueError, NotReadyError, FileFormatError, MismatchError.
         """
+        self._check_complete("state_dict")
         if sigma_rel is not None:
             return with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
         return state.pack_state(self._state(), self.settings) if self.keeps_averages else {}
@@ -402,6 +420,7 @@ class PostHocEMA:
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         self._calls.check_open()
+        self._check_complete("load_state_dict")
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
             self.flush()
@@ -419,6 +438,7 @@ class PostHocEMA:
                 is left, and an older state is as it was.
         """
         path = check_path("path", path)
+        self._check_complete("save_state")
         if self.keeps_averages:
             state.write_state(path, self._state(), self.settings)
 
@@ -531,11 +551,15 @@ class PostHocEMA:
 
     def _advance(self, model: torch.nn.Module, t: float | None) -> None:
         self._calls.check_open()
+        if self._members is not None and self.settings.snapshot_is_due(self.step + 1):
+            self._members.check()
         # Errors of work beside the training since the last call; they stay if this call fails itself.
         self._pending = self._take_error()
         pipeline, settings = self._pipeline, self.settings
         if not self._is_writer(model):
-            pipeline.count(self._after(t))
+            progress = self._after(t)
+            self._refused_anywhere(None, progress)
+            pipeline.count(progress)
             return
         if pipeline.snapshotter is None or pipeline.now.resumes:
             self._begin()
@@ -559,10 +583,32 @@ class PostHocEMA:
             if skipped is None:
                 raise
         else:
-            skipped = pipeline.update(tensors, change, progress)
-            pipeline.warn_of_waiting(stacklevel=3)
+            skipped = self._refused_anywhere(tensors, progress)
+            if skipped is not None:
+                pipeline.leave_out(progress)
+            else:
+                skipped = pipeline.update(tensors, change, progress)
+                pipeline.warn_of_waiting(stacklevel=3)
         if skipped is not None:
             settings.skip_update(skipped, stacklevel=3)
+
+    def _refused_anywhere(self, tensors: ModelTensors | None, progress: Progress) -> NonFiniteError | None:
+        """Why all processes of a sharded model leave an update out; None if they do not, or each raises an error."""
+        if self._members is None or self.settings.on_nonfinite == "raise":
+            return None
+        if not self.settings.update_is_due(progress.step):
+            return None
+        name = None if tensors is None else nonfinite_name(tensors.averaged)
+        if not self._members.any(name is not None):
+            return None
+        where = "a parameter in another process" if name is None else f"parameter {name!r}"
+        return NonFiniteError(where, f"holds nan or infinity at step {progress.step}; no average has taken it in")
+
+    def _check_complete(self, what: str) -> None:
+        """Raise a NotReadyError for what a process that holds chunks of a model cannot do."""
+        if self._members is not None:
+            hint = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
+            raise NotReadyError(what, "is not there for a model that is sharded over processes", hint)
 
     def _after(self, t: float | None) -> Progress:
         """The progress after one more call."""
@@ -641,6 +687,7 @@ class PostHocEMA:
 
     def _sources(self) -> list[Source]:
         """The snapshots and live averages that there are now."""
+        self._check_complete("an average of a model that is being trained")
         resumes = self._pipeline.now.resumes
         if not resumes:  # else the writer, too, has only what is on disk
             self._check_keeps()
@@ -655,6 +702,7 @@ class PostHocEMA:
 
     def _tracked_source(self, tracked: float) -> LiveSource:
         """The live average of a tracked profile."""
+        self._check_complete("an average of a model that is being trained")
         try:
             wanted = check_sigma_rel(tracked)
         except InvalidValueError as error:
@@ -697,3 +745,28 @@ class PostHocEMA:
         every = schedule.update_every
         first = (max(schedule.update_after_step, self.step) // every + 1) * every
         return NotReadyError(f"no {what} yet", f"the first update is at call {first} of update_, so far {self.step}")
+
+
+def _meet(
+    model: torch.nn.Module,
+    found: ModelTensors,
+    settings: Settings,
+    directory: Path,
+    run_id: str,
+    writer: bool | None,
+    resume: str | int | None,
+) -> Members:
+    """Meet the other processes of a sharded model; see `sharding.meet`."""
+    for name, value, wanted in (
+        ("writer", writer, None),
+        ("resume", resume, None),
+        ("on_change", settings.on_change, "raise"),
+        ("keep_state", settings.keep_state, False),
+    ):
+        if value != wanted:
+            reason = f"must be {wanted!r} for a model that is sharded over processes"
+            raise InvalidValueError(name, reason, value=f"{value!r}")
+    options = {name: str(value) for name, value in (vars(settings) | vars(settings.schedule)).items()}
+    options |= {"checkpoint_dir": str(directory)}
+    del options["schedule"]
+    return meet(found.averaged | found.copied, found.chunks, options, run_id, mesh_of(model))

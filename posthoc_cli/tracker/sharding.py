@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -32,6 +32,19 @@ _meetings = 0
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether a tensor is a DTensor."""
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
+
+
+def reshard(model: torch.nn.Module) -> None:
+    """Give a model of `fully_shard` its sharded parameters: after a forward pass without backward some are complete."""
+    for module in model.modules():
+        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
+            module.reshard()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """What this process holds of each tensor: without gradients these are the same objects each time."""
+    return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
@@ -79,49 +92,59 @@ class Members:
     Attributes:
         rank: of this process.
         owned: names of the tensors whose chunk here this process averages and writes.
-        part: number of the files that it writes, from 1; None if it owns nothing.
-        parts: how many files a snapshot has.
+        part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
         run_id: of the run.
+        mesh: the processes' arrangement, as a snapshot's header has it.
+        device: where the process group exchanges tensors.
     """
 
     rank: int
     owned: frozenset[str]
-    part: int | None
-    parts: int
+    part: tuple[int, int] | None
     run_id: str
+    mesh: dict[str, Any]
+    device: torch.device
     store: Store
 
     def announce(self, key: str, message: str) -> None:
         """Leave a message for the other processes, if the group is still there."""
-        with suppress(RuntimeError):  # the group was destroyed, or its first process has ended
+        with suppress(RuntimeError):  # it was destroyed, or its first process has ended
             self.store.set(key, message)
 
     def wait_for(self, key: str, what: str) -> str:
-        """The message under a key, when it is there.
-
-        Raises:
-            RankError: rank 0 did not leave it in time.
-        """
+        """The message of rank 0 under a key, when it is there; a RankError if it does not come in time."""
         return _wait(self.store, key, 0, what)
 
     def check(self) -> None:
         """Raise a RankError if another process has announced that it failed."""
-        try:
+        failed = ""
+        with suppress(RuntimeError):  # as in `announce`
             failed = self.store.get("failed").decode() if self.store.check(["failed"]) else ""
-        except RuntimeError:
-            return  # as in `announce`
         rank, _, reason = failed.partition(": ")
         if failed and rank != f"rank {self.rank}":
-            raise RankError(rank, reason, "its part of the snapshots is missing; training can go on without a tracker")
+            raise RankError(rank, reason, "snapshots lack its part from here on; make new trackers to go on")
+
+    def any(self, flag: bool) -> bool:
+        """Whether any process says so; each calls it. The one collective operation of tracking."""
+        found = torch.tensor(float(flag), device=self.device)
+        dist.all_reduce(found, dist.ReduceOp.MAX)
+        return bool(found.item())
 
 
-def meet(chunks: Mapping[str, Chunk | None], options: Mapping[str, str], run_id: str) -> Members:
+def meet(
+    tensors: Mapping[str, torch.Tensor],
+    chunks: Mapping[str, Chunk],
+    options: Mapping[str, str],
+    run_id: str,
+    mesh: dict[str, Any],
+) -> Members:
     """Decide with the other processes who owns which chunk. Each process calls it, in the same order of trackers.
 
-    A chunk belongs to the lowest rank that holds it; a chunk without elements to nobody, unless its tensor has none.
+    A chunk belongs to the lowest rank that holds it; one without elements to nobody, unless its tensor has none.
 
     Arguments:
-        chunks: what is here of each tensor; None for all of it.
+        tensors: what is here of each tensor.
+        chunks: where it belongs, if it is not all of it.
         options: what must be the same in every process, by what a user would call it.
         run_id: of the run to begin, or of the one that was found; rank 0's counts.
 
@@ -132,7 +155,11 @@ def meet(chunks: Mapping[str, Chunk | None], options: Mapping[str, str], run_id:
     _meetings += 1
     rank, world = dist.get_rank(), dist.get_world_size()
     store = PrefixStore(f"ema-{_meetings}", _get_default_store())
-    held = {name: _digest(name, chunk) for name, chunk in chunks.items() if _has_elements(chunk)}
+    held = {
+        name: _digest(name, tuple(tensor.shape), chunks.get(name))
+        for name, tensor in tensors.items()
+        if tensor.numel() or name not in chunks or not math.prod(chunks[name].shape)
+    }
     store.set(f"here/{rank}", json.dumps({"options": dict(options), "held": list(held.values())}))
     if rank == 0:
         try:
@@ -143,32 +170,26 @@ def meet(chunks: Mapping[str, Chunk | None], options: Mapping[str, str], run_id:
                 store.set(f"answer/{other}", refusal)
             raise
         parts = [other for other in range(world) if owned[other]]
-        answers: list[dict[str, Any]] = [
-            {
-                "owned": owned[other],
-                "part": parts.index(other) + 1 if other in parts else None,
-                "parts": len(parts),
-                "run_id": run_id,
-            }
-            for other in range(world)
-        ]
-        for other in range(1, world):
-            store.set(f"answer/{other}", json.dumps(answers[other]))
-        own = answers[0]
-    else:
-        own = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker", 2 * PATIENCE))
-        if "reason" in own:
-            raise RankError(own["rank"], own["reason"])
-    names = list(held)
-    return Members(rank, frozenset(names[k] for k in own["owned"]), own["part"], own["parts"], own["run_id"], store)
+        for other in range(world):
+            part = [parts.index(other) + 1, len(parts)] if other in parts else None
+            store.set(f"answer/{other}", json.dumps({"owned": owned[other], "part": part, "run_id": run_id}))
+    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2 * PATIENCE))
+    if "reason" in answer:
+        raise RankError(answer["rank"], answer["reason"])
+    names, device = list(held), next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    mine = frozenset(names[position] for position in answer["owned"])
+    return Members(rank, mine, answer["part"] and tuple(answer["part"]), answer["run_id"], mesh, device, store)
 
 
-def _has_elements(chunk: Chunk | None) -> bool:
-    return chunk is None or chunk.box.size > 0 or math.prod(chunk.complete) == 0
+def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
+    """The largest arrangement of processes that a model's parameters are sharded over, as a header has it."""
+    meshes: list[Any] = [found.device_mesh for found in model.parameters() if hasattr(found, "device_mesh")]
+    mesh = max(meshes, key=lambda one: one.mesh.numel(), default=None)
+    return {} if mesh is None else {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
 
 
-def _digest(name: str, chunk: Chunk | None) -> str:
-    place = [] if chunk is None else [chunk.complete, chunk.box.offset, chunk.box.shape]
+def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:
+    place = [] if chunk is None else [chunk.shape, chunk.offset, shape]
     return hashlib.sha256(json.dumps([name, place]).encode()).hexdigest()[:16]
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from posthoc_cli import files
-from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError
 from posthoc_cli.reconstruction import Distance, Measurements, roundings
 from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
@@ -41,6 +41,7 @@ from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
+from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.state import STATE_NAME, Tracking, write_state
 
 log = logging.getLogger(__name__)
@@ -102,7 +103,7 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
     averages, standing, tracked = reading.averages, reading.averages.standing, reading.tracked
     if averages.accumulators is None:
         return []
-    knots = reading.progress.clock.knots_until(standing.step, standing.t)
+    knots, members = reading.progress.clock.knots_until(standing.step, standing.t), tracked.members
     sources = []
     for index, values in enumerate(averages.accumulators.recent):
         info = SnapshotInfo(
@@ -111,7 +112,8 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
             t_first=standing.t_first, max_interval=standing.max_interval, schedule=settings.schedule,
             tensors=tracked.tensors, aliases=tracked.aliases, left_out=tracked.left_out,
             selection=settings.selection, segment=tracked.segment, updates=standing.updates,
-            inherited=standing.inherited[index], off_schedule=off_schedule,
+            inherited=standing.inherited[index], off_schedule=off_schedule, chunks=tracked.chunks,
+            part=members.part if members else None, mesh=members.mesh if members else {},
         )  # fmt: skip
         sources.append(LiveSource(info, values.views, averages.copies))
     return sources
@@ -155,21 +157,24 @@ def _measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> l
 class Snapshotter:
     """The one writer of a directory, which it makes when it is missing, from its construction until `close`.
 
+    Of several `members` each writes its part; the first one holds the directory's lock, and thins.
+
     Raises:
         LockedError: another writer holds the directory.
         DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written.
     """
 
-    def __init__(self, directory: Path, settings: Settings) -> None:
+    def __init__(self, directory: Path, settings: Settings, members: Members | None = None) -> None:
         self.directory = directory
-        self._settings = settings
+        self._settings, self._members = settings, members
+        self._leads = members is None or members.rank == 0
         with files.reported_as_write_error(directory):
             for place in (directory, *directory.parents):
                 if (place.exists() or place.is_symlink()) and not place.is_dir():
                     reason = f"is not a directory; snapshots are written to the directory {directory}"
                     raise DirectoryError(place, reason, "name another one, or move the file away")
             files.make_directory(directory)
-        self._lock = DirectoryLock(directory)
+        self._lock = DirectoryLock(directory) if self._leads else None
         try:
             snapshots = find_snapshots(directory)
         except BaseException:
@@ -199,7 +204,7 @@ class Snapshotter:
         others: list[StoredSnapshot] = []
         for snapshot in self._stored:
             (own if snapshot.t <= t and snapshot.checksum in known else others).append(snapshot)
-        for path in set_aside(others):
+        for path in set_aside(others) if self._leads else []:
             log.warning("training goes on from t = %g: %s is not part of it and was set aside", t, path)
         self._stored = own
 
@@ -247,11 +252,16 @@ class Snapshotter:
         `network` are the values of the model's parameters, where known. Without `is_due` only what is not stored yet
         is written.
         """
-        schedule, standing = self._settings.schedule, reading.averages.standing
+        standing = reading.averages.standing
         if is_due or not self._holds(standing):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
-            self.write(live_sources(self._settings, reading, off_schedule), network)
-            self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
+            try:
+                self.write(live_sources(self._settings, reading, off_schedule), network)
+                self._thin()
+            except PostHocError as error:
+                if self._members is not None:
+                    self._members.announce("failed", f"rank {self._members.rank}: {error}")
+                raise
         if exact is not None:  # after the snapshots, so that it is never of a later time
             write_state(self.directory / STATE_NAME, replace(exact, snapshots=self.checksums), self._settings)
             self._kept_step = exact.progress.step
@@ -279,20 +289,38 @@ class Snapshotter:
         # The newest snapshots of this segment, as many as a motion is fitted to.
         alike = (s for s in reversed(behind) if s.info.segment == infos[0].segment and s.info.measurements)
         fitted = [snapshot.info for snapshot in islice(alike, _FITTED) if snapshot.t < infos[0].t][::-1]
-        motion = motion_so_far([*fitted, *infos])
+        # Of several processes each knows the measurements of its own part only.
+        motion = motion_so_far([*fitted, *infos]) if self._members is None else None
         for source, info, dtypes, is_due in zip(sources, infos, storage, due, strict=True):
             if is_due:
                 self._write_one(replace(info, motion=motion), source, dtypes)
 
+    def _thin(self) -> None:
+        schedule = self._settings.schedule
+        if self._members is None:
+            self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
+            return
+        self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
+        if self._leads:  # of its own snapshots those that other processes are still writing are the newest
+            complete = {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
+            all_parts = [complete.get((s.t, s.sigma_rel), s) for s in self._stored]
+            left = thin(all_parts, schedule.max_checkpoints, schedule.sigma_range)
+            kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
+            self._stored = [snapshot for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) in kept]
+
     def close(self) -> None:
         """Let another writer in."""
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
     def _write_one(self, info: SnapshotInfo, source: LiveSource, dtypes: Mapping[str, torch.dtype]) -> None:
         tensors = source.tensors
         storage = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
         specs = [TensorSpec(name, stored_name(storage[name], name), tuple(one.shape)) for name, one in tensors.items()]
-        path = snapshot_path(self.directory, info.t, info.sigma_rel)
+        path = snapshot_path(self.directory, info.t, info.sigma_rel, info.part)
+        if info.part is not None:
+            with files.reported_as_write_error(path.parent):
+                files.make_directory(path.parent)
         others = [snapshot for snapshot in self._stored if snapshot.path != path]
         replaces = len(others) < len(self._stored)  # one off the schedule, of the same average
         with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:

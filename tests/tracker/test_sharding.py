@@ -1,15 +1,135 @@
-"""Who owns which chunk of a sharded model."""
+"""Averages of sharded models: who owns which chunk, what each process writes, and that it is the average."""
 
 from __future__ import annotations
 
 import json
-from itertools import chain
 from pathlib import Path
 
 import pytest
-from groups import Net, check_group
+import torch
+from groups import Net, check_group, move, run_group, truth, value
 
+from posthoc_cli import PostHocEMA
+from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.reader import TensorFile, read_header
+from posthoc_cli.snapshots.tensors import tensor_from_bytes
+
+SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
+SETTINGS = "sigma_rels=(0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None"
+
+TRAIN = f"""
+from posthoc_cli import PostHocEMA
+model = groups.spread(groups.Net(), arguments[0])
+with PostHocEMA.from_model(model, folder / "run", {SETTINGS}) as ema:
+    for step in range(1, 9):
+        groups.move(model, step)
+        ema.update_(model)
+"""
+
+
+def parts_of(snapshot: Path) -> list[tuple[dict[str, torch.Tensor], dict[str, Box]]]:
+    """The tensors of each part of a snapshot, and where they belong."""
+    found = []
+    for path in sorted(snapshot.iterdir()):
+        info = decode_snapshot(path, read_header(path))
+        with TensorFile(path) as file:
+            entries = file.header.tensors
+            values = {n: tensor_from_bytes(file.read(n), e.dtype, e.shape) for n, e in entries.items()}
+        found.append((values, {name: info.chunks[name].box(tuple(one.shape)) for name, one in values.items()}))
+    return found
+
+
+@pytest.mark.parametrize(("kind", "ranks"), SPREAD)
+def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
+    kind: str, ranks: int, tmp_path: Path
+) -> None:
+    check_group(TRAIN, ranks, tmp_path, kind)
+    single = Net()
+    with PostHocEMA.from_model(
+        single, tmp_path / "single", (0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None
+    ) as ema:
+        for step in range(1, 9):
+            move(single, step)
+            ema.update_(single)
+    files = sorted((tmp_path / "single").glob("*.safetensors"))
+    folders = sorted(path for path in (tmp_path / "run").iterdir() if path.is_dir())
+    assert [path.name for path in folders] == [path.stem for path in files]
+    for folder, file in zip(folders, files, strict=True):
+        with TensorFile(file) as whole:
+            entries = whole.header.tensors
+            expected = {n: tensor_from_bytes(whole.read(n), e.dtype, e.shape) for n, e in entries.items()}
+        parts = parts_of(folder)
+        for name, tensor in expected.items():
+            boxes = [boxes[name] for _, boxes in parts if name in boxes]
+            assert cover_problem(tuple(tensor.shape), boxes) is None
+            for values, boxes in parts:
+                if name in values:
+                    own = tensor[tuple(map(slice, boxes[name].offset, boxes[name].end))]
+                    assert torch.equal(values[name], own), name
+    last = {name: tensor for name, tensor in expected.items() if not name.startswith(("mean", "count"))}
+    exact = truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8])
+    assert last.keys() == exact.keys()
+    for name, tensor in last.items():
+        assert torch.allclose(tensor.double(), exact[name], rtol=1e-6, atol=1e-6), name
+    assert torch.equal(expected["mean"], value("mean", 8, single.mean))
+
+
+def test_no_update_and_no_snapshot_makes_processes_wait_for_each_other(tmp_path: Path) -> None:
+    counted = """
+from torch.distributed.tensor.debug import CommDebugMode
+import posthoc_cli
+"""
+    inside = TRAIN.replace("    for step", "    mode = CommDebugMode()\n    for step").replace(
+        "        ema.update_(model)", "        with mode:\n            ema.update_(model)\n            ema.flush()"
+    )
+    outs = check_group(counted + inside + "print(mode.get_total_counts())", 2, tmp_path, "fsdp")
+    assert [out.strip() for out in outs] == ["0", "0"]
+
+
+def test_a_value_that_is_not_finite_in_one_process_leaves_the_update_out_in_all(tmp_path: Path) -> None:
+    code = f"""
+import torch
+from posthoc_cli import PostHocEMA
+model = groups.spread(groups.Net(), "fsdp")
+with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, on_nonfinite="skip") as ema:
+    for step in range(1, 5):
+        groups.move(model, step)
+        if step == 2 and rank == 1:
+            with torch.no_grad():
+                model.odd.to_local()[0, 0] = torch.nan
+        ema.update_(model)
+"""
+    check_group(code, 2, tmp_path)
+    for snapshot in (path for path in (tmp_path / "run").iterdir() if path.is_dir()):
+        for path in snapshot.iterdir():
+            assert decode_snapshot(path, read_header(path)).updates == 1
+
+
+@pytest.mark.parametrize("change", ["sigma_rels=(0.1,)", "checkpoint_dir"])
+def test_processes_with_other_options_are_named(tmp_path: Path, change: str) -> None:
+    code = """
+from posthoc_cli import PostHocEMA
+model = groups.spread(groups.Net(), "fsdp")
+directory = folder / ("other" if rank and arguments[0] == "checkpoint_dir" else "run")
+PostHocEMA.from_model(model, directory, sigma_rels=(0.1,) if rank and arguments[0] != "checkpoint_dir" else (0.1, 0.2))
+"""
+    for result in run_group(code, 2, tmp_path, change):
+        assert result.code != 0
+        assert f"RankError: rank 1: has {change.partition('=')[0]}" in result.err
+
+
+def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: Path) -> None:
+    with PostHocEMA.from_model(Net(), tmp_path / "run", update_every=1, checkpoint_every=1) as ema:
+        single = Net()
+        move(single, 1)
+        ema.update_(single)
+        results = run_group(TRAIN, 2, tmp_path, "fsdp")
+    assert all(result.code != 0 for result in results)
+    assert "LockedError" in results[0].err
+    assert "RankError: rank 0: " in results[1].err
+
 
 MEET = """
 import json
@@ -17,27 +137,24 @@ from posthoc_cli.tracker import sharding
 model = groups.spread(groups.Net(), arguments[0])
 bare = getattr(model, "module", model)
 parts = {name: sharding.local_part(name, tensor) for name, tensor in bare.named_parameters()}
-chunks = {name: chunk for name, (_, chunk) in parts.items()}
-members = sharding.meet(chunks, {"options": arguments[1] if rank else "0.05"}, f"run of {rank}")
-for name, (tensor, chunk) in parts.items():
-    if chunk is not None and chunk.box.size:
-        assert tuple(tensor.shape) == chunk.box.shape
-owned = {name: chunks[name] and [chunks[name].box.offset, chunks[name].box.shape] for name in members.owned}
-print(json.dumps([owned, members.part, members.parts, members.run_id]))
+tensors = {name: tensor for name, (tensor, _) in parts.items()}
+chunks = {name: chunk for name, (_, chunk) in parts.items() if chunk is not None}
+members = sharding.meet(tensors, chunks, {}, f"run of {rank}", sharding.mesh_of(bare))
+owned = {name: [chunks[name].offset, tensors[name].shape] if name in chunks else None for name in members.owned}
+print(json.dumps([owned, members.part, members.run_id]))
 """
 
 
-@pytest.mark.parametrize(("kind", "ranks"), [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4), ("replicas", 2)])
+@pytest.mark.parametrize(("kind", "ranks"), [*SPREAD, ("replicas", 2)])
 def test_each_element_has_one_owner(kind: str, ranks: int, tmp_path: Path) -> None:
-    found = [json.loads(out) for out in check_group(MEET, ranks, tmp_path, kind, "0.05")]
+    found = [json.loads(out) for out in check_group(MEET, ranks, tmp_path, kind)]
     owners = [rank for rank, (owned, *_) in enumerate(found) if owned]
-    assert [part for _, part, _, _ in found] == [
-        owners.index(rank) + 1 if rank in owners else None for rank in range(ranks)
-    ]
-    assert {(parts, run) for _, _, parts, run in found} == {(len(owners), "run of 0")}
+    for rank, (_, part, run) in enumerate(found):
+        assert part == ([owners.index(rank) + 1, len(owners)] if rank in owners else None)
+        assert run == "run of 0"
     for name, parameter in Net().named_parameters():
         boxes = [
             Box.whole(parameter.shape) if place is None else Box(*map(tuple, place))
-            for place in chain.from_iterable([owned[name]] for owned, *_ in found if name in owned)
+            for place in (owned[name] for owned, *_ in found if name in owned)
         ]
         assert cover_problem(parameter.shape, boxes) is None
