@@ -19,7 +19,7 @@ from ema_command import Ema
 from safetensors.torch import load_file
 
 from posthoc_cli import plots
-from posthoc_cli.demo import denoiser
+from posthoc_cli.demo import training
 from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS, Commands, Folder, compare
 from posthoc_cli.demo.training import DirectAverage, Settings, train
 from posthoc_cli.errors import OutputExistsError
@@ -49,7 +49,7 @@ def test_a_demo_makes_snapshots_averages_and_pictures_and_marks_the_lowest_loss(
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert name in printed.partition("done in")[2]
     weights = torch.load(out / "best.pt", weights_only=True)
-    assert denoiser.make_denoiser(seed=1).load_state_dict(weights)
+    assert training.make_denoiser(seed=1).load_state_dict(weights)
     rows = re.findall(r"^ *(raw weights|0\.\d+) +(0\.\d{5}) +([+-].*?%)?.*?(<- best)?$", printed, re.MULTILINE)
     losses = {width: float(loss) for width, loss, _, _ in rows}
     assert list(losses) == ["raw weights", *(f"{width:g}" for width in SIGMA_RELS)]
@@ -249,7 +249,7 @@ def test_a_direct_average_weighs_each_value_with_the_profiles_mass_on_its_interv
 
 
 def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
-    images = denoiser.load_digits(seed=0).training
+    images = training.load_digits(seed=0).training
     state, threads = torch.get_rng_state(), torch.get_num_threads()
     first, second = (train(Settings(100), images, tmp_path / name, [0.1], lambda _: None)[0] for name in "ab")
     assert torch.equal(torch.get_rng_state(), state)
@@ -259,12 +259,12 @@ def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alo
 
 
 def test_a_network_that_answers_nothing_scores_about_one() -> None:
-    split, model = denoiser.load_digits(seed=0), denoiser.make_denoiser(seed=0)
+    split, model = training.load_digits(seed=0), training.make_denoiser(seed=0)
     assert len(split.training.images) + len(split.validation.images) == 1797
-    assert float(split.training.images.std()) == pytest.approx(denoiser.STANDARD_DEVIATION, abs=0.01)
+    assert float(split.training.images.std()) == pytest.approx(training.STANDARD_DEVIATION, abs=0.01)
     for parameter in model.outward.parameters():
         torch.nn.init.zeros_(parameter)
-    losses = denoiser.Validation(split.validation, seed=0)(model)
+    losses = training.Validation(split.validation, seed=0)(model)
     assert losses.shape == (360,)
     # The images' mean is not 0: their mean square, not their variance, is what a noisy image is judged by.
     assert float(losses.mean()) == pytest.approx(1, abs=0.3)
