@@ -67,6 +67,7 @@ def describe_model(path: Path) -> Description:
         fields = "t t_unit step sigma_rels averages_t t_first max_interval"
         return {
             **_values("state", first, state, fields),
+            "sigma_rels": list(state.sigma_rels),
             "schedule": vars(state.schedule),
             "known_snapshots": len(state.snapshots),
             **_sizes(headers.values()),
@@ -140,9 +141,8 @@ def _describe_snapshot(snapshot: Snapshot) -> Description:
 
 
 def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
-    return {"kind": kind, "path": str(path), "run": info.run_id} | {
-        name: getattr(info, name) for name in fields.split()
-    }
+    own = {name: getattr(info, name) for name in fields.split()}
+    return {"kind": kind, "path": str(path), "run": info.run_id, **own}
 
 
 def _describe_tensors(snapshot: Snapshot) -> Description:
