@@ -15,11 +15,10 @@ from posthoc_cli.profiles import Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
-from posthoc_cli.snapshots.deep import deep_bytes
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
-from posthoc_cli.snapshots.measurements import Likeness, chosen_up_to, likeness, run_clock
+from posthoc_cli.snapshots.measurements import Likeness, chosen_up_to, deep_bytes, likeness, run_clock
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import disk_sources, source_prior

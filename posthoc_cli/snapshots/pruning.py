@@ -103,7 +103,12 @@ def plan_pruning(
     if max_bytes is not None:
         max_bytes -= file_bytes(older)
     if keep is not None:
-        _check_keep(snapshots, keep)
+        most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
+        if keep < 1:
+            raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
+        if keep > most:
+            there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
+            raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)
     profiles = [snapshot.info.profile.pure for snapshot in snapshots]
     needed = _needed(profiles)
     solved = sorted({*choose(profiles), *needed})
@@ -219,15 +224,6 @@ def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerF
             chosen.append(index)
             taken.add(place[index])
     return chosen
-
-
-def _check_keep(snapshots: Sequence[Snapshot], keep: int) -> None:
-    if keep < 1:
-        raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
-    most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
-    if keep > most:
-        there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
-        raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)
 
 
 def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes: int) -> int:

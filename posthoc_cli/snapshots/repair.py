@@ -9,7 +9,7 @@ import math
 import stat
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -161,10 +161,24 @@ def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning
 
     In a snapshot directory only while it is locked: a LockedError if a tracker is writing there.
     """
-    if is_snapshot_directory(found):
-        with DirectoryLock(found.path):
-            return _clean(found.leftovers, now() - STILL_SECONDS)
-    return _clean(found.leftovers, now() - STILL_SECONDS_UNLOCKED)
+    is_locked = is_snapshot_directory(found)
+    before = now() - (STILL_SECONDS if is_locked else STILL_SECONDS_UNLOCKED)
+    removed, left = [], []
+    with DirectoryLock(found.path) if is_locked else nullcontext():
+        for path in found.leftovers:
+            with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
+                known = path.lstat()
+                if known.st_mtime > before:
+                    left.append((path, "was written to a moment ago; a write may be in progress"))
+                elif stat.S_ISDIR(known.st_mode):
+                    left.append((path, "is a folder, which no write leaves"))
+                else:
+                    files.system.unlink(path)
+                    removed.append(path)
+        for folder in sorted({path.parent for path in removed}):
+            with files.reported_as_write_error(folder):
+                files.system.fsync_directory(folder)
+    return Cleaning(tuple(removed), tuple(left), done=True)
 
 
 def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
@@ -189,21 +203,3 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         known = path.lstat()
         return known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
     return None
-
-
-def _clean(leftovers: Sequence[Path], before: float) -> Cleaning:
-    removed, left = [], []
-    for path in leftovers:
-        with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
-            known = path.lstat()
-            if known.st_mtime > before:
-                left.append((path, "was written to a moment ago; a write may be in progress"))
-            elif stat.S_ISDIR(known.st_mode):
-                left.append((path, "is a folder, which no write leaves"))
-            else:
-                files.system.unlink(path)
-                removed.append(path)
-    for folder in sorted({path.parent for path in removed}):
-        with files.reported_as_write_error(folder):
-            files.system.fsync_directory(folder)
-    return Cleaning(tuple(removed), tuple(left), done=True)
