@@ -145,8 +145,8 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
 
 
+# torch's code around `step` of every optimizer, which calls its hooks.
 _HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
-"""torch's code around `step` of every optimizer, which calls its hooks."""
 
 
 def _is_nested(optimizer: torch.optim.Optimizer) -> bool:

@@ -49,18 +49,11 @@ CPU_CHUNK, DEVICE_CHUNK = 30_000, 2**24
 """Elements at a time. On the CPU a chunk stays in the cache, and has fewer than torch splits over threads (32,768),
 whose barriers would wait for seconds; on an accelerator starting a kernel costs more than leaving the cache."""
 
-_SMALL, _SPACING = 2.0**-120, 2.0**-149
-"""Values below which float32 has few digits, and the distance between its smallest ones."""
+_SMALL, _SPACING = 2.0**-120, 2.0**-149  # below it float32 has few digits; the distance between its smallest values
+_SAME = 1e-12  # relative difference of one norm, summed twice in float64 in different orders
+_FITTED = 24  # snapshots that a new one's motion is fitted to; earlier ones' measurements are in their headers
 
-_SAME = 1e-12
-"""Relative difference of one norm, summed twice in float64 in different orders."""
-
-_FITTED = 24
-"""Snapshots that a new one's motion is fitted to; earlier ones' measurements are in their headers."""
-
-Averages = Sequence[Mapping[str, torch.Tensor]]
-"""The averages of one time, one a profile: equal names, shapes and, tensor by tensor, devices."""
-
+Averages = Sequence[Mapping[str, torch.Tensor]]  # of one time, one a profile: equal names, shapes and devices
 Key = tuple[str, int, int]
 """What a sum is of: "norm" or "rounding" of the average (i, i), its distance from the "network" (i, i), the "live"
 distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the earlier snapshot j."""
