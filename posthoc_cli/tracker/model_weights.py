@@ -218,8 +218,8 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
     try:
         room = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        reason = f"cannot be used: {str(error).split(chr(10))[0]}"
-        raise InvalidValueError("device", reason, value=f"{str(device)!r}") from error
+        reason = str(error).partition("\n")[0]
+        raise InvalidValueError("device", f"cannot be used: {reason}", value=f"{str(device)!r}") from error
     dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
     for _ in synthesize_into(plan, lambda tile: [_Fitting(tile, dtypes, plan.names)]):
         pass
@@ -236,7 +236,7 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
             f"on meta still, since no average fills them: {', '.join(left[:10])}"
             f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
