@@ -37,7 +37,7 @@ from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.sources import DiskSource, Source
-from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages
 from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
@@ -219,7 +219,7 @@ class Snapshotter:
         At the end of training, whether a last snapshot is wanted, too; logs why a directory stays empty.
         """
         settings, standing, schedule = self._settings, tracking.averages.standing, self._settings.schedule
-        holds = self._holds(standing)
+        holds = self._holds(standing.t)
         # Calls may have been counted since that brought no update.
         kept_behind = settings.keep_state and self._kept_step != tracking.progress.step
         behind = standing.t > 0 and (kept_behind or not holds) and (not at_end or settings.final_snapshot or holds)
@@ -241,7 +241,7 @@ class Snapshotter:
         is written.
         """
         schedule, standing = self._settings.schedule, reading.averages.standing
-        if is_due or not self._holds(standing):
+        if is_due or not self._holds(standing.t):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             self.write(live_sources(self._settings, reading, off_schedule), network)
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
@@ -255,10 +255,10 @@ class Snapshotter:
         After skipped updates an average may be due that is stored already: it is not written again. Snapshots on the
         schedule are written, and measured, as if there were none off it.
         """
-        due = [not self._has_written(source.info) for source in sources]
+        infos = [source.info for source in sources]
+        due = [not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule) for info in infos]
         if not any(due):
             return
-        infos = [source.info for source in sources]
         averages = [source.averages for source in sources]
         behind = self._stored if infos[0].off_schedule else on_schedule(self._stored)
         measured, storage = measure(infos, averages, newest_before(infos[0], behind), network)
@@ -304,15 +304,14 @@ class Snapshotter:
         self._stored = [*others, StoredSnapshot(path, info, checksum)]
         log.info("wrote %s", path)
 
-    def _holds(self, standing: Standing) -> bool:
-        """Whether each average has a snapshot as it stands."""
-        there = {snapshot.sigma_rel for snapshot in self._stored if snapshot.t == standing.t}
-        return there >= set(self._settings.sigma_rels)
+    def _holds(self, t: float) -> bool:
+        """Whether each average of a time has a snapshot."""
+        return all(self._has(t, sigma_rel) for sigma_rel in self._settings.sigma_rels)
 
-    def _has_written(self, info: SnapshotInfo) -> bool:
-        newest = takewhile(lambda s: s.t >= info.t, reversed(self._stored))
-        same = (s for s in newest if (s.t, s.sigma_rel) == (info.t, info.sigma_rel))
-        return any(info.off_schedule or not s.info.off_schedule for s in same)
+    def _has(self, t: float, sigma_rel: float, scheduled: bool = False) -> bool:
+        newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
+        same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
+        return any(not (scheduled and s.info.off_schedule) for s in same)
 
 
 def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
