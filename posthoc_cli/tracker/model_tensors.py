@@ -21,9 +21,7 @@ from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors,
 
 log = logging.getLogger(__name__)
 
-EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Dtypes that torch has no arithmetic for."""
-
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # torch has no arithmetic for them
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
 
 ON_META = (
