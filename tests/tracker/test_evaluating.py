@@ -132,6 +132,8 @@ def test_tied_names_and_a_model_of_half_the_width(tmp_path: Path) -> None:
         with tracker.averaged(untied, tracked=0.05):
             assert torch.equal(untied["b"].weight, model["a"].weight.bfloat16())
             assert torch.equal(untied["a"].weight, model["a"].weight.bfloat16())
+        tracker.load_into(untied, sigma_rel=0.05)
+        assert torch.equal(untied["b"].weight, model["a"].weight.bfloat16())
 
 
 def test_a_training_that_looks_at_every_step_ends_where_one_does_that_never_looks(tmp_path: Path) -> None:

@@ -205,8 +205,9 @@ def test_reading_changes_no_later_bit(tmp_path: Path) -> None:
                 model.go_to(step)
                 tracker.update_(model)
                 if reads and step > 1:
-                    tracker.state_dict(sigma_rel=0.05)
                     tracker.state_dict()
+                    with tracker.averaged(model, tracked=0.05):
+                        pass
             states.append(tracker.state_dict())
     for kind in ("totals", "recent"):
         assert states[0][kind].keys() == {"0.05", "0.28"}
