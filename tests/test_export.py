@@ -41,7 +41,6 @@ from posthoc_cli.export.outputs import LAYOUTS, layout_of, output_exists, write_
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
 from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 
@@ -274,16 +273,6 @@ def test_a_prefix_that_makes_two_names_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidValueError, match="the name 'w'"):
         exported(tmp_path, {"model.w": torch.ones(1), "w": torch.ones(2)}, (), strip_prefix="model.")
     assert tree(tmp_path).keys() == {"in.safetensors"}
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_name_that_looks_like_a_path_is_only_a_name(tmp_path: Path, layout: str) -> None:
-    (tmp_path / "box").mkdir()
-    tensors = {"../../x": torch.ones(30), "/etc/x\x1b": torch.ones(1)}
-    out = tmp_path / "box" / OUTPUTS[layout]
-    export_file(write_output(tmp_path / "box" / "in.safetensors", tensors, ()), out, max_shard_size="100")
-    assert_equal(load(out), tensors)
-    assert {path.name for path in tmp_path.iterdir()} == {"box"}
 
 
 # --- a base ----------------------------------------------------------------------------------------
@@ -552,20 +541,6 @@ def test_at_no_moment_does_an_index_lead_to_shards_of_two_models(
 # --- a synthesis in a layout -----------------------------------------------------------------------
 
 
-def write_snapshots(directory: Path) -> None:
-    for t in (10, 20):
-        write_snapshot(directory, t, 0.05, RUN_ID, {name: tensor + t for name, tensor in WEIGHTS.items()})
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_synthesis_can_be_written_in_every_layout(tmp_path: Path, layout: str) -> None:
-    write_snapshots(tmp_path / "run")
-    plan = plan_synthesis(disk_sources(tmp_path / "run"), [0.05])
-    write_synthesis(plan, [tmp_path / OUTPUTS[layout]], Options(max_shard_size=100))
-    expected = {name: tensor + 20 for name, tensor in WEIGHTS.items()}
-    assert_equal(load(tmp_path / OUTPUTS[layout]), expected)
-
-
 def test_the_pt_file_of_one_of_many_targets_is_no_larger_than_of_one_alone(tmp_path: Path) -> None:
     """And tied tensors share their bytes."""
     for t in (10, 20):
@@ -594,7 +569,7 @@ def test_an_interruption_of_a_pt_file_is_one_and_leaves_nothing(
 
 
 def test_no_target_appears_where_one_of_the_outputs_is_there_already(tmp_path: Path) -> None:
-    write_snapshots(tmp_path / "run")
+    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, WEIGHTS)
     plan = plan_synthesis(disk_sources(tmp_path / "run"), [0.04, 0.05, 0.06])
     (tmp_path / "b.pt").write_bytes(b"old")
     before = tree(tmp_path)

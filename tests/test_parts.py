@@ -17,14 +17,11 @@ from safetensors.torch import load_file, save_file
 import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.errors import OutputExistsError, WriteError
-from posthoc_cli.export.job import Synthesis
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
 from posthoc_cli.snapshots.models import INDEX_NAME
-from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
-from posthoc_cli.targets import SigmaRel
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (300, 40), "a/../b": (7,), "ü 'quoted'": (3, 5), "none": (0, 4), "one": (),
@@ -98,15 +95,6 @@ def test_parts_have_nearly_equal_bytes_and_keep_small_neighbours_together(run: P
     assert division == divide(plan, 3)
 
 
-def test_parts_without_tensors_are_whole_files(run: Path, tmp_path: Path) -> None:
-    job = parted(run, tmp_path / "out", 40)
-    made = [job.make(Part(number, 40)) for number in range(1, 41)]
-    empty = next(part for part in made if part.tensors == 0)
-    header = read_header(empty.paths[0])
-    assert (header.tensors, header.metadata["ema.part"]) == ({}, str(empty.part))
-    finish(job)
-
-
 def test_parts_for_a_job_are_no_larger_than_asked_and_as_many_for_each_rank() -> None:
     assert [parts_for(nbytes, 10, 3) for nbytes in (0, 1, 30, 31, 60, 61)] == [3, 3, 3, 6, 6, 9]
 
@@ -138,23 +126,6 @@ def test_a_failure_leaves_no_part_and_no_folder(run: Path, tmp_path: Path, monke
     with pytest.raises(WriteError, match="no space left"):
         parted(run, tmp_path / "out", 3).make(Part(1, 3))
     assert not (tmp_path / "out").exists()
-
-
-# --- as one call -----------------------------------------------------------------------------------
-
-
-def test_a_synthesis_is_one_call_and_its_report_is_that_of_the_command(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out = str(tmp_path / "{target}.safetensors")
-    made = Synthesis(run, (SigmaRel(0.1), SigmaRel(0.2)), out, dtype="bf16").run()
-    assert made is not None
-    options = ("--dtype", "bf16", "--skip-existing", "--json")
-    printed = ema("synthesize", run, "--sigma-rel", "0.1,0.2", "--out", out, *options)
-    report, found = printed.json, made.to_dict()
-    for index, path in enumerate(made.outputs):
-        assert load_file(path)["embed"].dtype == torch.bfloat16
-        assert report["targets"][index].pop("skipped") is not found["targets"][index].pop("skipped")
-        del report["targets"][index]["seconds"], found["targets"][index]["seconds"]
-    assert report == found
 
 
 # --- as a user types it ----------------------------------------------------------------------------
