@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-import typer
-from ema_command import Ema
+from ema_command import Asked, Ema
 from factories import contents, flip_bit
 
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -57,19 +55,10 @@ def test_a_dry_run_deletes_nothing(ema: Ema, run: Path, wish: tuple[str, str]) -
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, 40), ("y", 0, 10), ("", 130, 40)])
-def test_it_asks(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int) -> None:
-    def confirm(question: str, err: bool) -> bool:
-        assert question == "delete 30 snapshots for good?"
-        assert err
-        if not answer:
-            raise typer.Abort
-        return answer == "y"
-
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(typer, "confirm", confirm)
+def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int, left: int) -> None:
+    questions = asked(answer, run)
     result = ema("prune", run, "--keep", "5")
-    assert result.code == code
-    assert len(snapshots(run)) == left
+    assert (result.code, questions, len(snapshots(run))) == (code, ["delete 30 snapshots for good?"], left)
     assert answer != "n" or result.out.splitlines()[-1] == "nothing was deleted"
 
 
