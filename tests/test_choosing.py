@@ -35,9 +35,6 @@ def regular(count: int) -> list[PowerFunction]:
     return [pure(s, float(t)) for t in range(1, count + 1) for s in SIGMA_RELS]
 
 
-# --- the choice ------------------------------------------------------------------------------------
-
-
 @given(st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=60, unique=True), st.integers(1, 40), st.integers(1, 3))
 @example([999999972.0, 999999973.0], 1, 1)
 @settings(deadline=None, max_examples=60)
@@ -103,9 +100,6 @@ def test_thinning_of_very_many_begins_with_the_choice(monkeypatch: pytest.Monkey
     assert found[: len(first)] == first
     assert len(found) == len(set(found)) == 114
     assert not {118, 119} & set(found)
-
-
-# --- what rests on it ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -183,9 +177,6 @@ def test_the_curve_is_that_of_the_synthesis(run: Path) -> None:
         plan = plan_synthesis(disk_sources(run), [0.1], t, dtype="float32")
         assert curve.predicted_error is not None
         assert curve.predicted_error[0] == pytest.approx(float(plan.reconstruction.predicted_error[0]), rel=1e-9)
-
-
-# --- pruning ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_twenty")

@@ -15,6 +15,7 @@ import pytest
 import torch
 from checking import assert_same_tensors, refused
 from ema_command import Ema
+from factories import exact_weights
 from safetensors.torch import load_file
 
 from posthoc_cli import plots
@@ -23,9 +24,6 @@ from posthoc_cli.demo.folder import Folder
 from posthoc_cli.demo.job import DIRECT_SIGMA_RELS, SIGMA_RELS, Commands, compare
 from posthoc_cli.demo.training import DirectAverage, Settings, train
 from posthoc_cli.errors import OutputExistsError
-from posthoc_cli.profiles import PowerFunction
-
-# --- one short demo --------------------------------------------------------------------------------
 
 pytestmark = pytest.mark.xdist_group("demo")  # one demo for all that look at it
 
@@ -83,9 +81,6 @@ def test_synthesized_weights_are_the_tracked_averages_within_the_predicted_error
         assert re.search(rf"^ *{width:g} +{check.relative_error:.1e} +{check.raw_distance:.1e}$", printed, re.MULTILINE)
 
 
-# --- the folder ------------------------------------------------------------------------------------
-
-
 def test_force_replaces_an_earlier_demo_and_leaves_other_files_and_json_is_one_object(
     ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,16 +121,6 @@ def test_a_folder_that_is_not_a_demos_is_never_touched(tmp_path: Path) -> None:
         Folder(mine).prepare(force=True)
 
 
-# --- what is refused -------------------------------------------------------------------------------
-
-
-def test_steps_that_do_not_fit_end_with_exit_code_2(ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = ema("demo", "--steps", 250)
-    assert (done.code, done.error) == (2, "--steps 250: must be a multiple of 100, from 100")
-    assert not list(tmp_path.iterdir())
-
-
 def test_without_scikit_learn_one_line_says_what_to_install(
     ema: Ema, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,9 +129,6 @@ def test_without_scikit_learn_one_line_says_what_to_install(
     assert done.code == 1
     assert "pip install 'posthoc-cli[demo]'" in done.error
     assert not (tmp_path / "new").exists()
-
-
-# --- its steps -------------------------------------------------------------------------------------
 
 
 CLEANING = """
@@ -186,13 +168,12 @@ def test_a_demo_that_is_stopped_lets_its_command_clean_up(
 @pytest.mark.parametrize("width", [*DIRECT_SIGMA_RELS, 0.28])
 def test_a_direct_average_weighs_each_value_with_the_profiles_mass_on_its_interval(width: float) -> None:
     values = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    average = DirectAverage(width)
-    times = [10.0 * k for k in range(1, 31)]
+    average, times = DirectAverage(width), [10.0 * k for k in range(1, 31)]
     for value, t in zip(values, times, strict=True):
         average.update_(value, t)
-    weights = torch.from_numpy(PowerFunction.from_sigma_rel(width, times[-1]).discrete_weights(times))
     named = average.by_name(torch.nn.Linear(3, 1))
-    assert torch.allclose(torch.cat([named["weight"].reshape(-1), named["bias"]]), weights @ values, rtol=1e-13)
+    expected = torch.from_numpy(exact_weights(width, times)) @ values
+    assert torch.allclose(torch.cat([named["weight"].reshape(-1), named["bias"]]), expected, rtol=1e-12)
 
 
 def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alone(tmp_path: Path) -> None:
@@ -201,8 +182,7 @@ def test_training_is_the_same_every_time_and_leaves_random_state_and_threads_alo
     first, second = (train(Settings(100), images, tmp_path / name, [0.1], lambda _: None) for name in "ab")
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.get_num_threads() == threads
-    for (name, a), b in zip(first.model.state_dict().items(), second.model.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
+    assert_same_tensors(first.model.state_dict(), second.model.state_dict())
 
 
 def test_a_network_that_answers_nothing_scores_about_one() -> None:

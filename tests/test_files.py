@@ -47,9 +47,6 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-# --- what is written is there
-
-
 def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_is_left(tmp_path: Path) -> None:
     with files.PendingFile(tmp_path / "a") as pending:
         pending.write_at(b"world", 6)
@@ -89,9 +86,6 @@ def test_a_short_write_is_continued_where_it_stopped(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:3], offset))
     files.write_whole(tmp_path / "a", NEW)
     assert (tmp_path / "a").read_bytes() == NEW
-
-
-# --- what fails leaves nothing
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
@@ -171,9 +165,6 @@ def test_no_descriptor_stays_open(tmp_path: Path, refuse: Callable[..., None]) -
     assert free_descriptor() == before
 
 
-# --- nothing is replaced unasked
-
-
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
 def test_a_taken_name_is_refused_at_the_start(tmp_path: Path, make: Callable[[Path], None]) -> None:
     make(tmp_path / "a")
@@ -206,9 +197,6 @@ def test_a_name_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path
     with pytest.raises(WriteError):
         files.PendingFile(tmp_path / name)
     assert names(tmp_path) == ["file"]
-
-
-# --- directories
 
 
 def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(

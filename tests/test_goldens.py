@@ -63,9 +63,6 @@ def without_places(report: Any) -> Any:
     return report
 
 
-# --- trainings ---------------------------------------------------------------------------------------
-
-
 def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 6).half())
@@ -118,9 +115,6 @@ def narrow(directory: Path) -> None:
 
 
 TRAININGS = {"thinned": thinned, "images": images, "narrow": narrow}
-
-
-# --- commands ----------------------------------------------------------------------------------------
 
 
 COMMANDS = {

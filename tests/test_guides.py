@@ -36,9 +36,6 @@ def commands(block: str) -> list[list[str]]:
     return [line.split() for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", block, re.MULTILINE)]
 
 
-# --- code ------------------------------------------------------------------------------------------
-
-
 def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
@@ -115,9 +112,6 @@ def test_the_hook_in_the_readme_keeps_the_end_and_continues_when_it_is_run_again
     assert read_directory(Path("run/ema"))[-1].info.t == steps + 20
 
 
-# --- contents --------------------------------------------------------------------------------------
-
-
 def test_the_readme_is_short_and_links_to_every_guide() -> None:
     assert len(README.read_text().splitlines()) <= 150
     assert all(f"posthoc_cli/guides/{guide.name})" in README.read_text() for guide in GUIDES)
@@ -157,9 +151,6 @@ def test_every_test_and_experiment_in_the_table_of_what_holds_exists() -> None:
     experiments = {experiment.name for experiment in EXPERIMENTS}
     assert set(re.findall(r"\*([^*|]+)\*", table)) <= experiments
     assert set(re.findall(r"^\| ([^|`*]+) \| +[\d,]+ \|", table, re.MULTILINE)) == experiments
-
-
-# --- ema guide -------------------------------------------------------------------------------------
 
 
 def test_ema_guide_lists_every_guide_with_its_subject(ema: Ema) -> None:

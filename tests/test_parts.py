@@ -64,9 +64,6 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-# --- parts are the whole ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 50])
 def test_any_number_of_parts_gives_together_the_bytes_of_one_file(
@@ -99,9 +96,6 @@ def test_parts_for_a_job_are_no_larger_than_asked_and_as_many_for_each_rank() ->
     assert [parts_for(nbytes, 10, 3) for nbytes in (0, 1, 30, 31, 60, 61)] == [3, 3, 3, 6, 6, 9]
 
 
-# --- again -----------------------------------------------------------------------------------------
-
-
 def test_a_part_that_is_there_stays_also_where_another_process_makes_it_at_the_same_time(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,9 +120,6 @@ def test_a_failure_leaves_no_part_and_no_folder(run: Path, tmp_path: Path, monke
     with pytest.raises(WriteError, match="no space left"):
         parted(run, tmp_path / "out", 3).make(Part(1, 3))
     assert not (tmp_path / "out").exists()
-
-
-# --- as a user types it ----------------------------------------------------------------------------
 
 
 def make(ema: Ema, run: Path, out: Path, *options: object) -> Result:

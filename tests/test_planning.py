@@ -119,9 +119,6 @@ def test_what_is_kept_is_nearly_the_best_choice_of_its_size(
     assert worst([i for i in range(16) if i not in gone]) <= 1.02 * best
 
 
-# --- schedules -------------------------------------------------------------------------------------
-
-
 def held(snapshots: list[PowerFunction]) -> set[tuple[float, float]]:
     return {(p.t, round(p.sigma_rel, 9)) for p in snapshots}
 

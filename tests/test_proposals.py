@@ -84,8 +84,6 @@ def test_fixed_choices_are_kept() -> None:
         assert all(getattr(p.schedule, name) == value for p in propose(replace(TASK, dtype="float16", **{name: value})))
 
 
-# --- good enough -----------------------------------------------------------------------------------
-
 AMPLE = Task(steps=3_000, parameters=10**5, max_bytes=10**8)
 """Disk for 500 snapshots in half precision of a small network: far more than it needs."""
 

@@ -73,9 +73,6 @@ def accumulated(dtype: torch.dtype, terms: int) -> float:
     return roundings * UNIT[dtype] / (1 - roundings * UNIT[dtype])
 
 
-# --- the sums --------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("stored", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_results_are_the_sums_within_rounding(tmp_path: Path, own: torch.dtype, stored: torch.dtype) -> None:
@@ -104,9 +101,6 @@ def test_sums_on_the_gpu_are_the_sums_within_rounding(tmp_path: Path) -> None:
             assert value.device.type == "cuda"
             tolerance = 2 * accumulated(torch.float32, len(plan.sources)) * size
             assert np.all(np.abs(value.cpu().double().numpy() - exact) <= tolerance)
-
-
-# --- names, copies, dtypes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("t", "newest"), [(None, 40), (40, 40), (39.999, 30), (30, 30), (10, 10)])
@@ -159,9 +153,6 @@ def test_an_output_says_what_it_was_made_of(tmp_path: Path) -> None:
     assert info.profile_error == plan.reconstruction.profile_error[1]
 
 
-# --- which snapshots, at which time ----------------------------------------------------------------
-
-
 def test_a_step_is_a_time_where_steps_are_counted_and_must_be_a_snapshots_on_another_clock(tmp_path: Path) -> None:
     write_random(tmp_path / "steps")
     assert plan_of(tmp_path / "steps", step=25).t == 25
@@ -171,9 +162,6 @@ def test_a_step_is_a_time_where_steps_are_counted_and_must_be_a_snapshots_on_ano
     told = r"step 15: lies between the snapshots at 10 and 20; .* give t in images"
     with pytest.raises(InvalidValueError, match=told):
         plan_of(tmp_path, [0.04], step=15)
-
-
-# --- what is refused while reading -----------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -213,9 +201,6 @@ def test_a_snapshot_that_changed_since_the_plan_is_named_and_nothing_is_written(
         write_synthesis(plan, [tmp_path / "a.safetensors", tmp_path / "b.safetensors"])
     assert str(paths[1]) in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
-
-
-# --- devices ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cuda:2", "cuda:-1", "meta", "CPU "])

@@ -21,9 +21,6 @@ STEPS = Clock.of_steps()
 IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
 
 
-# --- the targets ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("target", "label", "title", "sigma_rel", "profile"),
     [
@@ -84,9 +81,6 @@ def test_an_impossible_target_is_refused(make: Callable[[], object], subject: st
         make()
 
 
-# --- given profiles ------------------------------------------------------------------------------
-
-
 @dataclasses.dataclass
 class Written:
     """A profile that is uniform on (0, 100], but for what a test replaces."""
@@ -128,9 +122,6 @@ def test_sound_profiles_are_taken_as_they_are(profile: object) -> None:
 def test_the_fault_of_a_given_profile_is_named(profile: object, words: str) -> None:
     with refused("profile given", words):
         as_target(profile).profile(100.0, STEPS, 1.0)
-
-
-# --- profiles in files ---------------------------------------------------------------------------
 
 
 def written(tmp_path: Path, content: str | bytes) -> Path:

@@ -17,8 +17,6 @@ from safetensors.torch import load_file, save_file
 from posthoc_cli import PostHocEMA
 from posthoc_cli.cli.output import percent, print_pairs, print_table, size_text
 
-# --- info ------------------------------------------------------------------------------------------
-
 
 def test_info_of_a_directory(ema: Ema, run: Path) -> None:
     (run / ".ema-0123.tmp").write_text("")
@@ -140,9 +138,6 @@ def test_a_shard_of_another_model_is_no_part_of_this_one(ema: Ema, run: Path, tm
         assert f"{folder / name}: cannot be opened" in ema(*command).error
 
 
-# --- export ----------------------------------------------------------------------------------------
-
-
 def test_what_shard_and_finish_leave_goes_on_to_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
     average = ("synthesize", run, "--sigma-rel", "0.15", "--step", "2000", "-q")
     whole, folder = tmp_path / "whole.safetensors", tmp_path / "m"
@@ -219,9 +214,6 @@ def test_export_into_a_pt_file_completed_from_a_full_model(ema: Ema, run: Path, 
     assert set(load_file(tmp_path / "s" / "model.safetensors")) == {name.removeprefix("net.") for name in full}
 
 
-# --- profile ---------------------------------------------------------------------------------------
-
-
 def test_the_table_that_users_know_and_both_ways(ema: Ema) -> None:
     rows = [line.split() for line in ema("profile").out.splitlines()]
     assert rows[0] == ["sigma_rel", "gamma", "mean_age", "std", "beta"]
@@ -231,9 +223,6 @@ def test_the_table_that_users_know_and_both_ways(ema: Ema) -> None:
     (row,) = ema("profile", "--beta", "0.9999", "--steps", "100000", "--json").json["profiles"]
     back = ema("profile", "--sigma-rel", row["sigma_rel"], "--steps", "100000", "--json").json
     assert back["profiles"][0]["beta"] == pytest.approx(0.9999, rel=1e-12)
-
-
-# --- every command ---------------------------------------------------------------------------------
 
 
 def on_terminal(monkeypatch: pytest.MonkeyPatch, columns: int) -> None:

@@ -31,8 +31,6 @@ from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.models import INDEX_NAME
 from posthoc_cli.snapshots.reader import read_header
 
-# --- links -----------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def precious(tmp_path: Path) -> Path:
@@ -129,9 +127,6 @@ def test_a_temporary_that_a_stranger_was_first_to_make_is_left_alone(
     assert (tmp_path / ".ema-guessed.tmp").is_symlink()
 
 
-# --- what is shown ---------------------------------------------------------------------------------
-
-
 def test_nothing_from_a_file_reaches_the_terminal_raw(tmp_path: Path) -> None:
     name = "\x1b]0;x\x07\u202e\nema: error: "
     write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, {name: torch.tensor([float("nan")])})
@@ -156,9 +151,6 @@ def test_a_table_shows_names_as_they_are(capsys: pytest.CaptureFixture[str], nam
     header, row = capsys.readouterr().out.splitlines()
     assert header.split() == [f"c({name})", "n"]
     assert row.split() == [name, "1"]
-
-
-# --- names -----------------------------------------------------------------------------------------
 
 
 def test_names_that_some_file_systems_take_for_one_are_two_tensors(ema: Ema, tmp_path: Path) -> None:
@@ -220,8 +212,6 @@ def test_long_texts_of_an_output_are_cut(ema: Ema, run: Path, tmp_path: Path) ->
     write_snapshot(tmp_path / "long", 10, 0.05, RUN_ID, {"x" * 100_000: torch.tensor([float("nan")])})
     assert len(ema("synthesize", tmp_path / "long", "--sigma-rel", "0.1", "--out", tmp_path / "o.pt").err) < 6_000
 
-
-# --- surroundings ----------------------------------------------------------------------------------
 
 LEAKING = """
 import sys, torch

@@ -246,9 +246,6 @@ def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path) -> None:
     assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", run / "out.safetensors").code == 0
 
 
-# --- the system ------------------------------------------------------------------------------------
-
-
 AS_ANOTHER_USER = """
 import contextlib, os, sys
 from posthoc_cli.cli import main

@@ -25,9 +25,6 @@ def leave(run: Path) -> Path:
     return path
 
 
-# --- what it says ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [(), ("--deep",)])
 def test_a_run_that_is_intact(ema: Ema, run: Path, options: tuple[str, ...]) -> None:
     before = contents(run)
@@ -132,9 +129,6 @@ def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch:
     assert sum(told["measuring"][1:]) == told["measuring"][0]
     total, *parts = told["verifying"]
     assert 0 < sum(parts) <= total
-
-
-# --- what it changes -------------------------------------------------------------------------------
 
 
 def test_repair_and_clean(ema: Ema, run: Path, tmp_path: Path) -> None:
