@@ -6,9 +6,7 @@ from pathlib import Path
 
 import pytest
 from ema_command import Asked, Ema
-from factories import contents, flip_bit
-
-from posthoc_cli.snapshots.lock import DirectoryLock
+from factories import contents
 
 
 def snapshots(run: Path) -> dict[str, bytes]:
@@ -60,24 +58,3 @@ def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int, left
     result = ema("prune", run, "--keep", "5")
     assert (result.code, questions, len(snapshots(run))) == (code, ["delete 30 snapshots for good?"], left)
     assert answer != "n" or result.out.splitlines()[-1] == "nothing was deleted"
-
-
-def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
-    lock = DirectoryLock(run)
-    try:
-        result = ema("prune", run, "--keep", "5", "--yes")
-        assert result.code == 1
-        assert "is writing here" in result.error
-        assert ema("prune", run, "--keep", "5", "--dry-run").code == 0
-    finally:
-        lock.release()
-    assert len(snapshots(run)) == 40
-
-
-def test_a_damaged_survivor_is_named_and_nothing_goes(ema: Ema, run: Path) -> None:
-    newest = sorted(run.glob("*.safetensors"))[-1]
-    flip_bit(newest)
-    result = ema("prune", run, "--keep", "5", "--yes", "--json")
-    assert result.code == 1
-    assert newest.name in result.error
-    assert len(snapshots(run)) == 40

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from ema_command import Asked, Ema
-from factories import RUN_ID, contents, flip_bit, snapshot_files, write_snapshot
+from factories import contents, flip_bit, snapshot_files
 from safetensors.torch import save_file
 
 from posthoc_cli.cli import output
@@ -184,27 +184,13 @@ def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int) -> N
     assert answer != "n" or result.out.splitlines()[-2:] == ["nothing was moved", "nothing was deleted"]
 
 
-def test_snapshots_that_contradict_each_other_stay_and_both_are_named(ema: Ema, run: Path) -> None:
-    odd = write_snapshot(run, 5, 0.05, RUN_ID, {"w": torch.ones(2)}, name="odd.safetensors")
-    result = ema("verify", run, "--repair", "--yes")
-    assert result.code == 1
-    assert f"problem: {odd} and " in result.out
-    assert "nothing has to be set aside" in result.out
-    odd.unlink()
-    assert ema("verify", run).code == 0
-
-
 def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
     before = {name: data for name, data in contents(run).items() if "lock" not in name}
-    lock = DirectoryLock(run)
-    try:
-        for option in ("--repair", "--clean"):
-            result = ema("verify", run, option, "--yes")
-            assert result.code == 1
-            assert "is writing here" in result.error
+    with DirectoryLock(run):
+        for command in (("verify", run, "--repair"), ("verify", run, "--clean"), ("prune", run, "--keep", "5")):
+            assert "is writing here" in ema(*command, "--yes").error
         assert ema("verify", run).code == 1
-    finally:
-        lock.release()
+        assert ema("prune", run, "--keep", "5", "--dry-run").code == 0
     assert {name: data for name, data in contents(run).items() if "lock" not in name} == before
