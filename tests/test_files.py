@@ -138,14 +138,6 @@ def test_a_file_above_the_size_limit_of_the_process_leaves_nothing(tmp_path: Pat
     assert (tmp_path / "a").read_bytes() == OLD
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_interruption_before_publish_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), files.PendingFile(tmp_path / "a") as pending:
-        pending.write_at(NEW, 0)
-        raise error
-    assert names(tmp_path) == []
-
-
 @pytest.mark.parametrize("operation", ["fsync", "link", "unlink", "fsync_directory"])
 def test_ctrl_c_while_publishing_leaves_nothing(tmp_path: Path, refuse: Callable[..., None], operation: str) -> None:
     refuse(operation, kind=KeyboardInterrupt)

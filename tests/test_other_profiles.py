@@ -6,7 +6,6 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 
-import mpmath
 import numpy as np
 import pytest
 from checking import refused
@@ -243,14 +242,6 @@ def test_the_classical_profile_is_what_its_recursion_leaves(decay: float, first:
         whole = ClassicalEMA(decay, times[-1], clock)
         np.testing.assert_allclose(whole.tail(times[1:]), simulated(decay, 100)[1:], rtol=1e-12)
         assert whole.mass_on_start == pytest.approx(decay**100, rel=1e-12)
-
-
-def test_a_decay_next_to_one_keeps_its_digits() -> None:
-    decay = 1 - 1e-12
-    with mpmath.workdps(50):
-        exact = [float(1 - mpmath.mpf(decay) ** n) for n in (1, 1000, 10**9)]
-    tail = ClassicalEMA(decay, 1e9, Clock.of_steps()).tail([1e9 - 1, 1e9 - 1000, 0.0])
-    np.testing.assert_allclose(tail, exact, rtol=1e-13)
 
 
 @pytest.mark.parametrize("steps", [1, 30, 100])
