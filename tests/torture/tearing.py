@@ -1,18 +1,14 @@
 """Averages that are read, and updates that are interrupted, at random moments: what is seen is always of one update.
 
-Its arguments: reads FOLDER COUNT SEED, or states FOLDER COUNT SEED.
-
 All elements of the model are equal, and so are all of an average: one that is not was read, or left, in the middle of
-an update. Which value it must have at each step is known from the definition. Prints one JSON object.
+an update. Which value it must have at each step is known from the definition.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -305,11 +301,3 @@ def _wrong_run(run: Path, model: Equal, truth: Truth) -> list[str]:
         model.go_to(again.step + 1)
         again.update_(model)
     return wrong
-
-
-EXPERIMENTS = {"reads": torn_reads, "states": torn_states}
-
-if __name__ == "__main__":
-    name, where, number, seed = sys.argv[1:]
-    found = EXPERIMENTS[name](Path(where), int(number), random.Random(int(seed)))
-    print(json.dumps(vars(found)))
