@@ -3,100 +3,69 @@
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import torch
 
 from torture.tally import Experiment, Tally
-from torture.victims import Victim, small_index, small_output, small_shard, small_snapshot, small_state
+from torture.victims import Victim, all_victims, harm_all, small_snapshot
 
-MAKERS: Sequence[Callable[[Path], Victim]] = (small_snapshot, small_output, small_state, small_index, small_shard)
 BLOCK = 4096
-
-
-def _victims(folder: Path) -> Iterator[Victim]:
-    for make in MAKERS:
-        (folder / make.__name__).mkdir()
-        yield make(folder / make.__name__)
-
-
-def _chosen(everything: Sequence[int], share: float, seed: int) -> list[int]:
-    """A share of all, at least one."""
-    count = max(1, round(share * len(everything)))
-    return sorted(random.Random(seed).sample(everything, count))
+Harm = tuple[str, Callable[[], object]]
 
 
 def flip_bits(folder: Path, share: float, seed: int) -> Tally:
     """Every single bit of every small file."""
-    tally = Tally()
-    for victim in _victims(folder):
-        intact, data = victim.intact(), victim.path.read_bytes()
-        descriptor = os.open(victim.path, os.O_RDWR)
-        for place in _chosen(range(8 * len(data)), share, seed):
-            byte, bit = divmod(place, 8)
-            os.pwrite(descriptor, bytes([data[byte] ^ 1 << bit]), byte)
-            victim.tried(tally, f"bit {bit} of byte {byte} flipped", intact)
-            os.pwrite(descriptor, data[byte : byte + 1], byte)
-        os.close(descriptor)
-        _check_whole(victim, intact, tally)
-    return tally
+    return harm_all(all_victims(folder), _flips, share, seed)
+
+
+def _flips(victim: Victim, data: bytes) -> Iterator[Harm]:
+    for place in range(8 * len(data)):
+        byte, bit = divmod(place, 8)
+        yield f"bit {bit} of byte {byte} flipped", partial(_flip, victim.path, data, byte, bit)
+
+
+def _flip(path: Path, data: bytes, byte: int, bit: int) -> None:
+    path.write_bytes(data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :])
 
 
 def truncate(folder: Path, share: float, seed: int) -> Tally:
     """Every shorter length of every small file."""
-    tally = Tally()
-    for victim in _victims(folder):
-        intact, data = victim.intact(), victim.path.read_bytes()
-        for length in reversed(_chosen(range(len(data)), share, seed)):
-            if victim.is_index and not data[length:].strip():
-                continue  # the last line end
-            os.truncate(victim.path, length)
-            victim.tried(tally, f"cut to {length} bytes", intact)
-        victim.path.write_bytes(data)
-        _check_whole(victim, intact, tally)
-    return tally
+    return harm_all(all_victims(folder), _cuts, share, seed)
+
+
+def _cuts(victim: Victim, data: bytes) -> Iterator[Harm]:
+    for length in range(len(data)):
+        if not victim.is_index or data[length:].strip():  # more than the last line end
+            yield f"cut to {length} bytes", partial(os.truncate, victim.path, length)
 
 
 def move_blocks(folder: Path, share: float, seed: int) -> Tally:
     """Blocks of 4 KiB of a snapshot of 64 KiB: every pair swapped, every one zeroed, repeated, left out; and more
     bytes behind."""
-    tally = Tally()
     values = {"a": torch.randn(8000), "b": torch.randn(8000).to(torch.float16)}
-    victim = small_snapshot(folder, values)
-    intact, data = victim.intact(), victim.path.read_bytes()
-    harms = list(_block_harms(data))
-    for number in _chosen(range(len(harms)), share, seed):
-        harm, harmed = harms[number]
-        victim.path.write_bytes(harmed)
-        victim.tried(tally, harm, intact)
-    victim.path.write_bytes(data)
-    _check_whole(victim, intact, tally)
-    return tally
+    return harm_all([small_snapshot(folder, values)], _moves, share, seed)
 
 
-def _block_harms(data: bytes) -> Iterator[tuple[str, bytes]]:
+def _moves(victim: Victim, data: bytes) -> Iterator[Harm]:
     blocks = [data[begin : begin + BLOCK] for begin in range(0, len(data), BLOCK)]
+    harmed = {}
     for i, j in combinations(range(len(blocks)), 2):
         swapped = list(blocks)
         swapped[i], swapped[j] = swapped[j], swapped[i]
-        yield f"blocks {i} and {j} swapped", b"".join(swapped)
+        harmed[f"blocks {i} and {j} swapped"] = b"".join(swapped)
     for i, block in enumerate(blocks):
-        for harm, other in (("zeroed", bytes(len(block))), ("left out", b""), ("repeated", 2 * block)):
-            yield f"block {i} {harm}", b"".join([*blocks[:i], other, *blocks[i + 1 :]])
-        for fill in (b"\x00", b"\xff"):
-            yield f"block {i} filled", b"".join([*blocks[:i], fill * len(block), *blocks[i + 1 :]])
+        others = {"zeroed": bytes(len(block)), "filled": b"\xff" * len(block), "left out": b"", "repeated": 2 * block}
+        for what, other in others.items():
+            harmed[f"block {i} {what}"] = b"".join([*blocks[:i], other, *blocks[i + 1 :]])
     for extra in (b"\0", b" ", b"\n", bytes(BLOCK), data[-BLOCK:], data):
-        yield f"{len(extra)} bytes appended", data + extra
-        yield f"{len(extra)} bytes put in front", extra + data
-
-
-def _check_whole(victim: Victim, intact: tuple[object, object], tally: Tally) -> None:
-    """That the last harm was undone, and what was harmed can still be used: the experiment saw what it meant to."""
-    if victim.intact() != intact:
-        tally.lost.append(f"{victim.kind}: is not what it was before")
+        harmed[f"{extra[:9]!r}: {len(extra)} bytes appended"] = data + extra
+        harmed[f"{extra[:9]!r}: {len(extra)} bytes put in front"] = extra + data
+    for what, content in harmed.items():
+        yield what, partial(victim.path.write_bytes, content)
 
 
 EXPERIMENTS = [

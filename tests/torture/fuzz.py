@@ -6,7 +6,8 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torture.examining import examine
 from torture.forged import written
 from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart
 from torture.tally import Experiment, Tally
-from torture.victims import Tiny, Victim, small_index, small_output, small_shard, small_snapshot, small_state
+from torture.victims import Tiny, Victim, all_victims
 
 EXAMPLES = 4_000
 """Of each kind of file, for a share of 1."""
@@ -53,9 +54,8 @@ ODD = st.recursive(
 def fuzz(folder: Path, share: float, chance: int) -> Tally:
     """Change the header of each kind of file, many times."""
     tally = Tally()
-    for make in (small_snapshot, small_output, small_state, small_index, small_shard):
-        (folder / make.__name__).mkdir()
-        _fuzz_one(make(folder / make.__name__), tally, max(10, round(share * EXAMPLES)), chance)
+    for victim in all_victims(folder):
+        _fuzz_one(victim, tally, max(10, round(share * EXAMPLES)), chance)
     return tally
 
 
@@ -157,9 +157,21 @@ def _load(path: Path) -> None:
     try:
         with PostHocEMA.from_model(model, home, update_every=1, checkpoint_every=1) as tracker:
             tracker.load_state(path)
-            _go_on(tracker, model, path)
+            with _told_of(path):  # what is wrong is told of the training, which has taken the state
+                tracker.update_(model, t=None if tracker.settings.t_unit == "steps" else tracker.t + 1)
+                tracker.flush()
+                tracker.state_dict()
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """An error of the block names this file."""
+    try:
+        yield
+    except PostHocError as error:
+        raise type(error)(path, str(error)) from error
 
 
 def _resume(run: Path) -> None:
@@ -167,22 +179,12 @@ def _resume(run: Path) -> None:
     copy = run.with_name("copy")
     shutil.copytree(run, copy)
     try:
-        tracker = PostHocEMA.from_path(copy)
-        tracker.state_dict(0.05)
-        tracker.state_dict()
-    except PostHocError as error:
-        raise type(error)(run, str(error).replace(str(copy), str(run))) from error
+        with _told_of(run):
+            tracker = PostHocEMA.from_path(copy)
+            tracker.state_dict(0.05)
+            tracker.state_dict()
     finally:
         shutil.rmtree(copy)
-
-
-def _go_on(tracker: PostHocEMA, model: Tiny, path: Path) -> None:
-    try:
-        tracker.update_(model, t=None if tracker.settings.t_unit == "steps" else tracker.t + 1)
-        tracker.flush()
-        tracker.state_dict()
-    except PostHocError as error:  # what is wrong is told of the training, which has taken the state
-        raise type(error)(path, str(error)) from error
 
 
 EXPERIMENTS = [Experiment("headers changed at random, rightly sealed", fuzz, 0.01)]

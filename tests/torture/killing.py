@@ -13,7 +13,7 @@ from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.format import SnapshotInfo
 from torture.processes import Nursery
 from torture.tally import Tally
-from torture.training import damaged_files, train, wrong_snapshots
+from torture.training import damaged_files, train, weights_up_to, wrong_snapshots
 
 STEPS = 40
 SAVES = range(8, STEPS + 1, 8)
@@ -25,6 +25,7 @@ def killed_trainings(folder: Path, count: int, chance: random.Random) -> Tally:
     """Kill `count` times in all; every training is killed again and again until it comes to its end."""
     tally, nursery, directory = Tally(), Nursery(folder / "stderr"), folder / "killed"
     right, seconds = {}, 0.0
+    weights_up_to(STEPS, 4 * ROWS)  # no child takes time for them
     settings = {"update_every": 2, "checkpoint_every": 4, "rows": ROWS}
     for most in (None, 3):
         unkilled = folder / f"unkilled-{most}"

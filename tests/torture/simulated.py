@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from posthoc_cli import files
 
@@ -23,6 +24,7 @@ KINDS = (*ERRORS, "short", "torn", "full")
 until somebody makes room."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
 """Operations that can be done by half."""
+TAKES_ROOM = ("open_new", "write", "make_directory")
 
 
 @contextmanager
@@ -36,6 +38,16 @@ def installed(system: files.FileSystem) -> Iterator[None]:
 
 
 # --- one that fails
+
+
+def _counted(name: str) -> Callable[..., Any]:
+    """A method of `Faulty` that does an operation on paths, unless it is to fail."""
+
+    def method(self: Faulty, *paths: Path) -> object:
+        self._pass(name, paths[-1])
+        return getattr(files.FileSystem, name)(self, *paths)
+
+    return method
 
 
 class Faulty(files.FileSystem):
@@ -61,14 +73,6 @@ class Faulty(files.FileSystem):
         """The disk is full no longer."""
         self._full = False
 
-    def open_new(self, path: Path) -> int:
-        self._pass("open_new", path)
-        return super().open_new(path)
-
-    def open(self, path: Path) -> int:
-        self._pass("open", path)
-        return super().open(path)
-
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
         if self._pass("read", descriptor):
             view = view[: max(1, len(view) // 2)]
@@ -88,42 +92,25 @@ class Faulty(files.FileSystem):
     def fsync_directory(self, path: Path) -> None:
         self._pass("fsync_directory", path)
 
-    def rename(self, source: Path, target: Path) -> None:
-        self._pass("rename", target)
-        super().rename(source, target)
-
-    def link(self, source: Path, target: Path) -> None:
-        self._pass("link", target)
-        super().link(source, target)
-
-    def unlink(self, path: Path) -> None:
-        self._pass("unlink", path)
-        super().unlink(path)
-
-    def make_directory(self, path: Path) -> None:
-        self._pass("make_directory", path)
-        super().make_directory(path)
-
-    def list(self, path: Path) -> list[Path]:
-        self._pass("list", path)
-        return super().list(path)
+    open_new, open, list = _counted("open_new"), _counted("open"), _counted("list")
+    rename, link, unlink = _counted("rename"), _counted("link"), _counted("unlink")
+    make_directory = _counted("make_directory")
 
     def _pass(self, operation: str, where: object) -> bool:
         """Count an operation, and raise where it is to fail; True where it is to be done by half."""
         with self._lock:
             number = len(self.operations)
             self.operations.append(operation)
-            if self._full and operation in ("open_new", "write", "make_directory"):
+            if self._full and operation in TAKES_ROOM:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if number != self._at or operation not in HALVED.get(self._kind, (operation,)):
                 return False
             self.failed = f"{self._kind} at operation {number}, {operation} {where}"
             if self._kind in HALVED:
                 return True
-            if self._kind == "full":
-                self._full = True
-                if operation not in ("open_new", "write", "make_directory"):
-                    return False
+            self._full = self._kind == "full"
+            if self._full and operation not in TAKES_ROOM:
+                return False
             code = ERRORS.get(self._kind, errno.ENOSPC)
             raise OSError(code, os.strerror(code))
 
@@ -143,10 +130,11 @@ class Inode:
 class Folder:
     """A directory: its entries now, and what of them is on the disk."""
 
-    entries: dict[str, Inode | Folder] = field(default_factory=dict)
-    durable: dict[str, Inode | Folder] = field(default_factory=dict)
+    entries: Entries = field(default_factory=dict)
+    durable: Entries = field(default_factory=dict)
 
 
+Entries = dict[str, "Inode | Folder"]
 Edits = list[tuple[Folder, str, "Inode | Folder | None"]]
 """One operation on directories: entries that are set, or removed (None), all together or not at all."""
 
@@ -178,14 +166,13 @@ class Disk:
         self._inodes[number].durable = self._inodes[number].data
 
     def _fsync_directory(self, path: str) -> None:
-        folder = self._find(path)
-        left = []
+        folder, left = self._find(path), []
         for edits in self._pending:
-            if any(touched is folder for touched, _, _ in edits):
-                for touched, name, entry in edits:
-                    _set(touched.durable, name, entry)
-            else:
+            if not any(touched is folder for touched, _, _ in edits):
                 left.append(edits)
+                continue
+            for touched, name, entry in edits:
+                _set(touched.durable, name, entry)
         self._pending = left
 
     def _rename(self, source: str, target: str) -> None:
@@ -237,35 +224,14 @@ class Disk:
             crash: "kill" (the process dies, the system lives), or a loss of power after which "nothing" that was not
                 synced is there, every "name" is there but no content that was not synced, or "some" of it is.
         """
-        chosen = {} if crash in ("kill", "names") else self._survivors(chance if crash == "some" else None)
+        chosen: dict[int, Entries] = {}  # by the folder, where more is there than what was synced
+        for edits in self._pending if crash == "some" else ():
+            for folder, name, entry in edits if chance.random() < 0.5 else ():
+                _set(chosen.setdefault(id(folder), dict(folder.durable)), name, entry)
         self._leave(self.root, place, crash, chosen, chance)
 
-    def _survivors(self, chance: random.Random | None) -> dict[int, dict[str, Inode | Folder]]:
-        """Entries by the folder: what was synced, and some of what was not."""
-        chosen: dict[int, dict[str, Inode | Folder]] = {}
-        for folder in self._folders(self.root, set()):
-            chosen[id(folder)] = dict(folder.durable)
-        for edits in self._pending:
-            if chance is not None and chance.random() < 0.5:
-                for folder, name, entry in edits:
-                    _set(chosen.setdefault(id(folder), dict(folder.durable)), name, entry)
-        return chosen
-
-    def _folders(self, folder: Folder, seen: set[int]) -> Iterator[Folder]:
-        if id(folder) not in seen:
-            seen.add(id(folder))
-            yield folder
-            for entry in [*folder.entries.values(), *folder.durable.values()]:
-                if isinstance(entry, Folder):
-                    yield from self._folders(entry, seen)
-
     def _leave(
-        self,
-        folder: Folder,
-        place: Path,
-        crash: str,
-        chosen: dict[int, dict[str, Inode | Folder]],
-        chance: random.Random,
+        self, folder: Folder, place: Path, crash: str, chosen: dict[int, Entries], chance: random.Random
     ) -> None:
         place.mkdir(exist_ok=True)
         entries = folder.entries if crash in ("kill", "names") else chosen.get(id(folder), folder.durable)
@@ -276,7 +242,7 @@ class Disk:
                 (place / name).write_bytes(_content(entry, crash, chance))
 
 
-def _set(entries: dict[str, Inode | Folder], name: str, entry: Inode | Folder | None) -> None:
+def _set(entries: Entries, name: str, entry: Inode | Folder | None) -> None:
     if entry is None:
         entries.pop(name, None)
     else:

@@ -1,9 +1,9 @@
-"""Small files of every kind, each with what is made of it: what harm is done to."""
+"""Small files of every kind, each with what is made of it, and the trying of harm to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,15 +63,39 @@ class Victim:
             else:
                 if not (self.is_index and found == before):
                     tally.missed.append(f"{what}: not found")
-            with suppress(FileNotFoundError):
-                self.out.unlink()
+            self.out.unlink(missing_ok=True)
 
     def intact(self) -> tuple[object, object]:
         """What is seen of the file, and made of it, without harm."""
         seen = examine(self.path), self.use()
-        with suppress(FileNotFoundError):
-            self.out.unlink()
+        self.out.unlink(missing_ok=True)
         return seen
+
+
+def all_victims(folder: Path) -> Iterator[Victim]:
+    """One of each kind."""
+    for make in (small_snapshot, small_output, small_state, small_index, small_shard):
+        (folder / make.__name__).mkdir()
+        yield make(folder / make.__name__)
+
+
+Harms = Callable[[Victim, bytes], Iterable[tuple[str, Callable[[], object]]]]
+"""What can be done to a victim of this content: in words, and the doing."""
+
+
+def harm_all(victims: Iterable[Victim], harms: Harms, share: float, seed: int) -> Tally:
+    """Do a share of all harms to each victim, one at a time; at least one."""
+    tally, chance = Tally(), random.Random(seed)
+    for victim in victims:
+        intact, data = victim.intact(), victim.path.read_bytes()
+        everything = list(harms(victim, data))
+        for what, harm in chance.sample(everything, max(1, round(share * len(everything)))):
+            harm()
+            victim.tried(tally, what, intact)
+            victim.path.write_bytes(data)
+        if victim.intact() != intact:
+            tally.lost.append(f"{victim.kind}: is not what it was before")
+    return tally
 
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) -> Victim:
