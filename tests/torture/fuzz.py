@@ -19,11 +19,10 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.description import describe
-from torture.examining import examine
 from torture.forged import written
 from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart
 from torture.tally import Experiment, Tally
-from torture.victims import Tiny, Victim, all_victims
+from torture.victims import Tiny, Victim, all_victims, examine
 
 EXAMPLES = 4_000
 """Of each kind of file, for a share of 1."""

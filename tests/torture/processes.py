@@ -53,12 +53,7 @@ class Nursery:
         self._err = err
 
     def run(self, work: Callable[[], object], after: float | None, number: int) -> tuple[int, str, float]:
-        """Do `work` in a child.
-
-        Arguments:
-            work: begins with SIGINT blocked.
-            after: seconds until the child gets a signal; None: none.
-            number: of the signal.
+        """Do `work` in a child, which begins with SIGINT blocked and gets a signal after so many seconds, or none.
 
         Returns:
             The exit code, negative for a signal, -1000 where it hung and -1001 where it left a process; what it wrote

@@ -11,40 +11,71 @@ import torch
 from factories import write_snapshot
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import PostHocError
+from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction.measurements import Distance, Measurements
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.models import INDEX_NAME, read_index
+from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.states import decode_state
 from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
-from torture.examining import examine
 from torture.tally import Tally
 
 RUN_ID = "ab12" * 8
 VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
 
 
+Content = dict[str, object]
+"""What a file holds: the bytes of each tensor by name, and what the file says about itself under ""."""
+
+
+def examine(path: Path) -> Content:
+    """Verify a snapshot, an output, a state, or the shards beside an index as `ema verify` does; returns the content.
+
+    Raises:
+        PostHocError: naming the file.
+    """
+    for report in verify(list_contents(path)).files:
+        if not report.is_fine:
+            raise FileFormatError(report.path, report.detail)
+    if path.name != INDEX_NAME:
+        return _content(path)
+    content: Content = {}
+    for shard in read_index(path):
+        content |= _content(path.parent / shard)
+    return content
+
+
+def _content(path: Path) -> Content:
+    decoders = {"snapshot": decode_snapshot, "output": decode_output, "state": decode_state}
+    with TensorFile(path) as file:
+        kind = file_kind(file.header)
+        if kind not in decoders:
+            raise FileFormatError(path, f"its ema.format is {str(kind)[:40]!r}")
+        said = decoders[kind](path, file.header)
+        return {"": said} | {name: file.read(name).tobytes() for name in file.header.tensors}
+
+
 @dataclass(frozen=True)
 class Victim:
-    """A file that will be harmed.
-
-    Attributes:
-        kind: what it is.
-        path: the file.
-        use: makes something of it; returns what came out.
-        out: where that goes, if anywhere.
-        named: what an error must name: the file, or the folder of an index and its shards.
-        is_index: some harm changes nothing: there is no checksum in an index of the Hugging Face libraries.
-    """
+    """A file that will be harmed, and what is made of it."""
 
     kind: str
     path: Path
     use: Callable[[], object]
+    """Makes something of it; returns what came out."""
     out: Path
+    """Where that goes, if anywhere."""
     named: str
+    """What an error must name: the file, or the folder of an index and its shards."""
     is_index: bool = False
+    """Some harm changes nothing: there is no checksum in an index of the Hugging Face libraries."""
 
     def tried(self, tally: Tally, harm: str, intact: tuple[object, object]) -> None:
         """Count one harm, which is in the file now: it must be found, or, in an index, change nothing."""
