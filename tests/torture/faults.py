@@ -4,23 +4,104 @@ from __future__ import annotations
 
 import random
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from posthoc_cli import files
+from posthoc_cli.errors import PostHocError
+from posthoc_cli.snapshots.check import list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
 from posthoc_cli.snapshots.models import INDEX_NAME
-from torture.scenario import STEPS, Run
+from torture.commands import run_ema
 from torture.simulated import HALVED, KINDS, Disk, Faulty, Recording, installed
 from torture.tally import Experiment, Tally
-from torture.training import contents, wrong_output
+from torture.training import STATE, contents, train, wrong_output, wrong_snapshots
 
 CRASHES = ("kill", "nothing", "names", "some")
 """What `Disk.leave` takes."""
 
 
-def names_of(run: Run) -> set[str]:
-    return {snapshot.path.name for snapshot in find_snapshots(run.directory)}
+STEPS = 10
+STOPS = 7
+"""The first training ends here, without a state of its last two steps."""
+SAVES = 5
+
+
+@dataclass
+class Run:
+    """A run as a user makes it: training with thinning and a resume, synthesis, export into shards, pruning."""
+
+    root: Path
+    note: Callable[..., None] = lambda *_: None
+    """Told what is durable, and what is done."""
+    make_room: Callable[[], None] = lambda: None
+    errors: list[str] = field(default_factory=list)
+    """What went wrong on the way, each a line."""
+
+    def __post_init__(self) -> None:
+        self.directory, self.shards = self.root / "run", self.root / "shards"
+        self.outputs = [self.root / "out" / f"sigma_rel-{target}.safetensors" for target in (0.1, 0.2)]
+
+    def do(self) -> None:
+        """Do everything; what fails is done once more."""
+        if not (self.directory / STATE).exists():
+            self._twice(lambda: self._train(STOPS))
+        self._twice(lambda: self._train(STEPS))
+        out = ["--out", self.root / "out", "--force"]
+        self._twice(lambda: self._ema("synthesize", self.directory, "--sigma-rel", "0.1,0.2", *out))
+        self.note("output", *(path.relative_to(self.root).as_posix() for path in self.outputs))
+        shards = ["--out", self.shards, "--max-shard-size", "40", "--force"]
+        self._twice(lambda: self._ema("export", self.outputs[0], *shards))
+        self.note("output", "shards")
+        self._twice(lambda: self._ema("prune", self.directory, "--keep", 2, "--yes"))
+
+    def names(self) -> set[str]:
+        """Of the snapshots."""
+        return {snapshot.path.name for snapshot in find_snapshots(self.directory)}
+
+    def _twice(self, stage: Callable[[], None]) -> None:
+        try:
+            stage()
+        except (PostHocError, CommandError) as error:
+            self.errors.append(str(error))
+            self.make_room()
+            stage()
+        self.make_room()
+
+    def _train(self, until: int) -> None:
+        self.errors += train(self.directory, until, (SAVES,), self.note, checkpoint_every=1, max_checkpoints=3)
+
+    def _ema(self, *arguments: object) -> None:
+        result = run_ema(*arguments)
+        if result.code:
+            raise CommandError(result.err.strip() or f"exit code {result.code}")
+
+    def problems(self) -> list[str]:
+        """What is wrong in the directory of snapshots."""
+        if not any(path.suffix == ".safetensors" for path in self.directory.iterdir()):
+            return []
+        found = verify_measurements(verify(list_contents(self.directory)))
+        broken = [f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine]
+        return [*found.problems, *broken, *wrong_snapshots(self.directory)]
+
+    def wrong_outputs(self) -> list[str]:
+        """What is wrong with all that is to be there at the end."""
+        return [*self.wrong_shards(), *(line for path in self.outputs for line in wrong_output(path))]
+
+    def wrong_shards(self) -> list[str]:
+        """What is wrong with the exported shards."""
+        paths = sorted(self.shards.glob("model*.safetensors"))
+        if len(paths) != 2 or not (self.shards / INDEX_NAME).exists():
+            return [f"{self.shards.name}: holds {[path.name for path in paths]}"]
+        return [line for path in paths for line in wrong_output(path)]
+
+
+class CommandError(Exception):
+    """A command that ended with an exit code above 0."""
+
+
+# --- errors and crashes
 
 
 def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
@@ -43,18 +124,18 @@ def errors_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
                 tally.missed.append(f"{system.failed}: ended with {type(error).__name__}: {error}")
             if system.failed is not None:
                 tally.tried += 1
-                _judge(tally, run, system.failed, names_of(reference))
+                _judge(tally, run, system.failed, reference.names())
             shutil.rmtree(run.root)
     return tally
 
 
 def _judge(tally: Tally, run: Run, failed: str, names: set[str]) -> None:
     """After everything has been repeated: all is there and right, nothing partial is left, and the user was told."""
-    wrong = [*run.problems(), *run.wrong_shards(), *(line for path in run.outputs for line in wrong_output(path))]
+    wrong = [*run.problems(), *run.wrong_outputs()]
     wrong += [f"{path.name} is left over" for path in run.root.rglob(f"{files.TEMPORARY_PREFIX}*.tmp")]
     tally.lost += [f"{failed}: {line}" for line in wrong]
-    if not run.errors and names_of(run) != names:
-        tally.missed.append(f"{failed}: nobody was told, and snapshots differ: {sorted(names_of(run) ^ names)}")
+    if not run.errors and run.names() != names:
+        tally.missed.append(f"{failed}: nobody was told, and snapshots differ: {sorted(run.names() ^ names)}")
 
 
 def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
@@ -66,7 +147,7 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
     reference.note = recording.note
     with installed(recording):
         reference.do()
-    newest = {name for name in names_of(reference) if name.startswith(f"{STEPS:016d}")}
+    newest = {name for name in reference.names() if name.startswith(f"{STEPS:016d}")}
     disk, durable, done = Disk(), dict[str, bytes](), set[str]()
     for number, operation in enumerate(recording.operations):
         disk.apply(operation)
@@ -82,9 +163,8 @@ def crashes_at_every_operation(folder: Path, share: float, seed: int) -> Tally:
                 tally.lost += [f"{where}: {line}" for line in _harmed(run, durable, done)]
                 run.do()
                 tally.missed += [f"{where}: going on: {error}" for error in run.errors]
-                lost = [f"{name} is not there" for name in newest - names_of(run)]
-                lost += [*run.problems(), *run.wrong_shards()]
-                lost += [line for path in run.outputs for line in wrong_output(path)]
+                lost = [f"{name} is not there" for name in newest - run.names()]
+                lost += [*run.problems(), *run.wrong_outputs()]
                 tally.lost += [f"{where}: going on: {line}" for line in lost]
             except Exception as error:  # noqa: BLE001 - whatever it is, it is what this looks for
                 tally.missed.append(f"{where}: {type(error).__name__}: {error}")

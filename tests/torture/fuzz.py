@@ -19,8 +19,7 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.description import describe
-from torture.forged import written
-from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart
+from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart, written
 from torture.tally import Experiment, Tally
 from torture.victims import Tiny, Victim, all_victims, examine
 
@@ -71,7 +70,7 @@ def _fuzz_one(victim: Victim, tally: Tally, examples: int, chance: int) -> None:
         changed = tree
         for _ in range(data.draw(st.sampled_from([1, 1, 1, 2]))):
             changed = data.draw(_mutations(changed))
-        content = written(victim, changed, payload)
+        content = written(changed, payload, victim.is_index)
         victim.path.write_bytes(content)
         started = time.monotonic()
         for name, use in _uses(victim).items():

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -28,10 +29,17 @@ STEP = 0.01
 """Seconds of a training step beside readers. Of one that thins every few milliseconds a reader never gets hold."""
 
 
-def step_on(tracker: PostHocEMA, network: Network) -> None:
-    """One step of the training."""
-    network.go_to(tracker.step + 1)
-    tracker.update_(network)
+def train_until_told(mine: Connection, tracker: PostHocEMA, network: Network, first: int, said: str) -> None:
+    """Train for `first` steps, say what is then so, and train on."""
+    for number in count():
+        if number == first:
+            tracker.flush()
+            mine.send((said, tracker.run_id))
+        if number >= first and mine.poll(STEP if first > 1 else 0):
+            break
+        network.go_to(tracker.step + 1)
+        tracker.update_(network)
+    mine.recv()
 
 
 # --- processes
@@ -95,13 +103,7 @@ def trains(mine: Connection, folder: Path) -> None:
     network = Network()
     while mine.recv() == ("train",):
         with begin(folder, network, checkpoint_every=3, max_checkpoints=6) as tracker:
-            for _ in range(12):
-                step_on(tracker, network)
-            tracker.flush()
-            mine.send(("training", tracker.step))
-            while not mine.poll(STEP):
-                step_on(tracker, network)
-            mine.recv()
+            train_until_told(mine, tracker, network, 12, "training")
         mine.send(("closed", tracker.step))
 
 
@@ -123,30 +125,30 @@ class Retries(logging.Handler):
         self.count += "planning again with what is there" in record.getMessage()
 
 
-def readers(folder: Path, count: int, chance: random.Random) -> Tally:
-    """Synthesize `count` times, while a training writes and thins, and while it has stopped and somebody prunes."""
+def readers(folder: Path, times: int, chance: random.Random) -> Tally:
+    """Synthesize `times` times, while a training writes and thins, and while it has stopped and somebody prunes."""
     run, out, tally, retries = folder / "run", folder / "out.safetensors", Tally(), Retries()
     logging.getLogger("posthoc_cli").addHandler(retries)
     training, pruner = Other(trains, run), Other(prunes, run)
-    while tally.tried < count:
+    while tally.tried < times:
         answer = training.ask("train")
         if answer[0] != "training":
             tally.missed.append(f"the training: {answer}")
             break
-        for _ in range(min(40, count - tally.tried)):
+        for _ in range(min(40, times - tally.tried)):
             read_once(tally, run, out, chance)
         answer = pruner.ask("prune", 2)
         if answer[0] != "refused" or f"process {training.process.pid} on " not in str(answer[1]):
             tally.missed.append(f"pruning beside the training {training.process.pid}: {answer}")
         training.ask("close")
         pruner.tell("prune", chance.randint(1, 5))
-        for _ in range(min(5, count - tally.tried)):
+        for _ in range(min(5, times - tally.tried)):
             read_once(tally, run, out, chance)
         answer = pruner.answer()
         if answer[0] != "pruned":
             tally.missed.append(f"pruning after the training: {answer}")
         tally.lost += wrong_snapshots(run)
-    if count >= 500 and not retries.count:
+    if times >= 500 and not retries.count:
         tally.missed.append("no snapshot ever went away under a reader: nothing was tried")
     return tally
 
@@ -180,20 +182,15 @@ def writes(mine: Connection, folder: Path) -> None:
             remove_half_begun(folder)
         with refusals(mine):
             with begin(folder, network, checkpoint_every=1, max_checkpoints=4) as tracker:
-                step_on(tracker, network)
-                tracker.flush()
-                mine.send(("holds", tracker.run_id))
-                while not mine.poll():
-                    step_on(tracker, network)
-                mine.recv()
+                train_until_told(mine, tracker, network, 1, "holds")
             mine.send(("closed", tracker.step))
 
 
-def writers(folder: Path, count: int, chance: random.Random) -> Tally:
-    """Two writers meet `count` times: at once, or one beside the other, which is killed then."""
+def writers(folder: Path, times: int, chance: random.Random) -> Tally:
+    """Two writers meet `times` times: at once, or one beside the other, which is killed then."""
     tally = Tally()
     run = folder / "run"
-    while tally.tried < count:
+    while tally.tried < times:
         tally.tried += 1
         first, second = Other(writes, run), Other(writes, run)
         meeting = at_once if chance.random() < 0.3 else one_is_killed
