@@ -15,9 +15,9 @@ import torch
 from ema_command import Ema
 from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, random_walk, snapshot_files, write_run, write_snapshot
 from safetensors.torch import load_file
-from snapshots.recorded import Walk, new_tracker
+from snapshots.recorded import Walk, call_number, failing, new_tracker
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.planning import choose
@@ -283,22 +283,11 @@ def test_not_while_another_one_writes(run: Path) -> None:
 
 @pytest.mark.parametrize("operation", ["make_directory", "rename", "fsync_directory"])
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(
-    run: Path, monkeypatch: pytest.MonkeyPatch, operation: str, after: int
-) -> None:
+def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(run: Path, operation: str, after: int) -> None:
     break_some(run, (0, 1, 2))
     before = sorted(contents(run).values())
-    own, done = getattr(files.system, operation), []
-
-    def fail(*arguments: Path) -> None:
-        if len(done) == after:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        done.append(arguments)
-        own(*arguments)
-
     plan = planned(run)
-    with monkeypatch.context() as patch:
-        patch.setattr(files.system, operation, fail)
+    with failing(operation, errno.EIO, call_number(after)):
         try:
             repair(plan)
         except WriteError as error:
@@ -376,18 +365,10 @@ def test_a_leftover_that_goes_meanwhile_is_passed_over(run: Path) -> None:
 
 
 @pytest.mark.parametrize("operation", ["unlink", "fsync_directory"])
-def test_what_cannot_be_removed_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+def test_what_cannot_be_removed_is_named(run: Path, operation: str) -> None:
     leftover = leave(run / ".ema-1.tmp", 120)
-    found = verify(list_contents(run))
-    own, named = getattr(files.system, operation), leftover if operation == "unlink" else run
-
-    def refuse(path: Path) -> None:
-        if path == named:
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        own(path)
-
-    monkeypatch.setattr(files.system, operation, refuse)
-    with pytest.raises(WriteError) as refused:
+    found, named = verify(list_contents(run)), leftover if operation == "unlink" else run
+    with failing(operation, errno.EACCES, lambda path: path == named), pytest.raises(WriteError) as refused:
         clean(found)
     told = "removed: permission denied" if named == leftover else "written: permission denied; nothing partial is left"
     assert str(refused.value) == f"{named}: cannot be {told}"
