@@ -33,9 +33,12 @@ class Measurements:
         rounding: squared norm of the difference between the stored copy and the exact average.
         distances: to the other profiles of the same time, and to the newest earlier snapshots of each profile.
         weights: squared distance between the exact average and the network's weights at its time; None if unknown.
+        arithmetic: expected squared error of the average beyond that of numbers of full precision: float32 has few
+            digits near 0, and each update rounds anew.
     """
 
     norm: float
     rounding: float
     distances: tuple[Distance, ...] = ()
     weights: float | None = None
+    arithmetic: float = 0.0

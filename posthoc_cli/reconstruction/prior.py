@@ -171,8 +171,9 @@ def roundings(gamma: float, updates: int) -> float:
 
 def _arithmetic(average: StoredAverage) -> float:
     """Expected squared error of an average before it is stored."""
-    norm = average.measurements.norm if average.measurements is not None else 0.0
-    return float(norm * (ROUNDING * average.eps) ** 2 * roundings(average.profile.gamma, average.updates))
+    measured = average.measurements or Measurements(0.0, 0.0)
+    relative = (ROUNDING * average.eps) ** 2 * roundings(average.profile.gamma, average.updates)
+    return measured.norm * relative + measured.arithmetic
 
 
 def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> list[PairDistance]:

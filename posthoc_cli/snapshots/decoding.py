@@ -208,9 +208,9 @@ def _decode_measurements(reader: Metadata, info: fmt.SnapshotInfo) -> Measuremen
         raise reader.bad(key, "distances name the same t and sigma_rel twice")
     if raw.get("weights") is None:
         raw.pop("weights", None)
-    names = "norm rounding weights" if "weights" in raw else "norm rounding"
+    names = " ".join(["norm rounding", *(name for name in ("weights", "arithmetic") if name in raw)])
     measured = Measurements(**_quantities(reader, raw, names), distances=distances)
-    squares = [measured.norm, measured.rounding, measured.weights]
+    squares = [measured.norm, measured.rounding, measured.weights, measured.arithmetic]
     squares += [square for distance in distances for square in (distance.squared, distance.rounding)]
     return measured if _usable(squares) else None
 

@@ -38,8 +38,8 @@ Averages = Sequence[Mapping[str, torch.Tensor]]
 """The averages of one time, one a profile: equal names, shapes and, tensor by tensor, devices."""
 
 Key = tuple[str, int, int]
-"""What a sum is of: "norm" or "rounding" of the average (i, i), its distance from the "network" (i, i), the "live"
-distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the earlier snapshot j."""
+"""What a sum is of: "norm", "rounding" or "arithmetic" of the average (i, i), its distance from the "network" (i, i),
+the "live" distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the snapshot j."""
 
 
 def measure_live(
@@ -50,7 +50,8 @@ def measure_live(
     with _EarlierFiles(earlier) as files:
         for name in averages[0]:
             exact = dict(enumerate(_flat(average[name]) for average in averages))
-            _add(sums, _sums_of(exact, {}, files.read(name, exact[0].device)))
+            found = _sums_of(exact, {}, files.read(name, exact[0].device))
+            _add(sums, found | _lost_below_normal(exact, infos, found))
         return [_measurements(sums, infos, index, files.readable()) for index in range(len(infos))]
 
 
@@ -81,9 +82,7 @@ def measure_stored(
             found = _sums_of(exact, wanted, files.read(name, exact[0].device), own)
             for index, dtypes in enumerate(storage):
                 dtypes[name] = _widened(exact, wanted, index, found)
-                lost = _lost_below_normal(exact[index], infos[index], found.get(("norm", index, index), 0.0))
-                found["rounding", index, index] = found.get(("rounding", index, index), 0.0) + lost
-            _add(sums, found)
+            _add(sums, found | _lost_below_normal(exact, infos, found))
         return [_measurements(sums, infos, index, files.readable()) for index in range(len(infos))], storage
 
 
@@ -108,7 +107,8 @@ def _measurements(
     finite = tuple(distance for distance in distances if math.isfinite(distance.squared))
     network = sums.get(("network", index, index))
     known = network is not None and math.isfinite(network)
-    return Measurements(norm, sums.get(("rounding", index, index), 0.0), finite, network if known else None)
+    rounding, arithmetic = (sums.get((kind, index, index), 0.0) for kind in ("rounding", "arithmetic"))
+    return Measurements(norm, rounding, finite, network if known else None, arithmetic)
 
 
 def _add(sums: dict[Key, float], more: Mapping[Key, float]) -> None:
@@ -191,14 +191,18 @@ def _widened(
     return averages[index].dtype
 
 
-def _lost_below_normal(average: torch.Tensor, info: SnapshotInfo, norm: float) -> float:
-    """Expected squared error of a float32 average whose values lie among float32's subnormal numbers; else 0.
+def _lost_below_normal(
+    averages: Mapping[int, torch.Tensor], infos: Sequence[SnapshotInfo], sums: Mapping[Key, float]
+) -> dict[Key, float]:
+    """Expected squared errors of float32 averages whose values lie among float32's subnormal numbers.
 
-    These have one spacing, whatever their size. A product and a sum are rounded at every update.
+    These have one spacing, whatever their size. A product is rounded at every update; sums of multiples are exact.
     """
-    if average.dtype != torch.float32 or not 0 < norm < average.numel() * _SMALL**2:
-        return 0.0
-    return average.numel() * _SPACING**2 / 12 * 2 * roundings(info.gamma, info.updates or info.step)
+    return {
+        ("arithmetic", i, i): average.numel() * _SPACING**2 / 12 * roundings(info.gamma, info.updates or info.step)
+        for (i, average), info in zip(averages.items(), infos, strict=True)
+        if average.dtype == torch.float32 and 0 < sums.get(("norm", i, i), 0.0) < average.numel() * _SMALL**2
+    }
 
 
 class _EarlierFiles(ExitStack):
