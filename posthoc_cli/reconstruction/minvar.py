@@ -12,7 +12,7 @@ published method; most networks are closer to a walk. The constraint is met by e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -22,7 +22,6 @@ import numpy.typing as npt
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails
 from posthoc_cli.reconstruction.least_squares import LeastSquares, Losses, solve_once
-from posthoc_cli.reconstruction.motion import Motion
 from posthoc_cli.reconstruction.prior import Prior
 from posthoc_cli.reconstruction.rounding import inherited_factor, rounding_factor
 from posthoc_cli.reconstruction.steps import Cells
@@ -38,9 +37,6 @@ class MinimumVariance:
         snapshots: profiles of the stored averages, all at or before `t`; mass before the first update sits on it.
         prior: of these snapshots, in the same order.
         t: time of the targets.
-
-    Attributes:
-        has_sudden_motion: whether a segment of training stands out, see `_sudden`.
     """
 
     def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
@@ -52,9 +48,7 @@ class MinimumVariance:
         start = prior.motion.edges[0]
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, self._times, [t])), min(start, t), t))
         cells = prior.cells(edges)
-        sudden, share = _sudden(prior.motion, cells)
-        self.has_sudden_motion = bool(sudden)
-        self._terms = _terms(prior, cells, np.unique(self._gamma), sudden, share)
+        self._terms = _terms(prior, cells, np.unique(self._gamma))
         self._last: tuple[Profile, FloatArray, float] | None = None
         self._rows = np.vstack([term.of_powers(self._gamma, self._times) for term in self._terms])  # [rows, n]
 
@@ -265,49 +259,14 @@ class _Sum:
         return column, float(column @ column)
 
 
-def _terms(prior: Prior, cells: Cells, gammas: FloatArray, sudden: list[_Term], share: FloatArray) -> list[_Term]:
-    """All terms; the sudden ones have a `share` of each interval's walk."""
+def _terms(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Term]:
     walk, noise = prior.motion.on(cells.edges)
-    walk = walk * (1 - share)
     terms: list[_Term] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
     if cells.interval.size:
         terms.append(_Sum(np.sqrt(walk[cells.interval] * cells.stride), cells.tails, cells.target_tails))
-    terms += sudden
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
         terms.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
         if cells.interval.size:
             terms.append(_Sum(np.sqrt(noise[cells.interval] / cells.stride), cells.masses, cells.target_masses))
     return terms
-
-
-_STANDS_OUT = 8.0
-"""A segment so many times faster than both neighbours may have moved at one moment, such as a reinitialised layer."""
-
-_AT_AN_END = 0.25
-"""The largest share of its motion that is then assumed at either end of the segment."""
-
-
-def _sudden(motion: Motion, cells: Cells) -> tuple[list[_Term], FloatArray]:
-    """Motion at the ends of segments that stand out, and its share of each interval's walk: shape [K].
-
-    The moment of a sudden motion is not measured; spread evenly over the segment, it would seem harmless to
-    combinations that miss the target right after a snapshot.
-    """
-    if motion.walk.size == 1:
-        return [], np.zeros(cells.density.size)
-    edges, rest = motion.edges, np.maximum(np.append(motion.walk[1:], 0.0), np.append(0.0, motion.walk[:-1]))
-    share = 2 * _AT_AN_END * np.clip(1 - _STANDS_OUT * rest / np.maximum(motion.walk, np.finfo(np.float64).tiny), 0, 1)
-    share[0] = 0.0  # it has only one neighbour
-    found = np.flatnonzero((share > 0) & (edges[1:] <= cells.edges[-1]))
-    share = np.where(np.isin(np.arange(share.size), found), share, 0.0)
-    if not found.size:
-        return [], np.zeros(cells.density.size)
-    segment = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, share.size - 1)
-    steps = cells.density * np.diff(cells.edges) + cells.stride * np.bincount(cells.interval, minlength=segment.size)
-    moved = motion.walk * np.bincount(segment, steps, minlength=share.size)
-    step = 1e-6 * np.diff(edges)[found]
-    begin, end = edges[:-1][found], edges[1:][found]
-    ends = replace(cells, before=np.concatenate((begin, end - step)), after=np.concatenate((begin + step, end)))
-    root = np.sqrt(np.tile(share[found] / 2 * moved[found], 2))
-    return [_Sum(root, ends.tails, ends.target_tails)], share[segment]

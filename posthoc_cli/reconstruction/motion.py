@@ -43,6 +43,21 @@ _LEAST_SHARE = 1e-5
 _NO_NOISE = 1e-3
 """Noise with a smaller share than this in every distance is set to 0."""
 
+_STANDS_OUT = 8.0
+"""A segment so many times faster than both neighbours may have moved at one moment, such as a reinitialised layer."""
+
+_PIECES = np.array([0, 1 / 64, 1 / 32, *np.arange(1, 16) / 16, 31 / 32, 63 / 64, 1])
+"""Ends of the pieces of a segment that may hold that moment, as fractions of it: most often it is at a snapshot."""
+
+_NARROW = 1 / 6
+"""A segment narrower than its neighbours by this factor is such a piece, found before."""
+
+_SEEN = 0.1
+"""Share of a distance in such a segment from which it counts."""
+
+_FITS_BETTER = 0.95
+"""Misfit with such a moment, relative to that of even motion, up to which it counts."""
+
 _WIDEST = 40.0
 _SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
 
@@ -159,7 +174,51 @@ def fit_motion(
     influence = np.hstack([walk, noise] if both else [walk])
     found = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
     found = np.concatenate((found, np.zeros(2 * segments - found.size)))
-    return Motion(course.edges, course.walk @ found[:segments], course.noise @ found[segments:])
+    motion = Motion(course.edges, course.walk @ found[:segments], course.noise @ found[segments:])
+    walk, width = motion.walk, np.diff(motion.edges)
+    alone = (walk > _STANDS_OUT * _beside(walk)) & (width > _NARROW * _beside(width))
+    for begin, end in zip(motion.edges[1:-1][alone[1:]], motion.edges[2:][alone[1:]], strict=True):
+        motion = _with_moment(motion, float(begin), float(end), distances, steps)
+    return motion
+
+
+def _beside(values: FloatArray) -> FloatArray:
+    """The greater of each value's neighbours."""
+    return np.maximum(np.concatenate((values[1:], [0.0])), np.concatenate(([0.0], values[:-1])))
+
+
+def _with_moment(
+    motion: Motion, begin: float, end: float, distances: Sequence[PairDistance], steps: Steps | None
+) -> Motion:
+    """The same motion, but in (begin, end] even motion and noise, and more motion in the one piece that fits best.
+
+    A jump at s adds its square times (tail_i - tail_j)^2 at s to each distance, so that distances tell s. Motion spread
+    over the segment would promise too little of averages over the time beside the jump, and too much of others.
+    """
+    from scipy.optimize import nnls  # slow to import, and a plan does not need it
+
+    ends = begin + (end - begin) * _PIECES
+    edges = np.union1d(motion.edges, ends)
+    cells = unknown_steps(edges) if steps is None else steps.cells(edges)
+    squared = np.array([distance.squared for distance in distances])
+    walks, noises = (influence / squared[:, None] for influence in _influence(cells, distances))
+    middle = (cells.edges[1:] + cells.edges[:-1]) / 2
+    within, piece = (middle > begin) & (middle < end), np.searchsorted(ends, middle) - 1
+    walk, noise = (np.where(within, 0.0, values) for values in motion.on(cells.edges))
+    goal = 1 - np.array([distance.rounding for distance in distances]) / squared - walks @ walk - noises @ noise
+    seen = goal > _SEEN
+    goal, walks, noises = goal[seen], walks[seen], noises[seen]
+    even = [walks[:, within].sum(axis=1), noises[:, within].sum(axis=1)]
+    fits = [nnls(np.column_stack((*even, walks[:, piece == k].sum(axis=1))), goal) for k in range(ends.size - 1)]
+    best = min(range(len(fits)), key=lambda k: float(fits[k][1]))
+    if fits[best][1] > _FITS_BETTER * nnls(np.column_stack(even), goal)[1]:
+        return motion
+    edges = np.union1d(motion.edges, ends[best : best + 2])
+    walk, noise = motion.on(edges)
+    inside = (edges[:-1] >= begin) & (edges[1:] <= end)
+    walk[inside], noise[inside], jump = fits[best][0]
+    walk[(edges[:-1] >= ends[best]) & (edges[1:] <= ends[best + 1])] += jump
+    return Motion(edges, walk, noise)
 
 
 def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, segments: int) -> FloatArray:

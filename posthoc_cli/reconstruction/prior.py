@@ -191,7 +191,8 @@ def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> lis
             ends = ((profile.t, profile.gamma), (distance.t, gamma))
             # The other average may be gone; its arithmetic has about the same variance.
             noise = distance.rounding + 2 * own
-            least = max(distance.squared, nought)
+            # Less than the errors themselves tells no more than that.
+            least = max(distance.squared, noise, nought)
             if least > 0:
                 later, earlier = max(ends), min(ends)
                 # A gamma computed elsewhere may differ in its last bits.

@@ -124,7 +124,7 @@ def expected_errors(
     published = np.where(np.isnan(published), own, published)
     best, there = variance.expected_squares(own, goals), variance.expected_squares(published, goals)
     gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
-    columns = own + _share_of_published(variance, snapshots, gain) * (published - own)
+    columns = own + _share_of_published(snapshots, gain) * (published - own)
     profile_error = distance.errors(columns, profiles)
     for row, column in stored:
         if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
@@ -138,11 +138,11 @@ def _check_profile(target: object) -> None:
         raise InvalidValueError("target", reason, value=" ".join(repr(target)[:40].split()))
 
 
-_GAIN_OF_MANY, _GAIN_OF_FEW, _GAIN_OF_SUDDEN = (0.8, 0.95), (0.6, 0.75), (0.3, 0.5)
+_GAIN_OF_MANY, _GAIN_OF_FEW = (0.8, 0.95), (0.6, 0.75)
 """Predicted error of minimum variance, relative to that of the published coefficients, up to which it is used alone,
 and from which the published ones are: an imperfect fit of the motion costs more than so small a gain (measured: with
 0.9 and 1 up to 1.22 times the published error, after a pause of the clock). The motion is less certain with few
-snapshots, or with sudden motion within an interval (measured: up to 1.6 and 70 times the published error)."""
+snapshots (measured: up to 1.6 times the published error)."""
 
 _FEW_TIMES = 6
 
@@ -158,13 +158,13 @@ def _careful(
         return own
     there, best = variance.expected_square(published, target), variance.expected_square(own, target)
     gain = float(np.sqrt(best / there)) if there > 0 else 0.0
-    return own + _share_of_published(variance, snapshots, np.array(gain)) * (published - own)
+    return own + _share_of_published(snapshots, np.array(gain)) * (published - own)
 
 
-def _share_of_published(variance: MinimumVariance, snapshots: Sequence[PowerFunction], gain: FloatArray) -> FloatArray:
+def _share_of_published(snapshots: Sequence[PowerFunction], gain: FloatArray) -> FloatArray:
     """The share of the published coefficients in the result, by the relative predicted error of the others."""
     few = len({snapshot.t for snapshot in snapshots}) <= _FEW_TIMES
-    sure, none = _GAIN_OF_SUDDEN if variance.has_sudden_motion else _GAIN_OF_FEW if few else _GAIN_OF_MANY
+    sure, none = _GAIN_OF_FEW if few else _GAIN_OF_MANY
     return np.clip((gain - sure) / (none - sure), 0.0, 1.0)
 
 

@@ -67,6 +67,27 @@ def test_a_walk_is_found_again() -> None:
     assert noise[2:].max() < 0.05 * 50**2 * 0.1
 
 
+@pytest.mark.parametrize(
+    ("moment", "sigma_rels"),
+    [(401.0, (0.05, 0.28)), (435.0, (0.05, 0.28)), (449.5, (0.05, 0.28)), (401.0, (0.1,)), (449.5, (0.1,))],
+)
+def test_the_moment_of_a_jump_is_found(moment: float, sigma_rels: tuple[float, ...]) -> None:
+    """A jump at s adds its square times (tail_i - tail_j)^2 at s to a squared distance."""
+    times = [float(t) for t in range(50, 1001, 50)]
+    edges, jump = np.array([START, *times]), 1e4
+    even = neighbours(times, sigma_rels, Motion(edges, np.ones(20), np.zeros(20)))
+    distances = []
+    for pair in even:
+        (later, earlier), (t, u) = pair.gammas, pair.times
+        apart = float(PowerFunction(later, t).tail(moment) - PowerFunction(earlier, u).tail(moment))
+        distances.append(PairDistance(pair.gammas, pair.times, pair.squared + jump * apart**2, 0.0))
+    found = fit_motion(START, times, distances)
+    moved = found.walk * np.diff(found.edges)
+    near = (found.edges[1:] > moment - 3.2) & (found.edges[:-1] < moment + 3.2)  # a sixteenth of the interval
+    assert moved[near].sum() == pytest.approx(jump, rel=0.1)
+    assert moved[~near][5:].sum() < 0.2 * jump
+
+
 def test_noise_is_told_from_a_walk() -> None:
     times = [float(t) for t in range(50, 1001, 50)]
     edges = np.array([START, *times])
@@ -344,7 +365,7 @@ def test_without_motion_or_without_distances_something_is_assumed() -> None:
     still = [average(10.0, s, 4.0, (Distance(10.0, u, 0.0, 0.0),)) for s, u in ((0.05, 0.25), (0.25, 0.05))]
     prior = measured_prior(still)
     assert prior.source == "measured"
-    assert prior.motion.walk.max() < 1e-18
+    assert prior.motion.walk.max() < prior.arithmetic.max()
     zeros = measured_prior([replace(one, measurements=replace(one.measurements, norm=0.0)) for one in still])
     assert zeros.source == "measured"
     assert (zeros.motion.edges[-1], zeros.motion.walk.sum()) == (10.0, 0.0)

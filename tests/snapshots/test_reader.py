@@ -515,6 +515,7 @@ IMPOSSIBLE = {
         (measured(distance_sigma_rel=0.05), "the snapshot itself, sigma_rel 0.05 at t = 10"),
         (measured(distance_extra=1), "must have t, sigma_rel, squared, rounding, and nothing else"),
         (measured(extra=1), "must have norm, rounding, and nothing else"),
+        (measured(arithmetic=-1), "arithmetic -1 must be a finite number, at least 0"),
         (measured(distances=[DISTANCE, DISTANCE]), "the same t and sigma_rel twice"),
         (measured(distances=[{**DISTANCE, "t": t} for t in range(1, 7)]), "a list of at most 5 for 2 profiles"),
         (measured(distances={}), "distances must be a list"),
@@ -614,11 +615,11 @@ def test_a_clock_that_can_be_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("square", "usable"), [(0, True), (1e-119, True), (1e119, True), (1e-121, False), (1e121, False), (1e300, False)]
 )
-@pytest.mark.parametrize("which", ["norm", "rounding", "weights", "distance"])
+@pytest.mark.parametrize("which", ["norm", "rounding", "weights", "arithmetic", "distance"])
 def test_measurements_of_absurd_weights_are_as_good_as_none(
     tmp_path: Path, which: str, square: float, usable: bool
 ) -> None:
-    measured = {"norm": 1.0, "rounding": 1e-7, "weights": 1.0}
+    measured = {"norm": 1.0, "rounding": 1e-7, "weights": 1.0, "arithmetic": 0.0}
     distance = {"t": 5.0, "sigma_rel": 0.05, "squared": 0.5, "rounding": 0.0}
     if which == "distance":
         distance["squared"] = square
