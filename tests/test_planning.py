@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checking import refused
+from factories import solved, squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -89,7 +90,7 @@ def test_the_error_after_a_loss_is_that_of_solving_again_without_it() -> None:
     for lost, error in enumerate(errors_after_each(losses_of(snapshots, prior))):
         rest = [index for index in range(len(snapshots)) if index != lost]
         solver = MinimumVariance([snapshots[i] for i in rest], prior.of(rest), 40.0)
-        again = np.array([solver.expected_square(solver.solve(target), target) for target in targets])
+        again = np.array([squared_error(solver, solved(solver, target), target) for target in targets])
         assert error == pytest.approx(np.mean(again**4) ** (1 / 8), rel=1e-6)
 
 
@@ -114,7 +115,7 @@ def test_what_is_kept_is_nearly_the_best_choice_of_its_size(
     def worst(kept: Sequence[int]) -> float:
         solver = MinimumVariance([snapshots[i] for i in kept], prior.of(kept), 16.0)
         targets = [pure(float(s), 16.0) for s in np.geomspace(0.05, 0.28, 12)]
-        squares = np.array([solver.expected_square(solver.solve(target), target) for target in targets])
+        squares = np.array([squared_error(solver, solved(solver, target), target) for target in targets])
         return float(np.mean(squares**4) ** (1 / 8))
 
     gone = set(snapshots_to_drop(snapshots, prior, keep))

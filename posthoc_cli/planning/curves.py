@@ -14,6 +14,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Clock, FloatArray, PowerFunction, check_sigma_rel
 from posthoc_cli.reconstruction import (
+    ASSUMED,
     METHODS,
     Motion,
     Prior,
@@ -23,7 +24,6 @@ from posthoc_cli.reconstruction import (
     reconstruct,
     relative_width,
 )
-from posthoc_cli.reconstruction.prior import ASSUMED
 from posthoc_cli.targets import Target
 
 EVENLY = "the network moves evenly"

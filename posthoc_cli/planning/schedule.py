@@ -10,8 +10,7 @@ import numpy as np
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.thinning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import Motion, Prior, assumed_prior, expected_errors
-from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, Motion, Prior, assumed_prior, expected_errors
 
 MOST_TIMES = 20_000
 MOST_SNAPSHOTS = 2_048

@@ -24,7 +24,7 @@ import numpy as np
 
 from posthoc_cli.errors import VanishedError
 from posthoc_cli.profiles import FloatArray
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.measurements import decode_values
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, in_order, worker_threads

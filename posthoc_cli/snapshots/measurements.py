@@ -26,9 +26,17 @@ from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError
 from posthoc_cli.planning import choose
 from posthoc_cli.profiles import Clock, FloatArray
-from posthoc_cli.reconstruction import Motion, Prior, Steps, StoredAverage, measured_prior
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
-from posthoc_cli.reconstruction.prior import ASSUMED, MEASURED
+from posthoc_cli.reconstruction import (
+    ASSUMED,
+    MEASURED,
+    Distance,
+    Measurements,
+    Motion,
+    Prior,
+    Steps,
+    StoredAverage,
+    measured_prior,
+)
 from posthoc_cli.snapshots.format import One, SnapshotInfo, of_newest_segment
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 

@@ -16,7 +16,7 @@ from factories import read_snapshot, rewrite_snapshot
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.reconstruction.measurements import Measurements
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import deep
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.deep import deep_bytes

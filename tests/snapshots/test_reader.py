@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, VanishedError
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.headers import decode_header, file_kind

@@ -14,7 +14,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import write_synthesis
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots.models import INDEX_NAME
 from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import plan_synthesis

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
-from posthoc_cli.reconstruction.measurements import Measurements
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.tracker import measuring
