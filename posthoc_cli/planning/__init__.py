@@ -12,7 +12,7 @@ from posthoc_cli.planning.curves import (
     check_sigma_range,
     error_curve,
     profile_fit,
-)
+)  # fmt: skip
 from posthoc_cli.planning.proposals import (
     Proposal,
     Task,
@@ -21,7 +21,7 @@ from posthoc_cli.planning.proposals import (
     planning_report,
     propose,
     relative_rounding,
-)
+)  # fmt: skip
 from posthoc_cli.planning.schedule import MOST_TIMES, Forecast, Schedule, forecast, forecast_at, listed, sigma_rels_in
 from posthoc_cli.planning.thinning import (
     MOST_SOLVED,
@@ -31,36 +31,11 @@ from posthoc_cli.planning.thinning import (
     exchanged,
     losses_of,
     snapshots_to_drop,
-)
+)  # fmt: skip
 
 __all__ = [
-    "EVENLY",
-    "MOST_SOLVED",
-    "MOST_TIMES",
-    "USEFUL_RANGE",
-    "Candidate",
-    "ErrorCurve",
-    "ErrorPoint",
-    "Forecast",
-    "ProfileFit",
-    "Proposal",
-    "Schedule",
-    "Task",
-    "check_dtype",
-    "check_sigma_range",
-    "choose",
-    "error_curve",
-    "errors_after_each",
-    "exchanged",
-    "forecast",
-    "forecast_at",
-    "judge",
-    "listed",
-    "losses_of",
-    "planning_report",
-    "profile_fit",
-    "propose",
-    "relative_rounding",
-    "sigma_rels_in",
-    "snapshots_to_drop",
-]
+    "EVENLY", "MOST_SOLVED", "MOST_TIMES", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "Forecast",
+    "ProfileFit", "Proposal", "Schedule", "Task", "check_dtype", "check_sigma_range", "choose", "error_curve",
+    "errors_after_each", "exchanged", "forecast", "forecast_at", "judge", "listed", "losses_of", "planning_report",
+    "profile_fit", "propose", "relative_rounding", "sigma_rels_in", "snapshots_to_drop",
+]  # fmt: skip

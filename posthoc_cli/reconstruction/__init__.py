@@ -22,39 +22,12 @@ from posthoc_cli.reconstruction.prior import (
     error_after_rounding,
     measured_prior,
     roundings,
-)
-from posthoc_cli.reconstruction.solving import (
-    METHODS,
-    Reconstruction,
-    check_method,
-    expected_errors,
-    inner_product,
-    reconstruct,
-)
+)  # fmt: skip
+from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, expected_errors, reconstruct
 
 __all__ = [
-    "ASSUMED",
-    "ASSUMED_STRETCH",
-    "MEASURED",
-    "METHODS",
-    "ROUNDING",
-    "WINDOW",
-    "Distance",
-    "Losses",
-    "Measurements",
-    "MinimumVariance",
-    "Motion",
-    "Prior",
-    "Reconstruction",
-    "Steps",
-    "StoredAverage",
-    "assumed_prior",
-    "check_method",
-    "error_after_rounding",
-    "expected_errors",
-    "inner_product",
-    "measured_prior",
-    "reconstruct",
-    "relative_width",
+    "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "ROUNDING", "WINDOW", "Distance", "Losses", "Measurements",
+    "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps", "StoredAverage", "assumed_prior",
+    "check_method", "error_after_rounding", "expected_errors", "measured_prior", "reconstruct", "relative_width",
     "roundings",
-]
+]  # fmt: skip

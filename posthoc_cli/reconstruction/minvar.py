@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,7 @@ import numpy.typing as npt
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
 from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, gammas_and_times
 from posthoc_cli.reconstruction.least_squares import LeastSquares, Losses, solve_once
-from posthoc_cli.reconstruction.motion import Cells
+from posthoc_cli.reconstruction.motion import Cells, cells_between
 from posthoc_cli.reconstruction.prior import Prior, inherited_factor, rounding_factor
 
 _NO_ROUNDING = 1e-30
@@ -68,7 +68,7 @@ class MinimumVariance:
         gamma, times = gammas_and_times(self._stored)
         start = prior.motion.edges[0]
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
-        self._terms = _terms(prior, prior.cells(edges), np.unique(gamma))
+        self._terms = _terms(prior, cells_between(edges, prior.steps), np.unique(gamma))
         self._rows = np.vstack([term.of_powers(self._stored) for term in self._terms])  # [rows, n]
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
@@ -150,18 +150,6 @@ class MinimumVariance:
         return given
 
 
-class _Term(Protocol):
-    """One term of the expected squared error: a sum of squares over rows."""
-
-    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
-        """Columns: shape [rows, n]."""
-        ...
-
-    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
-        """Columns of any profiles, [rows, n], and their squared norms, [n], which may exceed those of the columns."""
-        ...
-
-
 @dataclass(frozen=True)
 class _Integral:
     """An integral over intervals of many updates. `root`: of the weight in each interval, [K].
@@ -174,9 +162,11 @@ class _Integral:
     most: float = np.inf
 
     def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+        """Columns: shape [rows, n]."""
         return self._scaled(self.functions.of_powers(profiles))
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        """Columns, [rows, n], and squared norms, [n], which may exceed those of the columns."""
         rows, squares = self.functions.of_targets(targets)
         return self._scaled(rows), np.minimum(self.root**2 @ squares, self.most)
 
@@ -203,10 +193,10 @@ class _Sum:
         return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
-def _terms(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Term]:
+def _terms(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Integral | _Sum]:
     walk, noise = prior.motion.on(cells.edges)
     few = cells.interval
-    terms: list[_Term] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
+    terms: list[_Integral | _Sum] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
     if few.size:
         terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
     if noise.any():

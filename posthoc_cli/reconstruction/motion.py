@@ -85,28 +85,25 @@ class Steps:
     clock: Clock
     stride: int = 1
 
-    def cells(self, edges: FloatArray) -> Cells:
-        """The intervals between `edges`, cut where the length of a step changes."""
-        knots = np.asarray(self.clock.times)
-        edges = np.union1d(edges, knots[(knots > edges[0]) & (knots < edges[-1])])
-        steps = self.clock.step_at(edges)
-        # An update at an edge belongs to the interval before it.
-        count = np.floor(steps / self.stride * (1 + _SAME) + _SAME).astype(np.int64)
-        updates = np.diff(count)
-        few = updates <= FEW
-        interval = np.repeat(np.flatnonzero(few), updates[few])
-        listed = [np.arange(a, b) for a, b in zip(count[:-1][few], count[1:][few], strict=True)]
-        number = np.concatenate(listed) if listed else np.zeros(0)
-        before = np.maximum(self.clock.time_at(number * self.stride), edges[0])
-        after = self.clock.time_at((number + 1) * self.stride)
-        density = np.where(few, 0.0, np.diff(steps) / np.diff(edges))
-        return Cells(edges, density, before, after, interval, float(self.stride))
 
-
-def unknown_steps(edges: FloatArray) -> Cells:
-    """The intervals of a run with unknown steps: many, of one unit of time each."""
-    none = np.zeros(0)
-    return Cells(edges, np.ones(edges.size - 1), none, none, np.zeros(0, dtype=np.intp), 0.0)
+def cells_between(edges: FloatArray, run: Steps | None) -> Cells:
+    """The intervals between `edges`, cut where the length of a step changes; unknown steps are one unit of time."""
+    if run is None:
+        none = np.zeros(0)
+        return Cells(edges, np.ones(edges.size - 1), none, none, np.zeros(0, dtype=np.intp), 0.0)
+    knots = np.asarray(run.clock.times)
+    edges = np.union1d(edges, knots[(knots > edges[0]) & (knots < edges[-1])])
+    steps = run.clock.step_at(edges)
+    # An update at an edge belongs to the interval before it.
+    count = np.floor(steps / run.stride * (1 + _SAME) + _SAME).astype(np.int64)
+    few = np.diff(count) <= FEW
+    interval = np.repeat(np.flatnonzero(few), np.diff(count)[few])
+    listed = [np.arange(a, b) for a, b in zip(count[:-1][few], count[1:][few], strict=True)]
+    number = np.concatenate([np.zeros(0), *listed])
+    before = np.maximum(run.clock.time_at(number * run.stride), edges[0])
+    after = run.clock.time_at((number + 1) * run.stride)
+    density = np.where(few, 0.0, np.diff(steps) / np.diff(edges))
+    return Cells(edges, density, before, after, interval, float(run.stride))
 
 
 # --- motion ----------------------------------------------------------------------------------------
@@ -296,18 +293,15 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, seg
 
 
 def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
-    """The constant walk (or noise) that each distance implies on its own, averaged by the segment's share in it: shape
-    [distances, segments] to [segments].
-    """
+    """The constant walk (or noise) that each distance implies alone, averaged by the segment's share in it."""
     total = relative.sum(axis=1)
     seen = total > 0
-    constant = np.maximum(goal[seen], 1e-3) / total[seen]
-    if constant.size == 0:
+    if not seen.any():
         return np.zeros(relative.shape[1])
-    share = relative[seen] / total[seen, None]
+    constant, share = np.maximum(goal[seen], 1e-3) / total[seen], relative[seen] / total[seen, None]
     weight = share.sum(axis=0)
-    anywhere = float(np.exp(np.mean(np.log(constant))))
-    return np.where(weight > 1e-9, share.T @ constant / np.where(weight > 1e-9, weight, 1.0), anywhere)
+    anywhere = np.full(weight.size, np.exp(np.mean(np.log(constant))))
+    return np.asarray(np.divide(share.T @ constant, weight, out=anywhere, where=weight > 1e-9))
 
 
 _EARLY_FALL = 0.5
@@ -317,13 +311,10 @@ seven tenths of v up to the first of twenty snapshots were in its first tenth), 
 
 @dataclass(frozen=True)
 class _Course:
-    """Segments of training, cut into sections, and the course of v and w over the sections for unknowns of 1.
+    """Segments of training, cut into sections between `edges`, and v and w over the sections for unknowns of 1.
 
-    Attributes:
-        edges: of all sections: shape [sections + 1].
-        walk, noise: the factor of a segment's unknown in each section: shape [sections, segments].
-        anchors: estimates of the unknowns without distances, of the walk and then of the noise; nan for none: shape
-            [2 * segments].
+    `walk` and `noise` are the factors of the segments' unknowns: shape [sections, segments]. `anchors` are estimates of
+    the unknowns without distances, of the walk and then of the noise, nan for none: shape [2 * segments].
     """
 
     edges: FloatArray
@@ -333,9 +324,7 @@ class _Course:
 
     @classmethod
     def first(cls, start: float, times: Sequence[float]) -> _Course:
-        """Without an earlier estimate. The first segment, before any snapshot, is cut into sections of doubling length
-        over which v and w fall: see `_EARLY_FALL`.
-        """
+        """Without an earlier estimate; v and w fall over sections of doubling length before the first snapshot."""
         inner = np.unique([t for t in times if t > start])
         if inner.size > MOST_SEGMENTS:
             inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
@@ -352,10 +341,7 @@ class _Course:
 
     @classmethod
     def after(cls, known: Motion, times: Sequence[float]) -> _Course:
-        """After an earlier estimate: the unknowns are relative to it, and new segments to its last one.
-
-        Where it has no noise, noise is relative to the mean.
-        """
+        """Relative to an earlier estimate, and after it to its last segment; noise to the mean where it has none."""
         edges, walk, noise = known.edges, known.walk, known.noise
         later = np.unique([t for t in times if t > edges[-1]])
         unseen = np.full(later.size, np.nan)
@@ -428,10 +414,8 @@ def _with_moment(
 def _relative(
     edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
 ) -> tuple[Cells, FloatArray, FloatArray, FloatArray]:
-    """The cells between `edges`; and, relative to each distance, what a walk and a noise of intensity 1 in one of them
-    add to it, [distances, K] each, and its rounding, [distances].
-    """
-    cells = unknown_steps(edges) if steps is None else steps.cells(edges)
+    """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding."""
+    cells = cells_between(edges, steps)
     squared = np.array([distance.squared for distance in distances])
     walk, noise = (influence / squared[:, None] for influence in influences(cells, distances))
     return cells, walk, noise, np.minimum(np.array([distance.rounding for distance in distances]) / squared, 1.0)

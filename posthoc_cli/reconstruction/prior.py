@@ -9,12 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from scipy import linalg
 
 from posthoc_cli.profiles import FloatArray, PowerFunction, RecordedPowerFunction
-from posthoc_cli.reconstruction.motion import Cells, Motion, PairDistance, Steps, fit_motion, unknown_steps
+from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, fit_motion
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
@@ -117,20 +118,11 @@ class Prior:
     steps: Steps | None = None
     inherited: FloatArray | None = None
 
-    def cells(self, edges: FloatArray) -> Cells:
-        """The intervals between `edges`, and the steps within them."""
-        return unknown_steps(edges) if self.steps is None else self.steps.cells(edges)
-
     def of(self, snapshots: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
         index = np.asarray(snapshots, dtype=np.intp)
-        return replace(
-            self,
-            rounding=self.rounding[index],
-            arithmetic=self.arithmetic[index],
-            norm=self.norm[index],
-            inherited=None if self.inherited is None else self.inherited[index],
-        )
+        arrays: dict[str, Any] = {name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return replace(self, **arrays)
 
     def sampled(self) -> Prior:
         """The same, marked as estimated from a sample of elements."""
@@ -140,15 +132,12 @@ class Prior:
 def assumed_prior(snapshots: Sequence[PowerFunction], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
     """The prior of a plan, or without measurements: weights of norm 1.
 
-    Arguments:
-        snapshots: profiles of the stored averages.
-        rounding: root mean square error of a stored copy, relative to its norm.
-        motion: of the network, relative to its norm; by default an even walk.
+    `rounding` is the root mean square error of a stored copy, `motion` by default an even walk, both relative to the
+    norm.
     """
-    last = max(p.t for p in snapshots)
     ones = np.ones(len(snapshots))
     if motion is None:
-        motion = Motion.even(last, ASSUMED_STRETCH**2)
+        motion = Motion.even(max(p.t for p in snapshots), ASSUMED_STRETCH**2)
     return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
 
 
@@ -161,7 +150,9 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     if not known or len(known) < len(averages):
         return assumed_prior([average.profile.pure for average in averages])
     norm = np.array([measurements.norm for measurements in known])
-    arithmetic = np.array([_arithmetic(average) for average in averages])
+    counts = np.array([roundings(average.profile.gamma, average.updates) for average in averages])
+    relative = np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
+    arithmetic = norm * relative + np.array([measurements.arithmetic for measurements in known])
     inherited = np.array([average.inherited for average in averages])
     profiles = [average.profile for average in averages]
     in_order = sorted(range(len(averages)), key=lambda i: (profiles[i].t, profiles[i].gamma))
@@ -204,13 +195,6 @@ def roundings(gamma: float, updates: int) -> float:
     if updates <= WINDOW:
         return 1 + updates / (2 * gamma + 3)
     return 1 + WINDOW / 3 * min(1.0, WINDOW / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
-
-
-def _arithmetic(average: StoredAverage) -> float:
-    """Expected squared error of an average before it is stored."""
-    measured = average.measurements or Measurements(0.0, 0.0)
-    relative = (ROUNDING * average.eps) ** 2 * roundings(average.profile.gamma, average.updates)
-    return measured.norm * relative + measured.arithmetic
 
 
 def _distances(averages: Sequence[tuple[RecordedPowerFunction, Measurements, float]]) -> list[PairDistance]:
@@ -257,7 +241,6 @@ def _to_weights(average: StoredAverage, measurements: Measurements, arithmetic: 
 # With sums over all elements for d and r it holds for a network whose elements move by equally many spacings. As a
 # function of expected squared distances it is a mixture of Gaussian kernels, hence positive semidefinite.
 
-_TERMS = 64
 _FAR = 12.0
 """Squared distance, in roundings, beyond which the correlation is negligible: exp(-pi^2 / 6 * 12) = 3e-9."""
 
@@ -269,16 +252,13 @@ sizes differ a little, and grow without bound."""
 def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
     """A matrix B with B^T B = the covariance of the stored copies' errors: shape [n, n].
 
-    Arguments:
-        rounding: variance of each copy's rounding: shape [n].
-        arithmetic: variance of each copy's other, independent errors: shape [n].
-        apart: expected squared distances of the averages: shape [n, n].
+    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` are expected squared
+    distances of the averages, [n, n].
     """
     root = np.sqrt(rounding)
     scale = root[:, None] * root
     with np.errstate(over="ignore"):  # infinity is a valid limit
-        limit = _FAR * scale
-    near = (apart < limit) & ~np.eye(root.size, dtype=bool)
+        near = (apart < _FAR * scale) & ~np.eye(root.size, dtype=bool)
     if not near.any():
         return np.diag(np.sqrt(rounding + arithmetic))
     correlation = np.eye(root.size)
@@ -292,11 +272,7 @@ def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray
     """A matrix B with B^T B = the covariance of errors that averages inherit from rounded snapshots: shape [n, n].
 
     An average keeps the share (t_i / t)^(gamma + 1) of the error of an earlier one of its profile; the rest of its
-    error arose in between.
-
-    Arguments:
-        inherited: variance of each average's error: shape [n].
-        gamma, times: of the averages, the times growing: shape [n] each.
+    error arose in between. `inherited` are the variances, [n]; times grow.
     """
     factor = np.zeros((times.size, times.size))
     for own in (np.flatnonzero(gamma == one) for one in np.unique(gamma)):
@@ -329,8 +305,5 @@ def error_after_rounding(error: float, rounding: float, spread: float, moved: fl
 
 def _correlation(distance: FloatArray) -> FloatArray:
     """The correlation of two rounding errors, by squared distance in units of their variance."""
-    total, weight = np.zeros(distance.shape), 0.0
-    for k in range(1, _TERMS + 1):
-        total += np.exp(-(np.pi**2) / 6 * k**2 * distance) / k**2
-        weight += 1 / k**2
-    return total / weight
+    squares = np.arange(1, 65) ** 2
+    return np.asarray(sum(np.exp(-(np.pi**2) / 6 * k * distance) / k for k in squares) / sum(1 / squares))

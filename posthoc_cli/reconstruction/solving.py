@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
-import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
@@ -51,12 +50,8 @@ class Reconstruction:
         count, wanted = self.coefficients.shape
         rows = list(range(count) if snapshots is None else snapshots)
         columns = list(range(wanted) if targets is None else targets)
-        return Reconstruction(
-            self.coefficients[np.ix_(rows, columns)],
-            self.profile_error[columns],
-            self.predicted_error[columns],
-            self.prior.of(rows),
-        )
+        errors = self.profile_error[columns], self.predicted_error[columns]
+        return Reconstruction(self.coefficients[np.ix_(rows, columns)], *errors, self.prior.of(rows))
 
     def known_error(self, target: int) -> float | None:
         """`predicted_error` of one target; None if it rests on an assumed motion."""
@@ -183,15 +178,3 @@ class _Problem:
     def _row(self, target: Profile) -> int | None:
         """The snapshot that is the target."""
         return self._snapshots.get(target) if isinstance(target, PowerFunction) else None
-
-
-def inner_product(gamma_a: npt.ArrayLike, t_a: npt.ArrayLike, gamma_b: npt.ArrayLike, t_b: npt.ArrayLike) -> FloatArray:
-    """<p_a, p_b> of two power functions (equation 151), in 1 / time. Arguments broadcast.
-
-    (gamma_a+1)(gamma_b+1) / (gamma_a+gamma_b+1) * (t_min/t_max)**gamma_of_the_later / t_max
-    """
-    gamma_a, t_a, gamma_b, t_b = (np.asarray(x, dtype=np.float64) for x in (gamma_a, t_a, gamma_b, t_b))
-    later_gamma = np.where(t_a < t_b, gamma_b, gamma_a)
-    t_min, t_max = np.minimum(t_a, t_b), np.maximum(t_a, t_b)
-    scale = (gamma_a + 1) * (gamma_b + 1) / (gamma_a + gamma_b + 1)
-    return np.asarray(scale * (t_min / t_max) ** later_gamma / t_max, dtype=np.float64)
