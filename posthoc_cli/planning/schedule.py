@@ -169,12 +169,7 @@ def forecast(
     points: int = 41,
 ) -> Forecast:
     """Expected errors of averages made of these snapshots, at least one, over a range of sigma_rel."""
-    return forecast_at(snapshots, prior, sigma_rels_in(sigma_range, points))
-
-
-def sigma_rels_in(sigma_range: tuple[float, float], points: int = 41) -> FloatArray:
-    """Evenly spaced in the logarithm, both ends included: shape [points]."""
-    return np.clip(np.geomspace(*sigma_range, points), *sigma_range)
+    return forecast_at(snapshots, prior, np.clip(np.geomspace(*sigma_range, points), *sigma_range))
 
 
 def forecast_at(snapshots: Sequence[PowerFunction], prior: Prior, sigma_rels: FloatArray) -> Forecast:

@@ -31,7 +31,8 @@ class Clock:
     def __post_init__(self) -> None:
         for name in ("steps", "times"):
             values = np.asarray(getattr(self, name), dtype=np.float64)
-            if not (values.ndim == 1 and values.size and values[0] > 0 and np.all(np.diff(values, append=np.inf) > 0)):
+            finite = values.ndim == 1 and values.size > 0 and np.isfinite(values).all()
+            if not (finite and np.all(np.diff(values, prepend=0.0) > 0)):
                 raise InvalidValueError("clock", f"{name} must be finite and grow from above 0, one at least")
             object.__setattr__(self, name, tuple(values.tolist()))
         if len(self.steps) != len(self.times):

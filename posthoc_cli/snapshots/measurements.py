@@ -24,7 +24,7 @@ import numpy.typing as npt
 
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError
-from posthoc_cli.planning import choose
+from posthoc_cli.planning import thinned_subset
 from posthoc_cli.profiles import Clock, FloatArray
 from posthoc_cli.reconstruction import (
     ASSUMED,
@@ -298,14 +298,14 @@ def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
 def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
     """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
 
-    Both by time, then sigma_rel; of very many a limited number, see `planning.choose`.
+    Both by time, then sigma_rel; of very many a limited number, see `planning.thinned_subset`.
     """
     ordered = sorted(items, key=lambda item: (item.info.t, item.info.sigma_rel))
     return _chosen([o for o in ordered if o.info.t <= t]), _chosen([o for o in ordered if o.info.t > t])
 
 
 def _chosen(items: Sequence[One]) -> list[One]:
-    return [items[index] for index in choose([item.info.profile.pure for item in items])]
+    return [items[index] for index in thinned_subset([item.info.profile.pure for item in items])]
 
 
 # --- an earlier run, for a plan

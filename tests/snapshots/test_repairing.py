@@ -25,7 +25,6 @@ from factories import (
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
-from posthoc_cli.planning import choose
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct
 from posthoc_cli.snapshots import measurements
@@ -102,7 +101,7 @@ def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_p
     assert len(find_snapshots(run)) == 20 - len(which)
     now = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
     assert None not in (bar, now)
-    assert now > 0.98 * bar  # type: ignore[operator]
+    assert now > 0.999 * bar  # type: ignore[operator]  # the norm that both are relative to is estimated anew
     if len(which) > 1:
         assert now > bar  # type: ignore[operator]
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "o.safetensors")
@@ -158,22 +157,24 @@ def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
     plan = planned(run)
     left = find_snapshots_without(everything, plan.gone)
     assert plan.unknown == 0
+    least = np.zeros(len(SIGMA_RELS))
     for errors, those in ((plan.before, everything), (plan.after, left)):
         assert errors is not None
         targets = [PowerFunction.from_sigma_rel(s, 100.0) for s in SIGMA_RELS]
         profiles = [s.info.profile.pure for s in those]
         expected = reconstruct(profiles, targets, prior=snapshot_prior(those), t=100.0).predicted_error
-        assert errors.predicted == pytest.approx(expected, rel=1e-9)
+        least = np.maximum(expected, least)
+        assert errors.predicted == pytest.approx(least, rel=1e-6)
         assert errors.worst >= errors.predicted.max()
         assert (errors.t, errors.solved, errors.count) == (100, len(those), len(those))
     assert plan.before is not None
     assert plan.after is not None
-    assert (plan.after.predicted >= 0.98 * plan.before.predicted).all()
+    assert (plan.after.predicted >= plan.before.predicted).all()
     assert np.any(plan.after.predicted > 1.01 * plan.before.predicted)
 
 
 def test_of_very_many_the_errors_are_those_of_the_choice(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "choose", partial(choose, most=12))
+    monkeypatch.setattr(measurements, "thinned_subset", partial(thinned_subset, most=12))
     flip_bit(snapshot_files(run)[7])
     plan = planned(run)
     for errors, count in ((plan.before, 20), (plan.after, 19)):
