@@ -53,13 +53,10 @@ class Schedule:
         check_interval(self.checkpoint_every, self.steps)
         kept = self.kept * len(self.sigma_rels)
         if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
-            raise InvalidValueError(
-                "checkpoint_every",
-                f"takes snapshots at {self.taken:,} times and keeps {kept:,}; at most {MOST_TIMES:,} and "
-                f"{MOST_SNAPSHOTS:,} can be judged",
-                "use a larger one, or fewer max_checkpoints",
-                value=f"{self.checkpoint_every:,}",
-            )
+            found = f"takes snapshots at {self.taken:,} times and keeps {kept:,}"
+            reason = f"{found}; at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} can be judged"
+            hint = "use a larger one, or fewer max_checkpoints"
+            raise InvalidValueError("checkpoint_every", reason, hint, value=f"{self.checkpoint_every:,}")
 
     @property
     def taken(self) -> int:
@@ -79,12 +76,7 @@ class Schedule:
     def snapshots(
         self, motion: Motion | None = None, sigma_range: tuple[float, float] = USEFUL_RANGE
     ) -> list[PowerFunction]:
-        """Profiles of the snapshots at the end, by time.
-
-        Arguments:
-            motion: of the network, relative to its norm; by default even.
-            sigma_range: the widths that snapshots are kept for.
-        """
+        """Profiles of the snapshots at the end, by time, kept for `sigma_range`; motion is even by default."""
         motion = self.even_motion if motion is None else motion
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         if self.kept == self.taken:

@@ -49,11 +49,7 @@ def snapshots_to_drop(
     the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside of a
     subset (`thinned_subset`) go first.
 
-    Arguments:
-        snapshots: profiles of what is stored, in any order.
-        prior: of these snapshots.
-        keep: snapshots of each profile to keep; None keeps all.
-        sigma_range: the widths that they are kept for.
+    `keep` None keeps all. The snapshots, and their prior, may have any order.
     """
     if keep is None:
         return []
@@ -106,11 +102,8 @@ def exchanged(
 ) -> list[int]:
     """The snapshots to drop, in order, after exchanges of a dropped one for a kept one of the same profile.
 
-    Greedy drops are not always the best set: a snapshot that was spared early may be of little use in the end.
-
-    Arguments:
-        kept, dropped: indices, the latter in the order to drop.
-        needed: indices that must stay.
+    Greedy drops are not always the best set: a snapshot that was spared early may be of little use in the end. `kept`,
+    `dropped` (in the order to drop) and `needed`, which must stay, are indices.
     """
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
@@ -173,14 +166,9 @@ def _combined(squares: FloatArray) -> FloatArray:
 
 
 def thinned_subset(snapshots: Sequence[PowerFunction], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
-    """A subset of the snapshots, spread as thinning would leave them: growing indices.
+    """A subset of at most `most` snapshots, spread as thinning would leave them: growing indices.
 
-    It has the newest snapshot of each profile; profiles get equal shares.
-
-    Arguments:
-        snapshots: profiles of what is stored, in any order.
-        most: size of the subset, over all profiles.
-        keep: minimum for each profile, which overrides `most`.
+    It has the newest snapshot of each profile; profiles get equal shares, of at least `keep` each.
     """
     if len(snapshots) <= most:
         return list(range(len(snapshots)))

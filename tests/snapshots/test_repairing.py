@@ -25,6 +25,7 @@ from factories import (
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
+from posthoc_cli.planning import thinned_subset
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct
 from posthoc_cli.snapshots import measurements
