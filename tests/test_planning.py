@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from checking import refused
-from factories import expected_error
+from factories import expected_error, solved, squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -93,7 +93,7 @@ def mean_error(snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> fl
     """The mean over twelve widths that thinning goes by, each solved for."""
     solver = MinimumVariance(snapshots, prior, t)
     targets = [pure(float(s), t) for s in np.geomspace(0.05, 0.28, 12)]
-    squares = np.array([solver.expected_square(solver.solve(target), target) for target in targets])
+    squares = np.array([squared_error(solver, solved(solver, target), target) for target in targets])
     return float(np.mean(squares**4) ** (1 / 8))
 
 

@@ -38,11 +38,19 @@ import numpy.typing as npt
 
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, VanishedError
-from posthoc_cli.planning import choose
+from posthoc_cli.planning import thinned_subset
 from posthoc_cli.profiles import Clock, FloatArray
-from posthoc_cli.reconstruction import Motion, Prior, Steps, StoredAverage, measured_prior
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
-from posthoc_cli.reconstruction.prior import ASSUMED, MEASURED
+from posthoc_cli.reconstruction import (
+    ASSUMED,
+    MEASURED,
+    Distance,
+    Measurements,
+    Motion,
+    Prior,
+    Steps,
+    StoredAverage,
+    measured_prior,
+)
 from posthoc_cli.snapshots.format import One, SnapshotInfo, of_newest_segment
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, in_order, worker_threads
 
@@ -270,7 +278,7 @@ def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
 def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
     """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
 
-    Both by time, then sigma_rel; of very many a limited number, see `planning.choose`.
+    Both by time, then sigma_rel; of very many a limited number, see `planning.thinned_subset`.
     """
     ordered = sorted(items, key=lambda item: (item.info.t, item.info.sigma_rel))
     usable, later = [o for o in ordered if o.info.t <= t], [o for o in ordered if o.info.t > t]
@@ -278,7 +286,7 @@ def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
 
 
 def _chosen(items: Sequence[One]) -> list[One]:
-    return [items[index] for index in choose([item.info.profile.pure for item in items])]
+    return [items[index] for index in thinned_subset([item.info.profile.pure for item in items])]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError
-from posthoc_cli.planning import USEFUL_RANGE, forecast_at, sigma_rels_in
+from posthoc_cli.planning import forecast, forecast_at
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots import check
 from posthoc_cli.snapshots.check import FileReport, Verification
@@ -134,6 +134,10 @@ def plan_repair(found: Verification) -> Repair:
     staying = [report for report in found.files if not report.is_fine and report.unit not in units]
     after = _errors(found.snapshots)
     before = _errors(sorted((*found.snapshots, *found.lost), key=time_order)) if found.lost else after
+    if found.lost and before is not None and after is not None and before.t == after.t:
+        # The expected distance cannot fall, but the norm that it is relative to is estimated from fewer averages.
+        predicted = np.maximum(after.predicted, before.predicted)
+        after = replace(after, predicted=predicted, worst=max(after.worst, before.worst))
     known = {snapshot.path for snapshot in found.lost}
     unknown = {r.unit for r in found.files if r.state == check.DAMAGED and r.kind == "snapshot"} - known
     stamps = tuple(map(_stamp, gone))
@@ -193,8 +197,9 @@ def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
     except (FileFormatError, NonFiniteError):
         return None
     profiles = [snapshot.info.profile.pure for snapshot in solved]
-    expected = forecast_at(profiles, prior, np.concatenate((SIGMA_RELS, sigma_rels_in(USEFUL_RANGE)))).predicted_error
-    return Errors(t, expected[: len(SIGMA_RELS)], float(expected.max()), len(solved), len(newest))
+    expected = forecast_at(profiles, prior, np.array(SIGMA_RELS)).predicted_error
+    worst = max(float(expected.max()), forecast(profiles, prior).worst)
+    return Errors(t, expected, worst, len(solved), len(newest))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:

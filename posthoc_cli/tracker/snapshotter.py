@@ -55,8 +55,8 @@ _FITTED = 24  # snapshots that a new one's motion is fitted to; earlier ones' me
 
 Averages = Sequence[Mapping[str, torch.Tensor]]  # of one time, one a profile: equal names, shapes and devices
 Key = tuple[str, int, int]
-"""What a sum is of: "norm" or "rounding" of the average (i, i), its distance from the "network" (i, i), the "live"
-distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the earlier snapshot j."""
+"""What a sum is of: "norm", "rounding" or "arithmetic" of the average (i, i), its distance from the "network" (i, i),
+the "live" distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the snapshot j."""
 
 
 # --- sources of a synthesis ---
@@ -357,7 +357,8 @@ def measure(
             found = _sums_of(exact, wanted, others.read(name, exact[0].device), own)
             for i in wanted:
                 storage[i][name] = _widened(exact[i], wanted[i], i, found)
-                found["rounding", i, i] += _lost_below_normal(exact[i], infos[i], found["norm", i, i])
+            for i, info in enumerate(infos):
+                found["arithmetic", i, i] += _lost_below_normal(exact[i], info, found["norm", i, i])
             for key, value in found.items():
                 sums[key] += value
         return [_measurements(sums, infos, index, others.readable()) for index in range(len(infos))], storage
@@ -383,8 +384,8 @@ def _measurements(
     # The difference of two large numbers may overflow where neither does.
     finite = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
     network = sums.get(("network", index, index), math.inf)
-    rounding = sums.get(("rounding", index, index), 0.0)
-    return Measurements(norm, rounding, finite, network if math.isfinite(network) else None)
+    rounding, arithmetic = (sums.get((kind, index, index), 0.0) for kind in ("rounding", "arithmetic"))
+    return Measurements(norm, rounding, finite, network if math.isfinite(network) else None, arithmetic)
 
 
 def _sums_of(
@@ -454,11 +455,11 @@ def _widened(average: torch.Tensor, wanted: torch.dtype, index: int, sums: dict[
 def _lost_below_normal(average: torch.Tensor, info: SnapshotInfo, norm: float) -> float:
     """Expected squared error of a float32 average whose values lie among float32's subnormal numbers; else 0.
 
-    These have one spacing, whatever their size. A product and a sum are rounded at every update.
+    These have one spacing, whatever their size. A product is rounded at every update; sums of multiples are exact.
     """
     if average.dtype != torch.float32 or not 0 < norm < average.numel() * _SMALL**2:
         return 0.0
-    return average.numel() * _SPACING**2 / 12 * 2 * roundings(info.gamma, info.updates or info.step)
+    return average.numel() * _SPACING**2 / 12 * roundings(info.gamma, info.updates or info.step)
 
 
 class _EarlierFiles(ExitStack):

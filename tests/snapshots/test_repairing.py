@@ -20,7 +20,7 @@ from snapshots.recorded import Walk, call_number, failing, new_tracker
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.planning import choose
+from posthoc_cli.planning import thinned_subset
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct
 from posthoc_cli.snapshots import measurements
@@ -125,7 +125,7 @@ def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
 
 
 def test_of_very_many_the_errors_are_those_of_the_choice(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "choose", partial(choose, most=8))
+    monkeypatch.setattr(measurements, "thinned_subset", partial(thinned_subset, most=8))
     break_some(run, (7,))
     plan = planned(run)
     for errors, count in ((plan.before, 12), (plan.after, 11)):

@@ -14,7 +14,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import write_synthesis
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
+from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.headers import file_kind
