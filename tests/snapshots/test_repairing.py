@@ -65,7 +65,7 @@ def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_p
     now = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
     assert bar is not None
     assert now is not None
-    assert now > (bar if len(which) > 1 else 0.98 * bar)
+    assert now > 0.999 * bar  # the norm that both are relative to is estimated anew
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "o.safetensors")
     assert result.code == 0, result.err
     if len(which) == 4:
@@ -110,17 +110,19 @@ def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
     plan = planned(run)
     left = [snapshot for snapshot in everything if snapshot.path not in plan.gone]
     assert plan.unknown == 0
+    least = np.zeros(len(SIGMA_RELS))
     for errors, those in ((plan.before, everything), (plan.after, left)):
         assert errors is not None
         targets = [PowerFunction.from_sigma_rel(s, 60.0) for s in SIGMA_RELS]
         profiles = [s.info.profile.pure for s in those]
         expected = reconstruct(profiles, targets, prior=snapshot_prior(those), t=60.0).predicted_error
-        assert errors.predicted == pytest.approx(expected, rel=1e-9)
+        least = np.maximum(expected, least)
+        assert errors.predicted == pytest.approx(least, rel=1e-6)
         assert errors.worst >= errors.predicted.max()
         assert (errors.t, errors.solved, errors.count) == (60, len(those), len(those))
     assert plan.before is not None
     assert plan.after is not None
-    assert (plan.after.predicted >= 0.98 * plan.before.predicted).all()
+    assert (plan.after.predicted >= plan.before.predicted).all()
     assert np.any(plan.after.predicted > 1.01 * plan.before.predicted)
 
 
