@@ -34,15 +34,8 @@ NO_HARD_LINKS = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK)
 """Errors of `link` on a file system without hard links."""
 
 
-# --- single operations
-
-
 class FileSystem:
-    """The system's operations, one method each.
-
-    Raises:
-        OSError: from each method, where the system refuses.
-    """
+    """The system's operations, one method each; each raises an OSError where the system refuses."""
 
     def open_new(self, path: Path) -> int:
         """A descriptor, for reading and writing, of a file that did not exist before."""
@@ -110,9 +103,6 @@ system = FileSystem()
 """The one object that tests replace, to make operations fail."""
 
 
-# --- several operations
-
-
 def expanded(path: str | Path) -> Path:
     """A path with a leading ~ replaced by the home directory; unchanged for an unknown user."""
     return Path(os.path.expanduser(path))  # noqa: PTH111 - pathlib raises for an unknown user
@@ -122,10 +112,8 @@ def is_gone(path: Path) -> bool:
     """Whether a path no longer exists; False if that is unknown, as in a folder that cannot be entered."""
     try:
         path.lstat()
-    except (FileNotFoundError, NotADirectoryError):
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, FileNotFoundError | NotADirectoryError)
     return False
 
 
@@ -162,17 +150,10 @@ def remove_directories(made: list[Path]) -> None:
 
 def read_at(descriptor: int, count: int, offset: int) -> bytes:
     """Up to `count` bytes from `offset` on; fewer where the file ends before."""
-    data = bytearray(count)
-    view = memoryview(data)
-    done = 0
-    while done < count:
-        read = system.read(descriptor, view[done:], offset + done)
-        if not read:
-            break
+    view, done = memoryview(bytearray(count)), 0
+    while done < count and (read := system.read(descriptor, view[done:], offset + done)):
         done += read
-    view.release()
-    del data[done:]
-    return bytes(data)
+    return view[:done].tobytes()
 
 
 def unlink_if_there(path: Path) -> None:
@@ -218,9 +199,6 @@ def new_directory(path: Path) -> Iterator[None]:
         raise
 
 
-# --- a file that appears in one step
-
-
 @contextmanager
 def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[None]:
     """Turn an OSError within the block into a WriteError about `path` that could not be `refused`: written, removed."""
@@ -235,20 +213,15 @@ def reported_as_write_error(path: Path, refused: str = "written") -> Iterator[No
 
 
 class PendingFile:
-    """A file being written, which appears under its name by `publish`.
-
-    Leaving the `with` block without `publish` removes it: an interrupted write leaves nothing.
+    """A file being written, which appears under its name by `publish`; leaving the `with` block without it removes it.
 
     Raises:
-        OutputExistsError: `path` exists and `overwrite` is False (checked at the start, and again without races
-            when publishing).
+        OutputExistsError: `path` exists and `overwrite` is False: at the start, and again without races in `publish`.
         WriteError: the system refused.
     """
 
     def __init__(self, path: Path, overwrite: bool = False) -> None:
-        self.path = path
-        self._overwrite = overwrite
-        self.temporary = temporary_path(path.parent)
+        self.path, self._overwrite, self.temporary = path, overwrite, temporary_path(path.parent)
         _unfinished[self.temporary] = os.getpid()
         with reported_as_write_error(path):
             _check_free(path, overwrite)
@@ -289,22 +262,18 @@ class PendingFile:
 
     def _take_name(self) -> bool:
         """Put the file under its name; returns whether it also has the temporary name."""
-        if self._overwrite:
-            system.rename(self.temporary, self.path)
-            return False
-        try:
-            system.link(self.temporary, self.path)
-        except FileExistsError as error:
-            raise _exists(self.path) from error
-        except OSError as error:
-            if error.errno not in NO_HARD_LINKS:
-                raise
-            # The check and the rename are then two steps.
-            if os.path.lexists(self.path):
-                raise _exists(self.path) from error
-            system.rename(self.temporary, self.path)
-            return False
-        return True
+        if not self._overwrite:
+            try:
+                system.link(self.temporary, self.path)
+                return True
+            except OSError as error:
+                # Without hard links the check and the rename are two steps.
+                if isinstance(error, FileExistsError) or (error.errno in NO_HARD_LINKS and os.path.lexists(self.path)):
+                    raise _exists(self.path) from error
+                if error.errno not in NO_HARD_LINKS:
+                    raise
+        system.rename(self.temporary, self.path)
+        return False
 
     def _close(self) -> None:
         self._open = False
@@ -359,9 +328,6 @@ def _exists(path: Path) -> OutputExistsError:
     return OutputExistsError(path, "is there already", "choose another name, or overwrite=True to replace it")
 
 
-# --- sizes -----------------------------------------------------------------------------------------
-
-
 _UNITS = {"": 1, "B": 1} | {
     prefix + unit: base**power
     for power, prefix in enumerate("KMGT", start=1)
@@ -384,11 +350,10 @@ def parse_bytes(size: str, option: str) -> int:
 def parse_amount(text: str, units: dict[str, int]) -> Decimal | None:
     """A number in one of `units`, by their upper-case names; None if it is none, below 1 or too large."""
     match = re.fullmatch(r"([\d.,]+(?:[eE][+-]?\d{1,2})?)\s*([a-zA-Z]*)", text.strip())
-    unit = units.get(match[2].upper()) if match is not None else None
-    if match is None or unit is None:
+    if match is None or match[2].upper() not in units:
         return None
     try:
-        value = Decimal(match[1].replace(",", "")) * unit
+        value = Decimal(match[1].replace(",", "")) * units[match[2].upper()]
     except InvalidOperation:
         return None
     return value if 1 <= value < 2**63 else None

@@ -148,19 +148,28 @@ def _draw_errors(
     axes: Axes, curves: Sequence[ErrorCurve], legend_below: bool, width: float, profile_error: bool
 ) -> None:
     predicted = all(curve.predicted_error is not None for curve in curves)
-    least = _bottom(curves)
+    known = [curve.error[np.isfinite(curve.error)] for curve in curves]
+    lowest = min((float(np.quantile(errors, 0.1)) for errors in known if errors.size), default=1.0)
+    # The power of ten below which the curves hardly go.
+    least = float(10 ** np.clip(np.floor(np.log10(max(lowest, 1e-300))), *np.log10(_LEAST_ERRORS)))
     for index, curve in enumerate(curves):
         _draw_curve(axes, curve, index, least, alone=len(curves) == 1)
         _draw_points(axes, curve, index, least)
     axes.axhline(GOOD_ERROR, color="0.35", linestyle=(0, (1, 3)), linewidth=1.2)
-    low, high = _error_axis(axes, least, curves)
+    axes.set_yscale("log")
+    axes.set_ylim(least, _MOST_ERROR)
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda error, _: f"{100 * error:g} %"))
     axes.set_ylabel("expected relative L2 error of the weights" if predicted else "relative L2 error of the profile")
-    if predicted and profile_error:
-        _draw_profile_errors(axes, curves)
+    for index, curve in enumerate(curves if predicted and profile_error else ()):
+        axes.plot(
+            curve.sigma_rels, curve.profile_error, color=COLOURS[index % len(COLOURS)], alpha=0.55, linewidth=0.9,
+            linestyle=STYLES[index % len(STYLES)], zorder=1.9,
+            label=None if index else "thin: relative L2 error of the profile",
+        )  # fmt: skip
     title = "Predicted error of the weights" if predicted else "Profile error"
     whole = f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title
     axes.set_title(_wrapped(whole, width - 1, size=12), fontsize=12)
-    _sigma_axis(axes, low, high)
+    _sigma_axis(axes, curves)
     legend = _finish(axes)
     if legend_below:
         legend = axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.14), frameon=False)
@@ -175,10 +184,10 @@ def _draw_curve(axes: Axes, curve: ErrorCurve, index: int, least: float, alone: 
     axes.plot(curve.sigma_rels, curve.error, color=colour, linestyle=style, linewidth=1.8, label=label)
     marked = [s for s in curve.tracked if curve.sigma_rels[0] <= s <= curve.sigma_rels[-1]]
     if marked:
-        heights = [float(np.interp(s, curve.sigma_rels, curve.error)) for s in marked]
+        heights = np.maximum(np.interp(marked, curve.sigma_rels, curve.error), least)
         axes.plot(
-            marked, np.maximum(heights, least), color=colour, marker=MARKERS[index % len(MARKERS)],
-            linestyle="none", clip_on=False, zorder=5, label=f"tracked: {_listed(marked)}" if alone else None,
+            marked, heights, color=colour, marker=MARKERS[index % len(MARKERS)], linestyle="none", clip_on=False,
+            zorder=5, label=f"tracked: {', '.join(f'{s:g}' for s in marked)}" if alone else None,
         )  # fmt: skip
     if alone:  # the shades of several would overlap; the legend names their ranges
         for low, high in curve.ranges_below(GOOD_ERROR):
@@ -197,41 +206,19 @@ def _draw_points(axes: Axes, curve: ErrorCurve, index: int, least: float) -> Non
         )  # fmt: skip
 
 
-def _draw_profile_errors(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
-    """Thin curves behind the others; the legend has one entry for all."""
-    for index, curve in enumerate(curves):
-        axes.plot(
-            curve.sigma_rels, curve.profile_error, color=COLOURS[index % len(COLOURS)], alpha=0.55, linewidth=0.9,
-            linestyle=STYLES[index % len(STYLES)], zorder=1.9,
-            label=None if index else "thin: relative L2 error of the profile",
-        )  # fmt: skip
-
-
-def _bottom(curves: Sequence[ErrorCurve]) -> float:
-    """The power of ten below which the curves hardly go."""
-    known = [curve.error[np.isfinite(curve.error)] for curve in curves]
-    lowest = min((float(np.quantile(errors, 0.1)) for errors in known if errors.size), default=1.0)
-    low, high = np.log10(_LEAST_ERRORS)
-    return float(10 ** np.clip(np.floor(np.log10(max(lowest, 1e-300))), low, high))
-
-
-def _error_axis(axes: Axes, least: float, curves: Sequence[ErrorCurve]) -> tuple[float, float]:
-    """Set up the vertical axis; returns ends of the horizontal one that include every curve and point."""
-    axes.set_yscale("log")
-    axes.set_ylim(least, _MOST_ERROR)
-    axes.yaxis.set_major_formatter(FuncFormatter(_percent_tick))
+def _sigma_axis(axes: Axes, curves: Sequence[ErrorCurve]) -> None:
+    """Set up the horizontal axis, which includes every curve and point."""
     points = [max(point.sigma_rel, _WIDE_SIGMA_TICKS[0]) for curve in curves for point in curve.others]
     low = min([float(c.sigma_rels[0]) for c in curves] + [0.9 * point for point in points])
     high = max([float(c.sigma_rels[-1]) for c in curves] + [min(1.1 * point, 0.6) for point in points])
-    return low, high
-
-
-def _percent_tick(error: float, _: int) -> str:
-    return f"{100 * error:g} %"
-
-
-def _listed(sigma_rels: Sequence[float]) -> str:
-    return ", ".join(f"{s:g}" for s in sigma_rels)
+    axes.set_xscale("log")
+    axes.set_xlim(low, high)
+    ticks = [tick for tick in (_WIDE_SIGMA_TICKS if low < 0.004 else _SIGMA_TICKS) if low <= tick <= high]
+    if len(ticks) < 3:
+        ticks = [float(tick) for tick in np.linspace(low, high, 5)]
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
 
 
 def _good_range(curve: ErrorCurve) -> str:
@@ -246,20 +233,19 @@ def _draw_fit(figure: SubFigure, fit: ProfileFit, width: float) -> None:
     """The profile over training time, beside the coefficients."""
     figure.suptitle(_wrapped(_plain(fit.title), width - 4 * _MARGIN, size=10), fontsize=10)
     profile, coefficients = figure.subplots(1, 2)
-    _draw_profile(profile, fit)
+    profile.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
+    profile.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
+    profile.set_ylabel(f"density (1 / {_plain(fit.t_unit)})", fontsize=9)
+    profile.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
+    profile.yaxis.get_offset_text().set_fontsize(8)
     _draw_coefficients(coefficients, fit)
     for axes in (profile, coefficients):
-        _time_axis(axes, fit)
+        axes.set_xlim(0, 1.02 * float(fit.times[-1]))
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.12g}"))
+        axes.set_xlabel(f"training time ({_plain(fit.t_unit)})", fontsize=9)
         axes.tick_params(labelsize=8)
         _finish(axes)
-
-
-def _draw_profile(axes: Axes, fit: ProfileFit) -> None:
-    axes.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")
-    axes.plot(fit.times, fit.reconstructed, color=COLOURS[1], linestyle="--", linewidth=1.4, label="reconstructed")
-    axes.set_ylabel(f"density (1 / {_plain(fit.t_unit)})", fontsize=9)
-    axes.ticklabel_format(axis="y", style="sci", scilimits=(-2, 4))
-    axes.yaxis.get_offset_text().set_fontsize(8)
 
 
 def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
@@ -267,24 +253,18 @@ def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
     spacing = float(np.min(np.diff(times))) if times.size > 1 else 0.1 * float(times[0])
     # A snapshot off the schedule may be close to one on it: overlapping bars are better than invisible ones.
     spacing = max(spacing, float(times[-1] - times[0]) / (3 * times.size))
-    width = 0.8 * spacing / len(fit.snapshot_times)
-    hatches = ("", "////", "....") if times.size * len(fit.snapshot_times) <= _MOST_HATCHED else ("",)
-    for index, (label, at) in enumerate(fit.snapshot_times.items()):
+    count = len(fit.snapshot_times)
+    width = 0.8 * spacing / count
+    hatches = ("", "////", "....") if times.size * count <= _MOST_HATCHED else ("",)
+    for index, label in enumerate(sorted(fit.snapshot_times)):  # a profile has one colour in all drawings
         # Bars of one time stand side by side and end at it.
-        right = at - (len(fit.snapshot_times) - 1 - index) * width
+        right = fit.snapshot_times[label] - (count - 1 - index) * width
         axes.bar(
             right, fit.coefficients[label], -width, align="edge", color=COLOURS[index % len(COLOURS)],
             hatch=hatches[index % len(hatches)], edgecolor="white", linewidth=0.3, label=label,
         )  # fmt: skip
     axes.axhline(0, color="0.35", linewidth=0.8)
     axes.set_ylabel("coefficient", fontsize=9)
-
-
-def _time_axis(axes: Axes, fit: ProfileFit) -> None:
-    axes.set_xlim(0, 1.02 * float(fit.times[-1]))
-    axes.xaxis.set_major_locator(MaxNLocator(4))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.12g}"))
-    axes.set_xlabel(f"training time ({_plain(fit.t_unit)})", fontsize=9)
 
 
 # --- text and axes
@@ -310,17 +290,6 @@ def _wrapped(text: str, width: float, size: float) -> str:
                 lines.append("")
             lines[-1] += part
     return "\n".join(line.rstrip() for line in lines)
-
-
-def _sigma_axis(axes: Axes, low: float, high: float) -> None:
-    axes.set_xscale("log")
-    axes.set_xlim(low, high)
-    ticks = [tick for tick in (_WIDE_SIGMA_TICKS if low < 0.004 else _SIGMA_TICKS) if low <= tick <= high]
-    if len(ticks) < 3:
-        ticks = [float(tick) for tick in np.linspace(low, high, 5)]
-    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    axes.set_xlabel("sigma_rel (width of the average, as a fraction of training)")
 
 
 def _finish(axes: Axes, title: str | None = None) -> Legend:

@@ -15,11 +15,10 @@ from posthoc_cli.profiles import Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
-from posthoc_cli.snapshots.deep import deep_bytes
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
-from posthoc_cli.snapshots.measurements import Likeness, chosen_up_to, likeness, run_clock
+from posthoc_cli.snapshots.measurements import Likeness, chosen_up_to, deep_bytes, likeness, run_clock
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import disk_sources, source_prior
@@ -163,8 +162,7 @@ class Run:
             method: the solver, "minvar" or "paper".
 
         Raises:
-            InvalidValueError: an argument cannot be used.
-            NonFiniteError: a value is not finite, or `dtype` cannot hold it.
+            InvalidValueError, NonFiniteError: an argument, or a value of the result, cannot be used.
         """
         plan = functools.partial(self.plan, target, t=t, step=step, method=method, dtype=dtype)
         return with_consistent_plan(plan, functools.partial(make_weights, device=device))
@@ -193,10 +191,26 @@ class Run:
     ) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each appears complete or not at all.
 
-        Arguments and errors as in `export.job.Synthesis`; `out` may be None in a dry run.
+        Arguments:
+            targets, t, step, method, max_error, dtype: as in `plan_synthesis`.
+            out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
+            layout: "safetensors", "sharded" or "pt"; by default from the output's name.
+            max_shard_size: of the sharded layout.
+            device: where the sums are made: "auto", "cpu", "cuda", ...
+            accumulate: dtype of the sums, as in `plan_synthesis`.
+            overwrite: replace outputs that are there.
+            skip_existing: leave outputs of the same plan as they are.
+            dry_run: plan only.
+            shard: "K/N": make part K of N, a shard in the folder `out`.
+            finish: verify the parts that are there, and write the index.
+            distributed: this is one of the processes of a torchrun job, all of which make this call.
+            progress: opens a progress bar.
 
         Returns:
-            What was made; None in every process of a torchrun job (`distributed`) but the first.
+            What was made; None in every process of a torchrun job but the first.
+
+        Raises:
+            InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, NotReadyError, RankError.
         """
         from posthoc_cli.export.job import Synthesis
 
@@ -217,18 +231,13 @@ class Run:
         sources = of_newest_segment(disk_sources(self.directory))
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
-        everything = Candidate("", [info.profile.pure for info in infos])
-        usable, later = chosen_up_to(sources, everything.time(t))
-        count = sum(info.t <= usable[-1].info.t for info in infos)
-        if len(usable) < count:
-            counted = f"{len(usable):,} of {count:,} snapshots up to {usable[-1].info.t:,.12g}"
-        else:
-            last = max(info.t for info in infos)
-            counted = f"{len(infos):,} snapshot{'s' * (len(infos) != 1)} up to {last:,.12g}"
-        profiles = [source.info.profile.pure for source in (*usable, *later)]
-        prior = source_prior([*usable, *later])
-        first = min(info.t_first for info in infos)
-        return Candidate.of_run(f"{self.directory}: {counted} {unit}", profiles, prior, unit, run_clock(infos), first)
+        usable, later = chosen_up_to(sources, Candidate("", [info.profile.pure for info in infos]).time(t))
+        last, known = usable[-1].info.t, [*usable, *later]
+        count = sum(info.t <= last for info in infos)
+        which = f"{len(usable):,} of {count:,}" if len(usable) < count else f"{count:,}"
+        label = f"{self.directory}: {which} snapshot{'s' * (count != 1)} up to {last:,.12g} {unit}"
+        profiles, first = [source.info.profile.pure for source in known], min(info.t_first for info in infos)
+        return Candidate.of_run(label, profiles, source_prior(known), unit, run_clock(infos), first)
 
     def error_curve(
         self,

@@ -38,17 +38,14 @@ class Target(Protocol):
     @property
     def label(self) -> str:
         """For tables and file names: `0.15`, `beta-0.9999`."""
-        ...
 
     @property
     def title(self) -> str:
         """For people: `sigma_rel 0.15`, `beta 0.9999`."""
-        ...
 
     @property
     def sigma_rel(self) -> float | None:
         """Width of the power function, None for any other profile."""
-        ...
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:
         """The profile at time `t` of a run.
@@ -61,15 +58,12 @@ class Target(Protocol):
         Raises:
             InvalidValueError: the run is too short for the target.
         """
-        ...
 
 
 def as_target(value: object) -> Target:
     """The target for a sigma_rel, a target, or any object with `density` and `tail`; else an InvalidValueError."""
-    if isinstance(value, SigmaRel | Beta | Window | Between | ProfileFile | GivenProfile):
-        return value
     if all(hasattr(value, name) for name in ("label", "title", "sigma_rel", "profile")):
-        return value  # type: ignore[return-value]  # a user's Target
+        return value  # type: ignore[return-value]
     if any(hasattr(value, name) for name in ("density", "tail")):
         return GivenProfile(value)  # type: ignore[arg-type]  # checked there
     if isinstance(value, str | numbers.Real) or hasattr(value, "__float__"):
@@ -78,8 +72,25 @@ def as_target(value: object) -> Target:
     raise InvalidValueError("target", f"must be {accepted}", value=_shown(value))
 
 
+class _Named:
+    """The names of a target, both from `_names`."""
+
+    @property
+    def label(self) -> str:
+        """For tables and file names: `0.15`, `beta-0.9999`, `window-1000`."""
+        return self._names()[0]
+
+    @property
+    def title(self) -> str:
+        """For people: `sigma_rel 0.15`, `beta 0.9999`, `window 1000`."""
+        return self._names()[1]
+
+    def _names(self) -> tuple[str, str]:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True)
-class SigmaRel:
+class SigmaRel(_Named):
     """The power function of a width, as a fraction of training time: in (0, 0.2887)."""
 
     sigma_rel: float
@@ -93,15 +104,8 @@ class SigmaRel:
                 raise error.with_hint(f"for a decay of {float(given)!r} a step use Beta({float(given)!r})") from error
             raise
 
-    @property
-    def label(self) -> str:
-        """The number."""
-        return repr(self.sigma_rel)
-
-    @property
-    def title(self) -> str:
-        """The number and its name."""
-        return f"sigma_rel {self.label}"
+    def _names(self) -> tuple[str, str]:
+        return repr(self.sigma_rel), f"sigma_rel {self.sigma_rel!r}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> PowerFunction:  # noqa: ARG002
         """The power function on (0, t]."""
@@ -109,7 +113,7 @@ class SigmaRel:
 
 
 @dataclass(frozen=True)
-class Beta:
+class Beta(_Named):
     """The classical average with one decay for every step, in [0.5, 1): below, its mean age is less than a step."""
 
     beta: float
@@ -123,15 +127,8 @@ class Beta:
             reason = f"must be at least {SHORTEST_BETA:g}; below that the mean age is less than one step"
             raise InvalidValueError("beta", reason, value=repr(self.beta))
 
-    @property
-    def label(self) -> str:
-        """`beta-0.9999`."""
-        return f"beta-{self.beta!r}"
-
-    @property
-    def title(self) -> str:
-        """The number and its name."""
-        return f"beta {self.beta!r}"
+    def _names(self) -> tuple[str, str]:
+        return f"beta-{self.beta!r}", f"beta {self.beta!r}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> ClassicalEMA:
         """The classical average that starts as a copy of the weights at `t_first`."""
@@ -139,7 +136,7 @@ class Beta:
 
 
 @dataclass(frozen=True)
-class Window:
+class Window(_Named):
     """The mean of the last `steps` steps: a whole number, at least 1 and at most the run's."""
 
     steps: int
@@ -151,15 +148,8 @@ class Window:
             raise InvalidValueError("window", "must be a whole number of steps, at least 1", value=self.steps)
         object.__setattr__(self, "steps", int(steps))
 
-    @property
-    def label(self) -> str:
-        """`window-1000`."""
-        return f"window-{self.steps}"
-
-    @property
-    def title(self) -> str:
-        """The number and its name."""
-        return f"window {self.steps}"
+    def _names(self) -> tuple[str, str]:
+        return f"window-{self.steps}", f"window {self.steps}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> StepWindow:  # noqa: ARG002
         """The last `steps` steps up to `t`."""
@@ -167,7 +157,7 @@ class Window:
 
 
 @dataclass(frozen=True)
-class Between:
+class Between(_Named):
     """The mean of all weights from time `start` to time `end`, on the run's clock: 0 <= start < end."""
 
     start: float
@@ -182,15 +172,8 @@ class Between:
         if self.start >= self.end:
             raise self._error("must end after its start")
 
-    @property
-    def label(self) -> str:
-        """`between-50000-80000`."""
-        return f"between-{self.start:.12g}-{self.end:.12g}"
-
-    @property
-    def title(self) -> str:
-        """Both times and their name."""
-        return f"between {self.start:.12g}:{self.end:.12g}"
+    def _names(self) -> tuple[str, str]:
+        return f"between-{self.start:.12g}-{self.end:.12g}", f"between {self.start:.12g}:{self.end:.12g}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Uniform:  # noqa: ARG002
         """Uniform over time."""
@@ -203,7 +186,7 @@ class Between:
 
 
 @dataclass(frozen=True)
-class ProfileFile:
+class ProfileFile(_Named):
     """The profile in a file of comma-separated times and densities (see `profiles.custom`), read when first needed."""
 
     path: Path
@@ -212,15 +195,8 @@ class ProfileFile:
     def __post_init__(self) -> None:
         object.__setattr__(self, "path", Path(self.path))
 
-    @property
-    def label(self) -> str:
-        """The file's name without its ending."""
-        return self.path.stem
-
-    @property
-    def title(self) -> str:
-        """The file's name."""
-        return f"profile {self.path.name}"
+    def _names(self) -> tuple[str, str]:
+        return self.path.stem, f"profile {self.path.name}"
 
     @cached_property
     def table(self) -> Table:
@@ -239,7 +215,7 @@ class ProfileFile:
 
 
 @dataclass(frozen=True)
-class GivenProfile:
+class GivenProfile(_Named):
     """Any object with `density` and `tail`, see `profiles.Profile`.
 
     Attributes:
@@ -260,15 +236,8 @@ class GivenProfile:
             reason = f"{type(self.given).__name__} has no {' and no '.join(missing)}"
             raise InvalidValueError(self.title, f"{reason}; must have the functions density(s) and tail(s)")
 
-    @property
-    def label(self) -> str:
-        """Its name."""
-        return self.name
-
-    @property
-    def title(self) -> str:
-        """Its name, and that it is a profile."""
-        return f"profile {self.name}"
+    def _names(self) -> tuple[str, str]:
+        return self.name, f"profile {self.name}"
 
     def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
         """The object itself, after a check of its values."""

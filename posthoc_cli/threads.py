@@ -30,7 +30,8 @@ def _openblas() -> ThreadpoolController:
 def one_blas_thread() -> Iterator[None]:
     """Limit NumPy's and SciPy's linear algebra to one thread within the block: for many small problems.
 
-    It is a setting of the process, and so limits other threads, too.
+    It is a setting of the process, and so limits other threads, too. A command sets OPENBLAS_NUM_THREADS instead, which
+    holds for all its solves; that is read when NumPy is first imported, and not a library's to set.
     """
     with _openblas().limit(limits=1):
         yield

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli import PostHocEMA, PowerFunction, reconstruct
-from posthoc_cli.planning import MOST_SOLVED, choose, relative_rounding
+from posthoc_cli.planning import MOST_SOLVED, relative_rounding, thinned_subset
 from posthoc_cli.reconstruction import Prior, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
@@ -177,7 +177,7 @@ def compare_choices(count: int) -> None:
         print(f"| all, in {dtype} | {' | '.join(cells)} |", flush=True)
         for most in (min(MOST_SOLVED, count // 2), count // 10):
             spaced = [count - 2 - 2 * round(i * count / most) + profile for i in range(most // 2) for profile in (0, 1)]
-            for what, chosen in (("as chosen", choose(snapshots, most)), ("evenly spaced", sorted(spaced))):
+            for what, chosen in (("as chosen", thinned_subset(snapshots, most)), ("evenly spaced", sorted(spaced))):
                 cells = [f"x {ratio:.2f}" for ratio in (errors(chosen) / everything).tolist()]
                 print(f"| {len(chosen):,} of them, {what} | {' | '.join(cells)} |", flush=True)
 

@@ -27,9 +27,10 @@ def refused(subject: str, *words: str, kind: type[PostHocError] = InvalidValueEr
 
 
 def assert_same_tensors(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> None:
-    """Same names, and the same bits under each."""
+    """Same names, and the same dtype and bits under each."""
     assert set(found) == set(expected)
     for name, value in expected.items():
+        assert found[name].dtype == value.dtype, name
         assert torch.equal(found[name], value), name
 
 

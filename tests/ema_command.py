@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 
@@ -32,6 +33,7 @@ class Result:
 
 
 Ema = Callable[..., Result]
+Asked = Callable[[str, Path], list[str]]
 
 
 def unmeasured_environment() -> dict[str, str]:

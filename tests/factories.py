@@ -17,6 +17,8 @@ import numpy.typing as npt
 import torch
 from safetensors.torch import load_file
 
+from posthoc_cli.profiles import Profile
+from posthoc_cli.reconstruction import MinimumVariance
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
@@ -254,6 +256,16 @@ def flip_bit(path: Path, position: int = -1) -> None:
 def refuse_for_space(*_: object) -> None:
     """In place of an operation of `files.system`: the disk is full."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def solved(solver: MinimumVariance, target: Profile) -> FloatArray:
+    """The coefficients for one target: shape [n]."""
+    return solver.solve(solver.goals([target]))[:, 0]
+
+
+def squared_error(solver: MinimumVariance, coefficients: FloatArray, target: Profile) -> float:
+    """What is expected of any coefficients."""
+    return float(solver.expected_squares(coefficients[:, None], solver.goals([target]))[0])
 
 
 def expected_error(sigma_rel: float, tracked: Sequence[float], times: Sequence[float], rounding: float) -> float:

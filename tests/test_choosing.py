@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.planning import MOST_SOLVED, choose, snapshots_to_drop, thinning
+from posthoc_cli.planning import MOST_SOLVED, snapshots_to_drop, thinned_subset, thinning
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Motion, assumed_prior, reconstruct
 from posthoc_cli.run import Run
@@ -34,9 +35,6 @@ def regular(count: int) -> list[PowerFunction]:
     return [pure(s, float(t)) for t in range(1, count + 1) for s in SIGMA_RELS]
 
 
-# --- the choice ------------------------------------------------------------------------------------
-
-
 @given(st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=60, unique=True), st.integers(1, 40), st.integers(1, 3))
 @example([999999972.0, 999999973.0], 1, 1)
 @settings(deadline=None, max_examples=60)
@@ -45,7 +43,7 @@ def test_so_many_are_chosen_each_once_with_the_newest_of_each_profile(
 ) -> None:
     sigma_rels = (0.05, 0.28, 0.1)[:profiles]
     snapshots = [pure(s, t) for t in times for s in sigma_rels]
-    found = choose(snapshots, most)
+    found = thinned_subset(snapshots, most)
     assert found == sorted(set(found))
     assert len(found) <= max(most, profiles)
     for sigma_rel in sigma_rels:
@@ -56,15 +54,15 @@ def test_so_many_are_chosen_each_once_with_the_newest_of_each_profile(
 
 def test_a_profile_of_few_snapshots_leaves_its_share_to_the_other() -> None:
     snapshots = [pure(0.05, float(t)) for t in range(1, 101)] + [pure(0.28, float(t)) for t in (50, 100)]
-    found = choose(snapshots, 20)
+    found = thinned_subset(snapshots, 20)
     assert len(found) == 20
     assert {100, 101} <= set(found)
-    assert len(choose(regular(50), 10, keep=20)) == 40  # so many of each, however few are wanted
-    assert len(choose(regular(MOST_SOLVED))) == MOST_SOLVED
+    assert len(thinned_subset(regular(50), 10, keep=20)) == 40  # so many of each, however few are wanted
+    assert len(thinned_subset(regular(MOST_SOLVED))) == MOST_SOLVED
 
 
 def test_late_ones_are_chosen_more_densely_and_the_newest_ones_one_after_another() -> None:
-    times = [regular(1000)[i].t for i in choose(regular(1000), 200)][::2]
+    times = [regular(1000)[i].t for i in thinned_subset(regular(1000), 200)][::2]
     gaps = np.diff(times)
     assert times[-3:] == [998, 999, 1000]
     assert gaps[:10].mean() == pytest.approx(15, abs=1)
@@ -81,12 +79,13 @@ def test_the_choice_loses_little_and_less_than_even_spacing(rounding: float, coo
     prior = assumed_prior(snapshots, rounding, Motion(edges, walk * 0.06 / t, np.zeros(32)))
     targets = [pure(s, t) for s in (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.28)]
 
-    def errors(which: list[int]) -> np.ndarray:
-        own = [snapshots[i] for i in which]
-        return reconstruct(own, targets, prior=prior.of(which), t=t).predicted_error
+    def errors(which: Iterable[int]) -> np.ndarray:
+        chosen = sorted(which)
+        own = [snapshots[i] for i in chosen]
+        return reconstruct(own, targets, prior=prior.of(chosen), t=t).predicted_error
 
-    everything, found = errors(list(range(300))), errors(choose(snapshots, 150))
-    even = errors(sorted({*range(298, 300), *(2 * (i // 2) + s for i in range(1, 300, 4) for s in (0, 1))}))
+    everything, found = errors(range(300)), errors(thinned_subset(snapshots, 150))
+    even = errors({298, 299, *(2 * (i // 2) + s for i in range(1, 300, 4) for s in (0, 1))})
     assert found[0] / everything[0] < 1.005
     assert (found[:4] / everything[:4]).max() < 1.15
     assert (found / everything).max() < 1.5
@@ -95,17 +94,12 @@ def test_the_choice_loses_little_and_less_than_even_spacing(rounding: float, coo
 
 def test_thinning_of_very_many_begins_with_the_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     snapshots = regular(60)
-    prior = assumed_prior(snapshots, 2e-4)
-    exact = snapshots_to_drop(snapshots, prior, 3)
     monkeypatch.setattr(thinning, "MOST_SOLVED", 60)
-    found = snapshots_to_drop(snapshots, prior, 3)
-    first = sorted(set(range(120)) - set(choose(snapshots, 48, 3)))
+    found = snapshots_to_drop(snapshots, assumed_prior(snapshots, 2e-4), 3)
+    first = sorted(set(range(120)) - set(thinned_subset(snapshots, 48, 3)))
     assert found[: len(first)] == first
-    assert len(found) == len(set(found)) == len(exact) == 114
+    assert len(found) == len(set(found)) == 114
     assert not {118, 119} & set(found)
-
-
-# --- what rests on it ------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -126,12 +120,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _twenty(monkeypatch: pytest.MonkeyPatch) -> None:
     """Reconstructions work with 20 snapshots at most."""
     for module in (measurements, pruning):
-        monkeypatch.setattr(module, "choose", partial(choose, most=20))
+        monkeypatch.setattr(module, "thinned_subset", partial(thinned_subset, most=20))
 
 
 def of_choice(run: Path, t: float) -> list[float]:
     profiles = [s.info.profile.pure for s in read_directory(run) if s.info.t <= t]
-    return [profiles[i].t for i in choose(profiles, 20)]
+    return [profiles[i].t for i in thinned_subset(profiles, 20)]
 
 
 @pytest.mark.usefixtures("_twenty")
@@ -183,9 +177,6 @@ def test_the_curve_is_that_of_the_synthesis(run: Path) -> None:
         plan = plan_synthesis(disk_sources(run), [0.1], t, dtype="float32")
         assert curve.predicted_error is not None
         assert curve.predicted_error[0] == pytest.approx(float(plan.reconstruction.predicted_error[0]), rel=1e-9)
-
-
-# --- pruning ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("_twenty")

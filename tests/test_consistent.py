@@ -52,18 +52,15 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(tmp_path)
-    removals = iter([True, True, False])
-    plans = []
+    removals, plans = iter([True, True, False, *[True] * 5]), list[Plan]()
 
     def make() -> Plan:
-        plan = plan_synthesis(disk_sources(tmp_path), [0.15])
-        plans.append(plan)
-        return remove_one(plan) if next(removals) else plan
+        plans.append(plan_synthesis(disk_sources(tmp_path), [0.15]))
+        return remove_one(plans[-1]) if next(removals) else plans[-1]
 
     def use(plan: Plan) -> Plan:
         for source in plan.sources:
-            with source.open():
-                pass
+            source.open().close()
         return plan
 
     with caplog.at_level(logging.WARNING):
@@ -72,7 +69,7 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
     assert [record.getMessage().count("planning again") for record in caplog.records] == [1, 1]
     monkeypatch.setattr(plan, "ATTEMPTS", 5)
     with pytest.raises(VanishedError, match="no such file"):
-        with_consistent_plan(lambda: remove_one(plan_synthesis(disk_sources(tmp_path), [0.15])), use)
+        with_consistent_plan(make, use)
 
 
 @pytest.fixture

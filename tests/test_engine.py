@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import itertools
 import shutil
 import threading
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ from synthesis_cases import peak_memory, write_sparse_snapshots
 
 from posthoc_cli import Between, PostHocEMA, PowerFunction
 from posthoc_cli.cli.output import ProgressLines
-from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteError, WriteError
+from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import TrackedTensor
@@ -124,13 +124,6 @@ def test_tiles_chunks_and_threads_of_any_number_give_the_same_bytes(
     assert sum(told) == plan.read_bytes  # no block is read twice
 
 
-def test_a_target_alone_has_the_bytes_that_it_has_in_company(mixed: Path) -> None:
-    together = bits(plan_of(mixed))
-    for count in (1, 2, 3):
-        for name, values in bits(plan_of(mixed, TARGETS[:count])).items():
-            assert values == together[name][:count], name
-
-
 def test_snapshots_that_a_target_does_without_do_not_change_its_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -159,12 +152,15 @@ def test_copies_come_from_the_newest_snapshot_also_where_no_target_needs_it(tmp_
     assert dict(synthesize(plan))["count"][0] == 100
 
 
-def test_a_file_has_the_bytes_of_the_tensors(mixed: Path, tmp_path: Path) -> None:
+def test_a_file_and_a_target_alone_have_the_bytes_of_targets_in_company(mixed: Path, tmp_path: Path) -> None:
     plan, outputs = plan_of(mixed), [tmp_path / f"{target}.safetensors" for target in TARGETS]
     write_synthesis(plan, outputs, Options(workers=3))
-    found = [load_file(path) for path in outputs]
-    for name, values in bits(plan).items():
+    together, found = bits(plan), [load_file(path) for path in outputs]
+    for name, values in together.items():
         assert [as_bytes(tensors[name]) for tensors in found] == values, name
+    for count in (1, 2, 3):
+        alone = bits(plan_of(mixed, TARGETS[:count]))
+        assert alone == {name: values[:count] for name, values in together.items()}
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode(), torch.device("meta")], ids=["inference", "meta"])
@@ -200,13 +196,17 @@ def test_sums_of_many_sources_do_not_depend_on_the_number_of_targets(sources: in
     assert bool(((together - exact).abs() <= bound).all())
 
 
+@pytest.mark.parametrize("setting", ["float32_matmul_precision", "fp32_precision"])
 def test_a_program_that_allows_coarser_matrix_products_changes_no_byte(
-    mixed: Path, monkeypatch: pytest.MonkeyPatch
+    mixed: Path, monkeypatch: pytest.MonkeyPatch, setting: str
 ) -> None:
     """As TF32 does: the factors lose bits where torch's setting allows it, which it does after the first synthesis,
     and again in the middle of another one."""
     multiply, expected, plan = sums.multiply, bits(plan_of(mixed)), plan_of(mixed)
     allowed, coarse = False, []
+    if setting == "fp32_precision":
+        matmul = pytest.importorskip("torch.backends.mkldnn").matmul
+        before = matmul.fp32_precision
 
     def rounded(matrix: torch.Tensor, values: torch.Tensor, result: torch.Tensor) -> None:
         coarse.append(allowed)
@@ -215,7 +215,10 @@ def test_a_program_that_allows_coarser_matrix_products_changes_no_byte(
     def allow(now: bool) -> None:
         nonlocal allowed
         allowed = now
-        torch.set_float32_matmul_precision("high" if now else "highest")
+        if setting == "fp32_precision":
+            matmul.fp32_precision = "bf16" if now else before
+        else:
+            torch.set_float32_matmul_precision("high" if now else "highest")
 
     make, tiles = engine.Maker.make, iter(range(1000))
 
@@ -238,26 +241,6 @@ def test_a_program_that_allows_coarser_matrix_products_changes_no_byte(
         sums.product_is_exact.cache_clear()
 
 
-def test_settings_of_torch_that_make_matrix_products_coarser_are_told_apart() -> None:
-    found, kinds = [sums.matmul_precision()], ("cuda", "mkldnn")
-    try:
-        torch.set_float32_matmul_precision("high")
-        found.append(sums.matmul_precision())
-        torch.set_float32_matmul_precision("highest")
-        torch.backends.cuda.matmul.allow_tf32 = True
-        found.append(sums.matmul_precision())
-        torch.backends.cuda.matmul.allow_tf32 = False
-        for kind in kinds if hasattr(torch.backends, "fp32_precision") else ():
-            matmul = getattr(torch.backends, kind).matmul
-            before, matmul.fp32_precision = matmul.fp32_precision, "tf32" if kind == "cuda" else "bf16"
-            found.append(sums.matmul_precision())  # torch's own functions raise now: both kinds of settings are used
-            matmul.fp32_precision = before
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    exact = sums.matmul_precision()
-    assert all(other not in (found[0], exact) for other in found[1:])
-
-
 # --- dtypes ----------------------------------------------------------------------------------------
 
 
@@ -272,13 +255,6 @@ def test_sums_in_float64_are_rounded_once(mixed: Path) -> None:
     found = dict(synthesize(replace(plan, accumulate="F64")))["large"][0]
     assert torch.equal(found, exact.float())  # type: ignore[union-attr]
     assert not torch.equal(found, dict(synthesize(plan))["large"][0])
-
-
-def test_sums_in_float64_are_rounded_once_to_sixteen_bits_too(tmp_path: Path) -> None:
-    value = torch.tensor([1 + 2**-11 + 2**-40, 65519.9999999], dtype=torch.float64)
-    write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value})
-    found = dict(synthesize(plan_of(tmp_path, (0.05,), dtype="float16")))["w"][0]
-    assert found.tolist() == [1 + 2**-10, 65504.0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -329,15 +305,6 @@ def test_a_flipped_bit_anywhere_in_a_tensor_is_found_by_name_and_nothing_is_left
     assert list(tmp_path.iterdir()) == [run]
 
 
-def test_a_snapshot_that_shrinks_while_it_is_read_is_named(mixed: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(mixed, tmp_path / "run"))
-    path = sorted(run.iterdir())[1]
-    options = Options(progress=lambda _: os.truncate(path, 1000), workers=1)
-    with pytest.raises(FileFormatError, match=f"{path.name}.*became shorter while it was read"):
-        write_synthesis(plan_of(run), [tmp_path / f"{t}.safetensors" for t in TARGETS], options)
-    assert list(tmp_path.iterdir()) == [run]
-
-
 def test_a_snapshot_that_loses_its_name_while_it_is_read_is_read_to_its_end(mixed: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(mixed, tmp_path / "run"))
     path = sorted(run.iterdir())[1]
@@ -358,14 +325,6 @@ def test_outputs_that_do_not_fit_on_the_disk_are_refused_before_the_first_byte(
     write_synthesis(plan_of(mixed, TARGETS[:2]), outputs[:2])
 
 
-def test_a_hundred_thousand_tensors_are_made(tmp_path: Path) -> None:
-    values = {f"block.{index}.weight": torch.full((2,), float(index)) for index in range(100_000)}
-    write_snapshot(tmp_path / "run", 10, 0.05, RUN_ID, values)
-    write_synthesis(plan_of(tmp_path / "run", (0.05,)), [tmp_path / "out.safetensors"])
-    found = load_file(tmp_path / "out.safetensors")
-    assert all(torch.equal(found[name], value) for name, value in values.items())
-
-
 # --- being stopped ---------------------------------------------------------------------------------
 
 
@@ -379,11 +338,7 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
 
     with pytest.raises(KeyboardInterrupt):
         write_synthesis(plan_of(mixed), [tmp_path / f"{t}.safetensors" for t in TARGETS], Options(progress=interrupt))
-    assert list(tmp_path.iterdir()) == []
-    assert threads() == []
-
-
-def test_a_caller_that_goes_away_stops_the_threads(mixed: Path) -> None:
+    assert list(tmp_path.iterdir()) == threads() == []
     stream = synthesize(plan_of(mixed))
     next(stream)
     stream.close()  # type: ignore[attr-defined]
@@ -391,14 +346,13 @@ def test_a_caller_that_goes_away_stops_the_threads(mixed: Path) -> None:
 
 
 def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failed, after = threading.Event(), []
+    begun, after = itertools.count(), []
     average: Callable[..., None] = engine.Maker._average
 
-    def fail(self: engine.Maker, tile: object, writers: object, stop: threading.Event) -> None:
-        if not failed.is_set():
-            failed.set()
+    def fail(self: engine.Maker, tile: object, *rest: object) -> None:
+        if next(begun) == 0:
             raise NonFiniteError("w", "the first error")
-        average(self, tile, writers, stop)
+        average(self, tile, *rest)
         after.append(tile)
 
     monkeypatch.setattr(engine.Maker, "_average", fail)
@@ -580,21 +534,17 @@ def tracked(folder: Path) -> PostHocEMA:
     return PostHocEMA.from_path(folder)
 
 
-def test_a_model_is_filled_in_its_own_memory(tmp_path: Path) -> None:
+def test_a_model_is_filled_in_its_own_memory_and_stays_as_it_is_where_a_snapshot_is_damaged(tmp_path: Path) -> None:
     tracker, model = tracked(tmp_path), Net()
     places = [tensor.data_ptr() for tensor in model.state_dict().values()]
     tracker.load_into(model, 0.15)
     assert [tensor.data_ptr() for tensor in model.state_dict().values()] == places
-    assert_same_tensors(model.state_dict(), tracker.state_dict(0.15))
-
-
-def test_a_model_is_as_it_was_where_anything_is_wrong(tmp_path: Path) -> None:
-    tracker, model = tracked(tmp_path), Net()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected = tracker.state_dict(0.15)
+    assert_same_tensors(model.state_dict(), expected)
     flip_bit(max(tmp_path.glob("*.safetensors")))
     with pytest.raises(FileFormatError, match="damaged"):
-        tracker.load_into(model, 0.15)
-    assert_same_tensors(model.state_dict(), before)
+        tracker.load_into(model, 0.28)
+    assert_same_tensors(model.state_dict(), expected)
 
 
 def test_a_model_on_meta_comes_to_be_and_what_nothing_fills_is_named(tmp_path: Path) -> None:
@@ -631,11 +581,3 @@ def test_a_model_of_float16_that_cannot_hold_a_value_stays_as_it_was(tmp_path: P
     assert torch.equal(small.one.weight, before)
     tracker.load_into(small, 0.15, dtype=torch.float32)
     assert small.one.weight.isfinite().all()
-
-
-def test_a_device_that_is_not_there_is_named_and_the_model_stays(tmp_path: Path) -> None:
-    with torch.device("meta"):
-        model = Net()
-    with pytest.raises(InvalidValueError, match="device 'nowhere': cannot be used"):
-        tracked(tmp_path).load_into(model, 0.15, device="nowhere")
-    assert model.one.weight.is_meta

@@ -47,9 +47,6 @@ def names(directory: Path) -> list[str]:
     return sorted(path.name for path in directory.iterdir())
 
 
-# --- what is written is there
-
-
 def test_a_published_file_holds_what_was_written_at_any_offset_and_no_temporary_is_left(tmp_path: Path) -> None:
     with files.PendingFile(tmp_path / "a") as pending:
         pending.write_at(b"world", 6)
@@ -89,9 +86,6 @@ def test_a_short_write_is_continued_where_it_stopped(tmp_path: Path, monkeypatch
     monkeypatch.setattr(os, "pwrite", lambda descriptor, data, offset: real(descriptor, data[:3], offset))
     files.write_whole(tmp_path / "a", NEW)
     assert (tmp_path / "a").read_bytes() == NEW
-
-
-# --- what fails leaves nothing
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EDQUOT])
@@ -144,14 +138,6 @@ def test_a_file_above_the_size_limit_of_the_process_leaves_nothing(tmp_path: Pat
     assert (tmp_path / "a").read_bytes() == OLD
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_an_interruption_before_publish_leaves_nothing(tmp_path: Path, error: type[BaseException]) -> None:
-    with pytest.raises(error), files.PendingFile(tmp_path / "a") as pending:
-        pending.write_at(NEW, 0)
-        raise error
-    assert names(tmp_path) == []
-
-
 @pytest.mark.parametrize("operation", ["fsync", "link", "unlink", "fsync_directory"])
 def test_ctrl_c_while_publishing_leaves_nothing(tmp_path: Path, refuse: Callable[..., None], operation: str) -> None:
     refuse(operation, kind=KeyboardInterrupt)
@@ -169,9 +155,6 @@ def test_no_descriptor_stays_open(tmp_path: Path, refuse: Callable[..., None]) -
     with pytest.raises(WriteError):
         files.write_whole(tmp_path / "c", NEW)
     assert free_descriptor() == before
-
-
-# --- nothing is replaced unasked
 
 
 @pytest.mark.parametrize("make", [Path.touch, Path.mkdir, lambda path: path.symlink_to("nowhere")])
@@ -206,9 +189,6 @@ def test_a_name_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path
     with pytest.raises(WriteError):
         files.PendingFile(tmp_path / name)
     assert names(tmp_path) == ["file"]
-
-
-# --- directories
 
 
 def test_a_directory_is_made_with_its_parents_and_each_entry_is_synced(

@@ -10,7 +10,8 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -18,6 +19,8 @@ from unittest import mock
 import pytest
 import torch
 from safetensors import safe_open
+
+from posthoc_cli import PostHocEMA
 
 GOLDENS = Path(__file__).with_name("goldens.json")
 
@@ -60,9 +63,6 @@ def without_places(report: Any) -> Any:
     return report
 
 
-# --- trainings ---------------------------------------------------------------------------------------
-
-
 def model(dtype: torch.dtype = torch.float32) -> torch.nn.Module:
     torch.manual_seed(0)
     network = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.BatchNorm1d(5), torch.nn.Linear(5, 6).half())
@@ -81,8 +81,6 @@ def walk(network: torch.nn.Module, steps: int) -> Iterator[int]:
 
 def thinned(directory: Path) -> None:
     """The usual run, thinned, with a last snapshot off the schedule."""
-    from posthoc_cli import PostHocEMA
-
     network = model()
     with PostHocEMA.from_model(network, directory, update_every=2, checkpoint_every=10, max_checkpoints=5) as tracker:
         for _ in walk(network, 126):
@@ -91,26 +89,22 @@ def thinned(directory: Path) -> None:
 
 def images(directory: Path) -> None:
     """A clock in images, three profiles at full precision, resumed from the snapshots in the middle."""
-    from posthoc_cli import PostHocEMA
-
     network = model()
     options: dict[str, Any] = {"sigma_rels": (0.05, 0.1, 0.28), "checkpoint_dtype": None, "t_unit": "images"}
     tracker = PostHocEMA.from_model(network, directory, update_every=1, checkpoint_every=8, **options)
     steps = walk(network, 96)
-    with tracker:
-        for step in steps:
-            tracker.update_(network, t=32.0 * (step + 1) + 0.5 * step**1.5)
-            if step == 47:
-                break
-    with PostHocEMA.from_path(directory, network) as tracker:
-        for step in steps:
-            tracker.update_(network, t=32.0 * (step + 1) + 0.5 * step**1.5)
+
+    def train(tracker: PostHocEMA, steps: Iterable[int]) -> None:
+        with tracker:
+            for step in steps:
+                tracker.update_(network, t=32.0 * (step + 1) + 0.5 * step**1.5)
+
+    train(tracker, islice(steps, 48))
+    train(PostHocEMA.from_path(directory, network), steps)
 
 
 def narrow(directory: Path) -> None:
     """bfloat16 with tied weights, tensors left out and copied, an exact state kept."""
-    from posthoc_cli import PostHocEMA
-
     network = model(torch.bfloat16)
     network[0].tied = network[0].weight
     with PostHocEMA.from_model(
@@ -121,9 +115,6 @@ def narrow(directory: Path) -> None:
 
 
 TRAININGS = {"thinned": thinned, "images": images, "narrow": narrow}
-
-
-# --- commands ----------------------------------------------------------------------------------------
 
 
 COMMANDS = {
@@ -158,7 +149,7 @@ COMMANDS = {
 
 def record(place: Path, run: Callable[[list[str]], str]) -> Report:
     """All goldens, made in `place`, the working directory; `run` gives what a command prints."""
-    found: Report = {"snapshots": {}, "reports": {}}
+    found: Report = {"snapshots": {}, "reports": {}, "outputs": {}}
     with mock.patch("secrets.token_hex", side_effect=_run_id):
         for name, train in TRAININGS.items():
             train(place / name)
@@ -167,12 +158,9 @@ def record(place: Path, run: Callable[[list[str]], str]) -> Report:
     for name, words in COMMANDS.items():
         printed = run(words.format(snapshot=snapshot.relative_to(place)).split())
         found["reports"][name] = without_places(json.loads(printed))
-    outputs = [path for path in sorted(place.iterdir()) if path.name not in TRAININGS]
-    found["outputs"] = {
-        path.name: folder(path) if path.is_dir() else content(path)
-        for path in outputs
-        if path.is_dir() or path.suffix == ".safetensors"
-    }
+    for path in sorted(place.iterdir()):
+        if path.name not in TRAININGS and (path.is_dir() or path.suffix == ".safetensors"):
+            found["outputs"][path.name] = folder(path) if path.is_dir() else content(path)
     return found
 
 

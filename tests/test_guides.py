@@ -36,9 +36,6 @@ def commands(block: str) -> list[list[str]]:
     return [line.split() for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", block, re.MULTILINE)]
 
 
-# --- code ------------------------------------------------------------------------------------------
-
-
 def make_model() -> torch.nn.Module:
     torch.manual_seed(0)
     return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.BatchNorm1d(4))
@@ -53,14 +50,11 @@ def train_step(model: torch.nn.Module, batch: torch.Tensor, optimizer: torch.opt
 @pytest.fixture(scope="module")
 def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Snapshots of 100,000 steps of weights that move slowly."""
-    directory = tmp_path_factory.mktemp("finished") / "ema"
-    model = make_model()
-    with PostHocEMA.from_model(model, directory, update_every=500, checkpoint_every=5000) as ema:
+    directory, model = tmp_path_factory.mktemp("finished") / "ema", make_model()
+    with PostHocEMA.from_model(model, directory, update_every=500, checkpoint_every=5000) as ema, torch.no_grad():
         for step in range(100_000):
-            if step % 500 == 499:
-                with torch.no_grad():
-                    for parameter in model.parameters():
-                        parameter += 1e-3 * torch.randn(parameter.shape)
+            for parameter in model.parameters() if step % 500 == 499 else ():
+                parameter += 1e-3 * torch.randn(parameter.shape)
             ema.update_(model)
     return directory
 
@@ -107,18 +101,15 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ema: Ema, names:
 def test_the_hook_in_the_readme_keeps_the_end_and_continues_when_it_is_run_again(
     names: dict[str, Any], steps: int, times: list[int]
 ) -> None:
-    block = code_blocks(README)[0][1]
+    block = compile(code_blocks(README)[0][1], "README.md", "exec")
     names |= {"loader": range(steps), "train_step": lambda model, *_: model[0].weight.data.add_(0.1)}
-    exec(compile(block, "README.md", "exec"), names)
+    exec(block, names)
     pipeline.finish()  # as the end of the process does
     assert sorted({s.info.t for s in read_directory(Path("run/ema"))}) == times
     names["ema"].close()
-    exec(compile(block, "README.md", "exec"), names | {"loader": range(20)})
+    exec(block, names | {"loader": range(20)})
     pipeline.finish()
     assert read_directory(Path("run/ema"))[-1].info.t == steps + 20
-
-
-# --- contents --------------------------------------------------------------------------------------
 
 
 def test_the_readme_is_short_and_links_to_every_guide() -> None:
@@ -134,9 +125,8 @@ def test_every_link_to_a_file_leads_somewhere(page: Path) -> None:
 
 def test_no_line_is_there_twice() -> None:
     """Of README and guides; lines of 40 characters and more, tables' rules aside."""
-    lines = [line.strip() for page in (README, *GUIDES) for line in page.read_text().splitlines()]
-    repeated = {line for line, count in Counter(lines).items() if count > 1 and len(line) >= 40}
-    assert {line for line in repeated if set(line) - set("|-: ")} == set()
+    lines = Counter(line.strip() for page in (README, *GUIDES) for line in page.read_text().splitlines())
+    assert [line for line, count in lines.items() if count > 1 and len(line) >= 40 and set(line) - set("|-: ")] == []
 
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda page: page.stem)
@@ -161,9 +151,6 @@ def test_every_test_and_experiment_in_the_table_of_what_holds_exists() -> None:
     experiments = {experiment.name for experiment in EXPERIMENTS}
     assert set(re.findall(r"\*([^*|]+)\*", table)) <= experiments
     assert set(re.findall(r"^\| ([^|`*]+) \| +[\d,]+ \|", table, re.MULTILINE)) == experiments
-
-
-# --- ema guide -------------------------------------------------------------------------------------
 
 
 def test_ema_guide_lists_every_guide_with_its_subject(ema: Ema) -> None:

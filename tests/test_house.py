@@ -32,9 +32,6 @@ def commands() -> dict:
     return typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 
-# --- names -----------------------------------------------------------------------------------------
-
-
 def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
         "Beta", "Between", "PostHocEMA", "PostHocError", "PowerFunction", "Run", "Schedule", "Window", "averages",
@@ -61,9 +58,6 @@ def test_every_error_has_a_place_in_the_tree_and_an_exit_code() -> None:
         if isinstance(value, type) and issubclass(value, errors.PostHocError) and value is not errors.PostHocError
     }
     assert {name: int(code) for name, code in drawn} == found
-
-
-# --- the direction of imports ----------------------------------------------------------------------
 
 
 def imported(path: Path) -> set[str]:
@@ -101,9 +95,6 @@ def test_help_and_numbers_load_no_torch_and_no_matplotlib(what: str) -> None:
     code = f"{LIGHT[what]}\nimport sys; print(sorted({{'torch', 'matplotlib'}} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
-
-
-# --- documentation ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS | commands().keys()))

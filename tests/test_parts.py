@@ -1,9 +1,11 @@
-"""A synthesis in parts: the same bytes as one file, parts that never mix, and no model before its index."""
+"""A synthesis in parts: the same bytes as one file, parts that never mix, and no model before its index; its processes
+end together, and name the one that failed or died."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,18 @@ from checking import assert_same_tensors
 from ema_command import Ema, Result
 from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, refuse_for_space, write_snapshot
 from safetensors.torch import load_file, save_file
+from torch.distributed import HashStore
 
 import posthoc_cli
 from posthoc_cli import files
-from posthoc_cli.errors import OutputExistsError, WriteError
-from posthoc_cli.export.job import Synthesis
+from posthoc_cli.errors import OutputExistsError, RankError, WriteError
+from posthoc_cli.export import ranks
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
+from posthoc_cli.export.ranks import Ranks
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
-from posthoc_cli.targets import SigmaRel
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (300, 40), "a/../b": (7,), "ü 'quoted'": (3, 5), "none": (0, 4), "one": (),
@@ -67,9 +69,6 @@ def load(folder: Path) -> dict[str, torch.Tensor]:
     return {name: shards[shard][name] for name, shard in weight_map.items()}
 
 
-# --- parts are the whole ---------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("dtype", [None, "bfloat16"])
 @pytest.mark.parametrize("parts", [1, 2, 3, 8, 50])
 def test_any_number_of_parts_gives_together_the_bytes_of_one_file(
@@ -98,20 +97,8 @@ def test_parts_have_nearly_equal_bytes_and_keep_small_neighbours_together(run: P
     assert division == divide(plan, 3)
 
 
-def test_parts_without_tensors_are_whole_files(run: Path, tmp_path: Path) -> None:
-    job = parted(run, tmp_path / "out", 40)
-    made = [job.make(Part(number, 40)) for number in range(1, 41)]
-    empty = next(part for part in made if part.tensors == 0)
-    header = read_header(empty.paths[0])
-    assert (header.tensors, header.metadata["ema.part"]) == ({}, str(empty.part))
-    finish(job)
-
-
 def test_parts_for_a_job_are_no_larger_than_asked_and_as_many_for_each_rank() -> None:
     assert [parts_for(nbytes, 10, 3) for nbytes in (0, 1, 30, 31, 60, 61)] == [3, 3, 3, 6, 6, 9]
-
-
-# --- again -----------------------------------------------------------------------------------------
 
 
 def test_a_part_that_is_there_stays_also_where_another_process_makes_it_at_the_same_time(
@@ -138,26 +125,6 @@ def test_a_failure_leaves_no_part_and_no_folder(run: Path, tmp_path: Path, monke
     with pytest.raises(WriteError, match="no space left"):
         parted(run, tmp_path / "out", 3).make(Part(1, 3))
     assert not (tmp_path / "out").exists()
-
-
-# --- as one call -----------------------------------------------------------------------------------
-
-
-def test_a_synthesis_is_one_call_and_its_report_is_that_of_the_command(ema: Ema, run: Path, tmp_path: Path) -> None:
-    out = str(tmp_path / "{target}.safetensors")
-    made = Synthesis(run, (SigmaRel(0.1), SigmaRel(0.2)), out, dtype="bf16").run()
-    assert made is not None
-    options = ("--dtype", "bf16", "--skip-existing", "--json")
-    printed = ema("synthesize", run, "--sigma-rel", "0.1,0.2", "--out", out, *options)
-    report, found = printed.json, made.to_dict()
-    for index, path in enumerate(made.outputs):
-        assert load_file(path)["embed"].dtype == torch.bfloat16
-        assert report["targets"][index].pop("skipped") is not found["targets"][index].pop("skipped")
-        del report["targets"][index]["seconds"], found["targets"][index]["seconds"]
-    assert report == found
-
-
-# --- as a user types it ----------------------------------------------------------------------------
 
 
 def make(ema: Ema, run: Path, out: Path, *options: object) -> Result:
@@ -324,3 +291,60 @@ def test_parts_of_two_targets_are_not_finished_one_by_one_and_the_error_says_so(
 ) -> None:
     make_all(ema, run, tmp_path / "out", 2, "--sigma-rel", "0.1,0.2")
     assert "or the targets that it was made together with" in finish_it(ema, run, tmp_path / "out" / "sigma_rel-0.1")
+
+
+# --- ranks, here as threads, or absent ------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "FAREWELL", 0.2)
+    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+
+
+@pytest.mark.parametrize(
+    ("alive", "said"), [((0, 2), None), ((0,), "rank 2: has died"), ((), "rank 0 and rank 2: died, or never began")]
+)
+def test_a_process_that_the_launcher_ends_names_those_that_do_not_answer(
+    alive: tuple[int, ...], said: str | None
+) -> None:
+    store = HashStore()
+    for rank in alive:
+        store.set(f"left/{rank}", "1")
+    with pytest.raises(SystemExit if said is None else RankError) as raised, Ranks(1, 3, store):
+        raise SystemExit(143)
+    assert str(raised.value) == (said or "143")
+
+
+def test_a_failure_stops_those_that_work_and_those_that_wait() -> None:
+    store = HashStore()
+    with pytest.raises(ValueError, match="broken"), Ranks(1, 3, store):
+        raise ValueError("broken")
+    with pytest.raises(RankError) as raised, Ranks(0, 3, store) as working:
+        working.check()
+    assert (raised.value.subject, raised.value.reason) == ("rank 1", "failed: broken")
+    with pytest.raises(RankError, match="rank 1"), Ranks(2, 3, store) as waiting:
+        waiting.finish(lambda: None)
+
+
+def test_a_rank_that_does_not_come_is_named_when_the_time_is_up() -> None:
+    store = HashStore()
+    store.set("ready/1", "1")
+    with pytest.raises(RankError) as raised, Ranks(0, 3, store) as rank:
+        rank.finish(lambda: pytest.fail("finished without rank 2"))
+    assert raised.value.subject == "rank 2"
+
+
+def test_the_first_rank_begins_and_finishes_alone_and_all_wait_for_it() -> None:
+    store, done = HashStore(), list[str]()
+
+    def work(number: int) -> list[str]:
+        with Ranks(number, 3, store) as rank:
+            rank.begin(lambda: done.append(f"begun by {number}"))
+            seen = list(done)
+            rank.finish(lambda: done.append(f"finished by {number}"))
+            return seen + done
+
+    with ThreadPoolExecutor(3) as pool:
+        found = list(pool.map(work, range(3)))
+    assert found == [["begun by 0", "begun by 0", "finished by 0"]] * 3

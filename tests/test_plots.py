@@ -133,3 +133,14 @@ def test_the_background_is_opaque_and_what_is_drawn_keeps_away_from_its_edges() 
         edge[10:-10, 10:-10] = False
         assert (pixels[edge] == 1).all()
         assert b'style="fill: #ffffff"' in plots.as_file(draw, ".svg")[:1500]
+
+
+def test_a_profile_has_the_same_colour_in_the_bars_of_every_fit() -> None:
+    one = fit()
+    turned = replace(one, snapshot_times=dict(reversed(one.snapshot_times.items())))
+    figure = plots.error_figure([curve()], [one, turned])
+    colours = [
+        {bars.get_label(): bars.patches[0].get_facecolor() for bars in part.axes[1].containers}
+        for part in figure.subfigs[1:]
+    ]
+    assert colours[0] == colours[1]

@@ -15,8 +15,6 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     PowerFunction,
-    RecordedPowerFunction,
-    beta,
     classical_beta,
     gamma_from_sigma_rel,
     mean_age,
@@ -36,9 +34,6 @@ def exact_gamma_plus_one(sigma_rel: float) -> mpmath.mpf:
         return max(mpmath.re(root) for root in roots)
 
 
-# --- sigma_rel and gamma -------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sigma_rel", [*np.geomspace(1e-4, 0.28867, 60), 0.288675, 1e-6, 0.999e-6, 1e-9, 0.28])
 def test_gamma_agrees_with_fifty_digits(sigma_rel: float) -> None:
     exact = exact_gamma_plus_one(sigma_rel)
@@ -51,11 +46,6 @@ def test_sigma_rel_survives_the_way_to_gamma_and_back(sigma_rel: float) -> None:
     assert sigma_rel_from_gamma(gamma_from_sigma_rel(sigma_rel)) == pytest.approx(sigma_rel, rel=1e-13)
 
 
-def test_the_published_values_of_gamma() -> None:
-    assert gamma_from_sigma_rel(0.05) == pytest.approx(16.97, abs=5e-3)
-    assert gamma_from_sigma_rel(0.10) == pytest.approx(6.94, abs=5e-3)
-
-
 @pytest.mark.parametrize("sigma_rel", [UNIFORM_SIGMA_REL, math.inf, -math.inf])
 def test_an_impossible_sigma_rel_is_refused_with_the_range(sigma_rel: float) -> None:
     with pytest.raises(InvalidValueError, match=r"must lie in \(0, 0\.2887\)"):
@@ -64,13 +54,10 @@ def test_an_impossible_sigma_rel_is_refused_with_the_range(sigma_rel: float) -> 
         sigma_rel_from_gamma(0.0)
 
 
-# --- one update ----------------------------------------------------------------------------------
-
-
-def test_beta_follows_the_true_interval() -> None:
+def test_the_share_of_an_update_follows_the_true_interval() -> None:
     gamma = gamma_from_sigma_rel(0.05)
-    assert beta(gamma, 990, 1000) == pytest.approx(0.99 ** (gamma + 1), rel=1e-14)
-    assert beta(gamma, 990, 1000) < (1 - 1 / 1000) ** (gamma + 1)  # what an interval of 1 would give
+    assert new_value_share(gamma, 990, 1000) == pytest.approx(1 - 0.99 ** (gamma + 1), rel=1e-13)
+    assert new_value_share(gamma, 990, 1000) > 1 - (1 - 1 / 1000) ** (gamma + 1)  # what an interval of 1 would give
     assert new_value_share(16.97, 0, 10) == 1.0  # the first update is taken whole
 
 
@@ -101,9 +88,6 @@ def test_a_chain_of_updates_leaves_the_profiles_own_mass_on_each_value(sigma_rel
     np.testing.assert_allclose(PowerFunction(gamma, times[-1]).discrete_weights(times), by_definition, atol=1e-12)
 
 
-# --- profiles ------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("sigma_rel", [0.02, 0.05, 0.15, 0.28])
 def test_density_and_tail_are_those_of_one_distribution(sigma_rel: float) -> None:
     profile = PowerFunction.from_sigma_rel(sigma_rel, 500.0)
@@ -120,17 +104,6 @@ def test_density_and_tail_are_those_of_one_distribution(sigma_rel: float) -> Non
 def test_discrete_weights_need_growing_times_that_end_at_t(times: list[float]) -> None:
     with pytest.raises(InvalidValueError, match="times"):
         PowerFunction(6.94, 5.0).discrete_weights(times)
-
-
-def test_a_late_start_puts_the_early_mass_on_the_first_value() -> None:
-    recorded = RecordedPowerFunction(gamma=2.0, t=100.0, t_first=50.0, max_interval=10.0)
-    assert recorded.mass_on_first == pytest.approx(0.5**3)
-    np.testing.assert_allclose(recorded.tail([0, 49, 50, 80, 100]), [1, 1, 1 - 0.5**3, 1 - 0.8**3, 0])
-    np.testing.assert_allclose(recorded.density([20, 80]), [0, 3 * 0.8**2 / 100])
-    assert recorded.pure == PowerFunction(2.0, 100.0)
-
-
-# --- the classical average -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("sigma_rel", "known"), KNOWN_TABLE.items())
@@ -174,19 +147,15 @@ def test_times_of_any_dtype_are_computed_in_float64() -> None:
     """At values that float32 holds exactly, so that only the arithmetic can differ."""
     times = np.array([0.0, 1.0, 3.0, 60.0, 97.0, 100.0])
     pure = PowerFunction.from_sigma_rel(0.07, 100.0)
-    for profile in (pure, RecordedPowerFunction(pure.gamma, 100.0, 2.0, 1.0)):
-        for method in (profile.density, profile.tail):
-            found = method(times.astype(np.float32))
-            assert found.dtype == np.float64
-            np.testing.assert_array_equal(found, method(times))
+    for method in (pure.density, pure.tail):
+        found = method(times.astype(np.float32))
+        assert found.dtype == np.float64
+        np.testing.assert_array_equal(found, method(times))
     short = np.array([3, 60, 100])
     np.testing.assert_array_equal(pure.discrete_weights(short.astype(np.float16)), pure.discrete_weights(short))
 
 
 def test_densities_are_those_of_spans_open_on_the_left_and_there_is_no_mass_outside_training() -> None:
-    late = RecordedPowerFunction(6.0, 100.0, 20.0, 1.0)
-    assert late.density(20.0) == 0
-    assert late.density(20.001) == pytest.approx(7 * 0.20001**6 / 100)
     assert PowerFunction(0.0, 100.0).density([0.0, 100.0]).tolist() == [0.0, 0.01]
     profile = PowerFunction.from_sigma_rel(0.1, 10.0)
     np.testing.assert_array_equal(profile.density([-1.0, 0.0, 10.5]), [0, 0, 0])

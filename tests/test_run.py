@@ -9,12 +9,11 @@ from dataclasses import FrozenInstanceError
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
 from ema_command import Ema
-from factories import flip_bit, snapshot_files, write_run
+from factories import flip_bit, random_walk, snapshot_files, write_run
 from safetensors.torch import load_file
 
 from posthoc_cli import Beta, Between, PostHocEMA, PowerFunction, Run, Window
@@ -32,9 +31,7 @@ TARGETS = {
 @pytest.fixture
 def run(tmp_path: Path) -> Run:
     """Ten snapshots of each of two profiles, up to step 100."""
-    generator = np.random.default_rng(0)
-    steps = np.cumsum(generator.normal(size=(100, 5, 3)), axis=0)
-    write_run(tmp_path / "run", [{"w": step, "b": step[0]} for step in steps], range(10, 101, 10))
+    write_run(tmp_path / "run", random_walk(100, {"w": (5, 3), "b": (3,)}), range(10, 101, 10))
     return Run(tmp_path / "run")
 
 
@@ -76,6 +73,10 @@ def test_an_average_of_another_time_and_dtype_that_torch_saves_without_this_pack
     assert_same_tensors(run.average(0.1, t=50, dtype="bfloat16"), weights)
     torch.save(weights, tmp_path / "weights.pt")
     assert_same_tensors(torch.load(tmp_path / "weights.pt", weights_only=True), weights)
+    curve, plan = run.error_curve((0.1, 0.2), others=[Window(50)]), run.plan([0.1, Window(50)], dtype="float64")
+    assert curve.error[0] == pytest.approx(plan.predicted_error(0))
+    assert curve.others[0].predicted_error == pytest.approx(plan.predicted_error(1))
+    assert len(run.plot_errors((0.1, 0.2), draw=[0.15, Window(50)]).subfigs) == 3
 
 
 def written(run: Run, *arguments: Any, **options: Any) -> Any:
@@ -105,28 +106,6 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
     assert written(run, 0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
     with refused("out"):
         run.write(0.1, None)
-
-
-def test_parts_of_a_model(run: Run, tmp_path: Path) -> None:
-    for part in ("2/2", "1/2"):
-        written(run, 0.1, tmp_path / "m", shard=part)
-    assert written(run, 0.1, tmp_path / "m", finish=True).to_dict()["finished"]["parts"] == 2
-    parts = [load_file(path) for path in (tmp_path / "m").glob("*.safetensors")]
-    assert {name: value for part in parts for name, value in part.items()}["w"].equal(run.average(0.1)["w"])
-
-
-def test_the_plan_has_the_coefficients_and_the_error_of_the_curve(run: Run) -> None:
-    plan = run.plan([0.05, 0.1], t=80)
-    (copied, mixed) = plan.to_dict()["targets"]
-    (file,) = (item["file"] for item in copied["snapshots"] if item["coefficient"] > 0.5)
-    assert file.endswith("80-0.05.safetensors")
-    assert sum(item["coefficient"] for item in mixed["snapshots"]) == pytest.approx(1)
-    assert mixed["predicted_error"] == plan.predicted_error(1)
-    curve = run.error_curve((0.1, 0.2), others=[Window(50)])
-    plan = run.plan([0.1, Window(50)], dtype="float64")
-    assert curve.error[0] == pytest.approx(plan.predicted_error(0))
-    assert curve.others[0].predicted_error == pytest.approx(plan.predicted_error(1))
-    assert len(run.plot_errors((0.1, 0.2), draw=[0.15, Window(50)]).subfigs) == 3
 
 
 def test_damage_is_found_and_the_rest_is_described(run: Run) -> None:

@@ -43,9 +43,6 @@ def goals(printed: str) -> list[str]:
     return lines
 
 
-# --- speed and memory ------------------------------------------------------------------------------
-
-
 def test_bench_synthesis(capsys: pytest.CaptureFixture[str]) -> None:
     bench_synthesis.main(["--quick"])
     assert len(goals(capsys.readouterr().out)) == 8
@@ -90,9 +87,6 @@ def test_trace_calls(tmp_path: Path) -> None:
     found = trace_calls.measure(tmp_path)
     assert set(found) == {"update_ with a snapshot", "ema synthesize", "ema error-plot"}
     assert all(len(entered) > 20 for entered in found.values())
-
-
-# --- accuracy --------------------------------------------------------------------------------------
 
 
 def test_bench_batch_norm_measures_better_statistics_than_copied_ones(capsys: pytest.CaptureFixture[str]) -> None:

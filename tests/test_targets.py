@@ -21,9 +21,6 @@ STEPS = Clock.of_steps()
 IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
 
 
-# --- the targets ---------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("target", "label", "title", "sigma_rel", "profile"),
     [
@@ -42,17 +39,12 @@ def test_each_target_has_its_names_and_its_profile(
     assert as_target(target) is target
 
 
-def test_labels_tell_targets_apart_that_differ_late_in_their_digits() -> None:
+def test_a_number_is_a_sigma_rel_and_an_object_with_density_and_tail_a_profile() -> None:
+    for value in (0.15, np.float32(0.15), np.array(0.15)):
+        assert as_target(value) == SigmaRel(float(value))
+    assert as_target(Uniform(0.0, 5.0)) == GivenProfile(Uniform(0.0, 5.0))
     assert Beta(1 - 1e-12).label != Beta(1 - 2e-12).label
     assert SigmaRel(0.1500001).label == "0.1500001"
-    assert Beta(np.float64(0.999)).label == "beta-0.999"
-    assert Window(1000.0).label == "window-1000"  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize("value", [0.15, np.float32(0.15), np.array(0.15)])
-def test_a_number_is_a_sigma_rel_and_an_object_with_density_and_tail_a_profile(value: float) -> None:
-    assert as_target(value) == SigmaRel(float(value))
-    assert as_target(Uniform(0.0, 5.0)) == GivenProfile(Uniform(0.0, 5.0))
 
 
 def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
@@ -87,13 +79,6 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
 def test_an_impossible_target_is_refused(make: Callable[[], object], subject: str, words: str) -> None:
     with refused(subject, words):
         make()
-
-
-def test_the_longest_window_is_the_whole_run() -> None:
-    assert Window(10_000).profile(1e6, IMAGES, 1280.0).tail(0.0) == 1
-
-
-# --- given profiles ------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -139,9 +124,6 @@ def test_the_fault_of_a_given_profile_is_named(profile: object, words: str) -> N
         as_target(profile).profile(100.0, STEPS, 1.0)
 
 
-# --- profiles in files ---------------------------------------------------------------------------
-
-
 def written(tmp_path: Path, content: str | bytes) -> Path:
     path = tmp_path / "curve.csv"
     path.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -151,7 +133,6 @@ def written(tmp_path: Path, content: str | bytes) -> Path:
 @pytest.mark.parametrize(
     "content",
     [
-        "0,0\n50,1\n100,0.25\n",
         "time,density\n0,0\n50,1\n100,0.25",
         "\ufeff# a curve, drawn by hand\r\n\r\ntime, density\r\n 0 , 0\r\n50,1e0\r\n# the end:\r\n100,.25\r\n",
         "0,0\r50,4\r100,1\r",
@@ -161,12 +142,12 @@ def written(tmp_path: Path, content: str | bytes) -> Path:
 def test_a_file_of_points_is_a_profile(tmp_path: Path, content: str) -> None:
     target = ProfileFile(written(tmp_path, content))
     assert (target.label, target.title, target.sigma_rel) == ("curve", "profile curve.csv", None)
-    wanted = Tabulated((0, 50, 100), (0, 1, 0.25))
-    for t in (100.0, 200.0):
-        found = target.profile(t, STEPS, 1.0)
-        at = np.linspace(-1, 101, 50)
-        np.testing.assert_allclose(found.tail(at), wanted.tail(at), rtol=1e-14)
-        np.testing.assert_allclose(found.density(at), wanted.density(at), rtol=1e-14)
+    wanted, at = Tabulated((0, 50, 100), (0, 1, 0.25)), np.linspace(-1, 101, 50)
+    found = target.profile(100.0, STEPS, 1.0)
+    np.testing.assert_allclose(found.tail(at), wanted.tail(at), rtol=1e-14)
+    np.testing.assert_allclose(found.density(at), wanted.density(at), rtol=1e-14)
+    target.path.unlink()
+    assert target.profile(200.0, STEPS, 1.0) is found  # it is read once
 
 
 @given(
@@ -213,10 +194,3 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path, words in ((Path("a\0b"), "cannot be read"), (huge, "larger than 100 MB")):
         with refused("profile", words):
             _ = ProfileFile(path).table
-
-
-def test_a_file_is_read_once(tmp_path: Path) -> None:
-    target = ProfileFile(str(written(tmp_path, "0,1\n5,1\n")))  # type: ignore[arg-type]
-    first = target.profile(5.0, STEPS, 1.0)
-    target.path.unlink()
-    assert target.profile(6.0, STEPS, 1.0) is first

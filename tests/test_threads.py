@@ -53,12 +53,7 @@ def test_planning_and_thinning_take_one_thread(monkeypatch: pytest.MonkeyPatch) 
     seen: list[set[int]] = []
     for module, name in ((thinning, "losses_of"), (proposals, "forecast")):
         real = getattr(module, name)
-
-        def watched(*arguments: object, real=real, **named: object) -> object:  # type: ignore[no-untyped-def]
-            seen.append(blas_threads())
-            return real(*arguments, **named)
-
-        monkeypatch.setattr(module, name, watched)
+        monkeypatch.setattr(module, name, lambda *a, real=real, **k: (seen.append(blas_threads()), real(*a, **k))[1])
     propose(Task(100, 10, 10**6, sigma_rels=(0.1,), dtype="float16", max_checkpoints=4, checkpoint_every=20))
     snapshots = [PowerFunction.from_sigma_rel(0.1, float(t)) for t in range(1, 6)]
     assert snapshots_to_drop(snapshots, assumed_prior(snapshots, 1e-4), 4)

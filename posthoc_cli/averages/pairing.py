@@ -113,16 +113,13 @@ def wide_averages(
         narrow = {pair.name: pair.average for pair in batch if is_narrow(pair.average.dtype)}
         wide = accumulators.behind(narrow)
         averages = [wide.get(pair.name, pair.average) for pair in batch]
-        sources = [pair.source for pair in batch]
-        other = [
-            index
-            for index, (average, source) in enumerate(zip(averages, sources, strict=True))
-            if source.dtype != average.dtype or source.device != average.device
-        ]
-        copies = copies_like([(sources[index], averages[index].device, averages[index].dtype) for index in other])
-        for index, copied in zip(other, copies, strict=True):
-            sources[index] = copied
-        yield averages, sources
+        unlike = {
+            pair.name: (pair.source, average.device, average.dtype)
+            for pair, average in zip(batch, averages, strict=True)
+            if pair.source.dtype != average.dtype or pair.source.device != average.device
+        }
+        copies = dict(zip(unlike, copies_like([*unlike.values()]), strict=True))
+        yield averages, [copies.get(pair.name, pair.source) for pair in batch]
         if narrow:
             torch._foreach_copy_(list(narrow.values()), [wide[name] for name in narrow])
 

@@ -11,7 +11,6 @@ from typer import Option
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.cli.output import print_line
-from posthoc_cli.cli.values import parse_count
 
 if TYPE_CHECKING:
     from posthoc_cli.demo import Result
@@ -34,7 +33,7 @@ def demo(
     """
     from posthoc_cli.demo import run
 
-    count = parse_count(steps, "--steps", "10000, 1e4 or 10K")
+    count = values.parse_count(steps, "--steps", "10000, 1e4 or 10K")
     say = output.print_note if as_json else print_line
     result = run(files.expanded(out), count, force, say, output.progress_bar(unit="steps"))
     output.print_json(result.to_dict()) if as_json else _print(result)

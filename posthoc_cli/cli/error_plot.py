@@ -13,17 +13,6 @@ from typer import Argument, Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.cli.values import (
-    PICTURES,
-    STORED_DTYPES,
-    existing,
-    new_file,
-    parse_count,
-    parse_sigma_range,
-    parse_sigma_rels,
-    parse_targets,
-    read_likeness,
-)
 from posthoc_cli.errors import InvalidValueError, printable
 
 if TYPE_CHECKING:
@@ -87,13 +76,13 @@ def error_plot(
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or ask for --csv or --json")
     if out is not None and out == csv_out:
         raise InvalidValueError("--csv", "is the picture's name too", "take another", value=csv_out)
-    out = new_file(out, "--out", PICTURES, overwrite)
-    csv_out = new_file(csv_out, "--csv", (".csv",), overwrite)
-    targets = parse_targets(draw, beta, window, between, profile, "--draw")
-    ends = parse_sigma_range(sigma_range)
+    out = values.new_file(out, "--out", values.PICTURES, overwrite)
+    csv_out = values.new_file(csv_out, "--csv", (".csv",), overwrite)
+    targets = values.parse_targets(draw, beta, window, between, profile, "--draw")
+    ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
-    candidates = [Run(path).candidate(t) for path in [existing(path, directory=True) for path in directories]]
+    candidates = [Run(path).candidate(t) for path in [values.existing(path, directory=True) for path in directories]]
     candidates += _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints, dtype, like)
     if not candidates:
         what = "name a directory of snapshots, or a schedule"
@@ -125,15 +114,15 @@ def _schedules(
     """One for each --sigma-rels, from the options of these names."""
     from posthoc_cli.planning import Candidate, Schedule, relative_rounding
 
-    dtype = STORED_DTYPES.get(dtype, dtype)
+    dtype = values.STORED_DTYPES.get(dtype, dtype)
     rounding = relative_rounding(dtype)
     count = len(sigma_rels)
     lengths, intervals = _counts(steps, "--steps", count), _counts(every, "--checkpoint-every", count)
     kept: Sequence[int | None] = _counts(most, "--max-checkpoints", count) if most else [None] * count
     candidates = []
     for text, length, interval, limit in zip(sigma_rels, lengths, intervals, kept, strict=True):
-        earlier, assumption = read_likeness(like, length)
-        widths = tuple(parse_sigma_rels(text, "--sigma-rels"))
+        earlier, assumption = values.read_likeness(like, length)
+        widths = tuple(values.parse_sigma_rels(text, "--sigma-rels"))
         schedule = Schedule(widths, length, interval, limit, earlier.rounding.get(dtype, rounding))
         candidates.append(Candidate.of_schedule(schedule, earlier.motion, assumption))
     return candidates
@@ -146,7 +135,7 @@ def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
     if len(texts) not in (1, schedules):
         times = f"give it once, or once for each --sigma-rels ({schedules}); it came {len(texts)} times"
         raise InvalidValueError(option, times)
-    return [parse_count(texts[index % len(texts)], option) for index in range(schedules)]
+    return [values.parse_count(texts[index % len(texts)], option) for index in range(schedules)]
 
 
 def _table(curves: list[ErrorCurve]) -> str:

@@ -8,7 +8,6 @@ from typer import Argument, Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.cli.values import existing
 
 EPILOG = (
     "Example:  ema export model.safetensors --out model.pt   or   "
@@ -47,10 +46,10 @@ def export(
     """
     from posthoc_cli.export.convert import export_file
 
-    base = None if base is None else existing(base)
+    base = None if base is None else values.existing(base)
     report = export_file(
-        existing(file), files.expanded(out), layout, dtype, base, prefix, strip_prefix, overwrite, max_shard_size,
-        output.progress_bar(quiet),
+        values.existing(file), files.expanded(out), layout, dtype, base, prefix, strip_prefix, overwrite,
+        max_shard_size, output.progress_bar(quiet),
     )  # fmt: skip
     if as_json:
         output.print_json(report.to_dict())

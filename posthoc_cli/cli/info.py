@@ -10,7 +10,6 @@ import typer
 from typer import Argument, Option
 
 from posthoc_cli.cli import output, values
-from posthoc_cli.cli.values import existing
 
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 _LONGEST_TEXT = 200
@@ -30,7 +29,7 @@ def info(
     """
     from posthoc_cli.snapshots.description import describe
 
-    report = describe(existing(path))
+    report = describe(values.existing(path))
     output.print_json(report) if as_json else _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)

@@ -10,17 +10,6 @@ from typer import Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.cli.values import (
-    PICTURES,
-    STORED_DTYPES,
-    new_file,
-    optional,
-    parse_count,
-    parse_max_error,
-    parse_sigma_range,
-    parse_sigma_rels,
-    read_likeness,
-)
 
 if TYPE_CHECKING:
     from posthoc_cli.planning import Proposal, Task
@@ -66,19 +55,19 @@ def plan(
     """
     from posthoc_cli.planning import Task, planning_report, propose
 
-    out = new_file(out, "--out", PICTURES, overwrite)
+    out = values.new_file(out, "--out", values.PICTURES, overwrite)
     task = Task(
-        steps=parse_count(steps, "--steps"),
-        parameters=parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
+        steps=values.parse_count(steps, "--steps"),
+        parameters=values.parse_count(params, "--params", "1.2e9, 1.2B or 350M"),
         max_bytes=files.parse_bytes(max_size, "--max-size"),
-        sigma_range=parse_sigma_range(sigma_range),
-        max_error=parse_max_error(max_error),
-        sigma_rels=None if sigma_rels is None else tuple(sorted(parse_sigma_rels(sigma_rels, "--sigma-rels"))),
-        dtype=None if dtype is None else STORED_DTYPES.get(dtype, dtype),
-        checkpoint_every=optional(parse_count, checkpoint_every, "--checkpoint-every"),
-        max_checkpoints=optional(parse_count, max_checkpoints, "--max-checkpoints", "20"),
+        sigma_range=values.parse_sigma_range(sigma_range),
+        max_error=values.parse_max_error(max_error),
+        sigma_rels=None if sigma_rels is None else tuple(sorted(values.parse_sigma_rels(sigma_rels, "--sigma-rels"))),
+        dtype=None if dtype is None else values.STORED_DTYPES.get(dtype, dtype),
+        checkpoint_every=values.optional(values.parse_count, checkpoint_every, "--checkpoint-every"),
+        max_checkpoints=values.optional(values.parse_count, max_checkpoints, "--max-checkpoints", "20"),
     )
-    earlier, assumption = read_likeness(like, task.steps)
+    earlier, assumption = values.read_likeness(like, task.steps)
     task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
     with output.working("looking for the best schedules"):
         proposals = propose(task)

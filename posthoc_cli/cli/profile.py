@@ -5,7 +5,6 @@ from __future__ import annotations
 from typer import Option
 
 from posthoc_cli.cli import output, values
-from posthoc_cli.cli.values import parse_count, parse_numbers, parse_sigma_rels
 from posthoc_cli.errors import InvalidValueError
 
 EPILOG = (
@@ -32,9 +31,10 @@ def profile(
 
     if sigma_rel is not None and beta is not None:
         raise InvalidValueError("--sigma-rel and --beta", "give one of them")
-    count = parse_count(steps, "--steps")
-    widths = parse_sigma_rels(sigma_rel or _DEFAULT) if beta is None else []
-    rows = [row.to_dict() for row in convert(count, widths, [] if beta is None else parse_numbers(beta, "--beta"))]
+    count = values.parse_count(steps, "--steps")
+    widths = values.parse_sigma_rels(_DEFAULT if sigma_rel is None else sigma_rel) if beta is None else []
+    betas = [] if beta is None else values.parse_numbers(beta, "--beta")
+    rows = [row.to_dict() for row in convert(count, widths, betas)]
     if as_json:
         output.print_json({"steps": count, "profiles": rows})
     else:

@@ -10,7 +10,6 @@ from typer import Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.cli.values import check_leave, existing, optional, parse_count, parse_max_error, parse_sigma_range
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -42,12 +41,12 @@ def prune(
 
     if [keep, max_size, max_error].count(None) != 2:
         raise InvalidValueError("--keep, --max-size and --max-error", "give one of them")
-    count = optional(parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
-    max_bytes = optional(files.parse_bytes, max_size, "--max-size")
-    error = optional(parse_max_error, max_error)
-    wanted = parse_sigma_range(sigma_range)
-    directory = existing(directory, directory=True)
-    check_leave(yes, dry_run, as_json)
+    count = values.optional(values.parse_count, keep, "--keep", "20; the newest snapshot of each profile stays")
+    max_bytes = values.optional(files.parse_bytes, max_size, "--max-size")
+    error = values.optional(values.parse_max_error, max_error)
+    wanted = values.parse_sigma_range(sigma_range)
+    directory = values.existing(directory, directory=True)
+    values.check_leave(yes, dry_run, as_json)
 
     def agree(planned: Pruning) -> bool:
         if not as_json:

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 from typer import Option
 
 from posthoc_cli.cli import output, values
-from posthoc_cli.cli.values import existing, optional, parse_count, parse_max_error, parse_targets
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -85,16 +84,16 @@ def synthesize(
     from posthoc_cli.run import Run
 
     output.log_to_stderr(verbose)
-    targets = parse_targets(sigma_rel, beta, window, between, profile)
+    targets = values.parse_targets(sigma_rel, beta, window, between, profile)
     if not targets:
         kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000 or --profile FILE"
         raise InvalidValueError("no target", f"name one or several by {kinds}")
-    report = Run(existing(directory, directory=True)).write(
-        targets, out, t=t, step=optional(parse_count, step, "--step"), method=method,
-        max_error=optional(parse_max_error, max_error), dtype=dtype, layout=layout, max_shard_size=max_shard_size,
-        device=device, accumulate=accumulate, overwrite=overwrite, skip_existing=skip_existing, dry_run=dry_run,
-        shard=shard, finish=finish, distributed=shard is None and not finish and is_rank(),
-        progress=output.progress_bar(quiet, verbose),
+    report = Run(values.existing(directory, directory=True)).write(
+        targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
+        max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
+        max_shard_size=max_shard_size, device=device, accumulate=accumulate, overwrite=overwrite,
+        skip_existing=skip_existing, dry_run=dry_run, shard=shard, finish=finish,
+        distributed=shard is None and not finish and is_rank(), progress=output.progress_bar(quiet, verbose),
     )  # fmt: skip
     if report is not None and as_json:
         output.print_json(report.to_dict())

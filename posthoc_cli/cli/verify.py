@@ -9,7 +9,6 @@ import typer
 from typer import Argument, Option
 
 from posthoc_cli.cli import output, values
-from posthoc_cli.cli.values import check_leave, existing
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -46,10 +45,10 @@ def verify(
     if (yes or dry_run) and not (repair or clean):
         raise InvalidValueError("--yes" if yes else "--dry-run", "goes with --repair or --clean")
     if repair or clean:
-        check_leave(yes, dry_run, as_json)
+        values.check_leave(yes, dry_run, as_json)
     reports, fine = [], True
     # All are looked up first: reading takes long, and a wrong path is known at once.
-    for path in [existing(path) for path in paths]:
+    for path in [values.existing(path) for path in paths]:
         found = check_path(path, deep, output.progress_bar())
         report, broken = found.to_dict(), bool(found.broken)
         plan = plan_repair(found) if repair else None

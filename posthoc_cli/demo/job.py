@@ -18,8 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from posthoc_cli import files, plots
-from posthoc_cli.demo.denoiser import Denoiser, Digits, Validation, load_digits
-from posthoc_cli.demo.training import UPDATE_EVERY, Settings, train
+from posthoc_cli.demo.training import UPDATE_EVERY, Denoiser, Digits, Settings, Validation, load_digits, train
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
 
@@ -99,12 +98,8 @@ class Result:
 def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Result:
     """Train a small diffusion model with the hook, and choose the length of its average afterwards.
 
-    Arguments:
-        out: the folder of the results.
-        steps: of training; a multiple of 100.
-        force: replace an earlier demo in `out`.
-        say: prints what is going on.
-        watch: opens a progress bar, of the steps of training.
+    The results go to the folder `out`, with `force` in the place of an earlier demo; `steps` is a multiple of 100;
+    `watch` opens a progress bar, of the steps of training.
 
     Raises:
         InvalidValueError, OutputExistsError, MissingDependencyError: see `Settings`, `Folder.prepare`, `load_digits`.

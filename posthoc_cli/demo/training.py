@@ -1,4 +1,11 @@
-"""The training loop with the hook, and directly tracked averages to compare with."""
+"""A small diffusion model, its data and its training with the hook.
+
+After Karras et al., arXiv 2206.00364, table 1: a network F with preconditioning is the denoiser
+
+    D(x; sigma) = c_skip(sigma) x + c_out(sigma) F(c_in(sigma) x; c_noise(sigma)),
+
+trained on images with added noise of standard deviation `sigma`, which here is never the width of an average.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +16,141 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
-from posthoc_cli.demo.denoiser import Denoiser, Digits, losses, make_denoiser, random_noise_levels
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, MissingDependencyError
 from posthoc_cli.tracker import PostHocEMA
+
+PIXELS = 8 * 8
+CLASSES = 10
+STANDARD_DEVIATION = 0.75
+"""Of the pixels, scaled to -1 (paper) .. 1 (ink)."""
+
+_FOR_VALIDATION = 360
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Images, shape [images, 64], in -1 .. 1, and the digit of each, shape [images]."""
+
+    images: torch.Tensor
+    labels: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images for training and for validation."""
+
+    training: Digits
+    validation: Digits
+
+
+def load_digits(seed: int) -> Split:
+    """All images, split at random; a MissingDependencyError if scikit-learn is not installed."""
+    try:
+        from sklearn import datasets
+    except ModuleNotFoundError as error:
+        reason = "is not installed; the demo trains on its images of digits"
+        raise MissingDependencyError("scikit-learn", reason, "pip install 'posthoc-cli[demo]'") from error
+    pixels, labels = datasets.load_digits(return_X_y=True)
+    images = torch.as_tensor(pixels, dtype=torch.float32) / 8 - 1  # from 0 .. 16
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    images, labels = images[order], torch.as_tensor(labels, dtype=torch.int64)[order]
+    count = _FOR_VALIDATION
+    return Split(Digits(images[count:], labels[count:]), Digits(images[:count], labels[:count]))
+
+
+LOG_NOISE_MEAN, LOG_NOISE_STD = -0.8, 1.2
+"""Of the normal distribution of ln(sigma) in training and validation."""
+
+_FREQUENCIES = 16
+_VARIANCE = STANDARD_DEVIATION**2
+
+
+class Denoiser(nn.Module):
+    """An MLP with residual blocks, conditioned on the noise level and the digit."""
+
+    frequencies: torch.Tensor
+
+    def __init__(self, width: int = 128, blocks: int = 3) -> None:
+        super().__init__()
+        self.register_buffer("frequencies", torch.logspace(-0.5, 1, _FREQUENCIES))
+        self.noise = nn.Linear(2 * _FREQUENCIES, width)
+        self.label = nn.Embedding(CLASSES, width)
+        self.inward = nn.Linear(PIXELS, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(blocks))
+        self.outward = nn.Linear(width, PIXELS)
+
+    def forward(self, noisy: torch.Tensor, sigma: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The denoised images: `noisy` [batch, 64], `sigma` [batch, 1], `labels` [batch] -> [batch, 64]."""
+        total = (sigma**2 + _VARIANCE).sqrt()
+        angles = sigma.log() / 4 * self.frequencies
+        condition = self.noise(torch.cat([angles.cos(), angles.sin()], dim=-1)) + self.label(labels)
+        hidden = self.inward(noisy / total)
+        for block in self.blocks:
+            hidden = block(hidden, nn.functional.silu(condition))
+        out: torch.Tensor = self.outward(hidden)
+        return noisy * _VARIANCE / total**2 + out * sigma * STANDARD_DEVIATION / total
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.inward = nn.Linear(width, width)
+        self.scale = nn.Linear(width, width)
+        self.outward = nn.Linear(width, width)
+
+    def forward(self, hidden: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        inner = self.inward(self.norm(hidden)) * (1 + self.scale(condition))
+        out: torch.Tensor = hidden + self.outward(nn.functional.silu(inner))
+        return out
+
+
+def make_denoiser(seed: int) -> Denoiser:
+    """A denoiser with random weights; keeps the global random state."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Denoiser()
+
+
+def losses(model: nn.Module, digits: Digits, sigma: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
+    """The weighted squared error of each image, shape [images]; for F = 0 about 1 in the mean.
+
+    `sigma` are the noise levels, shape [images, 1]; `noise` is standard normal, shape [images, 64].
+    """
+    denoised = model(digits.images + sigma * noise, sigma, digits.labels)
+    weight = (sigma**2 + _VARIANCE) / (sigma**2 * _VARIANCE)
+    weighted: torch.Tensor = weight * (denoised - digits.images) ** 2
+    return weighted.mean(dim=-1)
+
+
+class Validation:
+    """The loss on images that training never saw, with the same noise at every call.
+
+    Each image has `draws` of noise, at the quantiles of the noise levels of training.
+    """
+
+    def __init__(self, digits: Digits, seed: int, draws: int = 32) -> None:
+        self._digits = digits
+        self._noise = torch.randn(draws, *digits.images.shape, generator=torch.Generator().manual_seed(seed))
+        middles = (torch.arange(draws) + 0.5) / draws
+        self._sigmas = (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.special.ndtri(middles)).exp()
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> torch.Tensor:
+        """The loss of each image, the mean over its draws: float64, shape [images]."""
+        sigmas = self._sigmas.reshape(-1, 1, 1).expand(-1, len(self._digits.images), 1)
+        rows = [losses(model, self._digits, *draw) for draw in zip(sigmas, self._noise, strict=True)]
+        return torch.stack(rows).double().mean(dim=0)
+
+
+def random_noise_levels(count: int, generator: torch.Generator) -> torch.Tensor:
+    """Noise levels as in training, shape [count, 1]."""
+    return (LOG_NOISE_MEAN + LOG_NOISE_STD * torch.randn(count, 1, generator=generator)).exp()
+
+
+# --- the training ------------------------------------------------------------------------------------
 
 UPDATE_EVERY = 10
 SNAPSHOTS = 40

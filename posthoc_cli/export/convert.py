@@ -178,8 +178,7 @@ def _read_source(
     """The tensors of the model to export, under all their names, and its metadata as an output."""
     tensors: dict[str, _PlannedTensor] = {}
     found: list[tuple[Path, OutputInfo | None]] = []
-    index = index_of(source)
-    name = source.name if index is None else index.parent.name
+    name = source.name if (index := index_of(source)) is None else index.parent.name
     for file in _open_model(stack, source):
         own, info = _read_file(file, name, dtype)
         found.append((file.path, info))
@@ -193,35 +192,29 @@ def _read_source(
 
 def _read_file(file: TensorFile, model: str, dtype: str | None) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """The tensors of one file, under all their names, and its metadata; `model` is the name of the source."""
-    kind = file_kind(file.header)
-    if kind == "snapshot":
-        return _read_snapshot(file, model, dtype)
-    if kind == "state":
-        raise FileFormatError(file.path, "is a tracker's state, not weights", "export a snapshot, or a synthesis")
-    if kind not in (None, "output"):
-        raise FileFormatError(file.path, f"its ema.format is {shown(kind)}, which this release does not know")
+    kind, entries, info = file_kind(file.header), file.header.tensors, None
     if kind is None:
-        return {name: _planned(file, name, "other", dtype) for name in file.header.tensors}, None
-    info = decode_output(file.path, file.header)
-    roles = {name: "copy" if name in info.copies else "average" for name in file.header.tensors}
-    return {name: _planned(file, name, role, dtype) for name, role in roles.items()}, info
+        found = [(name, name, entry.dtype, "other") for name, entry in entries.items()]
+    elif kind == "output":
+        info = decode_output(file.path, file.header)
+        roles = {name: "copy" if name in info.copies else "average" for name in entries}
+        found = [(name, name, entry.dtype, roles[name]) for name, entry in entries.items()]
+    elif kind == "snapshot":
+        snapshot = decode_snapshot(file.path, file.header)
+        names = {name: name for name in snapshot.tensors} | snapshot.aliases
+        found = [(n, own, snapshot.tensors[own].dtype, snapshot.tensors[own].role) for n, own in names.items()]
+        info = OutputInfo(
+            snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
+            snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
+        )  # fmt: skip
+    elif kind == "state":
+        raise FileFormatError(file.path, "is a tracker's state, not weights", "export a snapshot, or a synthesis")
+    else:
+        raise FileFormatError(file.path, f"its ema.format is {shown(kind)}, which this release does not know")
+    return {n: _planned(file, own, stored, role, dtype) for n, own, stored, role in found}, info
 
 
-def _read_snapshot(file: TensorFile, model: str, dtype: str | None) -> tuple[dict[str, _PlannedTensor], OutputInfo]:
-    snapshot = decode_snapshot(file.path, file.header)
-    tensors = {}
-    for alias, name in ({name: name for name in snapshot.tensors} | snapshot.aliases).items():
-        tracked = snapshot.tensors[name]
-        stored = tracked.dtype if tracked.role == "copy" else dtype or tracked.dtype
-        tensors[alias] = _PlannedTensor(file, name, stored, tracked.role)
-    return tensors, OutputInfo(
-        snapshot.run_id, f"sigma_rel {snapshot.sigma_rel!r}", snapshot.sigma_rel, snapshot.gamma, snapshot.t,
-        snapshot.t_unit, "tracked", profile_error=0.0, predicted_error=None, snapshots=((model, 1.0),),
-    )  # fmt: skip
-
-
-def _planned(file: TensorFile, name: str, role: str, dtype: str | None) -> _PlannedTensor:
-    own = file.header.tensors[name].dtype
+def _planned(file: TensorFile, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
     return _PlannedTensor(file, name, own if role == "copy" or own not in EPS else dtype or own, role)
 
 
@@ -247,7 +240,7 @@ def _read_base(
         for name, entry in file.header.tensors.items():
             seen.add(name)
             if name not in own:
-                tensors[name] = _planned(file, name, "other", dtype)
+                tensors[name] = _planned(file, name, entry.dtype, "other", dtype)
             elif own[name].shape != entry.shape:
                 shapes = f"has the shape {list(entry.shape)}, the average {list(own[name].shape)}"
                 raise MismatchError(file.path, f"tensor {name!r} {shapes}")

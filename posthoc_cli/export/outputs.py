@@ -74,11 +74,7 @@ def fill_sinks(stack: ExitStack, plan: Plan, outputs: Mapping[Path, Mapping[str,
 
 
 def check_space(outputs: Mapping[Path, int]) -> None:
-    """Check that every disk has room for its outputs, given the bytes of each; one that is replaced keeps its room.
-
-    Raises:
-        WriteError: naming the place, what is needed and what is free.
-    """
+    """Check that every disk has room for its outputs, or raise a WriteError; one that is replaced keeps its room."""
     disks: dict[int, list[tuple[Path, int]]] = defaultdict(list)
     for path, nbytes in outputs.items():
         place = next((folder for folder in (path, *path.parents) if folder.is_dir()), None)
@@ -183,9 +179,7 @@ def output_exists(path: Path, layout: str) -> bool:
 def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = None) -> set[int]:
     """The targets of a plan, by index, whose output is there already; every byte of it is verified.
 
-    Raises:
-        OutputExistsError: a file with an output's name is damaged, or of another run, target, time, method or dtype, of
-            other snapshots, or has no metadata to tell.
+    An OutputExistsError if it is damaged, of another run, target, time, method, dtype or snapshots, or does not tell.
     """
     there = {index for index, path in enumerate(paths) if output_exists(path, layout_of(path, layout))}
     for index in sorted(there):

@@ -77,34 +77,21 @@ class Part:
 
 @dataclass(frozen=True)
 class MadePart:
-    """One part after it was made.
-
-    Attributes:
-        part: which one.
-        paths: its file for each target.
-        there: the targets, by index, whose file was there already, complete and of the same plan.
-        tensors: stored tensors in it.
-        read_bytes: bytes of snapshots that making it reads.
-        nbytes: bytes of its tensors, for all targets.
-    """
+    """One part after it was made, or as it would be."""
 
     part: Part
-    paths: tuple[Path, ...]
-    there: frozenset[int]
+    paths: tuple[Path, ...]  # its file for each target
+    there: frozenset[int]  # the targets, by index, whose file was there already, complete and of the same plan
     tensors: int
-    read_bytes: int
-    nbytes: int
+    read_bytes: int  # of snapshots
+    nbytes: int  # for all targets
 
 
 class PartedSynthesis:
-    """A plan divided into parts.
+    """A plan of snapshots on disk, divided into parts of the models in `folders`, one a target.
 
-    Arguments:
-        plan: from `plan_synthesis`, of snapshots on disk.
-        folders: the folder of the model of each target.
-        parts: their number.
-        options: how parts are made; `overwrite` replaces parts, and models, of other plans.
-        container: the folder of the folders, created if it is missing.
+    `options.overwrite` replaces parts, and models, of other plans. `container` is the folder of the folders, created if
+    it is missing.
     """
 
     def __init__(
@@ -187,11 +174,7 @@ class PartedSynthesis:
                         raise
 
     def _is_there(self, file: PartFile) -> bool:
-        """Whether a part is there, complete and of this plan; every byte of it is verified.
-
-        Raises:
-            OutputExistsError: something else is, and may not be replaced.
-        """
+        """Whether a part is there, every byte verified; an OutputExistsError if something else may not be replaced."""
         folder, overwrite = file.path.parent, self.options.overwrite
         there = os.path.lexists(file.path)
         check_free_folder(folder, overwrite or there)
@@ -307,12 +290,7 @@ class PartFile:
         return outputs.output_metadata(self.info) | own
 
     def read_header(self) -> fmt.FileHeader:
-        """The header of the file that is there, if it is this part: of the right size, and of the same plan.
-
-        Raises:
-            FileFormatError: it is damaged, or no part.
-            MismatchError: it is of another plan; says what differs.
-        """
+        """The header of the file that is there, which is this part; else a FileFormatError or MismatchError."""
         header = read_header(self.path)
         found = outputs.decode_output(self.path, header)
         if "ema.part" not in header.metadata:
@@ -345,18 +323,11 @@ class PartFile:
 
 @dataclass(frozen=True)
 class Finished:
-    """A model that is complete.
-
-    Attributes:
-        parts: how many it has.
-        indexes: the index of each target.
-        there: the targets, by index, whose index was there already, with the same content.
-        nbytes: bytes of all tensors.
-    """
+    """Models that are complete: the number of their parts, and the index and the bytes of all targets."""
 
     parts: int
     indexes: tuple[Path, ...]
-    there: frozenset[int]
+    there: frozenset[int]  # the targets, by index, whose index was there already, with the same content
     nbytes: int
 
 
@@ -366,12 +337,8 @@ def finish(
     """Check that every part of every target is there and belongs together, then write the indexes.
 
     Parts are of this plan, and hold exactly the tensors that the plan gives them; so they are disjoint and complete.
-
-    Arguments:
-        parted: the plan that the parts must be of.
-        verify: read all parts and check every block; else headers and sizes only.
-        progress: called with the bytes just verified.
-        write: False to check only.
+    With `verify` all parts are read and every block is checked, else headers and sizes only; without `write` nothing
+    is done beyond that.
 
     Raises:
         NotReadyError: a part is missing; nothing was written.
@@ -393,15 +360,9 @@ def finish(
 
 
 def parts_to_finish(folders: Sequence[Path], plan_ids: Callable[[int], Collection[str]]) -> int:
-    """Number of parts of the model whose parts are in the folders.
+    """Number of parts of the model whose parts are in the folders; a NotReadyError if none or several could be meant.
 
-    Arguments:
-        folders: one a target.
-        plan_ids: digests of the plan to finish, for a number of parts. Only called if there are parts of several
-            models.
-
-    Raises:
-        NotReadyError: there is no part, or several models match.
+    `plan_ids` gives the digests of the plan to finish for a number of parts, if there are parts of several models.
     """
     found: dict[int, list[Path]] = {}
     for path in (path for folder in folders if folder.is_dir() for path in files.system.list(folder)):

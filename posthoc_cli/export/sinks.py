@@ -34,13 +34,7 @@ OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
 def make_sink(
     layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
 ) -> Sink:
-    """A sink for one output; call its `discard` at the end in any case.
-
-    Arguments:
-        layout: "safetensors", "sharded" (`path` is a folder) or "pt".
-        specs: every tensor that will be written.
-        metadata: strings for the header; a .pt file has no place for them.
-    """
+    """A sink for the tensors of one output; call its `discard` at the end in any case."""
     if not path.parent.is_dir():
         raise InvalidValueError(path, "its folder does not exist")
     if options.overwrite:
@@ -53,11 +47,7 @@ def make_sink(
 
 
 def check_no_snapshot(path: Path) -> None:
-    """Check that neither a file, nor what a new model in that folder would replace, is a snapshot.
-
-    Raises:
-        OutputExistsError: it is, and nothing can make it again.
-    """
+    """Check that neither a file, nor what a new model in that folder would replace, is a snapshot: none is replaced."""
     found = [path]
     if path.is_dir():
         found = [file for file in files.system.list(path) if MODEL_FILE.fullmatch(file.name)]
@@ -75,11 +65,7 @@ def holds_model(folder: Path) -> bool:
 
 
 def check_free_folder(folder: Path, overwrite: bool) -> None:
-    """Check that shards may be written into a folder.
-
-    Raises:
-        OutputExistsError: it is a file, or holds a model that may not be replaced.
-    """
+    """Check that shards may be written into a folder: it is no file, and holds no model that may not be replaced."""
     if folder.exists() and not folder.is_dir():
         raise OutputExistsError(folder, "is a file; shards need a folder")
     if not overwrite and holds_model(folder):

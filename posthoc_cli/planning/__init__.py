@@ -12,7 +12,7 @@ from posthoc_cli.planning.curves import (
     check_sigma_range,
     error_curve,
     profile_fit,
-)
+)  # fmt: skip
 from posthoc_cli.planning.proposals import (
     Proposal,
     Task,
@@ -21,17 +21,17 @@ from posthoc_cli.planning.proposals import (
     planning_report,
     propose,
     relative_rounding,
-)
-from posthoc_cli.planning.schedule import MOST_TIMES, Forecast, Schedule, forecast, forecast_at, listed, sigma_rels_in
+)  # fmt: skip
+from posthoc_cli.planning.schedule import MOST_TIMES, Forecast, Schedule, forecast, forecast_at, listed
 from posthoc_cli.planning.thinning import (
     MOST_SOLVED,
     USEFUL_RANGE,
-    choose,
     errors_after_each,
     exchanged,
     losses_of,
     snapshots_to_drop,
-)
+    thinned_subset,
+)  # fmt: skip
 
 __all__ = [
     "EVENLY",
@@ -48,7 +48,6 @@ __all__ = [
     "Task",
     "check_dtype",
     "check_sigma_range",
-    "choose",
     "error_curve",
     "errors_after_each",
     "exchanged",
@@ -61,6 +60,6 @@ __all__ = [
     "profile_fit",
     "propose",
     "relative_rounding",
-    "sigma_rels_in",
     "snapshots_to_drop",
-]
+    "thinned_subset",
+]  # fmt: skip

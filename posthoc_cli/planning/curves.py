@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from decimal import ROUND_CEILING, ROUND_FLOOR, Decimal
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Clock, FloatArray, PowerFunction, check_sigma_rel
 from posthoc_cli.reconstruction import (
+    ASSUMED,
     METHODS,
     Motion,
     Prior,
@@ -23,7 +23,6 @@ from posthoc_cli.reconstruction import (
     reconstruct,
     relative_width,
 )
-from posthoc_cli.reconstruction.prior import ASSUMED
 from posthoc_cli.targets import Target
 
 EVENLY = "the network moves evenly"
@@ -69,13 +68,7 @@ class Candidate:
 
     @classmethod
     def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
-        """The snapshots that a schedule will leave.
-
-        Arguments:
-            schedule: when they are taken, and how they are stored.
-            motion: of the network, relative to its norm; by default even.
-            assumption: the motion in words.
-        """
+        """The snapshots that a schedule will leave, for a motion relative to the norm, by default even, in words."""
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
         motion = schedule.even_motion if motion is None else motion
         snapshots = schedule.snapshots(motion)
@@ -87,11 +80,8 @@ class Candidate:
         if t is None:
             return max(times)
         if not min(times) <= t <= max(times):
-            raise InvalidValueError(
-                "t",
-                f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}",
-                value=f"{t:.12g}",
-            )
+            reason = f"must lie between the first snapshot, {min(times):,.12g}, and the last, {max(times):,.12g}"
+            raise InvalidValueError("t", reason, value=f"{t:.12g}")
         return t
 
     def up_to(self, t: float) -> tuple[list[PowerFunction], Prior | None]:
@@ -102,13 +92,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class ErrorPoint:
-    """Errors of one target that is no power function.
-
-    Attributes:
-        label: its title.
-        sigma_rel: its own width, standard deviation / t.
-        profile_error, predicted_error: as in `ErrorCurve`.
-    """
+    """Errors of one target that is no power function, as in `ErrorCurve`; `sigma_rel` is its standard deviation / t."""
 
     label: str
     sigma_rel: float
@@ -178,7 +162,7 @@ class ErrorCurve:
 
     def ranges_text(self, threshold: float) -> str:
         """The same as text, "0.051 to 0.278", with each end rounded into its range."""
-        return ", ".join(_range_text(low, high) for low, high in self.ranges_below(threshold))
+        return ", ".join(_range_text(*ends) for ends in self.ranges_below(threshold))
 
 
 def finite(value: float | None) -> float | None:
@@ -188,12 +172,10 @@ def finite(value: float | None) -> float | None:
 
 def _range_text(low: float, high: float) -> str:
     for digits in range(3, 9):
-        unit = Decimal(1).scaleb(-digits)
-        first = Decimal(repr(low)).quantize(unit, ROUND_CEILING)
-        last = Decimal(repr(high)).quantize(unit, ROUND_FLOOR)
+        first, last = math.ceil(round(low * 10**digits, 9)), math.floor(round(high * 10**digits, 9))
         if first < last:
             break
-    return f"{first} to {last}"
+    return f"{first / 10**digits:.{digits}f} to {last / 10**digits:.{digits}f}"
 
 
 def error_curve(
@@ -221,42 +203,30 @@ def error_curve(
     usable, prior = candidate.up_to(t)
     tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable}))
     inside = [s for s in tracked if low <= s <= high]
-    grid = np.unique(np.concatenate((np.geomspace(low, high, points), inside)))
-    grid = np.clip(grid, low, high)
+    grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, points), inside))), low, high)
     prior = assumed_prior(usable) if prior is None else prior
-    predicted_error, profile_error = _errors(usable, grid, method, prior, t)
+    targets = [PowerFunction.from_sigma_rel(float(s), t) for s in grid]
+    if check_method(method) == METHODS[0]:
+        predicted, profile_error = expected_errors(usable, targets, prior, t)
+    else:
+        result = reconstruct(usable, targets, method, prior, t)
+        predicted, profile_error = result.predicted_error, result.profile_error
     profiles = [target.profile(t, candidate.clock, candidate.t_first) for target in others]
-    points_of_others = reconstruct(usable, profiles, method, prior, t)
+    found = reconstruct(usable, profiles, method, prior, t)
     known = bool(candidate.assumption) or prior.source != ASSUMED
+    widths = (relative_width(profile, t) for profile in profiles)
+    exact = np.nan_to_num(found.predicted_error, nan=0.0)  # weights of norm 0 are
+    each = zip(others, widths, found.profile_error.tolist(), exact.tolist(), strict=True)
     return ErrorCurve(
         label=f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label,
         t=t,
         sigma_rels=grid,
         profile_error=profile_error,
-        predicted_error=np.nan_to_num(predicted_error, nan=0.0) if known else None,  # weights of norm 0 are exact
+        predicted_error=np.nan_to_num(predicted, nan=0.0) if known else None,
         tracked=tracked,
-        others=tuple(
-            ErrorPoint(
-                target.title,
-                relative_width(profile, t),
-                float(points_of_others.profile_error[index]),
-                float(np.nan_to_num(points_of_others.predicted_error[index], nan=0.0)) if known else None,
-            )
-            for index, (target, profile) in enumerate(zip(others, profiles, strict=True))
-        ),
+        others=tuple(ErrorPoint(one.title, width, off, error if known else None) for one, width, off, error in each),
         assumption=candidate.assumption,
     )
-
-
-def _errors(
-    snapshots: Sequence[PowerFunction], sigma_rels: FloatArray, method: str | None, prior: Prior, t: float
-) -> tuple[FloatArray, FloatArray]:
-    """Predicted and profile errors of the averages of these widths: shape [sigma_rels] each."""
-    targets = [PowerFunction.from_sigma_rel(float(s), t) for s in sigma_rels]
-    if check_method(method) == METHODS[0]:
-        return expected_errors(snapshots, targets, prior, t)
-    result = reconstruct(snapshots, targets, method, prior, t)
-    return result.predicted_error, result.profile_error
 
 
 @dataclass(frozen=True)
@@ -290,17 +260,17 @@ def profile_fit(
     column = reconstruct(usable, [wanted], method, prior, t).coefficients[:, 0]
     times = np.linspace(t / points, t, points)
     made = np.sum([c * p.density(times) for c, p in zip(column, usable, strict=True)], axis=0)
-    groups: dict[str, list[tuple[float, float]]] = {}
-    for coefficient, profile in zip(column, usable, strict=True):
-        groups.setdefault(f"sigma_rel {profile.sigma_rel:.4g}", []).append((profile.t, float(coefficient)))
+    labels = np.array([f"sigma_rel {profile.sigma_rel:.4g}" for profile in usable])
+    groups = {label: labels == label for label in dict.fromkeys(labels.tolist())}
+    ends = np.array([profile.t for profile in usable])
     return ProfileFit(
         title=f"{target.title} from {candidate.label}",
         t_unit=candidate.t_unit,
         times=times,
         target=wanted.density(times),
         reconstructed=made,
-        snapshot_times={label: np.array([time for time, _ in group]) for label, group in groups.items()},
-        coefficients={label: np.array([c for _, c in group]) for label, group in groups.items()},
+        snapshot_times={label: ends[own] for label, own in groups.items()},
+        coefficients={label: column[own] for label, own in groups.items()},
     )
 
 
@@ -308,9 +278,9 @@ def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:
     """The two ends of a range of sigma_rel, the lower one first, or an InvalidValueError."""
     try:
         low, high = (check_sigma_rel(s) for s in sigma_range)
+    except InvalidValueError as error:
+        raise InvalidValueError("sigma_range", str(error)) from error
     except (TypeError, ValueError) as error:
-        if isinstance(error, InvalidValueError):
-            raise InvalidValueError("sigma_range", str(error)) from error
         reason = "must be two numbers, such as (0.05, 0.28)"
         raise InvalidValueError("sigma_range", reason, value=f"{sigma_range!r}") from error
     if not low < high:

@@ -22,8 +22,7 @@ from posthoc_cli.planning.curves import check_sigma_range
 from posthoc_cli.planning.schedule import Forecast, Schedule, check_interval, forecast, listed
 from posthoc_cli.planning.thinning import LATER, USEFUL_RANGE
 from posthoc_cli.profiles import PowerFunction, check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import Motion, assumed_prior
-from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH, ROUNDING
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, ROUNDING, Motion, assumed_prior
 from posthoc_cli.threads import one_blas_thread
 
 ITEM_BYTES = {DTYPES[name].torch_name: DTYPES[name].nbytes for name in ("F16", "BF16", "F32")}

@@ -10,8 +10,7 @@ import numpy as np
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.thinning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import Motion, Prior, assumed_prior, expected_errors
-from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, Motion, Prior, assumed_prior, expected_errors
 
 MOST_TIMES = 20_000
 MOST_SNAPSHOTS = 2_048
@@ -54,13 +53,10 @@ class Schedule:
         check_interval(self.checkpoint_every, self.steps)
         kept = self.kept * len(self.sigma_rels)
         if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
-            raise InvalidValueError(
-                "checkpoint_every",
-                f"takes snapshots at {self.taken:,} times and keeps {kept:,}; at most {MOST_TIMES:,} and "
-                f"{MOST_SNAPSHOTS:,} can be judged",
-                "use a larger one, or fewer max_checkpoints",
-                value=f"{self.checkpoint_every:,}",
-            )
+            found = f"takes snapshots at {self.taken:,} times and keeps {kept:,}"
+            reason = f"{found}; at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} can be judged"
+            hint = "use a larger one, or fewer max_checkpoints"
+            raise InvalidValueError("checkpoint_every", reason, hint, value=f"{self.checkpoint_every:,}")
 
     @property
     def taken(self) -> int:
@@ -80,12 +76,7 @@ class Schedule:
     def snapshots(
         self, motion: Motion | None = None, sigma_range: tuple[float, float] = USEFUL_RANGE
     ) -> list[PowerFunction]:
-        """Profiles of the snapshots at the end, by time.
-
-        Arguments:
-            motion: of the network, relative to its norm; by default even.
-            sigma_range: the widths that snapshots are kept for.
-        """
+        """Profiles of the snapshots at the end, by time, kept for `sigma_range`; motion is even by default."""
         motion = self.even_motion if motion is None else motion
         gammas = [gamma_from_sigma_rel(s) for s in self.sigma_rels]
         if self.kept == self.taken:
@@ -170,12 +161,7 @@ def forecast(
     points: int = 41,
 ) -> Forecast:
     """Expected errors of averages made of these snapshots, at least one, over a range of sigma_rel."""
-    return forecast_at(snapshots, prior, sigma_rels_in(sigma_range, points))
-
-
-def sigma_rels_in(sigma_range: tuple[float, float], points: int = 41) -> FloatArray:
-    """Evenly spaced in the logarithm, both ends included: shape [points]."""
-    return np.clip(np.geomspace(*sigma_range, points), *sigma_range)
+    return forecast_at(snapshots, prior, np.clip(np.geomspace(*sigma_range, points), *sigma_range))
 
 
 def forecast_at(snapshots: Sequence[PowerFunction], prior: Prior, sigma_rels: FloatArray) -> Forecast:

@@ -1,7 +1,7 @@
 """Which snapshots are kept: those whose loss would raise the predicted error most.
 
 Simulating that takes too long from ten thousand snapshots, and a solve is cubic in their number with little gain beyond
-a thousand. What it leaves has about the density of a simple law, so that `choose` takes a subset from the times alone.
+a thousand. What it leaves has about the density of a simple law, so that `thinned_subset` goes by the times alone.
 """
 
 from __future__ import annotations
@@ -47,13 +47,9 @@ def snapshots_to_drop(
     Drops the one whose loss least raises the predicted error over `sigma_range` at the time of the last snapshot, and
     so on; of equal ones (where nothing moved) the one whose neighbours are closest together. Then exchanges improve
     the rest, see `exchanged`. The last snapshot of each profile stays. Of very many snapshots, those outside of a
-    subset (`choose`) go first.
+    subset (`thinned_subset`) go first.
 
-    Arguments:
-        snapshots: profiles of what is stored, in any order.
-        prior: of these snapshots.
-        keep: snapshots of each profile to keep; None keeps all.
-        sigma_range: the widths that they are kept for.
+    `keep` None keeps all. The snapshots, and their prior, may have any order.
     """
     if keep is None:
         return []
@@ -63,7 +59,7 @@ def snapshots_to_drop(
     beyond: list[int] = []
     if len(left) > MOST_SOLVED:
         profiles = len({p.gamma for p in snapshots})
-        left = choose(snapshots, min(MOST_SOLVED, _SIMULATED * keep * profiles), keep)
+        left = thinned_subset(snapshots, min(MOST_SOLVED, _SIMULATED * keep * profiles), keep)
         beyond = sorted(set(range(len(snapshots))) - set(left))
     losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
     column = {index: number for number, index in enumerate(left)}
@@ -106,11 +102,8 @@ def exchanged(
 ) -> list[int]:
     """The snapshots to drop, in order, after exchanges of a dropped one for a kept one of the same profile.
 
-    Greedy drops are not always the best set: a snapshot that was spared early may be of little use in the end.
-
-    Arguments:
-        kept, dropped: indices, the latter in the order to drop.
-        needed: indices that must stay.
+    Greedy drops are not always the best set: a snapshot that was spared early may be of little use in the end. `kept`,
+    `dropped` (in the order to drop) and `needed`, which must stay, are indices.
     """
     kept, order = list(kept), list(dropped)
     if len(kept) > _MOST_EXCHANGED or len(order) > _MOST_TRIED // 2:
@@ -172,15 +165,10 @@ def _combined(squares: FloatArray) -> FloatArray:
     return np.asarray(np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale))
 
 
-def choose(snapshots: Sequence[PowerFunction], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
-    """A subset of the snapshots, spread as thinning would leave them: growing indices.
+def thinned_subset(snapshots: Sequence[PowerFunction], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
+    """A subset of at most `most` snapshots, spread as thinning would leave them: growing indices.
 
-    It has the newest snapshot of each profile; profiles get equal shares.
-
-    Arguments:
-        snapshots: profiles of what is stored, in any order.
-        most: size of the subset, over all profiles.
-        keep: minimum for each profile, which overrides `most`.
+    It has the newest snapshot of each profile; profiles get equal shares, of at least `keep` each.
     """
     if len(snapshots) <= most:
         return list(range(len(snapshots)))

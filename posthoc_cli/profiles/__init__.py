@@ -20,7 +20,7 @@ from posthoc_cli.profiles.others import (
     convert,
     mean_age,
     sigma_rel_from_classical_beta,
-)
+)  # fmt: skip
 from posthoc_cli.profiles.power import (
     SHORTEST_SIGMA_REL,
     UNIFORM_SIGMA_REL,
@@ -28,37 +28,15 @@ from posthoc_cli.profiles.power import (
     PowerFunction,
     Profile,
     RecordedPowerFunction,
-    beta,
     check_sigma_rel,
     gamma_from_sigma_rel,
     new_value_share,
     sigma_rel_from_gamma,
-)
+)  # fmt: skip
 
 __all__ = [
-    "SHORTEST_SIGMA_REL",
-    "UNIFORM_SIGMA_REL",
-    "ClassicalEMA",
-    "Clock",
-    "ClockRecorder",
-    "Conversion",
-    "FloatArray",
-    "PowerFunction",
-    "Profile",
-    "RecordedPowerFunction",
-    "StepWindow",
-    "Table",
-    "Tabulated",
-    "Uniform",
-    "beta",
-    "check_sigma_rel",
-    "classical_beta",
-    "convert",
-    "gamma_from_sigma_rel",
-    "mean_age",
-    "new_value_share",
-    "read_table",
-    "sigma_rel_from_classical_beta",
-    "sigma_rel_from_gamma",
-    "try_profile",
-]
+    "SHORTEST_SIGMA_REL", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Conversion", "FloatArray",
+    "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow", "Table", "Tabulated", "Uniform",
+    "check_sigma_rel", "classical_beta", "convert", "gamma_from_sigma_rel", "mean_age", "new_value_share", "read_table",
+    "sigma_rel_from_classical_beta", "sigma_rel_from_gamma", "try_profile",
+]  # fmt: skip

@@ -31,8 +31,8 @@ class Clock:
     def __post_init__(self) -> None:
         for name in ("steps", "times"):
             values = np.asarray(getattr(self, name), dtype=np.float64)
-            growing = values.ndim == 1 and np.all(np.diff(values, prepend=0.0) > 0) and np.all(np.isfinite(values))
-            if not growing or values.size == 0:
+            finite = values.ndim == 1 and values.size > 0 and np.isfinite(values).all()
+            if not (finite and np.all(np.diff(values, prepend=0.0) > 0)):
                 raise InvalidValueError("clock", f"{name} must be finite and grow from above 0, one at least")
             object.__setattr__(self, name, tuple(values.tolist()))
         if len(self.steps) != len(self.times):
@@ -80,8 +80,12 @@ TOLERANCE = 0.5
 """Error of a clock between its knots, in steps, while there is room for knots."""
 
 
+Knots = tuple[tuple[int, float], ...]
+
+
+@dataclass(slots=True, eq=False)
 class ClockRecorder:
-    """Records a clock call by call as knots, pairs between which time grows evenly with steps. Immutable.
+    """Records a clock call by call as knots, pairs between which time grows evenly with steps. Never changed.
 
     A line starts at a knot, the first one at step 0 and time 0, and continues while it passes every pair since then
     within the tolerance. The slopes that do form an interval, which each pair narrows, so that no pair is stored. When
@@ -94,15 +98,12 @@ class ClockRecorder:
         step, t: the newest pair; 0 before the first.
     """
 
-    __slots__ = ("_begin", "_begin_t", "_highest", "_knots", "_lowest", "_tolerance", "step", "t")
-
-    def __init__(self) -> None:
-        self.step = 0
-        self.t = 0.0
-        self._knots: tuple[tuple[int, float], ...] = ()
-        self._begin, self._begin_t = 0, 0.0
-        self._lowest, self._highest = 0.0, math.inf
-        self._tolerance = TOLERANCE
+    step: int = 0
+    t: float = 0.0
+    _knots: Knots = ()
+    _lowest: float = 0.0
+    _highest: float = math.inf
+    _tolerance: float = TOLERANCE
 
     @classmethod
     def of_knots(cls, knots: Sequence[tuple[int, float]]) -> ClockRecorder:
@@ -111,30 +112,24 @@ class ClockRecorder:
         Of the slopes that the last line allowed only the mean one is known, so that the last knot stays unless steps
         keep exactly that length.
         """
-        recorder = cls()
-        *earlier, (recorder.step, recorder.t) = knots
-        recorder._start_line(earlier)
-        slope = (recorder.step - recorder._begin) / (recorder.t - recorder._begin_t)
-        recorder._lowest = recorder._highest = slope
-        return recorder
+        *earlier, (step, t) = knots
+        kept, tolerance = _with_room(earlier, TOLERANCE)
+        begin, begin_t = kept[-1] if kept else (0, 0.0)
+        slope = (step - begin) / (t - begin_t)
+        return cls(step, t, kept, slope, slope, tolerance)
 
     def add(self, step: int, t: float) -> ClockRecorder:
         """A recorder with the next pair, too, which must be above the last one."""
-        new = ClockRecorder()
-        new.step, new.t = step, t
-        time = t - self._begin_t
-        if self._lowest <= (step - self._begin) / time <= self._highest:
-            new._knots, new._begin, new._begin_t = self._knots, self._begin, self._begin_t
-            new._lowest, new._highest, new._tolerance = self._lowest, self._highest, self._tolerance
-        else:
-            new._tolerance = self._tolerance
-            new._start_line([*self._knots, (self.step, self.t)])
-            time = t - new._begin_t
-        new._lowest = max(new._lowest, (step - new._begin - new._tolerance) / time)
-        new._highest = min(new._highest, (step - new._begin + new._tolerance) / time)
-        return new
+        knots, lowest, highest, tolerance = self._knots, self._lowest, self._highest, self._tolerance
+        begin, begin_t = knots[-1] if knots else (0, 0.0)
+        if not lowest <= (step - begin) / (t - begin_t) <= highest:
+            knots, tolerance = _with_room([*knots, (self.step, self.t)], tolerance)
+            (begin, begin_t), lowest, highest = knots[-1], 0.0, math.inf
+        lowest = max(lowest, (step - begin - tolerance) / (t - begin_t))
+        highest = min(highest, (step - begin + tolerance) / (t - begin_t))
+        return ClockRecorder(step, t, knots, lowest, highest, tolerance)
 
-    def knots_until(self, step: int, t: float) -> tuple[tuple[int, float], ...]:
+    def knots_until(self, step: int, t: float) -> Knots:
         """The knots up to an added pair, that pair last; empty for the step clock."""
         knots = (*(knot for knot in self._knots if knot[0] < step), (step, t))
         return () if all(knot[0] == knot[1] for knot in knots) else knots
@@ -151,29 +146,24 @@ class ClockRecorder:
         Raises:
             InvalidValueError: not such a state.
         """
-        recorder = cls()
         if not _is_state(state):
             expected = f"a tolerance, two slopes and up to {MOST_KNOTS} pairs of a step and its time, both growing"
             raise InvalidValueError("clock", f"must be a list of {expected}")
-        recorder._tolerance, recorder._lowest, recorder._highest = map(float, state[:3])
-        pairs = [(int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True)]
-        *earlier, (recorder.step, recorder.t) = pairs
-        recorder._start_line(earlier)
-        return recorder
+        tolerance, lowest, highest = map(float, state[:3])
+        *earlier, (step, t) = ((int(step), float(t)) for step, t in zip(state[3::2], state[4::2], strict=True))
+        return cls(step, t, tuple(earlier), lowest, highest, tolerance)
 
-    def _start_line(self, knots: list[tuple[int, float]]) -> None:
-        """Start a line at the last of these knots, after dropping knots to make room for the newest pair."""
-        while len(knots) >= MOST_KNOTS:
-            changes = [
-                abs(step - a - (b - a) * ((t - a_t) / (b_t - a_t)))
-                for (a, a_t), (step, t), (b, b_t) in zip([(0, 0.0), *knots], knots, knots[1:], strict=False)
-            ]
-            least = min(changes)
-            del knots[changes.index(least)]
-            self._tolerance = max(self._tolerance, least)
-        self._knots = tuple(knots)
-        if knots:
-            self._begin, self._begin_t = knots[-1]
+
+def _with_room(knots: list[tuple[int, float]], tolerance: float) -> tuple[Knots, float]:
+    """The knots, some dropped to make room for the newest pair, and the tolerance that they then have."""
+    while len(knots) >= MOST_KNOTS:
+        changes = [
+            abs(step - a - (b - a) * ((t - a_t) / (b_t - a_t)))
+            for (a, a_t), (step, t), (b, b_t) in zip([(0, 0.0), *knots], knots, knots[1:], strict=False)
+        ]
+        tolerance = max(tolerance, min(changes))
+        del knots[changes.index(min(changes))]
+    return tuple(knots), tolerance
 
 
 def _is_state(state: object) -> bool:
@@ -185,10 +175,5 @@ def _is_state(state: object) -> bool:
     if not (TOLERANCE <= tolerance < math.inf and 0 <= lowest <= highest):
         return False
     steps, times = [0, *pairs[::2]], [0.0, *pairs[1::2]]
-    if pairs == [0, 0]:
-        return True
-    return (
-        all(type(step) is int for step in steps)
-        and all(a < b for a, b in pairwise(steps))
-        and all(a < b < math.inf for a, b in pairwise(times))
-    )
+    growing = all(a < b < math.inf for values in (steps, times) for a, b in pairwise(values))
+    return pairs == [0, 0] or (growing and all(type(step) is int for step in steps))

@@ -47,21 +47,28 @@ def try_profile(profile: Profile, t: float, title: str) -> None:
     Raises:
         InvalidValueError: about `title`.
     """
-    inside = _times_inside(t)
+    # Evenly spaced, and approaching both ends.
+    near = np.geomspace(1e-9, 1e-3, 61)
+    inside = np.unique(np.concatenate((np.arange(1, 1025) / 1024, near, 1 - near))) * t
     density = _values(profile, "density", inside, title)
     if np.any(density < 0):
         lowest = density.argmin()
         reason = f"density is {density[lowest]:.6g} at s = {inside[lowest]:,.12g}; must not be below 0"
         raise InvalidValueError(title, reason)
     times = np.concatenate(([-t, -1e-6 * t, 0.0], inside, [1.5 * t]))
-    _check_tail(times, _values(profile, "tail", times, title), t, title)
-
-
-def _times_inside(t: float) -> FloatArray:
-    """Times in (0, t], evenly spaced and approaching both ends."""
-    near = np.geomspace(1e-9, 1e-3, 61)
-    relative = np.unique(np.concatenate((np.arange(1, 1025) / 1024, near, 1 - near)))
-    return np.asarray(relative * t, dtype=np.float64)
+    tail = _values(profile, "tail", times, title)
+    outside, growth = np.maximum(tail - 1, -tail), np.diff(tail)
+    if outside.max() > _SLACK:
+        worst = outside.argmax()
+        reason = f"tail is {tail[worst]:.6g} at s = {times[worst]:,.12g}; must lie in [0, 1], and be 1 before 0"
+        raise InvalidValueError(title, reason)
+    before, after = 1 - tail[times < 0].min(), tail[times >= t].max()
+    for mass, where in ((before, "before 0"), (after, f"after t = {t:,.12g}")):
+        if mass > _SLACK:
+            raise InvalidValueError(title, f"{mass:.6g} of its mass lies {where}; must lie within the run, (0, t]")
+    if growth.max() > _SLACK:
+        reason = f"tail grows after s = {times[growth.argmax()]:,.12g}; the mass after s must never grow"
+        raise InvalidValueError(title, reason)
 
 
 def _values(profile: Profile, name: str, times: FloatArray, title: str) -> FloatArray:
@@ -81,31 +88,9 @@ def _values(profile: Profile, name: str, times: FloatArray, title: str) -> Float
     return result
 
 
-def _check_tail(times: FloatArray, tail: FloatArray, t: float, title: str) -> None:
-    outside = np.maximum(tail - 1, -tail)
-    if outside.max() > _SLACK:
-        worst = outside.argmax()
-        reason = f"tail is {tail[worst]:.6g} at s = {times[worst]:,.12g}; must lie in [0, 1], and be 1 before 0"
-        raise InvalidValueError(title, reason)
-    before, after = 1 - tail[times < 0].min(), tail[times >= t].max()
-    for mass, where in ((before, "before 0"), (after, f"after t = {t:,.12g}")):
-        if mass > _SLACK:
-            raise InvalidValueError(title, f"{mass:.6g} of its mass lies {where}; must lie within the run, (0, t]")
-    growth = np.diff(tail)
-    if growth.max() > _SLACK:
-        reason = f"tail grows after s = {times[growth.argmax()]:,.12g}; the mass after s must never grow"
-        raise InvalidValueError(title, reason)
-
-
 @dataclass(frozen=True)
 class Table:
-    """The points of a file.
-
-    Attributes:
-        path: the file.
-        profile: the profile through its points.
-        lines: the line of each point, counted from 1.
-    """
+    """The profile through the points of a file, and the line of each point, counted from 1."""
 
     path: Path
     profile: Tabulated
@@ -123,8 +108,7 @@ def read_table(path: Path) -> Table:
         found = f"{len(points)} point{'s' * (len(points) != 1)}"
         raise _bad_file(path, f"holds {found}; needs two or more, a line time,density each")
     lines, times, values = zip(*points, strict=True)
-    fault = first_fault(np.array(times), np.array(values))
-    if fault is not None:
+    if (fault := first_fault(np.array(times), np.array(values))) is not None:
         raise _bad_file(path, f"line {lines[fault[0]]}: {fault[1]}")
     try:
         return Table(path, Tabulated(times, values), lines)

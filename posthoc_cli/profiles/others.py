@@ -15,9 +15,6 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles.clock import Clock
 from posthoc_cli.profiles.power import FloatArray, gamma_from_sigma_rel, sigma_rel_from_gamma
 
-_DIRECT_SUM_LIMIT = 1_000_000
-"""Steps up to which the mean age is summed term by term."""
-
 
 @dataclass(frozen=True)
 class ClassicalEMA:
@@ -42,17 +39,11 @@ class ClassicalEMA:
         if not 0 < self.beta < 1:
             raise InvalidValueError("beta", "must lie in (0, 1)", value=f"{self.beta!r}")
         if not (0 <= self.start <= self.t and 0 < self.t < math.inf):
-            raise InvalidValueError(
-                "start", f"must lie in [0, t] with t = {self.t:,.12g} above 0 and finite", value=f"{self.start:,.12g}"
-            )
-
-    @property
-    def mass_on_start(self) -> float:
-        """The mass that sits on the value at `start`."""
-        return float(np.exp(self._log_kept(self.start)))
+            reason = f"must lie in [0, t] with t = {self.t:,.12g} above 0 and finite"
+            raise InvalidValueError("start", reason, value=f"{self.start:,.12g}")
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s` in (start, t]; the mass at `start` itself is `mass_on_start`."""
+        """Mass per unit of time at `s` in (start, t]; the mass at `start` itself is left out."""
         times = np.asarray(s, dtype=np.float64)
         kept = np.exp(self._log_kept(times)) * -math.log(self.beta) * self.clock.steps_per_time(times)
         return np.where((times > self.start) & (times <= self.t), kept, 0.0)
@@ -65,7 +56,7 @@ class ClassicalEMA:
     def _log_kept(self, s: npt.ArrayLike) -> FloatArray:
         """log(beta**(n(t) - n(s))), 0 from `t` on: the logarithm keeps the digits of a beta near 1."""
         later_steps = self.clock.step_at(self.t) - self.clock.step_at(s)
-        return np.asarray(math.log(self.beta) * np.maximum(later_steps, 0.0), dtype=np.float64)
+        return np.asarray(math.log(self.beta) * np.maximum(later_steps, 0.0))
 
 
 def mean_age(gamma: float, steps: int) -> float:
@@ -76,7 +67,7 @@ def mean_age(gamma: float, steps: int) -> float:
     if steps < 1:
         raise InvalidValueError("steps", "must be at least 1", value=steps)
     x = gamma + 1
-    if steps <= _DIRECT_SUM_LIMIT:
+    if steps <= 1_000_000:
         return float(np.sum(np.power(np.arange(1, steps) / steps, x)))
     if x > 0.1 * steps:
         # The terms fall by a factor exp(-x/T) each: 400 of them leave out less than e**-40.
@@ -105,10 +96,11 @@ def sigma_rel_from_classical_beta(beta: float, steps: int) -> float:
     age = beta / (1 - beta)
     # Mean age falls from (T-1)/2 at x = 1 roughly as T/(x+1), and for huge x as exp(-x/T).
     largest = steps * (2 + max(0.0, -math.log(age))) * 2
-    log_x = brentq(
-        lambda value: mean_age(math.expm1(value), steps) - age, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14
-    )
-    return sigma_rel_from_gamma(math.expm1(log_x))
+
+    def excess(log_x: float) -> float:
+        return mean_age(math.expm1(log_x), steps) - age
+
+    return sigma_rel_from_gamma(math.expm1(brentq(excess, 0.0, math.log(largest), xtol=1e-15, rtol=1e-14)))
 
 
 @dataclass(frozen=True)
@@ -174,14 +166,9 @@ class Uniform:
 
 @dataclass(frozen=True)
 class StepWindow:
-    """The mean of the last `steps` steps up to time `t`, 1 / steps each.
+    """The mean of the last `steps` steps up to time `t`, 1 / steps each; the run has at least as many up to `t`.
 
     With n(s) the step at time `s`, the mass after `s` is (n(t) - n(s)) / steps.
-
-    Attributes:
-        steps: at least 1, at most the steps that the run has up to `t`.
-        t: the average's time.
-        clock: the run's steps over time.
     """
 
     steps: int
@@ -209,17 +196,14 @@ class StepWindow:
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         """Mass after `s`: (n(t) - n(s)) / steps, between 0 and 1."""
-        later_steps = self.clock.step_at(self.t) - self.clock.step_at(s)
-        return np.clip(later_steps / self.steps, 0.0, 1.0)
+        return np.clip((self.clock.step_at(self.t) - self.clock.step_at(s)) / self.steps, 0.0, 1.0)
 
 
 @dataclass(frozen=True)
 class Tabulated:
     """Density linear between given points and 0 outside them, scaled to a mass of 1.
 
-    Attributes:
-        times: at least two, growing, 0 or later.
-        values: the density at each time, in any unit, 0 or above and not all 0.
+    `times` are two at least, growing, from 0 or later; `values` in any unit, 0 or above and not all 0.
     """
 
     times: Sequence[float]
@@ -230,8 +214,7 @@ class Tabulated:
         if times.ndim != 1 or times.shape != values.shape or times.size < 2:
             found = f"times of shape {times.shape} with densities of shape {values.shape}"
             raise InvalidValueError("profile", f"must be two lists of equal length, of two points or more, not {found}")
-        fault = first_fault(times, values)
-        if fault is not None:
+        if (fault := first_fault(times, values)) is not None:
             raise InvalidValueError("profile", f"point {fault[0] + 1}: {fault[1]}")
         object.__setattr__(self, "times", tuple(times.tolist()))
         object.__setattr__(self, "values", tuple(values.tolist()))

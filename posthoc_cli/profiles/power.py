@@ -31,11 +31,9 @@ class Profile(Protocol):
 
     def density(self, s: npt.ArrayLike) -> FloatArray:
         """Mass per unit of time at times `s`; points of mass are left out."""
-        ...
 
     def tail(self, s: npt.ArrayLike) -> FloatArray:
         """Mass at times after `s`: 1 before the start, 0 from the end on. It never grows."""
-        ...
 
 
 UNIFORM_SIGMA_REL = 12**-0.5
@@ -56,11 +54,8 @@ def check_sigma_rel(sigma_rel: float) -> float:
         reason = "must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
         raise InvalidValueError("sigma_rel", reason, value=shown)
     if value < SHORTEST_SIGMA_REL:
-        raise InvalidValueError(
-            "sigma_rel",
-            f"too short to be told from no averaging; must be at least {SHORTEST_SIGMA_REL:g}",
-            value=f"{value:g}",
-        )
+        reason = f"too short to be told from no averaging; must be at least {SHORTEST_SIGMA_REL:g}"
+        raise InvalidValueError("sigma_rel", reason, value=f"{value:g}")
     return value
 
 
@@ -105,11 +100,6 @@ def new_value_share(gamma: float, t_prev: float, t: float) -> float:
     if t_prev == 0:
         return 1.0
     return -math.expm1((gamma + 1) * math.log1p(-(t - t_prev) / t))
-
-
-def beta(gamma: float, t_prev: float, t: float) -> float:
-    """Decay of one update from time `t_prev` to `t`: (t_prev / t)**(gamma + 1)."""
-    return 1.0 - new_value_share(gamma, t_prev, t)
 
 
 @dataclass(frozen=True)
@@ -174,18 +164,3 @@ class RecordedPowerFunction:
     def pure(self) -> PowerFunction:
         """The power function without the effects of discrete updates."""
         return PowerFunction(self.gamma, self.t)
-
-    @property
-    def mass_on_first(self) -> float:
-        """The mass that sits on the value at `t_first`."""
-        return float((self.t_first / self.t) ** (self.gamma + 1))
-
-    def density(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass per unit of time at `s` in (t_first, t]; the mass at `t_first` itself is `mass_on_first`."""
-        times = np.asarray(s, dtype=np.float64)
-        return np.where(times > self.t_first, self.pure.density(times), 0.0)
-
-    def tail(self, s: npt.ArrayLike) -> FloatArray:
-        """Mass after `s`: 1 before `t_first`, then that of the pure function."""
-        times = np.asarray(s, dtype=np.float64)
-        return np.where(times < self.t_first, 1.0, self.pure.tail(times))

@@ -10,42 +10,47 @@ from scipy import linalg
 
 from posthoc_cli.profiles import FloatArray
 
+_EPS = float(np.finfo(np.float64).eps)
+
 
 class LeastSquares:
-    """argmin_x || factor x - goal || for one `goal` after another, by QR. `factor` has the shape [rows, columns].
+    """argmin_x || factor x - goals || for goals, [rows, goals], one after another, by QR.
 
     Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, which is several times
     slower and left out for independent columns.
     """
 
     def __init__(self, factor: FloatArray) -> None:
-        self.factor = factor
-        self._order = np.arange(factor.shape[1])
-        if factor.shape[1] == 0:
-            return
-        least = max(factor.shape) * np.finfo(np.float64).eps
-        q, r = linalg.qr(factor, mode="economic", check_finite=False)
-        if factor.shape[0] < factor.shape[1] or linalg.lapack.dtrcon(r)[0] < least:
+        self.factor, self._order = factor, np.arange(factor.shape[1])
+        q, r = linalg.qr(factor, mode="economic", check_finite=False) if factor.size else (factor, factor[:0])
+        if _is_degenerate(factor, r):
             q, r, order = linalg.qr(factor, mode="economic", pivoting=True, check_finite=False)
             diagonal = np.abs(np.diag(r))
-            self._order = order[: int(np.sum(diagonal > diagonal[0] * least))]
+            self._order = order[: int(np.sum(diagonal > diagonal[0] * _EPS * max(factor.shape)))]
         rank = self._order.size
         self._q_transposed = np.ascontiguousarray(q[:, :rank].T)
         self._r = np.asfortranarray(r[:rank, :rank])
 
-    def solve(self, goal: FloatArray) -> FloatArray:
-        """Shape [rows] or [rows, goals] to shape [columns] or [columns, goals]."""
-        solution = np.zeros((self.factor.shape[1], *goal.shape[1:]))
-        if self._order.size:
-            solution[self._order] = linalg.solve_triangular(self._r, self._q_transposed @ goal, check_finite=False)
-        return solution
+    def solve(self, goals: FloatArray) -> FloatArray:
+        """Shape [columns, goals]."""
+        return self._spread(self._q_transposed @ goals)
 
     def inverse_factor(self) -> FloatArray:
         """W with W W^T = (factor^T factor)^-1 on the independent columns: shape [columns, rank]."""
-        result = np.zeros((self.factor.shape[1], self._order.size))
+        return self._spread(np.eye(self._order.size))
+
+    def _spread(self, values: FloatArray) -> FloatArray:
+        """R^-1 times the values, for all columns: 0 for the dependent ones."""
+        solution = np.zeros((self.factor.shape[1], values.shape[1]))
         if self._order.size:
-            result[self._order] = linalg.solve_triangular(self._r, np.eye(self._order.size), check_finite=False)
-        return result
+            solution[self._order] = linalg.solve_triangular(self._r, values, check_finite=False)
+        return solution
+
+
+def _is_degenerate(factor: FloatArray, r: FloatArray) -> bool:
+    """Whether columns depend on others up to rounding, from R of a QR decomposition."""
+    rows, columns = factor.shape
+    return columns > 0 and bool(rows < columns or linalg.lapack.dtrcon(r)[0] < _EPS * max(factor.shape))
 
 
 def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
@@ -55,22 +60,21 @@ def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, Float
     Takes one triangle and no orthogonal matrix, several times faster than `LeastSquares`.
     """
     count = factor.shape[1]
-    triangle = triangle_of(np.hstack((factor, goals)))
+    triangle = _triangle_of(factor, goals)
     r = triangle[:count, :count]
-    least = max(factor.shape) * np.finfo(np.float64).eps
-    if r.shape[0] < count or (count > 0 and linalg.lapack.dtrcon(r)[0] < least):
+    if count == 0:
+        return np.zeros((0, goals.shape[1])), np.sum(triangle**2, axis=0), np.zeros((0, 0))
+    if _is_degenerate(factor, r):
         problem = LeastSquares(factor)
         solution = problem.solve(goals)
         return solution, np.sum((factor @ solution - goals) ** 2, axis=0), problem.inverse_factor()
-    if count == 0:
-        return np.zeros((0, goals.shape[1])), np.sum(triangle**2, axis=0), np.zeros((0, 0))
     solution, _ = linalg.lapack.dtrtrs(r, triangle[:count, count:])
     return solution, np.sum(triangle[count:, count:] ** 2, axis=0), linalg.lapack.dtrtri(r)[0]
 
 
-def triangle_of(matrix: FloatArray) -> FloatArray:
-    """R of a QR decomposition."""
-    return np.asarray(np.linalg.qr(matrix, mode="r"), dtype=np.float64)
+def _triangle_of(factor: FloatArray, goals: FloatArray) -> FloatArray:
+    """R of a QR decomposition of both, side by side."""
+    return np.asarray(np.linalg.qr(np.hstack((factor, goals)), mode="r"), dtype=np.float64)
 
 
 _REFRESH = 0.25
@@ -103,13 +107,9 @@ class Losses:
 
     def squares_without_each(self) -> FloatArray:
         """Expected squared errors when one more is lost: shape [targets, n]; `squares` for lost ones."""
-        return self.squares[:, None] + np.square(self._columns) * self.costs()
-
-    def costs(self) -> FloatArray:
-        """Growth of a squared error, per c_i^2, when a snapshot is lost: shape [n]; 0 for lost and dependent ones."""
         spread = np.sum(self._root**2, axis=1)
-        costs: FloatArray = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
-        return costs
+        costs = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
+        return np.asarray(self.squares[:, None] + np.square(self._columns) * costs)
 
     def lose(self, snapshot: int) -> None:
         """Continue without one of the remaining snapshots."""
@@ -146,5 +146,5 @@ class Losses:
     def _reduced(self) -> tuple[FloatArray, FloatArray]:
         """Factor and goals with at most as many rows as columns."""
         count = self._factor.shape[1]
-        triangle = triangle_of(np.hstack((self._factor, self._goals)))
+        triangle = _triangle_of(self._factor, self._goals)
         return triangle[:, :count], triangle[:, count:]

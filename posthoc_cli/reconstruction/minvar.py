@@ -12,183 +12,31 @@ published method; most networks are closer to a walk. The constraint is met by e
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails
+from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, gammas_and_times
 from posthoc_cli.reconstruction.least_squares import LeastSquares, Losses, solve_once
-from posthoc_cli.reconstruction.motion import Motion
-from posthoc_cli.reconstruction.prior import Prior
-from posthoc_cli.reconstruction.rounding import inherited_factor, rounding_factor
-from posthoc_cli.reconstruction.steps import Cells
+from posthoc_cli.reconstruction.motion import Cells, cells_between
+from posthoc_cli.reconstruction.prior import Prior, inherited_factor, rounding_factor
 
 _NO_ROUNDING = 1e-30
 """Squared rounding, relative to the squared norm, far below that of any dtype."""
 
 
-class MinimumVariance:
-    """Expected errors of averages made of one set of snapshots.
-
-    Arguments:
-        snapshots: profiles of the stored averages, all at or before `t`; mass before the first update sits on it.
-        prior: of these snapshots, in the same order.
-        t: time of the targets.
-
-    Attributes:
-        has_sudden_motion: whether a segment of training stands out, see `_sudden`.
-    """
-
-    def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
-        gamma, times = np.array([p.gamma for p in snapshots]), np.array([p.t for p in snapshots])
-        # A fixed order, so that the caller's order changes no bit.
-        self._order = np.lexsort((gamma, times))
-        self._gamma, self._times = gamma[self._order], times[self._order]
-        self._prior = prior = prior.of(self._order.tolist())
-        start = prior.motion.edges[0]
-        edges = np.unique(np.clip(np.concatenate((prior.motion.edges, self._times, [t])), min(start, t), t))
-        cells = prior.cells(edges)
-        sudden, share = _sudden(prior.motion, cells)
-        self.has_sudden_motion = bool(sudden)
-        self._terms = _terms(prior, cells, np.unique(self._gamma), sudden, share)
-        self._last: tuple[Profile, FloatArray, float] | None = None
-        self._rows = np.vstack([term.of_powers(self._gamma, self._times) for term in self._terms])  # [rows, n]
-
-    def solve(self, target: Profile) -> FloatArray:
-        """The coefficients of least expected error: shape [n]; they sum to 1."""
-        stored = self._stored_exactly(target)
-        if stored is not None:
-            return self._as_given(np.arange(self._gamma.size) == stored)
-        goal, _ = self._goal(target)
-        problem, last = self._problem
-        others = problem.solve(np.concatenate((goal, np.zeros(self._rounding.shape[0]))) - last)
-        solution = np.append(others, 1 - others.sum())
-        # Coefficients below the rounding of the sum are 0, so that their snapshots need not be read.
-        solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum()] = 0.0
-        return self._as_given(solution)
-
-    def expected_square(self, coefficients: FloatArray, target: Profile) -> float:
-        """E |error|^2 of the average of any coefficients with sum 1."""
-        goal, norm2 = self._goal(target)
-        unreachable = max(norm2 - float(goal @ goal), 0.0)
-        ordered = coefficients[self._order]
-        moved = float(np.sum((self._rows @ ordered - goal) ** 2))
-        return unreachable + moved + float(np.sum((self._rounding @ ordered) ** 2))
-
-    def solve_all(self, goals: Goals) -> FloatArray:
-        """As `solve`, for many targets at once, except for the last bits: shape [n, targets]."""
-        stacked = np.vstack((self._rows, self._rounding))
-        others, last = stacked[:, :-1] - stacked[:, -1:], stacked[:, -1:]
-        wanted = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.gamma.size)))) - last
-        others = solve_once(others, wanted)[0]
-        solution = self._as_given(np.vstack((others, 1 - others.sum(axis=0))))
-        for target in np.flatnonzero(np.isin(goals.gamma, self._gamma) & np.isin(goals.t, self._times)):
-            stored = self._stored_exactly(PowerFunction(float(goals.gamma[target]), float(goals.t[target])))
-            if stored is not None:
-                solution[:, target] = self._as_given(np.arange(self._gamma.size) == stored)
-        return solution
-
-    def expected_squares(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """`expected_square` of each target with its own column of coefficients: shape [targets]."""
-        ordered = coefficients[self._order]
-        missed = np.sum((self._rows @ ordered - goals.columns) ** 2, axis=0)
-        missed += np.sum((self._rounding @ ordered) ** 2, axis=0)
-        return np.asarray(goals.unreachable + missed)
-
-    def expected_errors(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
-        """`expected_error` of each target with its own column of coefficients: shape [targets]."""
-        apart = np.sum(self._rows**2, axis=0)[:, None] - 2 * self._rows.T @ goals.columns + goals.squares
-        norms = self._norms(np.maximum(apart, 0.0))
-        errors = np.sqrt(self.expected_squares(coefficients, goals))
-        found = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
-        return np.where((norms > 0) | (errors > 0), found, 0.0)
-
-    def goals(self, targets: Sequence[PowerFunction]) -> Goals:
-        """The goals of many targets, for the methods that take them at once."""
-        gamma, t = np.array([p.gamma for p in targets]), np.array([p.t for p in targets])
-        columns = np.vstack([term.of_powers(gamma, t) for term in self._terms])
-        norms = np.sum([term.squares(gamma, t) for term in self._terms], axis=0)
-        return Goals(gamma, t, columns, norms)
-
-    def losses(self, targets: Sequence[PowerFunction]) -> Losses:
-        """The targets' squared errors as snapshots are lost, in the caller's order."""
-        goals = self.goals(targets)
-        stacked = np.empty((self._rows.shape[0] + self._rounding.shape[0], self._gamma.size))
-        stacked[:, self._order] = np.vstack((self._rows, self._rounding))
-        columns = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.gamma.size))))
-        return Losses(stacked, columns, goals.unreachable)
-
-    def expected_error(self, coefficients: FloatArray, target: Profile) -> float:
-        """The root of `expected_square`, relative to the target's probable norm; nan if only that is 0."""
-        goal, _ = self._goal(target)
-        norm = float(self._norms(np.sum((self._rows - goal[:, None]) ** 2, axis=0)[:, None])[0])
-        error = float(np.sqrt(self.expected_square(coefficients, target)))
-        return error / norm if norm > 0 else 0.0 if error == 0 else float("nan")
-
-    def _norms(self, apart: FloatArray) -> FloatArray:
-        """Probable norms of targets: the root mean square of the stored averages' norms, weighted by nearness.
-
-        The norm of the nearest average alone would jump by up to a tenth between lengths. Weights fall with the fourth
-        power of the distance, so that many far averages do not outweigh the nearest.
-
-        Arguments:
-            apart: squared distances from the targets: shape [n, targets].
-        """
-        apart = np.maximum(apart, np.finfo(np.float64).tiny)  # 0 if the target is stored
-        weight = (apart.min(axis=0) / apart) ** 2
-        return np.asarray(np.sqrt(self._prior.norm @ weight / weight.sum(axis=0)))
-
-    @cached_property
-    def _rounding(self) -> FloatArray:
-        """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
-        squared = np.sum(self._rows**2, axis=0)
-        apart = np.maximum(squared[:, None] + squared - 2 * self._rows.T @ self._rows, 0.0)
-        own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
-        if self._prior.inherited is None:
-            return own
-        return np.vstack((own, inherited_factor(self._prior.inherited, self._gamma, self._times)))
-
-    @cached_property
-    def _problem(self) -> tuple[LeastSquares, FloatArray]:
-        """The problem for all coefficients but the last, and the column of the last."""
-        stacked = np.vstack((self._rows, self._rounding))
-        return LeastSquares(stacked[:, :-1] - stacked[:, -1:]), stacked[:, -1]
-
-    def _as_given(self, values: npt.NDArray[Any]) -> FloatArray:
-        """Values of the snapshots, in the caller's order."""
-        given = np.empty(values.shape)
-        given[self._order] = values
-        return given
-
-    def _stored_exactly(self, target: Profile) -> int | None:
-        """The snapshot that is the target, if its stored copy has no rounding error."""
-        if not isinstance(target, PowerFunction):
-            return None
-        same = (self._gamma == target.gamma) & (self._times == target.t)
-        same &= self._prior.rounding <= _NO_ROUNDING * self._prior.norm
-        return int(np.flatnonzero(same)[0]) if same.any() else None
-
-    def _goal(self, target: Profile) -> tuple[FloatArray, float]:
-        """The target in the orthonormal basis, and its squared norm under the motion; cached for the last target."""
-        if self._last is None or self._last[0] is not target:
-            goals, norms = zip(*(term.of_target(target) for term in self._terms), strict=True)
-            self._last = target, np.concatenate(goals), float(sum(norms))
-        return self._last[1:]
-
-
 @dataclass(frozen=True)
 class Goals:
-    """Targets as columns of a least-squares problem: `gamma`, `t` and `norms` [targets], `columns` [rows, targets].
+    """Targets as columns of a least-squares problem, [rows, targets], and their squared norms, [targets].
 
-    `norms` are squared norms under the motion, which may exceed those of the columns.
+    Norms may exceed those of the columns: the difference is what no coefficients reach.
     """
 
-    gamma: FloatArray
-    t: FloatArray
+    targets: Sequence[Profile]
     columns: FloatArray
     norms: FloatArray
 
@@ -203,40 +51,124 @@ class Goals:
         return np.maximum(self.norms - self.squares, 0.0)
 
 
-class _Term(Protocol):
-    """One term of the expected squared error: a sum of squares over rows."""
+class MinimumVariance:
+    """Expected errors of averages made of one set of snapshots. Coefficients have the shape [n, targets].
 
-    def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        """Columns of power functions: shape [rows, n]."""
-        ...
+    Arguments:
+        snapshots: profiles of the stored averages, all at or before `t`; mass before the first update sits on it.
+        prior: of these snapshots, in the same order.
+        t: time of the targets.
+    """
 
-    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        """Their squared norms, which may exceed those of the columns: shape [n]."""
-        ...
+    def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
+        # A fixed order, so that the caller's order changes no bit.
+        self._order = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].t, snapshots[i].gamma))
+        self._stored = [snapshots[i] for i in self._order]
+        self._prior = prior = prior.of(self._order)
+        gamma, times = gammas_and_times(self._stored)
+        start = prior.motion.edges[0]
+        edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
+        self._terms = _terms(prior, cells_between(edges, prior.steps), np.unique(gamma))
+        self._rows = np.vstack([term.of_powers(self._stored) for term in self._terms])  # [rows, n]
 
-    def of_target(self, target: Profile) -> tuple[FloatArray, float]:
-        """Column and squared norm of any profile: shape [rows], and a number."""
-        ...
+    def goals(self, targets: Sequence[Profile]) -> Goals:
+        """What the other methods ask for."""
+        columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
+        return Goals(targets, np.vstack(columns), np.sum(norms, axis=0))
+
+    def solve(self, goals: Goals, at_once: bool = False) -> FloatArray:
+        """The coefficients of least expected error; those of a target sum to 1.
+
+        At once, many targets are solved several times faster, and differ in the last bits.
+        """
+        others, last = self._stacked[:, :-1] - self._stacked[:, -1:], self._stacked[:, -1:]
+        wanted = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.norms.size)))) - last
+        found = solve_once(others, wanted)[0] if at_once else self._problem.solve(wanted)
+        solution = np.vstack((found, 1 - found.sum(axis=0)))
+        # Coefficients below the rounding of the sum are 0, so that their snapshots need not be read.
+        solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum(axis=0)] = 0.0
+        exact = {self._stored[i]: i for i in np.flatnonzero(self._prior.rounding <= _NO_ROUNDING * self._prior.norm)}
+        for column, target in enumerate(goals.targets):
+            if isinstance(target, PowerFunction) and target in exact:
+                solution[:, column] = np.arange(len(self._stored)) == exact[target]
+        return self._as_given(solution)
+
+    def expected_squares(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """E |error|^2 of each target with its own column of coefficients, any with sum 1: shape [targets]."""
+        ordered = coefficients[self._order]
+        missed = np.sum((self._rows @ ordered - goals.columns) ** 2, axis=0)
+        return np.asarray(goals.unreachable + missed + np.sum((self._rounding @ ordered) ** 2, axis=0))
+
+    def expected_errors(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """The roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
+        apart = np.sum(self._rows**2, axis=0)[:, None] - 2 * self._rows.T @ goals.columns + goals.squares
+        norms = self._norms(np.maximum(apart, 0.0))
+        errors = np.sqrt(self.expected_squares(coefficients, goals))
+        found = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
+        return np.where((norms > 0) | (errors > 0), found, 0.0)
+
+    def losses(self, targets: Sequence[Profile]) -> Losses:
+        """The targets' squared errors as snapshots are lost, in the caller's order."""
+        goals = self.goals(targets)
+        columns = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.norms.size))))
+        return Losses(self._as_given(self._stacked.T).T, columns, goals.unreachable)
+
+    def _norms(self, apart: FloatArray) -> FloatArray:
+        """Probable norms of targets, by the averages' squared distances from them: shape [n, targets] to [targets].
+
+        The root mean square of the averages' norms, weighted by nearness; the norm of the nearest alone would jump by
+        up to a tenth between lengths. Weights fall with the fourth power of the distance, so that many far averages do
+        not outweigh the nearest.
+        """
+        apart = np.maximum(apart, np.finfo(np.float64).tiny)  # 0 if the target is stored
+        weight = (apart.min(axis=0) / apart) ** 2
+        return np.asarray(np.sqrt(self._prior.norm @ weight / weight.sum(axis=0)))
+
+    @cached_property
+    def _rounding(self) -> FloatArray:
+        """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
+        squared = np.sum(self._rows**2, axis=0)
+        apart = np.maximum(squared[:, None] + squared - 2 * self._rows.T @ self._rows, 0.0)
+        own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
+        if self._prior.inherited is None:
+            return own
+        return np.vstack((own, inherited_factor(self._prior.inherited, *gammas_and_times(self._stored))))
+
+    @cached_property
+    def _stacked(self) -> FloatArray:
+        return np.vstack((self._rows, self._rounding))
+
+    @cached_property
+    def _problem(self) -> LeastSquares:
+        """The problem for all coefficients but the last."""
+        return LeastSquares(self._stacked[:, :-1] - self._stacked[:, -1:])
+
+    def _as_given(self, values: npt.NDArray[Any]) -> FloatArray:
+        """Values of the snapshots, in the caller's order."""
+        given = np.empty(values.shape)
+        given[self._order] = values
+        return given
 
 
 @dataclass(frozen=True)
 class _Integral:
-    """An integral over intervals of many updates. `root`: of the weight in each interval, [K]."""
+    """An integral over intervals of many updates. `root`: of the weight in each interval, [K].
+
+    `most` limits a norm: that of noise at a point would be infinite.
+    """
 
     functions: StoredFunctions
     root: FloatArray
     most: float = np.inf
-    """Limit of a norm: that of noise at a point would be infinite."""
 
-    def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        return self._scaled(self.functions.of_powers(gamma, t))
+    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+        """Columns: shape [rows, n]."""
+        return self._scaled(self.functions.of_powers(profiles))
 
-    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        return np.minimum(self.root**2 @ self.functions.squares(gamma, t), self.most)
-
-    def of_target(self, target: Profile) -> tuple[FloatArray, float]:
-        rows, squares = self.functions.of_target(target)
-        return self._scaled(rows[:, :, None])[:, 0], min(float(self.root**2 @ squares), self.most)
+    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        """Columns, [rows, n], and squared norms, [n], which may exceed those of the columns."""
+        rows, squares = self.functions.of_targets(targets)
+        return self._scaled(rows), np.minimum(self.root**2 @ squares, self.most)
 
     def _scaled(self, rows: FloatArray) -> FloatArray:
         """Rows of the intervals, [K, G, n], times the root of their weight: shape [K * G, n]."""
@@ -247,67 +179,29 @@ class _Integral:
 class _Sum:
     """A sum over the updates of intervals that have few. `root`: of the variance at each of them, [M].
 
-    `columns` and `column` are the values of power functions and of any profile at these updates.
+    `values` are those of profiles at these updates: shape [M, n].
     """
 
     root: FloatArray
-    columns: Callable[[FloatArray, FloatArray], FloatArray]
-    column: Callable[[Profile], FloatArray]
+    values: Callable[[Sequence[Profile]], FloatArray]
 
-    def of_powers(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        return np.asarray(self.root[:, None] * self.columns(gamma, t), dtype=np.float64)
+    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+        return self.of_targets(profiles)[0]
 
-    def squares(self, gamma: FloatArray, t: FloatArray) -> FloatArray:
-        return np.asarray(np.sum(self.of_powers(gamma, t) ** 2, axis=0))
-
-    def of_target(self, target: Profile) -> tuple[FloatArray, float]:
-        column = self.root * self.column(target)
-        return column, float(column @ column)
+    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        columns = np.asarray(self.root[:, None] * self.values(targets), dtype=np.float64)
+        return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
-def _terms(prior: Prior, cells: Cells, gammas: FloatArray, sudden: list[_Term], share: FloatArray) -> list[_Term]:
-    """All terms; the sudden ones have a `share` of each interval's walk."""
+def _terms(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Integral | _Sum]:
     walk, noise = prior.motion.on(cells.edges)
-    walk = walk * (1 - share)
-    terms: list[_Term] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
-    if cells.interval.size:
-        terms.append(_Sum(np.sqrt(walk[cells.interval] * cells.stride), cells.tails, cells.target_tails))
-    terms += sudden
+    few = cells.interval
+    terms: list[_Integral | _Sum] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
+    if few.size:
+        terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
         terms.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
-        if cells.interval.size:
-            terms.append(_Sum(np.sqrt(noise[cells.interval] / cells.stride), cells.masses, cells.target_masses))
+        if few.size:
+            terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
     return terms
-
-
-_STANDS_OUT = 8.0
-"""A segment so many times faster than both neighbours may have moved at one moment, such as a reinitialised layer."""
-
-_AT_AN_END = 0.25
-"""The largest share of its motion that is then assumed at either end of the segment."""
-
-
-def _sudden(motion: Motion, cells: Cells) -> tuple[list[_Term], FloatArray]:
-    """Motion at the ends of segments that stand out, and its share of each interval's walk: shape [K].
-
-    The moment of a sudden motion is not measured; spread evenly over the segment, it would seem harmless to
-    combinations that miss the target right after a snapshot.
-    """
-    if motion.walk.size == 1:
-        return [], np.zeros(cells.density.size)
-    edges, rest = motion.edges, np.maximum(np.append(motion.walk[1:], 0.0), np.append(0.0, motion.walk[:-1]))
-    share = 2 * _AT_AN_END * np.clip(1 - _STANDS_OUT * rest / np.maximum(motion.walk, np.finfo(np.float64).tiny), 0, 1)
-    share[0] = 0.0  # it has only one neighbour
-    found = np.flatnonzero((share > 0) & (edges[1:] <= cells.edges[-1]))
-    share = np.where(np.isin(np.arange(share.size), found), share, 0.0)
-    if not found.size:
-        return [], np.zeros(cells.density.size)
-    segment = np.clip(np.searchsorted(edges, cells.edges[:-1], side="right") - 1, 0, share.size - 1)
-    steps = cells.density * np.diff(cells.edges) + cells.stride * np.bincount(cells.interval, minlength=segment.size)
-    moved = motion.walk * np.bincount(segment, steps, minlength=share.size)
-    step = 1e-6 * np.diff(edges)[found]
-    begin, end = edges[:-1][found], edges[1:][found]
-    ends = replace(cells, before=np.concatenate((begin, end - step)), after=np.concatenate((begin + step, end)))
-    root = np.sqrt(np.tile(share[found] / 2 * moved[found], 2))
-    return [_Sum(root, ends.tails, ends.target_tails)], share[segment]

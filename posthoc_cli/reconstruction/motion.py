@@ -9,6 +9,10 @@ averages, one of them stored with a rounding error of variance r_j, is
 
 linear in v and w. With both constant on segments of training (falling in the first one), every measured distance is a
 linear equation for their values.
+
+Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
+hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
+are summed, since an average ignores how the network moved between updates.
 """
 
 from __future__ import annotations
@@ -17,34 +21,95 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
-from posthoc_cli.profiles import FloatArray
-from posthoc_cli.reconstruction.steps import Cells, Steps, unknown_steps
+from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile
+from posthoc_cli.reconstruction.basis import are_powers, gammas_and_times
 
-MOST_SEGMENTS = 64
-"""Segments of training; more snapshot times share segments."""
+# --- steps and updates -----------------------------------------------------------------------------
 
-_SMOOTHING = 0.1
-"""Weight of relative jumps between neighbouring segments, relative to a measurement's relative error."""
+FEW = 8
+"""Up to so many updates an interval is summed. With more, integral and sum differ by less than a tenth."""
 
-_DISTANCES_FOR_NOISE = 1.5
-"""Distances a segment from which noise is fitted, too: one profile with its last two snapshots has nearly 2."""
+_SAME = 1e-9
+"""Relative difference below which two times, or numbers of updates, are equal."""
 
-_ANCHORING = 0.3
-"""Weight of an earlier estimate, relative to a measurement's relative error, in a segment without measurements. It
-falls to 0 where the shares of distances add up to 1, since the earlier estimate comes from the same measurements."""
+
+@dataclass(frozen=True)
+class Cells:
+    """Intervals of training, each with steps of one length, and the updates in those that have few.
+
+    Attributes:
+        edges: of the intervals, growing: shape [K + 1].
+        density: steps per unit of time within each interval; 0 where its updates are listed instead: shape [K].
+        before, after: times of the update before each listed one, and of itself: shape [M].
+        interval: index of the interval of each listed update: shape [M].
+        stride: steps between updates.
+    """
+
+    edges: FloatArray
+    density: FloatArray
+    before: FloatArray
+    after: FloatArray
+    interval: npt.NDArray[np.intp]
+    stride: float
+
+    @property
+    def duration(self) -> FloatArray:
+        """Time of a step within each interval; 0 where its updates are listed instead: shape [K]."""
+        return np.divide(1.0, self.density, out=np.zeros_like(self.density), where=self.density > 0)
+
+    def tails(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Mass that averages have at or after each listed update: shape [M, n]."""
+        return self._mass_after(self.before, profiles)
+
+    def masses(self, profiles: Sequence[Profile]) -> FloatArray:
+        """Mass that averages have on each listed update: shape [M, n]."""
+        return self.tails(profiles) - self._mass_after(self.after, profiles)
+
+    def _mass_after(self, s: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
+        """Tails; 0 for power functions that do not include the update."""
+        if not are_powers(profiles):
+            return np.stack([profile.tail(s) for profile in profiles], axis=1)
+        gamma, t = gammas_and_times(profiles)
+        ratio = np.minimum(s[:, None] / t, 1.0)
+        with np.errstate(divide="ignore"):  # all of the mass is after time 0
+            tails = -np.expm1((gamma + 1) * np.log(ratio))
+        return np.where(self.after[:, None] <= t * (1 + _SAME), tails, 0.0)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A run's clock, and the steps between its updates."""
+
+    clock: Clock
+    stride: int = 1
+
+
+def cells_between(edges: FloatArray, run: Steps | None) -> Cells:
+    """The intervals between `edges`, cut where the length of a step changes; unknown steps are one unit of time."""
+    if run is None:
+        none = np.zeros(0)
+        return Cells(edges, np.ones(edges.size - 1), none, none, np.zeros(0, dtype=np.intp), 0.0)
+    knots = np.asarray(run.clock.times)
+    edges = np.union1d(edges, knots[(knots > edges[0]) & (knots < edges[-1])])
+    steps = run.clock.step_at(edges)
+    # An update at an edge belongs to the interval before it.
+    count = np.floor(steps / run.stride * (1 + _SAME) + _SAME).astype(np.int64)
+    few = np.diff(count) <= FEW
+    interval = np.repeat(np.flatnonzero(few), np.diff(count)[few])
+    listed = [np.arange(a, b) for a, b in zip(count[:-1][few], count[1:][few], strict=True)]
+    number = np.concatenate([np.zeros(0), *listed])
+    before = np.maximum(run.clock.time_at(number * run.stride), edges[0])
+    after = run.clock.time_at((number + 1) * run.stride)
+    density = np.where(few, 0.0, np.diff(steps) / np.diff(edges))
+    return Cells(edges, density, before, after, interval, float(run.stride))
+
+
+# --- motion ----------------------------------------------------------------------------------------
 
 _MOST_STORED = 96
 """Limit of the segments in a snapshot's header."""
-
-_LEAST_SHARE = 1e-5
-"""Lower limit of walk and noise, relative to a first estimate."""
-
-_NO_NOISE = 1e-3
-"""Noise with a smaller share than this in every distance is set to 0."""
-
-_WIDEST = 40.0
-_SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,24 +165,43 @@ class Motion:
 
 @dataclass(frozen=True)
 class PairDistance:
-    """One measured squared distance between two averages of power-function profiles.
+    """One measured squared distance between two averages, above 0, and its share from rounding."""
 
-    Attributes:
-        gammas, times: of the two, the later one first.
-        squared: the squared distance, above 0.
-        rounding: its share from rounding.
-    """
-
-    gammas: tuple[float, float]
-    times: tuple[float, float]
+    later: PowerFunction
+    earlier: PowerFunction
     squared: float
     rounding: float
 
     @property
     def alike(self) -> bool:
         """Whether the two profiles are equal up to rounding, so that no motion explains a distance."""
-        (gamma, other), (t, earlier) = self.gammas, self.times
-        return abs(gamma - other) <= 1e-6 * (gamma + 1) and t - earlier <= 1e-9 * t
+        a, b = self.later, self.earlier
+        return abs(a.gamma - b.gamma) <= 1e-6 * (a.gamma + 1) and a.t - b.t <= 1e-9 * a.t
+
+
+# --- the fit ---------------------------------------------------------------------------------------
+
+MOST_SEGMENTS = 64
+"""Segments of training; more snapshot times share segments."""
+
+_SMOOTHING = 0.1
+"""Weight of relative jumps between neighbouring segments, relative to a measurement's relative error."""
+
+_DISTANCES_FOR_NOISE = 1.5
+"""Distances a segment from which noise is fitted, too: one profile with its last two snapshots has nearly 2."""
+
+_ANCHORING = 0.3
+"""Weight of an earlier estimate, relative to a measurement's relative error, in a segment without measurements. It
+falls to 0 where the shares of distances add up to 1, since the earlier estimate comes from the same measurements."""
+
+_LEAST_SHARE = 1e-5
+"""Lower limit of walk and noise, relative to a first estimate."""
+
+_NO_NOISE = 1e-3
+"""Noise with a smaller share than this in every distance is set to 0."""
+
+_WIDEST = 40.0
+_SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
 
 
 def fit_motion(
@@ -145,21 +229,21 @@ def fit_motion(
     if known is not None and not known.walk.any():
         known = None  # it stood still, which is no estimate of later motion
     course = _Course.first(start, times) if known is None else _Course.after(known, times)
-    segments = course.count
-    squared = np.array([distance.squared for distance in distances])
-    rounding = np.minimum(np.array([distance.rounding for distance in distances]) / squared, 1.0)
-    cells = unknown_steps(course.edges) if steps is None else steps.cells(course.edges)
+    segments = course.walk.shape[1]
+    cells, walks, noises, rounding = _relative(course.edges, distances, steps)
     section = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, course.edges.size - 2)
     first = np.flatnonzero(np.diff(section, prepend=-1))  # the first cell of each section
-    walk, noise = (
-        np.asarray(np.add.reduceat(influence / squared[:, None], first, axis=1)) @ unit
-        for influence, unit in zip(_influence(cells, distances), (course.walk, course.noise), strict=True)
-    )
-    both = len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and bool(known.noise.any()))
-    influence = np.hstack([walk, noise] if both else [walk])
-    found = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
-    found = np.concatenate((found, np.zeros(2 * segments - found.size)))
-    return Motion(course.edges, course.walk @ found[:segments], course.noise @ found[segments:])
+    influence = np.add.reduceat(walks, first, axis=1) @ course.walk
+    if len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any()):
+        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) @ course.noise))
+    found = np.zeros(2 * segments)
+    found[: influence.shape[1]] = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
+    motion = Motion(course.edges, course.walk @ found[:segments], course.noise @ found[segments:])
+    walk, width = motion.walk, np.diff(motion.edges)
+    alone = (walk > _STANDS_OUT * _beside(walk)) & (width > _NARROW * _beside(width))
+    for begin, end in zip(motion.edges[1:-1][alone[1:]], motion.edges[2:][alone[1:]], strict=True):
+        motion = _with_moment(motion, float(begin), float(end), distances, steps)
+    return motion
 
 
 def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, segments: int) -> FloatArray:
@@ -208,6 +292,18 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, seg
     return solution
 
 
+def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
+    """The constant walk (or noise) that each distance implies alone, averaged by the segment's share in it."""
+    total = relative.sum(axis=1)
+    seen = total > 0
+    if not seen.any():
+        return np.zeros(relative.shape[1])
+    constant, share = np.maximum(goal[seen], 1e-3) / total[seen], relative[seen] / total[seen, None]
+    weight = share.sum(axis=0)
+    anywhere = np.full(weight.size, np.exp(np.mean(np.log(constant))))
+    return np.asarray(np.divide(share.T @ constant, weight, out=anywhere, where=weight > 1e-9))
+
+
 _EARLY_FALL = 0.5
 """v and w fall as s**-0.5 up to the first snapshot, since networks move fastest at the very start (in one recorded run
 seven tenths of v up to the first of twenty snapshots were in its first tenth), except in a warm-up."""
@@ -215,13 +311,10 @@ seven tenths of v up to the first of twenty snapshots were in its first tenth), 
 
 @dataclass(frozen=True)
 class _Course:
-    """Segments of training, cut into sections, and the course of v and w over the sections for unknowns of 1.
+    """Segments of training, cut into sections between `edges`, and v and w over the sections for unknowns of 1.
 
-    Attributes:
-        edges: of all sections: shape [sections + 1].
-        walk, noise: the factor of a segment's unknown in each section: shape [sections, segments].
-        anchors: estimates of the unknowns without distances, of the walk and then of the noise; nan for none: shape
-            [2 * segments].
+    `walk` and `noise` are the factors of the segments' unknowns: shape [sections, segments]. `anchors` are estimates of
+    the unknowns without distances, of the walk and then of the noise, nan for none: shape [2 * segments].
     """
 
     edges: FloatArray
@@ -229,88 +322,121 @@ class _Course:
     noise: FloatArray
     anchors: FloatArray
 
-    @property
-    def count(self) -> int:
-        """The number of segments."""
-        return int(self.walk.shape[1])
-
     @classmethod
     def first(cls, start: float, times: Sequence[float]) -> _Course:
-        """Without an earlier estimate. The first segment, before any snapshot, is cut into sections of doubling length
-        over which v and w fall: see `_EARLY_FALL`.
-        """
-        ends = _segment_edges(start, times)
+        """Without an earlier estimate; v and w fall over sections of doubling length before the first snapshot."""
+        inner = np.unique([t for t in times if t > start])
+        if inner.size > MOST_SEGMENTS:
+            inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
+        ends = np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
         count = max(1, round(float(np.log2(ends[1] / ends[0]))))
-        inner = np.geomspace(ends[0], ends[1], count + 1)[1:-1]
-        edges = np.concatenate((ends[:1], inner, ends[1:]))
-        first = edges[: count + 1]
+        first = np.concatenate((ends[:1], np.geomspace(ends[0], ends[1], count + 1)[1:-1], ends[1:2]))
         # Mean over each section, relative to the mean over the segment.
         power = 1 - _EARLY_FALL
         mean = np.diff(first**power) / np.diff(first)
-        unit = np.zeros((edges.size - 1, ends.size - 1))
+        unit = np.zeros((count + ends.size - 2, ends.size - 1))
         unit[:count, 0] = mean * (ends[1] - ends[0]) / (ends[1] ** power - ends[0] ** power)
         unit[count:, 1:] = np.eye(ends.size - 2)
-        return cls(edges, unit, unit, np.full(2 * unit.shape[1], np.nan))
+        return cls(np.concatenate((first, ends[2:])), unit, unit, np.full(2 * unit.shape[1], np.nan))
 
     @classmethod
     def after(cls, known: Motion, times: Sequence[float]) -> _Course:
-        """After an earlier estimate: the unknowns are relative to it, and new segments to its last one.
-
-        Where it has no noise, noise is relative to the mean.
-        """
+        """Relative to an earlier estimate, and after it to its last segment; noise to the mean where it has none."""
         edges, walk, noise = known.edges, known.walk, known.noise
         later = np.unique([t for t in times if t > edges[-1]])
-        ones = np.concatenate((np.ones(walk.size), np.full(later.size, np.nan)))
+        unseen = np.full(later.size, np.nan)
         walk = np.maximum(walk, _LEAST_SHARE * walk.max(initial=0.0))
         unit = np.maximum(noise, noise.mean())
         seen = np.divide(noise, unit, out=np.zeros_like(noise), where=unit > 0)
         unit = np.where(unit > 0, unit, walk[-1])
         longer = [np.diag(np.append(own, np.full(later.size, own[-1]))) for own in (walk, unit)]
-        seen = np.concatenate((seen, np.full(later.size, np.nan)))
-        return cls(np.concatenate((edges, later)), longer[0], longer[1], np.concatenate((ones, seen)))
+        anchors = np.concatenate((np.ones(walk.size), unseen, seen, unseen))
+        return cls(np.concatenate((edges, later)), longer[0], longer[1], anchors)
 
 
-def _segment_edges(start: float, times: Sequence[float]) -> FloatArray:
-    inner = np.unique(np.asarray(times, dtype=np.float64))
-    inner = inner[inner > start]
-    if inner.size > MOST_SEGMENTS:
-        inner = inner[np.linspace(0, inner.size - 1, MOST_SEGMENTS + 1).round().astype(int)[1:]]
-    return np.concatenate(([start], inner)) if inner.size else np.array([start / 2, start])
+# --- sudden motion ---------------------------------------------------------------------------------
+
+_STANDS_OUT = 8.0
+"""A segment so many times faster than both neighbours may have moved at one moment, such as a reinitialised layer."""
+
+_NARROW = 1 / 6
+"""A segment narrower than its neighbours by this factor holds a moment that was found before."""
+
+_PIECES = np.array([0, 1 / 64, 1 / 32, *np.arange(1, 16) / 16, 31 / 32, 63 / 64, 1])
+"""Ends of the pieces of a segment that may hold the moment, as fractions of it: most often it is at a snapshot."""
+
+_SEEN = 0.1
+"""Share of a distance in such a segment from which it counts."""
+
+_FITS_BETTER = 0.95
+"""Misfit with such a moment, relative to that of even motion, up to which it counts."""
 
 
-def _first_estimate(relative: FloatArray, goal: FloatArray) -> FloatArray:
-    """The constant walk (or noise) that each distance implies on its own, averaged by the segment's share in it: shape
-    [distances, segments] to [segments].
+def _beside(values: FloatArray) -> FloatArray:
+    """The greater of each value's neighbours."""
+    return np.maximum(np.concatenate((values[1:], [0.0])), np.concatenate(([0.0], values[:-1])))
+
+
+def _with_moment(
+    motion: Motion, begin: float, end: float, distances: Sequence[PairDistance], steps: Steps | None
+) -> Motion:
+    """The same motion, but in (begin, end] even motion and noise, and more motion in the one piece that fits best.
+
+    A jump at s adds its square times (tail_i - tail_j)^2 at s to each distance, so that distances tell s. Motion spread
+    over the segment would promise too little of averages over the time beside the jump, and too much of others.
     """
-    total = relative.sum(axis=1)
-    seen = total > 0
-    constant = np.maximum(goal[seen], 1e-3) / total[seen]
-    if constant.size == 0:
-        return np.zeros(relative.shape[1])
-    share = relative[seen] / total[seen, None]
-    weight = share.sum(axis=0)
-    anywhere = float(np.exp(np.mean(np.log(constant))))
-    return np.where(weight > 1e-9, share.T @ constant / np.where(weight > 1e-9, weight, 1.0), anywhere)
+    from scipy.optimize import nnls  # slow to import, and a plan does not need it
+
+    ends = begin + (end - begin) * _PIECES
+    cells, walks, noises, rounding = _relative(np.union1d(motion.edges, ends), distances, steps)
+    middle = (cells.edges[1:] + cells.edges[:-1]) / 2
+    within, piece = (middle > begin) & (middle < end), np.searchsorted(ends, middle) - 1
+    walk, noise = (np.where(within, 0.0, values) for values in motion.on(cells.edges))
+    goal = 1 - rounding - walks @ walk - noises @ noise
+    seen = goal > _SEEN
+    goal, walks, noises = goal[seen], walks[seen], noises[seen]
+    even = [walks[:, within].sum(axis=1), noises[:, within].sum(axis=1)]
+    fits = [nnls(np.column_stack((*even, walks[:, piece == k].sum(axis=1))), goal) for k in range(ends.size - 1)]
+    best = min(range(len(fits)), key=lambda k: float(fits[k][1]))
+    if fits[best][1] > _FITS_BETTER * nnls(np.column_stack(even), goal)[1]:
+        return motion
+    edges = np.union1d(motion.edges, ends[best : best + 2])
+    walk, noise = motion.on(edges)
+    inside = (edges[:-1] >= begin) & (edges[1:] <= end)
+    walk[inside], noise[inside], jump = fits[best][0]
+    walk[(edges[:-1] >= ends[best]) & (edges[1:] <= ends[best + 1])] += jump
+    return Motion(edges, walk, noise)
 
 
-def _influence(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatArray, FloatArray]:
+# --- integrals -------------------------------------------------------------------------------------
+
+
+def _relative(
+    edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
+) -> tuple[Cells, FloatArray, FloatArray, FloatArray]:
+    """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding."""
+    cells = cells_between(edges, steps)
+    squared = np.array([distance.squared for distance in distances])
+    walk, noise = (influence / squared[:, None] for influence in influences(cells, distances))
+    return cells, walk, noise, np.minimum(np.array([distance.rounding for distance in distances]) / squared, 1.0)
+
+
+def influences(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatArray, FloatArray]:
     """The distances that a walk and a noise of intensity 1 in one interval make: shape [distances, K] each."""
-    gamma = np.array([distance.gammas for distance in distances])
-    times = np.array([distance.times for distance in distances])
-    walk, noise = _integrals(cells.edges, gamma, times)
+    later, earlier = [distance.later for distance in distances], [distance.earlier for distance in distances]
+    walk, noise = _integrals(cells.edges, later, earlier)
     walk, noise = walk * cells.density, noise * cells.duration
     if cells.interval.size:
-        tails = cells.tails(gamma[:, 0], times[:, 0]) - cells.tails(gamma[:, 1], times[:, 1])
-        masses = cells.masses(gamma[:, 0], times[:, 0]) - cells.masses(gamma[:, 1], times[:, 1])
-        np.add.at(walk.T, cells.interval, cells.stride * tails**2)
-        np.add.at(noise.T, cells.interval, masses**2 / cells.stride)
+        np.add.at(walk.T, cells.interval, cells.stride * (cells.tails(later) - cells.tails(earlier)) ** 2)
+        np.add.at(noise.T, cells.interval, (cells.masses(later) - cells.masses(earlier)) ** 2 / cells.stride)
     return walk, noise
 
 
-def _integrals(edges: FloatArray, gamma: FloatArray, times: FloatArray) -> tuple[FloatArray, FloatArray]:
+def _integrals(
+    edges: FloatArray, later: Sequence[PowerFunction], earlier: Sequence[PowerFunction]
+) -> tuple[FloatArray, FloatArray]:
     """Integrals of (tail_i - tail_j)^2 and of (p_i - p_j)^2 over each interval: shape [distances, K] each."""
-    x, y = gamma[:, :1] + 1, gamma[:, 1:] + 1
-    t, u = times[:, :1], times[:, 1:]
+    (x, t), (y, u) = ((gamma[:, None] + 1, time[:, None]) for gamma, time in map(gammas_and_times, (later, earlier)))
     # Up to the earlier time the tails differ by (s/u)^y - (s/t)^x ...
     a, b = np.minimum(edges[:-1], u), np.minimum(edges[1:], u)
     walk = _moment(a, b, u, 2 * y) - 2 * _moment(a, b, u, y, t, x) + _moment(a, b, t, 2 * x)
@@ -324,11 +450,8 @@ def _integrals(edges: FloatArray, gamma: FloatArray, times: FloatArray) -> tuple
 
 
 def _moment(
-    a: FloatArray, b: FloatArray, t: FloatArray, p: FloatArray, u: FloatArray | None = None, q: FloatArray | None = None
+    a: FloatArray, b: FloatArray, t: FloatArray, p: FloatArray, u: FloatArray | float = 1.0, q: FloatArray | float = 0.0
 ) -> FloatArray:
     """Integral of (s/t)^p (s/u)^q from a to b, with 0 < a <= b <= t, u."""
-    power = p + 1 if q is None else p + q + 1
-    peak = b * (b / t) ** p
-    if u is not None and q is not None:
-        peak = peak * (b / u) ** q
-    return np.asarray(peak * -np.expm1(-power * np.log(b / a)) / power, dtype=np.float64)
+    peak = b * (b / t) ** p * (b / u) ** q
+    return np.asarray(peak * -np.expm1(-(p + q + 1) * np.log(b / a)) / (p + q + 1), dtype=np.float64)

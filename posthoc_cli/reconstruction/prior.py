@@ -1,17 +1,21 @@
-"""The prior of a reconstruction: the motion of a run's network, and the errors of its stored averages."""
+"""The prior of a reconstruction: the motion of a run's network, and the errors of its stored averages.
+
+Measurements are sums over the elements of all averaged tensors (not the copies), in float64.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
+from scipy import linalg
 
-from posthoc_cli.profiles import FloatArray, PowerFunction, RecordedPowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction.measurements import Measurements
-from posthoc_cli.reconstruction.motion import Motion, PairDistance, fit_motion
-from posthoc_cli.reconstruction.steps import Cells, Steps, unknown_steps
+from posthoc_cli.profiles import FloatArray, PowerFunction, RecordedPowerFunction
+from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, fit_motion
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
@@ -29,6 +33,42 @@ ROUNDING: float = math.sqrt(2 * math.log(2) / 36)
 An error is uniform within a spacing of eps 2**e around a value m 2**e, variance (eps 2**e)**2 / 12, and where
 logarithms are spread evenly the mean square of m in [1, 2) is 3 / (2 ln 2).
 """
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The squared Euclidean distance between an average and another one of the same run.
+
+    Attributes:
+        t, sigma_rel: of the other one; it may have been deleted since.
+        squared: between this average, exact, and the other one, exact if of the same time, else as stored.
+        rounding: the share of `squared` expected from rounding: the squared rounding errors of the stored copies.
+    """
+
+    t: float
+    sigma_rel: float
+    squared: float
+    rounding: float
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """The measurements of one stored average.
+
+    Attributes:
+        norm: squared norm of the exact average.
+        rounding: squared norm of the difference between the stored copy and the exact average.
+        distances: to the other profiles of the same time, and to the newest earlier snapshots of each profile.
+        weights: squared distance between the exact average and the network's weights at its time; None if unknown.
+        arithmetic: expected squared error of the average beyond that of numbers of full precision: float32 has few
+            digits near 0, and each update rounds anew.
+    """
+
+    norm: float
+    rounding: float
+    distances: tuple[Distance, ...] = ()
+    weights: float | None = None
+    arithmetic: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -78,20 +118,11 @@ class Prior:
     steps: Steps | None = None
     inherited: FloatArray | None = None
 
-    def cells(self, edges: FloatArray) -> Cells:
-        """The intervals between `edges`, and the steps within them."""
-        return unknown_steps(edges) if self.steps is None else self.steps.cells(edges)
-
     def of(self, snapshots: Sequence[int]) -> Prior:
         """The same for some of the snapshots."""
         index = np.asarray(snapshots, dtype=np.intp)
-        return replace(
-            self,
-            rounding=self.rounding[index],
-            arithmetic=self.arithmetic[index],
-            norm=self.norm[index],
-            inherited=None if self.inherited is None else self.inherited[index],
-        )
+        arrays: dict[str, Any] = {name: v[index] for name, v in vars(self).items() if isinstance(v, np.ndarray)}
+        return replace(self, **arrays)
 
     def sampled(self) -> Prior:
         """The same, marked as estimated from a sample of elements."""
@@ -101,15 +132,12 @@ class Prior:
 def assumed_prior(snapshots: Sequence[PowerFunction], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
     """The prior of a plan, or without measurements: weights of norm 1.
 
-    Arguments:
-        snapshots: profiles of the stored averages.
-        rounding: root mean square error of a stored copy, relative to its norm.
-        motion: of the network, relative to its norm; by default an even walk.
+    `rounding` is the root mean square error of a stored copy, `motion` by default an even walk, both relative to the
+    norm.
     """
-    last = max(p.t for p in snapshots)
     ones = np.ones(len(snapshots))
     if motion is None:
-        motion = Motion.even(last, ASSUMED_STRETCH**2)
+        motion = Motion.even(max(p.t for p in snapshots), ASSUMED_STRETCH**2)
     return Prior(motion, rounding**2 * ones, 0 * ones, ones, ASSUMED)
 
 
@@ -122,23 +150,23 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     if not known or len(known) < len(averages):
         return assumed_prior([average.profile.pure for average in averages])
     norm = np.array([measurements.norm for measurements in known])
-    arithmetic = np.array([_arithmetic(average) for average in averages])
+    counts = np.array([roundings(average.profile.gamma, average.updates) for average in averages])
+    relative = np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
+    arithmetic = norm * relative + np.array([measurements.arithmetic for measurements in known])
+    inherited = np.array([average.inherited for average in averages])
     profiles = [average.profile for average in averages]
-    start, last = min(p.t_first for p in profiles), max(p.t for p in profiles)
-    steps = max(averages, key=lambda average: average.profile.t).steps
-    newest = max(
-        (average for average in averages if average.motion is not None),
-        key=lambda average: (average.profile.t, average.profile.gamma),
-        default=None,
-    )
-    earlier = None if newest is None else newest.motion
-    distances = [distance for distance in _distances(averages, arithmetic) if not distance.alike]
+    in_order = sorted(range(len(averages)), key=lambda i: (profiles[i].t, profiles[i].gamma))
+    steps = averages[in_order[-1]].steps
+    earlier = next((m for i in reversed(in_order) if (m := averages[i].motion) is not None), None)
+    distances = _distances([(profiles[i], known[i], arithmetic[i]) for i in in_order])
+    weights = [_to_weights(*found) for found in zip(averages, known, arithmetic, strict=True)]
+    distances = [distance for distance in (*distances, *weights) if distance is not None and not distance.alike]
     if distances:
-        motion = fit_motion(start, [p.t for p in profiles], distances, steps, earlier)
-    elif earlier is not None:
-        motion = earlier
+        times = [profile.t for profile in profiles]
+        motion = fit_motion(min(profile.t_first for profile in profiles), times, distances, steps, earlier)
     else:
-        motion = Motion.even(last, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
+        assumed = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
+        motion = assumed if earlier is None else earlier
     # Weights that are all 0 have distances, but none above 0.
     still = not norm.any() and any(measurements.distances for measurements in known)
     return Prior(
@@ -148,7 +176,7 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
         norm,
         MEASURED if distances or earlier is not None or still else ASSUMED,
         steps,
-        np.array([average.inherited for average in averages]) if any(a.inherited for a in averages) else None,
+        inherited if inherited.any() else None,
     )
 
 
@@ -169,45 +197,113 @@ def roundings(gamma: float, updates: int) -> float:
     return 1 + WINDOW / 3 * min(1.0, WINDOW / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
 
 
-def _arithmetic(average: StoredAverage) -> float:
-    """Expected squared error of an average before it is stored."""
-    norm = average.measurements.norm if average.measurements is not None else 0.0
-    return float(norm * (ROUNDING * average.eps) ** 2 * roundings(average.profile.gamma, average.updates))
-
-
-def _distances(averages: Sequence[StoredAverage], arithmetic: FloatArray) -> list[PairDistance]:
-    """Every measured distance, one for each pair of averages."""
-    found: dict[tuple[tuple[float, float], tuple[float, float]], PairDistance] = {}
-    nought = 1e-18 * max((a.measurements.norm for a in averages if a.measurements is not None), default=0.0)
-    # The last record of a pair counts, in a fixed order.
-    order = sorted(range(len(averages)), key=lambda i: (averages[i].profile.t, averages[i].profile.gamma))
-    for average, own in ((averages[i], arithmetic[i]) for i in order):
-        if average.measurements is None:
-            continue
-        profile = average.profile
-        for distance in average.measurements.distances:
-            gamma = PowerFunction.from_sigma_rel(distance.sigma_rel, distance.t).gamma
-            ends = ((profile.t, profile.gamma), (distance.t, gamma))
+def _distances(averages: Sequence[tuple[RecordedPowerFunction, Measurements, float]]) -> list[PairDistance]:
+    """Every measured distance, one for each pair of averages: the last record of a pair counts."""
+    found: dict[tuple[float, ...], PairDistance] = {}
+    nought = 1e-18 * max(measurements.norm for _, measurements, _ in averages)
+    for profile, measurements, arithmetic in averages:
+        for distance in measurements.distances:
+            other = PowerFunction.from_sigma_rel(distance.sigma_rel, distance.t)
+            earlier, later = sorted((profile.pure, other), key=lambda p: (p.t, p.gamma))
             # The other average may be gone; its arithmetic has about the same variance.
-            noise = distance.rounding + 2 * own
-            least = max(distance.squared, nought)
+            noise = distance.rounding + 2 * arithmetic
+            # Less than the errors themselves tells no more than that.
+            least = max(distance.squared, noise, nought)
             if least > 0:
-                later, earlier = max(ends), min(ends)
                 # A gamma computed elsewhere may differ in its last bits.
-                key = ((later[0], round(later[1], 9)), (earlier[0], round(earlier[1], 9)))
-                found[key] = PairDistance((later[1], earlier[1]), (later[0], earlier[0]), least, noise)
-    weights = [_to_weights(average, own) for average, own in zip(averages, arithmetic, strict=True)]
-    return list(found.values()) + [distance for distance in weights if distance is not None]
+                pair = later.t, round(later.gamma, 9), earlier.t, round(earlier.gamma, 9)
+                found[pair] = PairDistance(later, earlier, least, noise)
+    return list(found.values())
 
 
-def _to_weights(average: StoredAverage, arithmetic: float) -> PairDistance | None:
+def _to_weights(average: StoredAverage, measurements: Measurements, arithmetic: float) -> PairDistance | None:
     """The measured distance to the weights of the same time, which move like an average over a few steps.
 
     None if that average is not much shorter than this one.
     """
-    profile, found = average.profile, average.measurements
+    profile, found = average.profile, measurements.weights
     width = max(_MEMORY * average.step_length, profile.max_interval) / profile.t
-    if found is None or not found.weights or not average.step_length or not width < profile.pure.sigma_rel / 8:
+    if not found or not average.step_length or not width < profile.pure.sigma_rel / 8:
         return None
-    gamma = gamma_from_sigma_rel(width)
-    return PairDistance((profile.gamma, gamma), (profile.t, profile.t), found.weights, float(arithmetic))
+    weights = PowerFunction.from_sigma_rel(width, profile.t)
+    return PairDistance(profile.pure, weights, found, float(arithmetic))
+
+
+# --- correlated roundings --------------------------------------------------------------------------
+#
+# The two errors of an element that moves by several spacings of the storage dtype between snapshots are independent. An
+# element that hardly moves is rounded to the same value, and a combination of both snapshots does not average the error
+# away. Errors are uniform within a spacing h, of variance r = h^2 / 12, and periodic in the value with period h. By the
+# Fourier series of that sawtooth, after a Gaussian displacement of variance d their correlation is
+#
+#     rho = 6 / pi^2 sum_k k^-2 exp(-2 pi^2 k^2 d / h^2) = 6 / pi^2 sum_k k^-2 exp(-pi^2 / 6 k^2 d / r).
+#
+# With sums over all elements for d and r it holds for a network whose elements move by equally many spacings. As a
+# function of expected squared distances it is a mixture of Gaussian kernels, hence positive semidefinite.
+
+_FAR = 12.0
+"""Squared distance, in roundings, beyond which the correlation is negligible: exp(-pi^2 / 6 * 12) = 3e-9."""
+
+_LARGEST = 0.99
+"""Correlation of copies without motion between them. With 1, coefficients of opposite signs could cancel errors whose
+sizes differ a little, and grow without bound."""
+
+
+def rounding_factor(rounding: FloatArray, arithmetic: FloatArray, apart: FloatArray) -> FloatArray:
+    """A matrix B with B^T B = the covariance of the stored copies' errors: shape [n, n].
+
+    `rounding` and `arithmetic` are variances, [n], the latter of independent errors; `apart` are expected squared
+    distances of the averages, [n, n].
+    """
+    root = np.sqrt(rounding)
+    scale = root[:, None] * root
+    with np.errstate(over="ignore"):  # infinity is a valid limit
+        near = (apart < _FAR * scale) & ~np.eye(root.size, dtype=bool)
+    if not near.any():
+        return np.diag(np.sqrt(rounding + arithmetic))
+    correlation = np.eye(root.size)
+    correlation[near] = _LARGEST * _correlation(apart[near] / scale[near])
+    # Divide and conquer, since the default driver fails on about one in a hundred of these clustered spectra.
+    values, vectors = linalg.eigh(correlation * scale + np.diag(arithmetic), driver="evd")
+    return np.asarray(np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T, dtype=np.float64)
+
+
+def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray) -> FloatArray:
+    """A matrix B with B^T B = the covariance of errors that averages inherit from rounded snapshots: shape [n, n].
+
+    An average keeps the share (t_i / t)^(gamma + 1) of the error of an earlier one of its profile; the rest of its
+    error arose in between. `inherited` are the variances, [n]; times grow.
+    """
+    factor = np.zeros((times.size, times.size))
+    for own in (np.flatnonzero(gamma == one) for one in np.unique(gamma)):
+        factor[own[0], own[0]] = np.sqrt(inherited[own[0]])
+        for before, after in pairwise(own.tolist()):
+            kept = factor[:, before] * (times[before] / times[after]) ** (gamma[after] + 1)
+            have = float(kept @ kept)
+            factor[:, after] = kept * np.sqrt(min(1.0, inherited[after] / have)) if have > 0 else 0.0
+            factor[after, after] = np.sqrt(max(inherited[after] - have, 0.0))
+    return factor
+
+
+def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
+    """Expected squared error of an average that resumes from its stored copy, after an earlier error.
+
+    A copy lies on the values of the storage dtype, so that the next rounding depends only on the displacement from
+    there: `share` times the average's lag, of which the same share is forgotten. Two consecutive displacements differ
+    by 2 share times their square; where that is small, errors have one sign and add up.
+
+    Arguments:
+        error: expected squared error before.
+        rounding: squared rounding error of the stored copy.
+        spread: the expectation of `rounding` for values anywhere between those of the storage dtype.
+        moved: squared distance from the copy of the last resume.
+        share: of the values since then in the average.
+    """
+    correlation = float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
+    return error + rounding + 2 * correlation * float(np.sqrt(error * rounding))
+
+
+def _correlation(distance: FloatArray) -> FloatArray:
+    """The correlation of two rounding errors, by squared distance in units of their variance."""
+    squares = np.arange(1, 65) ** 2
+    return np.asarray(sum(np.exp(-(np.pi**2) / 6 * k * distance) / k for k in squares) / sum(1 / squares))

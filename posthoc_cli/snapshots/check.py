@@ -1,6 +1,6 @@
 """Verify a path: list its files, read each against its checksums, compare the snapshots of a run with each other.
 
-`verify` reads every byte; `verify_measurements` also compares values with what headers measured, see `deep`.
+`verify` reads every byte; `verify_measurements` also compares values with what headers measured, see `measurements`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import errno
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -22,10 +22,9 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.deep import compare_measurements
 from posthoc_cli.snapshots.directory import PICKLES, QUARANTINE, SUPERSEDED, Listing, list_directory, time_order
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.measurements import run_clock
+from posthoc_cli.snapshots.measurements import Progress, compare_measurements, run_clock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, OutputInfo, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, check_payload, in_order, read_header, worker_threads
 from posthoc_cli.snapshots.states import COPY, check_state_tensors, decode_state, tensors_with
@@ -48,8 +47,6 @@ _BROKEN_FILE = (errno.EIO, errno.ENOENT, errno.ELOOP, errno.ENXIO, errno.ENODEV)
 
 _UNITS_AT_A_TIME = 3
 """While the header of one is decoded, the payload of another is read."""
-
-Progress = Callable[[int], object]
 
 
 # --- reports
@@ -286,7 +283,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
 
 
 def verify_measurements(found: Verification, progress: Progress = lambda _: None) -> Verification:
-    """Compare the values of verified snapshots with what their headers measured, see `deep`."""
+    """Compare the values of verified snapshots with what their headers measured, see `measurements`."""
     started = time.perf_counter()
     wrong, problems = compare_measurements(found.snapshots, progress)
     return replace(

@@ -197,10 +197,9 @@ def _measurements(raw: dict[str, Any], values: Values) -> Measurements | None:
     if len({(d.t, d.sigma_rel) for d in distances}) < len(distances):
         raise ValueError("distances name the same t and sigma_rel twice")
     own = {key: value for key, value in raw.items() if key != "distances" and (key, value) != ("weights", None)}
-    measured = Measurements(
-        **_amounts(own, ["norm", "rounding"] + ["weights"] * ("weights" in own)), distances=distances
-    )
-    squares = [measured.norm, measured.rounding, measured.weights]
+    names = ["norm", "rounding", *(name for name in ("weights", "arithmetic") if name in own)]
+    measured = Measurements(**_amounts(own, names), distances=distances)
+    squares = [measured.norm, measured.rounding, measured.weights, measured.arithmetic]
     squares += [square for distance in distances for square in (distance.squared, distance.rounding)]
     return measured if _usable(squares) else None
 

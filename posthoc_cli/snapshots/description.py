@@ -6,6 +6,7 @@ Kinds are "directory", "snapshot", "output", "outputs", "state" and "safetensors
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.directory import Inspection, inspect_directory
+from posthoc_cli.snapshots.directory import inspect_directory
 from posthoc_cli.snapshots.format import FileHeader, by_segment
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
@@ -35,7 +36,15 @@ def describe(path: Path) -> Description:
         return describe_model(path)
     found = inspect_directory(path)
     if found.snapshots or found.problems:
-        return _describe_directory(found)
+        return {
+            "kind": "directory",
+            "path": str(path),
+            **(_describe_run(found.snapshots) if found.snapshots else {}),
+            "superseded": found.superseded,
+            "leftovers": [leftover.name for leftover in found.listing.leftovers],
+            "notes": list(found.notes),
+            "problems": [str(problem) for problem in found.problems],
+        }
     described = [describe_model(model) for model in models.models_at(path)]
     if models.is_model_folder(path):
         return described[0]
@@ -58,6 +67,7 @@ def describe_model(path: Path) -> Description:
         fields = "t t_unit step sigma_rels averages_t t_first max_interval"
         return {
             **_values("state", first, state, fields),
+            "sigma_rels": list(state.sigma_rels),
             "schedule": vars(state.schedule),
             "known_snapshots": len(state.snapshots),
             **_sizes(headers.values()),
@@ -72,18 +82,6 @@ def describe_model(path: Path) -> Description:
         **_values("output", path, outputs[first], fields),
         "snapshots": [{"file": file, "coefficient": coefficient} for file, coefficient in outputs[first].snapshots],
         **_sizes(headers.values()),
-    }
-
-
-def _describe_directory(found: Inspection) -> Description:
-    return {
-        "kind": "directory",
-        "path": str(found.listing.path),
-        **(_describe_run(found.snapshots) if found.snapshots else {}),
-        "superseded": found.superseded,
-        "leftovers": [leftover.name for leftover in found.listing.leftovers],
-        "notes": list(found.notes),
-        "problems": [str(problem) for problem in found.problems],
     }
 
 
@@ -143,9 +141,8 @@ def _describe_snapshot(snapshot: Snapshot) -> Description:
 
 
 def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
-    return {"kind": kind, "path": str(path), "run": info.run_id} | {
-        name: getattr(info, name) for name in fields.split()
-    }
+    own = {name: getattr(info, name) for name in fields.split()}
+    return {"kind": kind, "path": str(path), "run": info.run_id, **own}
 
 
 def _describe_tensors(snapshot: Snapshot) -> Description:
@@ -162,13 +159,13 @@ def _describe_tensors(snapshot: Snapshot) -> Description:
 
 
 def _sizes(headers: Collection[FileHeader]) -> Description:
-    return _counts(headers) | {"bytes": sum(header.file_bytes for header in headers)}
+    return {**_counts(headers), "bytes": sum(header.file_bytes for header in headers)}
 
 
 def _counts(headers: Collection[FileHeader]) -> Description:
-    dtypes: dict[str, int] = {}
+    dtypes: Counter[str] = Counter()
     for entry in (entry for header in headers for entry in header.tensors.values()):
-        dtypes[entry.dtype] = dtypes.get(entry.dtype, 0) + math.prod(entry.shape)
+        dtypes[entry.dtype] += math.prod(entry.shape)
     return {
         **({"files": len(headers)} if len(headers) > 1 else {}),
         "tensors": sum(len(header.tensors) for header in headers),

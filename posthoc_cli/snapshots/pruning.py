@@ -18,7 +18,15 @@ import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.errors import InexactError, InvalidValueError, MismatchError
-from posthoc_cli.planning import USEFUL_RANGE, Forecast, choose, errors_after_each, exchanged, forecast, losses_of
+from posthoc_cli.planning import (
+    USEFUL_RANGE,
+    Forecast,
+    errors_after_each,
+    exchanged,
+    forecast,
+    losses_of,
+    thinned_subset,
+)
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
@@ -37,7 +45,7 @@ class Pruning:
     """A plan of what to delete: `kept` by time, then sigma_rel, `gone` in the order to delete.
 
     `before` and `after` are expected errors from all snapshots and from the survivors, both with the prior from all
-    headers; of very many snapshots only some are used, see `planning.choose`. `source` as in `reconstruction.Prior`.
+    headers; of very many snapshots only some are used, see `planning.thinned_subset`. `source` as in `Prior`.
     """
 
     kept: tuple[Snapshot, ...]
@@ -103,16 +111,21 @@ def plan_pruning(
     if max_bytes is not None:
         max_bytes -= file_bytes(older)
     if keep is not None:
-        _check_keep(snapshots, keep)
+        most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
+        if keep < 1:
+            raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
+        if keep > most:
+            there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
+            raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)
     profiles = [snapshot.info.profile.pure for snapshot in snapshots]
     needed = _needed(profiles)
-    solved = sorted({*choose(profiles), *needed})
+    solved = sorted({*thinned_subset(profiles), *needed})
     prior = snapshot_prior([snapshots[index] for index in solved])
     before = forecast([profiles[index] for index in solved], prior, sigma_range)
 
     def errors_without(gone: Sequence[int]) -> Forecast:
         left = sorted(set(range(len(profiles))) - set(gone))
-        chosen = [left[place] for place in choose([profiles[index] for index in left])]
+        chosen = [left[place] for place in thinned_subset([profiles[index] for index in left])]
         if set(chosen) <= set(solved):
             known = prior.of([solved.index(index) for index in chosen])
         else:
@@ -127,7 +140,7 @@ def plan_pruning(
             f"all {len(snapshots)} snapshots together have a predicted error of up to "
             f"{before.worst:.2g} for sigma_rel {sigma_range[0]:g} to {sigma_range[1]:g}; nothing can go",
         )
-    staying = {*choose(profiles, keep=keep or 1), *needed}
+    staying = {*thinned_subset(profiles, keep=keep or 1), *needed}
     order = _spread_out([index for index in range(len(profiles)) if index not in staying])
     if staying == set(solved):
         found = removal_order([profiles[index] for index in solved], prior, keep or 1, sigma_range)
@@ -219,15 +232,6 @@ def _apart(ranked: Sequence[int], left: Sequence[int], profiles: Sequence[PowerF
             chosen.append(index)
             taken.add(place[index])
     return chosen
-
-
-def _check_keep(snapshots: Sequence[Snapshot], keep: int) -> None:
-    if keep < 1:
-        raise InvalidValueError("keep", "must be at least 1; the newest snapshot of each profile stays", value=keep)
-    most = max(Counter(snapshot.info.sigma_rel for snapshot in snapshots).values())
-    if keep > most:
-        there = f"there are only {most} snapshots" if most > 1 else "there is only 1 snapshot"
-        raise InvalidValueError("keep", f"{there} a profile; nothing was deleted", value=keep)
 
 
 def _enough_bytes(snapshots: Sequence[Snapshot], order: Sequence[int], max_bytes: int) -> int:

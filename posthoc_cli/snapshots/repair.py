@@ -9,7 +9,7 @@ import math
 import stat
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError
-from posthoc_cli.planning import USEFUL_RANGE, forecast_at, sigma_rels_in
+from posthoc_cli.planning import forecast, forecast_at
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots import check
 from posthoc_cli.snapshots.check import FileReport, Verification
@@ -134,6 +134,10 @@ def plan_repair(found: Verification) -> Repair:
     staying = [report for report in found.files if not report.is_fine and report.unit not in units]
     after = _errors(found.snapshots)
     before = _errors(sorted((*found.snapshots, *found.lost), key=time_order)) if found.lost else after
+    if found.lost and before is not None and after is not None and before.t == after.t:
+        # The expected distance cannot fall, but the norm that it is relative to is estimated from fewer averages.
+        predicted = np.maximum(after.predicted, before.predicted)
+        after = replace(after, predicted=predicted, worst=max(after.worst, before.worst))
     known = {snapshot.path for snapshot in found.lost}
     unknown = {r.unit for r in found.files if r.state == check.DAMAGED and r.kind == "snapshot"} - known
     stamps = tuple(map(_stamp, gone))
@@ -161,10 +165,24 @@ def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning
 
     In a snapshot directory only while it is locked: a LockedError if a tracker is writing there.
     """
-    if is_snapshot_directory(found):
-        with DirectoryLock(found.path):
-            return _clean(found.leftovers, now() - STILL_SECONDS)
-    return _clean(found.leftovers, now() - STILL_SECONDS_UNLOCKED)
+    is_locked = is_snapshot_directory(found)
+    before = now() - (STILL_SECONDS if is_locked else STILL_SECONDS_UNLOCKED)
+    removed, left = [], []
+    with DirectoryLock(found.path) if is_locked else nullcontext():
+        for path in found.leftovers:
+            with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
+                known = path.lstat()
+                if known.st_mtime > before:
+                    left.append((path, "was written to a moment ago; a write may be in progress"))
+                elif stat.S_ISDIR(known.st_mode):
+                    left.append((path, "is a folder, which no write leaves"))
+                else:
+                    files.system.unlink(path)
+                    removed.append(path)
+        for folder in sorted({path.parent for path in removed}):
+            with files.reported_as_write_error(folder):
+                files.system.fsync_directory(folder)
+    return Cleaning(tuple(removed), tuple(left), done=True)
 
 
 def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
@@ -179,8 +197,9 @@ def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:
     except (FileFormatError, NonFiniteError):
         return None
     profiles = [snapshot.info.profile.pure for snapshot in solved]
-    expected = forecast_at(profiles, prior, np.concatenate((SIGMA_RELS, sigma_rels_in(USEFUL_RANGE)))).predicted_error
-    return Errors(t, expected[: len(SIGMA_RELS)], float(expected.max()), len(solved), len(newest))
+    expected = forecast_at(profiles, prior, np.array(SIGMA_RELS)).predicted_error
+    worst = max(float(expected.max()), forecast(profiles, prior).worst)
+    return Errors(t, expected, worst, len(solved), len(newest))
 
 
 def _stamp(path: Path) -> tuple[int, ...] | None:
@@ -189,21 +208,3 @@ def _stamp(path: Path) -> tuple[int, ...] | None:
         known = path.lstat()
         return known.st_dev, known.st_ino, known.st_size, known.st_mtime_ns
     return None
-
-
-def _clean(leftovers: Sequence[Path], before: float) -> Cleaning:
-    removed, left = [], []
-    for path in leftovers:
-        with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
-            known = path.lstat()
-            if known.st_mtime > before:
-                left.append((path, "was written to a moment ago; a write may be in progress"))
-            elif stat.S_ISDIR(known.st_mode):
-                left.append((path, "is a folder, which no write leaves"))
-            else:
-                files.system.unlink(path)
-                removed.append(path)
-    for folder in sorted({path.parent for path in removed}):
-        with files.reported_as_write_error(folder):
-            files.system.fsync_directory(folder)
-    return Cleaning(tuple(removed), tuple(left), done=True)

@@ -102,15 +102,13 @@ def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) ->
     unknown = header.tensors.keys() - {full for names in named.values() for full in names.values()}
     if unknown:
         raise FileFormatError(path, f"tensor {shown(min(unknown))} is of no profile of the state")
-    for prefixes, compared in ((totals, "dtype shape"), (recent, "dtype shape"), ((totals[0], recent[0]), "shape")):
-        entries = [
-            {(name, *(getattr(header.tensors[full], a) for a in compared.split())) for name, full in named[p].items()}
-            for p in prefixes
-        ]
-        for prefix, found in zip(prefixes, entries, strict=True):
-            if found != entries[0]:
-                name = min(found ^ entries[0])[0]
-                raise FileFormatError(path, f"tensor {shown(name)} is not the same in {prefixes[0]} and {prefix}")
+    found = {p: {name: header.tensors[full] for name, full in names.items()} for p, names in named.items()}
+    for first, others in ((totals[0], totals), (recent[0], recent), (totals[0], recent[:1])):
+        for other in others:  # totals have another dtype than recent means
+            a, b = ({n: (e.shape, first in others and e.dtype) for n, e in found[p].items()} for p in (first, other))
+            if a != b:
+                name = min(n for n in a.keys() | b.keys() if a.get(n) != b.get(n))
+                raise FileFormatError(path, f"tensor {shown(name)} is not the same in {first} and {other}")
 
 
 def state_from(values: Mapping[str, Any], schedule: fmt.TrackingSchedule) -> StateInfo:

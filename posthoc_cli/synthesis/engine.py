@@ -9,7 +9,7 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -104,6 +104,9 @@ def synthesize_into(
 ) -> Generator[Tile, None, None]:
     """Synthesize into writers; yields the tiles as they are complete, in order.
 
+    No more than two tiles a thread are under way. Whatever ends the iteration, an error in a thread, Ctrl-C or a
+    caller that stops iterating, stops every thread within a chunk before anything else happens.
+
     Arguments:
         open_tiles: gives a tile's writers, one a target; called in the caller's thread, they are used in another.
         chunk, tile_elements: elements a thread works on, or makes, at a time; measured values for None.
@@ -111,15 +114,45 @@ def synthesize_into(
     device = numbered_device(options.device)
     size = chunk or (ONE_TARGET_CHUNK if len(plan.targets) == 1 else CHUNK)
     tiles = cut_tiles(plan, size, tile_elements, "F32" if device.type == "mps" else None)  # which has no float64
+    workers = min(worker_count(options.workers), max(1, len(tiles)))
+    own, stop, threads = threading.local(), threading.Event(), torch.get_num_threads()
+    waiting: deque[Future[Tile]] = deque()
+
+    def work(tile: Tile, writers: Sequence[TileWriter], ready: Any) -> Tile:
+        with torch.inference_mode(False), torch.no_grad():
+            try:
+                if not hasattr(own, "maker"):
+                    own.maker = Maker(plan, opened, device, size)
+                own.maker.make(tile, writers, stop, ready)
+            except BaseException:
+                stop.set()
+                raise
+        return tile
+
+    def made() -> Iterator[Tile]:
+        for tile in tiles:
+            waiting.append(pool.submit(work, tile, open_tiles(tile), caller_event(device)))
+            if len(waiting) == 2 * workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
     with ExitStack() as stack:
         opened = [stack.enter_context(source.open()) for source in plan.sources]
-        count = min(worker_count(options.workers), max(1, len(tiles)))
-        made = _make_tiles(tiles, open_tiles, lambda: Maker(plan, opened, device, size), count, device)
-        stack.callback(made.close)  # before the files are closed: its threads read them
-        for tile in made:
-            if options.progress is not None:
-                options.progress(tile.stored_bytes)
-            yield tile
+        # One thread of torch in each of these: the tiles run side by side instead.
+        pool = stack.enter_context(ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)))
+        try:
+            for tile in made():
+                if options.progress is not None:
+                    options.progress(tile.stored_bytes)
+                yield tile
+        except Stopped:
+            errors = [future.exception() for future in waiting if not future.cancelled()]
+            raise next(error for error in errors if error is not None and not isinstance(error, Stopped)) from None
+        finally:
+            stop.set()
+            pool.shutdown(wait=True, cancel_futures=True)
+            torch.set_num_threads(threads)  # also for threads that begin later
 
 
 class TileWriter:
@@ -188,52 +221,6 @@ def caller_event(device: torch.device) -> Any:
 
 class Stopped(Exception):  # noqa: N818
     """Raised in a thread that another one's error has stopped."""
-
-
-def _make_tiles(
-    tiles: Iterable[Tile],
-    open_tiles: Callable[[Tile], Sequence[TileWriter]],
-    new_maker: Callable[[], Maker],
-    workers: int,
-    device: torch.device,
-) -> Generator[Tile, None, None]:
-    """Make tiles with `workers` threads; yields each when it and all before it are made.
-
-    No more than two tiles a thread are under way. Whatever ends the iteration, an error in a thread, Ctrl-C or a
-    caller that stops iterating, stops every thread within a chunk before anything else happens. `new_maker` is called
-    once in each thread.
-    """
-    own, stop = threading.local(), threading.Event()
-    threads = torch.get_num_threads()
-
-    def work(tile: Tile, writers: Sequence[TileWriter], opened: Any) -> Tile:
-        with torch.inference_mode(False), torch.no_grad():
-            try:
-                if not hasattr(own, "maker"):
-                    own.maker = new_maker()
-                own.maker.make(tile, writers, stop, opened)
-            except BaseException:
-                stop.set()
-                raise
-        return tile
-
-    waiting: deque[Future[Tile]] = deque()
-    # One thread of torch in each of these: the tiles run side by side instead.
-    with ThreadPoolExecutor(workers, "ema-synthesis", torch.set_num_threads, (1,)) as pool:
-        try:
-            for tile in tiles:
-                waiting.append(pool.submit(work, tile, open_tiles(tile), caller_event(device)))
-                if len(waiting) == 2 * workers:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        except Stopped:
-            errors = [future.exception() for future in waiting if not future.cancelled()]
-            raise next(error for error in errors if error is not None and not isinstance(error, Stopped)) from None
-        finally:
-            stop.set()
-            pool.shutdown(wait=True, cancel_futures=True)
-            torch.set_num_threads(threads)  # also for threads that begin later
 
 
 class Maker:

@@ -29,11 +29,8 @@ CPU_BLOCK, DEVICE_BLOCK = 524_288, 2**24
 """Elements of a block on the CPU, which one thread works on, and on an accelerator, where starting a kernel costs more
 than leaving the cache."""
 
-EXACT_BLOCK, EXACT_DEVICE_BLOCK = 131_072, 2**22
-"""The same for float64 arithmetic, which needs scratch memory."""
-
-_LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)
-"""Dtypes whose range is so large that sums of ordinary values stay finite."""
+EXACT_BLOCK, EXACT_DEVICE_BLOCK = 131_072, 2**22  # the same for float64 arithmetic, which needs scratch memory
+_LIKE_FLOAT32 = (torch.float32, torch.float64, torch.bfloat16)  # whose sums of ordinary values stay finite
 
 
 @dataclass(frozen=True)
@@ -110,9 +107,6 @@ class FlatTensors:
         for flat in self.flats:
             flat.zero_()
         return self
-
-
-# --- reading block by block ---
 
 
 @dataclass(frozen=True)
@@ -197,11 +191,8 @@ def _cut(tensors: Sequence[torch.Tensor], size: int) -> Iterator[tuple[int, int,
         yield begin, end, tuple(block)
 
 
-# --- copies of the model's values on the host ---
-
 Streams = dict[torch.device, Any]
-Marks = tuple[tuple[torch.device, Any], ...]
-"""Events, each with its device: work queued before it is done when the event is."""
+Marks = tuple[tuple[torch.device, Any], ...]  # events: work that was queued on the device before is done when they are
 
 
 class DeviceStreams:
@@ -329,9 +320,6 @@ class Stager:
         for user in (stream, training):
             buffer.record_stream(user)
         return buffer, sent
-
-
-# --- pinned memory ---
 
 
 def pinned_empty(elements: int, dtype: torch.dtype) -> torch.Tensor:

@@ -25,9 +25,7 @@ log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
-EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)
-"""Dtypes that torch has no arithmetic for."""
-
+EIGHT_BITS = (torch.float8_e4m3fn, torch.float8_e5m2)  # torch has no arithmetic for them
 AVERAGED_DTYPES = tuple(map(torch_dtype, EPS))
 
 ON_META = (

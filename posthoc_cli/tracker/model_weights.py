@@ -67,9 +67,6 @@ def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, 
     return begin
 
 
-# --- weights in a live model ---
-
-
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
     """Copy `weights` into a model's tensors of these names and shapes; others do not change. On an error nothing does.
 
@@ -208,9 +205,6 @@ def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
         raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
 
 
-# --- a model filled for good ---
-
-
 def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = "cpu") -> None:
     """Fill a model's own tensors with the first target of a plan; those on `meta` are created on `device`.
 
@@ -224,8 +218,8 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
     try:
         room = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        reason = f"cannot be used: {str(error).split(chr(10))[0]}"
-        raise InvalidValueError("device", reason, value=f"{str(device)!r}") from error
+        reason = str(error).partition("\n")[0]
+        raise InvalidValueError("device", f"cannot be used: {reason}", value=f"{str(device)!r}") from error
     dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
     for _ in synthesize_into(plan, lambda tile: [_Fitting(tile, dtypes, plan.names)]):
         pass
@@ -242,7 +236,7 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
             f"on meta still, since no average fills them: {', '.join(left[:10])}"
             f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used",
             RuntimeWarning,
-            stacklevel=4,
+            stacklevel=5,
         )
 
 
@@ -276,9 +270,6 @@ def _materialise(model: torch.nn.Module, filled: set[str], device: torch.device)
             for name, value in own.items():
                 if id(value) in new:
                     own[name] = new[id(value)]  # type: ignore[assignment]
-
-
-# --- statistics of averaged weights ---
 
 
 @torch.no_grad()

@@ -110,21 +110,18 @@ def _parameters(modules: list[NamedModule]) -> Iterator[NamedTensor]:
         if is_fsdp(place.module):
             _check_unsharded(place)
         for key, parameter in place.module._parameters.items():
-            if parameter is None:
-                continue
-            if getattr(parameter, "_is_flat_param", False):
+            if parameter is not None and getattr(parameter, "_is_flat_param", False):
                 yield from _in_flat_parameter(place, parameter)
-            else:
+            elif parameter is not None:
                 yield NamedTensor(_join(place.path, key), _join(place.raw, key), parameter, parameter, True)
 
 
 def _buffers(modules: list[NamedModule]) -> Iterator[NamedTensor]:
     for place in modules:
-        transient = place.module._non_persistent_buffers_set
         for key, buffer in place.module._buffers.items():
             if buffer is not None:
-                path, raw = _join(place.path, key), _join(place.raw, key)
-                yield NamedTensor(path, raw, buffer, buffer, False, key not in transient)
+                in_state = key not in place.module._non_persistent_buffers_set
+                yield NamedTensor(_join(place.path, key), _join(place.raw, key), buffer, buffer, False, in_state)
 
 
 def _check_unsharded(place: NamedModule) -> None:

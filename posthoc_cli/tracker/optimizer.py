@@ -74,18 +74,14 @@ class Attachment:
             return
         try:
             if not (_was_skipped(optimizer, keywords) or _only_made_state(optimizer)):
-                self._update()
+                model = self._model()
+                if model is None:
+                    raise NotReadyError("attach", "the model that this tracker was made with is gone")
+                self._is_updating = True
+                self.tracker.update_(model, None if self._t is None else self._t())
         except BaseException:
             _forget_scale(optimizer)
             raise
-
-    def _update(self) -> None:
-        model = self._model()
-        if model is None:
-            raise NotReadyError("attach", "the model that this tracker was made with is gone")
-        self._is_updating = True
-        try:
-            self.tracker.update_(model, None if self._t is None else self._t())
         finally:
             self._is_updating = False
 
@@ -118,8 +114,11 @@ def attach(
         raise InvalidValueError("attach", reason, hint)
     for other in [*_attachments.get(stepping, ())]:
         if other.tracker is not tracker and other.is_of(model):
-            replaced = "the tracker of %s was attached to this optimizer for the same model; it is closed, and the one"
-            log.warning(f"attach: {replaced} of %s replaces it", other.tracker.checkpoint_dir, tracker.checkpoint_dir)
+            log.warning(
+                "attach: the tracker of %s was attached to this optimizer for the same model; it is closed, and "
+                "the one of %s replaces it",
+                other.tracker.checkpoint_dir, tracker.checkpoint_dir,
+            )  # fmt: skip
             other.tracker.close()
     if before is not None:
         before.remove()
@@ -145,8 +144,8 @@ def _stepping_optimizer(optimizer: object) -> torch.optim.Optimizer:
     raise InvalidValueError("attach", f"must be given a torch.optim.Optimizer, not {kind}")
 
 
+# torch's code around `step` of every optimizer, which calls its hooks.
 _HOOKED_STEP = torch.optim.Optimizer.profile_hook_step(torch.optim.Optimizer.step).__code__
-"""torch's code around `step` of every optimizer, which calls its hooks."""
 
 
 def _is_nested(optimizer: torch.optim.Optimizer) -> bool:

@@ -256,8 +256,6 @@ class Pipeline:
         if self.snapshotter is not None:
             self.snapshotter.close()
 
-    # --- inside ---
-
     def _check_open(self) -> None:
         if self._refusal is not None:
             raise self._refusal
@@ -308,8 +306,6 @@ class Pipeline:
     def _crew_for(self, layout: Layout) -> Crew:
         """On accelerators one thread: each thread has streams of its own, and a stream keeps order."""
         return self._crew if all(group.device.type == "cpu" for group in layout) else ALONE
-
-    # --- jobs ---
 
     def _update_here(self, update: _Update, reader: BlockReader, streams: Streams) -> NonFiniteError | None:
         """Take in values that nobody changes until this is done; returns why the update was left out."""
@@ -384,8 +380,6 @@ class Pipeline:
 
         self._writes.submit(job)
 
-
-# --- writers of this process ---
 
 _at_work: WeakSet[Pipeline] = WeakSet()
 

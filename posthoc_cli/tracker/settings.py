@@ -118,9 +118,6 @@ def _number(t: float) -> float:
         return math.nan
 
 
-# --- arguments ---
-
-
 def check_path(name: str, path: str | Path) -> Path:
     """An absolute path: the working directory may change later."""
     if not isinstance(path, str | os.PathLike) or "\0" in str(path):

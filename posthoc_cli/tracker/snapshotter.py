@@ -37,7 +37,7 @@ from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.sources import Source
-from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
+from posthoc_cli.tracker.averages import Accumulators, RunningAverages
 from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
@@ -50,21 +50,14 @@ CPU_CHUNK, DEVICE_CHUNK = 30_000, 2**24
 """Elements at a time. On the CPU a chunk stays in the cache, and has fewer than torch splits over threads (32,768),
 whose barriers would wait for seconds; on an accelerator starting a kernel costs more than leaving the cache."""
 
-_SMALL, _SPACING = 2.0**-120, 2.0**-149
-"""Values below which float32 has few digits, and the distance between its smallest ones."""
+_SMALL, _SPACING = 2.0**-120, 2.0**-149  # below it float32 has few digits; the distance between its smallest values
+_SAME = 1e-12  # relative difference of one norm, summed twice in float64 in different orders
+_FITTED = 24  # snapshots that a new one's motion is fitted to; earlier ones' measurements are in their headers
 
-_SAME = 1e-12
-"""Relative difference of one norm, summed twice in float64 in different orders."""
-
-_FITTED = 24
-"""Snapshots that a new one's motion is fitted to; earlier ones' measurements are in their headers."""
-
-Averages = Sequence[Mapping[str, torch.Tensor]]
-"""The averages of one time, one a profile: equal names, shapes and, tensor by tensor, devices."""
-
+Averages = Sequence[Mapping[str, torch.Tensor]]  # of one time, one a profile: equal names, shapes and devices
 Key = tuple[str, int, int]
-"""What a sum is of: "norm" or "rounding" of the average (i, i), its distance from the "network" (i, i), the "live"
-distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the earlier snapshot j."""
+"""What a sum is of: "norm", "rounding" or "arithmetic" of the average (i, i), its distance from the "network" (i, i),
+the "live" distance of the averages (i, j), i < j, or the "earlier" distance of the average i from the snapshot j."""
 
 
 # --- sources of a synthesis ---
@@ -231,7 +224,7 @@ class Snapshotter:
         At the end of training, whether a last snapshot is wanted, too; logs why a directory stays empty.
         """
         settings, standing, schedule = self._settings, tracking.averages.standing, self._settings.schedule
-        holds = self._holds(standing)
+        holds = self._holds(standing.t)
         # Calls may have been counted since that brought no update.
         kept_behind = settings.keep_state and self._kept_step != tracking.progress.step
         behind = standing.t > 0 and (kept_behind or not holds) and (not at_end or settings.final_snapshot or holds)
@@ -253,7 +246,7 @@ class Snapshotter:
         is written.
         """
         standing = reading.averages.standing
-        if is_due or not self._holds(standing):
+        if is_due or not self._holds(standing.t):
             off_schedule = not is_due and not self._settings.snapshot_is_due(standing.step)
             try:
                 self.write(live_sources(self._settings, reading, off_schedule), network)
@@ -272,10 +265,10 @@ class Snapshotter:
         After skipped updates an average may be due that is stored already: it is not written again. Snapshots on the
         schedule are written, and measured, as if there were none off it.
         """
-        due = [not self._has_written(source.info) for source in sources]
+        infos = [source.info for source in sources]
+        due = [not self._has(info.t, info.sigma_rel, scheduled=not info.off_schedule) for info in infos]
         if not any(due):
             return
-        infos = [source.info for source in sources]
         averages = [source.averages for source in sources]
         behind = self._stored if infos[0].off_schedule else on_schedule(self._stored)
         measured, storage = measure(infos, averages, newest_before(infos[0], behind), network)
@@ -339,15 +332,14 @@ class Snapshotter:
         self._stored = [*others, StoredSnapshot(path, info, checksum)]
         log.info("wrote %s", path)
 
-    def _holds(self, standing: Standing) -> bool:
-        """Whether each average has a snapshot as it stands."""
-        there = {snapshot.sigma_rel for snapshot in self._stored if snapshot.t == standing.t}
-        return there >= set(self._settings.sigma_rels)
+    def _holds(self, t: float) -> bool:
+        """Whether each average of a time has a snapshot."""
+        return all(self._has(t, sigma_rel) for sigma_rel in self._settings.sigma_rels)
 
-    def _has_written(self, info: SnapshotInfo) -> bool:
-        newest = takewhile(lambda s: s.t >= info.t, reversed(self._stored))
-        same = (s for s in newest if (s.t, s.sigma_rel) == (info.t, info.sigma_rel))
-        return any(info.off_schedule or not s.info.off_schedule for s in same)
+    def _has(self, t: float, sigma_rel: float, scheduled: bool = False) -> bool:
+        newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
+        same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
+        return any(not (scheduled and s.info.off_schedule) for s in same)
 
 
 def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
@@ -393,7 +385,8 @@ def measure(
             found = _sums_of(exact, wanted, others.read(name, exact[0].device), own)
             for i in wanted:
                 storage[i][name] = _widened(exact[i], wanted[i], i, found)
-                found["rounding", i, i] += _lost_below_normal(exact[i], infos[i], found["norm", i, i])
+            for i, info in enumerate(infos):
+                found["arithmetic", i, i] += _lost_below_normal(exact[i], info, found["norm", i, i])
             for key, value in found.items():
                 sums[key] += value
         return [_measurements(sums, infos, index, others.readable()) for index in range(len(infos))], storage
@@ -419,8 +412,8 @@ def _measurements(
     # The difference of two large numbers may overflow where neither does.
     finite = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
     network = sums.get(("network", index, index), math.inf)
-    rounding = sums.get(("rounding", index, index), 0.0)
-    return Measurements(norm, rounding, finite, network if math.isfinite(network) else None)
+    rounding, arithmetic = (sums.get((kind, index, index), 0.0) for kind in ("rounding", "arithmetic"))
+    return Measurements(norm, rounding, finite, network if math.isfinite(network) else None, arithmetic)
 
 
 def _sums_of(
@@ -490,11 +483,11 @@ def _widened(average: torch.Tensor, wanted: torch.dtype, index: int, sums: dict[
 def _lost_below_normal(average: torch.Tensor, info: SnapshotInfo, norm: float) -> float:
     """Expected squared error of a float32 average whose values lie among float32's subnormal numbers; else 0.
 
-    These have one spacing, whatever their size. A product and a sum are rounded at every update.
+    These have one spacing, whatever their size. A product is rounded at every update; sums of multiples are exact.
     """
     if average.dtype != torch.float32 or not 0 < norm < average.numel() * _SMALL**2:
         return 0.0
-    return average.numel() * _SPACING**2 / 12 * 2 * roundings(info.gamma, info.updates or info.step)
+    return average.numel() * _SPACING**2 / 12 * roundings(info.gamma, info.updates or info.step)
 
 
 class _EarlierFiles(ExitStack):

@@ -43,11 +43,8 @@ from posthoc_cli.tracker.settings import Progress, Settings, check_count, check_
 
 log = logging.getLogger(__name__)
 
-STATE_NAME = "state.safetensors"
-"""The file beside the snapshots that a tracker keeps its exact state in."""
-
+STATE_NAME = "state.safetensors"  # the file beside the snapshots that a tracker keeps its exact state in
 STATE_VERSION = int(fmt.STATE_VERSION)
-
 _MOST_NAMED = 20
 
 
@@ -89,9 +86,8 @@ def pack_state(state: Tracking, settings: Settings) -> dict[str, Any]:
     kept, copies = averages.accumulators, averages.copies
     if kept is None or not averages.exist:
         kept = Accumulators(_host_layout(tracked), len(averages.sigma_rels))
-        copies = {
-            name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in tracked.dtypes("copy").items()
-        }
+        dtypes = tracked.dtypes("copy")
+        copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
     return _plain(_state_info(state, settings)) | {
         "totals": {key: dict(own.views) for key, own in zip(keys, kept.totals, strict=True)},

@@ -30,8 +30,7 @@ from posthoc_cli.threads import take_one_openmp_thread
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 10.0
-"""Seconds that training waits before a warning."""
+PATIENCE = 10.0  # seconds that training waits before a warning
 
 Result = TypeVar("Result")
 Item = TypeVar("Item")
@@ -270,8 +269,7 @@ class Crew:
             helper.close()
 
 
-ALONE = Crew(1)
-"""The calling thread."""
+ALONE = Crew(1)  # the calling thread
 
 
 def take_one_thread() -> None:

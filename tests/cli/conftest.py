@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
+from ema_command import Asked
 from factories import rewrite_snapshot
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.snapshots.lock import DirectoryLock
 
 
 @pytest.fixture(scope="session")
@@ -34,21 +38,30 @@ def run(_recorded_run: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def exact_run(tmp_path: Path) -> Path:
-    """A directory of 3 times x 2 profiles, up to step 300, in the accumulators' own dtype: nothing is rounded."""
-    torch.manual_seed(0)
-    model = torch.nn.Linear(4, 3)
-    with PostHocEMA.from_model(model, tmp_path / "exact", checkpoint_every=100, checkpoint_dtype=None) as tracker:
-        for _ in range(300):
-            with torch.no_grad():
-                model.weight.add_(0.1 * torch.randn_like(model.weight))
-            tracker.update_(model)
-    return tmp_path / "exact"
-
-
-@pytest.fixture
 def unmeasured_run(run: Path) -> Path:
     """The directory `run` without its measurements: such as an early release, or another tool, wrote."""
     for path in run.glob("*.safetensors"):
         rewrite_snapshot(path, measurements=None)
     return run
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> Asked:
+    """Somebody to ask, who answers so, or goes away; the questions are told."""
+
+    def install(answer: str, run: Path) -> list[str]:
+        questions: list[str] = []
+
+        def confirm(question: str, err: bool) -> bool:
+            assert err
+            DirectoryLock(run).release()  # nobody who asks holds it
+            questions.append(question)
+            if not answer:
+                raise typer.Abort
+            return answer == "y"
+
+        monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+        monkeypatch.setattr(typer, "confirm", confirm)
+        return questions
+
+    return install

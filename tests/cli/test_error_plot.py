@@ -15,9 +15,6 @@ from factories import expected_error
 SCHEDULE = ("--steps", "100000", "--checkpoint-every", "1000", "--max-checkpoints", "20")
 
 
-# --- error-plot ------------------------------------------------------------------------------------
-
-
 def test_the_picture_of_a_directory(ema: Ema, run: Path, tmp_path: Path) -> None:
     result = ema("error-plot", run, "--out", tmp_path / "error.png", "--window", "1", "--beta", "0.999")
     assert (result.code, result.err) == (0, "")

@@ -25,17 +25,10 @@ import posthoc_cli
 
 MESSAGES = Path(__file__).parent.parent / "messages.txt"
 PROFILES = {
-    "ramp": b"0,0\n2000,1\n",
-    "beta-0.99": b"0,1\n2000,1\n",
-    "negative": b"time,density\n0,1\n5,-1\n",
-    "backwards": b"0,1\n5,1\n3,1\n",
-    "late": b"0,1\n9000,1\n",
-    "early": b"-3,1\n9,1\n",
-    "massless": b"0,0\n9,0\n",
-    "binary": bytes(range(256)),
-    "points": b"",
-    "columns": b"0,1\n1,2,3\n",
-}
+    "ramp": b"0,0\n2000,1\n", "beta-0.99": b"0,1\n2000,1\n", "negative": b"time,density\n0,1\n5,-1\n",
+    "backwards": b"0,1\n5,1\n3,1\n", "late": b"0,1\n9000,1\n", "early": b"-3,1\n9,1\n", "massless": b"0,0\n9,0\n",
+    "binary": bytes(range(256)), "points": b"", "columns": b"0,1\n1,2,3\n",
+}  # fmt: skip
 
 
 def recorded() -> dict[str, str]:

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
-import typer
-from ema_command import Ema
-from factories import contents, flip_bit
-
-from posthoc_cli.snapshots.lock import DirectoryLock
+from ema_command import Asked, Ema
+from factories import contents
 
 
 def snapshots(run: Path) -> dict[str, bytes]:
@@ -57,38 +53,8 @@ def test_a_dry_run_deletes_nothing(ema: Ema, run: Path, wish: tuple[str, str]) -
 
 
 @pytest.mark.parametrize(("answer", "code", "left"), [("n", 1, 40), ("y", 0, 10), ("", 130, 40)])
-def test_it_asks(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch, answer: str, code: int, left: int) -> None:
-    def confirm(question: str, err: bool) -> bool:
-        assert question == "delete 30 snapshots for good?"
-        assert err
-        if not answer:
-            raise typer.Abort
-        return answer == "y"
-
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    monkeypatch.setattr(typer, "confirm", confirm)
+def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int, left: int) -> None:
+    questions = asked(answer, run)
     result = ema("prune", run, "--keep", "5")
-    assert result.code == code
-    assert len(snapshots(run)) == left
+    assert (result.code, questions, len(snapshots(run))) == (code, ["delete 30 snapshots for good?"], left)
     assert answer != "n" or result.out.splitlines()[-1] == "nothing was deleted"
-
-
-def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
-    lock = DirectoryLock(run)
-    try:
-        result = ema("prune", run, "--keep", "5", "--yes")
-        assert result.code == 1
-        assert "is writing here" in result.error
-        assert ema("prune", run, "--keep", "5", "--dry-run").code == 0
-    finally:
-        lock.release()
-    assert len(snapshots(run)) == 40
-
-
-def test_a_damaged_survivor_is_named_and_nothing_goes(ema: Ema, run: Path) -> None:
-    newest = sorted(run.glob("*.safetensors"))[-1]
-    flip_bit(newest)
-    result = ema("prune", run, "--keep", "5", "--yes", "--json")
-    assert result.code == 1
-    assert newest.name in result.error
-    assert len(snapshots(run)) == 40

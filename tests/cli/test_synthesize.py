@@ -78,16 +78,15 @@ def test_the_json_is_the_contract(ema: Ema, run: Path, tmp_path: Path) -> None:
         "target", "sigma_rel", "t", "method", "profile_error", "predicted_error", "snapshots", "output", "skipped",
         "seconds",
     }  # fmt: skip
-    assert target["target"] == "sigma_rel 0.15"
-    assert (target["sigma_rel"], target["t"], target["method"]) == (0.15, 2000, "minvar")
+    known = {"target": "sigma_rel 0.15", "sigma_rel": 0.15, "t": 2000, "method": "minvar", "output": str(out)}
+    assert known.items() <= target.items()
     assert 0 < target["predicted_error"] < 0.01
-    assert report["movement"]["pieces"] >= 20
-    assert {key: report["movement"][key] for key in ("source", "noise")} == {"source": "measured", "noise": True}
-    assert target["output"] == str(out)
-    assert len(target["snapshots"]) == 40
-    assert sum(s["coefficient"] for s in target["snapshots"]) == pytest.approx(1)
     assert 0 < target["profile_error"] < 0.02
     assert target["seconds"] > 0
+    assert len(target["snapshots"]) == 40
+    assert sum(s["coefficient"] for s in target["snapshots"]) == pytest.approx(1)
+    assert report["movement"]["pieces"] >= 20
+    assert {"source": "measured", "noise": True}.items() <= report["movement"].items()
 
 
 def test_a_dry_run_reads_headers_only_and_writes_nothing(ema: Ema, run: Path) -> None:
@@ -176,19 +175,17 @@ def test_an_output_of_another_plan_is_not_skipped(
 def test_an_output_of_other_snapshots_or_damaged_or_without_a_header_is_not_skipped(
     ema: Ema, run: Path, tmp_path: Path
 ) -> None:
-    copy, out, folder = tmp_path / "copy", tmp_path / "m.safetensors", tmp_path / "m"
-    shutil.copytree(run, copy)
-    base = ("synthesize", copy, "--sigma-rel", "0.15", "--quiet", "--out")
+    out, folder = tmp_path / "m.safetensors", tmp_path / "m"
+    base = ("synthesize", run, "--sigma-rel", "0.15", "--quiet", "--out")
     shards = (*base, folder, "--format", "sharded", "--max-shard-size", "40")
-    assert (ema(*base, out).code, ema(*shards).code) == (0, 0)
-    assert (ema(*base, out, "--skip-existing").code, ema(*shards, "--skip-existing").code) == (0, 0)
-    whole = out.read_bytes()
+    for command in ((*base, out), shards):
+        assert (ema(*command).code, ema(*command, "--skip-existing").code) == (0, 0)
     flip_bit(out)
     assert "m.safetensors: " in ema(*base, out, "--skip-existing").error
-    out.write_bytes(whole)
+    flip_bit(out)
     sorted(folder.glob("*.safetensors"))[-1].unlink()
     assert "00004.safetensors: cannot be opened" in ema(*shards, "--skip-existing").error
-    sorted(copy.glob("*.safetensors"))[8].unlink()
+    sorted(run.glob("*.safetensors"))[8].unlink()
     refused = ema(*base, out, "--skip-existing")
     assert "is another output: its snapshots or their coefficients are others" in refused.error
     assert ema(*base, tmp_path / "m.pt").code == 0
@@ -201,10 +198,9 @@ def test_a_dry_run_shows_the_largest_coefficients_and_verbose_all(ema: Ema, run:
     largest = sorted((abs(item["coefficient"]) for item in target["snapshots"]), reverse=True)[:10]
     lines = ema(*arguments).out.splitlines()
     assert all(len(line) <= 80 for line in lines[:-1])
-    assert sorted((abs(float(line.split()[-1])) for line in lines[1:11]), reverse=True) == pytest.approx(
-        largest, abs=1e-6
-    )
-    assert [line.split()[0] for line in lines[1:11]] == sorted(line.split()[0] for line in lines[1:11])  # by time
+    shown = [line.split() for line in lines[1:11]]
+    assert sorted((abs(float(row[-1])) for row in shown), reverse=True) == pytest.approx(largest, abs=1e-6)
+    assert [row[0] for row in shown] == sorted(row[0] for row in shown)  # by time
     assert lines[11] == "and 30 more with smaller coefficients; --verbose lists them"
     assert ema(*arguments, "-v").out.count(".safetensors") == 40
     # A table for each target, so that any number of them fits.
@@ -214,30 +210,21 @@ def test_a_dry_run_shows_the_largest_coefficients_and_verbose_all(ema: Ema, run:
 
 
 def test_snapshots_of_before_the_model_changed_are_counted(ema: Ema, tmp_path: Path) -> None:
-    model = torch.nn.Linear(2, 2)
+    model, run, out = torch.nn.Linear(2, 2), tmp_path / "run", tmp_path / "m.safetensors"
     settings: dict = {"update_every": 1, "checkpoint_every": 2, "on_change": "follow"}
-    with PostHocEMA.from_model(model, tmp_path / "run", **settings) as tracker:
+    with PostHocEMA.from_model(model, run, **settings) as tracker:
         for step in range(10):
             model.bias.requires_grad_(step < 6)
             with torch.no_grad():
                 model.weight.add_(torch.randn(2, 2))
             tracker.update_(model)
-    arguments = ("synthesize", tmp_path / "run", "--sigma-rel", "0.28", "--out", tmp_path / "m.safetensors")
-    assert "6 snapshots are not used: the model had other tensors then" in ema(*arguments).err
-    assert set(load_file(tmp_path / "m.safetensors")) == {"weight"}
-    assert ema("info", tmp_path / "run", "--json").json["segments"] == 2
-    for command in ("info", "error-plot", "prune"):
-        more = ("--out", tmp_path / "e.png") if command == "error-plot" else ()
-        more = ("--keep", "1", "--yes") if command == "prune" else more
-        assert ema(command, tmp_path / "run", *more).code == 0
-    assert len(list((tmp_path / "run").glob("*.safetensors"))) == 8
-
-
-def test_an_average_that_is_stored_exactly_is_copied_from_its_snapshot(ema: Ema, exact_run: Path) -> None:
-    (target,) = ema("synthesize", exact_run, "--sigma-rel", "0.05", "--dry-run", "--json").json["targets"]
-    assert target["snapshots"] == [{"file": "0000000000000300-0.05.safetensors", "coefficient": 1.0}]
-    assert target["profile_error"] == 0
-    assert target["predicted_error"] < 1e-6
+    said = ema("synthesize", run, "--sigma-rel", "0.28", "--out", out).err
+    assert "6 snapshots are not used: the model had other tensors then" in said
+    assert set(load_file(out)) == {"weight"}
+    assert ema("info", run, "--json").json["segments"] == 2
+    for command in (("error-plot", run, "--out", tmp_path / "e.png"), ("prune", run, "--keep", "1", "--yes")):
+        assert ema(*command).code == 0
+    assert len(list(run.glob("*.safetensors"))) == 8
 
 
 def test_the_published_method_copies_what_is_stored_and_predicts_what_that_costs(ema: Ema, run: Path) -> None:
@@ -245,8 +232,7 @@ def test_the_published_method_copies_what_is_stored_and_predicts_what_that_costs
     paper, best = (ema(*arguments, "--method", method).json["targets"][0] for method in ("paper", "minvar"))
     assert paper["snapshots"] == [{"file": "0000000000002000-0.05.safetensors", "coefficient": 1.0}]
     assert (paper["method"], paper["profile_error"]) == ("paper", 0)
-    assert paper["predicted_error"] == pytest.approx(2**-11, rel=0.7)  # the rounding of float16
-    assert best["predicted_error"] <= paper["predicted_error"]
+    assert best["predicted_error"] <= paper["predicted_error"] == pytest.approx(2**-11, rel=0.7)  # float16's rounding
 
 
 def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path) -> None:
@@ -258,9 +244,6 @@ def test_a_lost_snapshot_is_a_gap_and_no_obstacle(ema: Ema, run: Path) -> None:
     assert result.code == 0
     assert "the newest: no snapshot of sigma_rel 0.28" in result.out
     assert ema("synthesize", run, "--sigma-rel", "0.15", "--out", run / "out.safetensors").code == 0
-
-
-# --- the system ------------------------------------------------------------------------------------
 
 
 AS_ANOTHER_USER = """
@@ -279,13 +262,12 @@ main()
 
 def test_an_output_directory_without_write_permission(run: Path) -> None:
     with tempfile.TemporaryDirectory() as name:  # pytest's own are closed to other users, by each session that begins
-        folder = Path(name)
+        folder, closed = Path(name), Path(name) / "closed"
         folder.chmod(0o755)
         shutil.copytree(run, folder / "run")
-        closed = folder / "closed"
         closed.mkdir(mode=0o555)
-        arguments = [folder / "run", folder / "warm-up.safetensors", closed / "out.safetensors"]
-        done = forked.run(AS_ANOTHER_USER, *arguments)
+        paths = [folder / "run", folder / "warm-up.safetensors", closed / "out.safetensors"]
+        done = forked.run(AS_ANOTHER_USER, *paths)
         assert (done.code, done.out) == (1, "")
         assert done.error == f"{closed}/out.safetensors: cannot be written: permission denied; nothing partial is left"
         assert list(closed.iterdir()) == []

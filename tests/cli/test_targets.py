@@ -70,9 +70,6 @@ def test_the_table_shows_the_error_of_every_target_and_the_last_line_the_largest
     assert len({line.index(" %") for line in lines[first + 1 : first + 4]}) == 1  # aligned
 
 
-# --- what is known ---------------------------------------------------------------------------------
-
-
 def test_without_measurements_a_sample_tells_how_the_network_moved(ema: Ema, unmeasured_run: Path) -> None:
     report = ema("synthesize", unmeasured_run, "--sigma-rel", "0.15", "--dry-run", "--json").json
     assert report["movement"]["source"] == "sampled"
@@ -96,9 +93,6 @@ def test_of_one_snapshot_no_error_is_predicted(ema: Ema, tmp_path: Path) -> None
     (curve,) = ema("error-plot", tmp_path / "one", "--sigma-range", "0.05:0.28", "--json").json["curves"]
     assert curve["label"].endswith("/one: 1 snapshot up to 100 steps, if the network moves evenly")
     assert curve["predicted_error"][-1] == pytest.approx(expected_error(0.28, (0.05,), (100,), 0.0), rel=0.01)
-
-
-# --- --max-error -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("text", ["0.0001", "0.01%", "0.01 %", "1e-4"])

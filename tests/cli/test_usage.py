@@ -24,8 +24,6 @@ from posthoc_cli.reconstruction import METHODS
 TASK = ("plan", "--steps", "1000", "--params", "1e6", "--max-size", "1GB")
 TARGET = ("--sigma-rel", "0.15")
 
-# --- exit codes ------------------------------------------------------------------------------------
-
 
 @pytest.fixture
 def place(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
@@ -50,9 +48,6 @@ def test_a_reader_that_goes_is_not_taken_for_damage(
     assert ended.value.code == 141
 
 
-# --- what is asked for -----------------------------------------------------------------------------
-
-
 def test_every_command_takes_counts_as_people_write_them(ema: Ema, place: Path) -> None:
     schedule = ("--sigma-rels", "0.1", "--checkpoint-every", "1e3", "--max-checkpoints", "5e0", "--steps", "10K")
     (curve,) = ema("error-plot", *schedule, "--json").json["curves"]
@@ -70,9 +65,6 @@ def test_an_output_in_the_working_directory_has_a_name(ema: Ema, place: Path) ->
     line = ema("synthesize", "run", "--sigma-rel", "0.1,0.2", "-o", "x-{sigma_rel}.safetensors").out.splitlines()[-1]
     assert line.endswith(" s: in this folder")
     assert (place / "x-0.1.safetensors").exists()
-
-
-# --- several paths ---------------------------------------------------------------------------------
 
 
 def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
@@ -93,9 +85,6 @@ def test_verify_takes_several_paths(ema: Ema, place: Path) -> None:
     assert ema("verify", "other", "run", "--repair", "--yes").code == 0
     assert len(list(Path("other/quarantine").iterdir())) == 1
     assert not Path("run/quarantine").exists()
-
-
-# --- help ------------------------------------------------------------------------------------------
 
 
 def commands() -> dict:
@@ -126,9 +115,6 @@ def test_help_of_a_command_and_the_version(ema: Ema) -> None:
         assert "synthesise" in wrong.error
     assert ema("-V").out == ema("--version").out == f"ema {posthoc_cli.__version__}\n"
     assert f"--method {'|'.join(METHODS)}" in ema("synthesize", "--help").out
-
-
-# --- completion ------------------------------------------------------------------------------------
 
 
 @pytest.fixture

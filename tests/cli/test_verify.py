@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
-import typer
-from ema_command import Ema
-from factories import RUN_ID, contents, flip_bit, snapshot_files, write_snapshot
+from ema_command import Asked, Ema
+from factories import contents, flip_bit, snapshot_files
 from safetensors.torch import save_file
 
 from posthoc_cli.cli import output
@@ -27,16 +25,6 @@ def leave(run: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def terminal(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
-    """Somebody to ask."""
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    return monkeypatch
-
-
-# --- what it says ----------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("options", [(), ("--deep",)])
 def test_a_run_that_is_intact(ema: Ema, run: Path, options: tuple[str, ...]) -> None:
     before = contents(run)
@@ -46,36 +34,13 @@ def test_a_run_that_is_intact(ema: Ema, run: Path, options: tuple[str, ...]) -> 
     assert (first, empty) == ("40 files with nothing wrong; --verbose lists them", "")
     assert last.startswith("40 files, ")
     assert last.endswith(" s: all intact")
+    header, *lines, empty, _ = ema("verify", run, *options, "-v").out.splitlines()
+    assert (header.split(), empty, len(lines)) == (["file", "what", "state"], "", 40)
+    assert lines[0].split("  ")[0] == "0000000000000100-0.05.safetensors"
+    assert {line.split()[-1] for line in lines} == {"intact"}
+    assert len({line.index("snapshot") for line in lines}) == 1
+    assert all(len(line) <= 80 for line in lines)
     assert contents(run) == before
-
-
-def test_verbose_lists_every_file(ema: Ema, run: Path) -> None:
-    lines = ema("verify", run, "-v").out.splitlines()
-    assert lines[0].split() == ["file", "what", "state"]
-    assert lines[1].split("  ")[0] == "0000000000000100-0.05.safetensors"
-    assert [line.split()[-1] for line in lines[1:41]] == ["intact"] * 40
-    assert len({line.index("snapshot") for line in lines[1:41]}) == 1
-    assert all(len(line) <= 80 for line in lines[:41])
-    assert lines[41] == ""
-    assert len(lines) == 43
-
-
-def test_json(ema: Ema, run: Path) -> None:
-    flip_bit(snapshot_files(run)[3])
-    leave(run)
-    result = ema("verify", run, "--json", "--deep")
-    assert (result.code, result.err) == (1, "")
-    report = result.json
-    assert [report[key] for key in ("kind", "path", "superseded", "quarantined")] == ["directory", str(run), 0, 0]
-    assert len(report["files"]) == 40
-    (wrong,) = (file for file in report["files"] if file["state"] != "intact")
-    assert wrong.keys() == {"path", "what", "state", "detail", "bytes"}
-    assert (wrong["path"], wrong["state"]) == (snapshot_files(run)[3].name, "damaged")
-    assert "its checksum does not match" in wrong["detail"]
-    assert report["leftovers"] == [".ema-0123.tmp"]
-    assert report["notes"] == ["sigma_rel 0.28: no snapshot at step 200, where the schedule had one"]
-    assert report["bytes"] == sum(file["bytes"] for file in report["files"])
-    assert report["seconds"] > 0
 
 
 def test_damaged_files_are_named_and_the_way_on(ema: Ema, run: Path) -> None:
@@ -94,7 +59,7 @@ def test_damaged_files_are_named_and_the_way_on(ema: Ema, run: Path) -> None:
     assert "6 of 41 files are damaged" in result.out
 
 
-def test_of_many_files_only_what_is_wrong_has_a_line(ema: Ema, run: Path) -> None:
+def test_of_many_files_only_what_is_wrong_has_a_line_and_the_report_has_all(ema: Ema, run: Path) -> None:
     flip_bit(snapshot_files(run)[3])
     leave(run)
     lines = ema("verify", run).out.splitlines()
@@ -104,6 +69,19 @@ def test_of_many_files_only_what_is_wrong_has_a_line(ema: Ema, run: Path) -> Non
     assert lines[1].endswith("its checksum does not match")
     assert lines[2] == ".ema-0123.tmp: left by an interrupted write, or by one in progress"
     assert len(lines) < 9
+    result = ema("verify", run, "--json", "--deep")
+    assert (result.code, result.err) == (1, "")
+    report = result.json
+    assert {"kind": "directory", "path": str(run), "superseded": 0, "quarantined": 0}.items() <= report.items()
+    assert len(report["files"]) == 40
+    (file,) = (file for file in report["files"] if file["state"] != "intact")
+    assert file.keys() == {"path", "what", "state", "detail", "bytes"}
+    assert (file["path"], file["state"]) == (snapshot_files(run)[3].name, "damaged")
+    assert "its checksum does not match" in file["detail"]
+    assert report["leftovers"] == [".ema-0123.tmp"]
+    assert report["notes"] == ["sigma_rel 0.28: no snapshot at step 200, where the schedule had one"]
+    assert report["bytes"] == sum(file["bytes"] for file in report["files"])
+    assert report["seconds"] > 0
 
 
 def test_one_file_of_any_kind(ema: Ema, run: Path, tmp_path: Path) -> None:
@@ -153,9 +131,6 @@ def test_progress_is_in_bytes_of_what_there_is(ema: Ema, run: Path, monkeypatch:
     assert 0 < sum(parts) <= total
 
 
-# --- what it changes -------------------------------------------------------------------------------
-
-
 def test_repair_and_clean(ema: Ema, run: Path, tmp_path: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
@@ -196,54 +171,26 @@ def test_a_dry_run_changes_nothing(ema: Ema, run: Path) -> None:
 
 
 @pytest.mark.parametrize(("answer", "code"), [("n", 1), ("y", 0), ("", 130)])
-def test_it_asks(ema: Ema, run: Path, terminal: pytest.MonkeyPatch, answer: str, code: int) -> None:
+def test_it_asks(ema: Ema, run: Path, asked: Asked, answer: str, code: int) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
-    before = contents(run)
-    asked = []
-
-    def confirm(question: str, err: bool) -> bool:
-        assert err
-        lock = DirectoryLock(run)  # nobody who is asked holds it
-        lock.release()
-        asked.append(question)
-        if not answer:
-            raise typer.Abort
-        return answer == "y"
-
-    terminal.setattr(typer, "confirm", confirm)
+    before, questions = contents(run), asked(answer, run)
     result = ema("verify", run, "--repair", "--clean")
     assert result.code == code
-    assert asked[0] == f"set 1 file aside in {run / 'quarantine'}?"
-    if answer:
-        assert asked[1] == "delete 1 leftover for good?"
+    both = [f"set 1 file aside in {run / 'quarantine'}?", "delete 1 leftover for good?"]
+    assert questions == both[: 2 if answer else 1]
     changed = {name for name in before if contents(run).get(name) != before[name] and "lock" not in name}
     assert changed == ({"0000000000000200-0.05.safetensors", ".ema-0123.tmp"} if answer == "y" else set())
-    if answer == "n":
-        assert result.out.splitlines()[-2:] == ["nothing was set aside", "nothing was deleted"]
-
-
-def test_snapshots_that_contradict_each_other_stay_and_both_are_named(ema: Ema, run: Path) -> None:
-    odd = write_snapshot(run, 5, 0.05, RUN_ID, {"w": torch.ones(2)}, name="odd.safetensors")
-    result = ema("verify", run, "--repair", "--yes")
-    assert result.code == 1
-    assert f"problem: {odd} and " in result.out
-    assert "nothing has to be set aside" in result.out
-    odd.unlink()
-    assert ema("verify", run).code == 0
+    assert answer != "n" or result.out.splitlines()[-2:] == ["nothing was set aside", "nothing was deleted"]
 
 
 def test_not_while_a_tracker_writes(ema: Ema, run: Path) -> None:
     flip_bit(snapshot_files(run)[2])
     leave(run)
     before = {name: data for name, data in contents(run).items() if "lock" not in name}
-    lock = DirectoryLock(run)
-    try:
-        for option in ("--repair", "--clean"):
-            result = ema("verify", run, option, "--yes")
-            assert result.code == 1
-            assert "is writing here" in result.error
+    with DirectoryLock(run):
+        for command in (("verify", run, "--repair"), ("verify", run, "--clean"), ("prune", run, "--keep", "5")):
+            assert "is writing here" in ema(*command, "--yes").error
         assert ema("verify", run).code == 1
-    finally:
-        lock.release()
+        assert ema("prune", run, "--keep", "5", "--dry-run").code == 0
     assert {name: data for name, data in contents(run).items() if "lock" not in name} == before

@@ -8,6 +8,7 @@ from itertools import pairwise
 import mpmath
 import numpy as np
 import pytest
+from factories import solved, squared_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import integrate
@@ -73,7 +74,7 @@ def test_inner_products_are_the_integrals(functions) -> None:  # type: ignore[no
     edges = np.array([START, 40.0, 45.0, 300.0, T])
     gamma = np.repeat(gammas, 3)
     t = np.tile([45.0, 300.0, T], 3)
-    rows = functions(gammas, edges).of_powers(gamma, t)
+    rows = functions(gammas, edges).of_powers([PowerFunction(*power) for power in zip(gamma, t, strict=True)])
     value = (lambda p, s: p.tail(s)) if functions is Tails else (lambda p, s: p.density(s))
 
     def product(s, p, q):  # type: ignore[no-untyped-def]
@@ -100,9 +101,9 @@ def test_a_target_by_quadrature_is_the_one_in_closed_form(functions, sigma_rel: 
             self.density, self.tail = inner.density, inner.tail
 
     basis = functions(np.array([0.05, 17.0]), np.array([START, 40.0, 45.0, 300.0, 999.0, T]))
-    closed, squares = basis.of_target(PowerFunction.from_sigma_rel(sigma_rel, T))
-    rows, other = basis.of_target(Hidden(PowerFunction.from_sigma_rel(sigma_rel, T)))
-    size = np.sqrt(squares)[:, None]
+    closed, squares = basis.of_targets([PowerFunction.from_sigma_rel(sigma_rel, T)])
+    rows, other = basis.of_targets([Hidden(PowerFunction.from_sigma_rel(sigma_rel, T))])
+    size = np.sqrt(squares)[:, None, :]
     np.testing.assert_allclose(rows, closed, rtol=1e-9, atol=1e-9 * float(size.max()))
     np.testing.assert_allclose(other, squares, rtol=1e-9, atol=1e-15)
 
@@ -209,7 +210,7 @@ def test_the_minimum_is_that_of_sixty_digits(count: int, sigma_rels: tuple[float
     with mpmath.workdps(60):
         every = tail_products(motion, [*snapshots, *targets])
     for k, target in enumerate(targets):
-        c = solver.solve(target)
+        c = solved(solver, target)
         with mpmath.workdps(60):
             own = [*range(n), n + k]
             products = mpmath.matrix([[every[i, j] for j in own] for i in own])
@@ -226,7 +227,7 @@ def test_the_minimum_is_that_of_sixty_digits(count: int, sigma_rels: tuple[float
             # What float64 leaves of a root: eps of the tails times the coefficients.
             slack = mpmath.mpf(float(np.abs(c).sum()) ** 2 * 1e-13)
             assert found - least <= 1e-9 * least + slack * products[n, n]
-            assert float(found) == pytest.approx(solver.expected_square(c, target), rel=1e-6, abs=float(slack))
+            assert float(found) == pytest.approx(squared_error(solver, c, target), rel=1e-6, abs=float(slack))
         assert c.sum() == pytest.approx(1, abs=1e-14 * np.abs(c).sum())
 
 
@@ -237,14 +238,14 @@ def test_large_problems_are_solved_as_well() -> None:
         snapshots = snapshots_at(np.linspace(0, 1e5, count + 1)[1:], sigma_rels)
         solver = MinimumVariance(snapshots, assumed_prior(snapshots, 2e-4), 1e5)
         target = PowerFunction.from_sigma_rel(0.15, 1e5)
-        c = solver.solve(target)
-        least = solver.expected_square(c, target)
+        c = solved(solver, target)
+        least = squared_error(solver, c, target)
         assert np.abs(c).sum() < 2
         for _ in range(20):
             change = generator.normal(size=c.size)
             change -= change.mean()
             for size in (1e-6, -1e-6, 1e-4):
-                assert solver.expected_square(c + size * change, target) >= least
+                assert squared_error(solver, c + size * change, target) >= least
 
 
 # --- what must hold --------------------------------------------------------------------------------
@@ -297,8 +298,8 @@ def test_the_order_of_snapshots_changes_nothing(problem, random) -> None:  # typ
     snapshots, prior, target = problem
     order = list(range(len(snapshots)))
     random.shuffle(order)
-    c = MinimumVariance(snapshots, prior, target.t).solve(target)
-    shuffled = MinimumVariance([snapshots[i] for i in order], prior.of(order), target.t).solve(target)
+    c = solved(MinimumVariance(snapshots, prior, target.t), target)
+    shuffled = solved(MinimumVariance([snapshots[i] for i in order], prior.of(order), target.t), target)
     np.testing.assert_array_equal(shuffled, c[order])
 
 
@@ -326,8 +327,8 @@ def test_one_more_snapshot_never_makes_it_worse(problem, data) -> None:  # type:
     chosen = data.draw(st.lists(st.sampled_from(range(len(snapshots))), min_size=1, unique=True))
     fewer = MinimumVariance([snapshots[i] for i in chosen], prior.of(chosen), target.t)
     every = MinimumVariance(snapshots, prior, target.t)
-    least = every.expected_square(every.solve(target), target)
-    assert least <= fewer.expected_square(fewer.solve(target), target) * (1 + 1e-9) + 1e-12
+    least = squared_error(every, solved(every, target), target)
+    assert least <= squared_error(fewer, solved(fewer, target), target) * (1 + 1e-9) + 1e-12
 
 
 @given(problems())
@@ -336,8 +337,8 @@ def test_magnitudes_are_bounded_by_what_rounding_allows(problem) -> None:  # typ
     """sum c_i^2 r_i is part of a minimum that is no larger than that of any single snapshot."""
     snapshots, prior, target = problem
     solver = MinimumVariance(snapshots, prior, target.t)
-    c = solver.solve(target)
-    single = min(solver.expected_square(row, target) for row in np.eye(len(snapshots)))
+    c = solved(solver, target)
+    single = min(squared_error(solver, row, target) for row in np.eye(len(snapshots)))
     assert np.sum(c**2 * prior.rounding) <= single * (1 + 1e-9)
     assert np.abs(c).sum() <= np.sqrt(single * np.sum(1 / prior.rounding)) * (1 + 1e-9)
     assert c.sum() == pytest.approx(1, abs=1e-13 * np.abs(c).sum())
@@ -366,8 +367,9 @@ def test_the_error_is_relative_to_a_norm_that_goes_from_one_stored_length_to_the
 
     def norm(sigma_rel: float) -> float:
         target = PowerFunction.from_sigma_rel(sigma_rel, T)
-        c = solver.solve(target)
-        return float(np.sqrt(solver.expected_square(c, target))) / solver.expected_error(c, target)
+        c = solved(solver, target)
+        error = solver.expected_errors(c[:, None], solver.goals([target]))[0]
+        return float(np.sqrt(squared_error(solver, c, target)) / error)
 
     assert norm(0.05) == pytest.approx(2, rel=1e-12)
     assert norm(0.28) == pytest.approx(1, rel=1e-12)
@@ -383,7 +385,8 @@ def test_weights_that_are_all_0_have_no_relative_error_but_0() -> None:
     target = PowerFunction.from_sigma_rel(0.1, T)
     for motion, expected in ((Motion.even(T, 0.0), 0.0), (uneven_motion(), np.nan)):
         solver = MinimumVariance(snapshots, Prior(motion, zeros, zeros, zeros, "measured"), T)
-        np.testing.assert_equal(solver.expected_error(solver.solve(target), target), expected)
+        goals = solver.goals([target])
+        np.testing.assert_equal(solver.expected_errors(solver.solve(goals), goals), [expected])
 
 
 @given(problems(), st.randoms(use_true_random=False))
@@ -398,7 +401,7 @@ def test_errors_after_losses_are_those_of_solving_without_them(problem, random) 
         gone = random.choice(left)
         left.remove(gone)
         anew = MinimumVariance([snapshots[i] for i in left], prior.of(left), target.t)
-        expected = pytest.approx(anew.expected_square(anew.solve(target), target), rel=1e-3, abs=1e-8)
+        expected = pytest.approx(squared_error(anew, solved(anew, target), target), rel=1e-3, abs=1e-8)
         assert after[gone] == expected
         losses.lose(gone)
         assert losses.squares[0] == expected
@@ -412,7 +415,7 @@ def test_a_copy_of_a_snapshot_costs_nothing_when_it_is_lost(count: int) -> None:
     losses = solver.losses([PowerFunction.from_sigma_rel(0.15, T)])
     only = losses.squares.copy()
     for lost in range(count - 1):
-        np.testing.assert_allclose(losses.costs(), np.zeros(count), atol=1e-30)
+        np.testing.assert_allclose(losses.squares_without_each(), np.broadcast_to(only[:, None], (only.size, count)))
         losses.lose(lost)
     np.testing.assert_allclose(losses.squares, only)
 

@@ -14,6 +14,7 @@ from scipy import integrate
 
 from posthoc_cli.profiles import PowerFunction, RecordedPowerFunction
 from posthoc_cli.reconstruction import (
+    ASSUMED_STRETCH,
     Distance,
     Measurements,
     Motion,
@@ -21,9 +22,7 @@ from posthoc_cli.reconstruction import (
     measured_prior,
     reconstruct,
 )
-from posthoc_cli.reconstruction.motion import MOST_SEGMENTS, PairDistance, _influence, fit_motion
-from posthoc_cli.reconstruction.prior import ASSUMED_STRETCH
-from posthoc_cli.reconstruction.steps import unknown_steps
+from posthoc_cli.reconstruction.motion import MOST_SEGMENTS, PairDistance, cells_between, fit_motion, influences
 
 START = 2.0
 
@@ -40,7 +39,7 @@ def distance(p: PowerFunction, q: PowerFunction, motion: Motion, rounding: float
                 return float(getattr(p, name)(s) - getattr(q, name)(s)) ** 2
 
             total += weight * integrate.quad(squared, a, b, epsabs=1e-15, epsrel=1e-10)[0]
-    return PairDistance((p.gamma, q.gamma), (p.t, q.t), total, rounding)
+    return PairDistance(p, q, total, rounding)
 
 
 def neighbours(times: list[float], sigma_rels: tuple[float, ...], motion: Motion) -> list[PairDistance]:
@@ -67,6 +66,26 @@ def test_a_walk_is_found_again() -> None:
     assert noise[2:].max() < 0.05 * 50**2 * 0.1
 
 
+@pytest.mark.parametrize(
+    ("moment", "sigma_rels"),
+    [(401.0, (0.05, 0.28)), (435.0, (0.05, 0.28)), (449.5, (0.05, 0.28)), (401.0, (0.1,)), (449.5, (0.1,))],
+)
+def test_the_moment_of_a_jump_is_found(moment: float, sigma_rels: tuple[float, ...]) -> None:
+    """A jump at s adds its square times (tail_i - tail_j)^2 at s to a squared distance."""
+    times = [float(t) for t in range(50, 1001, 50)]
+    edges, jump = np.array([START, *times]), 1e4
+    even = neighbours(times, sigma_rels, Motion(edges, np.ones(20), np.zeros(20)))
+    distances = []
+    for pair in even:
+        apart = float(pair.later.tail(moment) - pair.earlier.tail(moment))
+        distances.append(PairDistance(pair.later, pair.earlier, pair.squared + jump * apart**2, 0.0))
+    found = fit_motion(START, times, distances)
+    moved = found.walk * np.diff(found.edges)
+    near = (found.edges[1:] > moment - 3.2) & (found.edges[:-1] < moment + 3.2)  # a sixteenth of the interval
+    assert moved[near].sum() == pytest.approx(jump, rel=0.1)
+    assert moved[~near][5:].sum() < 0.2 * jump
+
+
 def test_noise_is_told_from_a_walk() -> None:
     times = [float(t) for t in range(50, 1001, 50)]
     edges = np.array([START, *times])
@@ -85,7 +104,7 @@ def test_the_walk_scales_with_the_squares_and_is_never_negative_or_nought(logs: 
     motion = Motion(np.array([START, *times]), 10 ** np.array(logs), np.zeros(3))
     distances = neighbours(times, (0.05, 0.28), motion)
     found = fit_motion(START, times, distances)
-    scaled = [PairDistance(d.gammas, d.times, d.squared * scale, 0.0) for d in distances]
+    scaled = [PairDistance(d.later, d.earlier, d.squared * scale, 0.0) for d in distances]
     again = fit_motion(START, times, scaled)
     assert np.all(found.walk > 0)
     assert np.all(found.noise >= 0)
@@ -97,7 +116,7 @@ def test_rounding_is_not_taken_for_motion() -> None:
     times = [float(t) for t in range(50, 501, 50)]
     motion = Motion(np.array([START, *times]), np.ones(10), np.zeros(10))
     clean = neighbours(times, (0.05, 0.28), motion)
-    rounded = [PairDistance(d.gammas, d.times, 2 * d.squared, d.squared) for d in clean]
+    rounded = [PairDistance(d.later, d.earlier, 2 * d.squared, d.squared) for d in clean]
     found = fit_motion(START, times, rounded)
     np.testing.assert_allclose(found.on(motion.edges)[0][2:], 1.0, rtol=0.1)
 
@@ -133,7 +152,7 @@ def test_many_snapshot_times_share_segments() -> None:
 
 
 def test_a_distance_of_averages_from_before_the_training_is_no_motion() -> None:
-    found = fit_motion(START, [10.0, 20.0], [PairDistance((5.0, 3.0), (1.0, 0.5), 1.0, 0.0)])
+    found = fit_motion(START, [10.0, 20.0], [PairDistance(PowerFunction(5.0, 1.0), PowerFunction(3.0, 0.5), 1.0, 0.0)])
     assert (found.edges[0], found.edges[-1]) == (START, 20.0)
     np.testing.assert_array_equal(found.walk, np.zeros(found.edges.size - 1))
     np.testing.assert_array_equal(found.noise, np.zeros(found.edges.size - 1))
@@ -144,9 +163,7 @@ def test_too_much_and_too_little_weigh_the_same() -> None:
     x^2 = sum_i s_i / sum_i (1 / s_i): between the harmonic mean and the mean.
     """
     p, q = PowerFunction.from_sigma_rel(0.05, 100.0), PowerFunction.from_sigma_rel(0.28, 100.0)
-    found = fit_motion(
-        START, [100.0], [PairDistance((p.gamma, q.gamma), (100.0, 100.0), squared, 0.0) for squared in (1.0, 8.0, 1.0)]
-    )
+    found = fit_motion(START, [100.0], [PairDistance(p, q, squared, 0.0) for squared in (1.0, 8.0, 1.0)])
     assert distance(p, q, found).squared == pytest.approx((10 / (1 + 1 + 1 / 8)) ** 0.5, rel=1e-4)
 
 
@@ -157,8 +174,8 @@ def test_the_influence_of_each_segment_is_its_integral() -> None:
         (PowerFunction.from_sigma_rel(s, t), PowerFunction.from_sigma_rel(u, v))
         for s, t, u, v in ((0.05, 90, 0.28, 90), (0.1, 90, 0.1, 50), (0.28, 90, 0.05, 20), (0.07, 50, 0.2, 35))
     ]
-    distances = [PairDistance((p.gamma, q.gamma), (p.t, q.t), 1.0, 0.0) for p, q in pairs]
-    for part, found in enumerate(_influence(unknown_steps(edges), distances)):
+    distances = [PairDistance(p, q, 1.0, 0.0) for p, q in pairs]
+    for part, found in enumerate(influences(cells_between(edges, None), distances)):
         for piece in range(3):
             only = np.where(np.arange(3) == piece, 1.0, 0.0)
             motion = Motion(edges, *((only, 0 * only) if part == 0 else (0 * only, only)))
@@ -207,7 +224,7 @@ def profiles(t: float) -> tuple[PowerFunction, PowerFunction]:
 
 def test_a_run_of_one_update_has_a_segment() -> None:
     """Nothing is known of what was before; the first update may have been anywhere since half its time."""
-    found = fit_motion(10.0, [10.0], [PairDistance((5.0, 3.0), (10.0, 10.0), 1.0, 0.0)])
+    found = fit_motion(10.0, [10.0], [PairDistance(PowerFunction(5.0, 10.0), PowerFunction(3.0, 10.0), 1.0, 0.0)])
     np.testing.assert_array_equal(found.edges, [5, 10])
     assert found.walk.size == found.noise.size == 1
     assert np.isfinite(found.walk[0])
@@ -243,7 +260,9 @@ def test_the_distance_to_the_weights_tells_how_fast_the_network_moves_within_an_
 
 
 def test_weights_that_stand_still_have_no_motion() -> None:
-    found = fit_motion(START, [50.0, 100.0], [PairDistance((6.9, 6.9), (100.0, 50.0), 1e-30, 1e-30)])
+    found = fit_motion(
+        START, [50.0, 100.0], [PairDistance(PowerFunction(6.9, 100.0), PowerFunction(6.9, 50.0), 1e-30, 1e-30)]
+    )
     assert np.all(np.isfinite(found.walk))
     prior = measured_prior([average(10.0, 0.1, 4.0, ()), average(20.0, 0.1, 4.0, (Distance(10.0, 0.1, 0.0, 0.0),))])
     result = reconstruct(
@@ -344,7 +363,7 @@ def test_without_motion_or_without_distances_something_is_assumed() -> None:
     still = [average(10.0, s, 4.0, (Distance(10.0, u, 0.0, 0.0),)) for s, u in ((0.05, 0.25), (0.25, 0.05))]
     prior = measured_prior(still)
     assert prior.source == "measured"
-    assert prior.motion.walk.max() < 1e-18
+    assert prior.motion.walk.max() < prior.arithmetic.max()
     zeros = measured_prior([replace(one, measurements=replace(one.measurements, norm=0.0)) for one in still])
     assert zeros.source == "measured"
     assert (zeros.motion.edges[-1], zeros.motion.walk.sum()) == (10.0, 0.0)

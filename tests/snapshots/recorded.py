@@ -1,12 +1,16 @@
-"""Runs of a real tracker, for tests that harm them."""
+"""Runs of a real tracker, and operations on files that fail, for tests that harm runs."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 
 import torch
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, files
 
 
 class Walk:
@@ -40,3 +44,26 @@ def record(
     with new_tracker(walk, folder, **options) as tracker:
         walk.train(tracker, steps)
     return folder
+
+
+@contextmanager
+def failing(operation: str, error: int | BaseException, when: Callable[..., bool] = lambda *_: True) -> Iterator[None]:
+    """In the block this operation of `files.system` fails, at every call for which `when` says so."""
+    own = getattr(files.system, operation)
+
+    def call(*arguments: object) -> object:
+        if when(*arguments):
+            raise OSError(error, os.strerror(error)) if isinstance(error, int) else error
+        return own(*arguments)
+
+    setattr(files.system, operation, call)
+    try:
+        yield
+    finally:
+        delattr(files.system, operation)
+
+
+def call_number(number: int) -> Callable[..., bool]:
+    """For `failing`: one call, counted from 0 on."""
+    calls = count()
+    return lambda *_: next(calls) == number

@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from snapshots.recorded import Walk, record
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.snapshots import deep
+from posthoc_cli.snapshots import measurements as deep
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
-from posthoc_cli.snapshots.deep import deep_bytes
+from posthoc_cli.snapshots.measurements import deep_bytes
 
 
 @pytest.fixture(scope="session")

@@ -16,8 +16,8 @@ import torch
 from factories import OTHER_RUN_ID, RUN_ID, contents, write_run, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from snapshots.recorded import failing
 
-from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, WriteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import (
@@ -204,32 +204,19 @@ def test_a_directory_that_is_none_is_told(tmp_path: Path, make: Callable[[Path],
     assert raised.value.hint.startswith("name the directory that a tracker writes")
 
 
-def test_a_directory_that_cannot_be_listed_is_told_with_the_reason(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_that_cannot_be_listed_is_told_with_the_reason(tmp_path: Path) -> None:
     with pytest.raises(DirectoryError, match=r"^'a\\x00b': cannot be read: .*null (byte|character)"):
         read_directory(Path("a\0b"))
-
-    def refuse(_: Path) -> list[Path]:
-        raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-
-    monkeypatch.setattr(files.system, "list", refuse)
-    with pytest.raises(DirectoryError, match=f"^'{tmp_path}': cannot be read: permission denied$"):
+    told = f"^'{tmp_path}': cannot be read: permission denied$"
+    with failing("list", errno.EACCES), pytest.raises(DirectoryError, match=told):
         read_directory(tmp_path)
 
 
-def test_a_snapshot_that_is_thinned_away_while_a_reader_looks_is_not_missed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_snapshot_that_is_thinned_away_while_a_reader_looks_is_not_missed(tmp_path: Path) -> None:
     write_times(tmp_path, [10, 20, 30])
-    gone, own = snapshot_path(tmp_path, 20, 0.05), files.system.open
-
-    def open_late(path: Path) -> int:
-        gone.unlink(missing_ok=True)
-        return own(path)
-
-    monkeypatch.setattr(files.system, "open", open_late)
-    assert times_in(tmp_path) == [10, 30]
+    gone = snapshot_path(tmp_path, 20, 0.05)
+    with failing("open", errno.EIO, lambda _: gone.unlink(missing_ok=True)):  # removes it and fails never
+        assert times_in(tmp_path) == [10, 30]
 
 
 # --- looking without stopping
@@ -371,15 +358,8 @@ def test_links_in_the_way_are_neither_overwritten_nor_followed(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("operation", ["make_directory", "rename", "fsync_directory"])
-def test_setting_aside_that_fails_is_told_and_loses_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str
-) -> None:
+def test_setting_aside_that_fails_is_told_and_loses_nothing(tmp_path: Path, operation: str) -> None:
     write_times(tmp_path, [10, 20, 30])
-
-    def fail(*_: object) -> None:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-    monkeypatch.setattr(files.system, operation, fail)
-    with pytest.raises(WriteError, match="input/output error"):
+    with failing(operation, errno.EIO), pytest.raises(WriteError, match="input/output error"):
         set_aside([s for s in stored(tmp_path) if s.t > 10])
     assert len(list(tmp_path.rglob("*.safetensors"))) == 3

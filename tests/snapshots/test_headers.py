@@ -15,7 +15,7 @@ import torch
 from factories import RUN_ID, flip_bit, make_info, read_snapshot, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torture.examining import examine
+from torture.victims import examine
 
 from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory

@@ -16,9 +16,10 @@ from typing import Any
 import forked
 import pytest
 from ema_command import Ema
-from factories import contents, refuse_for_space, tiny_model
+from factories import contents, tiny_model
+from snapshots.recorded import failing
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, LockedError, WriteError
 from posthoc_cli.snapshots import lock
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -196,10 +197,8 @@ def test_a_lock_that_cannot_be_taken_is_told_and_holds_nothing(tmp_path: Path, m
     (tmp_path / "file").touch()
     with pytest.raises(WriteError, match="file: cannot be written"):
         DirectoryLock(tmp_path / "file")
-    with monkeypatch.context() as patched:
-        patched.setattr(files.system, "write", refuse_for_space)
-        with pytest.raises(WriteError, match="no space left") as caught:
-            DirectoryLock(tmp_path)
+    with failing("write", errno.ENOSPC), pytest.raises(WriteError, match="no space left") as caught:
+        DirectoryLock(tmp_path)
     DirectoryLock(tmp_path).release()  # although `caught` keeps the failed one alive
     assert caught.value.errno == errno.ENOSPC
 

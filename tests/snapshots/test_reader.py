@@ -11,6 +11,7 @@ import pytest
 import torch
 import xxhash
 from factories import RUN_ID, write_snapshot
+from snapshots.recorded import call_number, failing
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, VanishedError
@@ -50,23 +51,14 @@ def read_tensor(path: Path) -> object:
 
 
 @pytest.mark.parametrize(
-    ("read", "fails"), [(read_tensor, 1), (read_tensor, 2), (read_tensor, 3), (lambda p: read_small_file(p, 10**6), 1)]
+    ("read", "fails"), [(read_tensor, 0), (read_tensor, 1), (read_tensor, 2), (lambda p: read_small_file(p, 10**6), 0)]
 )
-def test_whoever_reads_says_what_could_not_be_read(
-    small: Small, monkeypatch: pytest.MonkeyPatch, read: Callable[[Path], object], fails: int
-) -> None:
+def test_whoever_reads_says_what_could_not_be_read(small: Small, read: Callable[[Path], object], fails: int) -> None:
     """The header's length, the header, a tensor; a whole file. Then the same of a file that is gone."""
-    path, real, calls = small("snapshot"), files.system.read, iter(range(1, 99))
-
-    def fail(descriptor: int, view: memoryview, offset: int) -> int:
-        if next(calls) == fails:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        return real(descriptor, view, offset)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(files.system, "read", fail)
-        with pytest.raises(FileFormatError, match=rf"^{path}: .*cannot be read: input/output error$"):
-            read(path)
+    path = small("snapshot")
+    told = rf"^{path}: .*cannot be read: input/output error$"
+    with failing("read", errno.EIO, call_number(fails)), pytest.raises(FileFormatError, match=told):
+        read(path)
     path.unlink()
     with pytest.raises(VanishedError, match=rf"^{path}: cannot be opened: no such file or directory$"):
         read(path)
@@ -80,14 +72,8 @@ def test_whoever_reads_says_what_could_not_be_read(
         (errno.EMFILE, FileFormatError, "too many open files; raise the limit"),
     ],
 )  # fmt: skip
-def test_why_a_file_cannot_be_opened(
-    monkeypatch: pytest.MonkeyPatch, code: int, kind: type[FileFormatError], told: str
-) -> None:
-    def refuse(_: Path) -> int:
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(files.system, "open", refuse)
-    with pytest.raises(FileFormatError) as caught:
+def test_why_a_file_cannot_be_opened(code: int, kind: type[FileFormatError], told: str) -> None:
+    with failing("open", code), pytest.raises(FileFormatError) as caught:
         read_header(Path("x"))
     assert type(caught.value) is kind
     assert str(caught.value).startswith(f"x: cannot be opened: {told}")
@@ -127,22 +113,6 @@ def test_a_flip_that_makes_a_nan_is_damage(tmp_path: Path) -> None:
 
 
 # --- what is no file
-
-
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (Path.mkdir, "not a regular file"), (os.mkfifo, "not a regular file"), (Path.touch, "truncated"),
-        (lambda path: path.symlink_to("missing"), "no such file"),
-        (lambda path: path.symlink_to(path), "symbolic link"),
-    ],
-)  # fmt: skip
-def test_something_else_in_place_of_a_file_is_refused_without_waiting(
-    tmp_path: Path, make: Callable[[Path], None], reason: str
-) -> None:
-    make(tmp_path / "x")
-    with pytest.raises(FileFormatError, match=reason):
-        read_header(tmp_path / "x")
 
 
 def test_a_path_that_no_system_accepts_is_refused() -> None:

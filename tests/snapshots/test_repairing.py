@@ -15,12 +15,12 @@ import torch
 from ema_command import Ema
 from factories import OTHER_RUN_ID, RUN_ID, contents, flip_bit, random_walk, snapshot_files, write_run, write_snapshot
 from safetensors.torch import load_file
-from snapshots.recorded import Walk, new_tracker
+from snapshots.recorded import Walk, call_number, failing, new_tracker
 
-from posthoc_cli import PostHocEMA, files
+from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, FileFormatError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.planning import choose
+from posthoc_cli.planning import thinned_subset
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import reconstruct
 from posthoc_cli.snapshots import measurements
@@ -65,7 +65,7 @@ def test_what_is_left_works_with_the_higher_error_bar(ema: Ema, run: Path, tmp_p
     now = plan_synthesis(disk_sources(run), [0.15]).predicted_error(0)
     assert bar is not None
     assert now is not None
-    assert now > (bar if len(which) > 1 else 0.98 * bar)
+    assert now > 0.999 * bar  # the norm that both are relative to is estimated anew
     result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", tmp_path / "o.safetensors")
     assert result.code == 0, result.err
     if len(which) == 4:
@@ -110,22 +110,24 @@ def test_the_errors_before_and_after_are_those_of_the_solver(run: Path) -> None:
     plan = planned(run)
     left = [snapshot for snapshot in everything if snapshot.path not in plan.gone]
     assert plan.unknown == 0
+    least = np.zeros(len(SIGMA_RELS))
     for errors, those in ((plan.before, everything), (plan.after, left)):
         assert errors is not None
         targets = [PowerFunction.from_sigma_rel(s, 60.0) for s in SIGMA_RELS]
         profiles = [s.info.profile.pure for s in those]
         expected = reconstruct(profiles, targets, prior=snapshot_prior(those), t=60.0).predicted_error
-        assert errors.predicted == pytest.approx(expected, rel=1e-9)
+        least = np.maximum(expected, least)
+        assert errors.predicted == pytest.approx(least, rel=1e-6)
         assert errors.worst >= errors.predicted.max()
         assert (errors.t, errors.solved, errors.count) == (60, len(those), len(those))
     assert plan.before is not None
     assert plan.after is not None
-    assert (plan.after.predicted >= 0.98 * plan.before.predicted).all()
+    assert (plan.after.predicted >= plan.before.predicted).all()
     assert np.any(plan.after.predicted > 1.01 * plan.before.predicted)
 
 
 def test_of_very_many_the_errors_are_those_of_the_choice(ema: Ema, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(measurements, "choose", partial(choose, most=8))
+    monkeypatch.setattr(measurements, "thinned_subset", partial(thinned_subset, most=8))
     break_some(run, (7,))
     plan = planned(run)
     for errors, count in ((plan.before, 12), (plan.after, 11)):
@@ -283,22 +285,11 @@ def test_not_while_another_one_writes(run: Path) -> None:
 
 @pytest.mark.parametrize("operation", ["make_directory", "rename", "fsync_directory"])
 @pytest.mark.parametrize("after", [0, 1, 2])
-def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(
-    run: Path, monkeypatch: pytest.MonkeyPatch, operation: str, after: int
-) -> None:
+def test_a_repair_that_is_interrupted_loses_nothing_and_goes_on(run: Path, operation: str, after: int) -> None:
     break_some(run, (0, 1, 2))
     before = sorted(contents(run).values())
-    own, done = getattr(files.system, operation), []
-
-    def fail(*arguments: Path) -> None:
-        if len(done) == after:
-            raise OSError(errno.EIO, os.strerror(errno.EIO))
-        done.append(arguments)
-        own(*arguments)
-
     plan = planned(run)
-    with monkeypatch.context() as patch:
-        patch.setattr(files.system, operation, fail)
+    with failing(operation, errno.EIO, call_number(after)):
         try:
             repair(plan)
         except WriteError as error:
@@ -376,18 +367,10 @@ def test_a_leftover_that_goes_meanwhile_is_passed_over(run: Path) -> None:
 
 
 @pytest.mark.parametrize("operation", ["unlink", "fsync_directory"])
-def test_what_cannot_be_removed_is_named(run: Path, monkeypatch: pytest.MonkeyPatch, operation: str) -> None:
+def test_what_cannot_be_removed_is_named(run: Path, operation: str) -> None:
     leftover = leave(run / ".ema-1.tmp", 120)
-    found = verify(list_contents(run))
-    own, named = getattr(files.system, operation), leftover if operation == "unlink" else run
-
-    def refuse(path: Path) -> None:
-        if path == named:
-            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
-        own(path)
-
-    monkeypatch.setattr(files.system, operation, refuse)
-    with pytest.raises(WriteError) as refused:
+    found, named = verify(list_contents(run)), leftover if operation == "unlink" else run
+    with failing(operation, errno.EACCES, lambda path: path == named), pytest.raises(WriteError) as refused:
         clean(found)
     told = "removed: permission denied" if named == leftover else "written: permission denied; nothing partial is left"
     assert str(refused.value) == f"{named}: cannot be {told}"

@@ -11,7 +11,7 @@ import torch
 from factories import OTHER_RUN_ID, RUN_ID, make_info, read_snapshot, write_snapshot
 
 from posthoc_cli.errors import FileFormatError, NonFiniteError
-from posthoc_cli.reconstruction.measurements import Measurements
+from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.measurements import expected_rounding, sample_measurements, with_sampled_measurements

@@ -17,9 +17,9 @@ import pytest
 import torch
 from factories import OTHER_RUN_ID, RUN_ID, flip_bit, read_snapshot, rewrite_snapshot, snapshot_files, write_snapshot
 from safetensors.torch import load_file, save_file
+from snapshots.recorded import failing
 from torture.forging import forge
 
-from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import write_synthesis
@@ -438,39 +438,21 @@ def test_shards_of_other_libraries_are_told_apart_from_checked_ones(tmp_path: Pa
 # --- what the system says
 
 
-def test_a_file_that_may_not_be_read_is_said_so_and_the_others_go_on(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    refused, broken, *_ = snapshot_files(run)
-    own, codes = files.system.open, {refused: errno.EACCES, broken: errno.EIO}
-
-    def refuse(path: Path) -> int:
-        if path in codes:
-            raise OSError(codes[path], os.strerror(codes[path]))
-        return own(path)
-
-    monkeypatch.setattr(files.system, "open", refuse)
-    assert wrong(run) == {
-        refused.name: ("unreadable", "cannot be opened: permission denied"),
-        broken.name: ("damaged", "cannot be opened: input/output error"),
-    }
+@pytest.mark.parametrize(("code", "state"), [(errno.EACCES, "unreadable"), (errno.EIO, "damaged")])
+def test_a_file_that_may_not_be_read_is_said_so_and_the_others_go_on(run: Path, code: int, state: str) -> None:
+    refused = snapshot_files(run)[0]
+    with failing("open", code, lambda path: path == refused):
+        assert wrong(run) == {refused.name: (state, f"cannot be opened: {os.strerror(code).lower()}")}
 
 
-def test_folders_that_cannot_be_read_are_noted_or_passed_over(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folders_that_cannot_be_read_are_noted_or_passed_over(run: Path) -> None:
     for name in ("closed", "superseded", "quarantine"):
         (run / name).mkdir()
-    own = files.system.list
-
-    def refuse(path: Path) -> list[Path]:
-        if path.parent == run:
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
-        return own(path)
-
-    monkeypatch.setattr(files.system, "list", refuse)
-    assert notes(run) == ("superseded/ cannot be read",)
-    assert len(verified(run).files) == 13
-    assert len(find_snapshots(run)) == 12
-    assert inspect_directory(run).superseded == 0
+    with failing("list", PermissionError(errno.EACCES, "Permission denied"), lambda path: path.parent == run):
+        assert notes(run) == ("superseded/ cannot be read",)
+        assert len(verified(run).files) == 13
+        assert len(find_snapshots(run)) == 12
+        assert inspect_directory(run).superseded == 0
 
 
 def test_what_is_no_regular_file_is_said_so(run: Path) -> None:

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 from factories import RUN_ID, write_snapshot
+from snapshots.recorded import call_number, failing
 
-from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.outputs import OutputInfo, output_metadata
@@ -69,20 +69,9 @@ def test_a_model_without_tensors_is_a_file(tmp_path: Path) -> None:
         ("fsync_directory", 0),
     ],
 )  # fmt: skip
-def test_a_save_that_fails_is_told_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, operation: str, number: int, code: int
-) -> None:
+def test_a_save_that_fails_is_told_and_leaves_nothing(tmp_path: Path, operation: str, number: int, code: int) -> None:
     """Two tensors and the header are three writes."""
-    real, calls = getattr(files.system, operation), []
-
-    def fail_once(*arguments: object) -> object:
-        calls.append(arguments)
-        if len(calls) != number + 1:
-            return real(*arguments)
-        raise OSError(code, os.strerror(code))
-
-    monkeypatch.setattr(files.system, operation, fail_once)
-    with refused(tmp_path, os.strerror(code).lower(), WriteError):
+    with refused(tmp_path, os.strerror(code).lower(), WriteError), failing(operation, code, call_number(number)):
         write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(3), "v": torch.ones(2)})
 
 

@@ -15,10 +15,9 @@ from factories import RUN_ID, exact_gamma
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.outputs import INDEX_NAME, read_index
 from torture.commands import HungError, time_limit
-from torture.examining import examine
 from torture.forging import Inner, Pairs, seal, take_apart
 from torture.tally import Experiment, Tally
-from torture.victims import small_snapshot
+from torture.victims import examine, small_snapshot
 
 MEGABYTE = 1_000_000
 BYTES_A_BYTE = 80
@@ -80,23 +79,22 @@ def _texts(size: int) -> Iterator[tuple[str, bytes]]:
         yield what, text
         yield f"{what}, as metadata", b'{"__metadata__":' + text + b"}"
         yield f"{what}, as a map", b'{"weight_map":' + text + b"}"
-    many = {f"t{i}": "model-00001-of-00001.safetensors" for i in range(size // 50)}
-    yield "many names", json.dumps({"weight_map": many}).encode()
-    apart = {f"t{i}": f"m{i}.safetensors" for i in range(size // 30)}
-    yield "many files", json.dumps({"weight_map": apart}).encode()
+    maps = {
+        "many names": {f"t{i}": "model-00001-of-00001.safetensors" for i in range(size // 50)},
+        "many files": {f"t{i}": f"m{i}.safetensors" for i in range(size // 30)},
+    }
+    yield from ((what, json.dumps({"weight_map": names}).encode()) for what, names in maps.items())
 
 
 def _headers(tree: Pairs, size: int) -> Iterator[tuple[str, bytes]]:
-    for what, text in _texts(size):
-        yield what, len(text).to_bytes(8, "little") + text
     plain = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-    tensors = {f"t{i}": plain for i in range(size // 60)}
-    text = json.dumps(tensors).encode()
-    yield "many tensors", len(text).to_bytes(8, "little") + text
-    text = json.dumps({"a": {**plain, "shape": [1] * (size // 3)}}).encode()
-    yield "many dimensions", len(text).to_bytes(8, "little") + text
-    text = json.dumps({"a": {"dtype": "F32", "shape": [10**10 // 4], "data_offsets": [0, 10**10]}}).encode()
-    yield "10 GB declared", len(text).to_bytes(8, "little") + text
+    tensors = {
+        "many tensors": {f"t{i}": plain for i in range(size // 60)},
+        "many dimensions": {"a": {**plain, "shape": [1] * (size // 3)}},
+        "10 GB declared": {"a": {"dtype": "F32", "shape": [10**10 // 4], "data_offsets": [0, 10**10]}},
+    }
+    for what, text in (*_texts(size), *((name, json.dumps(table).encode()) for name, table in tensors.items())):
+        yield what, len(text).to_bytes(8, "little") + text
     (key, metadata), *others = tree
     for name, values in _metadata(size).items():
         changed = Pairs((k, values.get(k, v)) for k, v in metadata)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from types import FrameType
 
+import pytest
 from ema_command import Result
 
 from posthoc_cli.cli import main
@@ -24,11 +25,15 @@ class HungError(BaseException):
 
 
 def run_ema(*arguments: object) -> Result:
-    """Run `ema` with these arguments."""
-    out, err = io.StringIO(), io.StringIO()
-    code = 0
-    with _undone(), redirect_stdout(out), redirect_stderr(err), time_limit():
-        sys.argv = ["ema", *map(str, arguments)]
+    """Run `ema` with these arguments; what it sets for its process is set back."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err), time_limit():
+        patch.setattr(sys, "argv", ["ema", *map(str, arguments)])
+        patch.setattr(sys, "excepthook", sys.excepthook)
+        patch.setattr(warnings, "showwarning", warnings.showwarning)
+        patch.setattr(logging.root, "handlers", list(logging.root.handlers))
+        patch.setattr(logging.root, "level", logging.root.level)
         try:
             main()
         except SystemExit as ended:
@@ -36,6 +41,9 @@ def run_ema(*arguments: object) -> Result:
         except Exception as error:  # noqa: BLE001 - as the interpreter does at the end of a process
             sys.excepthook(type(error), error, error.__traceback__)
             code = 1
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Result(code, out.getvalue(), err.getvalue())
 
 
@@ -53,19 +61,3 @@ def time_limit() -> Iterator[None]:
 
 def _hang_up(_: int, __: FrameType | None) -> None:
     raise HungError(f"took more than {LONGEST} s")
-
-
-@contextmanager
-def _undone() -> Iterator[None]:
-    """What `main` sets for its process is set back."""
-    argv, hook, show = sys.argv, sys.excepthook, warnings.showwarning
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
-    root, level = list(logging.root.handlers), logging.root.level
-    try:
-        yield
-    finally:
-        sys.argv, sys.excepthook, warnings.showwarning = argv, hook, show
-        logging.root.handlers[:] = root
-        logging.root.setLevel(level)
-        for number, handler in handlers.items():
-            signal.signal(number, handler)

@@ -1,106 +1,166 @@
-"""Damage, exhaustively: bits, lengths, blocks of small files. Each must be found before a result is written."""
+"""Damage, exhaustively: bits, lengths, blocks of small files, and headers that lie under right checksums.
+
+Each must be found before a result is written, or change nothing.
+"""
 
 from __future__ import annotations
 
 import os
-import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import combinations
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from torture.forging import Inner, Pairs, Raw, places, replaced, take_apart, written
 from torture.tally import Experiment, Tally
-from torture.victims import Victim, small_index, small_output, small_shard, small_snapshot, small_state
+from torture.victims import Victim, all_victims, harm_all, small_snapshot
 
-MAKERS: Sequence[Callable[[Path], Victim]] = (small_snapshot, small_output, small_state, small_index, small_shard)
 BLOCK = 4096
-
-
-def _victims(folder: Path) -> Iterator[Victim]:
-    for make in MAKERS:
-        (folder / make.__name__).mkdir()
-        yield make(folder / make.__name__)
-
-
-def _chosen(everything: Sequence[int], share: float, seed: int) -> list[int]:
-    """A share of all, at least one."""
-    count = max(1, round(share * len(everything)))
-    return sorted(random.Random(seed).sample(everything, count))
+Harm = tuple[str, Callable[[], object]]
 
 
 def flip_bits(folder: Path, share: float, seed: int) -> Tally:
     """Every single bit of every small file."""
-    tally = Tally()
-    for victim in _victims(folder):
-        intact, data = victim.intact(), victim.path.read_bytes()
-        descriptor = os.open(victim.path, os.O_RDWR)
-        for place in _chosen(range(8 * len(data)), share, seed):
-            byte, bit = divmod(place, 8)
-            os.pwrite(descriptor, bytes([data[byte] ^ 1 << bit]), byte)
-            victim.tried(tally, f"bit {bit} of byte {byte} flipped", intact)
-            os.pwrite(descriptor, data[byte : byte + 1], byte)
-        os.close(descriptor)
-        _check_whole(victim, intact, tally)
-    return tally
+    return harm_all(all_victims(folder), _flips, share, seed)
+
+
+def _flips(victim: Victim, data: bytes) -> Iterator[Harm]:
+    for place in range(8 * len(data)):
+        byte, bit = divmod(place, 8)
+        yield f"bit {bit} of byte {byte} flipped", partial(_flip, victim.path, data, byte, bit)
+
+
+def _flip(path: Path, data: bytes, byte: int, bit: int) -> None:
+    path.write_bytes(data[:byte] + bytes([data[byte] ^ 1 << bit]) + data[byte + 1 :])
 
 
 def truncate(folder: Path, share: float, seed: int) -> Tally:
     """Every shorter length of every small file."""
-    tally = Tally()
-    for victim in _victims(folder):
-        intact, data = victim.intact(), victim.path.read_bytes()
-        for length in reversed(_chosen(range(len(data)), share, seed)):
-            if victim.is_index and not data[length:].strip():
-                continue  # the last line end
-            os.truncate(victim.path, length)
-            victim.tried(tally, f"cut to {length} bytes", intact)
-        victim.path.write_bytes(data)
-        _check_whole(victim, intact, tally)
-    return tally
+    return harm_all(all_victims(folder), _cuts, share, seed)
+
+
+def _cuts(victim: Victim, data: bytes) -> Iterator[Harm]:
+    for length in range(len(data)):
+        if not victim.is_index or data[length:].strip():  # more than the last line end
+            yield f"cut to {length} bytes", partial(os.truncate, victim.path, length)
 
 
 def move_blocks(folder: Path, share: float, seed: int) -> Tally:
     """Blocks of 4 KiB of a snapshot of 64 KiB: every pair swapped, every one zeroed, repeated, left out; and more
     bytes behind."""
-    tally = Tally()
     values = {"a": torch.randn(8000), "b": torch.randn(8000).to(torch.float16)}
-    victim = small_snapshot(folder, values)
-    intact, data = victim.intact(), victim.path.read_bytes()
-    harms = list(_block_harms(data))
-    for number in _chosen(range(len(harms)), share, seed):
-        harm, harmed = harms[number]
-        victim.path.write_bytes(harmed)
-        victim.tried(tally, harm, intact)
-    victim.path.write_bytes(data)
-    _check_whole(victim, intact, tally)
-    return tally
+    return harm_all([small_snapshot(folder, values)], _moves, share, seed)
 
 
-def _block_harms(data: bytes) -> Iterator[tuple[str, bytes]]:
+def _moves(victim: Victim, data: bytes) -> Iterator[Harm]:
     blocks = [data[begin : begin + BLOCK] for begin in range(0, len(data), BLOCK)]
+    harmed = {}
     for i, j in combinations(range(len(blocks)), 2):
         swapped = list(blocks)
         swapped[i], swapped[j] = swapped[j], swapped[i]
-        yield f"blocks {i} and {j} swapped", b"".join(swapped)
+        harmed[f"blocks {i} and {j} swapped"] = b"".join(swapped)
     for i, block in enumerate(blocks):
-        for harm, other in (("zeroed", bytes(len(block))), ("left out", b""), ("repeated", 2 * block)):
-            yield f"block {i} {harm}", b"".join([*blocks[:i], other, *blocks[i + 1 :]])
-        for fill in (b"\x00", b"\xff"):
-            yield f"block {i} filled", b"".join([*blocks[:i], fill * len(block), *blocks[i + 1 :]])
+        others = {"zeroed": bytes(len(block)), "filled": b"\xff" * len(block), "left out": b"", "repeated": 2 * block}
+        for what, other in others.items():
+            harmed[f"block {i} {what}"] = b"".join([*blocks[:i], other, *blocks[i + 1 :]])
     for extra in (b"\0", b" ", b"\n", bytes(BLOCK), data[-BLOCK:], data):
-        yield f"{len(extra)} bytes appended", data + extra
-        yield f"{len(extra)} bytes put in front", extra + data
+        harmed[f"{extra[:9]!r}: {len(extra)} bytes appended"] = data + extra
+        harmed[f"{extra[:9]!r}: {len(extra)} bytes put in front"] = extra + data
+    for what, content in harmed.items():
+        yield what, partial(victim.path.write_bytes, content)
 
 
-def _check_whole(victim: Victim, intact: tuple[object, object], tally: Tally) -> None:
-    """That the last harm was undone, and what was harmed can still be used: the experiment saw what it meant to."""
-    if victim.intact() != intact:
-        tally.lost.append(f"{victim.kind}: is not what it was before")
+# --- headers
+
+NO_NUMBERS = ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "1" * 400, "9" * 1_000_000, "0x10", "1_0", "--1")
+NO_TEXTS = (
+    '"\udcff"', '"\udcc3("', '"\udcc0\udcaf"', '"\udced\udca0\udc80"', '"\udcf0\udc9f"',  # no UTF-8
+    '"\\ud800"', '"\\udfff\\ud800"', '"a\\u0000b"', '"\\u0000"', '"\x00"', '"\x1b"', '"\n"', '"\\x"', "'a'",
+)  # fmt: skip
+DEPTHS = (100, 900, 2_000, 100_000)
+HUGE = 2 * 10**9
+
+
+def lie(folder: Path, share: float, seed: int) -> Tally:
+    """Every kind of lie, at every place of every header."""
+    return harm_all(all_victims(folder), _harms, share, seed)
+
+
+def _harms(victim: Victim, _: bytes) -> Iterator[Harm]:
+    tree, payload = take_apart(victim.path)
+    for what, lied in _lies(tree):
+        yield what, partial(_write, victim, lied, payload)
+    # A header of 2 GB, declared alone and really there, as a hole in the file.
+    yield "a header of 2 GB", partial(_make_huge, victim, True)
+    if not victim.is_index:
+        yield "a header of 2 GB, declared alone", partial(_make_huge, victim, False)
+
+
+def _write(victim: Victim, tree: Any, payload: bytes) -> None:
+    victim.path.write_bytes(written(tree, payload, victim.is_index))
+
+
+def _make_huge(victim: Victim, really: bool) -> None:
+    if not victim.is_index:
+        victim.path.write_bytes(HUGE.to_bytes(8, "little") + victim.path.read_bytes()[8:])
+    if really:
+        os.truncate(victim.path, HUGE + 8)
+
+
+def _lies(tree: Any) -> Iterator[tuple[str, Any]]:
+    for at, found in places(tree):
+        for key, value in found if isinstance(found, Pairs) else ():
+            yield f"key {key!r} twice, at {at}", replaced(tree, at, Pairs([*found, (key, value)]))
+            yield f"key {key!r} twice, null first, at {at}", replaced(tree, at, Pairs([(key, None), *found]))
+        if _is_number(found):
+            for other in NO_NUMBERS:
+                new = other if isinstance(found, str) else Raw(other)
+                yield f"{found!r} at {at} became {other[:20]}", replaced(tree, at, new)
+        if isinstance(found, str):
+            for other in NO_TEXTS:
+                yield f"{found[:20]!r} at {at} became {other!a}", replaced(tree, at, Raw(other))
+        for depth in DEPTHS:
+            for opened, closed in (("[", "]"), ('{"a":', "}")):
+                nested = Raw(opened * depth + "0" + closed * depth)
+                yield f"{depth} times {opened} at {at}", replaced(tree, at, nested)
+    yield from _wrong_offsets(tree)
+
+
+def _is_number(found: Any) -> bool:
+    """A number of JSON, or a metadata value that is one."""
+    if isinstance(found, Inner):
+        return False
+    try:
+        float(found)
+    except (TypeError, ValueError):
+        return False
+    return not isinstance(found, bool)
+
+
+def _wrong_offsets(tree: Any) -> Iterator[tuple[str, Any]]:
+    """Offsets that overlap, leave gaps, descend, lie outside, or are not those of the shape."""
+    for at, found in places(tree):
+        if not (isinstance(found, Pairs) and [key for key, _ in found] == ["dtype", "shape", "data_offsets"]):
+            continue
+        begin, end = found[2][1]
+        wrong = [
+            [end, begin], [begin, begin], [end, end], [0, end - begin + 1], [begin + 1, end + 1], [begin - 1, end - 1],
+            [begin + 2**40, end + 2**40], [begin, 10**10], [begin - 2**63, end], [-begin - 1, -end - 1],
+            [begin + 2**63, end + 2**63], [begin + 2**64, end + 2**64], [begin], [begin, end, end], [begin, str(end)],
+            [float(begin), float(end)], [False, True], [None, None],
+        ]  # fmt: skip
+        for offsets in wrong:
+            yield f"offsets {offsets} at {at}", replaced(tree, (*at, 5), offsets)
+        for shape in ([-1], [2**62, 4], [0], [0, 2**62], [1.0], [True], ["1"], [1] * 100_000, [10**10], [[1]], 1):
+            yield f"shape {str(shape)[:30]} at {at}", replaced(tree, (*at, 3), shape)
 
 
 EXPERIMENTS = [
     Experiment("every flipped bit", flip_bits, 0.05),
     Experiment("every truncation", truncate, 0.3),
     Experiment("blocks swapped, zeroed, repeated, appended", move_blocks, 0.2),
+    Experiment("headers that lie, rightly sealed", lie, 0.05),
 ]

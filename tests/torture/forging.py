@@ -84,6 +84,11 @@ def seal(tree: Any) -> bytes:
     return before + mark + xxhash.xxh3_64_hexdigest(blank).encode() + after[16:]
 
 
+def written(tree: Any, payload: bytes, is_index: bool) -> bytes:
+    """The content of a file with this header."""
+    return dump(tree).encode("utf-8", "surrogateescape") if is_index else seal(tree) + payload
+
+
 def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
     """Give a file's metadata other values, or none, and seal it again."""
     tree, payload = take_apart(path)

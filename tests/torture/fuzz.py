@@ -6,7 +6,8 @@ import json
 import shutil
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,9 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.description import describe
-from torture.examining import examine
-from torture.forged import written
-from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart
+from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart, written
 from torture.tally import Experiment, Tally
-from torture.victims import Tiny, Victim, small_index, small_output, small_shard, small_snapshot, small_state
+from torture.victims import Tiny, Victim, all_victims, examine
 
 EXAMPLES = 4_000
 """Of each kind of file, for a share of 1."""
@@ -53,9 +52,8 @@ ODD = st.recursive(
 def fuzz(folder: Path, share: float, chance: int) -> Tally:
     """Change the header of each kind of file, many times."""
     tally = Tally()
-    for make in (small_snapshot, small_output, small_state, small_index, small_shard):
-        (folder / make.__name__).mkdir()
-        _fuzz_one(make(folder / make.__name__), tally, max(10, round(share * EXAMPLES)), chance)
+    for victim in all_victims(folder):
+        _fuzz_one(victim, tally, max(10, round(share * EXAMPLES)), chance)
     return tally
 
 
@@ -72,7 +70,7 @@ def _fuzz_one(victim: Victim, tally: Tally, examples: int, chance: int) -> None:
         changed = tree
         for _ in range(data.draw(st.sampled_from([1, 1, 1, 2]))):
             changed = data.draw(_mutations(changed))
-        content = written(victim, changed, payload)
+        content = written(changed, payload, victim.is_index)
         victim.path.write_bytes(content)
         started = time.monotonic()
         for name, use in _uses(victim).items():
@@ -157,9 +155,21 @@ def _load(path: Path) -> None:
     try:
         with PostHocEMA.from_model(model, home, update_every=1, checkpoint_every=1) as tracker:
             tracker.load_state(path)
-            _go_on(tracker, model, path)
+            with _told_of(path):  # what is wrong is told of the training, which has taken the state
+                tracker.update_(model, t=None if tracker.settings.t_unit == "steps" else tracker.t + 1)
+                tracker.flush()
+                tracker.state_dict()
     finally:
         shutil.rmtree(home, ignore_errors=True)
+
+
+@contextmanager
+def _told_of(path: Path) -> Iterator[None]:
+    """An error of the block names this file."""
+    try:
+        yield
+    except PostHocError as error:
+        raise type(error)(path, str(error)) from error
 
 
 def _resume(run: Path) -> None:
@@ -167,22 +177,12 @@ def _resume(run: Path) -> None:
     copy = run.with_name("copy")
     shutil.copytree(run, copy)
     try:
-        tracker = PostHocEMA.from_path(copy)
-        tracker.state_dict(0.05)
-        tracker.state_dict()
-    except PostHocError as error:
-        raise type(error)(run, str(error).replace(str(copy), str(run))) from error
+        with _told_of(run):
+            tracker = PostHocEMA.from_path(copy)
+            tracker.state_dict(0.05)
+            tracker.state_dict()
     finally:
         shutil.rmtree(copy)
-
-
-def _go_on(tracker: PostHocEMA, model: Tiny, path: Path) -> None:
-    try:
-        tracker.update_(model, t=None if tracker.settings.t_unit == "steps" else tracker.t + 1)
-        tracker.flush()
-        tracker.state_dict()
-    except PostHocError as error:  # what is wrong is told of the training, which has taken the state
-        raise type(error)(path, str(error)) from error
 
 
 EXPERIMENTS = [Experiment("headers changed at random, rightly sealed", fuzz, 0.01)]

@@ -2,33 +2,122 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import json
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import forked
+import torch
 
 from torture.tally import Experiment, Tally
 
+PATIENCE = 60.0
+"""Seconds after which a process that should have ended is taken to hang."""
 
-def apart(script: str, name: str, most: int, folder: Path, share: float, seed: int) -> Tally:
-    """Run an experiment of a script beside this one, up to `most` times."""
+
+def apart(name: str, most: int, folder: Path, share: float, seed: int) -> Tally:
+    """Run an experiment, named as "module function", up to `most` times in a process that has loaded torch."""
     count = max(1, round(most * share))
-    process = forked.Forked((Path(__file__).parent / script).read_text(), name, folder, count, seed)
+    process = forked.Forked("from torture.processes import run_alone; run_alone()", name, folder, count, seed)
     out, err = process.communicate(timeout=1e6)
     assert process.returncode == 0, err
     return Tally(**json.loads(out))
 
 
+def run_alone() -> None:
+    """In that process."""
+    name, folder, count, seed = sys.argv[1:]
+    torch.set_num_threads(1)  # before anything starts a pool of threads, which no fork would have
+    gc.collect()
+    gc.freeze()  # the end of a forked process would go through all that is loaded, and so copy it
+    module, function = name.split()
+    experiment = getattr(importlib.import_module(f"torture.{module}"), function)
+    print(json.dumps(vars(experiment(Path(folder), int(count), random.Random(int(seed))))))
+
+
+class Nursery:
+    """Forks processes that are killed or interrupted, one at a time.
+
+    A child leaves through the very top of this program, so that it ends as any process of Python does.
+    """
+
+    def __init__(self, err: Path) -> None:
+        self._err = err
+
+    def run(self, work: Callable[[], object], after: float | None, number: int) -> tuple[int, str, float]:
+        """Do `work` in a child, which begins with SIGINT blocked and gets a signal after so many seconds, or none.
+
+        Returns:
+            The exit code, negative for a signal, -1000 where it hung and -1001 where it left a process; what it wrote
+            to stderr; how long it took.
+        """
+        started = time.monotonic()
+        # Until `work` wants it: what comes before is no part of any command.
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, 0)
+            os.dup2(os.open(self._err, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            work()
+            sys.exit(0)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        if after is not None:
+            time.sleep(after)
+            os.kill(child, number)
+        code = self._wait(child)
+        if self._left(child, number):
+            code = -1001
+        return code, self._err.read_text(errors="replace") if self._err.exists() else "", time.monotonic() - started
+
+    def run_whole(self, work: Callable[[], object]) -> float:
+        """Do it without a signal; returns how long it took."""
+        code, err, seconds = self.run(work, None, 0)
+        assert code == 0, err
+        return seconds
+
+    def _left(self, child: int, number: int) -> bool:
+        """Whether a child has left processes of its own; what a killed one leaves goes, and is no mistake of its."""
+        until = time.monotonic() + 5
+        while time.monotonic() < until:
+            try:
+                os.killpg(child, signal.SIGKILL if number == signal.SIGKILL else 0)
+            except ProcessLookupError:
+                return False
+            time.sleep(0.01)
+        return number != signal.SIGKILL
+
+    def _wait(self, child: int) -> int:
+        until = time.monotonic() + PATIENCE
+        while time.monotonic() < until:
+            done, status = os.waitpid(child, os.WNOHANG)
+            if done:
+                return os.waitstatus_to_exitcode(status)
+            time.sleep(0.001)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return -1000
+
+
+def _experiment(name: str, function: str, most: int, share: float) -> Experiment:
+    return Experiment(name, partial(apart, function, most), share)
+
+
 PROCESSES = (
-    Experiment("trainings killed and resumed by their own script", partial(apart, "nursery.py", "kills", 1_000), 0.02),
-    Experiment("every command stopped at a random moment", partial(apart, "nursery.py", "signals", 600), 0.01),
+    _experiment("trainings killed and resumed by their own script", "killing killed_trainings", 1_000, 0.02),
+    _experiment("every command stopped at a random moment", "signalling signalled_commands", 600, 0.01),
 )
 CONCURRENCY = (
-    Experiment(
-        "readers beside a training that thins, and prunings", partial(apart, "meeting.py", "readers", 1_000), 0.03
-    ),
-    Experiment("two writers on one directory", partial(apart, "meeting.py", "writers", 300), 0.03),
-    Experiment("averages read while another thread updates them", partial(apart, "tearing.py", "reads", 10_000), 0.01),
-    Experiment("updates interrupted by signal handlers", partial(apart, "tearing.py", "states", 10_000), 0.03),
+    _experiment("readers beside a training that thins, and prunings", "meeting readers", 1_000, 0.03),
+    _experiment("two writers on one directory", "meeting writers", 300, 0.03),
+    _experiment("averages read while another thread updates them", "tearing torn_reads", 10_000, 0.01),
+    _experiment("updates interrupted by signal handlers", "tearing torn_states", 10_000, 0.03),
 )

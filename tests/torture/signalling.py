@@ -9,20 +9,18 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from factories import random_walk, write_run
+from posthoc_cli.snapshots.models import read_index
 
 from posthoc_cli import files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
 from posthoc_cli.snapshots.reader import read_header
-from torture.scenario import damaged_files
+from torture.processes import Nursery
 from torture.tally import Tally
-
-if TYPE_CHECKING:
-    from torture.nursery import Nursery
+from torture.training import damaged_files
 
 COMMANDS = (
     "synthesize RUN --sigma-rel 0.15 --out OUT/one.safetensors",
@@ -41,25 +39,34 @@ COMMANDS = (
     "profile --sigma-rel 0.05,0.1 --steps 1000",
     "demo --out OUT/demo --steps 100",
 )
+PREPARED = (
+    "synthesize RUN --sigma-rel 0.1 --out OLD",
+    "export OLD --out SHARDS --max-shard-size 60KB",
+    "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 1/2",
+    "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 2/2",
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)
 ENDS = {signal.SIGINT: {0, 130}, signal.SIGTERM: {0, 143, -signal.SIGTERM}, signal.SIGKILL: {0, -signal.SIGKILL}}
 """Exit codes after a signal; the last one of SIGTERM before the command has begun."""
 
 
-def signalled_commands(nursery: Nursery, folder: Path, count: int, chance: random.Random) -> Tally:
+def signalled_commands(folder: Path, count: int, chance: random.Random) -> Tally:
     """Stop commands `count` times in all: afterwards outputs are whole or not there, and no snapshot is harmed."""
-    tally = Tally()
-    template = folder / "template"
-    _prepare(nursery, template)
+    tally, nursery = Tally(), Nursery(folder / "stderr")
+    template, work = folder / "template", folder / "work"
+    write_run(template / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
+    for command in PREPARED:
+        nursery.run_whole(functools.partial(_run, command, template))
     rounds = -(-count // (len(COMMANDS) * len(SIGNALS)))
     every = [(command, signalled) for command in COMMANDS for signalled in SIGNALS] * rounds
     seconds: dict[str, float] = {}
     sent: Counter[signal.Signals] = Counter()
     stopped: Counter[signal.Signals] = Counter()
-    work = folder / "work"
     for command, signalled in chance.sample(every, count):
         if command not in seconds:
-            seconds[command] = _uninterrupted(nursery, template, work, command)
+            shutil.copytree(template, work)
+            seconds[command] = nursery.run_whole(functools.partial(_run, command, work))
+            shutil.rmtree(work)
         shutil.copytree(template, work)
         before = {path: path.read_bytes() for path in (work / "run").glob("*.safetensors")}
         after = chance.uniform(0, 1.1 * seconds[command])
@@ -79,27 +86,6 @@ def signalled_commands(nursery: Nursery, folder: Path, count: int, chance: rando
         f"{one.name} stopped none of {sent[one]}" for one in SIGNALS if sent[one] >= 20 and not stopped[one]
     ]
     return tally
-
-
-def _prepare(nursery: Nursery, template: Path) -> None:
-    torch.manual_seed(0)
-    write_run(template / "run", random_walk(8, {"a": (300, 100), "b": (70,)}), range(1, 9))
-    for command in (
-        "synthesize RUN --sigma-rel 0.1 --out OLD",
-        "export OLD --out SHARDS --max-shard-size 60KB",
-        "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 1/2",
-        "synthesize RUN --sigma-rel 0.15 --out PARTS --shard 2/2",
-    ):
-        code, err, _ = nursery.run(functools.partial(_run, command, template), None, 0)
-        assert code == 0, err
-
-
-def _uninterrupted(nursery: Nursery, template: Path, work: Path, command: str) -> float:
-    shutil.copytree(template, work)
-    code, err, seconds = nursery.run(functools.partial(_run, command, work), None, 0)
-    assert code == 0, (command, err)
-    shutil.rmtree(work)
-    return seconds
 
 
 def _run(command: str, work: Path) -> None:
@@ -130,16 +116,10 @@ def _harmed(work: Path, before: dict[Path, bytes], may_shrink: bool) -> list[str
         if not (data.startswith(b"\x89PNG") and b"IEND" in data[-12:]):
             found.append(f"{path.name} is not whole")
     for index in work.rglob("*.index.json"):
-        _check_index(index, found)
+        for name, tensors in read_index(index).items():
+            path = index.parent / name
+            if not path.exists() or set(read_header(path).tensors) != set(tensors):
+                found.append(f"{index.parent.name}: the index leads to a shard that is not there or another one")
     if len(find_snapshots(work / "run")) < 6:
         found.append("snapshots are missing")
     return found
-
-
-def _check_index(index: Path, found: list[str]) -> None:
-    from posthoc_cli.snapshots.outputs import read_index
-
-    for name, tensors in read_index(index).items():
-        path = index.parent / name
-        if not path.exists() or set(read_header(path).tensors) != set(tensors):
-            found.append(f"{index.parent.name}: the index leads to a shard that is not there or another one")

@@ -12,8 +12,9 @@ import random
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
 
 from posthoc_cli import files
 
@@ -23,6 +24,7 @@ KINDS = (*ERRORS, "short", "torn", "full")
 until somebody makes room."""
 HALVED = {"short": ("write", "read"), "torn": ("write",)}
 """Operations that can be done by half."""
+TAKES_ROOM = ("open_new", "write", "make_directory")
 
 
 @contextmanager
@@ -38,36 +40,29 @@ def installed(system: files.FileSystem) -> Iterator[None]:
 # --- one that fails
 
 
+def _counted(name: str) -> Callable[..., Any]:
+    """A method of `Faulty` that does an operation on paths, unless it is to fail."""
+
+    def method(self: Faulty, *paths: Path) -> object:
+        self._pass(name, paths[-1])
+        return getattr(files.FileSystem, name)(self, *paths)
+
+    return method
+
+
 class Faulty(files.FileSystem):
-    """Counts operations, and fails at one of them.
-
-    Arguments:
-        at: number of the operation that fails, from 0 on; None: none does.
-        kind: one of KINDS.
-
-    Attributes:
-        operations: the names of the operations so far.
-        failed: what failed, in words; None before.
-    """
+    """Counts operations, and fails at that of number `at`, from 0 on, if any, in the way of one of KINDS."""
 
     def __init__(self, at: int | None = None, kind: str = "EIO") -> None:
-        self._at, self._kind = at, kind
+        self._at, self._kind, self._full = at, kind, False
         self._lock = threading.Lock()
-        self._full = False
         self.operations: list[str] = []
         self.failed: str | None = None
+        """In words."""
 
     def make_room(self) -> None:
         """The disk is full no longer."""
         self._full = False
-
-    def open_new(self, path: Path) -> int:
-        self._pass("open_new", path)
-        return super().open_new(path)
-
-    def open(self, path: Path) -> int:
-        self._pass("open", path)
-        return super().open(path)
 
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
         if self._pass("read", descriptor):
@@ -88,42 +83,25 @@ class Faulty(files.FileSystem):
     def fsync_directory(self, path: Path) -> None:
         self._pass("fsync_directory", path)
 
-    def rename(self, source: Path, target: Path) -> None:
-        self._pass("rename", target)
-        super().rename(source, target)
-
-    def link(self, source: Path, target: Path) -> None:
-        self._pass("link", target)
-        super().link(source, target)
-
-    def unlink(self, path: Path) -> None:
-        self._pass("unlink", path)
-        super().unlink(path)
-
-    def make_directory(self, path: Path) -> None:
-        self._pass("make_directory", path)
-        super().make_directory(path)
-
-    def list(self, path: Path) -> list[Path]:
-        self._pass("list", path)
-        return super().list(path)
+    open_new, open, list = _counted("open_new"), _counted("open"), _counted("list")
+    rename, link, unlink = _counted("rename"), _counted("link"), _counted("unlink")
+    make_directory = _counted("make_directory")
 
     def _pass(self, operation: str, where: object) -> bool:
         """Count an operation, and raise where it is to fail; True where it is to be done by half."""
         with self._lock:
             number = len(self.operations)
             self.operations.append(operation)
-            if self._full and operation in ("open_new", "write", "make_directory"):
+            if self._full and operation in TAKES_ROOM:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             if number != self._at or operation not in HALVED.get(self._kind, (operation,)):
                 return False
             self.failed = f"{self._kind} at operation {number}, {operation} {where}"
             if self._kind in HALVED:
                 return True
-            if self._kind == "full":
-                self._full = True
-                if operation not in ("open_new", "write", "make_directory"):
-                    return False
+            self._full = self._kind == "full"
+            if self._full and operation not in TAKES_ROOM:
+                return False
             code = ERRORS.get(self._kind, errno.ENOSPC)
             raise OSError(code, os.strerror(code))
 
@@ -139,24 +117,20 @@ class Inode:
     durable: bytes = b""
 
 
-@dataclass(eq=False)
-class Folder:
-    """A directory: its entries now, and what of them is on the disk."""
-
-    entries: dict[str, Inode | Folder] = field(default_factory=dict)
-    durable: dict[str, Inode | Folder] = field(default_factory=dict)
-
-
-Edits = list[tuple[Folder, str, "Inode | Folder | None"]]
-"""One operation on directories: entries that are set, or removed (None), all together or not at all."""
+FOLDER = Inode()
+"""Stands for every directory."""
+Entries = dict[str, Inode | None]
+"""By the path; None where a name is removed."""
 
 
 class Disk:
     """What would be on a disk: `apply` takes the operations that were recorded, in their order."""
 
     def __init__(self) -> None:
-        self.root = Folder()
-        self._pending: list[Edits] = []
+        self._now: Entries = {}
+        self._durable: Entries = {}
+        self._pending: list[Entries] = []
+        """Operations on directories, each of which is done as a whole or not at all."""
         self._inodes: dict[int, Inode] = {}
 
     def apply(self, operation: tuple[object, ...]) -> None:
@@ -166,8 +140,7 @@ class Disk:
 
     def _open_new(self, path: str, number: int) -> None:
         self._inodes[number] = Inode()
-        folder, name = self._parent(path)
-        self._edit([(folder, name, self._inodes[number])])
+        self._edit({path: self._inodes[number]})
 
     def _write(self, number: int, data: bytes, offset: int) -> None:
         inode = self._inodes[number]
@@ -178,57 +151,35 @@ class Disk:
         self._inodes[number].durable = self._inodes[number].data
 
     def _fsync_directory(self, path: str) -> None:
-        folder = self._find(path)
-        left = []
-        for edits in self._pending:
-            if any(touched is folder for touched, _, _ in edits):
-                for touched, name, entry in edits:
-                    _set(touched.durable, name, entry)
+        waiting, self._pending = self._pending, []
+        for edits in waiting:
+            if any(str(PurePosixPath(name).parent) == path for name in edits):
+                self._durable |= edits
             else:
-                left.append(edits)
-        self._pending = left
+                self._pending.append(edits)
 
     def _rename(self, source: str, target: str) -> None:
-        (old, old_name), (new, new_name) = self._parent(source), self._parent(target)
-        self._edit([(old, old_name, None), (new, new_name, old.entries[old_name])])
+        assert self._now[source] is not FOLDER
+        self._edit({source: None, target: self._now[source]})
 
     def _link(self, source: str, target: str) -> None:
-        (old, old_name), (new, new_name) = self._parent(source), self._parent(target)
-        self._edit([(new, new_name, old.entries[old_name])])
+        self._edit({target: self._now[source]})
 
     def _unlink(self, path: str) -> None:
-        folder, name = self._parent(path)
-        self._edit([(folder, name, None)])
+        self._edit({path: None})
 
     _remove_directory = _unlink
 
     def _make_directory(self, path: str) -> None:
-        folder, name = self._parent(path)
-        if name not in folder.entries:
-            self._edit([(folder, name, Folder())])
+        if self._now.get(path) is None:
+            self._edit({path: FOLDER})
 
     def _note(self, *_: object) -> None:
         """Something that the scenario says; no operation."""
 
-    def _edit(self, edits: Edits) -> None:
+    def _edit(self, edits: Entries) -> None:
         self._pending.append(edits)
-        for folder, name, entry in edits:
-            _set(folder.entries, name, entry)
-
-    def _parent(self, path: str) -> tuple[Folder, str]:
-        head, _, name = path.rpartition("/")
-        return self._find(head), name
-
-    def _find(self, path: str) -> Folder:
-        folder = self.root
-        for part in path.split("/"):
-            if part not in ("", "."):
-                found = folder.entries[part]
-                assert isinstance(found, Folder)
-                folder = found
-        return folder
-
-    # --- what a crash leaves
+        self._now |= edits
 
     def leave(self, place: Path, crash: str, chance: random.Random) -> None:
         """Make in `place` what is there after a crash.
@@ -237,50 +188,16 @@ class Disk:
             crash: "kill" (the process dies, the system lives), or a loss of power after which "nothing" that was not
                 synced is there, every "name" is there but no content that was not synced, or "some" of it is.
         """
-        chosen = {} if crash in ("kill", "names") else self._survivors(chance if crash == "some" else None)
-        self._leave(self.root, place, crash, chosen, chance)
-
-    def _survivors(self, chance: random.Random | None) -> dict[int, dict[str, Inode | Folder]]:
-        """Entries by the folder: what was synced, and some of what was not."""
-        chosen: dict[int, dict[str, Inode | Folder]] = {}
-        for folder in self._folders(self.root, set()):
-            chosen[id(folder)] = dict(folder.durable)
-        for edits in self._pending:
-            if chance is not None and chance.random() < 0.5:
-                for folder, name, entry in edits:
-                    _set(chosen.setdefault(id(folder), dict(folder.durable)), name, entry)
-        return chosen
-
-    def _folders(self, folder: Folder, seen: set[int]) -> Iterator[Folder]:
-        if id(folder) not in seen:
-            seen.add(id(folder))
-            yield folder
-            for entry in [*folder.entries.values(), *folder.durable.values()]:
-                if isinstance(entry, Folder):
-                    yield from self._folders(entry, seen)
-
-    def _leave(
-        self,
-        folder: Folder,
-        place: Path,
-        crash: str,
-        chosen: dict[int, dict[str, Inode | Folder]],
-        chance: random.Random,
-    ) -> None:
-        place.mkdir(exist_ok=True)
-        entries = folder.entries if crash in ("kill", "names") else chosen.get(id(folder), folder.durable)
-        for name, entry in entries.items():
-            if isinstance(entry, Folder):
-                self._leave(entry, place / name, crash, chosen, chance)
-            else:
-                (place / name).write_bytes(_content(entry, crash, chance))
-
-
-def _set(entries: dict[str, Inode | Folder], name: str, entry: Inode | Folder | None) -> None:
-    if entry is None:
-        entries.pop(name, None)
-    else:
-        entries[name] = entry
+        entries = dict(self._now if crash in ("kill", "names") else self._durable)
+        for edits in self._pending if crash == "some" else ():
+            entries |= edits if chance.random() < 0.5 else {}
+        place.mkdir()
+        for name, inode in sorted(entries.items()):
+            path = place / name
+            if inode is FOLDER and path.parent.exists():
+                path.mkdir()
+            elif inode and path.parent.exists():
+                path.write_bytes(_content(inode, crash, chance))
 
 
 def _content(inode: Inode, crash: str, chance: random.Random) -> bytes:
@@ -304,11 +221,7 @@ def _recorded(name: str) -> Callable[..., None]:
 
 
 class Recording(files.FileSystem):
-    """Does everything, and remembers it in the order in which it was done; paths below `root` only.
-
-    Attributes:
-        operations: what `Disk.apply` takes.
-    """
+    """Does everything below `root`, and remembers it for `Disk.apply` in the order in which it was done."""
 
     def __init__(self, root: Path) -> None:
         self._root = root

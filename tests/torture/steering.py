@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from ema_command import Result
-from factories import RUN_ID, write_snapshot
+from factories import RUN_ID, flip_bit, write_snapshot
 
 from posthoc_cli.snapshots.lock import HOLDER_NAME, DirectoryLock
 from torture.commands import HungError, run_ema
-from torture.forging import Inner, Pairs, seal, take_apart
+from torture.forging import forge
 from torture.tally import Experiment, Tally
 from torture.victims import synthesize
 
@@ -29,25 +28,15 @@ NAMES = (
 SIGMA_REL = ("--sigma-rel", "0.1")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Stage:
-    """Where a name stands in everything that can have one.
-
-    Attributes:
-        home: holds the rest.
-        name: of the directory, of a profile, a picture, an output, a tensor; and in texts.
-    """
+    """Where a name stands in everything that can have one, below `home`."""
 
     home: Path
     name: str
 
-    @property
-    def run(self) -> Path:
-        return self.home / f"{self.name} run"
-
-    @property
-    def output(self) -> Path:
-        return self.home / f"{self.name}.safetensors"
+    def __post_init__(self) -> None:
+        self.run, self.output = self.home / f"{self.name} run", self.home / f"{self.name}.safetensors"
 
     def prepare(self) -> None:
         """Everything anew."""
@@ -59,25 +48,12 @@ class Stage:
                 left = {"left_out": (self.name, "frozen"), "sigma_rels": (0.05, 0.28)}
                 write_snapshot(self.run, t, sigma_rel, RUN_ID, values, **left)
         write_snapshot(self.home / "broken", 10, 0.05, RUN_ID, {self.name: torch.tensor([math.nan])})
-        self._harm(write_snapshot(self.home / "harmed", 10, 0.05, RUN_ID, {self.name: torch.ones(3)}))
+        flip_bit(write_snapshot(self.home / "harmed", 10, 0.05, RUN_ID, {self.name: torch.ones(3)}))
         synthesize(self.run, self.output)
-        self._tell_lies()
+        made_of = json.dumps([{"file": self.name, "coefficient": 1.0}])
+        forge(self.output, {"ema.profile": self.name, "ema.method": self.name, "ema.snapshots": made_of})
         (self.home / f"{self.name}.csv").write_text("0,1\n10,1\n")
         (self.home / f"{self.name}bad.csv").write_text(f"0,1\n{self.name},{self.name},\n")
-
-    @staticmethod
-    def _harm(path: Path) -> None:
-        data = path.read_bytes()
-        path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-
-    def _tell_lies(self) -> None:
-        """Free texts in the output's metadata."""
-        tree, payload = take_apart(self.output)
-        (key, metadata), *tensors = tree
-        lies = {"ema.profile": self.name, "ema.method": self.name}
-        lies |= {"ema.snapshots": Inner([Pairs([("file", self.name), ("coefficient", 1.0)])])}
-        metadata = Pairs((k, lies.get(k, v)) for k, v in metadata)
-        self.output.write_bytes(seal(Pairs([(key, metadata), *tensors])) + payload)
 
     def commands(self) -> Iterator[tuple[object, ...]]:
         """What is run on it."""
@@ -87,8 +63,7 @@ class Stage:
         yield "info", self.output
         yield "info", home / self.name / "absent"
         yield "synthesize", run, *SIGMA_REL, "--dry-run", "--verbose"
-        yield "synthesize", run, *SIGMA_REL, "--out", f"{new}.safetensors"
-        yield "synthesize", run, *SIGMA_REL, "--out", f"{new}.safetensors"
+        yield from [("synthesize", run, *SIGMA_REL, "--out", f"{new}.safetensors")] * 2
         yield "synthesize", run, "--sigma-rel", "0.1,0.2", "--out", f"{new} folder", "--verbose"
         yield "synthesize", run, "--profile", home / f"{self.name}.csv", "--verbose", "--out", f"{new} profile"
         yield "synthesize", run, "--profile", home / f"{self.name}bad.csv", "--out", f"{new} bad"
@@ -136,14 +111,9 @@ def _run(tally: Tally, name: str, arguments: tuple[object, ...]) -> None:
     except HungError as error:
         tally.missed.append(f"{what}: {error}")
         return
-    _check_result(tally, what, result)
-
-
-def _check_result(tally: Tally, what: str, result: Result) -> None:
-    for text in (result.out, result.err):
-        raw = {c for c in text if not c.isprintable() and c != "\n"}
-        if raw:
-            tally.missed.append(f"{what}: {sorted(raw)!a} came through")
+    raw = {c for c in result.out + result.err if not c.isprintable() and c != "\n"}
+    if raw:
+        tally.missed.append(f"{what}: {sorted(raw)!a} came through")
     errors = sum(line.startswith("ema: error: ") for line in result.err.splitlines())
     if "unexpected" in result.err or errors > 1 or ("Traceback" in result.err and "--debug" not in what):
         tally.missed.append(f"{what}: {result.err[-500:]}")
@@ -151,17 +121,13 @@ def _check_result(tally: Tally, what: str, result: Result) -> None:
 
 def _hold(tally: Tally, stage: Stage) -> None:
     """A directory whose holder's note a stranger has written."""
+    holders = ((1, 0.0), ("9" * 5_000, 1e400), (10**4000, -1e308))
+    notes = [{"host": stage.name, "process": process, "since": since} for process, since in holders]
     lock = DirectoryLock(stage.run)
-    try:
-        for note in (
-            {"host": stage.name, "process": 1, "since": 0.0},
-            {"host": stage.name, "process": "9" * 5_000, "since": 1e400},
-            {"host": stage.name, "process": 10**4000, "since": -1e308}, [[[]]], stage.name,
-        ):  # fmt: skip
-            (stage.run / HOLDER_NAME).write_text(json.dumps(note))
-            _run(tally, stage.name, ("prune", stage.run, "--keep", "1", "--yes"))
-    finally:
-        lock.release()
+    for note in (*notes, [[[]]], stage.name):
+        (stage.run / HOLDER_NAME).write_text(json.dumps(note))
+        _run(tally, stage.name, ("prune", stage.run, "--keep", "1", "--yes"))
+    lock.release()
 
 
 def _check_cells(tally: Tally, name: str, table: Path) -> None:

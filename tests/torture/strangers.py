@@ -11,12 +11,12 @@ import pickle
 import random
 import shutil
 import socket
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from ema_command import Result
 from factories import random_walk, write_run
 
 from posthoc_cli import PostHocEMA
@@ -122,35 +122,8 @@ THINGS: dict[str, Callable[[Path, Scene], object]] = {
 
 # --- where it stands, and who meets it
 
-
-@dataclass(frozen=True)
-class Place:
-    """Where something else stands, and what is then done.
-
-    Attributes:
-        path: below the scene's home.
-        arguments: of a command, or a function that is called.
-    """
-
-    path: str
-    use: Callable[[Scene, Path], tuple[object, ...]] | Callable[[Scene, Path], None]
-
-
-def _command(*words: object) -> Callable[[Scene, Path], tuple[object, ...]]:
-    """A command; "X" is the path where the thing stands, and names in capitals are of the scene."""
-
-    def arguments(scene: Scene, thing: Path) -> tuple[object, ...]:
-        named = {"X": thing, "RUN": scene.run, "OUT": scene.out, "MADE": scene.made, "HOME": scene.home}
-        return tuple(named.get(str(word), word) for word in words)
-
-    return arguments
-
-
-def _python(use: Callable[[Scene, Path], object]) -> Callable[[Scene, Path], None]:
-    def call(scene: Scene, thing: Path) -> None:
-        use(scene, thing)
-
-    return call
+Use = tuple[object, ...] | Callable[["Scene", Path], object]
+"""Words of a command, in which "X" is the path of the thing and names in capitals are of the scene; or a function."""
 
 
 def _load_state(scene: Scene, thing: Path) -> None:
@@ -178,46 +151,50 @@ def _track(scene: Scene, _: Path) -> None:
 
 SNAPSHOT = "run/0000000000000010-0.05.safetensors"
 SHARD = "sharded/model-00001-of-00002.safetensors"
-ALL_OF_A_RUN = (
+TO_ANY: Sequence[Use] = (
+    ("info", "X"), ("synthesize", "X", *SIGMA_REL, "--out", "OUT"), ("export", "X", "--out", "OUT"),
+    ("error-plot", "X", "--out", "picture.png"), ("prune", "X", "--keep", "1", "--yes"),
+    ("plan", "--steps", "1000", "--params", "10", "--max-size", "9kB", "--like", "X"),
+    lambda _, thing: PostHocEMA.from_path(thing).state_dict(0.1),
+)  # fmt: skip
+TO_A_RUN: Sequence[Use] = (
     ("info", "RUN"), ("synthesize", "RUN", *SIGMA_REL, "--out", "OUT"), ("prune", "RUN", "--keep", "2", "--yes"),
     ("error-plot", "RUN", "--csv", "OUT"),
 )  # fmt: skip
+TO_SHARDS: Sequence[Use] = (
+    ("info", "HOME/sharded"), lambda scene, _: export_file(scene.home / "sharded", scene.out),
+    lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded"),
+)  # fmt: skip
+IN_A_FOLDER = ("synthesize", "RUN", *SIGMA_REL, "--format", "sharded", "--out", "HOME/out/folder")
+IN_FOLDERS = ("", "/model.safetensors", f"/{INDEX_NAME}", "/model-00001-of-00001.safetensors")
+LOCKS = (".ema.lock", ".ema.lock.holder", "superseded")
+PLACES: dict[str, Sequence[Use]] = {
+    "x": TO_ANY,
+    "x.pt": [("export", "MADE", "--base", "X", "--out", "OUT")],
+    "x.csv": [
+        ("synthesize", "RUN", "--profile", "X", "-q", "--out", "OUT"),
+        ("error-plot", "RUN", "--profile", "X", "--csv", "OUT"),
+    ],
+    **dict.fromkeys((SNAPSHOT, "run/stray.safetensors", "run/stray.pt", "run/.ema-0123456789abcdef.tmp"), TO_A_RUN),
+    **dict.fromkeys((f"run/{name}" for name in (*LOCKS, "quarantine")), (TO_A_RUN[2], TO_A_RUN[0])),
+    **dict.fromkeys((SHARD, f"sharded/{INDEX_NAME}"), TO_SHARDS),
+    "out/x.safetensors": [("synthesize", "RUN", *SIGMA_REL, "--out", "X")],
+    "out/x.pt": [("export", "MADE", "--out", "X")],
+    "out/x.png": [("error-plot", "RUN", "--out", "X")],
+    "out/x.csv": [("error-plot", "RUN", "--csv", "X")],
+    **dict.fromkeys((f"out/folder{name}" for name in IN_FOLDERS), (IN_A_FOLDER, (*IN_A_FOLDER, "--shard", "1/1"))),
+    "state2.safetensors": [_load_state, _save_state],
+    **dict.fromkeys((f"fresh/{name}" for name in LOCKS), (_track,)),
+}  # fmt: skip
 
 
-def _places() -> Iterator[Place]:
-    yield Place("x", _command("info", "X"))
-    yield Place("x", _command("synthesize", "X", *SIGMA_REL, "--out", "OUT"))
-    yield Place("x", _command("export", "X", "--out", "OUT"))
-    yield Place("x.pt", _command("export", "MADE", "--base", "X", "--out", "OUT"))
-    yield Place("x", _command("error-plot", "X", "--out", "picture.png"))
-    yield Place("x", _command("plan", "--steps", "1000", "--params", "10", "--max-size", "9kB", "--like", "X"))
-    yield Place("x", _command("prune", "X", "--keep", "1", "--yes"))
-    yield Place("x.csv", _command("synthesize", "RUN", "--profile", "X", "-q", "--out", "OUT"))
-    yield Place("x.csv", _command("error-plot", "RUN", "--profile", "X", "--csv", "OUT"))
-    for name in (SNAPSHOT, "run/stray.safetensors", "run/stray.pt", "run/.ema-0123456789abcdef.tmp"):
-        for words in ALL_OF_A_RUN:
-            yield Place(name, _command(*words))
-    for name in ("run/.ema.lock", "run/.ema.lock.holder", "run/superseded", "run/quarantine"):
-        yield Place(name, _command("prune", "RUN", "--keep", "2", "--yes"))
-        yield Place(name, _command("info", "RUN"))
-    for name in (SHARD, f"sharded/{INDEX_NAME}"):
-        yield Place(name, _command("info", "HOME/sharded"))
-        yield Place(name, _python(lambda scene, _: export_file(scene.home / "sharded", scene.out)))
-        yield Place(name, _python(lambda scene, _: export_file(scene.made, scene.out, base=scene.home / "sharded")))
-    for force in ((), ("--force",)):
-        yield Place("out/x.safetensors", _command("synthesize", "RUN", *SIGMA_REL, "--out", "X", *force))
-        yield Place("out/x.pt", _command("export", "MADE", "--out", "X", *force))
-        yield Place("out/x.png", _command("error-plot", "RUN", "--out", "X", *force))
-        yield Place("out/x.csv", _command("error-plot", "RUN", "--csv", "X", *force))
-        for name in ("", "/model.safetensors", f"/{INDEX_NAME}", "/model-00001-of-00001.safetensors"):
-            sharded = ("synthesize", "RUN", *SIGMA_REL, "--format", "sharded", "--out", "HOME/out/folder", *force)
-            yield Place(f"out/folder{name}", _command(*sharded))
-            yield Place(f"out/folder{name}", _command(*sharded, "--shard", "1/1"))
-    yield Place("state2.safetensors", _python(_load_state))
-    yield Place("state2.safetensors", _python(_save_state))
-    yield Place("x", _python(lambda _, thing: PostHocEMA.from_path(thing).state_dict(0.1)))
-    for name in (".ema.lock", ".ema.lock.holder", "superseded"):
-        yield Place(f"fresh/{name}", _python(_track))
+def _meetings() -> Iterator[tuple[str, str, Use]]:
+    """Every thing at every place, and who meets it there; what writes below "out" also with --force."""
+    for place, uses in PLACES.items():
+        for use in uses:
+            forced: list[Use] = [(*use, "--force")] if place.startswith("out/") and isinstance(use, tuple) else []
+            for one in (use, *forced):
+                yield from ((place, thing, one) for thing in THINGS)
 
 
 # --- the experiment
@@ -225,75 +202,61 @@ def _places() -> Iterator[Place]:
 
 def meet(folder: Path, share: float, seed: int) -> Tally:
     """Every thing at every place."""
-    tally, template = Tally(), make_template(folder / "template")
-    pairs = [(place, thing) for place in _places() for thing in THINGS]
-    scene = Scene(folder / "scene")
-    before = Path.cwd()
+    tally, template, scene = Tally(), make_template(folder / "template"), Scene(folder / "scene")
+    meetings, before = list(_meetings()), Path.cwd()
     try:
-        for place, thing in random.Random(seed).sample(pairs, max(1, round(share * len(pairs)))):
+        for meeting in random.Random(seed).sample(meetings, max(1, round(share * len(meetings)))):
             scene.prepare(template)
             os.chdir(scene.home)
-            _meet(scene, place, thing, tally)
+            _meet(scene, *meeting, tally)
     finally:
         os.chdir(before)
     return tally
 
 
-def _meet(scene: Scene, place: Place, thing: str, tally: Tally) -> None:
-    path = scene.home / place.path
+def _meet(scene: Scene, place: str, thing: str, use: Use, tally: Tally) -> None:
+    path = scene.home / place
     path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists():
-        path.unlink()
+    path.unlink(missing_ok=True)
     THINGS[thing](path, scene)
     outside, temporaries = scene.seen_outside(), _temporaries(scene)
-    what = _done(scene, place, path, thing, tally)
+    named = {"X": path, "RUN": scene.run, "OUT": scene.out, "MADE": scene.made}
+    what, wrong = f"{thing} as {place}", ""
+    try:
+        if isinstance(use, tuple):
+            words = [str(named.get(str(word), word)).replace("HOME", str(scene.home), 1) for word in use]
+            what += f": ema {' '.join(words).replace(str(scene.home), '')}"
+            wrong = _wrong_result(run_ema(*words))
+        else:
+            with time_limit():
+                use(scene, path)
+    except PostHocError as error:
+        wrong = "" if str(error).isprintable() else repr(error)
+    except (Exception, HungError) as error:  # noqa: BLE001 - whatever it is, it is no error of the package
+        wrong = f"{type(error).__name__}: {error}"[:500]
     tally.tried += 1
+    if wrong:
+        tally.missed.append(f"{what}: {wrong}")
     if scene.marker.exists():
         tally.executed.append(f"{what}: the pickle was loaded")
-    if scene.seen_outside() != outside and not _is_named_folder(path):
+    # A folder for outputs that is itself a link: the user has named what it leads to. Names in it are never followed.
+    if scene.seen_outside() != outside and not (path.parent.name == "out" and path.is_symlink() and path.is_dir()):
         tally.executed.append(f"{what}: something outside was changed")
     if _temporaries(scene) != temporaries:
         tally.lost.append(f"{what}: temporaries were left")
-
-
-def _is_named_folder(path: Path) -> bool:
-    """A folder for outputs that is itself a link: as with the folders above it, the user has named what it leads to.
-    Names *in* it are never followed."""
-    return path.parent.name == "out" and path.is_symlink() and path.is_dir()
 
 
 def _temporaries(scene: Scene) -> set[Path]:
     return {path for path in scene.home.rglob("*") if is_temporary(path.name)}
 
 
-def _done(scene: Scene, place: Place, path: Path, thing: str, tally: Tally) -> str:
-    """Do what is to be done; returns what it was, in words."""
-    try:
-        with time_limit():
-            arguments = place.use(scene, path)
-    except PostHocError as error:
-        if not str(error).isprintable():
-            tally.missed.append(f"{thing} as {place.path}: {error!r}")
-        return f"{thing} as {place.path}, in Python"
-    except (Exception, HungError) as error:  # noqa: BLE001 - whatever it is, it is no error of the package
-        tally.missed.append(f"{thing} as {place.path}, in Python: {type(error).__name__}: {error}"[:500])
-        return f"{thing} as {place.path}, in Python"
-    if arguments is None:
-        return f"{thing} as {place.path}, in Python"
-    words = [str(word).replace("HOME", str(scene.home), 1) for word in arguments]
-    what = f"{thing} as {place.path}: ema {' '.join(words).replace(str(scene.home), '')}"
-    try:
-        result = run_ema(*words)
-    except HungError as error:
-        tally.missed.append(f"{what}: {error}")
-        return what
-    lines = result.err.splitlines()
-    errors = [line for line in lines if line.startswith("ema: error: ")]
+def _wrong_result(result: Result) -> str:
+    errors = [line for line in result.err.splitlines() if line.startswith("ema: error: ")]
     if result.code not in (0, 1, 2) or len(errors) > 1 or "unexpected" in result.err or "Traceback" in result.err:
-        tally.missed.append(f"{what}: ended with {result.code}: {result.err[:500]}")
-    elif result.code and not errors and "problem: " not in result.out:
-        tally.missed.append(f"{what}: ended with {result.code} without a word")
-    return what
+        return f"ended with {result.code}: {result.err[:500]}"
+    if result.code and not errors and "problem: " not in result.out:
+        return f"ended with {result.code} without a word"
+    return ""
 
 
 EXPERIMENTS = [Experiment("pipes, devices, links and pickles in place of files", meet, 0.05)]

@@ -9,20 +9,15 @@ from pathlib import Path
 
 @dataclass
 class Tally:
-    """What an experiment has seen so far.
-
-    Attributes:
-        tried: faults, damages, kills or hostile inputs so far.
-        lost: a line for each time that something durable was gone, changed or half there.
-        missed: a line for each time that something wrong was not found, or was reported as something else than one
-            clear error of this package.
-        executed: a line for each time that foreign code ran, or a file outside the named places was touched.
-    """
+    """How many faults, damages, kills or hostile inputs were tried, and a line for each that went wrong."""
 
     tried: int = 0
     lost: list[str] = field(default_factory=list)
+    """Something durable was gone, changed or half there."""
     missed: list[str] = field(default_factory=list)
+    """Something wrong was not found, or was reported as something else than one clear error of this package."""
     executed: list[str] = field(default_factory=list)
+    """Foreign code ran, or a file outside the named places was touched."""
 
     @property
     def failures(self) -> list[str]:
@@ -32,15 +27,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class Experiment:
-    """One row of the table.
-
-    Attributes:
-        name: what is done, in the words of the table.
-        run: does it in an empty folder, for a share of all that there is to try (0 to 1, at least one of each kind),
-            from a seed.
-        share: what `make test` tries.
-    """
+    """One row of the table, in whose words its name is."""
 
     name: str
     run: Callable[[Path, float, int], Tally]
+    """In an empty folder, for a share of all there is to try (0 to 1, at least one of each kind), from a seed."""
     share: float
+    """What `make test` tries."""

@@ -1,22 +1,19 @@
 """Averages that are read, and updates that are interrupted, at random moments: what is seen is always of one update.
 
-Its arguments: reads FOLDER COUNT SEED, or states FOLDER COUNT SEED.
-
 All elements of the model are equal, and so are all of an average: one that is not was read, or left, in the middle of
-an update. Which value it must have at each step is known from the definition. Prints one JSON object.
+an update. Which value it must have at each step is known from the definition.
 """
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -80,10 +77,13 @@ class Equal(torch.nn.Module):
 
 def spread(tensors: Mapping[str, torch.Tensor]) -> tuple[float, float]:
     """The smallest and the largest of all elements."""
-    return (
-        min(float(tensor.min()) for tensor in tensors.values()),
-        max(float(tensor.max()) for tensor in tensors.values()),
-    )
+    return min(float(t.min()) for t in tensors.values()), max(float(t.max()) for t in tensors.values())
+
+
+def away(tensors: Mapping[str, torch.Tensor], exact: float, tolerance: float = TOLERANCE) -> list[str]:
+    """In words, where an element is too far from what all must be."""
+    low, high = spread(tensors)
+    return [f"from {low} to {high}, and it is {exact}"] if max(exact - low, high - exact) > tolerance * exact else []
 
 
 def wrong_state(state: Mapping[str, Any], truth: Truth) -> list[str]:
@@ -97,9 +97,7 @@ def wrong_state(state: Mapping[str, Any], truth: Truth) -> list[str]:
         return [f"{state['updates']} updates up to step {updated}"]
     wrong = []
     for sigma_rel, tensors in averages_in(state).items() if updated else ():
-        exact, (low, high) = truth.at(sigma_rel, updated), spread(tensors)
-        if max(exact - low, high - exact) > TOLERANCE * exact:
-            wrong.append(f"sigma_rel {sigma_rel} at step {updated}: from {low} to {high}, and it is {exact}")
+        wrong += [f"sigma_rel {sigma_rel} at {updated}: {line}" for line in away(tensors, truth.at(sigma_rel, updated))]
     return wrong
 
 
@@ -150,25 +148,21 @@ def _read(tracker: PostHocEMA, model: Equal, reads: int, truth: Truth, tally: Ta
     other = Equal(model.large.numel())
     path = tracker.checkpoint_dir / "state"
 
-    def from_file() -> list[str]:
+    def saved() -> list[str]:
         tracker.save_state(path)
         return wrong_file(path, truth)
 
-    def swapped_in() -> list[str]:
-        with tracker.model(other, sigma_rel=0.15) as averaged:
-            return wrong_weights(averaged.state_dict())
-
-    def tracked() -> list[str]:
-        with tracker.averaged(other, tracked=0.05) as averaged:
+    def swapped_in(block: Callable[..., Any], **which: float) -> list[str]:
+        with block(other, **which) as averaged:
             return wrong_weights(averaged.state_dict())
 
     ways: dict[str, Callable[[], list[str]]] = {
         "state_dict()": lambda: wrong_state(tracker.state_dict(), truth),
         "state_dict(0.05)": lambda: wrong_weights(tracker.state_dict(0.05)),
         "state_dict(0.15)": lambda: wrong_weights(tracker.state_dict(0.15)),
-        "save_state": from_file,
-        "model": swapped_in,
-        "averaged": tracked,
+        "save_state": saved,
+        "model": lambda: swapped_in(tracker.model, sigma_rel=0.15),
+        "averaged": lambda: swapped_in(tracker.averaged, tracked=0.05),
     }
     for number in range(reads):
         way = [*ways][number % len(ways)]
@@ -186,15 +180,14 @@ class Stop(Exception):  # noqa: N818  # like SystemExit
 
 def torn_states(folder: Path, count: int, chance: random.Random, elements: int = 100_000) -> Tally:
     """Interrupt updates `count` times in all: by SystemExit, by an Exception, by a handler that reads or closes."""
-    tally, truth = Tally(), Truth()
-    number = 0
+    tally, truth, devices = Tally(), Truth(), cycle(("model", "cpu"))
     while tally.tried < count:
-        device = ("model", "cpu")[number % 2]
-        run = folder / f"{number}"
-        _interrupt(run, min(100, count - tally.tried), device, truth, tally, chance, elements)
-        shutil.rmtree(run)
-        number += 1
+        _interrupt(folder / "run", min(100, count - tally.tried), next(devices), truth, tally, chance, elements)
+        shutil.rmtree(folder / "run", ignore_errors=True)
     return tally
+
+
+WAYS = ("exit", "exception", "state", "file", "flush", "update")
 
 
 class Interruptions:
@@ -203,59 +196,71 @@ class Interruptions:
     def __init__(self, tracker: PostHocEMA, model: Equal, truth: Truth) -> None:
         self.tracker, self.model, self.truth = tracker, model, truth
         self.way = ""
-        self.armed = False
-        self.has_updated = False
+        self.armed = self.has_updated = False
         self.wrong: list[str] = []
 
     def handle(self, *_: object) -> None:
         """Called by Python, anywhere in the main thread."""
-        if not self.armed:
-            return
-        self.armed = False
-        if self.way == "exit":
-            raise SystemExit
-        if self.way == "exception":
-            raise Stop
-        if self.way == "state":
-            self.wrong += wrong_state(self.tracker.state_dict(), self.truth)
-        if self.way == "file":
-            path = self.tracker.checkpoint_dir.with_name("state")  # the directory may not be there yet
-            self.tracker.save_state(path)
-            self.wrong += wrong_file(path, self.truth)
-        if self.way == "flush":
-            self.tracker.flush()
-        if self.way == "close":
-            self.tracker.close()
-        if self.way == "update":
-            self._update_again()
+        if self.armed:
+            self.armed = False
+            getattr(self, f"_{self.way}")()
 
-    def _update_again(self) -> None:
+    def _exit(self) -> None:
+        raise SystemExit
+
+    def _exception(self) -> None:
+        raise Stop
+
+    def _state(self) -> None:
+        self.wrong += wrong_state(self.tracker.state_dict(), self.truth)
+
+    def _file(self) -> None:
+        path = self.tracker.checkpoint_dir.with_name("state")  # the directory may not be there yet
+        self.tracker.save_state(path)
+        self.wrong += wrong_file(path, self.truth)
+
+    def _flush(self) -> None:
+        self.tracker.flush()
+
+    def _close(self) -> None:
+        self.tracker.close()
+
+    def _update(self) -> None:
         before = self.tracker.step
-        try:
+        with suppress(NotReadyError):
             self.tracker.update_(self.model)
+            self.has_updated = True  # before or after the other call, with values of that one's step
+            if self.tracker.step != before + 1:
+                self.wrong.append(f"an update within an update: step {before} became {self.tracker.step}")
+
+    def call(self, after: float) -> None:
+        """Call `update_` with the values of its step, and interrupt it; what was not counted is called again."""
+        self.model.go_to(self.tracker.step + 1)
+        try:
+            self.armed = True
+            signal.setitimer(signal.ITIMER_REAL, after)
+            self.tracker.update_(self.model)
+        except (SystemExit, Stop):
+            pass
         except NotReadyError:
-            return
-        self.has_updated = True  # before or after the other call, with values of that one's step
-        if self.tracker.step != before + 1:
-            self.wrong.append(f"an update within an update: step {before} became {self.tracker.step}")
-
-
-WAYS = ("exit", "exception", "state", "file", "flush", "update")
+            if self.way != "close":
+                raise
+        finally:
+            self.armed = False
 
 
 def _interrupt(
     run: Path, tries: int, device: str, truth: Truth, tally: Tally, chance: random.Random, elements: int
 ) -> None:
-    model = Equal(elements)
+    model, usual = Equal(elements), 0.002
     tracker = start(run, model, device, 10 * EVERY)
     interruptions = Interruptions(tracker, model, truth)
     before = signal.signal(signal.SIGALRM, interruptions.handle)
-    usual = 0.002
     try:
         for number in range(tries):
             interruptions.way = chance.choice(WAYS) if number < tries - 1 else "close"
             started = time.perf_counter()
-            _one_call(interruptions, chance.uniform(1e-6, 1.5 * usual))
+            interruptions.call(chance.uniform(1e-6, 1.5 * usual))
             usual = min(0.02, 0.9 * usual + 0.1 * (time.perf_counter() - started))
             tally.tried += 1
             if interruptions.has_updated:
@@ -274,42 +279,16 @@ def _interrupt(
         tally.lost += [f"{device}: {line}" for line in _wrong_run(run, model, truth)]
 
 
-def _one_call(interruptions: Interruptions, after: float) -> None:
-    """Call `update_` with the values of the step that it is for; what was not counted is called again next time."""
-    try:
-        try:
-            interruptions.model.go_to(interruptions.tracker.step + 1)
-            interruptions.armed = True
-            signal.setitimer(signal.ITIMER_REAL, after)
-            interruptions.tracker.update_(interruptions.model)
-        finally:
-            interruptions.armed = False
-    except (SystemExit, Stop):
-        interruptions.armed = False
-    except NotReadyError:
-        if interruptions.way != "close":
-            raise
-
-
 def _wrong_run(run: Path, model: Equal, truth: Truth) -> list[str]:
     """What is wrong with what a training has left: its snapshots, and that it can be gone on from."""
-    wrong = []
-    if not run.exists() or not [*run.glob("*.safetensors")]:
+    if not any(run.glob("*.safetensors")):
         return []
+    wrong = []
     for snapshot in read_directory(run):
         weights = PostHocEMA.from_path(run).state_dict(snapshot.info.sigma_rel, t=snapshot.info.t)
-        exact, (low, high) = truth.at(repr(snapshot.info.sigma_rel), snapshot.info.step), spread(weights)
-        if max(exact - low, high - exact) > 2 * TOLERANCE * exact:
-            wrong.append(f"{snapshot.path.name}: from {low} to {high}, and it is {exact}")
+        exact = truth.at(repr(snapshot.info.sigma_rel), snapshot.info.step)
+        wrong += [f"{snapshot.path.name}: {line}" for line in away(weights, exact, 2 * TOLERANCE)]
     with PostHocEMA.from_path(run, model) as again:
         model.go_to(again.step + 1)
         again.update_(model)
     return wrong
-
-
-EXPERIMENTS = {"reads": torn_reads, "states": torn_states}
-
-if __name__ == "__main__":
-    name, where, number, seed = sys.argv[1:]
-    found = EXPERIMENTS[name](Path(where), int(number), random.Random(int(seed)))
-    print(json.dumps(vars(found)))

@@ -1,9 +1,9 @@
-"""Small files of every kind, each with what is made of it: what harm is done to."""
+"""Small files of every kind, each with what is made of it, and the trying of harm to them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import suppress
+import random
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,40 +11,70 @@ import torch
 from factories import write_snapshot
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import PostHocError
+from posthoc_cli.errors import FileFormatError, PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import write_synthesis
-from posthoc_cli.reconstruction.measurements import Distance, Measurements
-from posthoc_cli.snapshots.outputs import INDEX_NAME
+from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
+from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.states import decode_state
 from posthoc_cli.synthesis.engine import Options
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
-from torture.examining import examine
 from torture.tally import Tally
 
 RUN_ID = "ab12" * 8
 VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
 
 
+Content = dict[str, object]
+"""What a file holds: the bytes of each tensor by name, and what the file says about itself under ""."""
+
+
+def examine(path: Path) -> Content:
+    """Verify a snapshot, an output, a state, or the shards beside an index as `ema verify` does; returns the content.
+
+    Raises:
+        PostHocError: naming the file.
+    """
+    for report in verify(list_contents(path)).files:
+        if not report.is_fine:
+            raise FileFormatError(report.path, report.detail)
+    if path.name != INDEX_NAME:
+        return _content(path)
+    content: Content = {}
+    for shard in read_index(path):
+        content |= _content(path.parent / shard)
+    return content
+
+
+def _content(path: Path) -> Content:
+    decoders = {"snapshot": decode_snapshot, "output": decode_output, "state": decode_state}
+    with TensorFile(path) as file:
+        kind = file_kind(file.header)
+        if kind not in decoders:
+            raise FileFormatError(path, f"its ema.format is {str(kind)[:40]!r}")
+        said = decoders[kind](path, file.header)
+        return {"": said} | {name: file.read(name).tobytes() for name in file.header.tensors}
+
+
 @dataclass(frozen=True)
 class Victim:
-    """A file that will be harmed.
-
-    Attributes:
-        kind: what it is.
-        path: the file.
-        use: makes something of it; returns what came out.
-        out: where that goes, if anywhere.
-        named: what an error must name: the file, or the folder of an index and its shards.
-        is_index: some harm changes nothing: there is no checksum in an index of the Hugging Face libraries.
-    """
+    """A file that will be harmed, and what is made of it."""
 
     kind: str
     path: Path
     use: Callable[[], object]
+    """Makes something of it; returns what came out."""
     out: Path
+    """Where that goes, if anywhere."""
     named: str
+    """What an error must name: the file, or the folder of an index and its shards."""
     is_index: bool = False
+    """Some harm changes nothing: there is no checksum in an index of the Hugging Face libraries."""
 
     def tried(self, tally: Tally, harm: str, intact: tuple[object, object]) -> None:
         """Count one harm, which is in the file now: it must be found, or, in an index, change nothing."""
@@ -63,15 +93,39 @@ class Victim:
             else:
                 if not (self.is_index and found == before):
                     tally.missed.append(f"{what}: not found")
-            with suppress(FileNotFoundError):
-                self.out.unlink()
+            self.out.unlink(missing_ok=True)
 
     def intact(self) -> tuple[object, object]:
         """What is seen of the file, and made of it, without harm."""
         seen = examine(self.path), self.use()
-        with suppress(FileNotFoundError):
-            self.out.unlink()
+        self.out.unlink(missing_ok=True)
         return seen
+
+
+def all_victims(folder: Path) -> Iterator[Victim]:
+    """One of each kind."""
+    for make in (small_snapshot, small_output, small_state, small_index, small_shard):
+        (folder / make.__name__).mkdir()
+        yield make(folder / make.__name__)
+
+
+Harms = Callable[[Victim, bytes], Iterable[tuple[str, Callable[[], object]]]]
+"""What can be done to a victim of this content: in words, and the doing."""
+
+
+def harm_all(victims: Iterable[Victim], harms: Harms, share: float, seed: int) -> Tally:
+    """Do a share of all harms to each victim, one at a time; at least one."""
+    tally, chance = Tally(), random.Random(seed)
+    for victim in victims:
+        intact, data = victim.intact(), victim.path.read_bytes()
+        everything = list(harms(victim, data))
+        for what, harm in chance.sample(everything, max(1, round(share * len(everything)))):
+            harm()
+            victim.tried(tally, what, intact)
+            victim.path.write_bytes(data)
+        if victim.intact() != intact:
+            tally.lost.append(f"{victim.kind}: is not what it was before")
+    return tally
 
 
 def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) -> Victim:

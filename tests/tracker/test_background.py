@@ -371,6 +371,16 @@ def test_a_tensor_turned_in_its_place_is_followed(tmp_path: Path, device: str) -
         torch.testing.assert_close(tracker.state_dict(sigma_rel=0.05)["weight"], model.weight.detach())
 
 
+def test_updates_inside_and_outside_of_inference_mode(tmp_path: Path) -> None:
+    model = network()
+    with PostHocEMA.from_model(model, tmp_path / "mixed", **SETTINGS) as tracker:
+        for number in range(1, 13):
+            with torch.inference_mode(number < 5):
+                train(model, tracker, number, number)
+    plain(tmp_path / "plain", 12)
+    assert contents(tmp_path / "mixed") == contents(tmp_path / "plain")
+
+
 def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """There was no memory to look at the new ones at the first try."""
     model = torch.nn.Linear(3, 2)
@@ -383,8 +393,7 @@ def test_values_are_never_read_from_tensors_that_are_gone(tmp_path: Path, monkey
                 tracker.update_(model)
         for _ in range(300):
             tracker.update_(model)
-        average = tracker.state_dict(sigma_rel=0.05)["weight"]
-    torch.testing.assert_close(average, torch.full((2, 3), 7.0))
+        torch.testing.assert_close(tracker.state_dict(sigma_rel=0.05)["weight"], torch.full((2, 3), 7.0))
 
 
 def test_a_model_that_stays_the_same_is_looked_through_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ from factories import flip_bit, refuse_for_space, tiny_model
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, files
-from posthoc_cli.errors import DirectoryError, WriteError
+from posthoc_cli.errors import DirectoryError, NonFiniteError, WriteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo
 from posthoc_cli.snapshots.reader import Snapshot
@@ -283,6 +283,17 @@ def test_live_averages_are_measured_as_snapshots_are_and_without_rounding(tmp_pa
         for info in live:
             watched.check(info, watched.exact[7, info.sigma_rel], read_directory(tmp_path))
         assert [source.info.measurements for source in tracker._live_sources()] == [None] * 3  # only when asked for
+
+
+def test_an_average_that_overflows_is_refused_by_name_and_not_written(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    tracker = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=40, final_snapshot=False)
+    with pytest.raises(NonFiniteError, match=r"average of 'bias': holds nan or infinity"):
+        for step in range(40):
+            torch.nn.init.constant_(model.bias, 3e38 * (-1) ** step)  # the difference of two is infinite in float32
+            tracker.update_(model)
+        tracker.flush()
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 @pytest.mark.cuda

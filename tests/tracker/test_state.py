@@ -8,10 +8,7 @@ import json
 import logging
 import pickle
 import re
-import warnings
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +20,7 @@ from ema_command import Ema
 from factories import contents as files_below
 from factories import exact_average, refuse_for_space
 from torch.distributed.checkpoint.stateful import Stateful
-from tracker.runs import contents, step, times
+from tracker.runs import contents, step, times, train
 
 from posthoc_cli import PostHocEMA, files
 from posthoc_cli.errors import (
@@ -207,31 +204,24 @@ def test_what_is_wrong_with_a_file_names_the_file(tmp_path: Path) -> None:
         Run(tmp_path / "third", sigma_rels=(0.1, 0.28)).tracker.load_state(tmp_path / "state")
 
 
-@contextmanager
-def _process_group(kind: str) -> Iterator[None]:
-    if kind == "none":
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch's own, about running without a process group
-            yield
-        return
-    dist.init_process_group(kind, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+WITHOUT_GROUP = pytest.mark.filterwarnings("ignore")  # torch warns where there is no process group
 
 
-@pytest.mark.parametrize("group", ["none", "gloo"])
+@WITHOUT_GROUP
+@pytest.mark.parametrize("group", [False, True])
 @pytest.mark.parametrize("steps", [1, 7, 15])
-def test_torch_distributed_checkpoint_saves_and_fills_all_of_the_state(tmp_path: Path, group: str, steps: int) -> None:
-    run = trained(tmp_path / "run", steps, "images")
+def test_torch_distributed_checkpoint_fills_all_of_the_state(
+    tmp_path: Path, group: bool, steps: int, request: pytest.FixtureRequest
+) -> None:
+    run, fresh = trained(tmp_path / "run", steps, "images"), Run(tmp_path / "run", "images")
     assert isinstance(run.tracker, Stateful)
     expected = run.tracker.state_dict()
     run.tracker.close()
-    fresh = Run(tmp_path / "run", "images")
-    with _process_group(group):
-        dcp.save({"ema": run.tracker}, checkpoint_id=tmp_path / "dcp")
-        dcp.load({"ema": fresh.tracker}, checkpoint_id=tmp_path / "dcp")
+    if group:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        request.addfinalizer(dist.destroy_process_group)
+    dcp.save({"ema": run.tracker}, checkpoint_id=tmp_path / "dcp")
+    dcp.load({"ema": fresh.tracker}, checkpoint_id=tmp_path / "dcp")
     assert same(fresh.tracker.state_dict(), expected)
     fresh.goes_on_from(run)
     fresh.train(steps + 1, 20)
@@ -239,23 +229,22 @@ def test_torch_distributed_checkpoint_saves_and_fills_all_of_the_state(tmp_path:
     assert contents(tmp_path / "run") == contents(tmp_path / "whole")
 
 
-def test_a_model_without_buffers_and_a_profile_less_through_it(tmp_path: Path) -> None:
+@WITHOUT_GROUP
+@pytest.mark.parametrize("sigma_rel", [0.05, 0.28])
+def test_a_model_without_buffers_and_a_profile_less_through_it(tmp_path: Path, sigma_rel: float) -> None:
     """The averages are found by their sigma_rel: the first of two must not become the only one of another tracker."""
     model = torch.nn.Linear(3, 3)
-    with PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS) as tracker:
-        for number in range(4):
-            step(model, number)
-            tracker.update_(model)
-        expected = tracker.state_dict()
-    for sigma_rel in (0.05, 0.28):
-        settings = SETTINGS | {"sigma_rels": (sigma_rel,)}
-        with PostHocEMA.from_model(model, tmp_path / "run", **settings) as fewer, _process_group("none"):
-            dcp.save({"ema": tracker}, checkpoint_id=tmp_path / f"dcp-{sigma_rel}")
-            dcp.load({"ema": fewer}, checkpoint_id=tmp_path / f"dcp-{sigma_rel}")
-            found = fewer.state_dict()
-        assert found["sigma_rels"] == [sigma_rel]
-        for kind in ("totals", "recent"):
-            assert same(found[kind], {repr(sigma_rel): expected[kind][repr(sigma_rel)]})
+    tracker = PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS)
+    train(model, tracker, 1, 4)
+    expected = tracker.state_dict()
+    tracker.close()
+    fewer = PostHocEMA.from_model(model, tmp_path / "run", **SETTINGS | {"sigma_rels": (sigma_rel,)})
+    dcp.save({"ema": tracker}, checkpoint_id=tmp_path / "dcp")
+    dcp.load({"ema": fewer}, checkpoint_id=tmp_path / "dcp")
+    found = fewer.state_dict()
+    assert found["sigma_rels"] == [sigma_rel]
+    for kind in ("totals", "recent"):
+        assert same(found[kind], {repr(sigma_rel): expected[kind][repr(sigma_rel)]})
 
 
 @pytest.mark.parametrize("steps", [1, 15])
@@ -274,17 +263,13 @@ def test_torch_loads_it_weights_only_and_it_is_made_of_plain_things(tmp_path: Pa
     assert same(torch.load(tmp_path / "state.pt", weights_only=True), state)
 
 
-class Holder(torch.nn.Module):
-    def __init__(self, tracker: PostHocEMA) -> None:
-        super().__init__()
-        self.tracker = tracker
-
-
 @pytest.mark.parametrize("take", [copy.deepcopy, pickle.dumps, lambda one: torch.save(one, io.BytesIO())])
 def test_a_tracker_is_no_object_to_copy_or_pickle_and_says_what_to_do(tmp_path: Path, take) -> None:  # type: ignore[no-untyped-def]
     model = torch.nn.Linear(2, 2)
     with PostHocEMA.from_model(model, tmp_path, **SETTINGS) as tracker:
-        for one in (tracker, Holder(tracker)):
+        holder = torch.nn.Module()
+        holder.tracker = tracker
+        for one in (tracker, holder):
             with pytest.raises(NotReadyError, match=r"ema\.state_dict\(\).*ema\.save_state.*outside of the module"):
                 take(one)
         tracker.update_(model)  # as before

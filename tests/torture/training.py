@@ -1,0 +1,184 @@
+"""A network whose weights at every step are known in advance, and a user's script that trains it.
+
+So every snapshot and every output has one right content, which is computed here from the formula in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from factories import FloatArray, exact_gamma, exact_weights
+from safetensors.numpy import load_file
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import FileFormatError, PostHocError, WriteError
+from posthoc_cli.snapshots.directory import find_snapshots, read_directory, snapshot_path
+from posthoc_cli.snapshots.outputs import decode_output
+from posthoc_cli.snapshots.reader import read_header, verify_payload
+
+SIGMA_RELS = (0.05, 0.28)
+STATE = "state.safetensors"
+LARGEST = 2.0
+"""Of all weights."""
+UNIT = 2.0**-24
+"""Rounding of one float32, relative."""
+
+
+class Network(torch.nn.Module):
+    """Two parameters, of `4 rows` and of 3 elements, and a buffer, set to what they are at a step."""
+
+    count: torch.Tensor
+
+    def __init__(self, rows: int = 4) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(rows, 4))
+        self.bias = torch.nn.Parameter(torch.zeros(3))
+        self.register_buffer("count", torch.zeros((), dtype=torch.int64))
+
+    def go_to(self, step: int) -> None:
+        """Be what the network is after so many steps."""
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.copy_(torch.from_numpy(weights_up_to(step, parameter.numel())[-1].reshape(parameter.shape)))
+            self.count.fill_(step)
+
+
+def weights_up_to(step: int, elements: int) -> FloatArray:
+    """A parameter after the steps 1 to `step`, in values that float32 holds exactly: shape [step, elements]."""
+    return _weights(-(-step // 4096) * 4096 if step > 64 else 64, elements)[:step]
+
+
+@lru_cache(maxsize=8)
+def _weights(steps: int, elements: int) -> FloatArray:
+    phase = np.arange(1, steps + 1)[:, None] * np.arange(1, elements + 1)
+    return (np.sin(0.37 * phase) + np.cos(0.011 * phase)).astype(np.float32).astype(np.float64)
+
+
+@lru_cache(maxsize=1000)
+def exact_average(step: int, sigma_rel: float, elements: int, every: int = 1) -> tuple[FloatArray, float]:
+    """A parameter's average at a step, of updates `every` so many, and how far a float32 one may be from it.
+
+    An update rounds a difference, a product and a sum, less than 3 units of the largest value; what it leaves at step k
+    fades like (k / step)^(gamma + 1) until then.
+    """
+    value = exact_weights(sigma_rel, range(every, step + 1, every)) @ weights_up_to(step, elements)[every - 1 :: every]
+    return value, 3 * UNIT * LARGEST * (step / (exact_gamma(sigma_rel) + 2) + 1)
+
+
+# --- what the user does
+
+
+def begin(directory: Path, network: Network, **settings: object) -> PostHocEMA:
+    """A tracker that goes on with what is there, in the way that the README says."""
+    state = directory / STATE
+    if not state.exists() and {snapshot.info.sigma_rel for snapshot in find_snapshots(directory)} == set(SIGMA_RELS):
+        return PostHocEMA.from_path(directory, network)
+    settings = {"update_every": 1, "checkpoint_dtype": torch.float32, **settings}
+    tracker = PostHocEMA.from_model(network, directory, SIGMA_RELS, **settings)  # type: ignore[arg-type]
+    if state.exists():
+        tracker.load_state(state)
+    return tracker
+
+
+def remove_half_begun(directory: Path) -> None:
+    """Remove the first snapshots of a training that was killed while it wrote them: nothing can go on from there."""
+    stored = find_snapshots(directory)
+    if len({snapshot.info.sigma_rel for snapshot in stored}) == 1 and not (directory / STATE).exists():
+        for snapshot in stored:
+            snapshot.path.unlink()
+
+
+def train(
+    directory: Path, until: int, save_at: Collection[int], note: Callable[..., None] | None = None, rows: int = 4,
+    **settings: object,
+) -> list[str]:  # fmt: skip
+    """Train from where the directory is to step `until`; returns the errors of writing that training went past.
+
+    Arguments:
+        save_at: steps at which the tracker's state is saved.
+        note: told what is durable, at every second step; None: nothing waits for the disk.
+    """
+    network, errors = Network(rows), []
+    remove_half_begun(directory)
+    tracker = begin(directory, network, **settings)
+    note_durable = (lambda: note("durable", contents(directory))) if note else lambda: None
+    try:
+        for step in range(tracker.step + 1, until + 1):
+            network.go_to(step)
+            try:
+                tracker.update_(network)
+                if step % 2 == 0 and note:
+                    tracker.flush()
+                    note_durable()
+            except WriteError as error:
+                errors.append(str(error))
+            if step in save_at:
+                tracker.save_state(directory / STATE)
+                note_durable()
+    finally:
+        tracker.close()
+    note_durable()
+    return errors
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    """Snapshots and state, by name."""
+    return {path.name: path.read_bytes() for path in sorted(directory.glob("*.safetensors"))}
+
+
+# --- what must be so
+
+
+def wrong_snapshots(directory: Path) -> list[str]:
+    """Snapshots that are not the averages that they say they are; raises where runs are mixed."""
+    wrong = []
+    for snapshot in read_directory(directory) if any(directory.glob("*.safetensors")) else ():
+        info, values = snapshot.info, load_file(snapshot.path)
+        for name in ("weight", "bias"):
+            exact, allowed = exact_average(info.step, info.sigma_rel, values[name].size, info.schedule.update_every)
+            away = float(np.abs(values[name].ravel() - exact).max())
+            if not away <= allowed:
+                wrong.append(f"{snapshot.path.name}: {name} is {away:.2g} away from the average, over {allowed:.2g}")
+        if values["count"] != info.step or snapshot.path != snapshot_path(directory, info.t, info.sigma_rel):
+            wrong.append(f"{snapshot.path.name}: has the count {values['count']} at step {info.step}, t = {info.t}")
+    return wrong
+
+
+def wrong_output(path: Path) -> list[str]:
+    """What is wrong with an output, which names its snapshots and coefficients: those have right contents."""
+    try:
+        header = read_header(path)
+        verify_payload(path, header)
+        info = decode_output(path, header)
+    except PostHocError as error:
+        return [str(error)]
+    total = sum(coefficient for _, coefficient in info.snapshots)
+    wrong = [f"{path.name}: coefficients add up to {total}"] if abs(total - 1) > 1e-9 else []
+    for name, value in load_file(path).items():
+        if name == "count":
+            continue
+        exact, allowed = np.zeros(value.size), 0.0
+        for source, coefficient in info.snapshots:
+            t, _, sigma_rel = source.removesuffix(".safetensors").partition("-")
+            average, away = exact_average(int(t), float(sigma_rel), value.size)
+            exact += coefficient * average
+            allowed += abs(coefficient) * (away + (len(info.snapshots) + 1) * UNIT * LARGEST)
+        away = float(np.abs(value.ravel() - exact).max())
+        if not away <= allowed:
+            wrong.append(f"{path.name}: {name} is {away:.2g} away from what it is made of, over {allowed:.2g}")
+    return wrong
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """Safetensors files anywhere under a folder that are not whole, a line each."""
+    found = []
+    for path in folder.rglob("*.safetensors"):
+        try:
+            verify_payload(path, read_header(path))
+        except FileFormatError as error:
+            found.append(str(error))
+    return found
