@@ -258,7 +258,8 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, 
     clock = f"{int(whole):016d}" + (f".{fraction}" if fraction.strip("0") else "")
     if part is None:
         return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
-    return directory / f"{clock}-{sigma_rel!r}" / "part-{:05d}-of-{:05d}{}".format(*part, fmt.SUFFIX)
+    number, parts = part
+    return directory / f"{clock}-{sigma_rel!r}" / f"part-{number:05d}-of-{parts:05d}{fmt.SUFFIX}"
 
 
 def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
