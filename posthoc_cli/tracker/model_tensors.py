@@ -98,6 +98,8 @@ class TrackedModel:
         averaged = {name: TrackedTensor("average", stored_name(t.dtype, name)) for name, t in found.averaged.items()}
         copied = {name: TrackedTensor("copy", stored_name(t.dtype, name)) for name, t in found.copied.items()}
         shapes = {name: tuple(tensor.shape) for name, tensor in (found.averaged | found.copied).items()}
+        if members is None:  # nothing is owned yet: the complete model
+            shapes |= {name: chunk.shape for name, chunk in found.chunks.items()}
         whole = {name: Chunk(shape, (0,) * len(shape)) for name, shape in shapes.items()}
         chunks = {} if members is None else whole | found.chunks
         return cls(averaged | copied, shapes, found.aliases, found.left_out, found.frozen, 0, chunks, members)

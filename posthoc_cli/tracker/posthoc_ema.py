@@ -43,7 +43,7 @@ from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.settings import Progress, Settings, check_path, check_sigma_rels, choose_writer, make_schedule
-from posthoc_cli.tracker.sharding import Members, meet, mesh_of
+from posthoc_cli.tracker.sharding import meet, mesh_of
 from posthoc_cli.tracker.snapshotter import LiveSource, current_sources, live_sources
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
@@ -165,17 +165,15 @@ class PostHocEMA:
         profiles, timing = check_sigma_rels(sigma_rels), make_schedule(given)
         settings = Settings(profiles, timing, t_unit, selection, on_nonfinite, on_change, final_snapshot, keep_state)
         check_globs(selection, [tensor.name for tensor in named_tensors(check_model(model))])
-        found, run_id = collect_tensors(model, selection), secrets.token_hex(16)
-        directory = check_path("checkpoint_dir", checkpoint_dir)
+        found = collect_tensors(model, selection)
         tracked = TrackedModel.of_model(found)
-        if found.chunks:
-            members = _meet(model, found, settings, directory, run_id, writer, resume)
-            tracked, run_id = TrackedModel.of_model(found.of(members), members), members.run_id
         tracked.check_header()
-        tracking, step = Tracking.new(run_id, tracked, profiles), None
+        directory = check_path("checkpoint_dir", checkpoint_dir)
+        tracking, step = Tracking.new(secrets.token_hex(16), tracked, profiles), None
         if resume is not None:
             wait_for_writers(directory, last_too=True)
             tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
+        tracking = _joined(tracking, model, found, settings, directory, writer)
         return cls(_Beginning(directory, settings, tracking, model, device, writer, step))
 
     @classmethod
@@ -219,6 +217,10 @@ class PostHocEMA:
         settings = Settings(profiles, timing, newest.t_unit, selection, on_nonfinite, on_change, final_snapshot, keeps)
         tracking = state.resumed_tracking(directory, snapshots, profiles)
         knows_selection = newest.selection is not None
+        if model is not None:
+            known = frozenset(tracking.tracked.tensors | tracking.tracked.aliases)
+            found = collect_tensors(model, selection, frozenset() if knows_selection else known)
+            tracking = _joined(tracking, model, found, settings, directory, writer)
         return cls(_Beginning(directory, settings, tracking, model, device, writer, step, knows_selection))
 
     @property
@@ -747,26 +749,31 @@ class PostHocEMA:
         return NotReadyError(f"no {what} yet", f"the first update is at call {first} of update_, so far {self.step}")
 
 
-def _meet(
+def _joined(
+    tracking: Tracking,
     model: torch.nn.Module,
     found: ModelTensors,
     settings: Settings,
     directory: Path,
-    run_id: str,
     writer: bool | None,
-    resume: str | int | None,
-) -> Members:
-    """Meet the other processes of a sharded model; see `sharding.meet`."""
+) -> Tracking:
+    """The same for what this process owns of a sharded model, when the processes have met; of another model, itself."""
+    if not found.chunks:
+        return tracking
     for name, value, wanted in (
         ("writer", writer, None),
-        ("resume", resume, None),
         ("on_change", settings.on_change, "raise"),
         ("keep_state", settings.keep_state, False),
     ):
         if value != wanted:
             reason = f"must be {wanted!r} for a model that is sharded over processes"
             raise InvalidValueError(name, reason, value=f"{value!r}")
+    if tracking.resumes:
+        tracking.tracked.check(TrackedModel.of_model(found))
     options = {name: str(value) for name, value in (vars(settings) | vars(settings.schedule)).items()}
-    options |= {"checkpoint_dir": str(directory)}
     del options["schedule"]
-    return meet(found.averaged | found.copied, found.chunks, options, run_id, mesh_of(model))
+    started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
+    options |= {"checkpoint_dir": str(directory), "to go on from": started}
+    members = meet(found.averaged | found.copied, found.chunks, options, tracking.run_id, mesh_of(model))
+    own = replace(TrackedModel.of_model(found.of(members), members), segment=tracking.tracked.segment)
+    return replace(tracking, run_id=members.run_id, tracked=own)
