@@ -5,26 +5,31 @@ Names are for people (`<t, zero-padded>-<sigma_rel>.safetensors`); only headers 
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
-from collections import Counter
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import chain, count, takewhile
+from itertools import chain, combinations, count, pairwise, takewhile
 from pathlib import Path
+
+import xxhash
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
-from posthoc_cli.reconstruction import measured_prior
+from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.chunks import cover_problem
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.headers import DecodeCache, file_kind
 from posthoc_cli.snapshots.measurements import stored_average
-from posthoc_cli.snapshots.reader import Snapshot, read_header
+from posthoc_cli.snapshots.reader import Part, Snapshot, read_header
 
 log = logging.getLogger(__name__)
 
@@ -80,6 +85,11 @@ class Listing:
         return [path for path in self.entries if path.suffix == fmt.SUFFIX and not path.name.startswith(".")]
 
     @property
+    def folders(self) -> list[Path]:
+        """Folders that may be snapshots of several parts, by their names."""
+        return [path for path in self.entries if is_snapshot_name(path) and path.suffix != fmt.SUFFIX]
+
+    @property
     def leftovers(self) -> list[Path]:
         """Temporaries of interrupted writes, or of writes in progress."""
         return [path for path in self.entries if files.is_temporary(path.name)]
@@ -105,18 +115,24 @@ def list_directory(directory: Path) -> Listing:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The headers of a directory: snapshots by time, then sigma_rel, what is wrong, and what is only unusual."""
+    """The headers of a directory: snapshots by time, then sigma_rel, what is wrong, and what is only unusual.
+
+    `incomplete` are folders without all parts of a snapshot, each with what is there in words: left by an interrupted
+    training, or being written.
+    """
 
     listing: Listing
     snapshots: tuple[Snapshot, ...]
     problems: tuple[PostHocError, ...]
     notes: tuple[str, ...]
+    incomplete: Mapping[Path, str]
 
     @property
     def superseded(self) -> int:
         """The number of snapshots set aside; 0 where their folder cannot be read."""
         with suppress(DirectoryError):
-            return len(list_directory(self.listing.path / SUPERSEDED).files)
+            aside = list_directory(self.listing.path / SUPERSEDED)
+            return len(aside.files) + len(aside.folders)
         return 0
 
 
@@ -125,18 +141,50 @@ def inspect_directory(directory: Path) -> Inspection:
     listing = list_directory(directory)
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
+    incomplete: dict[Path, str] = {}
     cache = DecodeCache()
     for path in listing.files:
         try:
             header = read_header(path, cache)
             if file_kind(header) not in (None, "output", "state"):
-                snapshots.append(Snapshot(path, header, decode_snapshot(path, header, cache)))
+                snapshots.append(_whole(path, header, decode_snapshot(path, header, cache)))
         except FileFormatError as error:
             if not files.is_gone(path):  # else a writer has thinned it away
                 problems.append(error)
+    caches: Caches = defaultdict(DecodeCache)
+    for folder in listing.folders:
+        try:
+            found = read_folder(folder, caches)
+            if isinstance(found, Snapshot):
+                snapshots.append(found)
+            elif found:
+                incomplete[folder] = found
+        except PostHocError as error:
+            if not files.is_gone(folder):
+                problems.append(error)
     snapshots.sort(key=time_order)
     problems += contradictions(snapshots)
-    return Inspection(listing, tuple(snapshots), tuple(problems), tuple(missing_at_newest(snapshots)))
+    notes = [f"{folder.name}/: has {there}" for folder, there in incomplete.items()]
+    return Inspection(listing, tuple(snapshots), tuple(problems), (*missing_at_newest(snapshots), *notes), incomplete)
+
+
+def _whole(path: Path, header: fmt.FileHeader, info: fmt.SnapshotInfo) -> Snapshot:
+    if info.part is not None:
+        number, parts = info.part
+        hint = f"move it to {snapshot_path(path.parent, info.t, info.sigma_rel, info.part).parent}, to the others"
+        raise FileFormatError(path, f"is part {number} of {parts} of a snapshot, outside its folder", hint)
+    return Snapshot(path, header, info)
+
+
+def read_snapshot(path: Path) -> Snapshot:
+    """A snapshot: a file, or a folder of parts. A FileFormatError, or a MismatchError of parts, if it is none."""
+    if not path.is_dir():
+        header = read_header(path)
+        return Snapshot(path, header, decode_snapshot(path, header))
+    found = read_folder(path)
+    if isinstance(found, Snapshot):
+        return found
+    raise FileFormatError(path, f"is no complete snapshot: it has {found or 'no parts'}")
 
 
 def find_snapshots(directory: Path) -> list[Snapshot]:
@@ -162,9 +210,183 @@ def read_directory(directory: Path) -> list[Snapshot]:
     """
     if snapshots := find_snapshots(directory):
         return snapshots
+    if incomplete := inspect_directory(directory).incomplete:
+        folder, there = next(iter(incomplete.items()))
+        hint = "all processes of a training write to one directory, on a file system that they share"
+        raise DirectoryError(directory, f"no complete snapshots here; {folder.name}/ has {there}", hint)
     others = [path.name for path in list_directory(directory).entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
     what = f"; {others[0]} is not a snapshot of this package" if others else ""
     raise DirectoryError(directory, f"no snapshots here{what}", WANTED)
+
+
+# --- snapshots of several parts
+
+PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
+
+Caches = dict[str, DecodeCache]
+"""By the names of parts: those of one name are alike in all snapshots of a run."""
+
+
+def is_snapshot_name(path: Path) -> bool:
+    """Whether a name has the form that `snapshot_path` gives, of a file or of a folder."""
+    t, dash, sigma_rel = path.name.removesuffix(fmt.SUFFIX).partition("-")
+    try:
+        named = snapshot_path(path.parent, float(t), float(sigma_rel)) if dash else None
+    except (ValueError, ArithmeticError):
+        return False
+    return named is not None and path in (named, named.with_name(named.name.removesuffix(fmt.SUFFIX)))
+
+
+def part_files(folder: Path) -> list[Path]:
+    """Files that may be parts of a snapshot; empty where it is no folder of the directory itself."""
+    if folder.is_symlink():  # a link would lead out of the directory
+        return []
+    try:
+        return list_directory(folder).files
+    except DirectoryError as error:
+        if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
+            return []
+        raise
+
+
+def is_parts_folder(path: Path) -> bool:
+    """Whether a path is a folder with parts of a snapshot, by their names."""
+    return path.is_dir() and any(PART_NAME.fullmatch(file.name) for file in part_files(path))
+
+
+def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
+    """The snapshot of the parts in a folder, from their headers; else what is there, in words, as "2 of 4 parts".
+
+    That is empty for something else than such a folder.
+
+    Raises:
+        FileFormatError: a part is damaged, or the chunks of a tensor leave elements out.
+        MismatchError: two parts do not belong together; both are named.
+    """
+    caches = defaultdict(DecodeCache) if caches is None else caches
+    found: dict[int, list[Snapshot]] = {}
+    for path in part_files(folder):
+        try:
+            header = read_header(path, caches[path.name])
+            if file_kind(header) in (None, "output", "state"):
+                continue
+            info = decode_snapshot(path, header, caches[path.name])
+        except FileFormatError:
+            if files.is_gone(path):
+                continue
+            raise
+        if info.part is None:
+            raise FileFormatError(path, "is no part of a snapshot, in a folder of parts", "move it to the directory")
+        found.setdefault(info.part[1], []).append(Snapshot(path, header, info))
+    for parts in found.values():
+        _check_parts(parts)
+    complete = [parts for count, parts in found.items() if len(parts) == count and not _is_replaced(parts)]
+    if len(complete) > 1:
+        first, other = complete[0][0], complete[1][0]
+        raise MismatchError(f"{first.path} and {other.path}", "are parts of two complete snapshots", "remove one")
+    if complete:
+        return _merged(folder, complete[0])
+    if found:
+        return ", ".join(f"{len(parts)} of {count} parts" for count, parts in sorted(found.items()))
+    return "no parts" if folder.is_dir() and not folder.is_symlink() and not list_directory(folder).files else ""
+
+
+def _is_replaced(parts: Sequence[Snapshot]) -> bool:
+    """Whether a snapshot off the schedule is being replaced by the same on it, part by part."""
+    return len({part.info.off_schedule for part in parts}) > 1
+
+
+_OWN = ("tensors", "aliases", "inherited", "off_schedule", "measurements", "motion", "part", "chunks", "mesh")
+"""Metadata in which parts may differ."""
+
+
+def _check_parts(parts: list[Snapshot]) -> None:
+    """Sort parts by their numbers; a MismatchError names two that are not of one snapshot."""
+    parts.sort(key=lambda part: (part.info.part or (0, 0), part.path.name))
+    first = parts[0]
+    for before, part in pairwise(parts):
+        pair = f"{before.path} and {part.path}"
+        if before.info.part == part.info.part:
+            raise MismatchError(pair, "are both part {} of {}".format(*(part.info.part or (0, 0))), "remove one")
+    for part in parts[1:]:
+        pair = f"{first.path} and {part.path}"
+        if first.info.run_id != part.info.run_id:
+            raise MismatchError(pair, f"are of different runs ({first.info.run_id[:8]} and {part.info.run_id[:8]})")
+        for key, value in vars(first.info).items():
+            if key not in _OWN and getattr(part.info, key) != value:
+                raise MismatchError(pair, f"are not of one snapshot: they differ in ema.{key}")
+
+
+def _merged(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
+    """The snapshot of all its parts."""
+    tensors: dict[str, fmt.TrackedTensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    owners: dict[str, list[Part]] = defaultdict(list)
+    aliases: dict[str, str] = {}
+    made = [
+        Part(one.path, one.header, {n: c.box(one.header.tensors[n].shape) for n, c in one.info.chunks.items()})
+        for one in parts
+    ]
+    for one, part in zip(parts, made, strict=True):
+        for name, tensor in one.info.tensors.items():
+            shape, dtype = one.info.chunks[name].shape, one.header.tensors[name].dtype
+            known = tensors.setdefault(name, tensor), shapes.setdefault(name, shape)
+            if known != (tensor, shape):
+                what = f"do not match: tensor {shown(name)} is {known[0].role} of {known[0].dtype} {list(known[1])}"
+                what += f" and {tensor.role} of {tensor.dtype} {list(shape)}"
+                raise MismatchError(f"{owners[name][0].path} and {part.path}", what)
+            # The widest holds the values of all exactly: beside the run's dtype there is only what is wider.
+            dtypes[name] = max(dtypes.get(name, dtype), dtype, key=fmt.ITEM_BYTES.__getitem__)
+            owners[name].append(part)
+        aliases |= one.info.aliases
+    for alias in aliases.keys() & tensors.keys():
+        raise FileFormatError(folder, f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
+    for name, own in owners.items():
+        problem = cover_problem(shapes[name], [part.boxes[name] for part in own])
+        if problem is not None:
+            pairs = (pair for pair in combinations(own, 2) if pair[0].boxes[name].meet(pair[1].boxes[name]).size)
+            meeting = next(pairs, None)
+            if meeting is None:
+                raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
+            both = f"{meeting[0].path} and {meeting[1].path}"
+            raise MismatchError(both, f"tensor {shown(name)}: {problem}")
+    entries = fmt.lay_out([fmt.TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items()])
+    joined = "".join(part.header.metadata["ema.checksum"] for part in made)
+    metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(joined.encode())}
+    header = fmt.FileHeader(metadata, entries, sum(part.header.payload_start for part in made))
+    info = replace(
+        parts[0].info,
+        tensors=tensors,
+        aliases=aliases,
+        inherited=sum(one.info.inherited for one in parts),
+        measurements=_sum_of([one.info.measurements for one in parts]),
+        motion=next((one.info.motion for one in parts if one.info.motion is not None), None),
+        part=None,
+        chunks={},
+    )
+    return Snapshot(folder, header, info, tuple(made))
+
+
+def _sum_of(parts: Sequence[Measurements | None]) -> Measurements | None:
+    """The measurements of all parts together; None if one has none."""
+    known = [part for part in parts if part is not None]
+    if len(known) < len(parts):
+        return None
+    by_partner = [{(one.t, one.sigma_rel): one for one in part.distances} for part in known]
+    distances = [
+        Distance(*key, sum(own[key].squared for own in by_partner), sum(own[key].rounding for own in by_partner))
+        for key in by_partner[0]
+        if all(key in own for own in by_partner)
+    ]
+    weights = [part.weights for part in known if part.weights is not None]
+    return Measurements(
+        sum(part.norm for part in known),
+        sum(part.rounding for part in known),
+        tuple(distances),
+        sum(weights) if len(weights) == len(known) else None,
+        sum(part.arithmetic for part in known),
+    )
 
 
 # --- what belongs together
@@ -286,9 +508,23 @@ def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
 
 
 def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot; one that is already gone is no error. A WriteError if the system refuses."""
+    """Delete a snapshot; one that is already gone is no error. A WriteError if the system refuses.
+
+    A folder of parts stays where something else is in it, or where a network file system keeps a file that is read.
+    """
     with files.reported_as_write_error(path, "removed"):
-        files.unlink_if_there(path)
+        if path.is_symlink() or not path.is_dir():
+            files.unlink_if_there(path)
+            return
+        with suppress(FileNotFoundError):
+            listing = Listing(path, tuple(sorted(files.system.list(path))))
+            for file in (*listing.files, *listing.leftovers):
+                files.unlink_if_there(file)
+            try:
+                files.system.remove_directory(path)
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
 
 
 def thin(

@@ -34,7 +34,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, VanishedError
@@ -52,7 +51,7 @@ from posthoc_cli.reconstruction import (
     measured_prior,
 )
 from posthoc_cli.snapshots.format import One, SnapshotInfo, of_newest_segment
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile, in_order, worker_threads
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, decode_values, in_order, worker_threads
 
 MOST_ELEMENTS = 1_000_000
 RUN_ELEMENTS = 1_024
@@ -152,7 +151,7 @@ def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[_
 
 def _read(snapshot: Snapshot, ranges: Sequence[_Range]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
-    with TensorFile(snapshot.path, snapshot.header) as file:
+    with snapshot.open() as file:
         for one in ranges:
             stored, values = snapshot.header.tensors[one.name].dtype, _read_values(file, *one)
             if not np.isfinite(values).all():
@@ -163,32 +162,6 @@ def _read(snapshot: Snapshot, ranges: Sequence[_Range]) -> _Sample:
     values = np.concatenate(parts)
     scale = sum(_averaged(snapshot).values()) / max(values.size, 1)
     return _Sample(snapshot, values, scale, rounding * scale)
-
-
-def _e4m3_values() -> FloatArray:
-    """The value of each byte: a sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, one nan a sign."""
-    codes = np.arange(128)
-    exponents, mantissas = codes >> 3, (codes & 7) / 8
-    values = np.where(exponents > 0, 1 + mantissas, 2 * mantissas) * 2.0 ** (exponents - 7)
-    values[127] = np.nan
-    return np.concatenate([values, -values])
-
-
-_E4M3 = _e4m3_values()
-
-
-def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> FloatArray:
-    """Little-endian bytes as float64."""
-    if dtype == "F8_E4M3":
-        return _E4M3[data]
-    if dtype == "BF16":  # the upper half of a float32
-        values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
-    elif dtype == "F8_E5M2":  # the upper half of a float16
-        values = (data.astype(np.uint16) << 8).view(np.float16)
-    else:
-        values = data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
-    with np.errstate(invalid="ignore"):  # some kinds of nan raise a flag of the processor
-        return values.astype(np.float64)
 
 
 def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
@@ -421,7 +394,10 @@ def _group_squares(group: _Group, snapshots: Sequence[Snapshot], progress: Progr
     """Squared norms of the group's snapshots, then its squared distances, and the number of elements summed."""
     totals, count = np.zeros(len(group.own) + len(group.pairs)), 0
     with ExitStack() as stack, worker_threads() as pool:
-        read = {i: stack.enter_context(TensorFile(snapshots[i].path, snapshots[i].header)) for i in group.files}
+        read: dict[int, OpenSnapshot] = {}
+        for i in group.files:
+            read[i] = snapshots[i].open()
+            stack.callback(read[i].close)
 
         def sums(tile: _Range) -> tuple[FloatArray, _Range]:
             loaded = {index: _read_values(file, *tile) for index, file in read.items()}
@@ -445,7 +421,7 @@ def _tiles(snapshot: Snapshot) -> Iterator[_Range]:
         yield from (_Range(name, begin, min(begin + TILE, count)) for begin in range(0, count, TILE))
 
 
-def _read_values(file: TensorFile, name: str, begin: int, end: int) -> FloatArray:
+def _read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> FloatArray:
     """Elements of a tensor as float64, unverified."""
     dtype = file.header.tensors[name].dtype
     item = ITEM_BYTES[dtype]

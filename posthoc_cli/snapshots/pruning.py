@@ -33,7 +33,7 @@ from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import snapshot_prior
-from posthoc_cli.snapshots.reader import Snapshot, verify_payload
+from posthoc_cli.snapshots.reader import Snapshot, verify_snapshot
 from posthoc_cli.threads import one_blas_thread
 
 _ONE_BY_ONE = 128
@@ -176,7 +176,7 @@ def prune(directory: Path, pruning: Pruning, progress: Callable[[int], object] =
         if {snapshot.path: snapshot.header for snapshot in read_directory(directory)} != planned:
             raise MismatchError(directory, "has changed since it was read; nothing was deleted", "run again")
         for snapshot in pruning.kept:
-            verify_payload(snapshot.path, snapshot.header, progress)
+            verify_snapshot(snapshot, progress)
         for snapshot in pruning.gone:
             remove_snapshot(snapshot.path)
         with files.reported_as_write_error(directory):

@@ -13,11 +13,11 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from itertools import chain, groupby, islice
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -28,10 +28,14 @@ from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
+from posthoc_cli.snapshots.chunks import Box, copy_range
 from posthoc_cli.snapshots.headers import DecodeCache
 
 THREADS = 8
 """Blocks that are read at a time: some devices need several requests in flight."""
+
+_SKIPPED = 256 * 1024
+"""Bytes that are read at a time for their checksum alone."""
 
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of pickles and of archives of torch.save."""
@@ -41,26 +45,49 @@ _Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
+class Part:
+    """A file of a snapshot of several, with the box of each of its tensors."""
+
+    path: Path
+    header: fmt.FileHeader
+    boxes: Mapping[str, Box]
+
+
+@dataclass(frozen=True)
 class Snapshot:
-    """A snapshot on disk: its path, its header, what it says about itself."""
+    """A snapshot on disk: its path, its header, what it says about itself.
+
+    Of one with `parts` the path is the folder; header and metadata are of all together, as if it were one file.
+    """
 
     path: Path
     header: fmt.FileHeader
     info: fmt.SnapshotInfo
+    parts: tuple[Part, ...] = ()
 
     @property
     def name(self) -> str:
-        """The file's name."""
+        """The file's or folder's name."""
         return self.path.name
+
+    @property
+    def files(self) -> list[tuple[Path, fmt.FileHeader]]:
+        """Its files and their headers."""
+        return [(part.path, part.header) for part in self.parts] or [(self.path, self.header)]
+
+    def cells(self, name: str) -> int:
+        """The number of chunks that a row of a tensor goes through, in one dimension or more."""
+        boxes = [part.boxes[name] for part in self.parts if name in part.boxes]
+        return max(1, len(boxes) // max(1, len({box.offset[:1] for box in boxes})))
 
     @property
     def stored(self) -> Mapping[str, fmt.TensorEntry]:
         """Dtype, shape and place of each stored tensor."""
         return self.header.tensors
 
-    def open(self) -> TensorFile:
-        """Open the file; it must still be the one whose header was read."""
-        return TensorFile(self.path, self.header)
+    def open(self) -> OpenSnapshot:
+        """Open it; its files must still be those whose headers were read."""
+        return PartedFile(self) if self.parts else TensorFile(self.path, self.header)
 
 
 def read_header(path: Path, cache: DecodeCache | None = None, whole: bool = True) -> fmt.FileHeader:
@@ -109,6 +136,19 @@ class TensorFile:
     def read_range(self, name: str, begin: int, end: int) -> RangeReader:
         """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order and verified."""
         return RangeReader(self, name, begin, end)
+
+    def read_box(self, name: str, box: Box) -> npt.NDArray[np.uint8]:
+        """The bytes of some elements of a tensor, verified: shape [nbytes]."""
+        entry = self.header.tensors[name]
+        return _read_box(box, entry.dtype, [(self, Box.whole(entry.shape))], name)
+
+    def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:
+        """Fill `view` with tensors of at most one block each, verified, which follow each other in the file.
+
+        `parts` are the bytes of each in `view`.
+        """
+        self.fill(names[0], view, 0)
+        self.verify(names, parts)
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""
@@ -177,6 +217,177 @@ class RangeReader:
                 if expected is not None and self._hash.hexdigest() != expected:
                     raise self._file.damaged(self._name)
                 self._hash.reset()
+
+
+# --- snapshots of several parts
+
+
+class PartedFile:
+    """A snapshot of several parts opened for its tensors, as a TensorFile is: each reads as if it were in one file."""
+
+    def __init__(self, snapshot: Snapshot) -> None:
+        self.path, self.header = snapshot.path, snapshot.header
+        self._chunks: dict[str, list[tuple[TensorFile, Box]]] = {name: [] for name in snapshot.header.tensors}
+        with ExitStack() as stack:
+            for part in snapshot.parts:
+                file = stack.enter_context(TensorFile(part.path, part.header))
+                for name, box in part.boxes.items():
+                    if box.size:
+                        self._chunks[name].append((file, box))
+            self._opened = stack.pop_all()
+
+    def read(self, name: str) -> npt.NDArray[np.uint8]:
+        """The bytes of a complete tensor, verified: shape [nbytes]."""
+        return self.read_box(name, Box.whole(self.header.tensors[name].shape))
+
+    def read_box(self, name: str, box: Box) -> npt.NDArray[np.uint8]:
+        """The bytes of some elements of a tensor, verified: shape [nbytes]."""
+        return _read_box(box, self.header.tensors[name].dtype, self._chunks[name], name)
+
+    def read_range(self, name: str, begin: int, end: int) -> BoxReader:
+        """The bytes `begin` to `end` of a complete tensor, read in order; each block of a part is verified."""
+        entry = self.header.tensors[name]
+        return BoxReader(Box.whole(entry.shape), begin, end, entry.dtype, self._chunks[name], name)
+
+    def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:  # noqa: ARG002
+        """Fill `parts` with a small tensor each, verified."""
+        for name, part in zip(names, parts, strict=True):
+            self.read_range(name, 0, len(part)).read_into(part)
+
+    def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        """The bytes `begin` to `end` of a complete tensor, without checksums, for estimates only."""
+        entry = self.header.tensors[name]
+        item = DTYPES[entry.dtype].nbytes
+        data = np.empty(end - begin, dtype=np.uint8)
+        chunks = [(box, _Unverified(file, name, entry.dtype)) for file, box in self._chunks[name]]
+        copy_range(data.view(_items(entry.dtype)), Box.whole(entry.shape), begin // item, chunks)
+        return data
+
+    def close(self) -> None:
+        """Close all parts."""
+        self._opened.close()
+
+    def __enter__(self) -> PartedFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+OpenSnapshot = TensorFile | PartedFile
+"""A snapshot opened for its tensors: a context manager; any number of threads may read at once."""
+
+
+class BoxReader:
+    """Elements of a box of one tensor, of the bytes `begin` to `end` in it, read in order from chunks that hold it.
+
+    What is read of a part is verified in the same pass, from the block that it begins in to the end of its last one.
+    """
+
+    def __init__(
+        self, box: Box, begin: int, end: int, dtype: str, chunks: Sequence[tuple[TensorFile, Box]], name: str
+    ) -> None:
+        self._box, self._position, self._end = box, begin, end
+        self._type, self._item = _items(dtype), DTYPES[dtype].nbytes
+        self._chunks = [(held, _Verified(file, name, dtype)) for file, held in chunks if held.meet(box).size]
+
+    def read_into(self, view: memoryview) -> None:
+        """Fill `view` with the bytes that come next, of complete elements."""
+        if view:
+            copy_range(np.frombuffer(view, self._type), self._box, self._position // self._item, self._chunks)
+        self._position += len(view)
+        if self._position == self._end:
+            for _, stored in self._chunks:
+                stored.finish()
+
+
+class _Unverified:
+    """Stored elements of a chunk, as a dtype that holds them exactly."""
+
+    def __init__(self, file: TensorFile, name: str, dtype: str) -> None:
+        self._file, self._name, self._dtype = file, name, dtype
+        self._entry = file.header.tensors[name]
+        self._item = DTYPES[self._entry.dtype].nbytes
+
+    def read(self, begin: int, end: int) -> npt.NDArray[Any]:
+        """See `ForwardReader`."""
+        data = self._bytes(begin * self._item, end * self._item)
+        if self._entry.dtype != self._dtype:  # a part with values too large or too small for the run's dtype
+            wide = np.dtype(DTYPES[self._dtype].torch_name)
+            data = decode_values(data, self._entry.dtype).astype(wide).view(np.uint8)
+        return data.view(_items(self._dtype))
+
+    def _bytes(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        return self._file.read_unverified(self._name, begin, end)
+
+
+class _Verified(_Unverified):
+    """The same, verified: bytes on the way to those that are wanted, within their block, are read for its checksum."""
+
+    def __init__(self, file: TensorFile, name: str, dtype: str) -> None:
+        super().__init__(file, name, dtype)
+        self._position, self._range = -1, RangeReader(file, name, 0, self._entry.nbytes)
+
+    def finish(self) -> None:
+        """Read the last block to its end."""
+        if self._position > 0 and self._position % fmt.BLOCK_BYTES:
+            self._skip_to(min(self._entry.nbytes, -(-self._position // fmt.BLOCK_BYTES) * fmt.BLOCK_BYTES))
+
+    def _bytes(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        first = begin - begin % fmt.BLOCK_BYTES
+        if self._position < first:
+            self.finish()
+            self._range, self._position = RangeReader(self._file, self._name, first, self._entry.nbytes), first
+        self._skip_to(begin)
+        data = np.empty(end - begin, dtype=np.uint8)
+        self._range.read_into(data.data)
+        self._position = end
+        return data
+
+    def _skip_to(self, end: int) -> None:
+        while self._position < end:
+            size = min(end - self._position, _SKIPPED)
+            self._range.read_into(memoryview(bytearray(size)))
+            self._position += size
+
+
+def _read_box(box: Box, dtype: str, chunks: Sequence[tuple[TensorFile, Box]], name: str) -> npt.NDArray[np.uint8]:
+    data = np.empty(box.size * DTYPES[dtype].nbytes, dtype=np.uint8)
+    reader = BoxReader(box, 0, data.size, dtype, chunks, name)
+    for begin in range(0, data.size, fmt.BLOCK_BYTES):  # so that little beside the result is held
+        reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
+    return data
+
+
+def _items(dtype: str) -> np.dtype[Any]:
+    """Elements of a dtype as NumPy copies them, whatever they mean."""
+    return np.dtype(f"u{DTYPES[dtype].nbytes}")
+
+
+def _e4m3_values() -> npt.NDArray[np.float64]:
+    """The value of each byte: a sign, 4 bits of exponent (bias 7), 3 of mantissa; no infinity, one nan a sign."""
+    codes = np.arange(128)
+    exponents, mantissas = codes >> 3, (codes & 7) / 8
+    values = np.where(exponents > 0, 1 + mantissas, 2 * mantissas) * 2.0 ** (exponents - 7)
+    values[127] = np.nan
+    return np.concatenate([values, -values])
+
+
+_E4M3 = _e4m3_values()
+
+
+def decode_values(data: npt.NDArray[np.uint8], dtype: str) -> npt.NDArray[np.float64]:
+    """Little-endian bytes as float64."""
+    if dtype == "F8_E4M3":
+        return _E4M3[data]
+    if dtype == "BF16":  # the upper half of a float32
+        values = (data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+    elif dtype == "F8_E5M2":  # the upper half of a float16
+        values = (data.astype(np.uint16) << 8).view(np.float16)
+    else:
+        values = data.view({"F64": "<f8", "F32": "<f4", "F16": "<f2"}[dtype])
+    with np.errstate(invalid="ignore"):  # some kinds of nan raise a flag of the processor
+        return values.astype(np.float64)
 
 
 def read_small_file(path: Path, most: int) -> bytes:
@@ -257,6 +468,12 @@ class Checked(NamedTuple):
     damaged: Sequence[str] = ()
     error: FileFormatError | None = None
     nonfinite: Sequence[str] = ()
+
+
+def verify_snapshot(snapshot: Snapshot, progress: Callable[[int], object] | None = None) -> None:
+    """Read all files of a snapshot, as `verify_payload` does."""
+    for path, header in snapshot.files:
+        verify_payload(path, header, progress)
 
 
 def verify_payload(path: Path, header: fmt.FileHeader, progress: Callable[[int], object] | None = None) -> None:

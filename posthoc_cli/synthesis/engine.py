@@ -20,7 +20,7 @@ import torch
 
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
-from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.reader import OpenSnapshot
 from posthoc_cli.snapshots.tensors import round_to, torch_dtype
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.sums import Precision, Sums, matmul_precision
@@ -227,7 +227,7 @@ class Maker:
     """Makes tiles in one thread, in buffers of its own."""
 
     def __init__(
-        self, plan: Plan, opened: Sequence[TensorFile | Mapping[str, torch.Tensor]], device: torch.device, chunk: int
+        self, plan: Plan, opened: Sequence[OpenSnapshot | Mapping[str, torch.Tensor]], device: torch.device, chunk: int
     ) -> None:
         self._plan, self._opened, self._device, self._chunk = plan, opened, device, chunk
         self._scratch = Scratch(chunk * max(ITEM_BYTES.values()), device)

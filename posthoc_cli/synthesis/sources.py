@@ -11,7 +11,7 @@ from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorEntry, TensorSpec
 from posthoc_cli.snapshots.measurements import snapshot_prior
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
 
 if TYPE_CHECKING:
     import torch
@@ -32,7 +32,7 @@ class Source(Protocol):
     def stored(self) -> Mapping[str, TensorEntry | TensorSpec]:
         """Dtype, shape and bytes of each stored tensor."""
 
-    def open(self) -> AbstractContextManager[TensorFile | Mapping[str, torch.Tensor]]:
+    def open(self) -> AbstractContextManager[OpenSnapshot | Mapping[str, torch.Tensor]]:
         """Open it for reading, by any number of threads.
 
         Tensors in memory are on the host, or hold their values already: threads do not wait for the caller's stream.

@@ -18,7 +18,7 @@ import torch
 
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.reader import OpenSnapshot
 from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis.plan import Plan
 
@@ -119,7 +119,7 @@ class _Batch:
 # --- reading -----------------------------------------------------------------------------------------
 
 
-def open_tile(source: TensorFile | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
+def open_tile(source: OpenSnapshot | Mapping[str, torch.Tensor], tile: Tile) -> TileReader:
     """Start reading a tile of an open source."""
     if isinstance(source, Mapping):
         return _MemoryTile(source, tile)
@@ -177,7 +177,7 @@ class _Room:
 class _FileRange:
     """A range of one tensor in a file, chunk by chunk."""
 
-    def __init__(self, file: TensorFile, piece: Piece) -> None:
+    def __init__(self, file: OpenSnapshot, piece: Piece) -> None:
         self._dtype = file.header.tensors[piece.name].dtype
         self._size = ITEM_BYTES[self._dtype]
         self._range = file.read_range(piece.name, piece.begin * self._size, piece.end * self._size)
@@ -191,7 +191,7 @@ class _FileRange:
 class _FileBatch:
     """Small tensors of a file: neighbours of one dtype are read and converted together, each is verified alone."""
 
-    def __init__(self, file: TensorFile, tile: Tile) -> None:
+    def __init__(self, file: OpenSnapshot, tile: Tile) -> None:
         self._file, self._tile = file, tile
         self._entries = [file.header.tensors[name] for name in tile.names]
 
@@ -205,8 +205,7 @@ class _FileBatch:
         for first, end in pairwise([0, *apart, len(entries)]):
             names, dtype, room = self._tile.names[first:end], entries[first].dtype, scratch.next()
             edges = [ITEM_BYTES[dtype] * (bound - bounds[first]) for bound in bounds[first : end + 1]]
-            self._file.fill(names[0], room.view[: edges[-1]], 0)
-            self._file.verify(names, room.parts(edges))
+            self._file.read_small(names, room.view[: edges[-1]], room.parts(edges))
             room.send(slot[bounds[first] : bounds[end]], dtype)
 
 

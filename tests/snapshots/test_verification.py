@@ -27,9 +27,15 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.check import Verification, list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, TrackingSchedule
-from posthoc_cli.snapshots.measurements import decode_values
 from posthoc_cli.snapshots.outputs import INDEX_NAME
-from posthoc_cli.snapshots.reader import TensorFile, check_payload, holds_nonfinite, read_header, verify_payload
+from posthoc_cli.snapshots.reader import (
+    TensorFile,
+    check_payload,
+    decode_values,
+    holds_nonfinite,
+    read_header,
+    verify_payload,
+)
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.plan import plan_synthesis
