@@ -271,6 +271,8 @@ class Snapshotter:
             return
         averages = [source.averages for source in sources]
         behind = self._stored if infos[0].off_schedule else on_schedule(self._stored)
+        if self._members is not None:  # this process has measured its own parts only
+            behind = [snapshot for snapshot in behind if snapshot.info.part is not None]
         measured, storage = measure(infos, averages, newest_before(infos[0], behind), network)
         for average, measurements in zip(averages, measured, strict=True):
             if measurements is None and (bad := nonfinite_name(average)) is not None:

@@ -32,7 +32,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile, read_header
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, read_header
 from posthoc_cli.snapshots.states import StateInfo, decode_state, recent_prefix, total_prefix
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
@@ -278,10 +278,13 @@ class _StoredTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def read_tensor(file: TensorFile, name: str) -> torch.Tensor:
-    """A tensor of a file, verified."""
+def read_tensor(file: OpenSnapshot, name: str, tracked: TrackedModel | None = None) -> torch.Tensor:
+    """A tensor of a file, verified; of a snapshot, what this process owns of it."""
     entry = file.header.tensors[name]
-    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
+    if tracked is None or name not in tracked.chunks:
+        return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
+    shape = tracked.shapes[name]
+    return tensor_from_bytes(file.read_box(name, tracked.chunks[name].box(shape)), entry.dtype, shape)
 
 
 # --- a directory ---
@@ -416,10 +419,11 @@ def _warn_of_damage(error: FileFormatError) -> None:
 def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Tracking:
     """The averages as the snapshots of one time, one a profile, hold them."""
     last = chosen[0].info
-    kept = Accumulators(_host_layout(TrackedModel.of_snapshot(chosen[0])), len(chosen))
-    inherited = tuple(_read_total(snapshot, total) for snapshot, total in zip(chosen, kept.totals, strict=True))
-    with TensorFile(chosen[0].path, chosen[0].header) as file:
-        copies = {name: read_tensor(file, name) for name, own in last.tensors.items() if own.role == "copy"}
+    held = TrackedModel.of_snapshot(chosen[0]) if tracked.members is None else tracked
+    kept = Accumulators(_host_layout(held), len(chosen))
+    inherited = tuple(_read_total(snapshot, total, held) for snapshot, total in zip(chosen, kept.totals, strict=True))
+    with chosen[0].open() as file:
+        copies = {name: read_tensor(file, name, held) for name, own in held.tensors.items() if own.role == "copy"}
     masses = (0.0,) * len(chosen)
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, masses, inherited)
     averages = RunningAverages(tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies)
@@ -427,20 +431,23 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     return Tracking(last.run_id, progress, replace(tracked, segment=last.segment), averages)
 
 
-def _read_total(snapshot: Snapshot, total: FlatTensors) -> float:
+def _read_total(snapshot: Snapshot, total: FlatTensors, tracked: TrackedModel) -> float:
     """Fill a total with a snapshot; returns the expected squared norm of the error of that."""
-    expected = 0.0
-    with TensorFile(snapshot.path, snapshot.header) as file:
+    expected = norm = 0.0
+    with snapshot.open() as file:
         for name, own in total.views.items():
-            value = read_tensor(file, name)
+            value = read_tensor(file, name, tracked)
             own.copy_(value)
+            square = float(torch.linalg.vector_norm(own)) ** 2
+            norm += square
             if value.element_size() < own.element_size():
-                eps = torch.finfo(value.dtype).eps
-                expected += (ROUNDING * eps) ** 2 * float(torch.linalg.vector_norm(own)) ** 2
+                expected += (ROUNDING * torch.finfo(value.dtype).eps) ** 2 * square
     info, measured = snapshot.info, snapshot.info.measurements
     before = [d for d in measured.distances if d.sigma_rel == info.sigma_rel] if measured is not None else []
     last = max(before, key=lambda d: d.t, default=None)
     moved, share = (math.inf, 1.0) if last is None else (last.squared, 1 - (last.t / info.t) ** (info.gamma + 1))
     rounding = expected if measured is None else measured.rounding
-    found = error_after_rounding(info.inherited, rounding, expected, moved, share)
+    # What the snapshot says is of the complete tensors; this process may own a part of them.
+    part = 1.0 if tracked.members is None or measured is None else norm / measured.norm if measured.norm else 0.0
+    found = error_after_rounding(part * info.inherited, part * rounding, expected, part * moved, share)
     return found if math.isfinite(found) else 0.0

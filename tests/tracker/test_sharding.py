@@ -9,7 +9,7 @@ import pytest
 import torch
 from groups import Net, check_group, move, run_group, truth, value
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.decoding import decode_snapshot
@@ -158,3 +158,30 @@ def test_each_element_has_one_owner(kind: str, ranks: int, tmp_path: Path) -> No
             for place in (owned[name] for owned, *_ in found if name in owned)
         ]
         assert cover_problem(parameter.shape, boxes) is None
+
+
+GO_ON = f"""
+from posthoc_cli import PostHocEMA
+model = groups.spread(groups.Net(), arguments[0])
+first, last = int(arguments[1]), int(arguments[2])
+with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, resume="auto") as ema:
+    assert ema.step == first - 1
+    for step in range(first, last + 1):
+        groups.move(model, step)
+        ema.update_(model)
+"""
+
+
+@pytest.mark.parametrize(
+    ("kinds", "ranks"), [(("fsdp", "fsdp"), (3, 2)), (("fsdp", "tp"), (2, 2)), (("tp", "single"), (2, 1))]
+)
+def test_a_run_goes_on_with_another_arrangement_of_processes(
+    kinds: tuple[str, str], ranks: tuple[int, int], tmp_path: Path
+) -> None:
+    check_group(GO_ON, ranks[0], tmp_path, kinds[0], 1, 8)
+    check_group(GO_ON, ranks[1], tmp_path, kinds[1], 9, 12)
+    for width in (0.1, 0.2):
+        found = Run(tmp_path / "run").average(width, t=12)
+        exact = truth(gamma_from_sigma_rel(width), [2, 4, 6, 8, 10, 12])
+        for name, tensor in exact.items():
+            assert torch.allclose(found[name].double(), tensor, rtol=2e-6, atol=2e-6), name
