@@ -37,15 +37,14 @@ GOOD_ERROR = 5e-4
 
 
 def relative_rounding(dtype: str) -> float:
-    """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4."""
-    return ROUNDING * EPS[WORDS[check_dtype(dtype)]]
+    """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4.
 
-
-def check_dtype(dtype: str) -> str:
-    """A dtype that can be planned with, or an InvalidValueError that lists them."""
+    Raises:
+        InvalidValueError: a dtype that no plan has.
+    """
     if dtype not in ITEM_BYTES:
         raise InvalidValueError("dtype", f"must be one of {', '.join(ITEM_BYTES)}", value=f"{dtype!r}")
-    return dtype
+    return ROUNDING * EPS[WORDS[dtype]]
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ class Task:
         if self.parameters < 1:
             raise InvalidValueError("params", "must be at least 1, such as 1.2e9 or 350M", value=self.parameters)
         if self.dtype is not None:
-            check_dtype(self.dtype)
+            relative_rounding(self.dtype)
         if self.checkpoint_every is not None:
             check_interval(self.checkpoint_every, self.steps)
         profiles = 1 if self.sigma_rels is None else len(self.sigma_rels)
