@@ -39,8 +39,8 @@ logarithms are spread evenly the mean square of m in [1, 2) is 3 / (2 ln 2).
 class Distance:
     """The squared Euclidean distance between an average and another one of the same run.
 
-    `t` and `sigma_rel` are those of the other one, which may have been deleted since. It is `squared` between this
-    average, exact, and the other one, exact if of the same time, else as stored; `rounding` of it is expected from that.
+    `t` and `sigma_rel` are those of the other one, which may have been deleted since. `squared` is between this
+    average, exact, and the other one, exact if of the same time, else as stored; `rounding` of it comes from that.
     """
 
     t: float
