@@ -363,6 +363,9 @@ _PIECES = np.array([0, 1 / 64, 1 / 32, *np.arange(1, 16) / 16, 31 / 32, 63 / 64,
 _SEEN = 0.1
 """Share of a distance in such a segment from which it counts."""
 
+_FITS_WELL = 0.03
+"""Misfit of even motion, relative to the distances, below which no moment is sought in what may be rounding."""
+
 _FITS_BETTER = 0.95
 """Misfit with such a moment, relative to that of even motion, up to which it counts."""
 
@@ -393,7 +396,8 @@ def _with_moment(
     even = [walks[:, within].sum(axis=1), noises[:, within].sum(axis=1)]
     fits = [nnls(np.column_stack((*even, walks[:, piece == k].sum(axis=1))), goal) for k in range(ends.size - 1)]
     best = min(range(len(fits)), key=lambda k: float(fits[k][1]))
-    if fits[best][1] > _FITS_BETTER * nnls(np.column_stack(even), goal)[1]:
+    misfit = nnls(np.column_stack(even), goal)[1]
+    if misfit < _FITS_WELL * np.linalg.norm(goal) or fits[best][1] > _FITS_BETTER * misfit:
         return motion
     edges = np.union1d(motion.edges, ends[best : best + 2])
     walk, noise = motion.on(edges)
