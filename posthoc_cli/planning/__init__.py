@@ -16,13 +16,12 @@ from posthoc_cli.planning.curves import (
 from posthoc_cli.planning.proposals import (
     Proposal,
     Task,
-    check_dtype,
     judge,
     planning_report,
     propose,
     relative_rounding,
 )  # fmt: skip
-from posthoc_cli.planning.schedule import MOST_TIMES, Forecast, Schedule, forecast, forecast_at, listed
+from posthoc_cli.planning.schedule import Forecast, Schedule, forecast, forecast_at, listed
 from posthoc_cli.planning.thinning import (
     MOST_SOLVED,
     USEFUL_RANGE,
@@ -36,7 +35,7 @@ from posthoc_cli.planning.thinning import (
 __all__ = [
     "EVENLY",
     "MOST_SOLVED",
-    "MOST_TIMES",
+
     "USEFUL_RANGE",
     "Candidate",
     "ErrorCurve",
@@ -46,7 +45,7 @@ __all__ = [
     "Proposal",
     "Schedule",
     "Task",
-    "check_dtype",
+
     "check_sigma_range",
     "error_curve",
     "errors_after_each",

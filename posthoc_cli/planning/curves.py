@@ -194,7 +194,7 @@ def error_curve(
         points: spaced evenly in the logarithm; tracked sigma_rels are added.
         t: time of the targets; by default that of the last snapshot.
         method: the solver.
-        others: targets that are no power functions.
+        others: further targets, which are no power functions.
     """
     low, high = check_sigma_range(sigma_range)
     if isinstance(candidate, Schedule):
@@ -231,14 +231,9 @@ def error_curve(
 
 @dataclass(frozen=True)
 class ProfileFit:
-    """The profiles of a target and of its reconstruction, over training time.
+    """The profiles of a target and of its reconstruction over training time, as densities in 1 / time: [points].
 
-    Attributes:
-        title: names the target and the snapshots.
-        t_unit: of the times.
-        times: shape [points].
-        target, reconstructed: densities over `times`, in 1 / time.
-        snapshot_times, coefficients: by tracked profile; shape [snapshots of it].
+    `snapshot_times` and `coefficients` are by tracked profile; shape [snapshots of it].
     """
 
     title: str

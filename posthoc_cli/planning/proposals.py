@@ -37,15 +37,14 @@ GOOD_ERROR = 5e-4
 
 
 def relative_rounding(dtype: str) -> float:
-    """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4."""
-    return ROUNDING * EPS[WORDS[check_dtype(dtype)]]
+    """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4.
 
-
-def check_dtype(dtype: str) -> str:
-    """A dtype that can be planned with, or an InvalidValueError that lists them."""
+    Raises:
+        InvalidValueError: a dtype that no plan has.
+    """
     if dtype not in ITEM_BYTES:
         raise InvalidValueError("dtype", f"must be one of {', '.join(ITEM_BYTES)}", value=f"{dtype!r}")
-    return dtype
+    return ROUNDING * EPS[WORDS[dtype]]
 
 
 @dataclass(frozen=True)
@@ -93,10 +92,16 @@ class Task:
         if self.parameters < 1:
             raise InvalidValueError("params", "must be at least 1, such as 1.2e9 or 350M", value=self.parameters)
         if self.dtype is not None:
-            check_dtype(self.dtype)
+            relative_rounding(self.dtype)
         if self.checkpoint_every is not None:
             check_interval(self.checkpoint_every, self.steps)
-        self._check_budget()
+        profiles = 1 if self.sigma_rels is None else len(self.sigma_rels)
+        if not any(self.fits(dtype, profiles) for dtype in self.dtypes):
+            least, kept = min(map(self.snapshot_bytes, self.dtypes)) * profiles, self.max_checkpoints or 1
+            wanted = f"{kept:,} snapshot{'s' * (kept > 1)} of {profiles} profile{'s' * (profiles > 1)}"
+            needed = f"it takes {least * self._least_places:,} bytes"
+            reason = f"has no room for {wanted} and the one being written; {needed}"
+            raise InvalidValueError("max_size", reason, value=f"{self.max_bytes:,} bytes")
 
     @property
     def expected_motion(self) -> Motion:
@@ -115,35 +120,32 @@ class Task:
         """Snapshots of each profile that fit the budget."""
         return self.max_bytes // (self.snapshot_bytes(dtype) * profiles)
 
+    def kept(self, dtype: str, profiles: int) -> int:
+        """Snapshots of each profile that are kept, at most."""
+        places, kept = self.places(dtype, profiles), self.max_checkpoints or MOST_KEPT
+        if self.taken_most <= min(places, kept):
+            return self.taken_most
+        return max(1, min(kept, places - 1))
+
+    @property
     def taken_most(self) -> int:
         """The largest number of times at which snapshots are taken."""
         return self.steps // (self.checkpoint_every or 1)
 
     def fits(self, dtype: str, profiles: int) -> bool:
         """Whether the fixed values, or any, fit the budget."""
-        return self.places(dtype, profiles) >= self._least_places()
+        return self.places(dtype, profiles) >= self._least_places
 
+    @property
     def _least_places(self) -> int:
         """While a snapshot is written there is one more than is kept, unless none is ever dropped."""
-        kept, taken = self.max_checkpoints or 1, self.taken_most()
-        return taken if taken <= kept else kept + 1
+        kept = self.max_checkpoints or 1
+        return self.taken_most if self.taken_most <= kept else kept + 1
 
+    @property
     def dtypes(self) -> Sequence[str]:
         """The dtypes of the search."""
         return tuple(ITEM_BYTES) if self.dtype is None else (self.dtype,)
-
-    def _check_budget(self) -> None:
-        profiles = 1 if self.sigma_rels is None else len(self.sigma_rels)
-        if any(self.fits(dtype, profiles) for dtype in self.dtypes()):
-            return
-        least = min(self.snapshot_bytes(dtype) for dtype in self.dtypes()) * profiles
-        kept = self.max_checkpoints or 1
-        raise InvalidValueError(
-            "max_size",
-            f"has no room for {kept:,} snapshot{'s' * (kept > 1)} of {profiles} profile{'s' * (profiles > 1)} "
-            f"and the one being written; it takes {least * self._least_places():,} bytes",
-            value=f"{self.max_bytes:,} bytes",
-        )
 
 
 _PROFILES = (1, 2, 3)
@@ -172,14 +174,7 @@ _TAKEN_BY_THE_BEST = (3, 6, 8)
 
 @dataclass(frozen=True)
 class Proposal:
-    """A schedule with its costs and errors.
-
-    Attributes:
-        schedule: what to track and when to store it.
-        dtype: of snapshots.
-        nbytes: largest size of all snapshots, those just written included.
-        errors: expected over the wanted range.
-    """
+    """A schedule, the dtype of its snapshots, their largest size (with those just written), and expected errors."""
 
     schedule: Schedule
     dtype: str
@@ -196,9 +191,14 @@ class Proposal:
     @property
     def cost(self) -> tuple[float, float]:
         """The cost for training: bytes written, and averages updated a step."""
-        schedule = self.schedule
-        written = self.nbytes / _fullest(schedule) * schedule.taken * len(schedule.sigma_rels)
-        return written, len(schedule.sigma_rels) / self.update_every
+        profiles = len(self.schedule.sigma_rels)
+        written = self.nbytes / _fullest(self.schedule) * self.schedule.taken * profiles
+        return written, profiles / self.update_every
+
+    @property
+    def rank(self) -> tuple[float, float]:
+        """The smaller, the more accurate."""
+        return self.errors.worst, self.errors.median
 
     @property
     def last_step(self) -> int:
@@ -213,14 +213,12 @@ class Proposal:
     def call(self, sigma_range: tuple[float, float]) -> str:
         """The Python call that makes a tracker of this kind."""
         rels = ", ".join(f"{s!r}" for s in self.schedule.sigma_rels) + "," * (len(self.schedule.sigma_rels) == 1)
-        return (
-            "ema = PostHocEMA.from_model(\n"
-            '    model, "run/ema",\n'
-            f"    sigma_rels=({rels}), update_every={self.update_every},\n"
-            f"    checkpoint_every={self.schedule.checkpoint_every}, max_checkpoints={self.schedule.max_checkpoints},\n"
-            f'    checkpoint_dtype="{self.dtype}", sigma_range={sigma_range},\n'
-            ")"
-        )
+        return f"""ema = PostHocEMA.from_model(
+    model, "run/ema",
+    sigma_rels=({rels}), update_every={self.update_every},
+    checkpoint_every={self.schedule.checkpoint_every}, max_checkpoints={self.schedule.max_checkpoints},
+    checkpoint_dtype="{self.dtype}", sigma_range={sigma_range},
+)"""
 
     def to_dict(self) -> dict[str, Any]:
         """The proposal as data for JSON."""
@@ -261,22 +259,23 @@ def propose(task: Task) -> list[Proposal]:
     These are the best of each dtype, of one, two and three profiles, and of half the budget where none is good enough.
     """
     options = sorted(_screened(task), key=lambda option: option.order(task))
-    finalists = []
-    for index, option in enumerate(options):
-        earlier = options[:index]
-        if any(o.dtype == option.dtype for o in earlier) and any(o.profiles == option.profiles for o in earlier):
-            continue
-        finalists.append(option)
+    finalists = [
+        option
+        for index, option in enumerate(options)
+        if option.dtype not in {earlier.dtype for earlier in options[:index]}
+        or option.profiles not in {earlier.profiles for earlier in options[:index]}
+    ]
     judged = [_cheapest_or_best(task, option) for option in finalists]
     if not any(proposal.errors.worst <= task.max_error for proposal in judged):
         leader = finalists[judged.index(_best(judged))]
         judged.append(_best([_best(judged), *_judged(task, leader, _TAKEN_BY_THE_BEST)]))
-        if _fits_half(task, leader):
-            judged.append(_best(_judged(replace(task, max_bytes=task.max_bytes // 2), leader, _TAKEN)))
+        half, free = task.max_bytes // 2, task.max_checkpoints is None and task.checkpoint_every is None
+        if free and half // (task.snapshot_bytes(leader.dtype) * leader.profiles) >= 2:
+            judged.append(_best(_judged(replace(task, max_bytes=half), leader, _TAKEN)))
 
     def order(proposal: Proposal) -> tuple[float, ...]:
         good = proposal.errors.worst <= task.max_error
-        return (not good, *(proposal.cost if good else ()), *_rank(proposal))
+        return (not good, *(proposal.cost if good else ()), *proposal.rank)
 
     return _different(sorted(judged, key=order))
 
@@ -294,12 +293,8 @@ def _fullest(schedule: Schedule) -> int:
     return len(schedule.sigma_rels) * min(schedule.taken, schedule.kept + 1)
 
 
-def _rank(proposal: Proposal) -> tuple[float, float]:
-    return proposal.errors.worst, proposal.errors.median
-
-
 def _best(proposals: Sequence[Proposal]) -> Proposal:
-    return min(proposals, key=_rank)
+    return min(proposals, key=lambda proposal: proposal.rank)
 
 
 def _different(ranked: Sequence[Proposal]) -> list[Proposal]:
@@ -318,12 +313,12 @@ def _different(ranked: Sequence[Proposal]) -> list[Proposal]:
 
 @dataclass(frozen=True)
 class _Option:
+    """What to track, with `count` snapshots of each profile in screening and their approximate worst error."""
+
     sigma_rels: tuple[float, ...]
     dtype: str
     count: int
-    """Snapshots of each profile in screening."""
     screened: float
-    """Their approximate worst error."""
 
     @property
     def profiles(self) -> int:
@@ -337,11 +332,11 @@ class _Option:
 
 def _screened(task: Task) -> Iterator[_Option]:
     """The most promising profiles for each dtype and number of profiles that fit."""
-    for dtype in task.dtypes():
+    for dtype in task.dtypes:
         for tracked in _starts(task):
             if not task.fits(dtype, len(tracked[0])):
                 continue
-            kept = _kept(task, dtype, len(tracked[0]))
+            kept = task.kept(dtype, len(tracked[0]))
             for count in sorted({min(_COUNTS[0], kept), kept}):
                 errors = {sigma_rels: _screen(task, sigma_rels, dtype, count) for sigma_rels in tracked}
                 best = min(errors, key=errors.__getitem__)
@@ -384,26 +379,17 @@ def _screen(task: Task, sigma_rels: tuple[float, ...], dtype: str, kept: int) ->
     count = min(kept, _SCREENED)
     x = np.arange(1, count + 1) / count
     # Below the limit of the budget, as many are taken as are kept.
-    dense = task.taken_most() > kept == _kept(task, dtype, len(sigma_rels))
+    dense = task.taken_most > kept == task.kept(dtype, len(sigma_rels))
     times = task.steps * (1 - (1 - x) ** LATER if dense else x)
     snapshots = [PowerFunction(_gamma(s), float(t)) for t in times for s in sigma_rels]
     prior = assumed_prior(snapshots, task.rounding_of(dtype) * (count / kept) ** 0.5, task.expected_motion)
     return forecast(snapshots, prior, task.sigma_range, points=15).worst
 
 
-@lru_cache(maxsize=1024)
-def _gamma(sigma_rel: float) -> float:
-    return gamma_from_sigma_rel(sigma_rel)
+_gamma = lru_cache(maxsize=1024)(gamma_from_sigma_rel)
 
 
 # --- Finalists --------------------------------------------------------------------------------------
-
-
-def _kept(task: Task, dtype: str, profiles: int) -> int:
-    """Snapshots of each profile that are kept."""
-    taken, places = task.taken_most(), task.places(dtype, profiles)
-    kept = task.max_checkpoints or MOST_KEPT
-    return min(taken, kept) if taken <= min(places, kept) else max(1, min(kept, places - 1))
 
 
 def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
@@ -413,9 +399,8 @@ def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
         proposals = _judged(task, option, _TAKEN)
         if _best(proposals).errors.worst > task.max_error:
             return _best(proposals)
-    for count in _COUNTS:
-        if count > 4 * _kept(task, option.dtype, option.profiles):
-            break
+    most = 4 * task.kept(option.dtype, option.profiles)
+    for count in (count for count in _COUNTS if count <= most):
         proposal = judge(task, _schedule(task, option, count), option.dtype)
         if proposal.errors.worst <= task.max_error:
             return proposal
@@ -424,30 +409,25 @@ def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
 
 def _judged(task: Task, option: _Option, multiples: Sequence[int]) -> list[Proposal]:
     """Proposals that take snapshots at multiples of the number that they keep, one for each interval."""
-    kept = _kept(task, option.dtype, option.profiles)
-    places = min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
-    proposals = {}
+    kept, places = task.kept(option.dtype, option.profiles), _places(task, option)
+    different: dict[int, Schedule] = {}
     for multiple in multiples:
         schedule = _schedule(task, option, places if multiple == 1 else kept * multiple)
-        if schedule.checkpoint_every not in proposals:
-            proposals[schedule.checkpoint_every] = judge(task, schedule, option.dtype)
-    return list(proposals.values())
+        different.setdefault(schedule.checkpoint_every, schedule)
+    return [judge(task, schedule, option.dtype) for schedule in different.values()]
+
+
+def _places(task: Task, option: _Option) -> int:
+    return min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
 
 
 def _schedule(task: Task, option: _Option, count: int) -> Schedule:
     """A schedule with snapshots at about `count` times, of which it keeps as many as fit."""
-    places = min(task.places(option.dtype, option.profiles), task.max_checkpoints or MOST_KEPT)
     every = task.checkpoint_every or _round_interval(task.steps, count)
     taken = task.steps // every
-    keep = task.max_checkpoints or (taken if taken <= places else _kept(task, option.dtype, option.profiles))
+    fitting = taken if taken <= _places(task, option) else task.kept(option.dtype, option.profiles)
+    keep = task.max_checkpoints or fitting
     return Schedule(option.sigma_rels, task.steps, every, keep, task.rounding_of(option.dtype))
-
-
-def _fits_half(task: Task, option: _Option) -> bool:
-    """Whether the option fits half the budget with at least one snapshot kept, if the search may vary their number."""
-    if task.max_checkpoints is not None or task.checkpoint_every is not None:
-        return False
-    return task.max_bytes // 2 // (task.snapshot_bytes(option.dtype) * option.profiles) >= 2
 
 
 def _round_interval(steps: int, times: int) -> int:

@@ -22,7 +22,6 @@ from posthoc_cli.profiles.others import (
     sigma_rel_from_classical_beta,
 )  # fmt: skip
 from posthoc_cli.profiles.power import (
-    SHORTEST_SIGMA_REL,
     UNIFORM_SIGMA_REL,
     FloatArray,
     PowerFunction,
@@ -35,7 +34,7 @@ from posthoc_cli.profiles.power import (
 )  # fmt: skip
 
 __all__ = [
-    "SHORTEST_SIGMA_REL", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Conversion", "FloatArray",
+    "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Conversion", "FloatArray",
     "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow", "Table", "Tabulated", "Uniform",
     "check_sigma_rel", "classical_beta", "convert", "gamma_from_sigma_rel", "mean_age", "new_value_share", "read_table",
     "sigma_rel_from_classical_beta", "sigma_rel_from_gamma", "try_profile",

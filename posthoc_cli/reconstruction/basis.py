@@ -36,11 +36,7 @@ class StoredFunctions(ABC):
     time. With u = s / edge_k+1, f_g = u**p_g / n_g is a power scaled to norm 1; the functions
     e_j = sum_g f_g V_gj / sqrt(lambda_j) are orthonormal, where lambda and V are eigenvalues and eigenvectors of the
     Gram matrix of the f. Directions of zero norm up to rounding (nearly equal exponents, very narrow intervals) are
-    left out.
-
-    Arguments:
-        exponents: p, of all terms: shape [G].
-        edges: growing, the first may be 0: shape [K + 1].
+    left out. `exponents` are all p, [G]; `edges` grow, the first may be 0, [K + 1].
     """
 
     def __init__(self, exponents: FloatArray, edges: FloatArray) -> None:
@@ -145,7 +141,7 @@ _BISECTIONS = 100
 
 @dataclass(frozen=True)
 class Nodes:
-    """Points and weights of a quadrature over all intervals, [M] each, and the interval that each point is in."""
+    """Points and weights of a quadrature over all intervals, and the interval that each point is in: [M] each."""
 
     points: FloatArray
     weights: FloatArray

@@ -52,12 +52,9 @@ class Goals:
 
 
 class MinimumVariance:
-    """Expected errors of averages made of one set of snapshots. Coefficients have the shape [n, targets].
+    """Expected errors, at `t`, of averages made of stored ones. Coefficients have the shape [n, targets].
 
-    Arguments:
-        snapshots: profiles of the stored averages, all at or before `t`; mass before the first update sits on it.
-        prior: of these snapshots, in the same order.
-        t: time of the targets.
+    The profiles are at or before `t`, with their mass before the first update on it, in the order of the prior.
     """
 
     def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
@@ -152,7 +149,7 @@ class MinimumVariance:
 
 @dataclass(frozen=True)
 class _Integral:
-    """An integral over intervals of many updates. `root`: of the weight in each interval, [K].
+    """An integral over intervals of many updates, with the roots of their weights, [K].
 
     `most` limits a norm: that of noise at a point would be infinite.
     """
@@ -177,10 +174,8 @@ class _Integral:
 
 @dataclass(frozen=True)
 class _Sum:
-    """A sum over the updates of intervals that have few. `root`: of the variance at each of them, [M].
-
-    `values` are those of profiles at these updates: shape [M, n].
-    """
+    """A sum over the updates of intervals that have few, with the roots of their variances, [M], and the profiles'
+    values at them, [M, n]."""
 
     root: FloatArray
     values: Callable[[Sequence[Profile]], FloatArray]

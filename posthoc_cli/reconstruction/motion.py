@@ -42,8 +42,8 @@ class Cells:
     Attributes:
         edges: of the intervals, growing: shape [K + 1].
         density: steps per unit of time within each interval; 0 where its updates are listed instead: shape [K].
-        before, after: times of the update before each listed one, and of itself: shape [M].
-        interval: index of the interval of each listed update: shape [M].
+        before, after, interval: of each listed update, times of the one before and of itself, and the index of its
+            interval: shape [M].
         stride: steps between updates.
     """
 
@@ -221,8 +221,7 @@ def fit_motion(
     Arguments:
         start: time of the first update.
         times: snapshot times after `start`, which bound the segments.
-        distances: at least one, none of them `alike`. Noise is fitted with enough of them: of two profiles, or over
-            two intervals.
+        distances: at least one, none of them `alike`. Noise is fitted with enough of them.
         steps: of the run; None if unknown.
         known: an earlier estimate, from snapshots that may be gone. It stays where no distance tells more.
     """
@@ -250,12 +249,8 @@ def _solve(influence: FloatArray, rounding: FloatArray, anchors: FloatArray, seg
     """The unknowns of the segments, of the walk or of walk and noise: shape [unknowns]; 0 without motion.
 
     With x = exp(u), a residual (x - y)^2 / (x y) is 2 cosh(u - log y) - 2, smooth in u, so that a quasi-Newton method
-    finds the minimum even if the motion changes by many orders of magnitude between segments.
-
-    Arguments:
-        influence: of each unknown on each distance, relative to it: shape [distances, unknowns].
-        rounding: the share of rounding in each distance.
-        anchors: earlier estimates of the unknowns; nan for none.
+    finds the minimum even if the motion changes by many orders of magnitude between segments. `influence`, [distances,
+    unknowns], and `rounding` are relative to the distances; `anchors` are earlier estimates, nan for none.
     """
     from scipy.optimize import minimize  # slow to import, and a plan does not need it
 
@@ -368,6 +363,9 @@ _PIECES = np.array([0, 1 / 64, 1 / 32, *np.arange(1, 16) / 16, 31 / 32, 63 / 64,
 _SEEN = 0.1
 """Share of a distance in such a segment from which it counts."""
 
+_FITS_WELL = 0.03
+"""Misfit of even motion, relative to the distances, below which no moment is sought in what may be rounding."""
+
 _FITS_BETTER = 0.95
 """Misfit with such a moment, relative to that of even motion, up to which it counts."""
 
@@ -398,7 +396,8 @@ def _with_moment(
     even = [walks[:, within].sum(axis=1), noises[:, within].sum(axis=1)]
     fits = [nnls(np.column_stack((*even, walks[:, piece == k].sum(axis=1))), goal) for k in range(ends.size - 1)]
     best = min(range(len(fits)), key=lambda k: float(fits[k][1]))
-    if fits[best][1] > _FITS_BETTER * nnls(np.column_stack(even), goal)[1]:
+    misfit = nnls(np.column_stack(even), goal)[1]
+    if misfit < _FITS_WELL * np.linalg.norm(goal) or fits[best][1] > _FITS_BETTER * misfit:
         return motion
     edges = np.union1d(motion.edges, ends[best : best + 2])
     walk, noise = motion.on(edges)

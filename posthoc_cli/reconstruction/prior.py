@@ -39,10 +39,8 @@ logarithms are spread evenly the mean square of m in [1, 2) is 3 / (2 ln 2).
 class Distance:
     """The squared Euclidean distance between an average and another one of the same run.
 
-    Attributes:
-        t, sigma_rel: of the other one; it may have been deleted since.
-        squared: between this average, exact, and the other one, exact if of the same time, else as stored.
-        rounding: the share of `squared` expected from rounding: the squared rounding errors of the stored copies.
+    `t` and `sigma_rel` are those of the other one, which may have been deleted since. `squared` is between this
+    average, exact, and the other one, exact if of the same time, else as stored; `rounding` of it comes from that.
     """
 
     t: float
@@ -76,7 +74,6 @@ class StoredAverage:
     """A stored average and its measurements.
 
     Attributes:
-        profile: as recorded.
         updates: number of updates in it.
         eps: distance from 1 to the next number of the accumulator's dtype.
         measurements: None where it has none.
@@ -130,10 +127,9 @@ class Prior:
 
 
 def assumed_prior(snapshots: Sequence[PowerFunction], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
-    """The prior of a plan, or without measurements: weights of norm 1.
+    """The prior of a plan, or without measurements, relative to the norm.
 
-    `rounding` is the root mean square error of a stored copy, `motion` by default an even walk, both relative to the
-    norm.
+    `rounding` is the root mean square error of a stored copy, `motion` by default an even walk.
     """
     ones = np.ones(len(snapshots))
     if motion is None:
@@ -286,18 +282,13 @@ def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray
 
 
 def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
-    """Expected squared error of an average that resumes from its stored copy, after an earlier error.
+    """Expected squared error of an average that resumes from its stored copy, after an earlier squared `error`.
 
     A copy lies on the values of the storage dtype, so that the next rounding depends only on the displacement from
-    there: `share` times the average's lag, of which the same share is forgotten. Two consecutive displacements differ
-    by 2 share times their square; where that is small, errors have one sign and add up.
-
-    Arguments:
-        error: expected squared error before.
-        rounding: squared rounding error of the stored copy.
-        spread: the expectation of `rounding` for values anywhere between those of the storage dtype.
-        moved: squared distance from the copy of the last resume.
-        share: of the values since then in the average.
+    there: `share` (of the values since the last resume) times the average's lag, of which the same share is forgotten.
+    Two consecutive displacements differ by 2 share times their square; where that is small, errors have one sign and
+    add up. `rounding` is squared, `spread` its expectation for values anywhere between those of the storage dtype;
+    `moved` is the squared distance from the copy of the last resume.
     """
     correlation = float(_correlation(np.array([2 * share * moved / spread]))[0]) if spread > 0 else 0.0
     return error + rounding + 2 * correlation * float(np.sqrt(error * rounding))

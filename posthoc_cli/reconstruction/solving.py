@@ -30,14 +30,12 @@ METHODS = ("minvar", "paper")
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """Coefficients for one or several targets.
+    """Coefficients for targets, under the prior of the snapshots.
 
     Attributes:
         coefficients: shape [snapshots, targets]; each column sums to 1.
-        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure. Values below 1e-7 are
-            rounding.
-        predicted_error: shape [targets]; expected relative L2 error of the weights under the prior (see `minvar`).
-        prior: of the snapshots.
+        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure, 1e-7 for rounding.
+        predicted_error: shape [targets]; expected relative L2 error of the weights (see `minvar`).
     """
 
     coefficients: FloatArray

@@ -21,7 +21,7 @@ from pathlib import Path
 import filelock
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, LockedError, printable
+from posthoc_cli.errors import FileFormatError, LockedError, WriteError, printable
 from posthoc_cli.snapshots.reader import read_small_file
 
 log = logging.getLogger(__name__)
@@ -46,6 +46,8 @@ class DirectoryLock:
         with files.reported_as_write_error(directory):
             # Not filelock's substitute, a file that exists or not: it would survive a crash.
             path = directory / LOCK_NAME
+            if path.is_file() and path.stat().st_size:  # releases of filelock for Python 3.10 would empty it
+                raise WriteError(path, "is not a lock: it has content", "move it away")
             self._lock = filelock.FileLock(path, blocking=False, is_singleton=False, fallback_to_soft=False)
             try:
                 self._lock.acquire()

@@ -382,7 +382,7 @@ class ModelWatch:
             [*map(len, self._contents)],
             [*chain.from_iterable(self._filled)],
             [*map(id, chain.from_iterable(map(dict.values, self._filled)))],
-            [p.data_ptr() for p in tensors],
+            [p.data_ptr() for p in tensors if p.layout == torch.strided],
             [p.requires_grad for p in tensors],
             [p.dtype for p in tensors],
             [p.shape for p in tensors],

@@ -142,15 +142,6 @@ def test_before_the_first_snapshot_the_network_moves_less_and_less() -> None:
     np.testing.assert_allclose(first[1:] / first[:-1], 2**-0.5, rtol=1e-9)
 
 
-def test_many_snapshot_times_share_segments() -> None:
-    times = [float(t) for t in range(10, 2001, 10)]
-    walk = Motion(np.array([START, 2000.0]), np.ones(1), np.zeros(1))
-    found = fit_motion(START, times, neighbours(times[-4:], (0.1,), walk))
-    assert sum(edge in times for edge in found.edges) == MOST_SEGMENTS
-    assert (found.edges[0], found.edges[-1]) == (START, 2000.0)
-    np.testing.assert_allclose(found.walk[-1], 1.0, rtol=0.1)
-
-
 def test_a_distance_of_averages_from_before_the_training_is_no_motion() -> None:
     found = fit_motion(START, [10.0, 20.0], [PairDistance(PowerFunction(5.0, 1.0), PowerFunction(3.0, 0.5), 1.0, 0.0)])
     assert (found.edges[0], found.edges[-1]) == (START, 20.0)

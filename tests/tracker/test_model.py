@@ -215,9 +215,9 @@ def test_afterwards_everything_is_as_it_was(tmp_path: Path, body: str, dtype: st
 def test_a_buffer_whose_elements_share_memory_is_no_trouble(tmp_path: Path, persistent: bool) -> None:
     model = torch.nn.Linear(2, 2)
     model.register_buffer("wide", torch.full((1,), 0.0 if persistent else torch.nan).expand(4), persistent=persistent)
+    model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
     tracker = PostHocEMA.from_model(model, tmp_path, update_every=1)
     tracker.update_(model)
-    model.register_buffer("adjacency", torch.eye(3).to_sparse(), persistent=False)
     with tracker.model(model, sigma_rel=0.28):
         pass
     assert model.training
