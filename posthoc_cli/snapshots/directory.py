@@ -141,13 +141,18 @@ def inspect_directory(directory: Path) -> Inspection:
     listing = list_directory(directory)
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
+    apart: list[str] = []
     incomplete: dict[Path, str] = {}
     cache = DecodeCache()
     for path in listing.files:
         try:
             header = read_header(path, cache)
             if file_kind(header) not in (None, "output", "state"):
-                snapshots.append(_whole(path, header, decode_snapshot(path, header, cache)))
+                info = decode_snapshot(path, header, cache)
+                if info.part is None:
+                    snapshots.append(Snapshot(path, header, info))
+                else:
+                    apart.append(f"{path.name}: is a part of a snapshot, outside the folder of the others; not read")
         except FileFormatError as error:
             if not files.is_gone(path):  # else a writer has thinned it away
                 problems.append(error)
@@ -165,15 +170,9 @@ def inspect_directory(directory: Path) -> Inspection:
     snapshots.sort(key=time_order)
     problems += contradictions(snapshots)
     notes = [f"{folder.name}/: has {there}" for folder, there in incomplete.items()]
-    return Inspection(listing, tuple(snapshots), tuple(problems), (*missing_at_newest(snapshots), *notes), incomplete)
-
-
-def _whole(path: Path, header: fmt.FileHeader, info: fmt.SnapshotInfo) -> Snapshot:
-    if info.part is not None:
-        number, parts = info.part
-        hint = f"move it to {snapshot_path(path.parent, info.t, info.sigma_rel, info.part).parent}, to the others"
-        raise FileFormatError(path, f"is part {number} of {parts} of a snapshot, outside its folder", hint)
-    return Snapshot(path, header, info)
+    return Inspection(
+        listing, tuple(snapshots), tuple(problems), (*missing_at_newest(snapshots), *apart, *notes), incomplete
+    )
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -214,6 +213,8 @@ def read_directory(directory: Path) -> list[Snapshot]:
         folder, there = next(iter(incomplete.items()))
         hint = "all processes of a training write to one directory, on a file system that they share"
         raise DirectoryError(directory, f"no complete snapshots here; {folder.name}/ has {there}", hint)
+    if is_parts_folder(directory):
+        raise DirectoryError(directory, "holds the parts of one snapshot", WANTED)
     others = [path.name for path in list_directory(directory).entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
     what = f"; {others[0]} is not a snapshot of this package" if others else ""
     raise DirectoryError(directory, f"no snapshots here{what}", WANTED)
