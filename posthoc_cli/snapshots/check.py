@@ -220,7 +220,8 @@ def _list_directory(directory: Path) -> Contents:
     sharded = {path for unit in units for path in unit.files}
     units += [Unit(path, {path: ()}) for path in listing.files if path not in sharded]
     incomplete: dict[Path, str] = {}
-    parted, caches = [], defaultdict(DecodeCache)
+    parted: list[Path] = []
+    caches: dict[str, DecodeCache] = defaultdict(DecodeCache)
     for folder in listing.folders:
         found_there: Snapshot | str | None = None
         with suppress(FileFormatError, MismatchError):  # told when the parts are read

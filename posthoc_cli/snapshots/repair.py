@@ -1,6 +1,7 @@
 """Set aside broken files of a snapshot directory, and delete what interrupted writes have left; only without a writer.
 
-Only temporaries, and folders without all parts of a snapshot, are deleted. A broken file keeps its name in the folder `quarantine`.
+Only temporaries, and folders without all parts of a snapshot, are deleted. A broken file keeps its name in the folder
+`quarantine`.
 """
 
 from __future__ import annotations
