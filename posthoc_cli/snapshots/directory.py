@@ -251,8 +251,12 @@ def part_files(folder: Path) -> list[Path]:
 
 
 def is_parts_folder(path: Path) -> bool:
-    """Whether a path is a folder with parts of a snapshot, by their names."""
-    return path.is_dir() and any(PART_NAME.fullmatch(file.name) for file in part_files(path))
+    """Whether a path is a folder of parts of one snapshot, by their names: no directory in which one strayed."""
+    if not path.is_dir() or path.is_symlink():
+        return False
+    listing = list_directory(path)
+    named = [PART_NAME.fullmatch(file.name) is not None for file in listing.files]
+    return bool(named) and all(named) and not listing.folders
 
 
 def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
