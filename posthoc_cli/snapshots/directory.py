@@ -355,7 +355,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
             if meeting is None:
                 raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
             both = f"{meeting[0].path} and {meeting[1].path}"
-            raise MismatchError(both, f"tensor {shown(name)}: {problem}")
+            raise MismatchError(both, f"tensor {shown(name)}: both hold some of its elements")
     entries = fmt.lay_out([fmt.TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items()])
     joined = "".join(part.header.metadata["ema.checksum"] for part in made)
     metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(joined.encode())}
