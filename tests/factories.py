@@ -6,6 +6,7 @@ The averages here are NumPy float64 straight from the formulas, never this packa
 from __future__ import annotations
 
 import errno
+import itertools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 
 from posthoc_cli.profiles import Profile
-from posthoc_cli.reconstruction import MinimumVariance
+from posthoc_cli.reconstruction import Measurements, MinimumVariance
+from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
@@ -117,6 +119,62 @@ def write_snapshot(
     path = snapshot_path(directory, info.t, info.sigma_rel) if name is None else directory / name
     write_tensors(path, values, snapshot_metadata(info), overwrite=False)
     return path
+
+
+def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ...]] | None = None) -> Path:
+    """Replace a snapshot by a folder of parts, as several processes write them; returns the folder.
+
+    A tensor is cut along its first dimension as `torch.chunk` does, or into a grid of `grids`; its chunks belong to the
+    first parts, in order, without those that have no elements. The first part has all of the measurements.
+    """
+    info, values = read_snapshot(path).info, load_file(path)
+    folder = path.with_name(path.name.removesuffix(".safetensors"))
+    held: list[dict[str, tuple[torch.Tensor, Chunk]]] = [{} for _ in range(parts)]
+    for name, value in values.items():
+        for number, (offset, piece) in enumerate(cut(value, (grids or {}).get(name, (parts,)))):
+            held[number][name] = (piece, Chunk(tuple(value.shape), offset))
+    measured = info.measurements
+    nothing = measured and Measurements(
+        0.0, 0.0, tuple(replace(one, squared=0.0, rounding=0.0) for one in measured.distances), measured.weights and 0.0
+    )
+    for number, own in enumerate(held, 1):
+        first = number == 1
+        part = replace(
+            info,
+            tensors={name: info.tensors[name] for name in own},
+            aliases={alias: name for alias, name in info.aliases.items() if name in own},
+            inherited=info.inherited if first else 0.0,
+            measurements=measured if first else nothing,
+            motion=info.motion if first else None,
+            part=(number, parts),
+            chunks={name: chunk for name, (_, chunk) in own.items()},
+            mesh={"shape": [parts], "names": None},
+        )
+        file = snapshot_path(path.parent, info.t, info.sigma_rel, (number, parts))
+        assert file.parent == folder
+        folder.mkdir(exist_ok=True)
+        write_tensors(file, {n: v.contiguous() for n, (v, _) in own.items()}, snapshot_metadata(part), overwrite=False)
+    path.unlink()
+    return folder
+
+
+def cut(value: torch.Tensor, grid: tuple[int, ...]) -> list[tuple[tuple[int, ...], torch.Tensor]]:
+    """The cells of a grid that have elements, each with the place of its first one; all of a tensor without any."""
+    cells = [((), value)]
+    for axis, count in enumerate(grid[: value.dim()]):
+        cells = [
+            ((*offset, begin), piece)
+            for offset, cell in cells
+            for piece, begin in zip(*_pieces(cell, count, axis), strict=True)
+        ]
+    missing = value.dim() - len(grid)
+    placed = [((*offset, *(0,) * missing), piece) for offset, piece in cells]
+    return [one for one in placed if one[1].numel()] or [((0,) * value.dim(), value)]
+
+
+def _pieces(value: torch.Tensor, count: int, axis: int) -> tuple[list[torch.Tensor], list[int]]:
+    pieces = list(torch.chunk(value, count, axis))
+    return pieces, [0, *itertools.accumulate(piece.shape[axis] for piece in pieces)][:-1]
 
 
 def write_sharded(folder: Path, info: SnapshotInfo, parts: Sequence[Mapping[str, torch.Tensor]]) -> Path:

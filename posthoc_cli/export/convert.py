@@ -25,6 +25,7 @@ from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, PICKLES, layout_of, o
 from posthoc_cli.export.sinks import OTHER_FOLDER, make_sink
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.format import SUFFIX, TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import (
@@ -37,7 +38,7 @@ from posthoc_cli.snapshots.outputs import (
     models_at,
     output_metadata,
 )
-from posthoc_cli.snapshots.reader import TensorFile, read_header
+from posthoc_cli.snapshots.reader import OpenSnapshot, PartedFile, TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.synthesis.engine import Options
 
@@ -87,7 +88,7 @@ def export_file(
 
     Arguments:
         source: an output of a synthesis, a snapshot (exported in the model's own dtypes) or any safetensors file; or
-            shards of one of these: their index, or its folder; or a folder of several outputs.
+            shards or parts of one of these: their index, or its folder; or a folder of several outputs.
         out: the output, whose name decides the layout unless `layout` does; a folder for several.
         dtype: of all floating-point tensors but copies; None keeps each one's own.
         base: a safetensors file, an index of shards, or a folder of one of these, whose further tensors complete the
@@ -147,7 +148,7 @@ def _outputs_in(folder: Path, sources: Sequence[Path], layout: str | None, overw
 class _PlannedTensor:
     """A tensor of an input, with the dtype that it will have; its role is "average", "copy" or, if unknown, "other"."""
 
-    file: TensorFile
+    file: OpenSnapshot
     name: str
     dtype: str
     role: str
@@ -190,7 +191,9 @@ def _read_source(
     return tensors, found[0][1] if found else None
 
 
-def _read_file(file: TensorFile, model: str, dtype: str | None) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
+def _read_file(
+    file: OpenSnapshot, model: str, dtype: str | None
+) -> tuple[dict[str, _PlannedTensor], OutputInfo | None]:
     """The tensors of one file, under all their names, and its metadata; `model` is the name of the source."""
     kind, entries, info = file_kind(file.header), file.header.tensors, None
     if kind is None:
@@ -200,7 +203,9 @@ def _read_file(file: TensorFile, model: str, dtype: str | None) -> tuple[dict[st
         roles = {name: "copy" if name in info.copies else "average" for name in entries}
         found = [(name, name, entry.dtype, roles[name]) for name, entry in entries.items()]
     elif kind == "snapshot":
-        snapshot = decode_snapshot(file.path, file.header)
+        snapshot = file.info if isinstance(file, PartedFile) else decode_snapshot(file.path, file.header)
+        if snapshot.part is not None:
+            raise FileFormatError(file.path, "is a part of a snapshot", "export the folder of all its parts")
         names = {name: name for name in snapshot.tensors} | snapshot.aliases
         found = [(n, own, snapshot.tensors[own].dtype, snapshot.tensors[own].role) for n, own in names.items()]
         info = OutputInfo(
@@ -214,7 +219,7 @@ def _read_file(file: TensorFile, model: str, dtype: str | None) -> tuple[dict[st
     return {n: _planned(file, own, stored, role, dtype) for n, own, stored, role in found}, info
 
 
-def _planned(file: TensorFile, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
+def _planned(file: OpenSnapshot, name: str, own: str, role: str, dtype: str | None) -> _PlannedTensor:
     return _PlannedTensor(file, name, own if role == "copy" or own not in EPS else dtype or own, role)
 
 
@@ -251,10 +256,15 @@ def _read_base(
     return tensors
 
 
-def _open_model(stack: ExitStack, path: Path) -> list[TensorFile]:
+def _open_model(stack: ExitStack, path: Path) -> list[OpenSnapshot]:
     """The files of a model, opened; each holds what the index says, if there is one."""
-    opened = []
+    opened: list[OpenSnapshot] = []
+    if is_parts_folder(path):
+        opened.append(read_snapshot(path).open())
+        stack.callback(opened[-1].close)
+        return opened
     for file_path, names in model_files(path).items():
-        opened.append(stack.enter_context(TensorFile(file_path)))
+        opened.append(TensorFile(file_path))
+        stack.callback(opened[-1].close)
         check_indexed(file_path, opened[-1].header, names)
     return opened

@@ -16,6 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError
+from posthoc_cli.snapshots.directory import PART_NAME
 from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, SINGLE_NAME, encode_index, read_index
@@ -50,7 +51,11 @@ def check_no_snapshot(path: Path) -> None:
     """Check that neither a file, nor what a new model in that folder would replace, is a snapshot: none is replaced."""
     found = [path]
     if path.is_dir():
-        found = [file for file in files.system.list(path) if MODEL_FILE.fullmatch(file.name)]
+        found = [
+            file
+            for file in files.system.list(path)
+            if MODEL_FILE.fullmatch(file.name) or PART_NAME.fullmatch(file.name)
+        ]
         with suppress(FileFormatError):
             found += [path / name for name in read_index(path / INDEX_NAME)]
     for file in found:

@@ -9,6 +9,7 @@ import errno
 import os
 import threading
 import time
+from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import closing, suppress
@@ -18,12 +19,31 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, MismatchError, VanishedError, shown
+from posthoc_cli.errors import (
+    DirectoryError,
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    PostHocError,
+    VanishedError,
+    shown,
+)
 from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.directory import PICKLES, QUARANTINE, SUPERSEDED, Listing, list_directory, time_order
-from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.directory import (
+    PICKLES,
+    QUARANTINE,
+    SUPERSEDED,
+    Listing,
+    is_parts_folder,
+    is_snapshot_name,
+    list_directory,
+    part_files,
+    read_folder,
+    time_order,
+)
+from posthoc_cli.snapshots.headers import DecodeCache, file_kind
 from posthoc_cli.snapshots.measurements import Progress, compare_measurements, run_clock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, OutputInfo, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, check_payload, in_order, read_header, worker_threads
@@ -56,9 +76,10 @@ _UNITS_AT_A_TIME = 3
 class FileReport:
     """What was found in a file; `is_fine` if nothing is wrong.
 
-    `unit` is what is moved if it is broken: the file, or the folder of a sharded model. `what` describes it in a few
+    `unit` is what is moved if it is broken: the file, or the folder of a model in several. `what` describes it in a few
     words, `kind` is "snapshot", "output", "state" or None. `detail` says why it is in its `state`; `notes` are unusual
-    and not wrong. The rest is what a valid header says: `averages` must be finite; a snapshot is one of the directory.
+    and not wrong. The rest is what a valid header says: `averages` must be finite; a snapshot is one of the directory,
+    and is in the report of one of its parts, a broken one if there is one.
     """
 
     path: Path
@@ -148,13 +169,14 @@ class Verification:
 class Unit:
     """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
 
-    `path` is what is moved if it is broken.
+    Or the parts of a snapshot. `path` is what is moved if it is broken.
     """
 
     path: Path
     files: Mapping[Path, Collection[str]]
     index: Path | None = None
     superseded: bool = False
+    has_parts: bool = False
 
 
 @dataclass(frozen=True)
@@ -180,6 +202,8 @@ class Contents:
 
 def list_contents(path: Path) -> Contents:
     """List what there is to verify in a directory or a file: a DirectoryError if nothing. Reads indexes only."""
+    if is_parts_folder(path):
+        return Contents(path, True, (_parts(path),), tuple(list_directory(path).leftovers))
     if path.is_dir():
         return _list_directory(path)
     if not os.path.lexists(path):
@@ -195,9 +219,22 @@ def _list_directory(directory: Path) -> Contents:
     units = [_shards(folder / INDEX_NAME) for folder in (directory, *folders) if _has_index(folder)]
     sharded = {path for unit in units for path in unit.files}
     units += [Unit(path, {path: ()}) for path in listing.files if path not in sharded]
+    incomplete: dict[Path, str] = {}
+    parted: list[Path] = []
+    caches: dict[str, DecodeCache] = defaultdict(DecodeCache)
+    for folder in listing.folders:
+        found_there: Snapshot | str | None = None
+        with suppress(FileFormatError, MismatchError):  # told when the parts are read
+            found_there = read_folder(folder, caches)
+        if found_there and isinstance(found_there, str):
+            incomplete[folder] = found_there
+        elif found_there != "":
+            parted.append(folder)
+    units += [_parts(folder) for folder in parted]
     units.sort(key=lambda unit: unit.index or unit.path)
+    notes += [f"{folder.name}/: has {there}" for folder, there in incomplete.items()]
     aside, listed = directory / SUPERSEDED, [listing]
-    for folder in (aside, *folders, directory / QUARANTINE):
+    for folder in (aside, *folders, *parted, directory / QUARANTINE):
         found = Listing(folder, ())
         try:
             if not folder.is_symlink():  # a link would lead out of the directory
@@ -209,7 +246,8 @@ def _list_directory(directory: Path) -> Contents:
                 notes.append(f"{SUPERSEDED}/ cannot be read")
         listed.append(found)
     units += [Unit(path, {path: ()}, superseded=True) for path in listed[1].files]
-    leftovers = sorted(path for one in listed[:-1] for path in one.leftovers)
+    units += [replace(_parts(path), superseded=True) for path in listed[1].folders]
+    leftovers = sorted([*incomplete, *(path for one in listed[:-1] for path in one.leftovers)])
     quarantined = len(listed[-1].entries)
     count = len(listing.pickles)
     if not (units or leftovers or quarantined):
@@ -226,6 +264,10 @@ def _has_index(folder: Path) -> bool:
     with suppress(OSError):  # no permission, or a name too long
         return (folder / INDEX_NAME).is_file()
     return False
+
+
+def _parts(folder: Path) -> Unit:
+    return Unit(folder, dict.fromkeys(part_files(folder), ()), has_parts=True)
 
 
 def _shards(index: Path) -> Unit:
@@ -289,7 +331,9 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
     return replace(
         found,
         files=tuple(
-            replace(report, state=MISMEASURED, detail=wrong[report.path]) if report.path in wrong else report
+            replace(report, state=MISMEASURED, detail=wrong[report.snapshot.path])
+            if report.snapshot is not None and report.snapshot.path in wrong
+            else report
             for report in found.files
         ),
         problems=(*found.problems, *problems),
@@ -333,6 +377,8 @@ def _read_unit(unit: Unit, progress: Progress) -> list[FileReport]:
         return _shard_reports(unit, unit.index, read, there)
     if unit.superseded:
         return [replace(report, what=f"superseded {report.what}", snapshot=None) for report in there]
+    if unit.has_parts:
+        return _part_reports(unit, there) if len(there) == len(read) else []  # else it is being thinned away
     return there
 
 
@@ -366,7 +412,7 @@ def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
     if nonfinite:
         what, more = "tensor" if report.kind is None else "copy", _and_more(len(nonfinite) - 1, "tensor")
         notes.append(f"{what} {shown(next(iter(nonfinite)))} holds nan or infinity{more}")
-    if info and _is_snapshot_name(path) and path != directories.snapshot_path(path.parent, info.t, info.sigma_rel):
+    if info and is_snapshot_name(path) and path != directories.snapshot_path(path.parent, info.t, info.sigma_rel):
         notes.append(f"its name differs: it holds sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}")
     return replace(report, state=UNCHECKED if report.kind is None else INTACT, notes=tuple(notes))
 
@@ -389,8 +435,10 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
         averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
         return replace(report, what=f"state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
     info = decode_snapshot(path, header)
-    what = f"snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
-    snapshot, averages = Snapshot(path, header, info), frozenset(info.averages)
+    part = "" if info.part is None else "part {} of {} of ".format(*info.part)
+    what = f"{part}snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
+    snapshot = None if part else Snapshot(path, header, info)
+    averages = frozenset(info.averages)
     return replace(report, what=what, run_id=info.run_id, snapshot=snapshot, averages=averages)
 
 
@@ -403,7 +451,7 @@ def _fault(error: FileFormatError) -> tuple[str, str]:
 def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
     """The report of a file that cannot be read, with what its header says if that is valid, or else its name."""
     state, detail = _fault(error)
-    if _is_snapshot_name(report.path):
+    if is_snapshot_name(report.unit):
         report = replace(report, what="snapshot, by its name", kind="snapshot")
     with suppress(FileFormatError):
         header = read_header(report.path, whole=False)
@@ -417,15 +465,6 @@ def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
     return replace(report, state=state, detail=detail)
 
 
-def _is_snapshot_name(path: Path) -> bool:
-    """Whether a name has the form that `snapshot_path` gives."""
-    t, dash, sigma_rel = path.name.removesuffix(fmt.SUFFIX).partition("-")
-    try:
-        return bool(dash) and directories.snapshot_path(path.parent, float(t), float(sigma_rel)) == path
-    except (ValueError, ArithmeticError):
-        return False
-
-
 def _output_words(output: OutputInfo) -> str:
     return f"output {_shortened(output.profile)} at t = {output.t:,.12g}"
 
@@ -436,6 +475,26 @@ def _shortened(text: str) -> str:
 
 def _and_more(count: int, what: str) -> str:
     return f" (and {count:,} {what}{'s' * (count > 1)} more)" if count else ""
+
+
+# --- the parts of a snapshot
+
+
+def _part_reports(unit: Unit, there: Sequence[FileReport]) -> list[FileReport]:
+    """The reports of the parts; the snapshot, or what is wrong between them, is in that of one."""
+    place = next((index for index, report in enumerate(there) if not report.is_fine), 0)
+    reports = list(there)
+    try:
+        found = read_folder(unit.path)
+    except PostHocError as error:
+        if reports[place].is_fine:  # else the cause has a line of its own
+            detail = str(error).replace(f"{unit.path}{os.sep}", "").removeprefix(f"{unit.path}: ")
+            reports[place] = replace(reports[place], state=MISMATCHED, detail=detail)
+        return reports
+    if isinstance(found, Snapshot):
+        reports[place] = replace(reports[place], snapshot=found)
+        return reports
+    return [FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {found}"), *reports]
 
 
 # --- an index against its shards

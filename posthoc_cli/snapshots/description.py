@@ -14,7 +14,7 @@ from typing import Any
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.directory import inspect_directory
+from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.format import FileHeader, by_segment
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
@@ -34,14 +34,16 @@ def describe(path: Path) -> Description:
     """
     if not path.is_dir():
         return describe_model(path)
+    if is_parts_folder(path):
+        return _describe_snapshot(read_snapshot(path))
     found = inspect_directory(path)
-    if found.snapshots or found.problems:
+    if found.snapshots or found.problems or found.incomplete:
         return {
             "kind": "directory",
             "path": str(path),
             **(_describe_run(found.snapshots) if found.snapshots else {}),
             "superseded": found.superseded,
-            "leftovers": [leftover.name for leftover in found.listing.leftovers],
+            "leftovers": [leftover.name for leftover in (*found.listing.leftovers, *found.incomplete)],
             "notes": list(found.notes),
             "problems": [str(problem) for problem in found.problems],
         }
@@ -97,6 +99,7 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         "schedule": vars(newest.schedule),
         **_describe_tensors(snapshots[-1]),
         "snapshots": len(snapshots),
+        **_describe_parts(snapshots[-1]),
         **({"segments": len(by_segment(snapshots))} if newest.segment else {}),
         "measured": sum(snapshot.info.measurements is not None for snapshot in snapshots),
         "bytes": sum(snapshot.header.file_bytes for snapshot in snapshots),
@@ -135,9 +138,16 @@ def _describe_snapshot(snapshot: Snapshot) -> Description:
         **_values("snapshot", snapshot.path, info, fields),
         "schedule": vars(info.schedule),
         "measurements": measurements,
+        **_describe_parts(snapshot),
         **_describe_tensors(snapshot),
         "bytes": snapshot.header.file_bytes,
     }
+
+
+def _describe_parts(snapshot: Snapshot) -> Description:
+    info = snapshot.info
+    count = {"part": "{}/{}".format(*info.part)} if info.part else {"parts": len(snapshot.parts)}
+    return {**count, **({"mesh": info.mesh} if info.mesh else {})} if info.part or snapshot.parts else {}
 
 
 def _values(kind: str, path: Path, info: Any, fields: str) -> Description:

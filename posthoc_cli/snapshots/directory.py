@@ -141,13 +141,18 @@ def inspect_directory(directory: Path) -> Inspection:
     listing = list_directory(directory)
     snapshots: list[Snapshot] = []
     problems: list[PostHocError] = []
+    apart: list[str] = []
     incomplete: dict[Path, str] = {}
     cache = DecodeCache()
     for path in listing.files:
         try:
             header = read_header(path, cache)
             if file_kind(header) not in (None, "output", "state"):
-                snapshots.append(_whole(path, header, decode_snapshot(path, header, cache)))
+                info = decode_snapshot(path, header, cache)
+                if info.part is None:
+                    snapshots.append(Snapshot(path, header, info))
+                else:
+                    apart.append(f"{path.name}: is a part of a snapshot, outside the folder of the others; not read")
         except FileFormatError as error:
             if not files.is_gone(path):  # else a writer has thinned it away
                 problems.append(error)
@@ -165,15 +170,9 @@ def inspect_directory(directory: Path) -> Inspection:
     snapshots.sort(key=time_order)
     problems += contradictions(snapshots)
     notes = [f"{folder.name}/: has {there}" for folder, there in incomplete.items()]
-    return Inspection(listing, tuple(snapshots), tuple(problems), (*missing_at_newest(snapshots), *notes), incomplete)
-
-
-def _whole(path: Path, header: fmt.FileHeader, info: fmt.SnapshotInfo) -> Snapshot:
-    if info.part is not None:
-        number, parts = info.part
-        hint = f"move it to {snapshot_path(path.parent, info.t, info.sigma_rel, info.part).parent}, to the others"
-        raise FileFormatError(path, f"is part {number} of {parts} of a snapshot, outside its folder", hint)
-    return Snapshot(path, header, info)
+    return Inspection(
+        listing, tuple(snapshots), tuple(problems), (*missing_at_newest(snapshots), *apart, *notes), incomplete
+    )
 
 
 def read_snapshot(path: Path) -> Snapshot:
@@ -214,6 +213,8 @@ def read_directory(directory: Path) -> list[Snapshot]:
         folder, there = next(iter(incomplete.items()))
         hint = "all processes of a training write to one directory, on a file system that they share"
         raise DirectoryError(directory, f"no complete snapshots here; {folder.name}/ has {there}", hint)
+    if is_parts_folder(directory):
+        raise DirectoryError(directory, "holds the parts of one snapshot", WANTED)
     others = [path.name for path in list_directory(directory).entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
     what = f"; {others[0]} is not a snapshot of this package" if others else ""
     raise DirectoryError(directory, f"no snapshots here{what}", WANTED)
@@ -250,8 +251,12 @@ def part_files(folder: Path) -> list[Path]:
 
 
 def is_parts_folder(path: Path) -> bool:
-    """Whether a path is a folder with parts of a snapshot, by their names."""
-    return path.is_dir() and any(PART_NAME.fullmatch(file.name) for file in part_files(path))
+    """Whether a path is a folder of parts of one snapshot, by their names: no directory in which one strayed."""
+    if not path.is_dir() or path.is_symlink():
+        return False
+    listing = list_directory(path)
+    named = [PART_NAME.fullmatch(file.name) is not None for file in listing.files]
+    return bool(named) and all(named) and not listing.folders
 
 
 def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
@@ -350,7 +355,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
             if meeting is None:
                 raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
             both = f"{meeting[0].path} and {meeting[1].path}"
-            raise MismatchError(both, f"tensor {shown(name)}: {problem}")
+            raise MismatchError(both, f"tensor {shown(name)}: both hold some of its elements")
     entries = fmt.lay_out([fmt.TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items()])
     joined = "".join(part.header.metadata["ema.checksum"] for part in made)
     metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(joined.encode())}

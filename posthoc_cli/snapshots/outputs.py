@@ -19,6 +19,7 @@ from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
+from posthoc_cli.snapshots.directory import is_parts_folder, part_files
 from posthoc_cli.snapshots.headers import (
     NUMBER,
     NUMBER_OR_NULL,
@@ -172,10 +173,12 @@ def is_plain_name(name: str) -> bool:
 
 
 def model_files(path: Path) -> dict[Path, list[str] | None]:
-    """The files of the model at a path, each with the tensors that an index names; None without an index."""
+    """The files of the model or snapshot at a path, each with the tensors that an index names; None without one."""
     index = index_of(path)
     if index is not None:
         return {index.parent / name: names for name, names in read_index(index).items()}
+    if is_parts_folder(path):
+        return dict.fromkeys(part_files(path))
     return {path / SINGLE_NAME if path.is_dir() else path: None}
 
 
@@ -197,14 +200,16 @@ def models_at(path: Path) -> list[Path]:
 
     A DirectoryError for a folder without models, with shards but no index, or with the snapshots of a run.
     """
-    if not path.is_dir() or is_model_folder(path):
+    if not path.is_dir() or is_model_folder(path) or is_parts_folder(path):
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     shards = [match for entry in entries if (match := _SHARD.fullmatch(entry.name))]
     if shards:
         what = f"{len(shards)} of {int(shards[0][1])} shards of a model are there, and no index"
         raise DirectoryError(path, what, "make the other shards, then finish the model")
-    found = [entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry)]
+    found = [
+        entry for entry in entries if entry.suffix == fmt.SUFFIX or is_model_folder(entry) or is_parts_folder(entry)
+    ]
     if not found:
         hint = "name a .safetensors file, an index of shards, or a folder of these"
         raise DirectoryError(path, "holds no snapshots, outputs or models", hint)

@@ -76,9 +76,9 @@ class Snapshot:
         return [(part.path, part.header) for part in self.parts] or [(self.path, self.header)]
 
     def cells(self, name: str) -> int:
-        """The number of chunks that a row of a tensor goes through, in one dimension or more."""
-        boxes = [part.boxes[name] for part in self.parts if name in part.boxes]
-        return max(1, len(boxes) // max(1, len({box.offset[:1] for box in boxes})))
+        """The number of chunks that rows of a tensor go through; 0 where it is in one file."""
+        boxes = [part.boxes[name] for part in self.parts if name in part.boxes and part.boxes[name].size]
+        return len(boxes) // max(1, len({box.offset[:1] for box in boxes}))
 
     @property
     def stored(self) -> Mapping[str, fmt.TensorEntry]:
@@ -226,7 +226,7 @@ class PartedFile:
     """A snapshot of several parts opened for its tensors, as a TensorFile is: each reads as if it were in one file."""
 
     def __init__(self, snapshot: Snapshot) -> None:
-        self.path, self.header = snapshot.path, snapshot.header
+        self.path, self.header, self.info = snapshot.path, snapshot.header, snapshot.info
         self._chunks: dict[str, list[tuple[TensorFile, Box]]] = {name: [] for name in snapshot.header.tensors}
         with ExitStack() as stack:
             for part in snapshot.parts:

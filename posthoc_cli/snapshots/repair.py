@@ -1,6 +1,7 @@
 """Set aside broken files of a snapshot directory, and delete what interrupted writes have left; only without a writer.
 
-Only temporaries are deleted. A broken file keeps its name in the folder `quarantine`.
+Only temporaries, and folders without all parts of a snapshot, are deleted. A broken file keeps its name in the folder
+`quarantine`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,14 @@ from posthoc_cli.planning import forecast, forecast_at
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.snapshots import check
 from posthoc_cli.snapshots.check import FileReport, Verification
-from posthoc_cli.snapshots.directory import QUARANTINE, move_aside, time_order
+from posthoc_cli.snapshots.directory import (
+    QUARANTINE,
+    is_snapshot_name,
+    move_aside,
+    read_folder,
+    remove_snapshot,
+    time_order,
+)
 from posthoc_cli.snapshots.format import of_newest_segment
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.measurements import chosen_up_to, snapshot_prior
@@ -118,7 +126,7 @@ def is_snapshot_directory(found: Verification) -> bool:
     """Whether a tracker writes, or has written, to the directory."""
     if not found.is_directory:
         return False
-    own = any(report.kind == "snapshot" and report.path.parent == found.path for report in found.files)
+    own = any(report.kind == "snapshot" and report.unit.parent == found.path for report in found.files)
     return own or (found.path / LOCK_NAME).exists()
 
 
@@ -172,10 +180,16 @@ def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning
         for path in found.leftovers:
             with files.reported_as_write_error(path, "removed"), suppress(FileNotFoundError):
                 known = path.lstat()
-                if known.st_mtime > before:
-                    left.append((path, "was written to a moment ago; a write may be in progress"))
-                elif stat.S_ISDIR(known.st_mode):
+                is_folder = stat.S_ISDIR(known.st_mode)
+                if is_folder and not is_snapshot_name(path):
                     left.append((path, "is a folder, which no write leaves"))
+                elif max(known.st_mtime, *_times_in(path)) > before:
+                    left.append((path, "was written to a moment ago; a write may be in progress"))
+                elif is_folder and not isinstance(_read_again(path), str):
+                    left.append((path, "has changed meanwhile"))
+                elif is_folder:
+                    remove_snapshot(path)
+                    removed.append(path)
                 else:
                     files.system.unlink(path)
                     removed.append(path)
@@ -183,6 +197,19 @@ def clean(found: Verification, now: Callable[[], float] = time.time) -> Cleaning
             with files.reported_as_write_error(folder):
                 files.system.fsync_directory(folder)
     return Cleaning(tuple(removed), tuple(left), done=True)
+
+
+def _times_in(folder: Path) -> list[float]:
+    """When the files of a folder were written to; some time long ago where it is none."""
+    inside = files.system.list(folder) if folder.is_dir() and not folder.is_symlink() else []
+    return [0.0, *(path.lstat().st_mtime for path in inside)]
+
+
+def _read_again(folder: Path) -> Snapshot | str | None:
+    """As `read_folder`; None where something is wrong there."""
+    with suppress(FileFormatError, MismatchError):
+        return read_folder(folder)
+    return None
 
 
 def _errors(snapshots: Sequence[Snapshot]) -> Errors | None:

@@ -1,7 +1,8 @@
 """Tiles: the ranges of large tensors, and batches of small ones, that threads make; and how a source's tile is read.
 
 Tiles share nothing. Their edges are edges of checksum blocks in every snapshot and in the output, for all dtypes;
-so each byte is read once, and verified in the pass that reads it.
+so each byte is read once, and verified in the pass that reads it. Chunks in the parts of a snapshot end anywhere: of
+these the blocks at the edges of a tile are read twice.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ import torch
 
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.reader import OpenSnapshot
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
 from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis.plan import Plan
 
 MAX_BATCH = 1024
 """Small tensors in one tile at most, so that a tile takes milliseconds even if tensors have one element."""
+
+
+PARTED_BLOCKS = 4
+"""Blocks in a tile, for each chunk in a row, where chunks end within blocks: these are read once for each tile."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,8 @@ def cut_tiles(plan: Plan, chunk: int, tile_elements: int | None = None, wide_dty
         count, stored = math.prod(plan.newest.stored[name].shape), sum(sizes)
         if count > chunk:
             block = BLOCK_BYTES // min(ITEM_BYTES[made], *sizes)
-            step = block * max(1, round((tile_elements or block) / block))
+            cells = max(source.cells(name) if isinstance(source, Snapshot) else 0 for source in plan.sources)
+            step = block * max(1, round((tile_elements or block) / block), PARTED_BLOCKS * cells)
             for begin in range(0, count, step):
                 end = min(begin + step, count)
                 tiles.append(Tile((Piece(name, begin, end),), *kind, stored * (end - begin), end == count))

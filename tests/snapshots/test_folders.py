@@ -1,0 +1,439 @@
+"""Snapshots of several parts: read as if they were one file, complete or not at all, and moved as one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import (
+    OTHER_RUN_ID,
+    RUN_ID,
+    cut,
+    flip_bit,
+    make_info,
+    read_snapshot,
+    rewrite_snapshot,
+    snapshot_files,
+    split_snapshot,
+    write_snapshot,
+)
+from safetensors.torch import load_file
+
+from posthoc_cli import PostHocError, Run, export_file
+from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError
+from posthoc_cli.reconstruction import Distance, Measurements
+from posthoc_cli.snapshots import directory as directories
+from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.chunks import Box
+from posthoc_cli.snapshots.description import describe
+from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot, thin
+from posthoc_cli.snapshots.format import BLOCK_BYTES
+from posthoc_cli.snapshots.reader import PartedFile, TensorFile
+from posthoc_cli.snapshots.repair import clean, plan_repair, repair
+from posthoc_cli.synthesis.engine import Options, synthesize
+
+GRIDS = {"0.weight": (2, 2), "1.num_batches_tracked": (), "0.bias": (1,)}
+
+
+@pytest.fixture
+def whole(run: Path, tmp_path: Path) -> Path:
+    """The run before its snapshots were split."""
+    return Path(shutil.copytree(run, tmp_path / "whole"))
+
+
+def split_all(run: Path, how: str = "rows") -> list[Path]:
+    """Split the snapshots of a run: all in rows or a grid, or every second one."""
+    paths = snapshot_files(run)[:: 2 if how == "mixed" else 1]
+    return [split_snapshot(path, 4, GRIDS if how == "grid" else None) for path in paths]
+
+
+def parts_of(folder: Path) -> list[Path]:
+    return sorted(folder.glob("part-*"))
+
+
+# --- the same as of whole files
+
+
+@pytest.mark.parametrize("how", ["rows", "grid", "mixed"])
+def test_all_that_is_made_of_parts_equals_what_is_made_of_files(run: Path, whole: Path, how: str) -> None:
+    split_all(run, how)
+    one, other = Run(whole), Run(run)
+    for wanted in (0.15, 0.27):
+        made = other.average(wanted)
+        for name, tensor in one.average(wanted).items():
+            assert torch.equal(tensor, made[name]), name
+        assert made.predicted_error == one.average(wanted).predicted_error
+    curves = [each.error_curve().predicted_error for each in (one, other)]
+    assert np.array_equal(*curves)
+    assert [s.info.measurements for s in other.snapshots] == [s.info.measurements for s in one.snapshots]
+    gone = [each.prune(keep=3, dry_run=True).gone for each in (one, other)]
+    planned = [[(snapshot.info.t, snapshot.info.sigma_rel) for snapshot in each] for each in gone]
+    assert planned[0] == planned[1]
+    found = other.check(deep=True)
+    assert found.is_fine, found
+    assert len(found.snapshots) == len(one.snapshots)
+    told, known = other.info(), one.info()
+    for key in ("run", "t", "step", "tensors", "parameters", "dtypes", "averaged", "snapshots", "notes", "problems"):
+        assert told[key] == known[key]
+
+
+def test_without_measurements_the_same_sample_is_read(run: Path, whole: Path) -> None:
+    for path in (*snapshot_files(run), *snapshot_files(whole)):
+        rewrite_snapshot(path, measurements=None, motion=None)
+    split_all(run, "grid")
+    errors = [Run(each).average(0.15).predicted_error for each in (run, whole)]
+    assert errors[0] == errors[1] is not None
+
+
+def test_parts_of_a_synthesis_read_the_parts_of_snapshots(run: Path, whole: Path, tmp_path: Path) -> None:
+    split_all(run, "grid")
+    Run(whole).write(0.15, tmp_path / "one.safetensors")
+    for shard in ("1/2", "2/2"):
+        Run(run).write(0.15, tmp_path / "many", shard=shard)
+    Run(run).write(0.15, tmp_path / "many", finish=True)
+    made: dict[str, torch.Tensor] = {}
+    for path in sorted((tmp_path / "many").glob("*.safetensors")):
+        made |= load_file(path)
+    wanted = load_file(tmp_path / "one.safetensors")
+    assert made.keys() == wanted.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_snapshot_of_parts_is_exported_and_described_as_a_file_is(run: Path, tmp_path: Path) -> None:
+    path = snapshot_files(run)[-1]
+    export_file(path, tmp_path / "one.safetensors")
+    one = Run(run).info()
+    folder = split_snapshot(path, 3)
+    export_file(folder, tmp_path / "other.safetensors")
+    wanted, made = (load_file(tmp_path / f"{name}.safetensors") for name in ("one", "other"))
+    assert wanted.keys() == made.keys()
+    assert all(torch.equal(made[name], tensor) for name, tensor in wanted.items())
+    with pytest.raises(FileFormatError, match="is a part of a snapshot; export the folder"):
+        export_file(parts_of(folder)[0], tmp_path / "part.safetensors")
+    told = describe(folder)
+    assert (told["kind"], told["parts"], told["parameters"]) == ("snapshot", 3, one["parameters"])
+    assert describe(parts_of(folder)[1])["part"] == "2/3"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64, torch.uint8])
+@pytest.mark.parametrize("grid", [(5,), (1, 3), (2, 3)])
+def test_a_large_tensor_is_read_in_any_range_and_box(tmp_path: Path, dtype: torch.dtype, grid: tuple[int, ...]) -> None:
+    shape = (2 * BLOCK_BYTES // (dtype.itemsize * 1000) + 3, 1000)
+    generator = torch.Generator().manual_seed(1)
+    value = torch.randint(0, 200, shape, generator=generator).to(dtype)
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value, "none": torch.zeros(0, 3), "one": torch.tensor(3.0)})
+    folder = split_snapshot(path, 6, {"w": grid})
+    (snapshot,) = read_directory(tmp_path)
+    assert snapshot.path == folder
+    flat = value.view(torch.uint8).numpy().reshape(-1) if dtype != torch.uint8 else value.numpy().reshape(-1)
+    random = np.random.default_rng(0)
+    with snapshot.open() as file:
+        assert isinstance(file, PartedFile)
+        assert np.array_equal(file.read("w"), flat)
+        assert file.read("none").size == 0
+        assert file.read("one").view("<f4") == 3
+        for begin in (0, BLOCK_BYTES, 2 * BLOCK_BYTES):
+            end = min(begin + BLOCK_BYTES, flat.size)
+            reader, found = file.read_range("w", begin, end), np.empty(end - begin, np.uint8)
+            for at in range(0, end - begin, 240_000):
+                reader.read_into(found[at : at + 240_000].data)
+            assert np.array_equal(found, flat[begin:end])
+        for _ in range(5):
+            low = [int(random.integers(0, size - 1)) for size in shape]
+            high = [int(random.integers(a + 1, size + 1)) for a, size in zip(low, shape, strict=True)]
+            box = Box(tuple(low), tuple(b - a for a, b in zip(low, high, strict=True)))
+            wanted = value[low[0] : high[0], low[1] : high[1]].contiguous().view(-1).view(torch.uint8).numpy()
+            assert np.array_equal(file.read_box("w", box), wanted)
+            first, last = box.offset[0] * 1000 * dtype.itemsize, box.end[0] * 1000 * dtype.itemsize
+            assert np.array_equal(file.read_unverified("w", first, last), flat[first:last])
+
+
+def test_a_box_is_read_from_one_file_too(run: Path) -> None:
+    path = snapshot_files(run)[-1]
+    value = load_file(path)["0.weight"]
+    with TensorFile(path) as file:
+        found = file.read_box("0.weight", Box((3, 4), (5, 6)))
+    assert found.tobytes() == value[3:8, 4:10].contiguous().numpy().tobytes()
+
+
+def test_chunks_in_several_dtypes_read_as_the_widest(tmp_path: Path) -> None:
+    narrow, wide = torch.randn(3, 4).half(), 1e6 * torch.randn(2, 4)
+    values = {"w": torch.cat([narrow.float(), wide])}
+    tensors = make_info(values).tensors
+    folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, values, tensors=tensors), 2)
+    first = parts_of(folder)[0]
+    assert load_file(first)["w"].shape == (3, 4)
+    rewrite_snapshot(first, lambda held: held.update(w=held["w"].half()))
+    (snapshot,) = read_directory(tmp_path)
+    assert snapshot.stored["w"].dtype == "F32"
+    with snapshot.open() as file:
+        assert file.read("w").tobytes() == values["w"].numpy().tobytes()
+        assert file.read_unverified("w", 32, 64).tobytes() == values["w"][2:4].numpy().tobytes()
+
+
+@pytest.mark.parametrize("grid", [(3,), (1, 3)])
+def test_tiles_of_large_tensors_are_the_same_bits(tmp_path: Path, grid: tuple[int, ...]) -> None:
+    folders = [tmp_path / "one", tmp_path / "other"]
+    for t in (10, 20):
+        for sigma_rel in (0.05, 0.28):
+            value = torch.randn(1203, 2000, generator=torch.Generator().manual_seed(int(100 * t * sigma_rel)))
+            for folder in folders:
+                path = write_snapshot(
+                    folder, t, sigma_rel, RUN_ID, {"w": value, "b": value[0]}, sigma_rels=(0.05, 0.28)
+                )
+            split_snapshot(path, 3, {"w": grid})
+    one, other = (dict(synthesize(Run(folder).plan(0.15), Options(workers=2))) for folder in folders)
+    for name, (tensor,) in one.items():
+        assert torch.equal(tensor, other[name][0]), name
+
+
+def test_measurements_are_added(tmp_path: Path) -> None:
+    path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(4)})
+    folder = split_snapshot(path, 2)
+    numbers = [
+        Measurements(2.0, 0.5, (Distance(10.0, 0.1, 3.0, 0.0), Distance(5.0, 0.05, 1.0, 0.25)), 7.0, 0.125),
+        Measurements(4.0, 0.25, (Distance(5.0, 0.05, 2.0, 0.5),), 1.0, 0.0),
+    ]
+    for part, measured in zip(parts_of(folder), numbers, strict=True):
+        rewrite_snapshot(part, measurements=measured, inherited=1.5)
+    (snapshot,) = read_directory(tmp_path)
+    assert snapshot.info.measurements == Measurements(6.0, 0.75, (Distance(5.0, 0.05, 3.0, 0.75),), 8.0, 0.125)
+    assert snapshot.info.inherited == 3
+    rewrite_snapshot(parts_of(folder)[1], measurements=replace(numbers[1], weights=None))
+    assert read_directory(tmp_path)[0].info.measurements == replace(snapshot.info.measurements, weights=None)
+    rewrite_snapshot(parts_of(folder)[1], measurements=None)
+    assert read_directory(tmp_path)[0].info.measurements is None
+
+
+# --- what is not complete, or does not belong together
+
+
+def test_an_incomplete_snapshot_is_a_leftover(run: Path) -> None:
+    *_, folder = split_all(run)
+    count = len(read_directory(run))
+    parts_of(folder)[1].unlink()
+    found = inspect_directory(run)
+    assert (len(found.snapshots), found.problems) == (count - 1, ())
+    assert dict(found.incomplete) == {folder: "3 of 4 parts"}
+    assert f"{folder.name}/: has 3 of 4 parts" in found.notes
+    assert folder.name in Run(run).info()["leftovers"]
+    checked = verify(list_contents(run))
+    assert checked.is_fine
+    assert checked.leftovers == (folder,)
+    assert f"{folder.name}/: has 3 of 4 parts" in checked.notes
+    assert not verify(list_contents(folder)).is_fine
+    with pytest.raises(FileFormatError, match=r"is no complete snapshot: it has 3 of 4 parts"):
+        directories.read_snapshot(folder)
+
+
+def test_where_no_parts_of_others_are_seen_the_error_says_so(tmp_path: Path) -> None:
+    folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": torch.ones(4)}), 2)
+    parts_of(folder)[1].unlink()
+    with pytest.raises(
+        DirectoryError, match=r"has 1 of 2 parts; all processes .* write to one directory, on a file system"
+    ):
+        read_directory(tmp_path)
+    with pytest.raises(DirectoryError, match="holds the parts of one snapshot; name the directory"):
+        read_directory(folder)
+
+
+def other_run(part: Path) -> None:
+    rewrite_snapshot(part, run_id=OTHER_RUN_ID)
+
+
+def other_update(part: Path) -> None:
+    info = read_snapshot(part).info
+    rewrite_snapshot(
+        part, t=info.t - 1, step=info.step - 1, updates=info.step - 1, clock=(), motion=None, measurements=None
+    )
+
+
+def other_shape(part: Path) -> None:
+    chunks = read_snapshot(part).info.chunks
+    wider = replace(chunks["0.weight"], shape=(21, 30))
+    rewrite_snapshot(part, chunks={**chunks, "0.weight": wider})
+
+
+def overlapping(part: Path) -> None:
+    chunks = read_snapshot(part).info.chunks
+    rewrite_snapshot(part, chunks={**chunks, "0.weight": replace(chunks["0.weight"], offset=(6, 0))})
+
+
+def twice(part: Path) -> None:
+    rewrite_snapshot(part, part=(1, 4))
+
+
+def gap(part: Path) -> None:
+    info = read_snapshot(part).info
+    without = {name: value for name, value in info.tensors.items() if name != "0.weight"}
+    chunks = {name: value for name, value in info.chunks.items() if name != "0.weight"}
+    rewrite_snapshot(part, lambda values: values.pop("0.weight"), tensors=without, chunks=chunks)
+
+
+def truncated(part: Path) -> None:
+    part.write_bytes(part.read_bytes()[:-1])
+
+
+FAULTS: list[tuple[Callable[[Path], None], str]] = [
+    (other_run, "are of different runs"),
+    (other_update, r"are not of one snapshot: they differ in ema\.(t|step)"),
+    (other_shape, "tensor '0.weight' is average of F32"),
+    (overlapping, "tensor '0.weight': both hold some of its elements"),
+    (twice, "are both part 1 of 4"),
+    (gap, "tensor '0.weight': elements are missing"),
+    (truncated, "truncated"),
+]
+
+
+@pytest.mark.parametrize(("harm", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))
+def test_parts_that_do_not_belong_together_are_named(run: Path, harm: Callable[[Path], None], message: str) -> None:
+    folders = split_all(run)
+    bad = parts_of(folders[-1])[1]
+    harm(bad)
+    with pytest.raises((FileFormatError, MismatchError), match=message) as raised:
+        find_snapshots(run)
+    assert (bad.parent if harm is gap else bad).name in str(raised.value)
+    assert str(folders[-1]) in str(raised.value)
+    checked = verify(list_contents(run))
+    assert [report.unit for report in checked.files if not report.is_fine] == [folders[-1]]
+    assert len(checked.snapshots) == len(folders) - 1
+    done = repair(plan_repair(checked))
+    assert done.moved == (run / "quarantine" / folders[-1].name,)
+    assert len(read_directory(run)) == len(folders) - 1
+
+
+def test_a_flipped_bit_is_found_and_its_part_is_named(run: Path) -> None:
+    folders = split_all(run, "grid")
+    bad = parts_of(folders[-1])[0]
+    flip_bit(bad)
+    with pytest.raises(PostHocError, match=f"{bad.name}: tensor .* is damaged"):
+        Run(run).average(0.15)
+    checked = verify(list_contents(run))
+    (report,) = [report for report in checked.files if not report.is_fine]
+    assert (report.path, report.state) == (bad, "damaged")
+    assert [snapshot.path for snapshot in checked.lost] == [folders[-1]]
+    plan = plan_repair(checked)
+    assert plan.gone == (folders[-1],)
+    assert plan.before is not None
+    assert plan.unknown == 0
+
+
+def test_wrong_values_in_a_part_are_found_by_what_was_measured(run: Path) -> None:
+    folders = split_all(run)
+    bad = parts_of(folders[-1])[2]
+    rewrite_snapshot(bad, lambda values: values["0.weight"].mul_(1.5))
+    found = Run(run).check(deep=True)
+    assert [report.unit for report in found.files if not report.is_fine] == [folders[-1]]
+    assert "its norm is" in next(report.detail for report in found.files if not report.is_fine)
+
+
+def test_a_snapshot_off_the_schedule_that_is_being_replaced_is_incomplete(run: Path) -> None:
+    *_, folder = split_all(run)
+    rewrite_snapshot(parts_of(folder)[0], off_schedule=True)
+    assert list(inspect_directory(run).incomplete) == [folder]
+
+
+def test_parts_of_a_shorter_attempt_do_not_hide_a_complete_snapshot(run: Path, whole: Path) -> None:
+    *_, folder = split_all(run)
+    old = split_snapshot(snapshot_files(whole)[-1], 2)
+    shutil.copy(parts_of(old)[0], folder)
+    assert len(read_directory(run)[-1].parts) == 4
+    shutil.copy(parts_of(old)[1], folder)
+    with pytest.raises(MismatchError, match="are parts of two complete snapshots"):
+        read_directory(run)
+
+
+def test_folders_and_parts_elsewhere_are_left_alone(run: Path) -> None:
+    *_, folder = split_all(run)
+    count = len(read_directory(run))
+    shutil.copytree(folder, run / "my copy")
+    shutil.copytree(folder, run / "superseded" / folder.name)
+    shutil.copy(parts_of(folder)[0], run)
+    (run / "0000000000000070-0.1").write_text("a file")
+    found = inspect_directory(run)
+    assert (len(found.snapshots), found.problems, found.superseded) == (count, (), 1)
+    assert any("is a part of a snapshot, outside the folder" in note for note in found.notes)
+    checked = verify(list_contents(run))
+    assert checked.is_fine
+    assert checked.superseded == 1
+
+
+# --- moved as one
+
+
+def test_pruning_and_thinning_delete_folders(run: Path) -> None:
+    split_all(run, "mixed")
+    done = Run(run).prune(keep=3)
+    assert done.deleted
+    assert not any(os.path.lexists(snapshot.path) for snapshot in done.gone)
+    assert [s.path for s in read_directory(run)] == [s.path for s in done.kept]
+    stored = [directories.StoredSnapshot.of(snapshot) for snapshot in read_directory(run)]
+    left = thin(stored, 2)
+    assert [one.path for one in left] == [snapshot.path for snapshot in read_directory(run)]
+    assert len(left) < len(stored)
+    moved = directories.set_aside(left[-2:])
+    assert [path.parent for path in moved] == [run / "superseded"] * 2
+    assert len(read_directory(run)) == len(left) - 2
+
+
+def test_a_folder_with_something_else_in_it_stays(run: Path) -> None:
+    *_, folder = split_all(run)
+    (folder / "notes.txt").write_text("mine")
+    remove_snapshot(folder)
+    remove_snapshot(run / "nothing")
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    assert inspect_directory(run).incomplete == {folder: "no parts"}
+
+
+def test_incomplete_snapshots_are_deleted_when_nobody_writes(run: Path) -> None:
+    first, second, *_ = split_all(run)
+    parts_of(first)[0].unlink()
+    parts_of(second)[0].unlink()
+    long_ago = time.time() - 7200
+    for path in (*parts_of(first), first):
+        os.utime(path, (long_ago, long_ago))
+    found = verify(list_contents(run))
+    assert found.leftovers == (first, second)
+    done = clean(found)
+    assert done.removed == (first,)
+    assert done.left == ((second, "was written to a moment ago; a write may be in progress"),)
+    assert not first.exists()
+
+
+def test_a_snapshot_that_was_completed_meanwhile_is_not_deleted(run: Path, tmp_path: Path) -> None:
+    folder = split_all(run)[0]
+    part = parts_of(folder)[0]
+    kept = part.rename(tmp_path / part.name)
+    found = verify(list_contents(run))
+    kept.rename(part)
+    done = clean(found, now=lambda: time.time() + 7200)
+    assert (done.removed, done.left) == ((), ((folder, "has changed meanwhile"),))
+
+
+def test_the_factory_cuts_as_torch_does() -> None:
+    value = torch.arange(10).view(5, 2)
+    assert [offset for offset, _ in cut(value, (4,))] == [(0, 0), (2, 0), (4, 0)]
+    assert [offset for offset, _ in cut(value, (2, 2))] == [(0, 0), (0, 1), (3, 0), (3, 1)]
+
+
+# --- other readers
+
+
+def test_torch_reads_a_folder_of_parts(run: Path) -> None:
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    path = snapshot_files(run)[-1]
+    wanted = load_file(path)
+    folder = split_snapshot(path, 4, GRIDS)
+    state = {name: torch.zeros_like(tensor) for name, tensor in wanted.items()}
+    with pytest.warns(UserWarning, match="intent is to load in a single process"):
+        load(state, storage_reader=HuggingFaceStorageReader(path=str(folder)))
+    for name, tensor in wanted.items():
+        assert torch.equal(state[name], tensor), name
