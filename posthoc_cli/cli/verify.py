@@ -24,7 +24,7 @@ def verify(
     ),
     deep: bool = Option(False, "--deep", help="Also compare the values with what was measured when they were written."),
     repair: bool = Option(False, "--repair", help="Move what is broken in a snapshot directory to DIR/quarantine."),
-    clean: bool = Option(False, "--clean", help="Delete the temporaries that interrupted writes have left."),
+    clean: bool = Option(False, "--clean", help="Delete temporaries and incomplete snapshots of interrupted writes."),
     yes: bool = values.YES,
     dry_run: bool = Option(False, "--dry-run", help="Show what --repair or --clean would do; change nothing."),
     verbose: bool = Option(False, "--verbose", "-v", help="A line for each file, also those with nothing wrong."),

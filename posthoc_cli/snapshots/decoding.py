@@ -38,11 +38,13 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
         for alias, name in aliases.items():
             if not isinstance(name, str) or name not in tensors or alias in tensors or alias == "__metadata__":
                 raise ValueError(f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
+        chunks: dict[str, Chunk] = {}
         if "part" in values:
-            _check_chunks(values.get("chunks", {}), header.tensors)
+            places = values.get("chunks", {})
+            chunks = cache.once("chunks", (places, header.tensors), lambda: _chunks(places, header.tensors))
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
-    return fmt.SnapshotInfo(**(values | {"tensors": tensors}))
+    return fmt.SnapshotInfo(**(values | {"tensors": tensors, "chunks": chunks}))
 
 
 def _tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fmt.TrackedTensor]:
@@ -56,22 +58,21 @@ def _tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fm
     return tensors
 
 
-def _check_chunks(chunks: Mapping[str, Chunk], stored: Mapping[str, fmt.TensorEntry]) -> None:
-    for name in sorted(chunks.keys() | stored.keys()):
-        if name not in chunks or name not in stored:
+def _chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, Chunk]:
+    chunks = {}
+    for name in sorted(raw.keys() | stored.keys()):
+        if name not in raw or name not in stored:
             raise ValueError(f"ema.chunks: tensor {shown(name)} is in the payload or here, but not in both")
-        own, chunk = stored[name].shape, chunks[name]
+        value = raw[name]
+        if not (isinstance(value, dict) and set(value) == {"shape", "offset"} and all(map(_is_sizes, value.values()))):
+            raise ValueError(f"ema.chunks: {shown(name)} must have a shape and an offset, not {shown(value)}")
+        own, chunk = stored[name].shape, Chunk(tuple(value["shape"]), tuple(value["offset"]))
         fits = len(own) == len(chunk.shape) == len(chunk.offset)
         if not fits or any(last > size for last, size in zip(chunk.box(own).end, chunk.shape, strict=True)):
             what = f"shape {list(own)} at {list(chunk.offset)} is not within {list(chunk.shape)}"
             raise ValueError(f"ema.chunks: tensor {shown(name)}: {what}")
-
-
-def _chunks(raw: dict[str, Any], _: Values) -> dict[str, Chunk]:
-    for name, value in raw.items():
-        if not (isinstance(value, dict) and set(value) == {"shape", "offset"} and all(map(_is_sizes, value.values()))):
-            raise ValueError(f"{shown(name)} must have a shape and an offset, not {shown(value)}")
-    return {name: Chunk(tuple(value["shape"]), tuple(value["offset"])) for name, value in raw.items()}
+        chunks[name] = chunk
+    return chunks
 
 
 def _is_sizes(value: Any) -> bool:
@@ -282,7 +283,7 @@ _ENTRIES = {
     "measurements": replace(headers.OBJECT, convert=_measurements, optional=True),
     "motion": replace(headers.OBJECT, convert=_motion, optional=True),
     "part": Entry("two numbers such as 3/8", _is_part, _part, is_text=True, optional=True),
-    "chunks": replace(headers.OBJECT, convert=_chunks, optional=True),
+    "chunks": replace(headers.OBJECT, optional=True),
     "mesh": replace(headers.OBJECT, optional=True),
 }
 """What the metadata of a snapshot must be, in an order in which later values are checked against earlier ones."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import chain, combinations, count, pairwise, takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import xxhash
 
@@ -24,7 +25,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, P
 from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import cover_problem
+from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.headers import DecodeCache, file_kind
@@ -225,7 +226,7 @@ def read_directory(directory: Path) -> list[Snapshot]:
 PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
 
 Caches = dict[str, DecodeCache]
-"""By the names of parts: those of one name are alike in all snapshots of a run."""
+"""By the names of parts: those of one name are alike in all snapshots of a run. And of all together, by ""."""
 
 
 def is_snapshot_name(path: Path) -> bool:
@@ -290,7 +291,7 @@ def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
         first, other = complete[0][0], complete[1][0]
         raise MismatchError(f"{first.path} and {other.path}", "are parts of two complete snapshots", "remove one")
     if complete:
-        return _merged(folder, complete[0])
+        return _merged(folder, complete[0], caches[""])
     if found:
         return ", ".join(f"{len(parts)} of {count} parts" for count, parts in sorted(found.items()))
     return "no parts" if folder.is_dir() and not folder.is_symlink() and not list_directory(folder).files else ""
@@ -322,55 +323,66 @@ def _check_parts(parts: list[Snapshot]) -> None:
                 raise MismatchError(pair, f"are not of one snapshot: they differ in ema.{key}")
 
 
-def _merged(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
+def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snapshot:
     """The snapshot of all its parts."""
-    tensors: dict[str, fmt.TrackedTensor] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
-    owners: dict[str, list[Part]] = defaultdict(list)
-    aliases: dict[str, str] = {}
-    made = [
-        Part(one.path, one.header, {n: c.box(one.header.tensors[n].shape) for n, c in one.info.chunks.items()})
-        for one in parts
-    ]
-    for one, part in zip(parts, made, strict=True):
-        for name, tensor in one.info.tensors.items():
-            shape, dtype = one.info.chunks[name].shape, one.header.tensors[name].dtype
-            known = tensors.setdefault(name, tensor), shapes.setdefault(name, shape)
-            if known != (tensor, shape):
-                what = f"do not match: tensor {shown(name)} is {known[0].role} of {known[0].dtype} {list(known[1])}"
-                what += f" and {tensor.role} of {tensor.dtype} {list(shape)}"
-                raise MismatchError(f"{owners[name][0].path} and {part.path}", what)
-            # The widest holds the values of all exactly: beside the run's dtype there is only what is wider.
-            dtypes[name] = max(dtypes.get(name, dtype), dtype, key=fmt.ITEM_BYTES.__getitem__)
-            owners[name].append(part)
-        aliases |= one.info.aliases
-    for alias in aliases.keys() & tensors.keys():
-        raise FileFormatError(folder, f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
-    for name, own in owners.items():
-        problem = cover_problem(shapes[name], [part.boxes[name] for part in own])
-        if problem is not None:
-            pairs = (pair for pair in combinations(own, 2) if pair[0].boxes[name].meet(pair[1].boxes[name]).size)
-            meeting = next(pairs, None)
-            if meeting is None:
-                raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
-            both = f"{meeting[0].path} and {meeting[1].path}"
-            raise MismatchError(both, f"tensor {shown(name)}: both hold some of its elements")
-    entries = fmt.lay_out([fmt.TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items()])
-    joined = "".join(part.header.metadata["ema.checksum"] for part in made)
-    metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(joined.encode())}
-    header = fmt.FileHeader(metadata, entries, sum(part.header.payload_start for part in made))
+    alike = [(part.header.tensors, part.info.tensors, part.info.chunks, part.info.aliases) for part in parts]
+    joined = cache.once("joined", alike, lambda: _join(folder, parts))
+    sums = "".join(part.header.metadata["ema.checksum"] for part in parts)
+    metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(sums.encode())}
+    header = fmt.FileHeader(metadata, joined.entries, sum(part.header.payload_start for part in parts))
     info = replace(
         parts[0].info,
-        tensors=tensors,
-        aliases=aliases,
-        inherited=sum(one.info.inherited for one in parts),
-        measurements=_sum_of([one.info.measurements for one in parts]),
-        motion=next((one.info.motion for one in parts if one.info.motion is not None), None),
+        tensors=joined.tensors,
+        aliases=joined.aliases,
+        inherited=sum(part.info.inherited for part in parts),
+        measurements=_sum_of([part.info.measurements for part in parts]),
+        motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
         part=None,
         chunks={},
     )
+    made = (Part(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))
     return Snapshot(folder, header, info, tuple(made))
+
+
+class _Joined(NamedTuple):
+    """The tensors of a snapshot, and where those of each part belong."""
+
+    tensors: dict[str, fmt.TrackedTensor]
+    entries: dict[str, fmt.TensorEntry]
+    aliases: dict[str, str]
+    boxes: list[dict[str, Box]]
+
+
+def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
+    tensors: dict[str, fmt.TrackedTensor] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    held: dict[str, list[tuple[Path, Box]]] = defaultdict(list)
+    aliases: dict[str, str] = {}
+    for part in parts:
+        for name, tensor in part.info.tensors.items():
+            stored, chunk = part.header.tensors[name], part.info.chunks[name]
+            known = tensors.setdefault(name, tensor), shapes.setdefault(name, chunk.shape)
+            if known != (tensor, chunk.shape):
+                what = f"do not match: tensor {shown(name)} is {known[0].role} of {known[0].dtype} {list(known[1])}"
+                what += f" and {tensor.role} of {tensor.dtype} {list(chunk.shape)}"
+                raise MismatchError(f"{held[name][0][0]} and {part.path}", what)
+            # The widest holds the values of all exactly: beside the run's dtype there is only what is wider.
+            dtypes[name] = max(dtypes.get(name, stored.dtype), stored.dtype, key=fmt.ITEM_BYTES.__getitem__)
+            held[name].append((part.path, chunk.box(stored.shape)))
+        aliases |= part.info.aliases
+    for alias in aliases.keys() & tensors.keys():
+        raise FileFormatError(folder, f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
+    for name, own in held.items():
+        problem = cover_problem(shapes[name], [box for _, box in own])
+        if problem is not None:
+            for (first, box), (other, second) in combinations(own, 2):
+                if box.meet(second).size:
+                    raise MismatchError(f"{first} and {other}", f"tensor {shown(name)}: both hold some of its elements")
+            raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
+    entries = fmt.lay_out([fmt.TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items()])
+    boxes = [{n: c.box(part.header.tensors[n].shape) for n, c in part.info.chunks.items()} for part in parts]
+    return _Joined(tensors, entries, aliases, boxes)
 
 
 def _sum_of(parts: Sequence[Measurements | None]) -> Measurements | None:

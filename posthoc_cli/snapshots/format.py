@@ -78,11 +78,12 @@ header's checksum is taken over the first 8 + N bytes of the file with the 16 di
 
 A snapshot of a model that several processes hold in chunks is a folder named as a file would be, without the suffix. It
 has a file for each process that owns a chunk, `part-00003-of-00008.safetensors`, each a snapshot of its own tensors:
-ema.tensors and ema.measurements are of these alone (readers add the measurements, and keep a distance that all parts
-have), ema.motion is in the first part. The snapshot is complete when all parts are there, equal in the other keys, and
-the chunks of each tensor hold every element once, as the cells of a grid; else readers leave it alone. Each part also
-has DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} for each of its tensors, and DCP_VERSION "1.0",
-so that torch.distributed.checkpoint reads such a folder with its HuggingFaceStorageReader.
+ema.tensors, ema.aliases, ema.measurements and ema.inherited are of these alone (readers add the latter two, and keep a
+distance that all parts have), ema.motion is in the first part. Chunks of one tensor may be stored in different dtypes,
+of which one holds the values of all; readers take the widest. The snapshot is complete when all parts are there, equal
+in the other keys, and the chunks of each tensor hold every element once, as the cells of a grid; else readers leave it
+alone. Each part also has DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} for each of its tensors,
+and DCP_VERSION "1.0", so that torch.distributed.checkpoint reads such a folder with its HuggingFaceStorageReader.
 
 An *output* (what a synthesis writes) is the same with ema.format "output": it has ema.version, run_id,
 t, t_unit, checksums and checksum as above, and

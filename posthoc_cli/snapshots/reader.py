@@ -15,20 +15,21 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
-from itertools import chain, groupby, islice
+from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+from numpy.lib.stride_tricks import as_strided
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.chunks import Box, copy_range
+from posthoc_cli.snapshots.chunks import Box, copy_range, row_major
 from posthoc_cli.snapshots.headers import DecodeCache
 
 THREADS = 8
@@ -227,10 +228,12 @@ class PartedFile:
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.path, self.header, self.info = snapshot.path, snapshot.header, snapshot.info
+        self._files: list[tuple[TensorFile, Mapping[str, Box]]] = []
         self._chunks: dict[str, list[tuple[TensorFile, Box]]] = {name: [] for name in snapshot.header.tensors}
         with ExitStack() as stack:
             for part in snapshot.parts:
                 file = stack.enter_context(TensorFile(part.path, part.header))
+                self._files.append((file, part.boxes))
                 for name, box in part.boxes.items():
                     if box.size:
                         self._chunks[name].append((file, box))
@@ -250,9 +253,35 @@ class PartedFile:
         return BoxReader(Box.whole(entry.shape), begin, end, entry.dtype, self._chunks[name], name)
 
     def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:  # noqa: ARG002
-        """Fill `parts` with a small tensor each, verified."""
-        for name, part in zip(names, parts, strict=True):
-            self.read_range(name, 0, len(part)).read_into(part)
+        """Fill `parts` with a tensor of at most one block each, verified."""
+        targets = dict(zip(names, parts, strict=True))
+        for file, boxes in self._files:
+            stored = file.header.tensors
+            own = sorted((n for n in names if n in boxes and boxes[n].size), key=lambda n: stored[n].begin)
+            breaks = (i for i, (a, b) in enumerate(pairwise(own), 1) if stored[b].begin > _end(stored[a]))
+            for first, last in pairwise([0, *breaks, len(own)]):
+                run = own[first:last]
+                if not run:
+                    continue
+                begin = stored[run[0]].begin
+                room = memoryview(bytearray(_end(stored[run[-1]]) - begin))
+                cut = [room[stored[name].begin - begin : _end(stored[name]) - begin] for name in run]
+                file.read_small(run, room, cut)
+                for name, data in zip(run, cut, strict=True):
+                    self._place(targets[name], name, boxes[name], stored[name].dtype, data)
+
+    def _place(self, target: memoryview, name: str, box: Box, dtype: str, data: memoryview) -> None:
+        """Put the elements of a chunk where they belong in a complete tensor."""
+        entry = self.header.tensors[name]
+        values, item = _as_stored(np.frombuffer(data, np.uint8), dtype, entry.dtype), DTYPES[entry.dtype].nbytes
+        whole = Box.whole(entry.shape)
+        first, last = whole.span(box)
+        if last - first == box.size:
+            target[first * item : last * item] = values.data
+        else:
+            kind, steps = _items(entry.dtype), [item * step for step in row_major(entry.shape)]
+            elements = as_strided(np.frombuffer(target, kind)[first:last], box.shape, steps)
+            elements[...] = values.view(kind).reshape(box.shape)
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a complete tensor, without checksums, for estimates only."""
@@ -312,10 +341,7 @@ class _Unverified:
     def read(self, begin: int, end: int) -> npt.NDArray[Any]:
         """See `ForwardReader`."""
         data = self._bytes(begin * self._item, end * self._item)
-        if self._entry.dtype != self._dtype:  # a part with values too large or too small for the run's dtype
-            wide = np.dtype(DTYPES[self._dtype].torch_name)
-            data = decode_values(data, self._entry.dtype).astype(wide).view(np.uint8)
-        return data.view(_items(self._dtype))
+        return _as_stored(data, self._entry.dtype, self._dtype).view(_items(self._dtype))
 
     def _bytes(self, begin: int, end: int) -> npt.NDArray[np.uint8]:
         return self._file.read_unverified(self._name, begin, end)
@@ -357,6 +383,18 @@ def _read_box(box: Box, dtype: str, chunks: Sequence[tuple[TensorFile, Box]], na
     for begin in range(0, data.size, fmt.BLOCK_BYTES):  # so that little beside the result is held
         reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
     return data
+
+
+def _as_stored(data: npt.NDArray[np.uint8], dtype: str, wanted: str) -> npt.NDArray[np.uint8]:
+    """The bytes of the same values in a dtype that holds them exactly."""
+    if dtype == wanted:
+        return data
+    # A part with values too large or too small for the run's dtype has a wider one than the others.
+    return decode_values(data, dtype).astype(np.dtype(DTYPES[wanted].torch_name)).view(np.uint8)
+
+
+def _end(entry: fmt.TensorEntry) -> int:
+    return entry.begin + entry.nbytes
 
 
 def _items(dtype: str) -> np.dtype[Any]:

@@ -155,6 +155,19 @@ def test_a_large_tensor_is_read_in_any_range_and_box(tmp_path: Path, dtype: torc
             assert np.array_equal(file.read_unverified("w", first, last), flat[first:last])
 
 
+def test_each_block_that_a_box_touches_is_verified_to_its_end_and_no_other_is_read(tmp_path: Path) -> None:
+    value = torch.randn(4000, 1000)
+    folder = split_snapshot(write_snapshot(tmp_path, 10, 0.05, RUN_ID, {"w": value}), 2, {"w": (1, 2)})
+    flip_bit(parts_of(folder)[0])  # in the second block of two
+    (snapshot,) = read_directory(tmp_path)
+    assert snapshot.stored["w"].nbytes == sum(part.header.tensors["w"].nbytes for part in snapshot.parts)
+    with snapshot.open() as file:
+        file.read_box("w", Box((0, 0), (2000, 1000)))
+        file.read_box("w", Box((0, 500), (4000, 500)))
+        with pytest.raises(FileFormatError, match=f"{parts_of(folder)[0].name}: tensor 'w' is damaged"):
+            file.read_box("w", Box((2500, 499), (1, 1)))
+
+
 def test_a_box_is_read_from_one_file_too(run: Path) -> None:
     path = snapshot_files(run)[-1]
     value = load_file(path)["0.weight"]
@@ -176,6 +189,9 @@ def test_chunks_in_several_dtypes_read_as_the_widest(tmp_path: Path) -> None:
     with snapshot.open() as file:
         assert file.read("w").tobytes() == values["w"].numpy().tobytes()
         assert file.read_unverified("w", 32, 64).tobytes() == values["w"][2:4].numpy().tobytes()
+        room = memoryview(bytearray(80))
+        file.read_small(["w"], room, [room])
+        assert room.tobytes() == values["w"].numpy().tobytes()
 
 
 @pytest.mark.parametrize("grid", [(3,), (1, 3)])
