@@ -24,10 +24,10 @@ from posthoc_cli.export import ranks
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
 from posthoc_cli.export.ranks import Ranks
-from posthoc_cli.snapshots.models import INDEX_NAME
 from posthoc_cli.synthesis.plan import plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 
+INDEX_NAME = "model.safetensors.index.json"
 SHAPES: dict[str, tuple[int, ...]] = {
     "embed": (300, 40), "a/../b": (7,), "ü 'quoted'": (3, 5), "none": (0, 4), "one": (),
     **{f"layer.{i}.weight": (40, 50) for i in range(12)}, **{f"layer.{i}.bias": (50,) for i in range(12)},

@@ -16,7 +16,6 @@ from posthoc_cli.profiles import (
     UNIFORM_SIGMA_REL,
     PowerFunction,
     RecordedPowerFunction,
-    beta,
     classical_beta,
     gamma_from_sigma_rel,
     mean_age,
@@ -56,10 +55,10 @@ def test_an_impossible_sigma_rel_is_refused_with_the_range(sigma_rel: float) -> 
         sigma_rel_from_gamma(0.0)
 
 
-def test_beta_follows_the_true_interval() -> None:
+def test_the_share_of_an_update_follows_the_true_interval() -> None:
     gamma = gamma_from_sigma_rel(0.05)
-    assert beta(gamma, 990, 1000) == pytest.approx(0.99 ** (gamma + 1), rel=1e-14)
-    assert beta(gamma, 990, 1000) < (1 - 1 / 1000) ** (gamma + 1)  # what an interval of 1 would give
+    assert new_value_share(gamma, 990, 1000) == pytest.approx(1 - 0.99 ** (gamma + 1), rel=1e-13)
+    assert new_value_share(gamma, 990, 1000) > 1 - (1 - 1 / 1000) ** (gamma + 1)  # what an interval of 1 would give
     assert new_value_share(16.97, 0, 10) == 1.0  # the first update is taken whole
 
 
