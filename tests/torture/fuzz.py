@@ -19,7 +19,7 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.description import describe
-from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart, written
+from torture.forging import Inner, Pairs, Raw, places, replaced, take_apart, written
 from torture.tally import Experiment, Tally
 from torture.victims import Tiny, Victim, all_victims, examine
 
@@ -101,9 +101,9 @@ def _try(victim: Victim, tally: Tally, what: str, content: bytes, use: Callable[
 @st.composite
 def _mutations(draw: Callable[[Any], Any], tree: Any) -> Any:
     """The tree with one thing in it dropped, doubled, or become another."""
-    everything: list[tuple[Place, Any]] = list(places(tree))
-    at, found = everything[draw(st.integers(0, len(everything) - 1))]
-    if _is_key(tree, at):
+    everything = list(places(tree))
+    at, found, is_key = draw(st.sampled_from(everything))
+    if is_key:
         return replaced(tree, at, draw(ODD_TEXT))
     kind = draw(st.sampled_from(["like", "like", "like", "odd", "drop", "double", "other"]))
     if kind in ("drop", "double") and isinstance(found, list) and found:
@@ -113,16 +113,8 @@ def _mutations(draw: Callable[[Any], Any], tree: Any) -> Any:
     if kind == "like" and isinstance(found, str | int | float):
         return replaced(tree, at, draw(ODD_TEXT if isinstance(found, str) else ODD_NUMBER))
     if kind == "other":
-        return replaced(tree, at, everything[draw(st.integers(0, len(everything) - 1))][1])
+        return replaced(tree, at, draw(st.sampled_from(everything))[1])
     return replaced(tree, at, draw(ODD))
-
-
-def _is_key(tree: Any, at: Place) -> bool:
-    for step in at:
-        if isinstance(tree, Pairs) and step % 2 == 0:
-            return True
-        tree = tree.value if isinstance(tree, Inner) else tree[step // 2][1] if isinstance(tree, Pairs) else tree[step]
-    return False
 
 
 # --- what is done with a file
