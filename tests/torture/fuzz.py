@@ -74,28 +74,14 @@ def _fuzz_one(victim: Victim, tally: Tally, examples: int, chance: int) -> None:
         victim.path.write_bytes(content)
         started = time.monotonic()
         for name, use in _uses(victim).items():
-            _try(victim, tally, f"{victim.kind}, {name}", content, use)
+            tally.tried += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                victim.attempt(tally, f"{victim.kind}, {name}, of {content!r}", use, str(victim.path.parent))
         if time.monotonic() - started > SLOWEST:
             tally.missed.append(f"{victim.kind}: took {time.monotonic() - started:.0f} s: {content!r}"[:2000])
 
     try_one()
-
-
-def _try(victim: Victim, tally: Tally, what: str, content: bytes, use: Callable[[], object]) -> None:
-    tally.tried += 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
-            use()
-    except PostHocError as error:
-        text = str(error)
-        if str(victim.path.parent) not in text or not text.isprintable() or len(text) > 2_000:
-            tally.missed.append(f"{what}: {text[:300]!r} of {content!r}"[:4000])
-        if victim.out.exists():
-            tally.lost.append(f"{what}: an output was left by {content!r}"[:4000])
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is no error of the package
-        tally.missed.append(f"{what}: {type(error).__name__}: {str(error)[:300]!r} of {content!r}"[:4000])
-    victim.out.unlink(missing_ok=True)
 
 
 @st.composite
