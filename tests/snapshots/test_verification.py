@@ -296,6 +296,14 @@ def test_what_is_there_a_second_time_or_of_another_run_is_not_lost(run: Path) ->
     assert [s.path for s in verified(run).lost] == [first, again]
 
 
+def test_contradicting_clocks_are_a_problem_of_all(tmp_path: Path) -> None:
+    for t, step in ((10.0, 3), (20.0, 2)):
+        write_snapshot(tmp_path, t, 0.05, RUN_ID, W, t_unit="images", step=step, clock=((step, t),))
+    found = verified(tmp_path)
+    assert (found.is_fine, found.broken) == (False, ())
+    assert "not of one training" in found.problems[0]
+
+
 def test_swapped_names_are_noted_since_headers_are_believed(run: Path) -> None:
     first, other = snapshot_files(run)[0], snapshot_files(run)[4]
     first.rename(run / "x")
