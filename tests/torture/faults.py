@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
