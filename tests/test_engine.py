@@ -31,7 +31,7 @@ from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import read_header
 from posthoc_cli.synthesis import engine, sums
 from posthoc_cli.synthesis import plan as plan_module
-from posthoc_cli.synthesis.engine import Options, TileWriter, numbered_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.engine import Options, numbered_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis
 from posthoc_cli.synthesis.sources import disk_sources
 from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
@@ -389,8 +389,8 @@ class Streams:
         monkeypatch.setattr(engine, "caller_event", caller_event)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: nullcontext())
 
-    def open(self, _: object) -> list[TileWriter]:
-        writers = [TileWriter()] * len(TARGETS)
+    def open(self, tile: Tile) -> list[Any]:
+        writers = Kept().open(tile)
         self.log.append(("open", id(writers)))
         self.kept = [*getattr(self, "kept", []), writers]  # so that no id is given again
         return writers

@@ -171,7 +171,6 @@ def main() -> NoReturn:
         sys.stdout.flush()
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-        output.print_note("ema: interrupted")
     except BrokenPipeError:
         code = _reader_has_gone()
     except PostHocError as error:
@@ -194,6 +193,8 @@ def main() -> NoReturn:
         context = getattr(error, "ctx", None)
         see = "" if context is None else f" (see {context.command_path} --help)"
         _print_message("error", f"{error.format_message()}{see}")
+    if code == 130:  # typer may return it
+        output.print_note("ema: interrupted")
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -238,6 +238,8 @@ def decode_metadata(
         what = "has no ema.format" if found is None else f"its ema.format is {shown(found)}"
         raise FileFormatError(path, f"not {'an' if kind == 'output' else 'a'} {kind} of this package: {what}")
     known, version = fmt.version_of(kind), header.metadata.get("ema.version")
+    if version is None:
+        raise FileFormatError(path, "ema.version: is missing")
     if version != known:
         raise FileFormatError(path, f"ema.version: {shown(version)}; this release reads {known}")
     cache = cache or DecodeCache()

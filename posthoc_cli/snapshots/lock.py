@@ -62,8 +62,7 @@ class DirectoryLock:
             try:
                 if self._holder.exists():
                     log.warning("%s: %s", directory, self._left_behind())
-                own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
-                files.write_whole(self._holder, json.dumps(own).encode(), overwrite=True)
+                self._note_holder()
                 # Also without a call of `release`: at the end of the process, or of all references.
                 self._forget = weakref.finalize(self, _forget, self._holder, os.getpid())
             except BaseException:
@@ -83,6 +82,16 @@ class DirectoryLock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+    def _note_holder(self) -> None:
+        """Write the note; nothing depends on it, so that it need not be atomic."""
+        own = {"host": socket.gethostname(), "process": os.getpid(), "since": time.time()}
+        files.unlink_if_there(self._holder)
+        descriptor = files.system.open_new(self._holder)
+        try:
+            files.write_at(descriptor, json.dumps(own).encode(), 0)
+        finally:
+            files.system.close(descriptor)
 
     def _left_behind(self) -> str:
         """A warning about a note without a lock."""

@@ -28,7 +28,6 @@ from posthoc_cli.demo.job import Folder
 from posthoc_cli.errors import DirectoryError, OutputExistsError, WriteError
 from posthoc_cli.files import PendingFile
 from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
-from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.reader import read_header
 
 
@@ -57,6 +56,7 @@ def test_a_link_in_place_of_an_output_is_replaced_itself_and_only_by_force(
     assert precious.read_bytes() == b"mine"
 
 
+INDEX_NAME = "model.safetensors.index.json"
 SHARDED = ("--sigma-rel", "0.1", "--format", "sharded", "--max-shard-size", "60", "--force", "-q", "--out")
 
 

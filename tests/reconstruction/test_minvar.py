@@ -25,7 +25,6 @@ from posthoc_cli.reconstruction import (
     reconstruct,
     relative_width,
 )
-from posthoc_cli.reconstruction.basis import Densities, Tails
 
 T = 1000.0
 START = 3.0
@@ -63,50 +62,6 @@ def expected_square(snapshots, coefficients, target, motion: Motion, rounding) -
         if w:
             total += w * integrate.quad(lambda s: miss(lambda p: p.density(s)), a, b, epsabs=1e-14, limit=200)[0]
     return total
-
-
-# --- closed forms ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("functions", [Tails, Densities])
-def test_inner_products_are_the_integrals(functions) -> None:  # type: ignore[no-untyped-def]
-    """Of every two stored functions, of different exponents and times, on every interval."""
-    gammas = np.array([0.05, 6.9, 17.0])
-    edges = np.array([START, 40.0, 45.0, 300.0, T])
-    gamma = np.repeat(gammas, 3)
-    t = np.tile([45.0, 300.0, T], 3)
-    rows = functions(gammas, edges).of_powers([PowerFunction(*power) for power in zip(gamma, t, strict=True)])
-    value = (lambda p, s: p.tail(s)) if functions is Tails else (lambda p, s: p.density(s))
-
-    def product(s, p, q):  # type: ignore[no-untyped-def]
-        return float(value(p, s) * value(q, s))
-
-    for k, (a, b) in enumerate(pairwise(edges)):
-        for i in range(0, 9, 2):
-            for j in range(0, 9, 3):
-                p, q = PowerFunction(gamma[i], t[i]), PowerFunction(gamma[j], t[j])
-                # At an interval's end a profile of that time is over: only its inside counts.
-                inside = float(b <= p.t and b <= q.t)
-                exact = inside * integrate.quad(product, a, b, (p, q), epsabs=1e-15)[0]
-                scale = (b - a) * (1.0 if functions is Tails else float(value(p, p.t) * value(q, q.t)))
-                assert rows[k, :, i] @ rows[k, :, j] == pytest.approx(exact, rel=1e-9, abs=1e-12 * scale)
-
-
-@pytest.mark.parametrize("sigma_rel", [0.02, 0.07, 0.2, 0.287])
-@pytest.mark.parametrize("functions", [Tails, Densities])
-def test_a_target_by_quadrature_is_the_one_in_closed_form(functions, sigma_rel: float) -> None:  # type: ignore[no-untyped-def]
-    class Hidden:
-        """A power function that does not say so."""
-
-        def __init__(self, inner: PowerFunction) -> None:
-            self.density, self.tail = inner.density, inner.tail
-
-    basis = functions(np.array([0.05, 17.0]), np.array([START, 40.0, 45.0, 300.0, 999.0, T]))
-    closed, squares = basis.of_targets([PowerFunction.from_sigma_rel(sigma_rel, T)])
-    rows, other = basis.of_targets([Hidden(PowerFunction.from_sigma_rel(sigma_rel, T))])
-    size = np.sqrt(squares)[:, None, :]
-    np.testing.assert_allclose(rows, closed, rtol=1e-9, atol=1e-9 * float(size.max()))
-    np.testing.assert_allclose(other, squares, rtol=1e-9, atol=1e-15)
 
 
 TARGETS = [
@@ -319,17 +274,6 @@ def test_units_of_time_and_of_weights_change_nothing(problem, time: float, weigh
     assert after.predicted_error[0] == pytest.approx(before.predicted_error[0], rel=1e-4, abs=1e-7)
     scale = np.abs(before.coefficients).sum()
     np.testing.assert_allclose(after.coefficients, before.coefficients, atol=1e-5 * scale)
-
-
-@given(problems(), st.data())
-@settings(max_examples=60, deadline=None)
-def test_one_more_snapshot_never_makes_it_worse(problem, data) -> None:  # type: ignore[no-untyped-def]
-    snapshots, prior, target = problem
-    chosen = data.draw(st.lists(st.sampled_from(range(len(snapshots))), min_size=1, unique=True))
-    fewer = MinimumVariance([snapshots[i] for i in chosen], prior.of(chosen), target.t)
-    every = MinimumVariance(snapshots, prior, target.t)
-    least = squared_error(every, solved(every, target), target)
-    assert least <= squared_error(fewer, solved(fewer, target), target) * (1 + 1e-9) + 1e-12
 
 
 @given(problems())

@@ -33,9 +33,8 @@ def run(_stored_in_float16: Path, tmp_path: Path) -> Path:
 
 
 def measured(folder: Path) -> Verification:
-    found = verify(list_contents(folder))
+    found, told = verify(list_contents(folder)), []
     assert found.is_fine, found
-    told: list[int] = []
     result = verify_measurements(found, told.append)
     assert sum(told) == deep_bytes(found.snapshots)
     return result
@@ -143,7 +142,6 @@ def test_what_rounding_allows_is_allowed_and_a_little_more_is_not(tmp_path: Path
     run = record(tmp_path / "run", dtype=torch.float64, checkpoint_dtype=None)
     path = snapshot_files(run)[-1]
     info = read_snapshot(path).info
-    assert info.measurements is not None
     assert info.measurements.rounding == 0
 
     def scale(values: dict[str, torch.Tensor]) -> None:
@@ -159,7 +157,6 @@ def test_distances_to_earlier_ones_are_to_their_stored_copies(run: Path) -> None
     """A distance that is off by half of the partner's rounding is no mistake of an exact one, but of a stored one."""
     path = snapshot_files(run)[-1]
     info = read_snapshot(path).info
-    assert info.measurements is not None
     own = sqrt(info.measurements.rounding)
     for distance in info.measurements.distances:
         off = replace(distance, squared=(sqrt(distance.squared) + 1.5 * own) ** 2)

@@ -70,8 +70,8 @@ def test_any_snapshot_can_be_copied_moved_or_deleted_on_its_own(tmp_path: Path) 
 def test_outputs_temporaries_hidden_files_and_other_files_beside_snapshots_are_left_alone(
     tmp_path: Path, small: Callable[[str], Path]
 ) -> None:
-    shutil.copy(small("output"), tmp_path / "model.safetensors")
-    safetensors.torch.save_file(W, small("output"))  # a foreign file
+    small("output")
+    safetensors.torch.save_file(W, tmp_path / "foreign.safetensors")
     for name in (".ema-0123.tmp", ".ema.lock", "._x.safetensors", "notes.txt", "old.pt"):
         (tmp_path / name).write_bytes(b"junk")
     (tmp_path / "superseded").mkdir()
@@ -137,17 +137,14 @@ def test_segments_follow_each_other_in_time(
 
 
 def test_a_profile_is_missing_at_the_newest_time_unless_the_run_went_on_without_it(tmp_path: Path) -> None:
-    def notes() -> tuple[str, ...]:
-        return inspect_directory(tmp_path).notes
-
     write_times(tmp_path, [10], (0.05, 0.28))
-    assert notes() == ()
+    assert inspect_directory(tmp_path).notes == ()
     late = write_snapshot(tmp_path, 20, 0.05, RUN_ID, W)
-    assert notes() == ("t = 20, the newest: no snapshot of sigma_rel 0.28",)
+    assert inspect_directory(tmp_path).notes == ("t = 20, the newest: no snapshot of sigma_rel 0.28",)
     for run_id, tracked in ((RUN_ID, (0.05,)), (OTHER_RUN_ID, (0.05, 0.28))):
         late.unlink()
         write_snapshot(tmp_path, 20, 0.05, run_id, W, sigma_rels=tracked)
-        assert notes() == ()
+        assert inspect_directory(tmp_path).notes == ()
 
 
 def test_a_run_that_went_on_without_a_profile_that_was_deleted_is_one_run(tmp_path: Path) -> None:
@@ -264,8 +261,8 @@ def test_names_differ_for_different_profiles(t: float, sigma_rels: list[float]) 
 
 
 def test_names_are_for_people() -> None:
-    assert snapshot_path(Path("run"), 1000.0, 0.05).name.endswith("1000-0.05.safetensors")
-    assert snapshot_path(Path("run"), 12.5, 0.28).name.endswith("12.5-0.28.safetensors")
+    names = [snapshot_path(Path("run"), t, sigma_rel).name for t, sigma_rel in ((1000.0, 0.05), (12.5, 0.28))]
+    assert [name.lstrip("0") for name in names] == ["1000-0.05.safetensors", "12.5-0.28.safetensors"]
 
 
 # --- adding

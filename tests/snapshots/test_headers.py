@@ -21,7 +21,7 @@ from posthoc_cli.errors import FileFormatError, MismatchError
 from posthoc_cli.snapshots.directory import inspect_directory, read_directory
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.headers import decode_header
-from posthoc_cli.snapshots.outputs import INDEX_NAME, read_index
+from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_index
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
 
@@ -99,7 +99,9 @@ def test_endless_numbers_are_refused_whatever_python_was_told(tmp_path: Path) ->
     try:
         index.write_text('{"weight_map":{},"metadata":' + "7" * 1_000_000 + "}")
         with pytest.raises(FileFormatError, match="a number of 1,000,000 digits"):
-            read_index(index)
+            decode_index(index)
+        index.write_text('{"weight_map":{},"metadata":{"total_size":77}}')
+        assert decode_index(index).total_size == 77
     finally:
         sys.set_int_max_str_digits(before)
 

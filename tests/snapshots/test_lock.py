@@ -247,17 +247,3 @@ def test_readers_need_no_lock_and_writers_are_told(tmp_path: Path, ema: Ema, mon
     assert result.code == 1
     assert result.error == f"{run}: cannot be written: read-only file system; nothing partial is left"
     assert contents(run) == before
-
-
-def test_a_second_tracker_is_refused_at_its_first_update_and_goes_on_after_the_first_was_closed(
-    tmp_path: Path,
-) -> None:
-    model = tiny_model()
-    settings = {"update_every": 1, "final_snapshot": False}
-    first, second = (PostHocEMA.from_model(model, tmp_path / "ema", **settings) for _ in range(2))
-    first.update_(model)
-    with pytest.raises(LockedError, match="another tracker of this process"):
-        second.update_(model)
-    first.close()
-    second.update_(model)
-    second.close()

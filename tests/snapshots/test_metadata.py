@@ -20,7 +20,7 @@ from posthoc_cli.snapshots.reader import read_header
 Small = Callable[[str], Path]
 VALUES = {"a": torch.tensor([1.0, -2.5]), "b": torch.tensor([7], dtype=torch.int16)}
 
-NUMBERS = ["x", "--1", "0x10", "1,5", "1_0", "١", " 1", "1 ", "+1", ".5", "1.", "", "nan", "-inf", "1e999", "infinity"]
+NUMBERS = ["x", "--1", "0x10", "1,5", "1_0", "١", "+1", ".5", "1.", "", "nan", "-inf", "1e999", "infinity"]
 WHOLE = ["", "1.5", "-1", "1e3", "\u0663", "9" * 20, "nan"]
 OBJECTS = ["", "{", "[]", "null", "1", '{"a":1,"a":1}', "{'a':1}", "[" * 10**5, '"\ud800"', "NaN"]
 LISTS = ["", "{", "{}", "null", "[" * 10**5, "[1]", '[["a"]]', '[{"a":1}]', "[null]", '["\ud800', "[NaN]"]
@@ -86,7 +86,7 @@ SNAPSHOT = {
     "ema.step": [("0", "first update 1, step 0: not a time of training")],
     "ema.max_interval": [("-1", ""), ("10.5", "")],
     "ema.updates": [("0", "0 must lie in [1, 10]"), ("11", "11 must lie in [1, 10]")],
-    "ema.inherited": [("-0.5", "-0.5 must be at least 0")],
+    "ema.inherited": [("-0.5", "at least 0, not -0.5")],
     "ema.schedule": [
         ('{"update_every":1}', ""), (schedule(update_every=True), ""), (schedule(update_every=None), ""),
         (schedule(max_checkpoints=1.0), ""), (schedule(checkpoint_dtype="F13"), ""),
@@ -145,7 +145,7 @@ SNAPSHOT = {
         (motion(walk=[float("nan"), 1]), "NaN is not JSON"),
     ],
     "ema.sigma_rels": [
-        ("[]", "is not a list of numbers"), ("[true]", "is not a list of numbers"),
+        ("[]", "must be a list of numbers"), ("[true]", "must be a list of numbers"),
         ("[0.28,0.05]", "must grow, each profile once"), ("[0.05,0.05,0.28]", "must grow, each profile once"),
         ("[0.05,0.3]", "sigma_rel 0.3: must lie in (0, 0.2887)"),
         ("[0.1,0.28]", "0.1, 0.28 must include the snapshot's own 0.05"),
@@ -165,7 +165,7 @@ SNAPSHOT = {
         (json.dumps([[k, k] for k in range(1, 1002)]), "has 1,001 pairs; at most 1,000 are allowed"),
     ],
     "ema.checksums": [(f'{{"a":"{"0" * 16}","b":"{"0" * 16}"}}', "tensor 'a' is damaged")],
-    "ema.format": [("output", "ema.snapshots: is missing"), ("elsewhere", "")],
+    "ema.format": [("output", "ema.profile: is missing"), ("elsewhere", "")],
 }  # fmt: skip
 OUTPUT = {
     "ema.t": [("-1.0", "-1 is not a time of training"), ("1e300", "1e+300 is not a time of training")],

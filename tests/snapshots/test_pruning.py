@@ -255,7 +255,6 @@ def test_a_stretched_motion_keeps_every_expected_distance() -> None:
 
 def test_a_run_says_how_it_moved_and_how_it_was_stored(run: Path) -> None:
     found = likeness(read_directory(run), 2400)
-    assert found.motion is not None
     assert found.motion.edges[-1] == pytest.approx(2400)
     # An average of values spread around zero is stored about as well as any.
     assert found.rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
@@ -272,10 +271,5 @@ def test_the_rounding_of_mixed_dtypes_is_that_of_none(tmp_path: Path) -> None:
     found = likeness(read_directory(tmp_path), 100)
     assert list(found.rounding) == ["float16"]
     assert found.rounding["float16"] == pytest.approx(2e-4, rel=0.3)
-
-
-def test_a_run_of_one_snapshot_says_nothing(tmp_path: Path) -> None:
-    write_snapshot(tmp_path, 10.0, 0.05, RUN_ID, {"w": torch.ones(3)}, sigma_rels=(0.05,))
-    found = likeness(read_directory(tmp_path), 100)
-    assert found.motion is None
-    assert found.rounding == {}
+    found = likeness(read_directory(tmp_path)[:1], 100)  # a run of one snapshot says nothing
+    assert (found.motion, found.rounding) == (None, {})

@@ -170,7 +170,7 @@ def test_the_same_elements_are_read_of_every_snapshot_and_others_in_another_run(
 def test_a_run_of_elements_goes_on_in_the_next_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each lies within one tensor, and all of a model that is no larger than the sample are read, once each."""
     monkeypatch.setattr(measurements, "RUN_ELEMENTS", 4)
-    values = {name: torch.zeros(size) for name, size in zip("abcde", [3, 0, 9, 1, 6], strict=True)}
+    values = {name: torch.zeros(size) for name, size in zip("abcdefghi", [3, 0, 4, 0, 4, 0, 4, 0, 4], strict=True)}
     (parts,) = elements_read([write(tmp_path, 10, 0.05, values)], monkeypatch)
     assert all(0 <= begin < end <= 4 * values[name].numel() for name, begin, end in parts)
     read = sorted((name, byte) for name, begin, end in parts for byte in range(begin, end, 4))

@@ -111,7 +111,7 @@ def _make_huge(victim: Victim, really: bool) -> None:
 
 
 def _lies(tree: Any) -> Iterator[tuple[str, Any]]:
-    for at, found in places(tree):
+    for at, found, _ in places(tree):
         for key, value in found if isinstance(found, Pairs) else ():
             yield f"key {key!r} twice, at {at}", replaced(tree, at, Pairs([*found, (key, value)]))
             yield f"key {key!r} twice, null first, at {at}", replaced(tree, at, Pairs([(key, None), *found]))
@@ -142,7 +142,7 @@ def _is_number(found: Any) -> bool:
 
 def _wrong_offsets(tree: Any) -> Iterator[tuple[str, Any]]:
     """Offsets that overlap, leave gaps, descend, lie outside, or are not those of the shape."""
-    for at, found in places(tree):
+    for at, found, _ in places(tree):
         if not (isinstance(found, Pairs) and [key for key, _ in found] == ["dtype", "shape", "data_offsets"]):
             continue
         begin, end = found[2][1]

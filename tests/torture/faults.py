@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from posthoc_cli.snapshots.models import INDEX_NAME
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
@@ -84,7 +84,7 @@ class Run:
             return []
         found = verify_measurements(verify(list_contents(self.directory)))
         broken = [f"{file.path.name}: {file.detail}" for file in found.files if not file.is_fine]
-        return [*found.problems, *broken, *wrong_snapshots(self.directory)]
+        return [*found.problems, *broken] or wrong_snapshots(self.directory)
 
     def wrong_outputs(self) -> list[str]:
         """What is wrong with all that is to be there at the end."""

@@ -99,33 +99,30 @@ def forge(path: Path, changes: Mapping[str, str | None]) -> Path:
     return path
 
 
-def places(tree: Any, at: Place = ()) -> Iterator[tuple[Place, Any]]:
-    """Everything in a tree, keys too, with its place."""
-    yield at, tree
+def places(tree: Any, at: Place = ()) -> Iterator[tuple[Place, Any, bool]]:
+    """Everything in a tree with its place, and whether it is a key."""
+    yield at, tree, False
     if isinstance(tree, Pairs):
         for i, (key, value) in enumerate(tree):
-            yield (*at, 2 * i), key
+            yield (*at, 2 * i), key, True
             yield from places(value, (*at, 2 * i + 1))
-    elif isinstance(tree, list):
-        for i, item in enumerate(tree):
+    elif isinstance(tree, list | Inner):
+        for i, item in enumerate(tree if isinstance(tree, list) else [tree.value]):
             yield from places(item, (*at, i))
-    elif isinstance(tree, Inner):
-        yield from places(tree.value, (*at, 0))
 
 
 def replaced(tree: Any, at: Place, new: Any) -> Any:
     """The tree with something else at a place."""
     if not at:
         return new
-    step, *rest = at
-    further = tuple(rest)
+    step, further = at[0], at[1:]
     if isinstance(tree, Inner):
         return Inner(replaced(tree.value, further, new))
     changed = type(tree)(tree)
     if isinstance(tree, Pairs):
-        key, value = tree[step // 2]
-        pair = (replaced(key, further, new), value) if step % 2 == 0 else (key, replaced(value, further, new))
-        changed[step // 2] = pair
+        pair = list(tree[step // 2])
+        pair[step % 2] = replaced(pair[step % 2], further, new)
+        changed[step // 2] = tuple(pair)
     else:
         changed[step] = replaced(tree[step], further, new)
     return changed

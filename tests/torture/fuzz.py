@@ -19,7 +19,7 @@ from posthoc_cli.errors import PostHocError
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.description import describe
-from torture.forging import Inner, Pairs, Place, Raw, places, replaced, take_apart, written
+from torture.forging import Inner, Pairs, Raw, places, replaced, take_apart, written
 from torture.tally import Experiment, Tally
 from torture.victims import Tiny, Victim, all_victims, examine
 
@@ -74,36 +74,22 @@ def _fuzz_one(victim: Victim, tally: Tally, examples: int, chance: int) -> None:
         victim.path.write_bytes(content)
         started = time.monotonic()
         for name, use in _uses(victim).items():
-            _try(victim, tally, f"{victim.kind}, {name}", content, use)
+            tally.tried += 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", RuntimeWarning)
+                victim.attempt(tally, f"{victim.kind}, {name}, of {content!r}", use, str(victim.path.parent))
         if time.monotonic() - started > SLOWEST:
             tally.missed.append(f"{victim.kind}: took {time.monotonic() - started:.0f} s: {content!r}"[:2000])
 
     try_one()
 
 
-def _try(victim: Victim, tally: Tally, what: str, content: bytes, use: Callable[[], object]) -> None:
-    tally.tried += 1
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", RuntimeWarning)
-            use()
-    except PostHocError as error:
-        text = str(error)
-        if str(victim.path.parent) not in text or not text.isprintable() or len(text) > 2_000:
-            tally.missed.append(f"{what}: {text[:300]!r} of {content!r}"[:4000])
-        if victim.out.exists():
-            tally.lost.append(f"{what}: an output was left by {content!r}"[:4000])
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is no error of the package
-        tally.missed.append(f"{what}: {type(error).__name__}: {str(error)[:300]!r} of {content!r}"[:4000])
-    victim.out.unlink(missing_ok=True)
-
-
 @st.composite
 def _mutations(draw: Callable[[Any], Any], tree: Any) -> Any:
     """The tree with one thing in it dropped, doubled, or become another."""
-    everything: list[tuple[Place, Any]] = list(places(tree))
-    at, found = everything[draw(st.integers(0, len(everything) - 1))]
-    if _is_key(tree, at):
+    everything = list(places(tree))
+    at, found, is_key = draw(st.sampled_from(everything))
+    if is_key:
         return replaced(tree, at, draw(ODD_TEXT))
     kind = draw(st.sampled_from(["like", "like", "like", "odd", "drop", "double", "other"]))
     if kind in ("drop", "double") and isinstance(found, list) and found:
@@ -113,16 +99,8 @@ def _mutations(draw: Callable[[Any], Any], tree: Any) -> Any:
     if kind == "like" and isinstance(found, str | int | float):
         return replaced(tree, at, draw(ODD_TEXT if isinstance(found, str) else ODD_NUMBER))
     if kind == "other":
-        return replaced(tree, at, everything[draw(st.integers(0, len(everything) - 1))][1])
+        return replaced(tree, at, draw(st.sampled_from(everything))[1])
     return replaced(tree, at, draw(ODD))
-
-
-def _is_key(tree: Any, at: Place) -> bool:
-    for step in at:
-        if isinstance(tree, Pairs) and step % 2 == 0:
-            return True
-        tree = tree.value if isinstance(tree, Inner) else tree[step // 2][1] if isinstance(tree, Pairs) else tree[step]
-    return False
 
 
 # --- what is done with a file

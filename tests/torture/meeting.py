@@ -29,13 +29,15 @@ STEP = 0.01
 """Seconds of a training step beside readers. Of one that thins every few milliseconds a reader never gets hold."""
 
 
-def train_until_told(mine: Connection, tracker: PostHocEMA, network: Network, first: int, said: str) -> None:
-    """Train for `first` steps, say what is then so, and train on."""
+def train_until_told(
+    mine: Connection, tracker: PostHocEMA, network: Network, said: str, first: int = 1, pause: float = 0
+) -> None:
+    """Train for `first` steps, say what is then so, and train on, with pauses between the steps."""
     for number in count():
         if number == first:
             tracker.flush()
             mine.send((said, tracker.run_id))
-        if number >= first and mine.poll(STEP if first > 1 else 0):
+        if number >= first and mine.poll(pause):
             break
         network.go_to(tracker.step + 1)
         tracker.update_(network)
@@ -103,7 +105,7 @@ def trains(mine: Connection, folder: Path) -> None:
     network = Network()
     while mine.recv() == ("train",):
         with begin(folder, network, checkpoint_every=3, max_checkpoints=6) as tracker:
-            train_until_told(mine, tracker, network, 12, "training")
+            train_until_told(mine, tracker, network, "training", 12, STEP)
         mine.send(("closed", tracker.step))
 
 
@@ -182,7 +184,7 @@ def writes(mine: Connection, folder: Path) -> None:
             remove_half_begun(folder)
         with refusals(mine):
             with begin(folder, network, checkpoint_every=1, max_checkpoints=4) as tracker:
-                train_until_told(mine, tracker, network, 1, "holds")
+                train_until_told(mine, tracker, network, "holds")
             mine.send(("closed", tracker.step))
 
 

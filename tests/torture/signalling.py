@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from factories import random_walk, write_run
-from posthoc_cli.snapshots.models import read_index
+from posthoc_cli.snapshots.outputs import read_index
 
 from posthoc_cli import files
 from posthoc_cli.__main__ import main

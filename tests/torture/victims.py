@@ -61,6 +61,9 @@ def _content(path: Path) -> Content:
         return {"": said} | {name: file.read(name).tobytes() for name in file.header.tensors}
 
 
+REFUSED = object()
+
+
 @dataclass(frozen=True)
 class Victim:
     """A file that will be harmed, and what is made of it."""
@@ -81,19 +84,25 @@ class Victim:
         tally.tried += 1
         for how, act, before in (("examined", lambda: examine(self.path), intact[0]), ("used", self.use, intact[1])):
             what = f"{self.kind}, {harm}, {how}"
-            try:
-                found = act()
-            except PostHocError as error:
-                if self.named not in str(error) or not str(error).replace("'", "").isprintable():
-                    tally.missed.append(f"{what}: {str(error)[:300]!r} does not name {self.named}")
-                if self.out.exists():
-                    tally.lost.append(f"{what}: an output was left")
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is no error of the package
-                tally.missed.append(f"{what}: {type(error).__name__}: {error}"[:300])
-            else:
-                if not (self.is_index and found == before):
-                    tally.missed.append(f"{what}: not found")
+            found = self.attempt(tally, what, act, self.named)
+            if found is not REFUSED and not (self.is_index and found == before):
+                tally.missed.append(f"{what}: not found")
+
+    def attempt(self, tally: Tally, what: str, act: Callable[[], object], named: str) -> object:
+        """What comes out; REFUSED where that is an error: of this package, naming what it must, without an output."""
+        try:
+            return act()
+        except PostHocError as error:
+            text = str(error)
+            if named not in text or not text.replace("'", "").isprintable() or len(text) > 2_000:
+                tally.missed.append(f"{what}: {text[:300]!r} does not name {named}"[:4000])
+            if self.out.exists():
+                tally.lost.append(f"{what}: an output was left"[:4000])
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is no error of the package
+            tally.missed.append(f"{what}: {type(error).__name__}: {str(error)[:300]}"[:4000])
+        finally:
             self.out.unlink(missing_ok=True)
+        return REFUSED
 
     def intact(self) -> tuple[object, object]:
         """What is seen of the file, and made of it, without harm."""
