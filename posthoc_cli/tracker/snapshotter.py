@@ -24,8 +24,10 @@ from posthoc_cli.reconstruction import Distance, Measurements, roundings
 from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
     find_snapshots,
+    inspect_directory,
     newest_before,
     on_schedule,
+    remove_snapshot,
     set_aside,
     snapshot_path,
     thin,
@@ -169,6 +171,10 @@ class Snapshotter:
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
         try:
+            if members is not None and self._leads:
+                # Parts of a killed attempt and of this one could look like one snapshot.
+                for folder in inspect_directory(directory).incomplete:
+                    remove_snapshot(folder)
             snapshots = find_snapshots(directory)
         except BaseException:
             self.close()
