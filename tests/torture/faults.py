@@ -8,12 +8,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from posthoc_cli.snapshots.outputs import INDEX_NAME
-
 from posthoc_cli import files
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.snapshots.check import list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.directory import SUPERSEDED, find_snapshots
+from posthoc_cli.snapshots.outputs import INDEX_NAME
 from torture.commands import run_ema
 from torture.simulated import HALVED, KINDS, Disk, Faulty, Recording, installed
 from torture.tally import Experiment, Tally

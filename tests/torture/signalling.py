@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 from factories import random_walk, write_run
-from posthoc_cli.snapshots.outputs import read_index
 
 from posthoc_cli import files
 from posthoc_cli.__main__ import main
 from posthoc_cli.snapshots.directory import find_snapshots
+from posthoc_cli.snapshots.outputs import read_index
 from posthoc_cli.snapshots.reader import read_header
 from torture.processes import Nursery
 from torture.tally import Tally
