@@ -365,7 +365,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
         tensors=tensors,
         aliases=aliases,
         inherited=sum(one.info.inherited for one in parts),
-        measurements=_sum_of([one.info.measurements for one in parts]),
+        measurements=sum_of_parts([one.info.measurements for one in parts]),
         motion=next((one.info.motion for one in parts if one.info.motion is not None), None),
         part=None,
         chunks={},
@@ -373,7 +373,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot]) -> Snapshot:
     return Snapshot(folder, header, info, tuple(made))
 
 
-def _sum_of(parts: Sequence[Measurements | None]) -> Measurements | None:
+def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
     """The measurements of all parts together; None if one has none."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):
