@@ -74,6 +74,8 @@ Stored = types.EllipsisType
 
 log = logging.getLogger(__name__)
 
+_FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
+
 
 @dataclass(frozen=True)
 class _Beginning:
@@ -496,9 +498,13 @@ class PostHocEMA:
         without `dtype` the weights take the dtypes that the model has. To keep averaged weights, save them within the
         block, or use `ema.state_dict(sigma_rel=...)`: the model's tensors hold its own weights again after it.
 
+        Of a model that is sharded over processes all of them make the call, between the same two calls of `update_`.
+        Each fills the chunks that it holds; no complete tensor is made. An error of one is raised in all.
+
         Raises:
             NotReadyError: the block is used without `with`; or no average exists yet.
             InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
+            RankError: another process failed, or is at another step.
         """
         if self._members is not None:
             if dtype is not None:
@@ -535,7 +541,8 @@ class PostHocEMA:
 
         Memory for one tensor at a time is enough. Everything is computed twice, first only to check that it can be: an
         error leaves the model as it was. Parameters stay the same objects, so that the optimizer keeps its state, and
-        later updates average the new weights: between two training steps this is the switch of Switch EMA.
+        later updates average the new weights: between two training steps this is the switch of Switch EMA. Of a sharded
+        model all processes make the call, as that of `model`, and each needs memory for its chunks.
 
         Arguments:
             device: where tensors on `meta` that an average fills are created; a warning names those that stay there.
@@ -649,8 +656,7 @@ class PostHocEMA:
     def _check_complete(self, what: str) -> None:
         """Raise a NotReadyError for what a process that holds chunks of a model cannot do."""
         if self._members is not None:
-            hint = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
-            raise NotReadyError(what, "is not there for a model that is sharded over processes", hint)
+            raise NotReadyError(what, "is not there for a model that is sharded over processes", _FROM_SNAPSHOTS)
 
     def _after(self, t: float | None) -> Progress:
         """The progress after one more call."""
@@ -814,7 +820,11 @@ class PostHocEMA:
         return own, join_live(members, own, self.step)
 
     def _met(self) -> Members:
+        """The processes of a sharded model, which all have to answer."""
         assert self._members is not None
+        if not torch.distributed.is_initialized():
+            reason = "needs all processes of the model, and their group was destroyed"
+            raise NotReadyError("the average of a sharded model", reason, _FROM_SNAPSHOTS)
         return self._members
 
     def _check_keeps(self) -> None:

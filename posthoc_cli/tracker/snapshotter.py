@@ -202,7 +202,8 @@ class Snapshotter:
 
     def own_parts(self, stored: Sequence[StoredSnapshot] | None = None) -> list[StoredSnapshot]:
         """The stored snapshots, or some of them, of which this process has written its part, and measured it."""
-        return [snapshot for snapshot in (self._stored if stored is None else stored) if snapshot.info.part is not None]
+        among = self._stored if stored is None else stored
+        return [snapshot for snapshot in among if snapshot.info.part is not None and snapshot.path.exists()]
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
         """Set aside snapshots later than `t`, or of another attempt that went on from an earlier state: not `known`."""

@@ -24,7 +24,7 @@ def held(model):
 def equal(one, other):
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 def filled(model, complete):
-    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
     return all(torch.equal(held_part(tensors[n]), groups.local(tensors[n], value)) for n, value in complete.items())
 def close(model, complete, tolerance):
     tensors = dict([*model.named_parameters(), *model.named_buffers()])
@@ -187,3 +187,64 @@ with PostHocEMA.from_model(model, folder / "bn", update_every=1, checkpoint_ever
 ema.close()
 """
     check_group(TRAINED + code, 2, tmp_path, "fsdp")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_a_run_of_one_process_fills_a_sharded_model_before_it_goes_on(kind: str, tmp_path: Path) -> None:
+    net = Net()
+    with PostHocEMA.from_model(net, tmp_path / "one", update_every=2, checkpoint_every=4) as ema:
+        for step in range(1, 9):
+            move(net, step)
+            ema.update_(net)
+    code = """
+ema = PostHocEMA.from_path(folder / "one", model)
+groups.move(model, 9)
+raw = held(model)
+for time in (4, 8):
+    with ema.model(model, sigma_rel=0.15, t=time):
+        assert filled(model, Run(folder / "one").average(0.15, t=time)), time
+assert equal(held(model), raw)
+ema.load_into(model, 0.15, t=4)
+assert filled(model, Run(folder / "one").average(0.15, t=4))
+ema.close()
+"""
+    check_group(TRAINED + code, 2, tmp_path, kind)
+
+
+def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path: Path) -> None:
+    code = """
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 5), nn.Linear(5, 7, bias=False)).bfloat16()
+model[2].weight = model[0].weight
+fully_shard(model)
+other = PostHocEMA.from_model(model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype=None)
+for step in range(1, 4):
+    groups.move(model, step)
+    other.update_(model)
+other.snapshot()
+raw = held(model)
+with other.model(model, sigma_rel=0.15):
+    assert filled(model, Run(folder / "tied").average(0.15))
+    assert model[0].weight is model[2].weight and model[0].weight.dtype == torch.bfloat16
+assert equal(held(model), raw)
+weights = other.state_dict(0.15, dtype=torch.float32)
+assert weights["0.weight"].dtype == torch.float32
+assert torch.equal(weights["0.weight"].full_tensor(), weights["2.weight"].full_tensor())
+try:
+    other.load_into(model, 0.15, dtype=torch.float32)
+except ValueError as error:
+    assert "keeps the dtypes it has" in str(error)
+else:
+    raise AssertionError("took another dtype")
+other.close()
+import torch.distributed as dist
+dist.barrier()
+dist.destroy_process_group()
+try:
+    other.state_dict(0.15)
+except PostHocError as error:
+    print(error)
+"""
+    for out in check_group("from posthoc_cli import PostHocError\n" + TRAINED + code, 2, tmp_path, "fsdp"):
+        assert "their group was destroyed" in out
