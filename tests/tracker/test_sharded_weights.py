@@ -218,7 +218,7 @@ from torch.distributed.fsdp import fully_shard
 model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 5), nn.Linear(5, 7, bias=False)).bfloat16()
 model[2].weight = model[0].weight
 fully_shard(model)
-other = PostHocEMA.from_model(model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype=None)
+other = PostHocEMA.from_model(model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32")
 for step in range(1, 4):
     groups.move(model, step)
     other.update_(model)
