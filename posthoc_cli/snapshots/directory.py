@@ -335,7 +335,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
         tensors=joined.tensors,
         aliases=joined.aliases,
         inherited=sum(part.info.inherited for part in parts),
-        measurements=_sum_of([part.info.measurements for part in parts]),
+        measurements=sum_of_parts([part.info.measurements for part in parts]),
         motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
         part=None,
         chunks={},
@@ -385,7 +385,7 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
     return _Joined(tensors, entries, aliases, boxes)
 
 
-def _sum_of(parts: Sequence[Measurements | None]) -> Measurements | None:
+def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:
     """The measurements of all parts together; None if one has none."""
     known = [part for part in parts if part is not None]
     if len(known) < len(parts):

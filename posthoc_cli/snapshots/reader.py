@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -86,9 +86,9 @@ class Snapshot:
         """Dtype, shape and place of each stored tensor."""
         return self.header.tensors
 
-    def open(self) -> OpenSnapshot:
-        """Open it; its files must still be those whose headers were read."""
-        return PartedFile(self) if self.parts else TensorFile(self.path, self.header)
+    def open(self, boxes: Mapping[str, Box] | None = None) -> OpenSnapshot:
+        """Open it, or boxes of some tensors as if these were all; its files must be those whose headers were read."""
+        return PartedFile(self, boxes) if self.parts or boxes is not None else TensorFile(self.path, self.header)
 
 
 def read_header(path: Path, cache: DecodeCache | None = None, whole: bool = True) -> fmt.FileHeader:
@@ -224,24 +224,36 @@ class RangeReader:
 
 
 class PartedFile:
-    """A snapshot of several parts opened for its tensors, as a TensorFile is: each reads as if it were in one file."""
+    """A snapshot of several parts opened for its tensors, as a TensorFile is: each reads as if it were in one file.
 
-    def __init__(self, snapshot: Snapshot) -> None:
+    With `boxes` its tensors are these boxes of the snapshot's; parts that hold none of them stay closed.
+    """
+
+    def __init__(self, snapshot: Snapshot, boxes: Mapping[str, Box] | None = None) -> None:
         self.path, self.header, self.info = snapshot.path, snapshot.header, snapshot.info
+        stored = snapshot.header.tensors
+        self._boxes = {name: Box.whole(entry.shape) for name, entry in stored.items()} if boxes is None else boxes
+        if boxes is not None:
+            cut = [fmt.TensorSpec(name, stored[name].dtype, box.shape) for name, box in boxes.items()]
+            self.header = replace(snapshot.header, tensors=fmt.lay_out(cut))
+        self._is_cut = boxes is not None
+        whole = Part(snapshot.path, snapshot.header, {name: Box.whole(entry.shape) for name, entry in stored.items()})
         self._files: list[tuple[TensorFile, Mapping[str, Box]]] = []
-        self._chunks: dict[str, list[tuple[TensorFile, Box]]] = {name: [] for name in snapshot.header.tensors}
+        self._chunks: dict[str, list[tuple[TensorFile, Box]]] = {name: [] for name in self._boxes}
         with ExitStack() as stack:
-            for part in snapshot.parts:
+            for part in snapshot.parts or (whole,):
+                held = {n: box for n, box in part.boxes.items() if n in self._boxes and box.meet(self._boxes[n]).size}
+                if self._is_cut and not held:
+                    continue
                 file = stack.enter_context(TensorFile(part.path, part.header))
-                self._files.append((file, part.boxes))
-                for name, box in part.boxes.items():
-                    if box.size:
-                        self._chunks[name].append((file, box))
+                self._files.append((file, held))
+                for name, box in held.items():
+                    self._chunks[name].append((file, box))
             self._opened = stack.pop_all()
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a complete tensor, verified: shape [nbytes]."""
-        return self.read_box(name, Box.whole(self.header.tensors[name].shape))
+        return self.read_box(name, self._boxes[name])
 
     def read_box(self, name: str, box: Box) -> npt.NDArray[np.uint8]:
         """The bytes of some elements of a tensor, verified: shape [nbytes]."""
@@ -249,11 +261,14 @@ class PartedFile:
 
     def read_range(self, name: str, begin: int, end: int) -> BoxReader:
         """The bytes `begin` to `end` of a complete tensor, read in order; each block of a part is verified."""
-        entry = self.header.tensors[name]
-        return BoxReader(Box.whole(entry.shape), begin, end, entry.dtype, self._chunks[name], name)
+        return BoxReader(self._boxes[name], begin, end, self.header.tensors[name].dtype, self._chunks[name], name)
 
     def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:  # noqa: ARG002
         """Fill `parts` with a tensor of at most one block each, verified."""
+        if self._is_cut:
+            for name, part in zip(names, parts, strict=True):
+                self.read_range(name, 0, len(part)).read_into(part)
+            return
         targets = dict(zip(names, parts, strict=True))
         for file, boxes in self._files:
             stored = file.header.tensors
@@ -289,7 +304,7 @@ class PartedFile:
         item = DTYPES[entry.dtype].nbytes
         data = np.empty(end - begin, dtype=np.uint8)
         chunks = [(box, _Unverified(file, name, entry.dtype)) for file, box in self._chunks[name]]
-        copy_range(data.view(_items(entry.dtype)), Box.whole(entry.shape), begin // item, chunks)
+        copy_range(data.view(_items(entry.dtype)), self._boxes[name], begin // item, chunks)
         return data
 
     def close(self) -> None:

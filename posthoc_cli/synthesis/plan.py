@@ -343,9 +343,10 @@ ATTEMPTS = 100
 """Plans at most; a training does not remove a snapshot between every two of them."""
 
 _T = TypeVar("_T")
+_Planned = TypeVar("_Planned")
 
 
-def with_consistent_plan(make: Callable[[], Plan], use: Callable[[Plan], _T]) -> _T:
+def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned], _T]) -> _T:
     """`use(make())`, repeated while snapshots of the plan vanish before they are open.
 
     Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is

@@ -22,6 +22,7 @@ from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
+from posthoc_cli.tracker.sharding import held_part, is_sharded, reshard
 
 Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given")
@@ -70,6 +71,8 @@ def in_block(make: Callable[Arguments, Iterator[Given]]) -> Callable[Arguments, 
 def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True) -> None:
     """Copy `weights` into a model's tensors of these names and shapes; others do not change. On an error nothing does.
 
+    Of a DTensor it is what this process holds.
+
     With `own_dtypes` the model keeps its dtypes and is changed in place; else it takes the dtypes of `weights`.
     """
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
@@ -81,7 +84,8 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
 
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
-    """Copy one value into a model's tensor; see `load_weights`."""
+    """Copy one value into a model's tensor, or into what this process holds of it; see `load_weights`."""
+    target = held_part(target)
     if not _is_writable(target):
         target.data = value.to(target.device, target.dtype, copy=True)
     elif own_dtype or value.dtype == target.dtype:
@@ -111,6 +115,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     The model's own values are kept in host memory meanwhile, so that an accelerator holds no second copy. Arguments as
     in `load_weights`.
     """
+    reshard(model)
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     for name, target in targets.items():
         if target.tensor.is_meta:
@@ -134,6 +139,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
                 for contents in (module._parameters, module._buffers):
                     for key, tensor in contents.items():
                         _save(stack, contents, key, tensor, new_dtypes, own_dtypes)
+        stack.callback(reshard, model)  # first of all: a forward pass may have put complete parameters in their place
         # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
         for parameter in model.parameters():
             parameter.grad = None
@@ -161,14 +167,18 @@ def _save(
         gradients = tensor.requires_grad, tensor.grad
     else:  # on meta there are no values to save, nor can any be written
         saves, in_place = not tensor.is_meta and _is_writable(tensor), True
-    device, storage = tensor.device, tensor.data if in_place else None
-    values = tensor.data.to("cpu", copy=True) if saves else None
+    device, held = tensor.device, held_part(tensor)
+    storage = held.data if in_place else None
+    values = held.data.to("cpu", copy=True) if saves else None
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore() -> None:
         contents[key] = tensor  # moving a module between kinds of devices may replace the Parameter itself
-        if storage is not None:
+        if held is not tensor:
+            if values is not None:
+                held.copy_(values)
+        elif storage is not None:
             tensor.data = storage if values is None else storage.copy_(values)
         elif values is not None:
             tensor.data = values.to(device)
@@ -187,13 +197,13 @@ def _is_writable(tensor: torch.Tensor) -> bool:
 
 
 def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, NamedTensor]:
-    """The model's tensors of these names and shapes, or a ModelMismatchError that names one."""
+    """The model's tensors of these names and, in this process, shapes; or a ModelMismatchError that names one."""
     tensors = {found.name: found for found in named_tensors(check_model(model))}
     for name, shape in shapes.items():
         if name not in tensors:
             raise ModelMismatchError(f"tensor {name!r}", "is in the averaged weights, but the model has no such tensor")
-        if tuple(tensors[name].tensor.shape) != shape:
-            own = list(tensors[name].tensor.shape)
+        own = list(held_part(tensors[name].tensor).shape)
+        if own != list(shape):
             reason = f"has the shape {own} in the model, {list(shape)} in the averaged weights"
             raise ModelMismatchError(f"tensor {name!r}", reason)
     return {name: tensors[name] for name in shapes}
@@ -201,7 +211,7 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
 
 def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
     """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps them end to end."""
-    if any(is_fsdp(module) for module in model.modules()):
+    if any(is_fsdp(module) for module in model.modules()) or any(map(is_sharded, model.parameters())):
         raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
 
 

@@ -27,6 +27,7 @@ from posthoc_cli.snapshots.format import Selection, check_globs, make_selection,
 from posthoc_cli.snapshots.measurements import chosen_up_to
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
 from posthoc_cli.synthesis.sources import Source, source_prior
+from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import model_weights, state
 from posthoc_cli.tracker.averages import RunningAverages
 from posthoc_cli.tracker.model_tensors import (
@@ -38,13 +39,29 @@ from posthoc_cli.tracker.model_tensors import (
     is_swapped,
     nonfinite_name,
 )
-from posthoc_cli.tracker.model_weights import fill_model, in_block, swapped_in
+from posthoc_cli.tracker.model_weights import check_dtypes_free, fill_model, in_block, load_weights, swapped_in
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
 from posthoc_cli.tracker.settings import Progress, Settings, check_path, check_sigma_rels, choose_writer, make_schedule
-from posthoc_cli.tracker.sharding import meet, mesh_of
-from posthoc_cli.tracker.snapshotter import LiveSource, current_sources, live_sources
+from posthoc_cli.tracker.sharded_weights import (
+    SharedPlan,
+    as_dtensors,
+    from_first,
+    gathered,
+    join_live,
+    make_chunks,
+    together,
+)
+from posthoc_cli.tracker.sharding import Members, meet, mesh_of, reshard
+from posthoc_cli.tracker.snapshotter import (
+    LiveSource,
+    current_sources,
+    live_sources,
+    measured,
+    run_snapshots,
+    with_older,
+)
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
 
@@ -56,6 +73,8 @@ Dtype = torch.dtype | str | None
 Stored = types.EllipsisType
 
 log = logging.getLogger(__name__)
+
+_FROM_SNAPSHOTS = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
 
 
 @dataclass(frozen=True)
@@ -380,12 +399,12 @@ class PostHocEMA:
     @overload
     def state_dict(
         self, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None,
+        dtype: Dtype = None, method: str | None = None, full: bool = False,
     ) -> Weights: ...  # fmt: skip
 
     def state_dict(
         self, sigma_rel: Wanted | None = None, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None,
+        dtype: Dtype = None, method: str | None = None, full: bool = False,
     ) -> Weights | dict[str, Any]:  # fmt: skip
         """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
@@ -398,16 +417,25 @@ class PostHocEMA:
             t, step: time of the average, or its number of calls; by default that of a live tracker, or the newest.
             dtype: dtype of the averages; None for each parameter's own.
             method: the solver, "minvar" or "paper"; None for the first.
+            full: of a model that is sharded over processes, complete tensors in rank 0, gathered one by one; nothing
+                in the others.
 
         Returns:
-            Copies of the tensors by name, on the CPU, with their `predicted_error`.
+            Copies of the tensors by name, on the CPU, with their `predicted_error`. Of a sharded model, whose processes
+            all make the call, DTensors as its parameters are.
 
         Raises:
-            InvalidValueError, NotReadyError, FileFormatError, MismatchError.
+            InvalidValueError, NotReadyError, FileFormatError, MismatchError, RankError.
         """
-        self._check_complete("state_dict")
-        if sigma_rel is not None:
+        if sigma_rel is not None and self._members is None:
             return with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
+        if sigma_rel is not None and self._members is not None:
+            model = None if self._model is None else self._model()
+            if model is None:
+                raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
+            chunks = self._chunks(model, sigma_rel, t, step, dtype, method)
+            return gathered(chunks, model, self._members) if full else as_dtensors(chunks, model)
+        self._check_complete("state_dict")
         return state.pack_state(self._state(), self.settings) if self.keeps_averages else {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -470,11 +498,20 @@ class PostHocEMA:
         without `dtype` the weights take the dtypes that the model has. To keep averaged weights, save them within the
         block, or use `ema.state_dict(sigma_rel=...)`: the model's tensors hold its own weights again after it.
 
+        Of a model that is sharded over processes all of them make the call, between the same two calls of `update_`.
+        Each fills the chunks that it holds; no complete tensor is made. An error of one is raised in all.
+
         Raises:
             NotReadyError: the block is used without `with`; or no average exists yet.
             InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
+            RankError: another process failed, or is at another step.
         """
-        weights = with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
+        if self._members is not None:
+            if dtype is not None:
+                check_dtypes_free(model, str(dtype))
+            weights = self._chunks(model, sigma_rel, t, step, dtype, method)
+        else:
+            weights = with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
         with swapped_in(model, weights, own_dtypes=dtype is None):
             yield model
 
@@ -486,6 +523,10 @@ class PostHocEMA:
             InvalidValueError, ModelMismatchError: as in `model`; or `tracked` is no tracked profile.
             NotReadyError: there was no update yet, or none since `from_path`; or there is no `with`.
         """
+        if self._members is not None:
+            with swapped_in(model, self._live_chunks(model, tracked)):
+                yield model
+            return
         source = self._tracked_source(tracked)
         names = {name: name for name in source.tensors} | source.info.aliases
         log.info("live average of sigma_rel %g at t = %.12g: exact", source.info.sigma_rel, source.info.t)
@@ -500,7 +541,8 @@ class PostHocEMA:
 
         Memory for one tensor at a time is enough. Everything is computed twice, first only to check that it can be: an
         error leaves the model as it was. Parameters stay the same objects, so that the optimizer keeps its state, and
-        later updates average the new weights: between two training steps this is the switch of Switch EMA.
+        later updates average the new weights: between two training steps this is the switch of Switch EMA. Of a sharded
+        model all processes make the call, as that of `model`, and each needs memory for its chunks.
 
         Arguments:
             device: where tensors on `meta` that an average fills are created; a warning names those that stay there.
@@ -508,6 +550,11 @@ class PostHocEMA:
         Raises:
             ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
         """
+        if self._members is not None:
+            if dtype is not None:
+                check_dtypes_free(model, str(dtype))
+            load_weights(model, self._chunks(model, sigma_rel, t, step, dtype, method))
+            return
         plan = partial(self._plan, sigma_rel, t, step, dtype, method)
         with_consistent_plan(plan, lambda plan: fill_model(model, plan, device))
 
@@ -609,8 +656,7 @@ class PostHocEMA:
     def _check_complete(self, what: str) -> None:
         """Raise a NotReadyError for what a process that holds chunks of a model cannot do."""
         if self._members is not None:
-            hint = "use the snapshots: ema synthesize, or Run(directory).average(sigma_rel), in one process"
-            raise NotReadyError(what, "is not there for a model that is sharded over processes", hint)
+            raise NotReadyError(what, "is not there for a model that is sharded over processes", _FROM_SNAPSHOTS)
 
     def _after(self, t: float | None) -> Progress:
         """The progress after one more call."""
@@ -694,8 +740,11 @@ class PostHocEMA:
         if not resumes:  # else the writer, too, has only what is on disk
             self._check_keeps()
         self.flush()
-        sources = current_sources(self.checkpoint_dir, self.run_id, self._live_sources())
-        if resumes and self._from_step is not None:
+        return self._going_on(current_sources(self.checkpoint_dir, self.run_id, self._live_sources()))
+
+    def _going_on(self, sources: list[Source]) -> list[Source]:
+        """Without those that are later than where the run goes on from."""
+        if self._pipeline.now.resumes and self._from_step is not None:
             return [source for source in sources if source.info.step <= self._from_step]
         return sources
 
@@ -704,7 +753,16 @@ class PostHocEMA:
 
     def _tracked_source(self, tracked: float) -> LiveSource:
         """The live average of a tracked profile."""
-        self._check_complete("an average of a model that is being trained")
+        index = self._tracked_index(tracked)
+        self._check_keeps()
+        self.flush()
+        sources = self._live_sources()
+        if not sources:
+            raise self._not_yet("live average")
+        return sources[index]
+
+    def _tracked_index(self, tracked: float) -> int:
+        """Which of the tracked profiles a width is."""
         try:
             wanted = check_sigma_rel(tracked)
         except InvalidValueError as error:
@@ -715,12 +773,59 @@ class PostHocEMA:
             reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}"
             hint = f"for any other use model(model, sigma_rel={tracked:g})"
             raise InvalidValueError("tracked", reason, hint, value=f"{tracked:g}")
-        self._check_keeps()
-        self.flush()
-        sources = self._live_sources()
-        if not sources:
-            raise self._not_yet("live average")
-        return sources[index]
+        return index
+
+    def _chunks(
+        self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype,
+        method: str | None,
+    ) -> Weights:  # fmt: skip
+        """What this process holds of an average of a sharded model; every process calls it."""
+        members, target = self._met(), as_target(sigma_rel)
+        own, joined = self._joined_live(members)
+
+        def plan() -> SharedPlan:
+            sources = self._going_on(with_older(joined, run_snapshots(self.checkpoint_dir, self.run_id)))
+            return SharedPlan.of(self._plan_from(sources, sigma_rel, t, step, dtype, method))
+
+        reshard(model)
+        tracked = self._pipeline.now.tracked
+        return with_consistent_plan(
+            lambda: from_first(members, plan),
+            lambda shared: make_chunks(shared, target, own, tracked, model, self.checkpoint_dir),
+        )
+
+    def _live_chunks(self, model: torch.nn.Module, tracked: float) -> Weights:
+        """The same of the live average of a tracked profile."""
+        members, index = self._met(), self._tracked_index(tracked)
+        own, joined = self._joined_live(members)
+
+        def live() -> SharedPlan:
+            if not joined:
+                raise self._not_yet("live average")
+            return SharedPlan.of_live(joined[index])
+
+        reshard(model)
+        shared = from_first(members, live)
+        return make_chunks(shared, None, own, self._pipeline.now.tracked, model, self.checkpoint_dir)
+
+    def _joined_live(self, members: Members) -> tuple[list[LiveSource], list[LiveSource]]:
+        """The live averages here, and in rank 0 those of complete tensors, measured by all processes together."""
+
+        def measure_own() -> list[LiveSource]:
+            self.flush()
+            snapshotter = self._pipeline.snapshotter
+            return measured(self._live_sources(), [] if snapshotter is None else snapshotter.own_parts())
+
+        own = together(measure_own)
+        return own, join_live(members, own, self.step)
+
+    def _met(self) -> Members:
+        """The processes of a sharded model, which all have to answer."""
+        assert self._members is not None
+        if not torch.distributed.is_initialized():
+            reason = "needs all processes of the model, and their group was destroyed"
+            raise NotReadyError("the average of a sharded model", reason, _FROM_SNAPSHOTS)
+        return self._members
 
     def _check_keeps(self) -> None:
         if not self.keeps_averages:
@@ -731,7 +836,12 @@ class PostHocEMA:
             )
 
     def _plan(self, sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype, method: str | None) -> Plan:
-        sources = self._sources()
+        return self._plan_from(self._sources(), sigma_rel, t, step, dtype, method)
+
+    def _plan_from(
+        self, sources: Sequence[Source], sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype,
+        method: str | None,
+    ) -> Plan:  # fmt: skip
         if not sources:
             raise self._not_yet("average")
         plan = plan_synthesis(sources, [sigma_rel], t, step, method, dtype=dtype)

@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -45,6 +47,11 @@ def reshard(model: torch.nn.Module) -> None:
 def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What this process holds of each tensor: without gradients these are the same objects each time."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def held_part(tensor: torch.Tensor) -> torch.Tensor:
+    """The elements of a tensor that this process holds, sharing their memory."""
+    return local_part("", tensor)[0] if is_sharded(tensor) else tensor
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
@@ -91,7 +98,8 @@ class Members:
 
     Attributes:
         rank: of this process.
-        owned: names of the tensors whose chunk here this process averages and writes.
+        holders: by name, the ranks that hold the same chunk of a tensor as this process, growing. The first of them
+            owns it: it averages and writes it.
         part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
         run_id: of the run.
         mesh: the processes' arrangement, as a snapshot's header has it.
@@ -99,12 +107,17 @@ class Members:
     """
 
     rank: int
-    owned: frozenset[str]
+    holders: Mapping[str, tuple[int, ...]]
     part: tuple[int, int] | None
     run_id: str
     mesh: dict[str, Any]
     device: torch.device
     store: Store
+
+    @cached_property
+    def owned(self) -> frozenset[str]:
+        """Names of the tensors whose chunk here this process averages and writes."""
+        return frozenset(name for name, ranks in self.holders.items() if ranks[0] == self.rank)
 
     def announce(self, key: str, message: str) -> None:
         """Leave a message for the other processes, if the group is still there."""
@@ -163,22 +176,25 @@ def meet(
     store.set(f"here/{rank}", json.dumps({"options": dict(options), "held": list(held.values())}))
     if rank == 0:
         try:
-            owned = _owned(store, world, options)
+            sets, numbers = _holders(store, world, options)
         except RankError as error:
             refusal = json.dumps({"rank": error.subject, "reason": error.reason})
             for other in range(1, world):
                 store.set(f"answer/{other}", refusal)
             raise
-        parts = [other for other in range(world) if owned[other]]
+        owners = {ranks[0] for ranks in sets}
+        parts = [other for other in range(world) if other in owners]
         for other in range(world):
             part = [parts.index(other) + 1, len(parts)] if other in parts else None
-            store.set(f"answer/{other}", json.dumps({"owned": owned[other], "part": part, "run_id": run_id}))
+            own = sorted(set(numbers[other]))
+            table = {"sets": [sets[number] for number in own], "held": [own.index(number) for number in numbers[other]]}
+            store.set(f"answer/{other}", json.dumps({**table, "part": part, "run_id": run_id}))
     answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2 * PATIENCE))
     if "reason" in answer:
         raise RankError(answer["rank"], answer["reason"])
-    names, device = list(held), next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
-    mine = frozenset(names[position] for position in answer["owned"])
-    return Members(rank, mine, answer["part"] and tuple(answer["part"]), answer["run_id"], mesh, device, store)
+    device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
+    holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
+    return Members(rank, holders, answer["part"] and tuple(answer["part"]), answer["run_id"], mesh, device, store)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -193,19 +209,22 @@ def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:
     return hashlib.sha256(json.dumps([name, place]).encode()).hexdigest()[:16]
 
 
-def _owned(store: Store, world: int, options: Mapping[str, str]) -> list[list[int]]:
-    """For each rank the positions, among the chunks that it holds, of those that no lower rank holds."""
-    taken: set[str] = set()
-    owned = []
+def _holders(store: Store, world: int, options: Mapping[str, str]) -> tuple[list[tuple[int, ...]], list[list[int]]]:
+    """The sets of ranks that hold a chunk, and for each rank the number of the set of each chunk that it holds."""
+    holding: dict[str, list[int]] = defaultdict(list)
+    held = []
     for rank in range(world):
         what = "made no tracker of this model; call from_model or from_path in every process"
         here = json.loads(_wait(store, f"here/{rank}", rank, what))
         for option, value in options.items():
             if here["options"][option] != value:
                 raise RankError(f"rank {rank}", f"has {option} {here['options'][option]}, and rank 0 has {value}")
-        owned.append([index for index, digest in enumerate(here["held"]) if digest not in taken])
-        taken.update(here["held"])
-    return owned
+        held.append(here["held"])
+        for digest in here["held"]:
+            holding[digest].append(rank)
+    sets: dict[tuple[int, ...], int] = {}
+    numbers = {digest: sets.setdefault(tuple(ranks), len(sets)) for digest, ranks in holding.items()}
+    return [*sets], [[numbers[digest] for digest in digests] for digests in held]
 
 
 def _wait(store: Store, key: str, rank: int, what: str, seconds: float = PATIENCE) -> str:

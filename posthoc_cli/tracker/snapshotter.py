@@ -35,7 +35,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
-from posthoc_cli.snapshots.reader import TensorFile
+from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.sources import Source
@@ -116,12 +116,21 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
 
 def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) -> list[Source]:
     """Snapshots of a run on disk and, where they are newer, its live averages, measured; none of them twice."""
-    snapshots = find_snapshots(directory)
-    if snapshots and snapshots[0].info.run_id != run_id:
-        snapshots = []
+    snapshots = run_snapshots(directory, run_id)
     own = {source.info.segment for source in live}
     alike = [StoredSnapshot.of(snapshot) for snapshot in snapshots if snapshot.info.segment in own]
-    sources: list[Source] = list(_measured(live, alike))
+    return with_older(measured(live, alike), snapshots)
+
+
+def run_snapshots(directory: Path, run_id: str) -> list[Snapshot]:
+    """The snapshots of a run on disk; none where the directory is another run's."""
+    snapshots = find_snapshots(directory)
+    return snapshots if snapshots and snapshots[0].info.run_id == run_id else []
+
+
+def with_older(live: Sequence[LiveSource], snapshots: Sequence[Snapshot]) -> list[Source]:
+    """Live averages, and the snapshots of other averages up to their time."""
+    sources: list[Source] = list(live)
     now = live[0].info.t if live else max((snapshot.info.t for snapshot in snapshots), default=0.0)
     held = {source.info.sigma_rel for source in live}
     for snapshot in snapshots:
@@ -131,7 +140,7 @@ def current_sources(directory: Path, run_id: str, live: Sequence[LiveSource]) ->
     return sources
 
 
-def _measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> list[LiveSource]:
+def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> list[LiveSource]:
     """The same sources with measurements: those of their snapshots where these were just written, else new ones."""
     if not live:
         return []
@@ -141,8 +150,8 @@ def _measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> l
     if None in found:
         found, _ = measure(infos, [source.averages for source in live], newest_before(infos[0], stored), stored=False)
     return [
-        replace(source, info=replace(source.info, measurements=measured and replace(measured, rounding=0.0)))
-        for source, measured in zip(live, found, strict=True)
+        replace(source, info=replace(source.info, measurements=one and replace(one, rounding=0.0)))
+        for source, one in zip(live, found, strict=True)
     ]
 
 
@@ -196,6 +205,11 @@ class Snapshotter:
             reason = f"holds snapshots of run {str(self._run_id)[:8]}, this tracker is run {run_id[:8]}"
             hint = "continue that run with PostHocEMA.from_path, or use another directory"
             raise MismatchError(self.directory, reason, hint)
+
+    def own_parts(self, stored: Sequence[StoredSnapshot] | None = None) -> list[StoredSnapshot]:
+        """The stored snapshots, or some of them, of which this process has written its part, and measured it."""
+        among = self._stored if stored is None else stored
+        return [snapshot for snapshot in among if snapshot.info.part is not None and snapshot.path.exists()]
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
         """Set aside snapshots later than `t`, or of another attempt that went on from an earlier state: not `known`."""
@@ -277,16 +291,16 @@ class Snapshotter:
             return
         averages = [source.averages for source in sources]
         behind = self._stored if infos[0].off_schedule else on_schedule(self._stored)
-        if self._members is not None:  # this process has measured its own parts only
-            behind = [snapshot for snapshot in behind if snapshot.info.part is not None]
-        measured, storage = measure(infos, averages, newest_before(infos[0], behind), network)
-        for average, measurements in zip(averages, measured, strict=True):
+        if self._members is not None:
+            behind = self.own_parts(behind)
+        found, storage = measure(infos, averages, newest_before(infos[0], behind), network)
+        for average, measurements in zip(averages, found, strict=True):
             if measurements is None and (bad := nonfinite_name(average)) is not None:
                 raise NonFiniteError(f"average of {bad!r}", "holds nan or infinity; no snapshot of it is written")
         for name, copy in sources[0].copies.items():
             if copy.is_floating_point() and bool(copy.isnan().any()):
                 log.warning("tensor %r holds nan; it is copied as it is", name)
-        infos = [replace(info, measurements=found) for info, found in zip(infos, measured, strict=True)]
+        infos = [replace(info, measurements=one) for info, one in zip(infos, found, strict=True)]
         # The newest snapshots of this segment, as many as a motion is fitted to.
         alike = (s for s in reversed(behind) if s.info.segment == infos[0].segment and s.info.measurements)
         fitted = [snapshot.info for snapshot in islice(alike, _FITTED) if snapshot.t < infos[0].t][::-1]

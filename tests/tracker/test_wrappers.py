@@ -170,18 +170,6 @@ def test_a_model_under_fsdp_keeps_its_dtypes(tmp_path: Path, one_process: None) 
             call(model, 0.28, dtype="bf16")
 
 
-def test_sharded_models_are_refused_by_name(tmp_path: Path, one_process: None) -> None:
-    try:
-        from torch.distributed.fsdp import fully_shard
-    except ImportError:  # before torch 2.6
-        from torch.distributed._composable.fsdp import fully_shard
-    mesh = dist.init_device_mesh("cpu", (1,))
-    model = network()
-    fully_shard(model.head, mesh=mesh)
-    with pytest.raises(InvalidValueError, match=r"'head\.0\.weight': is sharded over processes.*cannot be tracked yet"):
-        PostHocEMA.from_model(model, tmp_path)
-
-
 @pytest.mark.parametrize("shape", [(0,), (3, 4)])
 def test_parameters_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, shape: tuple[int, ...]) -> None:
     """A placeholder stands for them, or for a while all of their values."""
@@ -189,12 +177,12 @@ def test_parameters_of_deepspeed_zero_3_are_refused_by_name(tmp_path: Path, shap
     head = torch.nn.Parameter(torch.empty(shape))
     head.ds_id, head.ds_tensor = 7, torch.zeros(6)  # type: ignore[attr-defined]
     model.head[0].bias = head  # type: ignore[union-attr]
-    with pytest.raises(InvalidValueError, match=r"'head\.0\.bias': is sharded over processes \(DeepSpeed ZeRO-3\)"):
+    with pytest.raises(InvalidValueError, match=r"'head\.0\.bias': is sharded over processes by DeepSpeed ZeRO-3"):
         PostHocEMA.from_model(model, tmp_path)
     with PostHocEMA.from_model(model, tmp_path, exclude="head.0.bias", **SETTINGS) as tracker:
         tracker.update_(model)
         model.module.bias = head  # type: ignore[assignment]
-        with pytest.raises(InvalidValueError, match=r"'module\.bias': .* \(DeepSpeed ZeRO-3\)"):
+        with pytest.raises(InvalidValueError, match=r"'module\.bias': .* by DeepSpeed ZeRO-3"):
             tracker.update_(model)
 
 
@@ -221,7 +209,7 @@ JOB = """
     try:
         run = PostHocEMA.from_model(model, folder + "/run", update_every=1, checkpoint_every=3)
     except InvalidValueError as error:
-        sys.exit(what != "sharded" or "sharded over processes (FSDP, FULL_SHARD)" not in str(error))
+        sys.exit(what != "sharded" or "fully_shard" not in str(error))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     for step in range(6):
         model(torch.randn(5, 3)).square().mean().backward()

@@ -1,0 +1,250 @@
+"""Averaged weights while a sharded model trains: in the model, as a state dict, and gathered."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from groups import Net, check_group, move, run_group, truth
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.profiles import gamma_from_sigma_rel
+
+SPREAD = [("fsdp", 3), ("hsdp", 4), ("tp", 2), ("fsdp-tp", 4)]
+SETTINGS = "sigma_rels=(0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None"
+
+TRAINED = f"""
+import torch
+from torch.distributed.tensor.debug import CommDebugMode
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.tracker.sharding import held_part
+def held(model):
+    return {{name: held_part(one).clone() for name, one in [*model.named_parameters(), *model.named_buffers()]}}
+def equal(one, other):
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+def filled(model, complete):
+    tensors = dict([*model.named_parameters(remove_duplicate=False), *model.named_buffers()])
+    return all(torch.equal(held_part(tensors[n]), groups.local(tensors[n], value)) for n, value in complete.items())
+def close(model, complete, tolerance):
+    tensors = dict([*model.named_parameters(), *model.named_buffers()])
+    return [n for n, value in complete.items() if not torch.allclose(
+        held_part(tensors[n]).double(), groups.local(tensors[n], value).double(), rtol=tolerance, atol=tolerance)]
+model = groups.spread(groups.Net(), arguments[0])
+ema = PostHocEMA.from_model(model, folder / "run", {SETTINGS})
+def train(first, last):
+    for step in range(first, last + 1):
+        groups.move(model, step)
+        ema.update_(model)
+x = torch.arange(12.0).reshape(2, 6)
+"""
+
+
+def single_averages(folder: Path) -> None:
+    """Leave the averages of the same training in one process, at its 8th and 10th steps."""
+    net = Net()
+    with PostHocEMA.from_model(
+        net, folder / "single", (0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None
+    ) as ema:
+        for step in range(1, 11):
+            move(net, step)
+            ema.update_(net)
+            if step in (8, 10):
+                torch.save(dict(ema.state_dict(0.15)), folder / f"average-{step}.pt")
+    exact = truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8, 10])
+    torch.save(dict(exact), folder / "truth.pt")
+
+
+@pytest.mark.parametrize(("kind", "ranks"), SPREAD)
+def test_a_sharded_model_holds_the_average_within_the_block_and_its_own_weights_after_it(
+    kind: str, ranks: int, tmp_path: Path
+) -> None:
+    single_averages(tmp_path)
+    code = """
+train(1, 8)
+raw = held(model)
+model(x).detach()
+before = model(x).detach()
+mode = CommDebugMode()
+with mode:
+    block = ema.model(model, sigma_rel=0.15)
+    averaged = block.__enter__()
+assert not [str(call) for call in mode.get_comm_counts() if "allgather_base" in str(call) or "into_tensor" in str(call)]
+complete = Run(folder / "run").average(0.15)
+assert filled(averaged, complete), "within the block"
+assert not model.training
+net = groups.Net()
+net.load_state_dict(complete, strict=False)
+with torch.no_grad():
+    found = model(x)
+    assert torch.allclose(found, net(x), rtol=1e-5), (found, net(x))
+block.__exit__(None, None, None)
+assert model.training and equal(held(model), raw)
+assert torch.equal(model(x), before)
+from posthoc_cli.tracker.sharding import reshard
+reshard(model)
+train(9, 10)
+with ema.averaged(model, tracked=0.2):
+    assert not (wrong := close(model, torch.load(folder / "truth.pt"), 1e-6)), wrong
+with ema.model(model, sigma_rel=0.15, t=8):
+    assert not (wrong := close(model, torch.load(folder / "average-8.pt"), 1e-6)), wrong
+single = torch.load(folder / "average-10.pt")
+weights = ema.state_dict(0.15)
+parameters = dict(model.named_parameters())
+assert weights.keys() == single.keys() and weights.predicted_error is not None
+for name, value in weights.items():
+    assert value.shape == single[name].shape and type(value) is type(parameters.get(name, torch.empty(0)).data), name
+whole = ema.state_dict(0.15, full=True)
+assert whole.keys() == (single.keys() if rank == 0 else set())
+for name, value in whole.items():
+    assert torch.allclose(value.double(), single[name].double(), rtol=1e-5, atol=1e-6), name
+ema.load_into(model, 0.15)
+assert not (wrong := close(model, single, 1e-5)), wrong
+ema.close()
+"""
+    check_group(TRAINED + code, ranks, tmp_path, kind)
+
+
+def test_an_error_of_one_process_is_raised_in_all_before_the_model_changes(tmp_path: Path) -> None:
+    code = """
+from posthoc_cli import PostHocError
+train(1, 8)
+ema.flush()
+raw = held(model)
+import torch.distributed as dist
+dist.barrier()
+if rank == 1:
+    for part in sorted((folder / "run").glob("*4-*/part-00002*")):
+        data = bytearray(part.read_bytes())
+        data[-1] ^= 1
+        part.write_bytes(data)
+dist.barrier()
+try:
+    with ema.model(model, sigma_rel=0.15, t=4):
+        raise SystemExit("filled")
+except PostHocError as error:
+    print(type(error).__name__, error)
+assert equal(held(model), raw) and model.training
+with ema.averaged(model, tracked=0.2):
+    pass
+assert equal(held(model), raw)
+ema.close()
+"""
+    first, second = check_group(TRAINED + code, 2, tmp_path, "fsdp")
+    assert first.startswith("RankError rank 1: ")
+    assert "is damaged" in first
+    assert second.startswith("FileFormatError ")
+
+
+def test_weights_are_restored_in_a_process_that_fails_within_the_block(tmp_path: Path) -> None:
+    code = """
+train(1, 8)
+raw = held(model)
+try:
+    with ema.model(model, sigma_rel=0.15):
+        model(x)
+        if rank == 1:
+            raise KeyError("of the evaluation")
+except KeyError:
+    pass
+assert equal(held(model), raw) and model.training
+ema.close()
+"""
+    check_group(TRAINED + code, 2, tmp_path, "fsdp")
+
+
+def test_processes_that_ask_at_different_steps_are_named(tmp_path: Path) -> None:
+    code = """
+train(1, 8 + rank)
+ema.state_dict(0.15)
+"""
+    for result in run_group(TRAINED + code, 2, tmp_path, "fsdp"):
+        assert result.code != 0
+        assert "RankError: rank 1: is at step 9 of update_, and rank 0 at step 8" in result.err
+
+
+def test_batch_norm_statistics_of_a_sharded_model_are_those_of_the_block(tmp_path: Path) -> None:
+    code = """
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
+fully_shard(model[0])
+fully_shard(model)
+with PostHocEMA.from_model(model, folder / "bn", update_every=1, checkpoint_every=4) as other:
+    for step in range(1, 5):
+        groups.move(model, step)
+        other.update_(model)
+    raw = held(model)
+    batches = [torch.randn(5, 6, generator=torch.Generator().manual_seed(number)) for number in range(3)]
+    with other.model(model, sigma_rel=0.15):
+        before = held(model)
+        other.update_bn(model, batches)
+        weight = other.state_dict(0.15)["0.weight"].full_tensor()
+        bias = other.state_dict(0.15)["0.bias"].full_tensor()
+        means = torch.stack([nn.functional.linear(batch, weight, bias).mean(0) for batch in batches]).mean(0)
+        assert torch.allclose(model[1].running_mean, means, rtol=1e-4, atol=1e-5)
+    assert equal(held(model), raw)
+ema.close()
+"""
+    check_group(TRAINED + code, 2, tmp_path, "fsdp")
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "tp"])
+def test_a_run_of_one_process_fills_a_sharded_model_before_it_goes_on(kind: str, tmp_path: Path) -> None:
+    net = Net()
+    with PostHocEMA.from_model(net, tmp_path / "one", update_every=2, checkpoint_every=4) as ema:
+        for step in range(1, 9):
+            move(net, step)
+            ema.update_(net)
+    code = """
+ema = PostHocEMA.from_path(folder / "one", model)
+groups.move(model, 9)
+raw = held(model)
+for time in (4, 8):
+    with ema.model(model, sigma_rel=0.15, t=time):
+        assert filled(model, Run(folder / "one").average(0.15, t=time)), time
+assert equal(held(model), raw)
+ema.load_into(model, 0.15, t=4)
+assert filled(model, Run(folder / "one").average(0.15, t=4))
+ema.close()
+"""
+    check_group(TRAINED + code, 2, tmp_path, kind)
+
+
+def test_tied_parameters_and_half_precision_of_a_sharded_model(tmp_path: Path) -> None:
+    code = """
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 5), nn.Linear(5, 7, bias=False)).bfloat16()
+model[2].weight = model[0].weight
+fully_shard(model)
+other = PostHocEMA.from_model(model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32")
+for step in range(1, 4):
+    groups.move(model, step)
+    other.update_(model)
+other.snapshot()
+raw = held(model)
+with other.model(model, sigma_rel=0.15):
+    assert filled(model, Run(folder / "tied").average(0.15))
+    assert model[0].weight is model[2].weight and model[0].weight.dtype == torch.bfloat16
+assert equal(held(model), raw)
+weights = other.state_dict(0.15, dtype=torch.float32)
+assert weights["0.weight"].dtype == torch.float32
+assert torch.equal(weights["0.weight"].full_tensor(), weights["2.weight"].full_tensor())
+try:
+    other.load_into(model, 0.15, dtype=torch.float32)
+except ValueError as error:
+    assert "keeps the dtypes it has" in str(error)
+else:
+    raise AssertionError("took another dtype")
+other.close()
+import torch.distributed as dist
+dist.barrier()
+dist.destroy_process_group()
+try:
+    other.state_dict(0.15)
+except PostHocError as error:
+    print(error)
+"""
+    for out in check_group("from posthoc_cli import PostHocError\n" + TRAINED + code, 2, tmp_path, "fsdp"):
+        assert "their group was destroyed" in out
