@@ -105,7 +105,7 @@ def test_with_few_snapshots_left_the_predicted_error_holds(
     actual, theirs, predicted = judged(tmp_path, path)
     # A walk of 400 elements: an error of one realisation is within a tenth of its expectation; the rest is the motion.
     assert np.all(actual < 4 * predicted)
-    assert np.median(actual / predicted) == pytest.approx(1, abs=0.6)
+    assert np.median(actual / predicted) == pytest.approx(1, abs=0.7)
     assert np.all(actual <= 1.05 * theirs)
 
 
