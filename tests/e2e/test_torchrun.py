@@ -93,6 +93,7 @@ def test_a_killed_rank_is_named_by_the_others_and_leaves_no_model(run: Path, tmp
         assert processes[0].poll() is None
         time.sleep(0.01)
     processes[victim].kill()
+    processes[victim].wait()
     for process in (*processes[:victim], *processes[victim + 1 :]):
         assert re.search(f"ema: error: rank {victim}.*has died", process.communicate(timeout=60)[1])
         assert process.returncode == 1
