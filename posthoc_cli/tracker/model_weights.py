@@ -115,7 +115,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     The model's own values are kept in host memory meanwhile, so that an accelerator holds no second copy. Arguments as
     in `load_weights`.
     """
-    reshard(model)
+    reshard(check_model(model))
     targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
     for name, target in targets.items():
         if target.tensor.is_meta:

@@ -238,7 +238,7 @@ class PostHocEMA:
         knows_selection = newest.selection is not None
         if model is not None:
             known = frozenset(tracking.tracked.tensors | tracking.tracked.aliases)
-            found = collect_tensors(model, selection, frozenset() if knows_selection else known)
+            found = collect_tensors(model, selection, known)  # it may be frozen, to be filled only
             tracking = _joined(tracking, model, found, settings, directory, writer)
         return cls(_Beginning(directory, settings, tracking, model, device, writer, step, knows_selection))
 
