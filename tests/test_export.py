@@ -206,6 +206,15 @@ def test_infinity_in_a_buffer_or_in_a_foreign_file_is_as_it_should_be(tmp_path: 
     assert_same_tensors(load(tmp_path / "b.safetensors"), {"mask": mask["mask"].half(), "codes": codes.half()})
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_averages_of_eight_bits(tmp_path: Path, stored: torch.dtype) -> None:
+    values = torch.tensor([1.0, -0.5, 0.25]).to(stored)
+    assert_same_tensors(exported(tmp_path, {"w": values}, (), dtype="float32"), {"w": values.float()})
+    source = write_output(tmp_path / "bad.safetensors", {"w": torch.tensor([float("nan")]).to(stored)}, ())
+    with pytest.raises(NonFiniteError, match="tensor 'w': holds nan"):
+        export_file(source, tmp_path / "other.safetensors")
+
+
 # --- snapshots -------------------------------------------------------------------------------------
 
 

@@ -161,7 +161,7 @@ class _PlannedTensor:
         stored = tensor_from_bytes(self.file.read(self.name), self.file.header.tensors[self.name].dtype, self.shape)
         result = stored.to(torch_dtype(self.dtype))
         where = f"{self.file.path}: tensor {self.name!r}"
-        if self.role == "average" and not bool(stored.isfinite().all()):
+        if self.role == "average" and not bool(_finite(stored).all()):
             raise NonFiniteError(where, "holds nan or infinity")
         if result.dtype != stored.dtype and bool((_finite(stored) & ~_finite(result)).any()):
             raise NonFiniteError(where, f"{self.dtype} cannot hold its largest value")
@@ -169,7 +169,7 @@ class _PlannedTensor:
 
 
 def _finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Which values are finite; torch cannot tell for every dtype of 8 bits."""
+    """Which values are finite; torch has no `isfinite` for every 8-bit dtype."""
     return (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
 
 
