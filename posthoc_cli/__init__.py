@@ -21,8 +21,7 @@ if TYPE_CHECKING:
     from posthoc_cli.reconstruction import reconstruct
     from posthoc_cli.run import Run
     from posthoc_cli.synthesis.engine import synthesize
-    from posthoc_cli.synthesis.plan import plan_synthesis
-    from posthoc_cli.synthesis.sources import disk_sources
+    from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
     from posthoc_cli.targets import Beta, Between, Window
     from posthoc_cli.tracker import PostHocEMA
 
@@ -34,7 +33,7 @@ __all__ = [
 
 _HOMES = {
     "Beta": "targets", "Between": "targets", "Window": "targets", "PostHocEMA": "tracker", "PostHocError": "errors",
-    "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "synthesis.sources",
+    "PowerFunction": "profiles", "Run": "run", "Schedule": "planning", "disk_sources": "synthesis.plan",
     "error_curve": "planning", "export_file": "export.convert", "gamma_from_sigma_rel": "profiles",
     "plan_synthesis": "synthesis.plan", "reconstruct": "reconstruction", "sigma_rel_from_gamma": "profiles",
     "synthesize": "synthesis.engine",

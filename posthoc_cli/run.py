@@ -5,12 +5,27 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import PostHocError
-from posthoc_cli.planning import USEFUL_RANGE, Candidate, ErrorCurve, error_curve, profile_fit
+from posthoc_cli.errors import InvalidValueError, PostHocError
+from posthoc_cli.planning import (
+    EVENLY,
+    USEFUL_RANGE,
+    Candidate,
+    ErrorCurve,
+    ErrorReport,
+    PlanReport,
+    ProfileFit,
+    Schedule,
+    Task,
+    error_curve,
+    profile_fit,
+    propose,
+    relative_rounding,
+)
 from posthoc_cli.profiles import Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
@@ -18,10 +33,16 @@ from posthoc_cli.snapshots.check import Verification, list_contents, verify, ver
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
-from posthoc_cli.snapshots.measurements import Likeness, chosen_up_to, deep_bytes, likeness, run_clock
+from posthoc_cli.snapshots.measurements import (
+    EarlierRun,
+    chosen_up_to,
+    deep_bytes,
+    run_clock,
+    scaled_run,
+    snapshot_prior,
+)
 from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
-from posthoc_cli.synthesis.sources import disk_sources, source_prior
+from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis, with_consistent_plan
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -228,7 +249,7 @@ class Run:
         Only those since the model's tensors last changed. If there are more than a solve can take, those that a
         synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
         """
-        sources = of_newest_segment(disk_sources(self.directory))
+        sources = of_newest_segment(self.snapshots)
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
         usable, later = chosen_up_to(sources, Candidate("", [info.profile.pure for info in infos]).time(t))
@@ -237,7 +258,7 @@ class Run:
         which = f"{len(usable):,} of {count:,}" if len(usable) < count else f"{count:,}"
         label = f"{self.directory}: {which} snapshot{'s' * (count != 1)} up to {last:,.12g} {unit}"
         profiles, first = [source.info.profile.pure for source in known], min(info.t_first for info in infos)
-        return Candidate.of_run(label, profiles, source_prior(known), unit, run_clock(infos), first)
+        return Candidate.of_run(label, profiles, snapshot_prior(known), unit, run_clock(infos), first)
 
     def error_curve(
         self,
@@ -267,9 +288,9 @@ class Run:
         fits = [profile_fit(candidate, target, t, method=method) for target in targets]
         return plots.error_figure([curve], fits, method == "paper")
 
-    def likeness(self, steps: int) -> Likeness:
-        """How the network moved, and how exactly averages were stored, as a forecast for a run of so many steps."""
-        return likeness(self.snapshots, steps)
+    def scaled_to(self, steps: int) -> EarlierRun:
+        """The motion of the network and the rounding of its stored averages, scaled to a run of `steps` steps."""
+        return scaled_run(self.snapshots, steps)
 
     # --- care
 
@@ -304,6 +325,110 @@ class Run:
             return planned
         with progress("verifying what stays", planned.read_bytes) as advance:
             return pruning.prune(self.directory, planned, advance)
+
+
+MOST_DRAWINGS = 24
+"""Drawings over training time in one picture."""
+
+
+def error_report(
+    runs: Sequence[str | Path] = (),
+    schedules: Sequence[Schedule] = (),
+    sigma_range: tuple[float, float] = (0.01, 0.2886),
+    *,
+    t: float | None = None,
+    method: str | None = None,
+    dtype: str = "float16",
+    like: str | Path | None = None,
+    draw: Wanted | Sequence[Wanted] = (),
+    picture: Path | None = None,
+    profile_error: bool = False,
+    table: Path | None = None,
+    overwrite: bool = False,
+) -> ErrorReport:
+    """Error curves of runs and of schedules, as `ema error-plot` draws them.
+
+    Arguments:
+        runs: directories of snapshots.
+        schedules: snapshots not taken yet; their `rounding` follows from `dtype`.
+        sigma_range: the curves' range.
+        t: time of the targets; by default that of the last snapshot.
+        method: the solver.
+        dtype: that the snapshots of schedules are stored in.
+        like: an earlier run that the network will move like in the schedules; by default it moves evenly.
+        draw: targets to draw over training time, with coefficients; those that are no power functions are points, too.
+        picture: a .png, .svg or .pdf file to draw; with `profile_error` the profile errors, too.
+        table: a .csv file to write.
+        overwrite: replace these files.
+
+    Raises:
+        InvalidValueError, OutputExistsError, WriteError; and as `Run`.
+    """
+    targets = as_targets(draw)
+    drawings = len(targets) * (len(runs) + len(schedules))
+    if picture is not None and drawings > MOST_DRAWINGS:
+        reason = f"{drawings} drawings over training time; at most {MOST_DRAWINGS} fit"
+        raise InvalidValueError("out", reason, value=picture)
+    candidates = [Run(path).candidate(t) for path in runs]
+    for schedule in schedules:
+        earlier, assumption = _earlier_run(like, schedule.steps)
+        rounding = earlier.rounding.get(dtype, relative_rounding(dtype))
+        candidates.append(Candidate.of_schedule(replace(schedule, rounding=rounding), earlier.motion, assumption))
+    others = [target for target in targets if target.sigma_rel is None]
+    curves = [error_curve(each, sigma_range, t=t, method=method, others=others) for each in candidates]
+    report = ErrorReport(tuple(curves))
+    if picture is not None:
+        fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
+        _draw(picture, curves, fits, profile_error, overwrite)
+    if table is not None:
+        files.write_whole(table, report.to_csv().encode(), overwrite)
+    return report
+
+
+def plan_training(
+    task: Task, like: str | Path | None = None, picture: Path | None = None, overwrite: bool = False
+) -> PlanReport:
+    """Propose what to track and store, as `ema plan` does; see `planning.propose`.
+
+    Arguments:
+        task: the requirements; its `motion` and `rounding` are replaced by those of the run `like`, if one is given.
+        like: the directory of an earlier run that the network will move like.
+        picture: a .png, .svg or .pdf file for the error curves of the proposals.
+        overwrite: replace it.
+
+    Raises:
+        InvalidValueError, OutputExistsError, WriteError; and as `Run`.
+    """
+    assumption = EVENLY
+    if like is not None:
+        earlier, assumption = _earlier_run(like, task.steps)
+        task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
+    proposals = tuple(propose(task))
+    if picture is not None:
+        _draw(picture, [proposal.curve for proposal in proposals], overwrite=overwrite)
+    return PlanReport(task, proposals, assumption, None if like is None else str(like))
+
+
+def _earlier_run(like: str | Path | None, steps: int) -> tuple[EarlierRun, str]:
+    """What an earlier run says about one of so many steps, and what is assumed, in words that follow "if"."""
+    if like is None:
+        return EarlierRun(None, {}), EVENLY
+    earlier = Run(like).scaled_to(steps)
+    known = f"the network moves as in {like}"
+    return earlier, f"{EVENLY}: the motion of {like} is not known" if earlier.motion is None else known
+
+
+def _draw(
+    picture: Path,
+    curves: Sequence[ErrorCurve],
+    fits: Sequence[ProfileFit] = (),
+    profile_error: bool = False,
+    overwrite: bool = False,
+) -> None:
+    from posthoc_cli import plots
+
+    draw = functools.partial(plots.error_figure, curves, fits, profile_error)
+    files.write_whole(picture, plots.as_file(draw, picture.suffix), overwrite)
 
 
 def check_path(path: Path, deep: bool = False, progress: ProgressBar = no_bar) -> Verification:

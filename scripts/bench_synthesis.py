@@ -41,8 +41,7 @@ from synthesis_cases import (
 
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.synthesis.engine import Options, TileWriter, parse_device, synthesize, synthesize_into
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis
 
 MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
 

@@ -25,7 +25,7 @@ from trajectories import Replay, Trajectory, record
 
 from posthoc_cli import Between, PostHocEMA, Schedule
 from posthoc_cli.errors import InexactError
-from posthoc_cli.planning import USEFUL_RANGE, forecast, judge, snapshots_to_drop
+from posthoc_cli.planning import USEFUL_RANGE, evaluate, forecast, snapshots_to_drop
 from posthoc_cli.planning.proposals import Task, relative_rounding
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Prior
@@ -273,7 +273,7 @@ def plan_promise(options: Options) -> Iterator[Cell]:
     steps, dtype = 4000, "float32"
     for tracked, every, kept in ((TWO, 200, None), (THREE, 200, None), (TWO, 50, 10), (THREE, 50, 10)):
         schedule = Schedule(tracked, steps, every, kept, relative_rounding(dtype))
-        proposal = judge(Task(steps, 1000, 10**9), schedule, dtype)
+        proposal = evaluate(Task(steps, 1000, 10**9), schedule, dtype)
         places = slice(None, None, 8)
         wanted = _targets(*proposal.errors.sigma_rels[places])
         tracking = Tracking(tracked, dtype, every, proposal.update_every, kept)

@@ -21,9 +21,9 @@ from safetensors.torch import load_file
 from posthoc_cli.profiles import Profile
 from posthoc_cli.reconstruction import Measurements, MinimumVariance
 from posthoc_cli.snapshots.chunks import Chunk
-from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import snapshot_path
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec, TrackedTensor, TrackingSchedule, snapshot_metadata
+from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes

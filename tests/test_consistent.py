@@ -23,8 +23,7 @@ from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.synthesis import plan
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis, with_consistent_plan
 from posthoc_cli.tracker import posthoc_ema
 
 

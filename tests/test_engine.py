@@ -29,12 +29,10 @@ from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.synthesis import engine, sums
+from posthoc_cli.synthesis import engine
 from posthoc_cli.synthesis import plan as plan_module
-from posthoc_cli.synthesis.engine import Options, numbered_device, synthesize, synthesize_into
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
-from posthoc_cli.synthesis.sums import COLUMNS, GROUP, Sums
+from posthoc_cli.synthesis.engine import COLUMNS, GROUP, Options, Sums, numbered_device, synthesize, synthesize_into
+from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis
 from posthoc_cli.synthesis.tiles import Tile
 
 LARGE = 2_500_003
@@ -202,7 +200,7 @@ def test_a_program_that_allows_coarser_matrix_products_changes_no_byte(
 ) -> None:
     """As TF32 does: the factors lose bits where torch's setting allows it, which it does after the first synthesis,
     and again in the middle of another one."""
-    multiply, expected, plan = sums.multiply, bits(plan_of(mixed)), plan_of(mixed)
+    multiply, expected, plan = engine.multiply, bits(plan_of(mixed)), plan_of(mixed)
     allowed, coarse = False, []
     if setting == "fp32_precision":
         matmul = pytest.importorskip("torch.backends.mkldnn").matmul
@@ -226,8 +224,8 @@ def test_a_program_that_allows_coarser_matrix_products_changes_no_byte(
         allow(next(tiles) % 2 == 1)
         make(*arguments)
 
-    monkeypatch.setattr(sums, "multiply", rounded)
-    sums.product_is_exact.cache_clear()
+    monkeypatch.setattr(engine, "multiply", rounded)
+    engine.product_is_exact.cache_clear()
     try:
         for now in (False, True, False):
             allow(now)
@@ -238,7 +236,7 @@ def test_a_program_that_allows_coarser_matrix_products_changes_no_byte(
         assert next(tiles) > 2
     finally:
         allow(False)
-        sums.product_is_exact.cache_clear()
+        engine.product_is_exact.cache_clear()
 
 
 # --- dtypes ----------------------------------------------------------------------------------------

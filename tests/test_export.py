@@ -39,10 +39,10 @@ from posthoc_cli.errors import (
 from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import LAYOUTS, layout_of, output_exists, write_synthesis
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
+from posthoc_cli.snapshots.format import OutputInfo, output_metadata
+from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.reader import read_header
-from posthoc_cli.synthesis.plan import plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
 
 INDEX = "model.safetensors.index.json"
 Tensors = dict[str, torch.Tensor]

@@ -24,8 +24,7 @@ from posthoc_cli.export import ranks
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.export.parts import Part, PartedSynthesis, divide, finish, parts_for
 from posthoc_cli.export.ranks import Ranks
-from posthoc_cli.synthesis.plan import plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
 
 INDEX_NAME = "model.safetensors.index.json"
 SHAPES: dict[str, tuple[int, ...]] = {

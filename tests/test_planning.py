@@ -23,15 +23,15 @@ from posthoc_cli.planning import (
     Task,
     error_curve,
     errors_after_each,
+    evaluate,
     forecast,
-    judge,
     losses_of,
     profile_fit,
     propose,
     relative_rounding,
     snapshots_to_drop,
 )
-from posthoc_cli.planning.proposals import ITEM_BYTES
+from posthoc_cli.planning.schedule import PLANNED_BYTES
 from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
@@ -217,7 +217,7 @@ TASK = Task(steps=40_000, parameters=10**6, max_bytes=40 * 10**6, sigma_range=(0
 """Room for 20 snapshots in half precision, and nothing but the least error is good enough."""
 
 
-@pytest.mark.parametrize("dtype", ITEM_BYTES)
+@pytest.mark.parametrize("dtype", PLANNED_BYTES)
 def test_relative_rounding_is_that_of_rounded_numbers(dtype: str) -> None:
     values = 2.0 ** np.random.default_rng(0).uniform(0, 1, 100_000)  # one octave stands for all
     spacing = 2.0 ** (np.floor(np.log2(values)) - {"float16": 10, "bfloat16": 7, "float32": 23}[dtype])
@@ -234,11 +234,11 @@ def test_relative_rounding_is_that_of_rounded_numbers(dtype: str) -> None:
 )
 @settings(max_examples=6, deadline=None)
 def test_proposals_are_within_the_budget(steps: int, parameters: int, snapshots: int, dtype: str) -> None:
-    task = Task(steps, parameters, snapshots * parameters * ITEM_BYTES[dtype], dtype=dtype, sigma_rels=(0.05, 0.28))
+    task = Task(steps, parameters, snapshots * parameters * PLANNED_BYTES[dtype], dtype=dtype, sigma_rels=(0.05, 0.28))
     for proposal in propose(task):
         schedule = proposal.schedule
         most = schedule.kept + (schedule.kept < schedule.taken)  # one more before the thinning
-        assert proposal.nbytes == 2 * most * parameters * ITEM_BYTES[dtype] <= task.max_bytes
+        assert proposal.nbytes == 2 * most * parameters * PLANNED_BYTES[dtype] <= task.max_bytes
         assert proposal.dtype == dtype
         assert schedule.checkpoint_every % proposal.update_every == 0
         assert 0 < proposal.last_step <= steps
@@ -254,17 +254,17 @@ def test_the_first_proposal_is_better_than_even_spacing_for_the_same_budget(moti
     task = replace(TASK, motion=motion)
     first = propose(task)[0]
     for rels in ((0.05,), (0.05, 0.10), (0.05, 0.28)):
-        for dtype in ITEM_BYTES:
-            count = task.max_bytes // (len(rels) * task.parameters * ITEM_BYTES[dtype])
+        for dtype in PLANNED_BYTES:
+            count = task.max_bytes // (len(rels) * task.parameters * PLANNED_BYTES[dtype])
             even = Schedule(rels, task.steps, -(-task.steps // count), None, task.rounding_of(dtype))
-            assert first.errors.worst < judge(task, even, dtype).errors.worst
+            assert first.errors.worst < evaluate(task, even, dtype).errors.worst
 
 
 def test_the_alternatives_come_best_first_and_are_different() -> None:
     proposals = propose(TASK)
     worst = [proposal.errors.worst for proposal in proposals]
     assert worst == sorted(worst)
-    assert {p.dtype for p in proposals} == set(ITEM_BYTES)
+    assert {p.dtype for p in proposals} == set(PLANNED_BYTES)
     assert {len(p.schedule.sigma_rels) for p in proposals} == {1, 2, 3}
     assert any(p.nbytes <= TASK.max_bytes / 2 for p in proposals)
     assert len({p.label for p in proposals}) == len(proposals) <= 7
@@ -297,7 +297,7 @@ def test_the_first_proposal_is_good_enough_and_the_cheapest_of_those(max_error: 
     assert first.nbytes <= 0.1 * AMPLE.max_bytes
     assert schedule.taken >= 10  # a training that is killed has lost at most a tenth
     good = [p for p in others if p.errors.worst <= max_error]
-    written = [p.schedule.taken * len(p.schedule.sigma_rels) * ITEM_BYTES[p.dtype] for p in (first, *good)]
+    written = [p.schedule.taken * len(p.schedule.sigma_rels) * PLANNED_BYTES[p.dtype] for p in (first, *good)]
     assert written == sorted(written)
     # Those that are not good enough come after, the best of them first.
     worst = [p.errors.worst for p in others if p not in good]

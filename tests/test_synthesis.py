@@ -18,8 +18,7 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, NonFiniteErro
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor
 from posthoc_cli.synthesis.engine import Options, parse_device, synthesize
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis
 
 TIMES = (10, 20, 30, 40)
 TARGETS = (0.04, 0.1, 0.2)

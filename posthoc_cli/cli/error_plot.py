@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from typer import Argument, Option
 
-from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import InvalidValueError, printable
+from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from posthoc_cli.planning import Candidate, ErrorCurve
+    from posthoc_cli.planning import ErrorReport, Schedule
 
 EPILOG = (
     "Example:  ema error-plot run/ema --out error.png   or, before training,   "
     "ema error-plot --sigma-rels 0.05,0.28 --steps 100000 --checkpoint-every 1000 --max-checkpoints 20 --out plan.png"
 )
-
-_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
-MOST_ROWS = 24
-"""Drawings over time in one picture."""
 
 
 def error_plot(
@@ -69,8 +61,7 @@ def error_plot(
     --beta, --window, --between and --profile add targets of other kinds: points at their own width (standard
     deviation / t), and drawings over training time as with --draw.
     """
-    from posthoc_cli.planning import error_curve, profile_fit
-    from posthoc_cli.run import Run
+    from posthoc_cli.run import error_report
 
     if out is None and csv_out is None and not as_json:
         raise InvalidValueError("--out", "name a picture (.png, .svg, .pdf), or ask for --csv or --json")
@@ -82,50 +73,32 @@ def error_plot(
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
-    candidates = [Run(path).candidate(t) for path in [values.existing(path, directory=True) for path in directories]]
-    candidates += _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints, dtype, like)
-    if not candidates:
+    schedules = _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints)
+    if not directories and not schedules:
         what = "name a directory of snapshots, or a schedule"
         raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
-    drawings = len(targets) * len(candidates)
-    if out is not None and drawings > MOST_ROWS:
-        reason = f"{drawings} drawings over training time; at most {MOST_ROWS} fit"
-        raise InvalidValueError("--out", reason, value=out)
-    others = [target for target in targets if target.sigma_rel is None]
-    curves = [error_curve(each, ends, t=t, method=method, others=others) for each in candidates]
     profile_error = verbose or method == "paper"
-    if out is not None:
-        from posthoc_cli import plots
-
-        fits = [profile_fit(each, target, t, method=method) for target in targets for each in candidates]
-        draw_them = partial(plots.error_figure, curves, fits, profile_error)
-        files.write_whole(out, plots.as_file(draw_them, out.suffix), overwrite)
-    if csv_out is not None:
-        files.write_whole(csv_out, _table(curves).encode(), overwrite)
+    runs = [values.existing(path, directory=True) for path in directories]
+    like = None if like is None else values.existing(like, directory=True)
+    report = error_report(
+        runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=like,
+        draw=targets, picture=out, profile_error=profile_error, table=csv_out, overwrite=overwrite,
+    )  # fmt: skip
     if as_json:
-        output.print_json({"curves": [curve.to_dict() for curve in curves]})
+        output.print_json(report.to_dict())
     else:
-        _print_summary(curves, profile_error, [path for path in (out, csv_out) if path is not None])
+        _print(report, profile_error, [path for path in (out, csv_out) if path is not None])
 
 
-def _schedules(
-    sigma_rels: list[str], steps: list[str], every: list[str], most: list[str], dtype: str, like: Path | None
-) -> list[Candidate]:
+def _schedules(sigma_rels: list[str], steps: list[str], every: list[str], most: list[str]) -> list[Schedule]:
     """One for each --sigma-rels, from the options of these names."""
-    from posthoc_cli.planning import Candidate, Schedule, relative_rounding
+    from posthoc_cli.planning import Schedule
 
-    dtype = values.STORED_DTYPES.get(dtype, dtype)
-    rounding = relative_rounding(dtype)
     count = len(sigma_rels)
     lengths, intervals = _counts(steps, "--steps", count), _counts(every, "--checkpoint-every", count)
     kept: Sequence[int | None] = _counts(most, "--max-checkpoints", count) if most else [None] * count
-    candidates = []
-    for text, length, interval, limit in zip(sigma_rels, lengths, intervals, kept, strict=True):
-        earlier, assumption = values.read_likeness(like, length)
-        widths = tuple(values.parse_sigma_rels(text, "--sigma-rels"))
-        schedule = Schedule(widths, length, interval, limit, earlier.rounding.get(dtype, rounding))
-        candidates.append(Candidate.of_schedule(schedule, earlier.motion, assumption))
-    return candidates
+    widths = [tuple(values.parse_sigma_rels(text, "--sigma-rels")) for text in sigma_rels]
+    return [Schedule(*one) for one in zip(widths, lengths, intervals, kept, strict=True)]
 
 
 def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
@@ -138,29 +111,9 @@ def _counts(texts: list[str], option: str, schedules: int) -> list[int]:
     return [values.parse_count(texts[index % len(texts)], option) for index in range(schedules)]
 
 
-def _table(curves: list[ErrorCurve]) -> str:
-    """The curves and the other targets as comma-separated values."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
-    for curve in curves:
-        report = curve.to_dict()
-        columns = (report["sigma_rel"], report["predicted_error"], report["profile_error"])
-        rows = [("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
-        for target, *numbers in (*rows, *(tuple(other.values()) for other in report["others"])):
-            cells = ["" if number is None else repr(number) for number in numbers]
-            writer.writerow([_harmless(curve.label), repr(curve.t), _harmless(target), *cells])
-    return text.getvalue()
-
-
-def _harmless(text: str) -> str:
-    """A cell that no spreadsheet takes for a formula, with control characters escaped."""
-    return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
-
-
-def _print_summary(curves: list[ErrorCurve], profile_error: bool, written: list[Path]) -> None:
+def _print(report: ErrorReport, profile_error: bool, written: list[Path]) -> None:
     shown = 2 if profile_error else 1
-    for curve in curves:
+    for curve in report.curves:
         output.print_line(curve.label)
         tracked = ", ".join(f"{s:g}" for s in curve.tracked)
         below = curve.ranges_text(0.01) or "none"

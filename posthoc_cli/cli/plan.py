@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from posthoc_cli import files
 from posthoc_cli.cli import output, values
 
 if TYPE_CHECKING:
-    from posthoc_cli.planning import Proposal, Task
+    from posthoc_cli.planning import PlanReport
 
 EPILOG = (
     "Example:  ema plan --steps 400000 --params 1.2e9 --max-size 60GB --sigma-range 0.03:0.28   or   "
@@ -53,7 +52,8 @@ def plan(
     its stored averages. Disk is the size of all averages while the last ones are written: one more of each profile
     than is kept. Headers and buffers are not counted.
     """
-    from posthoc_cli.planning import Task, planning_report, propose
+    from posthoc_cli.planning import Task
+    from posthoc_cli.run import plan_training
 
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
     task = Task(
@@ -67,47 +67,32 @@ def plan(
         checkpoint_every=values.optional(values.parse_count, checkpoint_every, "--checkpoint-every"),
         max_checkpoints=values.optional(values.parse_count, max_checkpoints, "--max-checkpoints", "20"),
     )
-    earlier, assumption = values.read_likeness(like, task.steps)
-    task = replace(task, motion=earlier.motion, rounding=earlier.rounding)
+    like = None if like is None else values.existing(like, directory=True)
     with output.working("looking for the best schedules"):
-        proposals = propose(task)
-    if out is not None:
-        _draw(out, proposals, overwrite)
+        report = plan_training(task, like, out, overwrite)
     if as_json:
-        output.print_json({**planning_report(task, proposals), "like": None if like is None else str(like)})
+        output.print_json(report.to_dict())
         return
-    _print(task, assumption, proposals)
+    _print(report)
     if out is not None:
         output.print_line()
         output.print_line(f"wrote {out}")
 
 
-def _draw(out: Path, proposals: list[Proposal], overwrite: bool) -> None:
-    from posthoc_cli import plots
-    from posthoc_cli.planning import ErrorCurve
-
-    curves = []
-    for proposal in proposals:
-        errors, tracked = proposal.errors, proposal.schedule.sigma_rels
-        drawn = errors.sigma_rels, errors.profile_error, errors.predicted_error
-        curves.append(ErrorCurve(proposal.label, proposal.last_step, *drawn, tracked))
-    files.write_whole(out, plots.as_file(lambda: plots.error_figure(curves), out.suffix), overwrite)
-
-
-def _print(task: Task, assumption: str, proposals: list[Proposal]) -> None:
+def _print(report: PlanReport) -> None:
     columns = ["tracked", "dtype", "kept", "every", "disk", "worst error", "median error"]
     rows = []
-    for proposal in proposals:
+    for proposal in report.proposals:
         schedule, errors = proposal.schedule, proposal.errors
         tracked = ", ".join(f"{s:g}" for s in schedule.sigma_rels)
         kept = tracked, proposal.dtype, str(schedule.kept), f"{schedule.checkpoint_every:,}"
         rows.append([*kept, output.size_text(proposal.nbytes), *map(output.percent, (errors.worst, errors.median))])
     output.print_table(columns, rows, left=["tracked", "dtype"])
-    low, high = task.sigma_range
-    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {assumption}")
-    best = proposals[0]
-    if best.last_step < task.steps:
-        output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {task.steps:,}")
+    low, high = report.task.sigma_range
+    output.print_line(f"predicted errors for sigma_rel {low:g} to {high:g} at the end, if {report.assumption}")
+    best = report.proposals[0]
+    if best.last_step < report.task.steps:
+        output.print_line(f"the first one's last snapshot is at step {best.last_step:,} of {report.task.steps:,}")
     output.print_line()
-    for line in best.call(task.sigma_range).splitlines():
+    for line in best.call(report.task.sigma_range).splitlines():
         output.print_line(line)

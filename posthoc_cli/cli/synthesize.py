@@ -80,7 +80,7 @@ def synthesize(
     One large model on many machines: --shard 1/8 to --shard 8/8 in any processes, then --finish. Under torchrun
     the processes do both by themselves. The output is then a folder of shards.
     """
-    from posthoc_cli.export.ranks import is_rank
+    from posthoc_cli.export.job import is_rank
     from posthoc_cli.run import Run
 
     output.log_to_stderr(verbose)

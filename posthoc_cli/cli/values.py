@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 from typer import Argument, Option
 
@@ -15,9 +15,6 @@ from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, ProfileFile, SigmaRel, Target, Window
-
-if TYPE_CHECKING:
-    from posthoc_cli.snapshots.measurements import Likeness
 
 _T = TypeVar("_T")
 
@@ -253,16 +250,3 @@ def _between(text: str) -> Between:
     if len(ends) != 2 or not all(end.is_finite() for end in ends):
         raise bad("--between", text, "must be START:END, two training times, such as 50000:80000")
     return Between(float(ends[0]), float(ends[1]))
-
-
-def read_likeness(like: Path | None, steps: int) -> tuple[Likeness, str]:
-    """What an earlier run says about one of so many steps, and what is assumed, in words that follow "if"."""
-    from posthoc_cli.planning import EVENLY
-    from posthoc_cli.run import Run
-    from posthoc_cli.snapshots.measurements import Likeness
-
-    if like is None:
-        return Likeness(None, {}), EVENLY
-    earlier = Run(existing(like, directory=True)).likeness(steps)
-    known = f"the network moves as in {like}"
-    return earlier, f"{EVENLY}: {like} does not tell how it moved" if earlier.motion is None else known

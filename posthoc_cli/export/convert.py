@@ -21,23 +21,20 @@ from posthoc_cli.errors import (
     OutputExistsError,
     shown,
 )
-from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, PICKLES, layout_of, output_exists, suffix_of
-from posthoc_cli.export.sinks import OTHER_FOLDER, make_sink
-from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import SUFFIX, TensorSpec
-from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.outputs import (
-    OutputInfo,
-    check_alike,
-    check_indexed,
-    decode_output,
-    index_of,
-    model_files,
-    models_at,
-    output_metadata,
+from posthoc_cli.export.outputs import (
+    DEFAULT_SHARD_SIZE,
+    OTHER_FOLDER,
+    PICKLES,
+    layout_of,
+    make_sink,
+    output_exists,
+    suffix_of,
 )
+from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.snapshots.directory import is_parts_folder, read_snapshot
+from posthoc_cli.snapshots.format import SUFFIX, OutputInfo, TensorSpec, output_metadata
+from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
+from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output, index_of, model_files, models_at
 from posthoc_cli.snapshots.reader import OpenSnapshot, PartedFile, TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
 from posthoc_cli.synthesis.engine import Options

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import time
 from collections.abc import Iterable
@@ -20,9 +21,14 @@ from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, 
 from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.synthesis.engine import AUTO_REASON, Options, parse_device, worker_count
-from posthoc_cli.synthesis.plan import Plan, parse_accumulate, plan_synthesis, with_consistent_plan
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import Plan, disk_sources, parse_accumulate, plan_synthesis, with_consistent_plan
 from posthoc_cli.targets import Target
+
+
+def is_rank() -> bool:
+    """Whether this process is one of several of a torchrun job."""
+    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
 
 
 @dataclass(frozen=True)

@@ -3,29 +3,43 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import shutil
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, suppress
+from itertools import groupby, pairwise
 from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files
+from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError, shown
-from posthoc_cli.export.sinks import Sink, holds_model, make_sink
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.directory import PART_NAME
+from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, output_metadata
+from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.outputs import (
-    OutputInfo,
+    INDEX_NAME,
+    SINGLE_NAME,
     decode_output,
+    encode_index,
     model_files,
     output_difference,
-    output_metadata,
+    read_index,
     same_coefficients,
 )
 from posthoc_cli.snapshots.reader import read_header, verify_payload
-from posthoc_cli.synthesis.engine import Options, synthesize_into
+from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
+from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.synthesis.engine import Options, TensorTile, TileWriter, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
+from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
 
 LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt"}
@@ -213,3 +227,271 @@ def _check_output(path: Path, layout: str, plan: Plan, wanted: OutputInfo) -> No
 
 def _used(info: OutputInfo) -> list[str]:
     return [name for name, coefficient in info.snapshots if coefficient]
+
+
+# --- sinks: each output appears complete or not at all
+
+MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
+"""Names of the files of a model in a folder."""
+
+OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
+
+
+def make_sink(
+    layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
+) -> Sink:
+    """A sink for the tensors of one output; call its `discard` at the end in any case."""
+    if not path.parent.is_dir():
+        raise InvalidValueError(path, "its folder does not exist")
+    if options.overwrite:
+        check_no_snapshot(path)
+    if layout == "pt":
+        return _TorchSink(path, specs, options.overwrite)
+    if layout == "sharded":
+        return _ShardedSink(path, specs, metadata, options)
+    return _FileSink(TensorFileWriter(path, specs, metadata, options.overwrite))
+
+
+def check_no_snapshot(path: Path) -> None:
+    """Check that neither a file, nor what a new model in that folder would replace, is a snapshot: none is replaced."""
+    found = [path]
+    if path.is_dir():
+        found = [
+            file
+            for file in files.system.list(path)
+            if MODEL_FILE.fullmatch(file.name) or PART_NAME.fullmatch(file.name)
+        ]
+        with suppress(FileFormatError):
+            found += [path / name for name in read_index(path / INDEX_NAME)]
+    for file in found:
+        with suppress(FileFormatError):
+            if file.is_file() and file_kind(read_header(file)) == "snapshot":
+                raise OutputExistsError(path, "is a snapshot of a run and is not replaced", "choose another name")
+
+
+def holds_model(folder: Path) -> bool:
+    """Whether there is a model in a folder, in shards or in one file."""
+    return any((folder / name).exists() for name in (INDEX_NAME, SINGLE_NAME))
+
+
+def check_free_folder(folder: Path, overwrite: bool) -> None:
+    """Check that shards may be written into a folder: it is no file, and holds no model that may not be replaced."""
+    if folder.exists() and not folder.is_dir():
+        raise OutputExistsError(folder, "is a file; shards need a folder")
+    if not overwrite and holds_model(folder):
+        raise OutputExistsError(folder, "holds a model already", OTHER_FOLDER)
+
+
+# --- safetensors -------------------------------------------------------------------------------------
+
+
+class _FileSink:
+    """One safetensors file."""
+
+    def __init__(self, writer: TensorFileWriter) -> None:
+        self._writer = writer
+
+    def writer_of(self, name: str) -> TensorFileWriter:  # noqa: ARG002
+        return self._writer
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        self.writer_of(name).write(name, tensor_bytes(tensor))
+
+    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TileWriter:
+        return _FileTile(self, tile, names)
+
+    def commit(self) -> None:
+        self._writer.commit()
+
+    def discard(self) -> None:
+        self._writer.discard()
+
+
+class _FileTile(TileWriter):
+    """Writes a tile to files, under all names of its tensors."""
+
+    def __init__(self, sink: _FileSink, tile: Tile, names: Mapping[str, Sequence[str]]) -> None:
+        self._sink, self._names = sink, {name: names[name] for name in tile.names}
+        size, piece = ITEM_BYTES[tile.dtype], tile.pieces[0]
+        self._bounds = [bound * size for bound in tile.bounds]
+        aliases = self._names[piece.name] if len(tile.pieces) == 1 else ()
+        self._ranges = [sink.writer_of(n).write_range(n, piece.begin * size, piece.end * size) for n in aliases]
+
+    def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
+        view = tensor_bytes(values)
+        for part in self._ranges:
+            part.write(view)
+        if not self._ranges:
+            self._write_batch(view)
+
+    def close(self) -> None:
+        for part in self._ranges:
+            part.close()
+
+    def _write_batch(self, view: memoryview) -> None:
+        """Write small tensors: neighbours in one file together, then each under its further names."""
+        begin = 0
+        for writer, run in groupby(self._names, self._sink.writer_of):
+            names = list(run)
+            end = begin + len(names)
+            writer.write_many(names, view[self._bounds[begin] : self._bounds[end]])
+            begin = end
+        for aliases, (start, stop) in zip(self._names.values(), pairwise(self._bounds), strict=True):
+            for alias in aliases[1:]:
+                self._sink.writer_of(alias).write(alias, view[start:stop])
+
+
+class _ShardedSink(_FileSink):
+    """Shards and an index in a folder, as the Hugging Face libraries lay them out.
+
+    The index comes last: without it no reader takes the folder for a model. A model that fits one shard is one file
+    without an index. Replacing a model leaves no file of the old one, since those libraries take whichever layout they
+    look for first; if replacing fails, the old model stays complete.
+    """
+
+    def __init__(
+        self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
+    ) -> None:
+        check_free_folder(folder, options.overwrite)
+        for path in _model_files(folder):
+            if path.is_dir() and not path.is_symlink():
+                raise OutputExistsError(path, "is a directory, which no model replaces", "choose another folder")
+        self._folder, self._overwrite = folder, options.overwrite
+        by_name = {spec.name: spec for spec in specs}
+        self._split = split_state_dict_into_shards_factory(
+            by_name,
+            get_storage_size=lambda spec: spec.nbytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=options.max_shard_size,
+        )
+        with files.reported_as_write_error(folder):
+            self._made = files.make_directory(folder)
+        self._old: dict[Path, Path] = {}  # the replaced model's files, with their temporary names
+        self._published: list[Path] = []
+        self._committed = False
+        self._stack = ExitStack()
+        try:
+            self._writers = {
+                file: self._stack.enter_context(
+                    TensorFileWriter(folder / file, [by_name[name] for name in names], metadata, options.overwrite)
+                )
+                for file, names in self._split.filename_to_tensors.items()
+            }
+        except BaseException:
+            self.discard()
+            raise
+
+    def writer_of(self, name: str) -> TensorFileWriter:
+        return self._writers[self._split.tensor_to_filename[name]]
+
+    def commit(self) -> None:
+        with files.reported_as_write_error(self._folder):
+            for path in _model_files(self._folder) if self._overwrite else ():
+                self._keep(path)
+        for file, writer in self._writers.items():
+            writer.commit()
+            self._published.append(self._folder / file)
+        if self._split.is_sharded:
+            text = encode_index(self._split.tensor_to_filename, self._split.metadata["total_size"])
+            files.write_whole(self._folder / INDEX_NAME, text, self._overwrite)
+            self._published.append(self._folder / INDEX_NAME)
+        with files.reported_as_write_error(self._folder):
+            for path in self._old.keys() - set(self._published):
+                files.unlink_if_there(path)
+            files.system.fsync_directory(self._folder)
+        self._committed = True
+        files.discard(self._old.values())
+
+    def discard(self) -> None:
+        self._stack.close()
+        if self._committed:
+            return
+        for path in self._published:
+            files.unlink_if_there(path)
+        for path, second in self._old.items():
+            if second.exists():
+                files.system.rename(second, path)
+                files.unlink_if_there(second)  # still there if both were names of one file
+        files.remove_directories(self._made)
+
+    def _keep(self, path: Path) -> None:
+        """Give a file of the old model a second name. The index loses its first: no index leads to two models."""
+        self._old[path] = files.temporary_path(self._folder)
+        if path.name != INDEX_NAME:
+            try:
+                return files.system.link(path, self._old[path])
+            except OSError as error:
+                if error.errno not in files.NO_HARD_LINKS:
+                    raise
+        return files.system.rename(path, self._old[path])
+
+
+def _model_files(folder: Path) -> list[Path]:
+    """The files of a folder that have names of a model's files, sorted."""
+    found = files.system.list(folder) if folder.is_dir() else []
+    return sorted(path for path in found if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
+
+
+# --- .pt ---------------------------------------------------------------------------------------------
+
+
+class _TorchSink:
+    """A .pt state dict. torch.save takes all of it at once, so this layout holds the model in memory."""
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._specs = {spec.name: spec for spec in specs}
+        self._file = files.PendingFile(path, overwrite)
+
+    def write(self, name: str, tensor: torch.Tensor) -> None:
+        self._tensors[name] = tensor.cpu()
+
+    def open_tile(self, tile: Tile, names: Mapping[str, Sequence[str]]) -> TileWriter:
+        for name in tile.names:
+            if name not in self._tensors:
+                spec = self._specs[name]
+                with torch.inference_mode(False):  # the caller may have set a mode, and a default device
+                    tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu")
+                self._tensors |= dict.fromkeys(names[name], tensor)
+        return TensorTile([self._tensors[name] for name in tile.names], tile)
+
+    def commit(self) -> None:
+        stream = _Stream(self._file)
+        try:
+            torch.save(self._tensors, stream)  # type: ignore[arg-type]  # any object that writes
+        except RuntimeError as error:
+            # torch's archive writer replaces the stream's error, and a Ctrl-C, by an error of its own.
+            cause = stream.error or error.__context__
+            while isinstance(cause, Exception) and cause is not stream.error:
+                cause = cause.__context__
+            if cause is None:
+                raise
+            raise cause from error
+        self._file.publish()
+
+    def discard(self) -> None:
+        self._file.discard()
+
+
+class _Stream(io.RawIOBase):
+    """A pending file as the stream that torch.save writes to; keeps the error that a write ended with."""
+
+    error: BaseException | None = None
+
+    def __init__(self, file: files.PendingFile) -> None:
+        self._file, self._offset = file, 0
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        try:
+            self._file.write_at(view, self._offset)
+        except BaseException as error:  # Ctrl-C, too
+            self.error = error
+            raise
+        self._offset += len(view)
+        return len(view)
+
+
+Sink = _FileSink | _TorchSink
+"""Takes the tensors of one target: whole (`write`), or in tiles, several at a time, in any threads (`open_tile`, given
+every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""

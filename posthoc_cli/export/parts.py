@@ -31,8 +31,14 @@ import xxhash
 import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NotReadyError, OutputExistsError
-from posthoc_cli.export.outputs import check_space, fill_sinks
-from posthoc_cli.export.sinks import MODEL_FILE, OTHER_FOLDER, check_free_folder, check_no_snapshot
+from posthoc_cli.export.outputs import (
+    MODEL_FILE,
+    OTHER_FOLDER,
+    check_free_folder,
+    check_no_snapshot,
+    check_space,
+    fill_sinks,
+)
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import outputs
 from posthoc_cli.snapshots.outputs import INDEX_NAME, encode_index, read_index
@@ -279,7 +285,7 @@ class PartFile:
 
     path: Path
     part: Part
-    info: outputs.OutputInfo
+    info: fmt.OutputInfo
     specs: tuple[fmt.TensorSpec, ...]
     plan_id: str
 
@@ -287,7 +293,7 @@ class PartFile:
     def metadata(self) -> dict[str, str]:
         """Strings for its header."""
         own = {"ema.part": str(self.part), "ema.plan": self.plan_id, "ema.release": posthoc_cli.__version__}
-        return outputs.output_metadata(self.info) | own
+        return fmt.output_metadata(self.info) | own
 
     def read_header(self) -> fmt.FileHeader:
         """The header of the file that is there, which is this part; else a FileFormatError or MismatchError."""
@@ -303,7 +309,7 @@ class PartFile:
             raise FileFormatError(self.path, f"does not hold the tensors of part {self.part}")
         return header
 
-    def _difference(self, metadata: Mapping[str, str], found: outputs.OutputInfo) -> str | None:
+    def _difference(self, metadata: Mapping[str, str], found: fmt.OutputInfo) -> str | None:
         """How the file differs from this part, in words; None if it does not."""
         for key, words in (("ema.part", "it is part"), ("ema.release", "it was made by release")):
             if metadata.get(key) != self.metadata[key]:

@@ -134,12 +134,6 @@ class Ranks:
             time.sleep(0.05)
 
 
-def is_rank() -> bool:
-    """Whether this process is one of several of a torchrun job."""
-    wanted = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-    return all(map(os.environ.get, wanted)) and os.environ["WORLD_SIZE"] != "1"
-
-
 def local_rank() -> tuple[int, int]:
     """The number of this process among those on this machine, and how many they are; (0, 1) if not known."""
     try:

@@ -1,6 +1,6 @@
-"""Before, while and after training: schedules, which snapshots to keep, and what they are good for.
+"""Before, during and after training: schedules, which snapshots to keep, and the errors to expect.
 
-Pure NumPy; nothing here reads a file, so that a schedule can be judged before training.
+Pure NumPy; nothing here reads a file, so that a schedule can be assessed before training.
 """
 
 from posthoc_cli.planning.curves import (
@@ -8,20 +8,14 @@ from posthoc_cli.planning.curves import (
     Candidate,
     ErrorCurve,
     ErrorPoint,
+    ErrorReport,
     ProfileFit,
     check_sigma_range,
     error_curve,
     profile_fit,
 )  # fmt: skip
-from posthoc_cli.planning.proposals import (
-    Proposal,
-    Task,
-    judge,
-    planning_report,
-    propose,
-    relative_rounding,
-)  # fmt: skip
-from posthoc_cli.planning.schedule import Forecast, Schedule, forecast, forecast_at, listed
+from posthoc_cli.planning.proposals import PlanReport, Proposal, Task, evaluate, propose
+from posthoc_cli.planning.schedule import Forecast, Schedule, forecast, forecast_at, listed, relative_rounding
 from posthoc_cli.planning.thinning import (
     MOST_SOLVED,
     USEFUL_RANGE,
@@ -33,32 +27,8 @@ from posthoc_cli.planning.thinning import (
 )  # fmt: skip
 
 __all__ = [
-    "EVENLY",
-    "MOST_SOLVED",
-
-    "USEFUL_RANGE",
-    "Candidate",
-    "ErrorCurve",
-    "ErrorPoint",
-    "Forecast",
-    "ProfileFit",
-    "Proposal",
-    "Schedule",
-    "Task",
-
-    "check_sigma_range",
-    "error_curve",
-    "errors_after_each",
-    "exchanged",
-    "forecast",
-    "forecast_at",
-    "judge",
-    "listed",
-    "losses_of",
-    "planning_report",
-    "profile_fit",
-    "propose",
-    "relative_rounding",
-    "snapshots_to_drop",
-    "thinned_subset",
+    "EVENLY", "MOST_SOLVED", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
+    "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_sigma_range", "error_curve",
+    "errors_after_each", "evaluate", "exchanged", "forecast", "forecast_at", "listed", "losses_of", "profile_fit",
+    "propose", "relative_rounding", "snapshots_to_drop", "thinned_subset",
 ]  # fmt: skip

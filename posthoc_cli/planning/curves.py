@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -9,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.errors import InvalidValueError, printable
 from posthoc_cli.planning.schedule import Schedule, listed
 from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Clock, FloatArray, PowerFunction, check_sigma_rel
 from posthoc_cli.reconstruction import (
@@ -227,6 +229,39 @@ def error_curve(
         others=tuple(ErrorPoint(one.title, width, off, error if known else None) for one, width, off, error in each),
         assumption=candidate.assumption,
     )
+
+
+@dataclass(frozen=True)
+class ErrorReport:
+    """Error curves to compare: of runs, then of schedules."""
+
+    curves: tuple[ErrorCurve, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The curves as data for JSON."""
+        return {"curves": [curve.to_dict() for curve in self.curves]}
+
+    def to_csv(self) -> str:
+        """The curves and the other targets as comma-separated values."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(["curve", "t", "target", "sigma_rel", "predicted_error", "profile_error"])
+        for curve in self.curves:
+            report = curve.to_dict()
+            columns = (report["sigma_rel"], report["predicted_error"], report["profile_error"])
+            rows = [("sigma_rel", *numbers) for numbers in zip(*columns, strict=True)]
+            for target, *numbers in (*rows, *(tuple(other.values()) for other in report["others"])):
+                cells = ["" if number is None else repr(number) for number in numbers]
+                writer.writerow([_no_formula(curve.label), repr(curve.t), _no_formula(target), *cells])
+        return text.getvalue()
+
+
+_FORMULAS = (*"=+-@", *"＝＋－＠")  # the latter in Chinese and Japanese spreadsheets
+
+
+def _no_formula(text: str) -> str:
+    """A cell that no spreadsheet takes for a formula, with control characters escaped."""
+    return f"'{printable(text)}" if text.lstrip()[:1] in _FORMULAS else printable(text)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Proposals of what to track, how often to store it and in which dtype, within a disk budget.
 
 The best proposal is the cheapest one with a worst predicted error of at most `Task.max_error`, else the most accurate
-one. Options are screened with approximate snapshot times; the finalists are judged by the snapshots that a tracker
+one. Options are screened with approximate snapshot times; the finalists are assessed by the snapshots that a tracker
 would hold at the end (`Schedule.snapshots`).
 """
 
@@ -16,17 +16,21 @@ from typing import Any
 
 import numpy as np
 
-from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.planning.curves import check_sigma_range
-from posthoc_cli.planning.schedule import Forecast, Schedule, check_interval, forecast, listed
+from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range
+from posthoc_cli.planning.schedule import (
+    PLANNED_BYTES,
+    Forecast,
+    Schedule,
+    check_interval,
+    forecast,
+    listed,
+    relative_rounding,
+)
 from posthoc_cli.planning.thinning import LATER, USEFUL_RANGE
 from posthoc_cli.profiles import PowerFunction, check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, ROUNDING, Motion, assumed_prior
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, Motion, assumed_prior
 from posthoc_cli.threads import one_blas_thread
-
-ITEM_BYTES = {DTYPES[name].torch_name: DTYPES[name].nbytes for name in ("F16", "BF16", "F32")}
-"""The dtypes of plans, and bytes an element."""
 
 MOST_KEPT = 64
 """Default limit of the snapshots a profile: more gain little, and slow synthesis down."""
@@ -34,17 +38,6 @@ MOST_KEPT = 64
 GOOD_ERROR = 5e-4
 """Default of a worst predicted error that is good enough: rounding a result once to float16 costs 2e-4, to bfloat16
 1.5e-3."""
-
-
-def relative_rounding(dtype: str) -> float:
-    """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4.
-
-    Raises:
-        InvalidValueError: a dtype that no plan has.
-    """
-    if dtype not in ITEM_BYTES:
-        raise InvalidValueError("dtype", f"must be one of {', '.join(ITEM_BYTES)}", value=f"{dtype!r}")
-    return ROUNDING * EPS[WORDS[dtype]]
 
 
 @dataclass(frozen=True)
@@ -114,7 +107,7 @@ class Task:
 
     def snapshot_bytes(self, dtype: str) -> int:
         """Size of one snapshot, without header and buffers, which are small."""
-        return self.parameters * ITEM_BYTES[dtype]
+        return self.parameters * PLANNED_BYTES[dtype]
 
     def places(self, dtype: str, profiles: int) -> int:
         """Snapshots of each profile that fit the budget."""
@@ -145,7 +138,7 @@ class Task:
     @property
     def dtypes(self) -> Sequence[str]:
         """The dtypes of the search."""
-        return tuple(ITEM_BYTES) if self.dtype is None else (self.dtype,)
+        return tuple(PLANNED_BYTES) if self.dtype is None else (self.dtype,)
 
 
 _PROFILES = (1, 2, 3)
@@ -210,6 +203,12 @@ class Proposal:
         """For a legend."""
         return f"{listed(self.schedule.sigma_rels)} in {self.dtype}, {self.schedule.kept} each"
 
+    @property
+    def curve(self) -> ErrorCurve:
+        """The expected errors, for a picture."""
+        errors = self.errors.sigma_rels, self.errors.profile_error, self.errors.predicted_error
+        return ErrorCurve(self.label, self.last_step, *errors, self.schedule.sigma_rels)
+
     def call(self, sigma_range: tuple[float, float]) -> str:
         """The Python call that makes a tracker of this kind."""
         rels = ", ".join(f"{s!r}" for s in self.schedule.sigma_rels) + "," * (len(self.schedule.sigma_rels) == 1)
@@ -238,18 +237,34 @@ class Proposal:
         }
 
 
-def planning_report(task: Task, proposals: Sequence[Proposal]) -> dict[str, Any]:
-    """A task, the proposals for it, and the call that makes the first of them, as data for JSON."""
-    return {
-        "steps": task.steps,
-        "parameters": task.parameters,
-        "max_bytes": task.max_bytes,
-        "sigma_range": list(task.sigma_range),
-        "max_error": task.max_error,
-        "motion": "assumed" if task.motion is None else "like",
-        "proposals": [proposal.to_dict() for proposal in proposals],
-        "call": proposals[0].call(task.sigma_range),
-    }
+@dataclass(frozen=True)
+class PlanReport:
+    """A task and the proposals for it, the best one first.
+
+    Attributes:
+        assumption: about the motion of the network, in words that follow "if".
+        like: the directory of the earlier run that the motion was taken from.
+    """
+
+    task: Task
+    proposals: tuple[Proposal, ...]
+    assumption: str = EVENLY
+    like: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as data for JSON, with the call that makes a tracker of the first proposal."""
+        task = self.task
+        return {
+            "steps": task.steps,
+            "parameters": task.parameters,
+            "max_bytes": task.max_bytes,
+            "sigma_range": list(task.sigma_range),
+            "max_error": task.max_error,
+            "motion": "assumed" if task.motion is None else "like",
+            "proposals": [proposal.to_dict() for proposal in self.proposals],
+            "call": self.proposals[0].call(task.sigma_range),
+            "like": self.like,
+        }
 
 
 @one_blas_thread()
@@ -265,22 +280,22 @@ def propose(task: Task) -> list[Proposal]:
         if option.dtype not in {earlier.dtype for earlier in options[:index]}
         or option.profiles not in {earlier.profiles for earlier in options[:index]}
     ]
-    judged = [_cheapest_or_best(task, option) for option in finalists]
-    if not any(proposal.errors.worst <= task.max_error for proposal in judged):
-        leader = finalists[judged.index(_best(judged))]
-        judged.append(_best([_best(judged), *_judged(task, leader, _TAKEN_BY_THE_BEST)]))
+    found = [_cheapest_or_best(task, option) for option in finalists]
+    if not any(proposal.errors.worst <= task.max_error for proposal in found):
+        leader = finalists[found.index(_best(found))]
+        found.append(_best([_best(found), *_evaluated(task, leader, _TAKEN_BY_THE_BEST)]))
         half, free = task.max_bytes // 2, task.max_checkpoints is None and task.checkpoint_every is None
         if free and half // (task.snapshot_bytes(leader.dtype) * leader.profiles) >= 2:
-            judged.append(_best(_judged(replace(task, max_bytes=half), leader, _TAKEN)))
+            found.append(_best(_evaluated(replace(task, max_bytes=half), leader, _TAKEN)))
 
     def order(proposal: Proposal) -> tuple[float, ...]:
         good = proposal.errors.worst <= task.max_error
         return (not good, *(proposal.cost if good else ()), *proposal.rank)
 
-    return _different(sorted(judged, key=order))
+    return _different(sorted(found, key=order))
 
 
-def judge(task: Task, schedule: Schedule, dtype: str) -> Proposal:
+def evaluate(task: Task, schedule: Schedule, dtype: str) -> Proposal:
     """The proposal of a schedule."""
     motion = task.expected_motion
     snapshots = schedule.snapshots(motion, task.sigma_range)
@@ -396,25 +411,25 @@ def _cheapest_or_best(task: Task, option: _Option) -> Proposal:
     """The proposal with the fewest snapshots that is good enough, or else with the least error."""
     proposals: list[Proposal] = []
     if option.screened > task.max_error:
-        proposals = _judged(task, option, _TAKEN)
+        proposals = _evaluated(task, option, _TAKEN)
         if _best(proposals).errors.worst > task.max_error:
             return _best(proposals)
     most = 4 * task.kept(option.dtype, option.profiles)
     for count in (count for count in _COUNTS if count <= most):
-        proposal = judge(task, _schedule(task, option, count), option.dtype)
+        proposal = evaluate(task, _schedule(task, option, count), option.dtype)
         if proposal.errors.worst <= task.max_error:
             return proposal
-    return _best(proposals or _judged(task, option, _TAKEN))
+    return _best(proposals or _evaluated(task, option, _TAKEN))
 
 
-def _judged(task: Task, option: _Option, multiples: Sequence[int]) -> list[Proposal]:
+def _evaluated(task: Task, option: _Option, multiples: Sequence[int]) -> list[Proposal]:
     """Proposals that take snapshots at multiples of the number that they keep, one for each interval."""
     kept, places = task.kept(option.dtype, option.profiles), _places(task, option)
     different: dict[int, Schedule] = {}
     for multiple in multiples:
         schedule = _schedule(task, option, places if multiple == 1 else kept * multiple)
         different.setdefault(schedule.checkpoint_every, schedule)
-    return [judge(task, schedule, option.dtype) for schedule in different.values()]
+    return [evaluate(task, schedule, option.dtype) for schedule in different.values()]
 
 
 def _places(task: Task, option: _Option) -> int:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.planning.thinning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.profiles import FloatArray, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, Motion, Prior, assumed_prior, expected_errors
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, ROUNDING, Motion, Prior, assumed_prior, expected_errors
 
 MOST_TIMES = 20_000
 MOST_SNAPSHOTS = 2_048
@@ -21,6 +22,21 @@ _SIMULATED_TIMES = 8
 
 _SIMULATED_SNAPSHOTS = 24
 """Snapshots of a profile whose thinning is simulated; larger numbers are spread with the same density."""
+
+
+PLANNED_BYTES = {DTYPES[name].torch_name: DTYPES[name].nbytes for name in ("F16", "BF16", "F32")}
+"""The dtypes of plans, and bytes an element."""
+
+
+def relative_rounding(dtype: str) -> float:
+    """Root mean square error of values rounded to the nearest of a dtype, relative to them; float16 1.9e-4.
+
+    Raises:
+        InvalidValueError: a dtype that no plan has.
+    """
+    if dtype not in PLANNED_BYTES:
+        raise InvalidValueError("dtype", f"must be one of {', '.join(PLANNED_BYTES)}", value=f"{dtype!r}")
+    return ROUNDING * EPS[WORDS[dtype]]
 
 
 @dataclass(frozen=True)

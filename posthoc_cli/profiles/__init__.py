@@ -9,17 +9,19 @@ mass at its start, which the tail contains and the density leaves out.
 """
 
 from posthoc_cli.profiles.clock import Clock, ClockRecorder
-from posthoc_cli.profiles.custom import Table, read_table, try_profile
 from posthoc_cli.profiles.others import (
     ClassicalEMA,
     Conversion,
     StepWindow,
+    Table,
     Tabulated,
     Uniform,
     classical_beta,
     convert,
     mean_age,
+    read_table,
     sigma_rel_from_classical_beta,
+    try_profile,
 )  # fmt: skip
 from posthoc_cli.profiles.power import (
     UNIFORM_SIGMA_REL,

@@ -5,8 +5,6 @@ knows of a run, `basis` the closed forms of both.
 """
 
 from posthoc_cli.reconstruction.basis import relative_width
-from posthoc_cli.reconstruction.least_squares import Losses
-from posthoc_cli.reconstruction.minvar import MinimumVariance
 from posthoc_cli.reconstruction.motion import Motion, Steps
 from posthoc_cli.reconstruction.prior import (
     ASSUMED,
@@ -23,7 +21,15 @@ from posthoc_cli.reconstruction.prior import (
     measured_prior,
     roundings,
 )  # fmt: skip
-from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, expected_errors, reconstruct
+from posthoc_cli.reconstruction.solving import (
+    METHODS,
+    Losses,
+    MinimumVariance,
+    Reconstruction,
+    check_method,
+    expected_errors,
+    reconstruct,
+)
 
 __all__ = [
     "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "ROUNDING", "WINDOW", "Distance", "Losses", "Measurements",

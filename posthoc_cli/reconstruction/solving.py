@@ -11,18 +11,354 @@ of another mass than 1 scales the weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
+from scipy import linalg
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction.basis import Densities, gammas_and_times
-from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
-from posthoc_cli.reconstruction.minvar import MinimumVariance
-from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior
+from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, gammas_and_times
+from posthoc_cli.reconstruction.motion import Cells, cells_between
+from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, inherited_factor, rounding_factor
+
+# --- least squares
+
+
+_EPS = float(np.finfo(np.float64).eps)
+
+
+class LeastSquares:
+    """argmin_x || factor x - goals || for goals, [rows, goals], one after another, by QR.
+
+    Columns that are combinations of others up to rounding get 0. Finding them takes pivoting, which is several times
+    slower and left out for independent columns.
+    """
+
+    def __init__(self, factor: FloatArray) -> None:
+        self.factor, self._order = factor, np.arange(factor.shape[1])
+        q, r = linalg.qr(factor, mode="economic", check_finite=False) if factor.size else (factor, factor[:0])
+        if _is_degenerate(factor, r):
+            q, r, order = linalg.qr(factor, mode="economic", pivoting=True, check_finite=False)
+            diagonal = np.abs(np.diag(r))
+            self._order = order[: int(np.sum(diagonal > diagonal[0] * _EPS * max(factor.shape)))]
+        rank = self._order.size
+        self._q_transposed = np.ascontiguousarray(q[:, :rank].T)
+        self._r = np.asfortranarray(r[:rank, :rank])
+
+    def solve(self, goals: FloatArray) -> FloatArray:
+        """Shape [columns, goals]."""
+        return self._spread(self._q_transposed @ goals)
+
+    def inverse_factor(self) -> FloatArray:
+        """W with W W^T = (factor^T factor)^-1 on the independent columns: shape [columns, rank]."""
+        return self._spread(np.eye(self._order.size))
+
+    def _spread(self, values: FloatArray) -> FloatArray:
+        """R^-1 times the values, for all columns: 0 for the dependent ones."""
+        solution = np.zeros((self.factor.shape[1], values.shape[1]))
+        if self._order.size:
+            solution[self._order] = linalg.solve_triangular(self._r, values, check_finite=False)
+        return solution
+
+
+def _is_degenerate(factor: FloatArray, r: FloatArray) -> bool:
+    """Whether columns depend on others up to rounding, from R of a QR decomposition."""
+    rows, columns = factor.shape
+    return columns > 0 and bool(rows < columns or linalg.lapack.dtrcon(r)[0] < _EPS * max(factor.shape))
+
+
+def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """argmin_x || factor x - goals || of many goals, [rows, goals], the squared residuals, and W.
+
+    W W^T = (factor^T factor)^-1; W has fewer columns than rows if columns of `factor` depend on others up to rounding.
+    Takes one triangle and no orthogonal matrix, several times faster than `LeastSquares`.
+    """
+    count = factor.shape[1]
+    triangle = _triangle_of(factor, goals)
+    r = triangle[:count, :count]
+    if count == 0:
+        return np.zeros((0, goals.shape[1])), np.sum(triangle**2, axis=0), np.zeros((0, 0))
+    if _is_degenerate(factor, r):
+        problem = LeastSquares(factor)
+        solution = problem.solve(goals)
+        return solution, np.sum((factor @ solution - goals) ** 2, axis=0), problem.inverse_factor()
+    solution, _ = linalg.lapack.dtrtrs(r, triangle[:count, count:])
+    return solution, np.sum(triangle[count:, count:] ** 2, axis=0), linalg.lapack.dtrtri(r)[0]
+
+
+def _triangle_of(factor: FloatArray, goals: FloatArray) -> FloatArray:
+    """R of a QR decomposition of both, side by side."""
+    return np.asarray(np.linalg.qr(np.hstack((factor, goals)), mode="r"), dtype=np.float64)
+
+
+_REFRESH = 0.25
+"""The share of the snapshots that are lost before the problem is solved again, since each loss costs digits."""
+
+
+class Losses:
+    """Expected squared errors of targets, as snapshots are lost one after another, from one factorisation.
+
+    All coefficients but the last are unknowns of a least-squares problem, whose residuals are the squared errors. Where
+    c are its coefficients and P = W W^T is the inverse of its quadratic form, forcing c_i to 0 adds c_i^2 / P_ii to a
+    squared error, subtracts P_ki c_i / P_ii from each c_k, and removes the direction of row i from each row of W.
+
+    Arguments:
+        factor: one column a snapshot: shape [rows, n].
+        goals: one column a target: shape [rows, targets].
+        unreachable: the part of each squared error that no coefficients change: shape [targets].
+
+    Attributes:
+        squares: expected squared errors of the targets with the remaining snapshots: shape [targets].
+    """
+
+    def __init__(self, factor: FloatArray, goals: FloatArray, unreachable: FloatArray) -> None:
+        self._factor, self._goals, self._unreachable = factor, goals, unreachable
+        self._left = np.arange(factor.shape[1])
+        self.squares: FloatArray
+        self._columns: FloatArray  # [targets, n]
+        self._root: FloatArray  # W: [n, less than n]
+        self._solve()
+
+    def squares_without_each(self) -> FloatArray:
+        """Expected squared errors when one more is lost: shape [targets, n]; `squares` for lost ones."""
+        spread = np.sum(self._root**2, axis=1)
+        costs = np.divide(1.0, spread, out=np.zeros(spread.size), where=spread > 0)
+        return np.asarray(self.squares[:, None] + np.square(self._columns) * costs)
+
+    def lose(self, snapshot: int) -> None:
+        """Continue without one of the remaining snapshots."""
+        self._left = self._left[self._left != snapshot]
+        if self._is_degenerate or self._left.size <= (1 - _REFRESH) * self._solved:
+            self._solve()
+            return
+        own, lost = self._root[snapshot].copy(), self._columns[:, snapshot].copy()
+        square = own @ own
+        pivot = self._root @ own / square
+        self.squares = self.squares + lost * lost / square
+        self._columns -= np.multiply.outer(lost, pivot)
+        self._root -= np.multiply.outer(pivot, own)
+        self._columns[:, snapshot] = self._root[snapshot] = 0.0
+
+    def of(self, snapshots: Sequence[int]) -> Losses:
+        """The same for some of all the snapshots, renumbered."""
+        factor, goals = self._reduced
+        return Losses(factor[:, snapshots], goals, self._unreachable)
+
+    def _solve(self) -> None:
+        left, count = self._left, self._factor.shape[1]
+        factor, goals = (self._factor, self._goals) if left.size == count else self._reduced
+        others, last = factor[:, left[:-1]] - factor[:, left[-1:]], factor[:, left[-1:]]
+        solution, missed, root = solve_once(others, goals - last)
+        self._solved = left.size
+        self._is_degenerate = root.shape[1] < others.shape[1]
+        self.squares = self._unreachable + missed
+        self._columns, self._root = np.zeros((goals.shape[1], count)), np.zeros((count, root.shape[1]))
+        self._columns[:, left[:-1]], self._columns[:, left[-1]] = solution.T, 1 - solution.sum(axis=0)
+        self._root[left[:-1]], self._root[left[-1]] = root, -root.sum(axis=0)
+
+    @cached_property
+    def _reduced(self) -> tuple[FloatArray, FloatArray]:
+        """Factor and goals with at most as many rows as columns."""
+        count = self._factor.shape[1]
+        triangle = _triangle_of(self._factor, self._goals)
+        return triangle[:, :count], triangle[:, count:]
+
+
+# --- minimum variance
+
+
+_NO_ROUNDING = 1e-30
+"""Squared rounding, relative to the squared norm, far below that of any dtype."""
+
+
+@dataclass(frozen=True)
+class Goals:
+    """Targets as columns of a least-squares problem, [rows, targets], and their squared norms, [targets].
+
+    Norms may exceed those of the columns: the difference is what no coefficients reach.
+    """
+
+    targets: Sequence[Profile]
+    columns: FloatArray
+    norms: FloatArray
+
+    @cached_property
+    def squares(self) -> FloatArray:
+        """Squared norms of the columns: shape [targets]."""
+        return np.asarray(np.sum(self.columns**2, axis=0))
+
+    @property
+    def unreachable(self) -> FloatArray:
+        """The share of the squared norms that no coefficients reach: shape [targets]."""
+        return np.maximum(self.norms - self.squares, 0.0)
+
+
+class MinimumVariance:
+    """The coefficients of least expected squared error at `t`, and that error. Coefficients: shape [n, targets].
+
+    For a network that moves as a random walk of variance v(s) ds with noise of intensity w(s) (see `motion`), and
+    stored copies with errors of variance r_i, the average with coefficients c, sum(c) = 1, has the error
+
+        E |error|^2 = integral v (sum_i c_i tail_i - tail)^2 ds + integral w (sum_i c_i p_i - p)^2 ds + sum_i c_i^2 r_i.
+
+    Minimising it over c is a least-squares problem, whose residual is the expected squared error; the last coefficient
+    is eliminated by the constraint. The second term is the published method; most networks are closer to a walk.
+
+    The profiles are at or before `t`, with their mass before the first update on it, in the order of the prior.
+    """
+
+    def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
+        # A fixed order, so that the caller's order changes no bit.
+        self._order = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].t, snapshots[i].gamma))
+        self._stored = [snapshots[i] for i in self._order]
+        self._prior = prior = prior.of(self._order)
+        gamma, times = gammas_and_times(self._stored)
+        start = prior.motion.edges[0]
+        edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
+        self._terms = _terms(prior, cells_between(edges, prior.steps), np.unique(gamma))
+        self._rows = np.vstack([term.of_powers(self._stored) for term in self._terms])  # [rows, n]
+
+    def goals(self, targets: Sequence[Profile]) -> Goals:
+        """What the other methods ask for."""
+        columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
+        return Goals(targets, np.vstack(columns), np.sum(norms, axis=0))
+
+    def solve(self, goals: Goals, at_once: bool = False) -> FloatArray:
+        """The coefficients of least expected error; those of a target sum to 1.
+
+        At once, many targets are solved several times faster, and differ in the last bits.
+        """
+        others, last = self._stacked[:, :-1] - self._stacked[:, -1:], self._stacked[:, -1:]
+        wanted = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.norms.size)))) - last
+        found = solve_once(others, wanted)[0] if at_once else self._problem.solve(wanted)
+        solution = np.vstack((found, 1 - found.sum(axis=0)))
+        # Coefficients below the rounding of the sum are 0, so that their snapshots need not be read.
+        solution[np.abs(solution) < np.finfo(np.float64).eps * np.abs(solution).sum(axis=0)] = 0.0
+        exact = {self._stored[i]: i for i in np.flatnonzero(self._prior.rounding <= _NO_ROUNDING * self._prior.norm)}
+        for column, target in enumerate(goals.targets):
+            if isinstance(target, PowerFunction) and target in exact:
+                solution[:, column] = np.arange(len(self._stored)) == exact[target]
+        return self._as_given(solution)
+
+    def expected_squares(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """E |error|^2 of each target with its own column of coefficients, any with sum 1: shape [targets]."""
+        ordered = coefficients[self._order]
+        missed = np.sum((self._rows @ ordered - goals.columns) ** 2, axis=0)
+        return np.asarray(goals.unreachable + missed + np.sum((self._rounding @ ordered) ** 2, axis=0))
+
+    def expected_errors(self, coefficients: FloatArray, goals: Goals) -> FloatArray:
+        """The roots of `expected_squares`, relative to the targets' probable norms; nan if only that is 0."""
+        apart = np.sum(self._rows**2, axis=0)[:, None] - 2 * self._rows.T @ goals.columns + goals.squares
+        norms = self._norms(np.maximum(apart, 0.0))
+        errors = np.sqrt(self.expected_squares(coefficients, goals))
+        found = np.divide(errors, norms, out=np.full(norms.size, np.nan), where=norms > 0)
+        return np.where((norms > 0) | (errors > 0), found, 0.0)
+
+    def losses(self, targets: Sequence[Profile]) -> Losses:
+        """The targets' squared errors as snapshots are lost, in the caller's order."""
+        goals = self.goals(targets)
+        columns = np.vstack((goals.columns, np.zeros((self._rounding.shape[0], goals.norms.size))))
+        return Losses(self._as_given(self._stacked.T).T, columns, goals.unreachable)
+
+    def _norms(self, apart: FloatArray) -> FloatArray:
+        """Probable norms of targets, by the averages' squared distances from them: shape [n, targets] to [targets].
+
+        The root mean square of the averages' norms, weighted by nearness; the norm of the nearest alone would jump by
+        up to a tenth between lengths. Weights fall with the fourth power of the distance, so that many far averages do
+        not outweigh the nearest.
+        """
+        apart = np.maximum(apart, np.finfo(np.float64).tiny)  # 0 if the target is stored
+        weight = (apart.min(axis=0) / apart) ** 2
+        return np.asarray(np.sqrt(self._prior.norm @ weight / weight.sum(axis=0)))
+
+    @cached_property
+    def _rounding(self) -> FloatArray:
+        """A root of the covariance of the stored copies' errors: shape [n or more, n]."""
+        squared = np.sum(self._rows**2, axis=0)
+        apart = np.maximum(squared[:, None] + squared - 2 * self._rows.T @ self._rows, 0.0)
+        own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
+        if self._prior.inherited is None:
+            return own
+        return np.vstack((own, inherited_factor(self._prior.inherited, *gammas_and_times(self._stored))))
+
+    @cached_property
+    def _stacked(self) -> FloatArray:
+        return np.vstack((self._rows, self._rounding))
+
+    @cached_property
+    def _problem(self) -> LeastSquares:
+        """The problem for all coefficients but the last."""
+        return LeastSquares(self._stacked[:, :-1] - self._stacked[:, -1:])
+
+    def _as_given(self, values: npt.NDArray[Any]) -> FloatArray:
+        """Values of the snapshots, in the caller's order."""
+        given = np.empty(values.shape)
+        given[self._order] = values
+        return given
+
+
+@dataclass(frozen=True)
+class _Integral:
+    """An integral over intervals of many updates, with the roots of their weights, [K].
+
+    `most` limits a norm: that of noise at a point would be infinite.
+    """
+
+    functions: StoredFunctions
+    root: FloatArray
+    most: float = np.inf
+
+    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+        """Columns: shape [rows, n]."""
+        return self._scaled(self.functions.of_powers(profiles))
+
+    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        """Columns, [rows, n], and squared norms, [n], which may exceed those of the columns."""
+        rows, squares = self.functions.of_targets(targets)
+        return self._scaled(rows), np.minimum(self.root**2 @ squares, self.most)
+
+    def _scaled(self, rows: FloatArray) -> FloatArray:
+        """Rows of the intervals, [K, G, n], times the root of their weight: shape [K * G, n]."""
+        return np.asarray((rows * self.root[:, None, None]).reshape(-1, rows.shape[2]), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum over the updates of intervals that have few, with the roots of their variances, [M], and the profiles'
+    values at them, [M, n]."""
+
+    root: FloatArray
+    values: Callable[[Sequence[Profile]], FloatArray]
+
+    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+        return self.of_targets(profiles)[0]
+
+    def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
+        columns = np.asarray(self.root[:, None] * self.values(targets), dtype=np.float64)
+        return columns, np.asarray(np.sum(columns**2, axis=0))
+
+
+def _terms(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Integral | _Sum]:
+    walk, noise = prior.motion.on(cells.edges)
+    few = cells.interval
+    terms: list[_Integral | _Sum] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
+    if few.size:
+        terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
+    if noise.any():
+        most = float(noise.max()) / cells.stride if cells.stride else np.inf
+        terms.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
+        if few.size:
+            terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
+    return terms
+
+
+# --- both methods
+
 
 METHODS = ("minvar", "paper")
 """The solvers; the first one is the default."""
@@ -35,7 +371,7 @@ class Reconstruction:
     Attributes:
         coefficients: shape [snapshots, targets]; each column sums to 1.
         profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure, 1e-7 for rounding.
-        predicted_error: shape [targets]; expected relative L2 error of the weights (see `minvar`).
+        predicted_error: shape [targets]; expected relative L2 error of the weights (see `MinimumVariance`).
     """
 
     coefficients: FloatArray

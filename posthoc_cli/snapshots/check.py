@@ -30,7 +30,6 @@ from posthoc_cli.errors import (
 )
 from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import (
     PICKLES,
     QUARANTINE,
@@ -43,9 +42,10 @@ from posthoc_cli.snapshots.directory import (
     read_folder,
     time_order,
 )
-from posthoc_cli.snapshots.headers import DecodeCache, file_kind
+from posthoc_cli.snapshots.format import OutputInfo
+from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.measurements import Progress, compare_measurements, run_clock
-from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, OutputInfo, check_alike, decode_index, decode_output
+from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, check_payload, in_order, read_header, worker_threads
 from posthoc_cli.snapshots.states import COPY, check_state_tensors, decode_state, tensors_with
 

@@ -13,10 +13,9 @@ from typing import Any
 
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
-from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
 from posthoc_cli.snapshots.format import FileHeader, by_segment
-from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, read_header
 from posthoc_cli.snapshots.states import decode_state

@@ -26,9 +26,8 @@ from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
-from posthoc_cli.snapshots.decoding import decode_snapshot
 from posthoc_cli.snapshots.format import by_segment
-from posthoc_cli.snapshots.headers import DecodeCache, file_kind
+from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.measurements import stored_average
 from posthoc_cli.snapshots.reader import Part, Snapshot, read_header
 

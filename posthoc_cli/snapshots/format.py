@@ -318,6 +318,23 @@ class SnapshotInfo:
         return [name for name, tensor in self.tensors.items() if tensor.role == "average"]
 
 
+@dataclass(frozen=True)
+class OutputInfo:
+    """All metadata of an output: `profile` is the target in words, `snapshots` their names and coefficients."""
+
+    run_id: str
+    profile: str
+    sigma_rel: float | None
+    gamma: float | None
+    t: float
+    t_unit: str
+    method: str
+    profile_error: float
+    predicted_error: float | None
+    snapshots: tuple[tuple[str, float], ...]
+    copies: tuple[str, ...] = ()
+
+
 OPTIONAL = (
     "selection", "segment", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "part", "chunks",
     "mesh",
@@ -390,6 +407,12 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     values["part"] = "{}/{}".format(*info.part)
     offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in info.chunks.items()}
     return encode_metadata("snapshot", values) | {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
+
+
+def output_metadata(info: OutputInfo) -> dict[str, str]:
+    """The metadata of an output as strings, without its checksums."""
+    listed = [{"file": name, "coefficient": coefficient} for name, coefficient in info.snapshots]
+    return encode_metadata("output", vars(info) | {"snapshots": listed})
 
 
 def block_checksums(data: bytes | bytearray | memoryview) -> list[str]:

@@ -263,8 +263,8 @@ def _chosen(items: Sequence[One]) -> list[One]:
 
 
 @dataclass(frozen=True)
-class Likeness:
-    """An earlier run, relative to its norm and stretched to another length: the motion, None if too little is known.
+class EarlierRun:
+    """An earlier run scaled to another length, relative to its norm: the motion, None if too little is known.
 
     `rounding` is the root mean square error of its stored averages by dtype, relative to their norm.
     """
@@ -273,8 +273,8 @@ class Likeness:
     rounding: dict[str, float]
 
 
-def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
-    """Describe the snapshots of one run for a plan of a run of `steps`. Reads a sample if headers lack measurements."""
+def scaled_run(snapshots: Sequence[Snapshot], steps: float) -> EarlierRun:
+    """The snapshots of one run, scaled to a run of `steps`. Reads a sample if headers lack measurements."""
     snapshots = of_newest_segment(snapshots)
     snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
     prior = snapshot_prior(snapshots)
@@ -287,7 +287,7 @@ def likeness(snapshots: Sequence[Snapshot], steps: float) -> Likeness:
         stored = {snapshot.header.tensors[name].dtype for name in _averaged(snapshot)}
         if prior.source != ASSUMED and len(stored) == 1 and rounding > 0 and squared > 0:
             found[DTYPES[stored.pop()].torch_name].append(float(rounding / squared))
-    return Likeness(motion, {name: sqrt(float(np.mean(values))) for name, values in found.items()})
+    return EarlierRun(motion, {name: sqrt(float(np.mean(values))) for name, values in found.items()})
 
 
 def stretched(prior: Prior, steps: float, t: float, norm: float) -> Motion:

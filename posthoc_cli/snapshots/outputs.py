@@ -20,6 +20,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, s
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.directory import is_parts_folder, part_files
+from posthoc_cli.snapshots.format import OutputInfo
 from posthoc_cli.snapshots.headers import (
     NUMBER,
     NUMBER_OR_NULL,
@@ -38,23 +39,6 @@ SINGLE_NAME = "model.safetensors"
 """A model that fits one shard."""
 
 _SHARD = re.compile(r"model-\d{5}-of-(\d{5})\.safetensors")
-
-
-@dataclass(frozen=True)
-class OutputInfo:
-    """All metadata of an output: `profile` is the target in words, `snapshots` their names and coefficients."""
-
-    run_id: str
-    profile: str
-    sigma_rel: float | None
-    gamma: float | None
-    t: float
-    t_unit: str
-    method: str
-    profile_error: float
-    predicted_error: float | None
-    snapshots: tuple[tuple[str, float], ...]
-    copies: tuple[str, ...] = ()
 
 
 SAME_COEFFICIENT = 1e-6
@@ -78,12 +62,6 @@ def same_coefficients(found: OutputInfo, wanted: OutputInfo) -> bool:
         return False
     most = SAME_COEFFICIENT * max((abs(c) for c in pairs[1]), default=0.0)
     return all(abs(a - b) <= most for a, b in zip(*pairs, strict=True))
-
-
-def output_metadata(info: OutputInfo) -> dict[str, str]:
-    """The metadata of an output as strings, without its checksums."""
-    listed = [{"file": name, "coefficient": coefficient} for name, coefficient in info.snapshots]
-    return fmt.encode_metadata("output", vars(info) | {"snapshots": listed})
 
 
 def decode_output(path: Path, header: fmt.FileHeader) -> OutputInfo:

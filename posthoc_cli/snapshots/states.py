@@ -13,8 +13,17 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import ClockRecorder, check_sigma_rel
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
-from posthoc_cli.snapshots.decoding import SCHEDULE
-from posthoc_cli.snapshots.headers import AMOUNT, AMOUNTS, TEXTS, WHOLE, Entry, is_list_of, is_number, is_whole
+from posthoc_cli.snapshots.headers import (
+    AMOUNT,
+    AMOUNTS,
+    SCHEDULE,
+    TEXTS,
+    WHOLE,
+    Entry,
+    is_list_of,
+    is_number,
+    is_whole,
+)
 
 COPY = "copy"
 """The prefix of copied tensors, before the slash."""

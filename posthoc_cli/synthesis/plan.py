@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -16,15 +18,55 @@ from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError
 from posthoc_cli.planning import Candidate, error_curve
 from posthoc_cli.profiles import PowerFunction, Profile
-from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
-from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, of_segment_at
-from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock
-from posthoc_cli.snapshots.outputs import OutputInfo
-from posthoc_cli.synthesis.sources import Source, source_prior
+from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
+from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorEntry, TensorSpec, TrackedTensor, of_segment_at
+from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock, snapshot_prior
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
     import torch
+
+
+class Source(Protocol):
+    """A stored average: a snapshot on disk, or a live average in memory."""
+
+    @property
+    def name(self) -> str:
+        """The file's name, or a description of an average in memory."""
+
+    @property
+    def info(self) -> SnapshotInfo:
+        """The snapshot's header, or what it would be."""
+
+    @property
+    def stored(self) -> Mapping[str, TensorEntry | TensorSpec]:
+        """Dtype, shape and bytes of each stored tensor."""
+
+    def open(self) -> AbstractContextManager[OpenSnapshot | Mapping[str, torch.Tensor]]:
+        """Open it for reading, by any number of threads.
+
+        Tensors in memory are on the host, or hold their values already: threads do not wait for the caller's stream.
+        """
+
+
+def disk_sources(directory: str | Path) -> list[Source]:
+    """The snapshots of a directory as sources; raises what `read_directory` raises."""
+    return list(read_directory(Path(directory)))
+
+
+def source_prior(sources: Sequence[Source]) -> Prior:
+    """The motion of the network and the rounding of each source, in their order.
+
+    If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
+    """
+    on_disk = [source for source in sources if isinstance(source, Snapshot)]
+    in_memory = [source for source in sources if not isinstance(source, Snapshot)]
+    prior = snapshot_prior(on_disk, [source.info for source in in_memory])
+    place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
+    return prior.of([place[id(source)] for source in sources])
+
 
 log = logging.getLogger(__name__)
 

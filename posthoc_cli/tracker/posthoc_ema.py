@@ -25,8 +25,7 @@ from posthoc_cli.run import Run, Wanted, Weights, make_weights
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
 from posthoc_cli.snapshots.measurements import chosen_up_to
-from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
-from posthoc_cli.synthesis.sources import Source, source_prior
+from posthoc_cli.synthesis.plan import Plan, Source, plan_synthesis, source_prior, with_consistent_plan
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import model_weights, state
 from posthoc_cli.tracker.averages import RunningAverages

@@ -25,8 +25,7 @@ from posthoc_cli.snapshots.format import SnapshotInfo, TensorSpec
 from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
 from posthoc_cli.snapshots.tensors import torch_dtype
 from posthoc_cli.synthesis.engine import synthesize
-from posthoc_cli.synthesis.plan import Plan
-from posthoc_cli.synthesis.sources import Source
+from posthoc_cli.synthesis.plan import Plan, Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
 from posthoc_cli.tracker.model_weights import check_fits

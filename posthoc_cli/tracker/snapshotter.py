@@ -38,7 +38,7 @@ from posthoc_cli.snapshots.measurements import motion_so_far
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis.sources import Source
+from posthoc_cli.synthesis.plan import Source
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages
 from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name

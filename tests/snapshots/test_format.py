@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.headers import decode_header
-from posthoc_cli.snapshots.outputs import OutputInfo, decode_output, output_metadata
+from posthoc_cli.snapshots.format import OutputInfo, output_metadata
+from posthoc_cli.snapshots.headers import decode_header, decode_snapshot
+from posthoc_cli.snapshots.outputs import decode_output
 from posthoc_cli.snapshots.tensors import stored_name
 
 BLOCK = 4_194_304

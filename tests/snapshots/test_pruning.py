@@ -21,7 +21,7 @@ from posthoc_cli.profiles import Clock, PowerFunction
 from posthoc_cli.reconstruction import Motion, Steps, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.lock import DirectoryLock
-from posthoc_cli.snapshots.measurements import likeness, snapshot_prior, stretched
+from posthoc_cli.snapshots.measurements import scaled_run, snapshot_prior, stretched
 from posthoc_cli.snapshots.pruning import plan_pruning, prune, removal_order
 from posthoc_cli.snapshots.reader import Snapshot
 
@@ -254,7 +254,7 @@ def test_a_stretched_motion_keeps_every_expected_distance() -> None:
 
 
 def test_a_run_says_how_it_moved_and_how_it_was_stored(run: Path) -> None:
-    found = likeness(read_directory(run), 2400)
+    found = scaled_run(read_directory(run), 2400)
     assert found.motion.edges[-1] == pytest.approx(2400)
     # An average of values spread around zero is stored about as well as any.
     assert found.rounding == {"float16": pytest.approx(2e-4, rel=0.2)}
@@ -268,8 +268,8 @@ def test_the_rounding_of_mixed_dtypes_is_that_of_none(tmp_path: Path) -> None:
         values = {"w": walk.half(), "v": walk.bfloat16() if t == 30 else walk.half(), "n": torch.tensor(3)}
         own = make_info({name: value.float() if name != "n" else value for name, value in values.items()}).tensors
         write_snapshot(tmp_path, t, 0.05, RUN_ID, values, sigma_rels=(0.05,), tensors=own)
-    found = likeness(read_directory(tmp_path), 100)
+    found = scaled_run(read_directory(tmp_path), 100)
     assert list(found.rounding) == ["float16"]
     assert found.rounding["float16"] == pytest.approx(2e-4, rel=0.3)
-    found = likeness(read_directory(tmp_path)[:1], 100)  # a run of one snapshot says nothing
+    found = scaled_run(read_directory(tmp_path)[:1], 100)  # a run of one snapshot says nothing
     assert (found.motion, found.rounding) == (None, {})

@@ -20,8 +20,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.headers import decode_checksums
 from posthoc_cli.snapshots.reader import TensorFile, read_header, read_small_file
 from posthoc_cli.snapshots.writer import TensorFileWriter
-from posthoc_cli.synthesis.plan import plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
 
 Small = Callable[[str], Path]
 

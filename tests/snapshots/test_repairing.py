@@ -30,8 +30,7 @@ from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import snapshot_prior
 from posthoc_cli.snapshots.outputs import INDEX_NAME
 from posthoc_cli.snapshots.repair import SIGMA_RELS, Repair, clean, plan_repair, repair
-from posthoc_cli.synthesis.plan import plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
 
 
 def planned(run: Path) -> Repair:

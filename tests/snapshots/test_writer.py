@@ -16,7 +16,7 @@ from snapshots.recorded import call_number, failing
 
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, WriteError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.outputs import OutputInfo, output_metadata
+from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.writer import TensorFileWriter
 

@@ -16,14 +16,12 @@ from posthoc_cli.export.convert import export_file
 from posthoc_cli.export.outputs import write_synthesis
 from posthoc_cli.reconstruction import Distance, Measurements
 from posthoc_cli.snapshots.check import list_contents, verify
-from posthoc_cli.snapshots.decoding import decode_snapshot
-from posthoc_cli.snapshots.headers import file_kind
+from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import INDEX_NAME, decode_output, read_index
 from posthoc_cli.snapshots.reader import TensorFile
 from posthoc_cli.snapshots.states import decode_state
 from posthoc_cli.synthesis.engine import Options
-from posthoc_cli.synthesis.plan import plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
 from torture.tally import Tally
 
 RUN_ID = "ab12" * 8

@@ -14,8 +14,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import InvalidValueError, MismatchError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.pruning import plan_pruning
-from posthoc_cli.synthesis.plan import plan_synthesis
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.plan import disk_sources, plan_synthesis
 
 SETTINGS: dict = {
     "sigma_rels": (0.05, 0.28), "update_every": 1, "checkpoint_every": 5, "checkpoint_dtype": None,

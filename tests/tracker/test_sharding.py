@@ -12,7 +12,7 @@ from groups import Net, check_group, move, run_group, truth, value
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.chunks import Box, cover_problem
-from posthoc_cli.snapshots.decoding import decode_snapshot
+from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
 
