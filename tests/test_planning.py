@@ -320,7 +320,7 @@ def test_short_averages_are_updated_more_often() -> None:
 
 @pytest.mark.parametrize(
     ("change", "subject"),
-    [({"steps": 0}, "steps"), ({"max_bytes": 10**6}, "max_size"), ({"max_error": float("nan")}, "max_error")],
+    [({"steps": 0}, "steps"), ({"max_bytes": 10**6}, "max_size"), ({"dtype": "int8"}, "dtype")],
 )
 def test_an_impossible_task_is_refused(change: dict, subject: str) -> None:
     with refused(subject):

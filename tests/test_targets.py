@@ -14,7 +14,7 @@ from checking import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform, custom
+from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform, others
 from posthoc_cli.targets import Beta, Between, GivenProfile, ProfileFile, SigmaRel, Target, Window, as_target
 
 STEPS = Clock.of_steps()
@@ -181,7 +181,7 @@ def test_every_digit_of_a_file_counts(tmp_path_factory: pytest.TempPathFactory, 
 def test_a_file_that_is_no_profile_is_named_with_the_line(
     tmp_path: Path, content: str | bytes, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(custom, "MOST_LINES", 5)
+    monkeypatch.setattr(others, "MOST_LINES", 5)
     path = written(tmp_path, content)
     with refused("profile", f"{path}: {words}"):
         ProfileFile(path).profile(100.0, STEPS, 1.0)
@@ -190,7 +190,7 @@ def test_a_file_that_is_no_profile_is_named_with_the_line(
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     huge = tmp_path / "huge.csv"
     huge.touch()
-    os.truncate(huge, custom.MOST_BYTES + 1)  # sparse
+    os.truncate(huge, others.MOST_BYTES + 1)  # sparse
     for path, words in ((Path("a\0b"), "cannot be read"), (huge, "larger than 100 MB")):
         with refused("profile", words):
             _ = ProfileFile(path).table

@@ -315,7 +315,7 @@ class _FileTile(TileWriter):
         size, piece = ITEM_BYTES[tile.dtype], tile.pieces[0]
         self._bounds = [bound * size for bound in tile.bounds]
         aliases = self._names[piece.name] if len(tile.pieces) == 1 else ()
-        self._ranges = [sink.writer_of(n).write_range(n, piece.begin * size, piece.end * size) for n in aliases]
+        self._ranges = [sink.writer_of(n).write_range(n, piece.begin * size) for n in aliases]
 
     def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
         view = tensor_bytes(values)

@@ -13,7 +13,6 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import FloatArray, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Losses, MinimumVariance, Prior
 from posthoc_cli.threads import one_blas_thread
@@ -53,8 +52,6 @@ def snapshots_to_drop(
     """
     if keep is None:
         return []
-    if keep < 1:
-        raise InvalidValueError("max_checkpoints", "must be at least 1, or None to keep all", value=keep)
     left = list(range(len(snapshots)))
     beyond: list[int] = []
     if len(left) > MOST_SOLVED:

@@ -40,13 +40,6 @@ class ClassicalEMA:
     clock: Clock
     start: float = 0.0
 
-    def __post_init__(self) -> None:
-        if not 0 < self.beta < 1:
-            raise InvalidValueError("beta", "must lie in (0, 1)", value=f"{self.beta!r}")
-        if not (0 <= self.start <= self.t and 0 < self.t < math.inf):
-            reason = f"must lie in [0, t] with t = {self.t:,.12g} above 0 and finite"
-            raise InvalidValueError("start", reason, value=f"{self.start:,.12g}")
-
     def density(self, s: npt.ArrayLike) -> FloatArray:
         """Mass per unit of time at `s` in (start, t]; the mass at `start` itself is left out."""
         times = np.asarray(s, dtype=np.float64)
@@ -69,8 +62,6 @@ def mean_age(gamma: float, steps: int) -> float:
 
     sum_k w_k (T - k) with the discrete weights w, by partial summation sum_{j=1}^{T-1} (j/T)**(gamma+1).
     """
-    if steps < 1:
-        raise InvalidValueError("steps", "must be at least 1", value=steps)
     x = gamma + 1
     if steps <= 1_000_000:
         return float(np.sum(np.power(np.arange(1, steps) / steps, x)))
@@ -153,11 +144,6 @@ class Uniform:
     start: float
     end: float
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.start < self.end < math.inf:
-            value = f"{self.start:,.12g} to {self.end:,.12g}"
-            raise InvalidValueError("uniform", "must start at 0 or later and before its end", value=value)
-
     def density(self, s: npt.ArrayLike) -> FloatArray:
         """Mass per unit of time at `s`."""
         times = np.asarray(s, dtype=np.float64)
@@ -181,8 +167,6 @@ class StepWindow:
     clock: Clock
 
     def __post_init__(self) -> None:
-        if not self.steps >= 1:
-            raise InvalidValueError("window", "must be a whole number of steps, at least 1", value=self.steps)
         found = float(self.clock.step_at(self.t))
         if self.steps > found:
             reason = f"the run has {math.floor(found):,} steps up to t = {self.t:,.12g}; must be at most that"
@@ -211,19 +195,11 @@ class Tabulated:
     `times` are two at least, growing, from 0 or later; `values` in any unit, 0 or above and not all 0.
     """
 
-    times: Sequence[float]
-    values: Sequence[float]
+    times: tuple[float, ...]
+    values: tuple[float, ...]
 
     def __post_init__(self) -> None:
-        times, values = (np.asarray(given, dtype=np.float64) for given in (self.times, self.values))
-        if times.ndim != 1 or times.shape != values.shape or times.size < 2:
-            found = f"times of shape {times.shape} with densities of shape {values.shape}"
-            raise InvalidValueError("profile", f"must be two lists of equal length, of two points or more, not {found}")
-        if (fault := first_fault(times, values)) is not None:
-            raise InvalidValueError("profile", f"point {fault[0] + 1}: {fault[1]}")
-        object.__setattr__(self, "times", tuple(times.tolist()))
-        object.__setattr__(self, "values", tuple(values.tolist()))
-        if not (np.any(values > 0) and self._curve[2][0] > 0):
+        if not (max(self.values) > 0 and self._curve[2][0] > 0):
             raise InvalidValueError("profile", "its mass is 0; at least one density must be above 0")
 
     def density(self, s: npt.ArrayLike) -> FloatArray:

@@ -43,12 +43,11 @@ class TensorFileWriter:
     def write_many(self, names: Sequence[str], data: memoryview) -> None:
         """Write the bytes of several tensors, which follow each other in `data`; neighbours go to the file at once."""
         view = data.cast("B")
-        ends = list(accumulate(self._entry(name).nbytes for name in names))
+        ends = list(accumulate(self._entries[name].nbytes for name in names))
         if len(view) != ends[-1]:
             raise InvalidValueError(self.path, f"tensor {names[-1]!r}: {len(view):,} bytes where {ends[-1]:,} were due")
         begin = run = 0
         for name, end, following in zip(names, ends, [*names[1:], None], strict=True):
-            self._claim(name, 0, end - begin)
             for index, checksum in enumerate(fmt.block_checksums(view[begin:end])):
                 self._blocks[name][index] = checksum
             stop = self._position(name) + end - begin
@@ -57,9 +56,8 @@ class TensorFileWriter:
                 run = end
             begin = end
 
-    def write_range(self, name: str, begin: int, end: int) -> RangeWriter:
-        """Write the bytes `begin` to `end` of a tensor, at ends of its blocks, in order and in parts."""
-        self._claim(name, begin, end)
+    def write_range(self, name: str, begin: int) -> RangeWriter:
+        """Write the bytes of a tensor from `begin` on, the start of a block, in order and in parts."""
         return RangeWriter(self._file, self._blocks[name], begin, self._position(name))
 
     def commit(self) -> str:
@@ -73,22 +71,8 @@ class TensorFileWriter:
         self._file.publish()
         return fmt.header_checksum(header)
 
-    def _entry(self, name: str) -> fmt.TensorEntry:
-        if name not in self._entries:
-            raise InvalidValueError(self.path, f"tensor {name!r}: not one of those announced")
-        return self._entries[name]
-
     def _position(self, name: str) -> int:
         return self._payload_start + self._entries[name].begin
-
-    def _claim(self, name: str, begin: int, end: int) -> None:
-        """Mark blocks as taken, before anything of them is written."""
-        self._entry(name)
-        blocks = self._blocks[name]
-        for index in range(begin // fmt.BLOCK_BYTES, -(-end // fmt.BLOCK_BYTES)):
-            if blocks[index] is not None:
-                raise InvalidValueError(self.path, f"tensor {name!r}: written twice")
-            blocks[index] = ""
 
     def discard(self) -> None:
         """Remove what was written; does nothing after `commit`."""

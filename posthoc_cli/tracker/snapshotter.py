@@ -345,7 +345,7 @@ class Snapshotter:
                     flat = torch.cat([tensors[name].reshape(-1).to(dtype) for name in names])
                     writer.write_many(names, tensor_bytes(flat))
                 else:  # block by block, so that no second copy of it is held
-                    out = writer.write_range(names[0], 0, tensor.numel() * dtype.itemsize)
+                    out = writer.write_range(names[0], 0)
                     for values in torch.split(tensor.reshape(-1), BLOCK_BYTES // dtype.itemsize):
                         out.write(tensor_bytes(values.to(dtype)))
                     out.close()
