@@ -167,8 +167,8 @@ def _draw_errors(
             label=None if index else "thin: relative L2 error of the profile",
         )  # fmt: skip
     title = "Predicted error of the weights" if predicted else "Profile error"
-    whole = f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title
-    axes.set_title(_wrapped(whole, width - 1, size=12), fontsize=12)
+    title = f"{title}: {_good_range(curves[0])}" if len(curves) == 1 else title
+    axes.set_title(_wrapped(title, width - 1, size=12), fontsize=12)
     _sigma_axis(axes, curves)
     legend = _finish(axes)
     if legend_below:
@@ -230,7 +230,7 @@ def _good_range(curve: ErrorCurve) -> str:
 
 
 def _draw_fit(figure: SubFigure, fit: ProfileFit, width: float) -> None:
-    """The profile over training time, beside the coefficients."""
+    """The profile over training time, left of the coefficients."""
     figure.suptitle(_wrapped(_plain(fit.title), width - 4 * _MARGIN, size=10), fontsize=10)
     profile, coefficients = figure.subplots(1, 2)
     profile.plot(fit.times, fit.target, color=COLOURS[4], linewidth=1.2, label="target")

@@ -145,7 +145,7 @@ class Run:
         }
 
     def info(self) -> dict[str, Any]:
-        """All that headers tell of the directory, also where something is wrong with it: see `describe`."""
+        """A description of the directory and its problems, from headers: see `describe`."""
         return describe(self.directory)
 
     # --- averages
@@ -244,7 +244,7 @@ class Run:
     # --- errors
 
     def candidate(self, t: float | None = None) -> Candidate:
-        """The snapshots as `error_curve` and `profile_fit` take them, beside those of schedules.
+        """The snapshots in the form that `error_curve` and `profile_fit` take.
 
         Only those since the model's tensors last changed. If there are more than a solve can take, those that a
         synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
@@ -309,7 +309,7 @@ class Run:
         agree: Callable[[pruning.Pruning], bool] = lambda _: True,
         progress: ProgressBar = no_bar,
     ) -> pruning.Pruning:
-        """Delete the snapshots that are missed least. Arguments and errors as in `plan_pruning`, and:
+        """Delete the snapshots that matter least. Arguments and errors as in `plan_pruning`, and:
 
         Arguments:
             dry_run: delete nothing.

@@ -201,7 +201,7 @@ class DifferentiableEMA(torch.nn.Module):
         self._has_average = int(self.num_updates) > 0  # read here, since every read waits for an accelerator
 
     def _new_history(self) -> _Window | _Carried | None:
-        """What this mode keeps between updates beside the average."""
+        """What this mode keeps between updates in addition to the average."""
         if self.mode == "carried":
             return _Carried(self._cotangent)
         return None if self.mode == "truncated" else _Window(self._window)
@@ -343,7 +343,7 @@ class _Attached(torch.autograd.Function):
 
 
 def _along(gradient: torch.Tensor, cotangent: torch.Tensor) -> torch.Tensor:
-    """The factor s in gradient = s cotangent; an InvalidValueError if the gradient points elsewhere."""
+    """The factor s in gradient = s cotangent; an InvalidValueError if the gradient has another direction."""
     scale = (gradient * cotangent).sum()
     across, size = float((gradient - scale * cotangent).norm()), float(gradient.norm())
     # A non-finite gradient passes, since a GradScaler looks for it later.

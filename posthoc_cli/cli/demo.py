@@ -1,4 +1,4 @@
-"""`ema demo`: the whole job on a small real training."""
+"""`ema demo`: from training to the exported average, on a small model."""
 
 from __future__ import annotations
 

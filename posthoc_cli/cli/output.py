@@ -155,7 +155,7 @@ class _OneLine(logging.Formatter):
 
 
 def progress_bar(quiet: bool = False, verbose: bool = False, unit: str = "") -> ProgressBar:
-    """Progress on stderr, in bytes if no other `unit`: a bar on a terminal; elsewhere, with `verbose`, some lines."""
+    """Progress on stderr, in bytes if no other `unit`: a bar on a terminal; else, with `verbose`, some lines."""
 
     @contextmanager
     def bar(what: str, total: int) -> Iterator[Callable[[int], None]]:

@@ -1,4 +1,4 @@
-"""`ema prune`: fewer snapshots, those that are missed least."""
+"""`ema prune`: delete the snapshots that matter least."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def prune(
     dry_run: bool = Option(False, "--dry-run", help="Show what would be deleted; delete nothing."),
     as_json: bool = values.JSON,
 ) -> None:
-    """Delete the snapshots that are missed least.
+    """Delete the snapshots that matter least.
 
     Shows which snapshots would be deleted and the predicted error over the range without them, then asks. The newest
     snapshot of each profile stays. Deletes only after every remaining snapshot was read and verified, and never while a

@@ -35,7 +35,7 @@ def verify(
     Reads everything: checksums, headers against content, nan and infinity, profiles against times, whether all is of
     one run. Exit code 1 if anything is wrong. Gaps in the schedule are only noted, since deleting is allowed.
 
-    --repair moves broken snapshots, and other broken files beside them, to DIR/quarantine, deletes nothing, and
+    --repair moves broken files of a snapshot directory to DIR/quarantine, deletes nothing, and
     shows how the predicted error changes. --clean deletes leftovers that have been unchanged for a minute; for
     an hour where a folder has no snapshots. Both only while no tracker writes to the directory; both ask.
     """
@@ -147,7 +147,7 @@ def _summary(found: Verification, offer: bool) -> str:
 
 
 def _print_loss(plan: Repair) -> None:
-    """The errors now, as far as headers tell, and without what goes."""
+    """The expected errors now, and without the files that will be moved."""
     from posthoc_cli.snapshots.repair import SIGMA_RELS
 
     before, after = plan.before, plan.after

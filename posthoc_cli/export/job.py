@@ -204,7 +204,7 @@ class Synthesis:
         return self._report(plan, paths, done.there, done)
 
     def _share(self) -> SynthesisReport | None:
-        """The parts of this process, beside the others of a torchrun job; None in all but the first."""
+        """The parts of this process in a torchrun job; None in all but the first."""
         done: list[Finished] = []
         with join_ranks() as ranks:
             if ranks.rank:  # the first one logs for all

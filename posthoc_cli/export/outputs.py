@@ -193,7 +193,7 @@ def output_exists(path: Path, layout: str) -> bool:
 def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = None) -> set[int]:
     """The targets of a plan, by index, whose output is there already; every byte of it is verified.
 
-    An OutputExistsError if it is damaged, of another run, target, time, method, dtype or snapshots, or does not tell.
+    An OutputExistsError if it is damaged, of another run, target, time, method, dtype or snapshots, or does not say.
     """
     there = {index for index, path in enumerate(paths) if output_exists(path, layout_of(path, layout))}
     for index in sorted(there):
@@ -493,5 +493,5 @@ class _Stream(io.RawIOBase):
 
 
 Sink = _FileSink | _TorchSink
-"""Takes the tensors of one target: whole (`write`), or in tiles, several at a time, in any threads (`open_tile`, given
+"""Takes the tensors of one target: complete (`write`), or in tiles, several at a time, in any threads (`open_tile`, given
 every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""

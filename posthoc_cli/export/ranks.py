@@ -104,7 +104,7 @@ class Ranks:
         try:
             return call()
         except RuntimeError as error:
-            reason = f"has died, or the launcher beside it: its store does not answer ({_first_line(error)})"
+            reason = f"has died, or its launcher has: the store does not answer ({_first_line(error)})"
             raise RankError("rank 0", reason) from error
 
     def _sign(self, list_name: str) -> None:

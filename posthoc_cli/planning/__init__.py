@@ -1,6 +1,6 @@
 """Before, during and after training: schedules, which snapshots to keep, and the errors to expect.
 
-Pure NumPy; nothing here reads a file, so that a schedule can be assessed before training.
+Pure NumPy; nothing here reads a file, so that schedules can be compared before training.
 """
 
 from posthoc_cli.planning.curves import (

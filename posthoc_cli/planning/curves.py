@@ -64,7 +64,7 @@ class Candidate:
         clock: Clock | None = None,
         t_first: float = 1.0,
     ) -> Candidate:
-        """Snapshots of a run; even motion is assumed where they are too few to tell."""
+        """Snapshots of a run; even motion is assumed where they are too few to measure it."""
         assumption = EVENLY if prior.source == ASSUMED else ""
         return cls(label, snapshots, t_unit, prior, assumption, clock or Clock.of_steps(), t_first)
 
@@ -283,7 +283,7 @@ class ProfileFit:
 def profile_fit(
     candidate: Candidate, target: Target, t: float | None = None, points: int = 1000, method: str | None = None
 ) -> ProfileFit:
-    """The profile that the snapshots make for one target, beside the target itself."""
+    """The reconstructed profile of one target, and the profile of the target itself."""
     t = candidate.time(t)
     wanted = target.profile(t, candidate.clock, candidate.t_first)
     usable, prior = candidate.up_to(t)

@@ -70,7 +70,7 @@ class Schedule:
         kept = self.kept * len(self.sigma_rels)
         if self.taken > MOST_TIMES or kept > MOST_SNAPSHOTS:
             found = f"takes snapshots at {self.taken:,} times and keeps {kept:,}"
-            reason = f"{found}; at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} can be judged"
+            reason = f"{found}; at most {MOST_TIMES:,} and {MOST_SNAPSHOTS:,} are supported"
             hint = "use a larger one, or fewer max_checkpoints"
             raise InvalidValueError("checkpoint_every", reason, hint, value=f"{self.checkpoint_every:,}")
 

@@ -1,4 +1,4 @@
-"""Profiles beside the power function: the classical average with one decay, uniform averages, and tables of points."""
+"""Profiles other than the power function: the classical average with one decay, uniform averages, and tables of points."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ def check_sigma_rel(sigma_rel: float) -> float:
         reason = "must lie in (0, 0.2887); 0.2887 is the uniform average over all of training"
         raise InvalidValueError("sigma_rel", reason, value=shown)
     if value < SHORTEST_SIGMA_REL:
-        reason = f"too short to be told from no averaging; must be at least {SHORTEST_SIGMA_REL:g}"
+        reason = f"too short to differ from no averaging; must be at least {SHORTEST_SIGMA_REL:g}"
         raise InvalidValueError("sigma_rel", reason, value=f"{value:g}")
     return value
 

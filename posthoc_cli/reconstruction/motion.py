@@ -173,7 +173,7 @@ class PairDistance:
     rounding: float
 
     @property
-    def alike(self) -> bool:
+    def same_profile(self) -> bool:
         """Whether the two profiles are equal up to rounding, so that no motion explains a distance."""
         a, b = self.later, self.earlier
         return abs(a.gamma - b.gamma) <= 1e-6 * (a.gamma + 1) and a.t - b.t <= 1e-9 * a.t
@@ -221,9 +221,9 @@ def fit_motion(
     Arguments:
         start: time of the first update.
         times: snapshot times after `start`, which bound the segments.
-        distances: at least one, none of them `alike`. Noise is fitted with enough of them.
+        distances: at least one, none of them with `same_profile`. Noise is fitted with enough of them.
         steps: of the run; None if unknown.
-        known: an earlier estimate, from snapshots that may be gone. It stays where no distance tells more.
+        known: an earlier estimate, from snapshots that may have been deleted. It is kept where distances add nothing.
     """
     if known is not None and not known.walk.any():
         known = None  # it stood still, which is no estimate of later motion
@@ -378,8 +378,8 @@ def _with_moment(
 ) -> Motion:
     """The same motion, but in (begin, end] even motion and noise, and more motion in the one piece that fits best.
 
-    A jump at s adds its square times (tail_i - tail_j)^2 at s to each distance, so that distances tell s. Motion spread
-    over the segment would promise too little of averages over the time beside the jump, and too much of others.
+    A jump at s adds its square times (tail_i - tail_j)^2 at s to each distance, which locates s. Motion spread
+    over the segment would predict too large an error for some averages over it, and too small a one for others.
     """
     from scipy.optimize import nnls  # slow to import, and a plan does not need it
 

@@ -95,7 +95,7 @@ class StoredAverage:
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known of the snapshots beside their profiles. Arrays have the snapshots' order: shape [n] each.
+    """What is known of the snapshots in addition to their profiles. Arrays have the snapshots' order: shape [n] each.
 
     Attributes:
         motion: of the network.
@@ -156,7 +156,7 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     earlier = next((m for i in reversed(in_order) if (m := averages[i].motion) is not None), None)
     distances = _distances([(profiles[i], known[i], arithmetic[i]) for i in in_order])
     weights = [_to_weights(*found) for found in zip(averages, known, arithmetic, strict=True)]
-    distances = [distance for distance in (*distances, *weights) if distance is not None and not distance.alike]
+    distances = [distance for distance in (*distances, *weights) if distance is not None and not distance.same_profile]
     if distances:
         times = [profile.t for profile in profiles]
         motion = fit_motion(min(profile.t_first for profile in profiles), times, distances, steps, earlier)
@@ -196,15 +196,15 @@ def roundings(gamma: float, updates: int) -> float:
 def _distances(averages: Sequence[tuple[RecordedPowerFunction, Measurements, float]]) -> list[PairDistance]:
     """Every measured distance, one for each pair of averages: the last record of a pair counts."""
     found: dict[tuple[float, ...], PairDistance] = {}
-    nought = 1e-18 * max(measurements.norm for _, measurements, _ in averages)
+    floor = 1e-18 * max(measurements.norm for _, measurements, _ in averages)
     for profile, measurements, arithmetic in averages:
         for distance in measurements.distances:
             other = PowerFunction.from_sigma_rel(distance.sigma_rel, distance.t)
             earlier, later = sorted((profile.pure, other), key=lambda p: (p.t, p.gamma))
-            # The other average may be gone; its arithmetic has about the same variance.
+            # The other average may have been deleted; its arithmetic has about the same variance.
             noise = distance.rounding + 2 * arithmetic
-            # Less than the errors themselves tells no more than that.
-            least = max(distance.squared, noise, nought)
+            # A distance below the errors only says that it is small.
+            least = max(distance.squared, noise, floor)
             if least > 0:
                 # A gamma computed elsewhere may differ in its last bits.
                 pair = later.t, round(later.gamma, 9), earlier.t, round(earlier.gamma, 9)

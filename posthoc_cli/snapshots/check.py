@@ -224,7 +224,7 @@ def _list_directory(directory: Path) -> Contents:
     caches: dict[str, DecodeCache] = defaultdict(DecodeCache)
     for folder in listing.folders:
         found_there: Snapshot | str | None = None
-        with suppress(FileFormatError, MismatchError):  # told when the parts are read
+        with suppress(FileFormatError, MismatchError):  # reported when the parts are read
             found_there = read_folder(folder, caches)
         if found_there and isinstance(found_there, str):
             incomplete[folder] = found_there
@@ -271,7 +271,7 @@ def _parts(folder: Path) -> Unit:
 
 
 def _shards(index: Path) -> Unit:
-    """The shards that an index names; none if it cannot be read, so that files beside it are units of their own."""
+    """The shards that an index names; none if it cannot be read, so that each file beside it is a unit of its own."""
     try:
         shards = decode_index(index).shards
     except FileFormatError:  # reported when the index is compared with the shards
@@ -302,7 +302,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
         finally:  # after an interrupt the threads do not read on
             stopped.set()
     own = sorted((r.snapshot for r in reports if r.snapshot and r.is_fine), key=time_order)
-    harmed = [r.snapshot for r in reports if r.snapshot and not r.is_fine]
+    damaged = [r.snapshot for r in reports if r.snapshot and not r.is_fine]
     problems = directories.contradictions(own)
     if own and not problems:
         try:
@@ -316,7 +316,7 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
         problems=tuple(map(str, problems)),
         notes=(*_notes_of_files(reports, own, contents), *(gaps(own) * contents.is_directory), *contents.notes),
         snapshots=() if problems else tuple(own),
-        lost=() if problems or not own else tuple(_lost(harmed, own)),
+        lost=() if problems or not own else tuple(_lost(damaged, own)),
         leftovers=contents.leftovers,
         superseded=sum(unit.superseded for unit in contents.units),
         quarantined=contents.quarantined,
@@ -343,12 +343,12 @@ def verify_measurements(found: Verification, progress: Progress = lambda _: None
     )
 
 
-def _lost(harmed: Sequence[Snapshot], own: Sequence[Snapshot]) -> list[Snapshot]:
-    """The harmed ones that would belong with the others, and have no undamaged copy."""
+def _lost(damaged: Sequence[Snapshot], own: Sequence[Snapshot]) -> list[Snapshot]:
+    """Damaged snapshots that fit the others and have no intact copy."""
     there = {time_order(snapshot)[:2] for snapshot in own}
-    pairs = [sorted((own[0], one), key=time_order) for one in harmed]
+    pairs = [sorted((own[0], one), key=time_order) for one in damaged]
     fits = [directories.difference(first, other) is None for first, other in pairs]
-    return [one for one, fitting in zip(harmed, fits, strict=True) if fitting and time_order(one)[:2] not in there]
+    return [one for one, fitting in zip(damaged, fits, strict=True) if fitting and time_order(one)[:2] not in there]
 
 
 def _notes_of_files(reports: Sequence[FileReport], own: Sequence[Snapshot], contents: Contents) -> list[str]:
@@ -370,7 +370,7 @@ def _notes_of_files(reports: Sequence[FileReport], own: Sequence[Snapshot], cont
 
 
 def _read_unit(unit: Unit, progress: Progress) -> list[FileReport]:
-    """Reports of the files of a unit, its index first; none of files that have gone since they were listed."""
+    """Reports of the files of a unit, its index first; none for files that were deleted after the listing."""
     read = {path: _read_file(path, unit.path, progress) for path in unit.files}
     there = [report for report in read.values() if report is not None]
     if unit.index is not None:
@@ -383,7 +383,7 @@ def _read_unit(unit: Unit, progress: Progress) -> list[FileReport]:
 
 
 def _read_file(path: Path, unit: Path, progress: Progress) -> FileReport | None:
-    """Read every byte of a file; None if it has gone."""
+    """Read every byte of a file; None if it was deleted meanwhile."""
     nbytes = 0
     damaged: dict[str, FileFormatError] = {}
     nonfinite: dict[str, None] = {}
@@ -454,7 +454,7 @@ def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
     if is_snapshot_name(report.unit):
         report = replace(report, what="snapshot, by its name", kind="snapshot")
     with suppress(FileFormatError):
-        header = read_header(report.path, whole=False)
+        header = read_header(report.path, check_size=False)
         kind, version = file_kind(header), header.metadata.get("ema.version")
         known = fmt.version_of(kind)
         if kind not in (None, "snapshot", "output", "state"):

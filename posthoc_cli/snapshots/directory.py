@@ -47,7 +47,7 @@ WANTED = "name the directory that a tracker writes its snapshots to"
 
 @dataclass(frozen=True)
 class StoredSnapshot:
-    """A snapshot on disk; its header's `checksum` tells it from those of other attempts at the same time."""
+    """A snapshot on disk; its header's `checksum` distinguishes it from others of the same time."""
 
     path: Path
     info: fmt.SnapshotInfo
@@ -225,7 +225,7 @@ def read_directory(directory: Path) -> list[Snapshot]:
 PART_NAME = re.compile(r"part-\d{5,}-of-\d{5,}\.safetensors")
 
 Caches = dict[str, DecodeCache]
-"""By the names of parts: those of one name are alike in all snapshots of a run. And of all together, by ""."""
+"""By file name of the part, since parts of one name have similar headers in all snapshots; "" for joined parts."""
 
 
 def is_snapshot_name(path: Path) -> bool:
@@ -344,7 +344,7 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
 
 
 class _Joined(NamedTuple):
-    """The tensors of a snapshot, and where those of each part belong."""
+    """The tensors of a snapshot, and the place of each part's."""
 
     tensors: dict[str, fmt.TrackedTensor]
     entries: dict[str, fmt.TensorEntry]
@@ -366,7 +366,7 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
                 what = f"do not match: tensor {shown(name)} is {known[0].role} of {known[0].dtype} {list(known[1])}"
                 what += f" and {tensor.role} of {tensor.dtype} {list(chunk.shape)}"
                 raise MismatchError(f"{held[name][0][0]} and {part.path}", what)
-            # The widest holds the values of all exactly: beside the run's dtype there is only what is wider.
+            # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
             dtypes[name] = max(dtypes.get(name, stored.dtype), stored.dtype, key=fmt.ITEM_BYTES.__getitem__)
             held[name].append((part.path, chunk.box(stored.shape)))
         aliases |= part.info.aliases
@@ -492,8 +492,8 @@ def _widths(sigma_rels: Sequence[float]) -> str:
 
 def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, int] | None = None) -> Path:
     """The path of a new snapshot, or of a part of one. Names sort by time up to the largest whole number of a float."""
-    whole, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
-    clock = f"{int(whole):016d}" + (f".{fraction}" if fraction.strip("0") else "")
+    integer, _, fraction = f"{Decimal(repr(t)):f}".partition(".")
+    clock = f"{int(integer):016d}" + (f".{fraction}" if fraction.strip("0") else "")
     if part is None:
         return directory / f"{clock}-{sigma_rel!r}{fmt.SUFFIX}"
     number, parts = part
@@ -503,7 +503,7 @@ def snapshot_path(directory: Path, t: float, sigma_rel: float, part: tuple[int, 
 def newest_before(info: fmt.SnapshotInfo, stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
     """The two newest earlier snapshots of each profile that have measurements; `stored` is in order of time.
 
-    Two, since distances over one interval and over two tell a random walk from noise.
+    Two, since distances over one interval and over two distinguish a random walk from noise.
     """
     newest: dict[float, list[StoredSnapshot]] = {sigma_rel: [] for sigma_rel in info.sigma_rels}
     for snapshot in takewhile(lambda s: s.info.segment == info.segment, reversed(stored)):
@@ -524,7 +524,7 @@ def on_schedule(stored: Sequence[StoredSnapshot]) -> list[StoredSnapshot]:
 
 
 def remove_snapshot(path: Path) -> None:
-    """Delete a snapshot; one that is already gone is no error. A WriteError if the system refuses.
+    """Delete a snapshot; a missing one is no error. A WriteError if the system refuses.
 
     A folder of parts stays where something else is in it, or where a network file system keeps a file that is read.
     """
@@ -592,7 +592,7 @@ def set_aside(stored: Sequence[StoredSnapshot]) -> list[Path]:
 def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
     """Move files and directories, durably, into a folder of the same file system; returns their new paths.
 
-    Nothing there is replaced; paths that are already gone are skipped. A DirectoryError if it is a link or no folder.
+    Nothing there is replaced; missing paths are skipped. A DirectoryError if it is a link or no folder.
     """
     if folder.is_symlink():
         raise DirectoryError(folder, "is a symbolic link; snapshots would leave the directory", "remove it")

@@ -1,4 +1,4 @@
-"""What headers tell reconstruction, and estimates of the measurements that headers lack.
+"""Measurements for reconstruction: from headers, or estimated where headers lack them.
 
 Measurements are estimated from a sample: the averages of a snapshot, one after the other by name, form a long vector,
 which is cut into runs of 1,024 elements. Some runs are chosen at random, seeded by the run id: the same elements in
@@ -9,7 +9,7 @@ The sample is not verified: a checksum covers a block of 4 MiB, all of which wou
 estimates only, and a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
 snapshots of each profile, 8 MB a snapshot.
 
-`compare_measurements` looks for values that differ from what headers measured. The exact average is gone, but it cannot
+`compare_measurements` looks for values that differ from what headers measured. The exact average was not kept, but it cannot
 be far from the stored copy: by the triangle inequality, with ||.|| over all averages, R the rounding that the header
 names, N the squared norm and D the squared distance to another average,
 

@@ -91,11 +91,11 @@ class Snapshot:
         return PartedFile(self, boxes) if self.parts or boxes is not None else TensorFile(self.path, self.header)
 
 
-def read_header(path: Path, cache: DecodeCache | None = None, whole: bool = True) -> fmt.FileHeader:
-    """The checked header of a safetensors file; without `whole` also that of a truncated file."""
+def read_header(path: Path, cache: DecodeCache | None = None, check_size: bool = True) -> fmt.FileHeader:
+    """The checked header of a safetensors file; without `check_size` also of a truncated file."""
     with _opened(path) as descriptor:
         start, size = _read_start(path, descriptor)
-        return headers.decode_header(path, start, size if whole else None, cache)
+        return headers.decode_header(path, start, size if check_size else None, cache)
 
 
 class TensorFile:
@@ -286,7 +286,7 @@ class PartedFile:
                     self._place(targets[name], name, boxes[name], stored[name].dtype, data)
 
     def _place(self, target: memoryview, name: str, box: Box, dtype: str, data: memoryview) -> None:
-        """Put the elements of a chunk where they belong in a complete tensor."""
+        """Copy the elements of a chunk to their places in a complete tensor."""
         entry = self.header.tensors[name]
         values, item = _as_stored(np.frombuffer(data, np.uint8), dtype, entry.dtype), DTYPES[entry.dtype].nbytes
         whole = Box.whole(entry.shape)
@@ -395,7 +395,7 @@ class _Verified(_Unverified):
 def _read_box(box: Box, dtype: str, chunks: Sequence[tuple[TensorFile, Box]], name: str) -> npt.NDArray[np.uint8]:
     data = np.empty(box.size * DTYPES[dtype].nbytes, dtype=np.uint8)
     reader = BoxReader(box, 0, data.size, dtype, chunks, name)
-    for begin in range(0, data.size, fmt.BLOCK_BYTES):  # so that little beside the result is held
+    for begin in range(0, data.size, fmt.BLOCK_BYTES):  # keeps memory little above the size of the result
         reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
     return data
 
@@ -511,7 +511,7 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
     return start, size
 
 
-# --- verifying a whole payload: on all cores, in constant memory
+# --- verifying a payload: on all cores, in constant memory
 
 
 class Checked(NamedTuple):

@@ -1,6 +1,6 @@
 """The engine of a synthesis: threads read, verify, convert and sum tiles, in constant memory.
 
-`synthesize` streams tensors; `synthesize_into` writes tiles wherever they belong.
+`synthesize` streams tensors; `synthesize_into` hands tiles to writers.
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ class Sums:
         return self._totals[: self._targets, : self._size]
 
     def surely_finite(self) -> bool:
-        """Whether no sum is nan or infinite; false also where their sums would be too large to tell.
+        """Whether no sum is nan or infinite; False also where the test itself overflows.
 
         A weighted sum over all elements reads them once, at the speed of memory; no other test does.
         """

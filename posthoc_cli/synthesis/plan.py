@@ -256,7 +256,7 @@ def plan_synthesis(
     alike = _alike(sources, time)
     usable, later = chosen_up_to(alike, time)
     snapshots = [source.info.profile.pure for source in (*usable, *later)]
-    prior = source_prior([*usable, *later])  # the later ones, too, tell how the network moved
+    prior = source_prior([*usable, *later])  # later snapshots, too, measure the motion
     clock, first = run_clock([source.info for source in alike]), min(source.info.t_first for source in usable)
     profiles = [target.profile(time, clock, first) for target in wanted]
     result = reconstruct(snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time)

@@ -122,4 +122,4 @@ def _metadata(size: int) -> dict[str, dict[str, object]]:
     }
 
 
-EXPERIMENTS = [Experiment("headers that take long or much memory", bound, 0.005)]
+EXPERIMENTS = [Experiment("headers that could cost time or memory", bound, 0.005)]

@@ -162,5 +162,5 @@ EXPERIMENTS = [
     Experiment("every flipped bit", flip_bits, 0.05),
     Experiment("every truncation", truncate, 0.3),
     Experiment("blocks swapped, zeroed, repeated, appended", move_blocks, 0.2),
-    Experiment("headers that lie, rightly sealed", lie, 0.05),
+    Experiment("false headers with correct checksums", lie, 0.05),
 ]

@@ -116,7 +116,7 @@ PROCESSES = (
     _experiment("every command stopped at a random moment", "signalling signalled_commands", 600, 0.01),
 )
 CONCURRENCY = (
-    _experiment("readers beside a training that thins, and prunings", "meeting readers", 1_000, 0.03),
+    _experiment("readers during thinning and pruning", "meeting readers", 1_000, 0.03),
     _experiment("two writers on one directory", "meeting writers", 300, 0.03),
     _experiment("averages read while another thread updates them", "tearing torn_reads", 10_000, 0.01),
     _experiment("updates interrupted by signal handlers", "tearing torn_states", 10_000, 0.03),

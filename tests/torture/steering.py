@@ -136,4 +136,4 @@ def _check_cells(tally: Tally, name: str, table: Path) -> None:
             tally.missed.append(f"{name!r}: a live cell: {line!r}")
 
 
-EXPERIMENTS = [Experiment("names that steer terminals, tables and pictures", steer, 0.05)]
+EXPERIMENTS = [Experiment("names that could control terminals, tables and pictures", steer, 0.05)]
