@@ -493,5 +493,5 @@ class _Stream(io.RawIOBase):
 
 
 Sink = _FileSink | _TorchSink
-"""Takes the tensors of one target: complete (`write`), or in tiles, several at a time, in any threads (`open_tile`, given
-every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""
+"""Takes the tensors of one target: complete (`write`), or in tiles, several at a time, in any threads (`open_tile`,
+given every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""

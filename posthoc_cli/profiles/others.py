@@ -1,4 +1,4 @@
-"""Profiles other than the power function: the classical average with one decay, uniform averages, and tables of points."""
+"""Profiles other than the power function: the classical average, uniform averages, tables of points, a user's own."""
 
 from __future__ import annotations
 

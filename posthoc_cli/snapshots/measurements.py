@@ -9,9 +9,9 @@ The sample is not verified: a checksum covers a block of 4 MiB, all of which wou
 estimates only, and a synthesis verifies what it reads. Memory: the samples of one time and of the two newest earlier
 snapshots of each profile, 8 MB a snapshot.
 
-`compare_measurements` looks for values that differ from what headers measured. The exact average was not kept, but it cannot
-be far from the stored copy: by the triangle inequality, with ||.|| over all averages, R the rounding that the header
-names, N the squared norm and D the squared distance to another average,
+`compare_measurements` looks for values that differ from what headers measured. The exact average was not kept, but it
+cannot be far from the stored copy: by the triangle inequality, with ||.|| over all averages, R the rounding that the
+header names, N the squared norm and D the squared distance to another average,
 
     | ||stored|| - sqrt(N) |                    <=  sqrt(R)
     | ||stored_i - stored_j|| - sqrt(D_ij) |    <=  sqrt(R_i) + sqrt(R_j)    j of the same time, measured exact to exact

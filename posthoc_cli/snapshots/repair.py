@@ -79,9 +79,9 @@ class Errors:
 class Repair:
     """A plan of what to set aside, and what was done of it.
 
-    `staying` have a problem, but may be valid, and are not moved. `before` and `after` are the expected errors with and without `gone`, None if
-    there are none; `unknown` counts snapshots in neither, since their headers are damaged. `stamps` are the identities
-    of `gone`, to notice files that were replaced; `moved` their new paths.
+    `staying` have a problem, but may be valid, and are not moved. `before` and `after` are the expected errors with and
+    without `gone`, None if there are none; `unknown` counts snapshots in neither, since their headers are damaged.
+    `stamps` are the identities of `gone`, to notice files that were replaced; `moved` their new paths.
     """
 
     directory: Path

@@ -166,7 +166,7 @@ def _check_window(info: StateInfo) -> None:
 
 
 def clock_at(state: Any, step: int, t: float) -> ClockRecorder:
-    """The clock of a training at `step` and `t`, from its state; an InvalidValueError if it ends at another step or time."""
+    """The clock of a training at `step` and `t`, from its state; an InvalidValueError if it ends at another."""
     clock = ClockRecorder.of_state(state)
     if (clock.step, clock.t) != (step, t):
         there = f"ends at step {shown(clock.step)}, t {clock.t!r}"
