@@ -220,15 +220,12 @@ def error_curve(
     exact = np.nan_to_num(found.predicted_error, nan=0.0)  # weights of norm 0 are
     each = zip(others, widths, found.profile_error.tolist(), exact.tolist(), strict=True)
     return ErrorCurve(
-        label=f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label,
-        t=t,
-        sigma_rels=grid,
-        profile_error=profile_error,
-        predicted_error=np.nan_to_num(predicted, nan=0.0) if known else None,
-        tracked=tracked,
+        label=f"{candidate.label}, if {candidate.assumption}" if candidate.assumption else candidate.label, t=t,
+        sigma_rels=grid, profile_error=profile_error,
+        predicted_error=np.nan_to_num(predicted, nan=0.0) if known else None, tracked=tracked,
         others=tuple(ErrorPoint(one.title, width, off, error if known else None) for one, width, off, error in each),
         assumption=candidate.assumption,
-    )
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -294,14 +291,11 @@ def profile_fit(
     groups = {label: labels == label for label in dict.fromkeys(labels.tolist())}
     ends = np.array([profile.t for profile in usable])
     return ProfileFit(
-        title=f"{target.title} from {candidate.label}",
-        t_unit=candidate.t_unit,
-        times=times,
-        target=wanted.density(times),
-        reconstructed=made,
+        title=f"{target.title} from {candidate.label}", t_unit=candidate.t_unit, times=times,
+        target=wanted.density(times), reconstructed=made,
         snapshot_times={label: ends[own] for label, own in groups.items()},
         coefficients={label: column[own] for label, own in groups.items()},
-    )
+    )  # fmt: skip
 
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:

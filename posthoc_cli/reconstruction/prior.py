@@ -166,14 +166,10 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     # Weights that are all 0 have distances, but none above 0.
     still = not norm.any() and any(measurements.distances for measurements in known)
     return Prior(
-        motion,
-        np.array([measurements.rounding for measurements in known]),
-        arithmetic,
-        norm,
-        MEASURED if distances or earlier is not None or still else ASSUMED,
-        steps,
+        motion, np.array([measurements.rounding for measurements in known]), arithmetic, norm,
+        MEASURED if distances or earlier is not None or still else ASSUMED, steps,
         inherited if inherited.any() else None,
-    )
+    )  # fmt: skip
 
 
 WINDOW = 32

@@ -310,18 +310,13 @@ def verify(contents: Contents, progress: Progress = lambda _: None) -> Verificat
         except MismatchError as error:
             problems = [error]
     return Verification(
-        path=contents.path,
-        is_directory=contents.is_directory,
-        files=tuple(reports),
+        path=contents.path, is_directory=contents.is_directory, files=tuple(reports),
         problems=tuple(map(str, problems)),
         notes=(*_notes_of_files(reports, own, contents), *(gaps(own) * contents.is_directory), *contents.notes),
-        snapshots=() if problems else tuple(own),
-        lost=() if problems or not own else tuple(_lost(damaged, own)),
-        leftovers=contents.leftovers,
-        superseded=sum(unit.superseded for unit in contents.units),
-        quarantined=contents.quarantined,
-        seconds=time.perf_counter() - started,
-    )
+        snapshots=() if problems else tuple(own), lost=() if problems or not own else tuple(_lost(damaged, own)),
+        leftovers=contents.leftovers, superseded=sum(unit.superseded for unit in contents.units),
+        quarantined=contents.quarantined, seconds=time.perf_counter() - started,
+    )  # fmt: skip
 
 
 def verify_measurements(found: Verification, progress: Progress = lambda _: None) -> Verification:

@@ -330,15 +330,11 @@ def _merged(folder: Path, parts: Sequence[Snapshot], cache: DecodeCache) -> Snap
     metadata = {"ema.format": "snapshot", "ema.checksum": xxhash.xxh3_64_hexdigest(sums.encode())}
     header = fmt.FileHeader(metadata, joined.entries, sum(part.header.payload_start for part in parts))
     info = replace(
-        parts[0].info,
-        tensors=joined.tensors,
-        aliases=joined.aliases,
+        parts[0].info, tensors=joined.tensors, aliases=joined.aliases,
         inherited=sum(part.info.inherited for part in parts),
         measurements=sum_of_parts([part.info.measurements for part in parts]),
-        motion=next((part.info.motion for part in parts if part.info.motion is not None), None),
-        part=None,
-        chunks={},
-    )
+        motion=next((part.info.motion for part in parts if part.info.motion is not None), None), part=None, chunks={},
+    )  # fmt: skip
     made = (Part(part.path, part.header, boxes) for part, boxes in zip(parts, joined.boxes, strict=True))
     return Snapshot(folder, header, info, tuple(made))
 

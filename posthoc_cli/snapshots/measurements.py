@@ -187,20 +187,14 @@ def stored_average(info: SnapshotInfo) -> StoredAverage:
     """The part of a header that reconstruction uses."""
     schedule = info.schedule
     before = schedule.update_after_step // schedule.update_every
-    own = {info.tensors[name].dtype for name in info.averages}
+    own = {info.tensors[name].dtype for name in info.averages}  # float64 accumulates in float64, others in float32
     steps, times = zip(*info.clock_pairs, strict=True)
     (step, t), (last_step, last_t) = [(0, 0.0), *info.clock_pairs][-2:]
     return StoredAverage(
-        info.profile,
-        info.updates or max(info.step // schedule.update_every - before, 1),
-        # Averages accumulate in float64 for float64 parameters, else in float32.
-        EPS["F64" if own == {"F64"} else "F32"],
-        info.measurements,
-        (last_t - t) / (last_step - step),
-        Steps(Clock(steps, times), schedule.update_every),
-        info.motion,
-        info.inherited,
-    )
+        info.profile, info.updates or max(info.step // schedule.update_every - before, 1),
+        EPS["F64" if own == {"F64"} else "F32"], info.measurements, (last_t - t) / (last_step - step),
+        Steps(Clock(steps, times), schedule.update_every), info.motion, info.inherited,
+    )  # fmt: skip
 
 
 def motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:

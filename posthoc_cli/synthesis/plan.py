@@ -181,18 +181,14 @@ class Plan:
         column = self.reconstruction.coefficients[:, target].tolist()
         copies = [name for name, tensor in self.tensors.items() if tensor.role == "copy"]
         return OutputInfo(
-            run_id=info.run_id,
-            profile=wanted.title,
-            sigma_rel=wanted.sigma_rel,
+            run_id=info.run_id, profile=wanted.title, sigma_rel=wanted.sigma_rel,
             gamma=None if wanted.sigma_rel is None else PowerFunction.from_sigma_rel(wanted.sigma_rel, self.t).gamma,
-            t=self.t,
-            t_unit=info.t_unit,
-            method=self.method,
+            t=self.t, t_unit=info.t_unit, method=self.method,
             profile_error=float(self.reconstruction.profile_error[target]),
             predicted_error=self.predicted_error(target),
             snapshots=tuple((source.name, c) for source, c in zip(self.sources, column, strict=True)),
             copies=tuple(alias for name in copies for alias in self.names[name]),
-        )
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """The run, its motion, and for each target coefficients and errors; plain values for JSON."""
@@ -262,20 +258,12 @@ def plan_synthesis(
     result = reconstruct(snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)
     plan = Plan(
-        sources=tuple(usable[i] for i in used),
-        targets=wanted,
-        t=time,
-        method=method,
-        reconstruction=result.of(snapshots=used),
-        dtype=output_dtype,
-        accumulate=wide,
-        places=tuple(used),
-        aside=len(sources) - len(alike),
-        solved=len(usable),
-        there=sum(source.info.t <= time for source in alike),
+        sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,
+        reconstruction=result.of(snapshots=used), dtype=output_dtype, accumulate=wide, places=tuple(used),
+        aside=len(sources) - len(alike), solved=len(usable), there=sum(source.info.t <= time for source in alike),
         last=max(source.info.t for source in sources),
         coarse=frozenset(n for source in usable for n, entry in source.stored.items() if ITEM_BYTES[entry.dtype] < 4),
-    )
+    )  # fmt: skip
     plan = replace(plan, output_rounding=_output_rounding(plan))
     if max_error is not None:
         _check_errors(plan, max_error)
