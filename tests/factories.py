@@ -77,18 +77,12 @@ def make_info(
         for name, value in values.items()
     }
     info = SnapshotInfo(
-        run_id=run_id,
-        sigma_rel=sigma_rel,
-        gamma=exact_gamma(sigma_rel),
-        sigma_rels=tuple(sorted({*SIGMA_RELS, sigma_rel})),
-        t=float(t),
-        t_unit="steps",
-        step=int(t),
-        t_first=min(1.0, float(t)),
-        max_interval=1.0,
+        run_id=run_id, sigma_rel=sigma_rel, gamma=exact_gamma(sigma_rel),
+        sigma_rels=tuple(sorted({*SIGMA_RELS, sigma_rel})), t=float(t), t_unit="steps", step=int(t),
+        t_first=min(1.0, float(t)), max_interval=1.0,
         schedule=TrackingSchedule(update_every=1, checkpoint_every=1, max_checkpoints=None, checkpoint_dtype=None),
         tensors=tensors,
-    )
+    )  # fmt: skip
     return replace(info, **overrides)
 
 
@@ -140,16 +134,12 @@ def split_snapshot(path: Path, parts: int = 3, grids: Mapping[str, tuple[int, ..
     for number, own in enumerate(held, 1):
         first = number == 1
         part = replace(
-            info,
-            tensors={name: info.tensors[name] for name in own},
+            info, tensors={name: info.tensors[name] for name in own},
             aliases={alias: name for alias, name in info.aliases.items() if name in own},
-            inherited=info.inherited if first else 0.0,
-            measurements=measured if first else nothing,
-            motion=info.motion if first else None,
-            part=(number, parts),
-            chunks={name: chunk for name, (_, chunk) in own.items()},
-            mesh={"shape": [parts], "names": None},
-        )
+            inherited=info.inherited if first else 0.0, measurements=measured if first else nothing,
+            motion=info.motion if first else None, part=(number, parts),
+            chunks={name: chunk for name, (_, chunk) in own.items()}, mesh={"shape": [parts], "names": None},
+        )  # fmt: skip
         file = snapshot_path(path.parent, info.t, info.sigma_rel, (number, parts))
         assert file.parent == folder
         folder.mkdir(exist_ok=True)

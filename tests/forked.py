@@ -65,13 +65,11 @@ class Forked:
             streams = [nothing.fileno() if stdin is None else stdin, out if stdout is None else stdout, err]
             started = _ask(
                 {
-                    "code": code,
-                    "arguments": [str(argument) for argument in arguments],
-                    "cwd": str(cwd or Path.cwd()),
+                    "code": code, "arguments": [str(argument) for argument in arguments], "cwd": str(cwd or Path.cwd()),
                     "env": dict(unmeasured_environment() if env is None else env),
                 },
                 streams,
-            )
+            )  # fmt: skip
         assert started is not None
         self.pid = started
 

@@ -59,12 +59,9 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "large": draw(index, LARGE).half(),
             "changing": draw(10 + index, 1031, 1024).to(torch.float32 if index % 2 == 0 else torch.float16),
             **{f"small {k}": draw(100 * index + k, 3 + k, 5).half() for k in range(40)},
-            "own": draw(50 + index, 300_001).double(),
-            "empty": torch.empty(0, 3).half(),
-            "scalar": draw(60 + index).half(),
-            "counter": torch.arange(400_000) + t,
-            "flag": torch.tensor(True),
-        }
+            "own": draw(50 + index, 300_001).double(), "empty": torch.empty(0, 3).half(),
+            "scalar": draw(60 + index).half(), "counter": torch.arange(400_000) + t, "flag": torch.tensor(True),
+        }  # fmt: skip
         average, counter = TrackedTensor("average", "F32"), TrackedTensor("copy", "I64")
         tensors = {name: average if value.is_floating_point() else counter for name, value in values.items()}
         tensors |= {"own": TrackedTensor("average", "F64"), "flag": TrackedTensor("copy", "BOOL")}

@@ -29,11 +29,9 @@ STRIDE = 10
 WIDTHS = (0.05, 0.07, 0.1, 0.15, 0.2, 0.25, 0.28)
 
 RATES: dict[str, Callable[[Floats], Floats]] = {
-    "constant": np.ones_like,
-    "cosine": lambda x: np.cos(np.pi * x / 2) ** 2,
-    "frozen": lambda x: np.where(x < 0.5, 1.0, 0.0),
-    "restarts": lambda x: 1.0 - 0.97 * (4 * x % 1),
-}
+    "constant": np.ones_like, "cosine": lambda x: np.cos(np.pi * x / 2) ** 2,
+    "frozen": lambda x: np.where(x < 0.5, 1.0, 0.0), "restarts": lambda x: 1.0 - 0.97 * (4 * x % 1),
+}  # fmt: skip
 
 
 def walk(rate: str, steps: int = STEPS, seed: int = 0) -> npt.NDArray[np.float32]:

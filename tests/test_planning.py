@@ -227,11 +227,9 @@ def test_relative_rounding_is_that_of_rounded_numbers(dtype: str) -> None:
 
 
 @given(
-    steps=st.integers(1, 10**6),
-    parameters=st.integers(1, 10**10),
-    snapshots=st.integers(4, 40),
+    steps=st.integers(1, 10**6), parameters=st.integers(1, 10**10), snapshots=st.integers(4, 40),
     dtype=st.sampled_from(["float16", "float32"]),
-)
+)  # fmt: skip
 @settings(max_examples=6, deadline=None)
 def test_proposals_are_within_the_budget(steps: int, parameters: int, snapshots: int, dtype: str) -> None:
     task = Task(steps, parameters, snapshots * parameters * PLANNED_BYTES[dtype], dtype=dtype, sigma_rels=(0.05, 0.28))

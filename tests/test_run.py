@@ -20,12 +20,9 @@ from posthoc_cli import Beta, Between, PostHocEMA, PowerFunction, Run, Window
 from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, OutputExistsError
 
 TARGETS = {
-    "0.15": 0.15,
-    "beta-0.9": Beta(0.9),
-    "window-50": Window(50),
-    "between-20-80": Between(20, 80),
+    "0.15": 0.15, "beta-0.9": Beta(0.9), "window-50": Window(50), "between-20-80": Between(20, 80),
     "given": PowerFunction.from_sigma_rel(0.15, 100.0),
-}
+}  # fmt: skip
 
 
 @pytest.fixture

@@ -35,12 +35,10 @@ def write_random(directory: Path, dtype: torch.dtype = torch.float32, **fields: 
     for index, t in enumerate(TIMES):
         for sigma_rel in (0.05, 0.28):
             values = {
-                "w": draw(2 * index + (sigma_rel > 0.1), dtype),
-                "odd": draw(100 + index, dtype, (13,)),
-                "scalar": draw(200 + index, dtype, ()),
-                "empty": torch.empty(0, 4, dtype=dtype),
+                "w": draw(2 * index + (sigma_rel > 0.1), dtype), "odd": draw(100 + index, dtype, (13,)),
+                "scalar": draw(200 + index, dtype, ()), "empty": torch.empty(0, 4, dtype=dtype),
                 "count": torch.tensor(t),
-            }
+            }  # fmt: skip
             write_snapshot(directory, t, sigma_rel, RUN_ID, values, **fields)
 
 
@@ -165,13 +163,11 @@ def test_a_step_is_a_time_where_steps_are_counted_and_must_be_a_snapshots_on_ano
 @pytest.mark.parametrize(
     ("value", "dtype", "said"),
     [
-        (float("nan"), None, ".* holds nan or infinity"),
-        (float("inf"), None, ".* holds nan or infinity"),
+        (float("nan"), None, ".* holds nan or infinity"), (float("inf"), None, ".* holds nan or infinity"),
         (float("-inf"), "bf16", ".* holds nan or infinity"),
-        (70_000.0, "float16", r": torch.float16 cannot hold its largest value, 70000"),
-        (70_000.0, "bf16", None),
+        (70_000.0, "float16", r": torch.float16 cannot hold its largest value, 70000"), (70_000.0, "bf16", None),
     ],
-)
+)  # fmt: skip
 def test_a_stored_value_that_is_not_finite_is_refused_by_name_and_nothing_is_written(
     tmp_path: Path, value: float, dtype: str | None, said: str | None
 ) -> None:

@@ -92,13 +92,10 @@ class Written:
 @pytest.mark.parametrize(
     "profile",
     [
-        Written(),
-        PowerFunction.from_sigma_rel(0.01, 100.0),
-        ClassicalEMA(0.999, 100.0, STEPS),
-        Tabulated((0, 1, 2), (0, 1, 0)),
-        Written(tail=lambda s: (np.clip(1 - s / 100, 0, 1) + 1e-12).tolist()),
+        Written(), PowerFunction.from_sigma_rel(0.01, 100.0), ClassicalEMA(0.999, 100.0, STEPS),
+        Tabulated((0, 1, 2), (0, 1, 0)), Written(tail=lambda s: (np.clip(1 - s / 100, 0, 1) + 1e-12).tolist()),
     ],
-)
+)  # fmt: skip
 def test_sound_profiles_are_taken_as_they_are(profile: object) -> None:
     assert as_target(profile).profile(100.0, STEPS, 1.0) is profile
 

@@ -338,11 +338,9 @@ def test_compiled_it_gives_the_same() -> None:
     ("name", "values"),
     [
         ("momentum", [0.0, 1.1, -1, float("nan"), True, "0.1", None]),
-        ("eps", [-1e-9, float("nan"), float("inf"), "small"]),
-        ("dim_x", [0, 2.0]),
-        ("dim_y", [0, True]),
+        ("eps", [-1e-9, float("nan"), float("inf"), "small"]), ("dim_x", [0, 2.0]), ("dim_y", [0, True]),
     ],
-)
+)  # fmt: skip
 def test_a_bad_argument_is_named(name: str, values: list[object]) -> None:
     for value in values:
         with pytest.raises(InvalidValueError, match=name):

@@ -42,12 +42,10 @@ def test_one_average_into_one_file(ema: Ema, run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "widths"),
     [
-        ("0.05,0.10", [0.05, 0.1]),
-        ("0.05:0.25:0.05", [0.05, 0.1, 0.15, 0.2, 0.25]),
-        ("0.05,0.06,...,0.09", [0.05, 0.06, 0.07, 0.08, 0.09]),
-        ("0.1,0.1", [0.1]),
+        ("0.05,0.10", [0.05, 0.1]), ("0.05:0.25:0.05", [0.05, 0.1, 0.15, 0.2, 0.25]),
+        ("0.05,0.06,...,0.09", [0.05, 0.06, 0.07, 0.08, 0.09]), ("0.1,0.1", [0.1]),
     ],
-)
+)  # fmt: skip
 def test_lists_and_ranges(ema: Ema, run: Path, text: str, widths: list[float]) -> None:
     report = ema("synthesize", run, "--sigma-rel", text, "--dry-run", "--json").json
     assert [target["sigma_rel"] for target in report["targets"]] == widths

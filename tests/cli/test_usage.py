@@ -140,16 +140,14 @@ DTYPES = ["keep", "float32", "float16", "bfloat16", "float64"]
     [
         (("synthesize", "run", "--dtype", ""), DTYPES),
         (("synthesize", "run", "--dtype", "float"), ["float32", "float16", "float64"]),
-        (("synthesize", "run", "--method", ""), list(METHODS)),
-        (("synthesize", "run", "--format", ""), list(LAYOUTS)),
+        (("synthesize", "run", "--method", ""), list(METHODS)), (("synthesize", "run", "--format", ""), list(LAYOUTS)),
         (("error-plot", "run", "--method", "p"), ["paper"]),
         (("export", "m.safetensors", "--dtype", "b"), ["bfloat16"]),
         (("export", "m.safetensors", "--format", "s"), ["safetensors", "sharded"]),
-        (("plan", "--dtype", ""), ["float16", "bfloat16", "float32"]),
-        (("help", "pr"), ["prune", "profile"]),
+        (("plan", "--dtype", ""), ["float16", "bfloat16", "float32"]), (("help", "pr"), ["prune", "profile"]),
         (("guide", "d"), ["development", "distributed", "durability"]),
     ],
-)
+)  # fmt: skip
 def test_values_are_completed(completed: Callable[..., list[str]], words: tuple[str, ...], offered: list[str]) -> None:
     assert completed(*words) == offered
     assert set(DTYPES) == {word for word in WORDS if "float" in word} | {"keep"}

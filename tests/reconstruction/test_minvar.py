@@ -65,13 +65,10 @@ def expected_square(snapshots, coefficients, target, motion: Motion, rounding) -
 
 
 TARGETS = [
-    PowerFunction.from_sigma_rel(0.1, T),
-    ClassicalEMA(0.99, T, Clock.of_steps(), START),
-    ClassicalEMA(0.5, T, Clock.of_steps(), START),
-    StepWindow(150, T, Clock.of_steps()),
-    Uniform(200.0, 620.0),
+    PowerFunction.from_sigma_rel(0.1, T), ClassicalEMA(0.99, T, Clock.of_steps(), START),
+    ClassicalEMA(0.5, T, Clock.of_steps(), START), StepWindow(150, T, Clock.of_steps()), Uniform(200.0, 620.0),
     Tabulated((100.0, 400.0, 900.0), (0.0, 3.0, 1.0)),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda p: type(p).__name__)

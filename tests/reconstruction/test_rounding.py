@@ -81,12 +81,9 @@ def test_the_error_of_resumes_is_that_of_averages_that_were_rounded_again_and_ag
         moving = begun + share * (values - begun)
         rounded = np.round(moving)
         error = error_after_rounding(
-            error * (1 - share) ** 2,
-            float(np.sum((rounded - moving) ** 2)),
-            rounded.size / 12,
-            float(np.sum((moving - begun) ** 2)),
-            share,
-        )
+            error * (1 - share) ** 2, float(np.sum((rounded - moving) ** 2)), rounded.size / 12,
+            float(np.sum((moving - begun) ** 2)), share,
+        )  # fmt: skip
         begun = rounded
     true = float(np.sum((rounded - exact) ** 2))
     assert 0.5 < np.sqrt(true / error) < 2

@@ -298,14 +298,11 @@ def truncated(part: Path) -> None:
 
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
-    (other_run, "are of different runs"),
-    (other_update, r"are not of one snapshot: they differ in ema\.(t|step)"),
+    (other_run, "are of different runs"), (other_update, r"are not of one snapshot: they differ in ema\.(t|step)"),
     (other_shape, "tensor '0.weight' is average of F32"),
-    (overlapping, "tensor '0.weight': both hold some of its elements"),
-    (twice, "are both part 1 of 4"),
-    (gap, "tensor '0.weight': elements are missing"),
-    (truncated, "truncated"),
-]
+    (overlapping, "tensor '0.weight': both hold some of its elements"), (twice, "are both part 1 of 4"),
+    (gap, "tensor '0.weight': elements are missing"), (truncated, "truncated"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("harm", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))

@@ -84,11 +84,9 @@ def every_dtype() -> dict[str, torch.Tensor]:
     }
     tensors |= {str(d): torch.tensor([torch.iinfo(d).min, 1, torch.iinfo(d).max], dtype=d) for d in whole}
     return tensors | {
-        "torch.bool": torch.tensor([True, False, True]),
-        "scalar": torch.tensor(2.5),
-        "empty": torch.empty(3, 0, 2),
+        "torch.bool": torch.tensor([True, False, True]), "scalar": torch.tensor(2.5), "empty": torch.empty(3, 0, 2),
         "transposed": torch.arange(6.0).reshape(2, 3).T,
-    }
+    }  # fmt: skip
 
 
 def as_bits(tensor: torch.Tensor) -> np.ndarray:
@@ -173,13 +171,11 @@ names = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0
 @settings(deadline=None)
 @given(
     tensor_names=st.lists(names, min_size=2, max_size=4, unique=True),
-    times=st.tuples(st.floats(1e-9, 1e18), st.floats(1e-6, 0.999), st.floats(0, 1)),
-    known=st.booleans(),
-    sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28),
-    step=st.integers(2, 10**18 - 1),
+    times=st.tuples(st.floats(1e-9, 1e18), st.floats(1e-6, 0.999), st.floats(0, 1)), known=st.booleans(),
+    sigma_rel=st.floats(1e-3, 0.288).filter(lambda s: s != 0.28), step=st.integers(2, 10**18 - 1),
     unit=names.filter(str.isprintable),
     sums=st.none() | st.lists(st.just(0.0) | st.floats(1e-100, 1e100), min_size=4, max_size=4),
-)
+)  # fmt: skip
 def test_what_a_snapshot_says_comes_back_exactly(
     tensor_names: list[str], times: tuple[float, float, float], known: bool, sigma_rel: float, step: int, unit: str,
     sums: list[float] | None,
@@ -216,14 +212,8 @@ def test_what_an_output_says_comes_back_exactly(predicted_error: float | None) -
 
 def test_names_that_look_like_the_format_itself_do_no_harm(tmp_path: Path) -> None:
     tricky = [
-        "ema.checksum",
-        '"ema.checksum":"',
-        '","x":"',
-        "ema.checksums",
-        "../../x",
-        "line\nbreak\x01\x1b[31m",
-        "ß→𝛾",
-    ]
+        "ema.checksum", '"ema.checksum":"', '","x":"', "ema.checksums", "../../x", "line\nbreak\x01\x1b[31m", "ß→𝛾",
+    ]  # fmt: skip
     values = {name: torch.full((2,), float(k)) for k, name in enumerate(tricky)}
     path = write_snapshot(tmp_path, 10, 0.05, RUN_ID, values)
     assert {name: array.tolist() for name, array in read_by_the_book(path).tensors.items()} == {

@@ -174,13 +174,11 @@ OUTPUT = {
     "ema.predicted_error": [("-1e-9", "-1e-09 is below 0")],
 }
 STATE = {
-    "ema.schedule": SNAPSHOT["ema.schedule"],
-    "ema.t": [("-1.0", "must be a finite number, at least 0, not -1.0")],
+    "ema.schedule": SNAPSHOT["ema.schedule"], "ema.t": [("-1.0", "must be a finite number, at least 0, not -1.0")],
     "ema.averages_step": [("61", "not times of one training")],
     "ema.step": [("61", "ema.clock: ends at step 1, t 1.0; the training is at step 61, t 1.0")],
-    "ema.sigma_rels": [("[1e999,0.28]", "finite numbers")],
-    "ema.clock_state": [("[1e999,0]", "list of numbers")],
-}
+    "ema.sigma_rels": [("[1e999,0.28]", "finite numbers")], "ema.clock_state": [("[1e999,0]", "list of numbers")],
+}  # fmt: skip
 IMPOSSIBLE = {"snapshot": SNAPSHOT, "output": OUTPUT, "state": STATE}
 CASES = [(kind, key, text, "") for kind, keys in MALFORMED.items() for key, texts in keys.items() for text in texts]
 CASES += [(kind, key, *case) for kind, keys in IMPOSSIBLE.items() for key, cases in keys.items() for case in cases]

@@ -63,18 +63,14 @@ def _measure(tally: Tally, what: str, path: Path, read: Callable[[Path], object]
 def _texts(size: int) -> Iterator[tuple[str, bytes]]:
     """JSON of this size, the dearest there is."""
     tricks = {
-        "nested lists": b"[" * size,
-        "nested objects": b'{"a":' * (size // 5),
-        "empty lists": b"[" + b"[]," * (size // 3) + b"[]]",
-        "empty objects": b"[" + b"{}," * (size // 3) + b"{}]",
-        "numbers": b"[" + b"1.5," * (size // 4) + b"0]",
-        "a long number": b"[" + b"7" * size + b"]",
+        "nested lists": b"[" * size, "nested objects": b'{"a":' * (size // 5),
+        "empty lists": b"[" + b"[]," * (size // 3) + b"[]]", "empty objects": b"[" + b"{}," * (size // 3) + b"{}]",
+        "numbers": b"[" + b"1.5," * (size // 4) + b"0]", "a long number": b"[" + b"7" * size + b"]",
         "a long fraction": b"[0." + b"7" * size + b"]",
-        "one key, many times": b"{" + b'"a":0,' * (size // 6) + b'"a":0}',
-        "a long name": b'{"' + b"x" * size + b'":0}',
+        "one key, many times": b"{" + b'"a":0,' * (size // 6) + b'"a":0}', "a long name": b'{"' + b"x" * size + b'":0}',
         "a long name of escapes": b'{"' + rb"\u00e9" * (size // 6) + b'":0}',
         "wide characters": b'{"' + b"x" * size + "\U0001f600".encode() + b'":0}',
-    }
+    }  # fmt: skip
     for what, text in tricks.items():
         yield what, text
         yield f"{what}, as metadata", b'{"__metadata__":' + text + b"}"
@@ -112,14 +108,12 @@ def _metadata(size: int) -> dict[str, dict[str, object]]:
         "many knots of a clock": {"ema.clock": Inner([[i, i / 1e9] for i in range(1, size // 20)])},
         "many aliases": {"ema.aliases": Inner(Pairs((f"n{i}", "a") for i in range(size // 10)))},
         "many names left out": {"ema.left_out": Inner([f"n{i}" for i in range(size // 10)])},
-        "a long unit": {"ema.t_unit": "x" * size},
-        "a long number": {"ema.t": "1" * size},
-        "a long step": {"ema.step": "1" * size},
-        "a long run id": {"ema.run_id": RUN_ID * (size // 32)},
+        "a long unit": {"ema.t_unit": "x" * size}, "a long number": {"ema.t": "1" * size},
+        "a long step": {"ema.step": "1" * size}, "a long run id": {"ema.run_id": RUN_ID * (size // 32)},
         "a long gamma": {"ema.gamma": f"{exact_gamma(0.05)!r}{'0' * size}"},
         "many checksums": {"ema.checksums": Inner(Pairs((f"n{i}", "0" * 16) for i in range(size // 30)))},
         "nested metadata": {"ema.aliases": "[" * size},
-    }
+    }  # fmt: skip
 
 
 EXPERIMENTS = [Experiment("headers that could cost time or memory", bound, 0.005)]

@@ -115,12 +115,9 @@ def _uses(victim: Victim) -> dict[str, Callable[[], object]]:
         return uses | {"info": lambda: _info(whole), "exported": lambda: export_file(victim.path, victim.out)}
     run = victim.path.parent
     return uses | {
-        "info": lambda: _info(victim.path),
-        "info of all": lambda: _info(run),
-        "synthesized": victim.use,
-        "error curve": lambda: Run(run).error_curve((0.05, 0.28)),
-        "resumed": lambda: _resume(run),
-    }
+        "info": lambda: _info(victim.path), "info of all": lambda: _info(run), "synthesized": victim.use,
+        "error curve": lambda: Run(run).error_curve((0.05, 0.28)), "resumed": lambda: _resume(run),
+    }  # fmt: skip
 
 
 def _info(path: Path) -> None:

@@ -100,8 +100,7 @@ def _saved(path: Path, scene: Scene) -> None:
 
 
 THINGS: dict[str, Callable[[Path, Scene], object]] = {
-    "a pipe": lambda path, _: os.mkfifo(path),
-    "a socket": _socket,
+    "a pipe": lambda path, _: os.mkfifo(path), "a socket": _socket,
     "a link to /dev/zero": lambda path, _: path.symlink_to("/dev/zero"),
     "a link to /dev/full": lambda path, _: path.symlink_to("/dev/full"),
     "a link to /dev/null": lambda path, _: path.symlink_to("/dev/null"),
@@ -112,12 +111,9 @@ THINGS: dict[str, Callable[[Path, Scene], object]] = {
     "a link to somebody's file": lambda path, scene: path.symlink_to(scene.outside / "secret"),
     "a link to somebody's model": lambda path, scene: path.symlink_to(scene.outside / "model.safetensors"),
     "another name of somebody's file": lambda path, scene: path.hardlink_to(scene.outside / "secret"),
-    "a directory": lambda path, _: path.mkdir(),
-    "an empty file": lambda path, _: path.touch(),
-    "a pickle": _pickled,
-    "a PyTorch file": _saved,
-    "text": lambda path, _: path.write_bytes(b"{}\n" * 100),
-}
+    "a directory": lambda path, _: path.mkdir(), "an empty file": lambda path, _: path.touch(), "a pickle": _pickled,
+    "a PyTorch file": _saved, "text": lambda path, _: path.write_bytes(b"{}\n" * 100),
+}  # fmt: skip
 
 
 # --- where it stands, and who meets it
