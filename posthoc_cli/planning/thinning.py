@@ -60,7 +60,8 @@ def snapshots_to_drop(
         beyond = sorted(set(range(len(snapshots))) - set(left))
     losses = losses_of([snapshots[i] for i in left], prior.of(left), sigma_range)
     column = {index: number for number, index in enumerate(left)}
-    newest = set(newest_of_each(snapshots))
+    ends = {gamma: max(p.t for p in snapshots if p.gamma == gamma) for gamma in {p.gamma for p in snapshots}}
+    newest = {index for index, p in enumerate(snapshots) if p.t == ends[p.gamma]}
     counts = Counter(snapshots[i].gamma for i in left)
     dropped: list[int] = []
     while may_go := [i for i in left if counts[snapshots[i].gamma] > keep and i not in newest]:
@@ -72,14 +73,6 @@ def snapshots_to_drop(
         dropped.append(index)
         counts[snapshots[index].gamma] -= 1
     return [*beyond, *exchanged(snapshots, prior, left, dropped, newest, sigma_range)]
-
-
-def newest_of_each(snapshots: Sequence[PowerFunction]) -> list[int]:
-    """Indices of the last snapshot of each profile."""
-    newest: dict[float, int] = {}
-    for index in sorted(range(len(snapshots)), key=lambda i: snapshots[i].t):
-        newest[snapshots[index].gamma] = index
-    return sorted(newest.values())
 
 
 _MOST_EXCHANGED = 16

@@ -5,10 +5,9 @@ the weights of the network after each step; its profile spreads w_k over the int
 the mass after a step is the sum of the later w. What an average keeps of the value that it started from is a point of
 mass at its start, which the tail contains and the density leaves out.
 
-`power` is the tracked profile, `others` are targets; any object with `density` and `tail` is a `Profile`, too.
+`tracked` is what a run records, `others` are targets; any object with `density` and `tail` is a `Profile`, too.
 """
 
-from posthoc_cli.profiles.clock import Clock, ClockRecorder
 from posthoc_cli.profiles.others import (
     ClassicalEMA,
     Conversion,
@@ -23,8 +22,10 @@ from posthoc_cli.profiles.others import (
     sigma_rel_from_classical_beta,
     try_profile,
 )  # fmt: skip
-from posthoc_cli.profiles.power import (
+from posthoc_cli.profiles.tracked import (
     UNIFORM_SIGMA_REL,
+    Clock,
+    ClockRecorder,
     FloatArray,
     PowerFunction,
     Profile,

@@ -17,8 +17,7 @@ import numpy.typing as npt
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles.clock import Clock
-from posthoc_cli.profiles.power import FloatArray, Profile, gamma_from_sigma_rel, sigma_rel_from_gamma
+from posthoc_cli.profiles.tracked import Clock, FloatArray, Profile, gamma_from_sigma_rel, sigma_rel_from_gamma
 
 
 @dataclass(frozen=True)
