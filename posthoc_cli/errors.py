@@ -7,7 +7,7 @@
     │   └── VanishedError              1   a file that was there a moment ago
     ├── MismatchError (ValueError)     1   snapshots that do not belong together
     ├── ModelMismatchError             1   a model that is not the one that was tracked
-    ├── NonFiniteError                 1   nan or infinity where an average would take it in
+    ├── NonFiniteError                 1   nan or infinity in an average or a result
     ├── LockedError                    1   a directory that another writer holds
     ├── OutputExistsError              1   an output that is there already
     ├── InexactError                   1   a target whose predicted error is above what the user accepts
@@ -96,7 +96,7 @@ class FileFormatError(PostHocError):
 
 
 class VanishedError(FileFormatError):
-    """A file that existed a moment ago: a tracker has thinned it away, or somebody has moved it."""
+    """A file that existed a moment ago: a tracker has thinned it away, or it was moved."""
 
 
 class MismatchError(PostHocError, ValueError):
@@ -116,7 +116,7 @@ class LockedError(PostHocError):
 
 
 class OutputExistsError(PostHocError):
-    """An output that exists already, without leave to replace it."""
+    """An output that exists already and may not be replaced."""
 
 
 class InexactError(PostHocError):

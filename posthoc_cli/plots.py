@@ -52,7 +52,7 @@ _MOST_ERROR = 2.0
 
 _WIDTH = 8.0
 _FIT_HEIGHT = 2.6
-"""Inches: width of a picture with one fit per row, and height of a row. More than two fits stand two in a row."""
+"""Inches: width of a picture with one fit per row, and height of a row. More than two fits are drawn two in a row."""
 
 _MARGIN = 0.1
 """Inches: on a dark page the edges of the white background are visible."""
@@ -88,7 +88,7 @@ def error_figure(curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), 
 def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
     """A drawing as the content of a `.png`, `.svg` or `.pdf` file; reproducible byte for byte.
 
-    Ignores matplotlibrc files: one in the working directory may be somebody else's and enable LaTeX, which runs
+    Ignores matplotlibrc files: one in the working directory may be from another user and enable LaTeX, which runs
     programs.
     """
     stream = io.BytesIO()
@@ -104,7 +104,7 @@ def loss_figure(
 ) -> Figure:
     """A metric, lower is better, against sigma_rel, with the best marked and the raw weights as a line.
 
-    The axis is linear and begins at 0, which stands for the raw weights.
+    The axis is linear and begins at 0, which represents the raw weights.
 
     Arguments:
         sigma_rels, losses: shape [averages].
@@ -257,7 +257,7 @@ def _draw_coefficients(axes: Axes, fit: ProfileFit) -> None:
     width = 0.8 * spacing / count
     hatches = ("", "////", "....") if times.size * count <= _MOST_HATCHED else ("",)
     for index, label in enumerate(sorted(fit.snapshot_times)):  # a profile has one colour in all drawings
-        # Bars of one time stand side by side and end at it.
+        # Bars of one time are side by side and end at it.
         right = fit.snapshot_times[label] - (count - 1 - index) * width
         axes.bar(
             right, fit.coefficients[label], -width, align="edge", color=COLOURS[index % len(COLOURS)],

@@ -90,7 +90,7 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
 
 
 class Run:
-    """The snapshots of one run. Reads headers only, until tensors are asked for; the directory anew at every call.
+    """The snapshots of one run. Reads headers only, until tensors are requested; every call reads the directory again.
 
     Arguments:
         directory: where the tracker writes its snapshots. It need not exist yet.

@@ -300,8 +300,8 @@ def test_parts_of_two_targets_are_not_finished_one_by_one_and_the_error_says_so(
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ranks, "FAREWELL", 0.2)
-    monkeypatch.setattr(ranks, "PATIENCE", 0.2)
+    monkeypatch.setattr(ranks, "EXIT_WAIT", 0.2)
+    monkeypatch.setattr(ranks, "WORK_WAIT", 0.2)
 
 
 @pytest.mark.parametrize(

@@ -58,7 +58,7 @@ class DifferentiableEMA(torch.nn.Module):
 
     Detach a value that is built from an earlier result: it brings that graph along in every mode but "carried". Eval
     mode returns the average without a graph and takes no value in. A state dict and a copy hold the average and the
-    number of updates; graphs and J start anew, with the average so far as a constant.
+    number of updates; graphs and J start empty, with the average so far as a constant.
 
     Arguments:
         shape: of the values.

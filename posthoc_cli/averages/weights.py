@@ -46,7 +46,7 @@ class ExponentialMovingAverage(torch.nn.Module):
     the average, as in mmengine.
 
     Arguments:
-        model: its weights are copied at once, but have no share in the average.
+        model: its weights are copied, but have no share in the average.
         momentum: share of the new value, in (0, 1): 1 - decay.
         interval: calls of `update_parameters` between two averagings, at least 1.
         device: of the average; by default the model's.

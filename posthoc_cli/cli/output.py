@@ -78,7 +78,7 @@ def _terminal_width() -> int:
 
 
 def print_line(text: str = "") -> None:
-    """One line on stdout, at once."""
+    """One line on stdout, flushed."""
     sys.stdout.write(f"{printable(text)}\n")
     sys.stdout.flush()
 

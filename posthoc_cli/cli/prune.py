@@ -46,7 +46,7 @@ def prune(
     error = values.optional(values.parse_max_error, max_error)
     wanted = values.parse_sigma_range(sigma_range)
     directory = values.existing(directory, directory=True)
-    values.check_leave(yes, dry_run, as_json)
+    values.check_confirmation(yes, dry_run, as_json)
 
     def agree(planned: Pruning) -> bool:
         if not as_json:

@@ -178,8 +178,8 @@ def parse_max_error(text: str) -> float:
     return float(value)
 
 
-def check_leave(yes: bool, dry_run: bool, as_json: bool) -> None:
-    """Refuse a command that changes files and would ask where nobody answers."""
+def check_confirmation(yes: bool, dry_run: bool, as_json: bool) -> None:
+    """Refuse a command that changes files and cannot ask for confirmation."""
     if as_json and not (yes or dry_run):
         raise InvalidValueError("--json", "shows what is changed only afterwards", "add --yes or --dry-run")
     if not (yes or dry_run or sys.stdin.isatty()):

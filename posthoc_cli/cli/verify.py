@@ -45,9 +45,9 @@ def verify(
     if (yes or dry_run) and not (repair or clean):
         raise InvalidValueError("--yes" if yes else "--dry-run", "goes with --repair or --clean")
     if repair or clean:
-        values.check_leave(yes, dry_run, as_json)
+        values.check_confirmation(yes, dry_run, as_json)
     reports, fine = [], True
-    # All are looked up first: reading takes long, and a wrong path is known at once.
+    # All paths are checked first, since reading takes long.
     for path in [values.existing(path) for path in paths]:
         found = check_path(path, deep, output.progress_bar())
         report, broken = found.to_dict(), bool(found.broken)

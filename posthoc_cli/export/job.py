@@ -1,4 +1,4 @@
-"""Averages of a run as files: all at once, a part at a time, or by the processes of a torchrun job."""
+"""Averages of a run as files: in one process, in parts, or by the processes of a torchrun job."""
 
 from __future__ import annotations
 
@@ -134,7 +134,9 @@ class Synthesis:
             raise InvalidValueError("out", reason)
         in_parts = self.finish or self.distributed or self.shard is not None
         if self.skip_existing and in_parts:
-            raise InvalidValueError("skip_existing", "parts that are there stay as they are anyway", "leave it out")
+            raise InvalidValueError(
+                "skip_existing", "existing parts of the same plan are kept in any case", "leave it out"
+            )
         match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", self.shard or "")
         if match is None and self.shard is not None:
             example = "must be K/N, part K of N, such as 3/8 for the third of eight"

@@ -1,6 +1,6 @@
 """The processes of one torchrun job: they make parts side by side, and end together if one of them fails or dies.
 
-No tensor is exchanged, only signs in the job's key-value store (torch.distributed's TCPStore). The first failure is
+No tensor is exchanged, only flags in the job's key-value store (torch.distributed's TCPStore). The first failure is
 noted there, and everyone sees it at its next tile. A process that has died is noticed by the launcher, which ends the
 others; without one by those that wait for it until their time is up; and if it is rank 0, by the store's silence.
 """
@@ -24,11 +24,11 @@ if TYPE_CHECKING:
 START = 120.0
 """Seconds for all processes to begin."""
 
-PATIENCE = 600.0
-"""Seconds that a process waits for the others to do as much as it has done, after twice the time that it took."""
+WORK_WAIT = 600.0
+"""Seconds that a process waits for the others, in addition to twice the time that its own work took."""
 
-FAREWELL = 3.0
-"""Seconds that a process waits at its end for the others to see its failure, or to say that they are alive."""
+EXIT_WAIT = 3.0
+"""Seconds that a process waits at its end for the others to see its failure, or to show that they run."""
 
 _T = TypeVar("_T")
 
@@ -36,7 +36,7 @@ _T = TypeVar("_T")
 class Ranks:
     """One process among those of a job. A context manager: an error that leaves it stops the others, too.
 
-    Every method raises a RankError that names the rank which failed, was ended, or does not answer.
+    Every method raises a RankError that names the rank that failed, was ended, or does not respond.
 
     Arguments:
         rank: its number, from 0.
@@ -49,17 +49,17 @@ class Ranks:
         self._began = time.monotonic()
 
     def check(self) -> None:
-        """Go on only while no other process has failed."""
+        """Raise if another process has failed."""
         self._raise_noted("failure")
         self._raise_noted("end")
 
     def begin(self, work: Callable[[], None]) -> None:
-        """Do the work in rank 0 alone, before any process goes on."""
+        """Do the work in rank 0 alone; the other processes wait for it."""
         self._in_first(work, "begun")
 
     def finish(self, work: Callable[[], None]) -> None:
-        """When every process has come here: do the work in rank 0 alone. Returns when it is done, in every process."""
-        self._sign("ready")
+        """Wait for every process, then do the work in rank 0 alone; returns in every process when it is done."""
+        self._set_flag("ready")
         self._wait_for("ready", range(self.world))
         self._in_first(work, "finished")
 
@@ -76,15 +76,15 @@ class Ranks:
                 raise found from None
 
     def _leave(self, error: BaseException | None) -> None:
-        """Note why this process ends, and wait until the others have seen it; if a signal ended it, find out why."""
+        """Publish why this process ends, and wait until the others have seen it; after a signal, find the cause."""
         ended = isinstance(error, SystemExit)
         if ended:
             self._note("end", f"rank {self.rank}: was ended by a signal")
         elif error is not None and not isinstance(error, RankError):
             self._note("failure", f"rank {self.rank}: failed: {str(error) or type(error).__name__}")
-        self._sign("left")
+        self._set_flag("left")
         # The store may be in rank 0, and a launcher ends the others as soon as one has failed.
-        deadline = time.monotonic() + (FAREWELL if self.rank == 0 or error is not None else 0.0)
+        deadline = time.monotonic() + (EXIT_WAIT if self.rank == 0 or error is not None else 0.0)
         while (silent := self._missing("left", range(self.world))) and time.monotonic() < deadline:
             time.sleep(0.05)
         if ended:  # a launcher ends all when one has died
@@ -93,29 +93,29 @@ class Ranks:
                 named = " and ".join(f"rank {rank}" for rank in silent)
                 raise RankError(named, "has died" if len(silent) == 1 else "died, or never began")
 
-    def _in_first(self, work: Callable[[], None], list_name: str) -> None:
+    def _in_first(self, work: Callable[[], None], flag: str) -> None:
         if self.rank == 0:
             work()
-            self._sign(list_name)
-        self._wait_for(list_name, [0])
+            self._set_flag(flag)
+        self._wait_for(flag, [0])
 
     def _ask(self, call: Callable[[], _T]) -> _T:
-        """What the store answers."""
+        """The result of a call of the store; a RankError if it does not respond."""
         try:
             return call()
         except RuntimeError as error:
             reason = f"has died, or its launcher has: the store does not answer ({_first_line(error)})"
             raise RankError("rank 0", reason) from error
 
-    def _sign(self, list_name: str) -> None:
-        self._ask(lambda: self._store.set(f"{list_name}/{self.rank}", "1"))
+    def _set_flag(self, flag: str) -> None:
+        self._ask(lambda: self._store.set(f"{flag}/{self.rank}", "1"))
 
-    def _missing(self, list_name: str, ranks: Sequence[int]) -> list[int]:
-        """The ranks that have not signed a list."""
-        return self._ask(lambda: [rank for rank in ranks if not self._store.check([f"{list_name}/{rank}"])])
+    def _missing(self, flag: str, ranks: Sequence[int]) -> list[int]:
+        """The ranks that have not set this flag."""
+        return self._ask(lambda: [rank for rank in ranks if not self._store.check([f"{flag}/{rank}"])])
 
     def _note(self, key: str, message: str) -> None:
-        """Leave a message under a key, unless another process has."""
+        """Store a message under a key, unless another process has."""
         if self._ask(lambda: self._store.add(f"{key}/count", 1)) == 1:
             self._ask(lambda: self._store.set(key, message))
 
@@ -123,10 +123,10 @@ class Ranks:
         if self._ask(lambda: self._store.check([key])):
             raise RankError(*self._ask(lambda: self._store.get(key)).decode().split(": ", 1))
 
-    def _wait_for(self, list_name: str, ranks: Sequence[int]) -> None:
+    def _wait_for(self, flag: str, ranks: Sequence[int]) -> None:
         now = time.monotonic()
-        deadline = now + PATIENCE + 2 * (now - self._began)
-        while missing := self._missing(list_name, ranks):
+        deadline = now + WORK_WAIT + 2 * (now - self._began)
+        while missing := self._missing(flag, ranks):
             if time.monotonic() > deadline:
                 message = f"rank {missing[0]}: has died, or is stuck: it did not come within {deadline - now:.0f} s"
                 self._note("failure", message)

@@ -70,7 +70,7 @@ class Candidate:
 
     @classmethod
     def of_schedule(cls, schedule: Schedule, motion: Motion | None = None, assumption: str = EVENLY) -> Candidate:
-        """The snapshots that a schedule will leave, for a motion relative to the norm, by default even, in words."""
+        """The snapshots that a schedule will leave; `motion` is relative to the norm, by default even."""
         label = f"plan: {listed(schedule.sigma_rels)} at {schedule.kept} times in {schedule.steps:,} steps"
         motion = schedule.even_motion if motion is None else motion
         snapshots = schedule.snapshots(motion)

@@ -142,7 +142,7 @@ _REFINEMENTS = (1.25, 1.1)
 """Factors by which each tracked sigma_rel is then varied while that helps."""
 
 _SCREENED = 24
-"""Snapshots a profile in screening; each stands for several where there are more."""
+"""Snapshots a profile in screening; each represents several where there are more."""
 
 _COUNTS = (10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
 """Numbers of times at which snapshots are taken, tried until the error is good enough; a killed training loses at most

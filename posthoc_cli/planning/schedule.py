@@ -112,7 +112,7 @@ class Schedule:
         return left
 
     def _with_fewer(self) -> Schedule:
-        """A schedule small enough to be simulated; each snapshot stands for several, whose roundings average out."""
+        """A schedule small enough to be simulated; each snapshot represents several, whose roundings average out."""
         share = _SIMULATED_SNAPSHOTS / self.kept
         every = self.steps // max(round(self.taken * share), _SIMULATED_SNAPSHOTS)
         rounding = self.rounding * share**0.5

@@ -179,7 +179,7 @@ def thinned_subset(snapshots: Sequence[PowerFunction], most: int = MOST_SOLVED, 
 def _spread(times: FloatArray, count: int) -> npt.NDArray[np.intp]:
     """Indices of `count` of the times (growing fractions of training), the last one included.
 
-    In the coordinate in which thinning leaves even spacing, each time stands for the gap before it. Gaps are scaled to
+    In the coordinate in which thinning leaves even spacing, each time represents the gap before it. Gaps are scaled to
     a sum of `count`, none above 1; a time is taken where the running sum passes a whole number.
     """
     if count >= times.size:

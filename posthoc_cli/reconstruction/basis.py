@@ -152,7 +152,7 @@ def resolving_nodes(profile: Profile, edges: FloatArray) -> Nodes:
     """Nodes for integrals of functions of the profile over the intervals between `edges`.
 
     Each interval is cut at quantiles of the profile's mass, even ones and ones that approach both ends geometrically.
-    That resolves an average over a few of thousands of steps, and meets the edges of a window to rounding.
+    That resolves an average over a few of thousands of steps, and finds the edges of a window up to rounding.
     """
     geometric = np.exp2(-np.arange(1.0, 50.0))
     levels = np.unique(np.concatenate((np.linspace(0, 1, 65)[1:-1], geometric, 1 - geometric)))

@@ -59,7 +59,7 @@ class Measurements:
         distances: to the other profiles of the same time, and to the newest earlier snapshots of each profile.
         weights: squared distance between the exact average and the network's weights at its time; None if unknown.
         arithmetic: expected squared error of the average beyond that of numbers of full precision: float32 has few
-            digits near 0, and each update rounds anew.
+            digits near 0, and each update rounds again.
     """
 
     norm: float
@@ -178,7 +178,7 @@ to the total and its own roundings."""
 
 
 def roundings(gamma: float, updates: int) -> float:
-    """The number of independent roundings, of an average's size, that its updates leave in it.
+    """The number of independent roundings, of an average's size, that its updates add to it.
 
     Reading rounds once. The mean of a window of n updates is rounded at each; within the window that fades as k / n to
     n / 3 roundings, in the first window as (k / n)^(gamma + 1). Over windows it averages out: with masses p(s) n dt the
@@ -280,7 +280,7 @@ def inherited_factor(inherited: FloatArray, gamma: FloatArray, times: FloatArray
 def error_after_rounding(error: float, rounding: float, spread: float, moved: float, share: float) -> float:
     """Expected squared error of an average that resumes from its stored copy, after an earlier squared `error`.
 
-    A copy lies on the values of the storage dtype, so that the next rounding depends only on the displacement from
+    A copy has values of the storage dtype, so that the next rounding depends only on the displacement from
     there: `share` (of the values since the last resume) times the average's lag, of which the same share is forgotten.
     Two consecutive displacements differ by 2 share times their square; where that is small, errors have one sign and
     add up. `rounding` is squared, `spread` its expectation for values anywhere between those of the storage dtype;

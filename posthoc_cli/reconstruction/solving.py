@@ -447,7 +447,7 @@ def expected_errors(
 ) -> tuple[FloatArray, FloatArray]:
     """Predicted and profile errors of power functions by minimum variance: shape [targets] each.
 
-    As by `reconstruct` except for the last digits; solving for all targets at once is many times faster.
+    As by `reconstruct` except for the last digits; solving for all targets together is many times faster.
     """
     return _Problem(snapshots, prior, t).solve(targets, METHODS[0], at_once=True)[1:]
 

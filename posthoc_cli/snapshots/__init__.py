@@ -1,1 +1,1 @@
-"""Snapshot files: their format, reading and checking, durable writing, and the directory they live in."""
+"""Snapshot files: their format, reading and checking, durable writing, and the directory of a run."""

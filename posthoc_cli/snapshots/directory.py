@@ -251,7 +251,7 @@ def part_files(folder: Path) -> list[Path]:
 
 
 def is_parts_folder(path: Path) -> bool:
-    """Whether a path is a folder of parts of one snapshot, by their names: no directory in which one strayed."""
+    """Whether a path is a folder of parts of one snapshot, and of nothing else, by their names."""
     if not path.is_dir() or path.is_symlink():
         return False
     listing = list_directory(path)
@@ -265,7 +265,7 @@ def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
     That is empty for something else than such a folder.
 
     Raises:
-        FileFormatError: a part is damaged, or the chunks of a tensor leave elements out.
+        FileFormatError: a part is damaged, or elements of a tensor are missing.
         MismatchError: two parts do not belong together; both are named.
     """
     caches = defaultdict(DecodeCache) if caches is None else caches
@@ -602,7 +602,7 @@ def move_aside(paths: Sequence[Path], folder: Path) -> list[Path]:
                 free = _free_name(folder / path.name)
                 files.system.rename(path, free)
                 moved.append(free)
-        # The new names first: a crash in between may leave both names, and never none.
+        # The new names first, so that a crash in between loses no file.
         for directory in (folder, *sorted({path.parent for path in paths})):
             files.system.fsync_directory(directory)
     return moved

@@ -81,8 +81,8 @@ has a file for each process that owns a chunk, `part-00003-of-00008.safetensors`
 ema.tensors, ema.aliases, ema.measurements and ema.inherited are of these alone (readers add the latter two, and keep a
 distance that all parts have), ema.motion is in the first part. Chunks of one tensor may be stored in different dtypes,
 of which one holds the values of all; readers take the widest. The snapshot is complete when all parts are there, equal
-in the other keys, and the chunks of each tensor hold every element once, as the cells of a grid; else readers leave it
-alone. Each part also has DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} for each of its tensors,
+in the other keys, and the chunks of each tensor hold every element once, as the cells of a grid; else readers ignore
+it. Each part also has DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} for each of its tensors,
 and DCP_VERSION "1.0", so that torch.distributed.checkpoint reads such a folder with its HuggingFaceStorageReader.
 
 An *output* (what a synthesis writes) is the same with ema.format "output": it has ema.version, run_id,
@@ -207,7 +207,7 @@ MAX_HEADER_BYTES = 100_000_000
 MAX_KNOTS = 1_000
 MAX_PIECES = 1_000
 EARLIEST, LATEST = 1e-100, 1e100
-"""Limits of training times: products of others leave what a float holds."""
+"""Limits of training times: products of others overflow."""
 SUFFIX = ".safetensors"
 
 CHECKSUM_DIGITS = 16

@@ -323,7 +323,7 @@ def _check_text(value: Any) -> None:
 # --- the metadata of a snapshot, checked against itself and against the tensors
 
 _LEAST_SQUARE = 1e-120
-"""Squares below this, or above its inverse, are not used: products and ratios of them leave what a float holds."""
+"""Squares below this, or above its inverse, are not used: products and ratios of them overflow."""
 
 Values = Mapping[str, Any]
 

@@ -1,7 +1,7 @@
 """One writer a directory, by `flock`, which the system releases when its holder dies.
 
 On a file system without locks, or one that keeps them to one host, nothing can exclude a second writer; a warning says
-so if that can be detected. Beside the lock lies a note of its holder, for people.
+so if that can be detected. A note next to the lock names its holder, for people.
 """
 
 from __future__ import annotations

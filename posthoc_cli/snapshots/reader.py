@@ -413,7 +413,7 @@ def _end(entry: fmt.TensorEntry) -> int:
 
 
 def _items(dtype: str) -> np.dtype[Any]:
-    """Elements of a dtype as NumPy copies them, whatever they mean."""
+    """The NumPy dtype for copying elements bit by bit."""
     return np.dtype(f"u{DTYPES[dtype].nbytes}")
 
 

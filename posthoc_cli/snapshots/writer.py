@@ -41,7 +41,7 @@ class TensorFileWriter:
         self.write_many([name], memoryview(data))
 
     def write_many(self, names: Sequence[str], data: memoryview) -> None:
-        """Write the bytes of several tensors, which follow each other in `data`; neighbours go to the file at once."""
+        """Write the bytes of several tensors, which follow each other in `data`; neighbours go in one write."""
         view = data.cast("B")
         ends = list(accumulate(self._entries[name].nbytes for name in names))
         if len(view) != ends[-1]:

@@ -270,7 +270,7 @@ def synthesize_into(
     """Synthesize into writers; yields the tiles as they are complete, in order.
 
     No more than two tiles a thread are under way. Whatever ends the iteration, an error in a thread, Ctrl-C or a
-    caller that stops iterating, stops every thread within a chunk before anything else happens.
+    caller that stops iterating, first stops every thread, within a chunk.
 
     Arguments:
         open_tiles: gives a tile's writers, one a target; called in the caller's thread, they are used in another.
@@ -413,7 +413,7 @@ class Maker:
 
     @contextmanager
     def _own_stream(self, opened: Any) -> Iterator[None]:
-        """Work in this thread's stream, and leave no work in it: the caller frees the results on an error."""
+        """Work in this thread's stream, and wait for it: the caller frees the results on an error."""
         if self._stream is None:
             yield
             return

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 class Source(Protocol):
-    """A stored average: a snapshot on disk, or a live average in memory."""
+    """A stored average: a snapshot on disk, or a current average in memory."""
 
     @property
     def name(self) -> str:
@@ -94,7 +94,7 @@ class Plan:
         there: number of sources at or before `t`; beyond `planning.MOST_SOLVED` some are left out.
         last: time of the newest source, used or not.
         coarse: tensors that some source stores in fewer bytes than float32. The others are summed in float64: large
-            coefficients of both signs would leave fewer digits of a float32 sum than they have.
+            coefficients of both signs would cost a float32 sum too many digits.
         part: the stored tensors to make; None for all.
     """
 
@@ -380,7 +380,7 @@ def with_consistent_plan(make: Callable[[], _Planned], use: Callable[[_Planned],
     """`use(make())`, repeated while snapshots of the plan vanish before they are open.
 
     Readers take no lock: a writer may thin away what was planned with. A file that is open stays readable when it is
-    removed, and all are opened before anything is made of them.
+    removed, and all are opened before they are used.
 
     Arguments:
         make: plans with the snapshots that are there; it reads tensors itself if headers have no measurements.
