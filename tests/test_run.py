@@ -16,8 +16,10 @@ from ema_command import Ema
 from factories import flip_bit, random_walk, snapshot_files, write_run
 from safetensors.torch import load_file
 
-from posthoc_cli import Beta, Between, PostHocEMA, PowerFunction, Run, Window
+from posthoc_cli import Beta, Between, PostHocEMA, PowerFunction, Run, Schedule, Window
 from posthoc_cli.errors import DirectoryError, FileFormatError, InexactError, OutputExistsError
+from posthoc_cli.planning import Task
+from posthoc_cli.run import error_report, plan_training
 
 TARGETS = {
     "0.15": 0.15, "beta-0.9": Beta(0.9), "window-50": Window(50), "between-20-80": Between(20, 80),
@@ -103,6 +105,31 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
     assert written(run, 0.1, None, dry_run=True).to_dict()["targets"][0]["output"] is None
     with refused("out"):
         run.write(0.1, None)
+
+
+def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema, tmp_path: Path) -> None:
+    table, schedule = tmp_path / "e.csv", Schedule((0.05, 0.28), 1000, 100, 5)
+    report = error_report([run.directory], [schedule], (0.05, 0.28), like=run.directory, draw=Window(50), table=table)
+    words = "--sigma-rels 0.05,0.28 --steps 1000 --checkpoint-every 100 --max-checkpoints 5 --sigma-range 0.05:0.28"
+    arguments = (*words.split(), "--like", run.directory, "--window", "50", "--csv", tmp_path / "other.csv", "--json")
+    assert ema("error-plot", run.directory, *arguments).json == report.to_dict()
+    assert table.read_text() == (tmp_path / "other.csv").read_text() == report.to_csv()
+    task = Task(1000, 100, 10_000, sigma_rels=(0.1,), dtype="float16")
+    fixed = [
+        "--steps",
+        "1000",
+        "--params",
+        "100",
+        "--max-size",
+        "10kB",
+        "--sigma-rels",
+        "0.1",
+        "--dtype",
+        "fp16",
+        "--json",
+    ]
+    printed = ema("plan", *fixed, "--like", run.directory).json
+    assert printed == json.loads(json.dumps(plan_training(task, run.directory).to_dict()))
 
 
 def test_damage_is_found_and_the_rest_is_described(run: Run) -> None:
