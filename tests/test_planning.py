@@ -318,7 +318,12 @@ def test_short_averages_are_updated_more_often() -> None:
 
 @pytest.mark.parametrize(
     ("change", "subject"),
-    [({"steps": 0}, "steps"), ({"max_bytes": 10**6}, "max_size"), ({"dtype": "int8"}, "dtype")],
+    [
+        ({"steps": 0}, "steps"),
+        ({"max_bytes": 10**6}, "max_size"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"parameters": 0}, "params"),
+    ],
 )
 def test_an_impossible_task_is_refused(change: dict, subject: str) -> None:
     with refused(subject):

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.planning.curves import EVENLY, ErrorCurve
+from posthoc_cli.planning.curves import EVENLY, ErrorCurve, check_sigma_range
 from posthoc_cli.planning.schedule import (
     PLANNED_BYTES,
     Forecast,
@@ -72,8 +72,9 @@ class Task:
     max_checkpoints: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("steps", "checkpoint_every", "max_checkpoints"):
-            value = getattr(self, name)
+        check_sigma_range(self.sigma_range)
+        counts = {"steps": self.steps, "params": self.parameters, "checkpoint_every": self.checkpoint_every}
+        for name, value in {**counts, "max_checkpoints": self.max_checkpoints}.items():
             if value is not None and not 1 <= value <= 10**15:
                 raise InvalidValueError(name, "must be a whole number from 1 to 1e15", value=value)
         if self.dtype is not None:

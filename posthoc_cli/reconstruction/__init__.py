@@ -1,7 +1,7 @@
 """Coefficients of the linear combination of stored averages that is nearest to a wanted one. Pure NumPy and SciPy.
 
-`solving` is the entry point and has the published method; `minvar` is the default one, `prior` and `motion` what it
-knows of a run, `basis` the closed forms of both.
+`solving` has both methods: the published one, and minimum variance, the default. `prior` and `motion` are what the
+latter knows of a run, `basis` the closed forms of both.
 """
 
 from posthoc_cli.reconstruction.basis import relative_width
