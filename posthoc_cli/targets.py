@@ -187,7 +187,7 @@ class Between(_Named):
 
 @dataclass(frozen=True)
 class ProfileFile(_Named):
-    """The profile in a file of comma-separated times and densities, see `profiles.read_table`; read when first needed."""
+    """The profile in a file of times and densities, see `profiles.read_table`; read when first needed."""
 
     path: Path
     sigma_rel = None
