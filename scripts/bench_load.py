@@ -28,8 +28,8 @@ import numpy.typing as npt
 import torch
 
 from posthoc_cli import PostHocEMA, PowerFunction, reconstruct
-from posthoc_cli.planning import MOST_SOLVED, relative_rounding, thinned_subset
-from posthoc_cli.reconstruction import Prior, assumed_prior
+from posthoc_cli.planning import relative_rounding
+from posthoc_cli.reconstruction import MOST_SOLVED, Prior, assumed_prior, thinned_subset
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.reader import TensorFile

@@ -15,9 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from posthoc_cli import PostHocEMA, Window, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.planning import MOST_SOLVED, snapshots_to_drop, thinned_subset, thinning
+from posthoc_cli.planning import snapshots_to_drop, thinning
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Motion, assumed_prior, reconstruct
+from posthoc_cli.reconstruction import MOST_SOLVED, Motion, assumed_prior, reconstruct, thinned_subset
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots import measurements, pruning
 from posthoc_cli.snapshots.directory import read_directory

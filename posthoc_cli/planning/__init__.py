@@ -17,18 +17,16 @@ from posthoc_cli.planning.curves import (
 from posthoc_cli.planning.proposals import PlanReport, Proposal, Task, evaluate, propose
 from posthoc_cli.planning.schedule import Forecast, Schedule, forecast, forecast_at, listed, relative_rounding
 from posthoc_cli.planning.thinning import (
-    MOST_SOLVED,
     USEFUL_RANGE,
     errors_after_each,
     exchanged,
     losses_of,
     snapshots_to_drop,
-    thinned_subset,
 )  # fmt: skip
 
 __all__ = [
-    "EVENLY", "MOST_SOLVED", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
+    "EVENLY", "USEFUL_RANGE", "Candidate", "ErrorCurve", "ErrorPoint", "ErrorReport", "Forecast",
     "PlanReport", "ProfileFit", "Proposal", "Schedule", "Task", "check_sigma_range", "error_curve",
     "errors_after_each", "evaluate", "exchanged", "forecast", "forecast_at", "listed", "losses_of", "profile_fit",
-    "propose", "relative_rounding", "snapshots_to_drop", "thinned_subset",
+    "propose", "relative_rounding", "snapshots_to_drop",
 ]  # fmt: skip

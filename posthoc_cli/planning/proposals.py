@@ -27,9 +27,9 @@ from posthoc_cli.planning.schedule import (
     listed,
     relative_rounding,
 )
-from posthoc_cli.planning.thinning import LATER, USEFUL_RANGE
+from posthoc_cli.planning.thinning import USEFUL_RANGE
 from posthoc_cli.profiles import PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import ASSUMED_STRETCH, Motion, assumed_prior
+from posthoc_cli.reconstruction import ASSUMED_STRETCH, LATER, Motion, assumed_prior
 from posthoc_cli.threads import one_blas_thread
 
 MOST_KEPT = 64

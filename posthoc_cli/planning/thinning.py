@@ -1,8 +1,4 @@
-"""Which snapshots are kept: those whose loss would raise the predicted error most.
-
-Simulating that takes too long from ten thousand snapshots, and a solve is cubic in their number with little gain beyond
-a thousand. What it leaves has about the density of a simple law, so that `thinned_subset` goes by the times alone.
-"""
+"""Which snapshots are kept: those whose loss would raise the predicted error most."""
 
 from __future__ import annotations
 
@@ -11,17 +7,10 @@ from collections.abc import Collection, Sequence
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray, PowerFunction, gamma_from_sigma_rel
-from posthoc_cli.reconstruction import Losses, MinimumVariance, Prior
+from posthoc_cli.reconstruction import MOST_SOLVED, Losses, MinimumVariance, Prior, thinned_subset
 from posthoc_cli.threads import one_blas_thread
-
-MOST_SOLVED = 1024
-"""Limit of the snapshots in one reconstruction."""
-
-LATER = 1.5
-"""Thinning leaves snapshots at about 1 - (1 - x)**LATER of training, x evenly spaced."""
 
 USEFUL_RANGE = (0.05, 0.28)
 """The default range of sigma_rel that snapshots are kept for."""
@@ -153,46 +142,3 @@ def _combined(squares: FloatArray) -> FloatArray:
     """The 8-norm over targets of the roots: shape [targets, n] to [n]."""
     scale = float(squares.max()) or 1.0
     return np.asarray(np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale))
-
-
-def thinned_subset(snapshots: Sequence[PowerFunction], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
-    """A subset of at most `most` snapshots, spread as thinning would leave them: growing indices.
-
-    It has the newest snapshot of each profile; profiles get equal shares, of at least `keep` each.
-    """
-    if len(snapshots) <= most:
-        return list(range(len(snapshots)))
-    groups: dict[float, list[int]] = {}
-    for index in sorted(range(len(snapshots)), key=lambda i: snapshots[i].t):
-        groups.setdefault(snapshots[index].gamma, []).append(index)
-    end = max(snapshot.t for snapshot in snapshots)
-    subset: list[int] = []
-    room = most
-    for done, group in enumerate(sorted(groups.values(), key=len)):
-        count = min(len(group), max(keep, room // (len(groups) - done)))
-        room = max(0, room - count)
-        places = _spread(np.array([snapshots[index].t for index in group]) / end, count)
-        subset += [group[place] for place in places.tolist()]
-    return sorted(subset)
-
-
-def _spread(times: FloatArray, count: int) -> npt.NDArray[np.intp]:
-    """Indices of `count` of the times (growing fractions of training), the last one included.
-
-    In the coordinate in which thinning leaves even spacing, each time represents the gap before it. Gaps are scaled to
-    a sum of `count`, none above 1; a time is taken where the running sum passes a whole number.
-    """
-    if count >= times.size:
-        return np.arange(times.size)
-    evenly = 1 - (1 - times) ** (1 / LATER)
-    gaps = np.maximum(np.diff(evenly, prepend=0.0), np.finfo(np.float64).eps)
-    certain = np.zeros(times.size, dtype=bool)
-    while True:
-        shares = np.where(certain, 1.0, gaps * (count - certain.sum()) / gaps[~certain].sum())
-        if not (shares > 1).any():
-            break
-        certain |= shares >= 1
-    whole = np.floor(np.cumsum(shares) + 1e-6)  # the slack is for rounding
-    whole[:-1] = np.minimum(whole[:-1], count - 1)  # the last share may be less than the slack
-    whole[-1] = count
-    return np.flatnonzero(np.diff(whole, prepend=0.0))

@@ -22,18 +22,21 @@ from posthoc_cli.reconstruction.prior import (
     roundings,
 )  # fmt: skip
 from posthoc_cli.reconstruction.solving import (
+    LATER,
     METHODS,
+    MOST_SOLVED,
     Losses,
     MinimumVariance,
     Reconstruction,
     check_method,
     expected_errors,
     reconstruct,
+    thinned_subset,
 )
 
 __all__ = [
-    "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "ROUNDING", "WINDOW", "Distance", "Losses", "Measurements",
-    "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps", "StoredAverage", "assumed_prior",
-    "check_method", "error_after_rounding", "expected_errors", "measured_prior", "reconstruct", "relative_width",
-    "roundings",
+    "ASSUMED", "ASSUMED_STRETCH", "LATER", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "WINDOW", "Distance",
+    "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps", "StoredAverage",
+    "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior", "reconstruct",
+    "relative_width", "roundings", "thinned_subset",
 ]  # fmt: skip

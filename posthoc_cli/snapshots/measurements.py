@@ -37,7 +37,6 @@ import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
 from posthoc_cli.errors import MismatchError, NonFiniteError, VanishedError
-from posthoc_cli.planning import thinned_subset
 from posthoc_cli.profiles import Clock, FloatArray
 from posthoc_cli.reconstruction import (
     ASSUMED,
@@ -49,6 +48,7 @@ from posthoc_cli.reconstruction import (
     Steps,
     StoredAverage,
     measured_prior,
+    thinned_subset,
 )
 from posthoc_cli.snapshots.format import One, SnapshotInfo, of_newest_segment
 from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, decode_values, in_order, worker_threads
@@ -245,7 +245,7 @@ def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
 def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
     """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
 
-    Both by time, then sigma_rel; of very many a limited number, see `planning.thinned_subset`.
+    Both by time, then sigma_rel; of very many a limited number, see `thinned_subset`.
     """
     ordered = sorted(items, key=lambda item: (item.info.t, item.info.sigma_rel))
     usable, later = [o for o in ordered if o.info.t <= t], [o for o in ordered if o.info.t > t]

@@ -25,10 +25,9 @@ from posthoc_cli.planning import (
     exchanged,
     forecast,
     losses_of,
-    thinned_subset,
 )
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import Prior
+from posthoc_cli.reconstruction import Prior, thinned_subset
 from posthoc_cli.snapshots.directory import read_directory, remove_snapshot
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -45,7 +44,7 @@ class Pruning:
     """A plan of what to delete: `kept` by time, then sigma_rel, `gone` in the order to delete.
 
     `before` and `after` are expected errors from all snapshots and from the survivors, both with the prior from all
-    headers; of very many snapshots only some are used, see `planning.thinned_subset`. `source` as in `Prior`.
+    headers; of very many snapshots only some are used, see `thinned_subset`. `source` as in `Prior`.
     """
 
     kept: tuple[Snapshot, ...]

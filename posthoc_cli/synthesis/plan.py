@@ -91,7 +91,7 @@ class Plan:
         places: index of each source among those that were solved with, by time; its index here if empty.
         aside: number of sources not used because the model had other tensors then.
         solved: number of sources, all at or before `t`, that the coefficients were solved for.
-        there: number of sources at or before `t`; beyond `planning.MOST_SOLVED` some are left out.
+        there: number of sources at or before `t`; beyond `reconstruction.MOST_SOLVED` some are left out.
         last: time of the newest source, used or not.
         coarse: tensors that some source stores in fewer bytes than float32. The others are summed in float64: large
             coefficients of both signs would cost a float32 sum too many digits.
@@ -225,7 +225,7 @@ def plan_synthesis(
     """Choose snapshots and coefficients. Reads no tensor, except a sample if headers have no measurements.
 
     Arguments:
-        sources: averages of one run, in any order. Of more than `planning.MOST_SOLVED` up to the time of the
+        sources: averages of one run, in any order. Of more than `reconstruction.MOST_SOLVED` up to the time of the
             targets, that many are used, chosen by their times alone: the same for any targets (`Plan.choice`).
         targets: at least one; each a sigma_rel in (0, 0.2887), a `targets.Target`, or an object with `density` and
             `tail` over training time.

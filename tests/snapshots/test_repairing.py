@@ -20,9 +20,8 @@ from snapshots.recorded import Walk, call_number, failing, new_tracker
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import DirectoryError, LockedError, MismatchError, WriteError
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.planning import thinned_subset
 from posthoc_cli.profiles import PowerFunction
-from posthoc_cli.reconstruction import reconstruct
+from posthoc_cli.reconstruction import reconstruct, thinned_subset
 from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
