@@ -293,7 +293,6 @@ def _wrapped(text: str, width: float, size: float) -> str:
 
 
 def _finish(axes: Axes, title: str | None = None) -> Legend:
-    """Draw the grid and the legend."""
     axes.grid(True, color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
     return axes.legend(fontsize=8, framealpha=0.9, title=title, title_fontsize=8)

@@ -201,7 +201,6 @@ class EMAStats(WideBuffers):
             raise NotReadyError(what, "no batch was tracked yet", "call the module in train mode first")
 
     def _root(self, name: str, dtype: torch.dtype) -> torch.Tensor:
-        """The Cholesky factor of a covariance with its ridge."""
         covariance: torch.Tensor = getattr(self, name)
         size = covariance.shape[0]
         ridged = covariance.to(dtype) + self.eps * torch.eye(size, dtype=dtype, device=covariance.device)

@@ -91,7 +91,6 @@ def error_plot(
 
 
 def _schedules(sigma_rels: list[str], steps: list[str], every: list[str], most: list[str]) -> list[Schedule]:
-    """One for each --sigma-rels, from the options of these names."""
     from posthoc_cli.planning import Schedule
 
     count = len(sigma_rels)

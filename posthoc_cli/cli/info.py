@@ -116,5 +116,4 @@ def _text(key: str, value: Any) -> str:
 
 
 def _cut(text: str) -> str:
-    """A text from a file, cut to a few lines."""
     return text if len(text) <= _LONGEST_TEXT else f"{text[: _LONGEST_TEXT - 3]}..."

@@ -133,7 +133,6 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Res
 
 
 def _train(settings: Settings, digits: Digits, folder: Folder, say: Say, watch: ProgressBar) -> Denoiser:
-    """Train, and save the raw weights and the directly tracked averages."""
     say(
         f"training a diffusion model on {len(digits.images):,} images of digits: {settings.steps:,} steps of Adam, "
         f"learning rate {settings.learning_rate:g}, falling from step {settings.decay_start:,} on"

@@ -168,12 +168,10 @@ class Synthesis:
         return Options(device, None, None, self._layout, self.overwrite, limit)
 
     def _plan(self) -> Plan:
-        """The plan of the snapshots that are there now."""
         options = (self.t, self.step, self.method, self.max_error, self.dtype, self.accumulate)
         return plan_synthesis(disk_sources(self.directory), self.targets, *options)
 
     def _make(self) -> SynthesisReport:
-        """All targets in this process."""
         (paths, folder), options = ([], None) if self.dry_run else self._outputs, self._options
         existing: set[int] = set()
 
@@ -189,7 +187,6 @@ class Synthesis:
         return self._report(with_consistent_plan(self._plan, write), paths, existing)
 
     def _make_part(self, part: Part) -> SynthesisReport:
-        """One part of every target."""
         parted = self._parted(self._plan(), part.of)
         made = parted.describe(part)
         if not self.dry_run:
@@ -198,7 +195,6 @@ class Synthesis:
         return self._report(parted.plan, made.paths, made.there, made)
 
     def _finish(self) -> SynthesisReport:
-        """Verify all parts, and write the indexes."""
         plan, (paths, _) = self._plan(), self._outputs
         parted = self._parted(plan, parts_to_finish(paths, lambda count: self._parted(plan, count).plan_ids))
         with self.progress("verifying", len(plan.targets) * plan.nbytes) as advance:

@@ -286,8 +286,6 @@ def check_free_folder(folder: Path, overwrite: bool) -> None:
 
 
 class _FileSink:
-    """One safetensors file."""
-
     def __init__(self, writer: TensorFileWriter) -> None:
         self._writer = writer
 
@@ -427,7 +425,6 @@ class _ShardedSink(_FileSink):
 
 
 def _model_files(folder: Path) -> list[Path]:
-    """The files of a folder that have names of a model's files, sorted."""
     found = files.system.list(folder) if folder.is_dir() else []
     return sorted(path for path in found if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
 

@@ -203,7 +203,6 @@ def parts_for(nbytes: int, limit: int, processes: int) -> int:
 
 
 def _remove_index_of(path: Path) -> None:
-    """Remove the index that names a part."""
     index = path.parent / INDEX_NAME
     with suppress(FileFormatError):  # an index that cannot be read leads nowhere
         if os.path.lexists(index) and path.name in read_index(index):
@@ -407,7 +406,6 @@ def _checked_index(wanted: Sequence[PartFile], verify: bool, progress: Progress 
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    """Whether a file is there, with this content."""
     try:
         return read_small_file(path, len(content)) == content
     except FileFormatError:

@@ -364,7 +364,6 @@ def _starts(task: Task) -> list[list[tuple[float, ...]]]:
 
 
 def _refined(task: Task, option: _Option) -> _Option:
-    """The option after varying one tracked profile at a time."""
     sigma_rels, dtype, error = option.sigma_rels, option.dtype, option.screened
     for factor in _REFINEMENTS:
         for place in range(len(sigma_rels)):

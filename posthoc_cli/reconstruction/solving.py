@@ -92,7 +92,6 @@ def solve_once(factor: FloatArray, goals: FloatArray) -> tuple[FloatArray, Float
 
 
 def _triangle_of(factor: FloatArray, goals: FloatArray) -> FloatArray:
-    """R of a QR decomposition of both, side by side."""
     return np.asarray(np.linalg.qr(np.hstack((factor, goals)), mode="r"), dtype=np.float64)
 
 
@@ -510,7 +509,6 @@ class _Problem:
         return LeastSquares(self._factor)
 
     def _row(self, target: Profile) -> int | None:
-        """The snapshot that is the target."""
         return self._snapshots.get(target) if isinstance(target, PowerFunction) else None
 
 

@@ -438,7 +438,6 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
 
 
 def _fault(error: FileFormatError) -> tuple[str, str]:
-    """State and detail of a file that cannot be read."""
     known = not isinstance(error.__cause__, OSError) or error.__cause__.errno in _BROKEN_FILE
     return DAMAGED if known else UNREADABLE, error.reason
 

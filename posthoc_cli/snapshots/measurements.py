@@ -104,8 +104,6 @@ def expected_rounding(values: FloatArray, stored: str, own: str) -> float:
 
 
 class _Range(NamedTuple):
-    """Consecutive elements of one tensor."""
-
     name: str
     begin: int
     end: int
@@ -122,7 +120,6 @@ class _Sample:
 
 
 def _averaged(snapshot: Snapshot) -> dict[str, int]:
-    """Elements of each averaged tensor, by name."""
     entries = snapshot.header.tensors
     return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.info.averages)}
 
@@ -408,7 +405,6 @@ def _group_squares(group: _Group, snapshots: Sequence[Snapshot], progress: Progr
 
 
 def _tiles(snapshot: Snapshot) -> Iterator[_Range]:
-    """Element ranges of all averages."""
     for name in snapshot.info.averages:
         entry = snapshot.header.tensors[name]
         count = entry.nbytes // ITEM_BYTES[entry.dtype]
@@ -416,7 +412,6 @@ def _tiles(snapshot: Snapshot) -> Iterator[_Range]:
 
 
 def _read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> FloatArray:
-    """Elements of a tensor as float64, unverified."""
     dtype = file.header.tensors[name].dtype
     item = ITEM_BYTES[dtype]
     return decode_values(file.read_unverified(name, begin * item, end * item), dtype)

@@ -181,8 +181,6 @@ class _Room:
 
 
 class _FileRange:
-    """A range of one tensor in a file, chunk by chunk."""
-
     def __init__(self, file: OpenSnapshot, piece: Piece) -> None:
         self._dtype = file.header.tensors[piece.name].dtype
         self._size = ITEM_BYTES[self._dtype]
@@ -216,8 +214,6 @@ class _FileBatch:
 
 
 class _MemoryTile:
-    """A tile of tensors in memory."""
-
     def __init__(self, tensors: Mapping[str, torch.Tensor], tile: Tile) -> None:
         self._pieces = [tensors[piece.name].detach().reshape(-1)[piece.begin : piece.end] for piece in tile.pieces]
         self._bounds = tile.bounds
