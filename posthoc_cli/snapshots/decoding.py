@@ -41,7 +41,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
         chunks: dict[str, Chunk] = {}
         if "part" in values:
             places = values.get("chunks", {})
-            chunks = cache.once("chunks", (places, header.tensors), lambda: _chunks(places, header.tensors))
+            chunks = cache.once("chunks", (places, header.tensors), lambda: decode_chunks(places, header.tensors))
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return fmt.SnapshotInfo(**(values | {"tensors": tensors, "chunks": chunks}))
@@ -58,7 +58,8 @@ def _tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fm
     return tensors
 
 
-def _chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, Chunk]:
+def decode_chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, Chunk]:
+    """The chunks in a part; a ValueError says what is wrong."""
     chunks = {}
     for name in sorted(raw.keys() | stored.keys()):
         if name not in raw or name not in stored:
@@ -259,6 +260,7 @@ def _listed(sigma_rels: Sequence[float]) -> str:
 
 
 SCHEDULE = replace(headers.OBJECT, convert=_schedule)
+PART = Entry("two numbers such as 3/8", _is_part, _part, is_text=True, optional=True)
 
 _ENTRIES = {
     "run_id": headers.RUN_ID,
@@ -282,7 +284,7 @@ _ENTRIES = {
     "clock": replace(headers.LIST, convert=_clock, optional=True),
     "measurements": replace(headers.OBJECT, convert=_measurements, optional=True),
     "motion": replace(headers.OBJECT, convert=_motion, optional=True),
-    "part": Entry("two numbers such as 3/8", _is_part, _part, is_text=True, optional=True),
+    "part": PART,
     "chunks": replace(headers.OBJECT, optional=True),
     "mesh": replace(headers.OBJECT, optional=True),
 }

@@ -300,7 +300,7 @@ def truncated(part: Path) -> None:
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
     (other_run, "are of different runs"),
     (other_update, r"are not of one snapshot: they differ in ema\.(t|step)"),
-    (other_shape, "tensor '0.weight' is average of F32"),
+    (other_shape, r"tensor '0.weight' has the shapes \[20, 30\] and \[21, 30\]"),
     (overlapping, "tensor '0.weight': both hold some of its elements"),
     (twice, "are both part 1 of 4"),
     (gap, "tensor '0.weight': elements are missing"),
