@@ -456,7 +456,7 @@ class PostHocEMA:
             LockedError, MismatchError: another writer, or another run, has the directory.
         """
         self._calls.check_open()
-        if self.keeps_averages or state:
+        if self._members is not None or self.keeps_averages or state:
             self._load(nullcontext(state))
 
     def save_state(self, path: str | Path) -> None:
@@ -778,6 +778,7 @@ class PostHocEMA:
         """Become the directory's writer, and set aside what is not of the state's training."""
         if self.keeps_averages:
             with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
+                snapshotter.read_again()
                 known = loaded.snapshots | snapshotter.holding(loaded.averages, norms)
                 snapshotter.set_aside_others(loaded.progress.t, known)
 

@@ -217,6 +217,11 @@ class Snapshotter:
         among = self._stored if off_schedule else on_schedule(self._stored)
         return [one for one in among if self._members is None or one.path.exists()]
 
+    def read_again(self) -> None:
+        """Know the snapshots of which this process has written parts as complete ones, as states do."""
+        if any(snapshot.info.part is not None for snapshot in self._stored):
+            self._stored = [*self._complete().values()]
+
     def set_aside_others(self, t: float, known: Container[str]) -> None:
         """Set aside snapshots later than `t`, or of another attempt that went on from an earlier state: not `known`."""
         own: list[StoredSnapshot] = []
