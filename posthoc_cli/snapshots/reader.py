@@ -141,11 +141,6 @@ class TensorFile:
         """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order and verified."""
         return RangeReader(self, name, begin, end)
 
-    def read_box(self, name: str, box: Box) -> npt.NDArray[np.uint8]:
-        """The bytes of some elements of a tensor, verified: shape [nbytes]."""
-        entry = self.header.tensors[name]
-        return _read_box(box, entry.dtype, [(self, Box.whole(entry.shape))], name)
-
     def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:
         """Fill `view` with tensors of at most one block each, verified, which follow each other in the file.
 
@@ -256,11 +251,11 @@ class PartedFile:
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a complete tensor, verified: shape [nbytes]."""
-        return self.read_box(name, self._boxes[name])
-
-    def read_box(self, name: str, box: Box) -> npt.NDArray[np.uint8]:
-        """The bytes of some elements of a tensor, verified: shape [nbytes]."""
-        return _read_box(box, self.header.tensors[name].dtype, self._chunks[name], name)
+        data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
+        reader = self.read_range(name, 0, data.size)
+        for begin in range(0, data.size, fmt.BLOCK_BYTES):  # so that little beside the result is held
+            reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
+        return data
 
     def read_range(self, name: str, begin: int, end: int) -> BoxReader:
         """The bytes `begin` to `end` of a complete tensor, read in order; each block of a part is verified."""
@@ -393,14 +388,6 @@ class _Verified(_Unverified):
             size = min(end - self._position, _SKIPPED)
             self._range.read_into(memoryview(bytearray(size)))
             self._position += size
-
-
-def _read_box(box: Box, dtype: str, chunks: Sequence[tuple[TensorFile, Box]], name: str) -> npt.NDArray[np.uint8]:
-    data = np.empty(box.size * DTYPES[dtype].nbytes, dtype=np.uint8)
-    reader = BoxReader(box, 0, data.size, dtype, chunks, name)
-    for begin in range(0, data.size, fmt.BLOCK_BYTES):  # so that little beside the result is held
-        reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
-    return data
 
 
 def _as_stored(data: npt.NDArray[np.uint8], dtype: str, wanted: str) -> npt.NDArray[np.uint8]:

@@ -416,7 +416,9 @@ class PostHocEMA:
         """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
         That state (averages in full precision, clock, counters, schedule, run) goes with your training checkpoint;
-        `load_state_dict` continues from it exactly. In the processes of a group that do not write it is empty.
+        `load_state_dict` continues from it exactly. In the processes of a group that do not write it is empty. Of a
+        model that is sharded over processes all of them make the call, and each gets what it owns, as DTensors in host
+        memory: torch.distributed.checkpoint saves and loads them, also for another arrangement of processes.
 
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)` or
@@ -449,11 +451,13 @@ class PostHocEMA:
 
         Snapshots that are later than the state, or of another attempt that went on from an earlier one, are moved to
         the folder `superseded`. This tracker's settings hold from here on: another `update_every` or
-        `checkpoint_every`, or fewer `sigma_rels`; every profile stays exact. On an error nothing is changed.
+        `checkpoint_every`, or fewer `sigma_rels`; every profile stays exact. On an error nothing is changed. Of a model
+        that is sharded over processes all of them make the call; each takes what it owns, of complete tensors, too.
 
         Raises:
             InvalidValueError, ModelMismatchError, NonFiniteError: not such a state, or one that does not fit.
             LockedError, MismatchError: another writer, or another run, has the directory.
+            RankError: another process failed.
         """
         self._calls.check_open()
         if self._members is not None or self.keeps_averages or state:
@@ -463,11 +467,13 @@ class PostHocEMA:
         """Write the tracker's own state to a safetensors file: complete or not at all, durable, checksummed.
 
         An older state under that name is replaced when the new one is durable. The averages are copied first: training
-        may go on. In a group of processes all may make the call, with the same path; one writes.
+        may go on. In a group of processes all may make the call, with the same path; one writes. Of a model that is
+        sharded over processes all make it, and each writes what it owns to a folder of that name.
 
         Raises:
             OutputExistsError, WriteError: the path holds anything but a state, or the system refused. Nothing partial
                 is left, and an older state is as it was.
+            RankError: another process failed, or is at another step.
         """
         path, members = check_path("path", path), self._members
         if members is None:
@@ -489,12 +495,13 @@ class PostHocEMA:
         from_first(members, lambda: states.remove_saves(path, lambda one: one != save))
 
     def load_state(self, path: str | Path) -> None:
-        """Continue exactly from a file of `save_state`, as `load_state_dict` does. Tensors are read one by one.
+        """Continue exactly from what `save_state` has written, as `load_state_dict` does. Tensors are read one by one.
 
-        A process that keeps no averages takes the counters, or nothing if the file is on another machine's disk.
+        A process that keeps no averages takes the counters, or nothing if the file is on another machine's disk. Any
+        number of processes may load what any other has saved; each reads what it owns.
 
         Raises:
-            FileFormatError: no such file, not a state, or damaged.
+            FileFormatError: no such file, not a state, damaged, or a folder without all parts.
             others: as `load_state_dict`.
         """
         path = check_path("path", path)
