@@ -33,14 +33,7 @@ from posthoc_cli.snapshots import directory as directories
 from posthoc_cli.snapshots.check import list_contents, verify
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe
-from posthoc_cli.snapshots.directory import (
-    find_snapshots,
-    inspect_directory,
-    read_directory,
-    read_snapshot,
-    remove_snapshot,
-    thin,
-)
+from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot, thin
 from posthoc_cli.snapshots.format import BLOCK_BYTES
 from posthoc_cli.snapshots.reader import PartedFile
 from posthoc_cli.snapshots.repair import clean, plan_repair, repair
@@ -178,9 +171,9 @@ def test_each_block_that_a_box_touches_is_verified_to_its_end_and_no_other_is_re
 
 
 def test_a_box_is_read_from_one_file_too(run: Path) -> None:
-    path = snapshot_files(run)[-1]
-    value = load_file(path)["0.weight"]
-    with read_snapshot(path).open({"0.weight": Box((3, 4), (5, 6))}) as file:
+    snapshot = read_directory(run)[-1]
+    value = load_file(snapshot.path)["0.weight"]
+    with snapshot.open({"0.weight": Box((3, 4), (5, 6))}) as file:
         found = file.read("0.weight")
     assert found.tobytes() == value[3:8, 4:10].contiguous().numpy().tobytes()
 
