@@ -75,9 +75,10 @@ def tensors_of(path: Path) -> dict[str, torch.Tensor]:
 
 
 def test_a_run_goes_on_bit_for_bit_on_one_arrangement_of_processes_after_the_other(tmp_path: Path) -> None:
-    """By dcp in `run`, by a folder in `other`: from one process to FSDP, HSDP, tensor parallel and back to one."""
+    """By dcp in `run`, by a folder in `other`: from one process to FSDP, HSDP, tensor parallel and back."""
     for kind, ranks, before, after in (
-        ("single", 1, 0, 3), ("fsdp", 3, 3, 7), ("hsdp", 4, 7, 9), ("tp", 2, 9, 11), ("single", 1, 11, 12)
+        ("single", 1, 0, 3), ("fsdp", 3, 3, 7), ("hsdp", 4, 7, 8), ("fsdp-tp", 4, 8, 9), ("tp", 2, 9, 11),
+        ("single", 1, 11, 12),
     ):  # fmt: skip
         check_group(STAGE, ranks, tmp_path, kind, before, after)
     assert sorted(path.name for path in (tmp_path / "state-7").iterdir()) == [
