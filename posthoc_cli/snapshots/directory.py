@@ -25,7 +25,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, P
 from posthoc_cli.planning import USEFUL_RANGE, snapshots_to_drop
 from posthoc_cli.reconstruction import Distance, Measurements, measured_prior
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.snapshots.chunks import Box, Chunk, cover_problem
 from posthoc_cli.snapshots.format import by_segment
 from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kind
 from posthoc_cli.snapshots.measurements import stored_average
@@ -349,25 +349,41 @@ class _Joined(NamedTuple):
 
 
 def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
-    tensors: dict[str, fmt.TrackedTensor] = {}
-    shapes: dict[str, tuple[int, ...]] = {}
-    dtypes: dict[str, str] = {}
-    held: dict[str, list[tuple[Path, Box]]] = defaultdict(list)
+    tensors: dict[str, tuple[Path, fmt.TrackedTensor]] = {}
     aliases: dict[str, str] = {}
     for part in parts:
         for name, tensor in part.info.tensors.items():
-            stored, chunk = part.header.tensors[name], part.info.chunks[name]
-            known = tensors.setdefault(name, tensor), shapes.setdefault(name, chunk.shape)
-            if known != (tensor, chunk.shape):
-                what = f"do not match: tensor {shown(name)} is {known[0].role} of {known[0].dtype} {list(known[1])}"
-                what += f" and {tensor.role} of {tensor.dtype} {list(chunk.shape)}"
-                raise MismatchError(f"{held[name][0][0]} and {part.path}", what)
-            # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
-            dtypes[name] = max(dtypes.get(name, stored.dtype), stored.dtype, key=fmt.ITEM_BYTES.__getitem__)
-            held[name].append((part.path, chunk.box(stored.shape)))
+            first, known = tensors.setdefault(name, (part.path, tensor))
+            if known != tensor:
+                what = f"tensor {shown(name)} is {known.role} of {known.dtype} and {tensor.role} of {tensor.dtype}"
+                raise MismatchError(f"{first} and {part.path}", f"do not match: {what}")
         aliases |= part.info.aliases
     for alias in aliases.keys() & tensors.keys():
         raise FileFormatError(folder, f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
+    entries, boxes = join_chunks(folder, [(part.path, part.header, part.info.chunks) for part in parts])
+    return _Joined({name: tensor for name, (_, tensor) in tensors.items()}, entries, aliases, boxes)
+
+
+def join_chunks(
+    folder: Path, parts: Sequence[tuple[Path, fmt.FileHeader, Mapping[str, Chunk]]]
+) -> tuple[dict[str, fmt.TensorEntry], list[dict[str, Box]]]:
+    """The complete tensors that parts hold chunks of, as in one file, and the boxes of each part.
+
+    Raises:
+        FileFormatError, MismatchError: chunks of a tensor do not match, overlap, or leave elements out.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
+    held: dict[str, list[tuple[Path, Box]]] = defaultdict(list)
+    for path, header, chunks in parts:
+        for name, chunk in chunks.items():
+            stored, known = header.tensors[name], shapes.setdefault(name, chunk.shape)
+            if known != chunk.shape:
+                what = f"do not match: tensor {shown(name)} has the shapes {list(known)} and {list(chunk.shape)}"
+                raise MismatchError(f"{held[name][0][0]} and {path}", what)
+            # The widest dtype holds all values exactly: parts have the run's dtype or a wider one.
+            dtypes[name] = max(dtypes.get(name, stored.dtype), stored.dtype, key=fmt.ITEM_BYTES.__getitem__)
+            held[name].append((path, chunk.box(stored.shape)))
     for name, own in held.items():
         problem = cover_problem(shapes[name], [box for _, box in own])
         if problem is not None:
@@ -376,8 +392,8 @@ def _join(folder: Path, parts: Sequence[Snapshot]) -> _Joined:
                     raise MismatchError(f"{first} and {other}", f"tensor {shown(name)}: both hold some of its elements")
             raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
     entries = fmt.lay_out([fmt.TensorSpec(name, dtypes[name], shape) for name, shape in shapes.items()])
-    boxes = [{n: c.box(part.header.tensors[n].shape) for n, c in part.info.chunks.items()} for part in parts]
-    return _Joined(tensors, entries, aliases, boxes)
+    boxes = [{n: chunk.box(header.tensors[n].shape) for n, chunk in chunks.items()} for _, header, chunks in parts]
+    return entries, boxes
 
 
 def sum_of_parts(parts: Sequence[Measurements | None]) -> Measurements | None:

@@ -113,6 +113,11 @@ copies are named `copy/<name>`. There are no tensors before the first update. An
                          then the step and time of each knot, the last one those of the last call
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
 
+A state of a model that several processes hold in chunks is a folder of files, one for each process that owns a chunk,
+each a state of its own tensors with ema.part and ema.chunks as in a part of a snapshot, and ema.save: how often a state
+has been saved to the folder. All other entries but the checksums are equal. The state is that of the last save of which
+all parts are there.
+
 A part of an output has some of its complete tensors, ema.part ("3/8": the third of eight), ema.plan (32 hexadecimal
 digits, the same in all parts of a plan) and ema.release (the release that wrote it).
 """

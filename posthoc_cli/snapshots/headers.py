@@ -341,7 +341,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
         chunks: dict[str, Chunk] = {}
         if "part" in values:
             places = values.get("chunks", {})
-            chunks = cache.once("chunks", (places, header.tensors), lambda: _chunks(places, header.tensors))
+            chunks = cache.once("chunks", (places, header.tensors), lambda: decode_chunks(places, header.tensors))
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return fmt.SnapshotInfo(**(values | {"tensors": tensors, "chunks": chunks}))
@@ -358,7 +358,8 @@ def _tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fm
     return tensors
 
 
-def _chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, Chunk]:
+def decode_chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, Chunk]:
+    """The chunks in a part; a ValueError says what is wrong."""
     chunks = {}
     for name in sorted(raw.keys() | stored.keys()):
         if name not in raw or name not in stored:
@@ -555,6 +556,7 @@ def _widths(sigma_rels: Sequence[float]) -> str:
 
 
 SCHEDULE = replace(OBJECT, convert=_schedule)
+PART = Entry("two numbers such as 3/8", _is_part, _part, is_text=True, optional=True)
 
 _ENTRIES = {
     "run_id": RUN_ID,
@@ -578,7 +580,7 @@ _ENTRIES = {
     "clock": replace(LIST, convert=_clock, optional=True),
     "measurements": replace(OBJECT, convert=_measurements, optional=True),
     "motion": replace(OBJECT, convert=_motion, optional=True),
-    "part": Entry("two numbers such as 3/8", _is_part, _part, is_text=True, optional=True),
+    "part": PART,
     "chunks": replace(OBJECT, optional=True),
     "mesh": replace(OBJECT, optional=True),
 }

@@ -17,7 +17,7 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby, islice, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -41,6 +41,7 @@ _SKIPPED = 256 * 1024
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 """First bytes of pickles and of archives of torch.save."""
 
+_Info = TypeVar("_Info")
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
 
@@ -55,16 +56,22 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Snapshot:
-    """A snapshot on disk: its path, its header, what it says about itself.
-
-    Of one with `parts` the path is the folder; header and metadata are of all together, as if it were one file.
-    """
+class Stored(Generic[_Info]):
+    """A file, its header, and what it says about itself; or a folder of `parts`, as if they were one file."""
 
     path: Path
     header: fmt.FileHeader
-    info: fmt.SnapshotInfo
+    info: _Info
     parts: tuple[Part, ...] = ()
+
+    def open(self, boxes: Mapping[str, Box] | None = None) -> OpenSnapshot:
+        """Open it, or boxes of some tensors as if these were all; its files must be those whose headers were read."""
+        return PartedFile(self, boxes) if self.parts or boxes is not None else TensorFile(self.path, self.header)
+
+
+@dataclass(frozen=True)
+class Snapshot(Stored[fmt.SnapshotInfo]):
+    """A snapshot on disk."""
 
     @property
     def name(self) -> str:
@@ -85,10 +92,6 @@ class Snapshot:
     def stored(self) -> Mapping[str, fmt.TensorEntry]:
         """Dtype, shape and place of each stored tensor."""
         return self.header.tensors
-
-    def open(self, boxes: Mapping[str, Box] | None = None) -> OpenSnapshot:
-        """Open it, or boxes of some tensors as if these were all; its files must be those whose headers were read."""
-        return PartedFile(self, boxes) if self.parts or boxes is not None else TensorFile(self.path, self.header)
 
 
 def read_header(path: Path, cache: DecodeCache | None = None, check_size: bool = True) -> fmt.FileHeader:
@@ -137,11 +140,6 @@ class TensorFile:
     def read_range(self, name: str, begin: int, end: int) -> RangeReader:
         """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order and verified."""
         return RangeReader(self, name, begin, end)
-
-    def read_box(self, name: str, box: Box) -> npt.NDArray[np.uint8]:
-        """The bytes of some elements of a tensor, verified: shape [nbytes]."""
-        entry = self.header.tensors[name]
-        return _read_box(box, entry.dtype, [(self, Box.whole(entry.shape))], name)
 
     def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:
         """Fill `view` with tensors of at most one block each, verified, which follow each other in the file.
@@ -229,7 +227,7 @@ class PartedFile:
     With `boxes` its tensors are these boxes of the snapshot's; parts that hold none of them stay closed.
     """
 
-    def __init__(self, snapshot: Snapshot, boxes: Mapping[str, Box] | None = None) -> None:
+    def __init__(self, snapshot: Stored[Any], boxes: Mapping[str, Box] | None = None) -> None:
         self.path, self.header, self.info = snapshot.path, snapshot.header, snapshot.info
         stored = snapshot.header.tensors
         self._boxes = {name: Box.whole(entry.shape) for name, entry in stored.items()} if boxes is None else boxes
@@ -253,11 +251,11 @@ class PartedFile:
 
     def read(self, name: str) -> npt.NDArray[np.uint8]:
         """The bytes of a complete tensor, verified: shape [nbytes]."""
-        return self.read_box(name, self._boxes[name])
-
-    def read_box(self, name: str, box: Box) -> npt.NDArray[np.uint8]:
-        """The bytes of some elements of a tensor, verified: shape [nbytes]."""
-        return _read_box(box, self.header.tensors[name].dtype, self._chunks[name], name)
+        data = np.empty(self.header.tensors[name].nbytes, dtype=np.uint8)
+        reader = self.read_range(name, 0, data.size)
+        for begin in range(0, data.size, fmt.BLOCK_BYTES):  # keeps memory little above the size of the result
+            reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
+        return data
 
     def read_range(self, name: str, begin: int, end: int) -> BoxReader:
         """The bytes `begin` to `end` of a complete tensor, read in order; each block of a part is verified."""
@@ -390,14 +388,6 @@ class _Verified(_Unverified):
             size = min(end - self._position, _SKIPPED)
             self._range.read_into(memoryview(bytearray(size)))
             self._position += size
-
-
-def _read_box(box: Box, dtype: str, chunks: Sequence[tuple[TensorFile, Box]], name: str) -> npt.NDArray[np.uint8]:
-    data = np.empty(box.size * DTYPES[dtype].nbytes, dtype=np.uint8)
-    reader = BoxReader(box, 0, data.size, dtype, chunks, name)
-    for begin in range(0, data.size, fmt.BLOCK_BYTES):  # keeps memory little above the size of the result
-        reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
-    return data
 
 
 def _as_stored(data: npt.NDArray[np.uint8], dtype: str, wanted: str) -> npt.NDArray[np.uint8]:

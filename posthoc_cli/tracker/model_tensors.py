@@ -14,7 +14,7 @@ import torch
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import InvalidValueError, ModelMismatchError, NonFiniteError
 from posthoc_cli.snapshots import format as fmt
-from posthoc_cli.snapshots.chunks import Chunk
+from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
@@ -110,6 +110,23 @@ class TrackedModel:
         shapes = {name: entry.shape for name, entry in snapshot.header.tensors.items()}
         info = snapshot.info
         return cls(info.tensors, shapes, info.aliases, info.left_out, segment=info.segment)
+
+    def complete_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of a tensor in the model, of which a part may be here."""
+        return self.chunks[name].shape if name in self.chunks else self.shapes[name]
+
+    def box(self, name: str) -> Box:
+        """The elements of a tensor that are here."""
+        return self.chunks[name].box(self.shapes[name]) if name in self.chunks else Box.whole(self.shapes[name])
+
+    def boxes(self) -> dict[str, Box] | None:
+        """What is here of each tensor, in a process that has met others."""
+        return None if self.members is None else {name: self.box(name) for name in self.tensors}
+
+    @property
+    def leads(self) -> bool:
+        """Whether what is known of the complete averages alone is told by this process."""
+        return self.members is None or self.members.part is None or self.members.part[0] == 1
 
     def dtypes(self, role: str) -> dict[str, torch.dtype]:
         """The model's dtypes of the tensors that are averaged ("average") or copied ("copy"), by name."""

@@ -9,6 +9,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -22,9 +23,11 @@ from posthoc_cli.planning import Candidate, Schedule, error_curve
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.reconstruction import ROUNDING
 from posthoc_cli.run import Run, Wanted, Weights, make_weights
+from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
 from posthoc_cli.snapshots.measurements import chosen_up_to
+from posthoc_cli.snapshots.states import StateInfo
 from posthoc_cli.synthesis.plan import Plan, Source, plan_synthesis, source_prior, with_consistent_plan
 from posthoc_cli.targets import as_target
 from posthoc_cli.tracker import model_weights, state
@@ -46,6 +49,8 @@ from posthoc_cli.tracker.settings import Progress, Settings, check_path, check_s
 from posthoc_cli.tracker.sharded_weights import (
     SharedPlan,
     as_dtensors,
+    check_steps,
+    from_all,
     from_first,
     gathered,
     join_live,
@@ -59,6 +64,7 @@ from posthoc_cli.tracker.snapshotter import (
     live_sources,
     measured,
     run_snapshots,
+    squared_norms,
     with_older,
 )
 from posthoc_cli.tracker.state import Tracking
@@ -70,6 +76,7 @@ if TYPE_CHECKING:
 Module = TypeVar("Module", bound=torch.nn.Module)
 Dtype = torch.dtype | str | None
 Stored = types.EllipsisType
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -408,7 +415,9 @@ class PostHocEMA:
         """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
         That state (averages in full precision, clock, counters, schedule, run) goes with your training checkpoint;
-        `load_state_dict` continues from it exactly. In the processes of a group that do not write it is empty.
+        `load_state_dict` continues from it exactly. In the processes of a group that do not write it is empty. Of a
+        model that is sharded over processes all of them make the call, and each gets what it owns, as DTensors in host
+        memory: torch.distributed.checkpoint saves and loads them, also for another arrangement of processes.
 
         Arguments:
             sigma_rel: length of the average, in (0, 0.2887); or another target, such as `targets.Beta(0.9999)` or
@@ -429,61 +438,75 @@ class PostHocEMA:
         if sigma_rel is not None and self._members is None:
             return with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
         if sigma_rel is not None and self._members is not None:
-            model = None if self._model is None else self._model()
-            if model is None:
-                raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
+            model = self._sharded_model()
             chunks = self._chunks(model, sigma_rel, t, step, dtype, method)
             return gathered(chunks, model, self._members) if full else as_dtensors(chunks, model)
-        self._check_complete("state_dict")
-        return state.pack_state(self._state(), self.settings) if self.keeps_averages else {}
+        if self._members is None:
+            return state.pack_state(*self._state()) if self.keeps_averages else {}
+        return state.pack_state(*self._state(), self._sharded_model())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
 
         Snapshots that are later than the state, or of another attempt that went on from an earlier one, are moved to
         the folder `superseded`. This tracker's settings hold from here on: another `update_every` or
-        `checkpoint_every`, or fewer `sigma_rels`; every profile stays exact. On an error nothing is changed.
+        `checkpoint_every`, or fewer `sigma_rels`; every profile stays exact. On an error nothing is changed. Of a model
+        that is sharded over processes all of them make the call; each takes what it owns, of complete tensors, too.
 
         Raises:
             InvalidValueError, ModelMismatchError, NonFiniteError: not such a state, or one that does not fit.
             LockedError, MismatchError: another writer, or another run, has the directory.
+            RankError: another process failed.
         """
         self._calls.check_open()
-        self._check_complete("load_state_dict")
-        with self._calls.lock("load_state_dict"):
-            self._calls.caller = threading.get_ident()
-            self.flush()
-            if self.keeps_averages or state:
-                self._load(state)
+        if self._members is not None or self.keeps_averages or state:
+            self._load(nullcontext(state))
 
     def save_state(self, path: str | Path) -> None:
         """Write the tracker's own state to a safetensors file: complete or not at all, durable, checksummed.
 
         An older state under that name is replaced when the new one is durable. The averages are copied first: training
-        may go on. In a group of processes all may make the call, with the same path; one writes.
+        may go on. In a group of processes all may make the call, with the same path; one writes. Of a model that is
+        sharded over processes all make it, and each writes what it owns to a folder of that name.
 
         Raises:
             OutputExistsError, WriteError: the path holds anything but a state, or the system refused. Nothing partial
                 is left, and an older state is as it was.
+            RankError: another process failed, or is at another step.
         """
-        path = check_path("path", path)
-        self._check_complete("save_state")
-        if self.keeps_averages:
-            state.write_state(path, self._state(), self.settings)
+        path, members = check_path("path", path), self._members
+        if members is None:
+            if self.keeps_averages:
+                state.write_state(path, *self._state())
+            return
+        own, info = self._state()
+        save = from_first(members, lambda: states.begin_save(path))
+
+        def write() -> None:
+            if self.keeps_averages:
+                state.write_state(path, own, info, save)
+
+        try:
+            together(write)
+        except PostHocError:
+            from_first(members, lambda: states.remove_saves(path, lambda one: one == save))
+            raise
+        from_first(members, lambda: states.remove_saves(path, lambda one: one != save))
 
     def load_state(self, path: str | Path) -> None:
-        """Continue exactly from a file of `save_state`, as `load_state_dict` does. Tensors are read one by one.
+        """Continue exactly from what `save_state` has written, as `load_state_dict` does. Tensors are read one by one.
 
-        A process that keeps no averages takes the counters, or nothing if the file is on another machine's disk.
+        A process that keeps no averages takes the counters, or nothing if the file is on another machine's disk. Any
+        number of processes may load what any other has saved; each reads what it owns.
 
         Raises:
-            FileFormatError: no such file, not a state, or damaged.
+            FileFormatError: no such file, not a state, damaged, or a folder without all parts.
             others: as `load_state_dict`.
         """
         path = check_path("path", path)
-        if self.keeps_averages or path.exists():
-            with state.open_state(path) as stored:
-                self.load_state_dict(stored)
+        self._calls.check_open()
+        if self._members is not None or self.keeps_averages or path.exists():
+            self._load(state.open_state(path, self._pipeline.now.tracked))
 
     @in_block
     def model(
@@ -579,21 +602,27 @@ class PostHocEMA:
         """
         from posthoc_cli import plots
 
-        sources = of_newest_segment(self._sources())
+        if self._members is None:
+            candidate = self._candidate(self._sources())
+        else:
+            joined, members = self._joined_live(self._members)[1], self._members
+            candidate = from_first(members, lambda: self._candidate(self._joined_sources(joined)))
+        curve = error_curve(candidate, sigma_range, method=method)
+        return plots.error_figure([curve], profile_error=method == "paper")
+
+    def _candidate(self, sources: list[Source]) -> Candidate:
+        sources = of_newest_segment(sources)
         if sources:
             last = max(source.info.t for source in sources)
             chosen, _ = chosen_up_to(sources, last)
             of_all = f" of {len(sources):,}" * (len(chosen) < len(sources))
             label = f"{len(chosen):,}{of_all} averages up to t = {last:,.12g}"
             profiles = [source.info.profile.pure for source in chosen]
-            candidate = Candidate.of_run(label, profiles, source_prior(chosen), self.settings.t_unit)
-        else:
-            schedule = self.settings.schedule
-            every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
-            rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
-            candidate = Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
-        curve = error_curve(candidate, sigma_range, method=method)
-        return plots.error_figure([curve], profile_error=method == "paper")
+            return Candidate.of_run(label, profiles, source_prior(chosen), self.settings.t_unit)
+        schedule = self.settings.schedule
+        every, count = schedule.checkpoint_every, schedule.max_checkpoints or 20
+        rounding = ROUNDING * EPS[schedule.checkpoint_dtype or "F32"]
+        return Candidate.of_schedule(Schedule(self.settings.sigma_rels, count * every, every, count, rounding))
 
     # --- one call of `update_` ---
 
@@ -652,11 +681,6 @@ class PostHocEMA:
         where = "a parameter in another process" if name is None else f"parameter {name!r}"
         return NonFiniteError(where, f"holds nan or infinity at step {progress.step}; no average has taken it in")
 
-    def _check_complete(self, what: str) -> None:
-        """Raise a NotReadyError for what a process that holds chunks of a model cannot do."""
-        if self._members is not None:
-            raise NotReadyError(what, "is not there for a model that is sharded over processes", _FROM_SNAPSHOTS)
-
     def _after(self, t: float | None) -> Progress:
         """The progress after one more call."""
         last = self._pipeline.progress
@@ -703,13 +727,30 @@ class PostHocEMA:
 
     # --- state ---
 
-    def _state(self) -> Tracking:
-        """What a tracker would continue from; its tensors are copies."""
+    def _state(self) -> tuple[Tracking, StateInfo]:
+        """What a tracker would continue from; its tensors are copies, here those that this process owns."""
+        members = self._members
+        if members is None:
+            own = self._with_snapshots(self._own_state())
+            return own, state.state_info(own, self.settings)
+        self._met("the state of a sharded model")
+        own = together(self._own_state)
+        steps, inherited = zip(*from_all((self.step, own.averages.standing.inherited)), strict=True)
+        check_steps(steps)
+        total = tuple(map(sum, zip(*inherited, strict=True)))
+        # Each process knows the rounding of its own part, and part of them have no average.
+        info = from_first(members, lambda: state.state_info(self._with_snapshots(own), self.settings))
+        return own, replace(info, inherited=total)
+
+    def _own_state(self) -> Tracking:
         self.flush()
         if self._pipeline.now.resumes:
             return self._stored_state()
         reading = self._pipeline.read(exact=True)
         self._pipeline.flush()  # the snapshots of that time are on disk now
+        return reading
+
+    def _with_snapshots(self, reading: Tracking) -> Tracking:
         snapshotter = self._pipeline.snapshotter
         return reading if snapshotter is None else replace(reading, snapshots=snapshotter.checksums)
 
@@ -720,21 +761,49 @@ class PostHocEMA:
             return replace(now, progress=Progress(), resumes=False)
         return state.load_from_directory(self.checkpoint_dir, self.settings, now.tracked, self._from_step)
 
-    def _load(self, state_dict: Mapping[str, Any]) -> None:
-        loaded = state.unpack_state(state_dict, self.settings, self._pipeline.now.tracked)
+    def _load(self, opened: AbstractContextManager[Mapping[str, Any]]) -> None:
+        """Continue from a state; of several processes all do, or none."""
+        if self._members is not None:
+            self._met("the state of a sharded model")
+        with self._calls.lock("load_state_dict"):
+            self._calls.caller = threading.get_ident()
+            loaded = self._together(lambda: self._unpacked(opened))
+            norms = self._norms(loaded.averages)
+            self._together(lambda: self._begin_from(loaded, norms))
+            self._pipeline.set(loaded)
+
+    def _unpacked(self, opened: AbstractContextManager[Mapping[str, Any]]) -> Tracking:
+        self.flush()
+        with opened as stored:
+            loaded = state.unpack_state(stored, self.settings, self._pipeline.now.tracked)
+        if self.keeps_averages:
+            return loaded
+        return replace(loaded, averages=RunningAverages.none_yet(self.settings.sigma_rels))
+
+    def _begin_from(self, loaded: Tracking, norms: Callable[[], Mapping[float, float]]) -> None:
+        """Become the directory's writer, and set aside what is not of the state's training."""
         if self.keeps_averages:
             with self._pipeline.as_writer(self.checkpoint_dir, loaded.run_id) as snapshotter:
-                known = loaded.snapshots | snapshotter.holding(loaded.averages)
+                snapshotter.read_again()
+                known = loaded.snapshots | snapshotter.holding(loaded.averages, norms)
                 snapshotter.set_aside_others(loaded.progress.t, known)
-        else:
-            loaded = replace(loaded, averages=RunningAverages.none_yet(self.settings.sigma_rels))
-        self._pipeline.set(loaded)
+
+    def _norms(self, averages: RunningAverages) -> Callable[[], Mapping[float, float]]:
+        """Gives the squared norms of averages; of several processes these add theirs now."""
+        own = partial(squared_norms, averages)
+        if self._members is None:
+            return own
+        every = from_all(own())
+        total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in averages.sigma_rels}
+        return lambda: total
+
+    def _together(self, work: Callable[[], Result]) -> Result:
+        return work() if self._members is None else together(work)
 
     # --- synthesis ---
 
     def _sources(self) -> list[Source]:
         """The snapshots and live averages that there are now."""
-        self._check_complete("an average of a model that is being trained")
         resumes = self._pipeline.now.resumes
         if not resumes:  # else the writer, too, has only what is on disk
             self._check_keeps()
@@ -779,12 +848,11 @@ class PostHocEMA:
         method: str | None,
     ) -> Weights:  # fmt: skip
         """What this process holds of an average of a sharded model; every process calls it."""
-        members, target = self._met(), as_target(sigma_rel)
+        members, target = self._met("the average of a sharded model"), as_target(sigma_rel)
         own, joined = self._joined_live(members)
 
         def plan() -> SharedPlan:
-            sources = self._going_on(with_older(joined, run_snapshots(self.checkpoint_dir, self.run_id)))
-            return SharedPlan.of(self._plan_from(sources, sigma_rel, t, step, dtype, method))
+            return SharedPlan.of(self._plan_from(self._joined_sources(joined), sigma_rel, t, step, dtype, method))
 
         reshard(model)
         tracked = self._pipeline.now.tracked
@@ -795,7 +863,7 @@ class PostHocEMA:
 
     def _live_chunks(self, model: torch.nn.Module, tracked: float) -> Weights:
         """The same of the live average of a tracked profile."""
-        members, index = self._met(), self._tracked_index(tracked)
+        members, index = self._met("the average of a sharded model"), self._tracked_index(tracked)
         own, joined = self._joined_live(members)
 
         def live() -> SharedPlan:
@@ -807,24 +875,35 @@ class PostHocEMA:
         shared = from_first(members, live)
         return make_chunks(shared, None, own, self._pipeline.now.tracked, model, self.checkpoint_dir)
 
+    def _joined_sources(self, joined: Sequence[LiveSource]) -> list[Source]:
+        """In rank 0 the snapshots and live averages of complete tensors."""
+        return self._going_on(with_older(joined, run_snapshots(self.checkpoint_dir, self.run_id)))
+
     def _joined_live(self, members: Members) -> tuple[list[LiveSource], list[LiveSource]]:
         """The live averages here, and in rank 0 those of complete tensors, measured by all processes together."""
 
         def measure_own() -> list[LiveSource]:
             self.flush()
             snapshotter = self._pipeline.snapshotter
-            return measured(self._live_sources(), [] if snapshotter is None else snapshotter.own_parts())
+            return measured(self._live_sources(), [] if snapshotter is None else snapshotter.stored())
 
         own = together(measure_own)
         return own, join_live(members, own, self.step)
 
-    def _met(self) -> Members:
+    def _met(self, what: str) -> Members:
         """The processes of a sharded model, which all have to answer."""
         assert self._members is not None
         if not torch.distributed.is_initialized():
             reason = "needs all processes of the model, and their group was destroyed"
-            raise NotReadyError("the average of a sharded model", reason, _FROM_SNAPSHOTS)
+            raise NotReadyError(what, reason, _FROM_SNAPSHOTS)
         return self._members
+
+    def _sharded_model(self) -> torch.nn.Module:
+        """The model, whose parameters say where each chunk belongs."""
+        model = None if self._model is None else self._model()
+        if model is None:
+            raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
+        return model
 
     def _check_keeps(self) -> None:
         if not self.keeps_averages:
@@ -869,14 +948,14 @@ def _joined(
     """The same for what this process owns of a sharded model, when the processes have met; of another model, itself."""
     if not found.chunks:
         return tracking
-    for name, value, wanted in (
-        ("writer", writer, None),
-        ("on_change", settings.on_change, "raise"),
-        ("keep_state", settings.keep_state, False),
+    for name, value, wanted, hint in (
+        ("writer", writer, None, "every process keeps and writes what it owns"),
+        ("on_change", settings.on_change, "raise", "when tensors change, begin a new run in another directory"),
+        ("keep_state", settings.keep_state, False, "save the exact averages with ema.state_dict() or ema.save_state()"),
     ):
         if value != wanted:
             reason = f"must be {wanted!r} for a model that is sharded over processes"
-            raise InvalidValueError(name, reason, value=f"{value!r}")
+            raise InvalidValueError(name, reason, hint, value=f"{value!r}")
     if tracking.resumes:
         tracking.tracked.check(TrackedModel.of_model(found))
     options = {name: str(value) for name, value in (vars(settings) | vars(settings.schedule)).items()}

@@ -30,7 +30,7 @@ from posthoc_cli.targets import Target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
 from posthoc_cli.tracker.model_weights import check_fits
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.sharding import Members, held_part, is_sharded, local_part
+from posthoc_cli.tracker.sharding import Members, as_dtensor, held_part, is_sharded, local_part
 from posthoc_cli.tracker.snapshotter import LiveSource
 
 Result = TypeVar("Result")
@@ -156,13 +156,25 @@ def join_live(members: Members, live: Sequence[LiveSource], step: int) -> list[L
     dist.gather_object(own, every if members.rank == 0 else None)
 
     def join() -> list[LiveSource]:
-        for rank, (other, _) in enumerate(every):
-            if other != step:
-                hint = "make this call in every process between the same two calls of update_"
-                raise RankError(f"rank {rank}", f"is at step {other} of update_, and rank 0 at step {step}", hint)
+        check_steps([other for other, _ in every])
         return [_joined(profile) for profile in zip(*(parts for _, parts in every if parts), strict=True)]
 
     return from_first_only(members, join)
+
+
+def check_steps(steps: Sequence[int]) -> None:
+    """Raise a RankError for a process that is at another step than rank 0."""
+    for rank, step in enumerate(steps):
+        if step != steps[0]:
+            hint = "make this call in every process between the same two calls of update_"
+            raise RankError(f"rank {rank}", f"is at step {step} of update_, and rank 0 at step {steps[0]}", hint)
+
+
+def from_all(value: Result) -> list[Result]:
+    """The value of each process, by rank."""
+    every = [value] * dist.get_world_size()
+    dist.all_gather_object(every, value)
+    return every
 
 
 def from_first_only(members: Members, work: Callable[[], list[Result]]) -> list[Result]:
@@ -234,7 +246,7 @@ def _own_chunks(
     model: Tensors, directory: Path,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
     """The chunks that this process owns, checked to fit the model."""
-    boxes = {name: tracked.chunks[name].box(tracked.shapes[name]) for name in shared.specs if name in tracked.chunks}
+    boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
     for name, spec in shared.specs.items():
         _check_spread(name, spec.shape, boxes.get(name), model)
     if not boxes:
@@ -302,20 +314,10 @@ def _exchange(value: torch.Tensor, ranks: Sequence[int], members: Members) -> No
 
 def as_dtensors(chunks: Weights, model: torch.nn.Module) -> Weights:
     """The same with DTensors in place of chunks, spread as the model's parameters."""
-    from torch.distributed.tensor import DTensor
-
     made = _like(chunks)
     for found in named_tensors(model):
-        if found.name not in chunks:
-            continue
-        value, own = chunks[found.name], found.tensor
-        if isinstance(own, DTensor):
-            local = value.view(own.to_local().shape)
-            made[found.name] = DTensor.from_local(
-                local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
-            )
-        else:
-            made[found.name] = value
+        if found.name in chunks:
+            made[found.name] = as_dtensor(chunks[found.name], found.tensor)
     return made
 
 

@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from posthoc_cli.errors import InvalidValueError, RankError
-from posthoc_cli.snapshots.chunks import Chunk
+from posthoc_cli.snapshots.chunks import Chunk, row_major
 
 PATIENCE = 60.0
 """Seconds that a process waits for the others."""
@@ -52,6 +52,20 @@ def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of a tensor that this process holds, sharing their memory."""
     return local_part("", tensor)[0] if is_sharded(tensor) else tensor
+
+
+def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A DTensor in host memory of what this process holds, spread as `like` is; a plain tensor for a plain one."""
+    if not is_sharded(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = like
+    found = DTensor.from_local(
+        local.view(spread.to_local().shape), spread.device_mesh, spread.placements,
+        run_check=False, shape=spread.shape, stride=row_major(spread.shape),
+    )  # fmt: skip
+    return found.cpu()  # it was moved to the mesh's device
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
@@ -102,6 +116,7 @@ class Members:
             owns it: it averages and writes it.
         part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
         run_id: of the run.
+        names: of all tensors of the model that are tracked, here or elsewhere.
         mesh: the processes' arrangement, as a snapshot's header has it.
         device: where the process group exchanges tensors.
     """
@@ -110,6 +125,7 @@ class Members:
     holders: Mapping[str, tuple[int, ...]]
     part: tuple[int, int] | None
     run_id: str
+    names: frozenset[str]
     mesh: dict[str, Any]
     device: torch.device
     store: Store
@@ -194,7 +210,8 @@ def meet(
         raise RankError(answer["rank"], answer["reason"])
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
-    return Members(rank, holders, answer["part"] and tuple(answer["part"]), answer["run_id"], mesh, device, store)
+    number = answer["part"] and tuple(answer["part"])
+    return Members(rank, holders, number, answer["run_id"], frozenset(tensors), mesh, device, store)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections import defaultdict
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -21,12 +21,14 @@ import torch
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError
 from posthoc_cli.reconstruction import Distance, Measurements, roundings
+from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import (
     StoredSnapshot,
     find_snapshots,
     inspect_directory,
     newest_before,
     on_schedule,
+    read_snapshot,
     remove_snapshot,
     set_aside,
     snapshot_path,
@@ -35,7 +37,7 @@ from posthoc_cli.snapshots.directory import (
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
-from posthoc_cli.snapshots.reader import Snapshot, TensorFile
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.plan import Source
@@ -44,7 +46,7 @@ from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
 from posthoc_cli.tracker.sharding import Members
-from posthoc_cli.tracker.state import STATE_NAME, Tracking, write_state
+from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
 
 log = logging.getLogger(__name__)
 
@@ -144,8 +146,9 @@ def measured(live: Sequence[LiveSource], stored: Sequence[StoredSnapshot]) -> li
     """The same sources with measurements: those of their snapshots where these were just written, else new ones."""
     if not live:
         return []
-    known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in stored}
     infos = [source.info for source in live]
+    alike = (snapshot for snapshot in stored if snapshot.info.part == infos[0].part)
+    known = {(snapshot.t, snapshot.sigma_rel): snapshot.info.measurements for snapshot in alike}
     found = [known.get((info.t, info.sigma_rel)) for info in infos]
     if None in found:
         found, _ = measure(infos, [source.averages for source in live], newest_before(infos[0], stored), stored=False)
@@ -196,8 +199,11 @@ class Snapshotter:
 
     @property
     def checksums(self) -> frozenset[str]:
-        """Header checksums of the stored snapshots."""
-        return frozenset(snapshot.checksum for snapshot in self._stored)
+        """Header checksums of the stored snapshots; of several processes, of those that are complete."""
+        if self._members is None:
+            return frozenset(snapshot.checksum for snapshot in self._stored)
+        own, complete = {(one.t, one.sigma_rel) for one in self._stored}, self._complete()
+        return frozenset(one.checksum for key, one in complete.items() if key in own)
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError where the directory holds snapshots of another run."""
@@ -206,10 +212,15 @@ class Snapshotter:
             hint = "continue that run with PostHocEMA.from_path, or use another directory"
             raise MismatchError(self.directory, reason, hint)
 
-    def own_parts(self, stored: Sequence[StoredSnapshot] | None = None) -> list[StoredSnapshot]:
-        """The stored snapshots, or some of them, of which this process has written its part, and measured it."""
-        among = self._stored if stored is None else stored
-        return [snapshot for snapshot in among if snapshot.info.part is not None and snapshot.path.exists()]
+    def stored(self, off_schedule: bool = True) -> list[StoredSnapshot]:
+        """The stored snapshots, or those on the schedule; of several processes another one may have removed some."""
+        among = self._stored if off_schedule else on_schedule(self._stored)
+        return [one for one in among if self._members is None or one.path.exists()]
+
+    def read_again(self) -> None:
+        """Know the snapshots of which this process has written parts as complete ones, as states do."""
+        if any(snapshot.info.part is not None for snapshot in self._stored):
+            self._stored = [*self._complete().values()]
 
     def set_aside_others(self, t: float, known: Container[str]) -> None:
         """Set aside snapshots later than `t`, or of another attempt that went on from an earlier state: not `known`."""
@@ -221,22 +232,16 @@ class Snapshotter:
             log.warning("training goes on from t = %g: %s is not part of it and was set aside", t, path)
         self._stored = own
 
-    def holding(self, averages: RunningAverages) -> frozenset[str]:
-        """Header checksums of the snapshots off the schedule that hold these very averages.
+    def holding(self, averages: RunningAverages, norms: Callable[[], Mapping[float, float]]) -> frozenset[str]:
+        """Header checksums of the snapshots off the schedule that hold these very averages, of these squared norms.
 
         A state that was saved before they were written does not list them. Averages of another attempt at the same
         time would have other norms.
         """
-        kept, norms = averages.accumulators, {}
         there = [s for s in self._stored if s.t == averages.standing.t and s.info.off_schedule]
-        if not there or kept is None:
-            return frozenset()
-        room = Accumulators(on_host(kept.layout), len(kept.recent), exact=False)
-        averages.read(room.recent)
-        for sigma_rel, own in zip(averages.sigma_rels, room.recent, strict=True):
-            norms[sigma_rel] = sum(float(_square(value)) for value in own.views.values())
-        measured = [(s, s.info.measurements.norm) for s in there if s.info.measurements and s.sigma_rel in norms]
-        return frozenset(s.checksum for s, norm in measured if math.isclose(norm, norms[s.sigma_rel], rel_tol=_SAME))
+        found = norms() if there else {}
+        measured = [(s, s.info.measurements.norm) for s in there if s.info.measurements and s.sigma_rel in found]
+        return frozenset(s.checksum for s, norm in measured if math.isclose(norm, found[s.sigma_rel], rel_tol=_SAME))
 
     def is_behind(self, tracking: Tracking, at_end: bool = False) -> bool:
         """Whether averages, or calls that the exact state counts, are not stored.
@@ -276,7 +281,8 @@ class Snapshotter:
                     self._members.announce("failed", f"rank {self._members.rank}: {error}")
                 raise
         if exact is not None:  # after the snapshots, so that it is never of a later time
-            write_state(self.directory / STATE_NAME, replace(exact, snapshots=self.checksums), self._settings)
+            info = state_info(replace(exact, snapshots=self.checksums), self._settings)
+            write_state(self.directory / STATE_NAME, exact, info)
             self._kept_step = exact.progress.step
 
     def write(self, sources: Sequence[LiveSource], network: Mapping[str, torch.Tensor] | None = None) -> None:
@@ -290,9 +296,7 @@ class Snapshotter:
         if not any(due):
             return
         averages = [source.averages for source in sources]
-        behind = self._stored if infos[0].off_schedule else on_schedule(self._stored)
-        if self._members is not None:
-            behind = self.own_parts(behind)
+        behind = self.stored(infos[0].off_schedule)
         found, storage = measure(infos, averages, newest_before(infos[0], behind), network)
         for average, measurements in zip(averages, found, strict=True):
             if measurements is None and (bad := nonfinite_name(average)) is not None:
@@ -317,11 +321,15 @@ class Snapshotter:
             return
         self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
         if self._leads:  # of its own snapshots those that other processes are still writing are the newest
-            complete = {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
+            complete = self._complete()
             all_parts = [complete.get((s.t, s.sigma_rel), s) for s in self._stored]
             left = thin(all_parts, schedule.max_checkpoints, schedule.sigma_range)
             kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
             self._stored = [snapshot for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) in kept]
+
+    def _complete(self) -> dict[tuple[float, float], StoredSnapshot]:
+        """The snapshots of which all parts are there, by time and sigma_rel."""
+        return {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
 
     def close(self) -> None:
         """Let another writer in."""
@@ -381,6 +389,19 @@ def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:
 # --- measurements ---
 
 
+def squared_norms(averages: RunningAverages) -> dict[float, float]:
+    """The squared norm of each average, rounded as it would be in a snapshot, by its sigma_rel."""
+    kept = averages.accumulators
+    if kept is None:
+        return {}
+    room = Accumulators(on_host(kept.layout), len(kept.recent), exact=False)
+    averages.read(room.recent)
+    return {
+        sigma_rel: sum(float(_square(value)) for value in own.views.values())
+        for sigma_rel, own in zip(averages.sigma_rels, room.recent, strict=True)
+    }
+
+
 def measure(
     infos: Sequence[SnapshotInfo],
     averages: Averages,
@@ -396,7 +417,8 @@ def measure(
     """
     sums: dict[Key, float] = defaultdict(float)
     storage: list[dict[str, torch.dtype]] = [{} for _ in infos]
-    with _EarlierFiles(earlier) as others:
+    boxes = {name: chunk.box(averages[0][name].shape) for name, chunk in infos[0].chunks.items() if name in averages[0]}
+    with _EarlierFiles(earlier, boxes) as others:
         for name in averages[0]:
             exact = {index: _flat(average[name]) for index, average in enumerate(averages)}
             wanted = {
@@ -426,11 +448,13 @@ def _measurements(
         for j, info in enumerate(infos)
         if j != index
     ]
-    found += [
-        (s.t, s.sigma_rel, sums.get(("earlier", index, j), 0.0), s.info.measurements.rounding)
-        for j, s in earlier.items()
-        if s.info.measurements is not None
-    ]
+    part = infos[index].part
+    for j, snapshot in earlier.items():
+        if snapshot.info.measurements is not None:
+            # Readers add the parts'. Of a complete snapshot the first part tells it alone.
+            counts = snapshot.info.part == part or part is None or part[0] == 1
+            rounding = snapshot.info.measurements.rounding if counts else 0.0
+            found.append((snapshot.t, snapshot.sigma_rel, sums.get(("earlier", index, j), 0.0), rounding))
     # The difference of two large numbers may overflow where neither does.
     finite = tuple(Distance(*distance) for distance in found if math.isfinite(distance[2]))
     network = sums.get(("network", index, index), math.inf)
@@ -513,21 +537,34 @@ def _lost_below_normal(average: torch.Tensor, info: SnapshotInfo, norm: float) -
 
 
 class _EarlierFiles(ExitStack):
-    """Snapshots that are read beside the averages; one that cannot be read is left out, with a warning."""
+    """Snapshots that are read beside the averages, or `boxes` of their tensors, if any.
 
-    def __init__(self, snapshots: Sequence[StoredSnapshot]) -> None:
+    One that cannot be read is left out, with a warning.
+    """
+
+    def __init__(self, snapshots: Sequence[StoredSnapshot], boxes: Mapping[str, Box]) -> None:
         super().__init__()
-        self._snapshots = snapshots
-        self._files: dict[int, TensorFile] = {}
+        self._snapshots, self._boxes = snapshots, boxes
+        self._files: dict[int, OpenSnapshot] = {}
 
     def __enter__(self) -> _EarlierFiles:
         for index, snapshot in enumerate(self._snapshots):
             with self._left_out_on_error(index):
-                file = self.enter_context(TensorFile(snapshot.path))
-                if file.header.metadata.get("ema.checksum") != snapshot.checksum:
-                    raise FileFormatError(snapshot.path, "was replaced by another file")
-                self._files[index] = file
+                self._files[index] = file = self._opened(snapshot)
+                self.callback(file.close)
         return self
+
+    def _opened(self, snapshot: StoredSnapshot) -> OpenSnapshot:
+        if snapshot.info.part is not None or not (self._boxes or snapshot.path.is_dir()):
+            file: OpenSnapshot = TensorFile(snapshot.path)
+            checksum = file.header.metadata.get("ema.checksum")
+        else:
+            found = read_snapshot(snapshot.path)
+            file, checksum = found.open(self._boxes or None), found.header.metadata["ema.checksum"]
+        if checksum != snapshot.checksum:
+            file.close()
+            raise FileFormatError(snapshot.path, "was replaced by another one")
+        return file
 
     def readable(self) -> dict[int, StoredSnapshot]:
         """Those that have been read without an error so far, by index."""
@@ -547,6 +584,6 @@ class _EarlierFiles(ExitStack):
     def _left_out_on_error(self, index: int) -> Iterator[None]:
         try:
             yield
-        except FileFormatError as error:
+        except PostHocError as error:
             log.warning("%s; new snapshots are written without their distance to it", error)
             self._files.pop(index, None)

@@ -12,6 +12,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,19 @@ from posthoc_cli.profiles import ClockRecorder
 from posthoc_cli.reconstruction import ROUNDING, error_after_rounding
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import states
+from posthoc_cli.snapshots.chunks import Chunk
 from posthoc_cli.snapshots.directory import StoredSnapshot, find_snapshots, read_directory
 from posthoc_cli.snapshots.headers import file_kind
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, read_header
-from posthoc_cli.snapshots.states import StateInfo, decode_state, recent_prefix, total_prefix
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, read_header
+from posthoc_cli.snapshots.states import StateInfo, StatePart, decode_state, recent_prefix, total_prefix
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages, Standing
 from posthoc_cli.tracker.buffers import HOST, FlatTensors, Layout, group_tensors
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
+from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import Progress, Settings, check_count, check_sigma_rels
+from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +79,12 @@ class Tracking:
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def pack_state(state: Tracking, settings: Settings) -> dict[str, Any]:
+def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None = None) -> dict[str, Any]:
     """The state as a dict of tensors, numbers, strings and lists; `torch.load(weights_only=True)` reads it.
 
     Averages have their sigma_rel as key, so that a tracker of fewer profiles finds its own. Before the first update
     the tensors are zeros (`averages_t` = 0 says so): loaders that fill the tensors of a fresh object's state, such as
-    torch.distributed.checkpoint, find them in their places.
+    torch.distributed.checkpoint, find them in their places. What this process owns of a sharded `model` are DTensors.
     """
     averages, tracked = state.averages, state.tracked
     kept, copies = averages.accumulators, averages.copies
@@ -89,10 +93,18 @@ def pack_state(state: Tracking, settings: Settings) -> dict[str, Any]:
         dtypes = tracked.dtypes("copy")
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
-    return _plain(_state_info(state, settings)) | {
-        "totals": {key: dict(own.views) for key, own in zip(keys, kept.totals, strict=True)},
-        "recent": {key: dict(own.views) for key, own in zip(keys, kept.recent, strict=True)},
-        "copies": {name: value.clone() for name, value in copies.items()},
+    spread = {}
+    if model is not None:
+        reshard(model)
+        spread = {found.name: found.tensor for found in named_tensors(model)}
+
+    def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: as_dtensor(value, spread[name]) if spread else value for name, value in tensors.items()}
+
+    return _plain(info) | {
+        "totals": {key: packed(own.views) for key, own in zip(keys, kept.totals, strict=True)},
+        "recent": {key: packed(own.views) for key, own in zip(keys, kept.recent, strict=True)},
+        "copies": packed({name: value.clone() for name, value in copies.items()}),
     }
 
 
@@ -101,7 +113,8 @@ def pack_state(state: Tracking, settings: Settings) -> dict[str, Any]:
 def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedModel) -> Tracking:
     """Check a state against the tracker that is to continue from it, one tensor after the other.
 
-    Profiles that only the state has are dropped; one that only the tracker has cannot begin in mid-run.
+    Profiles that only the state has are dropped; one that only the tracker has cannot begin in mid-run. Of complete
+    tensors, a process of several takes what it owns.
     """
     if not isinstance(state, Mapping):
         raise InvalidValueError("state", f"must be the dict that state_dict() gives, not {shown(state)}")
@@ -115,21 +128,23 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
         raise InvalidValueError("state", f"counts time in {shown(info.t_unit)}, this tracker in {settings.t_unit!r}")
     wanted = settings.sigma_rels
     averages = RunningAverages.none_yet(wanted)
-    if info.averages_t > 0:
+    if info.averages_t > 0 and tracked.tensors:
         check_profiles(info.sigma_rels, wanted)
         places = [info.sigma_rels.index(sigma_rel) for sigma_rel in wanted]
         masses, inherited = (tuple(values[i] for i in places) for values in (info.masses, info.inherited))
+        if not tracked.leads:
+            inherited = (0.0,) * len(wanted)
         counts = (info.averages_t, info.averages_step, info.t_first, info.max_interval, info.updates, info.window)
         standing = Standing(*counts, masses, inherited)
         kept = Accumulators(_host_layout(tracked), len(wanted))
         for kind, rooms in (("totals", kept.totals), ("recent", kept.recent)):
             for sigma_rel, room in zip(wanted, rooms, strict=True):
-                tensors = _check_names(_mapping(_mapping(state, kind), repr(sigma_rel)), room.views)
+                tensors = _check_names(_mapping(_mapping(state, kind), repr(sigma_rel)), room.views, tracked)
                 for name, own in room.views.items():  # each is checked before the next is read: they may be on disk
-                    own.copy_(_checked(name, tensors[name], tracked, own.dtype))
+                    own.copy_(_own_part(name, tensors, tracked, own.dtype))
         dtypes = tracked.dtypes("copy")
-        tensors = _check_names(_mapping(state, "copies"), dtypes)
-        copies = {name: _checked(name, tensors[name], tracked, dtype).clone() for name, dtype in dtypes.items()}
+        tensors = _check_names(_mapping(state, "copies"), dtypes, tracked)
+        copies = {name: _own_part(name, tensors, tracked, dtype).clone() for name, dtype in dtypes.items()}
         averages = RunningAverages(wanted, standing, kept, copies)
     _log_changes(info.sigma_rels, schedule, settings)
     progress = Progress.resumed(states.clock_at(list(info.clock), info.step, info.t))
@@ -137,7 +152,7 @@ def unpack_state(state: Mapping[str, Any], settings: Settings, tracked: TrackedM
     return Tracking(info.run_id, progress, tracked, averages, snapshots=frozenset(info.snapshots))
 
 
-def _state_info(state: Tracking, settings: Settings) -> StateInfo:
+def state_info(state: Tracking, settings: Settings) -> StateInfo:
     """All of a state but tensors."""
     progress, averages, standing = state.progress, state.averages, state.averages.standing
     return StateInfo(
@@ -176,27 +191,48 @@ def _mapping(entries: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     return value
 
 
-def _check_names(tensors: Mapping[str, Any], expected: Mapping[str, object]) -> Mapping[str, Any]:
-    if set(tensors) != set(expected):
-        name = min(set(tensors) ^ set(expected), key=str)
-        raise ModelMismatchError(f"tensor {name!r}", "is in the state or in the model, but not in both")
+def _check_names(
+    tensors: Mapping[str, Any], expected: Mapping[str, object], tracked: TrackedModel
+) -> Mapping[str, Any]:
+    elsewhere = frozenset() if tracked.members is None else tracked.members.names
+    differing = (set(expected) - set(tensors)) | (set(tensors) - set(expected) - elsewhere)
+    if differing:
+        reason = "is in the state or in the model, but not in both"
+        raise ModelMismatchError(f"tensor {min(differing, key=str)!r}", reason)
     return tensors
 
 
-def _checked(name: str, tensor: Any, tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
-    subject, own, expected = f"tensor {name!r}", tracked.tensors[name], list(tracked.shapes[name])
-    if not isinstance(tensor, torch.Tensor):
-        raise InvalidValueError(subject, f"is {shown(tensor)} in the state, and no tensor")
-    if tensor.layout != torch.strided or tensor.is_meta:
-        raise InvalidValueError(subject, f"is {tensor.layout} on {tensor.device} in the state; must be dense")
-    if list(tensor.shape) != expected:
-        raise ModelMismatchError(subject, f"has the shape {list(tensor.shape)} in the state, {expected} in the model")
+def _own_part(name: str, tensors: Mapping[str, Any], tracked: TrackedModel, dtype: torch.dtype) -> torch.Tensor:
+    """What this process owns of a tensor, checked."""
+    subject, own, found = f"tensor {name!r}", tracked.tensors[name], tensors[name]
+    if not isinstance(found, torch.Tensor):
+        raise InvalidValueError(subject, f"is {shown(found)} in the state, and no tensor")
+    if found.layout != torch.strided or found.is_meta:
+        raise InvalidValueError(subject, f"is {found.layout} on {found.device} in the state; must be dense")
+    if isinstance(tensors, _StoredTensors):  # no more was read
+        tensor = found
+    else:
+        local, chunk = local_part(name, found)
+        shape = tuple(found.shape)
+        _check_shape(name, shape, tracked)
+        held, wanted = (chunk or Chunk(shape, (0,) * len(shape))).box(tuple(local.shape)), tracked.box(name)
+        if held.meet(wanted) != wanted:
+            reason = "is spread over the processes in another way in the state than in the model"
+            raise ModelMismatchError(subject, reason, "let torch.distributed.checkpoint load it, which reshards it")
+        starts = [begin - first for begin, first in zip(wanted.offset, held.offset, strict=True)]
+        tensor = local[tuple(slice(at, at + size) for at, size in zip(starts, wanted.shape, strict=True))]
     if tensor.dtype != dtype:
         model = torch_dtype(own.dtype)
         raise ModelMismatchError(subject, f"is {tensor.dtype} in the state, not {dtype}; the model's is {model}")
     if own.role == "average" and nonfinite_name({name: tensor}) is not None:
         raise NonFiniteError(subject, "the state's average of it holds nan or infinity")
-    return tensor.detach()
+    return tensor
+
+
+def _check_shape(name: str, shape: tuple[int, ...], tracked: TrackedModel) -> None:
+    if shape != (expected := tracked.complete_shape(name)):
+        reason = f"has the shape {list(shape)} in the state, {list(expected)} in the model"
+        raise ModelMismatchError(f"tensor {name!r}", reason)
 
 
 def check_profiles(held: Sequence[float], wanted: Sequence[float]) -> None:
@@ -221,12 +257,13 @@ def _log_changes(held: Sequence[float], schedule: Mapping[str, Any], settings: S
             log.info("%s is %s from here on; it was %s", key, now, shown(before))
 
 
-# --- a file ---
+# --- a file, or a folder of parts ---
 
 
-def write_state(path: Path, state: Tracking, settings: Settings) -> None:
-    """Write a state to a file. See `PostHocEMA.save_state`."""
-    if os.path.lexists(path) and not path.is_dir():  # the writer's error tells about a directory
+def write_state(path: Path, state: Tracking, info: StateInfo, save: int | None = None) -> None:
+    """Write a state to a file, or what this process owns to a folder, for a `save` to it. See `save_state`."""
+    part: StatePart | None = None
+    if save is None and os.path.lexists(path) and not path.is_dir():  # the writer's error tells about a directory
         try:
             kind = file_kind(read_header(path))
         except FileFormatError as error:
@@ -241,32 +278,48 @@ def write_state(path: Path, state: Tracking, settings: Settings) -> None:
             sets |= {total_prefix(sigma_rel): total.views, recent_prefix(sigma_rel): recent.views}
     sets[states.COPY] = averages.copies
     tensors = {states.tensor_name(prefix, name): one for prefix, own in sets.items() for name, one in own.items()}
+    members = state.tracked.members
+    if save is not None and members is not None and members.part is not None:
+        chunks = {full: state.tracked.chunks[full.partition("/")[2]] for full in tensors}
+        part = StatePart(members.part, chunks, save)
+        path = states.part_path(path, part)
     specs = [fmt.TensorSpec(name, stored_name(one.dtype, name), tuple(one.shape)) for name, one in tensors.items()]
-    metadata = states.state_metadata(_state_info(state, settings))
-    with TensorFileWriter(path, specs, metadata, overwrite=True) as writer:
+    with TensorFileWriter(path, specs, states.state_metadata(info, part), overwrite=True) as writer:
         for name, tensor in tensors.items():
             writer.write(name, tensor_bytes(tensor))
         writer.commit()
 
 
 @contextmanager
-def open_state(path: Path) -> Iterator[dict[str, Any]]:
-    """A state as `pack_state` gives it, except that each tensor is read when it is used; errors name the file."""
-    with TensorFile(path) as file:
-        info = decode_state(path, file.header)
-        totals = {repr(sigma_rel): _StoredTensors(file, total_prefix(sigma_rel)) for sigma_rel in info.sigma_rels}
-        recent = {repr(sigma_rel): _StoredTensors(file, recent_prefix(sigma_rel)) for sigma_rel in info.sigma_rels}
-        try:
-            yield _plain(info) | {"totals": totals, "recent": recent, "copies": _StoredTensors(file, states.COPY)}
-        except (InvalidValueError, ModelMismatchError, NonFiniteError) as error:
-            raise type(error)(path, str(error)) from error
+def open_state(path: Path, tracked: TrackedModel | None = None) -> Iterator[dict[str, Any]]:
+    """A state as `pack_state` gives it, except that each tensor is read when it is used; errors name the path.
+
+    Of what is `tracked`, tensors are what this process owns.
+    """
+    stored = states.read_state(path)
+    info, header = stored.info, stored.header
+    prefixes = [*map(total_prefix, info.sigma_rels), *map(recent_prefix, info.sigma_rels), states.COPY]
+    names = {prefix: states.tensors_with(prefix, header) for prefix in prefixes}
+    try:
+        boxes = {}
+        for name, full in chain.from_iterable(own.items() for own in names.values()):
+            if tracked is not None and name in tracked.tensors:
+                _check_shape(name, header.tensors[full].shape, tracked)
+                boxes[full] = tracked.box(name)
+        with stored.open(boxes if tracked is not None and tracked.members is not None else None) as file:
+            found = {prefix: _StoredTensors(file, own) for prefix, own in names.items()}
+            totals = {repr(sigma_rel): found[total_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
+            recent = {repr(sigma_rel): found[recent_prefix(sigma_rel)] for sigma_rel in info.sigma_rels}
+            yield _plain(info) | {"totals": totals, "recent": recent, "copies": found[states.COPY]}
+    except (InvalidValueError, ModelMismatchError, NonFiniteError) as error:
+        raise type(error)(path, str(error)) from error
 
 
 class _StoredTensors(Mapping[str, torch.Tensor]):
-    """Tensors of one kind in a file, by the model's names; each is read and verified when it is used."""
+    """Tensors of one kind in a state, by the model's names; each is read and verified when it is used."""
 
-    def __init__(self, file: TensorFile, prefix: str) -> None:
-        self._file, self._names = file, states.tensors_with(prefix, file.header)
+    def __init__(self, file: OpenSnapshot, names: Mapping[str, str]) -> None:
+        self._file, self._names = file, names
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return read_tensor(self._file, self._names[name])
@@ -278,13 +331,10 @@ class _StoredTensors(Mapping[str, torch.Tensor]):
         return len(self._names)
 
 
-def read_tensor(file: OpenSnapshot, name: str, tracked: TrackedModel | None = None) -> torch.Tensor:
-    """A tensor of a file, verified; of a snapshot, what this process owns of it."""
+def read_tensor(file: OpenSnapshot, name: str) -> torch.Tensor:
+    """A tensor of a file, verified."""
     entry = file.header.tensors[name]
-    if tracked is None or name not in tracked.chunks:
-        return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
-    shape = tracked.shapes[name]
-    return tensor_from_bytes(file.read_box(name, tracked.chunks[name].box(shape)), entry.dtype, shape)
+    return tensor_from_bytes(file.read(name), entry.dtype, entry.shape)
 
 
 # --- a directory ---
@@ -336,7 +386,7 @@ def load_from_directory(directory: Path, settings: Settings, tracked: TrackedMod
         raise DirectoryError(directory, reason, f"{hint}, or begin a new run in another directory")
     if kept is not None:
         try:
-            with open_state(directory / STATE_NAME) as state:
+            with open_state(directory / STATE_NAME, tracked) as state:
                 return unpack_state(state, settings, tracked)
         except FileFormatError as error:
             _warn_of_damage(error)
@@ -422,8 +472,8 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
     held = TrackedModel.of_snapshot(chosen[0]) if tracked.members is None else tracked
     kept = Accumulators(_host_layout(held), len(chosen))
     inherited = tuple(_read_total(snapshot, total, held) for snapshot, total in zip(chosen, kept.totals, strict=True))
-    with chosen[0].open() as file:
-        copies = {name: read_tensor(file, name, held) for name, own in held.tensors.items() if own.role == "copy"}
+    with chosen[0].open(held.boxes()) as file:
+        copies = {name: read_tensor(file, name) for name, own in held.tensors.items() if own.role == "copy"}
     masses = (0.0,) * len(chosen)
     standing = Standing(last.t, last.step, last.t_first, last.max_interval, last.updates, 0, masses, inherited)
     averages = RunningAverages(tuple(snapshot.info.sigma_rel for snapshot in chosen), standing, kept, copies)
@@ -434,9 +484,9 @@ def _rounded_state(chosen: Sequence[Snapshot], tracked: TrackedModel) -> Trackin
 def _read_total(snapshot: Snapshot, total: FlatTensors, tracked: TrackedModel) -> float:
     """Fill a total with a snapshot; returns the expected squared norm of the error of that."""
     expected = norm = 0.0
-    with snapshot.open() as file:
+    with snapshot.open(tracked.boxes()) as file:
         for name, own in total.views.items():
-            value = read_tensor(file, name, tracked)
+            value = read_tensor(file, name)
             own.copy_(value)
             square = float(torch.linalg.vector_norm(own)) ** 2
             norm += square

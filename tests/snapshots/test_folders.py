@@ -35,7 +35,7 @@ from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory, read_directory, remove_snapshot, thin
 from posthoc_cli.snapshots.format import BLOCK_BYTES
-from posthoc_cli.snapshots.reader import PartedFile, TensorFile
+from posthoc_cli.snapshots.reader import PartedFile
 from posthoc_cli.snapshots.repair import clean, plan_repair, repair
 from posthoc_cli.synthesis.engine import Options, synthesize
 
@@ -150,7 +150,8 @@ def test_a_large_tensor_is_read_in_any_range_and_box(tmp_path: Path, dtype: torc
             high = [int(random.integers(a + 1, size + 1)) for a, size in zip(low, shape, strict=True)]
             box = Box(tuple(low), tuple(b - a for a, b in zip(low, high, strict=True)))
             wanted = value[low[0] : high[0], low[1] : high[1]].contiguous().view(-1).view(torch.uint8).numpy()
-            assert np.array_equal(file.read_box("w", box), wanted)
+            with snapshot.open({"w": box}) as cut:
+                assert np.array_equal(cut.read("w"), wanted)
             first, last = box.offset[0] * 1000 * dtype.itemsize, box.end[0] * 1000 * dtype.itemsize
             assert np.array_equal(file.read_unverified("w", first, last), flat[first:last])
 
@@ -161,18 +162,19 @@ def test_each_block_that_a_box_touches_is_verified_to_its_end_and_no_other_is_re
     flip_bit(parts_of(folder)[0])  # in the second block of two
     (snapshot,) = read_directory(tmp_path)
     assert snapshot.stored["w"].nbytes == sum(part.header.tensors["w"].nbytes for part in snapshot.parts)
-    with snapshot.open() as file:
-        file.read_box("w", Box((0, 0), (2000, 1000)))
-        file.read_box("w", Box((0, 500), (4000, 500)))
-        with pytest.raises(FileFormatError, match=f"{parts_of(folder)[0].name}: tensor 'w' is damaged"):
-            file.read_box("w", Box((2500, 499), (1, 1)))
+    for box in (Box((0, 0), (2000, 1000)), Box((0, 500), (4000, 500))):
+        with snapshot.open({"w": box}) as file:
+            file.read("w")
+    damaged = pytest.raises(FileFormatError, match=f"{parts_of(folder)[0].name}: tensor 'w' is damaged")
+    with snapshot.open({"w": Box((2500, 499), (1, 1))}) as file, damaged:
+        file.read("w")
 
 
 def test_a_box_is_read_from_one_file_too(run: Path) -> None:
-    path = snapshot_files(run)[-1]
-    value = load_file(path)["0.weight"]
-    with TensorFile(path) as file:
-        found = file.read_box("0.weight", Box((3, 4), (5, 6)))
+    snapshot = read_directory(run)[-1]
+    value = load_file(snapshot.path)["0.weight"]
+    with snapshot.open({"0.weight": Box((3, 4), (5, 6))}) as file:
+        found = file.read("0.weight")
     assert found.tobytes() == value[3:8, 4:10].contiguous().numpy().tobytes()
 
 
@@ -298,11 +300,14 @@ def truncated(part: Path) -> None:
 
 
 FAULTS: list[tuple[Callable[[Path], None], str]] = [
-    (other_run, "are of different runs"), (other_update, r"are not of one snapshot: they differ in ema\.(t|step)"),
-    (other_shape, "tensor '0.weight' is average of F32"),
-    (overlapping, "tensor '0.weight': both hold some of its elements"), (twice, "are both part 1 of 4"),
-    (gap, "tensor '0.weight': elements are missing"), (truncated, "truncated"),
-]  # fmt: skip
+    (other_run, "are of different runs"),
+    (other_update, r"are not of one snapshot: they differ in ema\.(t|step)"),
+    (other_shape, r"tensor '0.weight' has the shapes \[20, 30\] and \[21, 30\]"),
+    (overlapping, "tensor '0.weight': both hold some of its elements"),
+    (twice, "are both part 1 of 4"),
+    (gap, "tensor '0.weight': elements are missing"),
+    (truncated, "truncated"),
+]
 
 
 @pytest.mark.parametrize(("harm", "message"), FAULTS, ids=lambda value: getattr(value, "__name__", ""))

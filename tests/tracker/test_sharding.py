@@ -12,6 +12,7 @@ from groups import Net, check_group, move, run_group, truth, value
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
@@ -180,6 +181,9 @@ def test_a_run_goes_on_with_another_arrangement_of_processes(
 ) -> None:
     check_group(GO_ON, ranks[0], tmp_path, kinds[0], 1, 8)
     check_group(GO_ON, ranks[1], tmp_path, kinds[1], 9, 12)
+    newest = read_directory(tmp_path / "run")[-1].info
+    assert newest.measurements is not None
+    assert {one.t for one in newest.measurements.distances} == {4, 8, 12}
     for width in (0.1, 0.2):
         found = Run(tmp_path / "run").average(width, t=12)
         exact = truth(gamma_from_sigma_rel(width), [2, 4, 6, 8, 10, 12])
