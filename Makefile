@@ -3,6 +3,8 @@
 # make bench    the measurements that the guides quote
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
+# make dist     the package's two files in dist/, checked
+# make wheel    dist, then the wheel tried in an environment of its own; PYTHON and TORCH choose others
 # make audit    known security holes in what is installed; asks a database on the network
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
@@ -15,7 +17,7 @@ READY := $(VENV)/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit coverage bench torture audit clean
+.PHONY: help demo test lint types unit coverage bench torture dist wheel audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -36,7 +38,8 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 
 types: $(READY)
-	$(BIN)/mypy --strict posthoc_cli
+	$(BIN)/mypy --strict posthoc_cli tests/e2e/typed_user.py
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/e2e/typed_user.py
 
 # One thread a process: the tests' tensors are small, and each core has a process of its own.
 unit: $(READY)
@@ -61,9 +64,21 @@ bench: $(READY)
 torture: $(READY)
 	$(BIN)/python scripts/torture.py
 
+dist: $(READY)
+	rm -rf dist
+	$(BIN)/python -m build --outdir dist
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/check-wheel-contents dist/*.whl
+
+wheel: dist
+	rm -rf $(VENV)-wheel
+	$(PYTHON) -m venv $(VENV)-wheel
+	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "$$(echo dist/*.whl)[demo]"
+	cd $(VENV)-wheel && bin/python ../scripts/try_wheel.py ../README.md
+
 audit: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
 	$(BIN)/pip-audit --skip-editable
 
 clean:
-	rm -rf $(VENV) ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-wheel ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,62 @@
+"""Try an installed wheel as a newcomer: its version, guides and demo, and the code and commands of the README.
+
+    python scripts/try_wheel.py README.md
+
+Runs in an empty folder, with the interpreter of an environment that has the wheel and no copy of the repository.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+
+import posthoc_cli
+
+
+def main() -> None:
+    """Run everything in turn; the first failure ends it."""
+    page, package = Path(sys.argv[1]).resolve(), Path(posthoc_cli.__file__).parent
+    assert package.parent.name == "site-packages", f"{package} is not an installed wheel"
+    blocks = re.findall(r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    with tempfile.TemporaryDirectory() as folder:
+        ema(folder, "--version")
+        ema(folder, "guide", "training")
+        ema(folder, "demo", "--steps", "300", "--out", "demo")
+        program = "\n".join([TRAINING, *(text for language, text in blocks if language == "python")])
+        subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
+        for language, text in blocks:
+            for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", text, re.MULTILINE) if language == "console" else ():
+                ema(folder, *line.split())
+    print(
+        f"posthoc-cli {posthoc_cli.__version__} works with Python {sys.version.split()[0]}, torch {torch.__version__}"
+    )
+
+
+def ema(folder: str, *arguments: str) -> None:
+    """Run the installed command."""
+    command = [str(Path(sys.executable).with_name("ema")), *arguments]
+    print("$ ema", *arguments, flush=True)
+    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+
+
+TRAINING = """
+import torch
+model = torch.nn.Linear(4, 4)
+optimizer, loader = torch.optim.SGD(model.parameters(), lr=1e-4), torch.randn(50_000, 8, 4)
+def train_step(model, batch, optimizer):
+    model(batch).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+def evaluate(network):
+    network(loader[0])
+"""
+"""What the README's code finds defined."""
+
+
+if __name__ == "__main__":
+    main()
