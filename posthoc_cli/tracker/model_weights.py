@@ -22,7 +22,7 @@ from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
-from posthoc_cli.tracker.sharding import held_part, is_sharded, reshard
+from posthoc_cli.tracker.sharding import held_part, is_fully_sharded, is_sharded, like_dtensor, reshard
 
 Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given")
@@ -103,6 +103,9 @@ def check_weights(
 
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
     """Copy one value into a model's tensor, or into what this process holds of it; see `load_weights`."""
+    if is_sharded(target) and not own_dtype and value.dtype != target.dtype:
+        _replace_chunk(target, value.to(target.device, copy=True))
+        return
     target = held_part(target)
     if not _is_writable(target):
         target.data = value.to(target.device, target.dtype, copy=True)
@@ -110,6 +113,15 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
         target.data.copy_(value)
     else:
         target.data = value.to(target.device, copy=True)
+
+
+def _replace_chunk(tensor: torch.Tensor, local: torch.Tensor) -> None:
+    """Give a DTensor other elements here, of another dtype; it stays the same object."""
+    new = like_dtensor(local, tensor)
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, tensor.requires_grad)
+    vars(new).update(vars(tensor))
+    torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
 
 
 def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -185,16 +197,19 @@ def _save(
     device, held = tensor.device, held_part(tensor)
     storage = held.data if in_place else None
     values = held.data.to("cpu", copy=True) if saves else None
+    is_chunk = held is not tensor
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore() -> None:
         contents[key] = tensor  # moving a module between kinds of devices may replace the Parameter itself
-        if held is not tensor:
+        if storage is not None:
             if values is not None:
-                held.copy_(values)
-        elif storage is not None:
-            tensor.data = storage if values is None else storage.copy_(values)
+                storage.copy_(values)
+            if not is_chunk:
+                tensor.data = storage
+        elif values is not None and is_chunk:
+            _replace_chunk(tensor, values.to(device))
         elif values is not None:
             tensor.data = values.to(device)
         if is_parameter:
@@ -225,8 +240,8 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
 
 
 def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
-    """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps them end to end."""
-    if any(is_fsdp(module) for module in model.modules()) or any(map(is_sharded, model.parameters())):
+    """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps room of their own."""
+    if any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules()):
         raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
 
 

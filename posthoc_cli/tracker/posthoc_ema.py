@@ -879,8 +879,8 @@ class PostHocEMA:
         if not self.keeps_averages:
             raise NotReadyError(
                 "this process keeps no averages, the first one of its group does, or one made with writer=True",
-                "make them there and broadcast them, or read the snapshots on disk with a new "
-                "PostHocEMA.from_path(directory), before any update_ of it",
+                "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
+                "new PostHocEMA.from_path(directory), before any update_ of it",
             )
 
     def _plan(self, sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype, method: str | None) -> Plan:

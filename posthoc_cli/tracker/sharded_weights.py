@@ -31,7 +31,7 @@ from posthoc_cli.synthesis.sources import Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.sharding import Group, Members, held_part, is_sharded, local_part
+from posthoc_cli.tracker.sharding import Group, Members, held_part, is_sharded, like_dtensor, local_part
 from posthoc_cli.tracker.snapshotter import LiveSource
 
 Result = TypeVar("Result")
@@ -334,20 +334,11 @@ def _exchange(value: torch.Tensor, ranks: Sequence[int], group: Group) -> None:
 
 def as_dtensors(chunks: Weights, model: torch.nn.Module) -> Weights:
     """The same with DTensors in place of chunks, spread as the model's parameters."""
-    from torch.distributed.tensor import DTensor
-
     made = _like(chunks)
     for found in named_tensors(model):
-        if found.name not in chunks:
-            continue
-        value, own = chunks[found.name], found.tensor
-        if isinstance(own, DTensor):
-            local = value.view(own.to_local().shape)
-            made[found.name] = DTensor.from_local(
-                local, own.device_mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
-            )
-        else:
-            made[found.name] = value
+        if found.name in chunks:
+            value, own = chunks[found.name], found.tensor
+            made[found.name] = like_dtensor(value, own) if is_sharded(own) else value
     return made
 
 

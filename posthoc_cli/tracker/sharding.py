@@ -53,15 +53,29 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def reshard(model: torch.nn.Module) -> None:
     """Give a model of `fully_shard` its sharded parameters: after a forward pass without backward some are complete."""
-    for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            module.reshard()  # type: ignore[operator]
+    for module in filter(is_fully_sharded, model.modules()):
+        module.reshard()  # type: ignore[operator]
+
+
+def is_fully_sharded(module: torch.nn.Module) -> bool:
+    """Whether `fully_shard` has taken a module."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 @torch.no_grad()
 def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What this process holds of each tensor: without gradients these are the same objects each time."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def like_dtensor(local: torch.Tensor, tensor: Any) -> torch.Tensor:
+    """A DTensor of the elements that this process holds, spread as another one."""
+    from torch.distributed.tensor import DTensor
+
+    local = local.view(tensor.to_local().shape)
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )
 
 
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
