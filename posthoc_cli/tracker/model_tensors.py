@@ -66,7 +66,7 @@ class ModelTensors:
         """The rows of each tensor that one of several replicas keeps."""
         rows = {name: cut for name, cuts in shares.items() for owner, cut in cuts if owner == rank}
         averaged, copied = (
-            {name: one[rows[name]] for name, one in tensors.items() if name in rows}
+            {name: one[rows.get(name, ...)] for name, one in tensors.items() if name in rows or name not in shares}
             for tensors in (self.averaged, self.copied)
         )
         chunks = {}
@@ -76,15 +76,15 @@ class ModelTensors:
         return replace(self, averaged=averaged, copied=copied, chunks=chunks)
 
     def of(self, members: Members) -> ModelTensors:
-        """What this process owns of them."""
+        """What this process owns of them, and what was not there when the processes met."""
         held = self if members.shares is None else self.share_of(members.rank, members.shares)
-        aliases = {alias: name for alias, name in held.aliases.items() if name in members.owned}
+        names = members.owned | ((held.averaged.keys() | held.copied.keys()) - members.names)
         return replace(
             held,
-            averaged=_within(members.owned, held.averaged),
-            copied=_within(members.owned, held.copied),
-            aliases=aliases,
-            chunks=_within(members.owned, held.chunks),
+            averaged=_within(names, held.averaged),
+            copied=_within(names, held.copied),
+            aliases={alias: name for alias, name in held.aliases.items() if name in names},
+            chunks=_within(names, held.chunks),
         )
 
 

@@ -269,6 +269,7 @@ class Members:
     Attributes:
         rank: of this process.
         callers: their trackers, to make calls together.
+        names: of all tensors that are tracked.
         holders: by name, the ranks that hold the same chunk of a tensor as this process, growing. The first of them
             owns it: it averages and writes it.
         part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
@@ -280,6 +281,7 @@ class Members:
 
     rank: int
     callers: Callers
+    names: frozenset[str]
     holders: Mapping[str, tuple[int, ...]]
     part: tuple[int, int] | None
     run_id: str
@@ -370,7 +372,8 @@ def meet(
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
     number = answer["part"] and tuple(answer["part"])
-    return Members(rank, callers, holders, number, answer["run_id"], mesh, device, store, shares)
+    names = frozenset(tensors if shares is None else shares)
+    return Members(rank, callers, names, holders, number, answer["run_id"], mesh, device, store, shares)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:

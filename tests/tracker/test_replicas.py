@@ -66,6 +66,11 @@ def test_every_replica_gets_the_weights_of_the_writer(kind: str, shared: bool, t
     code = """
 model = groups.spread(groups.Net(), arguments[0])
 ema = PostHocEMA.from_model(model, folder / "run", SETTINGS, shard_averages=arguments[1] == "True")
+try:
+    with ema.averaged(model, tracked=0.2):
+        raise SystemExit("filled")
+except NotReadyError as error:
+    assert "no live average yet" in str(error)
 train(ema, 1, 10)
 raw = held(model)
 with ema.averaged(model, tracked=0.2):
@@ -91,6 +96,26 @@ assert model.training and equal(held(model), raw)
 ema.load_into(model, 0.15)
 assert not (wrong := close(model, single, 1e-6)), wrong
 same_in_all(model)
+if arguments[1] == "False":
+    state = ema.state_dict()
+    ema.close()
+    dist.barrier()
+    ema = PostHocEMA.from_path(folder / "run", model)
+    ema.load_state_dict(state)
+    with ema.averaged(model, tracked=0.2):
+        assert not (wrong := close(model, torch.load(folder / "truth-10.pt"), 1e-6)), wrong
+else:
+    tiny = torch.nn.Linear(1, 1)
+    with PostHocEMA.from_model(tiny, folder / "tiny", update_every=1, shard_averages=True) as other:
+        other.update_(tiny)
+        assert other.keeps_averages == (rank < 2)
+        assert other.state_dict(0.15).keys() == {"weight", "bias"}
+        tiny.new = torch.nn.Parameter(torch.zeros(2))
+        try:
+            other.update_(tiny)
+            assert not other.keeps_averages
+        except ModelMismatchError as error:
+            assert "'new': is in the model, but was not when tracking began" in str(error)
 ema.close()
 """.replace("SETTINGS", SETTINGS)
     check_group(TRAINED + code, 3, tmp_path, kind, shared)
