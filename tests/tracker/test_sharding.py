@@ -69,6 +69,9 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
                 if name in values:
                     own = tensor[tuple(map(slice, boxes[name].offset, boxes[name].end))]
                     assert torch.equal(values[name], own), name
+    for method in ("minvar", "paper"):
+        synthesized, wanted = (Run(tmp_path / where).average(0.15, t=8, method=method) for where in ("run", "single"))
+        assert all(torch.equal(value, synthesized[name]) for name, value in wanted.items()), method
     last = {name: tensor for name, tensor in expected.items() if not name.startswith(("mean", "count"))}
     exact = truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8])
     assert last.keys() == exact.keys()
