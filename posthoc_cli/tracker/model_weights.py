@@ -22,7 +22,7 @@ from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
-from posthoc_cli.tracker.sharding import held_part, is_fully_sharded, is_sharded, like_dtensor, reshard
+from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
 
 Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given")
@@ -104,7 +104,7 @@ def check_weights(
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
     """Copy one value into a model's tensor, or into what this process holds of it; see `load_weights`."""
     if is_sharded(target) and not own_dtype and value.dtype != target.dtype:
-        _replace_chunk(target, value.to(target.device, copy=True))
+        _replace_chunk(target, value)
         return
     target = held_part(target)
     if not _is_writable(target):
@@ -117,7 +117,7 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
 
 def _replace_chunk(tensor: torch.Tensor, local: torch.Tensor) -> None:
     """Give a DTensor other elements here, of another dtype; it stays the same object."""
-    new = like_dtensor(local, tensor)
+    new = as_dtensor(local.clone(), tensor).to(tensor.device)
     if isinstance(tensor, torch.nn.Parameter):
         new = torch.nn.Parameter(new, tensor.requires_grad)
     vars(new).update(vars(tensor))
@@ -209,7 +209,7 @@ def _save(
             if not is_chunk:
                 tensor.data = storage
         elif values is not None and is_chunk:
-            _replace_chunk(tensor, values.to(device))
+            _replace_chunk(tensor, values)
         elif values is not None:
             tensor.data = values.to(device)
         if is_parameter:

@@ -31,7 +31,7 @@ from posthoc_cli.synthesis.sources import Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.sharding import Group, Members, held_part, is_sharded, like_dtensor, local_part
+from posthoc_cli.tracker.sharding import Group, Members, as_dtensor, held_part, is_sharded, local_part
 from posthoc_cli.tracker.snapshotter import LiveSource
 
 Result = TypeVar("Result")
@@ -348,8 +348,7 @@ def as_dtensors(chunks: Weights, model: torch.nn.Module) -> Weights:
     made = _like(chunks)
     for found in named_tensors(model):
         if found.name in chunks:
-            value, own = chunks[found.name], found.tensor
-            made[found.name] = like_dtensor(value, own) if is_sharded(own) else value
+            made[found.name] = as_dtensor(chunks[found.name], found.tensor)
     return made
 
 

@@ -68,16 +68,6 @@ def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
 
 
-def like_dtensor(local: torch.Tensor, tensor: Any) -> torch.Tensor:
-    """A DTensor of the elements that this process holds, spread as another one."""
-    from torch.distributed.tensor import DTensor
-
-    local = local.view(tensor.to_local().shape)
-    return DTensor.from_local(
-        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
-
-
 def rows_of_replicas(rows: torch.Tensor, shape: tuple[int, ...], mesh: Any) -> torch.Tensor:
     """A DTensor of the rows that this process keeps of a tensor, cut as by `share_out`."""
     from torch.distributed.tensor import DTensor, Shard
@@ -88,6 +78,20 @@ def rows_of_replicas(rows: torch.Tensor, shape: tuple[int, ...], mesh: Any) -> t
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
     """The elements of a tensor that this process holds, sharing their memory."""
     return local_part("", tensor)[0] if is_sharded(tensor) else tensor
+
+
+def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A DTensor in host memory of what this process holds, spread as `like` is; a plain tensor for a plain one."""
+    if not is_sharded(like):
+        return local
+    from torch.distributed.tensor import DTensor
+
+    spread: Any = like
+    found = DTensor.from_local(
+        local.view(spread.to_local().shape), spread.device_mesh, spread.placements,
+        run_check=False, shape=spread.shape, stride=row_major(spread.shape),
+    )  # fmt: skip
+    return found.cpu()  # it was moved to the mesh's device
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
@@ -276,11 +280,11 @@ class Members:
     Attributes:
         rank: of this process.
         callers: their trackers, to make calls together.
-        names: of all tensors that are tracked.
         holders: by name, the ranks that hold the same chunk of a tensor as this process, growing. The first of them
             owns it: it averages and writes it.
         part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
         run_id: of the run.
+        names: of all tensors of the model that are tracked, here or elsewhere.
         mesh: the processes' arrangement, as a snapshot's header has it.
         device: where the process group exchanges tensors.
         shares: of replicas, which rows each process keeps.
@@ -288,10 +292,10 @@ class Members:
 
     rank: int
     callers: Callers
-    names: frozenset[str]
     holders: Mapping[str, tuple[int, ...]]
     part: tuple[int, int] | None
     run_id: str
+    names: frozenset[str]
     mesh: dict[str, Any]
     device: torch.device
     store: Store
@@ -380,7 +384,7 @@ def meet(
     holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
     number = answer["part"] and tuple(answer["part"])
     names = frozenset(tensors if shares is None else shares)
-    return Members(rank, callers, names, holders, number, answer["run_id"], mesh, device, store, shares)
+    return Members(rank, callers, holders, number, answer["run_id"], names, mesh, device, store, shares)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:

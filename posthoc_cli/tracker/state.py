@@ -44,7 +44,7 @@ from posthoc_cli.tracker.buffers import HOST, FlatTensors, Layout, group_tensors
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import Progress, Settings, check_count, check_sigma_rels
-from posthoc_cli.tracker.sharding import is_sharded, like_dtensor, local_part, reshard, rows_of_replicas
+from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard, rows_of_replicas
 
 log = logging.getLogger(__name__)
 
@@ -105,11 +105,9 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         return {name: as_shared(name, value) for name, value in tensors.items()}
 
     def as_shared(name: str, value: torch.Tensor) -> torch.Tensor:
-        if name in spread and is_sharded(spread[name]):
-            return like_dtensor(value, spread[name]).cpu()  # it was moved to the mesh's device
         if mesh is not None and value.shape != tracked.complete_shape(name):
             return rows_of_replicas(value, tracked.complete_shape(name), mesh)
-        return value
+        return as_dtensor(value, spread[name]) if spread else value
 
     return _plain(info) | {
         "totals": {key: packed(own.views) for key, own in zip(keys, kept.totals, strict=True)},
