@@ -189,7 +189,7 @@ def meet(
             own = sorted(set(numbers[other]))
             table = {"sets": [sets[number] for number in own], "held": [own.index(number) for number in numbers[other]]}
             store.set(f"answer/{other}", json.dumps({**table, "part": part, "run_id": run_id}))
-    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2 * PATIENCE))
+    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2.0))
     if "reason" in answer:
         raise RankError(answer["rank"], answer["reason"])
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
@@ -227,7 +227,8 @@ def _holders(store: Store, world: int, options: Mapping[str, str]) -> tuple[list
     return [*sets], [[numbers[digest] for digest in digests] for digests in held]
 
 
-def _wait(store: Store, key: str, rank: int, what: str, seconds: float = PATIENCE) -> str:
+def _wait(store: Store, key: str, rank: int, what: str, patience: float = 1.0) -> str:
+    seconds = patience * PATIENCE
     try:
         store.wait([key], timedelta(seconds=seconds))
         return str(store.get(key).decode())

@@ -316,7 +316,8 @@ class Snapshotter:
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
             return
         self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
-        if self._leads:  # of its own snapshots those that other processes are still writing are the newest
+        # Of its own snapshots those that other processes are still writing are the newest.
+        if self._leads and schedule.max_checkpoints is not None:
             complete = {(s.info.t, s.info.sigma_rel): StoredSnapshot.of(s) for s in find_snapshots(self.directory)}
             all_parts = [complete.get((s.t, s.sigma_rel), s) for s in self._stored]
             left = thin(all_parts, schedule.max_checkpoints, schedule.sigma_range)
