@@ -34,6 +34,7 @@ from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
     TrackedModel,
+    check_complete,
     check_model,
     collect_tensors,
     is_swapped,
@@ -607,6 +608,8 @@ class PostHocEMA:
         pipeline, settings = self._pipeline, self.settings
         if not self._is_writer(model):
             progress = self._after(t)
+            if self._members is None and settings.update_is_due(progress.step):
+                check_complete(model)
             self._refused_anywhere(None, progress)
             pipeline.count(progress)
             return

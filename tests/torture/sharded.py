@@ -177,7 +177,7 @@ from torture.simulated import Faulty
 kind, victim, at = arguments
 model = groups.spread(groups.Net(), kind)
 files.system = system = Faulty(int(at) if rank == int(victim) else None, "full")
-errors = []
+errors, stop = [], False
 try:
     with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, resume="auto") as ema:
         for step in range(ema.step + 1, {STEPS} + 1):
@@ -194,8 +194,7 @@ try:
                 break
 except PostHocError as error:
     errors.append(error)
-for error in errors:
-    print(f"{{type(error).__name__}}: {{error}}")
+print(bool(stop), *(f"{{type(error).__name__}}: {{error}}" for error in errors), sep="\\n")
 """
 OPERATIONS = 200
 """How many a process does at least."""
@@ -208,20 +207,17 @@ def full_disks(folder: Path, share: float, seed: int) -> Tally:
         place, victim, at = folder / "full", chance.randrange(3), chance.randrange(OPERATIONS)
         where, tally.tried = f"rank {victim} at operation {at}", tally.tried + 1
         outs = [out.splitlines() for out in check_group(FULL, 3, place, "fsdp", victim, at)]
-        for rank, said in enumerate(outs):
-            if any(outs) and rank == victim and not said:
-                tally.missed.append(f"{where}: it ended well, and the others said {outs}")
-            for line in said:
-                if not re.search(
-                    r"No space left|no space left" if rank == victim else f"RankError: rank {victim}: ", line
-                ):
-                    tally.missed.append(f"{where}: rank {rank} said {line}")
+        for rank, (stopped, *said) in enumerate(outs):
+            if not said and (stopped == "True" or (rank == victim and max(map(len, outs)) > 1)):
+                tally.missed.append(f"{where}: rank {rank} was not told")
+            wanted = "no space left" if rank == victim else f"RankError: rank {victim}: "
+            tally.missed += [f"{where}: rank {rank} said {line}" for line in said if wanted not in line]
         before = read(place / "run")
         tally.lost += [f"{where}: {path.name} is left" for path in place.rglob(".ema-*.tmp")]
         kind, ranks = chance.choice(SPREAD)
         outs = [out.splitlines() for out in check_group(FULL, ranks, place, kind, -1, -1)]
         now = read(place / "run")
-        wrong = [*map(str, filter(None, outs)), *wrong_averages(now), *differing(now, before)]
+        wrong = [*(line for out in outs for line in out[1:]), *wrong_averages(now), *differing(now, before)]
         wrong += [*missing(now), *(f"{name} is gone" for name in before.keys() - now.keys())]
         tally.lost += [f"{where}, going on with {kind} on {ranks}: {line}" for line in wrong]
         shutil.rmtree(place)

@@ -131,6 +131,71 @@ def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: P
     assert "RankError: rank 0: " in results[1].err
 
 
+def test_a_model_that_is_sharded_later_is_refused_with_the_right_order(tmp_path: Path) -> None:
+    code = """
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import ModelMismatchError
+model = groups.Net()
+ema = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=1)
+ema.update_(model)
+ema.flush()
+import torch.distributed as dist
+dist.barrier()
+groups.spread(model, "fsdp")
+for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load_into(model, 0.28)):
+    try:
+        use(model)
+    except ModelMismatchError as error:
+        print(error)
+ema.close()
+"""
+    for out in check_group(code, 2, tmp_path):
+        updated, filled = out.splitlines()
+        assert "was not when this tracker was made; shard the model first; then make the tracker in every" in updated
+        assert "is sharded over processes, and this tracker was made before that, or without the model" in filled
+    assert [snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots] == [1, 1]
+
+
+@pytest.mark.parametrize("maker", [0, 1])
+def test_a_tracker_in_one_process_only_names_the_others(maker: int, tmp_path: Path) -> None:
+    code = """
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import RankError
+from posthoc_cli.tracker import sharding
+sharding.PATIENCE = 0.5
+model = groups.spread(groups.Net(), "fsdp")
+try:
+    if rank == int(arguments[0]):
+        PostHocEMA.from_model(model, folder / "run")
+except RankError as error:
+    print(error)
+"""
+    outs = check_group(code, 2, tmp_path, maker)
+    assert outs[maker].startswith(f"rank {1 - maker}: made no tracker of this model")
+
+
+def test_the_process_group_may_be_destroyed_before_the_tracker_is_closed(tmp_path: Path) -> None:
+    code = TRAIN.replace("    for step", "    import torch.distributed as dist\n    for step")
+    check_group(f"{code}    dist.barrier()\n    dist.destroy_process_group()\n", 2, tmp_path, "fsdp")
+    assert [snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots] == [4, 4, 8, 8]
+
+
+def test_one_process_alone_may_shard_its_model(tmp_path: Path) -> None:
+    code = """
+with ema.model(model, sigma_rel=0.15):
+    pass
+ema = PostHocEMA.from_path(folder / "run", model)
+groups.move(model, 9)
+ema.update_(model)
+ema.close()
+"""
+    check_group(TRAIN + code, 1, tmp_path, "fsdp")
+    snapshots = Run(tmp_path / "run").snapshots
+    assert [path.name for path in snapshots[0].path.iterdir()] == ["part-00001-of-00001.safetensors"]
+    for name, tensor in truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8]).items():
+        assert torch.allclose(Run(tmp_path / "run").average(0.2)[name].double(), tensor, rtol=1e-6, atol=1e-6), name
+
+
 MEET = """
 import json
 from posthoc_cli.tracker import sharding
