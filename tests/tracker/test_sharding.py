@@ -76,6 +76,60 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
     assert torch.equal(expected["mean"], value("mean", 8, single.mean))
 
 
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a peak of memory")
+def test_a_process_holds_its_share_and_nothing_in_full(tmp_path: Path) -> None:
+    """In units of its share of the parameters, in float32; a process that held anything in full had one more, of two.
+
+    Tracking holds two averages, each as a total in float64 and a mean, the same two rounded for the snapshots that are
+    being written, and a copy of the parameters of that time. An evaluation holds the two live averages rounded, the
+    result, and the model's own values. Going on holds the averages.
+    """
+    code = """
+import gc
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker.sharding import held_part
+def memory(key):
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+def measure(work):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    work()
+    return (memory("VmHWM") - before) / share
+def train():
+    for _ in range(4):
+        for parameter in model.parameters():
+            held_part(parameter).data.add_(1)
+        ema.update_(model)
+    ema.flush()
+def evaluate():
+    with ema.model(model, sigma_rel=0.15):
+        pass
+def go_on():
+    global ema
+    ema = PostHocEMA.from_path(directory, model)
+    ema.update_(model)
+for rows in (8, 2048):  # the first time all that is loaded and made once
+    model = fully_shard(nn.Sequential(*(nn.Linear(1024, rows, bias=False) for _ in range(16))))
+    share = sum(4 * held_part(parameter).numel() for parameter in model.parameters())
+    directory = folder / str(rows)
+    ema = PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=2)
+    found = [measure(train), measure(evaluate)]
+    ema.close()
+    del ema
+    found.append(measure(go_on))
+    ema.close()
+print(*found)
+"""
+    for out in check_group(code, 2, tmp_path):
+        for found, derived in zip(map(float, out.split()), (9, 4, 6), strict=True):
+            assert found < derived + 0.5, out
+
+
 def test_no_update_and_no_snapshot_makes_processes_wait_for_each_other(tmp_path: Path) -> None:
     counted = """
 from torch.distributed.tensor.debug import CommDebugMode
