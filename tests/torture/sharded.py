@@ -214,7 +214,9 @@ def full_disks(folder: Path, share: float, seed: int) -> Tally:
             tally.missed += [f"{where}: rank {rank} said {line}" for line in said if wanted not in line]
         # Training goes on from the newest time of which all averages are there, and sets later ones aside.
         found = read(place / "run")
-        before = {name: found[name] for name in found if len([other for other in found if other[:16] == name[:16]]) == 2}
+        before = {
+            name: found[name] for name in found if len([other for other in found if other[:16] == name[:16]]) == 2
+        }
         tally.lost += [f"{where}: {path.name} is left" for path in place.rglob(".ema-*.tmp")]
         kind, ranks = chance.choice(SPREAD)
         outs = [out.splitlines() for out in check_group(FULL, ranks, place, kind, -1, -1)]
