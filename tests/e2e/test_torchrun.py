@@ -27,7 +27,7 @@ from posthoc_cli.export import ranks
 from posthoc_cli.synthesis import engine
 make = engine.Maker.make
 engine.Maker.make = lambda *arguments: (time.sleep(1.0), make(*arguments))
-ranks.PATIENCE = 3.0
+ranks.SILENCE = 3.0
 """
 """Runs before the command: every tile takes a second."""
 
