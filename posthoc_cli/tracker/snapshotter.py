@@ -182,7 +182,8 @@ class Snapshotter:
         try:
             if members is not None and self._leads:
                 # Parts of a killed attempt and of this one could look like one snapshot.
-                for folder in inspect_directory(directory).incomplete:
+                for folder, there in inspect_directory(directory).incomplete.items():
+                    log.warning("%s: has %s, left by an interrupted training, and is removed", folder, there)
                     remove_snapshot(folder)
             snapshots = find_snapshots(directory)
         except BaseException:
