@@ -25,7 +25,6 @@ from posthoc_cli.errors import (
     LockedError,
     NonFiniteError,
     NotReadyError,
-    RankError,
     WriteError,
 )
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages
@@ -220,9 +219,7 @@ class Pipeline:
         """The directory's writer; if the block fails, this pipeline has one only if it had before."""
         before, members = self.snapshotter, self.now.tracked.members
         if members is not None and members.rank > 0:
-            refused = members.wait_for("writer", "has not taken the directory yet")
-            if refused:
-                raise RankError("rank 0", refused)
+            members.wait_for_writer()
         snapshotter = before
         try:
             snapshotter = before or _open_snapshotter(directory, self._settings, members)

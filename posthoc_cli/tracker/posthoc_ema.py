@@ -610,6 +610,8 @@ class PostHocEMA:
             progress = self._after(t)
             if self._members is None and settings.update_is_due(progress.step):
                 check_complete(model)
+            elif self._members is not None and (pipeline.now.resumes or not self.step):  # the first call
+                self._members.wait_for_writer()
             self._refused_anywhere(None, progress)
             pipeline.count(progress)
             return

@@ -124,9 +124,11 @@ class Members:
         with suppress(RuntimeError):  # it was destroyed, or its first process has ended
             self.store.set(key, message)
 
-    def wait_for(self, key: str, what: str) -> str:
-        """The message of rank 0 under a key, when it is there; a RankError if it does not come in time."""
-        return _wait(self.store, key, 0, what)
+    def wait_for_writer(self) -> None:
+        """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
+        refused = _wait(self.store, "writer", 0, "has not taken the directory yet")
+        if refused:
+            raise RankError("rank 0", refused)
 
     def check(self) -> None:
         """Raise a RankError if another process has announced that it failed."""

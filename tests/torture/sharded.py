@@ -148,7 +148,9 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
                 gone = [*missing(now, durable), *(f"{name} is gone" for name in before.keys() - now.keys())]
                 tally.lost += [f"{where}: was durable: {line}" for line in gone]
             tally.lost += [f"{where}: {line}" for line in [*differing(now, before | right), *wrong_averages(now)]]
-            if not any(codes):
+            if after is None and any(codes):
+                tally.missed.append(f"{where}: going on ended with {codes}")
+            if after is None or not any(codes):
                 break
         # What thinning had removed before a kill cannot come back.
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
