@@ -19,7 +19,7 @@ from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
-from posthoc_cli.tracker.sharding import Members, Shares, local_part, local_tensors, reshard
+from posthoc_cli.tracker.sharding import Members, Shares, is_sharded, local_part, local_tensors, reshard
 
 log = logging.getLogger(__name__)
 
@@ -212,6 +212,16 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
     if not isinstance(model, torch.nn.Module):
         raise InvalidValueError("model", f"must be a torch.nn.Module, not {type(model).__name__}")
     return model
+
+
+def check_complete(model: torch.nn.Module) -> None:
+    """Raise a ModelMismatchError if a model is sharded whose tracker was made before, or without it."""
+    if any(map(is_sharded, model.parameters())):
+        reason = "is sharded over processes, and was not when this tracker was made"
+        hint = (
+            "shard the model first; then make the tracker in every process, with from_model or from_path(path, model)"
+        )
+        raise ModelMismatchError("model", reason, hint)
 
 
 swapped: list[frozenset[int]] = []
@@ -409,7 +419,10 @@ class ModelWatch:
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
         found = collect_tensors(model, self._selection, known)
-        return found if self._members is None else found.of(self._members)
+        if self._members is not None:
+            return found.of(self._members)
+        check_complete(model)
+        return found
 
     def _take_fingerprint(self) -> tuple[object, ...]:
         """Differs if the tensors do. `_held` keeps ids from being used again."""

@@ -235,6 +235,8 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
         own = list(held_part(tensors[name].tensor).shape)
         if own != list(shape):
             reason = f"has the shape {own} in the model, {list(shape)} in the averaged weights"
+            if is_sharded(tensors[name].tensor):
+                reason = "is sharded over processes, and this tracker was made before that, or without the model"
             raise ModelMismatchError(f"tensor {name!r}", reason)
     return {name: tensors[name] for name in shapes}
 

@@ -37,6 +37,7 @@ from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
     TrackedModel,
+    check_complete,
     check_model,
     collect_tensors,
     is_swapped,
@@ -665,6 +666,10 @@ class PostHocEMA:
         pipeline, settings = self._pipeline, self.settings
         if not self._is_writer(model):
             progress = self._after(t)
+            if self._members is None and settings.update_is_due(progress.step):
+                check_complete(model)
+            elif self._members is not None and (pipeline.now.resumes or not self.step):  # the first call
+                self._members.wait_for_writer()
             self._refused_anywhere(None, progress)
             pipeline.count(progress)
             return

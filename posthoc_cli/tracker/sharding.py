@@ -311,9 +311,11 @@ class Members:
         with suppress(RuntimeError):  # it was destroyed, or its first process has ended
             self.store.set(key, message)
 
-    def wait_for(self, key: str, what: str) -> str:
-        """The message of rank 0 under a key, when it is there; a RankError if it does not come in time."""
-        return _wait(self.store, key, 0, what)
+    def wait_for_writer(self) -> None:
+        """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
+        refused = _wait(self.store, "writer", 0, "has not taken the directory yet")
+        if refused:
+            raise RankError("rank 0", refused)
 
     def check(self) -> None:
         """Raise a RankError if another process has announced that it failed."""
@@ -377,7 +379,7 @@ def meet(
             own = sorted(set(numbers[other]))
             table = {"sets": [sets[number] for number in own], "held": [own.index(number) for number in numbers[other]]}
             store.set(f"answer/{other}", json.dumps({**table, "part": part, "run_id": run_id}))
-    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2 * PATIENCE))
+    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2.0))
     if "reason" in answer:
         raise RankError(answer["rank"], answer["reason"])
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
@@ -422,7 +424,8 @@ def _holders(store: Store, world: int, options: Mapping[str, str]) -> tuple[list
     return [*sets], [[numbers[digest] for digest in digests] for digests in held]
 
 
-def _wait(store: Store, key: str, rank: int, what: str, seconds: float = PATIENCE) -> str:
+def _wait(store: Store, key: str, rank: int, what: str, patience: float = 1.0) -> str:
+    seconds = patience * PATIENCE
     try:
         store.wait([key], timedelta(seconds=seconds))
         return str(store.get(key).decode())
