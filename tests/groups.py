@@ -7,7 +7,9 @@ those of the same model in one process, whatever the order in which gradients wo
 from __future__ import annotations
 
 import hashlib
+import os
 import sys
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,8 +35,8 @@ def start_group(code: str, ranks: int, folder: Path, *arguments: object) -> list
     The group is left at the end of the code unless the code did so itself.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    meeting = f"{folder}/meeting-{len(list(folder.glob('meeting-*')))}"
-    Path(meeting).touch()
+    descriptor, meeting = tempfile.mkstemp(prefix="meeting-", dir=folder)  # a killed group leaves its own behind
+    os.close(descriptor)
     program = (
         f"import sys; sys.path.insert(0, {HERE!r})\n"
         "import groups\n"

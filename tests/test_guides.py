@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 import shutil
+import socket
 import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from ema_command import Ema
+from ema_command import Ema, unmeasured_environment
 from safetensors.torch import save_file
 from torture.experiments import EXPERIMENTS
 
@@ -95,6 +97,25 @@ def test_the_code_of_a_page_runs_from_top_to_bottom(page: Path, ema: Ema, names:
         for arguments in commands(block):
             result = ema(*arguments)
             assert result.code == 0, (arguments, result.err)
+
+
+def test_the_programs_for_torchrun_run_one_after_the_other(tmp_path: Path) -> None:
+    """Of the guide on distributed use: a training, and torch's own loading of a snapshot onto another mesh."""
+    page = (PACKAGE / "guides/distributed.md").read_text()
+    train, load = re.findall(r"^```python torchrun\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)
+    load += "rank = os.environ['RANK']\ntorch.save(weights['0.weight'].to_local(), f'held-{rank}.pt')\n"
+    for program in (train, "import os\n" + load):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+        environments = [{**unmeasured_environment(), **meeting, "RANK": str(rank)} for rank in range(2)]
+        processes = [forked.Forked(program, cwd=tmp_path, env=environment) for environment in environments]
+        printed = [process.communicate() for process in processes]
+        assert [process.returncode for process in processes] == [0, 0], printed
+    *_, snapshot = read_directory(tmp_path / "run/ema")
+    with snapshot.open() as file:
+        stored = torch.from_numpy(file.read("0.weight").view("<f2")).view(64, 16).float()
+    assert torch.equal(torch.cat([torch.load(tmp_path / f"held-{rank}.pt") for rank in range(2)]), stored)
 
 
 @pytest.mark.parametrize(("steps", "times"), [(2950, [1000, 2000, 2950]), (900, [900]), (1000, [1000])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,12 +12,14 @@ import bench_batch_norm
 import bench_fidelity
 import bench_load
 import bench_planning
+import bench_sharded
 import bench_synthesis
 import bench_update
 import compare_peers
 import corner_cases
 import corner_walks
 import fidelity_runs as runs
+import forked
 import numpy as np
 import pytest
 import quiet_timing
@@ -75,6 +78,18 @@ def test_bench_planning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr(bench_planning, "run", run)
     bench_planning.main(["--quick"])
     assert len(goals(capsys.readouterr().out)) == 4
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a peak of memory")
+def test_bench_sharded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    code = f"import sys; sys.path[:0] = {sys.path!r}; import bench_sharded as bench; bench.ROUNDS = bench.CALLS = 1\n"
+    code += "bench.main(sys.argv[1:])"
+    monkeypatch.setattr(bench_sharded, "start", lambda words: forked.Forked(code, *words))
+    bench_sharded.main(["--quick", "--folder", str(tmp_path)])
+    out = capsys.readouterr().out
+    assert [row.split("|")[-2].strip() for row in out.splitlines() if row.startswith(("| one", "| each"))] == ["0", "0"]
+    assert len(goals(out)) == 4
+    assert not list(tmp_path.iterdir())
 
 
 def test_bench_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,7 +15,7 @@ from posthoc_cli.errors import InvalidValueError, NotReadyError
 from posthoc_cli.run import Wanted
 from posthoc_cli.tracker import PostHocEMA
 from posthoc_cli.tracker.model_weights import load_weights
-from posthoc_cli.tracker.settings import check_count
+from posthoc_cli.tracker.settings import check_count, is_in_group
 
 
 class AveragedModule(Protocol):
@@ -50,7 +50,7 @@ class _CopiedBack:
         """
         if isinstance(self._average, PostHocEMA):
             self._average.update_(model)
-            if not self._average.keeps_averages:
+            if not self._average.keeps_averages and not is_in_group():
                 reason = "this process keeps none, so that its model would become another than the writer's"
                 hint = "give each process a tracker with writer=True and a directory of its own"
                 raise InvalidValueError("average", reason, hint)

@@ -2,7 +2,8 @@
 
 No tensor is exchanged, only flags in the job's key-value store (torch.distributed's TCPStore). The first failure is
 noted there, and everyone sees it at its next tile. A process that has died is noticed by the launcher, which ends the
-others; without one by those that wait for it until their time is up; and if it is rank 0, by the store's silence.
+others; without one by those that wait for it, since it gives no sign any more; and if it is rank 0, by the store's
+silence.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from contextlib import suppress
 from datetime import timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -26,6 +28,9 @@ START = 120.0
 
 WORK_WAIT = 600.0
 """Seconds that a process waits for the others, in addition to twice the time that its own work took."""
+
+SILENCE = 30.0
+"""Seconds without a sign after which a process is taken to have died; each gives one six times as often."""
 
 EXIT_WAIT = 3.0
 """Seconds that a process waits at its end for the others to see its failure, or to show that they run."""
@@ -47,6 +52,9 @@ class Ranks:
     def __init__(self, rank: int, world: int, store: Store) -> None:
         self.rank, self.world, self._store = rank, world, store
         self._began = time.monotonic()
+        self._left = threading.Event()
+        self._signs: dict[int, tuple[int, float]] = {}
+        threading.Thread(target=self._give_signs, name="ema-signs", daemon=True).start()
 
     def check(self) -> None:
         """Raise if another process has failed."""
@@ -74,6 +82,21 @@ class Ranks:
         except RankError as found:
             if isinstance(error, SystemExit):
                 raise found from None
+        finally:
+            self._left.set()
+
+    def _give_signs(self) -> None:
+        with suppress(RuntimeError):  # the store has gone, which this process finds when it needs it
+            self._store.add(f"signs/{self.rank}", 1)
+            while not self._left.wait(SILENCE / 6):
+                self._store.add(f"signs/{self.rank}", 1)
+
+    def _silence(self, rank: int) -> float:
+        """Seconds since the last sign of a process, as far as this one has looked."""
+        now, count = time.monotonic(), self._ask(lambda: self._store.add(f"signs/{rank}", 0))
+        if rank not in self._signs or self._signs[rank][0] != count:
+            self._signs[rank] = count, now
+        return now - self._signs[rank][1]
 
     def _leave(self, error: BaseException | None) -> None:
         """Publish why this process ends, and wait until the others have seen it; after a signal, find the cause."""
@@ -127,9 +150,10 @@ class Ranks:
         now = time.monotonic()
         deadline = now + WORK_WAIT + 2 * (now - self._began)
         while missing := self._missing(flag, ranks):
-            if time.monotonic() > deadline:
-                message = f"rank {missing[0]}: has died, or is stuck: it did not come within {deadline - now:.0f} s"
-                self._note("failure", message)
+            if self._silence(missing[0]) > SILENCE:
+                self._note("failure", f"rank {missing[0]}: has died: it gave no sign for {SILENCE:.0f} s")
+            elif time.monotonic() > deadline:
+                self._note("failure", f"rank {missing[0]}: is stuck: it did not come within {deadline - now:.0f} s")
             self.check()
             time.sleep(0.05)
 

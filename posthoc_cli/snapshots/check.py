@@ -35,6 +35,7 @@ from posthoc_cli.snapshots.directory import (
     QUARANTINE,
     SUPERSEDED,
     Listing,
+    foreign_parts,
     is_parts_folder,
     is_snapshot_name,
     list_directory,
@@ -230,6 +231,8 @@ def _list_directory(directory: Path) -> Contents:
             incomplete[folder] = found_there
         elif found_there != "":
             parted.append(folder)
+        if isinstance(found_there, Snapshot):
+            notes += foreign_parts(found_there)
     units += [_parts(folder) for folder in parted]
     units.sort(key=lambda unit: unit.index or unit.path)
     notes += [f"{folder.name}/: has {there}" for folder, there in incomplete.items()]

@@ -162,6 +162,7 @@ def inspect_directory(directory: Path) -> Inspection:
             found = read_folder(folder, caches)
             if isinstance(found, Snapshot):
                 snapshots.append(found)
+                apart += foreign_parts(found)
             elif found:
                 incomplete[folder] = found
         except PostHocError as error:
@@ -248,6 +249,13 @@ def part_files(folder: Path) -> list[Path]:
         if isinstance(error.__cause__, FileNotFoundError | NotADirectoryError):
             return []
         raise
+
+
+def foreign_parts(snapshot: Snapshot) -> list[str]:
+    """A line for each file beside the parts of a complete snapshot that is none of them."""
+    own = {part.path for part in snapshot.parts}
+    others = [path for path in part_files(snapshot.path) if path not in own]
+    return [f"{path.parent.name}/{path.name}: is no part of the complete snapshot there; not read" for path in others]
 
 
 def is_parts_folder(path: Path) -> bool:

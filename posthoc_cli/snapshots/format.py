@@ -83,7 +83,7 @@ distance that all parts have), ema.motion is in the first part. Chunks of one te
 of which one holds the values of all; readers take the widest. The snapshot is complete when all parts are there, equal
 in the other keys, and the chunks of each tensor hold every element once, as the cells of a grid; else readers ignore
 it. Each part also has DCP_SHARDING_INFO, a JSON object: name -> {"saved_offsets": offset} for each of its tensors,
-and DCP_VERSION "1.0", so that torch.distributed.checkpoint reads such a folder with its HuggingFaceStorageReader.
+by name, and DCP_VERSION "1.0", so that torch.distributed.checkpoint's HuggingFaceStorageReader reads such a folder.
 
 An *output* (what a synthesis writes) is the same with ema.format "output": it has ema.version, run_id,
 t, t_unit, checksums and checksum as above, and
@@ -410,8 +410,13 @@ def snapshot_metadata(info: SnapshotInfo) -> dict[str, str]:
     if info.part is None:
         return encode_metadata("snapshot", values)
     values["part"] = "{}/{}".format(*info.part)
-    offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in info.chunks.items()}
-    return encode_metadata("snapshot", values) | {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
+    return encode_metadata("snapshot", values) | dcp_metadata(info.chunks)
+
+
+def dcp_metadata(chunks: Mapping[str, Chunk]) -> dict[str, str]:
+    """What torch.distributed.checkpoint reads of a part: where its tensors belong, by name."""
+    offsets = {name: {"saved_offsets": chunk.offset} for name, chunk in sorted(chunks.items())}
+    return {"DCP_VERSION": "1.0", "DCP_SHARDING_INFO": compact(offsets)}
 
 
 def output_metadata(info: OutputInfo) -> dict[str, str]:

@@ -342,6 +342,9 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
         if "part" in values:
             places = values.get("chunks", {})
             chunks = cache.once("chunks", (places, header.tensors), lambda: decode_chunks(places, header.tensors))
+            for key, text in cache.once("dcp", chunks, lambda: fmt.dcp_metadata(chunks)).items():
+                if header.metadata.get(key) != text:
+                    raise ValueError(f"{key}: is not {shown(text)}, which follows from ema.chunks")
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return fmt.SnapshotInfo(**(values | {"tensors": tensors, "chunks": chunks}))
@@ -374,6 +377,12 @@ def decode_chunks(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[st
             raise ValueError(f"ema.chunks: tensor {shown(name)}: {what}")
         chunks[name] = chunk
     return chunks
+
+
+def _is_mesh(value: Any) -> bool:
+    if not isinstance(value, dict) or value.keys() != {"shape", "names"}:
+        return bool(value == {})
+    return _is_sizes(value["shape"]) and (value["names"] is None or TEXTS.accepts(value["names"]))
 
 
 def _is_part(text: str) -> bool:
@@ -582,6 +591,6 @@ _ENTRIES = {
     "motion": replace(OBJECT, convert=_motion, optional=True),
     "part": PART,
     "chunks": replace(OBJECT, optional=True),
-    "mesh": replace(OBJECT, optional=True),
+    "mesh": Entry("an object of shape and names", _is_mesh, optional=True),
 }
 """What the metadata of a snapshot must be, in an order in which later values are checked against earlier ones."""

@@ -19,7 +19,7 @@ from posthoc_cli.snapshots.format import Selection, TrackedTensor
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.snapshots.tensors import stored_name, torch_dtype
 from posthoc_cli.tracker.names import NamedTensor, named_modules, named_tensors, wrapped_child
-from posthoc_cli.tracker.sharding import Members, local_part, local_tensors, reshard
+from posthoc_cli.tracker.sharding import Members, Shares, is_sharded, local_part, local_tensors, reshard
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +51,7 @@ class ModelTensors:
         aliases: further names of these (tied parameters) -> the stored name.
         left_out: names in the model's state that are not tracked; those in `frozen` since they need no gradient.
         chunks: of the tensors of which this process holds a part only, see `sharding`: where it belongs.
+        buffers: names of those that are no parameters: replicas may differ in them.
     """
 
     averaged: dict[str, torch.Tensor]
@@ -59,16 +60,31 @@ class ModelTensors:
     left_out: tuple[str, ...]
     frozen: frozenset[str] = frozenset()
     chunks: dict[str, Chunk] = field(default_factory=dict)
+    buffers: frozenset[str] = frozenset()
+
+    def share_of(self, rank: int, shares: Shares) -> ModelTensors:
+        """The rows of each tensor that one of several replicas keeps."""
+        rows = {name: cut for name, cuts in shares.items() for owner, cut in cuts if owner == rank}
+        averaged, copied = (
+            {name: one[rows.get(name, ...)] for name, one in tensors.items() if name in rows or name not in shares}
+            for tensors in (self.averaged, self.copied)
+        )
+        chunks = {}
+        for name, one in (self.averaged | self.copied).items():
+            if isinstance(cut := rows.get(name), slice):
+                chunks[name] = Chunk(tuple(one.shape), (cut.start, *(0,) * (one.ndim - 1)))
+        return replace(self, averaged=averaged, copied=copied, chunks=chunks)
 
     def of(self, members: Members) -> ModelTensors:
-        """What this process owns of them."""
-        aliases = {alias: name for alias, name in self.aliases.items() if name in members.owned}
+        """What this process owns of them, and what was not there when the processes met."""
+        held = self if members.shares is None else self.share_of(members.rank, members.shares)
+        names = members.owned | ((held.averaged.keys() | held.copied.keys()) - members.names)
         return replace(
-            self,
-            averaged=_within(members.owned, self.averaged),
-            copied=_within(members.owned, self.copied),
-            aliases=aliases,
-            chunks=_within(members.owned, self.chunks),
+            held,
+            averaged=_within(names, held.averaged),
+            copied=_within(names, held.copied),
+            aliases={alias: name for alias, name in held.aliases.items() if name in names},
+            chunks=_within(names, held.chunks),
         )
 
 
@@ -198,6 +214,16 @@ def check_model(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
+def check_complete(model: torch.nn.Module) -> None:
+    """Raise a ModelMismatchError if a model is sharded whose tracker was made before, or without it."""
+    if any(map(is_sharded, model.parameters())):
+        reason = "is sharded over processes, and was not when this tracker was made"
+        hint = (
+            "shard the model first; then make the tracker in every process, with from_model or from_path(path, model)"
+        )
+        raise ModelMismatchError("model", reason, hint)
+
+
 swapped: list[frozenset[int]] = []
 """For each open block with averaged weights, the ids of the swapped tensors and of the modules that hold them.
 
@@ -234,6 +260,7 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
     chunks: dict[str, Chunk] = {}
     reshard(model)
     tensors = named_tensors(model)
+    buffers: set[str] = set()
     # A tied parameter is one tensor: any of its names will do.
     copy_only = {id(found.tensor) for found in tensors if selection.copies(found.name)}
     for found in tensors:
@@ -262,12 +289,14 @@ def collect_tensors(model: torch.nn.Module, selection: Selection, also: frozense
         (averaged if not is_copied and _is_averaged(found, selection) else copied)[name] = local
         if chunk is not None:
             chunks[name] = chunk
+        if not found.is_parameter:
+            buffers.add(name)
     if not averaged:
         reason, hint = "none of floating-point values requires gradients", "only_trainable=False takes frozen ones too"
         if not frozen and (selection.include or selection.exclude or selection.copy_only):
             reason, hint = "include, exclude and copy_only leave none", ""
         raise InvalidValueError("model", f"has no parameter to average: {reason}", hint)
-    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks)
+    return ModelTensors(averaged, copied, aliases, tuple(left_out), frozenset(frozen), chunks, frozenset(buffers))
 
 
 def nonfinite_name(tensors: Mapping[str, torch.Tensor]) -> str | None:
@@ -390,7 +419,10 @@ class ModelWatch:
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
         found = collect_tensors(model, self._selection, known)
-        return found if self._members is None else found.of(self._members)
+        if self._members is not None:
+            return found.of(self._members)
+        check_complete(model)
+        return found
 
     def _take_fingerprint(self) -> tuple[object, ...]:
         """Differs if the tensors do. `_held` keeps ids from being used again."""

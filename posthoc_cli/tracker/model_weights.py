@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import wraps
 from itertools import chain, islice, pairwise
@@ -22,7 +22,7 @@ from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.tracker.model_tensors import ON_META, check_model, swapped
 from posthoc_cli.tracker.names import NamedTensor, is_fsdp, named_tensors
-from posthoc_cli.tracker.sharding import held_part, is_sharded, reshard
+from posthoc_cli.tracker.sharding import as_dtensor, held_part, is_fully_sharded, is_sharded, reshard
 
 Arguments = ParamSpec("Arguments")
 Given = TypeVar("Given")
@@ -75,16 +75,37 @@ def load_weights(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], ow
 
     With `own_dtypes` the model keeps its dtypes and is changed in place; else it takes the dtypes of `weights`.
     """
-    targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
+    targets = check_weights(model, weights, own_dtypes)
     with torch.inference_mode(False), torch.no_grad():
-        for name, target in targets.items() if own_dtypes else ():
-            check_fits(name, weights[name], target.tensor.dtype)
         for name, target in targets.items():
             load_weight(target.tensor, weights[name], own_dtypes)
 
 
+@torch.no_grad()
+def check_weights(
+    model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_dtypes: bool = True, meta: bool = False
+) -> dict[str, NamedTensor]:
+    """The model's tensors that weights are for, if all can be loaded; with `meta` also into some without values.
+
+    Raises:
+        ModelMismatchError, InvalidValueError, NonFiniteError: one cannot be; names it.
+    """
+    targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
+    for name, target in targets.items():
+        if target.tensor.is_meta and not meta:
+            raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
+        if own_dtypes:
+            check_fits(name, weights[name], target.tensor.dtype)
+    if not own_dtypes:
+        check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
+    return targets
+
+
 def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> None:
     """Copy one value into a model's tensor, or into what this process holds of it; see `load_weights`."""
+    if is_sharded(target) and not own_dtype and value.dtype != target.dtype:
+        _replace_chunk(target, value)
+        return
     target = held_part(target)
     if not _is_writable(target):
         target.data = value.to(target.device, target.dtype, copy=True)
@@ -92,6 +113,15 @@ def load_weight(target: torch.Tensor, value: torch.Tensor, own_dtype: bool) -> N
         target.data.copy_(value)
     else:
         target.data = value.to(target.device, copy=True)
+
+
+def _replace_chunk(tensor: torch.Tensor, local: torch.Tensor) -> None:
+    """Give a DTensor other elements here, of another dtype; it stays the same object."""
+    new = as_dtensor(local.clone(), tensor).to(tensor.device)
+    if isinstance(tensor, torch.nn.Parameter):
+        new = torch.nn.Parameter(new, tensor.requires_grad)
+    vars(new).update(vars(tensor))
+    torch.utils.swap_tensors(tensor, new)  # type: ignore[no-untyped-call]
 
 
 def check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -116,12 +146,7 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
     in `load_weights`.
     """
     reshard(check_model(model))
-    targets = weight_targets(model, {name: tuple(value.shape) for name, value in weights.items()})
-    for name, target in targets.items():
-        if target.tensor.is_meta:
-            raise InvalidValueError("tensor", *ON_META, value=f"{name!r}")
-    if not own_dtypes:
-        check_dtypes_free(model, ", ".join(sorted({str(weights[name].dtype) for name in targets})))
+    targets = check_weights(model, weights, own_dtypes)
     new_dtypes = {id(target.registered): weights[name].dtype for name, target in targets.items()}
     # The tensors may be replaced while they are swapped, the modules that hold them not.
     holders = (
@@ -143,7 +168,9 @@ def swapped_in(model: torch.nn.Module, weights: Mapping[str, torch.Tensor], own_
         # A gradient of the model's own weights is none of the averaged ones, and may not have their dtype.
         for parameter in model.parameters():
             parameter.grad = None
-        load_weights(model, weights, own_dtypes)
+        with torch.inference_mode(False), torch.no_grad():
+            for name, target in targets.items():
+                load_weight(target.tensor, weights[name], own_dtypes)
         model.eval()
         yield
 
@@ -170,16 +197,19 @@ def _save(
     device, held = tensor.device, held_part(tensor)
     storage = held.data if in_place else None
     values = held.data.to("cpu", copy=True) if saves else None
+    is_chunk = held is not tensor
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def restore() -> None:
         contents[key] = tensor  # moving a module between kinds of devices may replace the Parameter itself
-        if held is not tensor:
+        if storage is not None:
             if values is not None:
-                held.copy_(values)
-        elif storage is not None:
-            tensor.data = storage if values is None else storage.copy_(values)
+                storage.copy_(values)
+            if not is_chunk:
+                tensor.data = storage
+        elif values is not None and is_chunk:
+            _replace_chunk(tensor, values)
         elif values is not None:
             tensor.data = values.to(device)
         if is_parameter:
@@ -205,13 +235,15 @@ def weight_targets(model: torch.nn.Module, shapes: Mapping[str, tuple[int, ...]]
         own = list(held_part(tensors[name].tensor).shape)
         if own != list(shape):
             reason = f"has the shape {own} in the model, {list(shape)} in the averaged weights"
+            if is_sharded(tensors[name].tensor):
+                reason = "is sharded over processes, and this tracker was made before that, or without the model"
             raise ModelMismatchError(f"tensor {name!r}", reason)
     return {name: tensors[name] for name in shapes}
 
 
 def check_dtypes_free(model: torch.nn.Module, dtype: torch.dtype | str) -> None:
-    """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps them end to end."""
-    if any(is_fsdp(module) for module in model.modules()) or any(map(is_sharded, model.parameters())):
+    """Raise an InvalidValueError where the model's tensors cannot take another dtype: FSDP keeps room of their own."""
+    if any(is_fsdp(module) or is_fully_sharded(module) for module in model.modules()):
         raise InvalidValueError("dtype", "a model under FSDP keeps the dtypes it has", "leave dtype out", value=dtype)
 
 
@@ -225,28 +257,42 @@ def fill_model(model: torch.nn.Module, plan: Plan, device: torch.device | str = 
     targets = weight_targets(model, shapes)
     if plan.dtype is not None:
         check_dtypes_free(model, DTYPES[plan.dtype].torch_name)
-    try:
-        room = torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
-        reason = str(error).partition("\n")[0]
-        raise InvalidValueError("device", f"cannot be used: {reason}", value=f"{str(device)!r}") from error
+    room = check_device(device)
     dtypes = {name: target.tensor.dtype for name, target in targets.items()} if plan.dtype is None else {}
     for _ in synthesize_into(plan, lambda tile: [_Fitting(tile, dtypes, plan.names)]):
         pass
-    with torch.inference_mode(False), torch.no_grad():
-        made = synthesize(plan)
+    made = synthesize(plan)
+    with torch.inference_mode(False):
         first = list(islice(made, 1))  # all files are open now, so that none can go any more
-        _materialise(model, set(shapes), room)
-        targets = weight_targets(model, shapes)
-        for name, (value,) in chain(first, made):
-            load_weight(targets[name].tensor, value, own_dtype=plan.dtype is None)
+    fill(model, shapes, ((name, value) for name, (value,) in chain(first, made)), plan.dtype is None, room)
+
+
+def check_device(device: torch.device | str) -> torch.device:
+    """The device, or an InvalidValueError if it cannot be used."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without it
+        reason = str(error).partition("\n")[0]
+        raise InvalidValueError("device", f"cannot be used: {reason}", value=f"{str(device)!r}") from error
+
+
+def fill(
+    model: torch.nn.Module, names: Collection[str], weights: Iterable[tuple[str, torch.Tensor]], own_dtypes: bool,
+    room: torch.device,
+) -> None:  # fmt: skip
+    """Load weights of these names, known to fit, into a model; tensors on `meta` are created in `room` before."""
+    with torch.inference_mode(False), torch.no_grad():
+        _materialise(model, {*names}, room)
+        targets = {found.name: found for found in named_tensors(model)}
+        for name, value in weights:
+            load_weight(targets[name].tensor, value, own_dtypes)
     left = [*{id(found.registered): found.name for found in named_tensors(model) if found.registered.is_meta}.values()]
     if left:
         warnings.warn(
             f"on meta still, since no average fills them: {', '.join(left[:10])}"
             f"{f' and {len(left) - 10} more' if len(left) > 10 else ''}; give them values before the model is used",
             RuntimeWarning,
-            stacklevel=5,
+            stacklevel=6,
         )
 
 

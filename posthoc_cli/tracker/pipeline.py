@@ -25,8 +25,6 @@ from posthoc_cli.errors import (
     LockedError,
     NonFiniteError,
     NotReadyError,
-    PostHocError,
-    RankError,
     WriteError,
 )
 from posthoc_cli.tracker.averages import Accumulators, RunningAverages
@@ -221,25 +219,21 @@ class Pipeline:
         """The directory's writer; if the block fails, this pipeline has one only if it had before."""
         before, members = self.snapshotter, self.now.tracked.members
         if members is not None and members.rank > 0:
-            refused = members.wait_for("writer", "has not taken the directory yet")
-            if refused:
-                raise RankError("rank 0", refused)
+            members.wait_for_writer()
+        snapshotter = before
         try:
             snapshotter = before or _open_snapshotter(directory, self._settings, members)
-        except PostHocError as error:
-            if members is not None:
-                members.announce("writer", str(error))
-            raise
-        try:
             snapshotter.check_run(run_id)
             self.snapshotter = snapshotter
             yield snapshotter
             if members is not None and members.rank == 0:
                 members.announce("writer", "")
         except BaseException as error:
-            if members is not None:
-                members.announce("writer" if members.rank == 0 else "failed", f"rank {members.rank}: {error}")
-            if before is None:
+            if members is not None and members.rank == 0:
+                members.announce("writer", str(error))
+            elif members is not None:
+                members.announce("failed", f"rank {members.rank}: {error}")
+            if before is None and snapshotter is not None:
                 self.snapshotter = None
                 snapshotter.close()
             raise

@@ -36,28 +36,38 @@ from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
     TrackedModel,
+    check_complete,
     check_model,
     collect_tensors,
     is_swapped,
     nonfinite_name,
 )
-from posthoc_cli.tracker.model_weights import check_dtypes_free, fill_model, in_block, load_weights, swapped_in
+from posthoc_cli.tracker.model_weights import check_device, check_weights, fill, fill_model, in_block, swapped_in
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
-from posthoc_cli.tracker.settings import Progress, Settings, check_path, check_sigma_rels, choose_writer, make_schedule
+from posthoc_cli.tracker.settings import (
+    Progress,
+    Settings,
+    check_path,
+    check_sigma_rels,
+    choose_writer,
+    is_in_group,
+    make_schedule,
+)
 from posthoc_cli.tracker.sharded_weights import (
     SharedPlan,
     as_dtensors,
     check_steps,
     from_all,
     from_first,
+    from_keeper,
     gathered,
     join_live,
     make_chunks,
     together,
 )
-from posthoc_cli.tracker.sharding import Members, meet, mesh_of, reshard
+from posthoc_cli.tracker.sharding import Callers, Group, meet, mesh_of, reshard, share_out
 from posthoc_cli.tracker.snapshotter import (
     LiveSource,
     current_sources,
@@ -127,9 +137,11 @@ class PostHocEMA:
         weakref.finalize(self, self._pipeline.end).atexit = False
         self._attachment: Attachment | None = None
         self._writer = choose_writer(beginning.writer, model) if members is None else members.part is not None
+        self._callers = None if members is None else members.callers
         self._from_step, self._resumed_at = beginning.from_step, -1
         self._pending: Exception | None = None
         self._calls = Calls(self.checkpoint_dir)
+        self._is_writer(model)
 
     @classmethod
     def from_model(
@@ -140,7 +152,7 @@ class PostHocEMA:
         include: str | Sequence[str] | None = None, exclude: str | Sequence[str] | None = None,
         copy_only: str | Sequence[str] | None = None, buffers: str = "copy", on_change: str = "raise",
         device: str | None = None, writer: bool | None = None, final_snapshot: bool = True, keep_state: bool = False,
-        resume: str | int | None = None, schedule: Schedule | None = None,
+        resume: str | int | None = None, schedule: Schedule | None = None, shard_averages: bool = False,
     ) -> PostHocEMA:  # fmt: skip
         """A tracker for a new run, or with `resume` of one that goes on. Nothing is written before the first `update_`.
 
@@ -175,6 +187,9 @@ class PostHocEMA:
             resume: "auto" to go on, as `from_path` does but with these arguments, where the directory holds a run of
                 this model. A number to go on from the snapshots of that call of `update_`. None for a new run only.
             schedule: a plan, whose `sigma_rels`, `checkpoint_every` and `max_checkpoints` replace these arguments.
+            shard_averages: of replicas in a group of processes, such as those of DDP, let each keep and write about the
+                same share of the averages. All of them make the tracker. Without a group, or for a model that is
+                sharded already, it changes nothing.
 
         Raises:
             InvalidValueError: (a ValueError) naming the argument and what would be accepted.
@@ -198,7 +213,7 @@ class PostHocEMA:
         if resume is not None:
             wait_for_writers(directory, last_too=True)
             tracking, step = state.find_run(directory, settings, tracked, resume) or (tracking, None)
-        tracking = _joined(tracking, model, found, settings, directory, writer)
+        tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
         return cls(_Beginning(directory, settings, tracking, model, device, writer, step))
 
     @classmethod
@@ -209,7 +224,7 @@ class PostHocEMA:
         on_nonfinite: str = "raise", sigma_range: tuple[float, float] | Stored = ...,
         device: str | None = None, on_change: str = "raise", sigma_rels: Sequence[float] | Stored = ...,
         writer: bool | None = None, final_snapshot: bool = True, keep_state: bool | None = None,
-        step: int | None = None,
+        step: int | None = None, shard_averages: bool = False,
     ) -> PostHocEMA:  # fmt: skip
         """The run in a directory: to synthesize from, and to go on tracking.
 
@@ -245,7 +260,7 @@ class PostHocEMA:
         if model is not None:
             known = frozenset(tracking.tracked.tensors | tracking.tracked.aliases)
             found = collect_tensors(model, selection, known)  # it may be frozen, to be filled only
-            tracking = _joined(tracking, model, found, settings, directory, writer)
+            tracking = _joined(tracking, model, found, settings, directory, writer, shard_averages)
         return cls(_Beginning(directory, settings, tracking, model, device, writer, step, knows_selection))
 
     @property
@@ -405,12 +420,12 @@ class PostHocEMA:
     @overload
     def state_dict(
         self, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, full: bool = False,
+        dtype: Dtype = None, method: str | None = None, full: bool = False, alone: bool = False,
     ) -> Weights: ...  # fmt: skip
 
     def state_dict(
         self, sigma_rel: Wanted | None = None, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, full: bool = False,
+        dtype: Dtype = None, method: str | None = None, full: bool = False, alone: bool = False,
     ) -> Weights | dict[str, Any]:  # fmt: skip
         """Averaged weights as a state dict; without `sigma_rel`, the tracker's own state.
 
@@ -427,6 +442,7 @@ class PostHocEMA:
             method: the solver, "minvar" or "paper"; None for the first.
             full: of a model that is sharded over processes, complete tensors in rank 0, gathered one by one; nothing
                 in the others.
+            alone: see `model`.
 
         Returns:
             Copies of the tensors by name, on the CPU, with their `predicted_error`. Of a sharded model, whose processes
@@ -435,15 +451,17 @@ class PostHocEMA:
         Raises:
             InvalidValueError, NotReadyError, FileFormatError, MismatchError, RankError.
         """
-        if sigma_rel is not None and self._members is None:
-            return with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
-        if sigma_rel is not None and self._members is not None:
-            model = self._sharded_model()
-            chunks = self._chunks(model, sigma_rel, t, step, dtype, method)
-            return gathered(chunks, model, self._members) if full else as_dtensors(chunks, model)
+        if sigma_rel is not None:
+            model = self._model_of_chunks()
+            group = self._gathered(model, alone)
+            made = self._weights(group, model, sigma_rel, t, step, dtype, method)
+            if self._members is None or model is None:
+                return made
+            return gathered(made, model, self._members) if full else as_dtensors(made, model)
         if self._members is None:
             return state.pack_state(*self._state()) if self.keeps_averages else {}
-        return state.pack_state(*self._state(), self._sharded_model())
+        own, info = self._state()
+        return state.pack_state(own, info, self._model_of_chunks())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue exactly from a tracker's own state, as `state_dict()` gave it.
@@ -461,6 +479,8 @@ class PostHocEMA:
         self._calls.check_open()
         if self._members is not None or self.keeps_averages or state:
             self._load(nullcontext(state))
+        else:  # the writer has other averages from here on than those on disk
+            self._pipeline.set(replace(self._pipeline.now, resumes=False))
 
     def save_state(self, path: str | Path) -> None:
         """Write the tracker's own state to a safetensors file: complete or not at all, durable, checksummed.
@@ -480,18 +500,19 @@ class PostHocEMA:
                 state.write_state(path, *self._state())
             return
         own, info = self._state()
-        save = from_first(members, lambda: states.begin_save(path))
+        group = members.callers.gather(members.device)
+        save = from_first(group, lambda: states.begin_save(path))
 
         def write() -> None:
             if self.keeps_averages:
                 state.write_state(path, own, info, save)
 
         try:
-            together(write)
+            together(group, write)
         except PostHocError:
-            from_first(members, lambda: states.remove_saves(path, lambda one: one == save))
+            from_first(group, lambda: states.remove_saves(path, lambda one: one == save))
             raise
-        from_first(members, lambda: states.remove_saves(path, lambda one: one != save))
+        from_first(group, lambda: states.remove_saves(path, lambda one: one != save))
 
     def load_state(self, path: str | Path) -> None:
         """Continue exactly from what `save_state` has written, as `load_state_dict` does. Tensors are read one by one.
@@ -504,14 +525,16 @@ class PostHocEMA:
             others: as `load_state_dict`.
         """
         path = check_path("path", path)
-        self._calls.check_open()
         if self._members is not None or self.keeps_averages or path.exists():
+            self._calls.check_open()
             self._load(state.open_state(path, self._pipeline.now.tracked))
+        else:
+            self.load_state_dict({})
 
     @in_block
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None,
+        dtype: Dtype = None, method: str | None = None, alone: bool = False,
     ) -> Iterator[Module]:  # fmt: skip
         """The model itself with averaged weights, in eval mode, for the `with` block.
 
@@ -520,65 +543,71 @@ class PostHocEMA:
         without `dtype` the weights take the dtypes that the model has. To keep averaged weights, save them within the
         block, or use `ema.state_dict(sigma_rel=...)`: the model's tensors hold its own weights again after it.
 
-        Of a model that is sharded over processes all of them make the call, between the same two calls of `update_`.
-        Each fills the chunks that it holds; no complete tensor is made. An error of one is raised in all.
+        In a group of processes all that have made a tracker of this directory make the call, between the same two calls
+        of `update_`. Of a sharded model each fills the chunks that it holds; no complete tensor is made. Replicas get
+        the weights that their writer has made. An error of one is raised in all. With `alone=True` the writer of
+        replicas makes them for itself.
 
         Raises:
             NotReadyError: the block is used without `with`; or no average exists yet.
             InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
-            RankError: another process failed, or is at another step.
+            RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
-        if self._members is not None:
-            if dtype is not None:
-                check_dtypes_free(model, str(dtype))
-            weights = self._chunks(model, sigma_rel, t, step, dtype, method)
-        else:
-            weights = with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
-        with swapped_in(model, weights, own_dtypes=dtype is None):
+        group, own_dtypes = self._gathered(model, alone), dtype is None
+        weights = self._weights(group, model, sigma_rel, t, step, dtype, method)
+        if group is not None:
+            together(group, lambda: check_weights(model, weights, own_dtypes))
+        with swapped_in(model, weights, own_dtypes):
             yield model
 
     @in_block
-    def averaged(self, model: Module, tracked: float) -> Iterator[Module]:
+    def averaged(self, model: Module, tracked: float, alone: bool = False) -> Iterator[Module]:
         """As `model`, with the live average of a tracked profile: it is exact, and no snapshot is read.
 
         Raises:
             InvalidValueError, ModelMismatchError: as in `model`; or `tracked` is no tracked profile.
             NotReadyError: there was no update yet, or none since `from_path`; or there is no `with`.
         """
-        if self._members is not None:
-            with swapped_in(model, self._live_chunks(model, tracked)):
-                yield model
-            return
-        source = self._tracked_source(tracked)
-        names = {name: name for name in source.tensors} | source.info.aliases
-        log.info("live average of sigma_rel %g at t = %.12g: exact", source.info.sigma_rel, source.info.t)
-        with swapped_in(model, {alias: source.tensors[name] for alias, name in names.items()}):
+        index = self._tracked_index(tracked)
+        group = self._gathered(model, alone)
+        if group is None:
+            weights = self._live_weights(index)
+        elif self._members is None:
+            weights = from_keeper(group, partial(self._live_weights, index))
+        else:
+            weights = self._live_chunks(group, model, index)
+        if group is not None:
+            together(group, lambda: check_weights(model, weights))
+        with swapped_in(model, weights):
             yield model
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, device: torch.device | str = "cpu",
+        dtype: Dtype = None, method: str | None = None, device: torch.device | str = "cpu", alone: bool = False,
     ) -> None:  # fmt: skip
         """Fill a model with averaged weights for good, on any device, also a model on `meta`.
 
         Memory for one tensor at a time is enough. Everything is computed twice, first only to check that it can be: an
         error leaves the model as it was. Parameters stay the same objects, so that the optimizer keeps its state, and
-        later updates average the new weights: between two training steps this is the switch of Switch EMA. Of a sharded
-        model all processes make the call, as that of `model`, and each needs memory for its chunks.
+        later updates average the new weights: between two training steps this is the switch of Switch EMA. In a group
+        of processes all make the call, as that of `model`, and each needs memory for the weights that it gets.
 
         Arguments:
             device: where tensors on `meta` that an average fills are created; a warning names those that stay there.
+                Those of a sharded model are refused.
+            alone: see `model`.
 
         Raises:
             ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
         """
-        if self._members is not None:
-            if dtype is not None:
-                check_dtypes_free(model, str(dtype))
-            load_weights(model, self._chunks(model, sigma_rel, t, step, dtype, method))
+        group, own_dtypes = self._gathered(model, alone), dtype is None
+        if group is None:
+            plan = partial(self._plan, sigma_rel, t, step, dtype, method)
+            with_consistent_plan(plan, lambda plan: fill_model(model, plan, device))
             return
-        plan = partial(self._plan, sigma_rel, t, step, dtype, method)
-        with_consistent_plan(plan, lambda plan: fill_model(model, plan, device))
+        weights, meta = self._weights(group, model, sigma_rel, t, step, dtype, method), self._members is None
+        together(group, lambda: check_weights(model, weights, own_dtypes, meta))
+        fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
     def update_bn(self, model: torch.nn.Module, loader: Iterable[Any]) -> None:
         """Recompute a model's BatchNorm statistics for the weights that it has now.
@@ -605,8 +634,9 @@ class PostHocEMA:
         if self._members is None:
             candidate = self._candidate(self._sources())
         else:
-            joined, members = self._joined_live(self._members)[1], self._members
-            candidate = from_first(members, lambda: self._candidate(self._joined_sources(joined)))
+            group = self._chunk_holders()
+            joined = self._joined_live(group)[1]
+            candidate = from_first(group, lambda: self._candidate(self._joined_sources(joined)))
         curve = error_curve(candidate, sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
@@ -635,6 +665,10 @@ class PostHocEMA:
         pipeline, settings = self._pipeline, self.settings
         if not self._is_writer(model):
             progress = self._after(t)
+            if self._members is None and settings.update_is_due(progress.step):
+                check_complete(model)
+            elif self._members is not None and (pipeline.now.resumes or not self.step):  # the first call
+                self._members.wait_for_writer()
             self._refused_anywhere(None, progress)
             pipeline.count(progress)
             return
@@ -714,7 +748,10 @@ class PostHocEMA:
         """Whether this process keeps averages: decided for good when the tracker is made, or once there is a group."""
         if self._writer is None and self._pipeline.snapshotter is None:
             self._writer = choose_writer(None, model)
-        return self._writer is not False
+        keeps = self._writer is not False
+        if self._callers is None and model is not None and is_in_group():
+            self._callers = Callers.of_replicas(self.checkpoint_dir, keeps)
+        return keeps
 
     def _take_error(self) -> Exception | None:
         """The error to be raised by this call or the next one."""
@@ -733,13 +770,13 @@ class PostHocEMA:
         if members is None:
             own = self._with_snapshots(self._own_state())
             return own, state.state_info(own, self.settings)
-        self._met("the state of a sharded model")
-        own = together(self._own_state)
-        steps, inherited = zip(*from_all((self.step, own.averages.standing.inherited)), strict=True)
+        group = self._chunk_holders()
+        own = together(group, self._own_state)
+        steps, inherited = zip(*from_all(group, (self.step, own.averages.standing.inherited)), strict=True)
         check_steps(steps)
         total = tuple(map(sum, zip(*inherited, strict=True)))
         # Each process knows the rounding of its own part, and part of them have no average.
-        info = from_first(members, lambda: state.state_info(self._with_snapshots(own), self.settings))
+        info = from_first(group, lambda: state.state_info(self._with_snapshots(own), self.settings))
         return own, replace(info, inherited=total)
 
     def _own_state(self) -> Tracking:
@@ -763,13 +800,12 @@ class PostHocEMA:
 
     def _load(self, opened: AbstractContextManager[Mapping[str, Any]]) -> None:
         """Continue from a state; of several processes all do, or none."""
-        if self._members is not None:
-            self._met("the state of a sharded model")
+        group = None if self._members is None else self._chunk_holders()
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
-            loaded = self._together(lambda: self._unpacked(opened))
-            norms = self._norms(loaded.averages)
-            self._together(lambda: self._begin_from(loaded, norms))
+            loaded = _together(group, lambda: self._unpacked(opened))
+            norms = _norms(group, loaded.averages)
+            _together(group, lambda: self._begin_from(loaded, norms))
             self._pipeline.set(loaded)
 
     def _unpacked(self, opened: AbstractContextManager[Mapping[str, Any]]) -> Tracking:
@@ -787,18 +823,6 @@ class PostHocEMA:
                 snapshotter.read_again()
                 known = loaded.snapshots | snapshotter.holding(loaded.averages, norms)
                 snapshotter.set_aside_others(loaded.progress.t, known)
-
-    def _norms(self, averages: RunningAverages) -> Callable[[], Mapping[float, float]]:
-        """Gives the squared norms of averages; of several processes these add theirs now."""
-        own = partial(squared_norms, averages)
-        if self._members is None:
-            return own
-        every = from_all(own())
-        total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in averages.sigma_rels}
-        return lambda: total
-
-    def _together(self, work: Callable[[], Result]) -> Result:
-        return work() if self._members is None else together(work)
 
     # --- synthesis ---
 
@@ -819,15 +843,16 @@ class PostHocEMA:
     def _live_sources(self) -> list[LiveSource]:
         return live_sources(self.settings, self._pipeline.read())
 
-    def _tracked_source(self, tracked: float) -> LiveSource:
-        """The live average of a tracked profile."""
-        index = self._tracked_index(tracked)
+    def _live_weights(self, index: int) -> Weights:
+        """The live average of the tracked profile of this index, under all names."""
         self._check_keeps()
         self.flush()
         sources = self._live_sources()
         if not sources:
             raise self._not_yet("live average")
-        return sources[index]
+        tensors, info = sources[index].tensors, sources[index].info
+        log.info("live average of sigma_rel %g at t = %.12g: exact", info.sigma_rel, info.t)
+        return Weights({**tensors, **{alias: tensors[name] for alias, name in info.aliases.items()}})
 
     def _tracked_index(self, tracked: float) -> int:
         """Which of the tracked profiles a width is."""
@@ -843,13 +868,45 @@ class PostHocEMA:
             raise InvalidValueError("tracked", reason, hint, value=f"{tracked:g}")
         return index
 
+    def _gathered(self, model: torch.nn.Module | None, alone: bool) -> Group | None:
+        """The processes that make an evaluation together, all of which call; None for this one alone."""
+        members = self._members
+        if members is not None:
+            if alone:
+                raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
+            return self._chunk_holders()
+        if alone or self._callers is None or self._pipeline.now.resumes or not torch.distributed.is_initialized():
+            return None  # before tracking goes on, each process reads what is on disk
+        own = model if self._model is None else self._model() or model
+        tensor = None if own is None else next(own.parameters(), None)
+        group = self._callers.gather(torch.device("cpu") if tensor is None else tensor.device)
+        return group if len(group.ranks) > 1 else None
+
+    def _chunk_holders(self) -> Group:
+        """The processes that keep parts of the averages, all of which call."""
+        assert self._members is not None
+        if not torch.distributed.is_initialized():
+            reason = "need all processes of the model, and their group was destroyed"
+            raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
+        return self._members.callers.gather(self._members.device)
+
+    def _weights(
+        self, group: Group | None, model: torch.nn.Module | None, sigma_rel: Wanted, t: float | None, step: int | None,
+        dtype: Dtype, method: str | None,
+    ) -> Weights:  # fmt: skip
+        """Averaged weights, or what this process holds of them; all of a group call it."""
+        if group is not None and self._members is not None and model is not None:
+            return self._chunks(group, model, sigma_rel, t, step, dtype, method)
+        make = partial(with_consistent_plan, partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
+        return make() if group is None else from_keeper(group, make)
+
     def _chunks(
-        self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype,
+        self, group: Group, model: torch.nn.Module, sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype,
         method: str | None,
     ) -> Weights:  # fmt: skip
         """What this process holds of an average of a sharded model; every process calls it."""
-        members, target = self._met("the average of a sharded model"), as_target(sigma_rel)
-        own, joined = self._joined_live(members)
+        target = as_target(sigma_rel)
+        own, joined = self._joined_live(group)
 
         def plan() -> SharedPlan:
             return SharedPlan.of(self._plan_from(self._joined_sources(joined), sigma_rel, t, step, dtype, method))
@@ -857,14 +914,13 @@ class PostHocEMA:
         reshard(model)
         tracked = self._pipeline.now.tracked
         return with_consistent_plan(
-            lambda: from_first(members, plan),
-            lambda shared: make_chunks(shared, target, own, tracked, model, self.checkpoint_dir),
+            lambda: from_first(group, plan),
+            lambda shared: make_chunks(group, shared, target, own, tracked, model, self.checkpoint_dir),
         )
 
-    def _live_chunks(self, model: torch.nn.Module, tracked: float) -> Weights:
+    def _live_chunks(self, group: Group, model: torch.nn.Module, index: int) -> Weights:
         """The same of the live average of a tracked profile."""
-        members, index = self._met("the average of a sharded model"), self._tracked_index(tracked)
-        own, joined = self._joined_live(members)
+        own, joined = self._joined_live(group)
 
         def live() -> SharedPlan:
             if not joined:
@@ -872,14 +928,14 @@ class PostHocEMA:
             return SharedPlan.of_live(joined[index])
 
         reshard(model)
-        shared = from_first(members, live)
-        return make_chunks(shared, None, own, self._pipeline.now.tracked, model, self.checkpoint_dir)
+        shared = from_first(group, live)
+        return make_chunks(group, shared, None, own, self._pipeline.now.tracked, model, self.checkpoint_dir)
 
     def _joined_sources(self, joined: Sequence[LiveSource]) -> list[Source]:
         """In rank 0 the snapshots and live averages of complete tensors."""
         return self._going_on(with_older(joined, run_snapshots(self.checkpoint_dir, self.run_id)))
 
-    def _joined_live(self, members: Members) -> tuple[list[LiveSource], list[LiveSource]]:
+    def _joined_live(self, group: Group) -> tuple[list[LiveSource], list[LiveSource]]:
         """The live averages here, and in rank 0 those of complete tensors, measured by all processes together."""
 
         def measure_own() -> list[LiveSource]:
@@ -887,16 +943,15 @@ class PostHocEMA:
             snapshotter = self._pipeline.snapshotter
             return measured(self._live_sources(), [] if snapshotter is None else snapshotter.stored())
 
-        own = together(measure_own)
-        return own, join_live(members, own, self.step)
+        own = together(group, measure_own)
+        return own, join_live(group, own, self.step)
 
-    def _met(self, what: str) -> Members:
-        """The processes of a sharded model, which all have to answer."""
-        assert self._members is not None
-        if not torch.distributed.is_initialized():
-            reason = "needs all processes of the model, and their group was destroyed"
-            raise NotReadyError(what, reason, _FROM_SNAPSHOTS)
-        return self._members
+    def _model_of_chunks(self) -> torch.nn.Module | None:
+        """The model, if it is still there; of a sharded one it must be."""
+        model = None if self._model is None else self._model()
+        if self._members is not None and model is None:
+            raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
+        return model
 
     def _sharded_model(self) -> torch.nn.Module:
         """The model, whose parameters say where each chunk belongs."""
@@ -909,8 +964,8 @@ class PostHocEMA:
         if not self.keeps_averages:
             raise NotReadyError(
                 "this process keeps no averages, the first one of its group does, or one made with writer=True",
-                "make them there and broadcast them, or read the snapshots on disk with a new "
-                "PostHocEMA.from_path(directory), before any update_ of it",
+                "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
+                "new PostHocEMA.from_path(directory), before any update_ of it",
             )
 
     def _plan(self, sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype, method: str | None) -> Plan:
@@ -937,6 +992,20 @@ class PostHocEMA:
         return NotReadyError(f"no {what} yet", f"the first update is at call {first} of update_, so far {self.step}")
 
 
+def _together(group: Group | None, work: Callable[[], Result]) -> Result:
+    return work() if group is None else together(group, work)
+
+
+def _norms(group: Group | None, averages: RunningAverages) -> Callable[[], Mapping[float, float]]:
+    """Gives the squared norms of averages; of several processes these add theirs now."""
+    own = partial(squared_norms, averages)
+    if group is None:
+        return own
+    every = from_all(group, own())
+    total = {sigma_rel: sum(one.get(sigma_rel, 0.0) for one in every) for sigma_rel in averages.sigma_rels}
+    return lambda: total
+
+
 def _joined(
     tracking: Tracking,
     model: torch.nn.Module,
@@ -944,9 +1013,14 @@ def _joined(
     settings: Settings,
     directory: Path,
     writer: bool | None,
+    shard_averages: bool,
 ) -> Tracking:
-    """The same for what this process owns of a sharded model, when the processes have met; of another model, itself."""
-    if not found.chunks:
+    """The same for what this process keeps, when the processes have met, if each keeps a part; else itself."""
+    tensors, mesh, shares = found.averaged | found.copied, mesh_of(model), None
+    if shard_averages and not found.chunks and is_in_group():
+        world = torch.distributed.get_world_size()
+        shares, mesh = share_out(tensors, found.buffers, world), {"shape": [world], "names": None}
+    elif not found.chunks:
         return tracking
     for name, value, wanted, hint in (
         ("writer", writer, None, "every process keeps and writes what it owns"),
@@ -954,7 +1028,7 @@ def _joined(
         ("keep_state", settings.keep_state, False, "save the exact averages with ema.state_dict() or ema.save_state()"),
     ):
         if value != wanted:
-            reason = f"must be {wanted!r} for a model that is sharded over processes"
+            reason = f"must be {wanted!r} where each process keeps a part of the averages"
             raise InvalidValueError(name, reason, hint, value=f"{value!r}")
     if tracking.resumes:
         tracking.tracked.check(TrackedModel.of_model(found))
@@ -962,6 +1036,7 @@ def _joined(
     del options["schedule"]
     started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
-    members = meet(found.averaged | found.copied, found.chunks, options, tracking.run_id, mesh_of(model))
+    held = found if shares is None else found.share_of(torch.distributed.get_rank(), shares)
+    members = meet(held.averaged | held.copied, held.chunks, options, tracking.run_id, mesh, shares)
     own = replace(TrackedModel.of_model(found.of(members), members), segment=tracking.tracked.segment)
     return replace(tracking, run_id=members.run_id, tracked=own)

@@ -1,8 +1,9 @@
-"""Averaged weights of a model that several processes hold in chunks: each process makes the chunks that it owns.
+"""Averaged weights in several processes, all of which make the call.
 
-Every process calls. Rank 0 makes the plan, from measurements that all have taken of their own chunks; each owner reads
-the boxes of the snapshots that it needs; ranks that hold the same chunk get it from its owner. An error of one process
-is raised in all of them before a model has changed.
+Of replicas the process that keeps the averages makes the weights, and the others get them. Of a sharded model each
+process makes the chunks that it owns: rank 0 makes the plan, from measurements that all have taken of their own chunks;
+each owner reads the boxes of the snapshots that it needs; ranks that hold the same elements get them from their owner.
+An error of one process is raised in all of them before a model has changed.
 """
 
 from __future__ import annotations
@@ -28,9 +29,8 @@ from posthoc_cli.synthesis.engine import synthesize
 from posthoc_cli.synthesis.plan import Plan, Source
 from posthoc_cli.targets import Target
 from posthoc_cli.tracker.model_tensors import TrackedModel, check_model
-from posthoc_cli.tracker.model_weights import check_fits
 from posthoc_cli.tracker.names import named_tensors
-from posthoc_cli.tracker.sharding import Members, as_dtensor, held_part, is_sharded, local_part
+from posthoc_cli.tracker.sharding import Group, Members, as_dtensor, held_part, is_sharded, local_part
 from posthoc_cli.tracker.snapshotter import LiveSource
 
 Result = TypeVar("Result")
@@ -100,7 +100,7 @@ class _Boxes:
 # --- what all processes do together
 
 
-def together(work: Callable[[], Result]) -> Result:
+def together(group: Group, work: Callable[[], Result]) -> Result:
     """The result of work that every process does. An error of one is raised in all.
 
     Raises:
@@ -112,9 +112,9 @@ def together(work: Callable[[], Result]) -> Result:
         result = work()
     except Exception as error:  # noqa: BLE001  raised again below, when the others know
         failure = error
-    found: list[tuple[str, bool] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, failure and (_in_words(failure), isinstance(failure, VanishedError)))
-    failed = [(rank, *one) for rank, one in enumerate(found) if one is not None]
+    own = None if failure is None else (_in_words(failure), isinstance(failure, VanishedError))
+    found = from_all(group, own)
+    failed = [(rank, *one) for rank, one in zip(sorted(group.ranks), found, strict=True) if one is not None]
     if failure is not None and (not isinstance(failure, VanishedError) or all(vanished for *_, vanished in failed)):
         raise failure
     for rank, message, vanished in sorted(failed, key=lambda one: one[2]):
@@ -122,17 +122,18 @@ def together(work: Callable[[], Result]) -> Result:
     return result
 
 
-def from_first(members: Members, work: Callable[[], Result]) -> Result:
-    """The result, or the error, of work that rank 0 does, in every process."""
+def from_first(group: Group, work: Callable[[], Result]) -> Result:
+    """The result, or the error, of work that the first process does, in every process."""
     outcome: list[Any] = [None, None]
     failure: Exception | None = None
-    if members.rank == 0:
+    first = group.ranks[0]
+    if group.leads:
         try:
             outcome = [work(), None]
         except Exception as error:  # noqa: BLE001  raised again below, when the others know
             failure = error
-            outcome = [None, error if isinstance(error, PostHocError) else RankError("rank 0", _in_words(error))]
-    dist.broadcast_object_list(outcome, 0)
+            outcome = [None, error if isinstance(error, PostHocError) else RankError(f"rank {first}", _in_words(error))]
+    dist.broadcast_object_list(outcome, first, group=group.handle)
     if failure is not None:
         raise failure
     if outcome[1] is not None:
@@ -145,7 +146,7 @@ def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, PostHocError) else f"{type(error).__name__}: {error}"
 
 
-def join_live(members: Members, live: Sequence[LiveSource], step: int) -> list[LiveSource]:
+def join_live(group: Group, live: Sequence[LiveSource], step: int) -> list[LiveSource]:
     """In rank 0 the live averages of complete tensors, measured, without values; in the others none.
 
     Raises:
@@ -153,13 +154,15 @@ def join_live(members: Members, live: Sequence[LiveSource], step: int) -> list[L
     """
     own = step, [(source.info, dict(source.stored)) for source in live]
     every: list[tuple[int, list[tuple[SnapshotInfo, dict[str, TensorSpec]]]]] = [own] * dist.get_world_size()
-    dist.gather_object(own, every if members.rank == 0 else None)
+    dist.gather_object(own, every if group.leads else None)
 
     def join() -> list[LiveSource]:
         check_steps([other for other, _ in every])
         return [_joined(profile) for profile in zip(*(parts for _, parts in every if parts), strict=True)]
 
-    return from_first_only(members, join)
+    made: list[LiveSource] = []  # in the first one only
+    from_first(group, lambda: made.extend(join()))
+    return made
 
 
 def check_steps(steps: Sequence[int]) -> None:
@@ -170,18 +173,11 @@ def check_steps(steps: Sequence[int]) -> None:
             raise RankError(f"rank {rank}", f"is at step {step} of update_, and rank 0 at step {steps[0]}", hint)
 
 
-def from_all(value: Result) -> list[Result]:
-    """The value of each process, by rank."""
-    every = [value] * dist.get_world_size()
-    dist.all_gather_object(every, value)
+def from_all(group: Group, value: Result) -> list[Result]:
+    """The value of each process of a group, by rank."""
+    every = [value] * len(group.ranks)
+    dist.all_gather_object(every, value, group=group.handle)
     return every
-
-
-def from_first_only(members: Members, work: Callable[[], list[Result]]) -> list[Result]:
-    """As `from_first`, but the others get nothing."""
-    made: list[Result] = []
-    from_first(members, lambda: made.extend(work()))
-    return made
 
 
 def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> LiveSource:
@@ -203,16 +199,46 @@ def _joined(parts: Sequence[tuple[SnapshotInfo, Mapping[str, TensorSpec]]]) -> L
     return LiveSource(joined, tensors, {})
 
 
+# --- replicas
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def from_keeper(group: Group, make: Callable[[], Weights]) -> Weights:
+    """Weights that the first process makes, in every process: exchanged one by one."""
+    own = Weights()
+
+    def describe() -> tuple[dict[str, str], dict[str, tuple[torch.Size, torch.dtype]], float | None, float]:
+        nonlocal own
+        own = make()
+        first: dict[int, str] = {}
+        names = {name: first.setdefault(id(value), name) for name, value in own.items()}
+        specs = {name: (own[name].shape, own[name].dtype) for name in first.values()}
+        return names, specs, own.predicted_error, own.profile_error
+
+    names, specs, predicted, profile = from_first(group, describe)
+    values = {}
+    for name, (shape, dtype) in specs.items():
+        values[name] = own[name] if group.leads else torch.empty(shape, dtype=dtype)
+        _exchange(values[name], group.ranks, group)
+    made = Weights((name, values[first]) for name, first in names.items())
+    made.predicted_error, made.profile_error = predicted, profile
+    return made
+
+
 # --- chunks
 
 
 def make_chunks(
-    shared: SharedPlan, target: Target | None, live: Sequence[LiveSource], tracked: TrackedModel,
+    group: Group, shared: SharedPlan, target: Target | None, live: Sequence[LiveSource], tracked: TrackedModel,
     model: torch.nn.Module, directory: Path,
 ) -> Weights:  # fmt: skip
     """What this process holds of each tensor that is made, under all names, on the host. Every process calls it.
 
+    Of replicas that share the averages out it is all of them.
+
     Arguments:
+        group: the processes that call.
         shared: what is made.
         target: of the plan; None for a live average.
         live: the live averages here.
@@ -223,14 +249,19 @@ def make_chunks(
     members = tracked.members
     assert members is not None
     tensors = {found.name: found.tensor for found in named_tensors(check_model(model))}
-    own = together(lambda: _own_chunks(shared, target, live, tracked, tensors, directory))
+    own = together(group, lambda: _own_chunks(shared, target, live, tracked, tensors, directory))
     made = Weights()
     for name in sorted(shared.specs):  # in one order in all processes
-        value = own.get(name)
+        value = own.get(name) if members.shares is None else None
         if value is None:
             shape = held_part(tensors[name]).shape
             value = torch.empty(shape, dtype=torch_dtype(shared.specs[name].dtype))
-        _exchange(value, members.holders.get(name, ()), members)
+        if members.shares is None:
+            _exchange(value, members.holders.get(name, ()), group)
+        for rank, rows in () if members.shares is None else members.shares[name]:
+            if rank == group.rank:
+                value[rows] = own[name]
+            _exchange(value[rows], [rank, *(other for other in group.ranks if other != rank)], group)
         for alias in shared.names[name]:
             made[alias] = value
     if shared.plan is not None:
@@ -245,10 +276,11 @@ def _own_chunks(
     shared: SharedPlan, target: Target | None, live: Sequence[LiveSource], tracked: TrackedModel,
     model: Tensors, directory: Path,
 ) -> dict[str, torch.Tensor]:  # fmt: skip
-    """The chunks that this process owns, checked to fit the model."""
+    """The chunks that this process owns of tensors that the model has, too."""
     boxes = {name: tracked.box(name) for name in shared.specs if name in tracked.chunks}
+    shares = tracked.members and tracked.members.shares  # each process has all of the model then, and keeps a part
     for name, spec in shared.specs.items():
-        _check_spread(name, spec.shape, boxes.get(name), model)
+        _check_spread(name, spec.shape, boxes.get(name) if shares is None else None, model)
     if not boxes:
         return {}
     at_hand = {source.name: source for source in live}
@@ -261,8 +293,6 @@ def _own_chunks(
     else:
         plan = replace(shared.plan, sources=tuple(sources), targets=(target,), part=frozenset(boxes))
         made = {name: value for name, (value,) in synthesize(plan) if name in boxes}
-    for name, value in made.items():
-        check_fits(name, value, model[name].dtype)
     return made
 
 
@@ -293,19 +323,19 @@ def _read_again(path: Path, checksum: str) -> Snapshot:
     return snapshot
 
 
-def _exchange(value: torch.Tensor, ranks: Sequence[int], members: Members) -> None:
-    """Fill `value` in the ranks that hold this chunk with that of the first of them, its owner."""
+def _exchange(value: torch.Tensor, ranks: Sequence[int], group: Group) -> None:
+    """Fill `value`, in these processes of a group, with that of the first of them."""
     if len(ranks) < 2 or not value.numel():
         return
-    room = value.contiguous().reshape(-1).view(torch.uint8).to(members.device)
-    if len(ranks) == dist.get_world_size():
-        dist.broadcast(room, ranks[0])
-    elif members.rank == ranks[0]:
+    room = value.contiguous().reshape(-1).view(torch.uint8).to(group.device)
+    if len(ranks) == len(group.ranks):
+        dist.broadcast(room, ranks[0], group=group.handle)
+    elif group.rank == ranks[0]:
         for other in ranks[1:]:
             dist.send(room, other)
     else:
         dist.recv(room, ranks[0])
-    if members.rank != ranks[0]:
+    if group.rank != ranks[0]:
         value.copy_(room.cpu().view(value.dtype).view(value.shape))
 
 

@@ -1,20 +1,25 @@
-"""Models that several processes hold in chunks: which chunk of a tensor is here, and which process averages it.
+"""Models that several processes train: which chunk of a tensor each averages, and how they find each other.
 
-The processes meet once, when their trackers are made, through the key-value store of their process group. No tensor is
-exchanged, and nothing waits for another process afterwards but the first update, which waits for the directory's lock.
+The processes of a sharded model meet once, when their trackers are made, through the key-value store of their process
+group. No tensor is exchanged, and nothing waits for another process afterwards but the first update, which waits for
+the directory's lock. Trackers of replicas leave a note there, and gather when averaged weights are asked for.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+import time
+from collections import Counter, defaultdict
+from collections.abc import Container, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
+from pathlib import Path
+from types import EllipsisType
 from typing import Any
 
 import torch
@@ -24,11 +29,21 @@ from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_
 from posthoc_cli.errors import InvalidValueError, RankError
 from posthoc_cli.snapshots.chunks import Chunk, row_major
 
-PATIENCE = 60.0
-"""Seconds that a process waits for the others."""
+log = logging.getLogger(__name__)
 
-_meetings = 0
-"""Trackers of sharded models that this process has made; every process makes them in the same order."""
+PATIENCE = 60.0
+"""Seconds that a process waits for the others to make their trackers."""
+
+GRACE, WARNING, LIMIT = 2.0, 10.0, 300.0
+"""Seconds that the first call of an evaluation waits for trackers that are not there yet; that any call waits for the
+processes that have one before it warns; and before it gives up."""
+
+_made: Counter[str] = Counter()
+"""Trackers that this process has made, of sharded models and of each directory; every process in the same order."""
+
+Rows = slice | EllipsisType
+Shares = Mapping[str, Sequence[tuple[int, Rows]]]
+"""By name, the ranks that keep a part of a tensor, and the rows that each keeps; `...` for all of it."""
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
@@ -38,15 +53,26 @@ def is_sharded(tensor: torch.Tensor) -> bool:
 
 def reshard(model: torch.nn.Module) -> None:
     """Give a model of `fully_shard` its sharded parameters: after a forward pass without backward some are complete."""
-    for module in model.modules():
-        if any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__):
-            module.reshard()  # type: ignore[operator]
+    for module in filter(is_fully_sharded, model.modules()):
+        module.reshard()  # type: ignore[operator]
+
+
+def is_fully_sharded(module: torch.nn.Module) -> bool:
+    """Whether `fully_shard` has taken a module."""
+    return any(kind.__name__ == "FSDPModule" for kind in type(module).__mro__)
 
 
 @torch.no_grad()
 def local_tensors(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """What this process holds of each tensor: without gradients these are the same objects each time."""
     return [tensor.to_local() if is_sharded(tensor) else tensor for tensor in tensors]  # type: ignore[attr-defined]
+
+
+def rows_of_replicas(rows: torch.Tensor, shape: tuple[int, ...], mesh: Any) -> torch.Tensor:
+    """A DTensor of the rows that this process keeps of a tensor, cut as by `share_out`."""
+    from torch.distributed.tensor import DTensor, Shard
+
+    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=row_major(shape))
 
 
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -106,12 +132,154 @@ def _check_even(name: str, tensor: Any, axis: int) -> None:
         )
 
 
+# --- replicas
+
+
+def share_out(tensors: Mapping[str, torch.Tensor], buffers: Container[str], world: int) -> Shares:
+    """How replicas share their averages out, with about as many elements for each.
+
+    Dimension 0 is cut as by `torch.chunk`. A tensor with fewer rows than processes is one process's, the largest first
+    to the one with the least; buffers are rank 0's, since those of other replicas may differ.
+    """
+    shares: dict[str, Sequence[tuple[int, Rows]]] = {}
+    loads, whole = [0] * world, []
+    for name, tensor in tensors.items():
+        rows = len(tensor) if tensor.ndim and tensor.numel() else 0
+        if name in buffers:
+            shares[name] = [(0, ...)]
+            loads[0] += tensor.numel()
+        elif rows < world:
+            whole.append(name)
+        else:
+            most = -(-rows // world)
+            cuts = [slice(begin, min(begin + most, rows)) for begin in range(0, rows, most)]
+            shares[name] = [*enumerate(cuts)]
+            for rank, cut in enumerate(cuts):
+                loads[rank] += tensor[cut].numel()
+    for name in sorted(whole, key=lambda name: -tensors[name].numel()):
+        rank = loads.index(min(loads))
+        shares[name] = [(rank, ...)]
+        loads[rank] += tensors[name].numel()
+    return shares
+
+
+@dataclass(frozen=True)
+class Group:
+    """Processes that make one call together.
+
+    Attributes:
+        rank: of this process.
+        ranks: of all of them. The first makes the plan and, of replicas, the averages.
+        handle: of these processes for `torch.distributed`; None for all.
+        device: where they exchange tensors.
+    """
+
+    rank: int
+    ranks: tuple[int, ...]
+    handle: dist.ProcessGroup | None
+    device: torch.device
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process is the first."""
+        return self.rank == self.ranks[0]
+
+
+class Callers:
+    """Trackers of several processes that belong together, which gather when a call needs all of them.
+
+    They do so through the store: a process that does not make the call is named, where a collective operation would
+    wait for it in silence. Making a tracker waits for nobody.
+
+    Arguments:
+        store: of these trackers alone.
+        keeps: whether this process makes the plan; one of them does.
+        hint: what to do where not all make the call.
+    """
+
+    def __init__(self, store: Store, keeps: bool, hint: str = "make this call in every process") -> None:
+        self._store, self._keeps, self._hint = store, keeps, hint
+        self._rank, self._world = dist.get_rank(), dist.get_world_size()
+        self._known: dict[int, bool] = {}
+        self._handles: dict[tuple[int, ...], Any] = {}
+        self._calls = 0
+        self._graceful = True
+        store.set(f"made/{self._rank}", "keeps" if keeps else "counts")
+
+    @classmethod
+    def of_replicas(cls, directory: Path, keeps: bool) -> Callers:
+        """The trackers of one directory, the first, second and so on that each process makes."""
+        name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
+        hint = "make this call in every process that has a tracker, or with alone=True in the one that keeps averages"
+        return cls(_new_store(name), keeps, hint)
+
+    def gather(self, device: torch.device) -> Group:
+        """The processes that make this call; only this one where no other has a tracker, or none keeps averages.
+
+        Raises:
+            RankError: a process that has a tracker does not come; names it.
+        """
+        began = time.monotonic()
+        while len(made := self._made()) < self._world and self._keeps and self._graceful:
+            self._graceful = time.monotonic() - began < GRACE
+            time.sleep(0.02)
+        if len(made) == (1 if self._keeps else self._world) and any(made.values()) == self._keeps:
+            return Group(self._rank, (self._rank,), None, device)
+        self._calls += 1
+        call = f"call/{self._calls}"
+        self._store.set(f"{call}/{self._rank}", "")
+        try:
+            self._wait_for_all(call)
+        except RankError as error:
+            if self._keeps:
+                self._store.set(f"{call}/answer", json.dumps([error.subject, error.reason, error.hint]))
+            raise
+        if self._keeps:
+            self._store.set(f"{call}/answer", json.dumps([self._rank, *sorted(made.keys() - {self._rank})]))
+        answer = json.loads(self._store.get(f"{call}/answer"))
+        if isinstance(answer[0], str):
+            raise RankError(*answer)
+        if self._rank not in answer:
+            raise RankError(f"rank {self._rank}", "had made no tracker yet when the others made this call", self._hint)
+        ranks, everyone = tuple(answer), len(answer) == self._world
+        if not everyone and ranks not in self._handles:
+            self._handles[ranks] = dist.new_group(sorted(ranks), use_local_synchronization=True)
+        return Group(self._rank, ranks, None if everyone else self._handles[ranks], device)
+
+    def _wait_for_all(self, call: str) -> None:
+        """Return when all have come, in those that keep no averages when the one that does has answered."""
+        began, pause, warned = time.monotonic(), 0.001, False
+        while not self._store.check(self._signs(call) if self._keeps else [f"{call}/answer"]):
+            if time.monotonic() - began > (LIMIT if warned else WARNING):
+                absent = [sign for sign in self._signs(call) if not self._store.check([sign])]
+                names = " and ".join(f"rank {sign.rpartition('/')[2]}" for sign in absent) or "the other processes"
+                if warned:
+                    raise RankError(names, f"did not make this call within {LIMIT:.0f} s", self._hint)
+                log.warning("waiting for %s: %s", names, self._hint)
+                warned = True
+            time.sleep(pause)
+            pause = min(1.5 * pause, 0.1)
+
+    def _signs(self, call: str) -> list[str]:
+        """What each process leaves in the store when it makes a call. Any may be the one that keeps averages."""
+        made = self._made()
+        return [f"{call}/{rank}" for rank in (made if any(made.values()) else range(self._world))]
+
+    def _made(self) -> dict[int, bool]:
+        """The ranks that have made a tracker, and whether each keeps averages."""
+        for rank in range(self._world):
+            if rank not in self._known and self._store.check([f"made/{rank}"]):
+                self._known[rank] = self._store.get(f"made/{rank}") == b"keeps"
+        return self._known
+
+
 @dataclass(frozen=True)
 class Members:
     """The processes that track one model together, as they have met.
 
     Attributes:
         rank: of this process.
+        callers: their trackers, to make calls together.
         holders: by name, the ranks that hold the same chunk of a tensor as this process, growing. The first of them
             owns it: it averages and writes it.
         part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
@@ -119,9 +287,11 @@ class Members:
         names: of all tensors of the model that are tracked, here or elsewhere.
         mesh: the processes' arrangement, as a snapshot's header has it.
         device: where the process group exchanges tensors.
+        shares: of replicas, which rows each process keeps.
     """
 
     rank: int
+    callers: Callers
     holders: Mapping[str, tuple[int, ...]]
     part: tuple[int, int] | None
     run_id: str
@@ -129,6 +299,7 @@ class Members:
     mesh: dict[str, Any]
     device: torch.device
     store: Store
+    shares: Shares | None = None
 
     @cached_property
     def owned(self) -> frozenset[str]:
@@ -140,9 +311,11 @@ class Members:
         with suppress(RuntimeError):  # it was destroyed, or its first process has ended
             self.store.set(key, message)
 
-    def wait_for(self, key: str, what: str) -> str:
-        """The message of rank 0 under a key, when it is there; a RankError if it does not come in time."""
-        return _wait(self.store, key, 0, what)
+    def wait_for_writer(self) -> None:
+        """Return when rank 0 holds the directory; a RankError says why not, or that it has not come in time."""
+        refused = _wait(self.store, "writer", 0, "has not taken the directory yet")
+        if refused:
+            raise RankError("rank 0", refused)
 
     def check(self) -> None:
         """Raise a RankError if another process has announced that it failed."""
@@ -166,6 +339,7 @@ def meet(
     options: Mapping[str, str],
     run_id: str,
     mesh: dict[str, Any],
+    shares: Shares | None = None,
 ) -> Members:
     """Decide with the other processes who owns which chunk. Each process calls it, in the same order of trackers.
 
@@ -176,14 +350,14 @@ def meet(
         chunks: where it belongs, if it is not all of it.
         options: what must be the same in every process, by what a user would call it.
         run_id: of the run to begin, or of the one that was found; rank 0's counts.
+        mesh, shares: as in `Members`.
 
     Raises:
         RankError: a process did not come, or has other options; names it.
     """
-    global _meetings
-    _meetings += 1
     rank, world = dist.get_rank(), dist.get_world_size()
-    store = PrefixStore(f"ema-{_meetings}", _get_default_store())
+    store = _new_store("members")
+    callers = Callers(store, keeps=rank == 0)
     held = {
         name: _digest(name, tuple(tensor.shape), chunks.get(name))
         for name, tensor in tensors.items()
@@ -205,13 +379,14 @@ def meet(
             own = sorted(set(numbers[other]))
             table = {"sets": [sets[number] for number in own], "held": [own.index(number) for number in numbers[other]]}
             store.set(f"answer/{other}", json.dumps({**table, "part": part, "run_id": run_id}))
-    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2 * PATIENCE))
+    answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2.0))
     if "reason" in answer:
         raise RankError(answer["rank"], answer["reason"])
     device = next((tensor.device for tensor in tensors.values()), torch.device("cpu"))
     holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
     number = answer["part"] and tuple(answer["part"])
-    return Members(rank, holders, number, answer["run_id"], frozenset(tensors), mesh, device, store)
+    names = frozenset(tensors if shares is None else shares)
+    return Members(rank, callers, holders, number, answer["run_id"], names, mesh, device, store, shares)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
@@ -219,6 +394,11 @@ def mesh_of(model: torch.nn.Module) -> dict[str, Any]:
     meshes: list[Any] = [found.device_mesh for found in model.parameters() if hasattr(found, "device_mesh")]
     mesh = max(meshes, key=lambda one: one.mesh.numel(), default=None)
     return {} if mesh is None else {"shape": list(mesh.mesh.shape), "names": mesh.mesh_dim_names}
+
+
+def _new_store(name: str) -> Store:
+    _made[name] += 1
+    return PrefixStore(f"ema-{name}-{_made[name]}", _get_default_store())
 
 
 def _digest(name: str, shape: tuple[int, ...], chunk: Chunk | None) -> str:
@@ -244,7 +424,8 @@ def _holders(store: Store, world: int, options: Mapping[str, str]) -> tuple[list
     return [*sets], [[numbers[digest] for digest in digests] for digests in held]
 
 
-def _wait(store: Store, key: str, rank: int, what: str, seconds: float = PATIENCE) -> str:
+def _wait(store: Store, key: str, rank: int, what: str, patience: float = 1.0) -> str:
+    seconds = patience * PATIENCE
     try:
         store.wait([key], timedelta(seconds=seconds))
         return str(store.get(key).decode())

@@ -185,7 +185,8 @@ class Snapshotter:
         try:
             if members is not None and self._leads:
                 # Parts of a killed attempt and of this one could look like one snapshot.
-                for folder in inspect_directory(directory).incomplete:
+                for folder, there in inspect_directory(directory).incomplete.items():
+                    log.warning("%s: has %s, left by an interrupted training, and is removed", folder, there)
                     remove_snapshot(folder)
             snapshots = find_snapshots(directory)
         except BaseException:
@@ -320,7 +321,8 @@ class Snapshotter:
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
             return
         self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
-        if self._leads:  # of its own snapshots those that other processes are still writing are the newest
+        # Of its own snapshots those that other processes are still writing are the newest.
+        if self._leads and schedule.max_checkpoints is not None:
             complete = self._complete()
             all_parts = [complete.get((s.t, s.sigma_rel), s) for s in self._stored]
             left = thin(all_parts, schedule.max_checkpoints, schedule.sigma_range)

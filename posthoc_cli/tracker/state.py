@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
 
 from posthoc_cli.errors import (
     DirectoryError,
@@ -43,7 +44,7 @@ from posthoc_cli.tracker.buffers import HOST, FlatTensors, Layout, group_tensors
 from posthoc_cli.tracker.model_tensors import TrackedModel, nonfinite_name
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.settings import Progress, Settings, check_count, check_sigma_rels
-from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard
+from posthoc_cli.tracker.sharding import as_dtensor, local_part, reshard, rows_of_replicas
 
 log = logging.getLogger(__name__)
 
@@ -93,13 +94,20 @@ def pack_state(state: Tracking, info: StateInfo, model: torch.nn.Module | None =
         dtypes = tracked.dtypes("copy")
         copies = {name: torch.zeros(tracked.shapes[name], dtype=dtype) for name, dtype in dtypes.items()}
     keys = [repr(sigma_rel) for sigma_rel in averages.sigma_rels]
-    spread = {}
-    if model is not None:
+    members, spread, mesh = tracked.members, {}, None
+    if members is not None and members.shares is not None:
+        mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    elif members is not None and model is not None:
         reshard(model)
         spread = {found.name: found.tensor for found in named_tensors(model)}
 
     def packed(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: as_dtensor(value, spread[name]) if spread else value for name, value in tensors.items()}
+        return {name: as_shared(name, value) for name, value in tensors.items()}
+
+    def as_shared(name: str, value: torch.Tensor) -> torch.Tensor:
+        if mesh is not None and value.shape != tracked.complete_shape(name):
+            return rows_of_replicas(value, tracked.complete_shape(name), mesh)
+        return as_dtensor(value, spread[name]) if spread else value
 
     return _plain(info) | {
         "totals": {key: packed(own.views) for key, own in zip(keys, kept.totals, strict=True)},

@@ -14,7 +14,7 @@ import pytest
 import torch
 from checking import assert_same_tensors
 from ema_command import unmeasured_environment
-from factories import RUN_ID, flip_bit, write_snapshot
+from factories import RUN_ID, flip_bit, snapshot_files, split_snapshot, write_snapshot
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -27,7 +27,7 @@ from posthoc_cli.export import ranks
 from posthoc_cli.synthesis import engine
 make = engine.Maker.make
 engine.Maker.make = lambda *arguments: (time.sleep(1.0), make(*arguments))
-ranks.WORK_WAIT = 3.0
+ranks.SILENCE = 3.0
 """
 """Runs before the command: every tile takes a second."""
 
@@ -52,12 +52,15 @@ def environment() -> dict[str, str]:
 
 
 def test_torchrun_makes_the_same_tensors_as_one_process(run: Path, tmp_path: Path) -> None:
+    """Of snapshots that are files and folders of parts as of files alone."""
+    forked.check(forked.EMA, *arguments(run, tmp_path / "one.safetensors"))
+    for path in snapshot_files(run)[::2]:
+        split_snapshot(path, 3, {"layer.1": (1, 3)})
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={WORLD}"]
     job = [*launcher, "-m", "posthoc_cli", *arguments(run, tmp_path / "out")]
     done = subprocess.run(job, env=environment(), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote the index") == len(done.stdout.splitlines()) == 1
-    forked.check(forked.EMA, *arguments(run, tmp_path / "one.safetensors"))
     shards = sorted((tmp_path / "out").glob("*.safetensors"))
     assert len(shards) == WORLD
     found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}

@@ -77,7 +77,7 @@ def _fuzz_one(victim: Victim, tally: Tally, examples: int, chance: int) -> None:
             tally.tried += 1
             with warnings.catch_warnings():
                 warnings.simplefilter("error", RuntimeWarning)
-                victim.attempt(tally, f"{victim.kind}, {name}, of {content!r}", use, str(victim.path.parent))
+                victim.attempt(tally, f"{victim.kind}, {name}, of {content!r}", use, str(_home(victim)))
         if time.monotonic() - started > SLOWEST:
             tally.missed.append(f"{victim.kind}: took {time.monotonic() - started:.0f} s: {content!r}"[:2000])
 
@@ -110,14 +110,19 @@ def _uses(victim: Victim) -> dict[str, Callable[[], object]]:
     uses: dict[str, Callable[[], object]] = {"examined": lambda: examine(victim.path)}
     if victim.kind == "state":
         return uses | {"info": lambda: _info(victim.path), "loaded": lambda: _load(victim.path)}
-    if victim.kind != "snapshot":
+    if victim.kind not in ("snapshot", "part"):
         whole = victim.path if victim.kind == "output" else victim.path.parent
         return uses | {"info": lambda: _info(whole), "exported": lambda: export_file(victim.path, victim.out)}
-    run = victim.path.parent
+    run = _home(victim)
     return uses | {
         "info": lambda: _info(victim.path), "info of all": lambda: _info(run), "synthesized": victim.use,
         "error curve": lambda: Run(run).error_curve((0.05, 0.28)), "resumed": lambda: _resume(run),
     }  # fmt: skip
+
+
+def _home(victim: Victim) -> Path:
+    """The directory that a victim belongs to."""
+    return victim.path.parents[1] if victim.kind == "part" else victim.path.parent
 
 
 def _info(path: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from factories import write_snapshot
+from factories import split_snapshot, write_snapshot
 
 from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import FileFormatError, PostHocError
@@ -111,7 +111,7 @@ class Victim:
 
 def all_victims(folder: Path) -> Iterator[Victim]:
     """One of each kind."""
-    for make in (small_snapshot, small_output, small_state, small_index, small_shard):
+    for make in (small_snapshot, small_part, small_output, small_state, small_index, small_shard):
         (folder / make.__name__).mkdir()
         yield make(folder / make.__name__)
 
@@ -144,6 +144,13 @@ def small_snapshot(folder: Path, values: dict[str, torch.Tensor] | None = None) 
     )  # fmt: skip
     out = folder / "out.safetensors"
     return Victim("snapshot", path, lambda: synthesize(folder / "run", out), out, str(path))
+
+
+def small_part(folder: Path) -> Victim:
+    """The second of two parts of a snapshot that a synthesis reads."""
+    whole = small_snapshot(folder, {"a": torch.tensor([[1.0], [-2.5]]), "b": VALUES["b"]})
+    path = split_snapshot(whole.path, 2) / "part-00002-of-00002.safetensors"
+    return Victim("part", path, whole.use, whole.out, path.parent.name)
 
 
 def small_output(folder: Path) -> Victim:

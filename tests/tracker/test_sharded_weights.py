@@ -100,6 +100,16 @@ for name, value in whole.items():
     assert torch.allclose(value.double(), single[name].double(), rtol=1e-5, atol=1e-6), name
 ema.load_into(model, 0.15)
 assert not (wrong := close(model, single, 1e-5)), wrong
+if arguments[0] == "tp":
+    raw, weight = held(model), model.first.weight
+    weight.mark = "kept"
+    with ema.model(model, sigma_rel=0.15, dtype=torch.bfloat16):
+        assert model.first.weight is weight and weight.to_local().dtype == weight.dtype == torch.bfloat16
+        assert model(x.bfloat16()).dtype == torch.bfloat16
+    assert weight.dtype == torch.float32 and weight.mark == "kept" and equal(held(model), raw)
+    ema.load_into(model, 0.15, dtype=torch.float64)
+    assert model.first.weight is weight and weight.to_local().dtype == torch.float64 and weight.requires_grad
+    assert not (wrong := close(model, single, 1e-5)), wrong
 ema.close()
 """
     check_group(TRAINED + code, ranks, tmp_path, kind)

@@ -69,12 +69,69 @@ def test_the_parts_of_a_snapshot_are_the_average_of_one_process_bit_for_bit(
                 if name in values:
                     own = tensor[tuple(map(slice, boxes[name].offset, boxes[name].end))]
                     assert torch.equal(values[name], own), name
+    for method in ("minvar", "paper"):
+        synthesized, wanted = (Run(tmp_path / where).average(0.15, t=8, method=method) for where in ("run", "single"))
+        assert all(torch.equal(value, synthesized[name]) for name, value in wanted.items()), method
     last = {name: tensor for name, tensor in expected.items() if not name.startswith(("mean", "count"))}
     exact = truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8])
     assert last.keys() == exact.keys()
     for name, tensor in last.items():
         assert torch.allclose(tensor.double(), exact[name], rtol=1e-6, atol=1e-6), name
     assert torch.equal(expected["mean"], value("mean", 8, single.mean))
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the system does not tell a peak of memory")
+def test_a_process_holds_its_share_and_nothing_in_full(tmp_path: Path) -> None:
+    """In units of its share of the parameters, in float32; a process that held anything in full had one more, of two.
+
+    Tracking holds two averages, each as a total in float64 and a mean, the same two rounded for the snapshots that are
+    being written, and a copy of the parameters of that time. An evaluation holds the two live averages rounded, the
+    result, and the model's own values. Going on holds the averages.
+    """
+    code = """
+import gc
+import torch
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from posthoc_cli import PostHocEMA
+from posthoc_cli.tracker.sharding import held_part
+def memory(key):
+    gc.collect()
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(key))
+def measure(work):
+    Path("/proc/self/clear_refs").write_text("5")
+    before = memory("VmRSS")
+    work()
+    return (memory("VmHWM") - before) / share
+def train():
+    for _ in range(4):
+        for parameter in model.parameters():
+            held_part(parameter).data.add_(1)
+        ema.update_(model)
+    ema.flush()
+def evaluate():
+    with ema.model(model, sigma_rel=0.15):
+        pass
+def go_on():
+    global ema
+    ema = PostHocEMA.from_path(directory, model)
+    ema.update_(model)
+for rows in (8, 2048):  # the first time all that is loaded and made once
+    model = fully_shard(nn.Sequential(*(nn.Linear(1024, rows, bias=False) for _ in range(16))))
+    share = sum(4 * held_part(parameter).numel() for parameter in model.parameters())
+    directory = folder / str(rows)
+    ema = PostHocEMA.from_model(model, directory, update_every=1, checkpoint_every=2)
+    found = [measure(train), measure(evaluate)]
+    ema.close()
+    del ema
+    found.append(measure(go_on))
+    ema.close()
+print(*found)
+"""
+    for out in check_group(code, 2, tmp_path):
+        for found, derived in zip(map(float, out.split()), (9, 4, 6), strict=True):
+            assert found < derived + 0.5, out
 
 
 def test_no_update_and_no_snapshot_makes_processes_wait_for_each_other(tmp_path: Path) -> None:
@@ -126,10 +183,75 @@ def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: P
         single = Net()
         move(single, 1)
         ema.update_(single)
-        results = run_group(TRAIN, 2, tmp_path, "fsdp")
-    assert all(result.code != 0 for result in results)
-    assert "LockedError" in results[0].err
-    assert "RankError: rank 0: " in results[1].err
+        first, *others = run_group(TRAIN, 4, tmp_path, "hsdp")  # of which two have nothing to write
+    assert first.code != 0
+    assert "LockedError" in first.err
+    assert all(result.code != 0 and "RankError: rank 0: " in result.err for result in others)
+
+
+def test_a_model_that_is_sharded_later_is_refused_with_the_right_order(tmp_path: Path) -> None:
+    code = """
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import ModelMismatchError
+model = groups.Net()
+ema = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=1)
+ema.update_(model)
+ema.flush()
+import torch.distributed as dist
+dist.barrier()
+groups.spread(model, "fsdp")
+for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load_into(model, 0.28)):
+    try:
+        use(model)
+    except ModelMismatchError as error:
+        print(error)
+ema.close()
+"""
+    for out in check_group(code, 2, tmp_path):
+        updated, filled = out.splitlines()
+        assert "was not when this tracker was made; shard the model first; then make the tracker in every" in updated
+        assert "is sharded over processes, and this tracker was made before that, or without the model" in filled
+    assert [snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots] == [1, 1]
+
+
+@pytest.mark.parametrize("maker", [0, 1])
+def test_a_tracker_in_one_process_only_names_the_others(maker: int, tmp_path: Path) -> None:
+    code = """
+from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import RankError
+from posthoc_cli.tracker import sharding
+sharding.PATIENCE = 0.5
+model = groups.spread(groups.Net(), "fsdp")
+try:
+    if rank == int(arguments[0]):
+        PostHocEMA.from_model(model, folder / "run")
+except RankError as error:
+    print(error)
+"""
+    outs = check_group(code, 2, tmp_path, maker)
+    assert outs[maker].startswith(f"rank {1 - maker}: made no tracker of this model")
+
+
+def test_the_process_group_may_be_destroyed_before_the_tracker_is_closed(tmp_path: Path) -> None:
+    code = TRAIN.replace("    for step", "    import torch.distributed as dist\n    for step")
+    check_group(f"{code}    dist.barrier()\n    dist.destroy_process_group()\n", 2, tmp_path, "fsdp")
+    assert [snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots] == [4, 4, 8, 8]
+
+
+def test_one_process_alone_may_shard_its_model(tmp_path: Path) -> None:
+    code = """
+with ema.model(model, sigma_rel=0.15):
+    pass
+ema = PostHocEMA.from_path(folder / "run", model)
+groups.move(model, 9)
+ema.update_(model)
+ema.close()
+"""
+    check_group(TRAIN + code, 1, tmp_path, "fsdp")
+    snapshots = Run(tmp_path / "run").snapshots
+    assert [path.name for path in snapshots[0].path.iterdir()] == ["part-00001-of-00001.safetensors"]
+    for name, tensor in truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8]).items():
+        assert torch.allclose(Run(tmp_path / "run").average(0.2)[name].double(), tensor, rtol=1e-6, atol=1e-6), name
 
 
 MEET = """

@@ -1,0 +1,331 @@
+"""Sharded trainings: one process is killed or meets a full disk, two are in one directory, parts are harmed.
+
+Parameters follow a walk that is known in advance, so that every average has one right content, whoever writes it.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+import time
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from factories import snapshot_files, split_snapshot
+from forked import Forked
+from groups import Net, check_group, move, run_group, start_group, truth
+
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.errors import PostHocError
+from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
+from posthoc_cli.snapshots.tensors import tensor_from_bytes
+from torture.tally import Experiment, Tally
+
+STEPS = 24
+SIGMA_RELS = (0.1, 0.2)
+SETTINGS = f"sigma_rels={SIGMA_RELS}, update_every=2, checkpoint_every=4, checkpoint_dtype=None"
+SPREAD = (("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("tp", 2), ("hsdp", 4), ("fsdp-tp", 4))
+PATIENCE = 60.0
+"""Seconds for the others to end when one process has died."""
+
+TRAIN = f"""
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA
+kind, most, *_ = arguments
+model = groups.spread(groups.Net(), kind)
+(folder / f"durable-{{rank}}").write_text("0")
+with PostHocEMA.from_model(
+    model, folder / "run", {SETTINGS}, max_checkpoints=None if most == "None" else int(most), resume="auto"
+) as ema:
+    for step in range(ema.step + 1, {STEPS} + 1):
+        groups.move(model, step)
+        ema.update_(model)
+        if step % 4 == 0:
+            ema.flush()
+            (folder / f"durable-{{rank}}").write_text(str(step))
+        dist.barrier()  # in place of the training's own collectives
+"""
+
+Values = Mapping[str, torch.Tensor]
+
+
+def read(directory: Path) -> dict[str, dict[str, torch.Tensor]]:
+    """The complete tensors of each complete snapshot, by its name without suffix."""
+    found = {}
+    for snapshot in find_snapshots(directory) if directory.exists() else []:
+        with snapshot.open() as file:
+            found[snapshot.path.name.removesuffix(".safetensors")] = {
+                name: tensor_from_bytes(file.read(name), one.dtype, one.shape) for name, one in snapshot.stored.items()
+            }
+    return found
+
+
+@lru_cache(maxsize=100)
+def exact(t: int, sigma_rel: float) -> Values:
+    """The averages of all updates until t, by the formula."""
+    return truth(gamma_from_sigma_rel(sigma_rel), list(range(2, t + 1, 2)))
+
+
+def wrong_averages(found: Mapping[str, Values]) -> list[str]:
+    """Tensors that are not the averages that their snapshot says."""
+    wrong = []
+    for snapshot, values in found.items():
+        t, _, sigma_rel = snapshot.partition("-")
+        for name, right in exact(int(t), float(sigma_rel)).items():
+            # A float32 average is rounded once in storage, and at each time that a training went on from it.
+            if not torch.allclose(values[name].double(), right, rtol=0, atol=1e-6 * float(right.abs().max())):
+                wrong.append(f"{snapshot}: {name} is not the average")
+    return wrong
+
+
+def differing(found: Mapping[str, Values], right: Mapping[str, Values]) -> list[str]:
+    """Snapshots that are in both with other bits."""
+    return [
+        f"{snapshot}: {name} has other bits"
+        for snapshot in found.keys() & right.keys()
+        for name, value in found[snapshot].items()
+        if not torch.equal(value, right[snapshot][name])
+    ]
+
+
+def missing(found: Mapping[str, Values], last: int = STEPS, first: int = 4) -> list[str]:
+    """Snapshots on the schedule that are not there."""
+    names = [f"{t:016d}-{sigma_rel}" for t in range(first, last + 1, 4) for sigma_rel in SIGMA_RELS]
+    return [f"{name} is not there" for name in names if name not in found]
+
+
+def in_one_process(directory: Path, most: int | None) -> dict[str, dict[str, torch.Tensor]]:
+    """What a training without interruption in one process writes that goes on from what is in a directory."""
+    net = Net()
+    with PostHocEMA.from_model(
+        net, directory, SIGMA_RELS, update_every=2, checkpoint_every=4, checkpoint_dtype=None, max_checkpoints=most,
+        resume="auto",
+    ) as ema:  # fmt: skip
+        for step in range(ema.step + 1, STEPS + 1):
+            move(net, step)
+            ema.update_(net)
+    return read(directory)
+
+
+# --- one process is killed
+
+
+def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
+    """Kill any one process, 100 times in all; each training goes on in other processes until it comes to its end."""
+    tally, chance = Tally(), random.Random(seed)
+    times = max(1, round(100 * share))
+    started = time.monotonic()
+    run_group(TRAIN, 2, folder / "unkilled", "fsdp", None)
+    seconds = time.monotonic() - started
+    while tally.tried < times:
+        place, most = folder / "killed", chance.choice((None, 3))
+        directory, durable = place / "run", 0
+        for attempt in range(1_000):
+            kind, ranks = chance.choice(SPREAD)
+            before = read(directory)
+            after = chance.uniform(0.2, 1.0) * seconds if tally.tried < times else None
+            where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}, attempt {attempt}"
+            shadow = folder / "shadow"
+            if directory.exists():
+                shutil.copytree(directory, shadow)
+            for note in place.glob("durable-*"):
+                note.unlink()
+            processes = start_group(TRAIN, ranks, place, kind, most)
+            if after is not None:
+                time.sleep(after)
+                processes[chance.randrange(ranks)].kill()
+                tally.tried += 1
+            codes = end(processes, PATIENCE if after is None else 10)
+            now, right = read(directory), in_one_process(shadow, most)
+            shutil.rmtree(shadow)
+            notes = [int(note.read_text() or 0) for note in place.glob("durable-*")]
+            durable = max(durable, min(notes) if len(notes) == ranks else 0)
+            if most is None:
+                gone = [*missing(now, durable), *(f"{name} is gone" for name in before.keys() - now.keys())]
+                tally.lost += [f"{where}: was durable: {line}" for line in gone]
+            tally.lost += [f"{where}: {line}" for line in [*differing(now, before | right), *wrong_averages(now)]]
+            if after is None and any(codes):
+                tally.missed.append(f"{where}: going on ended with {codes}")
+            if after is None or not any(codes):
+                break
+        # What thinning had removed before a kill cannot come back.
+        tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
+        shutil.rmtree(place)
+    return tally
+
+
+def end(processes: list[Forked], patience: float) -> list[int]:
+    """The exit codes, when all have ended by themselves or, as by a launcher, were killed."""
+    until = time.monotonic() + patience
+    for process in processes:
+        process.poll(max(0.0, until - time.monotonic()))
+    for process in processes:
+        process.kill()
+    return [process.wait() for process in processes]
+
+
+# --- one process meets a full disk
+
+FULL = f"""
+import torch
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA, files
+from posthoc_cli.errors import PostHocError
+from torture.simulated import Faulty
+kind, victim, at = arguments
+model = groups.spread(groups.Net(), kind)
+files.system = system = Faulty(int(at) if rank == int(victim) else None, "full")
+errors, stop = [], False
+try:
+    with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, resume="auto") as ema:
+        for step in range(ema.step + 1, {STEPS} + 1):
+            groups.move(model, step)
+            try:
+                ema.update_(model)
+                if step % 8 == 0:
+                    ema.flush()
+            except PostHocError as error:
+                errors.append(error)
+            stop = torch.tensor(len(errors))
+            dist.all_reduce(stop)  # no process trains on alone
+            if stop:
+                break
+except PostHocError as error:
+    errors.append(error)
+print(bool(stop), *(f"{{type(error).__name__}}: {{error}}" for error in errors), sep="\\n")
+"""
+OPERATIONS = 200
+"""How many a process does at least."""
+
+
+def full_disks(folder: Path, share: float, seed: int) -> Tally:
+    """The disk is full for one process from one of its operations on; the others learn it, and all begin again."""
+    tally, chance = Tally(), random.Random(seed)
+    for _ in range(max(1, round(60 * share))):
+        place, victim, at = folder / "full", chance.randrange(3), chance.randrange(OPERATIONS)
+        where, tally.tried = f"rank {victim} at operation {at}", tally.tried + 1
+        outs = [out.splitlines() for out in check_group(FULL, 3, place, "fsdp", victim, at)]
+        for rank, (stopped, *said) in enumerate(outs):
+            if not said and (stopped == "True" or (rank == victim and max(map(len, outs)) > 1)):
+                tally.missed.append(f"{where}: rank {rank} was not told")
+            wanted = "no space left" if rank == victim else f"RankError: rank {victim}: "
+            tally.missed += [f"{where}: rank {rank} said {line}" for line in said if wanted not in line]
+        # Training goes on from the newest time of which all averages are there, and sets later ones aside.
+        found = read(place / "run")
+        before = {
+            name: found[name] for name in found if len([other for other in found if other[:16] == name[:16]]) == 2
+        }
+        tally.lost += [f"{where}: {path.name} is left" for path in place.rglob(".ema-*.tmp")]
+        kind, ranks = chance.choice(SPREAD)
+        outs = [out.splitlines() for out in check_group(FULL, ranks, place, kind, -1, -1)]
+        now = read(place / "run")
+        wrong = [*(line for out in outs for line in out[1:]), *wrong_averages(now), *differing(now, before)]
+        wrong += [*missing(now), *(f"{name} is gone" for name in before.keys() - now.keys())]
+        tally.lost += [f"{where}, going on with {kind} on {ranks}: {line}" for line in wrong]
+        shutil.rmtree(place)
+    return tally
+
+
+# --- two jobs in one directory
+
+BESIDE = "import time\nfrom posthoc_cli.tracker import sharding\nsharding.PATIENCE = 10" + TRAIN.replace(
+    "        if step",
+    "        while step > 12 and not (folder / 'go').exists():\n            time.sleep(0.01)\n        if step",
+)
+
+
+def two_jobs(folder: Path, share: float, seed: int) -> Tally:
+    """Two jobs begin in one directory: one of them holds it, until it ends or is killed, and the other is refused."""
+    tally, chance = Tally(), random.Random(seed)
+    for _ in range(max(1, round(30 * share))):
+        place, tally.tried = folder / "jobs", tally.tried + 1
+        spread, jobs = [chance.choice(SPREAD) for _ in range(2)], []
+        for kind, ranks in spread:
+            jobs.append(start_group(BESIDE, ranks, place, kind, None))
+            time.sleep(chance.choice((0.0, 1.0)))
+        where, until = f"meeting {tally.tried} of {spread}", time.monotonic() + PATIENCE
+        while (goes_on := [any(one.poll() is None for one in job) for job in jobs]) == [True, True]:
+            assert time.monotonic() < until, f"{where}: both go on"
+            time.sleep(0.05)
+        holder, refused = jobs if goes_on[0] else jobs[::-1]
+        said = [one.communicate()[1].strip().splitlines()[-1:] for one in refused]
+        # The first one is told why; others are told, or have nothing to write and find that the first one has gone.
+        if not re.search(r"posthoc_cli\.errors\.\w+Error: ", "".join(said[0])) or not all(said) or not any(goes_on):
+            tally.missed.append(f"{where}: refused with {said}")
+        if chance.random() < 0.5:
+            end(holder, 0)
+            kind, ranks = chance.choice(SPREAD)
+            holder = start_group(BESIDE, ranks, place, kind, None)
+        (place / "go").touch()
+        codes = end(holder, PATIENCE)
+        now = read(place / "run")
+        wrong = [f"ended with {codes}: {[one.communicate()[1][-300:] for one in holder]}"] if any(codes) else []
+        tally.lost += [f"{where}: {line}" for line in (*wrong, *wrong_averages(now), *missing(now))]
+        shutil.rmtree(place)
+    return tally
+
+
+# --- parts that are harmed or exchanged
+
+
+def harmed_parts(folder: Path, share: float, seed: int) -> Tally:
+    """A part is harmed, or another one is in its place: the snapshot is left out and told, or the error names it."""
+    tally, chance = Tally(), random.Random(seed)
+    run, halves, other = (folder / name for name in ("run", "halves", "other"))
+    for directory in (run, other):
+        in_one_process(directory, None)
+    shutil.copytree(run, halves)
+    for directory, parts in ((run, 3), (halves, 2), (other, 3)):
+        for path in snapshot_files(directory):
+            split_snapshot(path, parts)
+    snapshots = [snapshot.path for snapshot in find_snapshots(run)]
+    intact = Run(run).average(0.15)
+    for _ in range(max(7, round(700 * share))):
+        tally.tried += 1
+        victim, foreign = chance.sample(snapshots, 2)
+        part = chance.choice(sorted(victim.iterdir()))
+        kept, at = part.read_bytes(), chance.randrange(part.stat().st_size)
+        flipped = bytes([kept[at] ^ 1 << chance.randrange(8)])
+        contents = {
+            "deleted": None,
+            f"cut to {at} bytes": kept[:at],
+            f"a bit of byte {at} flipped": kept[:at] + flipped + kept[at + 1 :],
+            "exchanged with a sibling": chance.choice(sorted(victim.iterdir())).read_bytes(),
+            f"of {foreign.name}": (foreign / part.name).read_bytes(),
+            "of another run": (other / victim.name / part.name).read_bytes(),
+            "of another division": chance.choice(sorted((halves / victim.name).iterdir())).read_bytes(),
+        }
+        what, content = chance.choice([*contents.items()])
+        where = f"{victim.name}/{part.name}, {what}"
+        part.unlink()
+        if content is not None:
+            part.write_bytes(content)
+        if content == kept:
+            continue
+        try:
+            made = Run(run).average(0.15)
+        except PostHocError as error:
+            if str(victim) not in str(error):
+                tally.missed.append(f"{where}: {error} does not name it")
+        else:
+            if not any(victim.name in note for note in inspect_directory(run).notes):
+                tally.missed.append(f"{where}: is not told")
+            victim.rename(folder / "aside")
+            if differing({"": Run(run).average(0.15)}, {"": made}):
+                tally.lost.append(f"{where}: is in the average")
+            (folder / "aside").rename(victim)
+        part.write_bytes(kept)
+    tally.lost += differing({"": Run(run).average(0.15)}, {"": intact})
+    return tally
+
+
+EXPERIMENTS = (
+    Experiment("one process of a sharded training killed", killed_ranks, 0.01),
+    Experiment("a full disk for one process of a sharded training", full_disks, 0.01),
+    Experiment("two sharded trainings on one directory", two_jobs, 0.01),
+    Experiment("parts of snapshots harmed and exchanged", harmed_parts, 0.05),
+)
