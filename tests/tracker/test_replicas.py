@@ -60,8 +60,8 @@ def averages(folder: Path, *steps: int) -> None:
                 torch.save(dict(exact), folder / f"truth-{step}.pt")
 
 
-@pytest.mark.parametrize(("kind", "shared"), [("ddp", False), ("replicas", True)])
-def test_every_replica_gets_the_weights_of_the_writer(kind: str, shared: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "ranks", "shared"), [("ddp", 2, False), ("replicas", 3, True)])
+def test_every_replica_gets_the_same_weights(kind: str, ranks: int, shared: bool, tmp_path: Path) -> None:
     averages(tmp_path, 10)
     code = """
 model = groups.spread(groups.Net(), arguments[0])
@@ -118,7 +118,7 @@ else:
             assert "'new': is in the model, but was not when tracking began" in str(error)
 ema.close()
 """.replace("SETTINGS", SETTINGS)
-    check_group(TRAINED + code, 3, tmp_path, kind, shared)
+    check_group(TRAINED + code, ranks, tmp_path, kind, shared)
 
 
 def test_a_process_that_does_not_make_the_call_or_fails_in_it_is_named(tmp_path: Path) -> None:

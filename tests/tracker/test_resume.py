@@ -23,6 +23,7 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.tracker import sharding
 
 SETTINGS: dict = {"sigma_rels": (0.05, 0.28), "update_every": 2, "checkpoint_every": 10, "checkpoint_dtype": None}
 
@@ -297,7 +298,8 @@ def test_a_second_writer_of_a_group_is_told_that_one_writes(tmp_path: Path, monk
         train(model, writer, 1, 10)
         monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
         monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-        monkeypatch.setattr(torch.distributed, "get_rank", lambda _: 1)
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda _=None: 1)
+        monkeypatch.setattr(sharding, "_get_default_store", torch.distributed.HashStore)
         with pytest.raises(LockedError, match=r"is writing here.*from_model\(\.\.\., writer=rank == 0\)"):
             PostHocEMA.from_path(tmp_path, model, writer=True).update_(model)
         other = PostHocEMA.from_path(tmp_path, model)
