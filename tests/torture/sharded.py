@@ -29,8 +29,8 @@ STEPS = 24
 SIGMA_RELS = (0.1, 0.2)
 SETTINGS = f"sigma_rels={SIGMA_RELS}, update_every=2, checkpoint_every=4, checkpoint_dtype=None"
 SPREAD = (("fsdp", 2), ("fsdp", 3), ("fsdp", 4), ("tp", 2), ("hsdp", 4), ("fsdp-tp", 4))
-PATIENCE = 60.0
-"""Seconds for the others to end when one process has died."""
+PATIENCE = 180.0
+"""Seconds on a busy machine for the others to end when one process has died."""
 
 TRAIN = f"""
 import torch.distributed as dist
