@@ -43,11 +43,20 @@ from posthoc_cli.tracker.model_weights import check_dtypes_free, fill_model, in_
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
-from posthoc_cli.tracker.settings import Progress, Settings, check_path, check_sigma_rels, choose_writer, make_schedule
+from posthoc_cli.tracker.settings import (
+    Progress,
+    Settings,
+    check_path,
+    check_sigma_rels,
+    choose_writer,
+    is_in_group,
+    make_schedule,
+)
 from posthoc_cli.tracker.sharded_weights import (
     SharedPlan,
     as_dtensors,
     from_first,
+    from_writer,
     gathered,
     join_live,
     make_chunks,
@@ -123,6 +132,8 @@ class PostHocEMA:
         self._writer = choose_writer(beginning.writer, model) if members is None else members.part is not None
         self._from_step, self._resumed_at = beginning.from_step, -1
         self._pending: Exception | None = None
+        self._callbacks: list[Callable[[PostHocEMA], None]] = []
+        self._told = 0
         self._calls = Calls(self.checkpoint_dir)
 
     @classmethod
@@ -293,6 +304,7 @@ class PostHocEMA:
             self._calls.caller = threading.get_ident()
             self._advance(model, t)
         self._raise_pending()
+        self._tell()
 
     def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
@@ -319,6 +331,35 @@ class PostHocEMA:
         """Undo `attach`. Nothing happens if the tracker is not attached."""
         if self._attachment is not None:
             self._attachment.remove()
+
+    def on_snapshot(self, callback: Callable[[PostHocEMA], None]) -> None:
+        """Call `callback(ema)` when new snapshots are durable, once for all profiles.
+
+        The thread that calls `update_` does so, within its next call, or `close`. Errors of the callback leave that
+        call, which has done its work. In the processes of a group that write nothing it is never called.
+        """
+        self._callbacks.append(callback)
+
+    def metrics(self, sigma_rels: Sequence[float] = ()) -> dict[str, float]:
+        """Figures for a logger, at almost no cost: nothing is computed from tensors, and nothing is waited for.
+
+        Arguments:
+            sigma_rels: lengths whose predicted errors are wanted; headers of the snapshots on disk are read for them.
+
+        Returns:
+            `step` and `t`. When snapshots were written, of the last ones: `distance_0.05`, ..., how far each tracked
+            average was from the weights, relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing
+            took beside the training; `snapshot_waited`, the seconds that the training waited before it. And
+            `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot.
+        """
+        found = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
+        snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if sigma_rels else []
+        if snapshots:
+            plan = plan_synthesis(snapshots, sigma_rels)
+            errors = [plan.predicted_error(index) for index in range(len(sigma_rels))]
+            known = zip(sigma_rels, errors, strict=True)
+            found |= {f"predicted_error_{sigma_rel:g}": error for sigma_rel, error in known if error is not None}
+        return found
 
     def flush(self) -> None:
         """Return when all updates are in the averages and all due snapshots are durable.
@@ -363,6 +404,7 @@ class PostHocEMA:
         try:
             self._pipeline.end()
             self.flush()
+            self._tell()
         finally:
             self._pipeline.close()
 
@@ -489,7 +531,7 @@ class PostHocEMA:
     @in_block
     def model(
         self, model: Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None,
+        dtype: Dtype = None, method: str | None = None, everywhere: bool = False,
     ) -> Iterator[Module]:  # fmt: skip
         """The model itself with averaged weights, in eval mode, for the `with` block.
 
@@ -497,6 +539,9 @@ class PostHocEMA:
         weights are kept in host memory meanwhile. Blocks may be nested. Arguments as in `state_dict`, except that
         without `dtype` the weights take the dtypes that the model has. To keep averaged weights, save them within the
         block, or use `ema.state_dict(sigma_rel=...)`: the model's tensors hold its own weights again after it.
+
+        With `everywhere` all processes of a group that train replicas make the call: the one that keeps the averages
+        sends its own to the others, tensor by tensor. Without, only that one can make it.
 
         Of a model that is sharded over processes all of them make the call, between the same two calls of `update_`.
         Each fills the chunks that it holds; no complete tensor is made. An error of one is raised in all.
@@ -511,7 +556,7 @@ class PostHocEMA:
                 check_dtypes_free(model, str(dtype))
             weights = self._chunks(model, sigma_rel, t, step, dtype, method)
         else:
-            weights = with_consistent_plan(partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
+            weights = self._replica(model, everywhere, partial(self._plan, sigma_rel, t, step, dtype, method))
         with swapped_in(model, weights, own_dtypes=dtype is None):
             yield model
 
@@ -535,7 +580,7 @@ class PostHocEMA:
 
     def load_into(
         self, model: torch.nn.Module, sigma_rel: Wanted, t: float | None = None, step: int | None = None,
-        dtype: Dtype = None, method: str | None = None, device: torch.device | str = "cpu",
+        dtype: Dtype = None, method: str | None = None, device: torch.device | str = "cpu", everywhere: bool = False,
     ) -> None:  # fmt: skip
         """Fill a model with averaged weights for good, on any device, also a model on `meta`.
 
@@ -546,6 +591,7 @@ class PostHocEMA:
 
         Arguments:
             device: where tensors on `meta` that an average fills are created; a warning names those that stay there.
+            everywhere: as in `model`.
 
         Raises:
             ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
@@ -556,6 +602,9 @@ class PostHocEMA:
             load_weights(model, self._chunks(model, sigma_rel, t, step, dtype, method))
             return
         plan = partial(self._plan, sigma_rel, t, step, dtype, method)
+        if everywhere and is_in_group():
+            load_weights(model, self._replica(model, True, plan), own_dtypes=dtype is None)
+            return
         with_consistent_plan(plan, lambda plan: fill_model(model, plan, device))
 
     def update_bn(self, model: torch.nn.Module, loader: Iterable[Any]) -> None:
@@ -693,6 +742,14 @@ class PostHocEMA:
             self._writer = choose_writer(None, model)
         return self._writer is not False
 
+    def _tell(self) -> None:
+        """Call the callbacks if snapshots have become durable."""
+        written = self._pipeline.written
+        if written != self._told:
+            self._told = written
+            for callback in self._callbacks:
+                callback(self)
+
     def _take_error(self) -> Exception | None:
         """The error to be raised by this call or the next one."""
         return self._pending or self._pipeline.take_error()
@@ -826,6 +883,11 @@ class PostHocEMA:
             reason = "needs all processes of the model, and their group was destroyed"
             raise NotReadyError("the average of a sharded model", reason, _FROM_SNAPSHOTS)
         return self._members
+
+    def _replica(self, model: torch.nn.Module, everywhere: bool, plan: Callable[[], Plan]) -> Weights:
+        """The average of a plan; with `everywhere` of the process that keeps averages, in every process."""
+        make = partial(with_consistent_plan, plan, make_weights)
+        return from_writer(self.keeps_averages, make, model) if everywhere and is_in_group() else make()
 
     def _check_keeps(self) -> None:
         if not self.keeps_averages:

@@ -17,7 +17,14 @@ import torch
 import torch.distributed as dist
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, ModelMismatchError, PostHocError, RankError, VanishedError
+from posthoc_cli.errors import (
+    FileFormatError,
+    ModelMismatchError,
+    NotReadyError,
+    PostHocError,
+    RankError,
+    VanishedError,
+)
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts
@@ -121,6 +128,36 @@ def together(work: Callable[[], Result]) -> Result:
     for rank, message, vanished in sorted(failed, key=lambda one: one[2]):
         raise VanishedError(f"rank {rank}", message) if vanished else RankError(f"rank {rank}", message)
     return result
+
+
+def from_writer(writes: bool, make: Callable[[], Weights], model: torch.nn.Module) -> Weights:
+    """The weights that the one process which keeps averages makes, or its error, in every process of the group."""
+    device = next((one.device for one in model.parameters()), torch.device("cpu"))
+    made: list[Weights | None] = [None]
+
+    def described() -> Any:
+        made[0] = weights = make() if writes else None
+        if weights is not None:
+            specs = {name: (value.dtype, tuple(value.shape)) for name, value in weights.items()}
+            return specs, weights.predicted_error, weights.profile_error
+        return None
+
+    known = together(described)
+    answers: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(answers, known)
+    writer = next((rank for rank, answer in enumerate(answers) if answer is not None), None)
+    if writer is None:
+        raise NotReadyError("the average in every process", "no process of the group keeps averages")
+    specs, predicted, profile = answers[writer]
+    own, weights = made[0], Weights()
+    for name, (dtype, shape) in specs.items():
+        value = torch.empty(shape, dtype=dtype) if own is None or dist.get_rank() != writer else own[name]
+        sent = value.to(device).contiguous()
+        if sent.numel():
+            dist.broadcast(sent.reshape(-1).view(torch.uint8), writer)
+        weights[name] = sent.cpu()
+    weights.predicted_error, weights.profile_error = predicted, profile
+    return weights
 
 
 def from_first(members: Members, work: Callable[[], Result]) -> Result:
