@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -114,10 +115,8 @@ class PostHocCallback(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Make the tracker, and continue from a checkpoint. The folder is in no argument, but in the caller's frame."""
-        trainer, folder = (
-            _local("_inner_training_loop", "self"),
-            _local("_inner_training_loop", "resume_from_checkpoint"),
-        )
+        loop = "_inner_training_loop"
+        trainer, folder = _local(loop, "self"), _local(loop, "resume_from_checkpoint")
         if self.evaluate is not None and trainer.evaluate.__name__ != "evaluate_both":
             hint = f"PostHocCallback(..., evaluate={self.evaluate:g}).install(trainer), in place of callbacks=[...]"
             raise NotReadyError("evaluate", "this callback was not installed", hint)
@@ -150,7 +149,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
-        """Of a model that is sharded over processes the checkpoint's averages are snapshots, which all processes write."""
+        """Write snapshots of a model that is sharded over processes, which continues from these: all make the call."""
         if self.ema is not None and is_sharded(model) and has_average(self.ema):
             self.ema.snapshot()
 
@@ -182,7 +181,7 @@ def _chooses_average(args: TrainingArguments) -> bool:
 
 def _local(function: str, name: str) -> Any:
     """A local variable of the trainer's method that has called, for what it hands to no callback; None elsewhere."""
-    frame = sys._getframe()
+    frame: FrameType | None = sys._getframe()
     while frame is not None and frame.f_code.co_name != function:
         frame = frame.f_back
     return None if frame is None else frame.f_locals.get(name)

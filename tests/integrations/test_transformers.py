@@ -217,12 +217,12 @@ def test_bf16_parameters_and_a_compiled_model(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(InvalidValueError, match="evaluate=0.15"):
+    with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
         PostHocCallback(tmp_path / "ema", folders=True)
     one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.1, **EVERY))
     with pytest.raises(NotReadyError, match="install"):
         one.train()
-    with pytest.raises(InvalidValueError, match="evaluate=0.15"):
+    with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
         PostHocCallback(tmp_path / "ema").install(one)
     trainer(tmp_path, max_steps=4).train()  # a checkpoint without the callback
     callback = PostHocCallback(tmp_path / "ema", **EVERY)
