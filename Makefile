@@ -3,6 +3,7 @@
 # make bench    the measurements that the guides quote
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
+# make integrations  the training frameworks, and the tests that need them, the heavier ones too
 # make audit    known security holes in what is installed; asks a database on the network
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
@@ -15,7 +16,7 @@ READY := $(VENV)/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit coverage bench torture audit clean
+.PHONY: help demo test lint types unit coverage bench torture integrations audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -57,6 +58,11 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_update.py --busy
 	$(BIN)/python scripts/bench_planning.py
 	$(BIN)/python scripts/bench_load.py
+
+integrations: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" \
+		--editable ".[transformers,lightning,accelerate,diffusers]" trl datasets deepspeed
+	EMA_HEAVY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations
 
 torture: $(READY)
 	$(BIN)/python scripts/torture.py

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import STATE_NAME, is_sharded, make_tracker
+from posthoc_cli.integrations import STATE_NAME, figures, is_sharded, make_tracker
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -36,6 +36,7 @@ def prepare(
     ema = make_tracker(model, checkpoint_dir, accelerator.is_main_process, options)
     if optimizer is not None:
         ema.attach(optimizer)
+    ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker, None), step=tracker.step))
 
     def save(models: object, weights: object, folder: str) -> None:
         if is_sharded(model):

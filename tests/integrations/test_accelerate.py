@@ -17,6 +17,7 @@ pytest.importorskip("accelerate", reason="accelerate is not installed: make inte
 from accelerate import Accelerator
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import GeneralTracker
 from integrations.truth import distance, exact, recorded
 
 from posthoc_cli import PostHocEMA
@@ -116,6 +117,33 @@ def test_a_killed_training_resumes_exactly_from_files_without_pickles(tmp_path: 
     assert resumed.ema.step == 5
     assert distance(resumed.weights[-1], whole.weights[-1]) == 0
     assert distance(live(resumed.ema, resumed.model), exact(whole.weights, 0.2)) < 1e-6
+
+
+class Logger(GeneralTracker):
+    name, requires_logging_directory = "list", False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def tracker(self) -> Any:
+        return self.logged
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None: ...
+
+    def log(self, values: dict[str, float], step: int | None, **_: Any) -> None:
+        self.logged.append((step or 0, values))
+
+
+def test_figures_go_to_the_accelerators_own_loggers(tmp_path: Path) -> None:
+    logger = Logger()
+    training = Training(tmp_path, log_with=logger)
+    training.accelerator.init_trackers("run")
+    training.run()
+    training.ema.close()
+    assert [step for step, _ in logger.logged][-1] == 5
+    assert {"ema/t", "ema/snapshot_bytes"} <= logger.logged[-1][1].keys()
 
 
 def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

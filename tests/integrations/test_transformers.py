@@ -250,3 +250,24 @@ def test_the_trainer_may_make_its_callbacks_anew(tmp_path: Path, whole: list[Any
     assert_exact(made, two.model, whole)
     assert {one.info.schedule.checkpoint_dtype for one in read_directory(tmp_path / "ema")} == {"BF16"}
     assert any("eval_ema_loss" in entry for entry in two.state.log_history)
+
+
+@heavy
+def test_a_trainer_of_trl(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed: make integrations installs it")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: make integrations installs it")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(32)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in DATA])
+    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
+    args = trl.SFTConfig(
+        str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
+    )
+    one = trl.SFTTrainer(
+        network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback, recorder]
+    )
+    one.train()
+    assert_exact(callback, one.model, recorder.weights)
