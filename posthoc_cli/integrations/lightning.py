@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import figures, has_average, make_tracker
+from posthoc_cli.integrations import figures, has_average, is_sharded, make_tracker
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,9 @@ class PostHocWeightAveraging(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker, and continue from the checkpoint that was loaded."""
+        if is_sharded(pl_module):
+            reason = "shards the model over processes, and its averages fit no checkpoint of Lightning"
+            raise InvalidValueError("strategy", reason, "call a tracker of your own, which can, in on_train_batch_end")
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options)
         if self._state is not None:
             ema.load_state_dict(self._state)

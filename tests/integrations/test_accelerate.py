@@ -30,13 +30,6 @@ EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels":
 X = torch.randn(60, 4, generator=torch.manual_seed(5))
 
 
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    """The library keeps its state in the process."""
-    for kind in (AcceleratorState, GradientState, PartialState):
-        kind._reset_state()
-
-
 class Training:
     """Fifteen batches, a step after every third one; saves after the second step, and can be killed after one."""
 

@@ -13,7 +13,6 @@ import torch
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
 
-from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import UNet2DModel
 from integrations.truth import distance, exact, recorded
 from integrations.unet import EVERY, Training, network
@@ -25,13 +24,6 @@ from posthoc_cli.integrations.diffusers import PostHocEMAModel
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
 
 HERE = Path(__file__).resolve().parent
-
-
-@pytest.fixture(autouse=True)
-def _fresh() -> None:
-    """accelerate keeps its state in the process."""
-    for kind in (AcceleratorState, GradientState, PartialState):
-        kind._reset_state()
 
 
 def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) -> None:
