@@ -3,6 +3,7 @@
 # make bench    the measurements that the guides quote
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
+# make integrations  the training frameworks, and the tests that need them, the heavier ones too
 # make dist     the package's two files in dist/, checked
 # make wheel    dist, then the wheel tried in an environment of its own; PYTHON and TORCH choose others
 # make audit    known security holes in what is installed; asks a database on the network
@@ -17,7 +18,7 @@ READY := $(VENV)/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit coverage bench torture dist wheel audit clean
+.PHONY: help demo test lint types unit coverage bench torture integrations dist wheel audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -61,6 +62,11 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_planning.py
 	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_sharded.py
+
+integrations: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" \
+		--editable ".[transformers,lightning,accelerate,diffusers]" trl datasets deepspeed
+	EMA_HEAVY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations
 
 torture: $(READY)
 	$(BIN)/python scripts/torture.py

@@ -208,6 +208,9 @@ class Run:
         shard: str | None = None,
         finish: bool = False,
         distributed: bool = False,
+        like: str | Path | None = None,
+        component: str | None = None,
+        through_library: bool = False,
         progress: ProgressBar = no_bar,
     ) -> SynthesisReport | None:
         """Write averages to files, as `ema synthesize` does. Each appears complete or not at all.
@@ -225,6 +228,12 @@ class Run:
             shard: "K/N": make part K of N, a shard in the folder `out`.
             finish: verify the parts that are there, and write the index.
             distributed: this is one of the processes of a torchrun job, all of which make this call.
+            like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged
+                weights: the same names, files and dtypes, and copies of all other files. What the run does not have is
+                the folder's (`SynthesisReport.taken`).
+            component: the part of a pipeline's folder with the weights, such as "unet"; by default the one that fits.
+            through_library: have transformers load and save the model, as is done by itself where names on disk differ
+                from those in memory.
             progress: opens a progress bar.
 
         Returns:
@@ -238,7 +247,7 @@ class Run:
         return Synthesis(
             self.directory, as_targets(targets), None if out is None else str(out), t, step, method, max_error, dtype,
             layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish, distributed,
-            progress,
+            None if like is None else files.expanded(like), component, through_library, progress,
         ).run()  # fmt: skip
 
     # --- errors

@@ -120,6 +120,18 @@ HARMLESS = {"json.loads", "load_file"}
 """Loaders that execute nothing: of JSON, and safetensors' own, which the demo reads its own files with."""
 
 
+def test_integrations_use_the_public_tracker_only() -> None:
+    """And each imports its own framework, which nothing else needs."""
+    for path in (PACKAGE / "integrations").glob("*.py"):
+        own = {name for name in imported(path) if name.startswith("posthoc_cli.")}
+        assert not {name for name in own if not re.match(r"posthoc_cli\.(errors|integrations|tracker)\b", name)}
+        assert {name for name in own if name.startswith("posthoc_cli.tracker.")} <= {"posthoc_cli.tracker.PostHocEMA"}
+    frameworks = {"transformers", "lightning", "accelerate", "diffusers"}
+    for path in PACKAGE.rglob("*.py"):
+        found = {name.split(".")[0] for name in imported(path)} & frameworks
+        assert found <= {path.stem} or path.stem == "model_folder"
+
+
 @MODULES
 def test_nothing_that_executes_a_file_is_imported_or_called(path: Path) -> None:
     """What is imported by name is of the table of public names."""

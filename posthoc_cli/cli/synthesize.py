@@ -57,6 +57,18 @@ def synthesize(
         "existing part of the same plan is kept.",
     ),
     finish: bool = Option(False, "--finish", help="Verify the parts that --shard has made, and write their index."),
+    like: Path | None = Option(
+        None,
+        metavar="MODEL_FOLDER",
+        help="Make a new folder like this one of transformers, diffusers or PEFT, with averaged weights: the same "
+        "names, files and dtypes, and copies of all other files.",
+    ),
+    component: str | None = Option(None, metavar="NAME", help="The part of a pipeline with the weights: unet."),
+    through_library: bool = Option(
+        False,
+        "--through-library",
+        help="Have transformers load and save the model of --like; by itself where its names on disk are others.",
+    ),
     overwrite: bool = values.FORCE,
     skip_existing: bool = Option(False, "--skip-existing", help="Keep existing outputs of the same plan, verified."),
     dry_run: bool = Option(
@@ -93,7 +105,8 @@ def synthesize(
         max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
         max_shard_size=max_shard_size, device=device, accumulate=accumulate, overwrite=overwrite,
         skip_existing=skip_existing, dry_run=dry_run, shard=shard, finish=finish,
-        distributed=shard is None and not finish and is_rank(), progress=output.progress_bar(quiet, verbose),
+        distributed=shard is None and not finish and is_rank(), like=like, component=component,
+        through_library=through_library, progress=output.progress_bar(quiet, verbose),
     )  # fmt: skip
     if report is not None and as_json:
         output.print_json(report.to_dict())
@@ -114,7 +127,10 @@ def _print(report: SynthesisReport, verbose: bool) -> None:
     if plan.choice is not None:
         output.print_line(f"from {plan.choice}")
     made = [index for index in range(len(plan.targets)) if index not in report.existing]
-    if report.outputs and made:
+    if report.taken:
+        which = ", ".join(report.taken[:3]) + ", ..." * (len(report.taken) > 3)
+        output.print_note(f"{len(report.taken)} tensors are those of the model folder, since the run has none: {which}")
+    elif report.outputs and made:
         _note_left_out(plan, report.outputs[made[0]])
     if verbose or (not report.outputs and len(plan.targets) == 1):
         _print_coefficients(plan, verbose)

@@ -7,6 +7,7 @@ import os
 import re
 import time
 from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Any
 import torch
 
 from posthoc_cli import files
+from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.export.model_folder import ModelFolder
 from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, existing_outputs, output_paths, write_synthesis
 from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
 from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar
+from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.synthesis.engine import AUTO_REASON, Options, parse_device, worker_count
 from posthoc_cli.synthesis.plan import Plan, disk_sources, parse_accumulate, plan_synthesis, with_consistent_plan
 from posthoc_cli.targets import Target
@@ -49,6 +53,7 @@ class SynthesisReport:
         outputs: one a target; empty in a dry run.
         existing: the targets, by index, whose output was there already.
         parts: of a synthesis in parts: the part that was made, what was finished, or the shares of a dry run.
+        taken: tensors of the model folder that the run does not have.
         device: where the sums were made.
         reason: why there.
         seconds: how long it took.
@@ -58,6 +63,7 @@ class SynthesisReport:
     outputs: tuple[Path, ...]
     existing: frozenset[int]
     parts: MadePart | Finished | Shares | None
+    taken: tuple[str, ...] = ()
     device: str = "cpu"
     reason: str = ""
     seconds: float = 0.0
@@ -70,6 +76,8 @@ class SynthesisReport:
             target["skipped"] = index in self.existing
             target["seconds"] = self.seconds
         report |= {"device": self.device, "reason": self.reason}
+        if self.taken:
+            report["from_model_folder"] = list(self.taken)
         made = self.parts
         if isinstance(made, MadePart):
             counts = {"bytes": made.nbytes, "read_bytes": made.read_bytes, "tensors": made.tensors}
@@ -103,6 +111,9 @@ class Synthesis:
     shard: str | None = None
     finish: bool = False
     distributed: bool = False
+    like: Path | None = None
+    component: str | None = None
+    through_library: bool = False
     progress: ProgressBar = no_bar
 
     def run(self) -> SynthesisReport | None:
@@ -133,6 +144,12 @@ class Synthesis:
             reason = "is missing" if self.finish else "is missing; only a dry run needs no output"
             raise InvalidValueError("out", reason)
         in_parts = self.finish or self.distributed or self.shard is not None
+        if self.like is None and (self.component is not None or self.through_library):
+            raise InvalidValueError("like", "is missing; component and through_library are about a model folder")
+        others = (in_parts, self.overwrite, self.skip_existing, self.layout, parse_dtype(self.dtype))
+        if self.like is not None and any(others):
+            reason = "says all about the output: no layout, dtype, overwrite, skip_existing or parts beside it"
+            raise InvalidValueError("like", reason)
         if self.skip_existing and in_parts:
             raise InvalidValueError(
                 "skip_existing", "existing parts of the same plan are kept in any case", "leave it out"
@@ -156,7 +173,8 @@ class Synthesis:
 
     @property
     def _layout(self) -> str | None:
-        return "sharded" if self.finish or self.distributed or self.shard is not None else self.layout
+        in_folder = self.finish or self.distributed or self.shard is not None or self.like is not None
+        return "sharded" if in_folder else self.layout
 
     @cached_property
     def _options(self) -> Options:
@@ -168,14 +186,33 @@ class Synthesis:
         return Options(device, None, None, self._layout, self.overwrite, limit)
 
     def _plan(self) -> Plan:
-        options = (self.t, self.step, self.method, self.max_error, self.dtype, self.accumulate)
+        """The plan of the snapshots that are there now."""
+        dtype = self.dtype if self._model_folder is None else self._model_folder.dtype
+        options = (self.t, self.step, self.method, self.max_error, dtype, self.accumulate)
         return plan_synthesis(disk_sources(self.directory), self.targets, *options)
+
+    @cached_property
+    def _model_folder(self) -> ModelFolder | None:
+        """The folder that outputs are to be like."""
+        if self.like is None:
+            return None
+        newest = read_directory(self.directory)[-1].info
+        return ModelFolder.find(self.like, self.component, newest.tensors.keys() | newest.aliases.keys())
 
     def _make(self) -> SynthesisReport:
         (paths, folder), options = ([], None) if self.dry_run else self._outputs, self._options
         existing: set[int] = set()
+        taken: tuple[str, ...] = ()
 
         def write(plan: Plan) -> Plan:
+            nonlocal taken
+            if self._model_folder is not None and paths:
+                with self.progress("synthesizing", plan.read_bytes) as advance, ExitStack() as stack:
+                    if folder is not None:
+                        stack.enter_context(files.new_directory(folder))
+                    filled = replace(options, progress=advance)
+                    taken = self._model_folder.write(plan, paths, filled, self.through_library)
+                return plan
             existing.update(existing_outputs(plan, paths, options.layout) if self.skip_existing else ())
             wanted = [index for index in range(len(paths)) if index not in existing]
             if wanted:
@@ -184,7 +221,8 @@ class Synthesis:
                     write_synthesis(plan.only(wanted), chosen, replace(options, progress=advance), folder)
             return plan
 
-        return self._report(with_consistent_plan(self._plan, write), paths, existing)
+        plan = with_consistent_plan(self._plan, write)
+        return replace(self._report(plan, paths, existing), taken=taken)
 
     def _make_part(self, part: Part) -> SynthesisReport:
         parted = self._parted(self._plan(), part.of)

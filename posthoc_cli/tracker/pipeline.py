@@ -91,6 +91,20 @@ class Pipeline:
         _at_work.add(self)
 
     @property
+    def written(self) -> int:
+        """How often snapshots were written."""
+        return 0 if self.snapshotter is None else self.snapshotter.written[0]
+
+    def figures(self) -> dict[str, float]:
+        """What was measured when snapshots were last written; see `PostHocEMA.metrics`."""
+        if self.snapshotter is None or not self.snapshotter.written[0]:
+            return {}
+        pace = self._write_pace
+        found = {f"distance_{sigma_rel:g}": value for sigma_rel, value in self.snapshotter.distances().items()}
+        figures = {"bytes": self.snapshotter.written[1], "seconds": pace.took, "waited": pace.held_up}
+        return found | {f"snapshot_{name}": float(value) for name, value in figures.items()}
+
+    @property
     def progress(self) -> Progress:
         """How far the training is; one update behind where a call was interrupted after it was handed over."""
         counted, done = self._counted, self.now.progress

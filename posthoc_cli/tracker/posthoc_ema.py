@@ -140,6 +140,8 @@ class PostHocEMA:
         self._callers = None if members is None else members.callers
         self._from_step, self._resumed_at = beginning.from_step, -1
         self._pending: Exception | None = None
+        self._callbacks: list[Callable[[PostHocEMA], None]] = []
+        self._told = 0
         self._calls = Calls(self.checkpoint_dir)
         self._is_writer(model)
 
@@ -314,6 +316,7 @@ class PostHocEMA:
             self._calls.caller = threading.get_ident()
             self._advance(model, t)
         self._raise_pending()
+        self._tell()
 
     def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
@@ -340,6 +343,35 @@ class PostHocEMA:
         """Undo `attach`. Nothing happens if the tracker is not attached."""
         if self._attachment is not None:
             self._attachment.remove()
+
+    def on_snapshot(self, callback: Callable[[PostHocEMA], None]) -> None:
+        """Call `callback(ema)` when new snapshots are durable, once for all profiles.
+
+        The thread that calls `update_` does so, within its next call, or `close`. Errors of the callback leave that
+        call, which has done its work. In the processes of a group that write nothing it is never called.
+        """
+        self._callbacks.append(callback)
+
+    def metrics(self, sigma_rels: Sequence[float] = ()) -> dict[str, float]:
+        """Figures for a logger, at almost no cost: nothing is computed from tensors, and nothing is waited for.
+
+        Arguments:
+            sigma_rels: lengths whose predicted errors are wanted; headers of the snapshots on disk are read for them.
+
+        Returns:
+            `step` and `t`. When snapshots were written, of the last ones: `distance_0.05`, ..., how far each tracked
+            average was from the weights, relative to its norm; `snapshot_bytes`; `snapshot_seconds`, which writing
+            took beside the training; `snapshot_waited`, the seconds that the training waited before it. And
+            `predicted_error_0.15`, ...: the expected relative error of each wanted length at the newest snapshot.
+        """
+        found = {"step": float(self.step), "t": self.t, **self._pipeline.figures()}
+        snapshots = run_snapshots(self.checkpoint_dir, self.run_id) if sigma_rels else []
+        if snapshots:
+            plan = plan_synthesis(snapshots, sigma_rels)
+            errors = [plan.predicted_error(index) for index in range(len(sigma_rels))]
+            known = zip(sigma_rels, errors, strict=True)
+            found |= {f"predicted_error_{sigma_rel:g}": error for sigma_rel, error in known if error is not None}
+        return found
 
     def flush(self) -> None:
         """Return when all updates are in the averages and all due snapshots are durable.
@@ -384,6 +416,7 @@ class PostHocEMA:
         try:
             self._pipeline.end()
             self.flush()
+            self._tell()
         finally:
             self._pipeline.close()
 
@@ -752,6 +785,14 @@ class PostHocEMA:
         if self._callers is None and model is not None and is_in_group():
             self._callers = Callers.of_replicas(self.checkpoint_dir, keeps)
         return keeps
+
+    def _tell(self) -> None:
+        """Call the callbacks if snapshots have become durable."""
+        written = self._pipeline.written
+        if written != self._told:
+            self._told = written
+            for callback in self._callbacks:
+                callback(self)
 
     def _take_error(self) -> Exception | None:
         """The error to be raised by this call or the next one."""

@@ -18,7 +18,13 @@ import torch
 import torch.distributed as dist
 
 from posthoc_cli import files
-from posthoc_cli.errors import FileFormatError, ModelMismatchError, PostHocError, RankError, VanishedError
+from posthoc_cli.errors import (
+    FileFormatError,
+    ModelMismatchError,
+    PostHocError,
+    RankError,
+    VanishedError,
+)
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts

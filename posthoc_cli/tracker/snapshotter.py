@@ -166,6 +166,9 @@ class Snapshotter:
 
     Of several `members` each writes its part; the first one holds the directory's lock, and thins.
 
+    Attributes:
+        written: how often snapshots were written, and the bytes of the last ones.
+
     Raises:
         LockedError: another writer holds the directory.
         DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written.
@@ -173,6 +176,7 @@ class Snapshotter:
 
     def __init__(self, directory: Path, settings: Settings, members: Members | None = None) -> None:
         self.directory = directory
+        self.written = (0, 0)
         self._settings, self._members = settings, members
         self._leads = members is None or members.rank == 0
         with files.reported_as_write_error(directory):
@@ -205,6 +209,12 @@ class Snapshotter:
             return frozenset(snapshot.checksum for snapshot in self._stored)
         own, complete = {(one.t, one.sigma_rel) for one in self._stored}, self._complete()
         return frozenset(one.checksum for key, one in complete.items() if key in own)
+
+    def distances(self) -> dict[float, float]:
+        """How far each average was from the network when it was last stored, relative to its norm, by sigma_rel."""
+        newest = {one.sigma_rel: one.info.measurements for one in self._stored if self._members is None}
+        known = {sigma_rel: one for sigma_rel, one in newest.items() if one is not None and one.weights is not None}
+        return {sigma_rel: math.sqrt((one.weights or 0.0) / one.norm) for sigma_rel, one in known.items() if one.norm}
 
     def check_run(self, run_id: str) -> None:
         """Raise a MismatchError where the directory holds snapshots of another run."""
@@ -311,9 +321,11 @@ class Snapshotter:
         fitted = [snapshot.info for snapshot in islice(alike, _FITTED) if snapshot.t < infos[0].t][::-1]
         # Of several processes each knows the measurements of its own part only.
         motion = motion_so_far([*fitted, *infos]) if self._members is None else None
+        nbytes = 0
         for source, info, dtypes, is_due in zip(sources, infos, storage, due, strict=True):
             if is_due:
-                self._write_one(replace(info, motion=motion), source, dtypes)
+                nbytes += self._write_one(replace(info, motion=motion), source, dtypes)
+        self.written = (self.written[0] + 1, nbytes)
 
     def _thin(self) -> None:
         schedule = self._settings.schedule
@@ -338,7 +350,8 @@ class Snapshotter:
         if self._lock is not None:
             self._lock.release()
 
-    def _write_one(self, info: SnapshotInfo, source: LiveSource, dtypes: Mapping[str, torch.dtype]) -> None:
+    def _write_one(self, info: SnapshotInfo, source: LiveSource, dtypes: Mapping[str, torch.dtype]) -> int:
+        """Write a snapshot; returns the bytes of its tensors."""
         tensors = source.tensors
         storage = {name: dtypes.get(name, tensor.dtype) for name, tensor in tensors.items()}
         specs = [TensorSpec(name, stored_name(storage[name], name), tuple(one.shape)) for name, one in tensors.items()]
@@ -363,6 +376,7 @@ class Snapshotter:
         self._run_id = info.run_id
         self._stored = [*others, StoredSnapshot(path, info, checksum)]
         log.info("wrote %s", path)
+        return sum(spec.nbytes for spec in specs)
 
     def _holds(self, t: float) -> bool:
         """Whether each average of a time has a snapshot."""

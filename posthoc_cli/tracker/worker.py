@@ -285,11 +285,17 @@ class Pace:
     """How long jobs (`what`) take and how often they come; warns once if training waits on them.
 
     `option` of the tracker says how often; `fitting` gives its value that makes jobs rarer by at least a factor.
+
+    Attributes:
+        done: jobs so far.
+        took: seconds of the last one.
+        held_up: seconds that training waited before it handed over the last one.
     """
 
     def __init__(self, what: str, option: str, fitting: Callable[[float], int]) -> None:
+        self.done, self.took, self.held_up = 0, 0.0, 0.0
         self._what, self._option, self._fitting = what, option, fitting
-        self._done, self._seconds, self._came, self._waited = 0, 0.0, 0, 0.0
+        self._seconds, self._came, self._waited = 0.0, 0, 0.0
         self._begin, self._warned = time.monotonic(), False
 
     @contextmanager
@@ -299,24 +305,26 @@ class Pace:
         try:
             yield
         finally:
-            self._done += 1
-            self._seconds += time.monotonic() - started
+            self.took = time.monotonic() - started
+            self._seconds += self.took
+            self.done += 1
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
         """Wait within the block until a new job can be taken."""
         started = time.monotonic()
         yield
+        self.held_up = time.monotonic() - started
         self._came += 1
-        self._waited += time.monotonic() - started
+        self._waited += self.held_up
 
     def warn(self, stacklevel: int) -> None:
         """Warn if training has waited for long; call it last, since the warning may be an error."""
         training = time.monotonic() - self._begin - self._waited
-        if self._warned or self._waited < max(PATIENCE, 0.1 * training) or not self._done:
+        if self._warned or self._waited < max(PATIENCE, 0.1 * training) or not self.done:
             return
         self._warned = True
-        takes, comes = self._seconds / self._done, training / self._came
+        takes, comes = self._seconds / self.done, training / self._came
         warnings.warn(
             f"{self._what} takes {takes:.3g} s and is due every {comes:.3g} s: training has waited "
             f"{self._waited:.3g} s so far; {self._option}={self._fitting(takes / comes)} would fit",

@@ -1,0 +1,255 @@
+"""A copy of a model folder with averaged weights in the place of its own.
+
+The folder says how its library lays weights out: names, files, dtypes, and under which of its names a tied tensor is.
+All other files are copied. Where the library's names on disk differ from those in memory, as those of
+mixture-of-experts models in transformers do, the library itself loads the folder and saves the filled model.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posthoc_cli import files
+from posthoc_cli.dtypes import DTYPES, EPS, WORDS
+from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, OutputExistsError
+from posthoc_cli.export.outputs import check_space
+from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec
+from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files, output_metadata
+from posthoc_cli.snapshots.reader import TensorFile, read_header
+from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
+from posthoc_cli.snapshots.writer import TensorFileWriter
+from posthoc_cli.synthesis.engine import Options, synthesize
+from posthoc_cli.synthesis.plan import Plan
+
+_STEMS = ("model", "diffusion_pytorch_model", "adapter_model")  # of transformers, diffusers and PEFT
+_WEIGHTS = (SUFFIX, ".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ckpt")
+"""What weights are saved as: in the place of the average's, copies of the old ones would be wrong."""
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A model folder, or a pipeline's with the component whose weights are averaged ("" for the folder itself)."""
+
+    path: Path
+    component: str = ""
+
+    @classmethod
+    def find(cls, path: Path, component: str | None, tensors: Iterable[str]) -> ModelFolder:
+        """The folder, and of a pipeline the component that is named, or the only one with some of these tensors.
+
+        Raises:
+            InvalidValueError: not a folder with weights in safetensors files, or no or several components would do.
+        """
+        if not path.is_dir():
+            raise InvalidValueError("like", "is not a folder", value=path)
+        if component is not None or _weights_at(path) is not None:
+            found = cls(path, component or "")
+            if _weights_at(found.place) is None:
+                names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
+                raise InvalidValueError("like", f"has no weights: {names}, or their index", value=found.place)
+            return found
+        parts = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
+        known = set(tensors)
+        fitting = [part for part in parts if known & cls(path, part).entries.keys()]
+        if len(fitting) != 1:
+            reason = f"has weights in: {', '.join(parts) or 'no part of it'}; with names of the run's in {len(fitting)}"
+            raise InvalidValueError("like", reason, "name the part: component", value=path)
+        return cls(path, fitting[0])
+
+    @property
+    def place(self) -> Path:
+        """Where the weights are."""
+        return self.path / self.component
+
+    @cached_property
+    def entries(self) -> dict[str, tuple[Path, TensorEntry]]:
+        """File and header entry of each tensor in the folder."""
+        weights = _weights_at(self.place)
+        assert weights is not None, "find has looked"
+        headers = {file: read_header(file) for file in model_files(weights)}
+        return {name: (file, one) for file, header in headers.items() for name, one in header.tensors.items()}
+
+    @property
+    def dtype(self) -> str | None:
+        """The one dtype of all floating-point tensors, in torch's words; None where there are several."""
+        found = {DTYPES[entry.dtype].torch_name for _, entry in self.entries.values() if entry.dtype in EPS}
+        return found.pop() if len(found) == 1 and found <= WORDS.keys() else None
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Its `config.json`; empty without one."""
+        try:
+            found = json.loads((self.place / "config.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def write(
+        self, plan: Plan, outs: Sequence[Path], options: Options = Options(), through_library: bool = False
+    ) -> tuple[str, ...]:
+        """Write a folder for each target of a plan; each appears complete or not at all.
+
+        Returns:
+            The names of the tensors that the run does not have, and that are those of the folder.
+
+        Raises:
+            OutputExistsError: there is something under an output's name; folders are not replaced.
+            MismatchError: a tensor of the run has another shape in the folder, or is neither there nor in the library.
+            NonFiniteError: a dtype of the folder cannot hold a value.
+            WriteError: the system refused.
+        """
+        for out in outs:
+            if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                raise OutputExistsError(out, "is there already", "name a new folder: a model folder is not replaced")
+        check_space(dict.fromkeys(outs, sum(entry.nbytes for _, entry in self.entries.values())))
+        absent = [name for name in plan.names if not self._has(plan, name) and plan.tensors[name].role == "average"]
+        temporary = [files.temporary_path(out.parent) for out in outs]
+        try:
+            with files.reported_as_write_error(outs[0]):
+                for folder in temporary:
+                    (folder / self.component).mkdir(parents=True)
+                if absent or through_library:
+                    taken = self._write_through_library(plan, temporary, options, absent)
+                else:
+                    taken = self._write_files(plan, temporary, options)
+                for folder, out in zip(temporary, outs, strict=True):
+                    self._copy_others(folder)
+                    _make_durable(folder)
+                    files.system.rename(folder, out)
+                    files.system.fsync_directory(out.parent)
+        finally:
+            for folder in temporary:
+                shutil.rmtree(folder, ignore_errors=True)
+        return taken
+
+    def _has(self, plan: Plan, name: str) -> bool:
+        """Whether a tensor of the run is in the folder under one of its names."""
+        return any(alias in self.entries for alias in plan.names[name])
+
+    def _write_files(self, plan: Plan, folders: Sequence[Path], options: Options) -> tuple[str, ...]:
+        """Write the folder's files anew, with the same tensors in each."""
+        entries, known = self.entries, {alias: name for name, aliases in plan.names.items() for alias in aliases}
+        for name, (file, entry) in entries.items():
+            if name not in known:
+                continue
+            shape = plan.newest.stored[known[name]].shape
+            if entry.shape != shape:
+                shapes = f"has the shape {list(entry.shape)}, the average {list(shape)}"
+                raise MismatchError(file, f"tensor {name!r} {shapes}")
+            if plan.tensors[known[name]].role == "average" and entry.dtype not in EPS:
+                raise MismatchError(file, f"tensor {name!r} is quantized: {entry.dtype} cannot hold an average")
+        by_file: dict[Path, list[str]] = {}
+        for name, (file, _) in entries.items():
+            by_file.setdefault(file, []).append(name)
+        with ExitStack() as stack:
+            writers: list[dict[Path, TensorFileWriter]] = []
+            for index, folder in enumerate(folders):
+                metadata = output_metadata(plan.output_info(index))
+                writers.append({})
+                for file, names in by_file.items():
+                    specs = [TensorSpec(name, entries[name][1].dtype, entries[name][1].shape) for name in names]
+                    path = folder / self.component / file.name
+                    writers[-1][file] = stack.enter_context(TensorFileWriter(path, specs, metadata))
+            taken = tuple(name for name in entries if name not in known)
+            for file, names in by_file.items():
+                with TensorFile(file) as source:
+                    for name in names:
+                        if name not in known:
+                            data = source.read(name).tobytes()
+                            for own in writers:
+                                own[file].write(name, data)
+            for name, values in synthesize(plan, options):
+                if name in entries:
+                    file, entry = entries[name]
+                    for own, value in zip(writers, values, strict=True):
+                        own[file].write(name, tensor_bytes(_converted(name, value, torch_dtype(entry.dtype))))
+            for own in writers:
+                for writer in own.values():
+                    writer.commit()
+        return taken
+
+    def _write_through_library(
+        self, plan: Plan, folders: Sequence[Path], options: Options, absent: Sequence[str]
+    ) -> tuple[str, ...]:
+        """Have transformers load the folder, fill the model, and have it saved."""
+        where = f"{len(absent)} tensors of the run are not in it, such as {min(absent)!r}; " if absent else ""
+        kinds = self.config.get("architectures")
+        try:
+            import transformers
+        except ImportError as error:
+            hint = "install transformers, which may know these names: pip install 'posthoc-cli[transformers]'"
+            raise MismatchError(self.place, f"{where}its library is needed", hint) from error
+        kind = getattr(transformers, str(kinds[0]), None) if isinstance(kinds, list) and kinds else None
+        if kind is None:
+            reason = f"{where}its config.json names no class of transformers"
+            raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
+        model: torch.nn.Module = kind.from_pretrained(self.place, dtype="auto", local_files_only=True)
+        own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+        lost = [name for name in absent if not any(alias in own for alias in plan.names[name])]
+        if lost:
+            reason = f"{type(model).__name__} has no tensor {lost[0]!r}, which the run has ({len(lost)} in all)"
+            raise MismatchError(self.place, reason, f"it has tensors such as {min(own)!r}")
+        known = {alias for aliases in plan.names.values() for alias in aliases}
+        largest = max(file.stat().st_size for file in {file for file, _ in self.entries.values()})
+        for index, folder in enumerate(folders):
+            for name, (value,) in synthesize(plan.only([index]), options):
+                if name not in own:
+                    continue
+                if own[name].shape != value.shape:
+                    shapes = f"has the shape {list(own[name].shape)}, the average {list(value.shape)}"
+                    raise MismatchError(self.place, f"tensor {name!r} {shapes}")
+                own[name].data.copy_(_converted(name, value, own[name].dtype))
+            model.save_pretrained(folder / self.component, max_shard_size=largest)  # type: ignore[operator]
+        return tuple(name for name in model.state_dict() if name not in known)
+
+    def _copy_others(self, folder: Path) -> None:
+        """Copy all files but the weights, over what a library has saved."""
+        for base, _, names in os.walk(self.path, followlinks=True):
+            within = Path(base).relative_to(self.path)
+            if any(part.startswith(".") for part in within.parts):
+                continue
+            for name in names:
+                source, target = Path(base) / name, folder / within / name
+                replaced = within == Path(self.component) and _is_weights(source)
+                if replaced or (target.exists() and name.endswith(INDEX_SUFFIX)):
+                    continue
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(source, target)
+
+
+def _weights_at(place: Path) -> Path | None:
+    """The index or the file of the weights in a folder."""
+    names = [f"{stem}{ending}" for stem in _STEMS for ending in (INDEX_SUFFIX, SUFFIX)]
+    return next((place / name for name in names if (place / name).is_file()), None)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in _WEIGHTS or (path.name.endswith(".index.json") and not path.name.endswith(INDEX_SUFFIX))
+
+
+def _converted(name: str, value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    result = value.to("cpu", dtype)
+    if result.dtype != value.dtype and result.is_floating_point() and not bool(result.float().isfinite().all()):
+        raise NonFiniteError(f"tensor {name!r}", f"the folder's {dtype} cannot hold its largest value")
+    return result
+
+
+def _make_durable(folder: Path) -> None:
+    for base, _, names in os.walk(folder):
+        for name in names:
+            descriptor = files.system.open(Path(base) / name)
+            try:
+                files.system.fsync(descriptor)
+            finally:
+                files.system.close(descriptor)
+        files.system.fsync_directory(Path(base))

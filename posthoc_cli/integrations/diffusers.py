@@ -1,0 +1,135 @@
+"""A stand-in for the `EMAModel` of diffusers, with the methods that its training scripts call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.integrations import STATE_NAME, has_average, make_tracker
+from posthoc_cli.tracker import PostHocEMA
+
+_FILE = "state_file"  # the key of a state that is a file still
+
+
+class PostHocEMAModel:
+    """Averages of a model under the names of `EMAModel`, whose line in a script becomes
+
+        ema_model = PostHocEMAModel(unet, "run/ema", sigma_rel=0.15)
+
+    Arguments:
+        model: the one that is trained, before or after `accelerator.prepare`; its adapter only, if it has one.
+        checkpoint_dir: the directory for the snapshots.
+        sigma_rel: length of the average that `copy_to` and `save_pretrained` give.
+        model_cls, model_config: taken as `EMAModel` takes them; the model itself says what it is.
+        options: others of `PostHocEMA.from_model`.
+
+    Attributes:
+        ema: the tracker; None of what `from_pretrained` gives.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, checkpoint_dir: str | Path, sigma_rel: float = 0.15,
+        model_cls: Any = None, model_config: Any = None, **options: Any,
+    ) -> None:  # fmt: skip
+        if not isinstance(model, torch.nn.Module):
+            raise InvalidValueError("model", "must be the model itself, not its parameters: snapshots have its names")
+        self.sigma_rel = sigma_rel
+        group = torch.distributed
+        is_first = not (group.is_available() and group.is_initialized()) or group.get_rank() == 0
+        self._model: torch.nn.Module | None = getattr(model, "module", model)
+        self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, is_first, options)
+        self._file: Path | None = None
+        self._stored: list[torch.Tensor] | None = None
+
+    def step(self, parameters: object = None) -> None:
+        """Count an optimizer step. The model is known; what is given is not looked at."""
+        ema, model = self._tracking()
+        ema.update_(model)
+
+    def store(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Keep the values of parameters, for `restore`, in host memory."""
+        self._stored = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+
+    @torch.no_grad()
+    def restore(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Give parameters the values that `store` has kept."""
+        if self._stored is None:
+            raise NotReadyError("restore", "nothing was stored", "call store(parameters) before copy_to(parameters)")
+        for parameter, value in zip(parameters, self._stored, strict=True):
+            parameter.copy_(value)
+        self._stored = None
+
+    @torch.no_grad()
+    def copy_to(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+        """Copy the average into the parameters of a model of this kind: all of them, or the trainable ones.
+
+        Before the first update these are the weights as they are.
+        """
+        _, model = self._tracking()
+        given = list(parameters)
+        with self._averaged() as averaged:
+            own = list(averaged.parameters())
+            trained = [one for one in own if one.requires_grad]
+            chosen = own if len(given) == len(own) else trained
+            if [one.shape for one in chosen] != [one.shape for one in given]:
+                reason = f"are neither those of a {type(model).__name__} nor its trainable ones"
+                raise InvalidValueError("parameters", reason)
+            values = [one.detach().clone() for one in chosen]
+        for parameter, value in zip(given, values, strict=True):
+            parameter.copy_(value)
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Save the averaged model for its own `from_pretrained`, with the tracker's exact state beside it."""
+        ema, _ = self._tracking()
+        with self._averaged() as averaged:
+            averaged.save_pretrained(path)
+        ema.save_state(Path(path) / STATE_NAME)
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, model_cls: Any = None, foreach: bool = False) -> PostHocEMAModel:
+        """What `save_pretrained` saved, for `load_state_dict` of a tracking one."""
+        file = Path(path) / STATE_NAME
+        if not file.exists():
+            raise InvalidValueError("path", f"holds no {STATE_NAME}; not a folder of save_pretrained", value=path)
+        loaded = cls.__new__(cls)
+        loaded._file, loaded.ema, loaded._model, loaded._stored = file, None, None, None
+        return loaded
+
+    def state_dict(self) -> dict[str, Any]:
+        """The tracker's own state."""
+        return {_FILE: str(self._file)} if self.ema is None else self.ema.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue exactly from a state."""
+        ema, _ = self._tracking()
+        if _FILE in state_dict:
+            ema.load_state(state_dict[_FILE])
+        else:
+            ema.load_state_dict(state_dict)
+
+    def to(self, device: Any = None, dtype: Any = None, non_blocking: bool = False) -> None:
+        """Nothing: `device` of `from_model` says where the averages are; they are float32 or wider."""
+
+    def pin_memory(self) -> None:
+        """Nothing: host copies of a model on an accelerator are in pinned memory."""
+
+    def close(self) -> None:
+        """Write a last snapshot, as the end of the process does."""
+        if self.ema is not None:
+            self.ema.close()
+
+    def _averaged(self) -> Any:
+        ema, model = self._tracking()
+        return ema.model(model, self.sigma_rel) if has_average(ema) else nullcontext(model)
+
+    def _tracking(self) -> tuple[PostHocEMA, torch.nn.Module]:
+        if self.ema is None or self._model is None:
+            raise NotReadyError(
+                "PostHocEMAModel", "this one was loaded", "give its state_dict() to the one that tracks"
+            )
+        return self.ema, self._model

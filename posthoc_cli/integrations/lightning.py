@@ -1,0 +1,164 @@
+"""A callback for the `Trainer` of Lightning, on the conventions of its own `WeightAveraging`."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.integrations import figures, has_average, is_sharded, make_tracker
+from posthoc_cli.tracker import PostHocEMA
+
+log = logging.getLogger(__name__)
+
+
+class PostHocWeightAveraging(Callback):
+    """Tracks averages in `Trainer(callbacks=[PostHocWeightAveraging("run/ema", validate=0.15)])`.
+
+    Each batch after which an optimizer has stepped counts once. With `validate`, validation within `fit` runs under
+    that average, and checkpoints hold it as `state_dict`, beside the raw weights as `current_model_state`. The exact
+    state of the tracker is in every checkpoint, as `averaging_state`.
+
+    Arguments:
+        checkpoint_dir: the directory for the snapshots.
+        validate: length of the average for validation and in checkpoints; None for the raw weights.
+        copy_at_end: copy that average into the module when training ends.
+        update_every_n_steps: steps between two updates of the averages, see `should_update` for others.
+        update_starting_at_step, update_starting_at_epoch: no update before both.
+        use_buffers: average floating-point buffers, too; else the newest are copied.
+        device: "model" for averages beside the parameters, "cpu" on the host; None as `PostHocEMA.from_model` does.
+        options: others of `PostHocEMA.from_model`.
+
+    Attributes:
+        ema: the tracker, from the beginning of the training on; None before.
+    """
+
+    def __init__(
+        self, checkpoint_dir: str | Path, validate: float | None = None, copy_at_end: bool = False,
+        update_every_n_steps: int = 10, update_starting_at_step: int | None = None,
+        update_starting_at_epoch: int | None = None, use_buffers: bool = False, device: str | None = None,
+        **options: Any,
+    ) -> None:  # fmt: skip
+        if copy_at_end and validate is None:
+            raise InvalidValueError("copy_at_end", "needs the length of the average", "say validate=0.15")
+        self.checkpoint_dir, self.validate, self.copy_at_end = Path(checkpoint_dir), validate, copy_at_end
+        self.update_starting_at_step, self.update_starting_at_epoch = update_starting_at_step, update_starting_at_epoch
+        buffers = "average" if use_buffers else "copy"
+        self.options = {"update_every": update_every_n_steps, "buffers": buffers, "device": device, **options}
+        self.ema: PostHocEMA | None = None
+        self._steps, self._stepped = 0, False
+        self._state: dict[str, Any] | None = None
+        self._resumed = False
+        self._handles = ExitStack()  # what the training's end undoes
+        self._swapped = ExitStack()  # what validation's end undoes
+        self._epoch = 0
+
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        """Whether to hand the weights over after a step, or at the end of an epoch; to be overridden.
+
+        One argument is given, counted from 0. Averages have the right profile whatever this answers: each update
+        stands for the time since the one before it. `update_every_n_steps` counts what is handed over.
+        """
+        return (
+            step_idx is not None
+            and step_idx >= (self.update_starting_at_step or 0)
+            and self._epoch >= (self.update_starting_at_epoch or 0)
+        )
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Make the tracker, and continue from the checkpoint that was loaded."""
+        if is_sharded(pl_module):
+            reason = "shards the model over processes, and its averages fit no checkpoint of Lightning"
+            raise InvalidValueError("strategy", reason, "call a tracker of your own, which can, in on_train_batch_end")
+        self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options)
+        if self._state is not None:
+            ema.load_state_dict(self._state)
+        elif self._resumed:
+            log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
+        self._state, self._resumed = None, False
+        for optimizer in trainer.optimizers:
+            handle = optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
+            self._handles.callback(handle.remove)
+
+        def log_figures(tracker: PostHocEMA) -> None:
+            for logger in trainer.loggers:
+                logger.log_metrics(figures(tracker, self.validate), step=trainer.global_step)
+
+        ema.on_snapshot(log_figures)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Count a step if an optimizer has taken one."""
+        if not self._stepped or self.ema is None:
+            return
+        self._stepped, self._epoch = False, trainer.current_epoch
+        self._steps += 1
+        if self.should_update(step_idx=self._steps - 1):
+            self.ema.update_(pl_module, t=self._steps)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Ask whether to update at the end of the epoch, unless its last step was handed over."""
+        wants = self.should_update(epoch_idx=trainer.current_epoch)
+        if self.ema is not None and wants and self._steps > self.ema.t:
+            self.ema.update_(pl_module, t=self._steps)
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module averaged weights, within `fit` and except for sanity checking."""
+        fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
+        if fitting and self.ema is not None and self.validate is not None and has_average(self.ema):
+            self._swapped.enter_context(self.ema.model(pl_module, self.validate))
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Give the module its own weights back."""
+        self._swapped.close()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write a last snapshot, and copy the average into the module where asked."""
+        self._finish()
+        if self.ema is not None and self.validate is not None and self.copy_at_end and has_average(self.ema):
+            self.ema.load_into(pl_module, self.validate)
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Finish as at the end; an error of that must not hide the exception."""
+        try:
+            self._finish()
+        except Exception as error:  # noqa: BLE001  it is logged
+            log.error("%s: %s", self.checkpoint_dir, error)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What Lightning keeps of a callback: the steps so far."""
+        return {"steps": self._steps}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """The same of a checkpoint."""
+        self._steps = state_dict["steps"]
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Put the average in the place of the raw weights, and the tracker's state beside both."""
+        ema = self.ema
+        if ema is None or not ema.keeps_averages:
+            return
+        checkpoint["averaging_state"] = ema.state_dict()
+        if self.validate is not None and has_average(ema):
+            with ema.model(pl_module, self.validate):
+                averaged = {name: value.detach().clone() for name, value in pl_module.state_dict().items()}
+            checkpoint["current_model_state"] = checkpoint["state_dict"]
+            checkpoint["state_dict"] = checkpoint["state_dict"] | averaged
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Take the state for the training to come, and load the raw weights over the averaged ones."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            return
+        self._state, self._resumed = checkpoint.get("averaging_state"), True
+        if "current_model_state" in checkpoint:
+            pl_module.load_state_dict(checkpoint["current_model_state"])
+
+    def _finish(self) -> None:
+        self._swapped.close()
+        self._handles.close()
+        if self.ema is not None:
+            self.ema.close()

@@ -1,0 +1,191 @@
+"""A callback for the `Trainer` of transformers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.integrations import STATE_NAME, figures, has_average, is_sharded, make_tracker
+from posthoc_cli.tracker import PostHocEMA
+
+log = logging.getLogger(__name__)
+
+FOLDER = "ema"  # the averaged model within a checkpoint
+
+
+class PostHocCallback(TrainerCallback, ExportableState):
+    """Tracks averages in `Trainer(callbacks=[PostHocCallback("run/ema")])`.
+
+    Each step that the optimizer has taken counts. A checkpoint of the trainer holds the tracker's exact state, and
+    `train(resume_from_checkpoint=...)` continues from it. The tracker is closed when training ends.
+
+    Arguments:
+        checkpoint_dir: the directory for the snapshots.
+        evaluate: the length of the average to evaluate as well, see `install`; None for none.
+        folders: save the model with that average in each checkpoint, as the folder `ema` for `from_pretrained`.
+        options: others of `PostHocEMA.from_model`.
+
+    Attributes:
+        ema: the tracker, from the beginning of the training on; None before.
+    """
+
+    def __init__(
+        self, checkpoint_dir: str | Path, evaluate: float | None = None, folders: bool = False, **options: Any
+    ) -> None:
+        if folders and evaluate is None:
+            raise InvalidValueError("folders", "needs the length of the average to save", "say evaluate=0.15")
+        schedule = options.pop("schedule", None)
+        if schedule is not None:  # a checkpoint lists arguments as JSON
+            options |= {name: getattr(schedule, name) for name in ("sigma_rels", "checkpoint_every", "max_checkpoints")}
+        self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
+        self.ema: PostHocEMA | None = None
+        self.saved_step = 0  # the tracker's, at the last checkpoint
+        self._is_nested = False
+
+    def install(self, trainer: Trainer) -> PostHocCallback:
+        """Add the callback to a trainer, and evaluation under the average to its `evaluate`.
+
+        Each evaluation runs a second time with averaged weights, whose metrics have the prefix `eval_ema`. With one of
+        them as `metric_for_best_model`, checkpoints hold the averaged model, and `load_best_model_at_end` loads it.
+
+        Raises:
+            InvalidValueError: the callback was made without `evaluate`.
+        """
+        if self.evaluate is None:
+            raise InvalidValueError("install", "needs the length of the average", "PostHocCallback(..., evaluate=0.15)")
+        if self not in trainer.callback_handler.callbacks:
+            trainer.add_callback(self)
+        evaluate, load_best = trainer.evaluate, trainer._load_best_model
+
+        def evaluate_both(
+            eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval", **others: Any
+        ) -> dict[str, float]:
+            callback = _callback_of(trainer)
+            if callback._is_nested:  # with several sets, `evaluate` calls itself for each
+                return evaluate(eval_dataset, ignore_keys, metric_key_prefix, **others)  # type: ignore[no-any-return]
+            callback._is_nested = True
+            try:
+                metrics = dict(evaluate(eval_dataset, ignore_keys, metric_key_prefix, **others))
+                ema, sigma_rel = callback.ema, callback.evaluate
+                if ema is not None and sigma_rel is not None and has_average(ema):
+                    with ema.model(trainer.model, sigma_rel):
+                        metrics |= evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema", **others)
+                return metrics
+            finally:
+                callback._is_nested = False
+
+        def load_best_average() -> None:
+            if not _chooses_average(trainer.args):
+                load_best()
+                return
+            trainer.accelerator.wait_for_everyone()  # the first process may be writing the folder
+            best = trainer.state.best_model_checkpoint
+            try:
+                trainer.state.best_model_checkpoint = str(Path(best) / FOLDER)
+                load_best()
+            finally:
+                trainer.state.best_model_checkpoint = best
+
+        trainer.evaluate, trainer._load_best_model = evaluate_both, load_best_average
+        return self
+
+    def state(self) -> dict[str, Any]:
+        """What `trainer_state.json` keeps. Within the saving of a checkpoint, puts the tracker's state there first.
+
+        `on_save` comes too late: after the checkpoint was pushed, and old ones deleted.
+        """
+        trainer, folder = _local("_save_checkpoint", "self"), _local("_save_checkpoint", "output_dir")
+        if folder is not None and self.ema is not None:
+            self.saved_step = self.ema.step
+            if not is_sharded(trainer.model):
+                self._save(trainer, Path(folder))
+        given = {"checkpoint_dir": self.checkpoint_dir, "evaluate": self.evaluate, "folders": self.folders}
+        options = {name: _plain(value) for name, value in self.options.items()}
+        return {"args": given | options, "attributes": {"saved_step": self.saved_step}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Make the tracker, and continue from a checkpoint. The folder is in no argument, but in the caller's frame."""
+        loop = "_inner_training_loop"
+        trainer, folder = _local(loop, "self"), _local(loop, "resume_from_checkpoint")
+        if self.evaluate is not None and trainer.evaluate.__name__ != "evaluate_both":
+            hint = f"PostHocCallback(..., evaluate={self.evaluate:g}).install(trainer), in place of callbacks=[...]"
+            raise NotReadyError("evaluate", "this callback was not installed", hint)
+        options = dict(self.options)
+        name = type(self).__name__
+        stored = state.stateful_callbacks.get(name)
+        if folder is not None and is_sharded(model) and isinstance(stored, dict):
+            options["resume"] = stored["attributes"]["saved_step"]
+        self.ema = ema = make_tracker(model, self.checkpoint_dir, state.is_world_process_zero, options)
+        if folder is not None and not is_sharded(model):
+            if stored is None:
+                log.warning("%s was saved without this callback: its averages begin here", folder)
+            else:
+                ema.load_state(Path(folder) / STATE_NAME)
+        if stored is None:  # the trainer expects it when it saves
+            state.stateful_callbacks[name] = self.state()
+        ema.on_snapshot(lambda tracker: trainer.log(figures(tracker, self.evaluate)))
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        optimizer: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
+        """Count the step, unless a GradScaler has skipped it."""
+        if self.ema is None or getattr(optimizer, "step_was_skipped", False):
+            return
+        logs_too = control.should_log
+        self.ema.update_(model)
+        control.should_log = logs_too  # `Trainer.log` has cleared it where figures were logged
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
+    ) -> None:
+        """Write snapshots of a model that is sharded over processes, which continues from these: all make the call."""
+        if self.ema is not None and is_sharded(model) and has_average(self.ema):
+            self.ema.snapshot()
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Write a last snapshot, and let others into the directory; averages can still be read."""
+        if self.ema is not None:
+            self.ema.close()
+
+    def _save(self, trainer: Trainer, folder: Path) -> None:
+        ema, sigma_rel = self.ema, self.evaluate
+        assert ema is not None
+        ema.save_state(folder / STATE_NAME)
+        if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)) and has_average(ema):
+            with ema.model(trainer.model, sigma_rel) as averaged:
+                trainer.save_model(str(folder / FOLDER), _internal_call=True)
+                del averaged
+
+
+def _callback_of(trainer: Trainer) -> PostHocCallback:
+    """The trainer's callback, which `restore_callback_states_from_checkpoint` may have made anew."""
+    return next(one for one in trainer.callback_handler.callbacks if isinstance(one, PostHocCallback))
+
+
+def _chooses_average(args: TrainingArguments) -> bool:
+    """Whether the best model is the best average."""
+    metric = args.metric_for_best_model or ""
+    return bool(args.load_best_model_at_end) and metric.removeprefix("eval_").startswith("ema_")
+
+
+def _local(function: str, name: str) -> Any:
+    """A local variable of the trainer's method that has called, for what it hands to no callback; None elsewhere."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)
+
+
+def _plain(value: Any) -> Any:
+    return str(value).removeprefix("torch.") if isinstance(value, torch.dtype) else value

@@ -1,0 +1,85 @@
+"""A small regression in Lightning; also as a program that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from integrations.truth import recorded
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from posthoc_cli.integrations.lightning import PostHocWeightAveraging
+
+EVERY: dict[str, Any] = {"update_every_n_steps": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+X = torch.randn(24, 4, generator=torch.manual_seed(5))
+Y = X @ torch.randn(4, 1, generator=torch.manual_seed(6))
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(X, Y), batch_size=4)  # six batches an epoch
+
+
+class Regression(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, 1))
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        return (self.net(batch[0]) - batch[1]).square().mean()
+
+    def training_step(self, batch: Any, _: int) -> torch.Tensor:
+        return self.loss(batch)
+
+    def validation_step(self, batch: Any, _: int) -> None:
+        self.log("val_loss", self.loss(batch))
+        self.validated = recorded(self)
+
+    def test_step(self, batch: Any, _: int) -> None:
+        self.log("test_loss", self.loss(batch))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.05)
+
+
+class Recorder(Callback):
+    """Records the weights after each optimizer step, and kills the process, or raises an error, at one."""
+
+    def __init__(self, killed_at: int = 0, fails_at: int = 0) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self._killed_at, self._fails_at, self._step = killed_at, fails_at, 0
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        if trainer.global_step > self._step:
+            self._step = trainer.global_step
+            self.weights.append(recorded(pl_module))
+        if 0 < self._step == self._killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if 0 < self._step == self._fails_at:
+            raise KeyError("the training fails here")
+
+
+def trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
+    """Three epochs of six steps, with a checkpoint every fourth step."""
+    saving = ModelCheckpoint(folder / "out", "{step}", every_n_train_steps=4, save_top_k=-1)
+    settings = {"max_epochs": 3, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
+    settings |= {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    return Trainer(callbacks=[*callbacks, saving], default_root_dir=folder, **(settings | arguments))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    place, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
+    group = {"strategy": "ddp", "devices": 2} if sys.argv[3:] else {}
+    one = trainer(place, PostHocWeightAveraging(place / "ema", validate=0.2, **EVERY), recorder, **group)
+    module = Regression()
+    one.fit(module, loader(), loader())
+    print(float(sum(value.sum() for value in module.validated.values())))
+    torch.save(recorder.weights, place / f"weights-{one.global_rank}.pt")

@@ -1,0 +1,60 @@
+"""A small language model, and its training by the transformers Trainer; also as a program that is killed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from integrations.truth import recorded
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from posthoc_cli.integrations.transformers import PostHocCallback
+
+EVERY = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+DATA = [{"input_ids": row, "labels": row} for row in torch.randint(0, 32, (40, 8), generator=torch.manual_seed(1))]
+
+
+class Recorder(TrainerCallback):
+    """Records the weights after each step, and kills the process, or raises an error, at one."""
+
+    def __init__(self, killed_at: int = 0, fails_at: int = 0) -> None:
+        self.weights: list[dict[str, torch.Tensor]] = []
+        self._killed_at, self._fails_at = killed_at, fails_at
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+        self.weights.append(recorded(model))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if state.global_step == self._killed_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if state.global_step == self._fails_at:
+            raise KeyError("the training fails here")
+
+
+def network() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=32, num_key_value_heads=2, **shape))
+
+
+def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **arguments: Any) -> Trainer:
+    """Ten steps a run, unless `max_steps` says otherwise."""
+    settings = {
+        "max_steps": 10, "save_steps": 4, "per_device_train_batch_size": 2, "learning_rate": 1e-2, "report_to": [],
+        "use_cpu": True, "disable_tqdm": True, "logging_steps": 5, "seed": 3, "eval_steps": 4,
+    }  # fmt: skip
+    args = TrainingArguments(str(folder / "out"), **(settings | arguments))
+    model = network() if model is None else model
+    return Trainer(model, args, train_dataset=DATA, eval_dataset=DATA[:4], callbacks=list(callbacks))
+
+
+if __name__ == "__main__":
+    place, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
+    one = trainer(place, recorder, eval_strategy="steps")
+    PostHocCallback(place / "ema", evaluate=0.2, **EVERY).install(one)
+    one.train()
+    torch.save(recorder.weights, place / f"weights-{one.args.process_index}.pt")

@@ -1,0 +1,148 @@
+"""The tracker within accelerate, with the real library."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("accelerate", reason="accelerate is not installed: make integrations installs it")
+
+from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.tracking import GeneralTracker
+from integrations.truth import distance, exact, recorded
+
+from posthoc_cli import PostHocEMA
+from posthoc_cli.integrations.accelerate import prepare
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
+
+HERE = Path(__file__).resolve().parent
+EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+X = torch.randn(60, 4, generator=torch.manual_seed(5))
+
+
+class Training:
+    """Fifteen batches, a step after every third one; saves after the second step, and can be killed after one."""
+
+    def __init__(self, folder: Path, before: bool = False, **arguments: Any) -> None:
+        torch.manual_seed(0)
+        self.accelerator = Accelerator(gradient_accumulation_steps=3, cpu=True, **arguments)
+        self.folder, bare = folder, torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
+        plain = torch.optim.Adam(bare.parameters(), lr=0.05)
+        if before:
+            self.ema = prepare(self.accelerator, bare, folder / "ema", plain, **EVERY)
+        self.model, self.optimizer = self.accelerator.prepare(bare, plain)
+        if not before:
+            self.ema = prepare(self.accelerator, self.model, folder / "ema", self.optimizer, **EVERY)
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def run(self, first: int = 0, killed_at: int = 0) -> None:
+        for number in range(first, 15):
+            with self.accelerator.accumulate(self.model):
+                loss = self.model(X[number * 4 : number * 4 + 4]).square().mean()
+                self.accelerator.backward(loss)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients and not self.accelerator.optimizer_step_was_skipped:
+                self.weights.append(recorded(self.accelerator.unwrap_model(self.model)))
+            if number == 5:
+                self.accelerator.save_state(str(self.folder / "saved"))
+            if number == killed_at > 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+def live(ema: PostHocEMA, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    with ema.averaged(model, 0.2):
+        return {name: value.detach().clone() for name, value in model.named_parameters()}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_accumulated_steps_count_once(tmp_path: Path, before: bool) -> None:
+    training = Training(tmp_path, before)
+    training.run()
+    assert training.ema.step == len(training.weights) == 5
+    assert distance(live(training.ema, training.model), exact(training.weights, 0.2)) < 1e-6
+
+
+def test_a_skipped_step_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = AcceleratedOptimizer.step, []
+
+    def step(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        calls.append(self.gradient_state.sync_gradients)
+        self._is_overflow = sum(calls) == 2
+        if not self._is_overflow:
+            real(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    training = Training(tmp_path)
+    training.run()
+    assert training.ema.step == len(training.weights) == 4
+    assert distance(live(training.ema, training.model), exact(training.weights, 0.2)) < 1e-6
+
+
+def test_a_killed_training_resumes_exactly_from_files_without_pickles(tmp_path: Path) -> None:
+    program = (
+        "import sys, warnings; warnings.simplefilter('ignore'); from pathlib import Path\n"
+        "from integrations.test_accelerate import Training\nTraining(Path(sys.argv[1])).run(killed_at=13)"
+    )
+    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode == -signal.SIGKILL
+    assert (tmp_path / "saved/posthoc_ema.safetensors").exists()
+    assert not list((tmp_path / "saved").glob("custom_checkpoint*"))
+    whole = Training(tmp_path / "whole")
+    whole.run()
+    whole.ema.close()
+    _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
+    resumed = Training(tmp_path)
+    resumed.accelerator.load_state(str(tmp_path / "saved"))
+    assert resumed.ema.step == 2
+    resumed.run(first=6)
+    assert resumed.ema.step == 5
+    assert distance(resumed.weights[-1], whole.weights[-1]) == 0
+    assert distance(live(resumed.ema, resumed.model), exact(whole.weights, 0.2)) < 1e-6
+
+
+class Logger(GeneralTracker):
+    name, requires_logging_directory = "list", False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[tuple[int, dict[str, float]]] = []
+
+    @property
+    def tracker(self) -> Any:
+        return self.logged
+
+    def store_init_configuration(self, values: dict[str, Any]) -> None: ...
+
+    def log(self, values: dict[str, float], step: int | None, **_: Any) -> None:
+        self.logged.append((step or 0, values))
+
+
+def test_figures_go_to_the_accelerators_own_loggers(tmp_path: Path) -> None:
+    logger = Logger()
+    training = Training(tmp_path, log_with=logger)
+    training.accelerator.init_trackers("run")
+    training.run()
+    training.ema.close()
+    assert [step for step, _ in logger.logged][-1] == 5
+    assert {"ema/t", "ema/snapshot_bytes"} <= logger.logged[-1][1].keys()
+
+
+def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    training = Training(tmp_path, mixed_precision="bf16")
+    training.run()
+    (tmp_path / "saved/posthoc_ema.safetensors").unlink()
+    training.accelerator.load_state(str(tmp_path / "saved"))
+    assert "its averages begin here" in caplog.text
+    assert distance(live(training.ema, training.model), exact(training.weights, 0.2)) < 1e-6

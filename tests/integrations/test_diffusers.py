@@ -1,0 +1,98 @@
+"""The stand-in for diffusers' EMAModel, with the real library."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
+
+from diffusers import UNet2DModel
+from integrations.truth import distance, exact, recorded
+from integrations.unet import EVERY, Training, network
+
+from posthoc_cli import Run
+from posthoc_cli.errors import InvalidValueError, NotReadyError
+from posthoc_cli.integrations.diffusers import PostHocEMAModel
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
+
+HERE = Path(__file__).resolve().parent
+
+
+def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) -> None:
+    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
+    command = [sys.executable, "-m", "integrations.unet", str(tmp_path)]
+    assert subprocess.run(command, env=os.environ | {"PYTHONPATH": paths}).returncode == -signal.SIGKILL
+    whole = Training(tmp_path / "whole")
+    whole.run()
+    resumed = Training(tmp_path)
+    resumed.accelerator.load_state(str(tmp_path / "saved"))
+    resumed.run(first=4)
+    assert resumed.ema_model.ema is not None
+    assert resumed.ema_model.ema.step == 10
+    assert distance(resumed.weights[-1], whole.weights[-1]) == 0
+    parameters = list(resumed.model.parameters())
+    resumed.ema_model.store(parameters)
+    resumed.ema_model.copy_to(parameters)
+    assert distance(recorded(resumed.bare), exact(whole.weights, 0.2)) < 1e-6
+    resumed.ema_model.restore(parameters)
+    assert distance(recorded(resumed.bare), whole.weights[-1]) == 0
+    saved = UNet2DModel.from_pretrained(tmp_path / "saved/unet_ema")
+    assert distance(dict(saved.named_parameters()), exact(whole.weights[:4], 0.2)) < 1e-6
+    other = network()  # as a pipeline's
+    resumed.ema_model.copy_to(other.parameters())
+    assert distance(dict(other.named_parameters()), exact(whole.weights, 0.2)) < 1e-6
+    resumed.ema_model.close()
+    assert Run(tmp_path / "ema").step == 10
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    from diffusers import UNet2DConditionModel
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    kinds = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+    size = {"sample_size": 8, "block_out_channels": (4,), "layers_per_block": 1, "norm_num_groups": 2}
+    unet = UNet2DConditionModel(cross_attention_dim=8, attention_head_dim=2, **size, **kinds)
+    unet.requires_grad_(False)
+    unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights="gaussian"))
+    trained = [one for one in unet.parameters() if one.requires_grad]
+    ema_model, optimizer = PostHocEMAModel(unet, tmp_path, sigma_rel=0.2, **EVERY), torch.optim.SGD(trained, lr=0.1)
+    weights = []
+    for number in range(6):
+        generator = torch.manual_seed(number)
+        image, text = torch.randn(1, 4, 8, 8, generator=generator), torch.randn(1, 3, 8, generator=generator)
+        unet(image, 1, text).sample.square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        ema_model.step(trained)
+        weights.append(recorded(unet))
+    ema_model.store(trained)
+    ema_model.copy_to(trained)
+    assert distance(recorded(unet), exact(weights, 0.2)) < 1e-6
+    ema_model.restore(trained)
+    assert distance(recorded(unet), weights[-1]) == 0
+    ema_model.close()
+    names = set(Run(tmp_path).tensors)
+    assert names
+    assert all("lora_" in name and ".default" not in name for name in names)
+
+
+def test_what_cannot_be_is_said(tmp_path: Path) -> None:
+    model = network()
+    with pytest.raises(InvalidValueError, match="not its parameters"):
+        PostHocEMAModel(model.parameters(), tmp_path)
+    ema_model = PostHocEMAModel(model, tmp_path, **EVERY)
+    with pytest.raises(NotReadyError, match="copy_to"):
+        ema_model.restore(model.parameters())
+    with pytest.raises(InvalidValueError, match="neither those of a UNet2DModel"):
+        ema_model.copy_to(list(model.parameters())[:2])
+    with pytest.raises(InvalidValueError, match="not a folder of save_pretrained"):
+        PostHocEMAModel.from_pretrained(tmp_path)

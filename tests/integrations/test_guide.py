@@ -1,0 +1,64 @@
+"""The examples of the guide `trainers` run, each with its framework."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posthoc_cli import Run
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+
+GUIDE = Path(__file__).resolve().parents[2] / "posthoc_cli/guides/trainers.md"
+EXAMPLES = dict(re.findall(r"^```python (\w+)\n(.*?)^```$", GUIDE.read_text(), re.DOTALL | re.MULTILINE))
+
+
+def train_step(model: torch.nn.Module, batch: Any, optimizer: torch.optim.Optimizer) -> None:
+    found = model(batch, 1).sample if hasattr(model, "config") else model(batch)
+    found.square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def names_for(framework: str) -> dict[str, Any]:
+    """What an example finds defined."""
+    if framework == "transformers":
+        from integrations.llama import DATA, network
+        from transformers import TrainingArguments
+
+        args = TrainingArguments("out", max_steps=12, eval_strategy="steps", eval_steps=10, report_to=[], use_cpu=True)
+        return {"model": network(), "args": args, "dataset": DATA}
+    if framework == "lightning":
+        from integrations.digits import Regression, loader
+
+        return {"module": Regression(), "loader": loader()}
+    if framework == "accelerate":
+        model = torch.nn.Linear(4, 4)
+        loader = torch.utils.data.DataLoader(torch.randn(20, 4), batch_size=4)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return {"model": model, "optimizer": optimizer, "loader": loader, "evaluate": lambda _: None}
+    from integrations.unet import IMAGES, network
+
+    unet = network()
+    optimizer = torch.optim.SGD(unet.parameters(), lr=0.1)
+    return {"unet": unet, "optimizer": optimizer, "loader": IMAGES, "train_step": train_step}
+
+
+@pytest.mark.parametrize("framework", ["transformers", "lightning", "accelerate", "diffusers"])
+def test_an_example_runs(framework: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip(framework, reason=f"{framework} is not installed: make integrations installs it")
+    monkeypatch.chdir(tmp_path)
+    names = names_for(framework)
+    exec(compile(EXAMPLES[framework], GUIDE.name, "exec"), names)
+    tracker = names["ema"] if framework == "accelerate" else getattr(names.get("ema_model"), "ema", None)
+    if tracker is not None:
+        tracker.close()
+    assert Run("run/ema").step > 0
+
+
+def test_each_example_is_tested() -> None:
+    assert set(EXAMPLES) == {"transformers", "lightning", "accelerate", "diffusers"}

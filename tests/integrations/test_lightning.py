@@ -1,0 +1,205 @@
+"""The callback for Lightning's Trainer, with the real library."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("lightning.pytorch", reason="lightning is not installed: make integrations installs it")
+
+from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, trainer
+from integrations.truth import distance, exact
+from lightning.pytorch import LightningModule
+from lightning.pytorch.loggers import CSVLogger
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.integrations.lightning import PostHocWeightAveraging
+from posthoc_cli.snapshots.directory import read_directory
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
+
+heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
+HERE = Path(__file__).resolve().parent
+
+
+def start(folder: Path, killed_at: int = 0, *arguments: str) -> subprocess.Popen[str]:
+    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
+    command = [sys.executable, "-W", "ignore", "-m", "integrations.digits", str(folder), str(killed_at), *arguments]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths}, text=True, stdout=subprocess.PIPE)
+
+
+def live(callback: PostHocWeightAveraging, module: LightningModule, sigma_rel: float) -> dict[str, torch.Tensor]:
+    assert callback.ema is not None
+    with callback.ema.averaged(module, sigma_rel):
+        return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def assert_exact(callback: PostHocWeightAveraging, module: LightningModule, weights: Any, every: int = 1) -> None:
+    assert callback.ema is not None
+    assert callback.ema.step == len(weights)
+    for sigma_rel in EVERY["sigma_rels"]:
+        assert distance(live(callback, module, sigma_rel), exact(weights, sigma_rel, every)) < 1e-6
+
+
+def fit(folder: Path, *callbacks: Any, module: LightningModule | None = None, **arguments: Any) -> LightningModule:
+    checkpoint = arguments.pop("ckpt_path", None)
+    module = Regression() if module is None else module
+    trainer(folder, *callbacks, **arguments).fit(module, loader(), loader(), ckpt_path=checkpoint)
+    return module
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    """The weights of 18 steps without interruption, and without a tracker."""
+    recorder = Recorder()
+    fit(tmp_path_factory.mktemp("whole"), recorder)
+    return recorder.weights
+
+
+def test_a_killed_training_resumes_exactly_within_an_epoch(tmp_path: Path, whole: list[Any]) -> None:
+    assert start(tmp_path, 10).wait(250) == -signal.SIGKILL
+    callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY)
+    recorder = Recorder()
+    module = fit(tmp_path, callback, recorder, ckpt_path=tmp_path / "out/step=8.ckpt")
+    weights = whole[:8] + recorder.weights  # this release begins the data of an epoch anew where it resumes within one
+    assert len(weights) >= 18
+    assert_exact(callback, module, weights)
+    assert distance(whole[7], weights[7]) == 0
+
+
+def test_validation_and_checkpoints_hold_the_average_and_training_does_not(tmp_path: Path, whole: list[Any]) -> None:
+    seen: list[dict[str, Any]] = []
+
+    class Watching(Regression):
+        def validation_step(self, batch: Any, index: int) -> None:
+            if index == 0:
+                seen.append({name: value.detach().clone() for name, value in self.named_parameters()})
+
+    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
+    one = trainer(tmp_path, callback, recorder, num_sanity_val_steps=1)
+    module = Watching()
+    one.fit(module, loader(), loader())
+    sanity, *averages = seen
+    assert distance(sanity, whole[0]) > 0
+    for own, last in zip(averages, (6, 12, 18), strict=True):
+        assert distance(own, exact(whole[:last], 0.2)) < 1e-6
+    assert distance(recorder.weights[-1], whole[-1]) == 0
+    assert distance(dict(module.named_parameters()), whole[-1]) == 0
+    checkpoint = tmp_path / "out/step=8.ckpt"
+    stored = torch.load(checkpoint, weights_only=True)
+    assert distance(stored["current_model_state"], whole[7]) == 0
+    assert distance(stored["state_dict"], exact(whole[:8], 0.2)) < 1e-6
+    assert distance(dict(Regression.load_from_checkpoint(checkpoint).named_parameters()), exact(whole[:8], 0.2)) < 1e-6
+    (found,) = one.test(module, loader(), ckpt_path=str(checkpoint), verbose=False)
+    module.load_state_dict(stored["state_dict"])
+    with torch.no_grad():
+        assert found["test_loss"] == pytest.approx(float((module.eval().net(X) - Y).square().mean()), rel=1e-5)
+
+
+class Manual(Regression):
+    """A generator and its critic, each with an optimizer; the critic's also steps every second batch only."""
+
+    automatic_optimization = False
+
+    def training_step(self, batch: Any, index: int) -> None:
+        for optimizer in self.optimizers():
+            optimizer.zero_grad()
+            self.manual_backward(self.loss(batch))
+            if index % 2 == 0:
+                optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        first, *_, last = self.net
+        return [torch.optim.SGD(layer.parameters(), lr=0.05) for layer in (first, last)], []
+
+
+def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path: Path) -> None:
+    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **EVERY), Recorder()
+    module = fit(tmp_path, callback, recorder, module=Manual())
+    assert len(recorder.weights) == 9  # of 18 batches; the trainer counts 18 steps
+    assert_exact(callback, module, recorder.weights)
+
+
+def test_accumulation_and_a_stride_and_a_late_start(tmp_path: Path) -> None:
+    options = EVERY | {"update_every_n_steps": 2}
+    callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **options), Recorder()
+    module = fit(tmp_path, callback, recorder, accumulate_grad_batches=2, max_epochs=4)
+    assert len(recorder.weights) == 12
+    assert_exact(callback, module, recorder.weights, every=2)
+    late = PostHocWeightAveraging(tmp_path / "late", update_starting_at_step=3, update_starting_at_epoch=1, **EVERY)
+    fit(tmp_path / "other", late)
+    assert late.ema is not None
+    assert (late.ema.step, late.ema.t) == (12, 18)
+    assert {one.info.t_first for one in read_directory(tmp_path / "late")} == {7}
+
+
+class AtEpochEnds(PostHocWeightAveraging):
+    def should_update(self, step_idx: int | None = None, epoch_idx: int | None = None) -> bool:
+        return epoch_idx is not None
+
+
+def test_updates_at_the_ends_of_epochs(tmp_path: Path, whole: list[Any]) -> None:
+    callback = AtEpochEnds(tmp_path / "ema", **EVERY)
+    module = fit(tmp_path, callback)
+    assert callback.ema is not None
+    assert (callback.ema.step, callback.ema.t) == (3, 18)
+    assert distance(live(callback, module, 0.2), exact(whole, 0.2, every=6)) < 1e-6
+
+
+def test_an_exception_ends_the_tracker_and_validation_and_the_copy_at_the_end(tmp_path: Path, whole: list[Any]) -> None:
+    callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY)
+
+    class Failing(Regression):
+        def validation_step(self, batch: Any, index: int) -> None:
+            raise KeyError("the validation fails")
+
+    module = Failing()
+    with pytest.raises(KeyError, match="the validation fails"):
+        fit(tmp_path, callback, module=module)
+    assert distance(dict(module.named_parameters()), whole[5]) == 0  # the raw weights
+    assert {one.info.t for one in read_directory(tmp_path / "ema")} == {4, 6}
+    again = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, copy_at_end=True, **EVERY)
+    module = fit(tmp_path, again, Recorder(), ckpt_path=tmp_path / "out/step=4.ckpt")
+    assert again.ema is not None
+    with again.ema.model(Regression(), 0.2) as average:
+        assert distance(dict(module.named_parameters()), dict(average.named_parameters())) == 0
+
+
+def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fit(tmp_path, max_epochs=1)
+    callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.15, **EVERY)
+    logger = CSVLogger(tmp_path / "logs", flush_logs_every_n_steps=1)
+    fit(tmp_path, callback, logger=logger, ckpt_path=tmp_path / "out/step=4.ckpt")
+    assert "its averages begin here" in caplog.text
+    (metrics,) = (tmp_path / "logs").rglob("metrics.csv")
+    assert "ema/predicted_error_0.15" in metrics.read_text()
+    with pytest.raises(InvalidValueError, match=r"validate=0\.15"):
+        PostHocWeightAveraging(tmp_path / "ema", copy_at_end=True)
+
+
+def test_buffers_are_averaged_where_asked(tmp_path: Path) -> None:
+    fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", use_buffers=True, **EVERY))
+    newest = read_directory(tmp_path / "ema")[-1].info
+    assert newest.tensors["net.1.running_mean"].role == "average"
+
+
+@heavy
+def test_replicas_in_two_processes_validate_one_average(tmp_path: Path) -> None:
+    process = start(tmp_path, 0, "ddp")  # which starts the second one itself
+    out, _ = process.communicate(timeout=250)
+    assert process.returncode == 0
+    first, second = out.split()
+    weights = torch.load(tmp_path / "weights-0.pt")
+    assert first == second
+    module = Regression()
+    module.load_state_dict(torch.load(tmp_path / "out/step=8.ckpt", weights_only=True)["state_dict"])
+    assert distance(dict(module.named_parameters()), exact(weights[:8], 0.2)) < 1e-6

@@ -1,0 +1,236 @@
+"""Model folders like another one, with the real libraries: what they load, and that it computes what it should."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
+
+from ema_command import Ema
+from safetensors import safe_open
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    CLIPVisionConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.errors import InvalidValueError, MismatchError, OutputExistsError
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+
+TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
+LLAMA = LlamaConfig(**TEXT, num_key_value_heads=2)
+EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 1}
+VISION = CLIPVisionConfig(
+    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
+)
+MODELS: dict[str, Callable[[], torch.nn.Module]] = {
+    "llama": lambda: LlamaForCausalLM(LLAMA),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=True)),
+    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)),
+    "bert": lambda: BertForMaskedLM(BertConfig(**TEXT, max_position_embeddings=16)),
+    "t5": lambda: T5ForConditionalGeneration(
+        T5Config(d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8, vocab_size=32, decoder_start_token_id=0)
+    ),
+    "mixtral": lambda: MixtralForCausalLM(MixtralConfig(**TEXT, **EXPERTS, num_local_experts=2)),
+    "qwen2-moe": lambda: Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(**TEXT, **EXPERTS, num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
+    ),
+    "llava": lambda: LlavaForConditionalGeneration(
+        LlavaConfig(vision_config=VISION, text_config=LLAMA, image_token_index=31, vision_feature_layer=-1)
+    ),
+}
+
+
+def track(model: torch.nn.Module, folder: Path, **options: Any) -> None:
+    """A run of six steps that move every parameter at random."""
+    settings = {"update_every": 1, "checkpoint_every": 2, "checkpoint_dtype": None}
+    with PostHocEMA.from_model(model, folder, **(settings | options)) as ema, torch.no_grad():
+        for number in range(6):
+            generator = torch.manual_seed(number)
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter += 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+            ema.update_(model)
+
+
+@torch.no_grad()
+def answer(model: torch.nn.Module) -> torch.Tensor:
+    tokens = torch.arange(1, 9)[None]
+    more = {"decoder_input_ids": tokens} if model.config.is_encoder_decoder else {}
+    if hasattr(model.config, "vision_config"):
+        tokens = torch.cat([torch.full((1, 4), 31), tokens], 1)
+        more["pixel_values"] = torch.linspace(-1, 1, 192).view(1, 3, 8, 8)
+    return model.eval()(input_ids=tokens, **more).logits
+
+
+def stored(folder: Path) -> dict[str, torch.dtype]:
+    """The names in the weights' files of a folder, and their dtypes."""
+    found = {}
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, "pt") as file:
+            found |= {(path.name, name): file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
+    return found
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_loads_without_remarks_and_computes_what_the_filled_model_does(tmp_path: Path, name: str) -> None:
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    model.save_pretrained(tmp_path / "like", max_shard_size="10KB" if name in ("llama", "bert") else "1GB")
+    (tmp_path / "like/tokenizer.json").write_text("{}")
+    track(model, tmp_path / "run")
+    report = Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
+    assert report is not None
+    assert report.taken == ()
+    loaded, remarks = type(model).from_pretrained(tmp_path / "new", output_loading_info=True)
+    assert not any(remarks.values()), remarks
+    raw = answer(model)
+    PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
+    assert torch.equal(answer(loaded), answer(model))
+    assert not torch.equal(answer(loaded), raw)
+    assert stored(tmp_path / "new") == stored(tmp_path / "like")
+    there = {path.name: path for path in (tmp_path / "like").iterdir() if path.suffix != ".safetensors"}
+    for file, path in there.items():
+        assert (tmp_path / "new" / file).read_bytes() == path.read_bytes(), file
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_dtypes_are_the_folders_and_through_the_library_is_the_same(tmp_path: Path, ema: Ema) -> None:
+    model = MODELS["llama-tied"]()
+    like = MODELS["llama-tied"]().bfloat16()
+    like.save_pretrained(tmp_path / "like")
+    track(model, tmp_path / "run")
+    command = ["synthesize", tmp_path / "run", "--sigma-rel", "0.1,0.2", "--like", tmp_path / "like"]
+    for out, more in (("plain", []), ("library", ["--through-library"])):
+        done = ema(*map(str, command), "--out", str(tmp_path / out), *more)
+        assert done.code == 0, done.err
+    for target in ("sigma_rel-0.1", "sigma_rel-0.2"):
+        plain, other = (
+            LlamaForCausalLM.from_pretrained(tmp_path / way / target, dtype="auto") for way in ("plain", "library")
+        )
+        assert plain.dtype == torch.bfloat16
+        assert torch.equal(answer(plain), answer(other))
+        assert stored(tmp_path / "plain" / target) == stored(tmp_path / "like")
+    average = Run(tmp_path / "run").average(0.2)
+    weights = plain.state_dict()
+    assert torch.equal(weights["model.norm.weight"], average["model.norm.weight"].bfloat16())
+
+
+def test_what_the_run_does_not_have_is_the_folders_and_named(tmp_path: Path, ema: Ema) -> None:
+    model = MODELS["llama"]()
+    model.model.embed_tokens.requires_grad_(False)
+    model.save_pretrained(tmp_path / "like")
+    track(model, tmp_path / "run")
+    done = ema(
+        "synthesize",
+        str(tmp_path / "run"),
+        "--sigma-rel",
+        "0.2",
+        "--like",
+        str(tmp_path / "like"),
+        "--out",
+        str(tmp_path / "new"),
+    )
+    assert done.code == 0
+    assert "1 tensors are those of the model folder" in done.err
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "new")
+    PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
+    assert torch.equal(answer(loaded), answer(model))
+
+
+def test_an_adapter(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    base = MODELS["llama"]()
+    base.save_pretrained(tmp_path / "base")
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path / "like")
+    track(model, tmp_path / "run")
+    Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
+    loaded = peft.PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "new")
+    PostHocEMA.from_path(tmp_path / "run").load_into(model, 0.2)
+    assert torch.equal(answer(loaded), answer(model))
+
+
+def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
+    from integrations.unet import network
+
+    unet, scheduler = network(), diffusers.DDPMScheduler(num_train_timesteps=10)
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path / "like")
+    track(unet, tmp_path / "run")
+    Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / "like")
+    loaded = diffusers.DDPMPipeline.from_pretrained(tmp_path / "new")
+    PostHocEMA.from_path(tmp_path / "run").load_into(unet, 0.2)
+    for name, value in unet.state_dict().items():
+        assert torch.equal(loaded.unet.state_dict()[name], value)
+    transformer = diffusers.DiTTransformer2DModel(
+        num_attention_heads=1, attention_head_dim=8, in_channels=4, num_layers=1, sample_size=4, norm_num_groups=2,
+        num_embeds_ada_norm=3,
+    )  # fmt: skip
+    vae = diffusers.AutoencoderKL(block_out_channels=(2,), norm_num_groups=1, latent_channels=4)
+    diffusers.DiTPipeline(transformer, vae, diffusers.DDIMScheduler()).save_pretrained(tmp_path / "dit")
+    track(transformer, tmp_path / "dit-run")
+    Run(tmp_path / "dit-run").write(0.2, tmp_path / "dit-new", like=tmp_path / "dit", component="transformer")
+    pipeline = diffusers.DiTPipeline.from_pretrained(tmp_path / "dit-new")
+    PostHocEMA.from_path(tmp_path / "dit-run").load_into(transformer, 0.2)
+    for name, value in transformer.state_dict().items():
+        assert torch.equal(pipeline.transformer.state_dict()[name], value)
+    for name, value in vae.state_dict().items():
+        assert torch.equal(pipeline.vae.state_dict()[name], value)
+    with pytest.raises(InvalidValueError, match="component"):
+        Run(tmp_path / "run").write(0.2, tmp_path / "no", like=tmp_path / "dit")
+
+
+def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "like")
+    track(model, tmp_path / "run")
+    run = Run(tmp_path / "run")
+    small = LlamaForCausalLM(LlamaConfig(**(TEXT | {"hidden_size": 8}), num_key_value_heads=2))
+    small.save_pretrained(tmp_path / "small")
+    with pytest.raises(MismatchError, match="has the shape"):
+        run.write(0.2, tmp_path / "new", like=tmp_path / "small")
+    MODELS["gpt2"]().save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(MismatchError, match="GPT2LMHeadModel has no tensor"):
+        run.write(0.2, tmp_path / "new", like=tmp_path / "gpt2")
+    (tmp_path / "gpt2/config.json").write_text(json.dumps({}))
+    with pytest.raises(MismatchError, match=r"config\.json names no class"):
+        run.write(0.2, tmp_path / "new", like=tmp_path / "gpt2")
+    with pytest.raises(OutputExistsError, match="new folder"):
+        run.write(0.2, tmp_path / "small", like=tmp_path / "like")
+    for wrong in ({"dtype": "float16"}, {"layout": "pt"}, {"overwrite": True}, {"shard": "1/2"}):
+        with pytest.raises(InvalidValueError, match="says all about the output"):
+            run.write(0.2, tmp_path / "new", like=tmp_path / "like", **wrong)
+    with pytest.raises(InvalidValueError, match="is not a folder"):
+        run.write(0.2, tmp_path / "new", like=tmp_path / "nowhere")
+    with pytest.raises(InvalidValueError, match="is missing"):
+        run.write(0.2, tmp_path / "new", component="unet")
+    big = MODELS["llama"]()
+    with torch.no_grad():
+        big.model.norm.weight.fill_(1e6)
+    track(big, tmp_path / "big")
+    model.half().save_pretrained(tmp_path / "half")
+    with pytest.raises(Exception, match="cannot hold"):
+        Run(tmp_path / "big").write(0.2, tmp_path / "new", like=tmp_path / "half")
+    assert not (tmp_path / "new").exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]

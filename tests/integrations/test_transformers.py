@@ -1,0 +1,271 @@
+"""The callback for the transformers Trainer, with the real library."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
+pytest.importorskip("accelerate", reason="accelerate is not installed: make integrations installs it")
+
+from integrations.llama import DATA, EVERY, Recorder, network, trainer
+from integrations.truth import distance, exact
+from transformers import LlamaForCausalLM, Trainer
+
+from posthoc_cli import PostHocEMA, Run, Schedule
+from posthoc_cli.errors import InvalidValueError, MismatchError, NotReadyError
+from posthoc_cli.integrations.transformers import PostHocCallback
+from posthoc_cli.snapshots.directory import read_directory
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
+
+heavy = pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
+HERE = Path(__file__).resolve().parent
+
+
+def start(folder: Path, killed_at: int = 0, **environment: str) -> subprocess.Popen[bytes]:
+    """Train in a process of its own, without a server that has imported everything: that has no transformers."""
+    paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
+    command = [sys.executable, "-W", "ignore", "-m", "integrations.llama", str(folder), str(killed_at)]
+    return subprocess.Popen(command, env=os.environ | {"PYTHONPATH": paths} | environment)
+
+
+def tracked(ema: PostHocEMA, model: torch.nn.Module, sigma_rel: float) -> dict[str, torch.Tensor]:
+    """A live average, as the tracker has it."""
+    with ema.averaged(model, sigma_rel) as averaged:
+        return {name: value.detach().clone() for name, value in averaged.named_parameters()}
+
+
+def assert_exact(callback: PostHocCallback, model: torch.nn.Module, weights: list[dict[str, torch.Tensor]]) -> None:
+    assert callback.ema is not None
+    assert callback.ema.step == len(weights)
+    for sigma_rel in EVERY["sigma_rels"]:
+        assert distance(tracked(callback.ema, model, sigma_rel), exact(weights, sigma_rel)) < 1e-6
+
+
+def loss(model: torch.nn.Module, folder: Path) -> float:
+    """What the library says of weights without a callback; releases weigh the last tokens differently."""
+    return float(trainer(folder, model=model).evaluate()["eval_loss"])
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, torch.Tensor]]:
+    """The weights of ten steps without interruption, and without a tracker."""
+    recorder = Recorder()
+    trainer(tmp_path_factory.mktemp("whole"), recorder, save_strategy="no").train()
+    return recorder.weights
+
+
+def test_a_killed_training_resumes_exactly_and_each_step_counts_once(tmp_path: Path, whole: list[Any]) -> None:
+    assert start(tmp_path, killed_at=7).wait(250) == -signal.SIGKILL
+    assert (tmp_path / "out/checkpoint-4/posthoc_ema.safetensors").exists()
+    callback = PostHocCallback(tmp_path / "ema", **EVERY)
+    resumed = trainer(tmp_path, callback)
+    resumed.train(resume_from_checkpoint=True)
+    assert_exact(callback, resumed.model, whole)
+    assert distance(dict(resumed.model.named_parameters()), whole[-1]) == 0
+    run = Run(tmp_path / "ema")
+    assert sorted({one.info.t for one in run.snapshots}) == [4, 8, 10]
+    assert distance(run.average(0.2, dtype=torch.float32), exact(whole, 0.2)) < 1e-3  # stored in float16
+
+
+def test_any_checkpoint_resumes_moved_or_older_than_the_snapshots(tmp_path: Path, whole: list[Any]) -> None:
+    """In one process: the first tracker is still open, since an exception has ended its training."""
+    callback = PostHocCallback(tmp_path / "ema", **EVERY)
+    first = trainer(tmp_path, callback, Recorder(fails_at=9))
+    with pytest.raises(KeyError, match="the training fails here"):
+        first.train()
+    moved = tmp_path / "elsewhere" / "kept"
+    shutil.move(tmp_path / "out/checkpoint-4", moved)  # the newest snapshots are of step 8
+    first.callback_handler.pop_callback(Recorder)
+    first.train(resume_from_checkpoint=str(moved))
+    assert_exact(callback, first.model, whole)
+    again = PostHocCallback(tmp_path / "ema", **EVERY)
+    second = trainer(tmp_path, again)
+    second.train(resume_from_checkpoint=str(tmp_path / "out/checkpoint-8"))
+    assert_exact(again, second.model, whole)
+
+
+def test_the_state_is_in_the_checkpoint_before_it_is_complete_and_goes_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def push(self: Trainer, folder: str) -> None:
+        seen.append((Path(folder) / "posthoc_ema.safetensors").exists())
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    monkeypatch.setattr(Trainer, "init_hf_repo", lambda self, token=None, private=None: None)
+    one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_steps=3, save_total_limit=1, max_steps=6)
+    one.args.push_to_hub = True
+    monkeypatch.setattr(Trainer, "_finish_current_push", lambda self: None)
+    one.train()
+    assert seen == [True, True]
+    assert [folder.name for folder in (tmp_path / "out").iterdir()] == ["checkpoint-6"]
+
+
+def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GradScaler that finds infinities makes accelerate say so; the trainer's own counter goes on."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    real, calls = AcceleratedOptimizer.step, []
+
+    def step(self: AcceleratedOptimizer, closure: Any = None) -> None:
+        calls.append(self.gradient_state.sync_gradients)
+        self._is_overflow = len(calls) in (2, 3)
+        if not self._is_overflow:
+            real(self, closure)
+
+    monkeypatch.setattr(AcceleratedOptimizer, "step", step)
+    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
+    one = trainer(tmp_path, callback, recorder, gradient_accumulation_steps=3, save_strategy="no", max_steps=6)
+    one.train()
+    assert one.state.global_step == len(calls) == 6
+    del recorder.weights[1:3]
+    assert_exact(callback, one.model, recorder.weights)
+
+
+def test_evaluation_under_the_average_and_the_best_average_at_the_end(tmp_path: Path) -> None:
+    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, folders=True, **EVERY), Recorder()
+    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
+    one = trainer(tmp_path, recorder, max_steps=8, learning_rate=0.05, **arguments)
+    assert callback.install(one) is callback
+    one.train()
+    logged = [entry for entry in one.state.log_history if "eval_ema_loss" in entry]
+    assert [entry["step"] for entry in logged] == [4, 8]
+    model = network()
+    losses = {}
+    for step in (4, 8):
+        average = exact(recorder.weights[:step], 0.2)
+        model.load_state_dict({name: value.float() for name, value in average.items()}, strict=False)
+        losses[step] = loss(model, tmp_path)
+        assert logged[step // 4 - 1]["eval_ema_loss"] == pytest.approx(losses[step], rel=1e-5)
+        folder = LlamaForCausalLM.from_pretrained(tmp_path / f"out/checkpoint-{step}/ema")
+        assert distance(dict(folder.named_parameters()), average) < 1e-6
+    best = min(losses, key=losses.get)
+    assert one.state.best_metric == pytest.approx(losses[best], rel=1e-5)
+    assert one.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
+    assert distance(dict(one.model.named_parameters()), exact(recorder.weights[:best], 0.2)) < 1e-6
+
+
+@heavy
+def test_replicas_in_two_processes_evaluate_one_average(tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    processes = [start(tmp_path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
+    assert [process.wait(250) for process in processes] == [0, 0]
+    weights = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in "01"]
+    assert distance(weights[1][-1], weights[0][-1]) == 0
+    told = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["log_history"]
+    found = {entry["step"]: entry["eval_ema_loss"] for entry in told if "eval_ema_loss" in entry}
+    model = network()
+    model.load_state_dict({name: value.float() for name, value in exact(weights[0][:8], 0.2).items()}, strict=False)
+    assert found[8] == pytest.approx(loss(model, tmp_path), rel=1e-5)
+    assert Run(tmp_path / "ema").step == 10
+
+
+def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:
+    callback = PostHocCallback(tmp_path / "ema", evaluate=0.15, **EVERY)
+    one = trainer(tmp_path, save_strategy="no", eval_strategy="steps", logging_steps=1)
+    one.eval_dataset = {"a": DATA[:2], "b": DATA[2:4]}
+    callback.install(one)
+    one.train()
+    names = {name for entry in one.state.log_history for name in entry}
+    assert {"eval_a_loss", "eval_b_loss", "eval_ema_a_loss", "eval_ema_b_loss"} <= names
+    assert set(one.evaluate()) >= {"eval_a_loss", "eval_ema_a_loss"}  # also when training is over
+    assert {"ema/distance_0.1", "ema/predicted_error_0.15", "ema/snapshot_seconds"} <= names
+    assert [entry["step"] for entry in one.state.log_history if "loss" in entry] == list(range(1, 11))
+
+
+def test_an_adapter_is_tracked_saved_and_loaded_alone(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    model = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, folders=True, **EVERY), Recorder()
+    one = trainer(tmp_path, recorder, model=model, max_steps=4)
+    callback.install(one)
+    one.train()
+    average = exact(recorder.weights, 0.2)
+    loaded = peft.PeftModel.from_pretrained(network(), tmp_path / "out/checkpoint-4/ema")
+    assert distance(dict(loaded.named_parameters()), average) < 1e-6
+    saved = peft.utils.load_peft_weights(str(tmp_path / "out/checkpoint-4"), device="cpu")
+    assert set(Run(tmp_path / "ema").tensors) == set(saved)
+
+
+def test_bf16_parameters_and_a_compiled_model(tmp_path: Path) -> None:
+    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
+    options = {"torch_compile": True, "torch_compile_backend": "eager", "save_strategy": "no"}
+    one = trainer(tmp_path, callback, recorder, model=network().bfloat16(), **options)
+    one.train()
+    ema = callback.ema
+    assert ema is not None
+    assert ema.step == 10
+    weights = ema.state_dict(0.2, dtype=torch.float32)
+    assert distance(weights, exact(recorder.weights, 0.2)) < 1e-6
+
+
+def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
+        PostHocCallback(tmp_path / "ema", folders=True)
+    one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.1, **EVERY))
+    with pytest.raises(NotReadyError, match="install"):
+        one.train()
+    with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
+        PostHocCallback(tmp_path / "ema").install(one)
+    trainer(tmp_path, max_steps=4).train()  # a checkpoint without the callback
+    callback = PostHocCallback(tmp_path / "ema", **EVERY)
+    trainer(tmp_path, callback).train(resume_from_checkpoint=True)
+    assert "its averages begin here" in caplog.text
+    assert callback.ema is not None
+    assert callback.ema.step == 6
+    with pytest.raises(MismatchError, match="another directory"):
+        trainer(tmp_path, PostHocCallback(tmp_path / "ema", **EVERY), save_strategy="no").train()
+
+
+def test_the_trainer_may_make_its_callbacks_anew(tmp_path: Path, whole: list[Any]) -> None:
+    schedule = Schedule((0.1, 0.2), 8, 4, 20)
+    options = {"update_every": 1, "schedule": schedule, "checkpoint_dtype": torch.bfloat16}
+    one = trainer(tmp_path, Recorder(fails_at=5))
+    PostHocCallback(tmp_path / "ema", evaluate=0.2, **options).install(one)
+    with pytest.raises(KeyError, match="the training fails here"):
+        one.train()
+    told = json.loads((tmp_path / "out/checkpoint-4/trainer_state.json").read_text())["stateful_callbacks"]
+    assert told["PostHocCallback"]["attributes"] == {"saved_step": 4}
+    two = trainer(tmp_path, restore_callback_states_from_checkpoint=True, eval_strategy="steps")
+    PostHocCallback(tmp_path / "ema", evaluate=0.2).install(two)
+    two.train(resume_from_checkpoint=True)
+    made = next(one for one in two.callback_handler.callbacks if isinstance(one, PostHocCallback))
+    assert_exact(made, two.model, whole)
+    assert {one.info.schedule.checkpoint_dtype for one in read_directory(tmp_path / "ema")} == {"BF16"}
+    assert any("eval_ema_loss" in entry for entry in two.state.log_history)
+
+
+@heavy
+def test_a_trainer_of_trl(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl", reason="trl is not installed: make integrations installs it")
+    datasets = pytest.importorskip("datasets", reason="datasets is not installed: make integrations installs it")
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{number}": number for number in range(32)}, unk_token="w0"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0", eos_token="w1")
+    rows = datasets.Dataset.from_list([{"input_ids": row["input_ids"].tolist()} for row in DATA])
+    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Recorder()
+    args = trl.SFTConfig(
+        str(tmp_path / "out"), max_steps=6, per_device_train_batch_size=2, report_to=[], use_cpu=True, bf16=False
+    )
+    one = trl.SFTTrainer(
+        network(), args, train_dataset=rows, processing_class=tokenizer, callbacks=[callback, recorder]
+    )
+    one.train()
+    assert_exact(callback, one.model, recorder.weights)

@@ -1,0 +1,32 @@
+"""What the averages must be: float64 sums over weights that the test has recorded itself."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from posthoc_cli.profiles import gamma_from_sigma_rel
+
+Recorded = Sequence[Mapping[str, torch.Tensor]]
+"""The weights after each optimizer step, the first one at index 0."""
+
+
+def recorded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """The trainable parameters as they are now, in float64."""
+    return {name: value.detach().double().clone() for name, value in model.named_parameters() if value.requires_grad}
+
+
+def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torch.Tensor]:
+    """The power-function average: an update at t has the profile's mass since the one before it."""
+    power = gamma_from_sigma_rel(sigma_rel) + 1
+    times = range(every, len(history) + 1, every)
+    last = times[-1]
+    shares = {t: (t / last) ** power - ((t - every) / last) ** power for t in times}
+    return {name: sum(share * history[t - 1][name] for t, share in shares.items()) for name in history[0]}
+
+
+def distance(found: Mapping[str, torch.Tensor], truth: Mapping[str, torch.Tensor]) -> float:
+    """The relative L2 distance of weights from the truth, over all its tensors."""
+    off = sum(float((found[name].double() - value).square().sum()) for name, value in truth.items())
+    return (off / sum(float(value.square().sum()) for value in truth.values())) ** 0.5

@@ -1,0 +1,84 @@
+"""The training of a small diffusion model with accelerate and its save hooks, in the way of diffusers' scripts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, UNet2DModel
+from integrations.truth import recorded
+
+from posthoc_cli.integrations.diffusers import PostHocEMAModel
+
+EVERY: dict[str, Any] = {"update_every": 1, "checkpoint_every": 4, "sigma_rels": (0.1, 0.2)}
+IMAGES = torch.randn(10, 2, 1, 8, 8, generator=torch.manual_seed(5))
+
+
+def network() -> UNet2DModel:
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",), "up_block_types": ("UpBlock2D",), "block_out_channels": (4,)}
+    return UNet2DModel(
+        sample_size=8,
+        in_channels=1,
+        out_channels=1,
+        layers_per_block=1,
+        norm_num_groups=2,
+        add_attention=False,
+        **blocks,
+    )
+
+
+class Training:
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.accelerator, self.bare = folder, Accelerator(cpu=True), network()
+        self.ema_model = PostHocEMAModel(
+            self.bare, folder / "ema", sigma_rel=0.2, model_cls=UNet2DModel, model_config=self.bare.config, **EVERY
+        )
+        self.accelerator.register_save_state_pre_hook(self.save)
+        self.accelerator.register_load_state_pre_hook(self.load)
+        optimizer = torch.optim.AdamW(self.bare.parameters(), lr=1e-2)
+        self.model, self.optimizer = self.accelerator.prepare(self.bare, optimizer)
+        self.ema_model.to(self.accelerator.device)
+        self.weights: list[dict[str, torch.Tensor]] = []
+
+    def save(self, models: Any, weights: Any, output_dir: str) -> None:
+        if self.accelerator.is_main_process:
+            self.ema_model.save_pretrained(Path(output_dir) / "unet_ema")
+            for model in models:
+                model.save_pretrained(Path(output_dir) / "unet")
+                weights.pop()
+
+    def load(self, models: Any, input_dir: str) -> None:
+        loaded = PostHocEMAModel.from_pretrained(Path(input_dir) / "unet_ema", UNet2DModel)
+        self.ema_model.load_state_dict(loaded.state_dict())
+        self.ema_model.to(self.accelerator.device)
+        models.pop().load_state_dict(UNet2DModel.from_pretrained(input_dir, subfolder="unet").state_dict())
+
+    def run(self, first: int = 0, killed_at: int = 0) -> None:
+        scheduler = DDPMScheduler(num_train_timesteps=10)
+        for number in range(first, len(IMAGES)):
+            generator = torch.manual_seed(number)
+            noise, times = torch.randn(2, 1, 8, 8, generator=generator), torch.randint(0, 10, (2,), generator=generator)
+            with self.accelerator.accumulate(self.model):
+                found = self.model(scheduler.add_noise(IMAGES[number], noise, times), times).sample
+                self.accelerator.backward((found - noise).square().mean())
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            if self.accelerator.sync_gradients:
+                self.ema_model.step(self.model.parameters())
+                self.weights.append(recorded(self.bare))
+            if number == 3:
+                self.accelerator.save_state(str(self.folder / "saved"))
+            if number == killed_at > 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    Training(Path(sys.argv[1])).run(killed_at=7)

@@ -1,0 +1,70 @@
+"""Figures for loggers, the call after each snapshot, and one average in every process of a group."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tracker.runs import VALUES, matrix, walk
+
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.profiles import gamma_from_sigma_rel
+
+
+def average(sigma_rel: float, last: int) -> torch.Tensor:
+    """The float64 average of a walk's values up to a step: each has the mass of its own interval."""
+    power = gamma_from_sigma_rel(sigma_rel) + 1
+    shares = [(step / last) ** power - ((step - 1) / last) ** power for step in range(1, last + 1)]
+    return sum(share * VALUES[step].double() for step, share in enumerate(shares, 1))
+
+
+def test_metrics_tell_what_was_measured_when_the_last_snapshots_were_written(tmp_path: Path) -> None:
+    model = matrix()
+    with PostHocEMA.from_model(model, tmp_path, (0.1, 0.2), update_every=1, checkpoint_every=10) as ema:
+        assert ema.metrics((0.15,)) == {"step": 0, "t": 0}
+        walk(model, ema, 1, 35)
+        ema.flush()
+        found = ema.metrics((0.15, 0.2))
+        assert (found["step"], found["t"]) == (35, 35)
+        for sigma_rel in (0.1, 0.2):
+            exact = average(sigma_rel, 30)
+            expected = float((exact - VALUES[30]).norm() / exact.norm())
+            assert found[f"distance_{sigma_rel}"] == pytest.approx(expected, rel=1e-5)
+        for sigma_rel in (0.15, 0.2):
+            assert found[f"predicted_error_{sigma_rel}"] == Run(tmp_path).plan(sigma_rel).predicted_error(0)
+        files = [file for file in tmp_path.glob("*.safetensors") if "30-" in file.name]
+        assert found["snapshot_bytes"] == sum(one.nbytes for file in files for one in load_file(file).values())
+        assert 0 < found["snapshot_seconds"] < 10
+        assert 0 <= found["snapshot_waited"] < 10
+        assert all(type(value) is float for value in found.values())
+
+
+def test_the_training_thread_calls_back_once_after_each_time_with_snapshots(tmp_path: Path) -> None:
+    model, calls = matrix(), []
+    ema = PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=10)
+    ema.on_snapshot(lambda tracker: calls.append((tracker.step, threading.get_ident())))
+    for step in range(1, 26):
+        walk(model, ema, step, step)
+        ema.flush()
+    assert calls == [(11, threading.get_ident()), (21, threading.get_ident())]
+    ema.close()  # the last snapshot, of call 25
+    assert [step for step, _ in calls] == [11, 21, 25]
+
+
+def test_an_error_of_a_callback_leaves_the_call_that_has_done_its_work(tmp_path: Path) -> None:
+    model = matrix()
+
+    def fail(_: PostHocEMA) -> None:
+        raise KeyError("logger")
+
+    with PostHocEMA.from_model(model, tmp_path, update_every=1, checkpoint_every=5, final_snapshot=False) as ema:
+        ema.on_snapshot(fail)
+        walk(model, ema, 1, 5)
+        ema.flush()
+        with pytest.raises(KeyError, match="logger"):
+            walk(model, ema, 6, 6)
+        walk(model, ema, 7, 8)
+        assert ema.step == 8
