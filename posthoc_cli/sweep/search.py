@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from posthoc_cli.profiles import FloatArray
 
@@ -73,6 +74,7 @@ class Estimate:
         regret: how much worse than the true best the metric at `best` is expected to be; not negative.
         noise: standard deviation of one measurement, seeds' offsets aside.
         xs, curve, errors: the metric over the range, with its standard error; shape [POINTS].
+        optima: where the best may be, sorted; shape [draws].
     """
 
     best: float
@@ -102,7 +104,7 @@ def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = 
     errors = np.array([math.nan if t.standard_error is None else t.standard_error / scale for t in trials])
     _, seeds = np.unique([trial.seed for trial in trials], return_inverse=True)
     grid = np.linspace(0, 1, POINTS)
-    draws, noise = _draw(places, (values - centre) / scale, errors, seeds, grid)
+    draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), grid)
     draws = centre + scale * draws
     curve, spread = draws.mean(axis=0), draws.std(axis=0)
     best = int(curve.argmin())
@@ -128,25 +130,24 @@ def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = 
 
 def first_batch(low: float, high: float, count: int = FIRST) -> list[float]:
     """Parameters spread evenly in the logarithm, both ends included."""
-    return [rounded(x) for x in np.geomspace(low, high, count)]
+    return [float(x) for x in np.geomspace(low, high, count)]
 
 
 def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repeat: bool = False) -> list[float]:
     """Up to `count` parameters to measure next: quantiles of where the best may be.
 
-    With `repeat`, one that is next to a measured parameter is that parameter, to be measured with another seed;
-    else what was measured is left out.
+    With `repeat`, one that is next to a measured parameter is that parameter, to be measured with another seed.
     """
-    low, high = float(found.xs[0]), float(found.xs[-1])
+    width = math.log(found.xs[-1] / found.xs[0])
     known = np.array(sorted({trial.x for trial in trials}))
     wanted: list[float] = []
     for part in (np.arange(count) + 0.5) / count:
         x = float(np.quantile(found.optima, part))
         nearest = float(known[np.argmin(np.abs(np.log(known / x)))])
-        if repeat and abs(math.log(nearest / x)) < _SAME * math.log(high / low):
+        if repeat and abs(math.log(nearest / x)) < _SAME * width:
             x = nearest
-        wanted.append(min(max(rounded(x), low), high))
-    return [x for x in dict.fromkeys(wanted) if repeat or x not in known]
+        wanted.append(x)
+    return list(dict.fromkeys(wanted))
 
 
 def rounded(x: float) -> float:
@@ -159,7 +160,7 @@ def _place(x: FloatArray, low: float, high: float) -> FloatArray:
 
 
 def _draw(
-    places: FloatArray, values: FloatArray, errors: FloatArray, seeds: FloatArray, grid: FloatArray
+    places: FloatArray, values: FloatArray, errors: FloatArray, seeds: npt.NDArray[np.intp], grid: FloatArray
 ) -> tuple[FloatArray, float]:
     """Curves on the grid, [draws, points], from the average over all hyperparameters; and the noise."""
     given = bool(np.isfinite(errors).all())
