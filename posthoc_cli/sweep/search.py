@@ -36,8 +36,8 @@ _SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
 """Standard deviation of what is not quadratic; this and the following relative to the spread of the values."""
 _NOISES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
 """Standard deviation of the noise, where no standard errors are given."""
-_OFFSETS = (0.1, 3.0)
-"""Standard deviation of the seeds' offsets, relative to the noise."""
+_OFFSETS = (0.0, 0.1, 1.0)
+"""Standard deviation of what a seed adds to all its trials."""
 _TRENDS = (10.0, 3.0, 3.0)
 """Prior standard deviations of the quadratic's coefficients."""
 _DRAWS, _MIXED = 1024, 32
@@ -181,7 +181,8 @@ def _draw(
 
     within = np.stack([
         covariance(length, size)[:count]
-        + noise**2 * np.outer(own, own) * (np.eye(count) + offset**2 * same_seed)
+        + np.diag((noise * own) ** 2)
+        + offset**2 * same_seed
         for length, size, noise, offset in options
     ])  # fmt: skip
     factors = np.linalg.cholesky(within)
@@ -203,8 +204,9 @@ def _draw(
         # A draw before the measurements, moved by what they say to one after them (Matheron's rule).
         curves = size * roots[length] @ random.standard_normal((len(both), shape))
         curves += trends @ random.standard_normal((3, shape))
-        chance = random.standard_normal((count, shape)) + offset * random.standard_normal((count, shape))[seeds]
-        missing = values[:, None] - curves[:count] - noise * own[:, None] * chance
+        chance = noise * own[:, None] * random.standard_normal((count, shape))
+        chance += offset * random.standard_normal((count, shape))[seeds]
+        missing = values[:, None] - curves[:count] - chance
         moved = covariance(length, size)[count:] @ np.linalg.solve(within[index], missing)
         draws.append((curves[count:] + moved).T)
     levels = np.array([noise for _, _, noise, _ in options])
