@@ -35,6 +35,7 @@ from posthoc_cli.cli import (
     plan,
     profile,
     prune,
+    report,
     sweep,
     synthesize,
     verify,
@@ -124,7 +125,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (synthesize, sweep, error_plot, info, verify, export, plan, prune, profile, demo, guide):
+for _module in (synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, demo, guide):
     # The function of a command has the name of its file.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])
     app.command(cls=_Command, epilog=_module.EPILOG)(_function)
