@@ -210,16 +210,15 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> _Picture | None:
 
 
 def _commands(run: Run, found: dict[str, Any] | None, sweep: Path | None) -> list[str]:
-    if found is None:
-        return [
-            shlex.join(["ema", "synthesize", str(run.directory), "--sigma-rel", "0.1", "--out", "model.safetensors"])
-        ]
-    option = f"--{found['axis'].replace('_', '-')}"
+    kind, best = ("sigma_rel", 0.1) if found is None else (found["axis"], found["best"][found["axis"]])
+    option = f"--{kind.replace('_', '-')}"
+    make = ["ema", "synthesize", str(run.directory), option, f"{best:.12g}", "--out", "model.safetensors"]
+    if found is None or found["settings"]["command"] is None:
+        return [shlex.join(make)]
     metric = [word for key, value in found["settings"]["metric"].items() if value for word in (_OPTIONS[key], value)]
-    words = ["ema", "sweep", str(run.directory), "--run", found["settings"]["command"], *metric]
-    words += ["--minimize" if found["minimize"] else "--maximize", "--out", str(sweep)]
-    best = ["ema", "synthesize", str(run.directory), option, f"{found['best'][found['axis']]:.12g}"]
-    return [shlex.join(words), shlex.join([*best, "--out", "model.safetensors"])]
+    again = ["ema", "sweep", str(run.directory), "--run", found["settings"]["command"], *metric]
+    again += ["--minimize" if found["minimize"] else "--maximize", "--out", str(sweep)]
+    return [shlex.join(again), shlex.join(make)]
 
 
 _OPTIONS = {"name": "--metric", "json": "--json", "csv": "--csv"}

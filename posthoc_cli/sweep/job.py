@@ -8,6 +8,7 @@ import logging
 import math
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -134,6 +135,12 @@ class SweepReport:
     def value_of(self, x: float) -> float:
         """A searched parameter as a user writes it."""
         return self.axis.value(x)
+
+    def write(self, folder: Path) -> None:
+        """Write it to a folder, as a page takes it; a WriteError."""
+        with files.reported_as_write_error(folder):
+            files.make_directory(folder)
+        files.write_whole(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -334,7 +341,7 @@ class Sweep:
             progress=self.progress,
         )  # fmt: skip
         report = SweepReport(**{**vars(report), "outputs": (best,)})
-        files.write_whole(self.out / RESULT, f"{json.dumps(report.to_dict(), indent=1)}\n".encode(), overwrite=True)
+        report.write(self.out)
         return report
 
     def _checked_words(self) -> list[str]:
@@ -508,20 +515,23 @@ def sweep(
 
     def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
         for value, seed in wanted:
+            started = time.perf_counter()
             if model is None:
                 weights = tracker.state_dict(sigma_rel=value)
-                yield record(value, seed, metric(weights), weights.predicted_error)
+                yield record(value, seed, metric(weights), weights.predicted_error, started)
             else:
                 with tracker.model(model, sigma_rel=value) as averaged:
-                    yield record(value, seed, metric(averaged), None)
+                    yield record(value, seed, metric(averaged), None, started)
 
-    def record(value: float, seed: int, found: Any, predicted: float | None) -> Record:
+    def record(value: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
         measured, error = found if isinstance(found, tuple) else (found, None)
         measured = float(measured)
         wrong = None if math.isfinite(measured) else f"its metric is {measured}"
-        return Record(
-            axis.target(value).title, value, seed, None if wrong else measured, error, predicted, 0.0, wrong, ""
-        )
+        seconds = time.perf_counter() - started
+        valid = None if wrong else measured
+        return Record(axis.target(value).title, value, seed, valid, error, predicted, seconds, wrong, "")
 
     trials, found, why = explore(axis, measure, (), minimize, budget, repeats, again=repeats > 1)
-    return SweepReport(name, minimize, axis, tuple(trials), found, why)
+    newest = tracker.run.snapshots[-1].info
+    settings = {"run": newest.run_id, "t": newest.t, "command": None}
+    return SweepReport(name, minimize, axis, tuple(trials), found, why, settings=settings)
