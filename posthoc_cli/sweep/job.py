@@ -136,8 +136,9 @@ class SweepReport:
         """A searched parameter as a user writes it."""
         return self.axis.value(x)
 
-    def write(self, folder: Path) -> None:
+    def write(self, folder: str | Path) -> None:
         """Write it to a folder, as a page takes it; a WriteError."""
+        folder = files.expanded(folder)
         with files.reported_as_write_error(folder):
             files.make_directory(folder)
         files.write_whole(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
