@@ -57,6 +57,7 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_update.py --busy
 	$(BIN)/python scripts/bench_planning.py
 	$(BIN)/python scripts/bench_load.py
+	$(BIN)/python scripts/bench_sweep.py
 
 torture: $(READY)
 	$(BIN)/python scripts/torture.py

@@ -11,6 +11,7 @@ import bench_batch_norm
 import bench_fidelity
 import bench_load
 import bench_planning
+import bench_sweep
 import bench_synthesis
 import bench_update
 import compare_peers
@@ -75,6 +76,11 @@ def test_bench_planning(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     monkeypatch.setattr(bench_planning, "run", run)
     bench_planning.main(["--quick"])
     assert len(goals(capsys.readouterr().out)) == 4
+
+
+def test_bench_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_sweep.main(["--quick"])
+    assert len(re.findall(r"^ +12 +0\.\d", capsys.readouterr().out, re.MULTILINE)) == 4
 
 
 def test_bench_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

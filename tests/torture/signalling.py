@@ -33,6 +33,7 @@ COMMANDS = (
     "export OLD --out OUT/exported.safetensors --dtype float16",
     "export OLD --out SHARDS --max-shard-size 90KB --force",
     "error-plot RUN --out OUT/error.png",
+    "report RUN --out OUT/report.html",
     "info RUN",
     "plan --steps 1000 --params 1e6 --max-size 50MB --out OUT/plan.png",
     "prune RUN --keep 3 --yes",
