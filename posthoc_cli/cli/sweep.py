@@ -15,10 +15,7 @@ if TYPE_CHECKING:
     from posthoc_cli.sweep import Axis, SweepReport
     from posthoc_cli.sweep.records import Record
 
-EPILOG = (
-    "Example:  ema sweep run/ema --run 'python eval.py --weights {weights}' --metric loss --minimize   or   "
-    "ema sweep run/ema --run 'lm_eval ... --output_path {dir}' --json results.hellaswag.acc_norm,none --maximize"
-)
+EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
 
 
 def sweep(
