@@ -62,6 +62,7 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_planning.py
 	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_sharded.py
+	$(BIN)/python scripts/bench_sweep.py
 
 integrations: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" \

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.2.0"
 
 if TYPE_CHECKING:
-    from posthoc_cli import averages, errors
+    from posthoc_cli import averages, errors, sweep
     from posthoc_cli.errors import PostHocError
     from posthoc_cli.export.convert import export_file
     from posthoc_cli.planning import Schedule, error_curve
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Beta", "Between", "PostHocEMA", "PostHocError", "PowerFunction", "Run", "Schedule", "Window", "averages",
     "disk_sources", "error_curve", "errors", "export_file", "gamma_from_sigma_rel", "plan_synthesis", "reconstruct",
-    "sigma_rel_from_gamma", "synthesize",
+    "sigma_rel_from_gamma", "sweep", "synthesize",
 ]  # fmt: skip
 
 _HOMES = {

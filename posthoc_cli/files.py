@@ -46,6 +46,10 @@ class FileSystem:
         # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
         return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
 
+    def open_append(self, path: Path) -> int:
+        """A descriptor, for reading and for writing at the end, of a file that is made where there is none."""
+        return os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+
     def read(self, descriptor: int, view: memoryview, offset: int) -> int:
         """Fill the beginning of `view` from `offset` on; returns how many bytes, 0 at the end of the file."""
         return os.preadv(descriptor, [view], offset)

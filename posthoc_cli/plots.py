@@ -85,8 +85,10 @@ def error_figure(curves: Sequence[ErrorCurve], fits: Sequence[ProfileFit] = (), 
     return figure
 
 
-def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
+def as_file(draw: Callable[[], Figure], suffix: str, text: bool = False) -> bytes:
     """A drawing as the content of a `.png`, `.svg` or `.pdf` file; reproducible byte for byte.
+
+    Text in SVG is drawn as paths, so that it looks the same everywhere, unless it shall stay `text`.
 
     Ignores matplotlibrc files: one in the working directory may be from another user and enable LaTeX, which runs
     programs.
@@ -95,6 +97,7 @@ def as_file(draw: Callable[[], Figure], suffix: str) -> bytes:
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
         matplotlib.rcParams["svg.hashsalt"] = "ema"
+        matplotlib.rcParams["svg.fonttype"] = "none" if text else "path"
         draw().savefig(stream, format=suffix.removeprefix("."), metadata=_METADATA[suffix])
     return stream.getvalue()
 
@@ -132,6 +135,76 @@ def loss_figure(
     axes.margins(y=0.1)
     _finish(axes, title="bars, band: standard error of\nthe distance to the best")
     return figure
+
+
+def sweep_figure(
+    widths: FloatArray, means: FloatArray, errors: FloatArray, points: Sequence[tuple[float, float, float]],
+    best: float, flat: tuple[float, float], raw: float | None, words: tuple[str, str],
+) -> Figure:  # fmt: skip
+    """A metric against the length of the average, on a logarithmic axis, with what was measured.
+
+    Arguments:
+        widths, means, errors: the estimated curve and its standard error, shape [points].
+        points: length, value and standard error of each measurement; nan where none is known.
+        best: the best length; `flat` the ends of the range that is equal to it within the noise.
+        raw: the metric of the raw weights.
+        words: names of the length and of the metric.
+    """
+    figure = _figure(_WIDTH, 4.2)
+    axes = figure.add_subplot()
+    axes.axvspan(
+        *flat, color=COLOURS[2], alpha=0.15, linewidth=0, label=f"equal within the noise: {flat[0]:g} to {flat[1]:g}"
+    )
+    axes.fill_between(widths, means - 2 * errors, means + 2 * errors, color=COLOURS[0], alpha=0.2, linewidth=0)
+    axes.plot(widths, means, color=COLOURS[0], linewidth=1.6, label="estimate, band: two standard errors")
+    lengths, values, noise = np.array(points, float).reshape(-1, 3).T
+    axes.errorbar(
+        lengths, values, np.nan_to_num(noise), color=COLOURS[4], marker="o", markersize=4, linestyle="none", capsize=3,
+        label="measured",
+    )  # fmt: skip
+    axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
+    if raw is not None:
+        axes.axhline(raw, color=COLOURS[1], linestyle="--", linewidth=1.6, label=f"raw weights: {raw:.5g}")
+    axes.set_xscale("log")
+    ticks = np.geomspace(float(widths[0]), float(widths[-1]), 6)
+    axes.set_xticks(ticks, [f"{tick:.3g}" for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    low, high = float(np.min(values)), float(np.max(values))
+    axes.set_ylim(low - 0.15 * (high - low or 1), high + 0.15 * (high - low or 1))
+    axes.set_xlabel(_plain(words[0]))
+    axes.set_ylabel(_plain(words[1]))
+    _finish(axes)
+    return figure
+
+
+def steps_figure(edges: FloatArray, levels: dict[str, FloatArray], words: tuple[str, str], stairs: bool) -> Figure:
+    """Values over training time: constant between edges, shape [K + 1] and [K] each, or at the edges, [K + 1]."""
+    figure = _figure(_WIDTH, 3.2)
+    axes = figure.add_subplot()
+    for index, (name, values) in enumerate(levels.items()):
+        colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+        if stairs:
+            axes.stairs(values, edges, baseline=None, color=colour, linestyle=style, linewidth=1.6, label=_plain(name))
+        else:
+            axes.plot(edges, values, color=colour, linestyle=style, linewidth=1.6, label=_plain(name))
+    axes.set_yscale("log")
+    axes.set_xlabel(f"training time ({_plain(words[0])})")
+    axes.set_ylabel(_plain(words[1]))
+    _finish(axes)
+    return figure
+
+
+def frame(figure: Figure) -> dict[str, object]:
+    """Where the first axes of a figure are, from its left and its top as fractions, and the values at their ends."""
+    figure.draw_without_rendering()
+    axes = figure.axes[0]
+    box = axes.get_position()
+    return {
+        "box": [box.x0, 1 - box.y1, box.x1, 1 - box.y0],
+        "x": [float(end) for end in axes.get_xlim()],
+        "y": [float(end) for end in axes.get_ylim()],
+        "log": [axes.get_xscale() == "log", axes.get_yscale() == "log"],
+    }
 
 
 # --- error curves

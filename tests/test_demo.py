@@ -44,6 +44,9 @@ def test_a_demo_makes_snapshots_averages_and_pictures_and_marks_the_lowest_loss(
     for name in ("loss.png", "error.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")
         assert name in printed.partition("done in")[2]
+    result = json.loads((out / "sweep" / "sweep.json").read_text())
+    assert len(result["trials"]) <= 10
+    assert f"Best: {result['best']['target']}" in (out / "report.html").read_text()
     weights = torch.load(out / "best.pt", weights_only=True)
     assert training.make_denoiser(seed=1).load_state_dict(weights)
     rows = re.findall(r"^ *(raw weights|0\.\d+) +(0\.\d{5}) +([+-].*?%)?.*?(<- best)?$", printed, re.MULTILINE)
@@ -56,7 +59,9 @@ def test_every_command_that_a_demo_prints_can_be_repeated(demo: tuple[Path, str]
     """And those that it suggests to try next work."""
     base, printed = demo
     commands = re.findall(r"^\$ (ema .*)$", printed, re.MULTILINE)
-    assert [shlex.split(command)[1] for command in commands] == ["info", "error-plot", "synthesize", "export"]
+    assert [shlex.split(command)[1] for command in commands] == [
+        "info", "error-plot", "synthesize", "export", "report",
+    ]  # fmt: skip
     suggested = re.findall(r"^  (ema .*)$", printed.partition("and try:")[2], re.MULTILINE)
     assert len(suggested) == 3
     average = Folder(base / "ema-demo").average(0.1)

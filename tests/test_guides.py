@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import socket
 import sys
@@ -28,6 +29,14 @@ GUIDES = sorted((PACKAGE / "guides").glob("*.md"))
 PAGES = pytest.mark.parametrize("page", [README, *GUIDES], ids=lambda page: page.stem)
 
 
+EVALUATION = """
+import json, os, sys
+size = os.path.getsize(sys.argv[sys.argv.index("--weights") + 1])
+print(json.dumps({"loss": size, "loss_stderr": 1.0}))
+"""
+"""Instead of one that loads a model, which takes a while."""
+
+
 def code_blocks(page: Path) -> list[tuple[str, str]]:
     """Language and text of the blocks that are to be run, in order."""
     return re.findall(r"^```(python|console)\n(.*?)^```$", page.read_text(), re.DOTALL | re.MULTILINE)
@@ -35,7 +44,7 @@ def code_blocks(page: Path) -> list[tuple[str, str]]:
 
 def commands(block: str) -> list[list[str]]:
     """Arguments of each `$ ema ...` line."""
-    return [line.split() for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", block, re.MULTILINE)]
+    return [shlex.split(line) for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", block, re.MULTILINE)]
 
 
 def make_model() -> torch.nn.Module:
@@ -78,9 +87,10 @@ def names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 @pytest.fixture
 def folder(names: dict[str, Any], finished_run: Path, tmp_path: Path) -> Path:
-    """What a page's commands find: a finished run, a profile, a model, and an average of a part of it."""
+    """What a page's commands find: a finished run, a profile, an evaluation, a model, an average of a part of it."""
     shutil.copytree(finished_run, tmp_path / "run/ema")
     (tmp_path / "shape.csv").write_text("time,density\n0,0\n50000,1\n100000,0\n")
+    (tmp_path / "eval.py").write_text(EVALUATION)
     weights = names["model"].state_dict()
     save_file(weights, tmp_path / "full.safetensors")
     save_file({"0.weight": weights["0.weight"]}, tmp_path / "decoder.safetensors")

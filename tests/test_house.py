@@ -20,9 +20,12 @@ PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
     "errors", "files", "progress", "dtypes", "threads", "profiles", "targets", "reconstruction", "planning",
     "snapshots", "synthesis", "export", "plots", "run", "tracker", "averages", "interop", "integrations", "sweep",
-    "demo", "cli",
+    "report", "demo", "cli",
 )  # fmt: skip
-COMMANDS = {"synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo", "guide", "help"}
+COMMANDS = {
+    "synthesize", "sweep", "report", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo",
+    "guide", "help",
+}  # fmt: skip
 
 
 MODULES = pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
@@ -36,7 +39,7 @@ def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
         "Beta", "Between", "PostHocEMA", "PostHocError", "PowerFunction", "Run", "Schedule", "Window", "averages",
         "disk_sources", "error_curve", "errors", "export_file", "gamma_from_sigma_rel", "plan_synthesis", "reconstruct",
-        "sigma_rel_from_gamma", "synthesize",
+        "sigma_rel_from_gamma", "sweep", "synthesize",
     ]  # fmt: skip
     for name in posthoc_cli.__all__:
         assert getattr(posthoc_cli, name).__name__.removeprefix("posthoc_cli.") == name

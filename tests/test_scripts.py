@@ -13,6 +13,7 @@ import bench_fidelity
 import bench_load
 import bench_planning
 import bench_sharded
+import bench_sweep
 import bench_synthesis
 import bench_update
 import compare_peers
@@ -90,6 +91,11 @@ def test_bench_sharded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.M
     assert [row.split("|")[-2].strip() for row in out.splitlines() if row.startswith(("| one", "| each"))] == ["0", "0"]
     assert len(goals(out)) == 4
     assert not list(tmp_path.iterdir())
+
+
+def test_bench_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    bench_sweep.main(["--quick"])
+    assert len(re.findall(r"^ +12 +0\.\d", capsys.readouterr().out, re.MULTILINE)) == 4
 
 
 def test_bench_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

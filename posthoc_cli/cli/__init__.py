@@ -25,7 +25,21 @@ from typer import Argument, Option
 
 import posthoc_cli
 from posthoc_cli import files
-from posthoc_cli.cli import demo, error_plot, export, guide, info, output, plan, profile, prune, synthesize, verify
+from posthoc_cli.cli import (
+    demo,
+    error_plot,
+    export,
+    guide,
+    info,
+    output,
+    plan,
+    profile,
+    prune,
+    report,
+    sweep,
+    synthesize,
+    verify,
+)
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
@@ -111,7 +125,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo, guide):
+for _module in (synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, demo, guide):
     # The function of a command has the name of its file.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])
     app.command(cls=_Command, epilog=_module.EPILOG)(_function)

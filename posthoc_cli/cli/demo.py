@@ -50,12 +50,19 @@ def _print(result: Result) -> None:
     rows = [[f"{c.sigma_rel:g}", f"{c.relative_error:.1e}", f"{c.raw_distance:.1e}"] for c in result.checks]
     output.print_table(["sigma_rel", "synthesized", "raw weights"], rows)
     print_line("relative L2 distance over all parameters; storing snapshots in float16 alone makes about 2e-4 of it")
+    found = result.sweep.found
+    low, best, high = (result.sweep.value_of(x) for x in (found.low, found.best, found.high))
+    count = output.counted(len(result.sweep.trials), "length")
+    print_line()
+    print_line(
+        f"a search finds sigma_rel {best:g} with {count} measured; {low:g} to {high:g} are equal within the noise"
+    )
     folder = result.folder
     mine, plan = folder.root / "mine.safetensors", folder.root / "plan.png"
     print_line()
     print_line(f"done in {result.seconds:.0f} s; in {folder.root}:")
     print_line(f"  {', '.join(path.name + '/' * path.is_dir() for path in sorted(folder.root.iterdir()))}")
-    print_line("look at the pictures, and try:")
+    print_line("open report.html, look at the pictures, and try:")
     for command in (
         ["synthesize", folder.snapshots, "--sigma-rel", "0.13", "--out", mine],
         ["info", folder.average(result.best.sigma_rel)],

@@ -21,6 +21,7 @@ from posthoc_cli import files, plots
 from posthoc_cli.demo.training import UPDATE_EVERY, Denoiser, Digits, Settings, Validation, load_digits, train
 from posthoc_cli.errors import InvalidValueError, OutputExistsError, PostHocError
 from posthoc_cli.progress import ProgressBar
+from posthoc_cli.sweep import SweepReport, sweep
 
 Say = Callable[[str], None]
 """Prints a line."""
@@ -70,6 +71,7 @@ class Result:
     raw: Measured
     averages: list[Measured]
     checks: list[DirectCheck]
+    sweep: SweepReport
     commands: list[str]
     seconds: float
 
@@ -88,6 +90,7 @@ class Result:
             "raw": vars(self.raw),
             "averages": [vars(measured) for measured in self.averages],
             "best": self.best.sigma_rel,
+            "sweep": self.sweep.to_dict()["best"],
             "tracked": [vars(check) for check in self.checks],
             "commands": self.commands,
             "files": [str(path) for path in sorted(self.folder.root.iterdir())],
@@ -120,16 +123,25 @@ def run(out: Path, steps: int, force: bool, say: Say, watch: ProgressBar) -> Res
         say(f"measuring the validation loss of {len(SIGMA_RELS)} averages and of the raw weights")
         weights = {sigma_rel: load_file(folder.average(sigma_rel)) for sigma_rel in SIGMA_RELS}
         last = load_file(folder.raw)
-        raw, averages = measure(Validation(digits.validation, seed=0), model, last, weights)
+        validation = Validation(digits.validation, seed=0)
+        raw, averages = measure(validation, model, last, weights)
         best = min(averages, key=lambda measured: measured.loss)
         commands.run("export", folder.average(best.sigma_rel), "--out", folder.best, "--force")
         _draw(folder, raw, averages)
         checks = [compare(width, weights[width], load_file(folder.tracked(width)), last) for width in DIRECT_SIGMA_RELS]
+        say("")
+        say("searching the best length with fewer measurements, as `ema sweep` does with a command of yours")
+        swept = sweep(
+            folder.snapshots, lambda averaged: float(validation(averaged).mean()), model=model, low=SIGMA_RELS[0],
+            high=SIGMA_RELS[-1], budget=10, name="validation loss",
+        )  # fmt: skip
+        swept.write(folder.sweep)
+        commands.run("report", folder.snapshots, "--sweep", folder.sweep, "--out", folder.page, "--force")
     finally:
         torch.set_num_threads(threads)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     seconds = time.perf_counter() - started
-    return Result(folder, settings, parameters, raw, averages, checks, commands.lines, seconds)
+    return Result(folder, settings, parameters, raw, averages, checks, swept, commands.lines, seconds)
 
 
 def _train(settings: Settings, digits: Digits, folder: Folder, say: Say, watch: ProgressBar) -> Denoiser:
@@ -220,13 +232,15 @@ averages/         averages of many lengths, synthesized from the snapshots after
 tracked/          averages of a few lengths, tracked during training in float64, to compare with
 raw.safetensors   the weights as the last step of training left them
 best.pt           the best average, as a state dict for torch.load
+sweep/            what a search of the best length has measured
+report.html       a page about all of it
 *.png             pictures
 
 `ema demo --force` removes these files and makes them again. It leaves other files alone.
 """
 _MADE = (
     "snapshots/*.safetensors", "snapshots/.ema*", "averages/sigma_rel-*.safetensors", "tracked/sigma_rel-*.safetensors",
-    "raw.safetensors", "best.pt", "loss.png", "error.png",
+    "raw.safetensors", "best.pt", "loss.png", "error.png", "report.html", "sweep/sweep.json",
 )  # fmt: skip
 
 
@@ -236,6 +250,7 @@ class Folder:
     def __init__(self, root: Path) -> None:
         self.root, self.snapshots, self.averages = root, root / "snapshots", root / "averages"
         self.raw, self.best = root / "raw.safetensors", root / "best.pt"
+        self.sweep, self.page = root / "sweep", root / "report.html"
         self.loss_picture, self.error_picture = root / "loss.png", root / "error.png"
 
     def average(self, sigma_rel: float) -> Path:
@@ -258,7 +273,7 @@ class Folder:
                 raise OutputExistsError(self.root, "is not empty, and no earlier demo made it", "name another folder")
             if not force:
                 raise OutputExistsError(self.root, "holds an earlier demo", "name another folder, or force=True")
-        for folder in (self.snapshots, self.averages, self.root / "tracked"):
+        for folder in (self.snapshots, self.averages, self.root / "tracked", self.sweep):
             if folder.is_symlink():
                 raise OutputExistsError(folder, "is a symbolic link, and no demo made it", "remove it")
         with files.reported_as_write_error(self.root):

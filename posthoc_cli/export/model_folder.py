@@ -23,8 +23,8 @@ from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
 from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, OutputExistsError
 from posthoc_cli.export.outputs import check_space
-from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec
-from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files, output_metadata
+from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
+from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.reader import TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter

@@ -113,6 +113,7 @@ def _experiment(name: str, function: str, most: int, share: float) -> Experiment
 
 PROCESSES = (
     _experiment("trainings killed and resumed by their own script", "killing killed_trainings", 1_000, 0.02),
+    _experiment("sweeps killed and continued by the same call", "sweeping killed_sweeps", 50, 0.06),
     _experiment("every command stopped at a random moment", "signalling signalled_commands", 600, 0.01),
 )
 CONCURRENCY = (

@@ -1,0 +1,243 @@
+"""A page about a run, and about a sweep of its averages: one HTML file that needs nothing else."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import re
+import shlex
+import urllib.parse
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from posthoc_cli import plots
+from posthoc_cli.errors import FileFormatError, MismatchError
+from posthoc_cli.planning import ErrorCurve, error_curve
+from posthoc_cli.planning.curves import finite
+from posthoc_cli.profiles import FloatArray
+from posthoc_cli.reconstruction import Motion
+from posthoc_cli.run import Run
+from posthoc_cli.snapshots.reader import Snapshot, read_small_file
+from posthoc_cli.sweep.job import RAW, RESULT
+
+_MOST_BYTES = 50_000_000
+_THEME = {"#ffffff": "var(--page)", "#000000": "currentColor", "#e6e6e6": "var(--grid)", "#595959": "var(--muted)"}
+"""Colours of the figures that follow the page's."""
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """A figure as SVG, and the curve whose values a reader can point at, as JSON."""
+
+    svg: Markup
+    curve: str
+
+
+def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html")) -> str:
+    """The page, as HTML.
+
+    Arguments:
+        run: the snapshots.
+        sweep: the folder of a sweep of it.
+        out: where the page will be, for links to logs.
+
+    Raises:
+        FileFormatError, MismatchError: the sweep cannot be read, or is of another run.
+        DirectoryError: there are no snapshots.
+    """
+    snapshots, info = run.snapshots, run.info()
+    found = None if sweep is None else _read_sweep(sweep, info)
+    candidate = run.candidate()
+    curve = error_curve(candidate)
+    script = _template("page.js").render()
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return _template("page.html").render(
+        run=run.directory,
+        info=info,
+        facts=_facts(info),
+        sweep=found,
+        swept=None if found is None else _sweep_picture(found),
+        logs=None if sweep is None else _link(sweep, out),
+        error=_error_picture(curve),
+        good=curve.ranges_text(plots.GOOD_ERROR),
+        motion=None if candidate.prior is None else _motion(candidate.prior.motion, info["t_unit"]),
+        distance=_distance(snapshots, info["t_unit"]),
+        commands=_commands(run, found, sweep),
+        versions=_versions(),
+        script=Markup(script),
+        digest=digest,
+    )
+
+
+def _template(name: str) -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(autoescape=name.endswith(".html"), loader=loader, undefined=jinja2.StrictUndefined)
+    environment.filters["size"] = _size
+    environment.filters["number"] = lambda value: "–" if value is None else f"{value:.6g}"
+    return environment.get_template(name)
+
+
+def _read_sweep(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
+    path = folder / RESULT
+    try:
+        found = json.loads(read_small_file(path, _MOST_BYTES))
+        run = found["settings"]["run"]
+        # All that the page uses.
+        _sweep_picture(found)
+    except FileFormatError:
+        raise
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
+        raise FileFormatError(path, "is no result of a sweep") from error
+    if run != info["run"]:
+        raise MismatchError(path, f"is of another run: {str(run)[:8]} and {str(info['run'])[:8]}")
+    return dict(found)
+
+
+def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
+    schedule = info["schedule"]
+    most = schedule["max_checkpoints"]
+    return [
+        ("run", str(info["run"])),
+        ("training time", f"{info['t']:,.12g} {info['t_unit']}, {info['step']:,} steps"),
+        ("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in info["profiles"])),
+        (
+            "schedule",
+            f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
+            + ("" if most is None else f", at most {most:,} of each average"),
+        ),
+        ("snapshots", f"{info['snapshots']:,}, {_size(info['bytes'])}"),
+        ("model", f"{info['parameters']:,} parameters in {info['tensors']:,} tensors"),
+        ("stored as", ", ".join(f"{dtype} ({count:,})" for dtype, count in info["dtypes"].items())),
+        ("not tracked", ", ".join(info["left_out"][:20]) or "nothing"),
+    ]
+
+
+# --- figures -----------------------------------------------------------------------------------------
+
+
+def _picture(draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None]) -> _Picture:
+    """A figure whose text is text, and whose colours follow the page's."""
+    frames: list[dict[str, object]] = []
+
+    def drawn() -> Figure:
+        figure = draw()
+        frames.append(plots.frame(figure))
+        return figure
+
+    svg = plots.as_file(drawn, ".svg", text=True).decode()
+    svg = svg[svg.index("<svg") :]
+    for colour, own in _THEME.items():
+        svg = svg.replace(colour, own)
+    # Several figures are in one page.
+    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', rf'<svg \1 role="img" aria-label="{name}">', svg, count=1)
+    points = {"xs": list(x), "ys": list(y), **frames[0]}
+    return _Picture(Markup(svg), json.dumps(points))
+
+
+def _sweep_picture(found: dict[str, Any]) -> _Picture:
+    def shown(value: float) -> float:
+        return 1 / (1 - value) if found["axis"] == "beta" else float(value)
+
+    xs = np.array([shown(point["x"]) for point in found["curve"]])
+    means, errors = (np.array([point[key] for point in found["curve"]], float) for key in ("mean", "standard_error"))
+    points = [
+        (shown(trial["x"]), trial["value"], math.nan if trial["standard_error"] is None else trial["standard_error"])
+        for trial in found["trials"]
+        if trial["value"] is not None and trial["target"] != RAW
+    ]
+    flat = tuple(map(shown, found["equal_within_noise"]))
+    word = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
+    draw = partial(
+        plots.sweep_figure, xs, means, errors, points, shown(found["best"][found["axis"]]), (flat[0], flat[1]),
+        found["raw"], (word, found["metric"]),
+    )  # fmt: skip
+    return _picture(draw, "sweep", xs.tolist(), means.tolist())
+
+
+def _error_picture(curve: ErrorCurve) -> _Picture:
+    ys = [finite(error) for error in curve.error.tolist()]
+    return _picture(partial(plots.error_figure, [curve]), "error", curve.sigma_rels.tolist(), ys)
+
+
+def _motion(motion: Motion, unit: str) -> tuple[_Picture, str] | None:
+    """How fast the network moved, and that in words; None where it was not measured."""
+    edges, known = motion.edges, motion.walk > 0
+    if np.count_nonzero(known) < 2:
+        return None
+    levels = {"v: variance of the steps": np.where(known, motion.walk, np.nan)}
+    draw = partial(plots.steps_figure, edges, levels, (unit, "squared distance a step"), True)
+    walk = motion.walk[known]
+    picture = _picture(draw, "motion", ((edges[1:] + edges[:-1]) / 2)[known].tolist(), walk.tolist())
+    ratio = walk[0] / walk[-1]
+    if 0.5 < ratio < 2:
+        return picture, "The network moved about as fast at the end as at the beginning."
+    first, second = ("beginning", "end") if ratio > 1 else ("end", "beginning")
+    return picture, f"v is {max(ratio, 1 / ratio):,.2g} times as large at the {first} as at the {second}."
+
+
+def _distance(snapshots: Sequence[Snapshot], unit: str) -> _Picture | None:
+    """The distance of the network's weights to each tracked average, relative to its norm."""
+    times = sorted({snapshot.info.t for snapshot in snapshots})
+    levels: dict[str, FloatArray] = {}
+    for snapshot in snapshots:
+        measured = snapshot.info.measurements
+        if measured is not None and measured.weights and measured.norm:
+            name = f"sigma_rel {snapshot.info.sigma_rel:g}"
+            own = levels.setdefault(name, np.full(len(times), np.nan))
+            own[times.index(snapshot.info.t)] = math.sqrt(measured.weights / measured.norm)
+    if not levels or len(times) < 2:
+        return None
+    draw = partial(plots.steps_figure, np.array(times), levels, (unit, "distance / norm"), False)
+    first = next(iter(levels.values()))
+    return _picture(draw, "distance", times, [finite(value) for value in first.tolist()])
+
+
+# --- text --------------------------------------------------------------------------------------------
+
+
+def _commands(run: Run, found: dict[str, Any] | None, sweep: Path | None) -> list[str]:
+    kind, best = ("sigma_rel", 0.1) if found is None else (found["axis"], found["best"][found["axis"]])
+    option = f"--{kind.replace('_', '-')}"
+    make = ["ema", "synthesize", str(run.directory), option, f"{best:.12g}", "--out", "model.safetensors"]
+    if found is None or found["settings"]["command"] is None:
+        return [shlex.join(make)]
+    metric = [word for key, value in found["settings"]["metric"].items() if value for word in (_OPTIONS[key], value)]
+    again = ["ema", "sweep", str(run.directory), "--run", found["settings"]["command"], *metric]
+    again += ["--minimize" if found["minimize"] else "--maximize", "--out", str(sweep)]
+    return [shlex.join(again), shlex.join(make)]
+
+
+_OPTIONS = {"name": "--metric", "json": "--json", "csv": "--csv"}
+
+
+def _link(sweep: Path, out: Path) -> str:
+    """The folder of the sweep as a link from the page."""
+    return urllib.parse.quote(os.path.relpath(sweep.resolve(), out.resolve().parent))
+
+
+def _versions() -> list[tuple[str, str]]:
+    names = ("posthoc-cli", "torch", "numpy", "safetensors")
+    return [("Python", platform.python_version()), *((name, importlib.metadata.version(name)) for name in names)]
+
+
+def _size(nbytes: float) -> str:
+    unit = "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if nbytes < 1000 or unit == "TB":
+            break
+        nbytes /= 1000
+    return f"{nbytes:.3g} {unit}"

@@ -1,0 +1,218 @@
+"""Where the best length is, from few noisy measurements, and where to measure next. Pure: trials in, numbers out.
+
+A metric is modelled as a quadratic of x, the logarithm of the length scaled to [0, 1], plus a Gaussian process with a
+Matern 5/2 kernel for what is not quadratic, plus an offset for each seed, plus noise. (Rasmussen and Williams, Gaussian
+Processes for Machine Learning, 2006: sections 2.7 and 4.2.) The hyperparameters are not fitted but averaged over a
+grid, each by its likelihood: with seven points many of them explain the data, and one alone would state too narrow a
+range. All that is reported is taken over curves drawn from the model.
+
+There is no state but the trials, so that a search goes on from a list of them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from posthoc_cli.profiles import FloatArray
+
+POINTS = 101
+"""Of the grid over the range, on which curves are drawn."""
+
+FIRST, NEXT = 6, 4
+"""Candidates of the first batch, which are spread evenly, and of each further one."""
+
+CONFIDENCE = 0.95
+"""That the best length lies in the stated range."""
+
+_LENGTHS = (0.1, 0.2, 0.4, 0.8)
+"""Of the kernel, as a fraction of the range."""
+_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
+"""Standard deviation of what is not quadratic; this and the following relative to the spread of the values."""
+_NOISES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
+"""Standard deviation of the noise, where no standard errors are given."""
+_OFFSETS = (0.0, 0.1, 1.0)
+"""Standard deviation of what a seed adds to all its trials."""
+_TRENDS = (10.0, 3.0, 3.0)
+"""Prior standard deviations of the quadratic's coefficients."""
+_DRAWS, _MIXED = 1024, 32
+_LEAST_NOISE = 1e-3
+_SAME = 0.02
+"""Proposals nearer to a measured length than this share of the range repeat it."""
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One measurement of a metric.
+
+    Attributes:
+        x: the searched parameter, such as sigma_rel; above 0.
+        value: of the metric; finite.
+        standard_error: of the value, where the evaluation states one.
+        seed: trials of one seed share what it adds to all of them.
+    """
+
+    x: float
+    value: float
+    standard_error: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What trials say about the best value of a searched parameter.
+
+    Attributes:
+        best: the estimate of the parameter, not that of the lowest measurement.
+        mean, standard_error: the metric there.
+        low, high: the range that holds the best with a probability of CONFIDENCE; all of it is equal within the noise.
+        regret: how much worse than the true best the metric at `best` is expected to be; not negative.
+        noise: standard deviation of one measurement, seeds' offsets aside.
+        xs, curve, errors: the metric over the range, with its standard error; shape [POINTS].
+        optima: where the best may be, sorted; shape [draws].
+    """
+
+    best: float
+    mean: float
+    standard_error: float
+    low: float
+    high: float
+    regret: float
+    noise: float
+    xs: FloatArray
+    curve: FloatArray
+    errors: FloatArray
+    optima: FloatArray
+
+    @property
+    def settled(self) -> bool:
+        """Whether more measurements would hardly lead to a better choice."""
+        return self.regret <= max(self.noise / 4, 0.005 * float(np.ptp(self.curve)))
+
+
+def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = True) -> Estimate:
+    """What three trials or more say about the best parameter in [low, high]."""
+    sign = 1.0 if minimize else -1.0
+    values = sign * np.array([trial.value for trial in trials])
+    centre, scale = float(values.mean()), float(values.std()) or 1.0
+    places = _place(np.array([trial.x for trial in trials]), low, high)
+    errors = np.array([math.nan if t.standard_error is None else t.standard_error / scale for t in trials])
+    _, seeds = np.unique([trial.seed for trial in trials], return_inverse=True)
+    grid = np.linspace(0, 1, POINTS)
+    draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), grid)
+    draws = centre + scale * draws
+    curve, spread = draws.mean(axis=0), draws.std(axis=0)
+    best = int(curve.argmin())
+    optima = np.sort(grid[draws.argmin(axis=1)])
+    tail = (1 - CONFIDENCE) / 2
+    ends = np.quantile(optima, [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
+    widths = low * (high / low) ** np.clip([*ends, *optima], 0, 1)
+    xs = low * (high / low) ** grid
+    return Estimate(
+        best=float(xs[best]),
+        mean=sign * float(curve[best]),
+        standard_error=float(spread[best]),
+        low=min(float(widths[0]), float(xs[best])),
+        high=max(float(widths[1]), float(xs[best])),
+        regret=float((draws[:, best] - draws.min(axis=1)).mean()),
+        noise=scale * noise,
+        xs=xs,
+        curve=sign * curve,
+        errors=spread,
+        optima=widths[2:],
+    )
+
+
+def first_batch(low: float, high: float, count: int = FIRST) -> list[float]:
+    """Parameters spread evenly in the logarithm, both ends included."""
+    return [float(x) for x in np.geomspace(low, high, count)]
+
+
+def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repeat: bool = False) -> list[float]:
+    """Up to `count` parameters to measure next: quantiles of where the best may be.
+
+    With `repeat`, one that is next to a measured parameter is that parameter, to be measured with another seed.
+    """
+    width = math.log(found.xs[-1] / found.xs[0])
+    known = np.array(sorted({trial.x for trial in trials}))
+    wanted: list[float] = []
+    for part in (np.arange(count) + 0.5) / count:
+        x = float(np.quantile(found.optima, part))
+        nearest = float(known[np.argmin(np.abs(np.log(known / x)))])
+        if repeat and abs(math.log(nearest / x)) < _SAME * width:
+            x = nearest
+        wanted.append(x)
+    return list(dict.fromkeys(wanted))
+
+
+def rounded(x: float) -> float:
+    """A parameter with three digits, for names and tables."""
+    return float(f"{x:.3g}")
+
+
+def _place(x: FloatArray, low: float, high: float) -> FloatArray:
+    return np.asarray(np.log(x / low) / math.log(high / low))
+
+
+def _draw(
+    places: FloatArray, values: FloatArray, errors: FloatArray, seeds: npt.NDArray[np.intp], grid: FloatArray
+) -> tuple[FloatArray, float]:
+    """Curves on the grid, [draws, points], from the average over all hyperparameters; and the noise."""
+    given = bool(np.isfinite(errors).all())
+    same_seed = (seeds[:, None] == seeds[None]).astype(float)
+    offsets = _OFFSETS if 1 < len(set(seeds.tolist())) < len(seeds) else _OFFSETS[:1]
+    noises = (1.0,) if given else _NOISES
+    options = list(itertools.product(_LENGTHS, _SIZES, noises, offsets))
+    own = np.maximum(np.where(given, errors, 1.0), _LEAST_NOISE if given else 0.0)
+
+    both = np.concatenate([places, grid])
+    trends = np.vander(2 * both - 1, 3, increasing=True) * _TRENDS
+    kernels = {length: _matern(both, length) for length in _LENGTHS}
+    count = len(values)
+
+    def covariance(length: float, size: float) -> FloatArray:
+        """Of the metric at all places, with the measured ones."""
+        return np.asarray(size**2 * kernels[length][:, :count] + trends @ trends[:count].T)
+
+    within = np.stack([
+        covariance(length, size)[:count]
+        + np.diag((noise * own) ** 2)
+        + offset**2 * same_seed
+        for length, size, noise, offset in options
+    ])  # fmt: skip
+    factors = np.linalg.cholesky(within)
+    whitened = np.linalg.solve(factors, np.broadcast_to(values[:, None], (len(options), count, 1)))[..., 0]
+    logs = -0.5 * (whitened**2).sum(axis=1) - np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(axis=1)
+    weights = np.exp(logs - logs.max())
+    weights /= weights.sum()
+    random = np.random.default_rng(0)
+    # Systematic resampling: each option as often as its weight says, and no more than one off.
+    counts = np.bincount(
+        np.searchsorted(np.cumsum(weights), (np.arange(_MIXED) + random.random()) / _MIXED).clip(max=len(options) - 1),
+        minlength=len(options),
+    )  # fmt: skip
+    roots = {length: np.linalg.cholesky(kernels[length] + 1e-9 * np.eye(len(both))) for length in _LENGTHS}
+    draws = []
+    for index in np.flatnonzero(counts):
+        length, size, noise, offset = options[index]
+        shape = _DRAWS // _MIXED * int(counts[index])
+        # A draw before the measurements, moved by what they say to one after them (Matheron's rule).
+        curves = size * roots[length] @ random.standard_normal((len(both), shape))
+        curves += trends @ random.standard_normal((3, shape))
+        chance = noise * own[:, None] * random.standard_normal((count, shape))
+        chance += offset * random.standard_normal((count, shape))[seeds]
+        missing = values[:, None] - curves[:count] - chance
+        moved = covariance(length, size)[count:] @ np.linalg.solve(within[index], missing)
+        draws.append((curves[count:] + moved).T)
+    levels = np.array([noise for _, _, noise, _ in options])
+    return np.concatenate(draws), float(np.sqrt((own**2).mean()) * (weights * levels).sum())
+
+
+def _matern(x: FloatArray, length: float) -> FloatArray:
+    distance = math.sqrt(5) * np.abs(x[:, None] - x[None]) / length
+    return np.asarray((1 + distance + distance**2 / 3) * np.exp(-distance))

@@ -1,0 +1,186 @@
+"""The page: whole in one file, no request, names do nothing, and what cannot be a sweep is refused."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checking import refused
+from ema_command import Ema
+from factories import random_walk, write_run
+
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.errors import FileFormatError, MismatchError
+from posthoc_cli.report import render
+from posthoc_cli.sweep import Axis, Sweep
+from posthoc_cli.sweep.metrics import Metric
+
+EVIL = "<script>alert(1)</script>\"'&"
+VOID = {"meta", "link", "br", "circle"}
+
+
+class Page(HTMLParser):
+    """The parts of a page that the tests look at."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, Any]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.scripts = ""
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attributes: Any) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: Any) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open and self.open[-1] == "script":
+            self.scripts += data
+        elif "style" not in self.open:
+            self.text += f"{data} "
+
+    def all(self, tag: str) -> list[dict[str, Any]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+
+@pytest.fixture(scope="module")
+def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
+    """A run with a tensor of an evil name, and a sweep whose command and folder have one; one trial has failed."""
+    folder = tmp_path_factory.mktemp("reported")
+    write_run(folder / "run", random_walk(20, {EVIL: (30, 10), "b": (7,)}), range(1, 21))
+    out = folder / "a b<i>"
+    fails = f'echo "{EVIL[:-3]}" >&2; exit 1'
+    command = f"sh -c 'if [ {{sigma_rel}} = 0.05 ]; then {fails}; fi; echo {{sigma_rel}}' {{weights}}"
+    Sweep(Run(folder / "run"), command, Metric(), out, Axis.of_values("sigma_rel", [0.05, 0.1, 0.2, 0.25])).run_all()
+    return Run(folder / "run"), out
+
+
+@pytest.fixture(scope="module")
+def text(swept: tuple[Run, Path]) -> str:
+    """The page, to lie beside the folder of the sweep."""
+    run, out = swept
+    return render(run, out, out.parent / "report.html")
+
+
+def test_a_page_has_the_answer_its_figures_and_every_trial(swept: tuple[Run, Path], text: str) -> None:
+    _, out = swept
+    page = Page(text)
+    result = json.loads((out / "sweep.json").read_text())
+    assert f"Best: {result['best']['target']}" in page.text
+    for words in ("are equal within the noise", "below 1 %", "How the network moved", "nothing wrong"):
+        assert words in page.text
+    assert len(page.all("svg")) == 3
+    assert page.text.count("sigma_rel 0.1 ") >= 1
+    assert "ended with exit code 1" in page.text
+    links = [attributes["href"] for attributes in page.all("a")]
+    assert len(links) == 8
+    assert "a%20b%3Ci%3E/logs/sigma_rel-0.05-seed-0.out" in links
+    assert "ema sweep" in page.text
+    curves = [json.loads(attributes["data-curve"]) for attributes in page.all("figure")]
+    for curve in curves:
+        assert len(curve["xs"]) == len(curve["ys"]) > 1
+        assert 0 <= curve["box"][0] < curve["box"][2] <= 1
+
+
+def test_a_page_asks_for_nothing_and_runs_its_own_script_only(text: str) -> None:
+    page = Page(text)
+    assert not {tag for tag, _ in page.tags} & {
+        "img",
+        "iframe",
+        "object",
+        "embed",
+        "base",
+        "form",
+        "image",
+        "foreignobject",
+    }
+    assert not re.search(r"https?://(?!www\.w3\.org/)", text)
+    assert not re.search(r"@import|url\((?!#)", text)
+    for _, attributes in page.tags:
+        assert not any(name.startswith("on") for name in attributes)
+    digest = base64.b64encode(hashlib.sha256(page.scripts.encode()).digest()).decode()
+    (policy,) = (meta["content"] for meta in page.all("meta") if meta.get("http-equiv"))
+    assert policy == f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    assert len(page.all("script")) == 1
+    assert "alert(1)" in page.text
+    ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    used = re.findall(r'(?:href="#|url\(#)([^")]+)', text)
+    assert set(used) <= set(ids)
+
+
+def test_a_page_needs_no_sweep_and_shows_how_far_the_raw_weights_are(ema: Ema, tmp_path: Path) -> None:
+    model, page = torch.nn.Linear(3, 3), tmp_path / "report.html"
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2) as tracker, torch.no_grad():
+        for _ in range(8):
+            model.weight += torch.randn(3, 3)
+            tracker.update_(model)
+    done = ema("report", tmp_path / "run", "--out", page)
+    assert (done.code, done.out) == (0, f"wrote {page}\n")
+    assert "Distance from the raw weights" in page.read_text()
+    assert "Best:" not in page.read_text()
+    assert ema("report", tmp_path / "run", "--out", page).code == 1
+
+
+def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) -> None:
+    run, _ = swept
+    axis = Axis.of_values("beta", [0.6, 0.8, 0.9])
+    Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "out", axis).run_all()
+    page = render(run, tmp_path / "out", tmp_path / "page.html")
+    assert "Best: beta" in page
+    assert "1 / (1 - beta)" in page
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {"run": 1}, "curve": [{}], "axis": "beta"}', "nan"])
+def test_what_is_no_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, content: str) -> None:
+    path = tmp_path / "sweep.json"
+    path.write_text(content)
+    with refused(str(path), "no result of a sweep", kind=FileFormatError):
+        render(swept[0], tmp_path)
+    path.unlink()
+    with refused(str(path), kind=FileFormatError):
+        render(swept[0], tmp_path)
+
+
+def test_a_sweep_of_another_run_is_refused(swept: tuple[Run, Path], tmp_path: Path) -> None:
+    run, out = swept
+    result = json.loads((out / "sweep.json").read_text())
+    result["settings"]["run"] = "f" * 32
+    (tmp_path / "sweep.json").write_text(json.dumps(result))
+    with refused(str(tmp_path / "sweep.json"), "another run", kind=MismatchError):
+        render(run, tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
+def test_a_browser_shows_it_without_a_complaint(text: str, tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    page.write_text(text)
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={tmp_path}/p",
+    ]
+    done = subprocess.run(
+        ["chromium", *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
+    )
+    assert "CONSOLE" not in done.stderr
+    assert done.stdout.count('class="mark"') == 3  # which the script adds

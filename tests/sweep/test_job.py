@@ -1,0 +1,309 @@
+"""A sweep by commands: what they get, what becomes of those that misbehave, and what is kept."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checking import assert_same_tensors, refused
+from safetensors.torch import load_file
+
+from posthoc_cli import Run
+from posthoc_cli.errors import LockedError, PostHocError
+from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
+from posthoc_cli.sweep.metrics import Metric
+from posthoc_cli.sweep.records import Record, Records
+
+LENGTHS = (0.05, 0.1, 0.2)
+PRINTED = Metric()
+GRID = Axis.of_values("sigma_rel", LENGTHS)
+BOWL = "awk 'BEGIN { print log({sigma_rel} / 0.1) ^ 2 }' {weights}"
+
+
+def swept(run: Run, out: Path, command: str = BOWL, metric: Metric = PRINTED, **options: Any) -> SweepReport:
+    return Sweep(run, command, metric, out, **options).run_all()
+
+
+def shell(script: str) -> str:
+    """A command for it, whose arguments are $1, ..."""
+    return f"sh -c '{script}' sh {{weights}} {{sigma_rel}} {{seed}} {{dir}}"
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_search_finds_the_best_length_and_leaves_its_average(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "sweep"
+    report = swept(run, out, axis=Axis("sigma_rel", 0.02, 0.28))
+    low, best, high = (report.value_of(x) for x in (report.found.low, report.found.best, report.found.high))
+    assert low <= 0.1 <= high < 1.15 * low
+    assert best == pytest.approx(0.1, rel=0.05)
+    assert names(out) == {"best.safetensors", "logs", "sweep.json", "trials.jsonl", ".ema.lock"}
+    assert_same_tensors(load_file(out / "best.safetensors"), run.average(best))
+    assert json.loads((out / "sweep.json").read_text()) == report.to_dict()
+    assert [trial.x for trial in report.trials[:6]] == [0.02, 0.0339, 0.0575, 0.0974, 0.165, 0.28]
+    assert all(trial.predicted_error == run.plan(trial.x).predicted_error(0) for trial in report.trials)
+
+
+def test_a_command_gets_the_average_a_seed_and_a_folder(run: Run, tmp_path: Path) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    command = shell(f'cp "$1" {kept}/$2-$3.safetensors; echo "$4" > {kept}/$2-$3; touch "$4/mine"; echo $2')
+    report = swept(run, tmp_path / "my sweep", command, axis=GRID, repeats=2)
+    assert [(trial.x, trial.seed) for trial in report.trials] == [(x, seed) for seed in (0, 1) for x in LENGTHS]
+    for x in LENGTHS:
+        assert_same_tensors(load_file(kept / f"{x}-1.safetensors"), run.average(x))
+        assert not Path((kept / f"{x}-0").read_text().strip()).exists()
+    assert (kept / "0.1-0").read_text() != (kept / "0.1-1").read_text()
+
+
+def test_metrics_from_files_and_raw_weights_to_compare_with(run: Run, tmp_path: Path) -> None:
+    command = shell('printf "{\\"r\\": {\\"acc,none\\": $2, \\"acc_stderr,none\\": 0.01}}" > $4/results.json')
+    raw = tmp_path / "raw.safetensors"
+    raw.touch()
+    report = swept(run, tmp_path / "out", command, Metric(json="r.acc,none"), axis=GRID, minimize=False, raw=raw)
+    assert report.best.sigma_rel == pytest.approx(0.2, rel=0.1)
+    assert [trial.standard_error for trial in report.trials] == [0.01] * 4
+    assert report.raw == 0.0
+    assert report.trials[0].target == "raw"
+
+
+def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_path: Path) -> None:
+    calls, out = tmp_path / "calls", tmp_path / "out"
+    command = shell(f"echo $2 >> {calls}; echo $2")
+    first = swept(run, out, command, axis=GRID)
+    again = swept(run, out, command, axis=GRID)
+    assert again.to_dict() == first.to_dict()
+    assert calls.read_text().split() == [str(x) for x in LENGTHS]
+    more = swept(run, out, command, axis=Axis.of_values("sigma_rel", [*LENGTHS, 0.25]), minimize=False)
+    assert calls.read_text().split()[3:] == ["0.25"]
+    assert len(more.trials) == 4
+    swept(run, out, command, axis=GRID, method="paper")
+    assert len(calls.read_text().split()) == 7
+
+
+def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None:
+    records = Records(tmp_path, {"run": "r", "t": 1})
+    trials = [Record("sigma_rel 0.1", 0.1, seed, 0.5, None, None, 1.0, None, "logs/x") for seed in range(3)]
+    for trial in trials[:2]:
+        records.append(trial)
+    path = tmp_path / "trials.jsonl"
+    path.write_bytes(path.read_bytes()[:-20])
+    assert records.read() == trials[:1]
+    records.append(trials[2])
+    assert records.read() == [trials[0], trials[2]]
+    assert Records(tmp_path, {"run": "other", "t": 1}).read() == []
+
+
+@pytest.mark.parametrize(
+    ("script", "message"),
+    [
+        ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
+        ("exit 3", "ended with exit code 3, and wrote nothing"),
+        ("kill -9 $$", "ended by signal 9, and wrote nothing"),
+        ("sleep 60", "took more than 0.3 s, and wrote nothing"),
+        ("echo nan", "its metric is nan: nan"),
+        ("true", "no line of its output is a number, and wrote nothing"),
+    ],
+)
+def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, script: str, message: str) -> None:
+    told: list[Record] = []
+    command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
+    axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
+    report = swept(run, tmp_path / "out", command, axis=axis, timeout=0.3, say=told.append)
+    (failed,) = report.failed
+    assert failed.error == message
+    assert failed in told
+    assert (tmp_path / "out" / f"{failed.log}.err").exists()
+
+
+def test_a_sweep_whose_trials_all_fail_says_why(run: Run, tmp_path: Path) -> None:
+    with refused("the sweep", "3 of 3 trials have failed", "cannot be started: No such file", kind=PostHocError):
+        swept(run, tmp_path / "out", "no-such-command {weights}", axis=GRID)
+    assert not (tmp_path / "out" / ".scratch").exists()
+
+
+def alive(path: Path) -> bool:
+    """Whether the process that has written its number there runs."""
+    try:
+        state = Path(f"/proc/{int(path.read_text())}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_children_of_a_trial_end_with_it_and_only_they(run: Run, tmp_path: Path) -> None:
+    """Also one that has left its group; and not one that another command has started in the same moment."""
+    command = shell(f"sleep 60 & echo $! > {tmp_path}/child; setsid sleep 60 & echo $! > {tmp_path}/escaped; echo $2")
+    other = os.posix_spawnp("sleep", ["sleep", "60"], os.environ)
+    try:
+        swept(run, tmp_path / "out", command, axis=GRID)
+        assert not alive(tmp_path / "child")
+        assert not alive(tmp_path / "escaped")
+        os.kill(other, 0)
+    finally:
+        os.kill(other, signal.SIGKILL)
+        os.waitpid(other, 0)
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_ctrl_c_stops_within_a_second_and_keeps_what_was_measured(run: Run, tmp_path: Path, stubborn: bool) -> None:
+    out, trap = tmp_path / "out", 'trap "" TERM; ' * stubborn
+    # The second trial hangs.
+    command = shell(f"{trap}if [ $2 = 0.1 ]; then echo $$ > {tmp_path}/hangs; sleep 60; fi; echo $2")
+    stopped: list[float] = []
+
+    def stop() -> None:
+        while not (tmp_path / "hangs").exists() or not (tmp_path / "hangs").read_text():
+            time.sleep(0.01)
+        stopped.append(time.monotonic())
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=stop).start()
+    with pytest.raises(KeyboardInterrupt):
+        swept(run, out, command, axis=GRID)
+    assert time.monotonic() - stopped[0] < 1
+    assert not alive(tmp_path / "hangs")
+    assert names(out) == {"logs", "trials.jsonl", ".ema.lock"}
+    (line,) = (out / "trials.jsonl").read_text().splitlines()
+    assert json.loads(line)["trial"]["x"] == 0.05
+
+
+def test_the_disk_bound_limits_the_averages_at_a_time(run: Run, tmp_path: Path) -> None:
+    size = run.plan(0.1).nbytes
+    command = shell(f"ls {tmp_path}/out/.scratch/*.safetensors | wc -l")
+    report = swept(run, tmp_path / "out", command, axis=Axis.of_values("sigma_rel", [0.05, 0.1, 0.15, 0.2, 0.25]))
+    assert [trial.value for trial in report.trials] == [5] * 5
+    bound = swept(run, tmp_path / "bound", command.replace("/out/", "/bound/"), axis=report.axis, disk=2 * size + 1)
+    assert [trial.value for trial in bound.trials] == [2, 2, 2, 2, 1]
+    with refused("disk", "must have room for one"):
+        swept(run, tmp_path / "small", disk=size - 1)
+
+
+def test_jobs_run_side_by_side_on_the_devices(run: Run, tmp_path: Path) -> None:
+    """Each waits for the other to begin; alone one would never end."""
+    both = f"[ -e {tmp_path}/7 ] && [ -e {tmp_path}/3 ]"
+    wait = f"touch {tmp_path}/$CUDA_VISIBLE_DEVICES; until {both}; do sleep 0.01; done"
+    report = swept(
+        run, tmp_path / "out", shell(f"{wait}; echo $CUDA_VISIBLE_DEVICES"), axis=GRID, jobs=2, devices=("3", "7")
+    )
+    assert {trial.value for trial in report.trials} == {3, 7}
+
+
+def test_long_logs_keep_their_end_and_large_folders_go(run: Run, tmp_path: Path) -> None:
+    command = shell("yes | head -c 3000000; head -c 3000000 /dev/zero > $4/large; echo $2")
+    report = swept(run, tmp_path / "out", command, axis=GRID)
+    assert [trial.value for trial in report.trials] == list(LENGTHS)
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert sizes[-1] <= 1_000_000
+
+
+def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None:
+    with DirectoryLock(tmp_path), refused(str(tmp_path), "take another folder", kind=LockedError):
+        swept(run, tmp_path, axis=GRID)
+
+
+def test_what_a_killed_sweep_has_left_is_ended_and_removed(run: Run, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    (out / ".scratch" / "trial-x").mkdir(parents=True)
+    (out / ".scratch" / "old.safetensors").touch()
+    left = os.posix_spawnp("sleep", ["sleep", "60"], os.environ | {"EMA_TRIAL": f"{out}/.scratch/trial-x/"})
+    swept(run, out, axis=GRID)
+    assert os.waitstatus_to_exitcode(os.waitpid(left, 0)[1]) == -signal.SIGKILL
+    assert not (out / ".scratch").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"command": "eval"}, ("run", "{weights}")),
+        ({"command": "eval '{weights}"}, ("run", "cannot be split")),
+        ({"metric": Metric(json="a")}, ("run", "must have {dir}")),
+        ({"budget": 5}, ("budget", "at least 6")),
+        ({"repeats": 0}, ("repeats", "at least 1")),
+        ({"jobs": 0}, ("jobs", "at least 1")),
+        ({"timeout": 0.0}, ("timeout", "above 0")),
+        ({"raw": Path("nowhere")}, ("raw", "no such file")),
+        ({"out": Path("no/such/folder")}, ("out", "parent folder")),
+    ],
+)
+def test_bad_requests_are_refused_before_anything_is_done(
+    run: Run, tmp_path: Path, options: dict[str, Any], words: tuple[str, str]
+) -> None:
+    with refused(*words):
+        swept(run, **{"out": tmp_path / "out", **options})
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_ranges_are_refused() -> None:
+    for low, high in ((0.0, 0.1), (0.1, 0.3), (0.2, 0.1), (0.1, 0.1)):
+        with refused("sigma_rel"):
+            Axis("sigma_rel", low, high)
+    with refused("sigma_rel", "two lengths"):
+        Axis.of_values("sigma_rel", [0.1])
+
+
+@pytest.mark.parametrize(
+    ("axis", "formula", "best"),
+    [
+        (Axis("beta", 0.5, 0.95), "log((1 - {sigma_rel}) / 0.2)", 0.8),
+        (Axis("window", 2, 20), "log({sigma_rel} / 7)", 7),
+    ],
+)
+def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axis, formula: str, best: float) -> None:
+    report = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
+    assert report.value_of(report.found.best) == pytest.approx(best, rel=0.05)
+    assert report.best.title.startswith(axis.kind)
+
+
+# --- in Python
+
+
+def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run: Run) -> None:
+    def size(weights: Any) -> float:
+        assert weights.predicted_error is not None
+        return float(weights["a"].norm())
+
+    report = sweep(run, size, values=LENGTHS, minimize=False)
+    assert [trial.value for trial in report.trials] == [float(run.average(x)["a"].norm()) for x in LENGTHS]
+    model = torch.nn.Module()
+    for name, weights in run.average(0.1).items():
+        model.register_parameter(name, torch.nn.Parameter(torch.zeros_like(weights)))
+
+    def far(averaged: Any) -> tuple[float, float]:
+        assert averaged is model
+        assert not averaged.training
+        return float(averaged.a.detach().norm()), 0.1
+
+    same = sweep(run.directory, far, model=model, values=LENGTHS, minimize=False)
+    assert [trial.value for trial in same.trials] == [trial.value for trial in report.trials]
+    assert not model.a.any()
+    assert model.training
+
+
+def test_in_python_a_search_asks_only_for_what_it_needs(run: Run) -> None:
+    asked: list[float] = []
+    lengths = {float(run.average(x)["a"].norm()): x for x in LENGTHS}
+    assert len(lengths) == 3
+
+    def metric(weights: Any) -> float:
+        asked.append(float(weights["a"].norm()))
+        return math.nan if len(asked) == 2 else 1.0
+
+    report = sweep(run, metric, low=0.05, high=0.25, budget=7)
+    assert len(asked) <= 7
+    assert [trial.error for trial in report.failed] == ["its metric is nan"]
+    with refused("budget", "at least 6"):
+        sweep(run, metric, budget=3)
+    with refused("the sweep", "6 of 6 trials have failed", kind=PostHocError):
+        sweep(run, lambda _: math.inf, low=0.05, high=0.25)
