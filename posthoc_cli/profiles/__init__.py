@@ -5,11 +5,13 @@ the weights of the network after each step; its profile spreads w_k over the int
 the mass after a step is the sum of the later w. What an average keeps of the value that it started from is a point of
 mass at its start, which the tail contains and the density leaves out.
 
-`power` is the tracked profile, `others` are targets; any object with `density` and `tail` is a `Profile`, too.
+`power` is the tracked profile, `discrete` those of checkpoints, `others` are targets; any object with `density` and
+`tail` is a `Profile`, too.
 """
 
 from posthoc_cli.profiles.clock import Clock, ClockRecorder
 from posthoc_cli.profiles.custom import Table, read_table, try_profile
+from posthoc_cli.profiles.discrete import Discrete, Point
 from posthoc_cli.profiles.others import (
     ClassicalEMA,
     Conversion,
@@ -27,6 +29,7 @@ from posthoc_cli.profiles.power import (
     PowerFunction,
     Profile,
     RecordedPowerFunction,
+    StoredProfile,
     check_sigma_rel,
     gamma_from_sigma_rel,
     new_value_share,
@@ -34,8 +37,8 @@ from posthoc_cli.profiles.power import (
 )  # fmt: skip
 
 __all__ = [
-    "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Conversion", "FloatArray",
-    "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow", "Table", "Tabulated", "Uniform",
+    "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Conversion", "Discrete", "FloatArray", "Point",
+    "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow", "StoredProfile", "Table", "Tabulated", "Uniform",
     "check_sigma_rel", "classical_beta", "convert", "gamma_from_sigma_rel", "mean_age", "new_value_share", "read_table",
     "sigma_rel_from_classical_beta", "sigma_rel_from_gamma", "try_profile",
 ]  # fmt: skip
