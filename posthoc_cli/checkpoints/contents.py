@@ -23,7 +23,6 @@ from posthoc_cli.checkpoints.tensor_files import (
     ENDINGS,
     OpenedFile,
     index_file,
-    leaves,
     names_in,
     read_range,
     sampled_identity,
@@ -34,7 +33,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.reader import decode_values, read_small_file
+from posthoc_cli.snapshots.reader import decode_values
 
 Keys = tuple[str, ...]
 
@@ -94,17 +93,20 @@ class Contents:
                 found[keys[0]] = found.get(keys[0], 0) + 1
         return found
 
-    def model_tensors(self, prefix: str = "") -> dict[str, Callable[[], list[Piece]]]:
+    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Callable[[], list[Piece]]]:
         """The tensors of the model by name; with a prefix those whose names begin with it, without it.
+
+        They are those of the `group`, if there is one of this name, else of one that is named as models are.
 
         Raises:
             FileFormatError: the model cannot be told from the rest.
         """
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
-        group = next((name for name in MODEL_GROUPS if name in groups), others[0] if len(others) == 1 else None)
+        names = (group, *MODEL_GROUPS)
+        group = next((name for name in names if name in groups), others[0] if len(others) == 1 else "")
         chosen = [keys for keys in self.tensors if len(keys) > 1 and keys[0] == group]
-        if group not in MODEL_GROUPS:
+        if group not in names:
             others = [f"{name}." for name in _OTHER_GROUPS]
             chosen = [k for k in self.tensors if len(k) == 1 and not k[0].startswith(tuple(others))] or chosen
         named = {".".join(keys[1:] if len(keys) > 1 else keys): self.tensors[keys] for keys in chosen}
@@ -116,8 +118,8 @@ class Contents:
         if not self.tensors:
             raise FileFormatError(self.path, "holds no tensors")
         if prefix:
-            names = names_in([".".join(keys) for keys in self.tensors])
-            raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {names}")
+            there = names_in([".".join(keys) for keys in self.tensors])
+            raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {there}")
         reason = f"the model cannot be told from the rest: it has tensors under {names_in(list(groups))}"
         raise FileFormatError(self.path, reason, "name one by prefix, such as 'model.'")
 
@@ -180,13 +182,12 @@ def _whole(path: Path, identity: str, tensor: FoundTensor) -> list[Piece]:
 
 def _of_file(path: Path) -> Contents:
     file = index_file(path)
-    found = leaves(file.content)
     tensors = {
         keys: functools.partial(_whole, path, file.identity, tensor)
-        for keys, tensor in found.items()
+        for keys, tensor in file.content.items()
         if isinstance(tensor, FoundTensor)
     }
-    values = {".".join(keys): value for keys, value in found.items() if not isinstance(value, FoundTensor)}
+    values = {".".join(keys): value for keys, value in file.content.items() if not isinstance(value, FoundTensor)}
     return Contents(path, tensors, {**file.metadata, **values})
 
 
@@ -215,7 +216,7 @@ def _of_chunks(folder: Path) -> Contents:
     for path in sorted(folder.glob(f"*{fmt.SUFFIX}")):
         file = index_file(path)
         offsets = parse_json(path, file.metadata["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
-        for name, tensor in file.content.items():
+        for (name,), tensor in file.content.items():
             entry = offsets.get(name) if isinstance(offsets, dict) else None
             offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
             if not _is_sizes(offset) or len(offset) != len(tensor.shape):
@@ -248,9 +249,10 @@ def _of_distributed(metadata: Path) -> Contents:
         raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
     places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for index, place in stored.items():
-        key = _state(index)
+        key: dict[str, Any] = _state(index)
         if isinstance(key.get("fqn"), str):
-            places[key["fqn"], tuple(key.get("offset") or ())] = _state(place)
+            offset: Any = key.get("offset") or ()
+            places[key["fqn"], tuple(offset)] = _state(place)
     paths = planned if isinstance(planned, dict) else {}
     tensors: dict[Keys, Callable[[], list[Piece]]] = {}
     files = _ChunkFiles(folder)
@@ -261,7 +263,7 @@ def _of_distributed(metadata: Path) -> Contents:
             if name in _STEP_NAMES:
                 values[name] = files.read(name, places.get((name, ()), {}))[1]
             continue  # an object that is no tensor
-        keys = paths.get(name)
+        keys: Any = paths.get(name)
         is_path = isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys)
         finder = functools.partial(_chunk_pieces, files, name, _state(described), places)
         tensors[tuple(map(str, keys)) if is_path else (name,)] = finder
@@ -279,7 +281,8 @@ def _chunk_pieces(
     """The chunks of a tensor."""
     metadata = files.folder / DCP_METADATA
     pieces = []
-    for chunk in map(_state, described["chunks"]):
+    chunks: Any = described["chunks"]
+    for chunk in map(_state, chunks):
         offset: Any = chunk.get("offsets")
         shape: Any = chunk.get("sizes")
         if not (_is_sizes(offset) and _is_sizes(shape) and len(offset) == len(shape)):

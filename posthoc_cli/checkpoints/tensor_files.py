@@ -60,14 +60,14 @@ class IndexedFile:
     """What a file holds.
 
     Attributes:
-        content: of a safetensors file its tensors by name, of a pickle the object: tensors are `FoundTensor`.
+        content: tensors (`FoundTensor`), numbers and texts by the keys that lead to each.
         metadata: of a safetensors file; else empty.
         identity: 16 hexadecimal digits, of its size and a sample of its content.
     """
 
     path: Path
     size: int
-    content: Any
+    content: Mapping[tuple[str, ...], Any]
     metadata: Mapping[str, str]
     identity: str
 
@@ -78,8 +78,8 @@ def index_file(path: Path) -> IndexedFile:
         header = read_header(path)
         if file_kind(header) in ("snapshot", "state"):
             raise FileFormatError(path, f"is a {file_kind(header)} of this package, no checkpoint")
-        found: Any = {
-            name: FoundTensor(entry.dtype, entry.shape, row_major(entry.shape), begin, begin + entry.nbytes)
+        found: dict[tuple[str, ...], Any] = {
+            (name,): FoundTensor(entry.dtype, entry.shape, row_major(entry.shape), begin, begin + entry.nbytes)
             for name, entry in header.tensors.items()
             for begin in [header.payload_start + entry.begin]
         }
@@ -87,7 +87,11 @@ def index_file(path: Path) -> IndexedFile:
             return IndexedFile(path, file.size, found, header.metadata, sampled_identity(file, file.size))
     with OpenedFile(path) as file:
         content = read_range(file, 0, file.size)
-        return IndexedFile(path, file.size, content, {}, sampled_identity(file, file.size))
+        try:
+            found = leaves(content)
+        except PickleError as error:
+            raise FileFormatError(path, f"cannot be read as tensors: {error}") from error
+        return IndexedFile(path, file.size, found, {}, sampled_identity(file, file.size))
 
 
 def read_range(file: OpenedFile, begin: int, end: int) -> Any:
@@ -140,12 +144,26 @@ def leaves(value: Any) -> dict[tuple[str, ...], Any]:
             return found
         path, one = left.pop()
         if isinstance(one, Node):
-            one = one.items
+            one = _module_tensors(one) or one.items
         if isinstance(one, dict) and len(path) < _DEEPEST:
             left += [((*path, str(key)), one[key]) for key in reversed(one) if isinstance(key, str | int)]
         elif isinstance(one, FoundTensor | int | float | str):
             found[path] = one
     raise PickleError("holds too many values")
+
+
+def _module_tensors(node: Node) -> dict[Any, Any] | None:
+    """The parameters, buffers and inner modules of a pickled torch module; None of something else.
+
+    Its attributes are its state, or are among what it is made of, also one level further down under `state`.
+    """
+    for value in (node.state, *node.arguments):
+        found = value.items if isinstance(value, Node) else value
+        for state in (found, found.get("state")) if isinstance(found, dict) else ():
+            if isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys():
+                own = [state[key] for key in ("_parameters", "_buffers", "_modules")]
+                return {key: value for part in own if isinstance(part, dict) for key, value in part.items()}
+    return None
 
 
 def sampled_identity(file: Readable, size: int) -> str:
@@ -197,7 +215,7 @@ class ForeignFile(TensorFile):
         found = os.fstat(self._descriptor)
         return found.st_size, found.st_mtime_ns
 
-    def read_range(self, name: str, begin: int, end: int) -> PlainRange:  # type: ignore[override]  # alike
+    def read_range(self, name: str, begin: int, end: int) -> PlainRange:  # type: ignore[override]  # noqa: ARG002
         """The bytes `begin` to `end` of a tensor, read in order."""
         return PlainRange(self, name, begin)
 

@@ -1,0 +1,181 @@
+"""A checkpoint as a source of a synthesis, and the checks that several belong together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import xxhash
+
+from posthoc_cli.checkpoints.contents import Piece, tensor_shape
+from posthoc_cli.checkpoints.tensor_files import ForeignPart, make_part, names_in
+from posthoc_cli.dtypes import DTYPES, EPS
+from posthoc_cli.errors import FileFormatError, MismatchError, shown
+from posthoc_cli.profiles import Point, PowerFunction, StoredProfile
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
+
+_NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
+"""Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """The tensors of a checkpoint, or of an average that another library stored, and what is known about them.
+
+    Attributes:
+        path: its file or folder.
+        info: what the header of a snapshot would say.
+        profile: what its tensors are of: the weights at `info.t` (`Point`), or an average.
+        header: all its tensors, as if they were in one file.
+        parts: its files.
+    """
+
+    path: Path
+    info: fmt.SnapshotInfo
+    profile: StoredProfile
+    header: fmt.FileHeader
+    parts: tuple[ForeignPart, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the file or folder."""
+        return self.path.name
+
+    @property
+    def stored(self) -> Mapping[str, fmt.TensorEntry]:
+        """Dtype, shape and bytes of each tensor."""
+        return self.header.tensors
+
+    def cells(self, name: str) -> int:
+        """As of a snapshot."""
+        return self._snapshot.cells(name)
+
+    def open(self) -> OpenSnapshot:
+        """Open it; a FileFormatError if a file is not the one that was looked at."""
+        only = self.parts[0]
+        whole = len(self.parts) == 1 and all(
+            only.boxes[name].shape == entry.shape for name, entry in self.stored.items()
+        )
+        return only.open() if whole else self._snapshot.open()
+
+    @property
+    def _snapshot(self) -> Snapshot:
+        return Snapshot(self.path, self.header, self.info, self.parts)
+
+
+def make_checkpoint(
+    path: Path, found: Mapping[str, Callable[[], list[Piece]]], profile: StoredProfile, step: int, t_unit: str = "steps"
+) -> Checkpoint:
+    """A checkpoint of these tensors.
+
+    Raises:
+        FileFormatError: a tensor has no name that a model's could have, or a dtype that is not read.
+    """
+    entries: dict[str, fmt.TensorEntry] = {}
+    aliases: dict[str, str] = {}
+    layers: dict[tuple[Path, int], dict[str, Piece]] = {}
+    identities: dict[Path, str] = {}
+    known: dict[tuple[Path, int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    for name, find in found.items():
+        _check_name(path, name)
+        pieces = find()
+        first = pieces[0]
+        own = (first.path, first.tensor.begin, first.tensor.end, first.tensor.shape, first.tensor.strides)
+        if len(pieces) == 1 and first.tensor.nbytes and (other := known.setdefault(own, name)) != name:
+            aliases[name] = other  # tied: both are the same bytes
+            continue
+        dtypes = {piece.tensor.dtype for piece in pieces}
+        if len(dtypes) > 1:
+            raise FileFormatError(path, f"tensor {shown(name)}: its chunks are of several dtypes")
+        spec = fmt.TensorSpec(name, dtypes.pop(), tensor_shape(pieces))
+        entries[name] = fmt.TensorEntry(spec.dtype, spec.shape, 0, spec.nbytes)
+        counts: dict[Path, int] = {}
+        for piece in pieces:
+            layer = counts[piece.path] = counts.get(piece.path, -1) + 1
+            layers.setdefault((piece.path, layer), {})[name] = piece
+            identities[piece.path] = piece.identity
+    parts = tuple(
+        make_part(
+            file,
+            identities[file],
+            {name: piece.tensor for name, piece in held.items()},
+            {name: piece.box for name, piece in held.items()},
+        )
+        for (file, _), held in layers.items()
+    )
+    sums = xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
+    stored = parts[0].header.tensors if len(parts) == 1 and len(parts[0].header.tensors) == len(entries) else entries
+    header = fmt.FileHeader({"ema.checksum": sums}, dict(stored), 0)
+    info = fmt.SnapshotInfo(
+        run_id="0" * 32,
+        sigma_rel=profile.sigma_rel if isinstance(profile, PowerFunction) else 0.0,
+        gamma=profile.gamma if isinstance(profile, PowerFunction) else 0.0,
+        sigma_rels=(),
+        t=profile.t,
+        t_unit=t_unit,
+        step=step,
+        t_first=min(1.0, profile.t) if isinstance(profile, PowerFunction) else getattr(profile, "t_first", profile.t),
+        max_interval=1.0,
+        schedule=fmt.TrackingSchedule(update_every=1, max_checkpoints=None, checkpoint_dtype=None),
+        tensors={name: _tracked(name, entry.dtype) for name, entry in entries.items()},
+        aliases=aliases,
+    )
+    return Checkpoint(path, info, profile, header, parts)
+
+
+def _check_name(path: Path, name: str) -> None:
+    if not name or name == "__metadata__" or "\0" in name or not name.encode("utf-8", "replace").decode() == name:
+        raise FileFormatError(path, f"tensor {shown(name)}: a model's tensor cannot have this name")
+
+
+def _tracked(name: str, dtype: str) -> fmt.TrackedTensor:
+    """How a synthesis treats a tensor: floating-point numbers are averaged, others copied."""
+    is_weight = dtype in EPS and name.rpartition(".")[2] not in _NO_WEIGHTS
+    return fmt.TrackedTensor("average" if is_weight else "copy", dtype)
+
+
+def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The same checkpoints by time, as one run: with a common run id, and aliases that all have.
+
+    Raises:
+        MismatchError: two of them are of different models, or of one time; both are named.
+    """
+    ordered = sorted(checkpoints, key=lambda one: (one.info.t, one.info.sigma_rel))
+    seen: dict[tuple[float, object], Checkpoint] = {}
+    for one in ordered:
+        kind = one.info.sigma_rel if isinstance(one.profile, PowerFunction) else type(one.profile).__name__
+        other = seen.setdefault((one.info.t, kind if isinstance(one.profile, Point | PowerFunction) else one), one)
+        if other is not one:
+            reason = f"are both of step {one.info.t:,.12g}"
+            raise MismatchError(f"{other.path} and {one.path}", reason, "name those of one run, by a glob")
+    first = ordered[0]
+    for one in ordered[1:]:
+        _check_alike(first, one)
+    names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
+    run_id = xxhash.xxh3_128_hexdigest(repr((names, first.header.metadata)).encode())
+    return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
+
+
+def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
+    pair = f"{first.path} and {other.path}"
+    names = [{*one.stored, *one.info.aliases} for one in (first, other)]
+    if names[0] != names[1]:
+        differing = sorted(names[0] ^ names[1])
+        only = first if differing[0] in names[0] else other
+        reason = f"are of different models: only {only.name} has {names_in(differing[:1])}"
+        reason += f", and {len(differing) - 1} more differ" * (len(differing) > 1)
+        raise MismatchError(pair, reason, "choose tensors by include, exclude or prefix")
+    if first.info.aliases != other.info.aliases:
+        tied = sorted(first.info.aliases.keys() ^ other.info.aliases.keys()) or sorted(first.info.aliases)
+        raise MismatchError(pair, f"differ in what {shown(tied[0])} is tied to")
+    for name, entry in first.stored.items():
+        found = other.stored[name]
+        if entry.shape != found.shape:
+            reason = f"have shapes {list(entry.shape)} and {list(found.shape)}"
+            raise MismatchError(f"tensor {shown(name)} of {pair}", reason)
+        roles = {one.info.tensors[name].role for one in (first, other)}
+        if len(roles) > 1:
+            words = [DTYPES[one.stored[name].dtype].torch_name for one in (first, other)]
+            raise MismatchError(f"tensor {shown(name)} of {pair}", f"is of {words[0]} and of {words[1]}")
