@@ -5,13 +5,15 @@ from __future__ import annotations
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints.opening import Origin
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.planning import USEFUL_RANGE, Candidate, ErrorCurve, error_curve, profile_fit
-from posthoc_cli.profiles import Profile
+from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
@@ -21,7 +23,7 @@ from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
 from posthoc_cli.snapshots.measurements import Likeness, chosen_up_to, deep_bytes, likeness, run_clock
 from posthoc_cli.snapshots.reader import Snapshot
 from posthoc_cli.synthesis.plan import Plan, plan_synthesis, with_consistent_plan
-from posthoc_cli.synthesis.sources import disk_sources, source_prior
+from posthoc_cli.synthesis.sources import Source, disk_sources, source_prior
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -69,57 +71,71 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
 
 
 class Run:
-    """The snapshots of one run. Reads headers only, until tensors are asked for; the directory anew at every call.
+    """The snapshots of one run, or its checkpoints. Reads headers only, until tensors are asked for, at every call.
 
     Arguments:
-        directory: where the tracker writes its snapshots. It need not exist yet.
+        directory: where the tracker writes its snapshots; it need not exist yet. Or a directory, a file or a glob of
+            checkpoints, or of averages of other libraries.
+        also: where checkpoints of the same training are, which are combined with the snapshots.
+        origin: what checkpoints do not say themselves; see `Origin`, whose fields are also taken as keywords:
+            `Run("old", kind="ema-pytorch", sigma_rels=(0.05, 0.28), update_every=10)`.
 
     Errors of all methods and properties that read snapshots:
         DirectoryError: there is no directory, or no snapshot in it.
         FileFormatError, MismatchError: a snapshot is damaged, or does not belong to the run.
+        InvalidValueError: something that checkpoints do not say must be given.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(
+        self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = Origin(), **fields: Any
+    ) -> None:
         self.directory = files.expanded(Path(directory))
+        self.also, self.origin = also, replace(origin, **fields)
 
     def __repr__(self) -> str:
         try:
-            snapshots = self.snapshots
+            sources = self.sources
         except PostHocError as error:
             return f"Run({str(self.directory)!r}: {error.reason})"
-        widths = ", ".join(f"{profile:g}" for profile in _profiles(snapshots))
-        last = snapshots[-1].info
-        return f"Run({str(self.directory)!r}: {len(snapshots)} snapshots of {widths} up to {last.t:g} {last.t_unit})"
+        widths, last = self.profiles, sources[-1].info
+        what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}" if widths else "checkpoints"
+        return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
 
     # --- what is there
 
     @property
+    def sources(self) -> list[Source]:
+        """The snapshots and checkpoints that averages are made of, by time."""
+        return disk_sources(self.directory, self.origin, self.also)
+
+    @property
     def snapshots(self) -> list[Snapshot]:
-        """The headers of all snapshots, by time, then sigma_rel."""
+        """The headers of all snapshots of a tracker, by time, then sigma_rel."""
         return read_directory(self.directory)
 
     @property
     def profiles(self) -> list[float]:
         """The sigma_rel of each tracked profile."""
-        return _profiles(self.snapshots)
+        profiles = [source.profile for source in self.sources]
+        return sorted({profile.sigma_rel for profile in profiles if isinstance(profile, PowerFunction)})
 
     @property
     def t(self) -> float:
         """Training time of the newest snapshot."""
-        return self.snapshots[-1].info.t
+        return self.sources[-1].info.t
 
     @property
     def step(self) -> int:
         """Calls of `update_` up to the newest snapshot."""
-        return self.snapshots[-1].info.step
+        return self.sources[-1].info.step
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
         """Dtype (its safetensors name) and shape of every tensor of an average, under all its names."""
-        newest = self.snapshots[-1]
+        newest = self.sources[-1]
         names = {name: name for name in newest.info.tensors} | newest.info.aliases
         return {
-            alias: TensorSpec(alias, newest.info.tensors[name].dtype, newest.header.tensors[name].shape)
+            alias: TensorSpec(alias, newest.info.tensors[name].dtype, newest.stored[name].shape)
             for alias, name in names.items()
         }
 
@@ -140,7 +156,7 @@ class Run:
         dtype: torch.dtype | str | None = None,
     ) -> Plan:
         """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
-        return plan_synthesis(disk_sources(self.directory), as_targets(targets), t, step, method, max_error, dtype)
+        return plan_synthesis(self.sources, as_targets(targets), t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -215,7 +231,7 @@ class Run:
         from posthoc_cli.export.job import Synthesis
 
         return Synthesis(
-            self.directory, as_targets(targets), None if out is None else str(out), t, step, method, max_error, dtype,
+            lambda: self.sources, as_targets(targets), None if out is None else str(out), t, step, method, max_error, dtype,
             layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish, distributed,
             progress,
         ).run()  # fmt: skip
@@ -228,7 +244,7 @@ class Run:
         Only those since the model's tensors last changed. If there are more than a solve can take, those that a
         synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
         """
-        sources = of_newest_segment(disk_sources(self.directory))
+        sources = of_newest_segment(self.sources)
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
         usable, later = chosen_up_to(sources, Candidate("", [info.profile.pure for info in infos]).time(t))
@@ -335,7 +351,3 @@ def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
         return tuple(map(as_target, wanted))
     return (as_target(wanted),)
-
-
-def _profiles(snapshots: Sequence[Snapshot]) -> list[float]:
-    return sorted({snapshot.info.sigma_rel for snapshot in snapshots})

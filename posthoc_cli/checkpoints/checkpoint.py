@@ -8,12 +8,14 @@ from pathlib import Path
 
 import xxhash
 
+from posthoc_cli.checkpoints.archives import FoundTensor
 from posthoc_cli.checkpoints.contents import Piece, tensor_shape
 from posthoc_cli.checkpoints.tensor_files import ForeignPart, make_part, names_in
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
 from posthoc_cli.profiles import Point, PowerFunction, StoredProfile
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.measurements import run_clock
 from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
@@ -77,13 +79,12 @@ def make_checkpoint(
     aliases: dict[str, str] = {}
     layers: dict[tuple[Path, int], dict[str, Piece]] = {}
     identities: dict[Path, str] = {}
-    known: dict[tuple[Path, int, int, tuple[int, ...], tuple[int, ...]], str] = {}
+    known: dict[tuple[Path, FoundTensor], str] = {}
     for name, find in found.items():
         _check_name(path, name)
         pieces = find()
-        first = pieces[0]
-        own = (first.path, first.tensor.begin, first.tensor.end, first.tensor.shape, first.tensor.strides)
-        if len(pieces) == 1 and first.tensor.nbytes and (other := known.setdefault(own, name)) != name:
+        path_of, _, tensor, _ = pieces[0]
+        if len(pieces) == 1 and tensor.nbytes and (other := known.setdefault((path_of, tensor), name)) != name:
             aliases[name] = other  # tied: both are the same bytes
             continue
         dtypes = {piece.tensor.dtype for piece in pieces}
@@ -156,6 +157,40 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.header.metadata)).encode())
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
+
+
+def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """Checkpoints of the training that wrote these snapshots, to be combined with them.
+
+    Their steps become times of the run, and of their tensors those remain that the newest snapshot has.
+
+    Raises:
+        MismatchError: a tensor is missing, has another shape, or cannot be averaged; or two have one time.
+    """
+    newest = max(snapshots, key=lambda snapshot: snapshot.info.t)
+    clock = run_clock([snapshot.info for snapshot in snapshots])
+    made = []
+    for one in checkpoints:
+        pair = f"{newest.path} and {one.path}"
+        if not isinstance(one.profile, Point):
+            raise MismatchError(pair, "are averages of two libraries", "open one of them")
+        for name, tensor in newest.info.tensors.items():
+            found = one.stored.get(name)
+            if found is None:
+                raise MismatchError(pair, f"are of different models: {one.name} has no {shown(name)}", "give prefix")
+            if found.shape != newest.stored[name].shape:
+                reason = f"have shapes {list(newest.stored[name].shape)} and {list(found.shape)}"
+                raise MismatchError(f"tensor {shown(name)} of {pair}", reason)
+            if tensor.role == "average" and found.dtype not in EPS:
+                raise MismatchError(f"tensor {shown(name)} of {pair}", "is no floating-point number in the latter")
+        t = float(clock.time_at(one.info.step))
+        like = newest.info
+        info = replace(
+            one.info, run_id=like.run_id, t=t, t_unit=like.t_unit, t_first=t, segment=like.segment,
+            tensors=like.tensors, aliases=like.aliases, left_out=like.left_out,
+        )  # fmt: skip
+        made.append(replace(one, info=info, profile=Point(t)))
+    return made
 
 
 def _check_alike(first: Checkpoint, other: Checkpoint) -> None:

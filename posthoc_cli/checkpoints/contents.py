@@ -103,7 +103,7 @@ class Contents:
         """
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
-        names = (group, *MODEL_GROUPS)
+        names = (*([group] if group else []), *MODEL_GROUPS)
         group = next((name for name in names if name in groups), others[0] if len(others) == 1 else "")
         chosen = [keys for keys in self.tensors if len(keys) > 1 and keys[0] == group]
         if group not in names:

@@ -20,6 +20,7 @@ from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueErro
 from posthoc_cli.profiles import Point, PowerFunction, StoredProfile, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile, posthoc_ema_profile, torchtitan_profile
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.directory import is_snapshot_name
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.reader import read_small_file
 
@@ -94,6 +95,14 @@ def open_checkpoints(place: str | Path, origin: Origin = Origin()) -> list[Check
     return checked_run(made)
 
 
+def holds_checkpoints(place: str | Path) -> bool:
+    """Whether a directory, file or glob seems to name checkpoints; no file is opened."""
+    try:
+        return bool(_places(place))
+    except DirectoryError:
+        return False
+
+
 def _places(place: str | Path) -> list[Path]:
     """The files and folders that may each be a checkpoint."""
     text = str(files.expanded(place))
@@ -110,7 +119,7 @@ def _places(place: str | Path) -> list[Path]:
     if (path / ".metadata").is_file():
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
-    folders = [entry for entry in entries if entry.is_dir() and _holds_model(entry)]
+    folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
     return folders or [
         entry for entry in entries if entry.name.endswith(ENDINGS) and not entry.name.startswith(NOT_WEIGHTS)
     ]

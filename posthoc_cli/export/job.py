@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.synthesis.engine import AUTO_REASON, Options, parse_device, worker_count
 from posthoc_cli.synthesis.plan import Plan, parse_accumulate, plan_synthesis, with_consistent_plan
-from posthoc_cli.synthesis.sources import disk_sources
+from posthoc_cli.synthesis.sources import Source
 from posthoc_cli.targets import Target
 
 
@@ -79,7 +79,7 @@ class SynthesisReport:
 class Synthesis:
     """A request for averages as files; `Run.write` says what its fields are."""
 
-    directory: Path
+    sources: Callable[[], Sequence[Source]]
     targets: tuple[Target, ...]
     out: str | None
     t: float | None = None
@@ -162,7 +162,7 @@ class Synthesis:
     def _plan(self) -> Plan:
         """The plan of the snapshots that are there now."""
         options = (self.t, self.step, self.method, self.max_error, self.dtype, self.accumulate)
-        return plan_synthesis(disk_sources(self.directory), self.targets, *options)
+        return plan_synthesis(self.sources(), self.targets, *options)
 
     def _make(self) -> SynthesisReport:
         """All targets in this process."""

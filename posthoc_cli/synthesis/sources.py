@@ -7,6 +7,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from posthoc_cli.checkpoints.checkpoint import beside_snapshots
+from posthoc_cli.checkpoints.opening import Origin, holds_checkpoints, open_checkpoints
+from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorEntry, TensorSpec
@@ -39,9 +42,32 @@ class Source(Protocol):
         """
 
 
-def disk_sources(directory: str | Path) -> list[Source]:
-    """The snapshots of a directory as sources; raises what `read_directory` raises."""
-    return list(read_directory(Path(directory)))
+def disk_sources(
+    directory: str | Path, origin: Origin = Origin(), also: str | Path | None = None
+) -> list[Source]:
+    """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
+
+    Arguments:
+        directory: of a run; or a file, or a glob that names the files or folders of checkpoints.
+        origin: what checkpoints do not say themselves.
+        also: where checkpoints of the same training are, to be combined with the snapshots.
+
+    Raises:
+        DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
+    """
+    path = Path(directory)
+    if origin.kind not in (None, "snapshots"):
+        return [*open_checkpoints(directory, origin)]
+    try:
+        snapshots = read_directory(path)
+    except DirectoryError as error:
+        if origin.kind is not None or not holds_checkpoints(directory):
+            raise error
+        if also is not None:
+            raise InvalidValueError("checkpoints", "are added to the snapshots of a tracker", error.reason) from error
+        return [*open_checkpoints(directory, origin)]
+    others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also, origin))
+    return sorted([*snapshots, *others], key=lambda one: (one.info.t, one.info.sigma_rel)) if others else [*snapshots]
 
 
 def source_prior(sources: Sequence[Source]) -> Prior:
