@@ -247,12 +247,12 @@ class Run:
         sources = of_newest_segment(self.sources)
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
-        usable, later = chosen_up_to(sources, Candidate("", [info.profile.pure for info in infos]).time(t))
+        usable, later = chosen_up_to(sources, Candidate("", [source.profile for source in sources]).time(t))
         last, known = usable[-1].info.t, [*usable, *later]
         count = sum(info.t <= last for info in infos)
         which = f"{len(usable):,} of {count:,}" if len(usable) < count else f"{count:,}"
         label = f"{self.directory}: {which} snapshot{'s' * (count != 1)} up to {last:,.12g} {unit}"
-        profiles, first = [source.info.profile.pure for source in known], min(info.t_first for info in infos)
+        profiles, first = [source.profile for source in known], min(info.t_first for info in infos)
         return Candidate.of_run(label, profiles, source_prior(known), unit, run_clock(infos), first)
 
     def error_curve(

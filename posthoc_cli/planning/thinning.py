@@ -6,6 +6,7 @@ a thousand. What it leaves has about the density of a simple law, so that `thinn
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import lru_cache
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.profiles import FloatArray, PowerFunction, StoredProfile, gamma_from_sigma_rel
 from posthoc_cli.reconstruction import Losses, MinimumVariance, Prior
 from posthoc_cli.threads import one_blas_thread
 
@@ -165,16 +166,17 @@ def _combined(squares: FloatArray) -> FloatArray:
     return np.asarray(np.mean((squares / scale) ** (_NORM / 2), axis=0) ** (1 / _NORM) * np.sqrt(scale))
 
 
-def thinned_subset(snapshots: Sequence[PowerFunction], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
+def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
     """A subset of at most `most` snapshots, spread as thinning would leave them: growing indices.
 
-    It has the newest snapshot of each profile; profiles get equal shares, of at least `keep` each.
+    It has the newest snapshot of each power function; these, and all other profiles together, get equal shares, of at
+    least `keep` each.
     """
     if len(snapshots) <= most:
         return list(range(len(snapshots)))
     groups: dict[float, list[int]] = {}
     for index in sorted(range(len(snapshots)), key=lambda i: snapshots[i].t):
-        groups.setdefault(snapshots[index].gamma, []).append(index)
+        groups.setdefault(getattr(snapshots[index], "gamma", math.inf), []).append(index)
     end = max(snapshot.t for snapshot in snapshots)
     subset: list[int] = []
     room = most

@@ -15,6 +15,7 @@ from posthoc_cli.reconstruction.prior import (
     ROUNDING,
     WINDOW,
     Distance,
+    DistanceTo,
     Measurements,
     Prior,
     StoredAverage,
@@ -26,8 +27,8 @@ from posthoc_cli.reconstruction.prior import (
 from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, expected_errors, reconstruct
 
 __all__ = [
-    "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "ROUNDING", "WINDOW", "Distance", "Losses", "Measurements",
-    "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps", "StoredAverage", "assumed_prior",
+    "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "ROUNDING", "WINDOW", "Distance", "DistanceTo", "Losses",
+    "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps", "StoredAverage", "assumed_prior",
     "check_method", "error_after_rounding", "expected_errors", "measured_prior", "reconstruct", "relative_width",
     "roundings",
 ]  # fmt: skip

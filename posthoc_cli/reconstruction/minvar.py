@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, gammas_and_times
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, gammas_and_times, order_of
 from posthoc_cli.reconstruction.least_squares import LeastSquares, Losses, solve_once
-from posthoc_cli.reconstruction.motion import Cells, cells_between
+from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
 from posthoc_cli.reconstruction.prior import Prior, inherited_factor, rounding_factor
 
 _NO_ROUNDING = 1e-30
@@ -57,16 +57,17 @@ class MinimumVariance:
     The profiles are at or before `t`, with their mass before the first update on it, in the order of the prior.
     """
 
-    def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
+    def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
         # A fixed order, so that the caller's order changes no bit.
-        self._order = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].t, snapshots[i].gamma))
+        self._order = sorted(range(len(snapshots)), key=lambda i: order_of(snapshots[i]))
         self._stored = [snapshots[i] for i in self._order]
         self._prior = prior = prior.of(self._order)
-        gamma, times = gammas_and_times(self._stored)
+        times = [profile.t for profile in self._stored]
         start = prior.motion.edges[0]
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
-        self._terms = _terms(prior, cells_between(edges, prior.steps), np.unique(gamma))
-        self._rows = np.vstack([term.of_powers(self._stored) for term in self._terms])  # [rows, n]
+        cells = cells_between(with_points(edges, self._stored, prior.steps), prior.steps)
+        self._terms = _terms(prior, cells, self._stored)
+        self._rows = np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """What the other methods ask for."""
@@ -129,7 +130,11 @@ class MinimumVariance:
         own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
         if self._prior.inherited is None:
             return own
-        return np.vstack((own, inherited_factor(self._prior.inherited, *gammas_and_times(self._stored))))
+        powers = [index for index, profile in enumerate(self._stored) if isinstance(profile, PowerFunction)]
+        gammas, times = gammas_and_times([self._stored[index] for index in powers])  # type: ignore[misc]
+        inherited = np.zeros((len(powers), len(self._stored)))
+        inherited[:, powers] = inherited_factor(self._prior.inherited[powers], gammas, times)
+        return np.vstack((own, inherited))
 
     @cached_property
     def _stacked(self) -> FloatArray:
@@ -158,9 +163,9 @@ class _Integral:
     root: FloatArray
     most: float = np.inf
 
-    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
         """Columns: shape [rows, n]."""
-        return self._scaled(self.functions.of_powers(profiles))
+        return self._scaled(self.functions.of_stored(profiles))
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
         """Columns, [rows, n], and squared norms, [n], which may exceed those of the columns."""
@@ -180,7 +185,7 @@ class _Sum:
     root: FloatArray
     values: Callable[[Sequence[Profile]], FloatArray]
 
-    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
         return self.of_targets(profiles)[0]
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
@@ -188,15 +193,15 @@ class _Sum:
         return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
-def _terms(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Integral | _Sum]:
+def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Sum]:
     walk, noise = prior.motion.on(cells.edges)
     few = cells.interval
-    terms: list[_Integral | _Sum] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
+    terms: list[_Integral | _Sum] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
     if few.size:
         terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
-        terms.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
+        terms.append(_Integral(Densities(stored, cells.edges), np.sqrt(noise * cells.duration), most))
         if few.size:
             terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
     return terms

@@ -18,10 +18,11 @@ from functools import cached_property
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction.basis import Densities, gammas_and_times
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.reconstruction.basis import Densities, are_powers
 from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
 from posthoc_cli.reconstruction.minvar import MinimumVariance
+from posthoc_cli.reconstruction.motion import with_points
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior
 
 METHODS = ("minvar", "paper")
@@ -67,7 +68,7 @@ def check_method(method: str | None) -> str:
 
 
 def reconstruct(
-    snapshots: Sequence[PowerFunction],
+    snapshots: Sequence[StoredProfile],
     targets: Sequence[Profile],
     method: str | None = None,
     prior: Prior | None = None,
@@ -76,7 +77,8 @@ def reconstruct(
     """Coefficients that make each target out of the snapshots.
 
     Arguments:
-        snapshots: profiles of the stored averages, at least one, distinct, none after `t`.
+        snapshots: profiles of the stored averages (power functions, checkpoints, averages over known times), at least
+            one, distinct, none after `t`.
         targets: the wanted profiles; power functions are treated in closed form, others by quadrature.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
@@ -107,7 +109,7 @@ def reconstruct(
 
 
 def expected_errors(
-    snapshots: Sequence[PowerFunction], targets: Sequence[PowerFunction], prior: Prior, t: float
+    snapshots: Sequence[StoredProfile], targets: Sequence[PowerFunction], prior: Prior, t: float
 ) -> tuple[FloatArray, FloatArray]:
     """Predicted and profile errors of power functions by minimum variance: shape [targets] each.
 
@@ -128,12 +130,14 @@ _FEW_TIMES = 6
 class _Problem:
     """Snapshots, and both solvers for targets at `t`."""
 
-    def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
+    def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
         self._snapshots = {snapshot: row for row, snapshot in enumerate(snapshots)}
         self._variance = MinimumVariance(snapshots, prior, t)
-        gammas, times = gammas_and_times(snapshots)
-        self._densities = Densities(np.unique(gammas), np.unique(np.concatenate(([0.0], times, [t]))))
-        self._factor = self._densities.of_powers(snapshots).reshape(-1, len(snapshots))
+        times = [snapshot.t for snapshot in snapshots]
+        edges = with_points(np.unique(np.concatenate(([0.0], times, [t]))), snapshots, prior.steps)
+        self._densities = Densities(snapshots, edges)
+        self._factor = self._densities.of_stored(snapshots).reshape(-1, len(snapshots))
+        self._may_blend = are_powers(snapshots)
         self._gains = _GAIN_OF_FEW if np.unique(times).size <= _FEW_TIMES else _GAIN_OF_MANY
 
     def solve(
@@ -153,7 +157,7 @@ class _Problem:
             columns[:, column] = np.arange(columns.shape[0]) == row  # the exact solution without rounding
         if method == METHODS[0]:
             own = self._variance.solve(goals, at_once)
-            columns = np.where(np.isnan(columns), own, columns)
+            columns = np.where(np.isnan(columns) | (not self._may_blend), own, columns)
             best, there = (self._variance.expected_squares(found, goals) for found in (own, columns))
             gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
             sure, none = self._gains

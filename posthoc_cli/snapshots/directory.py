@@ -573,7 +573,7 @@ def _surplus(
     gone: list[StoredSnapshot] = []
     if max(counts.values(), default=0) > max_checkpoints:
         averages = [stored_average(snapshot.info) for snapshot in scheduled]
-        profiles = [average.profile.pure for average in averages]
+        profiles = [snapshot.info.profile.pure for snapshot in scheduled]
         dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
         gone += [scheduled[index] for index in dropped]
     for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):

@@ -27,6 +27,7 @@ from numpy.lib.stride_tricks import as_strided
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.chunks import Box, copy_range, row_major
@@ -74,6 +75,11 @@ class Snapshot:
     def name(self) -> str:
         """The file's or folder's name."""
         return self.path.name
+
+    @property
+    def profile(self) -> PowerFunction:
+        """The power function that it holds."""
+        return self.info.profile.pure
 
     @property
     def files(self) -> list[tuple[Path, fmt.FileHeader]]:

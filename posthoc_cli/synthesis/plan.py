@@ -213,7 +213,7 @@ def plan_synthesis(
     time = _target_time(sources, t, step)
     alike = _alike(sources, time)
     usable, later = chosen_up_to(alike, time)
-    snapshots = [source.info.profile.pure for source in (*usable, *later)]
+    snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # the later ones, too, tell how the network moved
     clock, first = run_clock([source.info for source in alike]), min(source.info.t_first for source in usable)
     profiles = [target.profile(time, clock, first) for target in wanted]

@@ -1,4 +1,4 @@
-"""Stored averages that a synthesis reads: snapshots on disk, or averages in memory."""
+"""Stored averages that a synthesis reads: snapshots and checkpoints on disk, or averages in memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING, Protocol
 from posthoc_cli.checkpoints.checkpoint import beside_snapshots
 from posthoc_cli.checkpoints.opening import Origin, holds_checkpoints, open_checkpoints
 from posthoc_cli.errors import DirectoryError, InvalidValueError
+from posthoc_cli.profiles import StoredProfile
 from posthoc_cli.reconstruction import Prior
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import SnapshotInfo, TensorEntry, TensorSpec
-from posthoc_cli.snapshots.measurements import snapshot_prior
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
+from posthoc_cli.snapshots.measurements import FileSource, snapshot_prior
+from posthoc_cli.snapshots.reader import OpenSnapshot
 
 if TYPE_CHECKING:
     import torch
 
 
 class Source(Protocol):
-    """A stored average: a snapshot on disk, or a live average in memory."""
+    """A stored average: a snapshot or a checkpoint on disk, or a live average in memory."""
 
     @property
     def name(self) -> str:
@@ -30,6 +31,10 @@ class Source(Protocol):
     @property
     def info(self) -> SnapshotInfo:
         """The snapshot's header, or what it would be."""
+
+    @property
+    def profile(self) -> StoredProfile:
+        """What its averages are of: a power function, one checkpoint (`Point`), or known times (`Discrete`)."""
 
     @property
     def stored(self) -> Mapping[str, TensorEntry | TensorSpec]:
@@ -75,8 +80,8 @@ def source_prior(sources: Sequence[Source]) -> Prior:
 
     If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
     """
-    on_disk = [source for source in sources if isinstance(source, Snapshot)]
-    in_memory = [source for source in sources if not isinstance(source, Snapshot)]
+    on_disk = [source for source in sources if isinstance(source, FileSource)]
+    in_memory = [source for source in sources if not isinstance(source, FileSource)]
     prior = snapshot_prior(on_disk, [source.info for source in in_memory])
     place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
     return prior.of([place[id(source)] for source in sources])
