@@ -5,3 +5,6 @@ does those of snapshots. `pickles` and `archives` find the tensors of pickled fi
 `distributed` those of a folder of chunks; `layouts` knows how libraries name files, steps and tensors; `opening` makes
 a run of them.
 """
+
+KINDS = ("snapshots", "checkpoints", "dcp", "torchtitan", "ema-pytorch", "posthoc-ema", "edm2")
+"""What may be opened; `checkpoints` are files or folders of weights, also of LoRA series."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, checked_run, make_checkpoint
 from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
@@ -23,9 +24,6 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import is_snapshot_name
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.reader import read_small_file
-
-KINDS = ("snapshots", "checkpoints", "dcp", "torchtitan", "ema-pytorch", "posthoc-ema", "edm2")
-"""What may be opened; `checkpoints` are files or folders of weights, also of LoRA series."""
 
 _STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
 _INDEXED = re.compile(r"(\d+)[._](\d+)\.(?:pt|safetensors)")

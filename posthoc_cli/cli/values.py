@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import functools
+import glob
+import inspect
 import stat
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from typer import Argument, Option
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, ProfileFile, SigmaRel, Target, Window
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
+    from posthoc_cli.run import Run
     from posthoc_cli.snapshots.measurements import Likeness
 
 _T = TypeVar("_T")
@@ -71,11 +77,80 @@ LIKE = Option(
 )
 SIGMA_RANGE = Option("0.05:0.28", help="The averages that you will want: LOW:HIGH.")
 DIRECTORY = Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
+DIRECTORY_OR_CHECKPOINTS = Argument(
+    None, metavar="DIR", help="The directory that the tracker wrote, or of checkpoints.", show_default=False
+)
 PICTURE = Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
 FORCE = Option(False, "--force", help="Replace existing outputs.")
 QUIET = Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.")
 JSON = Option(False, "--json", help="Print one JSON object.")
+CHECKPOINTS = Option(
+    None,
+    metavar="DIR|GLOB",
+    help="Checkpoints of the training, such as 'out/step*.safetensors': in place of DIR, or beside its snapshots.",
+)
+_ORIGIN: dict[str, tuple[Any, Any]] = {
+    "kind": (
+        str | None,
+        Option(
+            None,
+            "--from",
+            metavar="KIND",
+            autocompletion=one_of(*KINDS),
+            help=f"What DIR holds: {', '.join(KINDS)}. [default: found by names and contents]",
+        ),
+    ),
+    "step_from": (
+        str | None,
+        Option(
+            None,
+            metavar="PATTERN",
+            help=r"Of checkpoints: a regular expression for their steps, such as 'step(\d+)'. [default: from content or name]",
+        ),
+    ),
+    "prefix": (str, Option("", help="Of checkpoints: take tensors whose names begin so, such as model., without it.")),
+    "include": (list[str], Option([], metavar="GLOB", help="Of checkpoints: take tensors of these names only.")),
+    "exclude": (list[str], Option([], metavar="GLOB", help="Of checkpoints: leave tensors of these names out.")),
+    "sigma_rels": (
+        str | None,
+        Option(None, help="Of averages of other libraries: their widths, in the order of their numbers: 0.05,0.28."),
+    ),
+    "update_every": (int | None, Option(None, min=1, help="Of averages of other libraries: calls between updates.")),
+    "update_after_step": (
+        int | None,
+        Option(None, min=0, help="Of averages of other libraries: calls before the first update. [default: theirs]"),
+    ),
+}
+"""Options that say what checkpoints do not: type and default of each."""
+
+
 YES = Option(False, "--yes", "-y", help="Do not ask.")
+
+
+def with_origin(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options about checkpoints, which it gets as `origin`; one that it has itself stays its."""
+    own = dict(inspect.signature(command).parameters)
+    types = get_type_hints(command, localns={"Origin": object})
+    del own["origin"], types["origin"]
+    added = {name: option for name, option in _ORIGIN.items() if name not in own}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        from posthoc_cli.checkpoints.opening import Origin
+
+        fields = {name: given.pop(name) for name in added}
+        widths = fields.pop("sigma_rels", None)
+        known = {name: value for name, value in fields.items() if value not in (None, [], "")}
+        tracked = () if widths is None else parse_sigma_rels(widths, "--sigma-rels")
+        command(**given, origin=Origin(**known, sigma_rels=tuple(tracked)))
+
+    last = own.pop("as_json")
+    kind = inspect.Parameter.KEYWORD_ONLY
+    new = [inspect.Parameter(name, kind, default=default, annotation=hint) for name, (hint, default) in added.items()]
+    both = [parameter.replace(kind=kind) for parameter in (*own.values(), *new, last)]
+    run.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
+    run.__annotations__ = types | {name: hint for name, (hint, _) in added.items()}
+    return run
 
 
 def bad(option: str, text: str, reason: str, hint: str = "") -> InvalidValueError:
@@ -210,6 +285,23 @@ def existing(path: Path, directory: bool = False) -> Path:
     if path.suffix in PICKLES and not is_directory:
         raise InvalidValueError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
     return path
+
+
+def existing_run(place: Path) -> Path:
+    """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
+    expanded = files.expanded(place)
+    return expanded if glob.has_magic(str(place)) and not expanded.exists() else existing(place, directory=True)
+
+
+def open_run(directory: Path | None, checkpoints: str | None, origin: Origin) -> Run:
+    """The run of DIR and --checkpoints, of which one is there."""
+    from posthoc_cli.run import Run
+
+    if directory is not None:
+        return Run(existing_run(directory), also=checkpoints, origin=origin)
+    if checkpoints is None:
+        raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
+    return Run(existing_run(Path(checkpoints)), origin=origin)
 
 
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:
