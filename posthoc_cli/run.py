@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.opening import Origin
-from posthoc_cli.errors import PostHocError
+from posthoc_cli.checkpoints.description import describe_checkpoints
+from posthoc_cli.checkpoints.opening import Origin, holds_checkpoints, is_glob, open_checkpoints
+from posthoc_cli.errors import DirectoryError, PostHocError
 from posthoc_cli.planning import USEFUL_RANGE, Candidate, ErrorCurve, error_curve, profile_fit
 from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
@@ -140,8 +141,20 @@ class Run:
         }
 
     def info(self) -> dict[str, Any]:
-        """All that headers tell of the directory, also where something is wrong with it: see `describe`."""
-        return describe(self.directory)
+        """All that headers tell of the directory, also where something is wrong with it: see `describe`.
+
+        Of checkpoints see `describe_checkpoints`.
+        """
+        if self.origin.kind in (None, "snapshots") and not is_glob(self.directory):
+            try:
+                found = describe(self.directory)
+                is_models = found["kind"] == "outputs" and {one["kind"] for one in found["outputs"]} == {"safetensors"}
+                if not is_models or self.origin.kind is not None:
+                    return found
+            except DirectoryError:
+                if not holds_checkpoints(self.directory):
+                    raise
+        return describe_checkpoints(self.directory, open_checkpoints(self.directory, self.origin))
 
     # --- averages
 

@@ -93,6 +93,11 @@ def open_checkpoints(place: str | Path, origin: Origin = Origin()) -> list[Check
     return checked_run(made)
 
 
+def is_glob(place: str | Path) -> bool:
+    """Whether a name is a pattern, and not the name of something that is there."""
+    return glob.has_magic(str(place)) and not files.expanded(place).exists()
+
+
 def holds_checkpoints(place: str | Path) -> bool:
     """Whether a directory, file or glob seems to name checkpoints; no file is opened."""
     try:
@@ -103,13 +108,12 @@ def holds_checkpoints(place: str | Path) -> bool:
 
 def _places(place: str | Path) -> list[Path]:
     """The files and folders that may each be a checkpoint."""
-    text = str(files.expanded(place))
-    if glob.has_magic(text) and not Path(text).exists():
-        found = sorted(map(Path, glob.glob(text)))  # noqa: PTH207 - of any path, also an absolute one
+    path = files.expanded(place)
+    if is_glob(path):
+        found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
         if not found:
             raise DirectoryError(place, "no file or folder has such a name")
         return found
-    path = Path(text)
     if not path.is_dir():
         if not path.exists():
             raise DirectoryError(place, "no such file or directory")

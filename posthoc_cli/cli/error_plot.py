@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError, printable
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.planning import Candidate, ErrorCurve
 
 EPILOG = (
@@ -28,11 +30,16 @@ MOST_ROWS = 24
 """Drawings over time in one picture."""
 
 
+@values.with_origin
 def error_plot(
-    directories: list[Path] = Argument([], metavar="[DIR]...", help="Directories that trackers wrote."),
+    directories: list[Path] = Argument(
+        [], metavar="[DIR]...", help="Directories that trackers wrote, or of checkpoints; or globs of those."
+    ),
     out: Path | None = values.PICTURE,
     sigma_rels: list[str] = Option(
-        [], help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule."
+        [],
+        help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule. With "
+        "--from: the widths of that library's averages.",
     ),
     steps: list[str] = Option([], metavar="COUNT", help="Of the schedule: length of training, such as 100K."),
     checkpoint_every: list[str] = Option([], metavar="COUNT", help="Of the schedule: steps between snapshots."),
@@ -55,6 +62,8 @@ def error_plot(
     overwrite: bool = values.FORCE,
     verbose: bool = Option(False, "--verbose", "-v", help="Show the profile error too."),
     as_json: bool = values.JSON,
+    *,
+    origin: Origin,
 ) -> None:
     """Draw how exact averages of any length will be.
 
@@ -82,7 +91,11 @@ def error_plot(
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
-    candidates = [Run(path).candidate(t) for path in [values.existing(path, directory=True) for path in directories]]
+    if origin.kind is not None and sigma_rels:
+        widths = values.parse_sigma_rels(",".join(sigma_rels), "--sigma-rels")
+        origin, sigma_rels = replace(origin, sigma_rels=tuple(widths)), []
+    places = [values.existing_run(path) for path in directories]
+    candidates = [Run(path, origin=origin).candidate(t) for path in places]
     candidates += _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints, dtype, like)
     if not candidates:
         what = "name a directory of snapshots, or a schedule"

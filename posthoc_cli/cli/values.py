@@ -105,7 +105,7 @@ _ORIGIN: dict[str, tuple[Any, Any]] = {
         Option(
             None,
             metavar="PATTERN",
-            help=r"Of checkpoints: a regular expression for their steps, such as 'step(\d+)'. [default: from content or name]",
+            help=r"Of checkpoints: a regular expression for their steps, such as 'step(\d+)'. [default: content or name]",
         ),
     ),
     "prefix": (str, Option("", help="Of checkpoints: take tensors whose names begin so, such as model., without it.")),
@@ -287,10 +287,10 @@ def existing(path: Path, directory: bool = False) -> Path:
     return path
 
 
-def existing_run(place: Path) -> Path:
+def existing_run(place: Path, directory: bool = True) -> Path:
     """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
     expanded = files.expanded(place)
-    return expanded if glob.has_magic(str(place)) and not expanded.exists() else existing(place, directory=True)
+    return expanded if glob.has_magic(str(place)) and not expanded.exists() else existing(place, directory)
 
 
 def open_run(directory: Path | None, checkpoints: str | None, origin: Origin) -> Run:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from posthoc_cli.checkpoints.checkpoint import beside_snapshots
-from posthoc_cli.checkpoints.opening import Origin, holds_checkpoints, open_checkpoints
+from posthoc_cli.checkpoints.opening import Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles import StoredProfile
 from posthoc_cli.reconstruction import Prior
@@ -47,9 +47,7 @@ class Source(Protocol):
         """
 
 
-def disk_sources(
-    directory: str | Path, origin: Origin = Origin(), also: str | Path | None = None
-) -> list[Source]:
+def disk_sources(directory: str | Path, origin: Origin = Origin(), also: str | Path | None = None) -> list[Source]:
     """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
 
     Arguments:
@@ -61,7 +59,7 @@ def disk_sources(
         DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
     """
     path = Path(directory)
-    if origin.kind not in (None, "snapshots"):
+    if origin.kind not in (None, "snapshots") or is_glob(directory):
         return [*open_checkpoints(directory, origin)]
     try:
         snapshots = read_directory(path)
