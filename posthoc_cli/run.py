@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.description import describe_checkpoints
-from posthoc_cli.checkpoints.opening import Origin, holds_checkpoints, is_glob, open_checkpoints
+from posthoc_cli.checkpoints.opening import NOTHING_SAID, Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.errors import DirectoryError, PostHocError
 from posthoc_cli.planning import USEFUL_RANGE, Candidate, ErrorCurve, error_curve, profile_fit
 from posthoc_cli.profiles import PowerFunction, Profile
@@ -88,7 +88,7 @@ class Run:
     """
 
     def __init__(
-        self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = Origin(), **fields: Any
+        self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = NOTHING_SAID, **fields: Any
     ) -> None:
         self.directory = files.expanded(Path(directory))
         self.also, self.origin = also, replace(origin, **fields)
@@ -244,9 +244,9 @@ class Run:
         from posthoc_cli.export.job import Synthesis
 
         return Synthesis(
-            lambda: self.sources, as_targets(targets), None if out is None else str(out), t, step, method, max_error, dtype,
-            layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish, distributed,
-            progress,
+            lambda: self.sources, as_targets(targets), None if out is None else str(out), t, step, method, max_error,
+            dtype, layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish,
+            distributed, progress,
         ).run()  # fmt: skip
 
     # --- errors

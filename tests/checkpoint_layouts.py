@@ -81,9 +81,11 @@ LAYOUTS: dict[str, Callable[[Path, int, Weights], object]] = {
     "safetensors": lambda run, step, weights: save_file(weights, run / f"step{step}.safetensors"),
     "archives": lambda run, step, weights: torch.save(weights, run / f"model-{step:08}.pt"),
     "streams": lambda run, step, weights: torch.save(
-        {"model": weights, "optimizer": weights, "step": step}, run / f"{step}.pth", _use_new_zipfile_serialization=False
+        {"model": weights, "optimizer": weights, "step": step},
+        run / f"{step}.pth",
+        _use_new_zipfile_serialization=False,
     ),
-    "modules": lambda run, step, weights: torch.save({"module": weights, "iteration": step}, run / f"mp_rank_{step}.pt"),
+    "modules": lambda run, step, weights: torch.save({"module": weights, "iteration": step}, run / f"rank_{step}.pt"),
     "lightning": lightning,
     "transformers": lambda run, step, weights: transformers_shards(run, step, weights, "safetensors"),
     "bins": lambda run, step, weights: transformers_shards(run, step, weights, "bin"),

@@ -77,7 +77,10 @@ class Origin:
         return fmt.make_selection(False, self.include, self.exclude, "copy")
 
 
-def open_checkpoints(place: str | Path, origin: Origin = Origin()) -> list[Checkpoint]:
+NOTHING_SAID = Origin()
+
+
+def open_checkpoints(place: str | Path, origin: Origin = NOTHING_SAID) -> list[Checkpoint]:
     """The checkpoints in a directory, or those that a glob names, by time. Reads headers, indexes and pickles only.
 
     Raises:

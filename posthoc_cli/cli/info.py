@@ -23,7 +23,7 @@ def info(
     path: Path = Argument(
         ...,
         metavar="DIR|FILE",
-        help="Snapshots, outputs, checkpoints, a model in shards or its index, or a single file.",
+        help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file.",
     ),
     verbose: bool = Option(False, "--verbose", "-v", help="All coefficients of an output, and its profile error."),
     as_json: bool = values.JSON,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import glob
 import inspect
 import stat
 import sys
@@ -105,7 +104,7 @@ _ORIGIN: dict[str, tuple[Any, Any]] = {
         Option(
             None,
             metavar="PATTERN",
-            help=r"Of checkpoints: a regular expression for their steps, such as 'step(\d+)'. [default: content or name]",
+            help=r"Of checkpoints: a regular expression of their steps: 'step(\d+)'. [default: content or name]",
         ),
     ),
     "prefix": (str, Option("", help="Of checkpoints: take tensors whose names begin so, such as model., without it.")),
@@ -289,8 +288,9 @@ def existing(path: Path, directory: bool = False) -> Path:
 
 def existing_run(place: Path, directory: bool = True) -> Path:
     """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
-    expanded = files.expanded(place)
-    return expanded if glob.has_magic(str(place)) and not expanded.exists() else existing(place, directory)
+    from posthoc_cli.checkpoints.opening import is_glob
+
+    return files.expanded(place) if is_glob(place) else existing(place, directory)
 
 
 def open_run(directory: Path | None, checkpoints: str | None, origin: Origin) -> Run:

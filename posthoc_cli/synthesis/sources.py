@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from posthoc_cli.checkpoints.checkpoint import beside_snapshots
-from posthoc_cli.checkpoints.opening import Origin, holds_checkpoints, is_glob, open_checkpoints
+from posthoc_cli.checkpoints.opening import NOTHING_SAID, Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.errors import DirectoryError, InvalidValueError
 from posthoc_cli.profiles import StoredProfile
 from posthoc_cli.reconstruction import Prior
@@ -47,7 +47,7 @@ class Source(Protocol):
         """
 
 
-def disk_sources(directory: str | Path, origin: Origin = Origin(), also: str | Path | None = None) -> list[Source]:
+def disk_sources(directory: str | Path, origin: Origin = NOTHING_SAID, also: str | Path | None = None) -> list[Source]:
     """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
 
     Arguments:

@@ -80,11 +80,9 @@ def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "lora-000001.safetensors", {"ss_steps": "55", "ss_epoch": "1"})
     assert steps() == [9, 10, 55, 100]  # as trainers of LoRA write it
     save_file({"w": torch.ones(3)}, tmp_path / "v2-of-3.safetensors")
-    with pytest.raises(
-        errors.InvalidValueError, match=r"v2-of-3.safetensors: neither its content nor .* give step_from"
-    ):
+    with pytest.raises(errors.InvalidValueError, match=r"v2-of-3.safetensors: neither .* give step_from"):
         steps()
-    with pytest.raises(errors.InvalidValueError, match="finds no number in .*lora"):
+    with pytest.raises(errors.InvalidValueError, match=r"finds no number in .*lora"):
         steps(step_from=r"\b(?:a|of)-(\d+)")
     (tmp_path / "lora-000001.safetensors").unlink()
     assert steps(step_from=r"\b(?:a|of)-(\d+)") == [3, 9, 10, 100]
@@ -112,14 +110,14 @@ def test_tensors_can_be_chosen(tmp_path: Path) -> None:
     assert run.average(0.2, t=1)["c"].tolist() == torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1).tolist()
     assert set(Run(tmp_path, include="model.*", exclude=["*.b"]).tensors) == {"model.a", "model.c"}
     assert set(Run(tmp_path, prefix="state_dict.loss.").tensors) == {"w"}
-    with pytest.raises(errors.InvalidValueError, match="include 'x.*': matches no tensor"):
+    with pytest.raises(errors.InvalidValueError, match=r"include 'x\.\*': matches no tensor"):
         _ = Run(tmp_path, include="x.*").tensors
-    with pytest.raises(errors.FileFormatError, match="no tensor's name begins with 'x.'; it has 'state_dict.model.a'"):
+    with pytest.raises(
+        errors.FileFormatError, match=r"no tensor's name begins with 'x\.'; it has 'state_dict.model.a'"
+    ):
         _ = Run(tmp_path, prefix="x.").tensors
     torch.save({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, tmp_path / "step3.ckpt")
-    with pytest.raises(
-        errors.FileFormatError, match="cannot be told from the rest: it has tensors under 'actor', 'cri"
-    ):
+    with pytest.raises(errors.FileFormatError, match="it has tensors under 'actor', 'critic'"):
         _ = Run(tmp_path).tensors
 
 
@@ -165,7 +163,7 @@ def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
 
 
 def test_checkpoints_stand_beside_snapshots(tmp_path: Path) -> None:
-    from posthoc_cli import PostHocEMA  # noqa: PLC0415
+    from posthoc_cli import PostHocEMA
 
     model = torch.nn.Linear(30, 20)
     generator = torch.Generator().manual_seed(1)
@@ -225,7 +223,9 @@ def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:
     run = Run(tmp_path)
     assert [source.info.step for source in run.sources] == [2, 10]
     plan = run.plan(0.2)
-    coefficients = {source.info.step: c for source, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0])}
+    coefficients = {
+        source.info.step: c for source, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)
+    }
     for name, value in run.average(0.2).items():
         torch.testing.assert_close(value, sum(c * states[step][name] for step, c in coefficients.items()))
     run.write(0.2, tmp_path / "model.safetensors")
