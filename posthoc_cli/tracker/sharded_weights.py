@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from posthoc_cli import files
 from posthoc_cli.errors import FileFormatError, ModelMismatchError, PostHocError, RankError, VanishedError
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts
@@ -88,6 +89,10 @@ class _Boxes:
     @property
     def info(self) -> SnapshotInfo:
         return self.snapshot.info
+
+    @property
+    def profile(self) -> PowerFunction:
+        return self.snapshot.profile
 
     @property
     def stored(self) -> Mapping[str, TensorSpec]:
