@@ -55,6 +55,9 @@ def error_plot(
     window: str | None = values.WINDOW,
     between: str | None = values.BETWEEN,
     profile: list[Path] | None = values.PROFILE,
+    decay: str | None = values.DECAY,
+    over: str = values.OVER,
+    lr: Path | None = values.LR,
     sigma_range: str = Option("0.01:0.2886", help="The curve's range of sigma_rel: LOW:HIGH."),
     t: float | None = Option(None, help="Time of the targets. [default: the last snapshot's]"),
     method: str | None = values.METHOD,
@@ -75,7 +78,7 @@ def error_plot(
     profile error, the published measure: the relative L2 distance between the wanted profile and the one that the
     snapshots make.
 
-    --beta, --window, --between and --profile add targets of other kinds: points at their own width (standard
+    --beta, --window, --between, --profile and --decay add targets of other kinds: points at their own width (standard
     deviation / t), and drawings over training time as with --draw.
     """
     from posthoc_cli.planning import error_curve, profile_fit
@@ -87,7 +90,7 @@ def error_plot(
         raise InvalidValueError("--csv", "is the picture's name too", "take another", value=csv_out)
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
     csv_out = values.new_file(csv_out, "--csv", (".csv",), overwrite)
-    targets = values.parse_targets(draw, beta, window, between, profile, "--draw")
+    targets = values.parse_targets(draw, beta, window, between, profile, decay, over, lr, "--draw")
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")

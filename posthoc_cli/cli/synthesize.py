@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING
 
 from typer import Option
 
+from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.targets import Coefficients
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
@@ -32,6 +34,15 @@ def synthesize(
     window: str | None = values.WINDOW,
     between: str | None = values.BETWEEN,
     profile: list[Path] | None = values.PROFILE,
+    decay: str | None = values.DECAY,
+    over: str = values.OVER,
+    lr: Path | None = values.LR,
+    mean: str | None = Option(
+        None, metavar="last:COUNT", help="The plain mean of the last checkpoints, whatever their distances: last:10."
+    ),
+    coefficients: Path | None = Option(
+        None, metavar="FILE", help="Exactly these: a CSV file of name,coefficient, names of files, with sum 1."
+    ),
     checkpoints: str | None = values.CHECKPOINTS,
     out: str | None = Option(
         None,
@@ -76,8 +87,9 @@ def synthesize(
 ) -> None:
     """Make the average of any length from snapshots.
 
-    Name one or more targets, of any kind: --sigma-rel, --beta, --window, --between, --profile. The snapshots are read
-    once for all targets, each block is verified, and an output appears complete or not at all.
+    Name one or more targets, of any kind: --sigma-rel, --beta, --window, --between, --profile, --decay, --mean,
+    --coefficients. The snapshots are read once for all targets, each block is verified, and an output appears complete
+    or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average. --verbose and
     --method paper also show the profile error: the distance between the wanted profile and the one that is made.
@@ -90,9 +102,11 @@ def synthesize(
     from posthoc_cli.export.ranks import is_rank
 
     output.log_to_stderr(verbose)
-    targets = values.parse_targets(sigma_rel, beta, window, between, profile)
+    targets = values.parse_targets(sigma_rel, beta, window, between, profile, decay, over, lr)
+    targets += [] if mean is None else [values.parse_mean(mean)]
+    targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
     if not targets:
-        kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000 or --profile FILE"
+        kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000, --profile FILE, --decay linear"
         raise InvalidValueError("no target", f"name one or several by {kinds}")
     report = values.open_run(directory, checkpoints, origin).write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,

@@ -16,8 +16,8 @@ from typer import Argument, Option
 from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
-from posthoc_cli.profiles import check_sigma_rel
-from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, ProfileFile, SigmaRel, Target, Window
+from posthoc_cli.profiles import SHAPES, check_sigma_rel
+from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, Decay, Mean, ProfileFile, SigmaRel, Target, Window
 
 if TYPE_CHECKING:
     from posthoc_cli.checkpoints.opening import Origin
@@ -51,6 +51,19 @@ PROFILE = Option(
     metavar="FILE",
     help="Any profile: a CSV file of time,density, linear between its points, 0 outside them, scaled to mass 1. May be "
     "given several times.",
+)
+DECAY = Option(
+    None,
+    metavar="1-sqrt|linear|cosine|FILE",
+    autocompletion=one_of("1-sqrt", "linear", "cosine"),
+    help="The weights after a decay of the learning rate that was not run: the updates of its last part (--over) times "
+    "a multiplier that falls from 1 to 0, or a CSV file of x,multiplier with x from 0 to 1.",
+)
+OVER = Option(
+    "20%", metavar="PART|START:END", help="The part of training that --decay falls over: 20%, or 50000:80000."
+)
+LR = Option(
+    None, metavar="FILE", help="For --decay: the run's own learning rate, a CSV file of time,rate, if it fell, too."
 )
 METHOD = Option(
     None,
@@ -324,6 +337,9 @@ def parse_targets(
     window: str | None,
     between: str | None,
     profile: Sequence[Path] | None,
+    decay: str | None = None,
+    over: str = "20%",
+    lr: Path | None = None,
     width_option: str = "--sigma-rel",
 ) -> list[Target]:
     """Targets from the options of these names, kind after kind, each once; `width_option` names the first."""
@@ -331,8 +347,13 @@ def parse_targets(
     targets += [] if sigma_rel is None else map(SigmaRel, parse_sigma_rels(sigma_rel, width_option))
     targets += [] if beta is None else map(Beta, parse_numbers(beta, "--beta"))
     targets += [] if window is None else map(_window, parse_numbers(window, "--window"))
-    targets += [] if between is None else map(_between, between.split(","))
+    targets += [] if between is None else [Between(*_ends(text, "--between")) for text in between.split(",")]
     targets += [ProfileFile(files.expanded(path)) for path in profile or ()]
+    if decay is None and lr is not None:
+        raise InvalidValueError("--lr", "is for --decay", value=lr)
+    if decay is not None:
+        shape = decay if decay in SHAPES else files.expanded(Path(decay))
+        targets.append(Decay(shape, _part(over), None if lr is None else files.expanded(lr)))
     return list(dict.fromkeys(targets))
 
 
@@ -340,11 +361,29 @@ def _window(steps: float) -> Window:
     return Window(int(steps) if steps.is_integer() else steps)  # type: ignore[arg-type]  # which it refuses
 
 
-def _between(text: str) -> Between:
+def _ends(text: str, option: str) -> tuple[float, float]:
     ends = [_decimal(end) for end in text.split(":")]
     if len(ends) != 2 or not all(end.is_finite() for end in ends):
-        raise bad("--between", text, "must be START:END, two training times, such as 50000:80000")
-    return Between(float(ends[0]), float(ends[1]))
+        raise bad(option, text, "must be START:END, two training times, such as 50000:80000")
+    return float(ends[0]), float(ends[1])
+
+
+def _part(text: str) -> float | tuple[float, float]:
+    """`--over`: 20%, 0.2, or START:END."""
+    if ":" in text:
+        return _ends(text, "--over")
+    value = _decimal(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    if not (value.is_finite() and 0 < value <= 1):
+        raise bad("--over", text, "must be a part of training, such as 20%, or START:END, such as 50000:80000")
+    return float(value)
+
+
+def parse_mean(text: str) -> Mean:
+    """`--mean`: last:10."""
+    word, colon, count = text.partition(":")
+    if word.strip() != "last" or not colon:
+        raise bad("--mean", text, "must be last:COUNT, such as last:10")
+    return Mean(parse_count(count, "--mean", "last:10"))
 
 
 def read_likeness(like: Path | None, steps: int) -> tuple[Likeness, str]:

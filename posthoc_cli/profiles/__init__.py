@@ -5,13 +5,14 @@ the weights of the network after each step; its profile spreads w_k over the int
 the mass after a step is the sum of the later w. What an average keeps of the value that it started from is a point of
 mass at its start, which the tail contains and the density leaves out.
 
-`power` is the tracked profile, `discrete` those of checkpoints, `others` are targets; any object with `density` and
-`tail` is a `Profile`, too.
+`power` is the tracked profile, `discrete` has those of checkpoints, `others` and `decays` are targets; any object with
+`density` and `tail` is a `Profile`, too.
 """
 
 from posthoc_cli.profiles.clock import Clock, ClockRecorder
-from posthoc_cli.profiles.custom import Table, read_table, try_profile
-from posthoc_cli.profiles.discrete import Discrete, Point
+from posthoc_cli.profiles.custom import Table, read_table, read_text, try_profile
+from posthoc_cli.profiles.decays import SHAPES, EmulatedDecay
+from posthoc_cli.profiles.discrete import Combination, Discrete, Point
 from posthoc_cli.profiles.others import (
     ClassicalEMA,
     Conversion,
@@ -37,8 +38,9 @@ from posthoc_cli.profiles.power import (
 )  # fmt: skip
 
 __all__ = [
-    "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Conversion", "Discrete", "FloatArray", "Point",
-    "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow", "StoredProfile", "Table", "Tabulated", "Uniform",
-    "check_sigma_rel", "classical_beta", "convert", "gamma_from_sigma_rel", "mean_age", "new_value_share", "read_table",
-    "sigma_rel_from_classical_beta", "sigma_rel_from_gamma", "try_profile",
+    "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination", "Conversion", "Discrete",
+    "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow",
+    "StoredProfile", "Table", "Tabulated", "Uniform", "check_sigma_rel", "classical_beta", "convert",
+    "gamma_from_sigma_rel", "mean_age", "new_value_share", "read_table", "read_text", "sigma_rel_from_classical_beta",
+    "sigma_rel_from_gamma", "try_profile",
 ]  # fmt: skip

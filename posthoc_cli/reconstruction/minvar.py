@@ -74,6 +74,11 @@ class MinimumVariance:
         columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
         return Goals(targets, np.vstack(columns), np.sum(norms, axis=0))
 
+    def made_of(self, coefficients: FloatArray) -> Goals:
+        """The averages with these coefficients, as goals."""
+        columns = self._rows @ coefficients[self._order]
+        return Goals((), columns, np.sum(columns**2, axis=0))
+
     def solve(self, goals: Goals, at_once: bool = False) -> FloatArray:
         """The coefficients of least expected error; those of a target sum to 1.
 

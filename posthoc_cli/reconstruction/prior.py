@@ -117,6 +117,13 @@ class StoredAverage:
         return self.profile.pure if isinstance(self.profile, RecordedPowerFunction) else self.profile
 
     @property
+    def start(self) -> float:
+        """The earliest time at which motion matters: of its first weights, but all of training for a checkpoint."""
+        if isinstance(self.profile, Point) and self.steps is not None:
+            return min(self.profile.t, float(self.steps.clock.time_at(1)))
+        return self.profile.t_first
+
+    @property
     def roundings(self) -> float:
         """The number of independent roundings, of an average's size, that its updates left in it."""
         if isinstance(self.profile, RecordedPowerFunction):
@@ -193,7 +200,7 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     distances = [distance for distance in (*distances, *weights) if distance is not None and not distance.alike]
     if distances:
         times = [profile.t for profile in profiles]
-        motion = fit_motion(min(average.profile.t_first for average in averages), times, distances, steps, earlier)
+        motion = fit_motion(min(average.start for average in averages), times, distances, steps, earlier)
     else:
         assumed = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
         motion = assumed if earlier is None else earlier

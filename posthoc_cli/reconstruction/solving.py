@@ -18,7 +18,7 @@ from functools import cached_property
 import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction.basis import Densities, are_powers
 from posthoc_cli.reconstruction.least_squares import LeastSquares, solve_once
 from posthoc_cli.reconstruction.minvar import MinimumVariance
@@ -79,7 +79,8 @@ def reconstruct(
     Arguments:
         snapshots: profiles of the stored averages (power functions, checkpoints, averages over known times), at least
             one, distinct, none after `t`.
-        targets: the wanted profiles; power functions are treated in closed form, others by quadrature.
+        targets: the wanted profiles; power functions are treated in closed form, others by quadrature, and a
+            `Combination` of the snapshots, in their order, is taken as it is.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last snapshot.
@@ -104,7 +105,10 @@ def reconstruct(
     # One by one, so that the rounding of a target's coefficients does not depend on the other targets.
     columns, predicted, profile = np.zeros((len(snapshots), len(targets))), *np.zeros((2, len(targets)))
     for k, target in enumerate(targets):
-        columns[:, k : k + 1], predicted[k : k + 1], profile[k : k + 1] = problem.solve([target], method)
+        if isinstance(target, Combination):
+            columns[:, k], predicted[k] = target.coefficients, problem.error_of(target)
+        else:
+            columns[:, k : k + 1], predicted[k : k + 1], profile[k : k + 1] = problem.solve([target], method)
     return Reconstruction(columns, profile, predicted, prior)
 
 
@@ -172,6 +176,11 @@ class _Problem:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
         return columns, self._variance.expected_errors(columns, goals), errors
+
+    def error_of(self, made: Combination) -> float:
+        """The predicted error of exactly these coefficients: that of the stored copies."""
+        column = made.coefficients[:, None]
+        return float(self._variance.expected_errors(column, self._variance.made_of(column))[0])
 
     @cached_property
     def _published(self) -> LeastSquares:

@@ -15,13 +15,13 @@ import numpy as np
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError
 from posthoc_cli.planning import Candidate, error_curve
-from posthoc_cli.profiles import PowerFunction, Profile
+from posthoc_cli.profiles import Combination, PowerFunction, Profile
 from posthoc_cli.reconstruction import ROUNDING, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.format import TensorSpec, TrackedTensor, of_segment_at
 from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock
 from posthoc_cli.snapshots.outputs import OutputInfo
 from posthoc_cli.synthesis.sources import Source, source_prior
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli.targets import Chosen, Target, as_target
 
 if TYPE_CHECKING:
     import torch
@@ -216,8 +216,14 @@ def plan_synthesis(
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # the later ones, too, tell how the network moved
     clock, first = run_clock([source.info for source in alike]), min(source.info.t_first for source in usable)
-    profiles = [target.profile(time, clock, first) for target in wanted]
-    result = reconstruct(snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time)
+    solved, names = snapshots[: len(usable)], [source.name for source in usable]
+    profiles = [
+        Combination(solved, target.choose(names, solved))
+        if isinstance(target, Chosen)
+        else target.profile(time, clock, first)
+        for target in wanted
+    ]
+    result = reconstruct(solved, profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)
     plan = Plan(
         sources=tuple(usable[i] for i in used),
