@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
     "errors", "files", "progress", "dtypes", "threads", "profiles", "targets", "reconstruction", "planning",
-    "snapshots", "synthesis", "export", "plots", "run", "tracker", "averages", "interop", "integrations", "sweep",
+    "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker", "averages", "integrations", "sweep",
     "demo", "cli",
 )  # fmt: skip
 COMMANDS = {"synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo", "guide", "help"}

@@ -15,7 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from typing import Any
 
-from posthoc_cli.checkpoints.pickles import Call, Extent, Name, PickleError, Readable, read_pickle
+from posthoc_cli.checkpoints.pickles import Call, Extent, Name, PickleError, Readable, pickled_value
 from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.snapshots.chunks import row_major
 
@@ -97,17 +97,17 @@ def read_archive(file: Readable, begin: int, end: int) -> Any:
 def _read_stream(file: Readable, begin: int, end: int, calls: dict[str, Call]) -> Any:
     """A pickle, or the five pickles and the storages that torch.save wrote before it made archives."""
     storages: dict[str, Storage] = {}
-    value, position = read_pickle(file, begin, end, calls, _persistent(storages))
+    value, position = pickled_value(file, begin, end, calls, _persistent(storages))
     if value != _LEGACY_MAGIC:
         if storages:
             raise PickleError("refers to storages outside the file")
         return value
-    protocol, position = read_pickle(file, position, end, calls)
-    system, position = read_pickle(file, position, end, calls)
+    protocol, position = pickled_value(file, position, end, calls)
+    system, position = pickled_value(file, position, end, calls)
     if protocol != _LEGACY_PROTOCOL or not isinstance(system, dict) or system.get("little_endian") is not True:
         raise PickleError("is of an unknown release of torch.save, or of a big-endian machine")
-    value, position = read_pickle(file, position, end, calls, _persistent(storages))
-    keys, position = read_pickle(file, position, end, calls)
+    value, position = pickled_value(file, position, end, calls, _persistent(storages))
+    keys, position = pickled_value(file, position, end, calls)
     for key in keys if isinstance(keys, list) else ():
         storage = storages.get(key)
         if storage is None or storage.begin >= 0:
@@ -152,7 +152,7 @@ def _read_zip(file: Readable, begin: int, end: int) -> Any:
             raise PickleError("is of a big-endian machine")
     storages: dict[str, Storage] = {}
     data = place("data.pkl")
-    value, _ = read_pickle(file, data.begin, data.end, _calls(file), _persistent(storages))
+    value, _ = pickled_value(file, data.begin, data.end, _calls(file), _persistent(storages))
     for key, storage in storages.items():
         held = place(f"data/{key}")
         if held.end - held.begin < storage.nbytes:

@@ -28,6 +28,7 @@ from posthoc_cli.snapshots.reader import read_small_file
 _STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
 _INDEXED = re.compile(r"(\d+)[._](\d+)\.(?:pt|safetensors)")
 _EDM2 = re.compile(r"network-snapshot-(\d+)-(\d*\.\d+)\.pkl")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _TRAINER_STATE = "trainer_state.json"
 _MOST_STATE = 1_000_000_000
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
@@ -125,9 +126,8 @@ def _places(place: str | Path) -> list[Path]:
         return [path]
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
-    return folders or [
-        entry for entry in entries if entry.name.endswith(ENDINGS) and not entry.name.startswith(NOT_WEIGHTS)
-    ]
+    loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _SHARD.search(entry.name)]
+    return folders or [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
 
 
 def _holds_model(folder: Path) -> bool:

@@ -67,7 +67,7 @@ Call = Callable[..., Any]
 _MARK = object()
 
 
-def read_pickle(
+def pickled_value(
     file: Readable, begin: int, end: int, calls: Mapping[str, Call], persistent: Call | None = None
 ) -> tuple[Any, int]:
     """The value of the pickle that begins at `begin`, and where it ends.
