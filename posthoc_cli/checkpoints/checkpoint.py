@@ -68,9 +68,14 @@ class Checkpoint:
 
 
 def make_checkpoint(
-    path: Path, found: Mapping[str, Callable[[], list[Piece]]], profile: StoredProfile, step: int, t_unit: str = "steps"
+    path: Path,
+    found: Mapping[str, Callable[[], list[Piece]]],
+    profile: StoredProfile,
+    step: int,
+    t_unit: str = "steps",
+    named: PowerFunction | None = None,
 ) -> Checkpoint:
-    """A checkpoint of these tensors.
+    """A checkpoint of these tensors; of an average `named` is the power function that it was meant to be.
 
     Raises:
         FileFormatError: a tensor has no name that a model's could have, or a dtype that is not read.
@@ -109,10 +114,11 @@ def make_checkpoint(
     sums = xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
     stored = parts[0].header.tensors if len(parts) == 1 and len(parts[0].header.tensors) == len(entries) else entries
     header = fmt.FileHeader({"ema.checksum": sums}, dict(stored), 0)
+    named = profile if isinstance(profile, PowerFunction) else named
     info = fmt.SnapshotInfo(
         run_id="0" * 32,
-        sigma_rel=profile.sigma_rel if isinstance(profile, PowerFunction) else 0.0,
-        gamma=profile.gamma if isinstance(profile, PowerFunction) else 0.0,
+        sigma_rel=0.0 if named is None else named.sigma_rel,
+        gamma=0.0 if named is None else named.gamma,
         sigma_rels=(),
         t=profile.t,
         t_unit=t_unit,
@@ -144,10 +150,9 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         MismatchError: two of them are of different models, or of one time; both are named.
     """
     ordered = sorted(checkpoints, key=lambda one: (one.info.t, one.info.sigma_rel))
-    seen: dict[tuple[float, object], Checkpoint] = {}
+    seen: dict[tuple[float, float], Checkpoint] = {}
     for one in ordered:
-        kind = one.info.sigma_rel if isinstance(one.profile, PowerFunction) else type(one.profile).__name__
-        other = seen.setdefault((one.info.t, kind if isinstance(one.profile, Point | PowerFunction) else one), one)
+        other = seen.setdefault((one.info.t, one.info.sigma_rel), one)
         if other is not one:
             reason = f"are both of step {one.info.t:,.12g}"
             raise MismatchError(f"{other.path} and {one.path}", reason, "name those of one run, by a glob")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
-from posthoc_cli.profiles import Discrete, Point, PowerFunction, StoredProfile
+from posthoc_cli.profiles import Point, PowerFunction
 from posthoc_cli.snapshots.description import describe_tensors
 
 
@@ -26,7 +26,7 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
             {
                 "file": one.name,
                 "t": one.info.t,
-                "holds": profile_text(one.profile),
+                "holds": holds_text(one),
                 "bytes": one.header.file_bytes,
                 "identity": one.header.metadata["ema.checksum"],
             }
@@ -35,11 +35,10 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
     }
 
 
-def profile_text(profile: StoredProfile) -> str:
-    """What a profile is, for people."""
-    if isinstance(profile, Point):
+def holds_text(checkpoint: Checkpoint) -> str:
+    """What its tensors are of, for people."""
+    if isinstance(checkpoint.profile, Point):
         return "weights"
-    if isinstance(profile, PowerFunction):
-        return f"average of sigma_rel {profile.sigma_rel:g}"
-    count = f" of {profile.times.size:,} values" if isinstance(profile, Discrete) else ""
-    return f"average{count}"
+    if isinstance(checkpoint.profile, PowerFunction):
+        return f"average of sigma_rel {checkpoint.info.sigma_rel:g}"
+    return f"average tracked as sigma_rel {checkpoint.info.sigma_rel:g}; its own profile is known"

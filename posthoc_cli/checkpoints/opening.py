@@ -254,7 +254,7 @@ def _karras(path: Path, origin: Origin) -> list[Checkpoint]:
         later = {} if origin.update_after_step is None else {"update_after_step": origin.update_after_step}
         profile = posthoc_ema_profile(gamma, step, origin.update_every, **later)
     found = _selected(contents.model_tensors(origin.prefix or inner), origin, _COUNTERS)
-    return [make_checkpoint(path, found, profile, step)]
+    return [make_checkpoint(path, found, profile, step, named=PowerFunction(gamma, step))]
 
 
 def _edm2(path: Path, origin: Origin) -> list[Checkpoint]:
