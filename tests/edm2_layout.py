@@ -59,7 +59,9 @@ def save(path: Path, net: torch.nn.Module) -> None:
             setattr(module, key, value)
         sys.modules[name] = module
     sys.modules["torch_utils"], sys.modules["dnnlib"] = types.ModuleType("torch_utils"), types.ModuleType("dnnlib")
-    content = EasyDict(encoder=Persistent(), dataset_kwargs=EasyDict(path="x.zip"), ema=net.half(), loss_fn=Persistent())
+    content = EasyDict(
+        encoder=Persistent(), dataset_kwargs=EasyDict(path="x.zip"), ema=net.half(), loss_fn=Persistent()
+    )
     try:
         path.write_bytes(pickle.dumps(content))
     finally:

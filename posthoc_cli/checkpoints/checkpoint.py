@@ -182,7 +182,11 @@ def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkp
         for name, tensor in newest.info.tensors.items():
             found = one.stored.get(name)
             if found is None:
-                raise MismatchError(pair, f"are of different models: {one.name} has no {shown(name)}", "choose tensors by include, exclude or prefix")
+                raise MismatchError(
+                    pair,
+                    f"are of different models: {one.name} has no {shown(name)}",
+                    "choose tensors by include, exclude or prefix",
+                )
             if found.shape != newest.stored[name].shape:
                 reason = f"have shapes {list(newest.stored[name].shape)} and {list(found.shape)}"
                 raise MismatchError(f"tensor {shown(name)} of {pair}", reason)

@@ -51,8 +51,12 @@ def test_ema_pytorch(update_every: int, tmp_path: Path) -> None:
         if not made:
             made.append(
                 library.PostHocEMA(
-                    model, sigma_rels=WIDTHS, checkpoint_every_num_steps=20, checkpoint_folder=str(tmp_path / "x"),
-                    update_every=update_every, checkpoint_dtype=torch.float32,
+                    model,
+                    sigma_rels=WIDTHS,
+                    checkpoint_every_num_steps=20,
+                    checkpoint_folder=str(tmp_path / "x"),
+                    update_every=update_every,
+                    checkpoint_dtype=torch.float32,
                 )  # fmt: skip
             )
         made[0].update()
@@ -80,8 +84,14 @@ def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
         if not made:
             made.append(
                 library.PostHocEMA.from_model(
-                    model, str(tmp_path / "x"), max_checkpoints=50, sigma_rels=WIDTHS, update_every=5,
-                    checkpoint_every=20, update_after_step=30, checkpoint_dtype=torch.float32,
+                    model,
+                    str(tmp_path / "x"),
+                    max_checkpoints=50,
+                    sigma_rels=WIDTHS,
+                    update_every=5,
+                    checkpoint_every=20,
+                    update_after_step=30,
+                    checkpoint_dtype=torch.float32,
                 )  # fmt: skip
             )
         made[0].update_(model)
