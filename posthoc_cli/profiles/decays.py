@@ -51,7 +51,7 @@ class EmulatedDecay:
 
     def __post_init__(self) -> None:
         values = self.tail(np.linspace(self.start, self.end, _GRID, endpoint=False))
-        if not np.all(np.diff(values, prepend=1.0) <= _SLACK):  # also where it is nan
+        if not (np.isfinite(values).all() and np.all(np.diff(values, prepend=1.0) <= _SLACK)):
             reason = "the multiplier of the rate must start at 1 or below and never grow"
             hint = "the run's own rate falls faster than this decay" if self.rate else ""
             raise InvalidValueError("decay", reason, hint)
