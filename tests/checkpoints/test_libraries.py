@@ -57,7 +57,7 @@ def test_ema_pytorch(update_every: int, tmp_path: Path) -> None:
                     checkpoint_folder=str(tmp_path / "x"),
                     update_every=update_every,
                     checkpoint_dtype=torch.float32,
-                )  # fmt: skip
+                )
             )
         made[0].update()
 
@@ -92,7 +92,7 @@ def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
                     checkpoint_every=20,
                     update_after_step=30,
                     checkpoint_dtype=torch.float32,
-                )  # fmt: skip
+                )
             )
         made[0].update_(model)
 
