@@ -22,7 +22,9 @@ ROOMS = (
     "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker", "averages", "integrations", "sweep",
     "demo", "cli",
 )  # fmt: skip
-COMMANDS = {"synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo", "guide", "help"}
+COMMANDS = {
+    "synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "diff", "demo", "guide", "help",
+}  # fmt: skip
 
 
 MODULES = pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))

@@ -25,7 +25,20 @@ from typer import Argument, Option
 
 import posthoc_cli
 from posthoc_cli import files
-from posthoc_cli.cli import demo, error_plot, export, guide, info, output, plan, profile, prune, synthesize, verify
+from posthoc_cli.cli import (
+    demo,
+    diff,
+    error_plot,
+    export,
+    guide,
+    info,
+    output,
+    plan,
+    profile,
+    prune,
+    synthesize,
+    verify,
+)
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, PostHocError, VanishedError, printable
 
 # typer brings its own click or uses the installed one, depending on its release; this is the base class of all
@@ -77,6 +90,7 @@ _OPTIONS = {
     "give step_from": "give --step-from",
     "name one by prefix": "name one by --prefix",
     "by include, exclude or prefix": "by --include, --exclude or --prefix",
+    "choose tensors by prefix": "choose tensors by --prefix",
     "make all parts first": "make all parts first, by --shard 1/N to --shard N/N",
     "make the other shards, then finish the model": "make the others by `ema synthesize --shard`, then run --finish",
     "make an average of them": "make an average by `ema synthesize`",
@@ -114,7 +128,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, demo, guide):
+for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, diff, demo, guide):
     # The function of a command has the name of its file.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])
     app.command(cls=_Command, epilog=_module.EPILOG)(_function)

@@ -281,8 +281,8 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
     return None if text is None else parse(text, *arguments)
 
 
-def existing(path: Path, directory: bool = False) -> Path:
-    """An input that exists and is no pickle, with ~ expanded; with `directory` one that may hold snapshots."""
+def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path:
+    """An input that exists, with ~ expanded; with `directory` one that may hold snapshots. A pickle only if allowed."""
     from posthoc_cli.snapshots.directory import PICKLES
 
     path = files.expanded(path)
@@ -294,7 +294,7 @@ def existing(path: Path, directory: bool = False) -> Path:
         raise InvalidValueError(path, what, hint) from None
     if directory and not is_directory:
         raise InvalidValueError(path, "is not a directory", hint)
-    if path.suffix in PICKLES and not is_directory:
+    if path.suffix in PICKLES and not (is_directory or pickles):
         raise InvalidValueError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
     return path
 
