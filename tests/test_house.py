@@ -23,7 +23,8 @@ ROOMS = (
     "demo", "cli",
 )  # fmt: skip
 COMMANDS = {
-    "synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "diff", "demo", "guide", "help",
+    "synthesize", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "diff", "import", "demo",
+    "guide", "help",
 }  # fmt: skip
 
 

@@ -10,16 +10,19 @@ import xxhash
 
 from posthoc_cli.checkpoints.archives import FoundTensor
 from posthoc_cli.checkpoints.contents import Piece, tensor_shape
-from posthoc_cli.checkpoints.tensor_files import ForeignPart, make_part, names_in
+from posthoc_cli.checkpoints.tensor_files import make_part, names_in
 from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
 from posthoc_cli.profiles import Point, PowerFunction, StoredProfile
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.measurements import run_clock
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
+from posthoc_cli.snapshots.reader import OpenSnapshot, Part, Snapshot
 
 _NO_WEIGHTS = ("running_mean", "running_var", "num_batches_tracked")
 """Last parts of the names of BatchNorm's statistics, which are copied: a variance must not be extrapolated."""
+
+UNKNOWN_RUN = "0" * 32
+"""The run of a checkpoint that was not yet compared with others."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Checkpoint:
     info: fmt.SnapshotInfo
     profile: StoredProfile
     header: fmt.FileHeader
-    parts: tuple[ForeignPart, ...]
+    parts: tuple[Part, ...]
 
     @property
     def name(self) -> str:
@@ -49,6 +52,15 @@ class Checkpoint:
     def stored(self) -> Mapping[str, fmt.TensorEntry]:
         """Dtype, shape and bytes of each tensor."""
         return self.header.tensors
+
+    @property
+    def holds(self) -> str:
+        """What its tensors are of, for people."""
+        if isinstance(self.profile, Point):
+            return "weights"
+        if isinstance(self.profile, PowerFunction):
+            return f"average of sigma_rel {self.info.sigma_rel:g}"
+        return f"average tracked as sigma_rel {self.info.sigma_rel:g}, of its own profile"
 
     def cells(self, name: str) -> int:
         """As of a snapshot."""
@@ -73,9 +85,9 @@ def make_checkpoint(
     profile: StoredProfile,
     step: int,
     t_unit: str = "steps",
-    named: PowerFunction | None = None,
+    sigma_rel: float | None = None,
 ) -> Checkpoint:
-    """A checkpoint of these tensors; of an average `named` is the power function that it was meant to be.
+    """A checkpoint of these tensors; of an average `sigma_rel` is the width that it was meant to have.
 
     Raises:
         FileFormatError: a tensor has no name that a model's could have, or a dtype that is not read.
@@ -114,11 +126,13 @@ def make_checkpoint(
     sums = xxhash.xxh3_64_hexdigest("".join(identities[file] for file in sorted(identities)).encode())
     stored = parts[0].header.tensors if len(parts) == 1 and len(parts[0].header.tensors) == len(entries) else entries
     header = fmt.FileHeader({"ema.checksum": sums}, dict(stored), 0)
-    named = profile if isinstance(profile, PowerFunction) else named
+    power = profile if isinstance(profile, PowerFunction) else None
+    if sigma_rel is not None:
+        power = PowerFunction.from_sigma_rel(sigma_rel, profile.t)
     info = fmt.SnapshotInfo(
-        run_id="0" * 32,
-        sigma_rel=0.0 if named is None else named.sigma_rel,
-        gamma=0.0 if named is None else named.gamma,
+        run_id=UNKNOWN_RUN,
+        sigma_rel=0.0 if power is None else sigma_rel or power.sigma_rel,
+        gamma=0.0 if power is None else power.gamma,
         sigma_rels=(),
         t=profile.t,
         t_unit=t_unit,
@@ -159,6 +173,12 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     first = ordered[0]
     for one in ordered[1:]:
         _check_alike(first, one)
+    ids = {one.info.run_id for one in ordered}
+    if len(ids) > 1:
+        other = next(one for one in ordered if one.info.run_id != first.info.run_id)
+        raise MismatchError(f"{first.path} and {other.path}", "are of different runs", "name those of one, by a glob")
+    if ids != {UNKNOWN_RUN}:
+        return ordered
     names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.header.metadata)).encode())
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
-from posthoc_cli.profiles import Point, PowerFunction
 from posthoc_cli.snapshots.description import describe_tensors
 
 
@@ -26,19 +25,10 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
             {
                 "file": one.name,
                 "t": one.info.t,
-                "holds": holds_text(one),
+                "holds": one.holds,
                 "bytes": one.header.file_bytes,
                 "identity": one.header.metadata["ema.checksum"],
             }
             for one in checkpoints
         ],
     }
-
-
-def holds_text(checkpoint: Checkpoint) -> str:
-    """What its tensors are of, for people."""
-    if isinstance(checkpoint.profile, Point):
-        return "weights"
-    if isinstance(checkpoint.profile, PowerFunction):
-        return f"average of sigma_rel {checkpoint.info.sigma_rel:g}"
-    return f"average tracked as sigma_rel {checkpoint.info.sigma_rel:g}; its own profile is known"

@@ -9,13 +9,14 @@ from __future__ import annotations
 import glob
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.checkpoints.checkpoint import Checkpoint, checked_run, make_checkpoint
 from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
+from posthoc_cli.checkpoints.imported import is_imported, read_imported
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.profiles import Point, PowerFunction, StoredProfile, check_sigma_rel, gamma_from_sigma_rel
@@ -154,6 +155,11 @@ def _kind_of(paths: Sequence[Path]) -> str:
 def _points(path: Path, origin: Origin) -> list[Checkpoint]:
     """A checkpoint, and the average in it if torchtitan stored one."""
     contents = read_contents(path)
+    if is_imported(contents.values):
+        one, selection = read_imported(path), origin.selection
+        fmt.check_globs(selection, one.info.tensors)
+        chosen = {name: tensor for name, tensor in one.info.tensors.items() if selection.names(name)}
+        return [replace(one, info=replace(one.info, tensors=chosen))]
     step = _step(path, contents, origin)
     averaged = {
         match[1]: find
@@ -254,7 +260,7 @@ def _karras(path: Path, origin: Origin) -> list[Checkpoint]:
         later = {} if origin.update_after_step is None else {"update_after_step": origin.update_after_step}
         profile = posthoc_ema_profile(gamma, step, origin.update_every, **later)
     found = _selected(contents.model_tensors(origin.prefix or inner), origin, _COUNTERS)
-    return [make_checkpoint(path, found, profile, step, named=PowerFunction(gamma, step))]
+    return [make_checkpoint(path, found, profile, step, sigma_rel=origin.sigma_rels[index])]
 
 
 def _edm2(path: Path, origin: Origin) -> list[Checkpoint]:
@@ -267,7 +273,7 @@ def _edm2(path: Path, origin: Origin) -> list[Checkpoint]:
         return []  # before the training
     profile = PowerFunction.from_sigma_rel(float(match[2]), images)
     found = _selected(read_contents(path).model_tensors(origin.prefix, "ema"), origin)
-    return [make_checkpoint(path, found, profile, images, "images")]
+    return [make_checkpoint(path, found, profile, images, "images", float(match[2]))]
 
 
 _READERS = {

@@ -31,6 +31,7 @@ from posthoc_cli.cli import (
     error_plot,
     export,
     guide,
+    import_,
     info,
     output,
     plan,
@@ -128,10 +129,11 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, diff, demo, guide):
+for _module in (synthesize, error_plot, info, verify, export, plan, prune, profile, diff, import_, demo, guide):
     # The function of a command has the name of its file.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])
-    app.command(cls=_Command, epilog=_module.EPILOG)(_function)
+    _name = _function.__name__.strip("_").replace("_", "-")
+    app.command(_name, cls=_Command, epilog=_module.EPILOG)(_function)
 
 
 def _names(incomplete: str) -> list[str]:

@@ -155,7 +155,14 @@ def _print_coefficients(plan: Plan, verbose: bool) -> None:
         rows = []
         for index in output.largest(column, verbose):
             source = plan.sources[index]
-            rows.append([source.name, f"{source.info.t:,.12g}", f"{source.info.sigma_rel:g}", f"{column[index]:+.6f}"])
+            rows.append(
+                [
+                    source.name,
+                    f"{source.info.t:,.12g}",
+                    f"{source.info.sigma_rel:g}" if source.info.sigma_rel else "weights",
+                    f"{column[index]:+.6f}",
+                ]
+            )
         output.print_table(["snapshot", "t", "tracked", f"c({target.label})"], rows, left=["snapshot"])
         output.print_rest(len(column) - len(rows), "with smaller coefficients")
         output.print_line()

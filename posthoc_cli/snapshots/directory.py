@@ -43,6 +43,9 @@ QUARANTINE = "quarantine"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles, and are never opened."""
 
+OTHERS = (None, "output", "state", "checkpoint")
+"""Kinds of files that are no snapshots."""
+
 WANTED = "name the directory that a tracker writes its snapshots to"
 
 
@@ -148,7 +151,7 @@ def inspect_directory(directory: Path) -> Inspection:
     for path in listing.files:
         try:
             header = read_header(path, cache)
-            if file_kind(header) not in (None, "output", "state"):
+            if file_kind(header) not in OTHERS:
                 info = decode_snapshot(path, header, cache)
                 if info.part is None:
                     snapshots.append(Snapshot(path, header, info))
@@ -274,7 +277,7 @@ def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
     for path in part_files(folder):
         try:
             header = read_header(path, caches[path.name])
-            if file_kind(header) in (None, "output", "state"):
+            if file_kind(header) in OTHERS:
                 continue
             info = decode_snapshot(path, header, caches[path.name])
         except FileFormatError:

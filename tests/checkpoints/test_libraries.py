@@ -9,6 +9,8 @@ import edm2_layout
 import numpy as np
 import pytest
 import torch
+from ema_command import Ema
+from factories import flip_bit
 
 from posthoc_cli import Run, errors
 from posthoc_cli.profiles import Discrete, PowerFunction
@@ -133,3 +135,45 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
 def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidValueError, match="kind 'mmengine': must be one of snapshots, checkpoints, dcp"):
         Run(tmp_path, kind="mmengine")
+
+
+def test_an_import_says_the_same(tmp_path: Path, ema: Ema) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    for index in (0, 1):
+        for step in (50, 100, 150):
+            weights = {"ema_model.w": torch.randn(300, generator=generator).half(), "ema_model.n": torch.tensor(3)}
+            torch.save(
+                weights | {"initted": torch.tensor(True), "step": torch.tensor(step)}, old / f"{index}.{step}.pt"
+            )
+    options = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "10")
+    dry = ema("import", old, *options, "--dry-run")
+    assert dry.out.splitlines() == [
+        "3 x average tracked as sigma_rel 0.05, of its own profile",
+        "3 x average tracked as sigma_rel 0.28, of its own profile",
+        "nothing was written",
+    ]
+    assert not new.exists()
+    assert ema("import", old, *options, "--out", new).code == 0
+    assert sorted(path.name for path in new.iterdir())[:2] == [
+        "0000000000000050-0.05.safetensors",
+        "0000000000000050-0.28.safetensors",
+    ]
+    first, second = Run(old, sigma_rels=WIDTHS, update_every=10), Run(new)
+    for one, other in zip(first.sources, second.sources, strict=True):
+        assert isinstance(one.profile, Discrete)
+        assert isinstance(other.profile, Discrete)
+        np.testing.assert_array_equal(one.profile.times, other.profile.times)
+        np.testing.assert_allclose(one.profile.masses, other.profile.masses, rtol=1e-15)
+    torch.testing.assert_close(dict(first.average(0.15)), dict(second.average(0.15)), rtol=0, atol=0)
+    assert ema("verify", new).code == 0
+    assert ema("import", old, *options, "--out", new).error.endswith("is there already; choose another name")
+    path = new / "0000000000000100-0.05.safetensors"
+    flip_bit(path, path.stat().st_size - 1)
+    with pytest.raises(errors.FileFormatError, match="is damaged: its checksum does not match"):
+        second.average(0.15)
+    assert ema("verify", new).code == 1
+    torch.save({"ema_model.w": torch.full((300,), float("inf")), "ema_model.n": torch.tensor(3)}, old / "1.150.pt")
+    assert "1.150.pt: tensor 'w': holds nan or infinity" in ema("import", old, *options, "--out", tmp_path / "x").error
+    assert not (tmp_path / "x").exists()
