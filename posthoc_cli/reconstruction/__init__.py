@@ -22,6 +22,7 @@ from posthoc_cli.reconstruction.prior import (
     assumed_prior,
     error_after_rounding,
     measured_prior,
+    misfit,
     roundings,
 )  # fmt: skip
 from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_method, expected_errors, reconstruct
@@ -29,6 +30,6 @@ from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_me
 __all__ = [
     "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "ROUNDING", "WINDOW", "Distance", "DistanceTo", "Losses",
     "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps", "StoredAverage", "assumed_prior",
-    "check_method", "error_after_rounding", "expected_errors", "measured_prior", "reconstruct", "relative_width",
-    "roundings",
+    "check_method", "error_after_rounding", "expected_errors", "measured_prior", "misfit", "reconstruct",
+    "relative_width", "roundings",
 ]  # fmt: skip

@@ -430,6 +430,13 @@ def _relative(
     return cells, walk, noise, np.minimum(np.array([distance.rounding for distance in distances]) / squared, 1.0)
 
 
+def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
+    """What the motion says of each measured distance, relative to it: shape [distances]."""
+    cells, walks, noises, rounding = _relative(motion.edges, distances, steps)
+    walk, noise = motion.on(cells.edges)
+    return np.asarray(walks @ walk + noises @ noise + rounding)
+
+
 def influences(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatArray, FloatArray]:
     """The distances that a walk and a noise of intensity 1 in one interval make: shape [distances, K] each."""
     later, earlier = [distance.later for distance in distances], [distance.earlier for distance in distances]

@@ -16,7 +16,7 @@ from scipy import linalg
 
 from posthoc_cli.profiles import Discrete, FloatArray, Point, PowerFunction, RecordedPowerFunction, StoredProfile
 from posthoc_cli.reconstruction.basis import order_of
-from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, fit_motion
+from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, expected_distances, fit_motion
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
@@ -215,6 +215,20 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
         steps,
         inherited if inherited.any() else None,
     )
+
+
+def misfit(averages: Sequence[StoredAverage]) -> float:
+    """How badly any motion explains the measured distances: the root mean square of log(measured / fitted).
+
+    All averages have measurements, with two distances above 0 at least; nan without.
+    """
+    known = [(average.pure, average.measurements, 0.0) for average in averages if average.measurements is not None]
+    distances = [distance for distance in _distances(known) if not distance.alike]
+    if len(distances) < 2:
+        return math.nan
+    steps = averages[0].steps
+    motion = fit_motion(min(average.start for average in averages), [p.t for p, _, _ in known], distances, steps)
+    return float(np.sqrt(np.mean(np.log(expected_distances(motion, distances, steps)) ** 2)))
 
 
 WINDOW = 32
