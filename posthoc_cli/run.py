@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.checkpoints.description import describe_checkpoints
-from posthoc_cli.checkpoints.opening import NOTHING_SAID, Origin, holds_checkpoints, is_glob, open_checkpoints
+from posthoc_cli.checkpoints.opening import (
+    NOTHING_SAID,
+    Origin,
+    check_claims,
+    holds_checkpoints,
+    is_glob,
+    open_checkpoints,
+)
 from posthoc_cli.errors import DirectoryError, PostHocError
 from posthoc_cli.planning import USEFUL_RANGE, Candidate, ErrorCurve, error_curve, profile_fit
 from posthoc_cli.profiles import PowerFunction, Profile
@@ -92,6 +99,7 @@ class Run:
     ) -> None:
         self.directory = files.expanded(Path(directory))
         self.also, self.origin = also, replace(origin, **fields)
+        self._is_checked = False
 
     def __repr__(self) -> str:
         try:
@@ -108,6 +116,14 @@ class Run:
     def sources(self) -> list[Source]:
         """The snapshots and checkpoints that averages are made of, by time."""
         return disk_sources(self.directory, self.origin, self.also)
+
+    def _checked_sources(self) -> list[Source]:
+        """The sources, after a check of what the user says about them, made once."""
+        sources = self.sources
+        if not self._is_checked:
+            check_claims(sources, self.origin)
+            self._is_checked = True
+        return sources
 
     @property
     def snapshots(self) -> list[Snapshot]:
@@ -169,7 +185,7 @@ class Run:
         dtype: torch.dtype | str | None = None,
     ) -> Plan:
         """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
-        return plan_synthesis(self.sources, as_targets(targets), t, step, method, max_error, dtype)
+        return plan_synthesis(self._checked_sources(), as_targets(targets), t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -244,7 +260,7 @@ class Run:
         from posthoc_cli.export.job import Synthesis
 
         return Synthesis(
-            lambda: self.sources, as_targets(targets), None if out is None else str(out), t, step, method, max_error,
+            self._checked_sources, as_targets(targets), None if out is None else str(out), t, step, method, max_error,
             dtype, layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish,
             distributed, progress,
         ).run()  # fmt: skip
@@ -257,7 +273,7 @@ class Run:
         Only those since the model's tensors last changed. If there are more than a solve can take, those that a
         synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
         """
-        sources = of_newest_segment(self.sources)
+        sources = of_newest_segment(self._checked_sources())
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
         usable, later = chosen_up_to(sources, Candidate("", [source.profile for source in sources]).time(t))

@@ -35,6 +35,7 @@ class Checkpoint:
         profile: what its tensors are of: the weights at `info.t` (`Point`), or an average.
         header: all its tensors, as if they were in one file.
         parts: its files.
+        library: "ema-pytorch" or "posthoc-ema", if its profile rests on what the user says of these.
     """
 
     path: Path
@@ -42,6 +43,7 @@ class Checkpoint:
     profile: StoredProfile
     header: fmt.FileHeader
     parts: tuple[Part, ...]
+    library: str = ""
 
     @property
     def name(self) -> str:

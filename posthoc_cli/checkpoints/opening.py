@@ -19,11 +19,12 @@ from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model
 from posthoc_cli.checkpoints.imported import is_imported, read_imported
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
-from posthoc_cli.profiles import Point, PowerFunction, StoredProfile, check_sigma_rel, gamma_from_sigma_rel
+from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile, posthoc_ema_profile, torchtitan_profile
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import is_snapshot_name
 from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.measurements import FileSource, check_update_every
 from posthoc_cli.snapshots.reader import read_small_file
 
 _STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
@@ -253,14 +254,39 @@ def _karras(path: Path, origin: Origin) -> list[Checkpoint]:
         reason = f"must be one for each average; {path.name} is of number {index}, counted from 0"
         raise InvalidValueError("sigma_rels", reason, value=given)
     gamma = gamma_from_sigma_rel(origin.sigma_rels[index])
-    profile: StoredProfile
-    if inner:
-        profile = ema_pytorch_profile(gamma, step, origin.update_every)
-    else:
-        later = {} if origin.update_after_step is None else {"update_after_step": origin.update_after_step}
-        profile = posthoc_ema_profile(gamma, step, origin.update_every, **later)
+    library = "ema-pytorch" if inner else "posthoc-ema"
+    profile = _tracked_profile(library, gamma, step, origin, origin.update_every)
     found = _selected(contents.model_tensors(origin.prefix or inner), origin, _COUNTERS)
-    return [make_checkpoint(path, found, profile, step, sigma_rel=origin.sigma_rels[index])]
+    return [replace(make_checkpoint(path, found, profile, step, sigma_rel=origin.sigma_rels[index]), library=library)]
+
+
+def _tracked_profile(library: str, gamma: float, step: int, origin: Origin, update_every: int) -> Discrete:
+    """What one of these libraries really tracks."""
+    if library == "ema-pytorch":
+        return ema_pytorch_profile(gamma, step, update_every)
+    later = {} if origin.update_after_step is None else {"update_after_step": origin.update_after_step}
+    return posthoc_ema_profile(gamma, step, update_every, **later)
+
+
+def check_claims(sources: Sequence[object], origin: Origin) -> dict[int, float]:
+    """Compare what the user says of `update_every` with the distances between averages; see `check_update_every`.
+
+    Reads a sample of the tensors. Returns how badly each value fits, the best one first; empty where nothing was said,
+    or nothing can be told.
+
+    Raises:
+        InvalidValueError: another value fits much better; it is named.
+    """
+    said = [source for source in sources if isinstance(source, Checkpoint) and source.library]
+    if not said or origin.update_every is None:
+        return {}
+    libraries = {(source.info.t, source.info.sigma_rel): source.library for source in said}
+
+    def profile(source: FileSource, update_every: int) -> Discrete:
+        info = source.info
+        return _tracked_profile(libraries[info.t, info.sigma_rel], info.gamma, info.step, origin, update_every)
+
+    return check_update_every(said, origin.update_every, profile)
 
 
 def _edm2(path: Path, origin: Origin) -> list[Checkpoint]:

@@ -33,11 +33,12 @@ def import_(
     file is. DIR may be a glob. All files are written, or none.
     """
     from posthoc_cli.checkpoints.imported import Import, import_checkpoints
-    from posthoc_cli.checkpoints.opening import open_checkpoints
+    from posthoc_cli.checkpoints.opening import check_claims, open_checkpoints
 
     if out is None and not dry_run:
         raise InvalidValueError("--out", "is missing; only a dry run needs no output")
     found = open_checkpoints(values.existing_run(directory), origin)
+    fits = check_claims(found, origin)
     if out is None or dry_run:
         done = Import(tuple(found), tuple(one.path for one in found))
     else:
@@ -47,6 +48,11 @@ def import_(
     elif not quiet:
         for what, count in done.counts.items():
             output.print_line(f"{count:,} x {what}")
+        if fits:
+            others = ", ".join(f"{value}: {fit:.2g}" for value, fit in list(fits.items())[:3])
+            output.print_line(f"update_every {origin.update_every} fits the distances between them (misfits: {others})")
+        elif origin.update_every is not None:
+            output.print_line("update_every is as given: averages of one profile, or at one time, cannot tell it")
         output.print_line(
             "nothing was written" if out is None or dry_run else f"wrote {len(done.paths):,} files: {out}"
         )

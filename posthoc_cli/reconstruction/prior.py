@@ -220,14 +220,17 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
 def misfit(averages: Sequence[StoredAverage]) -> float:
     """How badly any motion explains the measured distances: the root mean square of log(measured / fitted).
 
-    All averages have measurements, with two distances above 0 at least; nan without.
+    All averages have measurements, with two distances above 0 at least; nan without. Infinity where no motion can.
     """
     known = [(average.pure, average.measurements, 0.0) for average in averages if average.measurements is not None]
     distances = [distance for distance in _distances(known) if not distance.alike]
     if len(distances) < 2:
         return math.nan
-    steps = averages[0].steps
-    motion = fit_motion(min(average.start for average in averages), [p.t for p, _, _ in known], distances, steps)
+    steps, start, times = averages[0].steps, min(average.start for average in averages), [p.t for p, _, _ in known]
+    even = Motion(np.array([start, max(times)]), np.ones(1), np.ones(1))
+    if start >= max(times) or np.any(expected_distances(even, distances, steps) <= 0):
+        return math.inf  # profiles that are equal have no distance, whatever the motion
+    motion = fit_motion(start, times, distances, steps)
     return float(np.sqrt(np.mean(np.log(expected_distances(motion, distances, steps)) ** 2)))
 
 

@@ -528,7 +528,7 @@ def check_update_every(
             )
             for source, own in zip(sources, measured, strict=True)
         ]
-        if math.isfinite(fit := misfit(averages)):
+        if not math.isnan(fit := misfit(averages)):
             found[every] = fit
     if not found:  # nothing moved
         return {}

@@ -13,7 +13,8 @@ from ema_command import Ema
 from factories import flip_bit
 
 from posthoc_cli import Run, errors
-from posthoc_cli.profiles import Discrete, PowerFunction
+from posthoc_cli.profiles import Discrete, PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
 
 STEPS = 400
 WIDTHS = (0.05, 0.28)
@@ -140,20 +141,28 @@ def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:
 def test_an_import_says_the_same(tmp_path: Path, ema: Ema) -> None:
     old, new = tmp_path / "old", tmp_path / "new"
     old.mkdir()
-    generator = torch.Generator().manual_seed(0)
-    for index in (0, 1):
+    path = 1 + 0.01 * torch.randn(150, 300, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
+    for index, width in enumerate(WIDTHS):
         for step in (50, 100, 150):
-            weights = {"ema_model.w": torch.randn(300, generator=generator).half(), "ema_model.n": torch.tensor(3)}
+            profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, 10)
+            mean = torch.from_numpy(profile.masses) @ path[profile.times.astype(int) - 1]
+            weights = {"ema_model.w": mean.float(), "ema_model.n": torch.tensor(3)}
             torch.save(
                 weights | {"initted": torch.tensor(True), "step": torch.tensor(step)}, old / f"{index}.{step}.pt"
             )
     options = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "10")
     dry = ema("import", old, *options, "--dry-run")
-    assert dry.out.splitlines() == [
+    lines = dry.out.splitlines()
+    assert lines[:2] == [
         "3 x average tracked as sigma_rel 0.05, of its own profile",
         "3 x average tracked as sigma_rel 0.28, of its own profile",
-        "nothing was written",
     ]
+    assert lines[2].startswith("update_every 10 fits the distances between them (misfits: 10: ")
+    assert lines[3:] == ["nothing was written"]
+    wrong = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "1", "--out", new)
+    refusal = "--update-every 1: the distances between the averages do not fit it; those of 10 do"
+    assert refusal in ema("import", old, *wrong).error
+    assert refusal in ema("synthesize", old, *wrong, "--sigma-rel", "0.15").error
     assert not new.exists()
     assert ema("import", old, *options, "--out", new).code == 0
     assert sorted(path.name for path in new.iterdir())[:2] == [
