@@ -118,10 +118,11 @@ class StoredAverage:
 
     @property
     def start(self) -> float:
-        """The earliest time at which motion matters: of its first weights, but all of training for a checkpoint."""
-        if isinstance(self.profile, Point) and self.steps is not None:
-            return min(self.profile.t, float(self.steps.clock.time_at(1)))
-        return self.profile.t_first
+        """The earliest time at which motion matters: of a tracker its first update, else the first step of training."""
+        first = self.profile.t_first
+        if isinstance(self.profile, RecordedPowerFunction) or self.steps is None:
+            return first
+        return min(first, float(self.steps.clock.time_at(1)))
 
     @property
     def roundings(self) -> float:
