@@ -239,7 +239,7 @@ class Run:
         Arguments:
             targets, t, step, method, max_error, dtype: as in `plan_synthesis`.
             out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
-            layout: "safetensors", "sharded" or "pt"; by default from the output's name.
+            layout: "safetensors", "sharded", "pt" or "dcp"; by default from the output's name.
             max_shard_size: of the sharded layout.
             device: where the sums are made: "auto", "cpu", "cuda", ...
             accumulate: dtype of the sums, as in `plan_synthesis`.

@@ -75,8 +75,9 @@ METHOD = Option(
 LAYOUT = Option(
     None,
     "--format",
-    autocompletion=one_of("safetensors", "sharded", "pt"),
-    help="safetensors, sharded (a folder) or pt. [default: from the output's name]",
+    autocompletion=one_of("safetensors", "sharded", "pt", "dcp"),
+    help="safetensors, sharded (a folder), pt, or dcp (a folder of torch.distributed.checkpoint). [default: from the "
+    "output's name]",
 )
 DTYPE = Option(
     "keep",

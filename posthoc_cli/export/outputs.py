@@ -28,7 +28,7 @@ from posthoc_cli.synthesis.engine import Options, synthesize_into
 from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.targets import Target
 
-LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt"}
+LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt", "dcp": ""}
 """The layouts of an output, with what its name ends in."""
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -148,7 +148,7 @@ def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[lis
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InvalidValueError("out", "is a pipe or a device", "name a file or a folder", value=out)
     is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
-    if len(targets) == 1 and (layout == "sharded" or not is_folder):
+    if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
         return [path], None
     if not is_folder and path.suffix in (fmt.SUFFIX, *PICKLES):
         place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
@@ -192,8 +192,8 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = Non
 
 def _check_output(path: Path, layout: str, plan: Plan, wanted: OutputInfo) -> None:
     """Check that an output is there as it would be made: FileFormatError or MismatchError."""
-    if layout == "pt":
-        raise MismatchError(path, "is there already, and a .pt file does not say which average it holds")
+    if layout in ("pt", "dcp"):
+        raise MismatchError(path, f"is there already, and this layout, {layout}, does not say which average it holds")
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for shard in model_files(path):
         header = read_header(shard)

@@ -16,6 +16,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, InvalidValueError, OutputExistsError
+from posthoc_cli.export.distributed_sink import DistributedSink
 from posthoc_cli.snapshots.directory import PART_NAME
 from posthoc_cli.snapshots.format import TensorSpec
 from posthoc_cli.snapshots.headers import file_kind
@@ -42,6 +43,8 @@ def make_sink(
         check_no_snapshot(path)
     if layout == "pt":
         return _TorchSink(path, specs, options.overwrite)
+    if layout == "dcp":
+        return DistributedSink(path, specs, options.overwrite)
     if layout == "sharded":
         return _ShardedSink(path, specs, metadata, options)
     return _FileSink(TensorFileWriter(path, specs, metadata, options.overwrite))
@@ -287,6 +290,6 @@ class _Stream(io.RawIOBase):
         return len(view)
 
 
-Sink = _FileSink | _TorchSink
+Sink = _FileSink | _TorchSink | DistributedSink
 """Takes the tensors of one target: whole (`write`), or in tiles, several at a time, in any threads (`open_tile`, given
 every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""

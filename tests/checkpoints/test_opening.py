@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from checkpoint_layouts import LAYOUTS, STEPS, Weights, distributed
+from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run, errors
@@ -230,3 +232,25 @@ def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:
         torch.testing.assert_close(value, sum(c * states[step][name] for step, c in coefficients.items()))
     run.write(0.2, tmp_path / "model.safetensors")
     assert load_file(tmp_path / "model.safetensors").keys() == run.tensors.keys()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_average_is_written_for_torch_distributed(tmp_path: Path, ema: Ema) -> None:
+    for step in (1, 2, 3):
+        save_file({"w": torch.full((4,), float(step)), "n": torch.tensor(step)}, tmp_path / f"step{step}.safetensors")
+    out = tmp_path / "out"
+    assert ema("synthesize", tmp_path, "--sigma-rel", "0.2", "--format", "dcp", "--out", out).code == 0
+    found = {"w": torch.zeros(4), "n": torch.tensor(0)}
+    dcp.load(found, checkpoint_id=str(out), no_dist=True)
+    average = Run(tmp_path / "step*.safetensors").average(0.2)
+    assert torch.equal(found["w"], average["w"])
+    assert found["n"] == 3
+    again = ("synthesize", tmp_path / "step*.safetensors", "--sigma-rel", "0.1", "--format", "dcp", "--out", out)
+    assert "holds a model already" in ema(*again).error
+    assert "does not say which average it holds" in ema(*again, "--skip-existing").error
+    assert ema(*again, "--force").code == 0
+    dcp.load(found, checkpoint_id=str(out), no_dist=True)
+    assert not torch.equal(found["w"], average["w"])
+    (out / "notes.txt").write_text("mine")
+    assert "holds something else" in ema(*again, "--force").error
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
