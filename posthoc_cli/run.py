@@ -10,7 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, PostHocError
+from posthoc_cli.checkpoints.description import describe_checkpoints
+from posthoc_cli.checkpoints.opening import (
+    NOTHING_SAID,
+    Origin,
+    check_claims,
+    holds_checkpoints,
+    is_glob,
+    open_checkpoints,
+)
+from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError
 from posthoc_cli.planning import (
     EVENLY,
     USEFUL_RANGE,
@@ -26,7 +35,7 @@ from posthoc_cli.planning import (
     propose,
     relative_rounding,
 )
-from posthoc_cli.profiles import Profile
+from posthoc_cli.profiles import PowerFunction, Profile
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
@@ -39,10 +48,16 @@ from posthoc_cli.snapshots.measurements import (
     deep_bytes,
     run_clock,
     scaled_run,
-    snapshot_prior,
 )
 from posthoc_cli.snapshots.reader import Snapshot
-from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import (
+    Plan,
+    Source,
+    disk_sources,
+    plan_synthesis,
+    source_prior,
+    with_consistent_plan,
+)
 from posthoc_cli.targets import Target, as_target
 
 if TYPE_CHECKING:
@@ -90,63 +105,98 @@ def make_weights(plan: Plan, device: torch.device | str = "cpu") -> Weights:
 
 
 class Run:
-    """The snapshots of one run. Reads headers only, until tensors are requested; every call reads the directory again.
+    """The snapshots of one run, or its checkpoints. Reads headers only, until tensors are requested, at every call.
 
     Arguments:
-        directory: where the tracker writes its snapshots. It need not exist yet.
+        directory: where the tracker writes its snapshots; it need not exist yet. Or a directory, a file or a glob of
+            checkpoints, or of averages of other libraries.
+        also: where checkpoints of the same training are, which are combined with the snapshots.
+        origin: what checkpoints do not say themselves; see `Origin`, whose fields are also taken as keywords:
+            `Run("old", kind="ema-pytorch", sigma_rels=(0.05, 0.28), update_every=10)`.
 
     Errors of all methods and properties that read snapshots:
         DirectoryError: there is no directory, or no snapshot in it.
         FileFormatError, MismatchError: a snapshot is damaged, or does not belong to the run.
+        InvalidValueError: something that checkpoints do not say must be given.
     """
 
-    def __init__(self, directory: str | Path) -> None:
+    def __init__(
+        self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = NOTHING_SAID, **fields: Any
+    ) -> None:
         self.directory = files.expanded(Path(directory))
+        self.also, self.origin = also, replace(origin, **fields)
+        self._is_checked = False
 
     def __repr__(self) -> str:
         try:
-            snapshots = self.snapshots
+            sources = self.sources
         except PostHocError as error:
             return f"Run({str(self.directory)!r}: {error.reason})"
-        widths = ", ".join(f"{profile:g}" for profile in _profiles(snapshots))
-        last = snapshots[-1].info
-        return f"Run({str(self.directory)!r}: {len(snapshots)} snapshots of {widths} up to {last.t:g} {last.t_unit})"
+        widths, last = self.profiles, sources[-1].info
+        what = f"snapshots of {', '.join(f'{width:g}' for width in widths)}" if widths else "checkpoints"
+        return f"Run({str(self.directory)!r}: {len(sources)} {what} up to {last.t:g} {last.t_unit})"
 
     # --- what is there
 
     @property
+    def sources(self) -> list[Source]:
+        """The snapshots and checkpoints that averages are made of, by time."""
+        return disk_sources(self.directory, self.origin, self.also)
+
+    def _checked_sources(self) -> list[Source]:
+        """The sources, after a check of what the user says about them, made once."""
+        sources = self.sources
+        if not self._is_checked:
+            check_claims(sources, self.origin)
+            self._is_checked = True
+        return sources
+
+    @property
     def snapshots(self) -> list[Snapshot]:
-        """The headers of all snapshots, by time, then sigma_rel."""
+        """The headers of all snapshots of a tracker, by time, then sigma_rel."""
         return read_directory(self.directory)
 
     @property
     def profiles(self) -> list[float]:
         """The sigma_rel of each tracked profile."""
-        return _profiles(self.snapshots)
+        profiles = [source.profile for source in self.sources]
+        return sorted({profile.sigma_rel for profile in profiles if isinstance(profile, PowerFunction)})
 
     @property
     def t(self) -> float:
         """Training time of the newest snapshot."""
-        return self.snapshots[-1].info.t
+        return self.sources[-1].info.t
 
     @property
     def step(self) -> int:
         """Calls of `update_` up to the newest snapshot."""
-        return self.snapshots[-1].info.step
+        return self.sources[-1].info.step
 
     @property
     def tensors(self) -> dict[str, TensorSpec]:
         """Dtype (its safetensors name) and shape of every tensor of an average, under all its names."""
-        newest = self.snapshots[-1]
+        newest = self.sources[-1]
         names = {name: name for name in newest.info.tensors} | newest.info.aliases
         return {
-            alias: TensorSpec(alias, newest.info.tensors[name].dtype, newest.header.tensors[name].shape)
+            alias: TensorSpec(alias, newest.info.tensors[name].dtype, newest.stored[name].shape)
             for alias, name in names.items()
         }
 
     def info(self) -> dict[str, Any]:
-        """A description of the directory and its problems, from headers: see `describe`."""
-        return describe(self.directory)
+        """A description of the directory and its problems, from headers: see `describe`.
+
+        Of checkpoints see `describe_checkpoints`.
+        """
+        if self.origin.kind in (None, "snapshots") and not is_glob(self.directory):
+            try:
+                found = describe(self.directory)
+                is_models = found["kind"] == "outputs" and {one["kind"] for one in found["outputs"]} == {"safetensors"}
+                if not is_models or self.origin.kind is not None:
+                    return found
+            except DirectoryError:
+                if not holds_checkpoints(self.directory):
+                    raise
+        return describe_checkpoints(self.directory, open_checkpoints(self.directory, self.origin))
 
     # --- averages
 
@@ -161,7 +211,7 @@ class Run:
         dtype: torch.dtype | str | None = None,
     ) -> Plan:
         """Coefficients and errors of averages. Arguments and errors as in `plan_synthesis`."""
-        return plan_synthesis(disk_sources(self.directory), as_targets(targets), t, step, method, max_error, dtype)
+        return plan_synthesis(self._checked_sources(), as_targets(targets), t, step, method, max_error, dtype)
 
     def average(
         self,
@@ -218,7 +268,7 @@ class Run:
         Arguments:
             targets, t, step, method, max_error, dtype: as in `plan_synthesis`.
             out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
-            layout: "safetensors", "sharded" or "pt"; by default from the output's name.
+            layout: "safetensors", "sharded", "pt" or "dcp"; by default from the output's name.
             max_shard_size: of the sharded layout.
             device: where the sums are made: "auto", "cpu", "cuda", ...
             accumulate: dtype of the sums, as in `plan_synthesis`.
@@ -245,9 +295,9 @@ class Run:
         from posthoc_cli.export.job import Synthesis
 
         return Synthesis(
-            self.directory, as_targets(targets), None if out is None else str(out), t, step, method, max_error, dtype,
-            layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish, distributed,
-            None if like is None else files.expanded(like), component, through_library, progress,
+            self._checked_sources, as_targets(targets), None if out is None else str(out), t, step, method, max_error,
+            dtype, layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish,
+            distributed, None if like is None else files.expanded(like), component, through_library, progress,
         ).run()  # fmt: skip
 
     # --- errors
@@ -258,16 +308,16 @@ class Run:
         Only those since the model's tensors last changed. If there are more than a solve can take, those that a
         synthesis at `t` uses. Reads a sample of the tensors where headers have no measurements.
         """
-        sources = of_newest_segment(self.snapshots)
+        sources = of_newest_segment(self._checked_sources())
         infos = [source.info for source in sources]
         unit = infos[0].t_unit
-        usable, later = chosen_up_to(sources, Candidate("", [info.profile.pure for info in infos]).time(t))
+        usable, later = chosen_up_to(sources, Candidate("", [source.profile for source in sources]).time(t))
         last, known = usable[-1].info.t, [*usable, *later]
         count = sum(info.t <= last for info in infos)
         which = f"{len(usable):,} of {count:,}" if len(usable) < count else f"{count:,}"
         label = f"{self.directory}: {which} snapshot{'s' * (count != 1)} up to {last:,.12g} {unit}"
-        profiles, first = [source.info.profile.pure for source in known], min(info.t_first for info in infos)
-        return Candidate.of_run(label, profiles, snapshot_prior(known), unit, run_clock(infos), first)
+        profiles, first = [source.profile for source in known], min(info.t_first for info in infos)
+        return Candidate.of_run(label, profiles, source_prior(known), unit, run_clock(infos), first)
 
     def error_curve(
         self,
@@ -354,11 +404,12 @@ def error_report(
     profile_error: bool = False,
     table: Path | None = None,
     overwrite: bool = False,
+    origin: Origin = NOTHING_SAID,
 ) -> ErrorReport:
     """Error curves of runs and of schedules, as `ema error-plot` draws them.
 
     Arguments:
-        runs: directories of snapshots.
+        runs: directories of snapshots; or of checkpoints, or globs of these.
         schedules: snapshots not taken yet; their `rounding` follows from `dtype`.
         sigma_range: the curves' range.
         t: time of the targets; by default that of the last snapshot.
@@ -369,6 +420,7 @@ def error_report(
         picture: a .png, .svg or .pdf file to draw; with `profile_error` the profile errors, too.
         table: a .csv file to write.
         overwrite: replace these files.
+        origin: what checkpoints do not say themselves.
 
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and as `Run`.
@@ -378,7 +430,7 @@ def error_report(
     if picture is not None and drawings > MOST_DRAWINGS:
         reason = f"{drawings} drawings over training time; at most {MOST_DRAWINGS} fit"
         raise InvalidValueError("out", reason, value=picture)
-    candidates = [Run(path).candidate(t) for path in runs]
+    candidates = [Run(path, origin=origin).candidate(t) for path in runs]
     for schedule in schedules:
         earlier, assumption = _earlier_run(like, schedule.steps)
         rounding = earlier.rounding.get(dtype, relative_rounding(dtype))
@@ -469,7 +521,3 @@ def as_targets(wanted: Wanted | Sequence[Wanted]) -> tuple[Target, ...]:
     if isinstance(wanted, Sequence) and not isinstance(wanted, str):
         return tuple(map(as_target, wanted))
     return (as_target(wanted),)
-
-
-def _profiles(snapshots: Sequence[Snapshot]) -> list[float]:
-    return sorted({snapshot.info.sigma_rel for snapshot in snapshots})

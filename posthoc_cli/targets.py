@@ -1,7 +1,8 @@
-"""Targets: averages by their width, their decay, a window, a span of time, or a profile.
+"""Targets: averages by their width, their decay, a window, a span of time, a decay of the learning rate, or a profile.
 
 A target is independent of the run; its profile follows from the time of the average, the run's clock and the time of
-the first update. The constructor checks what does not depend on the run, `profile` the rest.
+the first update. The constructor checks what does not depend on the run, `profile` the rest. The targets that name
+coefficients have no profile of their own: their `choose` gives the coefficients of the stored averages.
 """
 
 from __future__ import annotations
@@ -9,22 +10,33 @@ from __future__ import annotations
 import math
 import numbers
 import re
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import (
+    SHAPES,
     ClassicalEMA,
     Clock,
+    EmulatedDecay,
+    FloatArray,
+    Point,
     PowerFunction,
     Profile,
     StepWindow,
+    StoredProfile,
     Table,
+    Tabulated,
     Uniform,
     check_sigma_rel,
     read_table,
+    read_text,
     try_profile,
 )
 
@@ -243,6 +255,177 @@ class GivenProfile(_Named):
         """The object itself, after a check of its values."""
         try_profile(self.given, float(t), self.title)
         return self.given
+
+
+@dataclass(frozen=True)
+class Decay(_Named):
+    """The average that stands for a decay of the learning rate that was not run (see `profiles.decays` for its source).
+
+    The weights are what a run would have given whose updates at time s had been multiplied by d(x), with
+    x = (s - start) / (end - start), if the updates themselves had been the same:
+
+        "1-sqrt"   d(x) = 1 - sqrt(x)
+        "linear"   d(x) = 1 - x
+        "cosine"   d(x) = (1 + cos(pi x)) / 2
+        a file     of lines x,d with x from 0 to 1: linear between them
+
+    Arguments:
+        shape: one of these.
+        over: the part of training at its end, in (0, 1], or two times (start, end) on the run's clock.
+        lr: a file of lines time,rate: the run's own rate eta over that time, if it was not constant. The multiplier is
+            then eta(start) d(x) / eta(s), so that the run's rate and the average's tail together make the decay.
+
+    Raises:
+        InvalidValueError: no such shape, or no part of training; a file is read when first needed.
+    """
+
+    shape: str | Path = "1-sqrt"
+    over: float | tuple[float, float] = 0.2
+    lr: str | Path | None = None
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        if self.shape not in SHAPES:
+            object.__setattr__(self, "shape", Path(self.shape))
+            if not self.shape.suffix:  # type: ignore[union-attr]
+                reason = f"must be {', '.join(SHAPES)} or a file of lines x,multiplier, such as decay.csv"
+                raise InvalidValueError("decay", reason, value=self.shape)
+        if isinstance(self.over, tuple):
+            if len(self.over) != 2:
+                raise self._bad_part()
+            start, end = (_number("over", time) for time in self.over)
+            if not 0 <= start < end:
+                raise self._bad_part()
+            object.__setattr__(self, "over", (start, end))
+        else:
+            part = _number("over", self.over)
+            if not 0 < part <= 1:
+                raise self._bad_part()
+            object.__setattr__(self, "over", part)
+
+    def _bad_part(self) -> InvalidValueError:
+        reason = "must be a part of training in (0, 1], such as 0.2, or two growing times"
+        return InvalidValueError("over", reason, value=_shown(self.over))
+
+    def _names(self) -> tuple[str, str]:
+        shape = self.shape if isinstance(self.shape, str) else self.shape.name
+        own = "" if self.lr is None else f", rates in {Path(self.lr).name}"
+        plain = self.shape if isinstance(self.shape, str) else self.shape.stem
+        if isinstance(self.over, tuple):
+            start, end = self.over
+            return f"decay-{plain}-{start:.12g}-{end:.12g}", f"decay {shape} over {start:.12g}:{end:.12g}{own}"
+        return f"decay-{plain}-{self.over!r}", f"decay {shape} over {100 * self.over:.12g}%{own}"
+
+    @cached_property
+    def _tables(self) -> tuple[str | Tabulated, Tabulated | None]:
+        shape = self.shape if isinstance(self.shape, str) else _read_points(self.shape, "decay", "multiplier")
+        return shape, None if self.lr is None else _read_points(Path(self.lr), "lr", "rate")
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> EmulatedDecay:  # noqa: ARG002
+        """The decay up to `t`, or over the given times."""
+        start, end = self.over if isinstance(self.over, tuple) else (t * (1 - self.over), t)
+        if end > t:
+            value = f"{start:.12g}:{end:.12g}"
+            raise InvalidValueError("over", f"ends after t = {t:,.12g}; must end at t or before", value=value)
+        return EmulatedDecay(start, end, *self._tables)
+
+
+def _read_points(path: Path, subject: str, column: str) -> Tabulated:
+    """A table as of a profile, whose second column is called otherwise in messages."""
+    try:
+        return read_table(path).profile
+    except InvalidValueError as error:
+        raise InvalidValueError(subject, error.reason.replace("density", column), value=path) from error
+
+
+class Chosen(_Named, ABC):
+    """A target that names the coefficients themselves."""
+
+    sigma_rel = None
+
+    @abstractmethod
+    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
+        """The coefficients, with sum 1, of stored averages, by their files' names and profiles: in their order.
+
+        Raises:
+            InvalidValueError: they have no such averages.
+        """
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
+        """None: these coefficients are made, whatever their profile."""
+        raise InvalidValueError(self.title, "names coefficients, and has no profile without checkpoints")
+
+
+@dataclass(frozen=True)
+class Mean(Chosen):
+    """The plain mean of the last checkpoints at or before the time of the average, whatever their distances.
+
+    Of averages, if a run has no checkpoints and one tracked profile.
+    """
+
+    last: int
+
+    def __post_init__(self) -> None:
+        last = _number("mean", self.last)
+        if last < 1 or last != math.floor(last):
+            raise InvalidValueError("mean", "must be a whole number of checkpoints, at least 1", value=self.last)
+        object.__setattr__(self, "last", int(last))
+
+    def _names(self) -> tuple[str, str]:
+        return f"mean-last-{self.last}", f"mean of the last {self.last}"
+
+    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
+        """1 / last for each of the last ones."""
+        kinds = [isinstance(profile, Point) for profile in stored]
+        if not any(kinds) and len({profile.t for profile in stored}) < len(names):
+            raise InvalidValueError("mean", "several averages of each time; it is for checkpoints", value=self.last)
+        own = [index for index, kind in enumerate(kinds) if kind == any(kinds)]
+        if len(own) < self.last:
+            reason = f"only {len(own)} are there up to this time"
+            raise InvalidValueError("mean", reason, value=f"last {self.last}")
+        coefficients = np.zeros(len(names))
+        coefficients[sorted(own, key=lambda index: stored[index].t)[-self.last :]] = 1 / self.last
+        return coefficients
+
+
+@dataclass(frozen=True)
+class Coefficients(Chosen):
+    """Exactly the coefficients in a file of lines name,coefficient, with names of files (or folders) and sum 1."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
+
+    def _names(self) -> tuple[str, str]:
+        return f"coefficients-{self.path.stem}", f"coefficients in {self.path.name}"
+
+    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:  # noqa: ARG002
+        """Those in the file; 0 for the others."""
+        place = {name: index for index, name in enumerate(names)}
+        coefficients = np.zeros(len(names))
+        seen: set[str] = set()
+        for number, line in enumerate(read_text(self.path, "coefficients").splitlines(), 1):
+            if not line.strip() or line.startswith("#"):
+                continue
+            name, _, text = (part.strip() for part in line.rpartition(","))
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            if not name or not math.isfinite(value):
+                raise self._bad(f"line {number}: must be name,coefficient, such as step100.safetensors,0.5")
+            if name not in place or name in seen:
+                which = "is named twice" if name in seen else "is not there, or after the time of the average"
+                raise self._bad(f"line {number}: {name[:80]!r} {which}")
+            seen.add(name)
+            coefficients[place[name]] = value
+        if not abs(coefficients.sum() - 1) <= 1e-6:
+            raise self._bad(f"their sum is {coefficients.sum():.9g}; must be 1, for an average")
+        return coefficients
+
+    def _bad(self, reason: str) -> InvalidValueError:
+        return InvalidValueError("coefficients", reason, value=self.path)
 
 
 def _number(name: str, value: object) -> float:

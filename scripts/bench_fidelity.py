@@ -4,6 +4,7 @@
                                      [--runs a,b] [--steps 9600] [--processes 2]
     python scripts/bench_fidelity.py --corners [--case a,b] [--long] [--cache FOLDER] [--markdown] [--worst]
                                      [--json FILE] [--processes 2]
+    python scripts/bench_fidelity.py --checkpoints [--steps 9600] [--cache FOLDER] [--markdown] [--processes 2]
 
 Ten recorded runs, of 9,600 steps each (see `trajectories.RECIPES`), two of them once more with update_every=10, go
 through the hook: tracked (0.05, 0.10), (0.05, 0.28) and (0.10,), with 8, 20 and 64 snapshot times evenly spaced in
@@ -27,6 +28,9 @@ one machine.
 `--corners` measures unusual runs, schedules and questions instead (`corner_cases`), each against a truth of the same
 kind. For each case: the error relative to the published method's, and to that of the nearest tracked average as it is
 stored at the end, which costs nothing to take; and the error relative to the predicted one.
+
+`--checkpoints` measures averages of the weights of 8, 20 and 64 steps, evenly spaced and at random, and averages that
+`ema_pytorch` and `posthoc_ema` stored with an update every 1, 10 and 100 steps (`checkpoint_fidelity`).
 """
 
 from __future__ import annotations
@@ -47,6 +51,7 @@ from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
+import checkpoint_fidelity
 import corner_cases
 import corner_report
 import corner_runs
@@ -73,6 +78,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     started = time.perf_counter()
     if options.corners:
         _corners(options)
+    elif options.checkpoints:
+        _checkpoints(options)
     else:
         _recorded(options)
     print(f"\nall of it: {time.perf_counter() - started:.0f} s", file=sys.stderr)
@@ -111,6 +118,15 @@ def _corners(options: argparse.Namespace) -> None:
         print(f"\n{corner_report.worst_cells(cells)}")
 
 
+def _checkpoints(options: argparse.Namespace) -> None:
+    """Ordinary checkpoints, and other libraries' averages."""
+    work = partial(checkpoint_fidelity.measure, steps=options.steps, cache=options.cache)
+    found = _in_processes(checkpoint_fidelity.JOBS, work, options.processes)
+    cells = [cell for job in checkpoint_fidelity.JOBS for cell in found[job]]
+    repaired = checkpoint_fidelity.repairs(options.steps, options.cache)
+    print(checkpoint_fidelity.tables(cells, repaired, options.markdown))
+
+
 def _write_json(file: Path | None, cells: Sequence[runs.Cell] | Sequence[corner_runs.Cell]) -> None:
     if file is not None:
         file.write_text(json.dumps([asdict(cell) for cell in cells], indent=1) + "\n")
@@ -122,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--runs", type=_jobs, default=runs.JOBS, help="some of the runs, separated by commas")
     parser.add_argument("--cache", type=Path, help="folder to keep recorded runs in, and to take them from")
     parser.add_argument("--corners", action="store_true", help="the corner cases instead of the recorded runs")
+    parser.add_argument("--checkpoints", action="store_true", help="checkpoints and other libraries' averages instead")
     parser.add_argument("--case", type=_cases, default=corner_cases.CASES, help="some of them, separated by commas")
     parser.add_argument("--long", action="store_true", help="the corner cases' run of a million updates, too")
     parser.add_argument("--processes", type=int, default=2, help="runs, or cases, at a time (2)")

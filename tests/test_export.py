@@ -37,7 +37,7 @@ from posthoc_cli.errors import (
     WriteError,
 )
 from posthoc_cli.export.convert import export_file
-from posthoc_cli.export.outputs import LAYOUTS, layout_of, output_exists, write_synthesis
+from posthoc_cli.export.outputs import layout_of, output_exists, write_synthesis
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.snapshots.outputs import decode_output
@@ -95,7 +95,7 @@ OUTPUTS = {"safetensors": "out.safetensors", "sharded": "out", "pt": "out.pt"}
 # --- layouts ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OUTPUTS)
 def test_every_layout_holds_the_same_tensors(tmp_path: Path, layout: str) -> None:
     out, told = tmp_path / OUTPUTS[layout], list[int]()
     bar = nullcontext(told.append)
@@ -164,7 +164,7 @@ def test_a_size_is_a_number_with_a_unit(size: str) -> None:
 # --- dtypes ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OUTPUTS)
 @pytest.mark.parametrize("dtype", ["float16", "bf16", torch.float64])
 def test_averages_take_the_dtype_and_copies_keep_theirs(tmp_path: Path, layout: str, dtype: str | torch.dtype) -> None:
     wanted = {"float16": torch.float16, "bf16": torch.bfloat16}.get(str(dtype), torch.float64)
@@ -276,7 +276,7 @@ def write_base(tmp_path: Path, kind: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "index"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OUTPUTS)
 def test_a_base_completes_what_was_not_averaged(tmp_path: Path, layout: str, kind: str) -> None:
     """And it can be exported itself. The dtype is for its floating-point tensors, too."""
     out, base = tmp_path / OUTPUTS[layout], write_base(tmp_path, kind)
@@ -339,7 +339,7 @@ def test_a_folder_whose_index_lies_or_is_missing_is_refused(tmp_path: Path, inde
 # --- what is there already -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OUTPUTS)
 def test_an_output_that_is_there_stays_unless_it_may_be_replaced(tmp_path: Path, layout: str) -> None:
     out, new = tmp_path / OUTPUTS[layout], write_output(tmp_path / "new.safetensors")
     export_file(write_output(tmp_path / "old.safetensors", {"a": torch.zeros(3)}, ()), out)
@@ -406,7 +406,7 @@ def test_a_file_in_place_of_the_folder_or_a_folder_in_place_of_the_file_is_refus
 
 
 @pytest.mark.parametrize("existing", [False, True])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", OUTPUTS)
 def test_a_damaged_source_or_base_or_a_full_disk_leaves_nothing_and_keeps_what_was_there(
     tmp_path: Path, layout: str, existing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

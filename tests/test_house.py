@@ -19,12 +19,12 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "posthoc_cli"
 ROOMS = (
     "errors", "files", "progress", "dtypes", "threads", "profiles", "targets", "reconstruction", "planning",
-    "snapshots", "synthesis", "export", "plots", "run", "tracker", "averages", "interop", "integrations", "sweep",
+    "snapshots", "checkpoints", "synthesis", "export", "plots", "run", "tracker", "averages", "integrations", "sweep",
     "report", "demo", "cli",
 )  # fmt: skip
 COMMANDS = {
-    "synthesize", "sweep", "report", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "demo",
-    "guide", "help",
+    "synthesize", "sweep", "report", "error-plot", "info", "export", "plan", "prune", "profile", "verify", "diff",
+    "import", "demo", "guide", "help",
 }  # fmt: skip
 
 
@@ -37,9 +37,9 @@ def commands() -> dict:
 
 def test_public_names() -> None:
     assert posthoc_cli.__all__ == [
-        "Beta", "Between", "PostHocEMA", "PostHocError", "PowerFunction", "Run", "Schedule", "Window", "averages",
-        "disk_sources", "error_curve", "errors", "export_file", "gamma_from_sigma_rel", "plan_synthesis", "reconstruct",
-        "sigma_rel_from_gamma", "sweep", "synthesize",
+        "Beta", "Between", "Coefficients", "Decay", "Mean", "PostHocEMA", "PostHocError", "PowerFunction", "Run",
+        "Schedule", "Window", "averages", "disk_sources", "error_curve", "errors", "export_file",
+        "gamma_from_sigma_rel", "plan_synthesis", "reconstruct", "sigma_rel_from_gamma", "sweep", "synthesize",
     ]  # fmt: skip
     for name in posthoc_cli.__all__:
         assert getattr(posthoc_cli, name).__name__.removeprefix("posthoc_cli.") == name

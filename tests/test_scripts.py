@@ -16,6 +16,7 @@ import bench_sharded
 import bench_sweep
 import bench_synthesis
 import bench_update
+import checkpoint_fidelity
 import compare_peers
 import corner_cases
 import corner_walks
@@ -26,6 +27,7 @@ import pytest
 import quiet_timing
 import torch
 import trace_calls
+from checkpoint_fidelity import Job
 from corner_runs import Tracking
 from trajectories import Trajectory
 from typer.testing import CliRunner
@@ -207,3 +209,22 @@ def test_bench_fidelity_of_corner_cases(
     table, verdicts = capsys.readouterr().out.split("\n\n")
     assert len({row.count("|") for row in table.splitlines()}) == 1
     assert verdicts.startswith("| goal | all cases |")
+
+
+def test_bench_fidelity_of_checkpoints(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Real trainings: checkpoints with error bars that hold, and the other libraries' averages made right."""
+    monkeypatch.setattr(checkpoint_fidelity, "JOBS", (Job("classifier-sgd"), Job("classifier-sgd", True)))
+    monkeypatch.setattr(checkpoint_fidelity, "COUNTS", (8, 20))
+    monkeypatch.setattr(checkpoint_fidelity, "STRIDES", (1, 10))
+    cells = [cell for job in checkpoint_fidelity.JOBS for cell in checkpoint_fidelity.measure(job, 960)]
+    assert len(cells) == 2 * 2 * 8
+    ratios = np.array([cell.error / cell.predicted for cell in cells])
+    assert np.mean((ratios > 0.5) & (ratios < 2)) >= 0.9
+    assert all(cell.oracle <= cell.error * (1 + 1e-6) for cell in cells)
+    repaired = checkpoint_fidelity.repairs(960)
+    assert all(repair.error < 0.15 * repair.raw for repair in repaired)
+    assert all(repair.error < 0.05 * repair.own for repair in repaired if repair.update_every == 10)
+    print(checkpoint_fidelity.tables(cells, repaired, True))
+    first, second = capsys.readouterr().out.split("\n\n")
+    assert len({row.count("|") for row in first.splitlines()}) == 1
+    assert "| posthoc-ema | 10 | 0.05 |" in second

@@ -14,8 +14,30 @@ from checking import refused
 from hypothesis import given
 from hypothesis import strategies as st
 
-from posthoc_cli.profiles import ClassicalEMA, Clock, PowerFunction, StepWindow, Tabulated, Uniform, others
-from posthoc_cli.targets import Beta, Between, GivenProfile, ProfileFile, SigmaRel, Target, Window, as_target
+from posthoc_cli.profiles import (
+    ClassicalEMA,
+    Clock,
+    EmulatedDecay,
+    Point,
+    PowerFunction,
+    StepWindow,
+    Tabulated,
+    Uniform,
+    others,
+)
+from posthoc_cli.targets import (
+    Beta,
+    Between,
+    Coefficients,
+    Decay,
+    GivenProfile,
+    Mean,
+    ProfileFile,
+    SigmaRel,
+    Target,
+    Window,
+    as_target,
+)
 
 STEPS = Clock.of_steps()
 IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
@@ -28,6 +50,14 @@ IMAGES = Clock((10, 10_000), (1_280.0, 1_000_000.0))
         (Beta(0.9999), "beta-0.9999", "beta 0.9999", None, ClassicalEMA(0.9999, 1e6, IMAGES, start=1280.0)),
         (Window(1000), "window-1000", "window 1000", None, StepWindow(1000, 1e6, IMAGES)),
         (Between(5e4, 8e4), "between-50000-80000", "between 50000:80000", None, Uniform(5e4, 8e4)),
+        (Decay("linear", 0.2), "decay-linear-0.2", "decay linear over 20%", None, EmulatedDecay(8e5, 1e6, "linear")),
+        (
+            Decay("1-sqrt", (5e4, 8e4)),
+            "decay-1-sqrt-50000-80000",
+            "decay 1-sqrt over 50000:80000",
+            None,
+            EmulatedDecay(5e4, 8e4, "1-sqrt"),
+        ),
         (GivenProfile(Uniform(0, 9.0), "mine"), "mine", "profile mine", None, Uniform(0, 9.0)),
     ],
 )
@@ -71,6 +101,13 @@ def test_a_target_of_the_users_own_is_taken_as_it_is() -> None:
         (lambda: Window(True), "window", "True"),
         (lambda: Between(5, 5), "between", "5:5"),
         (lambda: Between(0, math.inf), "between", "finite"),
+        (lambda: Decay("sqrt"), "decay", "sqrt: must be 1-sqrt, linear, cosine or a file"),
+        (lambda: Decay("linear", 0), "over", "0: must be a part of training in (0, 1]"),
+        (lambda: Decay("linear", (5, 3)), "over", "two growing times"),
+        (lambda: Decay("linear", (1, 2, 3)), "over", "two growing times"),  # type: ignore[arg-type]
+        (lambda: Decay("linear", (5, 2e6)).profile(1e6, IMAGES, 1280.0), "over", "ends after t = 1,000,000"),
+        (lambda: Mean(2.5), "mean", "must be a whole number of checkpoints"),  # type: ignore[arg-type]
+        (lambda: Mean(3).profile(1e6, IMAGES, 1280.0), "mean of the last 3", "names coefficients"),
         (lambda: GivenProfile(Uniform(0, 1), "../a b"), "profile", "'../a b'"),
         (lambda: GivenProfile(Uniform(0, 1e6 + 1), "mine").profile(1e6, IMAGES, 1280.0), "profile mine",
          "9.99999e-07 of its mass lies after"),
@@ -191,3 +228,64 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     for path, words in ((Path("a\0b"), "cannot be read"), (huge, "larger than 100 MB")):
         with refused("profile", words):
             _ = ProfileFile(path).table
+
+
+def test_a_decay_reads_its_tables(tmp_path: Path) -> None:
+    shape, rates = tmp_path / "shape.csv", tmp_path / "lr.csv"
+    shape.write_text("x,multiplier\n0,1\n0.5,0.25\n1,0\n")
+    rates.write_text("time,rate\n0,3e-4\n100,3e-4\n")
+    target = Decay(shape, 0.5, rates)
+    assert (target.label, target.title) == ("decay-shape-0.5", "decay shape.csv over 50%, rates in lr.csv")
+    assert target.profile(100.0, STEPS, 1.0).tail([0, 50, 75, 87.5, 100]) == pytest.approx([1, 1, 0.25, 0.125, 0])
+    shape.write_text("0,1\n1,2\n")
+    with refused("decay", "must start at 1 or below and never grow"):
+        Decay(shape).profile(100.0, STEPS, 1.0)
+    rates.write_text("0,1\n50,0\n100,0\n")
+    with refused("decay", "the run's own rate falls faster"):
+        Decay("linear", 1.0, rates).profile(100.0, STEPS, 1.0)
+    rates.write_text("0,1,2\n")
+    with refused("lr", "must be two, time,rate"):
+        Decay("linear", 1.0, rates).profile(100.0, STEPS, 1.0)
+
+
+@pytest.mark.parametrize("shape", ["linear", "1-sqrt", "cosine"])
+def test_the_density_of_a_decay_is_the_slope_of_its_tail(shape: str) -> None:
+    profile = EmulatedDecay(200.0, 1000.0, shape)
+    s = np.linspace(300, 990, 24)
+    slope = (profile.tail(s - 0.5) - profile.tail(s + 0.5)) / 1.0
+    assert profile.density(s) == pytest.approx(slope, rel=1e-4)
+    assert not profile.density([100.0, 1001.0]).any()
+
+
+def test_the_mean_is_of_the_last_checkpoints() -> None:
+    stored = [Point(30), PowerFunction(5.0, 40.0), Point(10), Point(20)]
+    assert Mean(2).choose(["a", "b", "c", "d"], stored).tolist() == [0.5, 0, 0, 0.5]
+    averages = [PowerFunction(5.0, 10.0), PowerFunction(5.0, 20.0)]
+    assert Mean(1).choose(["a", "b"], averages).tolist() == [0, 1]
+    with refused("mean", "only 3 are there"):
+        Mean(4).choose(["a", "b", "c", "d"], stored)
+    with refused("mean", "several averages of each time"):
+        Mean(1).choose(["a", "b"], [PowerFunction(5.0, 10.0), PowerFunction(6.0, 10.0)])
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("a.safetensors;0.5", "line 1: must be name,coefficient"),
+        ("# mine\na,0.5\nb,x", "line 3: must be name,coefficient"),
+        ("a,0.5\nc,0.5", "line 2: 'c' is not there"),
+        ("a,0.5\na,0.5", "line 2: 'a' is named twice"),
+        ("a,0.5\nb,0.6", "their sum is 1.1; must be 1"),
+        ("a,nan", "line 1: must be name,coefficient"),
+        (b"\xff\xfe", "line 1: not a text file in UTF-8"),
+    ],
+)
+def test_coefficients_that_cannot_be_used_are_named(tmp_path: Path, content: str | bytes, words: str) -> None:
+    with refused("coefficients", words):
+        Coefficients(written(tmp_path, content)).choose(["a", "b"], [Point(1), Point(2)])
+
+
+def test_coefficients_are_taken_by_name(tmp_path: Path) -> None:
+    target = Coefficients(written(tmp_path, "b, 1.5\n\na,-0.5\n"))
+    assert target.choose(["a", "b", "x,y"], [Point(1), Point(2), Point(3)]).tolist() == [-0.5, 1.5, 0]
+    assert (target.label, target.title) == ("coefficients-curve", "coefficients in curve.csv")

@@ -27,9 +27,11 @@ import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.cli import (
     demo,
+    diff,
     error_plot,
     export,
     guide,
+    import_,
     info,
     output,
     plan,
@@ -88,6 +90,10 @@ _OPTIONS = {
     "overwrite=True": "--force",
     "prefix and strip_prefix": "--prefix and --strip-prefix",
     "give the layout": "give --format",
+    "give step_from": "give --step-from",
+    "name one by prefix": "name one by --prefix",
+    "by include, exclude or prefix": "by --include, --exclude or --prefix",
+    "choose tensors by prefix": "choose tensors by --prefix",
     "make all parts first": "make all parts first, by --shard 1/N to --shard N/N",
     "make the other shards, then finish the model": "make the others by `ema synthesize --shard`, then run --finish",
     "make an average of them": "make an average by `ema synthesize`",
@@ -125,10 +131,13 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for _module in (synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, demo, guide):
+for _module in (
+    synthesize, sweep, report, error_plot, info, verify, export, plan, prune, profile, diff, import_, demo, guide,
+):  # fmt: skip
     # The function of a command has the name of its file.
     _function = getattr(_module, _module.__name__.rpartition(".")[2])
-    app.command(cls=_Command, epilog=_module.EPILOG)(_function)
+    _name = _function.__name__.strip("_").replace("_", "-")
+    app.command(_name, cls=_Command, epilog=_module.EPILOG)(_function)
 
 
 def _names(incomplete: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.planning import ErrorReport, Schedule
 
 EPILOG = (
@@ -20,11 +22,16 @@ EPILOG = (
 )
 
 
+@values.with_origin
 def error_plot(
-    directories: list[Path] = Argument([], metavar="[DIR]...", help="Directories that trackers wrote."),
+    directories: list[Path] = Argument(
+        [], metavar="[DIR]...", help="Directories that trackers wrote, or of checkpoints; or globs of those."
+    ),
     out: Path | None = values.PICTURE,
     sigma_rels: list[str] = Option(
-        [], help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule."
+        [],
+        help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule. With "
+        "--from: the widths of that library's averages.",
     ),
     steps: list[str] = Option([], metavar="COUNT", help="Of the schedule: length of training, such as 100K."),
     checkpoint_every: list[str] = Option([], metavar="COUNT", help="Of the schedule: steps between snapshots."),
@@ -40,6 +47,9 @@ def error_plot(
     window: str | None = values.WINDOW,
     between: str | None = values.BETWEEN,
     profile: list[Path] | None = values.PROFILE,
+    decay: str | None = values.DECAY,
+    over: str = values.OVER,
+    lr: Path | None = values.LR,
     sigma_range: str = Option("0.01:0.2886", help="The curve's range of sigma_rel: LOW:HIGH."),
     t: float | None = Option(None, help="Time of the targets. [default: the last snapshot's]"),
     method: str | None = values.METHOD,
@@ -47,6 +57,8 @@ def error_plot(
     overwrite: bool = values.FORCE,
     verbose: bool = Option(False, "--verbose", "-v", help="Show the profile error too."),
     as_json: bool = values.JSON,
+    *,
+    origin: Origin,
 ) -> None:
     """Draw how exact averages of any length will be.
 
@@ -58,7 +70,7 @@ def error_plot(
     profile error, the published measure: the relative L2 distance between the wanted profile and the one that the
     snapshots make.
 
-    --beta, --window, --between and --profile add targets of other kinds: points at their own width (standard
+    --beta, --window, --between, --profile and --decay add targets of other kinds: points at their own width (standard
     deviation / t), and drawings over training time as with --draw.
     """
     from posthoc_cli.run import error_report
@@ -69,20 +81,24 @@ def error_plot(
         raise InvalidValueError("--csv", "is the picture's name too", "take another", value=csv_out)
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
     csv_out = values.new_file(csv_out, "--csv", (".csv",), overwrite)
-    targets = values.parse_targets(draw, beta, window, between, profile, "--draw")
+    targets = values.parse_targets(draw, beta, window, between, profile, decay, over, lr, "--draw")
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
+    if origin.kind is not None and sigma_rels:
+        widths = values.parse_sigma_rels(",".join(sigma_rels), "--sigma-rels")
+        origin, sigma_rels = replace(origin, sigma_rels=tuple(widths)), []
     schedules = _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints)
     if not directories and not schedules:
         what = "name a directory of snapshots, or a schedule"
         raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
     profile_error = verbose or method == "paper"
-    runs = [values.existing(path, directory=True) for path in directories]
+    runs = [values.existing_run(path) for path in directories]
     like = None if like is None else values.existing(like, directory=True)
     report = error_report(
         runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=like,
         draw=targets, picture=out, profile_error=profile_error, table=csv_out, overwrite=overwrite,
+        origin=origin,
     )  # fmt: skip
     if as_json:
         output.print_json(report.to_dict())

@@ -4,44 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from typer import Argument, Option
 
 from posthoc_cli.cli import output, values
 
+if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
+
 EPILOG = "Example:  ema info run/ema   or   ema info model.safetensors --json"
 _LONGEST_TEXT = 200
 
 
+@values.with_origin
 def info(
     path: Path = Argument(
-        ..., metavar="DIR|FILE", help="Snapshots, outputs, a model in shards or its index, or a single file."
+        ...,
+        metavar="DIR|FILE",
+        help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file.",
     ),
     verbose: bool = Option(False, "--verbose", "-v", help="All coefficients of an output, and its profile error."),
     as_json: bool = values.JSON,
+    *,
+    origin: Origin,
 ) -> None:
     """Show what a directory or a file holds.
 
     Reads headers only. Exit code 1 if something is wrong with a directory: mixed runs, damaged headers. ema verify
     checks every byte.
     """
-    from posthoc_cli.snapshots.description import describe
+    from posthoc_cli.run import Run
 
-    report = describe(values.existing(path))
+    report = Run(values.existing_run(path, directory=False), origin=origin).info()
     output.print_json(report) if as_json else _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)
 
 
 def _print(report: dict[str, Any], verbose: bool) -> None:
-    hidden = {"notes", "problems", "profiles", "outputs"}
+    hidden = {"notes", "problems", "profiles", "outputs", "checkpoints"}
     hidden |= set() if verbose or report.get("method") == "paper" else {"profile_error"}
     pairs = [(key.replace("_", " "), _text(key, value)) for key, value in report.items() if key not in hidden]
     output.print_pairs([(name, text) for name, text in pairs if text])
     if "profiles" in report:
         _print_profiles(report["profiles"])
+    if "checkpoints" in report:
+        _print_checkpoints(report["checkpoints"], verbose)
     if "outputs" in report:
         _print_outputs(report["outputs"], verbose)
     if report["kind"] == "output":
@@ -74,6 +84,15 @@ def _print_outputs(outputs: list[dict[str, Any]], verbose: bool) -> None:
     output.print_line()
     output.print_table(["output", "profile", "t", "predicted error", "size"], rows, left=["output", "profile"])
     output.print_rest(len(outputs) - len(shown))
+
+
+def _print_checkpoints(checkpoints: list[dict[str, Any]], verbose: bool) -> None:
+    """All, or the first and the last ones."""
+    shown = checkpoints if verbose or len(checkpoints) <= output.MOST_ROWS else [*checkpoints[:5], *checkpoints[-5:]]
+    rows = [[_cut(one["file"]), f"{one['t']:,.12g}", one["holds"], output.size_text(one["bytes"])] for one in shown]
+    output.print_line()
+    output.print_table(["checkpoint", "t", "holds", "size"], rows, left=["checkpoint", "holds"])
+    output.print_rest(len(checkpoints) - len(shown))
 
 
 def _print_coefficients(snapshots: list[dict[str, Any]], verbose: bool) -> None:

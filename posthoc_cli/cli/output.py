@@ -90,7 +90,7 @@ def print_note(text: str) -> None:
 
 def print_rest(count: int, what: str = "") -> None:
     """Say how many rows a table lacks."""
-    if count:
+    if count > 0:
         print_line(f"and {count:,} more {what}".rstrip() + "; --verbose lists them")
 
 

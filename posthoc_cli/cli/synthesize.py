@@ -8,10 +8,13 @@ from typing import TYPE_CHECKING
 
 from typer import Option
 
+from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.targets import Coefficients
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.export.job import SynthesisReport
     from posthoc_cli.synthesis.plan import Plan
 
@@ -21,8 +24,9 @@ EPILOG = (
 )
 
 
+@values.with_origin
 def synthesize(
-    directory: Path = values.DIRECTORY,
+    directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
     sigma_rel: str | None = Option(
         None, help="Length of the average: a number, a list 0.05,0.10, a range 0.05:0.25:0.05 or 0.05,0.06,...,0.25."
     ),
@@ -30,6 +34,16 @@ def synthesize(
     window: str | None = values.WINDOW,
     between: str | None = values.BETWEEN,
     profile: list[Path] | None = values.PROFILE,
+    decay: str | None = values.DECAY,
+    over: str = values.OVER,
+    lr: Path | None = values.LR,
+    mean: str | None = Option(
+        None, metavar="last:COUNT", help="The plain mean of the last checkpoints, whatever their distances: last:10."
+    ),
+    coefficients: Path | None = Option(
+        None, metavar="FILE", help="Exactly these: a CSV file of name,coefficient, names of files, with sum 1."
+    ),
+    checkpoints: str | None = values.CHECKPOINTS,
     out: str | None = Option(
         None,
         "--out",
@@ -80,27 +94,33 @@ def synthesize(
     quiet: bool = values.QUIET,
     verbose: bool = Option(False, "--verbose", "-v", help="Print coefficients and profile errors."),
     as_json: bool = values.JSON,
+    *,
+    origin: Origin,
 ) -> None:
     """Make the average of any length from snapshots.
 
-    Name one or more targets, of any kind: --sigma-rel, --beta, --window, --between, --profile. The snapshots are read
-    once for all targets, each block is verified, and an output appears complete or not at all.
+    Name one or more targets, of any kind: --sigma-rel, --beta, --window, --between, --profile, --decay, --mean,
+    --coefficients. The snapshots are read once for all targets, each block is verified, and an output appears complete
+    or not at all.
 
     The predicted error is the expected relative L2 distance of the weights from the true average. --verbose and
     --method paper also show the profile error: the distance between the wanted profile and the one that is made.
+
+    DIR may also hold checkpoints, or averages of other libraries; ema guide checkpoints says more.
 
     One large model on many machines: --shard 1/8 to --shard 8/8 in any processes, then --finish. Under torchrun
     the processes do both by themselves. The output is then a folder of shards.
     """
     from posthoc_cli.export.job import is_rank
-    from posthoc_cli.run import Run
 
     output.log_to_stderr(verbose)
-    targets = values.parse_targets(sigma_rel, beta, window, between, profile)
+    targets = values.parse_targets(sigma_rel, beta, window, between, profile, decay, over, lr)
+    targets += [] if mean is None else [values.parse_mean(mean)]
+    targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
     if not targets:
-        kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000 or --profile FILE"
+        kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000, --profile FILE, --decay linear"
         raise InvalidValueError("no target", f"name one or several by {kinds}")
-    report = Run(values.existing(directory, directory=True)).write(
+    report = values.open_run(directory, checkpoints, origin).write(
         targets, out, t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
         max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
         max_shard_size=max_shard_size, device=device, accumulate=accumulate, overwrite=overwrite,
@@ -151,7 +171,14 @@ def _print_coefficients(plan: Plan, verbose: bool) -> None:
         rows = []
         for index in output.largest(column, verbose):
             source = plan.sources[index]
-            rows.append([source.name, f"{source.info.t:,.12g}", f"{source.info.sigma_rel:g}", f"{column[index]:+.6f}"])
+            rows.append(
+                [
+                    source.name,
+                    f"{source.info.t:,.12g}",
+                    f"{source.info.sigma_rel:g}" if source.info.sigma_rel else "weights",
+                    f"{column[index]:+.6f}",
+                ]
+            )
         output.print_table(["snapshot", "t", "tracked", f"c({target.label})"], rows, left=["snapshot"])
         output.print_rest(len(column) - len(rows), "with smaller coefficients")
         output.print_line()

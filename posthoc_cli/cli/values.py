@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import stat
 import sys
 from collections.abc import Callable, Sequence
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
 
 from typer import Argument, Option
 
 from posthoc_cli import files
+from posthoc_cli.checkpoints import KINDS
 from posthoc_cli.errors import InvalidValueError, OutputExistsError
-from posthoc_cli.profiles import check_sigma_rel
-from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, ProfileFile, SigmaRel, Target, Window
+from posthoc_cli.profiles import SHAPES, check_sigma_rel
+from posthoc_cli.targets import SHORTEST_BETA, Beta, Between, Decay, Mean, ProfileFile, SigmaRel, Target, Window
+
+if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
+    from posthoc_cli.run import Run
 
 _T = TypeVar("_T")
 
@@ -44,6 +51,19 @@ PROFILE = Option(
     help="Any profile: a CSV file of time,density, linear between its points, 0 outside them, scaled to mass 1. May be "
     "given several times.",
 )
+DECAY = Option(
+    None,
+    metavar="1-sqrt|linear|cosine|FILE",
+    autocompletion=one_of("1-sqrt", "linear", "cosine"),
+    help="The weights after a decay of the learning rate that was not run: the updates of its last part (--over) times "
+    "a multiplier that falls from 1 to 0, or a CSV file of x,multiplier with x from 0 to 1.",
+)
+OVER = Option(
+    "20%", metavar="PART|START:END", help="The part of training that --decay falls over: 20%, or 50000:80000."
+)
+LR = Option(
+    None, metavar="FILE", help="For --decay: the run's own learning rate, a CSV file of time,rate, if it fell, too."
+)
 METHOD = Option(
     None,
     autocompletion=one_of("minvar", "paper"),
@@ -54,8 +74,9 @@ METHOD = Option(
 LAYOUT = Option(
     None,
     "--format",
-    autocompletion=one_of("safetensors", "sharded", "pt"),
-    help="safetensors, sharded (a folder) or pt. [default: from the output's name]",
+    autocompletion=one_of("safetensors", "sharded", "pt", "dcp"),
+    help="safetensors, sharded (a folder), pt, or dcp (a folder of torch.distributed.checkpoint). [default: from the "
+    "output's name]",
 )
 DTYPE = Option(
     "keep",
@@ -68,11 +89,80 @@ LIKE = Option(
 )
 SIGMA_RANGE = Option("0.05:0.28", help="The averages that you will want: LOW:HIGH.")
 DIRECTORY = Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
+DIRECTORY_OR_CHECKPOINTS = Argument(
+    None, metavar="DIR", help="The directory that the tracker wrote, or of checkpoints.", show_default=False
+)
 PICTURE = Option(None, "--out", "-o", help="The picture: .png, .svg or .pdf.")
 FORCE = Option(False, "--force", help="Replace existing outputs.")
 QUIET = Option(False, "--quiet", "-q", help="Print nothing but errors and warnings.")
 JSON = Option(False, "--json", help="Print one JSON object.")
+CHECKPOINTS = Option(
+    None,
+    metavar="DIR|GLOB",
+    help="Checkpoints of the training, such as 'out/step*.safetensors': in place of DIR, or beside its snapshots.",
+)
+_ORIGIN: dict[str, tuple[Any, Any]] = {
+    "kind": (
+        str | None,
+        Option(
+            None,
+            "--from",
+            metavar="KIND",
+            autocompletion=one_of(*KINDS),
+            help=f"What DIR holds: {', '.join(KINDS)}. [default: found by names and contents]",
+        ),
+    ),
+    "step_from": (
+        str | None,
+        Option(
+            None,
+            metavar="PATTERN",
+            help=r"Of checkpoints: a regular expression of their steps: 'step(\d+)'. [default: content or name]",
+        ),
+    ),
+    "prefix": (str, Option("", help="Of checkpoints: take tensors whose names begin so, such as model., without it.")),
+    "include": (list[str], Option([], metavar="GLOB", help="Of checkpoints: take tensors of these names only.")),
+    "exclude": (list[str], Option([], metavar="GLOB", help="Of checkpoints: leave tensors of these names out.")),
+    "sigma_rels": (
+        str | None,
+        Option(None, help="Of averages of other libraries: their widths, in the order of their numbers: 0.05,0.28."),
+    ),
+    "update_every": (int | None, Option(None, min=1, help="Of averages of other libraries: calls between updates.")),
+    "update_after_step": (
+        int | None,
+        Option(None, min=0, help="Of averages of other libraries: calls before the first update. [default: theirs]"),
+    ),
+}
+"""Options that say what checkpoints do not: type and default of each."""
+
+
 YES = Option(False, "--yes", "-y", help="Do not ask.")
+
+
+def with_origin(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with the options about checkpoints, which it gets as `origin`; one that it has itself stays its."""
+    own = dict(inspect.signature(command).parameters)
+    types = get_type_hints(command, localns={"Origin": object})
+    del own["origin"], types["origin"]
+    added = {name: option for name, option in _ORIGIN.items() if name not in own}
+
+    @functools.wraps(command)
+    def run(**given: Any) -> None:
+        from posthoc_cli.checkpoints.opening import Origin
+
+        fields = {name: given.pop(name) for name in added}
+        widths = fields.pop("sigma_rels", None)
+        known = {name: value for name, value in fields.items() if value not in (None, [], "")}
+        tracked = () if widths is None else parse_sigma_rels(widths, "--sigma-rels")
+        command(**given, origin=Origin(**known, sigma_rels=tuple(tracked)))
+
+    last = own.pop("as_json")
+    kind = inspect.Parameter.KEYWORD_ONLY
+    new = [inspect.Parameter(name, kind, default=default, annotation=hint) for name, (hint, default) in added.items()]
+    both = [parameter.replace(kind=kind) for parameter in (*own.values(), *new, last)]
+    run.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
+    run.__annotations__ = types | {name: hint for name, (hint, _) in added.items()}
+    return run
 
 
 def bad(option: str, text: str, reason: str, hint: str = "") -> InvalidValueError:
@@ -191,8 +281,8 @@ def optional(parse: Callable[..., _T], text: str | None, *arguments: str) -> _T 
     return None if text is None else parse(text, *arguments)
 
 
-def existing(path: Path, directory: bool = False) -> Path:
-    """An input that exists and is no pickle, with ~ expanded; with `directory` one that may hold snapshots."""
+def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path:
+    """An input that exists, with ~ expanded; with `directory` one that may hold snapshots. A pickle only if allowed."""
     from posthoc_cli.snapshots.directory import PICKLES
 
     path = files.expanded(path)
@@ -204,9 +294,27 @@ def existing(path: Path, directory: bool = False) -> Path:
         raise InvalidValueError(path, what, hint) from None
     if directory and not is_directory:
         raise InvalidValueError(path, "is not a directory", hint)
-    if path.suffix in PICKLES and not is_directory:
+    if path.suffix in PICKLES and not (is_directory or pickles):
         raise InvalidValueError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
     return path
+
+
+def existing_run(place: Path, directory: bool = True) -> Path:
+    """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
+    from posthoc_cli.checkpoints.opening import is_glob
+
+    return files.expanded(place) if is_glob(place) else existing(place, directory)
+
+
+def open_run(directory: Path | None, checkpoints: str | None, origin: Origin) -> Run:
+    """The run of DIR and --checkpoints, of which one is there."""
+    from posthoc_cli.run import Run
+
+    if directory is not None:
+        return Run(existing_run(directory), also=checkpoints, origin=origin)
+    if checkpoints is None:
+        raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
+    return Run(existing_run(Path(checkpoints)), origin=origin)
 
 
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:
@@ -229,6 +337,9 @@ def parse_targets(
     window: str | None,
     between: str | None,
     profile: Sequence[Path] | None,
+    decay: str | None = None,
+    over: str = "20%",
+    lr: Path | None = None,
     width_option: str = "--sigma-rel",
 ) -> list[Target]:
     """Targets from the options of these names, kind after kind, each once; `width_option` names the first."""
@@ -236,8 +347,13 @@ def parse_targets(
     targets += [] if sigma_rel is None else map(SigmaRel, parse_sigma_rels(sigma_rel, width_option))
     targets += [] if beta is None else map(Beta, parse_numbers(beta, "--beta"))
     targets += [] if window is None else map(_window, parse_numbers(window, "--window"))
-    targets += [] if between is None else map(_between, between.split(","))
+    targets += [] if between is None else [Between(*_ends(text, "--between")) for text in between.split(",")]
     targets += [ProfileFile(files.expanded(path)) for path in profile or ()]
+    if decay is None and lr is not None:
+        raise InvalidValueError("--lr", "is for --decay", value=lr)
+    if decay is not None:
+        shape = decay if decay in SHAPES else files.expanded(Path(decay))
+        targets.append(Decay(shape, _part(over), None if lr is None else files.expanded(lr)))
     return list(dict.fromkeys(targets))
 
 
@@ -245,8 +361,26 @@ def _window(steps: float) -> Window:
     return Window(int(steps) if steps.is_integer() else steps)  # type: ignore[arg-type]  # which it refuses
 
 
-def _between(text: str) -> Between:
+def _ends(text: str, option: str) -> tuple[float, float]:
     ends = [_decimal(end) for end in text.split(":")]
     if len(ends) != 2 or not all(end.is_finite() for end in ends):
-        raise bad("--between", text, "must be START:END, two training times, such as 50000:80000")
-    return Between(float(ends[0]), float(ends[1]))
+        raise bad(option, text, "must be START:END, two training times, such as 50000:80000")
+    return float(ends[0]), float(ends[1])
+
+
+def _part(text: str) -> float | tuple[float, float]:
+    """`--over`: 20%, 0.2, or START:END."""
+    if ":" in text:
+        return _ends(text, "--over")
+    value = _decimal(text.strip().removesuffix("%")) / (100 if text.strip().endswith("%") else 1)
+    if not (value.is_finite() and 0 < value <= 1):
+        raise bad("--over", text, "must be a part of training, such as 20%, or START:END, such as 50000:80000")
+    return float(value)
+
+
+def parse_mean(text: str) -> Mean:
+    """`--mean`: last:10."""
+    word, colon, count = text.partition(":")
+    if word.strip() != "last" or not colon:
+        raise bad("--mean", text, "must be last:COUNT, such as last:10")
+    return Mean(parse_count(count, "--mean", "last:10"))

@@ -6,7 +6,7 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,9 +23,8 @@ from posthoc_cli.export.outputs import DEFAULT_SHARD_SIZE, existing_outputs, out
 from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
 from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar
-from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.synthesis.engine import AUTO_REASON, Options, parse_device, worker_count
-from posthoc_cli.synthesis.plan import Plan, disk_sources, parse_accumulate, plan_synthesis, with_consistent_plan
+from posthoc_cli.synthesis.plan import Plan, Source, parse_accumulate, plan_synthesis, with_consistent_plan
 from posthoc_cli.targets import Target
 
 
@@ -93,7 +92,7 @@ class SynthesisReport:
 class Synthesis:
     """A request for averages as files; `Run.write` says what its fields are."""
 
-    directory: Path
+    sources: Callable[[], Sequence[Source]]
     targets: tuple[Target, ...]
     out: str | None
     t: float | None = None
@@ -189,14 +188,14 @@ class Synthesis:
         """The plan of the snapshots that are there now."""
         dtype = self.dtype if self._model_folder is None else self._model_folder.dtype
         options = (self.t, self.step, self.method, self.max_error, dtype, self.accumulate)
-        return plan_synthesis(disk_sources(self.directory), self.targets, *options)
+        return plan_synthesis(self.sources(), self.targets, *options)
 
     @cached_property
     def _model_folder(self) -> ModelFolder | None:
         """The folder that outputs are to be like."""
         if self.like is None:
             return None
-        newest = read_directory(self.directory)[-1].info
+        newest = self.sources()[-1].info
         return ModelFolder.find(self.like, self.component, newest.tensors.keys() | newest.aliases.keys())
 
     def _make(self) -> SynthesisReport:

@@ -20,6 +20,7 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError, shown
+from posthoc_cli.export.distributed_sink import DistributedSink
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PART_NAME
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, output_metadata
@@ -42,7 +43,7 @@ from posthoc_cli.synthesis.plan import Plan
 from posthoc_cli.synthesis.tiles import Tile
 from posthoc_cli.targets import Target
 
-LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt"}
+LAYOUTS = {"safetensors": ".safetensors", "sharded": "", "pt": ".pt", "dcp": ""}
 """The layouts of an output, with what its name ends in."""
 
 DEFAULT_SHARD_SIZE = "5GB"
@@ -162,7 +163,7 @@ def _paths(targets: Sequence[Target], out: str, layout: str | None) -> tuple[lis
     if path.exists() and not (path.is_file() or path.is_dir()):
         raise InvalidValueError("out", "is a pipe or a device", "name a file or a folder", value=out)
     is_folder = path.is_dir() or path.suffix == "" or out.endswith("/")
-    if len(targets) == 1 and (layout == "sharded" or not is_folder):
+    if len(targets) == 1 and (layout in ("sharded", "dcp") or not is_folder):
         return [path], None
     if not is_folder and path.suffix in (fmt.SUFFIX, *PICKLES):
         place = _TARGET if any(target.sigma_rel is None for target in targets) else _SIGMA_REL
@@ -206,8 +207,8 @@ def existing_outputs(plan: Plan, paths: Sequence[Path], layout: str | None = Non
 
 def _check_output(path: Path, layout: str, plan: Plan, wanted: OutputInfo) -> None:
     """Check that an output is there as it would be made: FileFormatError or MismatchError."""
-    if layout == "pt":
-        raise MismatchError(path, "is there already, and a .pt file does not say which average it holds")
+    if layout in ("pt", "dcp"):
+        raise MismatchError(path, f"is there already, and this layout, {layout}, does not say which average it holds")
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for shard in model_files(path):
         header = read_header(shard)
@@ -247,6 +248,8 @@ def make_sink(
         check_no_snapshot(path)
     if layout == "pt":
         return _TorchSink(path, specs, options.overwrite)
+    if layout == "dcp":
+        return DistributedSink(path, specs, options.overwrite)
     if layout == "sharded":
         return _ShardedSink(path, specs, metadata, options)
     return _FileSink(TensorFileWriter(path, specs, metadata, options.overwrite))
@@ -489,6 +492,6 @@ class _Stream(io.RawIOBase):
         return len(view)
 
 
-Sink = _FileSink | _TorchSink
+Sink = _FileSink | _TorchSink | DistributedSink
 """Takes the tensors of one target: complete (`write`), or in tiles, several at a time, in any threads (`open_tile`,
 given every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""

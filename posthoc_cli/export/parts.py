@@ -30,6 +30,7 @@ import xxhash
 
 import posthoc_cli
 from posthoc_cli import files
+from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NotReadyError, OutputExistsError
 from posthoc_cli.export.outputs import (
     MODEL_FILE,
@@ -265,7 +266,7 @@ def plan_digest(plan: Plan, target: int, division: Sequence[Sequence[str]]) -> s
     column = plan.reconstruction.coefficients[:, target]
     info, checksums = plan.output_info(target), []
     for source in (source for source, c in zip(plan.sources, column, strict=True) if c):
-        if not isinstance(source, Snapshot):
+        if not isinstance(source, Snapshot | Checkpoint):
             raise InvalidValueError("shard", f"{source.name} is in memory; parts are made from snapshots on disk")
         checksums.append(source.header.metadata["ema.checksum"])
     facts = [

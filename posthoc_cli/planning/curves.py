@@ -13,7 +13,15 @@ import numpy as np
 
 from posthoc_cli.errors import InvalidValueError, printable
 from posthoc_cli.planning.schedule import Schedule, listed
-from posthoc_cli.profiles import UNIFORM_SIGMA_REL, Clock, FloatArray, PowerFunction, check_sigma_rel
+from posthoc_cli.profiles import (
+    UNIFORM_SIGMA_REL,
+    Clock,
+    FloatArray,
+    Point,
+    PowerFunction,
+    StoredProfile,
+    check_sigma_rel,
+)
 from posthoc_cli.reconstruction import (
     ASSUMED,
     METHODS,
@@ -47,7 +55,7 @@ class Candidate:
     """
 
     label: str
-    snapshots: Sequence[PowerFunction]
+    snapshots: Sequence[StoredProfile]
     t_unit: str = "steps"
     prior: Prior | None = None
     assumption: str = ""
@@ -58,7 +66,7 @@ class Candidate:
     def of_run(
         cls,
         label: str,
-        snapshots: Sequence[PowerFunction],
+        snapshots: Sequence[StoredProfile],
         prior: Prior,
         t_unit: str = "steps",
         clock: Clock | None = None,
@@ -86,7 +94,7 @@ class Candidate:
             raise InvalidValueError("t", reason, value=f"{t:.12g}")
         return t
 
-    def up_to(self, t: float) -> tuple[list[PowerFunction], Prior | None]:
+    def up_to(self, t: float) -> tuple[list[StoredProfile], Prior | None]:
         """The snapshots at or before `t`, and their prior."""
         usable = [index for index, profile in enumerate(self.snapshots) if profile.t <= t]
         return [self.snapshots[i] for i in usable], None if self.prior is None else self.prior.of(usable)
@@ -203,7 +211,7 @@ def error_curve(
         candidate = Candidate.of_schedule(candidate)
     t = candidate.time(t)
     usable, prior = candidate.up_to(t)
-    tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable}))
+    tracked = tuple(sorted({float(f"{p.sigma_rel:.12g}") for p in usable if isinstance(p, PowerFunction)}))
     inside = [s for s in tracked if low <= s <= high]
     grid = np.clip(np.unique(np.concatenate((np.geomspace(low, high, points), inside))), low, high)
     prior = assumed_prior(usable) if prior is None else prior
@@ -286,8 +294,8 @@ def profile_fit(
     usable, prior = candidate.up_to(t)
     column = reconstruct(usable, [wanted], method, prior, t).coefficients[:, 0]
     times = np.linspace(t / points, t, points)
-    made = np.sum([c * p.density(times) for c, p in zip(column, usable, strict=True)], axis=0)
-    labels = np.array([f"sigma_rel {profile.sigma_rel:.4g}" for profile in usable])
+    made = np.sum([c * _density(p, times) for c, p in zip(column, usable, strict=True)], axis=0)
+    labels = np.array([_kind(profile) for profile in usable])
     groups = {label: labels == label for label in dict.fromkeys(labels.tolist())}
     ends = np.array([profile.t for profile in usable])
     return ProfileFit(
@@ -296,6 +304,19 @@ def profile_fit(
         snapshot_times={label: ends[own] for label, own in groups.items()},
         coefficients={label: column[own] for label, own in groups.items()},
     )  # fmt: skip
+
+
+def _density(profile: StoredProfile, times: FloatArray) -> FloatArray:
+    """The density at evenly spaced times from the first one after 0 on; mass at a point spread over the time before."""
+    if isinstance(profile, PowerFunction):
+        return profile.density(times)
+    return np.asarray(-np.diff(profile.tail(times), prepend=1.0) / times[0], dtype=np.float64)
+
+
+def _kind(profile: StoredProfile) -> str:
+    if isinstance(profile, PowerFunction):
+        return f"sigma_rel {profile.sigma_rel:.4g}"
+    return "checkpoints" if isinstance(profile, Point) else "other averages"
 
 
 def check_sigma_range(sigma_range: tuple[float, float]) -> tuple[float, float]:

@@ -5,9 +5,12 @@ the weights of the network after each step; its profile spreads w_k over the int
 the mass after a step is the sum of the later w. What an average keeps of the value that it started from is a point of
 mass at its start, which the tail contains and the density leaves out.
 
-`tracked` is what a run records, `others` are targets; any object with `density` and `tail` is a `Profile`, too.
+`tracked` is what a run records, `discrete` has the profiles of checkpoints, `others` and `decays` are targets; any
+object with `density` and `tail` is a `Profile`, too.
 """
 
+from posthoc_cli.profiles.decays import SHAPES, EmulatedDecay
+from posthoc_cli.profiles.discrete import Combination, Discrete, Point
 from posthoc_cli.profiles.others import (
     ClassicalEMA,
     Conversion,
@@ -19,6 +22,7 @@ from posthoc_cli.profiles.others import (
     convert,
     mean_age,
     read_table,
+    read_text,
     sigma_rel_from_classical_beta,
     try_profile,
 )  # fmt: skip
@@ -30,6 +34,7 @@ from posthoc_cli.profiles.tracked import (
     PowerFunction,
     Profile,
     RecordedPowerFunction,
+    StoredProfile,
     check_sigma_rel,
     gamma_from_sigma_rel,
     new_value_share,
@@ -37,8 +42,9 @@ from posthoc_cli.profiles.tracked import (
 )  # fmt: skip
 
 __all__ = [
-    "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Conversion", "FloatArray",
-    "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow", "Table", "Tabulated", "Uniform",
-    "check_sigma_rel", "classical_beta", "convert", "gamma_from_sigma_rel", "mean_age", "new_value_share", "read_table",
-    "sigma_rel_from_classical_beta", "sigma_rel_from_gamma", "try_profile",
+    "SHAPES", "UNIFORM_SIGMA_REL", "ClassicalEMA", "Clock", "ClockRecorder", "Combination", "Conversion", "Discrete",
+    "EmulatedDecay", "FloatArray", "Point", "PowerFunction", "Profile", "RecordedPowerFunction", "StepWindow",
+    "StoredProfile", "Table", "Tabulated", "Uniform", "check_sigma_rel", "classical_beta", "convert",
+    "gamma_from_sigma_rel", "mean_age", "new_value_share", "read_table", "read_text", "sigma_rel_from_classical_beta",
+    "sigma_rel_from_gamma", "try_profile",
 ]  # fmt: skip

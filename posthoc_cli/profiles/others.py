@@ -334,7 +334,7 @@ def read_table(path: Path) -> Table:
     Raises:
         InvalidValueError: names the file, the line where there is one, and what would be accepted.
     """
-    points = list(_points(path, _text(path)))
+    points = list(_points(path, read_text(path, "profile", _EXPECTED)))
     if len(points) < 2:
         found = f"{len(points)} point{'s' * (len(points) != 1)}"
         raise _bad_file(path, f"holds {found}; needs two or more, a line time,density each")
@@ -351,22 +351,30 @@ def _bad_file(path: Path, reason: str) -> InvalidValueError:
     return InvalidValueError("profile", reason, value=path)
 
 
-def _text(path: Path) -> str:
-    """The content of a regular file; reading a pipe could wait forever."""
+def read_text(path: Path, subject: str, expected: str = "must be a text file") -> str:
+    """The content of a regular file, in UTF-8; reading a pipe could wait forever.
+
+    Raises:
+        InvalidValueError: about `subject`; names the file and what was `expected`.
+    """
+
+    def bad(reason: str) -> InvalidValueError:
+        return InvalidValueError(subject, reason, value=path)
+
     try:
         with open(path, "rb", opener=lambda name, _: files.system.open(Path(name))) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise _bad_file(path, f"is no regular file; {_EXPECTED}")
+                raise bad(f"is no regular file; {expected}")
             data = file.read(MOST_BYTES + 1)
     except IsADirectoryError:
-        raise _bad_file(path, f"is a directory; {_EXPECTED}") from None
+        raise bad(f"is a directory; {expected}") from None
     except (OSError, ValueError) as error:
         if isinstance(error, InvalidValueError):
             raise
         reason = getattr(error, "strerror", None) or str(error)
-        raise _bad_file(path, f"cannot be read: {reason}; {_EXPECTED}") from error
+        raise bad(f"cannot be read: {reason}; {expected}") from error
     if len(data) > MOST_BYTES:
-        raise _bad_file(path, f"is larger than {MOST_BYTES // 10**6} MB, the limit")
+        raise bad(f"is larger than {MOST_BYTES // 10**6} MB, the limit")
     end = data.find(b"\0")
     try:
         text = data.decode("utf-8-sig")
@@ -374,7 +382,7 @@ def _text(path: Path) -> str:
         end = error.start
     if end >= 0:
         line = data.count(b"\n", 0, end) + 1
-        raise _bad_file(path, f"line {line}: not a text file in UTF-8; must be one, a line time,density each")
+        raise bad(f"line {line}: not a text file in UTF-8; {expected}")
     return text
 
 

@@ -41,6 +41,14 @@ class Profile(Protocol):
         """Mass at times after `s`: 1 before the start, 0 from the end on. It never grows."""
 
 
+class StoredProfile(Profile, Protocol):
+    """The profile of a stored average: `PowerFunction`, `Point`, `Discrete`, or another one with a time."""
+
+    @property
+    def t(self) -> float:
+        """When it was taken, above 0; its mass is at or before that."""
+
+
 UNIFORM_SIGMA_REL = 12**-0.5
 """sigma_rel of the uniform average over all of training; every power function is shorter."""
 

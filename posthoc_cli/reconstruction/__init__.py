@@ -13,12 +13,14 @@ from posthoc_cli.reconstruction.prior import (
     ROUNDING,
     WINDOW,
     Distance,
+    DistanceTo,
     Measurements,
     Prior,
     StoredAverage,
     assumed_prior,
     error_after_rounding,
     measured_prior,
+    misfit,
     roundings,
 )  # fmt: skip
 from posthoc_cli.reconstruction.solving import (
@@ -36,7 +38,7 @@ from posthoc_cli.reconstruction.solving import (
 
 __all__ = [
     "ASSUMED", "ASSUMED_STRETCH", "LATER", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "WINDOW", "Distance",
-    "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps", "StoredAverage",
-    "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior", "reconstruct",
-    "relative_width", "roundings", "thinned_subset",
+    "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps",
+    "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior",
+    "misfit", "reconstruct", "relative_width", "roundings", "thinned_subset",
 ]  # fmt: skip

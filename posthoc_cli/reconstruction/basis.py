@@ -1,6 +1,7 @@
 """Orthonormal functions on the intervals between snapshot times, and integrals of profiles over them.
 
-Within one interval every stored profile, and its tail, is a sum of a few powers of s. A small matrix in closed form
+Within one interval every stored profile, and its tail, is a sum of a few powers of s: of a power function its own, of
+one with mass at points a constant, since intervals end at these points. A small matrix in closed form
 gives an orthonormal basis of their span; functions of different intervals are orthogonal. In that basis the distance
 between two averages is a sum of squares, and a reconstruction a least-squares problem with few rows, whose condition
 number is the *square root* of that of the Gram matrix (9e4 against 8e9 for 512 snapshots of two profiles).
@@ -9,19 +10,42 @@ number is the *square root* of that of the Gram matrix (9e4 against 8e9 for 512 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
+from posthoc_cli.profiles import FloatArray, PowerFunction, Profile, StoredProfile
+
+MOST_POINTS = 16_384
+"""Points of mass that intervals end at; of more, evenly chosen ones."""
 
 
 def gammas_and_times(powers: Sequence[PowerFunction]) -> tuple[FloatArray, FloatArray]:
     """Shape [n] each."""
     return np.array([p.gamma for p in powers]), np.array([p.t for p in powers])
+
+
+def gammas_of(profiles: Iterable[StoredProfile]) -> FloatArray:
+    """Exponents of the power functions among the profiles, each once, growing."""
+    return np.unique([profile.gamma for profile in profiles if isinstance(profile, PowerFunction)])
+
+
+def order_of(profile: StoredProfile) -> tuple[float, float, float]:
+    """What profiles are sorted by, whatever order they are given in; equal for equal profiles."""
+    if isinstance(profile, PowerFunction):
+        return profile.t, profile.gamma, 0.0
+    return profile.t, np.inf, float(profile.tail(profile.t / 2))
+
+
+def points_of(profiles: Iterable[StoredProfile]) -> FloatArray:
+    """The points of mass of profiles that have some, growing, at most MOST_POINTS."""
+    points = np.unique(np.concatenate([np.zeros(0), *(getattr(profile, "jumps", ()) for profile in profiles)]))
+    if points.size <= MOST_POINTS:
+        return points
+    return np.asarray(points[np.linspace(0, points.size - 1, MOST_POINTS).round().astype(np.intp)])
 
 
 def are_powers(profiles: Sequence[Profile]) -> TypeGuard[Sequence[PowerFunction]]:
@@ -58,12 +82,29 @@ class StoredFunctions(ABC):
         """(power [n] or [1], amplitude [K, n]) of each term, for power functions of `gamma` at `t`."""
 
     @abstractmethod
+    def _constant(self, profile: Profile) -> FloatArray:
+        """The function of a profile with mass at points, constant on each interval: shape [K]."""
+
+    @abstractmethod
     def _values(self, profile: Profile, s: FloatArray) -> FloatArray:
         """The function of any profile."""
 
     def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
         """Shape [K, G, n]."""
         return np.asarray(sum(self._expanded(*term) for term in self._terms(*gammas_and_times(profiles))))
+
+    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
+        """Power functions and profiles with mass at points, on intervals that end there: shape [K, G, n]."""
+        if are_powers(profiles):
+            return self.of_powers(profiles)
+        rows = np.zeros((*self._to_basis.shape[::2], len(profiles)))
+        powers = [index for index, profile in enumerate(profiles) if isinstance(profile, PowerFunction)]
+        others = sorted(set(range(len(profiles))) - set(powers))
+        if powers:
+            rows[:, :, powers] = self.of_powers([profiles[index] for index in powers])  # type: ignore[misc]
+        heights = np.stack([self._constant(profiles[index]) for index in others], axis=1)
+        rows[:, :, others] = self._expanded(np.zeros(1), heights)
+        return rows
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
         """Any profiles, [K, G, n], and the integrals of their squares over each interval, [K, n].
@@ -109,23 +150,33 @@ class StoredFunctions(ABC):
 class Tails(StoredFunctions):
     """Tails: of power functions 1 - (end/t)**(gamma+1) (s/end)**(gamma+1)."""
 
-    def __init__(self, gammas: FloatArray, edges: FloatArray) -> None:
-        super().__init__(np.concatenate(([0.0], gammas + 1)), edges)
+    def __init__(self, profiles: Sequence[StoredProfile], edges: FloatArray) -> None:
+        super().__init__(np.concatenate(([0.0], gammas_of(profiles) + 1)), edges)
 
     def _terms(self, gamma: FloatArray, t: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
         present, ratio = self._ratio(t)
         return [(np.zeros(1), present), (gamma + 1, -(ratio ** (gamma + 1)))]
+
+    def _constant(self, profile: Profile) -> FloatArray:
+        return profile.tail((self._edges[1:] + self._edges[:-1]) / 2)
 
     def _values(self, profile: Profile, s: FloatArray) -> FloatArray:
         return profile.tail(s)
 
 
 class Densities(StoredFunctions):
-    """Densities: of power functions (gamma + 1) s**gamma / t**(gamma + 1)."""
+    """Densities: of power functions (gamma + 1) s**gamma / t**(gamma + 1); points of mass spread over an interval."""
+
+    def __init__(self, profiles: Sequence[StoredProfile], edges: FloatArray) -> None:
+        gammas = gammas_of(profiles)
+        super().__init__(gammas if are_powers(profiles) else np.union1d([0.0], gammas), edges)
 
     def _terms(self, gamma: FloatArray, t: FloatArray) -> list[tuple[FloatArray, FloatArray]]:
         present, ratio = self._ratio(t)
         return [(gamma, present * (gamma + 1) / t * ratio**gamma)]
+
+    def _constant(self, profile: Profile) -> FloatArray:
+        return np.asarray(-np.diff(profile.tail(self._edges)) / np.diff(self._edges), dtype=np.float64)
 
     def _values(self, profile: Profile, s: FloatArray) -> FloatArray:
         return profile.density(s)

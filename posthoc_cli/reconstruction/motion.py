@@ -17,14 +17,14 @@ are summed, since an average ignores how the network moved between updates.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction.basis import are_powers, gammas_and_times
+from posthoc_cli.profiles import Clock, FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.reconstruction.basis import Densities, Tails, are_powers, gammas_and_times, points_of
 
 # --- steps and updates -----------------------------------------------------------------------------
 
@@ -70,7 +70,8 @@ class Cells:
     def _mass_after(self, s: FloatArray, profiles: Sequence[Profile]) -> FloatArray:
         """Tails; 0 for power functions that do not include the update."""
         if not are_powers(profiles):
-            return np.stack([profile.tail(s) for profile in profiles], axis=1)
+            columns = [self._mass_after(s, [p])[:, 0] if are_powers([p]) else p.tail(s) for p in profiles]
+            return np.stack(columns, axis=1)
         gamma, t = gammas_and_times(profiles)
         ratio = np.minimum(s[:, None] / t, 1.0)
         with np.errstate(divide="ignore"):  # all of the mass is after time 0
@@ -104,6 +105,15 @@ def cells_between(edges: FloatArray, run: Steps | None) -> Cells:
     after = run.clock.time_at((number + 1) * run.stride)
     density = np.where(few, 0.0, np.diff(steps) / np.diff(edges))
     return Cells(edges, density, before, after, interval, float(run.stride))
+
+
+def with_points(edges: FloatArray, profiles: Iterable[StoredProfile], run: Steps | None) -> FloatArray:
+    """The edges and, within them, the points of mass of profiles, and a step before each: the weights that it is on."""
+    points = points_of(profiles)
+    if points.size == 0:
+        return edges
+    before = points - 1 if run is None else run.clock.time_at(run.clock.step_at(points) - run.stride)
+    return np.unique(np.concatenate((edges, np.clip(np.append(points, before), edges[0], edges[-1]))))
 
 
 # --- motion ----------------------------------------------------------------------------------------
@@ -167,15 +177,17 @@ class Motion:
 class PairDistance:
     """One measured squared distance between two averages, above 0, and its share from rounding."""
 
-    later: PowerFunction
-    earlier: PowerFunction
+    later: StoredProfile
+    earlier: StoredProfile
     squared: float
     rounding: float
 
     @property
     def same_profile(self) -> bool:
-        """Whether the two profiles are equal up to rounding, so that no motion explains a distance."""
+        """Whether two power functions are equal up to rounding, so that no motion explains a distance."""
         a, b = self.later, self.earlier
+        if not (isinstance(a, PowerFunction) and isinstance(b, PowerFunction)):
+            return False
         return abs(a.gamma - b.gamma) <= 1e-6 * (a.gamma + 1) and a.t - b.t <= 1e-9 * a.t
 
 
@@ -411,21 +423,45 @@ def _relative(
     edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
 ) -> tuple[Cells, FloatArray, FloatArray, FloatArray]:
     """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding."""
-    cells = cells_between(edges, steps)
+    profiles = {profile for distance in distances for profile in (distance.later, distance.earlier)}
+    cells = cells_between(with_points(edges, profiles, steps), steps)
     squared = np.array([distance.squared for distance in distances])
     walk, noise = (influence / squared[:, None] for influence in influences(cells, distances))
     return cells, walk, noise, np.minimum(np.array([distance.rounding for distance in distances]) / squared, 1.0)
 
 
+def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:
+    """What the motion says of each measured distance, relative to it: shape [distances]."""
+    cells, walks, noises, rounding = _relative(motion.edges, distances, steps)
+    walk, noise = motion.on(cells.edges)
+    return np.asarray(walks @ walk + noises @ noise + rounding)
+
+
 def influences(cells: Cells, distances: Sequence[PairDistance]) -> tuple[FloatArray, FloatArray]:
     """The distances that a walk and a noise of intensity 1 in one interval make: shape [distances, K] each."""
     later, earlier = [distance.later for distance in distances], [distance.earlier for distance in distances]
-    walk, noise = _integrals(cells.edges, later, earlier)
+    if are_powers(later) and are_powers(earlier):
+        walk, noise = _integrals(cells.edges, later, earlier)
+    else:
+        walk, noise = (_by_basis(kind, cells.edges, later, earlier) for kind in (Tails, Densities))
     walk, noise = walk * cells.density, noise * cells.duration
     if cells.interval.size:
         np.add.at(walk.T, cells.interval, cells.stride * (cells.tails(later) - cells.tails(earlier)) ** 2)
         np.add.at(noise.T, cells.interval, (cells.masses(later) - cells.masses(earlier)) ** 2 / cells.stride)
     return walk, noise
+
+
+def _by_basis(
+    kind: type[Tails | Densities],
+    edges: FloatArray,
+    later: Sequence[StoredProfile],
+    earlier: Sequence[StoredProfile],
+) -> FloatArray:
+    """Integrals of squared differences of tails, or of densities, over each interval: shape [distances, K]."""
+    profiles = list(dict.fromkeys((*later, *earlier)))
+    rows = dict(zip(profiles, np.moveaxis(kind(profiles, edges).of_stored(profiles), 2, 0), strict=True))
+    pairs = zip(later, earlier, strict=True)
+    return np.stack([np.sum((rows[one] - rows[other]) ** 2, axis=1) for one, other in pairs])
 
 
 def _integrals(

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from scipy import linalg
 
-from posthoc_cli.profiles import FloatArray, PowerFunction, RecordedPowerFunction
-from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, fit_motion
+from posthoc_cli.profiles import Discrete, FloatArray, Point, PowerFunction, RecordedPowerFunction, StoredProfile
+from posthoc_cli.reconstruction.basis import order_of
+from posthoc_cli.reconstruction.motion import Motion, PairDistance, Steps, expected_distances, fit_motion
 
 MEASURED, SAMPLED, ASSUMED = "measured", "sampled", "assumed"
 
@@ -48,6 +49,23 @@ class Distance:
     squared: float
     rounding: float
 
+    @property
+    def other(self) -> StoredProfile:
+        """The profile of the other one."""
+        return PowerFunction.from_sigma_rel(self.sigma_rel, self.t)
+
+
+@dataclass(frozen=True)
+class DistanceTo(Distance):
+    """A distance to one that is no power function."""
+
+    profile: StoredProfile
+
+    @property
+    def other(self) -> StoredProfile:
+        """The profile of the other one."""
+        return self.profile
+
 
 @dataclass(frozen=True)
 class Measurements:
@@ -74,6 +92,7 @@ class StoredAverage:
     """A stored average and its measurements.
 
     Attributes:
+        profile: as its tracker recorded it, or that of a checkpoint or of an average over known times.
         updates: number of updates in it.
         eps: distance from 1 to the next number of the accumulator's dtype.
         measurements: None where it has none.
@@ -83,7 +102,7 @@ class StoredAverage:
         inherited: expected squared error left from rounded snapshots that the run resumed from.
     """
 
-    profile: RecordedPowerFunction
+    profile: RecordedPowerFunction | Point | Discrete
     updates: int
     eps: float
     measurements: Measurements | None
@@ -91,6 +110,29 @@ class StoredAverage:
     steps: Steps | None = None
     motion: Motion | None = None
     inherited: float = 0.0
+
+    @property
+    def pure(self) -> StoredProfile:
+        """The profile, without the effects of discrete updates on a power function."""
+        return self.profile.pure if isinstance(self.profile, RecordedPowerFunction) else self.profile
+
+    @property
+    def start(self) -> float:
+        """The earliest time at which motion matters: of a tracker its first update, else the first step of training."""
+        first = self.profile.t_first
+        if isinstance(self.profile, RecordedPowerFunction) or self.steps is None:
+            return first
+        return min(first, float(self.steps.clock.time_at(1)))
+
+    @property
+    def roundings(self) -> float:
+        """The number of independent roundings, of an average's size, that its updates left in it."""
+        if isinstance(self.profile, RecordedPowerFunction):
+            return roundings(self.profile.gamma, self.updates)
+        if isinstance(self.profile, Point):
+            return 0.0
+        # Each update rounds, and its error is kept as the values up to then are.
+        return float(np.sum((1 - self.profile.tail(self.profile.times)) ** 2))
 
 
 @dataclass(frozen=True)
@@ -126,7 +168,7 @@ class Prior:
         return replace(self, source=SAMPLED) if self.source == MEASURED else self
 
 
-def assumed_prior(snapshots: Sequence[PowerFunction], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
+def assumed_prior(snapshots: Sequence[StoredProfile], rounding: float = 0.0, motion: Motion | None = None) -> Prior:
     """The prior of a plan, or without measurements, relative to the norm.
 
     `rounding` is the root mean square error of a stored copy, `motion` by default an even walk.
@@ -144,14 +186,14 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     """
     known = [average.measurements for average in averages if average.measurements is not None]
     if not known or len(known) < len(averages):
-        return assumed_prior([average.profile.pure for average in averages])
+        return assumed_prior([average.pure for average in averages])
     norm = np.array([measurements.norm for measurements in known])
-    counts = np.array([roundings(average.profile.gamma, average.updates) for average in averages])
+    counts = np.array([average.roundings for average in averages])
     relative = np.array([(ROUNDING * average.eps) ** 2 for average in averages]) * counts
     arithmetic = norm * relative + np.array([measurements.arithmetic for measurements in known])
     inherited = np.array([average.inherited for average in averages])
-    profiles = [average.profile for average in averages]
-    in_order = sorted(range(len(averages)), key=lambda i: (profiles[i].t, profiles[i].gamma))
+    profiles = [average.pure for average in averages]
+    in_order = sorted(range(len(averages)), key=lambda i: order_of(profiles[i]))
     steps = averages[in_order[-1]].steps
     earlier = next((m for i in reversed(in_order) if (m := averages[i].motion) is not None), None)
     distances = _distances([(profiles[i], known[i], arithmetic[i]) for i in in_order])
@@ -159,7 +201,7 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
     distances = [distance for distance in (*distances, *weights) if distance is not None and not distance.same_profile]
     if distances:
         times = [profile.t for profile in profiles]
-        motion = fit_motion(min(profile.t_first for profile in profiles), times, distances, steps, earlier)
+        motion = fit_motion(min(average.start for average in averages), times, distances, steps, earlier)
     else:
         assumed = Motion.even(profiles[in_order[-1]].t, ASSUMED_STRETCH**2 * float(norm.mean()), steps)
         motion = assumed if earlier is None else earlier
@@ -170,6 +212,23 @@ def measured_prior(averages: Sequence[StoredAverage]) -> Prior:
         MEASURED if distances or earlier is not None or still else ASSUMED, steps,
         inherited if inherited.any() else None,
     )  # fmt: skip
+
+
+def misfit(averages: Sequence[StoredAverage]) -> float:
+    """How badly any motion explains the measured distances: the root mean square of log(measured / fitted).
+
+    All averages have measurements, with two distances above 0 at least; nan without. Infinity where no motion can.
+    """
+    known = [(average.pure, average.measurements, 0.0) for average in averages if average.measurements is not None]
+    distances = [distance for distance in _distances(known) if not distance.same_profile]
+    if len(distances) < 2:
+        return math.nan
+    steps, start, times = averages[0].steps, min(average.start for average in averages), [p.t for p, _, _ in known]
+    even = Motion(np.array([start, max(times)]), np.ones(1), np.ones(1))
+    if start >= max(times) or np.any(expected_distances(even, distances, steps) <= 0):
+        return math.inf  # profiles that are equal have no distance, whatever the motion
+    motion = fit_motion(start, times, distances, steps)
+    return float(np.sqrt(np.mean(np.log(expected_distances(motion, distances, steps)) ** 2)))
 
 
 WINDOW = 32
@@ -189,21 +248,20 @@ def roundings(gamma: float, updates: int) -> float:
     return 1 + WINDOW / 3 * min(1.0, WINDOW / updates * (gamma + 1) ** 2 / (2 * gamma + 1))
 
 
-def _distances(averages: Sequence[tuple[RecordedPowerFunction, Measurements, float]]) -> list[PairDistance]:
+def _distances(averages: Sequence[tuple[StoredProfile, Measurements, float]]) -> list[PairDistance]:
     """Every measured distance, one for each pair of averages: the last record of a pair counts."""
-    found: dict[tuple[float, ...], PairDistance] = {}
+    found: dict[tuple[tuple[float, ...], ...], PairDistance] = {}
     floor = 1e-18 * max(measurements.norm for _, measurements, _ in averages)
     for profile, measurements, arithmetic in averages:
         for distance in measurements.distances:
-            other = PowerFunction.from_sigma_rel(distance.sigma_rel, distance.t)
-            earlier, later = sorted((profile.pure, other), key=lambda p: (p.t, p.gamma))
+            earlier, later = sorted((profile, distance.other), key=order_of)
             # The other average may have been deleted; its arithmetic has about the same variance.
             noise = distance.rounding + 2 * arithmetic
             # A distance below the errors only says that it is small.
             least = max(distance.squared, noise, floor)
             if least > 0:
                 # A gamma computed elsewhere may differ in its last bits.
-                pair = later.t, round(later.gamma, 9), earlier.t, round(earlier.gamma, 9)
+                pair = tuple((t, round(gamma, 9), half) for t, gamma, half in map(order_of, (later, earlier)))
                 found[pair] = PairDistance(later, earlier, least, noise)
     return list(found.values())
 
@@ -214,6 +272,8 @@ def _to_weights(average: StoredAverage, measurements: Measurements, arithmetic: 
     None if that average is not much shorter than this one.
     """
     profile, found = average.profile, measurements.weights
+    if not isinstance(profile, RecordedPowerFunction):
+        return None
     width = max(_MEMORY * average.step_length, profile.max_interval) / profile.t
     if not found or not average.step_length or not width < profile.pure.sigma_rel / 8:
         return None

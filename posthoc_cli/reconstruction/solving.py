@@ -21,9 +21,9 @@ import numpy.typing as npt
 from scipy import linalg
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.profiles import FloatArray, PowerFunction, Profile
-from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, gammas_and_times
-from posthoc_cli.reconstruction.motion import Cells, cells_between
+from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
+from posthoc_cli.reconstruction.basis import Densities, StoredFunctions, Tails, are_powers, gammas_and_times, order_of
+from posthoc_cli.reconstruction.motion import Cells, cells_between, with_points
 from posthoc_cli.reconstruction.prior import ASSUMED, Prior, assumed_prior, inherited_factor, rounding_factor
 
 # --- least squares
@@ -211,21 +211,27 @@ class MinimumVariance:
     The profiles are at or before `t`, with their mass before the first update on it, in the order of the prior.
     """
 
-    def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
+    def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
         # A fixed order, so that the caller's order changes no bit.
-        self._order = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].t, snapshots[i].gamma))
+        self._order = sorted(range(len(snapshots)), key=lambda i: order_of(snapshots[i]))
         self._stored = [snapshots[i] for i in self._order]
         self._prior = prior = prior.of(self._order)
-        gamma, times = gammas_and_times(self._stored)
+        times = [profile.t for profile in self._stored]
         start = prior.motion.edges[0]
         edges = np.unique(np.clip(np.concatenate((prior.motion.edges, times, [t])), min(start, t), t))
-        self._terms = _terms(prior, cells_between(edges, prior.steps), np.unique(gamma))
-        self._rows = np.vstack([term.of_powers(self._stored) for term in self._terms])  # [rows, n]
+        cells = cells_between(with_points(edges, self._stored, prior.steps), prior.steps)
+        self._terms = _terms(prior, cells, self._stored)
+        self._rows = np.vstack([term.of_stored(self._stored) for term in self._terms])  # [rows, n]
 
     def goals(self, targets: Sequence[Profile]) -> Goals:
         """What the other methods ask for."""
         columns, norms = zip(*(term.of_targets(targets) for term in self._terms), strict=True)
         return Goals(targets, np.vstack(columns), np.sum(norms, axis=0))
+
+    def made_of(self, coefficients: FloatArray) -> Goals:
+        """The averages with these coefficients, as goals."""
+        columns = self._rows @ coefficients[self._order]
+        return Goals((), columns, np.sum(columns**2, axis=0))
 
     def solve(self, goals: Goals, at_once: bool = False) -> FloatArray:
         """The coefficients of least expected error; those of a target sum to 1.
@@ -283,7 +289,11 @@ class MinimumVariance:
         own = rounding_factor(self._prior.rounding, self._prior.arithmetic, apart)
         if self._prior.inherited is None:
             return own
-        return np.vstack((own, inherited_factor(self._prior.inherited, *gammas_and_times(self._stored))))
+        powers = [index for index, profile in enumerate(self._stored) if isinstance(profile, PowerFunction)]
+        gammas, times = gammas_and_times([self._stored[index] for index in powers])  # type: ignore[misc]
+        inherited = np.zeros((len(powers), len(self._stored)))
+        inherited[:, powers] = inherited_factor(self._prior.inherited[powers], gammas, times)
+        return np.vstack((own, inherited))
 
     @cached_property
     def _stacked(self) -> FloatArray:
@@ -312,9 +322,9 @@ class _Integral:
     root: FloatArray
     most: float = np.inf
 
-    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
         """Columns: shape [rows, n]."""
-        return self._scaled(self.functions.of_powers(profiles))
+        return self._scaled(self.functions.of_stored(profiles))
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
         """Columns, [rows, n], and squared norms, [n], which may exceed those of the columns."""
@@ -334,7 +344,7 @@ class _Sum:
     root: FloatArray
     values: Callable[[Sequence[Profile]], FloatArray]
 
-    def of_powers(self, profiles: Sequence[PowerFunction]) -> FloatArray:
+    def of_stored(self, profiles: Sequence[StoredProfile]) -> FloatArray:
         return self.of_targets(profiles)[0]
 
     def of_targets(self, targets: Sequence[Profile]) -> tuple[FloatArray, FloatArray]:
@@ -342,15 +352,15 @@ class _Sum:
         return columns, np.asarray(np.sum(columns**2, axis=0))
 
 
-def _terms(prior: Prior, cells: Cells, gammas: FloatArray) -> list[_Integral | _Sum]:
+def _terms(prior: Prior, cells: Cells, stored: Sequence[StoredProfile]) -> list[_Integral | _Sum]:
     walk, noise = prior.motion.on(cells.edges)
     few = cells.interval
-    terms: list[_Integral | _Sum] = [_Integral(Tails(gammas, cells.edges), np.sqrt(walk * cells.density))]
+    terms: list[_Integral | _Sum] = [_Integral(Tails(stored, cells.edges), np.sqrt(walk * cells.density))]
     if few.size:
         terms.append(_Sum(np.sqrt(walk[few] * cells.stride), cells.tails))
     if noise.any():
         most = float(noise.max()) / cells.stride if cells.stride else np.inf
-        terms.append(_Integral(Densities(gammas, cells.edges), np.sqrt(noise * cells.duration), most))
+        terms.append(_Integral(Densities(stored, cells.edges), np.sqrt(noise * cells.duration), most))
         if few.size:
             terms.append(_Sum(np.sqrt(noise[few] / cells.stride), cells.masses))
     return terms
@@ -402,7 +412,7 @@ def check_method(method: str | None) -> str:
 
 
 def reconstruct(
-    snapshots: Sequence[PowerFunction],
+    snapshots: Sequence[StoredProfile],
     targets: Sequence[Profile],
     method: str | None = None,
     prior: Prior | None = None,
@@ -411,8 +421,10 @@ def reconstruct(
     """Coefficients that make each target out of the snapshots.
 
     Arguments:
-        snapshots: profiles of the stored averages, at least one, distinct, none after `t`.
-        targets: the wanted profiles; power functions are treated in closed form, others by quadrature.
+        snapshots: profiles of the stored averages (power functions, checkpoints, averages over known times), at least
+            one, distinct, none after `t`.
+        targets: the wanted profiles; power functions are treated in closed form, others by quadrature, and a
+            `Combination` of the snapshots, in their order, is taken as it is.
         method: "minvar", minimum variance, or "paper", the published one; by default the first.
         prior: of the snapshots; by default even motion without rounding.
         t: the time of the targets; by default that of the wanted power functions, else of the last snapshot.
@@ -437,12 +449,15 @@ def reconstruct(
     # One by one, so that the rounding of a target's coefficients does not depend on the other targets.
     columns, predicted, profile = np.zeros((len(snapshots), len(targets))), *np.zeros((2, len(targets)))
     for k, target in enumerate(targets):
-        columns[:, k : k + 1], predicted[k : k + 1], profile[k : k + 1] = problem.solve([target], method)
+        if isinstance(target, Combination):
+            columns[:, k], predicted[k] = target.coefficients, problem.error_of(target)
+        else:
+            columns[:, k : k + 1], predicted[k : k + 1], profile[k : k + 1] = problem.solve([target], method)
     return Reconstruction(columns, profile, predicted, prior)
 
 
 def expected_errors(
-    snapshots: Sequence[PowerFunction], targets: Sequence[PowerFunction], prior: Prior, t: float
+    snapshots: Sequence[StoredProfile], targets: Sequence[PowerFunction], prior: Prior, t: float
 ) -> tuple[FloatArray, FloatArray]:
     """Predicted and profile errors of power functions by minimum variance: shape [targets] each.
 
@@ -463,12 +478,14 @@ _FEW_TIMES = 6
 class _Problem:
     """Snapshots, and both solvers for targets at `t`."""
 
-    def __init__(self, snapshots: Sequence[PowerFunction], prior: Prior, t: float) -> None:
+    def __init__(self, snapshots: Sequence[StoredProfile], prior: Prior, t: float) -> None:
         self._snapshots = {snapshot: row for row, snapshot in enumerate(snapshots)}
         self._variance = MinimumVariance(snapshots, prior, t)
-        gammas, times = gammas_and_times(snapshots)
-        self._densities = Densities(np.unique(gammas), np.unique(np.concatenate(([0.0], times, [t]))))
-        self._factor = self._densities.of_powers(snapshots).reshape(-1, len(snapshots))
+        times = [snapshot.t for snapshot in snapshots]
+        edges = with_points(np.unique(np.concatenate(([0.0], times, [t]))), snapshots, prior.steps)
+        self._densities = Densities(snapshots, edges)
+        self._factor = self._densities.of_stored(snapshots).reshape(-1, len(snapshots))
+        self._may_blend = are_powers(snapshots)
         self._gains = _GAIN_OF_FEW if np.unique(times).size <= _FEW_TIMES else _GAIN_OF_MANY
 
     def solve(
@@ -488,7 +505,7 @@ class _Problem:
             columns[:, column] = np.arange(columns.shape[0]) == row  # the exact solution without rounding
         if method == METHODS[0]:
             own = self._variance.solve(goals, at_once)
-            columns = np.where(np.isnan(columns), own, columns)
+            columns = np.where(np.isnan(columns) | (not self._may_blend), own, columns)
             best, there = (self._variance.expected_squares(found, goals) for found in (own, columns))
             gain = np.sqrt(np.divide(best, there, out=np.zeros(best.size), where=there > 0))
             sure, none = self._gains
@@ -503,6 +520,11 @@ class _Problem:
             if np.array_equal(np.flatnonzero(columns[:, column]), [row]):
                 errors[column] = 0.0
         return columns, self._variance.expected_errors(columns, goals), errors
+
+    def error_of(self, made: Combination) -> float:
+        """The predicted error of exactly these coefficients: that of the stored copies."""
+        column = made.coefficients[:, None]
+        return float(self._variance.expected_errors(column, self._variance.made_of(column))[0])
 
     @cached_property
     def _published(self) -> LeastSquares:
@@ -524,16 +546,17 @@ LATER = 1.5
 """Thinning leaves snapshots at about 1 - (1 - x)**LATER of training, x evenly spaced."""
 
 
-def thinned_subset(snapshots: Sequence[PowerFunction], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
+def thinned_subset(snapshots: Sequence[StoredProfile], most: int = MOST_SOLVED, keep: int = 1) -> list[int]:
     """A subset of at most `most` snapshots, spread as thinning would leave them: growing indices.
 
-    It has the newest snapshot of each profile; profiles get equal shares, of at least `keep` each.
+    It has the newest snapshot of each power function; these, and all other profiles together, get equal shares, of at
+    least `keep` each.
     """
     if len(snapshots) <= most:
         return list(range(len(snapshots)))
     groups: dict[float, list[int]] = {}
     for index in sorted(range(len(snapshots)), key=lambda i: snapshots[i].t):
-        groups.setdefault(snapshots[index].gamma, []).append(index)
+        groups.setdefault(getattr(snapshots[index], "gamma", np.inf), []).append(index)
     end = max(snapshot.t for snapshot in snapshots)
     subset: list[int] = []
     room = most

@@ -432,6 +432,8 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
         check_state_tensors(path, header, state)
         averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
         return replace(report, what=f"state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
+    if kind == "checkpoint":
+        return replace(report, what="checkpoint", run_id=header.metadata.get("ema.run_id"), averages=frozenset())
     info = decode_snapshot(path, header)
     part = "" if info.part is None else "part {} of {} of ".format(*info.part)
     what = f"{part}snapshot sigma_rel {info.sigma_rel:g} at t = {info.t:,.12g}"
@@ -454,7 +456,7 @@ def _unreadable(report: FileReport, error: FileFormatError) -> FileReport:
         header = read_header(report.path, check_size=False)
         kind, version = file_kind(header), header.metadata.get("ema.version")
         known = fmt.version_of(kind)
-        if kind not in (None, "snapshot", "output", "state"):
+        if kind not in (None, "snapshot", "output", "state", "checkpoint"):
             state, detail = UNSUPPORTED, f"its ema.format is {shown(kind)}, which this release does not know"
         elif version not in (None, known):
             state, detail = UNSUPPORTED, f"its ema.version is {shown(version)}; this release reads {known}"

@@ -9,12 +9,12 @@ import math
 from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from posthoc_cli.reconstruction import Measurements
 from posthoc_cli.snapshots import outputs as models
 from posthoc_cli.snapshots.directory import inspect_directory, is_parts_folder, read_snapshot
-from posthoc_cli.snapshots.format import FileHeader, by_segment
+from posthoc_cli.snapshots.format import FileHeader, SnapshotInfo, by_segment
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, read_header
@@ -96,7 +96,7 @@ def _describe_run(snapshots: Sequence[Snapshot]) -> Description:
         "t": newest.t,
         "step": newest.step,
         "schedule": vars(newest.schedule),
-        **_describe_tensors(snapshots[-1]),
+        **describe_tensors(snapshots[-1]),
         "snapshots": len(snapshots),
         **_describe_parts(snapshots[-1]),
         **({"segments": len(by_segment(snapshots))} if newest.segment else {}),
@@ -138,7 +138,7 @@ def _describe_snapshot(snapshot: Snapshot) -> Description:
         "schedule": vars(info.schedule),
         "measurements": measurements,
         **_describe_parts(snapshot),
-        **_describe_tensors(snapshot),
+        **describe_tensors(snapshot),
         "bytes": snapshot.header.file_bytes,
     }
 
@@ -154,7 +154,15 @@ def _values(kind: str, path: Path, info: Any, fields: str) -> Description:
     return {"kind": kind, "path": str(path), "run": info.run_id, **own}
 
 
-def _describe_tensors(snapshot: Snapshot) -> Description:
+class _Stored(Protocol):
+    @property
+    def info(self) -> SnapshotInfo: ...
+    @property
+    def header(self) -> FileHeader: ...
+
+
+def describe_tensors(snapshot: _Stored) -> Description:
+    """What tensors there are, of which role and dtypes."""
     info = snapshot.info
     averages = info.averages
     return {

@@ -42,6 +42,9 @@ QUARANTINE = "quarantine"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
 """Suffixes of files that are usually pickles, and are never opened."""
 
+OTHERS = (None, "output", "state", "checkpoint")
+"""Kinds of files that are no snapshots."""
+
 WANTED = "name the directory that a tracker writes its snapshots to"
 
 
@@ -147,7 +150,7 @@ def inspect_directory(directory: Path) -> Inspection:
     for path in listing.files:
         try:
             header = read_header(path, cache)
-            if file_kind(header) not in (None, "output", "state"):
+            if file_kind(header) not in OTHERS:
                 info = decode_snapshot(path, header, cache)
                 if info.part is None:
                     snapshots.append(Snapshot(path, header, info))
@@ -281,7 +284,7 @@ def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
     for path in part_files(folder):
         try:
             header = read_header(path, caches[path.name])
-            if file_kind(header) in (None, "output", "state"):
+            if file_kind(header) in OTHERS:
                 continue
             info = decode_snapshot(path, header, caches[path.name])
         except FileFormatError:
@@ -592,7 +595,7 @@ def _surplus(
     gone: list[StoredSnapshot] = []
     if max(counts.values(), default=0) > max_checkpoints:
         averages = [stored_average(snapshot.info) for snapshot in scheduled]
-        profiles = [average.profile.pure for average in averages]
+        profiles = [snapshot.info.profile.pure for snapshot in scheduled]
         dropped = snapshots_to_drop(profiles, measured_prior(averages), max_checkpoints, sigma_range)
         gone += [scheduled[index] for index in dropped]
     for sigma_rel in dict.fromkeys(snapshot.sigma_rel for snapshot in stored):

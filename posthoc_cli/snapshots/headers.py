@@ -334,7 +334,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
     values = decode_metadata(path, header, "snapshot", _ENTRIES, cache)
     raw, aliases = values["tensors"], values["aliases"]
     try:
-        tensors = cache.once("tensors", (raw, header.tensors), lambda: _tensors(raw, header.tensors))
+        tensors = cache.once("tensors", (raw, header.tensors), lambda: decode_tensors(raw, header.tensors))
         for alias, name in aliases.items():
             if not isinstance(name, str) or name not in tensors or alias in tensors or alias == "__metadata__":
                 raise ValueError(f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
@@ -350,7 +350,8 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
     return fmt.SnapshotInfo(**(values | {"tensors": tensors, "chunks": chunks}))
 
 
-def _tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fmt.TrackedTensor]:
+def decode_tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fmt.TrackedTensor]:
+    """The content of ema.tensors; a ValueError if it does not fit the tensors that are stored."""
     tensors = {name: fmt.TrackedTensor(*_role_and_dtype(value)) for name, value in raw.items()}
     for name in sorted(tensors.keys() | stored.keys()):
         if name not in tensors or name not in stored:

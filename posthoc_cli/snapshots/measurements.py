@@ -23,34 +23,37 @@ up to the arithmetic of both sides. A sum of n squares in float64, in any order,
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from itertools import accumulate, groupby, pairwise
 from math import inf, sqrt
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
 from posthoc_cli.dtypes import DTYPES, EPS, ITEM_BYTES
-from posthoc_cli.errors import MismatchError, NonFiniteError, VanishedError
-from posthoc_cli.profiles import Clock, FloatArray
+from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, VanishedError
+from posthoc_cli.profiles import Clock, Discrete, FloatArray, Point, StoredProfile
 from posthoc_cli.reconstruction import (
     ASSUMED,
     MEASURED,
     Distance,
+    DistanceTo,
     Measurements,
     Motion,
     Prior,
     Steps,
     StoredAverage,
     measured_prior,
+    misfit,
     thinned_subset,
 )
-from posthoc_cli.snapshots.format import One, SnapshotInfo, of_newest_segment
+from posthoc_cli.snapshots.format import SnapshotInfo, TensorEntry, of_newest_segment
 from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, decode_values, in_order, worker_threads
 
 MOST_ELEMENTS = 1_000_000
@@ -66,24 +69,47 @@ _DIFFERENCE = 2.0**-23
 Progress = Callable[[int], object]
 
 
-def sample_measurements(snapshots: Sequence[Snapshot]) -> list[Measurements]:
+@runtime_checkable
+class FileSource(Protocol):
+    """What a sample is taken of: a snapshot, or another program's checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        """For messages."""
+
+    @property
+    def info(self) -> SnapshotInfo:
+        """Its header, or what is known in place of it."""
+
+    @property
+    def profile(self) -> StoredProfile:
+        """What its averages are of."""
+
+    @property
+    def stored(self) -> Mapping[str, TensorEntry]:
+        """Dtype and bytes of each tensor."""
+
+    def open(self) -> OpenSnapshot:
+        """Open it."""
+
+
+def sample_measurements(snapshots: Sequence[FileSource]) -> list[Measurements]:
     """Estimate the measurements of the snapshots of one run, in their order; all of stored copies.
 
     `Distance.rounding` is the expected one of both copies, see `expected_rounding`. A FileFormatError or NonFiniteError
     names the file; an OverflowError if values are too large to be squared.
     """
     found: dict[int, Measurements] = {}
-    newest: dict[float, list[_Sample]] = defaultdict(list)
+    newest: dict[tuple[float, bool], list[list[_Sample]]] = defaultdict(list)
     ranges = _sampled_ranges(snapshots[0]) if snapshots else []
-    by_time = sorted(range(len(snapshots)), key=lambda i: (snapshots[i].info.t, snapshots[i].info.sigma_rel))
+    by_time = sorted(range(len(snapshots)), key=lambda i: _order(snapshots[i]))
     for _, group in groupby(by_time, key=lambda i: snapshots[i].info.t):
         now = {index: _read(snapshots[index], ranges) for index in group}
-        earlier = [other for sigma_rel in sorted(newest) for other in newest[sigma_rel]]
+        earlier = [other for kind in sorted(newest) for others in newest[kind] for other in others]
         for index, sample in now.items():
             found[index] = _measure(sample, [other for other in now.values() if other is not sample] + earlier)
-        for sample in now.values():
-            own = sample.snapshot.info.sigma_rel
-            newest[own] = [*newest[own], sample][-2:]
+        for kind, alike in groupby(now.values(), key=lambda sample: _order(sample.snapshot)[1:]):
+            newest[kind] = [*newest[kind], list(alike)][-2:]
     return [found[index] for index in range(len(snapshots))]
 
 
@@ -113,18 +139,18 @@ class _Range(NamedTuple):
 class _Sample:
     """Values of the chosen elements of a snapshot, shape [elements]; `scale` is all elements / these."""
 
-    snapshot: Snapshot
+    snapshot: FileSource
     values: FloatArray
     scale: float
     rounding: float
 
 
-def _averaged(snapshot: Snapshot) -> dict[str, int]:
-    entries = snapshot.header.tensors
+def _averaged(snapshot: FileSource) -> dict[str, int]:
+    entries = snapshot.stored
     return {name: entries[name].nbytes // ITEM_BYTES[entries[name].dtype] for name in sorted(snapshot.info.averages)}
 
 
-def _sampled_ranges(snapshot: Snapshot) -> list[_Range]:
+def _sampled_ranges(snapshot: FileSource) -> list[_Range]:
     """The elements to read in every snapshot of the run."""
     elements = _averaged(snapshot)
     total = sum(elements.values())
@@ -146,16 +172,18 @@ def _ranges(names: Sequence[str], ends: Sequence[int], begin: int) -> Iterator[_
         begin, index = stop, index + 1
 
 
-def _read(snapshot: Snapshot, ranges: Sequence[_Range]) -> _Sample:
+def _read(snapshot: FileSource, ranges: Sequence[_Range]) -> _Sample:
     parts, rounding = [np.empty(0)], 0.0
+    rounded = not isinstance(snapshot.profile, Point)  # a checkpoint is what the network was
     with snapshot.open() as file:
         for one in ranges:
-            stored, values = snapshot.header.tensors[one.name].dtype, _read_values(file, *one)
+            stored, values = snapshot.stored[one.name].dtype, _read_values(file, *one)
             if not np.isfinite(values).all():
                 file.read(one.name)  # raises if it is damage: a flipped bit
                 raise NonFiniteError(snapshot.path, f"tensor {one.name!r}: holds nan or infinity")
             parts.append(values)
-            rounding += expected_rounding(values, stored, snapshot.info.tensors[one.name].dtype)
+            if rounded:
+                rounding += expected_rounding(values, stored, snapshot.info.tensors[one.name].dtype)
     values = np.concatenate(parts)
     scale = sum(_averaged(snapshot).values()) / max(values.size, 1)
     return _Sample(snapshot, values, scale, rounding * scale)
@@ -165,8 +193,15 @@ def _measure(sample: _Sample, partners: Sequence[_Sample]) -> Measurements:
     distances = []
     for partner in partners:
         info, squared = partner.snapshot.info, _squares(sample, sample.values - partner.values)
-        distances.append(Distance(info.t, info.sigma_rel, squared, sample.rounding + partner.rounding))
+        distance = Distance(info.t, info.sigma_rel, squared, sample.rounding + partner.rounding)
+        other = _foreign(partner.snapshot)
+        distances.append(DistanceTo(**vars(distance), profile=other) if other else distance)
     return Measurements(_squares(sample, sample.values), sample.rounding, tuple(distances))
+
+
+def _foreign(snapshot: FileSource) -> Point | Discrete | None:
+    """The profile of one that is no power function."""
+    return snapshot.profile if isinstance(snapshot.profile, Point | Discrete) else None
 
 
 def _squares(sample: _Sample, values: FloatArray) -> float:
@@ -180,15 +215,15 @@ def _squares(sample: _Sample, values: FloatArray) -> float:
 # --- headers for reconstruction
 
 
-def stored_average(info: SnapshotInfo) -> StoredAverage:
-    """The part of a header that reconstruction uses."""
+def stored_average(info: SnapshotInfo, profile: Point | Discrete | None = None) -> StoredAverage:
+    """The part of a header that reconstruction uses; with a `profile` in place of the power function in it."""
     schedule = info.schedule
     before = schedule.update_after_step // schedule.update_every
     own = {info.tensors[name].dtype for name in info.averages}  # float64 accumulates in float64, others in float32
     steps, times = zip(*info.clock_pairs, strict=True)
     (step, t), (last_step, last_t) = [(0, 0.0), *info.clock_pairs][-2:]
     return StoredAverage(
-        info.profile, info.updates or max(info.step // schedule.update_every - before, 1),
+        profile or info.profile, info.updates or max(info.step // schedule.update_every - before, 1),
         EPS["F64" if own == {"F64"} else "F32"], info.measurements, (last_t - t) / (last_step - step),
         Steps(Clock(steps, times), schedule.update_every), info.motion, info.inherited,
     )  # fmt: skip
@@ -201,19 +236,20 @@ def motion_so_far(infos: Sequence[SnapshotInfo]) -> Motion | None:
     return prior.motion.handed_on() if known else None
 
 
-def snapshot_prior(snapshots: Sequence[Snapshot], others: Sequence[SnapshotInfo] = ()) -> Prior:
+def snapshot_prior(snapshots: Sequence[FileSource], others: Sequence[SnapshotInfo] = ()) -> Prior:
     """The prior from headers of snapshots, and of averages in memory: in the order of `snapshots`, then `others`.
 
     If a header has no measurements, those of all snapshots are estimated from a sample.
     """
     sampled = any(snapshot.info.measurements is None for snapshot in snapshots)
-    measured = with_sampled_measurements(snapshots) if sampled else snapshots
-    prior = measured_prior([stored_average(info) for info in (*(s.info for s in measured), *others)])
+    infos = with_sampled_measurements(snapshots) if sampled else [snapshot.info for snapshot in snapshots]
+    averages = [stored_average(info, _foreign(one)) for info, one in zip(infos, snapshots, strict=True)]
+    prior = measured_prior([*averages, *map(stored_average, others)])
     return prior.sampled() if sampled else prior
 
 
-def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
-    """The same snapshots, all with measurements of one sample of elements, since distances need both sides.
+def with_sampled_measurements(snapshots: Sequence[FileSource]) -> list[SnapshotInfo]:
+    """Their headers, all with measurements of one sample of elements, since distances need both sides.
 
     Without measurements if values are too large to be squared.
     """
@@ -222,7 +258,7 @@ def with_sampled_measurements(snapshots: Sequence[Snapshot]) -> list[Snapshot]:
     except OverflowError:
         sampled = [None] * len(snapshots)
     return [
-        replace(snapshot, info=replace(snapshot.info, measurements=measurements, motion=None))
+        replace(snapshot.info, measurements=measurements, motion=None)
         for snapshot, measurements in zip(snapshots, sampled, strict=True)
     ]
 
@@ -239,18 +275,33 @@ def run_clock(infos: Sequence[SnapshotInfo]) -> Clock:
     return Clock([step for step, _ in pairs], [t for _, t in pairs])
 
 
-def chosen_up_to(items: Sequence[One], t: float) -> tuple[list[One], list[One]]:
+class _Stored(Protocol):
+    @property
+    def info(self) -> SnapshotInfo: ...
+    @property
+    def profile(self) -> StoredProfile: ...
+
+
+_One = TypeVar("_One", bound=_Stored)
+
+
+def _order(item: _Stored) -> tuple[float, float, bool]:
+    """By time, then sigma_rel, checkpoints last."""
+    return item.info.t, item.info.sigma_rel, isinstance(item.profile, Point)
+
+
+def chosen_up_to(items: Sequence[_One], t: float) -> tuple[list[_One], list[_One]]:
     """Snapshots to combine for time `t`, at or before it; and a choice of the later ones, for the motion.
 
     Both by time, then sigma_rel; of very many a limited number, see `thinned_subset`.
     """
-    ordered = sorted(items, key=lambda item: (item.info.t, item.info.sigma_rel))
+    ordered = sorted(items, key=_order)
     usable, later = [o for o in ordered if o.info.t <= t], [o for o in ordered if o.info.t > t]
     return _chosen(usable), _chosen(later)
 
 
-def _chosen(items: Sequence[One]) -> list[One]:
-    return [items[index] for index in thinned_subset([item.info.profile.pure for item in items])]
+def _chosen(items: Sequence[_One]) -> list[_One]:
+    return [items[index] for index in thinned_subset([item.profile for item in items])]
 
 
 @dataclass(frozen=True)
@@ -415,3 +466,67 @@ def _read_values(file: OpenSnapshot, name: str, begin: int, end: int) -> FloatAr
     dtype = file.header.tensors[name].dtype
     item = ITEM_BYTES[dtype]
     return decode_values(file.read_unverified(name, begin * item, end * item), dtype)
+
+
+# --- a claim about other libraries' averages
+
+_EVERY = (1, 2, 4, 5, 8, 10, 16, 20, 25, 32, 50, 64, 100, 128, 200, 250, 500, 1000)
+"""Values of update_every that a claim is compared with."""
+
+_TIMES = 8
+"""Newest times that a claim is checked at."""
+
+_WORSE, _MUCH_WORSE = 1.25, 0.1
+"""A claim is wrong if it fits worse than another value by more than this factor and this difference. In 18 runs (six
+recorded trainings, updates every 1, 10 and 100 steps) the true value was at most 1.06 times and 0.006 worse than the
+best one; values half or twice as large were refused, but for some at 100."""
+
+
+def check_update_every(
+    sources: Sequence[FileSource], claimed: int, profile: Callable[[FileSource, int], Discrete]
+) -> dict[int, float]:
+    """Compare the distances between another library's averages with those that its update_every would make.
+
+    Averages of two profiles or more are needed: of one profile any value explains the distances.
+
+    Arguments:
+        sources: averages of one run.
+        claimed: the value that is claimed.
+        profile: the profile of a source if update_every had this value.
+
+    Returns:
+        For each value that was tried, how badly it fits (see `misfit`), the best one first; empty where the averages
+        cannot tell.
+
+    Raises:
+        InvalidValueError: another value fits much better; it is named.
+    """
+    times = sorted({source.info.t for source in sources})[-_TIMES:]
+    sources = [source for source in sources if source.info.t in times]
+    if len(times) < 2 or len(sources) < 2 * len(times):
+        return {}
+    measured = sample_measurements(sources)
+    shortest = min(source.info.step for source in sources)
+    found = {}
+    for every in sorted({claimed, *(value for value in _EVERY if value <= shortest)}):
+        profiles = {source.profile: profile(source, every) for source in sources}
+        averages = [
+            replace(
+                stored_average(source.info, profiles[source.profile]),
+                measurements=replace(own, distances=tuple(_claimed(one, profiles) for one in own.distances)),
+            )
+            for source, own in zip(sources, measured, strict=True)
+        ]
+        if not math.isnan(fit := misfit(averages)):
+            found[every] = fit
+    if not found:  # nothing moved
+        return {}
+    best = min(found, key=lambda value: found[value])
+    if found[claimed] > max(_WORSE * found[best], found[best] + _MUCH_WORSE):
+        reason = f"the distances between the averages do not fit it; those of {best} do"
+        raise InvalidValueError("update_every", reason, value=claimed)
+    return dict(sorted(found.items(), key=lambda one: one[1]))
+
+
+def _claimed(distance: Distance, profiles: Mapping[StoredProfile, Discrete]) -> Distance:
+    return DistanceTo(**{**vars(distance), "profile": profiles[distance.other]})

@@ -117,8 +117,8 @@ def read_index(path: Path) -> dict[str, list[str]]:
     return decode_index(path).shards
 
 
-def decode_index(path: Path) -> ShardIndex:
-    """The checked index of a sharded model: names lead to files beside it and nowhere else."""
+def decode_index(path: Path, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> ShardIndex:
+    """The checked index of a sharded model: names, with these endings, lead to files beside it and nowhere else."""
     found = parse_json(path, read_small_file(path, fmt.MAX_HEADER_BYTES), "index")
     if not isinstance(found, dict):
         raise FileFormatError(path, "is not an index of shards: it is no JSON object")
@@ -127,7 +127,7 @@ def decode_index(path: Path) -> ShardIndex:
         raise FileFormatError(path, "is not an index of shards: it has no weight_map")
     shards: dict[str, list[str]] = {}
     for tensor, name in weight_map.items():
-        if not (isinstance(name, str) and is_plain_name(name)):
+        if not (isinstance(name, str) and is_plain_name(name, endings)):
             raise FileFormatError(path, f"tensor {shown(tensor)}: {shown(name)} is not the name of a file beside it")
         shards.setdefault(name, []).append(tensor)
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
@@ -140,10 +140,10 @@ def encode_index(weight_map: Mapping[str, str], total_size: int) -> bytes:
     return (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
 
 
-def is_plain_name(name: str) -> bool:
+def is_plain_name(name: str, endings: tuple[str, ...] = (fmt.SUFFIX,)) -> bool:
     """Whether a name leads to a visible file in the same folder, on every system."""
     return (
-        name.endswith(fmt.SUFFIX)
+        name.endswith(endings)
         and not name.startswith(".")
         and len(name.encode(errors="replace")) <= 255
         and all(c.isprintable() and c not in "/\\:" for c in name)

@@ -27,6 +27,7 @@ from numpy.lib.stride_tricks import as_strided
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, VanishedError, shown
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots import headers
 from posthoc_cli.snapshots.chunks import Box, copy_range, row_major
@@ -54,6 +55,10 @@ class Part:
     header: fmt.FileHeader
     boxes: Mapping[str, Box]
 
+    def open(self) -> TensorFile:
+        """Open it; it must be the file whose header was read."""
+        return TensorFile(self.path, self.header)
+
 
 @dataclass(frozen=True)
 class Stored(Generic[_Info]):
@@ -77,6 +82,11 @@ class Snapshot(Stored[fmt.SnapshotInfo]):
     def name(self) -> str:
         """The file's or folder's name."""
         return self.path.name
+
+    @property
+    def profile(self) -> PowerFunction:
+        """The power function that it holds."""
+        return self.info.profile.pure
 
     @property
     def files(self) -> list[tuple[Path, fmt.FileHeader]]:
@@ -109,7 +119,7 @@ class TensorFile:
 
     def __init__(self, path: Path, expected: fmt.FileHeader | None = None) -> None:
         self.path = path
-        self._descriptor = _open(path)
+        self._descriptor = open_regular(path)
         try:
             self.header = self._checked_header(expected)
             self._checksums = headers.decode_checksums(path, self.header)
@@ -151,7 +161,9 @@ class TensorFile:
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""
-        offset = self.header.payload_start + self.header.tensors[name].begin + begin
+        self._fill_from(name, view, self.header.payload_start + self.header.tensors[name].begin + begin)
+
+    def _fill_from(self, name: str, view: memoryview, offset: int) -> None:
         while view:
             try:
                 count = files.system.read(self._descriptor, view, offset)
@@ -243,7 +255,7 @@ class PartedFile:
                 held = {n: box for n, box in part.boxes.items() if n in self._boxes and box.meet(self._boxes[n]).size}
                 if self._is_cut and not held:
                     continue
-                file = stack.enter_context(TensorFile(part.path, part.header))
+                file = stack.enter_context(part.open())
                 self._files.append((file, held))
                 for name, box in held.items():
                     self._chunks[name].append((file, box))
@@ -439,7 +451,7 @@ def read_small_file(path: Path, most: int) -> bytes:
         size = os.fstat(descriptor).st_size
         if size > most:
             raise FileFormatError(path, f"has {size:,} bytes; at most {most:,} are allowed")
-        with _named_on_error(path, "read"):
+        with named_on_error(path, "read"):
             return files.read_at(descriptor, size, 0)
 
 
@@ -447,7 +459,8 @@ def read_small_file(path: Path, most: int) -> bytes:
 
 
 @contextmanager
-def _named_on_error(path: Path, verb: str) -> Iterator[None]:
+def named_on_error(path: Path, verb: str) -> Iterator[None]:
+    """Turn the system's errors of the block into a FileFormatError: the file cannot be opened, or read."""
     try:
         yield
     except OSError as error:
@@ -465,15 +478,16 @@ def _cannot(path: Path, verb: str, error: OSError) -> FileFormatError:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[int]:
-    descriptor = _open(path)
+    descriptor = open_regular(path)
     try:
         yield descriptor
     finally:
         files.system.close(descriptor)
 
 
-def _open(path: Path) -> int:
-    with _named_on_error(path, "opened"):
+def open_regular(path: Path) -> int:
+    """A descriptor of a regular file; a FileFormatError if it is none, or cannot be opened."""
+    with named_on_error(path, "opened"):
         descriptor = files.system.open(path)
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         files.system.close(descriptor)
@@ -483,7 +497,7 @@ def _open(path: Path) -> int:
 
 def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
     """The first 8 + N bytes, and the size of the file."""
-    with _named_on_error(path, "read"):
+    with named_on_error(path, "read"):
         size = os.fstat(descriptor).st_size
         prefix = files.read_at(descriptor, 8, 0)
         length = int.from_bytes(prefix, "little")

@@ -14,23 +14,25 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
+from posthoc_cli.checkpoints.checkpoint import beside_snapshots
+from posthoc_cli.checkpoints.opening import NOTHING_SAID, Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
-from posthoc_cli.errors import InexactError, InvalidValueError, VanishedError
+from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError
 from posthoc_cli.planning import Candidate, error_curve
-from posthoc_cli.profiles import PowerFunction, Profile
+from posthoc_cli.profiles import Combination, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorEntry, TensorSpec, TrackedTensor, of_segment_at
-from posthoc_cli.snapshots.measurements import chosen_up_to, run_clock, snapshot_prior
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot
-from posthoc_cli.targets import Target, as_target
+from posthoc_cli.snapshots.measurements import FileSource, chosen_up_to, run_clock, snapshot_prior
+from posthoc_cli.snapshots.reader import OpenSnapshot
+from posthoc_cli.targets import Chosen, Target, as_target
 
 if TYPE_CHECKING:
     import torch
 
 
 class Source(Protocol):
-    """A stored average: a snapshot on disk, or a current average in memory."""
+    """A stored average: a snapshot or a checkpoint on disk, or a current average in memory."""
 
     @property
     def name(self) -> str:
@@ -39,6 +41,10 @@ class Source(Protocol):
     @property
     def info(self) -> SnapshotInfo:
         """The snapshot's header, or what it would be."""
+
+    @property
+    def profile(self) -> StoredProfile:
+        """What its averages are of: a power function, one checkpoint (`Point`), or known times (`Discrete`)."""
 
     @property
     def stored(self) -> Mapping[str, TensorEntry | TensorSpec]:
@@ -51,9 +57,30 @@ class Source(Protocol):
         """
 
 
-def disk_sources(directory: str | Path) -> list[Source]:
-    """The snapshots of a directory as sources; raises what `read_directory` raises."""
-    return list(read_directory(Path(directory)))
+def disk_sources(directory: str | Path, origin: Origin = NOTHING_SAID, also: str | Path | None = None) -> list[Source]:
+    """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
+
+    Arguments:
+        directory: of a run; or a file, or a glob that names the files or folders of checkpoints.
+        origin: what checkpoints do not say themselves.
+        also: where checkpoints of the same training are, to be combined with the snapshots.
+
+    Raises:
+        DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
+    """
+    path = Path(directory)
+    if origin.kind not in (None, "snapshots") or is_glob(directory):
+        return [*open_checkpoints(directory, origin)]
+    try:
+        snapshots = read_directory(path)
+    except DirectoryError as error:
+        if origin.kind is not None or not holds_checkpoints(directory):
+            raise error
+        if also is not None:
+            raise InvalidValueError("checkpoints", "are added to the snapshots of a tracker", error.reason) from error
+        return [*open_checkpoints(directory, origin)]
+    others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also, origin))
+    return sorted([*snapshots, *others], key=lambda one: (one.info.t, one.info.sigma_rel)) if others else [*snapshots]
 
 
 def source_prior(sources: Sequence[Source]) -> Prior:
@@ -61,8 +88,8 @@ def source_prior(sources: Sequence[Source]) -> Prior:
 
     If the header of a file has no measurements, those of all files are estimated from a sample of their tensors.
     """
-    on_disk = [source for source in sources if isinstance(source, Snapshot)]
-    in_memory = [source for source in sources if not isinstance(source, Snapshot)]
+    on_disk = [source for source in sources if isinstance(source, FileSource)]
+    in_memory = [source for source in sources if not isinstance(source, FileSource)]
     prior = snapshot_prior(on_disk, [source.info for source in in_memory])
     place = {id(source): index for index, source in enumerate([*on_disk, *in_memory])}
     return prior.of([place[id(source)] for source in sources])
@@ -251,11 +278,17 @@ def plan_synthesis(
     time = _target_time(sources, t, step)
     alike = _alike(sources, time)
     usable, later = chosen_up_to(alike, time)
-    snapshots = [source.info.profile.pure for source in (*usable, *later)]
+    snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots, too, measure the motion
     clock, first = run_clock([source.info for source in alike]), min(source.info.t_first for source in usable)
-    profiles = [target.profile(time, clock, first) for target in wanted]
-    result = reconstruct(snapshots[: len(usable)], profiles, method, prior.of(range(len(usable))), time)
+    solved, names = snapshots[: len(usable)], [source.name for source in usable]
+    profiles = [
+        Combination(solved, target.choose(names, solved))
+        if isinstance(target, Chosen)
+        else target.profile(time, clock, first)
+        for target in wanted
+    ]
+    result = reconstruct(solved, profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)
     plan = Plan(
         sources=tuple(usable[i] for i in used), targets=wanted, t=time, method=method,

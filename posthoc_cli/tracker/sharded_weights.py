@@ -25,6 +25,7 @@ from posthoc_cli.errors import (
     RankError,
     VanishedError,
 )
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.run import Weights
 from posthoc_cli.snapshots.chunks import Box, Chunk
 from posthoc_cli.snapshots.directory import read_snapshot, sum_of_parts
@@ -93,6 +94,10 @@ class _Boxes:
     @property
     def info(self) -> SnapshotInfo:
         return self.snapshot.info
+
+    @property
+    def profile(self) -> PowerFunction:
+        return self.snapshot.profile
 
     @property
     def stored(self) -> Mapping[str, TensorSpec]:

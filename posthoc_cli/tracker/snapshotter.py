@@ -20,6 +20,7 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.errors import DirectoryError, FileFormatError, MismatchError, NonFiniteError, PostHocError
+from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Distance, Measurements, roundings
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import (
@@ -84,6 +85,11 @@ class LiveSource:
     def name(self) -> str:
         """For messages, in place of a file name."""
         return f"live average of sigma_rel {self.info.sigma_rel:g}"
+
+    @property
+    def profile(self) -> PowerFunction:
+        """The power function that it tracks."""
+        return self.info.profile.pure
 
     @cached_property
     def stored(self) -> Mapping[str, TensorSpec]:

@@ -13,7 +13,7 @@ from factories import contents, expected_error, flip_bit
 from safetensors.torch import load_file
 
 from posthoc_cli import PostHocEMA, disk_sources, plan_synthesis, synthesize
-from posthoc_cli.targets import Beta, Between, ProfileFile, Window
+from posthoc_cli.targets import Beta, Between, Decay, ProfileFile, Window
 
 
 @pytest.fixture
@@ -109,3 +109,29 @@ def test_what_would_be_too_inexact_is_not_made_and_no_tensor_is_read(
     assert re.match(r"sigma_rel 0\.(03|15): the predicted error is ", result.error)
     assert "0.01 %" in result.error
     assert contents(tmp_path) == before
+
+
+def test_a_decay_the_mean_of_the_last_ones_and_named_coefficients(ema: Ema, run: Path, tmp_path: Path) -> None:
+    for path in run.glob("*-0.28.safetensors"):
+        path.unlink()
+    names = [f"{step:016}-0.05.safetensors" for step in (1500, 2000)]
+    chosen = tmp_path / "mine.csv"
+    chosen.write_text(f"{names[0]},-0.5\n{names[1]},1.5\n")
+    result = ema(
+        "synthesize", run, "--decay", "linear", "--over", "30%", "--mean", "last:3", "--coefficients", chosen,
+        "--out", tmp_path / "{target}.safetensors", "--dtype", "float64", "--json",
+    )  # fmt: skip
+    decay, mean, named = result.json["targets"]
+    assert (decay["target"], mean["target"]) == ("decay linear over 30%", "mean of the last 3")
+    assert {one["file"]: one["coefficient"] for one in named["snapshots"] if one["coefficient"]} == {
+        names[0]: -0.5, names[1]: 1.5,
+    }  # fmt: skip
+    stored = [load_file(run / name)["0.weight"].double() for name in names]
+    made = load_file(tmp_path / "coefficients-mine.safetensors")["0.weight"]
+    torch.testing.assert_close(made, 1.5 * stored[1] - 0.5 * stored[0], rtol=1e-6, atol=1e-7)
+    last = [load_file(run / f"{step:016}-0.05.safetensors")["0.weight"].double() for step in (1800, 1900, 2000)]
+    torch.testing.assert_close(
+        load_file(tmp_path / "mean-last-3.safetensors")["0.weight"], sum(last) / 3, rtol=1e-6, atol=1e-7
+    )
+    plan = plan_synthesis(disk_sources(run), [Decay("linear", 0.3)], dtype="float64")
+    assert decay["predicted_error"] == plan.predicted_error(0)

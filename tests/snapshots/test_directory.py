@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -285,7 +286,9 @@ def test_thinning_keeps_what_reconstruction_needs_by_what_headers_measured(tmp_p
     moves[40:60] = np.random.default_rng(0).normal(size=(20, 300))
     trajectory = [{"w": values} for values in np.cumsum(moves, axis=0)]
     write_run(tmp_path, trajectory, range(10, 101, 10), (0.05, 0.28))
-    measured = with_sampled_measurements(read_directory(tmp_path))
+    snapshots = read_directory(tmp_path)
+    infos = with_sampled_measurements(snapshots)
+    measured = [replace(snapshot, info=info) for snapshot, info in zip(snapshots, infos, strict=True)]
     left = thin([StoredSnapshot.of(snapshot) for snapshot in measured], 3)
     assert sum(40 <= s.t <= 80 for s in left) >= 3  # which of those before the movement is left hardly matters
 

@@ -197,7 +197,7 @@ def test_values_too_large_to_be_squared_are_told(tmp_path: Path) -> None:
     snapshot = write(tmp_path, 10, 0.05, {"w": torch.tensor([1e200], dtype=torch.float64)})
     with pytest.raises(OverflowError, match="too large to be squared"):
         sample_measurements([snapshot])
-    assert with_sampled_measurements([snapshot])[0].info.measurements is None
+    assert with_sampled_measurements([snapshot])[0].measurements is None
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

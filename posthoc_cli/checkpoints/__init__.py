@@ -1,0 +1,10 @@
+"""Checkpoints and averages that other programs wrote, opened as sources of a synthesis. Nothing in a file is executed.
+
+A file is read once for its index: where in it the bytes of each tensor are. A synthesis then streams these bytes, as it
+does those of snapshots. `pickles` and `archives` find the tensors of pickled files, `formats` those of any file,
+`distributed` those of a folder of chunks; `layouts` knows how libraries name files, steps and tensors; `opening` makes
+a run of them.
+"""
+
+KINDS = ("snapshots", "checkpoints", "dcp", "torchtitan", "ema-pytorch", "posthoc-ema", "edm2")
+"""What may be opened; `checkpoints` are files or folders of weights, also of LoRA series."""

@@ -1,0 +1,336 @@
+"""What one checkpoint holds: a file, the shards of a model, or a folder of torch.distributed.checkpoint.
+
+Tensors are found by the keys that lead to them, since a checkpoint often holds more than the model: the model is chosen
+by `model_tensors`. A tensor is one piece, or several, each a box of it in some file.
+
+A folder of torch.distributed.checkpoint has a pickle `.metadata`, which says where in which file each chunk of a tensor
+is, as an archive of its own; or, from its HuggingFaceStorageWriter, safetensors files whose metadata give the offsets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from posthoc_cli.checkpoints.archives import FoundTensor
+from posthoc_cli.checkpoints.pickles import Node
+from posthoc_cli.checkpoints.tensor_files import (
+    ENDINGS,
+    OpenedFile,
+    index_file,
+    names_in,
+    read_range,
+    sampled_identity,
+)
+from posthoc_cli.dtypes import DTYPES
+from posthoc_cli.errors import FileFormatError, shown
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.chunks import Box, cover_problem
+from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.outputs import decode_index
+from posthoc_cli.snapshots.reader import decode_values
+
+Keys = tuple[str, ...]
+
+DCP_METADATA = ".metadata"
+INDEX_ENDING = ".index.json"
+NOT_WEIGHTS = ("optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args")
+"""What the names of files and groups begin with that hold something else than the model."""
+MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
+"""Keys of a checkpoint under which the model is: the first one that is there. Lightning keeps its raw weights under the
+first where `state_dict` is an average."""
+_OTHER_GROUPS = (*NOT_WEIGHTS, "ema_optimizer", "train_state", "dataloader")
+_STEP_NAMES = ("global_step", "global_steps", "step", "steps", "iteration", "train_state.step", "ss_steps")
+_MOST_METADATA = 1_000_000_000
+
+
+class Piece(NamedTuple):
+    """A box of a tensor, in a file."""
+
+    path: Path
+    identity: str
+    tensor: FoundTensor
+    box: Box
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a checkpoint holds.
+
+    Attributes:
+        path: its file or folder.
+        tensors: by the keys that lead to each, a function that finds its pieces.
+        values: numbers and texts by their keys, joined by dots.
+    """
+
+    path: Path
+    tensors: Mapping[Keys, Callable[[], list[Piece]]]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def step(self) -> float | None:
+        """The step that the content tells; None if it does not."""
+        for name in _STEP_NAMES:
+            value = self.values.get(name)
+            if value is None and (keys := tuple(name.split("."))) in self.tensors:
+                value = _scalar(self.tensors[keys]())
+            if isinstance(value, str):
+                value = float(value) if value.isdigit() else None
+            if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
+                return float(value)
+        return None
+
+    def groups(self) -> dict[str, int]:
+        """Keys of the first level that lead to several tensors, with their number."""
+        found: dict[str, int] = {}
+        for keys in self.tensors:
+            if len(keys) > 1:
+                found[keys[0]] = found.get(keys[0], 0) + 1
+        return found
+
+    def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Callable[[], list[Piece]]]:
+        """The tensors of the model by name; with a prefix those whose names begin with it, without it.
+
+        They are those of the `group`, if there is one of this name, else of one that is named as models are.
+
+        Raises:
+            FileFormatError: the model cannot be told from the rest.
+        """
+        groups = self.groups()
+        others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
+        names = (*([group] if group else []), *MODEL_GROUPS)
+        group = next((name for name in names if name in groups), others[0] if len(others) == 1 else "")
+        chosen = [keys for keys in self.tensors if len(keys) > 1 and keys[0] == group]
+        if group not in names:
+            others = [f"{name}." for name in _OTHER_GROUPS]
+            chosen = [k for k in self.tensors if len(k) == 1 and not k[0].startswith(tuple(others))] or chosen
+        named = {".".join(keys[1:] if len(keys) > 1 else keys): self.tensors[keys] for keys in chosen}
+        if prefix and not any(name.startswith(prefix) for name in named):
+            named = {".".join(keys): find for keys, find in self.tensors.items()}
+        found = {name.removeprefix(prefix): find for name, find in named.items() if name.startswith(prefix)}
+        if found:
+            return found
+        if not self.tensors:
+            raise FileFormatError(self.path, "holds no tensors")
+        if prefix:
+            there = names_in([".".join(keys) for keys in self.tensors])
+            raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {there}")
+        reason = f"the model cannot be told from the rest: it has tensors under {names_in(list(groups))}"
+        raise FileFormatError(self.path, reason, "name one by prefix, such as 'model.'")
+
+
+def _scalar(pieces: Sequence[Piece]) -> float | None:
+    """The value of a tensor of one element; None for others."""
+    found = pieces[0].tensor
+    if len(pieces) > 1 or found.nbytes != DTYPES[found.dtype].nbytes:
+        return None
+    with OpenedFile(pieces[0].path) as file:
+        data = file.read_at(found.nbytes, found.begin)
+    if found.dtype.startswith(("I", "U")):
+        return float(int.from_bytes(data, "little", signed=found.dtype[0] == "I"))
+    return float(decode_values(np.frombuffer(data, np.uint8), found.dtype)[0]) if found.dtype[0] in "FB" else None
+
+
+def read_contents(path: Path, any_kind: bool = False) -> Contents:
+    """What the checkpoint at a path holds. A FileFormatError names the file and says what is wrong.
+
+    With `any_kind` it may also be a snapshot, or a state, of this package.
+    """
+    if not path.is_dir():
+        return _of_shards(path) if path.name.endswith(INDEX_ENDING) else _of_file(path, any_kind)
+    model = model_in(path)
+    if model is None:
+        raise FileFormatError(path, "holds no weights: no safetensors, .bin or .pt file, and no .metadata")
+    if model.name == DCP_METADATA:
+        return _of_distributed(model)
+    return _of_chunks(path) if model == path else read_contents(model, any_kind)
+
+
+def model_in(folder: Path) -> Path | None:
+    """Where the weights in a folder are: an index, a file, `.metadata`, the folder itself of chunks in safetensors.
+
+    Accelerate puts those of a sharded model in a folder of its own.
+
+    Raises:
+        FileFormatError: there are several.
+    """
+    if (folder / DCP_METADATA).is_file():
+        return folder / DCP_METADATA
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    indexes = [name for name in names if name.endswith(INDEX_ENDING)]
+    weights = [name for name in names if name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS)]
+    for ending in (fmt.SUFFIX, ""):  # safetensors before pickles
+        listed = [name for name in indexes if name.endswith(f"{ending}{INDEX_ENDING}")]
+        own = [name for name in weights if name.endswith(ending or ENDINGS)]
+        if len(listed) == 1:
+            return folder / listed[0]
+        if not listed and len(own) == 1:
+            return folder / own[0]
+        if ending and len(own) > 1 and all(_is_chunked(folder / name) for name in own):
+            return folder
+        if len(listed or own) > 1:
+            raise FileFormatError(folder, f"holds several models: {names_in(listed or own)}", "name one by a glob")
+    inner = [folder / name for name in names if name.startswith("pytorch_model_fsdp")]
+    return inner[0] / DCP_METADATA if inner and (inner[0] / DCP_METADATA).is_file() else None
+
+
+def _whole(path: Path, identity: str, tensor: FoundTensor) -> list[Piece]:
+    return [Piece(path, identity, tensor, Box.whole(tensor.shape))]
+
+
+def _of_file(path: Path, any_kind: bool = True) -> Contents:
+    file = index_file(path, any_kind)
+    tensors = {
+        keys: functools.partial(_whole, path, file.identity, tensor)
+        for keys, tensor in file.content.items()
+        if isinstance(tensor, FoundTensor)
+    }
+    values = {".".join(keys): value for keys, value in file.content.items() if not isinstance(value, FoundTensor)}
+    return Contents(path, tensors, {**file.metadata, **values})
+
+
+def _of_shards(index: Path) -> Contents:
+    """A model in shards, by its index."""
+    tensors: dict[Keys, Callable[[], list[Piece]]] = {}
+    for name, listed in decode_index(index, ENDINGS).shards.items():
+        shard = _of_file(index.parent / name)
+        missing = [tensor for tensor in listed if (tensor,) not in shard.tensors]
+        if missing:
+            raise FileFormatError(shard.path, f"tensor {shown(missing[0])} is not in it, as the index says")
+        tensors |= {(tensor,): shard.tensors[tensor,] for tensor in listed}
+    return Contents(index.parent, tensors)
+
+
+# --- torch.distributed.checkpoint
+
+
+def _is_chunked(path: Path) -> bool:
+    return path.suffix == fmt.SUFFIX and "DCP_SHARDING_INFO" in index_file(path).metadata
+
+
+def _of_chunks(folder: Path) -> Contents:
+    """Safetensors files of chunks, as the HuggingFaceStorageWriter makes them."""
+    held: dict[str, list[Piece]] = {}
+    for path in sorted(folder.glob(f"*{fmt.SUFFIX}")):
+        file = index_file(path)
+        offsets = parse_json(path, file.metadata["DCP_SHARDING_INFO"], "DCP_SHARDING_INFO")
+        for (name,), tensor in file.content.items():
+            entry = offsets.get(name) if isinstance(offsets, dict) else None
+            offset: Any = entry.get("saved_offsets") if isinstance(entry, dict) else None
+            if not _is_sizes(offset) or len(offset) != len(tensor.shape):
+                raise FileFormatError(path, f"tensor {shown(name)}: DCP_SHARDING_INFO must give its offsets")
+            held.setdefault(name, []).append(Piece(path, file.identity, tensor, Box(tuple(offset), tensor.shape)))
+    for name, pieces in held.items():
+        if problem := cover_problem(tensor_shape(pieces), [piece.box for piece in pieces]):
+            raise FileFormatError(folder, f"tensor {shown(name)}: {problem}")
+    return Contents(folder, {(name,): functools.partial(list, pieces) for name, pieces in held.items()})
+
+
+def tensor_shape(pieces: Sequence[Piece]) -> tuple[int, ...]:
+    """The shape of the tensor that all its pieces make."""
+    return tuple(map(max, zip(*(piece.box.end for piece in pieces), strict=True))) if pieces[0].box.shape else ()
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, tuple | list) and all(type(size) is int and 0 <= size < 2**60 for size in value)
+
+
+def _of_distributed(metadata: Path) -> Contents:
+    folder = metadata.parent
+    with OpenedFile(metadata) as file:
+        if file.size > _MOST_METADATA:
+            raise FileFormatError(metadata, f"has {file.size:,} bytes; at most {_MOST_METADATA:,} are allowed")
+        state = _state(read_range(file, 0, file.size))
+    listed, planned, stored = (state.get(f"{key}_{'metadata' if key == 'state_dict' else 'data'}")
+                               for key in ("state_dict", "planner", "storage"))  # fmt: skip
+    if not (isinstance(listed, dict) and isinstance(stored, dict)):
+        raise FileFormatError(metadata, "is no metadata of torch.distributed.checkpoint")
+    places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
+    for index, place in stored.items():
+        key: dict[str, Any] = _state(index)
+        if isinstance(key.get("fqn"), str):
+            offset: Any = key.get("offset") or ()
+            places[key["fqn"], tuple(offset)] = _state(place)
+    paths = planned if isinstance(planned, dict) else {}
+    tensors: dict[Keys, Callable[[], list[Piece]]] = {}
+    files = _ChunkFiles(folder)
+    values: dict[str, Any] = {}
+    for name, described in listed.items():
+        chunks = _state(described).get("chunks")
+        if not (isinstance(name, str) and isinstance(chunks, list)):
+            if name in _STEP_NAMES:
+                values[name] = files.read(name, places.get((name, ()), {}))[1]
+            continue  # an object that is no tensor
+        keys: Any = paths.get(name)
+        is_path = isinstance(keys, tuple) and all(isinstance(key, str | int) for key in keys)
+        finder = functools.partial(_chunk_pieces, files, name, _state(described), places)
+        tensors[tuple(map(str, keys)) if is_path else (name,)] = finder
+    return Contents(folder, tensors, values)
+
+
+def _state(value: Any) -> dict[str, Any]:
+    """The attributes of an object in a pickle; empty where it has none."""
+    return value.state if isinstance(value, Node) and isinstance(value.state, dict) else {}
+
+
+def _chunk_pieces(
+    files: _ChunkFiles, name: str, described: dict[str, Any], places: Mapping[Any, dict[str, Any]]
+) -> list[Piece]:
+    """The chunks of a tensor."""
+    metadata = files.folder / DCP_METADATA
+    pieces = []
+    chunks: Any = described["chunks"]
+    for chunk in map(_state, chunks):
+        offset: Any = chunk.get("offsets")
+        shape: Any = chunk.get("sizes")
+        if not (_is_sizes(offset) and _is_sizes(shape) and len(offset) == len(shape)):
+            raise FileFormatError(metadata, f"tensor {shown(name)}: a chunk is malformed")
+        place = places.get((name, tuple(offset))) or places.get((name, ())) or {}
+        box = Box(tuple(offset), tuple(shape))
+        pieces.append(files.piece(name, box, place))
+    size: Any = described.get("size")
+    if not _is_sizes(size) or any(len(piece.box.shape) != len(size) for piece in pieces):
+        raise FileFormatError(metadata, f"tensor {shown(name)}: its shape is malformed")
+    if problem := cover_problem(tuple(size), [piece.box for piece in pieces]):
+        raise FileFormatError(metadata, f"tensor {shown(name)}: {problem}")
+    return pieces
+
+
+class _ChunkFiles:
+    """The files of a distributed checkpoint, each with its identity."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._identities: dict[Path, str] = {}
+
+    def piece(self, name: str, box: Box, place: Mapping[str, Any]) -> Piece:
+        """A chunk of a tensor, where its file has it."""
+        path, found = self.read(name, place)
+        if not isinstance(found, FoundTensor) or found.shape != box.shape:
+            raise FileFormatError(path, f"{shown(name)}: holds no tensor of shape {list(box.shape)}")
+        return Piece(path, self._identities[path], found, box)
+
+    def read(self, name: str, place: Mapping[str, Any]) -> tuple[Path, Any]:
+        """The file and the object at a place."""
+        metadata = self.folder / DCP_METADATA
+        file_name: Any = place.get("relative_path")
+        begin: Any = place.get("offset")
+        length: Any = place.get("length")
+        if not (isinstance(file_name, str) and _is_sizes((begin, length))):
+            raise FileFormatError(metadata, f"{shown(name)}: its place is missing")
+        if Path(file_name).name != file_name or not file_name.isprintable():
+            raise FileFormatError(metadata, f"{shown(name)}: {shown(file_name)} is not the name of a file beside it")
+        if place.get("transform_descriptors"):
+            raise FileFormatError(metadata, f"{shown(name)}: is compressed or encrypted, which is not read")
+        path = self.folder / file_name
+        with OpenedFile(path) as file:
+            if path not in self._identities:
+                self._identities[path] = sampled_identity(file, file.size)
+            if begin + length > file.size:
+                raise FileFormatError(path, f"truncated: {shown(name)} would end beyond it")
+            return path, read_range(file, begin, begin + length)

@@ -1,0 +1,307 @@
+"""Open a directory, files or folders as the sources of a run, whatever wrote them.
+
+The kind of a directory is found by its names and contents, or said by the user. Steps come from what a checkpoint says
+about itself, else from its name; never from the order or the age of files.
+"""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from posthoc_cli import files
+from posthoc_cli.checkpoints import KINDS
+from posthoc_cli.checkpoints.checkpoint import Checkpoint, checked_run, make_checkpoint
+from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
+from posthoc_cli.checkpoints.imported import is_imported, read_imported
+from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
+from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
+from posthoc_cli.profiles.other_libraries import ema_pytorch_profile, posthoc_ema_profile, torchtitan_profile
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.directory import is_snapshot_name
+from posthoc_cli.snapshots.headers import parse_json
+from posthoc_cli.snapshots.measurements import FileSource, check_update_every
+from posthoc_cli.snapshots.reader import read_small_file
+
+_STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
+_INDEXED = re.compile(r"(\d+)[._](\d+)\.(?:pt|safetensors)")
+_EDM2 = re.compile(r"network-snapshot-(\d+)-(\d*\.\d+)\.pkl")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+_TRAINER_STATE = "trainer_state.json"
+_MOST_STATE = 1_000_000_000
+_TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
+_COUNTERS = ("initted", "step")
+"""What `ema-pytorch` and `pytorch-posthoc-ema` store beside the weights."""
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Which checkpoints to open, and what they do not say themselves.
+
+    Attributes:
+        kind: one of `KINDS`; None to find it.
+        step_from: a regular expression whose group is the step, searched in a path.
+        prefix: what names of the model's tensors begin with; it is left out of the names.
+        include, exclude: globs on the names that remain.
+        sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
+        update_every, update_after_step: settings of these libraries.
+    """
+
+    kind: str | None = None
+    step_from: str | None = None
+    prefix: str = ""
+    include: str | Iterable[str] | None = None
+    exclude: str | Iterable[str] | None = None
+    sigma_rels: Sequence[float] = ()
+    update_every: int | None = None
+    update_after_step: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind is not None and self.kind not in KINDS:
+            raise InvalidValueError("kind", f"must be one of {', '.join(KINDS)}", value=f"{self.kind!r}")
+        for sigma_rel in self.sigma_rels:
+            check_sigma_rel(sigma_rel)
+        try:
+            groups = 1 if self.step_from is None else re.compile(self.step_from).groups
+        except re.error as error:
+            reason = f"is no regular expression: {error}"
+            raise InvalidValueError("step_from", reason, value=self.step_from or "") from None
+        if groups != 1:
+            reason = r"must have one group, for the step, such as 'step(\d+)'"
+            raise InvalidValueError("step_from", reason, value=self.step_from or "")
+
+    @property
+    def selection(self) -> fmt.Selection:
+        """The choice of tensors by their names."""
+        return fmt.make_selection(False, self.include, self.exclude, "copy")
+
+
+NOTHING_SAID = Origin()
+
+
+def open_checkpoints(place: str | Path, origin: Origin = NOTHING_SAID) -> list[Checkpoint]:
+    """The checkpoints in a directory, or those that a glob names, by time. Reads headers, indexes and pickles only.
+
+    Raises:
+        DirectoryError: nothing is there that can be opened.
+        FileFormatError, MismatchError: a file is damaged, or of another model than the others.
+        InvalidValueError: what the files do not hold must be given.
+    """
+    paths = _places(place)
+    kind = origin.kind or _kind_of(paths)
+    made = [one for path in paths for one in _READERS.get(kind, _points)(path, origin)]
+    if not made:
+        raise DirectoryError(place, f"holds no {kind}" if origin.kind else "holds no checkpoints")
+    return checked_run(made)
+
+
+def is_glob(place: str | Path) -> bool:
+    """Whether a name is a pattern, and not the name of something that is there."""
+    return glob.has_magic(str(place)) and not files.expanded(place).exists()
+
+
+def holds_checkpoints(place: str | Path) -> bool:
+    """Whether a directory, file or glob seems to name checkpoints; no file is opened."""
+    try:
+        return bool(_places(place))
+    except DirectoryError:
+        return False
+
+
+def _places(place: str | Path) -> list[Path]:
+    """The files and folders that may each be a checkpoint."""
+    path = files.expanded(place)
+    if is_glob(path):
+        found = sorted(map(Path, glob.glob(str(path))))  # noqa: PTH207 - of any path, also an absolute one
+        if not found:
+            raise DirectoryError(place, "no file or folder has such a name")
+        return found
+    if not path.is_dir():
+        if not path.exists():
+            raise DirectoryError(place, "no such file or directory")
+        return [path]
+    if (path / ".metadata").is_file():
+        return [path]
+    entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
+    folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
+    loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _SHARD.search(entry.name)]
+    return folders or [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
+
+
+def _holds_model(folder: Path) -> bool:
+    try:
+        return model_in(folder) is not None
+    except FileFormatError:  # raised again when it is opened
+        return True
+
+
+def _kind_of(paths: Sequence[Path]) -> str:
+    """The kind of checkpoints, by the names of files and what the first of them holds."""
+    names = [path.name for path in paths]
+    if names and all(map(_EDM2.fullmatch, names)):
+        return "edm2"
+    if names and all(map(_INDEXED.fullmatch, names)) and (_COUNTERS[0],) in (found := read_contents(paths[0])).tensors:
+        is_first = any(keys[0].startswith("ema_model.") for keys in found.tensors)
+        return "ema-pytorch" if is_first else "posthoc-ema"
+    return "checkpoints"
+
+
+# --- ordinary checkpoints
+
+
+def _points(path: Path, origin: Origin) -> list[Checkpoint]:
+    """A checkpoint, and the average in it if torchtitan stored one."""
+    contents = read_contents(path)
+    if is_imported(contents.values):
+        one, selection = read_imported(path), origin.selection
+        fmt.check_globs(selection, one.info.tensors)
+        chosen = {name: tensor for name, tensor in one.info.tensors.items() if selection.names(name)}
+        return [replace(one, info=replace(one.info, tensors=chosen))]
+    step = _step(path, contents, origin)
+    averaged = {
+        match[1]: find
+        for keys, find in contents.tensors.items()
+        if (match := _TITAN_EMA.fullmatch(".".join(keys[1:] if keys[0] == "ema_optimizer" else keys)))
+    }
+    found = _selected(contents.model_tensors(origin.prefix), origin)
+    made = [make_checkpoint(path, found, Point(float(step)), step)]
+    if averaged and not origin.prefix:
+        both = {name: averaged.get(name, find) for name, find in found.items()}
+        made.append(make_checkpoint(path, both, torchtitan_profile(step), step))
+    return made
+
+
+def _selected(
+    found: dict[str, Callable[[], list[Piece]]], origin: Origin, but: Sequence[str] = ()
+) -> dict[str, Callable[[], list[Piece]]]:
+    selection = origin.selection
+    fmt.check_globs(selection, found)
+    return {name: find for name, find in found.items() if selection.names(name) and name not in but}
+
+
+def _step(path: Path, contents: Contents, origin: Origin) -> int:
+    """The step of a checkpoint; an InvalidValueError asks for a pattern if it does not tell."""
+    if origin.step_from is not None:
+        match = re.search(origin.step_from, str(path))
+        if match is None or not (match[1] or "").isdigit():
+            reason = f"finds no number in {path}"
+            raise InvalidValueError("step_from", reason, value=origin.step_from)
+        step: float | None = int(match[1])
+    else:
+        step = _trainer_step(path) or contents.step
+        step = _step_in_name(path) if step is None else step
+    if step is None:
+        example = r"give step_from, a pattern such as 'step(\d+)'"
+        raise InvalidValueError(path, "neither its content nor its name tells its step", example)
+    if step != int(step) or not 0 < step < fmt.LATEST:
+        raise InvalidValueError(path, f"its step is {step:,.12g}; must be above 0", "leave it out, or give step_from")
+    return int(step)
+
+
+def _trainer_step(path: Path) -> float | None:
+    """The step in the state of a transformers Trainer."""
+    state = path / _TRAINER_STATE
+    if not (path.is_dir() and state.is_file()):
+        return None
+    found = parse_json(state, read_small_file(state, _MOST_STATE), "state of a Trainer")
+    step = found.get("global_step") if isinstance(found, dict) else None
+    if type(step) is not int:
+        raise FileFormatError(state, "has no global_step")
+    return step
+
+
+def _step_in_name(path: Path) -> int | None:
+    """The step in the name of a file or folder, else of the folder that it is in."""
+    for name in (path.name, path.parent.name):
+        stem = name
+        for ending in ENDINGS:
+            stem = stem.removesuffix(ending)
+        numbers = [*_STEP.findall(stem)] or re.findall(r"\d+", stem)
+        if numbers:
+            return int(numbers[0]) if len(numbers) == 1 and len(numbers[0]) < 20 else None
+    return None
+
+
+# --- averages of other libraries
+
+
+def _distributed(path: Path, origin: Origin) -> list[Checkpoint]:
+    if not path.is_dir():
+        raise FileFormatError(path, "is no folder of torch.distributed.checkpoint")
+    return _points(path, origin)
+
+
+def _karras(path: Path, origin: Origin) -> list[Checkpoint]:
+    """A file of `ema-pytorch` or `pytorch-posthoc-ema`: a number of the average, and a step."""
+    match = _INDEXED.fullmatch(path.name)
+    if match is None:
+        raise FileFormatError(path, "is not named as averages are: <number>.<step>.pt, or <number>_<step>.safetensors")
+    index, step = int(match[1]), int(match[2])
+    contents = read_contents(path)
+    inner = "ema_model." if any(keys[0].startswith("ema_model.") for keys in contents.tensors) else ""
+    missing = [name for name, value in (("sigma_rels", origin.sigma_rels), ("update_every", origin.update_every))
+               if not value]  # fmt: skip
+    if missing or origin.update_every is None:
+        reason = "must be given: the files do not hold it"
+        raise InvalidValueError(missing[0], reason, f"{path.name} is average {index} of a list such as 0.05,0.28"
+                                if missing[0] == "sigma_rels" else "it is the setting of the training")  # fmt: skip
+    if index >= len(origin.sigma_rels):
+        given = names_in([f"{sigma_rel:g}" for sigma_rel in origin.sigma_rels])
+        reason = f"must be one for each average; {path.name} is of number {index}, counted from 0"
+        raise InvalidValueError("sigma_rels", reason, value=given)
+    gamma = gamma_from_sigma_rel(origin.sigma_rels[index])
+    library = "ema-pytorch" if inner else "posthoc-ema"
+    profile = _tracked_profile(library, gamma, step, origin, origin.update_every)
+    found = _selected(contents.model_tensors(origin.prefix or inner), origin, _COUNTERS)
+    return [replace(make_checkpoint(path, found, profile, step, sigma_rel=origin.sigma_rels[index]), library=library)]
+
+
+def _tracked_profile(library: str, gamma: float, step: int, origin: Origin, update_every: int) -> Discrete:
+    """What one of these libraries really tracks."""
+    if library == "ema-pytorch":
+        return ema_pytorch_profile(gamma, step, update_every)
+    later = {} if origin.update_after_step is None else {"update_after_step": origin.update_after_step}
+    return posthoc_ema_profile(gamma, step, update_every, **later)
+
+
+def check_claims(sources: Sequence[object], origin: Origin) -> dict[int, float]:
+    """Compare what the user says of `update_every` with the distances between averages; see `check_update_every`.
+
+    Reads a sample of the tensors. Returns how badly each value fits, the best one first; empty where nothing was said,
+    or nothing can be told.
+
+    Raises:
+        InvalidValueError: another value fits much better; it is named.
+    """
+    said = [source for source in sources if isinstance(source, Checkpoint) and source.library]
+    if not said or origin.update_every is None:
+        return {}
+    libraries = {(source.info.t, source.info.sigma_rel): source.library for source in said}
+
+    def profile(source: FileSource, update_every: int) -> Discrete:
+        info = source.info
+        return _tracked_profile(libraries[info.t, info.sigma_rel], info.gamma, info.step, origin, update_every)
+
+    return check_update_every(said, origin.update_every, profile)
+
+
+def _edm2(path: Path, origin: Origin) -> list[Checkpoint]:
+    """A pickle of EDM2's training: thousands of images, and a width, in its name."""
+    match = _EDM2.fullmatch(path.name)
+    if match is None:
+        raise FileFormatError(path, "is not named as EDM2's are: network-snapshot-<images in thousands>-<width>.pkl")
+    images = 1000 * int(match[1])
+    if images == 0:
+        return []  # before the training
+    profile = PowerFunction.from_sigma_rel(float(match[2]), images)
+    found = _selected(read_contents(path).model_tensors(origin.prefix, "ema"), origin)
+    return [make_checkpoint(path, found, profile, images, "images", float(match[2]))]
+
+
+_READERS = {
+    "dcp": _distributed, "torchtitan": _distributed, "ema-pytorch": _karras, "posthoc-ema": _karras, "edm2": _edm2,
+}  # fmt: skip

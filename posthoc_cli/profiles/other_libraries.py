@@ -1,0 +1,71 @@
+"""The profiles that other libraries' averages really have.
+
+`ema-pytorch` 0.8.3 and `pytorch-posthoc-ema` 1.0.10 count the calls of their update from 1. They update at the calls
+c = 1, 1 + m, 1 + 2 m, ... with m = `update_every`, and keep the share
+
+    beta = (1 - 1 / (c + 1))**(gamma + 1) = (c / (c + 1))**(gamma + 1)
+
+of the average, whatever m is. So the weights of update k have the mass (1 - beta_k) prod_(j > k) beta_j, and those of
+the first one the rest. With m = 1 that is the power function of `gamma`, shifted by a step; with larger m it is close
+to the power function of the exponent (gamma + 1) / m - 1, a longer average.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles.discrete import Discrete
+from posthoc_cli.profiles.tracked import PowerFunction
+
+MOST_TIMES = 16_384
+"""Times that a profile holds; of more updates neighbours are joined, which moves mass by less than 1e-4 of training."""
+
+
+def ema_pytorch_profile(gamma: float, step: int, update_every: int, started: int = 0) -> Discrete:
+    """What `ema-pytorch` stores in the file `<index>.<step>.pt`, on the step clock of the training.
+
+    Arguments:
+        gamma: exponent of the power function that it was asked for.
+        step: the number in the file's name, its calls of `update` so far: at least 1.
+        update_every: its setting, at least 1.
+        started: steps of the training before its first call, also where a new object began anew after a resume.
+
+    Raises:
+        InvalidValueError: a value is out of its range.
+    """
+    for name, value, least in (("step", step, 1), ("update_every", update_every, 1), ("started", started, 0)):
+        if value < least:
+            raise InvalidValueError(name, f"must be at least {least}", value=value)
+    calls = np.arange(1.0, step + 1, update_every)
+    kept = np.append(np.cumsum(((gamma + 1) * np.log1p(-1 / (calls + 1)))[:0:-1])[::-1], 0.0)
+    after = -np.expm1(kept)  # mass after each update
+    masses = -np.diff(after, prepend=1.0)
+    size = -(-calls.size // MOST_TIMES)
+    groups = np.arange(0, calls.size, size)
+    joined = np.add.reduceat(masses, groups)
+    # Each group at its mean time. Far before the end of a short average masses are 0 in float64.
+    later = np.add.reduceat(masses * (np.arange(calls.size) % size), groups)
+    times = calls[groups] + update_every * np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
+    return Discrete(times + started, joined, step + started)
+
+
+def posthoc_ema_profile(
+    gamma: float, step: int, update_every: int = 10, update_after_step: int = 100, started: int = 0
+) -> Discrete:
+    """What `pytorch-posthoc-ema` stores at its call `step` of `update_`; its first update is at `update_after_step`.
+
+    Arguments, errors and clock as in `ema_pytorch_profile`; the defaults are those of the package.
+    """
+    before = max(update_after_step, 1) - 1
+    if step <= before:
+        reason = f"must be at least update_after_step, {update_after_step}"
+        raise InvalidValueError("step", reason, value=step)
+    return ema_pytorch_profile(gamma, step - before, update_every, before + started)
+
+
+def torchtitan_profile(t: float) -> PowerFunction:
+    """The average of a decay 2**(-20 / t) at each step: nearly the power function of the exponent 20 ln 2 - 1."""
+    return PowerFunction(20 * math.log(2) - 1, float(t))

@@ -1,0 +1,98 @@
+"""Checkpoints of a random walk, in the layouts of other programs."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from safetensors.torch import save_file
+
+Weights = dict[str, torch.Tensor]
+STEPS = (20, 40, 100, 200)
+
+
+def walk() -> dict[int, Weights]:
+    """The weights of a small model at some steps."""
+    generator = torch.Generator().manual_seed(0)
+    layers = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
+    state = {name: value.clone() for name, value in layers.state_dict().items()}
+    found = {}
+    for step in STEPS:
+        for value in state.values():
+            if value.is_floating_point():
+                value += 0.01 * step**0.5 * torch.randn(value.shape, generator=generator)
+            else:
+                value += step
+        found[step] = {name: value.clone() for name, value in state.items()}
+    return found
+
+
+def shards(folder: Path, weights: Weights, ending: str) -> None:
+    """Two shards and their index, as transformers writes them."""
+    names = sorted(weights)
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    files = {name: f"{stem}-0000{1 + index % 2}-of-00002.{ending}" for index, name in enumerate(names)}
+    folder.mkdir(parents=True)
+    for file in set(files.values()):
+        held = {name: weights[name] for name in names if files[name] == file}
+        save_file(held, folder / file) if ending == "safetensors" else torch.save(held, folder / file)
+    (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def trainer(folder: Path, step: int) -> None:
+    """What a Trainer puts beside the weights."""
+    torch.save({"state": {}}, folder / "optimizer.pt")
+    torch.save({"x": torch.ones(3)}, folder / "rng_state.pth")
+    (folder / "trainer_state.json").write_text(json.dumps({"global_step": step, "log_history": []}))
+
+
+def distributed(folder: Path, content: dict[str, object]) -> None:
+    """A folder of torch.distributed.checkpoint, by one process."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(content, checkpoint_id=str(folder))
+
+
+def hugging_face(folder: Path, weights: Weights) -> None:
+    """The same in safetensors files of chunks."""
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(weights, storage_writer=writer)
+
+
+def transformers_shards(run: Path, step: int, weights: Weights, ending: str) -> None:
+    shards(run / f"checkpoint-{step}", weights, ending)
+    trainer(run / f"checkpoint-{step}", step)
+
+
+def lightning(run: Path, step: int, weights: Weights) -> None:
+    named = {f"net.{name}": value for name, value in weights.items()}
+    zeros = {name: torch.zeros_like(value) for name, value in named.items()}  # the average, which is not wanted
+    content = {"state_dict": zeros, "current_model_state": named, "global_step": step, "optimizer_states": [zeros]}
+    torch.save(content, run / f"epoch=3-step={step + 1}.ckpt")
+
+
+LAYOUTS: dict[str, Callable[[Path, int, Weights], object]] = {
+    "safetensors": lambda run, step, weights: save_file(weights, run / f"step{step}.safetensors"),
+    "archives": lambda run, step, weights: torch.save(weights, run / f"model-{step:08}.pt"),
+    "streams": lambda run, step, weights: torch.save(
+        {"model": weights, "optimizer": weights, "step": step},
+        run / f"{step}.pth",
+        _use_new_zipfile_serialization=False,
+    ),
+    "modules": lambda run, step, weights: torch.save({"module": weights, "iteration": step}, run / f"rank_{step}.pt"),
+    "lightning": lightning,
+    "transformers": lambda run, step, weights: transformers_shards(run, step, weights, "safetensors"),
+    "bins": lambda run, step, weights: transformers_shards(run, step, weights, "bin"),
+    "distributed": lambda run, step, weights: distributed(
+        run / f"step-{step}", {"model": weights, "optimizer": {"x": torch.ones(3)}, "step": step}
+    ),
+    "distributed flat": lambda run, step, weights: distributed(run / f"step-{step}", dict(weights)),
+    "chunks": lambda run, step, weights: hugging_face(run / f"iter_{step}", weights),
+}  # fmt: skip
+"""How each layout is written: the folder of the run, a step, and the weights."""

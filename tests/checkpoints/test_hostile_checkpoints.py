@@ -1,0 +1,226 @@
+"""Damaged and hostile checkpoints: one clear line, nothing executed, nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import shutil
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import edm2_layout
+import pytest
+import torch
+from checkpoint_layouts import LAYOUTS, STEPS, Weights, distributed
+from ema_command import Ema
+from safetensors.torch import save_file
+
+from posthoc_cli import Run, errors
+
+Write = Callable[[str], Path]
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.marker}",)
+
+
+def read(run: Path, **fields: Any) -> str:
+    """The message of the error that reading a run ends with; empty without one."""
+    try:
+        Run(run, **fields).average(0.2)
+    except errors.PostHocError as error:
+        text = str(error)
+        assert "\n" not in text
+        return text
+    return ""
+
+
+@pytest.mark.parametrize("place", ["archive", "stream", "plain", "root", "distributed", "metadata", "edm2"])
+def test_a_bomb_is_read_as_data(place: str, tmp_path: Path) -> None:
+    run, bomb = tmp_path / "run", Bomb(tmp_path / "executed")
+    run.mkdir()
+    for step in (10, 20):
+        content = {"state_dict": {"w": torch.full((3,), float(step))}, "bomb": bomb, bomb.marker: [bomb]}
+        if place in ("archive", "stream"):
+            torch.save(content, run / f"step{step}.pt", _use_new_zipfile_serialization=place == "archive")
+        elif place == "plain":
+            (run / f"step{step}.pt").write_bytes(pickle.dumps(content))
+        elif place == "root":
+            torch.save(bomb, run / f"step{step}.pt")
+        elif place == "edm2":
+            net = edm2_layout.network()
+            net.logvar.bomb = bomb
+            edm2_layout.save(run / f"network-snapshot-{step:07d}-0.050.pkl", net)
+        else:
+            folder = run / f"step-{step}"
+            extra = {"step": bomb} if place == "distributed" else {}
+            distributed(folder, {"w": torch.full((3,), float(step))} | extra)
+            if place == "metadata":
+                (folder / ".metadata").write_bytes(pickle.dumps(bomb))
+    message = read(run)
+    assert not bomb.marker.exists()
+    wanted = {"root": "holds no tensors", "metadata": "is no metadata of torch.distributed.checkpoint"}
+    assert wanted.get(place, "") in message
+    assert bool(message) == (place in wanted)
+
+
+OPCODES = {
+    "long text": b"\x80\x04\x8d" + (2**60).to_bytes(8, "little") + b"x",
+    "long bytes": b"\x80\x04\x8e" + (2**62).to_bytes(8, "little") + b"x.",
+    "long number": b"\x80\x04\x8b" + (2**31 - 1).to_bytes(4, "little"),
+    "many digits": b"I" + b"9" * 100_000 + b"\n.",
+    "no end": b"\x80\x04" + b"N" * 1000,
+    "no stack": b"\x80\x04\x85.",
+    "no mark": b"\x80\x04Nt.",
+    "no memo": b"\x80\x04h\x07.",
+    "unknown opcode": b"\x80\x04\xff.",
+    "extension": b"\x80\x02\x82\x01.",
+    "buffer": b"\x80\x05\x97.",
+    "nested": b"\x80\x04" + b"(" * 200_000 + b"t" * 200_000 + b".",
+    "nested lists": b"\x80\x04" + b"]" * 100_000 + b"a" * 99_999 + b".",
+    "itself": b"\x80\x04]q\x00h\x00a.",
+    "doubled": b"\x80\x04)" + b"2\x86" * 5_000 + b".",
+    "doubled key": b"\x80\x04})" + b"2\x86" * 5_000 + b"Ns.",
+    "doubled dicts": b"\x80\x04}" + b"".join(
+        b"q\x00}(\x8c\x01ah\x00\x8c\x01bh\x00u" for _ in range(60)
+    ) + b".",
+    "persistent": b"\x80\x04\x8c\x01xQ.",
+    "attributes of a name": b"\x80\x04cos\nsystem\n}(\x8c\x01xNub.",
+    "call of a text": b"\x80\x04\x8c\x01x)R.",
+    "tensor of nothing": b"\x80\x02ctorch._utils\n_rebuild_tensor_v2\n(NK\x00))\x89NtR.",
+    "stream in itself": b"\x80\x04ctorch.storage\n_load_from_bytes\nC\x05\x80\x04N..\x85R.",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", OPCODES)
+def test_a_pickle_that_is_none_is_one_line_at_once(what: str, tmp_path: Path) -> None:
+    started = time.process_time()
+    (tmp_path / "step1.pt").write_bytes(OPCODES[what])
+    assert read(tmp_path).startswith(f"{tmp_path / 'step1.pt'}: ")
+    assert time.process_time() - started < 5
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_damage_is_one_line(layout: str, write: Write, weights: dict[int, Weights]) -> None:
+    run = write(layout)
+    chance = random.Random(layout)
+    paths = sorted(path for path in run.rglob("*") if path.is_file() and path.name != "rng_state.pth")
+    for _ in range(25):
+        path = chance.choice(paths)
+        whole = path.read_bytes()
+        if chance.random() < 0.5:
+            path.write_bytes(whole[: chance.randrange(len(whole))])
+        else:
+            changed = bytearray(whole)
+            for _ in range(chance.choice((1, 1, 20))):
+                changed[chance.randrange(min(len(whole), chance.choice((200, 10**9))))] ^= 1 << chance.randrange(8)
+            path.write_bytes(changed)
+        read(run)
+        path.write_bytes(whole)
+    assert read(run) == ""
+    path = max(paths, key=lambda path: path.stat().st_size)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    message = read(run)
+    assert message.startswith(str(run)), "a truncated file is always found"
+
+
+def test_shards_lead_nowhere_else(write: Write, tmp_path: Path) -> None:
+    run = write("transformers")
+    index = run / "checkpoint-20" / "model.safetensors.index.json"
+    content = json.loads(index.read_text())
+    shutil.copy(run / "checkpoint-20" / "model-00001-of-00002.safetensors", tmp_path / "other.safetensors")
+    for name in ("../../other.safetensors", str(tmp_path / "other.safetensors"), "a\\b.safetensors", "x.py", "", 5):
+        index.write_text(json.dumps(content | {"weight_map": content["weight_map"] | {"0.bias": name}}))
+        assert "is not the name of a file beside it" in read(run)
+    added = content["weight_map"] | {"x": "model-00001-of-00002.safetensors"}
+    index.write_text(json.dumps(content | {"weight_map": added}))
+    assert "tensor 'x' is not in it, as the index says" in read(run)
+    index.write_text(json.dumps(content))
+    (run / "checkpoint-20" / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors: cannot be opened: no such file" in read(run)
+    (run / "checkpoint-20" / "model-00002-of-00002.safetensors").symlink_to("model-00002-of-00002.safetensors")
+    assert "cannot be opened: too many levels of symbolic links" in read(run)
+    (run / "checkpoint-20" / "model-00002-of-00002.safetensors").unlink()
+    os.mkfifo(run / "checkpoint-20" / "model-00002-of-00002.safetensors")
+    assert "is not a regular file" in read(run)
+
+
+def test_chunks_lead_nowhere_else(tmp_path: Path) -> None:
+    for step in (10, 20):
+        distributed(tmp_path / f"step-{step}", {"w": torch.full((300,), float(step))})
+    metadata = tmp_path / "step-10" / ".metadata"
+    whole = metadata.read_bytes()
+    assert whole.count(b"__0_0.distcp") == 1
+    for name in (b"../0.distcp\x00", b"/etc/passwds", b"./__0.distcp"):
+        metadata.write_bytes(whole.replace(b"__0_0.distcp", name))
+        assert "is not the name of a file beside it" in read(tmp_path)
+    metadata.write_bytes(whole.replace(b"__0_0.distcp", b"__1_0.distcp"))
+    assert "__1_0.distcp: cannot be opened" in read(tmp_path)
+
+
+def test_archives_of_another_kind(tmp_path: Path) -> None:
+    path = tmp_path / "step1.pt"
+    torch.save({"w": torch.ones(300)}, path)
+    members = {info.filename: zipfile.ZipFile(path).read(info) for info in zipfile.ZipFile(path).infolist()}
+
+    def refusal(compression: int = zipfile.ZIP_STORED, twice: bool = False, **changed: bytes) -> str:
+        with zipfile.ZipFile(path, "w", compression) as archive:
+            for name, data in members.items():
+                archive.writestr(name, changed.get(name.rpartition("/")[2].replace(".", "_"), data))
+            if twice:
+                with pytest.warns(UserWarning, match="Duplicate"):
+                    archive.writestr("step1/data/0", b"")
+        return read(tmp_path)
+
+    assert refusal() == ""
+    assert "compressed or encrypted" in refusal(zipfile.ZIP_DEFLATED)
+    assert "two members of one name" in refusal(twice=True)
+    assert "big-endian" in refusal(byteorder=b"big")
+    assert "damaged pickle" in refusal(data_pkl=b"\x80\x02(.")
+    del members["step1/data/0"]
+    assert "it has no 'data/0'" in refusal()
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", b"x")
+    assert "not of torch.save" in read(tmp_path)
+
+
+def test_ten_thousand_files(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "step1.safetensors")
+    data = (tmp_path / "step1.safetensors").read_bytes()
+    for step in range(2, 10_001):
+        (tmp_path / f"step{step}.safetensors").write_bytes(data)
+    started = time.process_time()
+    sources = Run(tmp_path).sources
+    assert (len(sources), sources[-1].info.step) == (10_000, 10_000)
+    assert time.process_time() - started < 60
+
+
+def test_the_command_says_one_line_and_writes_nothing(ema: Ema, tmp_path: Path) -> None:
+    run = tmp_path / "ck"
+    run.mkdir()
+    (run / "notes.txt").write_text("nothing here")
+    out = tmp_path / "out.safetensors"
+    for step in STEPS:
+        torch.save({"w": torch.ones(2000)}, run / f"step{step}.pt")
+    path = run / "step40.pt"
+    path.write_bytes(path.read_bytes()[:5000])
+    result = ema("synthesize", run, "--sigma-rel", "0.15", "--out", out)
+    assert result.code == 1
+    assert f"{path}: cannot be read as tensors: a damaged or truncated archive" in result.error
+    torch.save({"w": torch.ones(3)}, path)
+    assert "have shapes [2000] and [3]" in ema("synthesize", run, "--sigma-rel", "0.15", "--out", out).error
+    result = ema("synthesize", "--checkpoints", run / "x*.pt", "--sigma-rel", "0.15", "--out", out)
+    assert result.error.endswith("no file or folder has such a name")
+    assert "DIR: is missing" in ema("synthesize", "--sigma-rel", "0.15", "--out", out).error
+    assert not out.exists()

@@ -1,0 +1,188 @@
+"""Averages that other libraries stored, written by the libraries themselves where they are installed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import edm2_layout
+import numpy as np
+import pytest
+import torch
+from ema_command import Ema
+from factories import flip_bit
+
+from posthoc_cli import Run, errors
+from posthoc_cli.profiles import Discrete, PowerFunction, gamma_from_sigma_rel
+from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
+
+STEPS = 400
+WIDTHS = (0.05, 0.28)
+
+
+def train(update: Callable[[torch.nn.Module], None]) -> dict[str, torch.Tensor]:
+    """A random walk of a small model; gives the weights of every step, in float64."""
+    generator = torch.Generator().manual_seed(3)
+    model = torch.nn.Linear(60, 50)
+    history: dict[str, list[torch.Tensor]] = {name: [] for name, _ in model.named_parameters()}
+    for _ in range(STEPS):
+        for name, parameter in model.named_parameters():
+            with torch.no_grad():
+                parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+            history[name].append(parameter.detach().double().clone())
+        update(model)
+    return {name: torch.stack(values) for name, values in history.items()}
+
+
+def distance(made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], sigma_rel: float) -> float:
+    """The relative distance of an average from the true one over all steps."""
+    masses = PowerFunction.from_sigma_rel(sigma_rel, STEPS).discrete_weights(np.arange(1.0, STEPS + 1))
+    square = norm = 0.0
+    for name, values in history.items():
+        true = torch.einsum("t,t...->...", torch.from_numpy(masses), values)
+        square += float((made[name].double() - true).square().sum())
+        norm += float(true.square().sum())
+    return (square / norm) ** 0.5
+
+
+@pytest.mark.parametrize("update_every", [1, 10])
+def test_ema_pytorch(update_every: int, tmp_path: Path) -> None:
+    library = pytest.importorskip("ema_pytorch")
+    made = []
+
+    def update(model: torch.nn.Module) -> None:
+        if not made:
+            made.append(
+                library.PostHocEMA(
+                    model,
+                    sigma_rels=WIDTHS,
+                    checkpoint_every_num_steps=20,
+                    checkpoint_folder=str(tmp_path / "x"),
+                    update_every=update_every,
+                    checkpoint_dtype=torch.float32,
+                )
+            )
+        made[0].update()
+
+    history = train(update)
+    run = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=update_every)
+    assert {type(source.profile) for source in run.sources} == {Discrete}
+    assert len(run.sources) == 40
+    assert set(run.tensors) == {"weight", "bias"}
+    average = run.average(0.15)
+    assert distance(average, history, 0.15) < (0.01 if update_every == 1 else 0.03)
+    with pytest.raises(errors.InvalidValueError, match="sigma_rels: must be given"):
+        _ = Run(tmp_path / "x", update_every=1).sources
+    with pytest.raises(errors.InvalidValueError, match="update_every: must be given"):
+        _ = Run(tmp_path / "x", sigma_rels=WIDTHS).sources
+    with pytest.raises(errors.InvalidValueError, match="of number 1, counted from 0"):
+        _ = Run(tmp_path / "x", sigma_rels=(0.05,), update_every=1).sources
+
+
+def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
+    library = pytest.importorskip("posthoc_ema")
+    made = []
+
+    def update(model: torch.nn.Module) -> None:
+        if not made:
+            made.append(
+                library.PostHocEMA.from_model(
+                    model,
+                    str(tmp_path / "x"),
+                    max_checkpoints=50,
+                    sigma_rels=WIDTHS,
+                    update_every=5,
+                    checkpoint_every=20,
+                    update_after_step=30,
+                    checkpoint_dtype=torch.float32,
+                )
+            )
+        made[0].update_(model)
+
+    history = train(update)
+    run = Run(tmp_path / "x", sigma_rels=WIDTHS, update_every=5, update_after_step=30)
+    assert run.step == 400
+    assert set(run.tensors) == {"weight", "bias"}
+    assert distance(run.average(0.1), history, 0.1) < 0.03
+
+
+def test_pickles_of_edm2(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    states = {}
+    for kimg in (0, 1024, 2048):
+        for width in (0.05, 0.1):
+            net = edm2_layout.network()
+            edm2_layout.save(tmp_path / f"network-snapshot-{kimg:07d}-{width:.3f}.pkl", net)
+            states[1000 * kimg, width] = net.state_dict()
+    run = Run(tmp_path)
+    assert [(source.info.t, round(source.info.sigma_rel, 3)) for source in run.sources] == [
+        (t, width) for t in (1_024_000, 2_048_000) for width in (0.05, 0.1)
+    ]
+    assert run.sources[0].info.t_unit == "images"
+    assert set(run.tensors) == set(net.state_dict())
+    plan = run.plan(0.07)
+    average = run.average(0.07, dtype="float64")
+    for name, value in average.items():
+        terms = [
+            c * states[int(source.info.t), round(source.info.sigma_rel, 3)][name].double()
+            for source, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)
+        ]
+        torch.testing.assert_close(value, torch.stack(terms).sum(0), rtol=1e-5, atol=1e-6)
+    with pytest.raises(errors.FileFormatError, match="is not named as EDM2's are"):
+        (tmp_path / "other.pkl").write_bytes(b"")
+        _ = Run(tmp_path, kind="edm2").sources
+
+
+def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:
+    with pytest.raises(errors.InvalidValueError, match="kind 'mmengine': must be one of snapshots, checkpoints, dcp"):
+        Run(tmp_path, kind="mmengine")
+
+
+def test_an_import_says_the_same(tmp_path: Path, ema: Ema) -> None:
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.mkdir()
+    path = 1 + 0.01 * torch.randn(150, 300, generator=torch.Generator().manual_seed(0)).double().cumsum(0)
+    for index, width in enumerate(WIDTHS):
+        for step in (50, 100, 150):
+            profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, 10)
+            mean = torch.from_numpy(profile.masses) @ path[profile.times.astype(int) - 1]
+            weights = {"ema_model.w": mean.float(), "ema_model.n": torch.tensor(3)}
+            torch.save(
+                weights | {"initted": torch.tensor(True), "step": torch.tensor(step)}, old / f"{index}.{step}.pt"
+            )
+    options = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "10")
+    dry = ema("import", old, *options, "--dry-run")
+    lines = dry.out.splitlines()
+    assert lines[:2] == [
+        "3 x average tracked as sigma_rel 0.05, of its own profile",
+        "3 x average tracked as sigma_rel 0.28, of its own profile",
+    ]
+    assert lines[2].startswith("update_every 10 fits the distances between them (misfits: 10: ")
+    assert lines[3:] == ["nothing was written"]
+    wrong = ("--from", "ema-pytorch", "--sigma-rels", "0.05,0.28", "--update-every", "1", "--out", new)
+    refusal = "--update-every 1: the distances between the averages do not fit it; those of 10 do"
+    assert refusal in ema("import", old, *wrong).error
+    assert refusal in ema("synthesize", old, *wrong, "--sigma-rel", "0.15").error
+    assert not new.exists()
+    assert ema("import", old, *options, "--out", new).code == 0
+    assert sorted(path.name for path in new.iterdir())[:2] == [
+        "0000000000000050-0.05.safetensors",
+        "0000000000000050-0.28.safetensors",
+    ]
+    first, second = Run(old, sigma_rels=WIDTHS, update_every=10), Run(new)
+    for one, other in zip(first.sources, second.sources, strict=True):
+        assert isinstance(one.profile, Discrete)
+        assert isinstance(other.profile, Discrete)
+        np.testing.assert_array_equal(one.profile.times, other.profile.times)
+        np.testing.assert_allclose(one.profile.masses, other.profile.masses, rtol=1e-15)
+    torch.testing.assert_close(dict(first.average(0.15)), dict(second.average(0.15)), rtol=0, atol=0)
+    assert ema("verify", new).code == 0
+    assert ema("import", old, *options, "--out", new).error.endswith("is there already; choose another name")
+    path = new / "0000000000000100-0.05.safetensors"
+    flip_bit(path, path.stat().st_size - 1)
+    with pytest.raises(errors.FileFormatError, match="is damaged: its checksum does not match"):
+        second.average(0.15)
+    assert ema("verify", new).code == 1
+    torch.save({"ema_model.w": torch.full((300,), float("inf")), "ema_model.n": torch.tensor(3)}, old / "1.150.pt")
+    assert "1.150.pt: tensor 'w': holds nan or infinity" in ema("import", old, *options, "--out", tmp_path / "x").error
+    assert not (tmp_path / "x").exists()

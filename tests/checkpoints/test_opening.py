@@ -1,0 +1,256 @@
+"""Checkpoints of other programs as runs: what is found, and that averages are those of the weights in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from checkpoint_layouts import LAYOUTS, STEPS, Weights, distributed
+from ema_command import Ema
+from safetensors.torch import load_file, save_file
+
+from posthoc_cli import Run, errors
+from posthoc_cli.profiles import Point, PowerFunction
+
+Write = Callable[[str], Path]
+
+
+def sums(weights: dict[int, Weights], steps: Sequence[float], coefficients: Sequence[float]) -> Weights:
+    """The combination of weights in float64; the newest of what is no weight."""
+    last = weights[STEPS[-1]]
+    made = {}
+    for name, value in last.items():
+        is_weight = value.is_floating_point() and not name.endswith(("running_mean", "running_var"))
+        terms = [c * weights[int(step)][name].double() for step, c in zip(steps, coefficients, strict=True)]
+        made[name] = torch.stack(terms).sum(0) if is_weight else value
+    return made
+
+
+def check_average(run: Run, weights: dict[int, Weights], strip: str = "") -> None:
+    """An average is the planned combination of the weights at the steps."""
+    plan, made = run.plan(0.2), run.average(0.2, dtype="float64")
+    wanted = sums(weights, [source.info.t for source in plan.sources], plan.reconstruction.coefficients[:, 0].tolist())
+    assert {name.removeprefix(strip) for name in made} == wanted.keys()
+    for name, value in made.items():
+        torch.testing.assert_close(value, wanted[name.removeprefix(strip)], rtol=1e-12, atol=1e-12, check_dtype=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_layout_is_a_run(layout: str, write: Write, weights: dict[int, Weights], tmp_path: Path) -> None:
+    run = Run(write(layout))
+    assert [source.info.t for source in run.sources] == list(STEPS)
+    assert [source.profile for source in run.sources] == [Point(float(step)) for step in STEPS]
+    assert (run.t, run.step, run.profiles) == (200, 200, [])
+    assert repr(run).endswith("4 checkpoints up to 200 steps)")
+    check_average(run, weights, "net." if layout == "lightning" else "")
+    report = run.write([0.1, 0.2], tmp_path / "out")
+    assert report is not None
+    assert {path.name for path in report.outputs} == {"sigma_rel-0.1.safetensors", "sigma_rel-0.2.safetensors"}
+    described = run.info()
+    assert described["kind"] == "checkpoints"
+    assert [one["t"] for one in described["checkpoints"]] == list(STEPS)
+    assert described["averaged"] == 6
+    assert described["copied"] == 3
+
+
+def test_a_glob_names_some(write: Write, weights: dict[int, Weights]) -> None:
+    folder = write("transformers")
+    run = Run(folder / "checkpoint-*0")
+    assert run.step == 200
+    assert [source.info.step for source in Run(folder / "checkpoint-[12]00").sources] == [100, 200]
+    with pytest.raises(errors.DirectoryError, match="no file or folder has such a name"):
+        _ = Run(folder / "other-*").sources
+    for step in STEPS:  # a model of several parts, as pipelines have it
+        (folder / f"checkpoint-{step}").rename(folder / f"whole-{step}")
+        (folder / f"run-{step}").mkdir()
+        (folder / f"whole-{step}").rename(folder / f"run-{step}" / "unet")
+        (folder / f"run-{step}" / "unet" / "trainer_state.json").unlink()
+    check_average(Run(folder / "run-*" / "unet"), weights)
+
+
+def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
+    def steps(**fields: str) -> list[int]:
+        return [source.info.step for source in Run(tmp_path, **fields).sources]
+
+    for name in ("a-9.safetensors", "a-10.safetensors", "a-100.safetensors"):
+        save_file({"w": torch.ones(3)}, tmp_path / name)
+    assert steps() == [9, 10, 100]
+    save_file({"w": torch.ones(3)}, tmp_path / "lora-000001.safetensors", {"ss_steps": "55", "ss_epoch": "1"})
+    assert steps() == [9, 10, 55, 100]  # as trainers of LoRA write it
+    save_file({"w": torch.ones(3)}, tmp_path / "v2-of-3.safetensors")
+    with pytest.raises(errors.InvalidValueError, match=r"v2-of-3.safetensors: neither .* give step_from"):
+        steps()
+    with pytest.raises(errors.InvalidValueError, match=r"finds no number in .*lora"):
+        steps(step_from=r"\b(?:a|of)-(\d+)")
+    (tmp_path / "lora-000001.safetensors").unlink()
+    assert steps(step_from=r"\b(?:a|of)-(\d+)") == [3, 9, 10, 100]
+    for wrong, reason in ((r"a-\d+", "must have one group"), ("(", "no regular expression")):
+        with pytest.raises(errors.InvalidValueError, match=reason):
+            steps(step_from=wrong)
+    save_file({"w": torch.ones(3)}, tmp_path / "x-9.safetensors")
+    with pytest.raises(errors.MismatchError, match=r"a-9.safetensors and .*x-9.safetensors: are both of step 9"):
+        steps(step_from=r"\b(?:a|of|x)-(\d+)")
+    save_file({"w": torch.ones(3)}, tmp_path / "x-0.safetensors")
+    with pytest.raises(errors.InvalidValueError, match="its step is 0; must be above 0"):
+        steps(step_from=r"\b(?:a|of|x)-(\d+)")
+
+
+def test_tensors_can_be_chosen(tmp_path: Path) -> None:
+    for step in (1, 2):
+        tied = torch.full((4,), float(step))
+        model = {"model.a": tied, "model.b": tied, "model.c": torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1) * step}
+        content = {"state_dict": model | {"loss.w": torch.ones(2)}, "hyper": {"lr": 0.1}}
+        torch.save(content, tmp_path / f"step{step}.ckpt")
+    assert set(Run(tmp_path).tensors) == {"model.a", "model.b", "model.c", "loss.w"}
+    run = Run(tmp_path, prefix="model.")
+    assert set(run.tensors) == {"a", "b", "c"}
+    assert run.sources[0].info.aliases == {"b": "a"}
+    assert run.average(0.2, t=1)["c"].tolist() == torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1).tolist()
+    assert set(Run(tmp_path, include="model.*", exclude=["*.b"]).tensors) == {"model.a", "model.c"}
+    assert set(Run(tmp_path, prefix="state_dict.loss.").tensors) == {"w"}
+    with pytest.raises(errors.InvalidValueError, match=r"include 'x\.\*': matches no tensor"):
+        _ = Run(tmp_path, include="x.*").tensors
+    with pytest.raises(
+        errors.FileFormatError, match=r"no tensor's name begins with 'x\.'; it has 'state_dict.model.a'"
+    ):
+        _ = Run(tmp_path, prefix="x.").tensors
+    torch.save({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, tmp_path / "step3.ckpt")
+    with pytest.raises(errors.FileFormatError, match="it has tensors under 'actor', 'critic'"):
+        _ = Run(tmp_path).tensors
+
+
+def test_two_models_never_mix(tmp_path: Path) -> None:
+    def refusal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> str:
+        save_file(first, tmp_path / "step1.safetensors")
+        save_file(second, tmp_path / "step2.safetensors")
+        with pytest.raises(errors.MismatchError, match=r"step1.safetensors and .*step2.safetensors") as error:
+            _ = Run(tmp_path).sources
+        return str(error.value)
+
+    ones = torch.ones(2, 3)
+    assert "only step2.safetensors has 'b'" in refusal({"a": ones}, {"a": ones, "b": ones + 1})
+    assert "have shapes [2, 3] and [3, 2]" in refusal({"a": ones}, {"a": torch.ones(3, 2)})
+    assert "is of float32 and of int64" in refusal({"a": ones}, {"a": torch.ones(2, 3, dtype=torch.int64)})
+    save_file({"a": ones.half()}, tmp_path / "step2.safetensors")  # another dtype is still the same model
+    assert Run(tmp_path).average(0.2)["a"].dtype == torch.float16
+    save_file({"a": ones * float("nan")}, tmp_path / "step2.safetensors")
+    with pytest.raises(errors.NonFiniteError, match=r"step2.safetensors: tensor 'a': holds nan"):
+        Run(tmp_path).average(0.2)
+
+
+def test_a_file_that_changes_is_an_error(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        save_file({"w": torch.full((1000,), float(step))}, tmp_path / f"step{step}.safetensors")
+    run = Run(tmp_path)
+    source = run.sources[0]
+    path = tmp_path / "step1.safetensors"
+    save_file({"w": torch.full((1000,), 7.0)}, path)
+    with pytest.raises(errors.FileFormatError, match="was replaced while it was being used"), source.open():
+        pass
+    with (
+        pytest.raises(errors.FileFormatError, match="was changed while it was being read"),
+        run.sources[0].open(),
+        path.open("r+b") as file,
+    ):
+        file.write(path.read_bytes())
+        file.flush()
+    path.unlink()
+    with pytest.raises(errors.VanishedError), source.open():
+        pass
+    assert [one.info.t for one in run.sources] == [2, 3]
+
+
+def test_checkpoints_stand_beside_snapshots(tmp_path: Path) -> None:
+    from posthoc_cli import PostHocEMA
+
+    model = torch.nn.Linear(30, 20)
+    generator = torch.Generator().manual_seed(1)
+    with PostHocEMA.from_model(model, tmp_path / "ema", checkpoint_every=100, t_unit="images") as tracker:
+        for step in range(1, 301):
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter += 0.01 * torch.randn(parameter.shape, generator=generator)
+            tracker.update_(model, t=8.0 * step)
+            if step % 50 == 0:
+                (tmp_path / "own").mkdir(exist_ok=True)
+                extra = {"optimizer": torch.ones(2)}
+                torch.save(dict(model.state_dict()) | extra, tmp_path / "own" / f"step{step}.pt")
+    alone, both = Run(tmp_path / "ema"), Run(tmp_path / "ema", also=tmp_path / "own")
+    assert [source.info.t for source in both.sources if isinstance(source.profile, Point)] == [
+        8.0 * step for step in range(50, 301, 50)
+    ]
+    assert set(both.tensors) == {"weight", "bias"}
+    first, second = alone.average(0.03), both.average(0.03)
+    assert first.predicted_error is not None
+    assert second.predicted_error is not None
+    assert second.predicted_error < first.predicted_error
+    with pytest.raises(errors.InvalidValueError, match="are added to the snapshots of a tracker"):
+        _ = Run(tmp_path / "own", also=tmp_path / "ema").sources
+    for path in (tmp_path / "own").iterdir():
+        torch.save({"weight": torch.ones(2, 2), "bias": torch.ones(20)}, path)
+    with pytest.raises(errors.MismatchError, match="have shapes"):
+        _ = both.sources
+
+
+def test_torchtitan_averages_are_read_beside_the_weights(tmp_path: Path) -> None:
+    for step in (10, 20):
+        weights = {"a": torch.full((3,), float(step)), "b": torch.ones(2)}
+        content: dict[str, object] = dict(weights) | {"train_state": {"step": torch.tensor(step)}}
+        averages = {f"state.{name}.ema_params": value / 2 for name, value in weights.items()}
+        optimizer = {f"state.{name}.exp_avg": value for name, value in weights.items()}
+        distributed(tmp_path / f"step-{step}", content | {"ema_optimizer": averages, "optimizer": optimizer})
+    run = Run(tmp_path)
+    assert [type(source.profile) for source in run.sources] == [Point, PowerFunction] * 2
+    assert run.profiles == pytest.approx([0.0635], abs=1e-3)
+    assert set(run.tensors) == {"a", "b"}
+    average = next(source for source in run.sources if isinstance(source.profile, PowerFunction))
+    with average.open() as file:
+        assert file.read("a").view("f4").tolist() == [5.0] * 3  # type: ignore[union-attr]
+
+
+def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=20, n_positions=8)
+    states = {}
+    for step in (2, 10):
+        torch.manual_seed(step)
+        model = transformers.GPT2LMHeadModel(config)
+        model.save_pretrained(tmp_path / f"checkpoint-{step}", max_shard_size="4KB" if step == 2 else "5GB")
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+        states[step] = model.state_dict()
+    run = Run(tmp_path)
+    assert [source.info.step for source in run.sources] == [2, 10]
+    plan = run.plan(0.2)
+    coefficients = {
+        source.info.step: c for source, c in zip(plan.sources, plan.reconstruction.coefficients[:, 0], strict=True)
+    }
+    for name, value in run.average(0.2).items():
+        torch.testing.assert_close(value, sum(c * states[step][name] for step, c in coefficients.items()))
+    run.write(0.2, tmp_path / "model.safetensors")
+    assert load_file(tmp_path / "model.safetensors").keys() == run.tensors.keys()
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_an_average_is_written_for_torch_distributed(tmp_path: Path, ema: Ema) -> None:
+    for step in (1, 2, 3):
+        save_file({"w": torch.full((4,), float(step)), "n": torch.tensor(step)}, tmp_path / f"step{step}.safetensors")
+    out = tmp_path / "out"
+    assert ema("synthesize", tmp_path, "--sigma-rel", "0.2", "--format", "dcp", "--out", out).code == 0
+    found = {"w": torch.zeros(4), "n": torch.tensor(0)}
+    dcp.load(found, checkpoint_id=str(out), no_dist=True)
+    average = Run(tmp_path / "step*.safetensors").average(0.2)
+    assert torch.equal(found["w"], average["w"])
+    assert found["n"] == 3
+    again = ("synthesize", tmp_path / "step*.safetensors", "--sigma-rel", "0.1", "--format", "dcp", "--out", out)
+    assert "holds a model already" in ema(*again).error
+    assert "does not say which average it holds" in ema(*again, "--skip-existing").error
+    assert ema(*again, "--force").code == 0
+    dcp.load(found, checkpoint_id=str(out), no_dist=True)
+    assert not torch.equal(found["w"], average["w"])
+    (out / "notes.txt").write_text("mine")
+    assert "holds something else" in ema(*again, "--force").error
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

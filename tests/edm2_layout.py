@@ -1,0 +1,69 @@
+"""Pickles in the layout of EDM2's training: a dict of objects whose classes carry their own source.
+
+The classes are made here, to the same layout: an object is rebuilt by a call with its source and its state, where
+unpickling in Python would run that source.
+"""
+
+from __future__ import annotations
+
+import pickle
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class EasyDict(dict[str, Any]):
+    """A dict that its class is stored of."""
+
+
+class Persistent(torch.nn.Module):
+    """A module that is pickled with its source."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        meta = EasyDict(type="class", version=6, module_src=SOURCE, class_name=type(self).__name__, state=self.__dict__)
+        return _reconstruct_persistent_obj, (meta,)
+
+
+SOURCE = "raise SystemExit('the source of a pickle was executed')"
+
+
+def _reconstruct_persistent_obj(meta: EasyDict) -> None:
+    raise SystemExit("a pickle was executed")
+
+
+def network() -> torch.nn.Module:
+    """A small network of modules within modules."""
+    inner = Persistent()
+    inner.weight = torch.nn.Parameter(torch.randn(20, 30))
+    inner.register_buffer("freqs", torch.randn(7))
+    net = Persistent()
+    net.unet = Persistent()
+    net.unet.enc = torch.nn.ModuleDict({"64x64_conv": inner, "norm": torch.nn.Linear(3, 2)})
+    net.logvar = inner
+    return net
+
+
+def save(path: Path, net: torch.nn.Module) -> None:
+    """Write one snapshot."""
+    modules = {
+        "torch_utils.persistence": {"_reconstruct_persistent_obj": _reconstruct_persistent_obj},
+        "dnnlib.util": {"EasyDict": EasyDict},
+    }
+    for name, values in modules.items():  # as if they were those of the training
+        module = types.ModuleType(name)
+        for key, value in values.items():
+            value.__module__, value.__qualname__ = name, key
+            setattr(module, key, value)
+        sys.modules[name] = module
+    sys.modules["torch_utils"], sys.modules["dnnlib"] = types.ModuleType("torch_utils"), types.ModuleType("dnnlib")
+    content = EasyDict(
+        encoder=Persistent(), dataset_kwargs=EasyDict(path="x.zip"), ema=net.half(), loss_fn=Persistent()
+    )
+    try:
+        path.write_bytes(pickle.dumps(content))
+    finally:
+        for name in ("torch_utils", "dnnlib", *modules):
+            del sys.modules[name]

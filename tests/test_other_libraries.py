@@ -1,0 +1,130 @@
+"""What other libraries' averages hold, by runs of the installed packages."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from ema_pytorch import PostHocEMA as LucidrainsEMA
+from posthoc_ema import PostHocEMA as NextmlEMA
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.profiles.discrete import Discrete
+from posthoc_cli.profiles.other_libraries import (
+    MOST_TIMES,
+    ema_pytorch_profile,
+    posthoc_ema_profile,
+    torchtitan_profile,
+)
+
+WIDTHS = (0.05, 0.28)
+STEPS, EVERY = 1000, 250
+
+
+def walk(steps: int = STEPS) -> torch.Tensor:
+    """Weights after each step, float64: shape [steps, 8]."""
+    return torch.randn(steps, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64).cumsum(0)
+
+
+def model() -> torch.nn.Module:
+    return torch.nn.Linear(8, 1, bias=False, dtype=torch.float64)
+
+
+def averaged(profile: Discrete, path: torch.Tensor) -> torch.Tensor:
+    """The sum that a profile says, over the weights after each step."""
+    places = profile.times.astype(int) - 1
+    assert np.array_equal(places + 1, profile.times)
+    return torch.from_numpy(profile.masses) @ path[places]
+
+
+def lucidrains(network: torch.nn.Module, folder: Path, update_every: int) -> LucidrainsEMA:
+    return LucidrainsEMA(
+        network, sigma_rels=WIDTHS, update_every=update_every, checkpoint_every_num_steps=EVERY,
+        checkpoint_folder=str(folder), checkpoint_dtype=torch.float64,
+    )  # fmt: skip
+
+
+def run(update, network: torch.nn.Module, path: torch.Tensor) -> None:  # type: ignore[no-untyped-def]
+    for weights in path:
+        network.weight.data.copy_(weights)
+        update(network)
+
+
+@pytest.mark.parametrize("update_every", [1, 10, 100])
+def test_ema_pytorch(tmp_path: Path, update_every: int) -> None:
+    network, path = model(), walk()
+    ema = lucidrains(network, tmp_path, update_every)
+    run(lambda _: ema.update(), network, path)
+    for index, width in enumerate(WIDTHS):
+        for step in range(EVERY, STEPS + 1, EVERY):
+            stored = torch.load(tmp_path / f"{index}.{step}.pt", weights_only=True)["ema_model.weight"]
+            profile = ema_pytorch_profile(gamma_from_sigma_rel(width), step, update_every)
+            torch.testing.assert_close(stored[0], averaged(profile, path), rtol=0, atol=1e-9)
+            assert profile.t == step
+
+
+def test_ema_pytorch_goes_on_from_its_state(tmp_path: Path) -> None:
+    network, path = model(), walk()
+    first = lucidrains(network, tmp_path, 10)
+    run(lambda _: first.update(), network, path[:503])
+    second = lucidrains(model(), tmp_path, 10)
+    second.load_state_dict(first.state_dict())
+    for average in second.ema_models:
+        average.online_model[0] = network
+    run(lambda _: second.update(), network, path[503:])
+    stored = torch.load(tmp_path / f"1.{STEPS}.pt", weights_only=True)["ema_model.weight"]
+    profile = ema_pytorch_profile(gamma_from_sigma_rel(0.28), STEPS, 10)
+    torch.testing.assert_close(stored[0], averaged(profile, path), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize(("update_every", "update_after_step"), [(1, 100), (10, 100), (100, 137), (10, 0), (10, 1)])
+def test_posthoc_ema(tmp_path: Path, update_every: int, update_after_step: int) -> None:
+    network, path = model(), walk()
+    ema = NextmlEMA.from_model(
+        network, tmp_path, sigma_rels=WIDTHS, update_every=update_every, checkpoint_every=EVERY,
+        update_after_step=update_after_step,
+    )  # fmt: skip
+    run(ema.update_, network, path)
+    for index, width in enumerate(WIDTHS):
+        for step in range(EVERY, STEPS + 1, EVERY):
+            stored = torch.load(tmp_path / f"{index}.{step}.pt", weights_only=True)["weight"]
+            profile = posthoc_ema_profile(gamma_from_sigma_rel(width), step, update_every, update_after_step)
+            torch.testing.assert_close(stored[0], averaged(profile, path), rtol=0, atol=1e-9)
+            assert (profile.t, profile.t_first) == (step, max(update_after_step, 1))
+
+
+def test_posthoc_ema_begins_anew_when_it_is_resumed(tmp_path: Path) -> None:
+    network, path = model(), walk()
+    NextmlEMA.from_model(network, tmp_path, sigma_rels=WIDTHS)
+    again = NextmlEMA.from_path(tmp_path, network, sigma_rels=WIDTHS, update_every=10, checkpoint_every=EVERY)
+    run(again.update_, network, path[500:])
+    stored = torch.load(tmp_path / "1.500.pt", weights_only=True)["weight"]
+    profile = posthoc_ema_profile(gamma_from_sigma_rel(0.28), 500, 10, started=500)
+    torch.testing.assert_close(stored[0], averaged(profile, path), rtol=0, atol=1e-9)
+    assert (profile.t, profile.t_first) == (STEPS, 600)
+
+
+def test_very_many_updates_are_joined() -> None:
+    gamma, step = gamma_from_sigma_rel(0.1), 10 * MOST_TIMES + 7
+    profile = ema_pytorch_profile(gamma, step, 1)
+    assert profile.times.size <= MOST_TIMES
+    s = np.linspace(0, step, 1001)
+    power = 1 - np.minimum((s + 1) / (step + 1), 1) ** (gamma + 1)
+    assert np.abs(profile.tail(s) - power).max() < 10 * (gamma + 1) / step
+    mean = (profile.masses @ profile.times, (step + 1) * (gamma + 1) / (gamma + 2) - 0.5)
+    assert mean[0] == pytest.approx(mean[1], rel=1e-6)
+
+
+def test_torchtitan() -> None:
+    steps = np.arange(1.0, 5001)
+    decays = 2 ** (-20 / steps)
+    after = 1 - np.append(np.cumprod(decays[:0:-1])[::-1], 1)  # mass after each step
+    assert np.abs(torchtitan_profile(5000).tail(steps + 0.5) - after).max() < 2e-3
+
+
+def test_wrong_settings_are_named() -> None:
+    with pytest.raises(InvalidValueError, match="update_every"):
+        ema_pytorch_profile(1.0, 100, 0)
+    with pytest.raises(InvalidValueError, match="at least update_after_step, 100"):
+        posthoc_ema_profile(1.0, 99)
