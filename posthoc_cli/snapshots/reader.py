@@ -271,8 +271,12 @@ class PartedFile:
         """The bytes of some elements of a tensor, verified: shape [nbytes]."""
         return _read_box(box, self.header.tensors[name].dtype, self._chunks[name], name)
 
-    def read_range(self, name: str, begin: int, end: int) -> BoxReader:
+    def read_range(self, name: str, begin: int, end: int) -> BoxReader | RangeReader:
         """The bytes `begin` to `end` of a complete tensor, read in order; each block of a part is verified."""
+        if len(self._chunks[name]) == 1:
+            file, box = self._chunks[name][0]
+            if box == self._boxes[name] and file.header.tensors[name].dtype == self.header.tensors[name].dtype:
+                return file.read_range(name, begin, end)
         return BoxReader(self._boxes[name], begin, end, self.header.tensors[name].dtype, self._chunks[name], name)
 
     def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:  # noqa: ARG002
