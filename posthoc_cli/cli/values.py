@@ -338,10 +338,10 @@ def parse_targets(
     window: str | None,
     between: str | None,
     profile: Sequence[Path] | None,
+    width_option: str = "--sigma-rel",
     decay: str | None = None,
     over: str = "20%",
     lr: Path | None = None,
-    width_option: str = "--sigma-rel",
 ) -> list[Target]:
     """Targets from the options of these names, kind after kind, each once; `width_option` names the first."""
     targets: list[Target] = []

@@ -4,7 +4,7 @@
 knows of a run, `basis` the closed forms of both.
 """
 
-from posthoc_cli.reconstruction.basis import relative_width
+from posthoc_cli.reconstruction.basis import points_of, relative_width
 from posthoc_cli.reconstruction.least_squares import Losses
 from posthoc_cli.reconstruction.minvar import MinimumVariance
 from posthoc_cli.reconstruction.motion import Motion, Steps
@@ -30,6 +30,6 @@ from posthoc_cli.reconstruction.solving import METHODS, Reconstruction, check_me
 __all__ = [
     "ASSUMED", "ASSUMED_STRETCH", "MEASURED", "METHODS", "ROUNDING", "WINDOW", "Distance", "DistanceTo", "Losses",
     "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps", "StoredAverage", "assumed_prior",
-    "check_method", "error_after_rounding", "expected_errors", "measured_prior", "misfit", "reconstruct",
-    "relative_width", "roundings",
+    "check_method", "error_after_rounding", "expected_errors", "measured_prior", "misfit", "points_of",
+    "reconstruct", "relative_width", "roundings",
 ]  # fmt: skip
