@@ -296,7 +296,8 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
     if directory and not is_directory:
         raise InvalidValueError(path, "is not a directory", hint)
     if path.suffix in PICKLES and not (is_directory or pickles):
-        raise InvalidValueError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
+        reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
+        raise InvalidValueError(path, reason)
     return path
 
 

@@ -520,7 +520,7 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
     if len(prefix) < 8:
         raise FileFormatError(path, f"truncated: {size:,} bytes cannot hold a safetensors header")
     if not is_held and prefix.startswith(_PICKLES):
-        raise FileFormatError(path, "is a pickle (.pt, .bin), which is never read", "save it as safetensors")
+        raise FileFormatError(path, "is a pickle (.pt, .bin), not safetensors", "give it its own ending")
     if not is_held:
         what = "damaged, truncated or not safetensors"
         raise FileFormatError(path, f"{what}: its header would take {length:,} bytes of a file of {size:,}")
