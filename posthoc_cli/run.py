@@ -159,8 +159,7 @@ class Run:
     @property
     def profiles(self) -> list[float]:
         """The sigma_rel of each tracked profile."""
-        profiles = [source.profile for source in self.sources]
-        return sorted({profile.sigma_rel for profile in profiles if isinstance(profile, PowerFunction)})
+        return sorted({one.info.sigma_rel for one in self.sources if isinstance(one.profile, PowerFunction)})
 
     @property
     def t(self) -> float:
@@ -187,16 +186,21 @@ class Run:
 
         Of checkpoints see `describe_checkpoints`.
         """
+        found = None
         if self.origin.kind in (None, "snapshots") and not is_glob(self.directory):
             try:
                 found = describe(self.directory)
-                is_models = found["kind"] == "outputs" and {one["kind"] for one in found["outputs"]} == {"safetensors"}
-                if not is_models or self.origin.kind is not None:
-                    return found
             except DirectoryError:
                 if not holds_checkpoints(self.directory):
                     raise
-        return describe_checkpoints(self.directory, open_checkpoints(self.directory, self.origin))
+            if found and {one["kind"] for one in found.get("outputs", ({"kind": "one"},))} != {"safetensors"}:
+                return found
+        try:
+            return describe_checkpoints(self.directory, open_checkpoints(self.directory, self.origin))
+        except PostHocError:
+            if found is None:
+                raise
+            return found  # models of others that are no checkpoints of one run
 
     # --- averages
 

@@ -21,7 +21,7 @@ from fidelity_runs import FloatArray, quiet
 from safetensors.torch import save_file
 from trajectories import NAMES, Replay, Trajectory, record
 
-from posthoc_cli import Between, Decay, Run
+from posthoc_cli import Between, Decay, Run, synthesize
 from posthoc_cli.targets import Target, as_target
 
 COUNTS = (8, 20, 64)
@@ -147,10 +147,10 @@ def _write(run: Trajectory, times: Iterable[int], folder: Path) -> None:
 
 def _made(run: Run, targets: Sequence[Target]) -> tuple[FloatArray, list[float]]:
     plan = run.plan(list(targets), dtype="float64")
-    rows = [run.average(target, dtype="float64") for target in targets]
-    vectors = [torch.cat([row[str(i)].flatten() for i in range(len(row))]).numpy() for row in rows]
+    tensors = dict(synthesize(plan))
+    rows = [[tensors[str(name)][index] for name in range(len(tensors))] for index in range(len(targets))]
     predicted = [plan.predicted_error(index) for index in range(len(targets))]
-    return np.array(vectors), [math.nan if error is None else error for error in predicted]
+    return _flat(rows), [math.nan if error is None else error for error in predicted]
 
 
 def _oracle(stored: FloatArray, truth: FloatArray) -> FloatArray:

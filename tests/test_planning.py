@@ -32,10 +32,10 @@ from posthoc_cli.planning import (
     snapshots_to_drop,
 )
 from posthoc_cli.planning.schedule import PLANNED_BYTES
-from posthoc_cli.profiles import PowerFunction
+from posthoc_cli.profiles import Point, PowerFunction, Uniform
 from posthoc_cli.reconstruction import MinimumVariance, Motion, Prior, assumed_prior
 from posthoc_cli.snapshots.directory import read_directory
-from posthoc_cli.targets import SigmaRel
+from posthoc_cli.targets import SigmaRel, as_target
 
 
 def pure(sigma_rel: float, t: float) -> PowerFunction:
@@ -328,3 +328,12 @@ def test_short_averages_are_updated_more_often() -> None:
 def test_an_impossible_task_is_refused(change: dict, subject: str) -> None:
     with refused(subject):
         replace(TASK, **change)
+
+
+def test_the_drawing_of_checkpoints_spreads_each_over_the_time_since_the_last() -> None:
+    stored = [Point(100.0), Point(300.0), Point(400.0)]
+    fit = profile_fit(Candidate("run", stored), as_target(Uniform(0.0, 400.0)), points=400)
+    coefficients = fit.coefficients["checkpoints"]
+    wanted = np.repeat(coefficients / (100, 200, 100), (100, 200, 100))
+    np.testing.assert_allclose(fit.reconstructed, wanted, rtol=1e-9)
+    assert fit.snapshot_times["checkpoints"].tolist() == [100, 300, 400]

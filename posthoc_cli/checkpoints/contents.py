@@ -253,8 +253,8 @@ def _of_distributed(metadata: Path) -> Contents:
     places: dict[tuple[str, tuple[int, ...]], dict[str, Any]] = {}
     for index, place in stored.items():
         key: dict[str, Any] = _state(index)
-        if isinstance(key.get("fqn"), str):
-            offset: Any = key.get("offset") or ()
+        offset: Any = key.get("offset") or ()
+        if isinstance(key.get("fqn"), str) and _is_sizes(offset):
             places[key["fqn"], tuple(offset)] = _state(place)
     paths = planned if isinstance(planned, dict) else {}
     tensors: dict[Keys, Callable[[], list[Piece]]] = {}

@@ -81,7 +81,7 @@ def error_plot(
         raise InvalidValueError("--csv", "is the picture's name too", "take another", value=csv_out)
     out = values.new_file(out, "--out", values.PICTURES, overwrite)
     csv_out = values.new_file(csv_out, "--csv", (".csv",), overwrite)
-    targets = values.parse_targets(draw, beta, window, between, profile, decay, over, lr, "--draw")
+    targets = values.parse_targets(draw, beta, window, between, profile, "--draw", decay, over, lr)
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")

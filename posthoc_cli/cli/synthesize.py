@@ -114,7 +114,7 @@ def synthesize(
     from posthoc_cli.export.job import is_rank
 
     output.log_to_stderr(verbose)
-    targets = values.parse_targets(sigma_rel, beta, window, between, profile, decay, over, lr)
+    targets = values.parse_targets(sigma_rel, beta, window, between, profile, decay=decay, over=over, lr=lr)
     targets += [] if mean is None else [values.parse_mean(mean)]
     targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
     if not targets:

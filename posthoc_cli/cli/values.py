@@ -295,7 +295,8 @@ def existing(path: Path, directory: bool = False, pickles: bool = False) -> Path
     if directory and not is_directory:
         raise InvalidValueError(path, "is not a directory", hint)
     if path.suffix in PICKLES and not (is_directory or pickles):
-        raise InvalidValueError(path, "is a pickle (.pt, .bin), which is never read; save it as safetensors")
+        reason = "is a pickle (.pt, .bin), which this command does not read; save it as safetensors"
+        raise InvalidValueError(path, reason)
     return path
 
 
@@ -337,10 +338,10 @@ def parse_targets(
     window: str | None,
     between: str | None,
     profile: Sequence[Path] | None,
+    width_option: str = "--sigma-rel",
     decay: str | None = None,
     over: str = "20%",
     lr: Path | None = None,
-    width_option: str = "--sigma-rel",
 ) -> list[Target]:
     """Targets from the options of these names, kind after kind, each once; `width_option` names the first."""
     targets: list[Target] = []

@@ -30,6 +30,7 @@ from posthoc_cli.reconstruction import (
     assumed_prior,
     check_method,
     expected_errors,
+    points_of,
     reconstruct,
     relative_width,
 )
@@ -294,7 +295,8 @@ def profile_fit(
     usable, prior = candidate.up_to(t)
     column = reconstruct(usable, [wanted], method, prior, t).coefficients[:, 0]
     times = np.linspace(t / points, t, points)
-    made = np.sum([c * _density(p, times) for c, p in zip(column, usable, strict=True)], axis=0)
+    knots = np.append(0.0, points_of(usable))
+    made = np.sum([c * _density(p, times, knots) for c, p in zip(column, usable, strict=True)], axis=0)
     labels = np.array([_kind(profile) for profile in usable])
     groups = {label: labels == label for label in dict.fromkeys(labels.tolist())}
     ends = np.array([profile.t for profile in usable])
@@ -306,11 +308,12 @@ def profile_fit(
     )  # fmt: skip
 
 
-def _density(profile: StoredProfile, times: FloatArray) -> FloatArray:
-    """The density at evenly spaced times from the first one after 0 on; mass at a point spread over the time before."""
+def _density(profile: StoredProfile, times: FloatArray, knots: FloatArray) -> FloatArray:
+    """The density at evenly spaced times from the first one after 0 on; mass at a knot spread over the time before."""
     if isinstance(profile, PowerFunction):
         return profile.density(times)
-    return np.asarray(-np.diff(profile.tail(times), prepend=1.0) / times[0], dtype=np.float64)
+    tail = np.interp(times, knots, profile.tail(knots))
+    return np.asarray(-np.diff(tail, prepend=1.0) / times[0], dtype=np.float64)
 
 
 def _kind(profile: StoredProfile) -> str:

@@ -4,7 +4,7 @@
 latter knows of a run, `basis` the closed forms of both.
 """
 
-from posthoc_cli.reconstruction.basis import relative_width
+from posthoc_cli.reconstruction.basis import points_of, relative_width
 from posthoc_cli.reconstruction.motion import Motion, Steps
 from posthoc_cli.reconstruction.prior import (
     ASSUMED,
@@ -40,5 +40,5 @@ __all__ = [
     "ASSUMED", "ASSUMED_STRETCH", "LATER", "MEASURED", "METHODS", "MOST_SOLVED", "ROUNDING", "WINDOW", "Distance",
     "DistanceTo", "Losses", "Measurements", "MinimumVariance", "Motion", "Prior", "Reconstruction", "Steps",
     "StoredAverage", "assumed_prior", "check_method", "error_after_rounding", "expected_errors", "measured_prior",
-    "misfit", "reconstruct", "relative_width", "roundings", "thinned_subset",
+    "misfit", "points_of", "reconstruct", "relative_width", "roundings", "thinned_subset",
 ]  # fmt: skip

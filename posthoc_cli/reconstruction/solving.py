@@ -379,7 +379,8 @@ class Reconstruction:
 
     Attributes:
         coefficients: shape [snapshots, targets]; each column sums to 1.
-        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure, 1e-7 for rounding.
+        profile_error: shape [targets]; || sum_i c_i p_i - p || / || p ||, the paper's measure, 1e-7 for rounding. Of
+            checkpoints, whose mass is at single steps, it is far above 1, and tells little.
         predicted_error: shape [targets]; expected relative L2 error of the weights (see `MinimumVariance`).
     """
 

@@ -269,8 +269,12 @@ class PartedFile:
             reader.read_into(data[begin : begin + fmt.BLOCK_BYTES].data)
         return data
 
-    def read_range(self, name: str, begin: int, end: int) -> BoxReader:
+    def read_range(self, name: str, begin: int, end: int) -> BoxReader | RangeReader:
         """The bytes `begin` to `end` of a complete tensor, read in order; each block of a part is verified."""
+        if len(self._chunks[name]) == 1:
+            file, box = self._chunks[name][0]
+            if box == self._boxes[name] and file.header.tensors[name].dtype == self.header.tensors[name].dtype:
+                return file.read_range(name, begin, end)
         return BoxReader(self._boxes[name], begin, end, self.header.tensors[name].dtype, self._chunks[name], name)
 
     def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:  # noqa: ARG002
@@ -506,7 +510,7 @@ def _read_start(path: Path, descriptor: int) -> tuple[bytes, int]:
     if len(prefix) < 8:
         raise FileFormatError(path, f"truncated: {size:,} bytes cannot hold a safetensors header")
     if not is_held and prefix.startswith(_PICKLES):
-        raise FileFormatError(path, "is a pickle (.pt, .bin), which is never read", "save it as safetensors")
+        raise FileFormatError(path, "is a pickle (.pt, .bin), not safetensors", "give it its own ending")
     if not is_held:
         what = "damaged, truncated or not safetensors"
         raise FileFormatError(path, f"{what}: its header would take {length:,} bytes of a file of {size:,}")

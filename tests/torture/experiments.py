@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from torture import bounds, damage, faults, fuzz, processes, sharded, steering, strangers
+from torture import bounds, damage, faults, foreign, fuzz, processes, sharded, steering, strangers
 from torture.tally import Experiment
 
 EXPERIMENTS: list[Experiment] = [
     *faults.EXPERIMENTS, *processes.PROCESSES, *damage.EXPERIMENTS, *fuzz.EXPERIMENTS,
-    *strangers.EXPERIMENTS, *steering.EXPERIMENTS, *bounds.EXPERIMENTS, *processes.CONCURRENCY, *sharded.EXPERIMENTS,
+    *foreign.EXPERIMENTS, *strangers.EXPERIMENTS, *steering.EXPERIMENTS, *bounds.EXPERIMENTS, *processes.CONCURRENCY,
+    *sharded.EXPERIMENTS,
 ]  # fmt: skip
