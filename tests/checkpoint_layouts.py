@@ -70,6 +70,15 @@ def transformers_shards(run: Path, step: int, weights: Weights, ending: str) -> 
     trainer(run / f"checkpoint-{step}", step)
 
 
+def pickled_folder(run: Path, step: int, weights: Weights) -> None:
+    folder = run / f"checkpoint-{step}"
+    folder.mkdir()
+    torch.save(weights, folder / "pytorch_model.bin")
+    for name in ("training_args.bin", "scheduler.pt", "scaler.pt", "random_states_0.pkl"):
+        torch.save({"x": torch.ones(2)}, folder / name)
+    trainer(folder, step)
+
+
 def lightning(run: Path, step: int, weights: Weights) -> None:
     named = {f"net.{name}": value for name, value in weights.items()}
     zeros = {name: torch.zeros_like(value) for name, value in named.items()}  # the average, which is not wanted
@@ -89,6 +98,7 @@ LAYOUTS: dict[str, Callable[[Path, int, Weights], object]] = {
     "lightning": lightning,
     "transformers": lambda run, step, weights: transformers_shards(run, step, weights, "safetensors"),
     "bins": lambda run, step, weights: transformers_shards(run, step, weights, "bin"),
+    "pickled folders": pickled_folder,
     "distributed": lambda run, step, weights: distributed(
         run / f"step-{step}", {"model": weights, "optimizer": {"x": torch.ones(3)}, "step": step}
     ),

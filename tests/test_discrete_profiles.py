@@ -11,7 +11,7 @@ def test_a_checkpoint_has_all_mass_at_its_time() -> None:
     point = Point(100)
     assert point.tail([0, 99.9, 100, 101]).tolist() == [1, 1, 0, 0]
     assert not point.density(np.linspace(0, 200, 9)).any()
-    assert (point.t, point.t_first, point.jumps.tolist()) == (100.0, 100.0, [100.0])
+    assert (point.t, point.t_first, point.jumps.tolist()) == (100.0, 1.0, [100.0])
 
 
 def test_a_discrete_average_is_the_sum_that_it_names() -> None:

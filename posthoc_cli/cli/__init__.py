@@ -114,7 +114,8 @@ def _translated(error: PostHocError, context: Any) -> PostHocError:
         # A subject is an argument, or several: "t", "t and step", "beta 0.3".
         subject = r"(^|, | and )(\w+)(?=[, ]|$)"
         changed.subject = re.sub(subject, lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject)
-    if isinstance(error, FileFormatError | MismatchError) and not isinstance(error, VanishedError):
+    is_ours = Path(error.subject).suffix in ("", ".safetensors")
+    if isinstance(error, FileFormatError | MismatchError) and is_ours and not isinstance(error, VanishedError):
         for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
             if directory is not None and error.subject.startswith(f"{files.expanded(Path(directory))}{os.sep}"):
                 hint = f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"

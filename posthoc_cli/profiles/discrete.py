@@ -33,8 +33,8 @@ class Point:
 
     @property
     def t_first(self) -> float:
-        """The time of the earliest weights in it."""
-        return self.t
+        """The first step of a training on a clock of steps: its averages begin there, not at the first checkpoint."""
+        return min(1.0, self.t)
 
     @property
     def jumps(self) -> FloatArray:

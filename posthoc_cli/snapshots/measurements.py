@@ -286,8 +286,12 @@ _One = TypeVar("_One", bound=_Stored)
 
 
 def _order(item: _Stored) -> tuple[float, float, bool]:
-    """By time, then sigma_rel, checkpoints last."""
     return item.info.t, item.info.sigma_rel, isinstance(item.profile, Point)
+
+
+def by_time(items: Sequence[_One]) -> list[_One]:
+    """By time, then sigma_rel, checkpoints last."""
+    return sorted(items, key=_order)
 
 
 def chosen_up_to(items: Sequence[_One], t: float) -> tuple[list[_One], list[_One]]:
@@ -295,7 +299,7 @@ def chosen_up_to(items: Sequence[_One], t: float) -> tuple[list[_One], list[_One
 
     Both by time, then sigma_rel; of very many a limited number, see `thinned_subset`.
     """
-    ordered = sorted(items, key=_order)
+    ordered = by_time(items)
     usable, later = [o for o in ordered if o.info.t <= t], [o for o in ordered if o.info.t > t]
     return _chosen(usable), _chosen(later)
 

@@ -19,11 +19,11 @@ from posthoc_cli.checkpoints.opening import NOTHING_SAID, Origin, holds_checkpoi
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError
 from posthoc_cli.planning import Candidate, error_curve
-from posthoc_cli.profiles import Combination, PowerFunction, Profile, StoredProfile
+from posthoc_cli.profiles import Combination, FloatArray, PowerFunction, Profile, StoredProfile
 from posthoc_cli.reconstruction import ROUNDING, Prior, Reconstruction, check_method, reconstruct
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorEntry, TensorSpec, TrackedTensor, of_segment_at
-from posthoc_cli.snapshots.measurements import FileSource, chosen_up_to, run_clock, snapshot_prior
+from posthoc_cli.snapshots.measurements import FileSource, by_time, chosen_up_to, run_clock, snapshot_prior
 from posthoc_cli.snapshots.reader import OpenSnapshot
 from posthoc_cli.targets import Chosen, Target, as_target
 
@@ -277,16 +277,14 @@ def plan_synthesis(
     wanted = tuple(as_target(target) for target in targets)
     time = _target_time(sources, t, step)
     alike = _alike(sources, time)
-    usable, later = chosen_up_to(alike, time)
+    usable, later, named = _solved_with(alike, time, wanted)
     snapshots = [source.profile for source in (*usable, *later)]
     prior = source_prior([*usable, *later])  # later snapshots, too, measure the motion
     clock, first = run_clock([source.info for source in alike]), min(source.info.t_first for source in usable)
-    solved, names = snapshots[: len(usable)], [source.name for source in usable]
+    solved = snapshots[: len(usable)]
     profiles = [
-        Combination(solved, target.choose(names, solved))
-        if isinstance(target, Chosen)
-        else target.profile(time, clock, first)
-        for target in wanted
+        Combination(solved, named[index]) if index in named else target.profile(time, clock, first)
+        for index, target in enumerate(wanted)
     ]
     result = reconstruct(solved, profiles, method, prior.of(range(len(usable))), time)
     used = _used(usable, result)
@@ -314,6 +312,22 @@ def parse_accumulate(accumulate: torch.dtype | str | None) -> str | None:
     if name not in (None, "F32", "F64"):
         raise InvalidValueError("accumulate", "must be float32 or float64", value=accumulate)
     return name
+
+
+def _solved_with(
+    alike: Sequence[Source], time: float, wanted: Sequence[Target]
+) -> tuple[list[Source], list[Source], dict[int, FloatArray]]:
+    """The sources to solve with, later ones for the motion, and the coefficients of the targets that name them."""
+    usable, later = chosen_up_to(alike, time)
+    there = [source for source in alike if source.info.t <= time]
+    names, profiles = [source.name for source in there], [source.profile for source in there]
+    named = {i: target.choose(names, profiles) for i, target in enumerate(wanted) if isinstance(target, Chosen)}
+    places = {id(source): place for place, source in enumerate(there)}
+    needed = {id(there[place]) for column in named.values() for place in np.flatnonzero(column)}
+    usable += [source for source in there if id(source) in needed - set(map(id, usable))]
+    usable = by_time(usable)
+    rows = [places[id(source)] for source in usable]
+    return usable, later, {index: column[rows] for index, column in named.items()}
 
 
 def _used(usable: Sequence[Source], result: Reconstruction) -> list[int]:
