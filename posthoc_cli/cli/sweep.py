@@ -10,6 +10,7 @@ from typer import Option
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.profiles import SHAPES
 
 if TYPE_CHECKING:
     from posthoc_cli.sweep import Axis, SweepReport
@@ -47,6 +48,13 @@ def sweep(
     ),
     beta: str | None = Option(None, help="Search classical averages instead: 0.99:0.9999, or a list."),
     window: str | None = Option(None, help="Search means of the last steps instead: 1000:50000, or a list."),
+    decay: str | None = Option(
+        None,
+        metavar="1-sqrt|linear|cosine",
+        autocompletion=values.one_of(*SHAPES),
+        help="Search decays of the learning rate that were not run instead, by their part of training (--over).",
+    ),
+    over: str = Option("5%:50%", help="For --decay: the parts of training, a range or a list."),
     out: Path = Option("sweep", "--out", "-o", help="Folder for trials, logs and the best average."),
     repeats: int = Option(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
     budget: int = Option(20, metavar="COUNT", help="Lengths to measure at most."),
@@ -81,8 +89,8 @@ def sweep(
         raise InvalidValueError("--json and --csv", "give one of them")
     names = tuple(name.strip() for name in (devices or "").split(",") if name.strip())
     report = Sweep(
-        Run(values.existing(directory, directory=True)), run, Metric(metric, json_path, csv_column),
-        files.expanded(out), _axis(sigma_rel, beta, window), minimize, repeats, budget,
+        Run(values.existing_run(directory)), run, Metric(metric, json_path, csv_column),
+        files.expanded(out), _axis(sigma_rel, beta, window, decay, over), minimize, repeats, budget,
         (len(names) or 1) if jobs is None else jobs, names, timeout,
         values.optional(files.parse_bytes, disk, "--disk"), None if raw is None else files.expanded(raw), t,
         values.optional(values.parse_count, step, "--step"), method, dtype, layout, output.progress_bar(quiet),
@@ -92,19 +100,26 @@ def sweep(
         _print(report)
 
 
-def _axis(sigma_rel: str | None, beta: str | None, window: str | None) -> Axis | None:
+def _axis(sigma_rel: str | None, beta: str | None, window: str | None, decay: str | None, over: str) -> Axis | None:
     from posthoc_cli.sweep import Axis
 
-    given = [(kind, text) for kind, text in (("sigma_rel", sigma_rel), ("beta", beta), ("window", window)) if text]
+    if decay is not None and decay not in SHAPES:
+        raise values.bad("--decay", decay, f"must be one of {', '.join(SHAPES)}")
+    kinds = {
+        "--sigma-rel": ("sigma_rel", sigma_rel), "--beta": ("beta", beta), "--window": ("window", window),
+        "--decay": (f"decay {decay} over", None if decay is None else over),
+    }  # fmt: skip
+    given = [(option, kind, text) for option, (kind, text) in kinds.items() if text]
     if not given:
         return None
     if len(given) > 1:
-        raise InvalidValueError(f"--{given[0][0].replace('_', '-')} and --{given[1][0]}", "give one of them")
-    kind, text = given[0]
-    option = f"--{kind.replace('_', '-')}"
-    ends = text.split(":")
+        raise InvalidValueError(f"{given[0][0]} and {given[1][0]}", "give one of them")
+    option, kind, text = given[0]
+    option = "--over" if option == "--decay" else option
+    parts = text.replace("%", "e-2")
+    ends = parts.split(":")
     if len(ends) != 2:
-        return Axis.of_values(kind, values.parse_numbers(text, option))
+        return Axis.of_values(kind, values.parse_numbers(parts, option))
     try:
         low, high = map(float, ends)
     except ValueError:

@@ -211,8 +211,9 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> _Picture | None:
 
 def _commands(run: Run, found: dict[str, Any] | None, sweep: Path | None) -> list[str]:
     kind, best = ("sigma_rel", 0.1) if found is None else (found["axis"], found["best"][found["axis"]])
-    option = f"--{kind.replace('_', '-')}"
-    make = ["ema", "synthesize", str(run.directory), option, f"{best:.12g}", "--out", "model.safetensors"]
+    # "decay linear over" is two options.
+    target = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
+    make = ["ema", "synthesize", str(run.directory), *target, f"{best:.12g}", "--out", "model.safetensors"]
     if found is None or found["settings"]["command"] is None:
         return [shlex.join(make)]
     metric = [word for key, value in found["settings"]["metric"].items() if value for word in (_OPTIONS[key], value)]

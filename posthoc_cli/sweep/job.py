@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
 from posthoc_cli.errors import InvalidValueError, LockedError, PostHocError
+from posthoc_cli.profiles import SHAPES
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -24,7 +25,7 @@ from posthoc_cli.sweep import search
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.processes import Evaluation, end_leftovers, run_all, split_command
 from posthoc_cli.sweep.records import Record, Records
-from posthoc_cli.targets import Beta, SigmaRel, Target, Window
+from posthoc_cli.targets import Beta, Decay, SigmaRel, Target, Window
 
 if TYPE_CHECKING:
     import torch
@@ -48,7 +49,8 @@ class Axis:
     """What is searched: a kind of target with one parameter.
 
     Attributes:
-        kind: "sigma_rel", "beta" or "window".
+        kind: "sigma_rel", "beta" or "window"; or "decay 1-sqrt over", "decay linear over" or "decay cosine over", whose
+            values are parts of training.
         low, high: ends of the range.
         values: measure exactly these; None for a search.
     """
@@ -89,7 +91,12 @@ class Axis:
         return min(max(value, self.low), self.high)
 
 
-_KINDS: dict[str, Callable[[Any], Target]] = {"sigma_rel": SigmaRel, "beta": Beta, "window": Window}
+_KINDS: dict[str, Callable[[Any], Target]] = {
+    "sigma_rel": SigmaRel,
+    "beta": Beta,
+    "window": Window,
+    **{f"decay {shape} over": functools.partial(Decay, shape) for shape in SHAPES},
+}
 
 
 @dataclass(frozen=True)
@@ -442,7 +449,7 @@ class Sweep:
 def _within(axis: Axis, trial: Record) -> bool:
     if trial.target == RAW:
         return True
-    if trial.target.partition(" ")[0] != axis.kind:
+    if not trial.target.startswith(f"{axis.kind} "):
         return False
     return trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high
 

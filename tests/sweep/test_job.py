@@ -258,12 +258,15 @@ def test_bad_ranges_are_refused() -> None:
     [
         (Axis("beta", 0.5, 0.95), "log((1 - {sigma_rel}) / 0.2)", 0.8),
         (Axis("window", 2, 20), "log({sigma_rel} / 7)", 7),
+        (Axis("decay linear over", 0.05, 0.5), "log({sigma_rel} / 0.2)", 0.2),
     ],
 )
 def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axis, formula: str, best: float) -> None:
     report = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
     assert report.value_of(report.found.best) == pytest.approx(best, rel=0.05)
     assert report.best.title.startswith(axis.kind)
+    again = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
+    assert again.trials == report.trials
 
 
 # --- in Python
