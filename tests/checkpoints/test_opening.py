@@ -118,6 +118,11 @@ def test_tensors_can_be_chosen(tmp_path: Path) -> None:
         errors.FileFormatError, match=r"no tensor's name begins with 'x\.'; it has 'state_dict.model.a'"
     ):
         _ = Run(tmp_path, prefix="x.").tensors
+    torch.save({"state_dict": {"s": torch.ones(2).to_sparse()}, "x": torch.ones(2)}, tmp_path / "step3.ckpt")
+    with pytest.raises(
+        errors.FileFormatError, match=r"tensor 'state_dict\.s' is of a kind that is not read \('sparse_t"
+    ):
+        _ = Run(tmp_path).tensors
     torch.save({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, tmp_path / "step3.ckpt")
     with pytest.raises(errors.FileFormatError, match="it has tensors under 'actor', 'critic'"):
         _ = Run(tmp_path).tensors
