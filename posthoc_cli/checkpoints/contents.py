@@ -33,7 +33,7 @@ from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, cover_problem
 from posthoc_cli.snapshots.headers import parse_json
 from posthoc_cli.snapshots.outputs import decode_index
-from posthoc_cli.snapshots.reader import decode_values
+from posthoc_cli.snapshots.reader import decode_values, named_on_error
 
 Keys = tuple[str, ...]
 
@@ -157,11 +157,12 @@ def model_in(folder: Path) -> Path | None:
     Accelerate puts those of a sharded model in a folder of its own.
 
     Raises:
-        FileFormatError: there are several.
+        FileFormatError: there are several, or the folder cannot be read.
     """
-    if (folder / DCP_METADATA).is_file():
-        return folder / DCP_METADATA
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    with named_on_error(folder, "read"):
+        if (folder / DCP_METADATA).is_file():
+            return folder / DCP_METADATA
+        names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     indexes = [name for name in names if name.endswith(INDEX_ENDING)]
     weights = [name for name in names if name.endswith(ENDINGS) and not name.startswith(NOT_WEIGHTS)]
     for ending in (fmt.SUFFIX, ""):  # safetensors before pickles
@@ -185,13 +186,20 @@ def _whole(path: Path, identity: str, tensor: FoundTensor) -> list[Piece]:
 
 def _of_file(path: Path, any_kind: bool = True) -> Contents:
     file = index_file(path, any_kind)
-    tensors = {
+    tensors: dict[Keys, Callable[[], list[Piece]]] = {
         keys: functools.partial(_whole, path, file.identity, tensor)
         for keys, tensor in file.content.items()
         if isinstance(tensor, FoundTensor)
     }
-    values = {".".join(keys): value for keys, value in file.content.items() if not isinstance(value, FoundTensor)}
+    unread = {keys: value for keys, value in file.content.items() if isinstance(value, Node)}
+    tensors |= {keys: functools.partial(_refuse, path, keys, value) for keys, value in unread.items()}
+    values = {".".join(keys): value for keys, value in file.content.items() if keys not in tensors}
     return Contents(path, tensors, {**file.metadata, **values})
+
+
+def _refuse(path: Path, keys: Keys, node: Node) -> list[Piece]:
+    kind = node.name.removeprefix("torch._utils._rebuild_")
+    raise FileFormatError(path, f"tensor {shown('.'.join(keys))} is of a kind that is not read ({shown(kind)})")
 
 
 def _of_shards(index: Path) -> Contents:

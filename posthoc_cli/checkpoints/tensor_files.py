@@ -60,7 +60,8 @@ class IndexedFile:
     """What a file holds.
 
     Attributes:
-        content: tensors (`FoundTensor`), numbers and texts by the keys that lead to each.
+        content: tensors (`FoundTensor`), numbers, texts, and nodes in place of tensors that are not read, by the keys
+            that lead to each.
         metadata: of a safetensors file; else empty.
         identity: 16 hexadecimal digits, of its size and a sample of its content.
     """
@@ -139,14 +140,19 @@ def _located(value: Any) -> Any:
 
 
 def leaves(value: Any) -> dict[tuple[str, ...], Any]:
-    """The tensors, numbers and texts within dicts, by the keys that lead to each."""
+    """The tensors, numbers and texts within dicts, by the keys that lead to each.
+
+    A tensor of a kind that is not read (sparse, quantized, spread over processes) stays a node.
+    """
     found: dict[tuple[str, ...], Any] = {}
     left: list[tuple[tuple[str, ...], Any]] = [((), value)]
     for _ in range(_MOST_VALUES):
         if not left:
             return found
         path, one = left.pop()
-        if isinstance(one, Node):
+        if isinstance(one, Node) and one.name.startswith("torch._utils._rebuild"):
+            found[path] = one
+        elif isinstance(one, Node):
             one = _module_tensors(one) or one.items
         if isinstance(one, dict) and len(path) < _DEEPEST:
             left += [((*path, str(key)), one[key]) for key in reversed(one) if isinstance(key, str | int)]

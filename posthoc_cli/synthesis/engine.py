@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import InvalidValueError, NonFiniteError
 from posthoc_cli.snapshots.reader import OpenSnapshot
@@ -446,9 +448,32 @@ class Maker:
                 sums.add(index)
             result = sums.result()
             if not sums.surely_finite() or result.dtype != torch_dtype(tile.dtype):
-                check_finite(tile, begin, result)
+                try:
+                    check_finite(tile, begin, result)
+                except NonFiniteError:
+                    self._check_checkpoints(tile, end)
+                    raise
             for total, writer in zip(result, writers, strict=True):
                 writer.write(begin, self._cast(total, tile.dtype))
+
+    def _check_checkpoints(self, tile: Tile, last: int) -> None:
+        """Raise a NonFiniteError that names the checkpoint which holds what is not finite, up to an element of a tile.
+
+        A snapshot has none: its tracker refused it.
+        """
+        for source, opened in zip(self._plan.sources, self._opened, strict=True):
+            if not isinstance(source, Checkpoint):
+                continue
+            reader = open_tile(opened, tile)
+            for begin, end in tile.steps(self._chunk):
+                values = self._buffer(tile.wide)[: end - begin]
+                reader.read_into(values, begin, self._scratch)
+                if not bool(values.isfinite().all()):
+                    at = begin + int(values.isfinite().logical_not().nonzero()[0])
+                    name = tile.names[bisect_right(tile.bounds, at) - 1]
+                    raise NonFiniteError(source.path, f"tensor {name!r}: holds nan or infinity")
+                if end >= last:
+                    break
 
     def _cast(self, total: torch.Tensor, dtype: str) -> torch.Tensor:
         if total.dtype == torch_dtype(dtype):

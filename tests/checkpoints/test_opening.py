@@ -118,6 +118,11 @@ def test_tensors_can_be_chosen(tmp_path: Path) -> None:
         errors.FileFormatError, match=r"no tensor's name begins with 'x\.'; it has 'state_dict.model.a'"
     ):
         _ = Run(tmp_path, prefix="x.").tensors
+    torch.save({"state_dict": {"s": torch.ones(2).to_sparse()}, "x": torch.ones(2)}, tmp_path / "step3.ckpt")
+    with pytest.raises(
+        errors.FileFormatError, match=r"tensor 'state_dict\.s' is of a kind that is not read \('sparse_t"
+    ):
+        _ = Run(tmp_path).tensors
     torch.save({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, tmp_path / "step3.ckpt")
     with pytest.raises(errors.FileFormatError, match="it has tensors under 'actor', 'critic'"):
         _ = Run(tmp_path).tensors
@@ -254,3 +259,16 @@ def test_an_average_is_written_for_torch_distributed(tmp_path: Path, ema: Ema) -
     (out / "notes.txt").write_text("mine")
     assert "holds something else" in ema(*again, "--force").error
     assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+
+
+@pytest.mark.parametrize("size", [1_200_000, 5])
+def test_the_file_of_a_nan_is_named_wherever_it_is(size: int, tmp_path: Path) -> None:
+    """Also where no sample has the element: in a large tensor, or among small ones."""
+    for step in (1, 2):
+        tensors = {name: torch.full((size,), float(step)) for name in ("v", "w", "x")}
+        tensors["large"] = torch.full((2_000_000,), float(step))
+        if step == 1:
+            tensors["w"][3] = float("nan")
+        save_file(tensors, tmp_path / f"step{step}.safetensors")
+    with pytest.raises(errors.NonFiniteError, match=r"step1.safetensors: tensor 'w': holds nan or infinity"):
+        Run(tmp_path).average(0.2)
