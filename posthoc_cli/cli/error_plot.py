@@ -130,7 +130,7 @@ def _print(report: ErrorReport, profile_error: bool, written: list[Path]) -> Non
     shown = 2 if profile_error else 1
     for curve in report.curves:
         output.print_line(curve.label)
-        tracked = ", ".join(f"{s:g}" for s in curve.tracked)
+        tracked = ", ".join(f"{s:g}" for s in curve.tracked) or "none"
         below = curve.ranges_text(0.01) or "none"
         output.print_pairs([("  tracked", tracked), ("  predicted error below 1 %", f"sigma_rel {below}")])
         columns = ["  target", "width", *["predicted error", "profile error"][:shown]]
