@@ -149,7 +149,7 @@ folder = Path(sys.argv[1])
 training = Training(folder)
 training.run()
 assert training.ema.step == 5
-with training.ema.model(training.model, 0.2, everywhere=True) as averaged:
+with training.ema.model(training.model, 0.2) as averaged:
     found = {name.removeprefix("module."): value.detach().clone() for name, value in averaged.named_parameters()}
 torch.save([training.weights, found], folder / f"made-{training.accelerator.process_index}.pt")
 training.ema.close()
