@@ -31,7 +31,7 @@ from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.reader import Snapshot, read_small_file
-from posthoc_cli.sweep.job import RAW, RESULT
+from posthoc_cli.sweep.job import RESULT
 
 _MOST_BYTES = 50_000_000
 _THEME = {"#ffffff": "var(--page)", "#000000": "currentColor", "#e6e6e6": "var(--grid)", "#595959": "var(--muted)"}
@@ -157,7 +157,7 @@ def _sweep_picture(found: dict[str, Any]) -> _Picture:
     points = [
         (shown(trial["x"]), trial["value"], math.nan if trial["standard_error"] is None else trial["standard_error"])
         for trial in found["trials"]
-        if trial["value"] is not None and trial["target"] != RAW
+        if trial["value"] is not None and trial["target"].startswith(f"{found['axis']} ")  # of no group, and not raw
     ]
     flat = tuple(map(shown, found["equal_within_noise"]))
     word = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
@@ -212,12 +212,18 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> _Picture | None:
 def _commands(run: Run, found: dict[str, Any] | None, sweep: Path | None) -> list[str]:
     kind, best = ("sigma_rel", 0.1) if found is None else (found["axis"], found["best"][found["axis"]])
     option = f"--{kind.replace('_', '-')}"
-    make = ["ema", "synthesize", str(run.directory), option, f"{best:.12g}", "--out", "model.safetensors"]
+    lengths = [option, f"{best:.12g}"]
+    groups = [] if found is None else found["groups"]
+    if any(group["gains"] for group in groups):
+        rest = [{"glob": "*", "sigma_rel": best}]  # a search of groups that have all tensors needs none
+        lengths = [word for one in (*groups, *rest) for word in ("--group", f"{one['glob']}={one['sigma_rel']:.12g}")]
+    make = ["ema", "synthesize", str(run.directory), *lengths, "--out", "model.safetensors"]
     if found is None or found["settings"]["command"] is None:
         return [shlex.join(make)]
     metric = [word for key, value in found["settings"]["metric"].items() if value for word in (_OPTIONS[key], value)]
     again = ["ema", "sweep", str(run.directory), "--run", found["settings"]["command"], *metric]
     again += ["--minimize" if found["minimize"] else "--maximize", "--out", str(sweep)]
+    again += ["--groups", ",".join(group["glob"] for group in groups)] if groups else []
     return [shlex.join(again), shlex.join(make)]
 
 

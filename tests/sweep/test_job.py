@@ -6,18 +6,22 @@ import json
 import math
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
+from factories import write_run
 from safetensors.torch import load_file
 
 from posthoc_cli import Run
 from posthoc_cli.errors import LockedError, PostHocError
+from posthoc_cli.report import render
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
 from posthoc_cli.sweep.metrics import Metric
@@ -264,6 +268,48 @@ def test_decays_and_windows_are_searched_too(run: Run, tmp_path: Path, axis: Axi
     report = swept(run, tmp_path / "out", f"awk 'BEGIN {{ print ({formula}) ^ 2 }}' {{weights}}", axis=axis)
     assert report.value_of(report.found.best) == pytest.approx(best, rel=0.05)
     assert report.best.title.startswith(axis.kind)
+
+
+READING = """
+import json, math, struct, sys
+with open(sys.argv[1], "rb") as file:
+    header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+    payload = file.read()
+def first(name):
+    return struct.unpack_from("<f", payload, header[name]["data_offsets"][0])[0]
+print((first("a") - float(sys.argv[2])) ** 2 + (first("b") - float(sys.argv[3])) ** 2)
+"""
+
+
+def test_lengths_of_groups_are_searched_after_that_of_all(tmp_path: Path) -> None:
+    """Of weights that grow steadily, so that an average is the later the shorter it is."""
+    steps = [{"a": np.full(4, 0.1 * k), "b": np.full(3, 0.1 * k)} for k in range(1, 21)]
+    write_run(tmp_path / "run", steps, range(1, 21))
+    run = Run(tmp_path / "run")
+    wanted = [float(run.average(width)["a"][0]) for width in (0.06, 0.2)]
+    (tmp_path / "read.py").write_text(READING)
+    command = f"{sys.executable} -S {tmp_path}/read.py {{weights}} {wanted[0]} {wanted[1]}"
+    axis, out = Axis("sigma_rel", 0.03, 0.28), tmp_path / "out"
+    report = swept(run, out, command, axis=axis, groups=("a", "b"))
+    assert 0.06 < report.value_of(report.found.best) < 0.2
+    assert [group.sigma_rel for group in report.groups] == [pytest.approx(0.06, rel=0.1), pytest.approx(0.2, rel=0.1)]
+    assert all(group.gains for group in report.groups)
+    best = load_file(out / "best.safetensors")
+    for name, group in zip("ab", report.groups, strict=True):
+        assert torch.equal(best[name], run.average(group.sigma_rel)[name])
+    evaluations = (out / "trials.jsonl").read_text().count("\n")
+    assert swept(run, out, command, axis=axis, groups=("a", "b")).to_dict() == report.to_dict()
+    assert (out / "trials.jsonl").read_text().count("\n") == evaluations
+    page = render(run, out, tmp_path / "page.html")
+    assert "Tensors a: sigma_rel" in page
+    with refused("group", "matches no tensor"):
+        swept(run, out, command, groups=("nothing",))
+
+
+def test_a_group_whose_length_makes_no_difference_keeps_that_of_all(run: Run, tmp_path: Path) -> None:
+    report = swept(run, tmp_path / "out", "sh -c 'echo 1' {weights}", axis=GRID, groups=("b",))
+    assert not report.groups[0].gains
+    assert_same_tensors(load_file(tmp_path / "out/best.safetensors"), run.average(report.value_of(report.found.best)))
 
 
 # --- in Python
