@@ -212,18 +212,16 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> _Picture | None:
 def _commands(run: Run, found: dict[str, Any] | None, sweep: Path | None) -> list[str]:
     kind, best = ("sigma_rel", 0.1) if found is None else (found["axis"], found["best"][found["axis"]])
     option = f"--{kind.replace('_', '-')}"
-    lengths = [option, f"{best:.12g}"]
-    groups = [] if found is None else found["groups"]
-    if any(group["gains"] for group in groups):
-        rest = [{"glob": "*", "sigma_rel": best}]  # a search of groups that have all tensors needs none
-        lengths = [word for one in (*groups, *rest) for word in ("--group", f"{one['glob']}={one['sigma_rel']:.12g}")]
+    groups = {} if found is None else found["lengths"]
+    lengths = [word for glob, width in groups.items() for word in ("--group", f"{glob}={width:.12g}")]
+    lengths = lengths or [option, f"{best:.12g}"]
     make = ["ema", "synthesize", str(run.directory), *lengths, "--out", "model.safetensors"]
     if found is None or found["settings"]["command"] is None:
         return [shlex.join(make)]
     metric = [word for key, value in found["settings"]["metric"].items() if value for word in (_OPTIONS[key], value)]
     again = ["ema", "sweep", str(run.directory), "--run", found["settings"]["command"], *metric]
     again += ["--minimize" if found["minimize"] else "--maximize", "--out", str(sweep)]
-    again += ["--groups", ",".join(group["glob"] for group in groups)] if groups else []
+    again += ["--groups", ",".join(group["glob"] for group in found["groups"])] if found["groups"] else []
     return [shlex.join(again), shlex.join(make)]
 
 

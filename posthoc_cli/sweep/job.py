@@ -128,6 +128,7 @@ class SweepReport:
         settings: what makes the trials comparable.
         stopped: why no more was measured.
         groups: lengths of single groups of tensors, which were searched after the one of all.
+        lengths: sigma_rel by glob of what was written, where a group has one of its own; else empty.
     """
 
     metric: str
@@ -139,6 +140,7 @@ class SweepReport:
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
     groups: tuple[GroupResult, ...] = ()
+    lengths: dict[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Target:
@@ -186,6 +188,7 @@ class SweepReport:
             "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": self.value_of(x), "mean": mean, "standard_error": error} for x, mean, error in curve],
             "groups": [vars(group) for group in self.groups],
+            "lengths": self.lengths,
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
         }
@@ -339,7 +342,8 @@ class Sweep:
             PostHocError: too few trials have succeeded.
         """
         words = self._checked_words()
-        plan = self.run.plan(0.1, t=self.t, step=self.step, method=self.method, dtype=self.dtype)
+        any_target = 0.2 if self.axis is None else self.axis.target(self.axis.high)
+        plan = self.run.plan(any_target, t=self.t, step=self.step, method=self.method, dtype=self.dtype)
         if self.disk is not None and self.disk < plan.nbytes:
             reason = f"one average takes {plan.nbytes:,} bytes"
             raise InvalidValueError("disk", f"must have room for one; {reason}", value=f"{self.disk:,} bytes")
@@ -374,10 +378,13 @@ class Sweep:
                 gains = not low <= lengths[glob] <= high
                 lengths[glob] = best if gains else lengths[glob]
                 results.append(GroupResult(glob, lengths[glob], low, high, one.mean, one.standard_error, gains))
-            report = SweepReport(
-                self.metric.label, self.minimize, axis, (*raw, *trials), found, why, (), settings, tuple(results)
-            )
-            return self._finish(report, plan.t, lengths)
+            return self._finish(
+                SweepReport(
+                    self.metric.label, self.minimize, axis, (*raw, *trials), found, why, (), settings, tuple(results),
+                    lengths if any(group.gains for group in results) else {},
+                ),
+                plan.t,
+            )  # fmt: skip
 
     def _search(
         self, axis: Axis, words: list[str], nbytes: int, records: Records, make: Make, prefix: str
@@ -389,11 +396,11 @@ class Sweep:
         again = self.repeats > 1 or "{seed}" in self.command
         return explore(axis, measure, known, self.minimize, self.budget, self.repeats, again)
 
-    def _finish(self, report: SweepReport, t: float, lengths: dict[str, float]) -> SweepReport:
+    def _finish(self, report: SweepReport, t: float) -> SweepReport:
         """Write the best average and the report."""
         best = self.out / f"best{_suffix(self.layout)}"
-        if any(group.gains for group in report.groups):
-            self.run.write_groups([lengths], [best], t=t, overwrite=True, **self._options)
+        if report.lengths:
+            self.run.write_groups([report.lengths], [best], t=t, overwrite=True, **self._options)
         else:
             self.run.write(report.best, best, t=t, overwrite=True, progress=self.progress, **self._options)
         report = replace(report, outputs=(best,))
@@ -410,15 +417,11 @@ class Sweep:
         if (self.metric.json or self.metric.csv) and "{dir}" not in self.command:
             reason = "must have {dir}, the folder in which the file with the metric is looked for"
             raise InvalidValueError("run", reason, value=self.command)
-        least = len(self.axis.values) if self.axis is not None and self.axis.values else search.FIRST
-        for name, value, lowest in (
-            ("repeats", self.repeats, 1),
-            ("jobs", self.jobs, 1),
-            ("budget", self.budget, least),
-        ):
-            if value < lowest:
-                reason = f"must be at least {lowest}" + ", the first batch" * (name == "budget")
-                raise InvalidValueError(name, reason, value=value)
+        _check_counts(self.repeats, self.budget, self.axis)
+        if self.jobs < 1:
+            raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
+        if self.groups and self.axis is not None and self.axis.kind != "sigma_rel":
+            raise InvalidValueError("groups", "have lengths in sigma_rel", value=", ".join(self.groups))
         if self.timeout is not None and not self.timeout > 0:
             raise InvalidValueError("timeout", "must be above 0 seconds", value=f"{self.timeout:g}")
         if self.raw is not None and not self.raw.exists():

@@ -115,7 +115,7 @@ def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None
         ("echo broken >&2; exit 3", "ended with exit code 3: broken"),
         ("exit 3", "ended with exit code 3, and wrote nothing"),
         ("kill -9 $$", "ended by signal 9, and wrote nothing"),
-        ("sleep 60", "took more than 0.3 s, and wrote nothing"),
+        ("sleep 60", "took more than 2 s, and wrote nothing"),
         ("echo nan", "its metric is nan: nan"),
         ("true", "no line of its output is a number, and wrote nothing"),
     ],
@@ -124,7 +124,9 @@ def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, sc
     told: list[Record] = []
     command = shell(f"if [ $2 = 0.1 ]; then {script}; else echo $2; fi")
     axis = Axis.of_values("sigma_rel", [*LENGTHS, 0.15])
-    report = swept(run, tmp_path / "out", command, axis=axis, timeout=0.3, say=told.append)
+    report = swept(
+        run, tmp_path / "out", command, axis=axis, timeout=2.0 if "sleep" in script else None, say=told.append
+    )
     (failed,) = report.failed
     assert failed.error == message
     assert failed in told
@@ -236,6 +238,8 @@ def test_what_a_killed_sweep_has_left_is_ended_and_removed(run: Run, tmp_path: P
         ({"budget": 5}, ("budget", "at least 6")),
         ({"repeats": 0}, ("repeats", "at least 1")),
         ({"jobs": 0}, ("jobs", "at least 1")),
+        ({"groups": ("a",), "axis": Axis("beta", 0.5, 0.9)}, ("groups", "in sigma_rel")),
+        ({"groups": ("c",)}, ("group", "matches no tensor")),
         ({"timeout": 0.0}, ("timeout", "above 0")),
         ({"raw": Path("nowhere")}, ("raw", "no such file")),
         ({"out": Path("no/such/folder")}, ("out", "parent folder")),
@@ -302,8 +306,6 @@ def test_lengths_of_groups_are_searched_after_that_of_all(tmp_path: Path) -> Non
     assert (out / "trials.jsonl").read_text().count("\n") == evaluations
     page = render(run, out, tmp_path / "page.html")
     assert "Tensors a: sigma_rel" in page
-    with refused("group", "matches no tensor"):
-        swept(run, out, command, groups=("nothing",))
 
 
 def test_a_group_whose_length_makes_no_difference_keeps_that_of_all(run: Run, tmp_path: Path) -> None:
