@@ -24,7 +24,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
-from posthoc_cli.errors import FileFormatError, MismatchError
+from posthoc_cli.errors import FileFormatError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.planning.curves import finite
 from posthoc_cli.profiles import FloatArray
@@ -58,8 +58,22 @@ def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html"))
         FileFormatError, MismatchError: the sweep cannot be read, or is of another run.
         DirectoryError: there are no snapshots.
     """
+    if sweep is None:
+        return _page(run, None, None, out)
+    path = sweep / RESULT
+    try:
+        return _page(run, json.loads(read_small_file(path, _MOST_BYTES)), sweep, out)
+    except PostHocError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, jinja2.UndefinedError) as error:
+        raise FileFormatError(path, "is no result of a sweep") from error
+
+
+def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path) -> str:
     snapshots, info = run.snapshots, run.info()
-    found = None if sweep is None else _read_sweep(sweep, info)
+    if found is not None and found["settings"]["run"] != info["run"]:
+        runs = (shown(str(one)[:8]) for one in (found["settings"]["run"], info["run"]))
+        raise MismatchError((sweep or run.directory) / RESULT, f"is of another run: {' and '.join(runs)}")
     candidate = run.candidate()
     curve = error_curve(candidate)
     script = _template("page.js").render()
@@ -88,22 +102,6 @@ def _template(name: str) -> jinja2.Template:
     environment.filters["size"] = _size
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.6g}"
     return environment.get_template(name)
-
-
-def _read_sweep(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
-    path = folder / RESULT
-    try:
-        found = json.loads(read_small_file(path, _MOST_BYTES))
-        run = found["settings"]["run"]
-        # All that the page uses.
-        _sweep_picture(found)
-    except FileFormatError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise FileFormatError(path, "is no result of a sweep") from error
-    if run != info["run"]:
-        raise MismatchError(path, f"is of another run: {str(run)[:8]} and {str(info['run'])[:8]}")
-    return dict(found)
 
 
 def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:

@@ -447,6 +447,7 @@ class Sweep:
             try:
                 yield
             finally:
+                end_leftovers(scratch)  # an interruption may come while a process starts
                 _remove(scratch)
 
     @property
