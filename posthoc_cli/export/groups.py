@@ -9,9 +9,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from posthoc_cli.errors import InvalidValueError, shown
-from posthoc_cli.export.outputs import check_space, layout_of
-from posthoc_cli.export.sinks import make_sink
-from posthoc_cli.snapshots.outputs import OutputInfo, output_metadata
+from posthoc_cli.export.outputs import check_space, layout_of, make_sink
+from posthoc_cli.snapshots.format import OutputInfo, output_metadata
 from posthoc_cli.synthesis.engine import Options, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, with_consistent_plan
 from posthoc_cli.targets import SigmaRel, Target
