@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -303,6 +303,40 @@ class Run:
             dtype, layout, max_shard_size, device, accumulate, overwrite, skip_existing, dry_run, shard, finish,
             distributed, None if like is None else files.expanded(like), component, through_library, progress,
         ).run()  # fmt: skip
+
+    def write_groups(
+        self,
+        groups: Sequence[Mapping[str, float]],
+        paths: Sequence[Path],
+        *,
+        t: float | None = None,
+        step: int | None = None,
+        method: str | None = None,
+        max_error: float | None = None,
+        dtype: torch.dtype | str | None = None,
+        layout: str | None = None,
+        overwrite: bool = False,
+    ) -> list[float | None]:
+        """Write outputs whose tensors have averages of different lengths, all in one pass.
+
+        Arguments:
+            groups: for each output sigma_rel by glob on tensors' names, such as `{"unet.up.*": 0.12, "*": 0.08}`. The
+                first glob that matches a name counts. All outputs have the same globs.
+            paths: of the outputs.
+            t, step, method, max_error, dtype, layout, overwrite: as in `write`.
+
+        Returns:
+            The predicted error of each output: the largest of its groups; None if one is not known.
+
+        Raises:
+            InvalidValueError: also a tensor that no glob matches, or a glob without a tensor.
+            InexactError, OutputExistsError, WriteError, NonFiniteError.
+        """
+        from posthoc_cli.export.groups import write_groups
+        from posthoc_cli.synthesis.engine import Options
+
+        plan = functools.partial(self.plan, t=t, step=step, method=method, max_error=max_error, dtype=dtype)
+        return write_groups(plan, groups, paths, Options(layout=layout, overwrite=overwrite))
 
     # --- errors
 

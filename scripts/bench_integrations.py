@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import logging
 import shutil
 import statistics
 import tempfile
@@ -170,7 +169,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     size, report = (QUICK, Report(1)) if options.quick else (Size(), Report(options.repeats))
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
     parameters = sum(one.numel() for one in network(size).parameters())
     print(
         f"{parameters:,} parameters, batches of {size.batch} x {size.tokens}, torch {torch.__version__}, {load_text()}"

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 
@@ -20,6 +21,9 @@ from ema_command import Ema, Result  # noqa: E402
 
 from posthoc_cli.cli import main  # noqa: E402
 from posthoc_cli.tracker import pipeline, worker  # noqa: E402
+
+hypothesis.settings.register_profile("any machine", deadline=None)  # tests run beside other work
+hypothesis.settings.load_profile("any machine")
 
 
 def pytest_collection_finish() -> None:

@@ -38,7 +38,7 @@ def regular(count: int) -> list[PowerFunction]:
 
 @given(st.lists(st.floats(1e-3, 1e9), min_size=1, max_size=60, unique=True), st.integers(1, 40), st.integers(1, 3))
 @example([999999972.0, 999999973.0], 1, 1)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_so_many_are_chosen_each_once_with_the_newest_of_each_profile(
     times: list[float], most: int, profiles: int
 ) -> None:

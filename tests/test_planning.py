@@ -66,7 +66,7 @@ tracked = st.sampled_from([(0.05,), (0.05, 0.28), (0.03, 0.1, 0.28)])
 
 
 @given(clocks, st.integers(1, 12), tracked)
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 def test_thinning_keeps_the_newest_and_so_many_of_each_profile(
     times: list[float], keep: int, sigma_rels: tuple[float, ...]
 ) -> None:
@@ -230,7 +230,7 @@ def test_relative_rounding_is_that_of_rounded_numbers(dtype: str) -> None:
     steps=st.integers(1, 10**6), parameters=st.integers(1, 10**10), snapshots=st.integers(4, 40),
     dtype=st.sampled_from(["float16", "float32"]),
 )  # fmt: skip
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 def test_proposals_are_within_the_budget(steps: int, parameters: int, snapshots: int, dtype: str) -> None:
     task = Task(steps, parameters, snapshots * parameters * PLANNED_BYTES[dtype], dtype=dtype, sigma_rels=(0.05, 0.28))
     for proposal in propose(task):

@@ -63,6 +63,11 @@ def sweep(
     timeout: float | None = Option(None, metavar="SECONDS", help="A trial that takes longer is ended, and has failed."),
     disk: str | None = Option(None, metavar="SIZE", help="Bound of the averages on the disk: 50GB. [default: a round]"),
     raw: Path | None = Option(None, metavar="FILE", help="Raw weights, measured for comparison."),
+    groups: str | None = Option(
+        None,
+        metavar="GLOBS",
+        help="Then search the lengths of groups of tensors, one after another: 'encoder.*,decoder.*'.",
+    ),
     t: float | None = Option(None, help="The averages as they stood at this training time. [default: the last]"),
     step: str | None = Option(None, metavar="COUNT", help="The same in steps."),
     dtype: str = values.DTYPE,
@@ -92,7 +97,8 @@ def sweep(
         Run(values.existing_run(directory)), run, Metric(metric, json_path, csv_column),
         files.expanded(out), _axis(sigma_rel, beta, window, decay, over), minimize, repeats, budget,
         (len(names) or 1) if jobs is None else jobs, names, timeout,
-        values.optional(files.parse_bytes, disk, "--disk"), None if raw is None else files.expanded(raw), t,
+        values.optional(files.parse_bytes, disk, "--disk"), None if raw is None else files.expanded(raw),
+        tuple(glob.strip() for glob in (groups or "").split(",") if glob.strip()), t,
         values.optional(values.parse_count, step, "--step"), method, dtype, layout, output.progress_bar(quiet),
         (lambda _: None) if quiet else _print_trial,
     ).run_all()  # fmt: skip
@@ -145,6 +151,10 @@ def _print(report: SweepReport) -> None:
         ("best", f"{report.axis.kind} {best}: {report.metric} {found.mean:.6g} ± {found.standard_error:.2g}"),
         ("equal within the noise", f"{low} to {high}"),
     ]
+    for group in report.groups:
+        known = f"{group.low:g} to {group.high:g} are equal within the noise"
+        gain = "" if group.gains else ", no gain beyond the noise"
+        rows.append((f"group {group.glob}", f"sigma_rel {group.sigma_rel:g}{gain}; {known}"))
     if report.raw is not None:
         rows.append(("raw weights", f"{report.raw:.6g}"))
     trials = output.counted(len(report.trials), "trial")

@@ -44,6 +44,12 @@ def synthesize(
         None, metavar="FILE", help="Exactly these: a CSV file of name,coefficient, names of files, with sum 1."
     ),
     checkpoints: str | None = values.CHECKPOINTS,
+    group: list[str] = Option(
+        [],
+        metavar="GLOB=SIGMA_REL",
+        help="The length of some tensors, by a glob on their names; give it again for others: 'unet.up.*=0.12', then "
+        "'*=0.08'. The first that matches counts.",
+    ),
     out: str | None = Option(
         None,
         "--out",
@@ -117,6 +123,20 @@ def synthesize(
     targets = values.parse_targets(sigma_rel, beta, window, between, profile, decay=decay, over=over, lr=lr)
     targets += [] if mean is None else [values.parse_mean(mean)]
     targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
+    if group:
+        if targets or shard or finish or skip_existing or dry_run or as_json or out is None:
+            others = "--shard, --finish, --skip-existing, --dry-run, --json"
+            raise InvalidValueError("--group", f"needs --out, and goes with no other target, nor with {others}")
+        groups, path = values.parse_groups(group), files.expanded(out)
+        (error,) = values.open_run(directory, checkpoints, origin).write_groups(
+            [groups], [path], t=t, step=values.optional(values.parse_count, step, "--step"), method=method,
+            max_error=values.optional(values.parse_max_error, max_error), dtype=dtype, layout=layout,
+            overwrite=overwrite,
+        )  # fmt: skip
+        if not quiet:
+            listed = ", ".join(f"{glob} {width:g}" for glob, width in groups.items())
+            output.print_line(f"made sigma_rel of {listed}, predicted error up to {output.percent(error)}: {path}")
+        return
     if not targets:
         kinds = "--sigma-rel 0.15, --beta 0.9999, --window 1000, --between 50000:80000, --profile FILE, --decay linear"
         raise InvalidValueError("no target", f"name one or several by {kinds}")

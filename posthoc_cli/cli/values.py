@@ -358,6 +358,18 @@ def parse_targets(
     return list(dict.fromkeys(targets))
 
 
+def parse_groups(texts: Sequence[str]) -> dict[str, float]:
+    """sigma_rel by glob, from the values of --group: GLOB=SIGMA_REL."""
+    groups: dict[str, float] = {}
+    for text in texts:
+        glob, equals, width = text.rpartition("=")
+        widths = parse_sigma_rels(width, "--group") if glob and equals else []
+        if len(widths) != 1 or glob in groups:
+            raise bad("--group", text, "must be GLOB=SIGMA_REL, each glob once, such as 'unet.up.*=0.12'")
+        groups[glob] = widths[0]
+    return groups
+
+
 def _window(steps: float) -> Window:
     return Window(int(steps) if steps.is_integer() else steps)  # type: ignore[arg-type]  # which it refuses
 

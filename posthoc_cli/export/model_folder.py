@@ -214,7 +214,7 @@ class ModelFolder:
 
     def _copy_others(self, folder: Path) -> None:
         """Copy all files but the weights, over what a library has saved."""
-        for base, _, names in os.walk(self.path, followlinks=True):
+        for base, _, names in os.walk(self.path):
             within = Path(base).relative_to(self.path)
             if any(part.startswith(".") for part in within.parts):
                 continue

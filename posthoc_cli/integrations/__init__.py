@@ -36,6 +36,8 @@ def make_tracker(
     if (earlier := _made.get(directory)) is not None:
         earlier.close()
     writer = None if is_sharded(model) else is_first
+    if writer is None:
+        torch.distributed.barrier()  # every part of an earlier tracker's last snapshot is there
     _made[directory] = made = PostHocEMA.from_model(model, directory, **{"writer": writer} | options)
     return made
 

@@ -105,7 +105,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
         trainer, folder = _local("_save_checkpoint", "self"), _local("_save_checkpoint", "output_dir")
         if folder is not None and self.ema is not None:
             self.saved_step = self.ema.step
-            if not is_sharded(trainer.model):
+            if self.ema.keeps_averages and not is_sharded(trainer.model):
                 self._save(trainer, Path(folder))
         given = {"checkpoint_dir": self.checkpoint_dir, "evaluate": self.evaluate, "folders": self.folders}
         options = {name: _plain(value) for name, value in self.options.items()}
@@ -163,9 +163,8 @@ class PostHocCallback(TrainerCallback, ExportableState):
         assert ema is not None
         ema.save_state(folder / STATE_NAME)
         if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)) and has_average(ema):
-            with ema.model(trainer.model, sigma_rel) as averaged:
+            with ema.model(trainer.model, sigma_rel):
                 trainer.save_model(str(folder / FOLDER), _internal_call=True)
-                del averaged
 
 
 def _callback_of(trainer: Trainer) -> PostHocCallback:

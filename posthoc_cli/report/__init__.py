@@ -24,14 +24,14 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
-from posthoc_cli.errors import FileFormatError, MismatchError
+from posthoc_cli.errors import FileFormatError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.planning.curves import finite
 from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.reader import Snapshot, read_small_file
-from posthoc_cli.sweep.job import RAW, RESULT
+from posthoc_cli.sweep.job import RESULT
 
 _MOST_BYTES = 50_000_000
 _THEME = {"#ffffff": "var(--page)", "#000000": "currentColor", "#e6e6e6": "var(--grid)", "#595959": "var(--muted)"}
@@ -58,8 +58,22 @@ def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html"))
         FileFormatError, MismatchError: the sweep cannot be read, or is of another run.
         DirectoryError: there are no snapshots.
     """
+    if sweep is None:
+        return _page(run, None, None, out)
+    path = sweep / RESULT
+    try:
+        return _page(run, json.loads(read_small_file(path, _MOST_BYTES)), sweep, out)
+    except PostHocError:
+        raise
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError, jinja2.UndefinedError) as error:
+        raise FileFormatError(path, "is no result of a sweep") from error
+
+
+def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path) -> str:
     snapshots, info = run.snapshots, run.info()
-    found = None if sweep is None else _read_sweep(sweep, info)
+    if found is not None and found["settings"]["run"] != info["run"]:
+        runs = (shown(str(one)[:8]) for one in (found["settings"]["run"], info["run"]))
+        raise MismatchError((sweep or run.directory) / RESULT, f"is of another run: {' and '.join(runs)}")
     candidate = run.candidate()
     curve = error_curve(candidate)
     script = _template("page.js").render()
@@ -88,22 +102,6 @@ def _template(name: str) -> jinja2.Template:
     environment.filters["size"] = _size
     environment.filters["number"] = lambda value: "–" if value is None else f"{value:.6g}"
     return environment.get_template(name)
-
-
-def _read_sweep(folder: Path, info: dict[str, Any]) -> dict[str, Any]:
-    path = folder / RESULT
-    try:
-        found = json.loads(read_small_file(path, _MOST_BYTES))
-        run = found["settings"]["run"]
-        # All that the page uses.
-        _sweep_picture(found)
-    except FileFormatError:
-        raise
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
-        raise FileFormatError(path, "is no result of a sweep") from error
-    if run != info["run"]:
-        raise MismatchError(path, f"is of another run: {str(run)[:8]} and {str(info['run'])[:8]}")
-    return dict(found)
 
 
 def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
@@ -157,7 +155,7 @@ def _sweep_picture(found: dict[str, Any]) -> _Picture:
     points = [
         (shown(trial["x"]), trial["value"], math.nan if trial["standard_error"] is None else trial["standard_error"])
         for trial in found["trials"]
-        if trial["value"] is not None and trial["target"] != RAW
+        if trial["value"] is not None and trial["target"].startswith(f"{found['axis']} ")  # of no group, and not raw
     ]
     flat = tuple(map(shown, found["equal_within_noise"]))
     word = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
@@ -212,13 +210,17 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> _Picture | None:
 def _commands(run: Run, found: dict[str, Any] | None, sweep: Path | None) -> list[str]:
     kind, best = ("sigma_rel", 0.1) if found is None else (found["axis"], found["best"][found["axis"]])
     # "decay linear over" is two options.
-    target = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
-    make = ["ema", "synthesize", str(run.directory), *target, f"{best:.12g}", "--out", "model.safetensors"]
+    option = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
+    groups = {} if found is None else found["lengths"]
+    lengths = [word for glob, width in groups.items() for word in ("--group", f"{glob}={width:.12g}")]
+    lengths = lengths or [*option, f"{best:.12g}"]
+    make = ["ema", "synthesize", str(run.directory), *lengths, "--out", "model.safetensors"]
     if found is None or found["settings"]["command"] is None:
         return [shlex.join(make)]
     metric = [word for key, value in found["settings"]["metric"].items() if value for word in (_OPTIONS[key], value)]
     again = ["ema", "sweep", str(run.directory), "--run", found["settings"]["command"], *metric]
     again += ["--minimize" if found["minimize"] else "--maximize", "--out", str(sweep)]
+    again += ["--groups", ",".join(group["glob"] for group in found["groups"])] if found["groups"] else []
     return [shlex.join(again), shlex.join(make)]
 
 

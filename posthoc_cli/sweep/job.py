@@ -11,7 +11,8 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,27 @@ _KINDS: dict[str, Callable[[Any], Target]] = {
 
 
 @dataclass(frozen=True)
+class GroupResult:
+    """What the search of one group's length has found, the others being as they were found before.
+
+    Attributes:
+        glob: on the names of its tensors.
+        sigma_rel: the length that it is given: the best, or the one before where the gain is lost in the noise.
+        low, high: ends of the range that is equal to the best within the noise.
+        mean, standard_error: the metric at the best.
+        gains: whether the length before lies outside that range.
+    """
+
+    glob: str
+    sigma_rel: float
+    low: float
+    high: float
+    mean: float
+    standard_error: float
+    gains: bool
+
+
+@dataclass(frozen=True)
 class SweepReport:
     """What a sweep has found.
 
@@ -112,6 +134,8 @@ class SweepReport:
         outputs: files that stay.
         settings: what makes the trials comparable.
         stopped: why no more was measured.
+        groups: lengths of single groups of tensors, which were searched after the one of all.
+        lengths: sigma_rel by glob of what was written, where a group has one of its own; else empty.
     """
 
     metric: str
@@ -122,6 +146,8 @@ class SweepReport:
     stopped: str
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
+    groups: tuple[GroupResult, ...] = ()
+    lengths: dict[str, float] = field(default_factory=dict)
 
     @property
     def best(self) -> Target:
@@ -168,6 +194,8 @@ class SweepReport:
             "stopped": self.stopped,
             "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": self.value_of(x), "mean": mean, "standard_error": error} for x, mean, error in curve],
+            "groups": [vars(group) for group in self.groups],
+            "lengths": self.lengths,
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
         }
@@ -175,6 +203,10 @@ class SweepReport:
 
 Measure = Callable[[Sequence[tuple[float, int]]], Iterator[Record]]
 """Measures values, as a user writes them, each with a seed, and gives a record of each."""
+
+
+Make = Callable[[Sequence[float]], list[tuple[Path, float | None]]]
+"""Writes the averages of some values, and gives the path and the predicted error of each."""
 
 
 def explore(
@@ -232,7 +264,7 @@ def _good(axis: Axis, trials: Iterable[Record]) -> list[search.Trial]:
     return [
         search.Trial(axis.scaled(trial.x), trial.value, trial.standard_error, trial.seed)
         for trial in trials
-        if trial.value is not None and trial.target != RAW
+        if trial.value is not None
     ]
 
 
@@ -280,6 +312,7 @@ class Sweep:
         timeout: seconds that a trial may take.
         disk: bytes of averages at a time, None for all of a round.
         raw: a file of raw weights to compare with.
+        groups: globs on tensors' names, whose lengths are searched one after another when that of all is found.
         t, step, method, dtype, layout: as in `Run.write`.
         progress: opens a progress bar.
         say: told of every trial.
@@ -298,6 +331,7 @@ class Sweep:
     timeout: float | None = None
     disk: int | None = None
     raw: Path | None = None
+    groups: tuple[str, ...] = ()
     t: float | None = None
     step: int | None = None
     method: str | None = None
@@ -315,7 +349,8 @@ class Sweep:
             PostHocError: too few trials have succeeded.
         """
         words = self._checked_words()
-        plan = self.run.plan(0.1, t=self.t, step=self.step, method=self.method, dtype=self.dtype)
+        any_target = 0.2 if self.axis is None else self.axis.target(self.axis.high)
+        plan = self.run.plan(any_target, t=self.t, step=self.step, method=self.method, dtype=self.dtype)
         if self.disk is not None and self.disk < plan.nbytes:
             reason = f"one average takes {plan.nbytes:,} bytes"
             raise InvalidValueError("disk", f"must have room for one; {reason}", value=f"{self.disk:,} bytes")
@@ -324,31 +359,58 @@ class Sweep:
             "run": plan.newest.info.run_id, "t": plan.t, "method": plan.method, "dtype": plan.dtype,
             "layout": self.layout, "command": self.command, "metric": vars(self.metric),
         }  # fmt: skip
-        again = self.repeats > 1 or "{seed}" in self.command
+        globs = list(self.groups)
+        if any(not any(fnmatchcase(n, glob) for n in names for glob in globs) for names in plan.names.values()):
+            globs.append("*")
+        if self.groups:
+            from posthoc_cli.export.groups import group_parts
+
+            group_parts(plan, globs)  # checks them
+        search_one = functools.partial(self._search, axis, words, plan.nbytes)
         with self._folder():
             records = Records(self.out, settings)
-            trials = {(trial.target, trial.seed): trial for trial in records.read()}  # the last one of each counts
-            known = [trial for trial in trials.values() if trial.value is not None and _within(axis, trial)]
-            at_once = None if self.disk is None else self.disk // plan.nbytes
-            measure = functools.partial(self._measure, axis, plan.t, words, records, at_once)
-            if self.raw is not None and not any(trial.target == RAW for trial in known):
-                known += self._evaluate(
-                    [(RAW, 0.0, seed, self.raw, None) for seed in range(self.repeats)], words, records
-                )
-            trials_, found, why = explore(axis, measure, known, self.minimize, self.budget, self.repeats, again)
-            report = SweepReport(self.metric.label, self.minimize, axis, tuple(trials_), found, why, (), settings)
-            return self._finish(report, plan.t)
+            raw = [trial for trial in _known(records, axis) if trial.target == RAW]
+            if self.raw is not None and not raw:
+                wanted = [(RAW, 0.0, seed, self.raw, None) for seed in range(self.repeats)]
+                raw = list(self._evaluate(wanted, words, records))
+            trials, found, why = search_one(records, functools.partial(self._make, axis, plan.t), "")
+            lengths, results = dict.fromkeys(globs, axis.value(found.best)), []
+            for glob in self.groups:
+                others = {other: width for other, width in lengths.items() if other != glob}
+                records = Records(self.out, settings | {"group": glob, "others": others})
+                make = functools.partial(self._make_groups, plan.t, dict(lengths), glob)
+                more, one, _ = search_one(records, make, f"{glob} ")
+                trials += more
+                low, best, high = map(axis.value, (one.low, one.best, one.high))
+                gains = not low <= lengths[glob] <= high
+                lengths[glob] = best if gains else lengths[glob]
+                results.append(GroupResult(glob, lengths[glob], low, high, one.mean, one.standard_error, gains))
+            return self._finish(
+                SweepReport(
+                    self.metric.label, self.minimize, axis, (*raw, *trials), found, why, (), settings, tuple(results),
+                    lengths if any(group.gains for group in results) else {},
+                ),
+                plan.t,
+            )  # fmt: skip
+
+    def _search(
+        self, axis: Axis, words: list[str], nbytes: int, records: Records, make: Make, prefix: str
+    ) -> tuple[list[Record], search.Estimate, str]:
+        """Search one length; `prefix` goes before the titles of its trials."""
+        at_once = None if self.disk is None else self.disk // nbytes
+        measure = functools.partial(self._measure, axis, make, words, records, at_once, prefix)
+        known = [trial for trial in _known(records, axis) if trial.target != RAW]
+        again = self.repeats > 1 or "{seed}" in self.command
+        return explore(axis, measure, known, self.minimize, self.budget, self.repeats, again)
 
     def _finish(self, report: SweepReport, t: float) -> SweepReport:
-        """Write the best average and the report; the former is verified where it is there already."""
+        """Write the best average and the report."""
         best = self.out / f"best{_suffix(self.layout)}"
-        if best.is_dir():
-            shutil.rmtree(best)
-        self.run.write(
-            report.best, best, t=t, method=self.method, dtype=self.dtype, layout=self.layout, overwrite=True,
-            progress=self.progress,
-        )  # fmt: skip
-        report = SweepReport(**{**vars(report), "outputs": (best,)})
+        if report.lengths:
+            self.run.write_groups([report.lengths], [best], t=t, overwrite=True, **self._options)
+        else:
+            self.run.write(report.best, best, t=t, overwrite=True, progress=self.progress, **self._options)
+        report = replace(report, outputs=(best,))
         report.write(self.out)
         return report
 
@@ -362,15 +424,11 @@ class Sweep:
         if (self.metric.json or self.metric.csv) and "{dir}" not in self.command:
             reason = "must have {dir}, the folder in which the file with the metric is looked for"
             raise InvalidValueError("run", reason, value=self.command)
-        least = len(self.axis.values) if self.axis is not None and self.axis.values else search.FIRST
-        for name, value, lowest in (
-            ("repeats", self.repeats, 1),
-            ("jobs", self.jobs, 1),
-            ("budget", self.budget, least),
-        ):
-            if value < lowest:
-                reason = f"must be at least {lowest}" + ", the first batch" * (name == "budget")
-                raise InvalidValueError(name, reason, value=value)
+        _check_counts(self.repeats, self.budget, self.axis)
+        if self.jobs < 1:
+            raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
+        if self.groups and self.axis is not None and self.axis.kind != "sigma_rel":
+            raise InvalidValueError("groups", "have lengths in sigma_rel", value=", ".join(self.groups))
         if self.timeout is not None and not self.timeout > 0:
             raise InvalidValueError("timeout", "must be above 0 seconds", value=f"{self.timeout:g}")
         if self.raw is not None and not self.raw.exists():
@@ -396,29 +454,43 @@ class Sweep:
             try:
                 yield
             finally:
+                end_leftovers(scratch)  # an interruption may come while a process starts
                 _remove(scratch)
 
+    @property
+    def _options(self) -> dict[str, Any]:
+        return {"method": self.method, "dtype": self.dtype, "layout": self.layout}
+
+    def _make(self, axis: Axis, t: float, values: Sequence[float]) -> list[tuple[Path, float | None]]:
+        """Averages in the scratch folder, with their predicted errors."""
+        targets = [axis.target(value) for value in values]
+        pattern = str(self.out / _SCRATCH / f"{{target}}{_suffix(self.layout)}")
+        made = self.run.write(targets, pattern, t=t, overwrite=True, progress=self.progress, **self._options)
+        assert made is not None
+        return [(path, made.plan.predicted_error(index)) for index, path in enumerate(made.outputs)]
+
+    def _make_groups(
+        self, t: float, lengths: dict[str, float], glob: str, values: Sequence[float]
+    ) -> list[tuple[Path, float | None]]:
+        """The same, of one group of tensors; the others have the lengths given."""
+        paths = [self.out / _SCRATCH / f"{value!r}{_suffix(self.layout)}" for value in values]
+        wanted = [lengths | {glob: value} for value in values]
+        errors = self.run.write_groups(wanted, paths, t=t, overwrite=True, **self._options)
+        return list(zip(paths, errors, strict=True))
+
     def _measure(
-        self, axis: Axis, t: float, words: list[str], records: Records, at_once: int | None,
+        self, axis: Axis, make: Make, words: list[str], records: Records, at_once: int | None, prefix: str,
         wanted: Sequence[tuple[float, int]],
     ) -> Iterator[Record]:  # fmt: skip
         """Synthesize values in one pass, as many as the disk may hold, and run the command for each."""
         values = list(dict.fromkeys(value for value, _ in wanted))
         size = max(1, at_once or len(values))
         for begin in range(0, len(values), size):
-            targets = [axis.target(value) for value in values[begin : begin + size]]
-            scratch = self.out / _SCRATCH
+            some, scratch = values[begin : begin + size], self.out / _SCRATCH
             with files.reported_as_write_error(scratch):
                 files.make_directory(scratch)
-            pattern = str(scratch / f"{{target}}{_suffix(self.layout)}")
-            made = self.run.write(
-                targets, pattern, t=t, method=self.method, dtype=self.dtype, layout=self.layout, overwrite=True,
-                progress=self.progress,
-            )  # fmt: skip
-            assert made is not None
-            errors = [made.plan.predicted_error(index) for index in range(len(targets))]
-            outputs = dict(zip(values[begin : begin + size], zip(made.outputs, errors, strict=True), strict=True))
-            jobs = [(axis.target(v).title, v, seed, *outputs[v]) for v, seed in wanted if v in outputs]
+            outputs = dict(zip(some, make(some), strict=True))
+            jobs = [(f"{prefix}{axis.target(v).title}", v, seed, *outputs[v]) for v, seed in wanted if v in outputs]
             yield from self._evaluate(jobs, words, records)
             _remove(scratch)
 
@@ -428,7 +500,7 @@ class Sweep:
         """Run the command for each (target, value, seed, weights, predicted error), and write the outcomes down."""
         evaluations = []
         for target, value, seed, weights, _ in wanted:
-            name = f"{target.replace(' ', '-')}-seed-{seed}"
+            name = re.sub(r"[^\w.-]", "-", f"{target}-seed-{seed}")
             folder = self.out / _SCRATCH / f"trial-{name}"
             files.make_directory(folder)
             filled = {"weights": str(weights), "sigma_rel": repr(value), "seed": str(seed), "dir": str(folder)}
@@ -446,12 +518,16 @@ class Sweep:
             yield record
 
 
-def _within(axis: Axis, trial: Record) -> bool:
-    if trial.target == RAW:
-        return True
-    if not trial.target.startswith(f"{axis.kind} "):
-        return False
-    return trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high
+def _known(records: Records, axis: Axis) -> list[Record]:
+    """What was measured before and belongs to the search; of a trial that was made twice the last one."""
+
+    def within(trial: Record) -> bool:
+        if trial.target != RAW and f" {axis.kind} " not in f" {trial.target}":
+            return False
+        return trial.target == RAW or (trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high)
+
+    trials = {(trial.target, trial.seed): trial for trial in records.read()}
+    return [trial for trial in trials.values() if trial.value is not None and within(trial)]
 
 
 def _check_counts(repeats: int, budget: int, axis: Axis | None) -> None:

@@ -22,6 +22,8 @@ _MARK = "EMA_TRIAL"
 _GRACE = 0.5
 """Seconds between SIGTERM and SIGKILL."""
 _TICK = 0.01
+_ROUNDS = 50
+"""Of looking for processes that must end; one that waits for a dead file system never does."""
 _LONGEST_LOG = 1_000_000
 _END_OF_LOG = 300
 
@@ -77,8 +79,9 @@ def run_all(
     finally:
         for _, process in running.values():
             process.signal(signal.SIGTERM)
+        until = time.monotonic() + _GRACE
         for _, process in running.values():
-            process.end()
+            process.end(until)
 
 
 def end_leftovers(folder: Path) -> None:
@@ -105,12 +108,12 @@ class _Process:
     def outcome(self, metric: Metric, timeout: float | None) -> Outcome | None:
         """What has come of it; None while it runs."""
         seconds = time.monotonic() - self._started
-        if self._process is not None and not self._has_ended():
+        if self._process is not None and self._process.poll() is None:
             if timeout is None or seconds < timeout:
                 return None
             self.signal(signal.SIGTERM)
             self._error = f"took more than {timeout:g} s"
-        self.end()
+        self.end(time.monotonic() + _GRACE)
         code = 0 if self._process is None else self._process.returncode
         if not self._error and code:
             self._error = f"ended by signal {-code}" if code < 0 else f"ended with exit code {code}"
@@ -125,25 +128,20 @@ class _Process:
         return Outcome(value, standard_error, seconds, message)
 
     def signal(self, number: int) -> None:
-        """Send a signal to the whole group. Its leader is not reaped before `end`, so that no other can have its id."""
-        if self._process is not None and self._process.returncode is None:
+        """Send a signal to the whole group, which keeps its id while it has members, also without its leader."""
+        if self._process is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
 
-    def end(self) -> None:
-        """End what is left of it: SIGKILL, where SIGTERM has not been enough in a moment."""
-        if self._process is None or self._process.returncode is not None:
+    def end(self, until: float) -> None:
+        """End what is left of it: SIGKILL, where it has not ended by itself by then."""
+        if self._process is None:
             return
-        until = time.monotonic() + _GRACE
-        while not self._has_ended() and time.monotonic() < until:
+        while self._process.poll() is None and time.monotonic() < until:
             time.sleep(_TICK)
         self.signal(signal.SIGKILL)
         _kill_marked(f"{_MARK}={self._mark}")
         self._process.wait()
-
-    def _has_ended(self) -> bool:
-        assert self._process is not None
-        return os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
 
     def _path(self, ending: str) -> Path:
         return self._evaluation.log.with_name(self._evaluation.log.name + ending)
@@ -164,8 +162,7 @@ def _kill_marked(mark: str) -> None:
     """Kill processes whose environment has a variable that begins so; where the system shows environments."""
     if not sys.platform.startswith("linux"):
         return
-    found = True
-    while found:  # a process may start another while this looks
+    for _ in range(_ROUNDS):  # a process may start another while this looks
         found = False
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -173,6 +170,9 @@ def _kill_marked(mark: str) -> None:
                 if int(folder.name) != os.getpid() and any(v.startswith(os.fsencode(mark)) for v in variables):
                     os.kill(int(folder.name), signal.SIGKILL)
                     found = True
+        if not found:
+            return
+        time.sleep(_TICK)
 
 
 def split_command(command: str) -> list[str]:

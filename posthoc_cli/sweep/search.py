@@ -32,13 +32,13 @@ CONFIDENCE = 0.95
 
 _LENGTHS = (0.1, 0.2, 0.4, 0.8)
 """Of the kernel, as a fraction of the range."""
-_SIZES = (0.01, 0.03, 0.1, 0.3, 1.0)
+_SIZES = (0.01, 0.1, 0.3, 1.0, 3.0)
 """Standard deviation of what is not quadratic; this and the following relative to the spread of the values."""
 _NOISES = (0.003, 0.01, 0.03, 0.1, 0.2, 0.4, 0.8)
 """Standard deviation of the noise, where no standard errors are given."""
 _OFFSETS = (0.0, 0.1, 1.0)
 """Standard deviation of what a seed adds to all its trials."""
-_TRENDS = (10.0, 3.0, 3.0)
+_TRENDS = (10.0, 1.0, 1.0)
 """Prior standard deviations of the quadratic's coefficients."""
 _DRAWS, _MIXED = 1024, 32
 _LEAST_NOISE = 1e-3
@@ -136,17 +136,18 @@ def first_batch(low: float, high: float, count: int = FIRST) -> list[float]:
 def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repeat: bool = False) -> list[float]:
     """Up to `count` parameters to measure next: quantiles of where the best may be.
 
-    With `repeat`, one that is next to a measured parameter is that parameter, to be measured with another seed.
+    With `repeat`, and where the metric differs by less than the noise from end to end of the range, one that is next to
+    a measured parameter is that parameter, to be measured with another seed.
     """
     width = math.log(found.xs[-1] / found.xs[0])
     known = np.array(sorted({trial.x for trial in trials}))
+    within = found.curve[(found.xs >= found.low) & (found.xs <= found.high)]
+    flat = repeat and found.noise > float(np.ptp(within))
     wanted: list[float] = []
     for part in (np.arange(count) + 0.5) / count:
         x = float(np.quantile(found.optima, part))
         nearest = float(known[np.argmin(np.abs(np.log(known / x)))])
-        if repeat and abs(math.log(nearest / x)) < _SAME * width:
-            x = nearest
-        wanted.append(x)
+        wanted.append(nearest if flat and abs(math.log(nearest / x)) < _SAME * width else x)
     return list(dict.fromkeys(wanted))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,36 @@ def test_figures_go_to_the_accelerators_own_loggers(tmp_path: Path) -> None:
     training.ema.close()
     assert [step for step, _ in logger.logged][-1] == 5
     assert {"ema/t", "ema/snapshot_bytes"} <= logger.logged[-1][1].keys()
+
+
+GROUP = """
+import sys, warnings; warnings.simplefilter("ignore")
+from pathlib import Path
+import torch
+from integrations.test_accelerate import Training
+folder = Path(sys.argv[1])
+training = Training(folder)
+training.run()
+assert training.ema.step == 5
+with training.ema.model(training.model, 0.2) as averaged:
+    found = {name.removeprefix("module."): value.detach().clone() for name, value in averaged.named_parameters()}
+torch.save([training.weights, found], folder / f"made-{training.accelerator.process_index}.pt")
+training.ema.close()
+"""
+
+
+@pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
+def test_two_processes_have_one_average(tmp_path: Path) -> None:
+    with socket.create_server(("localhost", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    group["PYTHONPATH"] = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
+    command = [sys.executable, "-c", GROUP, str(tmp_path)]
+    processes = [subprocess.Popen(command, env=os.environ | group | {"RANK": r, "LOCAL_RANK": r}) for r in "01"]
+    assert [process.wait(250) for process in processes] == [0, 0]
+    (weights, first), (_, second) = (torch.load(tmp_path / f"made-{rank}.pt") for rank in "01")
+    assert distance(first, exact(weights, 0.2)) < 1e-6
+    assert distance(second, first) == 0
 
 
 def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -12,8 +12,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import groups
 import pytest
 import torch
+from groups import check_group
 
 pytest.importorskip("transformers", reason="transformers is not installed: make integrations installs it")
 pytest.importorskip("accelerate", reason="accelerate is not installed: make integrations installs it")
@@ -25,6 +27,7 @@ from transformers import LlamaForCausalLM, Trainer
 from posthoc_cli import PostHocEMA, Run, Schedule
 from posthoc_cli.errors import InvalidValueError, MismatchError, NotReadyError
 from posthoc_cli.integrations.transformers import PostHocCallback
+from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.directory import read_directory
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
@@ -173,6 +176,52 @@ def test_replicas_in_two_processes_evaluate_one_average(tmp_path: Path) -> None:
     model.load_state_dict({name: value.float() for name, value in exact(weights[0][:8], 0.2).items()}, strict=False)
     assert found[8] == pytest.approx(loss(model, tmp_path), rel=1e-5)
     assert Run(tmp_path / "ema").step == 10
+
+
+SHARDED = """
+from types import SimpleNamespace
+from posthoc_cli.integrations.transformers import PostHocCallback
+
+class Loop:  # of a trainer, whose own runs no model of fully_shard on the CPU
+    def __init__(self):
+        self.model = groups.spread(groups.Net(), "fsdp")
+        self.callback = PostHocCallback(folder / "ema", 0.28, update_every=1, checkpoint_every=4, checkpoint_dtype=None)
+        self.control = SimpleNamespace(should_log=False)
+
+    def evaluate_both(self): ...
+    evaluate = evaluate_both
+
+    def log(self, values):
+        print(sorted(values)[:1])
+
+    def _inner_training_loop(self, state, resume_from_checkpoint, first, last):
+        self.callback.on_train_begin(None, state, self.control, model=self.model)
+        for step in range(first, last + 1):
+            groups.move(self.model, step)
+            self.callback.on_step_end(None, state, self.control, model=self.model)
+            if step == 6:
+                self._save_checkpoint(state, folder / "checkpoint-6")
+
+    def _save_checkpoint(self, state, output_dir):
+        state.stateful_callbacks["PostHocCallback"] = self.callback.state()
+        self.callback.on_save(None, state, self.control, model=self.model)
+
+state = SimpleNamespace(stateful_callbacks={}, is_world_process_zero=rank == 0)
+Loop()._inner_training_loop(state, None, 1, 9)
+loop = Loop()  # after an exception: the first one is still open
+loop._inner_training_loop(state, str(folder / "checkpoint-6"), 7, 10)
+weights = loop.callback.ema.state_dict(0.28, full=True)
+if rank == 0:
+    torch.save({name: value for name, value in weights.items()}, folder / "made.pt")
+loop.callback.on_train_end(None, state, loop.control)
+"""
+
+
+@heavy
+def test_a_sharded_model_continues_from_the_snapshots_of_its_checkpoint(tmp_path: Path) -> None:
+    check_group("import torch\n" + SHARDED, 2, tmp_path)
+    made = torch.load(tmp_path / "made.pt")
+    assert distance(made, groups.truth(gamma_from_sigma_rel(0.28), list(range(1, 11)))) < 1e-6
 
 
 def test_several_evaluation_sets_and_figures_in_the_log(tmp_path: Path) -> None:

@@ -153,15 +153,19 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
     assert re.search(r"ema synthesize \S+ --decay linear --over 0\.\d+ --out", page)
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"settings": {"run": 1}, "curve": [{}], "axis": "beta"}', "nan"])
-def test_what_is_no_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, content: str) -> None:
-    path = tmp_path / "sweep.json"
-    path.write_text(content)
+HARMS: dict[str, Any] = {
+    "settings": None, "curve": [], "trials": [{}], "mean": "x", "equal_within_noise": [0.1], "best": {}, "axis": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("harm", ["empty", "list", *HARMS])
+def test_what_is_no_sweep_is_refused(swept: tuple[Run, Path], tmp_path: Path, harm: str) -> None:
+    run, out = swept
+    path, result = tmp_path / "sweep.json", json.loads((out / "sweep.json").read_text())
+    texts = {"empty": "", "list": "[]"}
+    path.write_text(texts.get(harm) if harm in texts else json.dumps(result | {harm: HARMS[harm]}))
     with refused(str(path), "no result of a sweep", kind=FileFormatError):
-        render(swept[0], tmp_path)
-    path.unlink()
-    with refused(str(path), kind=FileFormatError):
-        render(swept[0], tmp_path)
+        render(run, tmp_path)
 
 
 def test_a_sweep_of_another_run_is_refused(swept: tuple[Run, Path], tmp_path: Path) -> None:

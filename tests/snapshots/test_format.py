@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +18,12 @@ import safetensors.numpy
 import safetensors.torch
 import torch
 import xxhash
-from factories import OTHER_RUN_ID, RUN_ID, exact_gamma, make_info, write_snapshot
+from factories import OTHER_RUN_ID, RUN_ID, exact_average, exact_gamma, make_info, write_snapshot
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
+from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.reconstruction import Distance, Measurements, Motion
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.format import OutputInfo, output_metadata
@@ -220,3 +223,43 @@ def test_names_that_look_like_the_format_itself_do_no_harm(tmp_path: Path) -> No
         name: [float(k)] * 2 for k, name in enumerate(tricky)
     }
     assert safetensors.torch.load_file(path).keys() == values.keys()
+
+
+FORMAT_1 = Path(__file__).parent / "format_1"
+"""Files of release 0.2.0, never to be written again: a run of one process, one of two, a state and an output."""
+
+
+@pytest.mark.parametrize("run", ["run", "sharded"])
+def test_files_of_the_first_format_stay_readable(tmp_path: Path, run: str) -> None:
+    """40 steps, an update at every second one: w = sin(0.1 step + 0 .. 11), b = cos(0.1 step + 0 .. 3) in bfloat16."""
+    folder = tmp_path / "run"
+    shutil.copytree(FORMAT_1 / run, folder)
+    found = Run(folder)
+    assert all(report.is_fine for report in found.check().files)
+    steps = np.arange(2, 41, 2)
+    values = np.sin(0.1 * steps[:, None] + np.arange(12)).reshape(-1, 3, 4)
+    for sigma_rel in (0.05, 0.28):
+        weights = found.average(sigma_rel)
+        np.testing.assert_allclose(weights["w"], exact_average(values, sigma_rel, steps), atol=2**-11)  # float16
+        assert weights["count"] == 40
+    if run == "run":
+        assert torch.equal(weights["tied"], weights["w"])
+        biases = np.cos(0.1 * steps[:, None] + np.arange(4))
+        assert weights["b"].dtype == torch.bfloat16
+        np.testing.assert_allclose(weights["b"].float(), exact_average(biases, 0.28, steps), atol=2**-8)
+
+
+def test_an_output_and_a_state_of_the_first_format_stay_readable(tmp_path: Path) -> None:
+    shutil.copytree(FORMAT_1, tmp_path / "files")
+    output = load_file(tmp_path / "files/output.safetensors")
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(3, 4))
+    model.tied = model.w
+    model.b = torch.nn.Parameter(torch.zeros(4, dtype=torch.bfloat16))
+    model.register_buffer("count", torch.zeros((), dtype=torch.int64))
+    with PostHocEMA.from_model(
+        model, tmp_path / "files/run", sigma_rels=(0.05, 0.28), update_every=2, checkpoint_every=20
+    ) as ema:
+        ema.load_state(tmp_path / "files/state.safetensors")
+        assert ema.step == 40
+        np.testing.assert_allclose(ema.state_dict(0.28)["w"], output["w"], atol=2**-11)
