@@ -95,7 +95,7 @@ def test_a_tracked_average_needs_no_disk(
     def refuse(*_: object) -> None:
         raise AssertionError("the disk was looked at")
 
-    for name in ("reader.read_header", "reader._open"):
+    for name in ("reader.read_header", "reader.open_regular"):
         monkeypatch.setattr(f"posthoc_cli.snapshots.{name}", refuse)
     monkeypatch.setattr(Path, "iterdir", refuse)
     with caplog.at_level(logging.INFO), run.tracker.averaged(run.model, tracked=0.05) as averaged:
