@@ -1,9 +1,9 @@
 """Checkpoints and averages that other programs wrote, opened as sources of a synthesis. Nothing in a file is executed.
 
 A file is read once for its index: where in it the bytes of each tensor are. A synthesis then streams these bytes, as it
-does those of snapshots. `pickles` and `archives` find the tensors of pickled files, `formats` those of any file,
-`distributed` those of a folder of chunks; `layouts` knows how libraries name files, steps and tensors; `opening` makes
-a run of them.
+does those of snapshots. `pickles` and `archives` find the tensors of pickled files, `tensor_files` those of any file,
+`contents` those of a model in one file or several; `opening` knows how libraries name files, steps and tensors, and
+makes a run of `checkpoint`s. `imported` and `comparing` are what `ema import` and `ema diff` do.
 """
 
 KINDS = ("snapshots", "checkpoints", "dcp", "torchtitan", "ema-pytorch", "posthoc-ema", "edm2")
