@@ -403,16 +403,16 @@ def _warn_of_poor_targets(plan: Plan, candidate: Candidate) -> None:
     if not poor:
         return
     titles = [plan.targets[index].title for index in poor]
-    curve = error_curve(candidate, t=plan.t, method=plan.method)
+    below = error_curve(candidate, t=plan.t, method=plan.method).ranges_text(POOR_ERROR)
     log.warning(
-        "%s: predicted error %s%.2g %% from the %d snapshots up to t = %g%s; below 1 %% for sigma_rel %s",
+        "%s: predicted error %s%.2g %% from the %d snapshots up to t = %g%s; %s",
         ", ".join(titles[:5]) + (f" and {len(poor) - 5} more" if len(poor) > 5 else ""),
         "up to " * (len(poor) > 1),
         100 * float(errors[poor].max()),
         sum(profile.t <= plan.t for profile in candidate.snapshots),
         plan.t,
         f", if {candidate.assumption}" if candidate.assumption else "",
-        curve.ranges_text(POOR_ERROR) or "no value",
+        f"below 1 % for sigma_rel {below}" if below else "no sigma_rel is below 1 %",
     )
 
 
