@@ -44,7 +44,7 @@ from posthoc_cli.tracker.settings import Progress, Settings, is_in_group
 from posthoc_cli.tracker.sharding import Members
 from posthoc_cli.tracker.snapshotter import Snapshotter
 from posthoc_cli.tracker.state import Tracking
-from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, take_one_thread
+from posthoc_cli.tracker.worker import ALONE, Crew, Pace, Worker, divisor, end_threads, take_one_thread
 
 
 @dataclass(frozen=True)
@@ -433,7 +433,8 @@ def _same_place(one: Path, other: Path) -> bool:
 
 @atexit.register
 def finish() -> None:
-    """Finish the work of every tracker when the process ends."""
+    """Finish the work of every tracker, and the threads, when the process ends."""
     for pipeline in list(_at_work):
         pipeline.end()
         pipeline.flush()
+    end_threads()

@@ -192,11 +192,29 @@ class Worker:
         self._queue.put(cast("Job[object]", job))
         if self._vacancy:
             serve = (self._queue, self._vacancy, self._begin)
+            thread = threading.Thread(target=_serve, args=serve, name=f"ema-{self._name}", daemon=True)
+            _threads[thread] = self._queue
             try:
-                threading.Thread(target=_serve, args=serve, name=f"ema-{self._name}", daemon=True).start()
+                thread.start()
             except RuntimeError:  # at the end of the process, Python 3.12 and later start no thread
                 self._queue.put(None)
                 _serve(*serve)
+
+
+_threads: weakref.WeakKeyDictionary[threading.Thread, SimpleQueue[Job[object] | None]] = weakref.WeakKeyDictionary()
+"""Threads of all workers, with the queues that they serve."""
+
+
+def end_threads() -> None:
+    """End the threads of all workers when their jobs are done.
+
+    A thread that still freed tensors while the interpreter ends would abort the process: it gets the interpreter's lock
+    no more, and torch's C++ code cannot be unwound.
+    """
+    for thread, queue in list(_threads.items()):
+        if thread.is_alive():
+            queue.put(None)
+            thread.join()
 
 
 def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None], begin: Callable[[], None]) -> None:

@@ -6,6 +6,9 @@ Whatever reads averages or stops an update, what is there is of one update; `mak
 from __future__ import annotations
 
 import random
+import subprocess
+import sys
+import textwrap
 import threading
 from contextlib import suppress
 from pathlib import Path
@@ -213,3 +216,20 @@ def test_reading_changes_no_later_bit(tmp_path: Path) -> None:
         assert states[0][kind].keys() == {"0.05", "0.28"}
         for key, tensors in states[0][kind].items():
             assert_same_tensors(states[1][kind][key], tensors)
+
+
+def test_the_end_of_the_process_waits_until_threads_have_freed_what_they_hold() -> None:
+    """A thread that frees a tensor while the interpreter ends aborts the process: exit code 134."""
+    code = """
+        import time
+        from posthoc_cli.tracker.pipeline import Worker
+        class Large:
+            def __del__(self):
+                time.sleep(0.5)
+                print("freed", flush=True)
+        worker = Worker("large")
+        worker.submit(Large)
+        worker.wait()
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert done.stdout == "freed\n"
