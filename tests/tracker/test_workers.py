@@ -225,11 +225,14 @@ def test_the_end_of_the_process_waits_until_threads_have_freed_what_they_hold() 
         from posthoc_cli.tracker.pipeline import Worker
         class Large:
             def __del__(self):
-                time.sleep(0.5)
+                time.sleep(1)
                 print("freed", flush=True)
+        def make():
+            time.sleep(0.2)  # by then only the thread holds the job
+            return Large()
         worker = Worker("large")
-        worker.submit(Large)
-        worker.wait()
+        worker.submit(make)
+        time.sleep(0.4)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
     assert done.stdout == "freed\n"
