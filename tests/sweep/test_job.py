@@ -175,9 +175,13 @@ def test_ctrl_c_stops_at_once_and_keeps_what_was_measured(run: Run, tmp_path: Pa
         stopped.append(time.monotonic())
         os.kill(os.getpid(), signal.SIGINT)
 
+    usual = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist ignores it
     threading.Thread(target=stop).start()
-    with pytest.raises(KeyboardInterrupt):
-        swept(run, out, command, axis=GRID)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            swept(run, out, command, axis=GRID)
+    finally:
+        signal.signal(signal.SIGINT, usual)
     assert time.monotonic() - stopped[0] < 5  # within 1 s where nothing else runs
     assert not alive(tmp_path / "hangs")
     assert names(out) == {"logs", "trials.jsonl", ".ema.lock"}
