@@ -7,7 +7,9 @@ Runs in an empty folder, with the interpreter of an environment that has the whe
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -29,9 +31,10 @@ def main() -> None:
         ema(folder, "demo", "--steps", "300", "--out", "demo")
         program = "\n".join([TRAINING, *(text for language, text in blocks if language == "python")])
         subprocess.run([sys.executable, "-c", program], cwd=folder, check=True)
+        Path(folder, "eval.py").write_text(EVALUATION)
         for language, text in blocks:
             for line in re.findall(r"^\$ ema (.*?)\s*(?:#.*)?$", text, re.MULTILINE) if language == "console" else ():
-                ema(folder, *line.split())
+                ema(folder, *shlex.split(line))
     print(
         f"posthoc-cli {posthoc_cli.__version__} works with Python {sys.version.split()[0]}, torch {torch.__version__}"
     )
@@ -39,9 +42,13 @@ def main() -> None:
 
 def ema(folder: str, *arguments: str) -> None:
     """Run the installed command."""
-    command = [str(Path(sys.executable).with_name("ema")), *arguments]
+    programs = Path(sys.executable).parent
+    path = f"{programs}{os.pathsep}{os.environ['PATH']}"  # as in an activated environment
     print("$ ema", *arguments, flush=True)
-    subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    subprocess.run(
+        [str(programs / "ema"), *arguments],
+        cwd=folder, check=True, stdout=subprocess.DEVNULL, env={**os.environ, "PATH": path},
+    )  # fmt: skip
 
 
 TRAINING = """
@@ -56,6 +63,13 @@ def evaluate(network):
     network(loader[0])
 """
 """What the README's code finds defined."""
+
+EVALUATION = """
+import json, sys
+from safetensors.torch import load_file
+print(json.dumps({"loss": load_file(sys.argv[2])["weight"].square().sum().item()}))
+"""
+"""The README's `eval.py`."""
 
 
 if __name__ == "__main__":
