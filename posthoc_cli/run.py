@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.description import describe_checkpoints
+from posthoc_cli.checkpoints.checkpoint import describe_checkpoints
 from posthoc_cli.checkpoints.opening import (
-    NOTHING_SAID,
+    UNSPECIFIED,
     Origin,
     check_claims,
     holds_checkpoints,
@@ -121,7 +121,7 @@ class Run:
     """
 
     def __init__(
-        self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = NOTHING_SAID, **fields: Any
+        self, directory: str | Path, *, also: str | Path | None = None, origin: Origin = UNSPECIFIED, **fields: Any
     ) -> None:
         self.directory = files.expanded(Path(directory))
         self.also, self.origin = also, replace(origin, **fields)
@@ -442,7 +442,7 @@ def error_report(
     profile_error: bool = False,
     table: Path | None = None,
     overwrite: bool = False,
-    origin: Origin = NOTHING_SAID,
+    origin: Origin = UNSPECIFIED,
 ) -> ErrorReport:
     """Error curves of runs and of schedules, as `ema error-plot` draws them.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -15,6 +16,7 @@ from posthoc_cli.dtypes import DTYPES, EPS
 from posthoc_cli.errors import FileFormatError, MismatchError, shown
 from posthoc_cli.profiles import Point, PowerFunction, StoredProfile
 from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.description import describe_tensors
 from posthoc_cli.snapshots.measurements import run_clock
 from posthoc_cli.snapshots.reader import OpenSnapshot, Part, Snapshot
 
@@ -69,7 +71,7 @@ class Checkpoint:
         return self._snapshot.cells(name)
 
     def open(self) -> OpenSnapshot:
-        """Open it; a FileFormatError if a file is not the one that was looked at."""
+        """Open it; a FileFormatError if a file has changed since it was indexed."""
         only = self.parts[0]
         whole = len(self.parts) == 1 and all(
             only.boxes[name].shape == entry.shape for name, entry in self.stored.items()
@@ -245,3 +247,27 @@ def _check_alike(first: Checkpoint, other: Checkpoint) -> None:
         if len(roles) > 1:
             words = [DTYPES[one.stored[name].dtype].torch_name for one in (first, other)]
             raise MismatchError(f"tensor {shown(name)} of {pair}", f"is of {words[0]} and of {words[1]}")
+
+
+def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Times, tensors and sizes from the indexes of files alone, for JSON; its kind is "checkpoints"."""
+    newest = checkpoints[-1]
+    return {
+        "kind": "checkpoints",
+        "path": str(place),
+        "t_unit": newest.info.t_unit,
+        "t": newest.info.t,
+        "step": newest.info.step,
+        **describe_tensors(newest),
+        "bytes": sum(one.header.file_bytes for one in checkpoints),
+        "checkpoints": [
+            {
+                "file": one.name,
+                "t": one.info.t,
+                "holds": one.holds,
+                "bytes": one.header.file_bytes,
+                "identity": one.header.metadata["ema.checksum"],
+            }
+            for one in checkpoints
+        ],
+    }

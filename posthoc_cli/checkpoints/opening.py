@@ -1,7 +1,7 @@
 """Open a directory, files or folders as the sources of a run, whatever wrote them.
 
-The kind of a directory is found by its names and contents, or said by the user. Steps come from what a checkpoint says
-about itself, else from its name; never from the order or the age of files.
+The kind of a directory is recognised by its names and contents, or given by the user. Steps come from a checkpoint's
+content, else from its name; never from the order or the age of files.
 """
 
 from __future__ import annotations
@@ -80,10 +80,10 @@ class Origin:
         return fmt.make_selection(False, self.include, self.exclude, "copy")
 
 
-NOTHING_SAID = Origin()
+UNSPECIFIED = Origin()
 
 
-def open_checkpoints(place: str | Path, origin: Origin = NOTHING_SAID) -> list[Checkpoint]:
+def open_checkpoints(place: str | Path, origin: Origin = UNSPECIFIED) -> list[Checkpoint]:
     """The checkpoints in a directory, or those that a glob names, by time. Reads headers, indexes and pickles only.
 
     Raises:

@@ -80,7 +80,7 @@ def sweep(
     Makes averages of several lengths in one pass, runs the command for each, and goes on where the best may be, until
     it is known within the noise of the metric. The lengths in the range that it states are equal within the noise.
 
-    A standard error beside the metric (acc_stderr) counts as its noise. A trial that fails is told, and is no value.
+    A standard error beside the metric (acc_stderr) counts as its noise. A failed trial is reported and does not count.
     The same call goes on where an earlier one has stopped. All is in OUT: trials.jsonl, sweep.json, logs, best.
     """
     from posthoc_cli.run import Run

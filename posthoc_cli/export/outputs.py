@@ -7,6 +7,7 @@ import io
 import os
 import re
 import shutil
+import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
@@ -20,7 +21,6 @@ from huggingface_hub import split_state_dict_into_shards_factory
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError, shown
-from posthoc_cli.export.distributed_sink import DistributedSink
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PART_NAME
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, output_metadata
@@ -249,7 +249,7 @@ def make_sink(
     if layout == "pt":
         return _TorchSink(path, specs, options.overwrite)
     if layout == "dcp":
-        return DistributedSink(path, specs, options.overwrite)
+        return _DcpSink(path, specs, options.overwrite)
     if layout == "sharded":
         return _ShardedSink(path, specs, metadata, options)
     return _FileSink(TensorFileWriter(path, specs, metadata, options.overwrite))
@@ -432,16 +432,15 @@ def _model_files(folder: Path) -> list[Path]:
     return sorted(path for path in found if path.name == INDEX_NAME or MODEL_FILE.fullmatch(path.name))
 
 
-# --- .pt ---------------------------------------------------------------------------------------------
+# --- layouts that take all tensors at once -------------------------------------------------------------
 
 
-class _TorchSink:
-    """A .pt state dict. torch.save takes all of it at once, so this layout holds the model in memory."""
+class _MemorySink:
+    """Collects the tensors in memory, for a library that writes a model in one call."""
 
-    def __init__(self, path: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
+    def __init__(self, specs: Sequence[TensorSpec]) -> None:
         self._tensors: dict[str, torch.Tensor] = {}
         self._specs = {spec.name: spec for spec in specs}
-        self._file = files.PendingFile(path, overwrite)
 
     def write(self, name: str, tensor: torch.Tensor) -> None:
         self._tensors[name] = tensor.cpu()
@@ -454,6 +453,14 @@ class _TorchSink:
                     tensor = torch.empty(spec.shape, dtype=torch_dtype(spec.dtype), device="cpu")
                 self._tensors |= dict.fromkeys(names[name], tensor)
         return TensorTile([self._tensors[name] for name in tile.names], tile)
+
+
+class _TorchSink(_MemorySink):
+    """A .pt state dict."""
+
+    def __init__(self, path: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
+        super().__init__(specs)
+        self._file = files.PendingFile(path, overwrite)
 
     def commit(self) -> None:
         stream = _Stream(self._file)
@@ -471,6 +478,49 @@ class _TorchSink:
 
     def discard(self) -> None:
         self._file.discard()
+
+
+_DCP_METADATA = ".metadata"
+
+
+class _DcpSink(_MemorySink):
+    """A folder of torch.distributed.checkpoint, which appears complete or not at all."""
+
+    def __init__(self, folder: Path, specs: Sequence[TensorSpec], overwrite: bool) -> None:
+        if os.path.lexists(folder) and not (folder.is_dir() and not folder.is_symlink()):
+            raise OutputExistsError(folder, "is no folder, which this layout needs", "choose another name")
+        there = list(folder.iterdir()) if folder.is_dir() else []
+        if there and not (overwrite and _is_dcp_folder(there)):
+            what = "holds a model already" if _is_dcp_folder(there) else "holds something else"
+            raise OutputExistsError(folder, what, "choose another folder, or overwrite=True to replace a model")
+        super().__init__(specs)
+        self._folder, self._made = folder, files.temporary_path(folder.parent)
+
+    def commit(self) -> None:
+        from torch.distributed.checkpoint.api import CheckpointException  # slow to import
+        from torch.distributed.checkpoint.state_dict_saver import save
+
+        with files.reported_as_write_error(self._folder), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that there is only one process
+            try:
+                save(self._tensors, checkpoint_id=str(self._made), no_dist=True)
+            except CheckpointException as error:
+                cause = next(iter(error.failures.values()))[0]
+                raise cause if isinstance(cause, OSError) else error from error
+            old = files.temporary_path(self._folder.parent)
+            if self._folder.exists():
+                files.system.rename(self._folder, old)
+            files.system.rename(self._made, self._folder)
+            files.system.fsync_directory(self._folder.parent)
+            shutil.rmtree(old, ignore_errors=True)
+
+    def discard(self) -> None:
+        shutil.rmtree(self._made, ignore_errors=True)
+
+
+def _is_dcp_folder(entries: Sequence[Path]) -> bool:
+    names = {entry.name for entry in entries}
+    return _DCP_METADATA in names and all(name == _DCP_METADATA or name.endswith(".distcp") for name in names)
 
 
 class _Stream(io.RawIOBase):
@@ -492,6 +542,6 @@ class _Stream(io.RawIOBase):
         return len(view)
 
 
-Sink = _FileSink | _TorchSink | DistributedSink
+Sink = _FileSink | _TorchSink | _DcpSink
 """Takes the tensors of one target: complete (`write`), or in tiles, several at a time, in any threads (`open_tile`,
 given every name of each tensor, its own first). They appear by `commit`; `discard` removes what was not committed."""

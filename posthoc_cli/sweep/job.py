@@ -315,7 +315,7 @@ class Sweep:
         groups: globs on tensors' names, whose lengths are searched one after another when that of all is found.
         t, step, method, dtype, layout: as in `Run.write`.
         progress: opens a progress bar.
-        say: told of every trial.
+        say: called with a line about every trial.
     """
 
     run: Run

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 import numpy as np
 
 from posthoc_cli.checkpoints.checkpoint import beside_snapshots
-from posthoc_cli.checkpoints.opening import NOTHING_SAID, Origin, holds_checkpoints, is_glob, open_checkpoints
+from posthoc_cli.checkpoints.opening import UNSPECIFIED, Origin, holds_checkpoints, is_glob, open_checkpoints
 from posthoc_cli.dtypes import EPS, ITEM_BYTES, parse_dtype
 from posthoc_cli.errors import DirectoryError, InexactError, InvalidValueError, VanishedError
 from posthoc_cli.planning import Candidate, error_curve
@@ -57,7 +57,7 @@ class Source(Protocol):
         """
 
 
-def disk_sources(directory: str | Path, origin: Origin = NOTHING_SAID, also: str | Path | None = None) -> list[Source]:
+def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str | Path | None = None) -> list[Source]:
     """What a directory holds as sources: the snapshots of a tracker, else checkpoints.
 
     Arguments:

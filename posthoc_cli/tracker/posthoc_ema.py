@@ -141,7 +141,7 @@ class PostHocEMA:
         self._from_step, self._resumed_at = beginning.from_step, -1
         self._pending: Exception | None = None
         self._callbacks: list[Callable[[PostHocEMA], None]] = []
-        self._told = 0
+        self._reported = 0
         self._calls = Calls(self.checkpoint_dir)
         self._is_writer(model)
 
@@ -316,7 +316,7 @@ class PostHocEMA:
             self._calls.caller = threading.get_ident()
             self._advance(model, t)
         self._raise_pending()
-        self._tell()
+        self._run_callbacks()
 
     def attach(self, optimizer: torch.optim.Optimizer, t: Callable[[], float] | None = None) -> Attachment:
         """Call `update_` after every step of `optimizer`, with the model that this tracker was made with.
@@ -416,7 +416,7 @@ class PostHocEMA:
         try:
             self._pipeline.end()
             self.flush()
-            self._tell()
+            self._run_callbacks()
         finally:
             self._pipeline.close()
 
@@ -786,11 +786,11 @@ class PostHocEMA:
             self._callers = Callers.of_replicas(self.checkpoint_dir, keeps)
         return keeps
 
-    def _tell(self) -> None:
+    def _run_callbacks(self) -> None:
         """Call the callbacks if snapshots have become durable."""
         written = self._pipeline.written
-        if written != self._told:
-            self._told = written
+        if written != self._reported:
+            self._reported = written
             for callback in self._callbacks:
                 callback(self)
 
@@ -991,13 +991,6 @@ class PostHocEMA:
         """The model, if it is still there; of a sharded one it must be."""
         model = None if self._model is None else self._model()
         if self._members is not None and model is None:
-            raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
-        return model
-
-    def _sharded_model(self) -> torch.nn.Module:
-        """The model, whose parameters say where each chunk belongs."""
-        model = None if self._model is None else self._model()
-        if model is None:
             raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
         return model
 
