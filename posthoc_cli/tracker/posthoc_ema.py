@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import secrets
 import threading
 import types
@@ -20,18 +19,17 @@ import torch
 from posthoc_cli.dtypes import EPS
 from posthoc_cli.errors import InvalidValueError, NonFiniteError, NotReadyError, PostHocError
 from posthoc_cli.planning import Candidate, Schedule, error_curve
-from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.reconstruction import ROUNDING
-from posthoc_cli.run import Run, Wanted, Weights, make_weights
+from posthoc_cli.run import Run, Wanted, Weights
 from posthoc_cli.snapshots import states
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import Selection, check_globs, make_selection, of_newest_segment
 from posthoc_cli.snapshots.measurements import chosen_up_to
 from posthoc_cli.snapshots.states import StateInfo
-from posthoc_cli.synthesis.plan import Plan, Source, plan_synthesis, source_prior, with_consistent_plan
-from posthoc_cli.targets import as_target
+from posthoc_cli.synthesis.plan import Source, plan_synthesis, source_prior, with_consistent_plan
 from posthoc_cli.tracker import model_weights, state
 from posthoc_cli.tracker.averages import RunningAverages
+from posthoc_cli.tracker.evaluation import Evaluation, Query
 from posthoc_cli.tracker.model_tensors import (
     ModelTensors,
     ModelWatch,
@@ -42,7 +40,7 @@ from posthoc_cli.tracker.model_tensors import (
     is_swapped,
     nonfinite_name,
 )
-from posthoc_cli.tracker.model_weights import check_device, check_weights, fill, fill_model, in_block, swapped_in
+from posthoc_cli.tracker.model_weights import check_device, fill, fill_model, in_block, swapped_in
 from posthoc_cli.tracker.names import named_tensors
 from posthoc_cli.tracker.optimizer import Attachment, attach
 from posthoc_cli.tracker.pipeline import Pipeline, wait_for_writers
@@ -56,26 +54,17 @@ from posthoc_cli.tracker.settings import (
     make_schedule,
 )
 from posthoc_cli.tracker.sharded_weights import (
-    SharedPlan,
     as_dtensors,
     check_steps,
     from_all,
     from_first,
-    from_keeper,
     gathered,
-    join_live,
-    make_chunks,
     together,
 )
-from posthoc_cli.tracker.sharding import Callers, Group, meet, mesh_of, reshard, share_out
+from posthoc_cli.tracker.sharding import Callers, Group, meet, mesh_of, share_out
 from posthoc_cli.tracker.snapshotter import (
-    LiveSource,
-    current_sources,
-    live_sources,
-    measured,
     run_snapshots,
     squared_norms,
-    with_older,
 )
 from posthoc_cli.tracker.state import Tracking
 from posthoc_cli.tracker.worker import Calls
@@ -486,8 +475,7 @@ class PostHocEMA:
         """
         if sigma_rel is not None:
             model = self._model_of_chunks()
-            group = self._gathered(model, alone)
-            made = self._weights(group, model, sigma_rel, t, step, dtype, method)
+            made = self._evaluation(model, alone).weights(model, Query(sigma_rel, t, step, dtype, method))
             if self._members is None or model is None:
                 return made
             return gathered(made, model, self._members) if full else as_dtensors(made, model)
@@ -586,10 +574,9 @@ class PostHocEMA:
             InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
-        group, own_dtypes = self._gathered(model, alone), dtype is None
-        weights = self._weights(group, model, sigma_rel, t, step, dtype, method)
-        if group is not None:
-            together(group, lambda: check_weights(model, weights, own_dtypes))
+        evaluation, own_dtypes = self._evaluation(model, alone), dtype is None
+        weights = evaluation.weights(model, Query(sigma_rel, t, step, dtype, method))
+        evaluation.check(model, weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
 
@@ -601,16 +588,10 @@ class PostHocEMA:
             InvalidValueError, ModelMismatchError: as in `model`; or `tracked` is no tracked profile.
             NotReadyError: there was no update yet, or none since `from_path`; or there is no `with`.
         """
-        index = self._tracked_index(tracked)
-        group = self._gathered(model, alone)
-        if group is None:
-            weights = self._live_weights(index)
-        elif self._members is None:
-            weights = from_keeper(group, partial(self._live_weights, index))
-        else:
-            weights = self._live_chunks(group, model, index)
-        if group is not None:
-            together(group, lambda: check_weights(model, weights))
+        index = self.settings.tracked_index(tracked)
+        evaluation = self._evaluation(model, alone)
+        weights = evaluation.live_weights(model, index)
+        evaluation.check(model, weights)
         with swapped_in(model, weights):
             yield model
 
@@ -633,13 +614,13 @@ class PostHocEMA:
         Raises:
             ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
         """
-        group, own_dtypes = self._gathered(model, alone), dtype is None
-        if group is None:
-            plan = partial(self._plan, sigma_rel, t, step, dtype, method)
-            with_consistent_plan(plan, lambda plan: fill_model(model, plan, device))
+        evaluation, own_dtypes = self._evaluation(model, alone), dtype is None
+        query = Query(sigma_rel, t, step, dtype, method)
+        if evaluation.group is None:
+            with_consistent_plan(partial(evaluation.plan, query), lambda plan: fill_model(model, plan, device))
             return
-        weights, meta = self._weights(group, model, sigma_rel, t, step, dtype, method), self._members is None
-        together(group, lambda: check_weights(model, weights, own_dtypes, meta))
+        weights = evaluation.weights(model, query)
+        evaluation.check(model, weights, own_dtypes, accept_meta=self._members is None)
         fill(model, weights, weights.items(), own_dtypes, check_device(device))
 
     def update_bn(self, model: torch.nn.Module, loader: Iterable[Any]) -> None:
@@ -664,13 +645,8 @@ class PostHocEMA:
         """
         from posthoc_cli import plots
 
-        if self._members is None:
-            candidate = self._candidate(self._sources())
-        else:
-            group = self._chunk_holders()
-            joined = self._joined_live(group)[1]
-            candidate = from_first(group, lambda: self._candidate(self._joined_sources(joined)))
-        curve = error_curve(candidate, sigma_range, method=method)
+        evaluation = self._evaluation(None, alone=self._members is None)
+        curve = error_curve(evaluation.of_sources(self._candidate), sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
     def _candidate(self, sources: list[Source]) -> Candidate:
@@ -865,49 +841,14 @@ class PostHocEMA:
                 known = loaded.snapshots | snapshotter.holding(loaded.averages, norms)
                 snapshotter.set_aside_others(loaded.progress.t, known)
 
-    # --- synthesis ---
+    # --- averages ---
 
-    def _sources(self) -> list[Source]:
-        """The snapshots and live averages that there are now."""
-        resumes = self._pipeline.now.resumes
-        if not resumes:  # else the writer, too, has only what is on disk
-            self._check_keeps()
-        self.flush()
-        return self._going_on(current_sources(self.checkpoint_dir, self.run_id, self._live_sources()))
-
-    def _going_on(self, sources: list[Source]) -> list[Source]:
-        """Without those that are later than where the run goes on from."""
-        if self._pipeline.now.resumes and self._from_step is not None:
-            return [source for source in sources if source.info.step <= self._from_step]
-        return sources
-
-    def _live_sources(self) -> list[LiveSource]:
-        return live_sources(self.settings, self._pipeline.read())
-
-    def _live_weights(self, index: int) -> Weights:
-        """The live average of the tracked profile of this index, under all names."""
-        self._check_keeps()
-        self.flush()
-        sources = self._live_sources()
-        if not sources:
-            raise self._not_yet("live average")
-        tensors, info = sources[index].tensors, sources[index].info
-        log.info("live average of sigma_rel %g at t = %.12g: exact", info.sigma_rel, info.t)
-        return Weights({**tensors, **{alias: tensors[name] for alias, name in info.aliases.items()}})
-
-    def _tracked_index(self, tracked: float) -> int:
-        """Which of the tracked profiles a width is."""
-        try:
-            wanted = check_sigma_rel(tracked)
-        except InvalidValueError as error:
-            raise InvalidValueError("tracked", error.reason, error.hint, value=error.value) from error
-        known = self.settings.sigma_rels
-        index = next((i for i, own in enumerate(known) if math.isclose(wanted, own, rel_tol=1e-6)), None)
-        if index is None:  # 0.05 of float32 is the same profile, and was found
-            reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}"
-            hint = f"for any other use model(model, sigma_rel={tracked:g})"
-            raise InvalidValueError("tracked", reason, hint, value=f"{tracked:g}")
-        return index
+    def _evaluation(self, model: torch.nn.Module | None, alone: bool) -> Evaluation:
+        """What the averages are now, for one call, and who makes it."""
+        group = self._gathered(model, alone)
+        return Evaluation(
+            self.checkpoint_dir, self.settings, self._pipeline, self.flush, self.keeps_averages, self._from_step, group
+        )
 
     def _gathered(self, model: torch.nn.Module | None, alone: bool) -> Group | None:
         """The processes that make an evaluation together, all of which call; None for this one alone."""
@@ -931,99 +872,12 @@ class PostHocEMA:
             raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
         return self._members.callers.gather(self._members.device)
 
-    def _weights(
-        self, group: Group | None, model: torch.nn.Module | None, sigma_rel: Wanted, t: float | None, step: int | None,
-        dtype: Dtype, method: str | None,
-    ) -> Weights:  # fmt: skip
-        """Averaged weights, or what this process holds of them; all of a group call it."""
-        if group is not None and self._members is not None and model is not None:
-            return self._chunks(group, model, sigma_rel, t, step, dtype, method)
-        make = partial(with_consistent_plan, partial(self._plan, sigma_rel, t, step, dtype, method), make_weights)
-        return make() if group is None else from_keeper(group, make)
-
-    def _chunks(
-        self, group: Group, model: torch.nn.Module, sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype,
-        method: str | None,
-    ) -> Weights:  # fmt: skip
-        """What this process holds of an average of a sharded model; every process calls it."""
-        target = as_target(sigma_rel)
-        own, joined = self._joined_live(group)
-
-        def plan() -> SharedPlan:
-            return SharedPlan.of(self._plan_from(self._joined_sources(joined), sigma_rel, t, step, dtype, method))
-
-        reshard(model)
-        tracked = self._pipeline.now.tracked
-        return with_consistent_plan(
-            lambda: from_first(group, plan),
-            lambda shared: make_chunks(group, shared, target, own, tracked, model, self.checkpoint_dir),
-        )
-
-    def _live_chunks(self, group: Group, model: torch.nn.Module, index: int) -> Weights:
-        """The same of the live average of a tracked profile."""
-        own, joined = self._joined_live(group)
-
-        def live() -> SharedPlan:
-            if not joined:
-                raise self._not_yet("live average")
-            return SharedPlan.of_live(joined[index])
-
-        reshard(model)
-        shared = from_first(group, live)
-        return make_chunks(group, shared, None, own, self._pipeline.now.tracked, model, self.checkpoint_dir)
-
-    def _joined_sources(self, joined: Sequence[LiveSource]) -> list[Source]:
-        """In rank 0 the snapshots and live averages of complete tensors."""
-        return self._going_on(with_older(joined, run_snapshots(self.checkpoint_dir, self.run_id)))
-
-    def _joined_live(self, group: Group) -> tuple[list[LiveSource], list[LiveSource]]:
-        """The live averages here, and in rank 0 those of complete tensors, measured by all processes together."""
-
-        def measure_own() -> list[LiveSource]:
-            self.flush()
-            snapshotter = self._pipeline.snapshotter
-            return measured(self._live_sources(), [] if snapshotter is None else snapshotter.stored())
-
-        own = together(group, measure_own)
-        return own, join_live(group, own, self.step)
-
     def _model_of_chunks(self) -> torch.nn.Module | None:
         """The model, if it is still there; of a sharded one it must be."""
         model = None if self._model is None else self._model()
         if self._members is not None and model is None:
             raise NotReadyError("state_dict", "the model, whose parameters say where each chunk is, is gone")
         return model
-
-    def _check_keeps(self) -> None:
-        if not self.keeps_averages:
-            raise NotReadyError(
-                "this process keeps no averages, the first one of its group does, or one made with writer=True",
-                "make the call in all processes of the group, without alone=True; or read the snapshots on disk with a "
-                "new PostHocEMA.from_path(directory), before any update_ of it",
-            )
-
-    def _plan(self, sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype, method: str | None) -> Plan:
-        return self._plan_from(self._sources(), sigma_rel, t, step, dtype, method)
-
-    def _plan_from(
-        self, sources: Sequence[Source], sigma_rel: Wanted, t: float | None, step: int | None, dtype: Dtype,
-        method: str | None,
-    ) -> Plan:  # fmt: skip
-        if not sources:
-            raise self._not_yet("average")
-        plan = plan_synthesis(sources, [sigma_rel], t, step, method, dtype=dtype)
-        error = plan.predicted_error(0)
-        predicted = "unknown" if error is None else f"{error:.2g}"
-        log.info("average of %s at t = %.12g: predicted error %s", plan.targets[0].title, plan.t, predicted)
-        if plan.choice is not None:
-            log.info("made from %s", plan.choice)
-        return plan
-
-    def _not_yet(self, what: str) -> NotReadyError:
-        schedule = self.settings.schedule
-        every = schedule.update_every
-        first = (max(schedule.update_after_step, self.step) // every + 1) * every
-        return NotReadyError(f"no {what} yet", f"the first update is at call {first} of update_, so far {self.step}")
 
 
 def _together(group: Group | None, work: Callable[[], Result]) -> Result:

@@ -48,6 +48,20 @@ class Settings:
             if getattr(self, name) not in accepted:
                 raise InvalidValueError(name, f"must be one of {', '.join(accepted)}", value=f"{getattr(self, name)!r}")
 
+    def tracked_index(self, tracked: float) -> int:
+        """Which of the tracked profiles a sigma_rel is; an InvalidValueError names them if it is none."""
+        try:
+            wanted = check_sigma_rel(tracked)
+        except InvalidValueError as error:
+            raise InvalidValueError("tracked", error.reason, error.hint, value=error.value) from error
+        known = self.sigma_rels
+        index = next((i for i, own in enumerate(known) if math.isclose(wanted, own, rel_tol=1e-6)), None)
+        if index is None:  # 0.05 of float32 is the same profile, and was found
+            reason = f"must be one of the tracked profiles, {', '.join(f'{s:g}' for s in known)}"
+            hint = f"for any other use model(model, sigma_rel={tracked:g})"
+            raise InvalidValueError("tracked", reason, hint, value=f"{tracked:g}")
+        return index
+
     def update_is_due(self, step: int) -> bool:
         """Whether averages take in the model at this call."""
         return step > self.schedule.update_after_step and step % self.schedule.update_every == 0
