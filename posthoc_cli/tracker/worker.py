@@ -212,9 +212,9 @@ def end_threads() -> None:
     no more, and torch's C++ code cannot be unwound.
     """
     for thread, queue in list(_threads.items()):
-        if thread.is_alive():
+        while thread.is_alive():
             queue.put(None)
-            thread.join()
+            thread.join(0.1)  # a job that came after the None has kept the thread: ask again
 
 
 def _serve(queue: SimpleQueue[Job[object] | None], vacancy: deque[None], begin: Callable[[], None]) -> None:

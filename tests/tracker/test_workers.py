@@ -24,7 +24,7 @@ from posthoc_cli import PostHocEMA
 from posthoc_cli.errors import NotReadyError
 from posthoc_cli.tracker import averages, buffers
 from posthoc_cli.tracker.averages import RunningAverages
-from posthoc_cli.tracker.worker import Crew
+from posthoc_cli.tracker.worker import Crew, Worker, end_threads
 
 
 @pytest.fixture
@@ -216,6 +216,24 @@ def test_reading_changes_no_later_bit(tmp_path: Path) -> None:
         assert states[0][kind].keys() == {"0.05", "0.28"}
         for key, tensors in states[0][kind].items():
             assert_same_tensors(states[1][kind][key], tensors)
+
+
+def test_the_end_of_the_process_does_jobs_that_other_jobs_submit_and_ends() -> None:
+    worker, began, done = Worker("late"), threading.Event(), threading.Event()
+
+    def first() -> None:
+        began.set()
+        while worker._queue.empty():  # until the thread has been asked to end
+            pass
+        worker.submit(done.set)
+
+    worker.submit(first)
+    assert began.wait(60)
+    ending = threading.Thread(target=end_threads, daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
+    assert done.is_set()
 
 
 def test_the_end_of_the_process_waits_until_threads_have_freed_what_they_hold() -> None:
