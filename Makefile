@@ -6,6 +6,7 @@
 # make integrations  the training frameworks, and the tests that need them, the heavier ones too
 # make dist     the package's two files in dist/, checked
 # make wheel    dist, then the wheel tried in an environment of its own; PYTHON and TORCH choose others
+# make compat   the wheel with the oldest Python and torch, and with the newest
 # make audit    known security holes in what is installed; asks a database on the network
 #
 # Needs Python >= 3.10 with venv; the rest goes into .venv, made once and again when the requirements change.
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit coverage bench torture integrations dist wheel audit clean
+.PHONY: help demo test lint types unit coverage bench torture integrations dist wheel compat audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -83,6 +84,10 @@ wheel: dist
 	$(PYTHON) -m venv $(VENV)-wheel
 	$(VENV)-wheel/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" "$$(echo dist/*.whl)[demo]"
 	cd $(VENV)-wheel && bin/python ../scripts/try_wheel.py ../README.md
+
+compat:
+	$(MAKE) wheel PYTHON=python3.10 TORCH=torch==2.4.0
+	$(MAKE) wheel PYTHON=python3.13
 
 audit: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check pip-audit
