@@ -89,7 +89,7 @@ def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path)
         good=curve.ranges_text(plots.GOOD_ERROR),
         motion=None if candidate.prior is None else _motion(candidate.prior.motion, info["t_unit"]),
         distance=_distance(snapshots, info["t_unit"]),
-        commands=_commands(run, found, sweep),
+        commands=_commands(run, found),
         versions=_versions(),
         script=Markup(script),
         digest=digest,
@@ -155,7 +155,10 @@ def _sweep_picture(found: dict[str, Any]) -> _Picture:
     points = [
         (shown(trial["x"]), trial["value"], math.nan if trial["standard_error"] is None else trial["standard_error"])
         for trial in found["trials"]
-        if trial["value"] is not None and trial["target"].startswith(f"{found['axis']} ")  # of no group, and not raw
+        # Of no group, and not raw; and with all else as in the last search.
+        if trial["value"] is not None
+        and trial["target"].startswith(f"{found['axis']} ")
+        and "".join(trial["target"].partition(", ")[1:]) == found["beside"]
     ]
     flat = tuple(map(shown, found["equal_within_noise"]))
     word = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
@@ -207,24 +210,23 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> _Picture | None:
 # --- text --------------------------------------------------------------------------------------------
 
 
-def _commands(run: Run, found: dict[str, Any] | None, sweep: Path | None) -> list[str]:
-    kind, best = ("sigma_rel", 0.1) if found is None else (found["axis"], found["best"][found["axis"]])
+def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return [shlex.join(["ema", "synthesize", str(run.directory), "--sigma-rel", "0.1", *_OUT])]
+    best, kind = found["best"], found["length"]
     # "decay linear over" is two options.
     option = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
-    groups = {} if found is None else found["lengths"]
-    lengths = [word for glob, width in groups.items() for word in ("--group", f"{glob}={width:.12g}")]
-    lengths = lengths or [*option, f"{best:.12g}"]
-    make = ["ema", "synthesize", str(run.directory), *lengths, "--out", "model.safetensors"]
-    if found is None or found["settings"]["command"] is None:
-        return [shlex.join(make)]
-    metric = [word for key, value in found["settings"]["metric"].items() if value for word in (_OPTIONS[key], value)]
-    again = ["ema", "sweep", str(run.directory), "--run", found["settings"]["command"], *metric]
-    again += ["--minimize" if found["minimize"] else "--maximize", "--out", str(sweep)]
-    again += ["--groups", ",".join(group["glob"] for group in found["groups"])] if found["groups"] else []
-    return [shlex.join(again), shlex.join(make)]
+    lengths = [word for glob, width in found["lengths"].items() for word in ("--group", f"{glob}={width:.12g}")]
+    lengths = lengths or [*option, f"{best[kind]:.12g}"]
+    time = ["--t", f"{best['t']:.12g}"] if "t" in best else []
+    commands = [["ema", "synthesize", str(run.directory), *lengths, *time, *_OUT]]
+    if found["guide"] is not None:
+        width = f"{best['guide']:.12g}"
+        commands.append(["ema", "synthesize", found["guide"], "--sigma-rel", width, "--out", "guide.safetensors"])
+    return [*([found["again"]] if found["again"] else ()), *map(shlex.join, commands)]
 
 
-_OPTIONS = {"name": "--metric", "json": "--json", "csv": "--csv"}
+_OUT = ("--out", "model.safetensors")
 
 
 def _link(sweep: Path, out: Path) -> str:
