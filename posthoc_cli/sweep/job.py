@@ -404,6 +404,7 @@ class Sweep:
             axes[GUIDE] = self.guide_axis or Axis("sigma_rel", *good_range(self.guide, None, self.method))
         if all(axis.is_given for axis in axes.values()):
             raise InvalidValueError(axes[LENGTH].kind, "name two lengths or more", value=f"{axes[LENGTH].low:g}")
+        _check_counts(self.repeats, self.budget, axes.values())
         needed = main.nbytes + (0 if guide is None else guide.nbytes)
         if self.disk is not None and self.disk < needed:
             reason = f"one trial takes {needed:,} bytes of averages"
@@ -442,7 +443,6 @@ class Sweep:
         if (self.metric.json or self.metric.csv) and "{dir}" not in self.command:
             reason = "must have {dir}, the folder in which the file with the metric is looked for"
             raise InvalidValueError("run", reason, value=self.command)
-        _check_counts(self.repeats, self.budget, self.axis)
         if self.jobs < 1:
             raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
         if self.groups and self.axis is not None and self.axis.kind != "sigma_rel":
@@ -692,8 +692,8 @@ def _known(records: Records, axis: Axis) -> list[Record]:
     return [trial for trial in trials.values() if trial.value is not None and within(trial)]
 
 
-def _check_counts(repeats: int, budget: int, axis: Axis | None) -> None:
-    least = search.FIRST if axis is None or axis.values is None else 1  # a list is measured whole
+def _check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
+    least = search.FIRST if any(axis.values is None for axis in axes) else 1  # a list is measured whole
     if budget < least:
         raise InvalidValueError("budget", f"must be at least {least}, the first batch", value=budget)
     if repeats < 1:
@@ -756,7 +756,7 @@ def sweep(
     else:
         ends = good_range(tracker.run) if low is None or high is None else (low, high)
         axis = Axis("sigma_rel", ends[0] if low is None else low, ends[1] if high is None else high)
-    _check_counts(repeats, budget, axis)
+    _check_counts(repeats, budget, [axis])
 
     def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
         for value, seed in wanted:
