@@ -240,15 +240,21 @@ Measure = Callable[[Sequence[tuple[float, int]]], Iterator[Record]]
 """Measures values, as a user writes them, each with a seed, and gives a record of each."""
 
 
+Told = Callable[[Sequence[Record], search.Estimate], None]
+"""Told of all trials of a search, and what they say, after each round."""
+
+
 def explore(
-    axis: Axis, measure: Measure, known: Iterable[Record], minimize: bool, budget: int, repeats: int, again: bool
-) -> tuple[list[Record], search.Estimate, str]:
+    axis: Axis, measure: Measure, known: Iterable[Record], minimize: bool, budget: int, repeats: int, again: bool,
+    told: Told = lambda *_: None,
+) -> tuple[list[Record], search.Estimate, str]:  # fmt: skip
     """Measure until the best is known within the noise, or the budget is spent.
 
     Arguments:
         known: trials that are there already.
         budget: lengths to measure, each `repeats` times; one that is measured again counts again.
         again: whether a length can be measured again with another seed.
+        told: called after each round.
 
     Returns:
         All trials, what they say, and why no more was measured.
@@ -272,7 +278,10 @@ def explore(
     while True:
         trials += measure(wanted)
         found = _estimate(axis, trials, minimize)
+        told(trials, found)
         left = budget - spent()
+        if len({trial.value for trial in trials if trial.value is not None}) == 1:
+            return trials, found, "every trial has the same metric: does the evaluation use the weights?"
         if axis.values is not None:
             return trials, found, "all named lengths are measured"
         if found.settled:
@@ -450,6 +459,8 @@ class Sweep:
         if self.groups and (self.like is not None or self.guide is not None):
             reason = "goes with neither a model folder nor a second network"
             raise InvalidValueError("groups", reason, value=", ".join(self.groups))
+        if self.raw is not None and self.guide is not None:
+            raise InvalidValueError("raw and guide", "give one of them", "evaluate the two networks' raw weights apart")
         if self.keep and self.disk is not None:
             raise InvalidValueError("keep_weights and disk", "give one of them")
         if self.timeout is not None and not self.timeout > 0:
@@ -500,58 +511,59 @@ class _Searches:
         if guide is not None:
             self._settings |= {"guide": guide.settings | {"t": guide.plan.t}}
         self._folder = asked.out / (_KEPT if asked.keep else _SCRATCH)
+        self._raw: list[Record] = []
+        self._trials: list[Record] = []
+        self._found: dict[str, search.Estimate] = {}
+        self._refined: list[Refinement] = []
+        self._stopped = self._beside = ""
 
     def run_all(self) -> SweepReport:
         """Search all, measure the raw weights, and write the best."""
-        asked, first, point = self._asked, self._plain[0], self._point
+        asked, first, point, found = self._asked, self._plain[0], self._point, self._found
         records = self._records(first)
-        raw = [trial for trial in _known(records, self._axes[first]) if trial.target == RAW]
-        if asked.raw is not None and not raw:
+        self._raw = [trial for trial in _known(records, self._axes[first]) if trial.target == RAW]
+        if asked.raw is not None and not self._raw:
             wanted = [(RAW, 0.0, seed, {"weights": asked.raw, "sigma_rel": 0.0}, None) for seed in range(asked.repeats)]
-            raw = list(self._evaluate(wanted, records))
-        trials: list[Record] = []
-        found: dict[str, search.Estimate] = {}
-        stopped = beside = ""
+            self._raw = list(self._evaluate(wanted, records))
         start, stale, turns = dict(point), list(self._plain), Counter[str]()
         while stale:
             name = stale.pop(0)
-            axis = self._axes[name]
-            more, found[name], why = self._search(name)
-            if name == first:
-                # Only the trials of the last search of it are of its curve.
-                stopped, beside = why, self._beside(name)
-            trials += more
-            low, best, high = (axis.value(x) for x in (found[name].low, found[name].best, found[name].high))
+            why = self._search(name)
+            self._stopped = why if name == first else self._stopped
+            ends = found[name].low, found[name].best, found[name].high
+            low, best, high = map(self._axes[name].value, ends)
             moved = not low <= point[name] <= high
             point[name] = best if moved or name in (first, GUIDE) else point[name]
             turns[name] += 1
             if moved:
                 stale += [o for o in self._plain if o not in (name, *stale) and 0 < turns[o] < _TURNS]
-        refined = [self._refinement(name, found[name], start[name]) for name in self._plain[1:]]
-        start = point | {_GROUP + glob: point[LENGTH] for glob in self._globs}
-        point |= start
+        self._refined = [self._refinement(name, start[name]) for name in self._plain[1:]]
+        point |= {_GROUP + glob: point[LENGTH] for glob in self._globs}
         for name in (_GROUP + glob for glob in asked.groups):
-            more, one, _ = self._search(name)
-            trials += more
-            low, best, high = map(self._axes[name].value, (one.low, one.best, one.high))
-            point[name] = point[name] if low <= point[name] <= high else best
-            refined.append(self._refinement(name, one, start[name]))
-        length = self._axes[LENGTH]
-        grouped = any(point[_GROUP + glob] != point[LENGTH] for glob in self._globs)
+            before = point[name]
+            self._search(name)
+            low, best, high = map(self._axes[name].value, (found[name].low, found[name].best, found[name].high))
+            point[name] = before if low <= before <= high else best
+            self._refined.append(self._refinement(name, before))
+        return self._written(self._report(point, self._trials, self._stopped))
+
+    def _report(self, point: dict[str, float], trials: Sequence[Record], stopped: str) -> SweepReport:
+        """What was found up to now, with the best at a point."""
+        asked, first, length = self._asked, self._plain[0], self._axes[LENGTH]
         named = {LENGTH: length.kind, TIME: TIME, GUIDE: GUIDE}
-        report = SweepReport(
+        grouped = any(one.gains for one in self._refined if one.name.startswith(_GROUP))
+        return SweepReport(
             metric=asked.metric.label, minimize=asked.minimize, axis=self._axes[first], searched=named[first],
-            trials=(*raw, *trials), found=found[first], stopped=stopped, best=length.target(point[LENGTH]),
-            title=self._title(first, point), kind=length.kind, beside=beside, settings=self._question(first),
+            trials=(*self._raw, *trials), found=self._found[first], stopped=stopped, best=length.target(point[LENGTH]),
+            title=self._title(first, point), kind=length.kind, beside=self._beside, settings=self._question(first),
             chosen={named[name]: point[name] for name in dict.fromkeys((LENGTH, *self._plain))},
-            refinements=tuple(refined), lengths=self._lengths(point) if grouped else {},
+            refinements=tuple(self._refined), lengths=self._lengths(point) if grouped else {},
             guide=None if asked.guide is None else asked.guide.directory, again=asked.again,
         )  # fmt: skip
-        return self._written(report)
 
-    def _refinement(self, name: str, found: search.Estimate, before: float) -> Refinement:
+    def _refinement(self, name: str, before: float) -> Refinement:
+        found, value = self._found[name], self._point[name]
         low, high = map(self._axes[name].value, (found.low, found.high))
-        value = self._point[name]
         return Refinement(name, value, low, high, found.mean, found.standard_error, value != before)
 
     def _written(self, report: SweepReport) -> SweepReport:
@@ -577,12 +589,24 @@ class _Searches:
 
     # --- one search
 
-    def _search(self, name: str) -> tuple[list[Record], search.Estimate, str]:
+    def _search(self, name: str) -> str:
+        """Add to the trials and estimates; returns why no more was measured."""
         asked, axis, records = self._asked, self._axes[name], self._records(name)
         known = [trial for trial in _known(records, axis) if trial.target != RAW]
         again = asked.repeats > 1 or "{seed}" in asked.command
         measure = functools.partial(self._measure, name, records)
-        return explore(axis, measure, known, asked.minimize, asked.budget, asked.repeats, again)
+        if name == self._plain[0]:
+            # Only the trials of the last search of it are of its curve.
+            self._beside = "".join(self._title(name, self._point).partition(", ")[1:])
+
+        def told(trials: Sequence[Record], found: search.Estimate) -> None:
+            self._found[name] = found
+            point = self._point | {name: axis.value(found.best)}
+            self._report(point, [*self._trials, *trials], "it is still measuring").write(asked.out)
+
+        more, _, why = explore(axis, measure, known, asked.minimize, asked.budget, asked.repeats, again, told)
+        self._trials += more
+        return why
 
     def _records(self, name: str) -> Records:
         return Records(self._asked.out, self._question(name))
@@ -611,9 +635,6 @@ class _Searches:
         if TIME not in self._plain:
             del titles[TIME]
         return ", ".join([titles.pop(name), *titles.values()])
-
-    def _beside(self, name: str) -> str:
-        return "".join(self._title(name, self._point).partition(", ")[1:])
 
     def _make(self, points: Sequence[dict[str, float]], name: str) -> list[tuple[dict[str, Any], float | None]]:
         """The averages of points, for the placeholders of the command, with their predicted errors."""

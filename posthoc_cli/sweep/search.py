@@ -40,6 +40,8 @@ _OFFSETS = (0.0, 0.1, 1.0)
 """Standard deviation of what a seed adds to all its trials."""
 _TRENDS = (10.0, 1.0, 1.0)
 """Prior standard deviations of the quadratic's coefficients."""
+_FAR = 10.0
+"""Values further from the median than so many median distances are outliers, or say no more than that they are bad."""
 _DRAWS, _MIXED = 1024, 32
 _LEAST_NOISE = 1e-3
 _SAME = 0.02
@@ -98,8 +100,9 @@ class Estimate:
 def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = True) -> Estimate:
     """What three trials or more say about the best parameter in [low, high]."""
     sign = 1.0 if minimize else -1.0
-    values = sign * np.array([trial.value for trial in trials])
-    centre, scale = float(values.mean()), float(values.std()) or 1.0
+    values = _without_outliers(sign * np.array([trial.value for trial in trials]))
+    centre = float(values.mean())
+    scale = float(values.std()) if np.ptp(values) > 0 else 1e-9 * (abs(centre) or 1.0)
     places = _place(np.array([trial.x for trial in trials]), low, high)
     errors = np.array([math.nan if t.standard_error is None else t.standard_error / scale for t in trials])
     _, seeds = np.unique([trial.seed for trial in trials], return_inverse=True)
@@ -154,6 +157,15 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
 def rounded(x: float) -> float:
     """A parameter with three digits, for names and tables."""
     return float(f"{x:.3g}")
+
+
+def _without_outliers(values: FloatArray) -> FloatArray:
+    """Values far from the others as near as they may be; one that is best is far if no second one confirms it."""
+    median = float(np.median(values))
+    reach = _FAR * float(np.median(np.abs(values - median)))
+    if reach == 0:
+        return values
+    return np.clip(values, min(float(np.sort(values)[1]), median - reach), median + reach)
 
 
 def _place(x: FloatArray, low: float, high: float) -> FloatArray:

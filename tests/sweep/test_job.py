@@ -133,6 +133,13 @@ def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, sc
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
 
 
+def test_a_metric_that_is_always_the_same_ends_the_search(run: Run, tmp_path: Path) -> None:
+    report = swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=Axis("sigma_rel", 0.05, 0.25))
+    assert len(report.trials) == 6
+    assert report.stopped == "every trial has the same metric: does the evaluation use the weights?"
+    assert report.found.mean == 5
+
+
 def test_a_sweep_whose_trials_all_fail_says_why(run: Run, tmp_path: Path) -> None:
     with refused("the sweep", "3 of 3 trials have failed", "cannot be started: No such file", kind=PostHocError):
         swept(run, tmp_path / "out", "no-such-command {weights}", axis=GRID)
