@@ -202,11 +202,15 @@ def make_linear(figure: Figure) -> None:
     """Make the logarithmic axis of a figure's first axes linear: the vertical one, if that is."""
     axes = figure.axes[0]
     if axes.get_yscale() == "log":
-        high = min(axes.dataLim.y1, axes.get_ylim()[1])
+        high, percent = min(axes.dataLim.y1, axes.get_ylim()[1]), axes.yaxis.get_major_formatter()
         axes.set_yscale("linear")
         axes.set_ylim(0, 1.1 * high)
+        if isinstance(percent, FuncFormatter):
+            axes.yaxis.set_major_formatter(percent)
     else:
+        low, high = axes.dataLim.intervalx
         axes.set_xscale("linear")
+        axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
         axes.xaxis.set_major_locator(MaxNLocator(8))
         axes.xaxis.set_major_formatter(ScalarFormatter())
 
@@ -215,7 +219,7 @@ def frame(figure: Figure) -> dict[str, object]:
     """Where the first axes of a figure are, from its left and its top as fractions, and the values at their ends."""
     figure.draw_without_rendering()
     axes = figure.axes[0]
-    box = axes.get_position()
+    box = axes.get_window_extent().transformed(figure.transFigure.inverted())  # also of axes in a subfigure
     return {
         "box": [box.x0, 1 - box.y1, box.x1, 1 - box.y0],
         "x": [float(end) for end in axes.get_xlim()],

@@ -40,8 +40,9 @@ _OFFSETS = (0.0, 0.1, 1.0)
 """Standard deviation of what a seed adds to all its trials."""
 _TRENDS = (10.0, 1.0, 1.0)
 """Prior standard deviations of the quadratic's coefficients."""
-_FAR = 10.0
-"""Values further from the median than so many median distances are outliers, or say no more than that they are bad."""
+_FAR = 5.0
+"""Values so many times further from the upper quartile than this is from the second best are outliers, or say no more
+than that they are bad."""
 _DRAWS, _MIXED = 1024, 32
 _LEAST_NOISE = 1e-3
 _SAME = 0.02
@@ -161,11 +162,9 @@ def rounded(x: float) -> float:
 
 def _without_outliers(values: FloatArray) -> FloatArray:
     """Values far from the others as near as they may be; one that is best is far if no second one confirms it."""
-    median = float(np.median(values))
-    reach = _FAR * float(np.median(np.abs(values - median)))
-    if reach == 0:
-        return values
-    return np.clip(values, min(float(np.sort(values)[1]), median - reach), median + reach)
+    second, high = float(np.sort(values)[1]), float(np.quantile(values, 0.75))
+    reach = high - second
+    return np.clip(values, second - reach, high + _FAR * reach) if reach > 0 else values
 
 
 def _place(x: FloatArray, low: float, high: float) -> FloatArray:
