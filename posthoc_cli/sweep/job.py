@@ -246,7 +246,7 @@ Told = Callable[[Sequence[Record], search.Estimate], None]
 
 def explore(
     axis: Axis, measure: Measure, known: Iterable[Record], minimize: bool, budget: int, repeats: int, again: bool,
-    told: Told = lambda *_: None,
+    batch: int = search.NEXT, told: Told = lambda *_: None,
 ) -> tuple[list[Record], search.Estimate, str]:  # fmt: skip
     """Measure until the best is known within the noise, or the budget is spent.
 
@@ -254,6 +254,7 @@ def explore(
         known: trials that are there already.
         budget: lengths to measure, each `repeats` times; one that is measured again counts again.
         again: whether a length can be measured again with another seed.
+        batch: lengths of each round after the first.
         told: called after each round.
 
     Returns:
@@ -273,8 +274,8 @@ def explore(
             -(-len(seeds_of(value)) // repeats) for value in {trial.x for trial in trials if trial.target != RAW}
         )
 
-    batch = axis.values or [*map(axis.value, search.first_batch(low, high))]
-    wanted = [(value, seed) for seed in range(repeats) for value in batch if seed not in seeds_of(value)]
+    first = axis.values or [*map(axis.value, search.first_batch(low, high))]
+    wanted = [(value, seed) for seed in range(repeats) for value in first if seed not in seeds_of(value)]
     while True:
         trials += measure(wanted)
         found = _estimate(axis, trials, minimize)
@@ -289,7 +290,7 @@ def explore(
         if left <= 0:
             return trials, found, "the budget is spent"
         good = _good(axis, trials)
-        proposed = [axis.value(x) for x in search.next_batch(found, good, min(search.NEXT, left), again)]
+        proposed = [axis.value(x) for x in search.next_batch(found, good, min(batch, left), again)]
         failed = {trial.x for trial in trials if trial.value is None}
         proposed = [v for v in dict.fromkeys(proposed) if v not in failed and (again or not seeds_of(v))]
         if not proposed:
@@ -604,7 +605,8 @@ class _Searches:
             point = self._point | {name: axis.value(found.best)}
             self._report(point, [*self._trials, *trials], "it is still measuring").write(asked.out)
 
-        more, _, why = explore(axis, measure, known, asked.minimize, asked.budget, asked.repeats, again, told)
+        batch = max(search.NEXT, asked.jobs)
+        more, _, why = explore(axis, measure, known, asked.minimize, asked.budget, asked.repeats, again, batch, told)
         self._trials += more
         return why
 

@@ -24,7 +24,7 @@ from posthoc_cli.profiles import FloatArray
 POINTS = 101
 """Of the grid over the range, on which curves are drawn."""
 
-FIRST, NEXT = 6, 4
+FIRST, NEXT = 6, 2
 """Candidates of the first batch, which are spread evenly, and of each further one."""
 
 CONFIDENCE = 0.95
@@ -77,7 +77,7 @@ class Estimate:
         regret: how much worse than the true best the metric at `best` is expected to be; not negative.
         noise: standard deviation of one measurement, seeds' offsets aside.
         xs, curve, errors: the metric over the range, with its standard error; shape [POINTS].
-        optima: where the best may be, sorted; shape [draws].
+        draws: what the curve may be, lower is better; shape [draws, POINTS].
     """
 
     best: float
@@ -90,7 +90,7 @@ class Estimate:
     xs: FloatArray
     curve: FloatArray
     errors: FloatArray
-    optima: FloatArray
+    draws: FloatArray
 
     @property
     def settled(self) -> bool:
@@ -112,10 +112,9 @@ def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = 
     draws = centre + scale * draws
     curve, spread = draws.mean(axis=0), draws.std(axis=0)
     best = int(curve.argmin())
-    optima = np.sort(grid[draws.argmin(axis=1)])
     tail = (1 - CONFIDENCE) / 2
-    ends = np.quantile(optima, [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
-    widths = low * (high / low) ** np.clip([*ends, *optima], 0, 1)
+    ends = np.quantile(grid[draws.argmin(axis=1)], [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
+    widths = low * (high / low) ** np.clip(ends, 0, 1)
     xs = low * (high / low) ** grid
     return Estimate(
         best=float(xs[best]),
@@ -128,7 +127,7 @@ def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = 
         xs=xs,
         curve=sign * curve,
         errors=spread,
-        optima=widths[2:],
+        draws=draws,
     )
 
 
@@ -138,7 +137,10 @@ def first_batch(low: float, high: float, count: int = FIRST) -> list[float]:
 
 
 def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repeat: bool = False) -> list[float]:
-    """Up to `count` parameters to measure next: quantiles of where the best may be.
+    """Up to `count` parameters to measure next, each of which promises most beside those before.
+
+    That is the largest expected improvement on the lowest of the best and those before, over the drawn curves.
+    (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010, chosen one after another.)
 
     With `repeat`, and where the metric differs by less than the noise from end to end of the range, one that is next to
     a measured parameter is that parameter, to be measured with another seed.
@@ -148,8 +150,10 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
     within = found.curve[(found.xs >= found.low) & (found.xs <= found.high)]
     flat = repeat and found.noise > float(np.ptp(within))
     wanted: list[float] = []
-    for part in (np.arange(count) + 0.5) / count:
-        x = float(np.quantile(found.optima, part))
+    lowest = found.draws[:, np.abs(found.xs - found.best).argmin()]
+    for _ in range(count):
+        pick = int(np.minimum(found.draws, lowest[:, None]).mean(axis=0).argmin())
+        x, lowest = float(found.xs[pick]), np.minimum(lowest, found.draws[:, pick])
         nearest = float(known[np.argmin(np.abs(np.log(known / x)))])
         wanted.append(nearest if flat and abs(math.log(nearest / x)) < _SAME * width else x)
     return list(dict.fromkeys(wanted))
