@@ -21,7 +21,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.legend import Legend
 from matplotlib.patheffects import withStroke
 from matplotlib.textpath import text_to_path
-from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter, ScalarFormatter
 
 from posthoc_cli.errors import printable
 
@@ -177,16 +177,20 @@ def sweep_figure(
     return figure
 
 
-def steps_figure(edges: FloatArray, levels: dict[str, FloatArray], words: tuple[str, str], stairs: bool) -> Figure:
-    """Values over training time: constant between edges, shape [K + 1] and [K] each, or at the edges, [K + 1]."""
+def times_figure(lines: dict[str, tuple[FloatArray, FloatArray]], words: tuple[str, str]) -> Figure:
+    """Values over training time, each line with its own times; nan is a gap. One time more than values: stairs."""
     figure = _figure(_WIDTH, 3.2)
     axes = figure.add_subplot()
-    for index, (name, values) in enumerate(levels.items()):
+    for index, (name, (times, values)) in enumerate(lines.items()):
         colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
-        if stairs:
-            axes.stairs(values, edges, baseline=None, color=colour, linestyle=style, linewidth=1.6, label=_plain(name))
+        if len(times) > len(values):
+            axes.stairs(values, times, baseline=None, color=colour, linestyle=style, linewidth=1.6, label=_plain(name))
         else:
-            axes.plot(edges, values, color=colour, linestyle=style, linewidth=1.6, label=_plain(name))
+            # A value between two gaps has no line.
+            axes.plot(
+                times, values, color=colour, linestyle=style, linewidth=1.6, marker=MARKERS[index % len(MARKERS)],
+                markersize=2.5, label=_plain(name),
+            )  # fmt: skip
     axes.set_yscale("log")
     axes.set_xlabel(f"training time ({_plain(words[0])})")
     axes.set_ylabel(_plain(words[1]))
@@ -194,11 +198,28 @@ def steps_figure(edges: FloatArray, levels: dict[str, FloatArray], words: tuple[
     return figure
 
 
+def make_linear(figure: Figure) -> None:
+    """Make the logarithmic axis of a figure's first axes linear: the vertical one, if that is."""
+    axes = figure.axes[0]
+    if axes.get_yscale() == "log":
+        high, percent = min(axes.dataLim.y1, axes.get_ylim()[1]), axes.yaxis.get_major_formatter()
+        axes.set_yscale("linear")
+        axes.set_ylim(0, 1.1 * high)
+        if isinstance(percent, FuncFormatter):
+            axes.yaxis.set_major_formatter(percent)
+    else:
+        low, high = axes.dataLim.intervalx
+        axes.set_xscale("linear")
+        axes.set_xlim(low - 0.04 * (high - low), high + 0.04 * (high - low))
+        axes.xaxis.set_major_locator(MaxNLocator(8))
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+
+
 def frame(figure: Figure) -> dict[str, object]:
     """Where the first axes of a figure are, from its left and its top as fractions, and the values at their ends."""
     figure.draw_without_rendering()
     axes = figure.axes[0]
-    box = axes.get_position()
+    box = axes.get_window_extent().transformed(figure.transFigure.inverted())  # also of axes in a subfigure
     return {
         "box": [box.x0, 1 - box.y1, box.x1, 1 - box.y0],
         "x": [float(end) for end in axes.get_xlim()],

@@ -40,8 +40,11 @@ from synthesis_cases import (
 )
 
 from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.run import Run
+from posthoc_cli.sweep.candidates import Candidates
 from posthoc_cli.synthesis.engine import Options, TileWriter, parse_device, synthesize, synthesize_into
 from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis
+from posthoc_cli.targets import SigmaRel
 
 MANY = [round(0.03 + 0.008 * index, 3) for index in range(31)]
 
@@ -171,7 +174,32 @@ def measure_many(report: Report, folder: Path, parameters: int, device: str) -> 
     ratio = files.median / (file.median + plain.median)
     report.goal("31 targets to disk, in (one + plain writing)", ratio, 1.3, [files, file, plain])
     clear()
+    measure_round(report, folder, one, clear)
     shutil.rmtree(run)
+
+
+def measure_round(report: Report, folder: Path, one: Plan, clear: Callable[[], None]) -> None:
+    """12 candidates of a sweep, as it makes them in one pass."""
+    scratch = folder / "round"
+    candidates, plain = Candidates(Run(folder / "run"), one), [folder / f"{width}.safetensors" for width in MANY[:12]]
+
+    def begin() -> None:
+        shutil.rmtree(scratch, ignore_errors=True)
+        scratch.mkdir()
+        clear()
+
+    single, writing, all_of_them = report.times(
+        {
+            "one candidate": lambda: candidates.make(scratch, [(SigmaRel(0.15), one.t)]),
+            "writing and fsyncing 12 files, plainly": lambda: write_plainly(plain, one.nbytes),
+            "12 candidates": lambda: candidates.make(scratch, [(SigmaRel(width), one.t) for width in MANY[:12]]),
+        },
+        before=begin,
+    )
+    ratio = (all_of_them.median - writing.median) / single.median
+    report.goal("12 candidates without writing, in times of one", ratio, 1.5, [single, writing, all_of_them])
+    shutil.rmtree(scratch)
+    clear()
 
 
 def measure_small(report: Report, folder: Path, count: int, device: str) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from typer import Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
+from posthoc_cli.errors import DirectoryError, VanishedError
+
+if TYPE_CHECKING:
+    from posthoc_cli.run import Run
 
 EPILOG = "Example:  ema report run/ema --sweep sweep --out report.html"
 
@@ -16,6 +23,11 @@ def report(
     directory: Path = values.DIRECTORY,
     sweep: Path | None = Option(None, metavar="DIR", help="The folder of a sweep of this run, as ema sweep wrote it."),
     out: Path = Option("report.html", "--out", "-o", help="The page."),
+    watch: bool = Option(
+        False,
+        "--watch",
+        help="Make the page again when snapshots or trials appear, until Ctrl-C. It reloads by itself meanwhile.",
+    ),
     overwrite: bool = values.FORCE,
 ) -> None:
     """Make a page about a run and its best length.
@@ -30,5 +42,44 @@ def report(
     assert page is not None
     run = Run(values.existing(directory, directory=True))
     folder = None if sweep is None else values.existing(sweep)
+    if watch:
+        _watch(run, folder, page)
     files.write_whole(page, render(run, folder, page).encode(), overwrite)
     output.print_line(f"wrote {page}")
+
+
+_TICK = 2
+"""Seconds between looks at the directories, and between reloads of a page."""
+
+
+def _watch(run: Run, sweep: Path | None, page: Path) -> None:
+    """Write the page whenever something has changed, until interrupted; then so that it reloads no longer."""
+    from posthoc_cli.report import render
+    from posthoc_cli.sweep.job import RESULT
+
+    def write(reload: int | None) -> None:
+        swept = None if sweep is None or not (sweep / RESULT).exists() else sweep
+        files.write_whole(page, render(run, swept, page, reload).encode(), overwrite=True)
+
+    seen: object = None
+    try:
+        while True:
+            now = [_state(folder) for folder in (run.directory, sweep) if folder is not None]
+            if now != seen:
+                seen = now
+                try:
+                    write(_TICK)
+                    output.print_line(f"wrote {page}")
+                except (DirectoryError, VanishedError) as error:  # none are there yet, or one was thinned away
+                    output.print_note(f"ema: waiting: {error}")
+            time.sleep(_TICK)
+    finally:
+        with suppress(DirectoryError, VanishedError):
+            write(None)
+
+
+def _state(folder: Path) -> set[tuple[str, int]]:
+    """Names and times of what is in a folder."""
+    with suppress(FileNotFoundError):
+        return {(one.name, one.stat().st_mtime_ns) for one in folder.iterdir() if not one.name.startswith(".")}
+    return set()

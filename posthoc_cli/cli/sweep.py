@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,7 +28,7 @@ def sweep(
         "--run",
         metavar="COMMAND",
         help="The evaluation, run without a shell. {weights} becomes the file of an average; {sigma_rel}, {seed}, and "
-        "{dir}, a folder that is removed afterwards, are filled in too.",
+        "{dir}, a folder that is removed afterwards, are filled in too; with --guide {weights:guide}.",
     ),
     metric: str | None = Option(
         None,
@@ -54,10 +56,26 @@ def sweep(
         autocompletion=values.one_of(*SHAPES),
         help="Search decays of the learning rate that were not run instead, by their part of training (--over).",
     ),
-    over: str = Option("5%:50%", help="For --decay: the parts of training, a range or a list."),
+    over: str | None = Option(
+        None, help="For --decay: the parts of training, a range or a list. [default: 5%:50%]", show_default=False
+    ),
+    t: str | None = Option(
+        None,
+        metavar="TIME",
+        help="The averages as they stood at this training time. A range 20000:50000 to search when the length is "
+        "found, or a list. [default: the last]",
+    ),
+    guide: Path | None = Option(
+        None,
+        metavar="DIR",
+        help="Snapshots of a second network, whose average is {weights:guide}; or DIR again, for a second length.",
+    ),
+    guide_sigma_rel: str | None = Option(
+        None, help="Its length: a range to search, a list, or a number. [default: what is exact within 1 %]"
+    ),
     out: Path = Option("sweep", "--out", "-o", help="Folder for trials, logs and the best average."),
     repeats: int = Option(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
-    budget: int = Option(20, metavar="COUNT", help="Lengths to measure at most."),
+    budget: int = Option(20, metavar="COUNT", help="Lengths to measure at most, in each search."),
     jobs: int | None = Option(None, metavar="COUNT", help="Trials at a time. [default: one a device]"),
     devices: str | None = Option(None, help="CUDA_VISIBLE_DEVICES of the trials, in turn: 0,1."),
     timeout: float | None = Option(None, metavar="SECONDS", help="A trial that takes longer is ended, and has failed."),
@@ -68,10 +86,18 @@ def sweep(
         metavar="GLOBS",
         help="Then search the lengths of groups of tensors, one after another: 'encoder.*,decoder.*'.",
     ),
-    t: float | None = Option(None, help="The averages as they stood at this training time. [default: the last]"),
-    step: str | None = Option(None, metavar="COUNT", help="The same in steps."),
+    step: str | None = Option(None, metavar="COUNT", help="The same time in steps."),
     dtype: str = values.DTYPE,
     layout: str | None = values.LAYOUT,
+    like: Path | None = Option(
+        None,
+        metavar="MODEL_FOLDER",
+        help="{weights} becomes a folder like this one of transformers, diffusers or PEFT, with averaged weights.",
+    ),
+    component: str | None = Option(None, metavar="NAME", help="The part of a pipeline with the weights: unet."),
+    keep_weights: bool = Option(
+        False, "--keep-weights", help="Leave all averages in OUT/weights, where another metric uses them again."
+    ),
     method: str | None = values.METHOD,
     quiet: bool = values.QUIET,
 ) -> None:
@@ -94,26 +120,33 @@ def sweep(
         raise InvalidValueError("--json and --csv", "give one of them")
     names = tuple(name.strip() for name in (devices or "").split(",") if name.strip())
     report = Sweep(
-        Run(values.existing_run(directory)), run, Metric(metric, json_path, csv_column),
-        files.expanded(out), _axis(sigma_rel, beta, window, decay, over), minimize, repeats, budget,
-        (len(names) or 1) if jobs is None else jobs, names, timeout,
-        values.optional(files.parse_bytes, disk, "--disk"), None if raw is None else files.expanded(raw),
-        tuple(glob.strip() for glob in (groups or "").split(",") if glob.strip()), t,
-        values.optional(values.parse_count, step, "--step"), method, dtype, layout, output.progress_bar(quiet),
-        (lambda _: None) if quiet else _print_trial,
+        Run(values.existing_run(directory)), run, Metric(metric, json_path, csv_column), files.expanded(out),
+        axis=_length(sigma_rel, beta, window, decay, over), minimize=minimize, repeats=repeats, budget=budget,
+        jobs=(len(names) or 1) if jobs is None else jobs, devices=names, timeout=timeout,
+        disk=values.optional(files.parse_bytes, disk, "--disk"), raw=None if raw is None else files.expanded(raw),
+        groups=tuple(glob.strip() for glob in (groups or "").split(",") if glob.strip()),
+        times=None if t is None else _axis("--t", "t", t),
+        guide=None if guide is None else Run(values.existing_run(guide)),
+        guide_axis=None if guide_sigma_rel is None else _axis("--guide-sigma-rel", "sigma_rel", guide_sigma_rel),
+        step=values.optional(values.parse_count, step, "--step"), method=method, dtype=dtype, layout=layout,
+        like=None if like is None else files.expanded(like), component=component, keep=keep_weights,
+        again=shlex.join(["ema", *sys.argv[1:]]), progress=output.progress_bar(quiet),
+        say=(lambda _: None) if quiet else _print_trial,
     ).run_all()  # fmt: skip
     if not quiet:
         _print(report)
 
 
-def _axis(sigma_rel: str | None, beta: str | None, window: str | None, decay: str | None, over: str) -> Axis | None:
-    from posthoc_cli.sweep import Axis
-
+def _length(
+    sigma_rel: str | None, beta: str | None, window: str | None, decay: str | None, over: str | None
+) -> Axis | None:
     if decay is not None and decay not in SHAPES:
         raise values.bad("--decay", decay, f"must be one of {', '.join(SHAPES)}")
+    if over is not None and decay is None:
+        raise InvalidValueError("--over", "is for --decay", value=over)
     kinds = {
         "--sigma-rel": ("sigma_rel", sigma_rel), "--beta": ("beta", beta), "--window": ("window", window),
-        "--decay": (f"decay {decay} over", None if decay is None else over),
+        "--decay": (f"decay {decay} over", None if decay is None else over or "5%:50%"),
     }  # fmt: skip
     given = [(option, kind, text) for option, (kind, text) in kinds.items() if text]
     if not given:
@@ -121,7 +154,13 @@ def _axis(sigma_rel: str | None, beta: str | None, window: str | None, decay: st
     if len(given) > 1:
         raise InvalidValueError(f"{given[0][0]} and {given[1][0]}", "give one of them")
     option, kind, text = given[0]
-    option = "--over" if option == "--decay" else option
+    return _axis("--over" if option == "--decay" else option, kind, text)
+
+
+def _axis(option: str, kind: str, text: str) -> Axis:
+    """A range to search, a list to measure, or one value."""
+    from posthoc_cli.sweep import Axis
+
     parts = text.replace("%", "e-2")
     ends = parts.split(":")
     if len(ends) != 2:
@@ -129,7 +168,8 @@ def _axis(sigma_rel: str | None, beta: str | None, window: str | None, decay: st
     try:
         low, high = map(float, ends)
     except ValueError:
-        raise values.bad(option, text, "a range is LOW:HIGH, such as 0.02:0.28") from None
+        example = "20000:50000" if kind == "t" else "0.02:0.28"
+        raise values.bad(option, text, f"a range is LOW:HIGH, such as {example}") from None
     return Axis(kind, low, high)
 
 
@@ -144,17 +184,18 @@ def _print_trial(trial: Record) -> None:
 
 def _print(report: SweepReport) -> None:
     found = report.found
-    low, best, high = (f"{report.value_of(x):g}" for x in (found.low, found.best, found.high))
+    low, high = (f"{report.value_of(x):.12g}" for x in (found.low, found.high))
     measured = len({trial.x for trial in report.trials if trial.value is not None})
     output.print_line()
     rows = [
-        ("best", f"{report.axis.kind} {best}: {report.metric} {found.mean:.6g} ± {found.standard_error:.2g}"),
+        ("best", f"{report.title}: {report.metric} {found.mean:.6g} ± {found.standard_error:.2g}"),
         ("equal within the noise", f"{low} to {high}"),
     ]
-    for group in report.groups:
-        known = f"{group.low:g} to {group.high:g} are equal within the noise"
-        gain = "" if group.gains else ", no gain beyond the noise"
-        rows.append((f"group {group.glob}", f"sigma_rel {group.sigma_rel:g}{gain}; {known}"))
+    for one in report.refinements:
+        kind = "t" if one.name == "t" else "sigma_rel"
+        known = f"{one.low:.12g} to {one.high:.12g} are equal within the noise"
+        gain = "" if one.gains or one.name == "guide" else ", no gain beyond the noise"
+        rows.append((one.name, f"{kind} {one.value:.12g}{gain}; {known}"))
     if report.raw is not None:
         rows.append(("raw weights", f"{report.raw:.6g}"))
     trials = output.counted(len(report.trials), "trial")

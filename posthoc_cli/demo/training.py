@@ -225,7 +225,7 @@ def train(
     with the number of steps since the last call.
     """
     model = make_denoiser(settings.seed)
-    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99))
+    optimizer = torch.optim.Adam(model.parameters(), betas=(0.9, 0.99), fused=True)
     averages = [DirectAverage(width) for width in direct]
     every, random = settings.checkpoint_every, torch.Generator().manual_seed(settings.seed)
     with PostHocEMA.from_model(

@@ -27,7 +27,6 @@ from posthoc_cli import plots
 from posthoc_cli.errors import FileFormatError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.planning.curves import finite
-from posthoc_cli.profiles import FloatArray
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.reader import Snapshot, read_small_file
@@ -46,30 +45,31 @@ class _Picture:
     curve: str
 
 
-def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html")) -> str:
+def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html"), reload: int | None = None) -> str:
     """The page, as HTML.
 
     Arguments:
         run: the snapshots.
         sweep: the folder of a sweep of it.
         out: where the page will be, for links to logs.
+        reload: seconds after which a browser shows it anew.
 
     Raises:
         FileFormatError, MismatchError: the sweep cannot be read, or is of another run.
         DirectoryError: there are no snapshots.
     """
     if sweep is None:
-        return _page(run, None, None, out)
+        return _page(run, None, None, out, reload)
     path = sweep / RESULT
     try:
-        return _page(run, json.loads(read_small_file(path, _MOST_BYTES)), sweep, out)
+        return _page(run, json.loads(read_small_file(path, _MOST_BYTES)), sweep, out, reload)
     except PostHocError:
         raise
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError, jinja2.UndefinedError) as error:
         raise FileFormatError(path, "is no result of a sweep") from error
 
 
-def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path) -> str:
+def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path, reload: int | None) -> str:
     snapshots, info = run.snapshots, run.info()
     if found is not None and found["settings"]["run"] != info["run"]:
         runs = (shown(str(one)[:8]) for one in (found["settings"]["run"], info["run"]))
@@ -80,6 +80,7 @@ def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path)
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     return _template("page.html").render(
         run=run.directory,
+        reload=reload,
         info=info,
         facts=_facts(info),
         sweep=found,
@@ -89,7 +90,7 @@ def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path)
         good=curve.ranges_text(plots.GOOD_ERROR),
         motion=None if candidate.prior is None else _motion(candidate.prior.motion, info["t_unit"]),
         distance=_distance(snapshots, info["t_unit"]),
-        commands=_commands(run, found, sweep),
+        commands=_commands(run, found),
         versions=_versions(),
         script=Markup(script),
         digest=digest,
@@ -126,8 +127,18 @@ def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
 # --- figures -----------------------------------------------------------------------------------------
 
 
-def _picture(draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None]) -> _Picture:
-    """A figure whose text is text, and whose colours follow the page's."""
+def _picture(draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None]) -> list[_Picture]:
+    """A figure whose text is text, and whose colours follow the page's; and the same with a linear axis."""
+
+    def linear() -> Figure:
+        figure = draw()
+        plots.make_linear(figure)
+        return figure
+
+    return [_drawn(draw, name, x, y), _drawn(linear, f"{name}-linear", x, y)]
+
+
+def _drawn(draw: Callable[[], Figure], name: str, x: Sequence[float], y: Sequence[float | None]) -> _Picture:
     frames: list[dict[str, object]] = []
 
     def drawn() -> Figure:
@@ -146,7 +157,7 @@ def _picture(draw: Callable[[], Figure], name: str, x: Sequence[float], y: Seque
     return _Picture(Markup(svg), json.dumps(points))
 
 
-def _sweep_picture(found: dict[str, Any]) -> _Picture:
+def _sweep_picture(found: dict[str, Any]) -> list[_Picture]:
     def shown(value: float) -> float:
         return 1 / (1 - value) if found["axis"] == "beta" else float(value)
 
@@ -155,7 +166,10 @@ def _sweep_picture(found: dict[str, Any]) -> _Picture:
     points = [
         (shown(trial["x"]), trial["value"], math.nan if trial["standard_error"] is None else trial["standard_error"])
         for trial in found["trials"]
-        if trial["value"] is not None and trial["target"].startswith(f"{found['axis']} ")  # of no group, and not raw
+        # Of no group, and not raw; and with all else as in the last search.
+        if trial["value"] is not None
+        and trial["target"].startswith(f"{found['axis']} ")
+        and "".join(trial["target"].partition(", ")[1:]) == found["beside"]
     ]
     flat = tuple(map(shown, found["equal_within_noise"]))
     word = "steps of the decay, 1 / (1 - beta)" if found["axis"] == "beta" else found["axis"]
@@ -166,18 +180,18 @@ def _sweep_picture(found: dict[str, Any]) -> _Picture:
     return _picture(draw, "sweep", xs.tolist(), means.tolist())
 
 
-def _error_picture(curve: ErrorCurve) -> _Picture:
+def _error_picture(curve: ErrorCurve) -> list[_Picture]:
     ys = [finite(error) for error in curve.error.tolist()]
     return _picture(partial(plots.error_figure, [curve]), "error", curve.sigma_rels.tolist(), ys)
 
 
-def _motion(motion: Motion, unit: str) -> tuple[_Picture, str] | None:
+def _motion(motion: Motion, unit: str) -> tuple[list[_Picture], str] | None:
     """How fast the network moved, and that in words; None where it was not measured."""
     edges, known = motion.edges, motion.walk > 0
     if np.count_nonzero(known) < 2:
         return None
-    levels = {"v: variance of the steps": np.where(known, motion.walk, np.nan)}
-    draw = partial(plots.steps_figure, edges, levels, (unit, "squared distance a step"), True)
+    lines = {"v: variance of the steps": (edges, np.where(known, motion.walk, np.nan))}
+    draw = partial(plots.times_figure, lines, (unit, "squared distance a step"))
     walk = motion.walk[known]
     picture = _picture(draw, "motion", ((edges[1:] + edges[:-1]) / 2)[known].tolist(), walk.tolist())
     ratio = walk[0] / walk[-1]
@@ -187,44 +201,47 @@ def _motion(motion: Motion, unit: str) -> tuple[_Picture, str] | None:
     return picture, f"v is {max(ratio, 1 / ratio):,.2g} times as large at the {first} as at the {second}."
 
 
-def _distance(snapshots: Sequence[Snapshot], unit: str) -> _Picture | None:
-    """The distance of the network's weights to each tracked average, relative to its norm."""
-    times = sorted({snapshot.info.t for snapshot in snapshots})
-    levels: dict[str, FloatArray] = {}
-    for snapshot in snapshots:
+def _distance(snapshots: Sequence[Snapshot], unit: str) -> tuple[list[_Picture], str] | None:
+    """The distance of the network's weights to each tracked average, relative to its norm; nan where not measured.
+
+    And the average whose values a reader can point at.
+    """
+    points: dict[str, list[tuple[float, float]]] = {}
+    for snapshot in sorted(snapshots, key=lambda one: one.info.sigma_rel):
         measured = snapshot.info.measurements
+        value = math.nan
         if measured is not None and measured.weights and measured.norm:
-            name = f"sigma_rel {snapshot.info.sigma_rel:g}"
-            own = levels.setdefault(name, np.full(len(times), np.nan))
-            own[times.index(snapshot.info.t)] = math.sqrt(measured.weights / measured.norm)
-    if not levels or len(times) < 2:
+            value = math.sqrt(measured.weights / measured.norm)
+        points.setdefault(f"sigma_rel {snapshot.info.sigma_rel:g}", []).append((snapshot.info.t, value))
+    columns = {name: np.array(one).T for name, one in points.items()}
+    lines = {name: (times, values) for name, (times, values) in columns.items()}
+    if all(np.count_nonzero(np.isfinite(values)) < 2 for _, values in lines.values()):
         return None
-    draw = partial(plots.steps_figure, np.array(times), levels, (unit, "distance / norm"), False)
-    first = next(iter(levels.values()))
-    return _picture(draw, "distance", times, [finite(value) for value in first.tolist()])
+    draw = partial(plots.times_figure, lines, (unit, "distance / norm"))
+    name, (times, values) = next(iter(lines.items()))
+    return _picture(draw, "distance", times.tolist(), [finite(value) for value in values.tolist()]), name
 
 
 # --- text --------------------------------------------------------------------------------------------
 
 
-def _commands(run: Run, found: dict[str, Any] | None, sweep: Path | None) -> list[str]:
-    kind, best = ("sigma_rel", 0.1) if found is None else (found["axis"], found["best"][found["axis"]])
+def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
+    if found is None:
+        return [shlex.join(["ema", "synthesize", str(run.directory), "--sigma-rel", "0.1", *_OUT])]
+    best, kind = found["best"], found["length"]
     # "decay linear over" is two options.
     option = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
-    groups = {} if found is None else found["lengths"]
-    lengths = [word for glob, width in groups.items() for word in ("--group", f"{glob}={width:.12g}")]
-    lengths = lengths or [*option, f"{best:.12g}"]
-    make = ["ema", "synthesize", str(run.directory), *lengths, "--out", "model.safetensors"]
-    if found is None or found["settings"]["command"] is None:
-        return [shlex.join(make)]
-    metric = [word for key, value in found["settings"]["metric"].items() if value for word in (_OPTIONS[key], value)]
-    again = ["ema", "sweep", str(run.directory), "--run", found["settings"]["command"], *metric]
-    again += ["--minimize" if found["minimize"] else "--maximize", "--out", str(sweep)]
-    again += ["--groups", ",".join(group["glob"] for group in found["groups"])] if found["groups"] else []
-    return [shlex.join(again), shlex.join(make)]
+    lengths = [word for glob, width in found["lengths"].items() for word in ("--group", f"{glob}={width:.12g}")]
+    lengths = lengths or [*option, f"{best[kind]:.12g}"]
+    time = ["--t", f"{best['t']:.12g}"] if "t" in best else []
+    commands = [["ema", "synthesize", str(run.directory), *lengths, *time, *_OUT]]
+    if found["guide"] is not None:
+        width = f"{best['guide']:.12g}"
+        commands.append(["ema", "synthesize", found["guide"], "--sigma-rel", width, "--out", "guide.safetensors"])
+    return [*([found["again"]] if found["again"] else ()), *map(shlex.join, commands)]
 
 
-_OPTIONS = {"name": "--metric", "json": "--json", "csv": "--csv"}
+_OUT = ("--out", "model.safetensors")
 
 
 def _link(sweep: Path, out: Path) -> str:

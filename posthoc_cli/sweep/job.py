@@ -9,6 +9,7 @@ import math
 import re
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from posthoc_cli.targets import Beta, Decay, SigmaRel, Target, Window
 if TYPE_CHECKING:
     import torch
 
+    from posthoc_cli.sweep.candidates import Candidates
     from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -38,8 +40,12 @@ log = logging.getLogger(__name__)
 GOOD_ERROR = 0.01
 """Predicted error of the lengths that are searched unless others are named."""
 RAW = "raw"
-_PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|seed|dir)\}")
-_SCRATCH, _LOGS, RESULT = ".scratch", "logs", "sweep.json"
+LENGTH, TIME, GUIDE, _GROUP = "length", "t", "guide", "group "
+"""What is searched: the length, the time, the length of a second network's average; that of a group's glob."""
+_PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|weights:guide|sigma_rel:guide|seed|dir)\}")
+_SCRATCH, _LOGS, _KEPT, RESULT = ".scratch", "logs", "weights", "sweep.json"
+_TURNS = 3
+"""Searches of one thing at most, each with the others as they were found before."""
 
 Say = Callable[[Record], None]
 """Told of every trial as it ends."""
@@ -50,10 +56,10 @@ class Axis:
     """What is searched: a kind of target with one parameter.
 
     Attributes:
-        kind: "sigma_rel", "beta" or "window"; or "decay 1-sqrt over", "decay linear over" or "decay cosine over", whose
-            values are parts of training.
+        kind: "sigma_rel", "beta" or "window"; "decay 1-sqrt over", "decay linear over" or "decay cosine over", whose
+            values are parts of training; or "t", the time of the average.
         low, high: ends of the range.
-        values: measure exactly these; None for a search.
+        values: measure exactly these; None for a search. One alone is given, and not searched.
     """
 
     kind: str
@@ -62,22 +68,36 @@ class Axis:
     values: tuple[float, ...] | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in _KINDS:
-            raise InvalidValueError("axis", f"must be one of {', '.join(_KINDS)}", value=self.kind)
+        if self.kind not in (TIME, *_KINDS):
+            raise InvalidValueError("axis", f"must be one of {', '.join(_KINDS)}, {TIME}", value=self.kind)
         for end in (self.low, self.high, *(self.values or ())):
-            self.target(end)  # checks it
-        if not self.low < self.high:
-            reason = "name two lengths or more" if self.values else "the first must be below the second"
-            raise InvalidValueError(self.kind, reason, value=f"{self.low:g}:{self.high:g}")
+            self.title(end)  # checks it
+        if not self.low < self.high and not self.is_given:
+            raise InvalidValueError(
+                self.kind, "the first must be below the second", value=f"{self.low:g}:{self.high:g}"
+            )
 
     @classmethod
     def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
         """A grid."""
         return cls(kind, min(values), max(values), tuple(sorted(set(values))))
 
+    @property
+    def is_given(self) -> bool:
+        """Whether there is nothing to search."""
+        return self.values is not None and len(self.values) == 1
+
     def target(self, value: float) -> Target:
-        """The target of a value, as a user writes it."""
+        """The target of a value, as a user writes it; of no time."""
         return _KINDS[self.kind](value)
+
+    def title(self, value: float) -> str:
+        """For people: `sigma_rel 0.15`, `t 5000`."""
+        if self.kind != TIME:
+            return self.target(value).title
+        if not value > 0:
+            raise InvalidValueError(TIME, "must be above 0", value=f"{value:g}")
+        return f"{TIME} {value:.12g}"
 
     def scaled(self, value: float) -> float:
         """The parameter whose logarithm is searched: of a decay its horizon in steps, else the value itself."""
@@ -101,19 +121,19 @@ _KINDS: dict[str, Callable[[Any], Target]] = {
 
 
 @dataclass(frozen=True)
-class GroupResult:
-    """What the search of one group's length has found, the others being as they were found before.
+class Refinement:
+    """What a further search has found, of something beside the first, which was as found before.
 
     Attributes:
-        glob: on the names of its tensors.
-        sigma_rel: the length that it is given: the best, or the one before where the gain is lost in the noise.
+        name: "t"; "guide", the length of the second network's average; or "group GLOB", that of a group of tensors.
+        value: what it is given: the best, or of a time or a group the one before, where the gain is lost in the noise.
         low, high: ends of the range that is equal to the best within the noise.
         mean, standard_error: the metric at the best.
-        gains: whether the length before lies outside that range.
+        gains: whether the value before is not in that range.
     """
 
-    glob: str
-    sigma_rel: float
+    name: str
+    value: float
     low: float
     high: float
     mean: float
@@ -128,31 +148,42 @@ class SweepReport:
     Attributes:
         metric: its name.
         minimize: whether lower is better.
-        axis: what was searched.
+        axis: the values of what was searched first.
+        searched: what that was: the kind of a length, "t" or "guide".
         trials: all measured ones, failed ones with their error.
         found: the estimate; `value_of` gives its `best`, `low` and `high` as a user writes them.
+        stopped: why no more was measured.
+        best: the average whose metric is estimated to be best, which was written.
+        title: what it is, for people; with its time or a second network's average, where these were searched.
+        chosen: the value of all that was searched, and of the length: by "t", "guide", "sigma_rel" or another kind.
+        kind: of the length.
+        beside: what the titles of the trials of `found` end in: the values of all else.
         outputs: files that stay.
         settings: what makes the trials comparable.
-        stopped: why no more was measured.
-        groups: lengths of single groups of tensors, which were searched after the one of all.
+        refinements: what further searches have found.
         lengths: sigma_rel by glob of what was written, where a group has one of its own; else empty.
+        guide: directory of the second network.
+        again: the command line that does it again.
     """
 
     metric: str
     minimize: bool
     axis: Axis
+    searched: str
     trials: tuple[Record, ...]
     found: search.Estimate
     stopped: str
+    best: Target
+    title: str
+    chosen: dict[str, float]
+    kind: str = "sigma_rel"
+    beside: str = ""
     outputs: tuple[Path, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict)
-    groups: tuple[GroupResult, ...] = ()
+    refinements: tuple[Refinement, ...] = ()
     lengths: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def best(self) -> Target:
-        """The average whose metric is estimated to be best."""
-        return self.axis.target(self.value_of(self.found.best))
+    guide: Path | None = None
+    again: str = ""
 
     @property
     def failed(self) -> list[Record]:
@@ -183,8 +214,9 @@ class SweepReport:
         return {
             "metric": self.metric,
             "minimize": self.minimize,
-            "axis": self.axis.kind,
-            "best": {"target": self.best.title, self.axis.kind: self.value_of(found.best)},
+            "axis": self.searched,
+            "length": self.kind,
+            "best": {"target": self.title, **self.chosen},
             "mean": found.mean,
             "standard_error": found.standard_error,
             "equal_within_noise": [self.value_of(found.low), self.value_of(found.high)],
@@ -194,8 +226,11 @@ class SweepReport:
             "stopped": self.stopped,
             "trials": [vars(trial) for trial in self.trials],
             "curve": [{"x": self.value_of(x), "mean": mean, "standard_error": error} for x, mean, error in curve],
-            "groups": [vars(group) for group in self.groups],
+            "beside": self.beside,
+            "refinements": [vars(one) for one in self.refinements],
             "lengths": self.lengths,
+            "guide": None if self.guide is None else str(self.guide),
+            "again": self.again,
             "outputs": list(map(str, self.outputs)),
             "settings": self.settings,
         }
@@ -205,19 +240,22 @@ Measure = Callable[[Sequence[tuple[float, int]]], Iterator[Record]]
 """Measures values, as a user writes them, each with a seed, and gives a record of each."""
 
 
-Make = Callable[[Sequence[float]], list[tuple[Path, float | None]]]
-"""Writes the averages of some values, and gives the path and the predicted error of each."""
+Told = Callable[[Sequence[Record], search.Estimate], None]
+"""Told of all trials of a search, and what they say, after each round."""
 
 
 def explore(
-    axis: Axis, measure: Measure, known: Iterable[Record], minimize: bool, budget: int, repeats: int, again: bool
-) -> tuple[list[Record], search.Estimate, str]:
+    axis: Axis, measure: Measure, known: Iterable[Record], minimize: bool, budget: int, repeats: int, again: bool,
+    batch: int = search.NEXT, told: Told = lambda *_: None,
+) -> tuple[list[Record], search.Estimate, str]:  # fmt: skip
     """Measure until the best is known within the noise, or the budget is spent.
 
     Arguments:
         known: trials that are there already.
         budget: lengths to measure, each `repeats` times; one that is measured again counts again.
         again: whether a length can be measured again with another seed.
+        batch: lengths of each round after the first.
+        told: called after each round.
 
     Returns:
         All trials, what they say, and why no more was measured.
@@ -236,12 +274,15 @@ def explore(
             -(-len(seeds_of(value)) // repeats) for value in {trial.x for trial in trials if trial.target != RAW}
         )
 
-    batch = axis.values or [*map(axis.value, search.first_batch(low, high))]
-    wanted = [(value, seed) for seed in range(repeats) for value in batch if seed not in seeds_of(value)]
+    first = axis.values or [*map(axis.value, search.first_batch(low, high))]
+    wanted = [(value, seed) for seed in range(repeats) for value in first if seed not in seeds_of(value)]
     while True:
         trials += measure(wanted)
         found = _estimate(axis, trials, minimize)
+        told(trials, found)
         left = budget - spent()
+        if len({trial.value for trial in trials if trial.value is not None}) == 1:
+            return trials, found, "every trial has the same metric: does the evaluation use the weights?"
         if axis.values is not None:
             return trials, found, "all named lengths are measured"
         if found.settled:
@@ -249,7 +290,7 @@ def explore(
         if left <= 0:
             return trials, found, "the budget is spent"
         good = _good(axis, trials)
-        proposed = [axis.value(x) for x in search.next_batch(found, good, min(search.NEXT, left), again)]
+        proposed = [axis.value(x) for x in search.next_batch(found, good, min(batch, left), again)]
         failed = {trial.x for trial in trials if trial.value is None}
         proposed = [v for v in dict.fromkeys(proposed) if v not in failed and (again or not seeds_of(v))]
         if not proposed:
@@ -300,20 +341,25 @@ class Sweep:
 
     Attributes:
         run: the snapshots.
-        command: with `{weights}`, and if wanted `{sigma_rel}`, `{seed}`, `{dir}`.
+        command: with `{weights}`, and if wanted `{sigma_rel}`, `{seed}`, `{dir}`; with a guide `{weights:guide}`.
         metric: where the command says it.
         out: folder for the records, logs and the best average.
-        axis: what is searched; by default sigma_rel where the predicted error is below 1 %.
+        axis: the length; by default sigma_rel where the predicted error is below 1 %.
         minimize: whether lower is better.
         repeats: trials of each length, with the seeds 0, 1, ...
-        budget: lengths to measure at most.
+        budget: lengths to measure at most, in each search.
         jobs: trials at a time.
         devices: given out as CUDA_VISIBLE_DEVICES.
         timeout: seconds that a trial may take.
         disk: bytes of averages at a time, None for all of a round.
         raw: a file of raw weights to compare with.
         groups: globs on tensors' names, whose lengths are searched one after another when that of all is found.
-        t, step, method, dtype, layout: as in `Run.write`.
+        times: times of the average; a range or list is searched when the length is found.
+        guide: snapshots of a second network, or the same ones for a second length.
+        guide_axis: its length, a sigma_rel; by default where the predicted error is below 1 %.
+        step, method, dtype, layout, like, component: as in `Run.write`.
+        keep: leave the averages in the folder `weights`, for other metrics.
+        again: the command line that asks for this.
         progress: opens a progress bar.
         say: called with a line about every trial.
     """
@@ -332,11 +378,17 @@ class Sweep:
     disk: int | None = None
     raw: Path | None = None
     groups: tuple[str, ...] = ()
-    t: float | None = None
+    times: Axis | None = None
+    guide: Run | None = None
+    guide_axis: Axis | None = None
     step: int | None = None
     method: str | None = None
     dtype: torch.dtype | str | None = None
     layout: str | None = None
+    like: Path | None = None
+    component: str | None = None
+    keep: bool = False
+    again: str = ""
     progress: ProgressBar = no_bar
     say: Say = lambda _: None
 
@@ -349,86 +401,69 @@ class Sweep:
             PostHocError: too few trials have succeeded.
         """
         words = self._checked_words()
-        any_target = 0.2 if self.axis is None else self.axis.target(self.axis.high)
-        plan = self.run.plan(any_target, t=self.t, step=self.step, method=self.method, dtype=self.dtype)
-        if self.disk is not None and self.disk < plan.nbytes:
-            reason = f"one average takes {plan.nbytes:,} bytes"
+        any_target = SigmaRel(0.2) if self.axis is None else self.axis.target(self.axis.high)
+        times = self.times
+        main = self._candidates(self.run, any_target, None if times is None else times.high, self.step)
+        t = main.plan.t
+        times = times or Axis.of_values(TIME, [t])
+        self.run.plan(any_target, t=times.low)  # checks it
+        axes = {LENGTH: self.axis or Axis("sigma_rel", *good_range(self.run, t, self.method)), TIME: times}
+        guide = None
+        if self.guide is not None:
+            guide = self._candidates(self.guide, SigmaRel(0.2), None, None)
+            axes[GUIDE] = self.guide_axis or Axis("sigma_rel", *good_range(self.guide, None, self.method))
+        if all(axis.is_given for axis in axes.values()):
+            raise InvalidValueError(axes[LENGTH].kind, "name two lengths or more", value=f"{axes[LENGTH].low:g}")
+        _check_counts(self.repeats, self.budget, axes.values())
+        needed = main.nbytes + (0 if guide is None else guide.nbytes)
+        if self.disk is not None and self.disk < needed:
+            reason = f"one trial takes {needed:,} bytes of averages"
             raise InvalidValueError("disk", f"must have room for one; {reason}", value=f"{self.disk:,} bytes")
-        axis = self.axis or Axis("sigma_rel", *good_range(self.run, plan.t, self.method))
-        settings = {
-            "run": plan.newest.info.run_id, "t": plan.t, "method": plan.method, "dtype": plan.dtype,
-            "layout": self.layout, "command": self.command, "metric": vars(self.metric),
-        }  # fmt: skip
         globs = list(self.groups)
-        if any(not any(fnmatchcase(n, glob) for n in names for glob in globs) for names in plan.names.values()):
+        names = main.plan.names.values()
+        if self.groups and any(not any(fnmatchcase(n, glob) for n in some for glob in globs) for some in names):
             globs.append("*")
         if self.groups:
             from posthoc_cli.export.groups import group_parts
 
-            group_parts(plan, globs)  # checks them
-        search_one = functools.partial(self._search, axis, words, plan.nbytes)
+            group_parts(main.plan, globs)  # checks them
         with self._folder():
-            records = Records(self.out, settings)
-            raw = [trial for trial in _known(records, axis) if trial.target == RAW]
-            if self.raw is not None and not raw:
-                wanted = [(RAW, 0.0, seed, self.raw, None) for seed in range(self.repeats)]
-                raw = list(self._evaluate(wanted, words, records))
-            trials, found, why = search_one(records, functools.partial(self._make, axis, plan.t), "")
-            lengths, results = dict.fromkeys(globs, axis.value(found.best)), []
-            for glob in self.groups:
-                others = {other: width for other, width in lengths.items() if other != glob}
-                records = Records(self.out, settings | {"group": glob, "others": others})
-                make = functools.partial(self._make_groups, plan.t, dict(lengths), glob)
-                more, one, _ = search_one(records, make, f"{glob} ")
-                trials += more
-                low, best, high = map(axis.value, (one.low, one.best, one.high))
-                gains = not low <= lengths[glob] <= high
-                lengths[glob] = best if gains else lengths[glob]
-                results.append(GroupResult(glob, lengths[glob], low, high, one.mean, one.standard_error, gains))
-            return self._finish(
-                SweepReport(
-                    self.metric.label, self.minimize, axis, (*raw, *trials), found, why, (), settings, tuple(results),
-                    lengths if any(group.gains for group in results) else {},
-                ),
-                plan.t,
-            )  # fmt: skip
+            return _Searches(self, words, axes, main, guide, globs).run_all()
 
-    def _search(
-        self, axis: Axis, words: list[str], nbytes: int, records: Records, make: Make, prefix: str
-    ) -> tuple[list[Record], search.Estimate, str]:
-        """Search one length; `prefix` goes before the titles of its trials."""
-        at_once = None if self.disk is None else self.disk // nbytes
-        measure = functools.partial(self._measure, axis, make, words, records, at_once, prefix)
-        known = [trial for trial in _known(records, axis) if trial.target != RAW]
-        again = self.repeats > 1 or "{seed}" in self.command
-        return explore(axis, measure, known, self.minimize, self.budget, self.repeats, again)
+    def _candidates(self, run: Run, target: Target, t: float | None, step: int | None) -> Candidates:
+        from posthoc_cli.sweep.candidates import Candidates
 
-    def _finish(self, report: SweepReport, t: float) -> SweepReport:
-        """Write the best average and the report."""
-        best = self.out / f"best{_suffix(self.layout)}"
-        if report.lengths:
-            self.run.write_groups([report.lengths], [best], t=t, overwrite=True, **self._options)
-        else:
-            self.run.write(report.best, best, t=t, overwrite=True, progress=self.progress, **self._options)
-        report = replace(report, outputs=(best,))
-        report.write(self.out)
-        return report
+        options = {name: getattr(self, name) for name in ("method", "dtype", "layout", "like", "component")}
+        planned = run.write(target, None, t=t, step=step, dry_run=True, **options)
+        assert planned is not None
+        return Candidates(run, planned.plan, progress=self.progress, **options)
 
     def _checked_words(self) -> list[str]:
         try:
             words = split_command(self.command)
         except ValueError as error:
             raise InvalidValueError("run", f"cannot be split into words: {error}", value=self.command) from error
-        if not any("{weights}" in word for word in words):
-            raise InvalidValueError("run", "must have {weights} where the file goes", value=self.command or "(empty)")
+        places = ["{weights}"] if self.guide is None else ["{weights}", "{weights:guide}"]
+        for place in places:
+            if not any(place in word for word in words):
+                reason = f"must have {place} where the file goes"
+                raise InvalidValueError("run", reason, value=self.command or "(empty)")
+        if self.guide is None and (self.guide_axis is not None or "{weights:guide}" in self.command):
+            raise InvalidValueError("guide", "is missing: the snapshots of the second network, or the same for both")
         if (self.metric.json or self.metric.csv) and "{dir}" not in self.command:
             reason = "must have {dir}, the folder in which the file with the metric is looked for"
             raise InvalidValueError("run", reason, value=self.command)
-        _check_counts(self.repeats, self.budget, self.axis)
         if self.jobs < 1:
             raise InvalidValueError("jobs", "must be at least 1", value=self.jobs)
         if self.groups and self.axis is not None and self.axis.kind != "sigma_rel":
             raise InvalidValueError("groups", "have lengths in sigma_rel", value=", ".join(self.groups))
+        if self.groups and (self.like is not None or self.guide is not None):
+            reason = "goes with neither a model folder nor a second network"
+            raise InvalidValueError("groups", reason, value=", ".join(self.groups))
+        if self.raw is not None and self.guide is not None:
+            raise InvalidValueError("raw and guide", "give one of them", "evaluate the two networks' raw weights apart")
+        if self.keep and self.disk is not None:
+            raise InvalidValueError("keep_weights and disk", "give one of them")
         if self.timeout is not None and not self.timeout > 0:
             raise InvalidValueError("timeout", "must be above 0 seconds", value=f"{self.timeout:g}")
         if self.raw is not None and not self.raw.exists():
@@ -441,7 +476,7 @@ class Sweep:
         if not self.out.parent.is_dir():
             raise InvalidValueError("out", "its parent folder does not exist", value=self.out)
         with files.reported_as_write_error(self.out):
-            for folder in (self.out, self.out / _LOGS):
+            for folder in (self.out, self.out / _LOGS, *([self.out / _KEPT] if self.keep else [])):
                 files.make_directory(folder)
         try:
             lock = DirectoryLock(self.out)
@@ -450,63 +485,213 @@ class Sweep:
         scratch = self.out / _SCRATCH
         with lock:
             end_leftovers(scratch)
-            _remove(scratch)
+            kept = self.out / _KEPT
+            for left in (scratch, *(files.leftovers(kept) if kept.is_dir() else ())):
+                _remove(left)
             try:
                 yield
             finally:
                 end_leftovers(scratch)  # an interruption may come while a process starts
                 _remove(scratch)
 
-    @property
-    def _options(self) -> dict[str, Any]:
-        return {"method": self.method, "dtype": self.dtype, "layout": self.layout}
 
-    def _make(self, axis: Axis, t: float, values: Sequence[float]) -> list[tuple[Path, float | None]]:
-        """Averages in the scratch folder, with their predicted errors."""
-        targets = [axis.target(value) for value in values]
-        pattern = str(self.out / _SCRATCH / f"{{target}}{_suffix(self.layout)}")
-        made = self.run.write(targets, pattern, t=t, overwrite=True, progress=self.progress, **self._options)
-        assert made is not None
-        return [(path, made.plan.predicted_error(index)) for index, path in enumerate(made.outputs)]
+class _Searches:
+    """The searches of a sweep, one after another, each with all else as it was found before."""
 
-    def _make_groups(
-        self, t: float, lengths: dict[str, float], glob: str, values: Sequence[float]
-    ) -> list[tuple[Path, float | None]]:
-        """The same, of one group of tensors; the others have the lengths given."""
-        paths = [self.out / _SCRATCH / f"{value!r}{_suffix(self.layout)}" for value in values]
-        wanted = [lengths | {glob: value} for value in values]
-        errors = self.run.write_groups(wanted, paths, t=t, overwrite=True, **self._options)
-        return list(zip(paths, errors, strict=True))
+    def __init__(
+        self, asked: Sweep, words: list[str], axes: dict[str, Axis], main: Candidates, guide: Candidates | None,
+        globs: list[str],
+    ) -> None:  # fmt: skip
+        self._asked, self._words, self._main, self._guide, self._globs = asked, words, main, guide, globs
+        self._axes = axes | {_GROUP + glob: axes[LENGTH] for glob in globs}
+        self._plain = [name for name, axis in axes.items() if not axis.is_given]
+        self._point = {name: axis.high for name, axis in axes.items()}
+        if GUIDE in axes:
+            self._point[GUIDE] = axes[GUIDE].value(math.sqrt(axes[GUIDE].low * axes[GUIDE].high))
+        self._settings = main.settings | {"command": asked.command, "metric": vars(asked.metric)}
+        if guide is not None:
+            self._settings |= {"guide": guide.settings | {"t": guide.plan.t}}
+        self._folder = asked.out / (_KEPT if asked.keep else _SCRATCH)
+        self._raw: list[Record] = []
+        self._trials: list[Record] = []
+        self._found: dict[str, search.Estimate] = {}
+        self._refined: list[Refinement] = []
+        self._stopped = self._beside = ""
 
-    def _measure(
-        self, axis: Axis, make: Make, words: list[str], records: Records, at_once: int | None, prefix: str,
-        wanted: Sequence[tuple[float, int]],
-    ) -> Iterator[Record]:  # fmt: skip
+    def run_all(self) -> SweepReport:
+        """Search all, measure the raw weights, and write the best."""
+        asked, first, point, found = self._asked, self._plain[0], self._point, self._found
+        records = self._records(first)
+        self._raw = [trial for trial in _known(records, self._axes[first]) if trial.target == RAW]
+        if asked.raw is not None and not self._raw:
+            wanted = [(RAW, 0.0, seed, {"weights": asked.raw, "sigma_rel": 0.0}, None) for seed in range(asked.repeats)]
+            self._raw = list(self._evaluate(wanted, records))
+        start, stale, turns = dict(point), list(self._plain), Counter[str]()
+        while stale:
+            name = stale.pop(0)
+            why = self._search(name)
+            self._stopped = why if name == first else self._stopped
+            ends = found[name].low, found[name].best, found[name].high
+            low, best, high = map(self._axes[name].value, ends)
+            moved = not low <= point[name] <= high
+            point[name] = best if moved or name in (first, GUIDE) else point[name]
+            turns[name] += 1
+            if moved:
+                stale += [o for o in self._plain if o not in (name, *stale) and 0 < turns[o] < _TURNS]
+        self._refined = [self._refinement(name, start[name]) for name in self._plain[1:]]
+        point |= {_GROUP + glob: point[LENGTH] for glob in self._globs}
+        for name in (_GROUP + glob for glob in asked.groups):
+            before = point[name]
+            self._search(name)
+            low, best, high = map(self._axes[name].value, (found[name].low, found[name].best, found[name].high))
+            point[name] = before if low <= before <= high else best
+            self._refined.append(self._refinement(name, before))
+        return self._written(self._report(point, self._trials, self._stopped))
+
+    def _report(self, point: dict[str, float], trials: Sequence[Record], stopped: str) -> SweepReport:
+        """What was found up to now, with the best at a point."""
+        asked, first, length = self._asked, self._plain[0], self._axes[LENGTH]
+        named = {LENGTH: length.kind, TIME: TIME, GUIDE: GUIDE}
+        grouped = any(one.gains for one in self._refined if one.name.startswith(_GROUP))
+        return SweepReport(
+            metric=asked.metric.label, minimize=asked.minimize, axis=self._axes[first], searched=named[first],
+            trials=(*self._raw, *trials), found=self._found[first], stopped=stopped, best=length.target(point[LENGTH]),
+            title=self._title(first, point), kind=length.kind, beside=self._beside, settings=self._question(first),
+            chosen={named[name]: point[name] for name in dict.fromkeys((LENGTH, *self._plain))},
+            refinements=tuple(self._refined), lengths=self._lengths(point) if grouped else {},
+            guide=None if asked.guide is None else asked.guide.directory, again=asked.again,
+        )  # fmt: skip
+
+    def _refinement(self, name: str, before: float) -> Refinement:
+        found, value = self._found[name], self._point[name]
+        low, high = map(self._axes[name].value, (found.low, found.high))
+        return Refinement(name, value, low, high, found.mean, found.standard_error, value != before)
+
+    def _written(self, report: SweepReport) -> SweepReport:
+        """Write the best averages and the report."""
+        out, point, main = self._asked.out, self._point, self._main
+        best = main.output(out, "best")
+        outputs = [best]
+        if self._asked.like is not None:
+            _remove(best)
+        if report.lengths:
+            main.write_groups([report.lengths], [best], point[TIME])
+        else:
+            main.write([report.best], str(best), point[TIME], overwrite=self._asked.like is None)
+        if self._guide is not None:
+            outputs.append(self._guide.output(out, "best-guide"))
+            target, t = SigmaRel(point[GUIDE]), self._guide.plan.t
+            if self._asked.like is not None:
+                _remove(outputs[1])
+            self._guide.write([target], str(outputs[1]), t, overwrite=self._asked.like is None)
+        report = replace(report, outputs=tuple(outputs))
+        report.write(out)
+        return report
+
+    # --- one search
+
+    def _search(self, name: str) -> str:
+        """Add to the trials and estimates; returns why no more was measured."""
+        asked, axis, records = self._asked, self._axes[name], self._records(name)
+        known = [trial for trial in _known(records, axis) if trial.target != RAW]
+        again = asked.repeats > 1 or "{seed}" in asked.command
+        measure = functools.partial(self._measure, name, records)
+        if name == self._plain[0]:
+            # Only the trials of the last search of it are of its curve.
+            self._beside = "".join(self._title(name, self._point).partition(", ")[1:])
+
+        def told(trials: Sequence[Record], found: search.Estimate) -> None:
+            self._found[name] = found
+            point = self._point | {name: axis.value(found.best)}
+            self._report(point, [*self._trials, *trials], "it is still measuring").write(asked.out)
+
+        batch = max(search.NEXT, asked.jobs)
+        more, _, why = explore(axis, measure, known, asked.minimize, asked.budget, asked.repeats, again, batch, told)
+        self._trials += more
+        return why
+
+    def _records(self, name: str) -> Records:
+        return Records(self._asked.out, self._question(name))
+
+    def _question(self, name: str) -> dict[str, Any]:
+        """What makes the trials of a search comparable: all but the value that is searched."""
+        point = self._point
+        question = self._settings | {"t": None if name == TIME else point[TIME]}
+        if name.startswith(_GROUP):
+            lengths = self._lengths(point)
+            glob = name.removeprefix(_GROUP)
+            return question | {"group": glob, "others": {o: width for o, width in lengths.items() if o != glob}}
+        others = {o: self._axes[o].title(point[o]) for o in (LENGTH, GUIDE) if o in point and o != name}
+        return question | ({"searched": name, "others": others} if others else {})
+
+    def _lengths(self, point: dict[str, float]) -> dict[str, float]:
+        return {glob: point[_GROUP + glob] for glob in self._globs}
+
+    def _title(self, name: str, point: dict[str, float]) -> str:
+        """Of a trial: the value that is searched, then the others that are, or that a second network has."""
+        titles = {o: self._axes[o].title(point[o]) for o in (LENGTH, TIME, GUIDE) if o in point}
+        if GUIDE in titles:
+            titles[GUIDE] = f"{GUIDE} {titles[GUIDE]}"
+        if name.startswith(_GROUP):
+            return f"{name.removeprefix(_GROUP)} {self._axes[name].title(point[name])}"
+        if TIME not in self._plain:
+            del titles[TIME]
+        return ", ".join([titles.pop(name), *titles.values()])
+
+    def _make(self, points: Sequence[dict[str, float]], name: str) -> list[tuple[dict[str, Any], float | None]]:
+        """The averages of points, for the placeholders of the command, with their predicted errors."""
+        if name.startswith(_GROUP):
+            scratch = self._asked.out / _SCRATCH
+            made = self._main.make_groups(scratch, list(map(self._lengths, points)), points[0][TIME])
+            return [
+                ({"weights": path, "sigma_rel": point[name]}, error)
+                for (path, error), point in zip(made, points, strict=True)
+            ]
+        length = self._axes[LENGTH]
+        made = self._main.make(self._folder, [(length.target(point[LENGTH]), point[TIME]) for point in points])
+        filled: list[tuple[dict[str, Any], float | None]] = [
+            ({"weights": path, "sigma_rel": point[LENGTH]}, error)
+            for (path, error), point in zip(made, points, strict=True)
+        ]
+        if self._guide is not None:
+            t = self._guide.plan.t
+            others = self._guide.make(self._folder, [(SigmaRel(point[GUIDE]), t) for point in points])
+            for (words, _), (path, _), point in zip(filled, others, points, strict=True):
+                words |= {"weights:guide": path, "sigma_rel:guide": point[GUIDE]}
+        return filled
+
+    def _measure(self, name: str, records: Records, wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
         """Synthesize values in one pass, as many as the disk may hold, and run the command for each."""
         values = list(dict.fromkeys(value for value, _ in wanted))
-        size = max(1, at_once or len(values))
+        size = max(1, len(values))
+        if self._asked.disk is not None:
+            sizes = {LENGTH: self._main.nbytes} | ({} if self._guide is None else {GUIDE: self._guide.nbytes})
+            own = GUIDE if name == GUIDE else LENGTH
+            size = max(1, (self._asked.disk - sum(sizes.values()) + sizes[own]) // sizes[own])
+        scratch = self._asked.out / _SCRATCH
         for begin in range(0, len(values), size):
-            some, scratch = values[begin : begin + size], self.out / _SCRATCH
+            some = values[begin : begin + size]
+            points = [self._point | {name: value} for value in some]
             with files.reported_as_write_error(scratch):
                 files.make_directory(scratch)
-            outputs = dict(zip(some, make(some), strict=True))
-            jobs = [(f"{prefix}{axis.target(v).title}", v, seed, *outputs[v]) for v, seed in wanted if v in outputs]
-            yield from self._evaluate(jobs, words, records)
+            made = dict(zip(some, zip(points, self._make(points, name), strict=True), strict=True))
+            jobs = [(self._title(name, made[v][0]), v, seed, *made[v][1]) for v, seed in wanted if v in made]
+            yield from self._evaluate(jobs, records)
             _remove(scratch)
 
     def _evaluate(
-        self, wanted: Sequence[tuple[str, float, int, Path, float | None]], words: list[str], records: Records
+        self, wanted: Sequence[tuple[str, float, int, dict[str, Any], float | None]], records: Records
     ) -> Iterator[Record]:
-        """Run the command for each (target, value, seed, weights, predicted error), and write the outcomes down."""
-        evaluations = []
-        for target, value, seed, weights, _ in wanted:
+        """Run the command for each (target, value, seed, averages, predicted error), and write the outcomes down."""
+        asked, evaluations = self._asked, []
+        for target, _, seed, words, _ in wanted:
             name = re.sub(r"[^\w.-]", "-", f"{target}-seed-{seed}")
-            folder = self.out / _SCRATCH / f"trial-{name}"
+            folder = asked.out / _SCRATCH / f"trial-{name}"
             files.make_directory(folder)
-            filled = {"weights": str(weights), "sigma_rel": repr(value), "seed": str(seed), "dir": str(folder)}
-            command = [_PLACEHOLDER.sub(lambda found: filled[found[1]], word) for word in words]  # noqa: B023
-            evaluations.append(Evaluation(command, folder, self.out / _LOGS / name))
-        for index, outcome in run_all(evaluations, self.metric, self.jobs, self.devices, self.timeout):
+            filled = {"weights:guide": "", "sigma_rel:guide": ""} | words | {"seed": seed, "dir": folder}
+            command = [_PLACEHOLDER.sub(lambda found: str(filled[found[1]]), word) for word in self._words]  # noqa: B023
+            evaluations.append(Evaluation(command, folder, asked.out / _LOGS / name))
+        for index, outcome in run_all(evaluations, asked.metric, asked.jobs, asked.devices, asked.timeout):
             target, value, seed, _, error = wanted[index]
             record = Record(
                 target, value, seed, outcome.value, outcome.standard_error, error, outcome.seconds, outcome.error,
@@ -514,7 +699,7 @@ class Sweep:
             )  # fmt: skip
             records.append(record)
             _remove(evaluations[index].folder)
-            self.say(record)
+            asked.say(record)
             yield record
 
 
@@ -530,24 +715,21 @@ def _known(records: Records, axis: Axis) -> list[Record]:
     return [trial for trial in trials.values() if trial.value is not None and within(trial)]
 
 
-def _check_counts(repeats: int, budget: int, axis: Axis | None) -> None:
-    least = search.FIRST if axis is None or axis.values is None else 1  # a list is measured whole
+def _check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
+    least = search.FIRST if any(axis.values is None for axis in axes) else 1  # a list is measured whole
     if budget < least:
         raise InvalidValueError("budget", f"must be at least {least}, the first batch", value=budget)
     if repeats < 1:
         raise InvalidValueError("repeats", "must be at least 1", value=repeats)
 
 
-def _suffix(layout: str | None) -> str:
-    from posthoc_cli.export.outputs import suffix_of
-
-    return suffix_of(layout)
-
-
-def _remove(folder: Path) -> None:
-    if folder.exists():
-        with files.reported_as_write_error(folder, "removed"):
-            shutil.rmtree(folder)
+def _remove(path: Path) -> None:
+    """Remove a file or a folder with all that is in it, where there is one; a WriteError."""
+    with files.reported_as_write_error(path, "removed"):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            files.unlink_if_there(path)
 
 
 # --- in Python ---------------------------------------------------------------------------------------
@@ -592,10 +774,12 @@ def sweep(
         tracker = PostHocEMA.from_path(run.directory if isinstance(run, Run) else run)
     if values is not None:
         axis = Axis.of_values("sigma_rel", values)
+        if axis.is_given:
+            raise InvalidValueError("values", "name two lengths or more", value=f"{axis.low:g}")
     else:
         ends = good_range(tracker.run) if low is None or high is None else (low, high)
         axis = Axis("sigma_rel", ends[0] if low is None else low, ends[1] if high is None else high)
-    _check_counts(repeats, budget, axis)
+    _check_counts(repeats, budget, [axis])
 
     def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
         for value, seed in wanted:
@@ -618,4 +802,8 @@ def sweep(
     trials, found, why = explore(axis, measure, (), minimize, budget, repeats, again=repeats > 1)
     newest = tracker.run.snapshots[-1].info
     settings = {"run": newest.run_id, "t": newest.t, "command": None}
-    return SweepReport(name, minimize, axis, tuple(trials), found, why, settings=settings)
+    best = axis.value(found.best)
+    return SweepReport(
+        name, minimize, axis, axis.kind, tuple(trials), found, why, SigmaRel(best), axis.title(best), {axis.kind: best},
+        settings=settings,
+    )  # fmt: skip

@@ -24,7 +24,7 @@ from posthoc_cli.profiles import FloatArray
 POINTS = 101
 """Of the grid over the range, on which curves are drawn."""
 
-FIRST, NEXT = 6, 4
+FIRST, NEXT = 6, 2
 """Candidates of the first batch, which are spread evenly, and of each further one."""
 
 CONFIDENCE = 0.95
@@ -40,6 +40,9 @@ _OFFSETS = (0.0, 0.1, 1.0)
 """Standard deviation of what a seed adds to all its trials."""
 _TRENDS = (10.0, 1.0, 1.0)
 """Prior standard deviations of the quadratic's coefficients."""
+_FAR = 5.0
+"""Values so many times further from the upper quartile than this is from the second best are outliers, or say no more
+than that they are bad."""
 _DRAWS, _MIXED = 1024, 32
 _LEAST_NOISE = 1e-3
 _SAME = 0.02
@@ -74,7 +77,7 @@ class Estimate:
         regret: how much worse than the true best the metric at `best` is expected to be; not negative.
         noise: standard deviation of one measurement, seeds' offsets aside.
         xs, curve, errors: the metric over the range, with its standard error; shape [POINTS].
-        optima: where the best may be, sorted; shape [draws].
+        draws: what the curve may be, lower is better; shape [draws, POINTS].
     """
 
     best: float
@@ -87,7 +90,7 @@ class Estimate:
     xs: FloatArray
     curve: FloatArray
     errors: FloatArray
-    optima: FloatArray
+    draws: FloatArray
 
     @property
     def settled(self) -> bool:
@@ -98,8 +101,9 @@ class Estimate:
 def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = True) -> Estimate:
     """What three trials or more say about the best parameter in [low, high]."""
     sign = 1.0 if minimize else -1.0
-    values = sign * np.array([trial.value for trial in trials])
-    centre, scale = float(values.mean()), float(values.std()) or 1.0
+    values = _without_outliers(sign * np.array([trial.value for trial in trials]))
+    centre = float(values.mean())
+    scale = float(values.std()) if np.ptp(values) > 0 else 1e-9 * (abs(centre) or 1.0)
     places = _place(np.array([trial.x for trial in trials]), low, high)
     errors = np.array([math.nan if t.standard_error is None else t.standard_error / scale for t in trials])
     _, seeds = np.unique([trial.seed for trial in trials], return_inverse=True)
@@ -108,10 +112,9 @@ def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = 
     draws = centre + scale * draws
     curve, spread = draws.mean(axis=0), draws.std(axis=0)
     best = int(curve.argmin())
-    optima = np.sort(grid[draws.argmin(axis=1)])
     tail = (1 - CONFIDENCE) / 2
-    ends = np.quantile(optima, [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
-    widths = low * (high / low) ** np.clip([*ends, *optima], 0, 1)
+    ends = np.quantile(grid[draws.argmin(axis=1)], [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
+    widths = low * (high / low) ** np.clip(ends, 0, 1)
     xs = low * (high / low) ** grid
     return Estimate(
         best=float(xs[best]),
@@ -124,7 +127,7 @@ def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = 
         xs=xs,
         curve=sign * curve,
         errors=spread,
-        optima=widths[2:],
+        draws=draws,
     )
 
 
@@ -134,7 +137,10 @@ def first_batch(low: float, high: float, count: int = FIRST) -> list[float]:
 
 
 def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repeat: bool = False) -> list[float]:
-    """Up to `count` parameters to measure next: quantiles of where the best may be.
+    """Up to `count` parameters to measure next, each of which promises most beside those before.
+
+    That is the largest expected improvement on the lowest of the best and those before, over the drawn curves.
+    (Ginsbourger et al., Kriging is well-suited to parallelize optimization, 2010, chosen one after another.)
 
     With `repeat`, and where the metric differs by less than the noise from end to end of the range, one that is next to
     a measured parameter is that parameter, to be measured with another seed.
@@ -144,8 +150,10 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
     within = found.curve[(found.xs >= found.low) & (found.xs <= found.high)]
     flat = repeat and found.noise > float(np.ptp(within))
     wanted: list[float] = []
-    for part in (np.arange(count) + 0.5) / count:
-        x = float(np.quantile(found.optima, part))
+    lowest = found.draws[:, np.abs(found.xs - found.best).argmin()]
+    for _ in range(count):
+        pick = int(np.minimum(found.draws, lowest[:, None]).mean(axis=0).argmin())
+        x, lowest = float(found.xs[pick]), np.minimum(lowest, found.draws[:, pick])
         nearest = float(known[np.argmin(np.abs(np.log(known / x)))])
         wanted.append(nearest if flat and abs(math.log(nearest / x)) < _SAME * width else x)
     return list(dict.fromkeys(wanted))
@@ -154,6 +162,13 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
 def rounded(x: float) -> float:
     """A parameter with three digits, for names and tables."""
     return float(f"{x:.3g}")
+
+
+def _without_outliers(values: FloatArray) -> FloatArray:
+    """Values far from the others as near as they may be; one that is best is far if no second one confirms it."""
+    second, high = float(np.sort(values)[1]), float(np.quantile(values, 0.75))
+    reach = high - second
+    return np.clip(values, second - reach, high + _FAR * reach) if reach > 0 else values
 
 
 def _place(x: FloatArray, low: float, high: float) -> FloatArray:

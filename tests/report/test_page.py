@@ -7,7 +7,10 @@ import hashlib
 import json
 import re
 import shutil
+import signal
 import subprocess
+import sys
+import time
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 from checking import refused
-from ema_command import Ema
+from ema_command import Ema, unmeasured_environment
 from factories import random_walk, write_run
 
 from posthoc_cli import PostHocEMA, Run
@@ -69,7 +72,8 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> tuple[Run, Path]:
     out = folder / "a b<i>"
     fails = f'echo "{EVIL[:-3]}" >&2; exit 1'
     command = f"sh -c 'if [ {{sigma_rel}} = 0.05 ]; then {fails}; fi; echo {{sigma_rel}}' {{weights}}"
-    Sweep(Run(folder / "run"), command, Metric(), out, Axis.of_values("sigma_rel", [0.05, 0.1, 0.2, 0.25])).run_all()
+    axis = Axis.of_values("sigma_rel", [0.05, 0.1, 0.2, 0.25])
+    Sweep(Run(folder / "run"), command, Metric(), out, axis, again="ema sweep --run <b>").run_all()
     return Run(folder / "run"), out
 
 
@@ -87,14 +91,15 @@ def test_a_page_has_the_answer_its_figures_and_every_trial(swept: tuple[Run, Pat
     assert f"Best: {result['best']['target']}" in page.text
     for words in ("are equal within the noise", "below 1 %", "How the network moved", "nothing wrong"):
         assert words in page.text
-    assert len(page.all("svg")) == 3
+    assert len(page.all("svg")) == 2 * 3  # each with a logarithmic and a linear axis
     assert page.text.count("sigma_rel 0.1 ") >= 1
     assert "ended with exit code 1" in page.text
     links = [attributes["href"] for attributes in page.all("a")]
     assert len(links) == 8
     assert "a%20b%3Ci%3E/logs/sigma_rel-0.05-seed-0.out" in links
-    assert "ema sweep" in page.text
-    curves = [json.loads(attributes["data-curve"]) for attributes in page.all("figure")]
+    assert "ema sweep --run <b>" in page.text
+    curves = [json.loads(attributes["data-curve"]) for attributes in page.all("div") if "data-curve" in attributes]
+    assert [sum(curve["log"]) for curve in curves] == [1, 0, 2, 1, 1, 0]
     for curve in curves:
         assert len(curve["xs"]) == len(curve["ys"]) > 1
         assert 0 <= curve["box"][0] < curve["box"][2] <= 1
@@ -137,6 +142,55 @@ def test_a_page_needs_no_sweep_and_shows_how_far_the_raw_weights_are(ema: Ema, t
     assert "Distance from the raw weights" in page.read_text()
     assert "Best:" not in page.read_text()
     assert ema("report", tmp_path / "run", "--out", page).code == 1
+
+
+def test_a_distance_is_drawn_over_the_snapshots_of_its_own_average(tmp_path: Path) -> None:
+    """Thinning leaves other times of each average, which are no gaps; a snapshot without its distance is one."""
+    model = torch.nn.Linear(3, 3)
+    with PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=2) as tracker, torch.no_grad():
+        for _ in range(16):
+            model.weight += torch.randn(3, 3)
+            tracker.update_(model)
+    for snapshot in Run(tmp_path / "run").snapshots:
+        if snapshot.info.t % 4 == 2 and snapshot.info.sigma_rel == 0.05:
+            snapshot.path.unlink()
+    page = Page(render(Run(tmp_path / "run"), None, tmp_path / "page.html"))
+    (curve,) = (
+        json.loads(div["data-curve"])
+        for div, svg in zip(page.all("div"), page.all("svg"), strict=True)
+        if svg["aria-label"] == "distance"
+    )
+    assert curve["xs"] == [4, 8, 12, 16]
+    assert None not in curve["ys"]
+
+
+def test_a_watched_page_follows_the_run_and_reloads_until_ctrl_c(tmp_path: Path) -> None:
+    model, page = torch.nn.Linear(3, 3), tmp_path / "report.html"
+
+    def shows(words: str) -> bool:
+        until = time.monotonic() + 120
+        while time.monotonic() < until:
+            if page.exists() and words in page.read_text():
+                return True
+            time.sleep(0.1)
+        return False
+
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-m", "posthoc_cli", "report", str(tmp_path / "run"), "--watch", "--out", str(page)]
+    with (
+        subprocess.Popen(command, stderr=subprocess.DEVNULL, env=unmeasured_environment()) as watching,
+        PostHocEMA.from_model(model, tmp_path / "run", update_every=1, checkpoint_every=4) as tracker,
+    ):
+        for steps in ("4 steps", "8 steps"):
+            for _ in range(4):
+                tracker.update_(model)
+            tracker.flush()
+            assert shows(steps)
+        assert shows('http-equiv="refresh"')
+        watching.send_signal(signal.SIGINT)
+        assert watching.wait(120) == 130
+    assert shows("8 steps")
+    assert 'http-equiv="refresh"' not in page.read_text()
 
 
 def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) -> None:
@@ -192,4 +246,4 @@ def test_a_browser_shows_it_without_a_complaint(text: str, tmp_path: Path) -> No
         ["chromium", *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
     )
     assert "CONSOLE" not in done.stderr
-    assert done.stdout.count('class="mark"') == 3  # which the script adds
+    assert done.stdout.count('class="mark"') == 6  # which the script adds

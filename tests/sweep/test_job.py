@@ -17,7 +17,7 @@ import pytest
 import torch
 from checking import assert_same_tensors, refused
 from factories import write_run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
 from posthoc_cli.errors import LockedError, PostHocError
@@ -133,6 +133,13 @@ def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, sc
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
 
 
+def test_a_metric_that_is_always_the_same_ends_the_search(run: Run, tmp_path: Path) -> None:
+    report = swept(run, tmp_path / "out", "sh -c 'echo 5' {weights}", axis=Axis("sigma_rel", 0.05, 0.25))
+    assert len(report.trials) == 6
+    assert report.stopped == "every trial has the same metric: does the evaluation use the weights?"
+    assert report.found.mean == pytest.approx(5)
+
+
 def test_a_sweep_whose_trials_all_fail_says_why(run: Run, tmp_path: Path) -> None:
     with refused("the sweep", "3 of 3 trials have failed", "cannot be started: No such file", kind=PostHocError):
         swept(run, tmp_path / "out", "no-such-command {weights}", axis=GRID)
@@ -244,6 +251,11 @@ def test_what_a_killed_sweep_has_left_is_ended_and_removed(run: Run, tmp_path: P
         ({"jobs": 0}, ("jobs", "at least 1")),
         ({"groups": ("a",), "axis": Axis("beta", 0.5, 0.9)}, ("groups", "in sigma_rel")),
         ({"groups": ("c",)}, ("group", "matches no tensor")),
+        ({"guide": Run("x")}, ("run", "{weights:guide}")),
+        ({"command": "eval {weights} {weights:guide}"}, ("guide", "is missing")),
+        ({"times": Axis("t", 0.1, 20)}, ("t", "must lie between the first snapshot, 1")),
+        ({"times": Axis("t", 5, 30)}, ("t", "the last, 20")),
+        ({"keep": True, "disk": 10**6}, ("keep_weights and disk", "one of them")),
         ({"timeout": 0.0}, ("timeout", "above 0")),
         ({"raw": Path("nowhere")}, ("raw", "no such file")),
         ({"out": Path("no/such/folder")}, ("out", "parent folder")),
@@ -257,12 +269,14 @@ def test_bad_requests_are_refused_before_anything_is_done(
     assert not (tmp_path / "out").exists()
 
 
-def test_bad_ranges_are_refused() -> None:
+def test_bad_ranges_are_refused(run: Run, tmp_path: Path) -> None:
     for low, high in ((0.0, 0.1), (0.1, 0.3), (0.2, 0.1), (0.1, 0.1)):
         with refused("sigma_rel"):
             Axis("sigma_rel", low, high)
     with refused("sigma_rel", "two lengths"):
-        Axis.of_values("sigma_rel", [0.1])
+        swept(run, tmp_path / "out", axis=Axis.of_values("sigma_rel", [0.1]))
+    with refused("values", "two lengths"):
+        sweep(run, lambda _: 1.0, values=[0.1])
 
 
 @pytest.mark.parametrize(
@@ -303,11 +317,11 @@ def test_lengths_of_groups_are_searched_after_that_of_all(tmp_path: Path) -> Non
     axis, out = Axis("sigma_rel", 0.03, 0.28), tmp_path / "out"
     report = swept(run, out, command, axis=axis, groups=("a", "b"))
     assert 0.06 < report.value_of(report.found.best) < 0.2
-    assert [group.sigma_rel for group in report.groups] == [pytest.approx(0.06, rel=0.1), pytest.approx(0.2, rel=0.1)]
-    assert all(group.gains for group in report.groups)
+    assert [group.value for group in report.refinements] == [pytest.approx(0.06, rel=0.1), pytest.approx(0.2, rel=0.1)]
+    assert all(group.gains for group in report.refinements)
     best = load_file(out / "best.safetensors")
-    for name, group in zip("ab", report.groups, strict=True):
-        assert torch.equal(best[name], run.average(group.sigma_rel)[name])
+    for name, group in zip("ab", report.refinements, strict=True):
+        assert torch.equal(best[name], run.average(group.value)[name])
     evaluations = (out / "trials.jsonl").read_text().count("\n")
     assert swept(run, out, command, axis=axis, groups=("a", "b")).to_dict() == report.to_dict()
     assert (out / "trials.jsonl").read_text().count("\n") == evaluations
@@ -317,8 +331,106 @@ def test_lengths_of_groups_are_searched_after_that_of_all(tmp_path: Path) -> Non
 
 def test_a_group_whose_length_makes_no_difference_keeps_that_of_all(run: Run, tmp_path: Path) -> None:
     report = swept(run, tmp_path / "out", "sh -c 'echo 1' {weights}", axis=GRID, groups=("b",))
-    assert not report.groups[0].gains
+    assert not report.refinements[0].gains
     assert_same_tensors(load_file(tmp_path / "out/best.safetensors"), run.average(report.value_of(report.found.best)))
+
+
+FIRST = """
+import json, struct, sys
+def first(path, name="a"):
+    with open(path, "rb") as file:
+        header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+        return struct.unpack_from("<f", file.read(), header[name]["data_offsets"][0])[0]
+"""
+
+
+@pytest.fixture(scope="module")
+def steady(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """Weights that grow steadily, so that an average is the later the shorter it is."""
+    folder = tmp_path_factory.mktemp("steady") / "run"
+    write_run(folder, [{"a": np.full(4, 0.1 * k), "b": np.full(3, 0.1 * k)} for k in range(1, 21)], range(1, 21))
+    return Run(folder)
+
+
+def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path: Path) -> None:
+    """A metric whose valley is oblique: each length's best depends on the other's."""
+    wanted = [float(steady.average(width)["a"][0]) for width in (0.06, 0.2)]
+    (tmp_path / "read.py").write_text(
+        f"{FIRST}x, y = first(sys.argv[1]) - {wanted[0]}, first(sys.argv[2]) - {wanted[1]}\n"
+        "print(x * x + y * y + 0.4 * x * y)"
+    )
+    command = f"{sys.executable} -S {tmp_path}/read.py {{weights}} {{weights:guide}} {{sigma_rel}} {{sigma_rel:guide}}"
+    axis, out = Axis("sigma_rel", 0.03, 0.28), tmp_path / "out"
+    report = swept(steady, out, command, axis=axis, guide=steady, guide_axis=axis, disk=steady.plan(0.1).nbytes * 3)
+    (guide,) = report.refinements
+    assert report.best.sigma_rel == pytest.approx(0.06, rel=0.15)
+    assert guide.name == "guide"
+    assert guide.value == pytest.approx(0.2, rel=0.15)
+    assert_same_tensors(load_file(out / "best.safetensors"), steady.average(report.best))
+    assert_same_tensors(load_file(out / "best-guide.safetensors"), steady.average(guide.value))
+    evaluations = (out / "trials.jsonl").read_text().count("\n")
+    assert swept(steady, out, command, axis=axis, guide=steady, guide_axis=axis).to_dict() == report.to_dict()
+    assert (out / "trials.jsonl").read_text().count("\n") == evaluations
+    page = render(steady, out, tmp_path / "page.html")
+    assert f"The second network: sigma_rel {guide.value:g}." in page
+    assert f"ema synthesize {steady.directory} --sigma-rel {guide.value:g} --out guide.safetensors" in page
+
+
+def test_the_time_is_searched_when_the_length_is_found(steady: Run, tmp_path: Path) -> None:
+    """The metric wants the value that the weights had near time 12, whatever the length."""
+    (tmp_path / "read.py").write_text(f"{FIRST}print((first(sys.argv[1]) - 1.1) ** 2)")
+    command = f"{sys.executable} -S {tmp_path}/read.py {{weights}}"
+    length, times = Axis.of_values("sigma_rel", [0.1]), Axis("t", 5, 20)
+    report = swept(steady, tmp_path / "out", command, axis=length, times=times)
+    t = report.chosen["t"]
+    assert float(steady.average(0.1, t=t)["a"][0]) == pytest.approx(1.1, abs=0.03)
+    assert_same_tensors(load_file(tmp_path / "out/best.safetensors"), steady.average(0.1, t=t))
+    assert [trial.target for trial in report.trials[:2]] == ["t 5, sigma_rel 0.1", "t 6.6, sigma_rel 0.1"]
+    assert f"--sigma-rel 0.1 --t {t:g} --out" in render(steady, tmp_path / "out", tmp_path / "page.html")
+    lengths = Axis.of_values("sigma_rel", [0.05, 0.1, 0.15])
+    both = swept(steady, tmp_path / "both", command, axis=lengths, times=Axis.of_values("t", [8, 12, 16, 20]))
+    (time,) = both.refinements
+    assert (time.name, time.gains) == ("t", True)
+    assert 10 < time.value < 16
+    assert_same_tensors(load_file(tmp_path / "both/best.safetensors"), steady.average(both.best, t=time.value))
+
+
+def test_a_trial_gets_a_folder_like_a_model(run: Run, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({name: torch.zeros_like(value) for name, value in run.average(0.1).items()}, model / "model.safetensors")
+    (model / "config.json").write_text("{}")
+    command = shell("ls $1 | wc -l")
+    for _ in range(2):
+        report = swept(run, tmp_path / "out", command, axis=GRID, like=model)
+        assert [trial.value for trial in report.trials] == [2.0] * 3
+        assert_same_tensors(load_file(tmp_path / "out/best/model.safetensors"), run.average(report.best))
+    with refused("like"):
+        swept(run, tmp_path / "out", command, axis=GRID, like=model, dtype="float16")
+
+
+@pytest.mark.parametrize("layout", [None, "sharded", "pt"])
+def test_another_metric_uses_kept_weights_again(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str | None
+) -> None:
+    first = swept(run, tmp_path / "out", shell("echo $2"), axis=GRID, keep=True, layout=layout)
+    kept = names(tmp_path / "out/weights")
+    assert len(kept) == 3
+    writes: list[Any] = []
+    write = Run.write
+
+    def counted(self: Run, targets: Any, out: Any, **options: Any) -> Any:
+        writes.append(out)
+        return write(self, targets, out, **options)
+
+    monkeypatch.setattr(Run, "write", counted)
+    (tmp_path / "out/weights/.ema-0123456789abcdef.tmp").touch()
+    second = swept(run, tmp_path / "out", shell("test -e $1 && echo -$2"), axis=GRID, keep=True, layout=layout)
+    assert [Path(out).stem for out in writes if out is not None] == ["best"]
+    assert names(tmp_path / "out/weights") == kept
+    errors = [[trial.predicted_error for trial in report.trials] for report in (first, second)]
+    assert errors[0] == pytest.approx(errors[1])
+    assert [trial.value for trial in second.trials] == [-x for x in LENGTHS]
 
 
 # --- in Python

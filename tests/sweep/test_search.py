@@ -83,3 +83,26 @@ def test_the_same_trials_say_the_same_in_any_order() -> None:
     first, again = estimate(trials(0.1), LOW, HIGH), estimate(trials(0.1)[::-1], LOW, HIGH)
     assert estimate(trials(0.1), LOW, HIGH).best == first.best
     assert again.best == pytest.approx(first.best, rel=0.1)
+
+
+def test_one_far_value_does_not_hide_the_best() -> None:
+    """A trial that went wrong, and one that was lucky beyond belief; a second one confirms."""
+    xs = [0.02, 0.034, 0.057, 0.097, 0.16, 0.28]
+    values = [math.log(x / 0.1) ** 2 for x in xs]
+    for place, wrong in ((1, 1000.0), (4, 1000.0), (1, -1000.0)):
+        found = estimate(
+            [Trial(x, wrong if k == place else value) for k, (x, value) in enumerate(zip(xs, values, strict=True))],
+            0.02, 0.28,
+        )  # fmt: skip
+        assert found.low <= 0.1 <= found.high
+        assert abs(found.mean) < 10
+    well = [Trial(x, -1000.0 if x in (0.097, 0.16) else value) for x, value in zip(xs, values, strict=True)]
+    assert 0.08 < estimate(well, 0.02, 0.28).best < 0.2
+
+
+@pytest.mark.parametrize("value", [0.0, 5.0, 0.1, -1e6])
+def test_a_metric_that_is_always_the_same_has_no_error(value: float) -> None:
+    found = estimate([Trial(x, value) for x in (0.02, 0.05, 0.1, 0.28)], 0.02, 0.28)
+    assert found.mean == pytest.approx(value, rel=1e-6, abs=1e-6)
+    assert found.standard_error <= 1e-6 * max(1.0, abs(value))
+    assert (found.low, found.high) == pytest.approx((0.02, 0.28), rel=0.1)
