@@ -74,6 +74,17 @@ class Origin:
             reason = r"must have one group, for the step, such as 'step(\d+)'"
             raise InvalidValueError("step_from", reason, value=self.step_from or "")
 
+    def options(self) -> list[tuple[str, str]]:
+        """What was given, as options of a command and their values."""
+        found = []
+        for name, value in vars(self).items():
+            option = "--from" if name == "kind" else f"--{name.replace('_', '-')}"
+            if name == "sigma_rels":
+                value = ",".join(f"{width:.12g}" for width in value)
+            several = (value,) if isinstance(value, str | int) else value or ()
+            found += [(option, str(one)) for one in several if one != ""]
+        return found
+
     @property
     def selection(self) -> fmt.Selection:
         """The choice of tensors by their names."""

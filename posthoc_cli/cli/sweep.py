@@ -13,14 +13,17 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import SHAPES
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.sweep import Axis, SweepReport
     from posthoc_cli.sweep.records import Record
 
 EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
 
 
+@values.with_origin
 def sweep(
-    directory: Path = values.DIRECTORY,
+    directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
+    checkpoints: str | None = values.CHECKPOINTS,
     run: str = Option(
         ...,
         "--run",
@@ -74,6 +77,8 @@ def sweep(
     layout: str | None = values.LAYOUT,
     method: str | None = values.METHOD,
     quiet: bool = values.QUIET,
+    *,
+    origin: Origin,
 ) -> None:
     """Find the best length by your own metric.
 
@@ -83,7 +88,6 @@ def sweep(
     A standard error beside the metric (acc_stderr) counts as its noise. A failed trial is reported and does not count.
     The same call goes on where an earlier one has stopped. All is in OUT: trials.jsonl, sweep.json, logs, best.
     """
-    from posthoc_cli.run import Run
     from posthoc_cli.sweep import Sweep
     from posthoc_cli.sweep.metrics import Metric
 
@@ -94,7 +98,7 @@ def sweep(
         raise InvalidValueError("--json and --csv", "give one of them")
     names = tuple(name.strip() for name in (devices or "").split(",") if name.strip())
     report = Sweep(
-        Run(values.existing_run(directory)), run, Metric(metric, json_path, csv_column),
+        values.open_run(directory, checkpoints, origin), run, Metric(metric, json_path, csv_column),
         files.expanded(out), _axis(sigma_rel, beta, window, decay, over), minimize, repeats, budget,
         (len(names) or 1) if jobs is None else jobs, names, timeout,
         values.optional(files.parse_bytes, disk, "--disk"), None if raw is None else files.expanded(raw),
