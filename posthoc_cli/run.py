@@ -543,7 +543,13 @@ def check_path(path: Path, deep: bool = False, progress: ProgressBar = no_bar) -
     Raises:
         DirectoryError: there is nothing to verify.
     """
-    contents = list_contents(path)
+    try:
+        contents = list_contents(path)
+    except DirectoryError as error:
+        if not holds_checkpoints(path):
+            raise
+        reason = "holds checkpoints of other programs, which have no checksums"
+        raise DirectoryError(path, reason, "an import writes copies that have") from error
     with progress("verifying", contents.nbytes) as advance:
         found = verify(contents, advance)
     if not deep:

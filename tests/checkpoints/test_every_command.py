@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -90,12 +91,11 @@ def test_a_sweep_in_python_takes_a_run(run: Path) -> None:
 def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, tmp_path: Path) -> None:
     also = ["--checkpoints", f"{run / 'ck'}/*.pt", *OPTIONS]
     curve = ("--sigma-range", "0.01:0.1", "--json")
-    errors = [
-        ema("error-plot", *source, *curve).json["curves"][0]["predicted_error"][0]
-        for source in ([run / "ema"], also, [run / "ema", *also])
-    ]
+    sources = [run / "ema"], also, [run / "ema", *also]
+    curves = [ema("error-plot", *source, *curve).json["curves"][0] for source in sources]
+    errors = [one["predicted_error"][0] for one in curves]
     assert errors[2] < errors[1] < errors[0]
-    alone, beside, both = (ema("info", *source, "--json").json for source in ([run / "ema"], also, [run / "ema", *also]))
+    alone, beside, both = (ema("info", *source, "--json").json for source in sources)
     assert both["checkpoints"] == beside["checkpoints"]
     assert len(both["checkpoints"]) == 40
     assert {name: value for name, value in both.items() if name != "checkpoints"} == alone
@@ -103,3 +103,22 @@ def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, 
     assert ema("report", run / "ema", *also, "--out", tmp_path / "page.html").code == 0
     assert "40 x weights" in (tmp_path / "page.html").read_text()
     assert "one DIR at most" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "archives", "transformers", "distributed"])
+def test_care_is_for_own_files(layout: str, write: Callable[[str], Path], ema: Ema) -> None:
+    folder = write(layout)
+    before = sorted(path.name for path in folder.rglob("*"))
+    no_checksums = f"{folder}: holds checkpoints of other programs, which have no checksums; `ema import` writes copies"
+    if layout in ("archives", "distributed"):
+        assert no_checksums in ema("verify", folder).error
+        assert no_checksums in ema("verify", folder, "--repair", "--yes").error
+    else:
+        assert "0 intact" in ema("verify", folder).out
+        assert "no snapshots of a tracker, and only these" in ema("verify", folder, "--repair", "--yes").error
+    assert "no snapshots here" in ema("prune", folder, "--keep", "2", "--yes").error
+    if layout == "safetensors":
+        with (folder / "step20.safetensors").open("r+b") as file:
+            file.truncate(1000)
+        assert "--repair" not in ema("synthesize", folder, "--sigma-rel", "0.2", "--out", folder / "o.pt").error
+    assert sorted(path.name for path in folder.rglob("*")) == before
