@@ -20,7 +20,12 @@ from posthoc_cli.checkpoints.imported import is_imported, read_imported
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import ema_pytorch_profile, posthoc_ema_profile, torchtitan_profile
+from posthoc_cli.profiles.other_libraries import (
+    TORCHTITAN_GAMMA,
+    ema_pytorch_profile,
+    posthoc_ema_profile,
+    torchtitan_profile,
+)
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import is_snapshot_name
 from posthoc_cli.snapshots.headers import parse_json
@@ -48,7 +53,7 @@ class Origin:
         prefix: what names of the model's tensors begin with; it is left out of the names.
         include, exclude: globs on the names that remain.
         sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
-        update_every, update_after_step: settings of these libraries.
+        update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`.
     """
 
     kind: str | None = None
@@ -182,7 +187,9 @@ def _points(path: Path, origin: Origin) -> list[Checkpoint]:
     made = [make_checkpoint(path, found, Point(float(step)), step)]
     if averaged and not origin.prefix:
         both = {name: averaged.get(name, find) for name, find in found.items()}
-        made.append(make_checkpoint(path, both, torchtitan_profile(step), step))
+        profile = torchtitan_profile(step, origin.update_every or 1, origin.update_after_step or 0)
+        width = PowerFunction(TORCHTITAN_GAMMA, step).sigma_rel
+        made.append(make_checkpoint(path, both, profile, step, sigma_rel=width))
     return made
 
 
