@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -173,10 +173,10 @@ def _points(path: Path, origin: Origin) -> list[Checkpoint]:
     """A checkpoint, and the average in it if torchtitan stored one."""
     contents = read_contents(path)
     if is_imported(contents.values):
-        one, selection = read_imported(path), origin.selection
-        fmt.check_globs(selection, one.info.tensors)
-        chosen = {name: tensor for name, tensor in one.info.tensors.items() if selection.names(name)}
-        return [replace(one, info=replace(one.info, tensors=chosen))]
+        one = read_imported(path)
+        chosen = _chosen(one.info.tensors, origin)
+        tensors = {name: tensor for name, tensor in one.info.tensors.items() if name in chosen}
+        return [replace(one, info=replace(one.info, tensors=tensors))]
     step = _step(path, contents, origin)
     averaged = {
         match[1]: find
@@ -196,9 +196,18 @@ def _points(path: Path, origin: Origin) -> list[Checkpoint]:
 def _selected(
     found: dict[str, Callable[[], list[Piece]]], origin: Origin, but: Sequence[str] = ()
 ) -> dict[str, Callable[[], list[Piece]]]:
+    chosen = _chosen(found, origin)
+    return {name: find for name, find in found.items() if name in chosen and name not in but}
+
+
+def _chosen(names: Collection[str], origin: Origin) -> set[str]:
+    """Those names that `include` and `exclude` leave."""
     selection = origin.selection
-    fmt.check_globs(selection, found)
-    return {name: find for name, find in found.items() if selection.names(name) and name not in but}
+    fmt.check_globs(selection, names)
+    chosen = set(filter(selection.names, names))
+    if not chosen:
+        raise InvalidValueError("include and exclude", "leave no tensor of the model")
+    return chosen
 
 
 def _step(path: Path, contents: Contents, origin: Origin) -> int:

@@ -114,6 +114,8 @@ def test_tensors_can_be_chosen(tmp_path: Path) -> None:
     assert set(Run(tmp_path, prefix="state_dict.loss.").tensors) == {"w"}
     with pytest.raises(errors.InvalidValueError, match=r"include 'x\.\*': matches no tensor"):
         _ = Run(tmp_path, include="x.*").tensors
+    with pytest.raises(errors.InvalidValueError, match="include and exclude: leave no tensor"):
+        _ = Run(tmp_path, exclude="*").tensors
     with pytest.raises(
         errors.FileFormatError, match=r"no tensor's name begins with 'x\.'; it has 'state_dict.model.a'"
     ):
