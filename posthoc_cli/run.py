@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
-from posthoc_cli.checkpoints.checkpoint import describe_checkpoints
+from posthoc_cli.checkpoints.checkpoint import Checkpoint, describe_checkpoints, list_checkpoints
 from posthoc_cli.checkpoints.opening import (
     UNSPECIFIED,
     Origin,
@@ -44,6 +44,7 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
 from posthoc_cli.snapshots.measurements import (
     EarlierRun,
+    FileSource,
     chosen_up_to,
     deep_bytes,
     run_clock,
@@ -184,8 +185,11 @@ class Run:
     def info(self) -> dict[str, Any]:
         """A description of the directory and its problems, from headers: see `describe`.
 
-        Of checkpoints see `describe_checkpoints`.
+        Of checkpoints see `describe_checkpoints`; those beside snapshots are under "checkpoints".
         """
+        if self.also is not None:
+            beside = [one for one in self.sources if isinstance(one, Checkpoint)]
+            return describe(self.directory) | {"checkpoints": list_checkpoints(beside)}
         found = None
         if self.origin.kind in (None, "snapshots") and not is_glob(self.directory):
             try:
@@ -387,7 +391,7 @@ class Run:
 
     def scaled_to(self, steps: int) -> EarlierRun:
         """The motion of the network and the rounding of its stored averages, scaled to a run of `steps` steps."""
-        return scaled_run(self.snapshots, steps)
+        return scaled_run([one for one in self._checked_sources() if isinstance(one, FileSource)], steps)
 
     # --- care
 
@@ -429,25 +433,24 @@ MOST_DRAWINGS = 24
 
 
 def error_report(
-    runs: Sequence[str | Path] = (),
+    runs: Sequence[Run] = (),
     schedules: Sequence[Schedule] = (),
     sigma_range: tuple[float, float] = (0.01, 0.2886),
     *,
     t: float | None = None,
     method: str | None = None,
     dtype: str = "float16",
-    like: str | Path | None = None,
+    like: Run | None = None,
     draw: Wanted | Sequence[Wanted] = (),
     picture: Path | None = None,
     profile_error: bool = False,
     table: Path | None = None,
     overwrite: bool = False,
-    origin: Origin = UNSPECIFIED,
 ) -> ErrorReport:
     """Error curves of runs and of schedules, as `ema error-plot` draws them.
 
     Arguments:
-        runs: directories of snapshots; or of checkpoints, or globs of these.
+        runs: with snapshots or checkpoints.
         schedules: snapshots not taken yet; their `rounding` follows from `dtype`.
         sigma_range: the curves' range.
         t: time of the targets; by default that of the last snapshot.
@@ -458,7 +461,6 @@ def error_report(
         picture: a .png, .svg or .pdf file to draw; with `profile_error` the profile errors, too.
         table: a .csv file to write.
         overwrite: replace these files.
-        origin: what checkpoints do not say themselves.
 
     Raises:
         InvalidValueError, OutputExistsError, WriteError; and as `Run`.
@@ -468,7 +470,7 @@ def error_report(
     if picture is not None and drawings > MOST_DRAWINGS:
         reason = f"{drawings} drawings over training time; at most {MOST_DRAWINGS} fit"
         raise InvalidValueError("out", reason, value=picture)
-    candidates = [Run(path, origin=origin).candidate(t) for path in runs]
+    candidates = [run.candidate(t) for run in runs]
     for schedule in schedules:
         earlier, assumption = _earlier_run(like, schedule.steps)
         rounding = earlier.rounding.get(dtype, relative_rounding(dtype))
@@ -485,13 +487,13 @@ def error_report(
 
 
 def plan_training(
-    task: Task, like: str | Path | None = None, picture: Path | None = None, overwrite: bool = False
+    task: Task, like: Run | None = None, picture: Path | None = None, overwrite: bool = False
 ) -> PlanReport:
     """Propose what to track and store, as `ema plan` does; see `planning.propose`.
 
     Arguments:
         task: the requirements; its `motion` and `rounding` are replaced by those of the run `like`, if one is given.
-        like: the directory of an earlier run that the network will move like.
+        like: an earlier run that the network will move like.
         picture: a .png, .svg or .pdf file for the error curves of the proposals.
         overwrite: replace it.
 
@@ -505,16 +507,16 @@ def plan_training(
     proposals = tuple(propose(task))
     if picture is not None:
         _draw(picture, [proposal.curve for proposal in proposals], overwrite=overwrite)
-    return PlanReport(task, proposals, assumption, None if like is None else str(like))
+    return PlanReport(task, proposals, assumption, None if like is None else str(like.directory))
 
 
-def _earlier_run(like: str | Path | None, steps: int) -> tuple[EarlierRun, str]:
+def _earlier_run(like: Run | None, steps: int) -> tuple[EarlierRun, str]:
     """What an earlier run says about one of so many steps, and what is assumed, in words that follow "if"."""
     if like is None:
         return EarlierRun(None, {}), EVENLY
-    earlier = Run(like).scaled_to(steps)
-    known = f"the network moves as in {like}"
-    return earlier, f"{EVENLY}: the motion of {like} is not known" if earlier.motion is None else known
+    earlier = like.scaled_to(steps)
+    known = f"the network moves as in {like.directory}"
+    return earlier, f"{EVENLY}: the motion of {like.directory} is not known" if earlier.motion is None else known
 
 
 def _draw(
@@ -541,7 +543,13 @@ def check_path(path: Path, deep: bool = False, progress: ProgressBar = no_bar) -
     Raises:
         DirectoryError: there is nothing to verify.
     """
-    contents = list_contents(path)
+    try:
+        contents = list_contents(path)
+    except DirectoryError as error:
+        if not holds_checkpoints(path):
+            raise
+        reason = "holds checkpoints of other programs, which have no checksums"
+        raise DirectoryError(path, reason, "an import writes copies that have") from error
     with progress("verifying", contents.nbytes) as advance:
         found = verify(contents, advance)
     if not deep:

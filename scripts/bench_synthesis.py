@@ -1,13 +1,14 @@
 """How fast a synthesis is, beside a plain loop over the same bytes and beside the peers; and how much memory it takes.
 
-    python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick]
+    python scripts/bench_synthesis.py [--device cpu] [--repeats 5] [--folder FOLDER] [--quick] [--checkpoints]
 
 Snapshots are 20 in float16 of made-up models, half of them for each of two profiles; targets are float32. Times are
 medians, with the range, of repeated runs in one process; "warm" means from the page cache, "cold" after the system was
 asked to forget the files. All runs of ours verify every checksum. "dropped" is a caller who takes each tensor and
 forgets it; "nowhere" is the engine alone, without a place for its results; "to a file" includes fsync. The peers read
 checkpoints of their own, of as many parameters and the same dtype, through their public interfaces, with torch's own
-number of threads. What is compared is run in turns, each in a quiet moment; see `quiet_timing`.
+number of threads. Other programs' checkpoints hold the same bytes as the snapshots that they are compared with;
+`--checkpoints` measures these alone. What is compared is run in turns, each in a quiet moment; see `quiet_timing`.
 
 The roofline is the plain loop: one thread that reads every byte into one buffer and does nothing with it.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 import torch
 from quiet_timing import Report
 from synthesis_cases import (
+    CHECKPOINTS,
     Shapes,
     drop_from_cache,
     ema_pytorch_synthesis,
@@ -34,6 +36,7 @@ from synthesis_cases import (
     posthoc_ema_synthesis,
     read_plainly,
     small_tensors,
+    write_checkpoints,
     write_plainly,
     write_snapshots,
     write_sparse_snapshots,
@@ -74,11 +77,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = Report(sizes.repeats)
     with tempfile.TemporaryDirectory(dir=options.folder) as name:
         folder = Path(name)
-        for parameters in sizes.models:
-            measure_model(report, folder, parameters, device)
-        measure_many(report, folder, sizes.many_model, device)
-        measure_small(report, folder, sizes.small, device)
-        measure_memory(report, folder, sizes.memory)
+        if not options.checkpoints:
+            for parameters in sizes.models:
+                measure_model(report, folder, parameters, device)
+            measure_many(report, folder, sizes.many_model, device)
+            measure_small(report, folder, sizes.small, device)
+            measure_memory(report, folder, sizes.memory)
+        measure_checkpoints(report, folder, sizes.many_model, device)
     print("\nGoals:")
     print("\n".join(report.goals))
 
@@ -88,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="cpu", help="where the sums are made: cpu, cuda, mps")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each measurement")
     parser.add_argument("--folder", type=Path, help="for files of up to 15 GB; by default the system's own")
+    parser.add_argument("--checkpoints", action="store_true", help="other programs' checkpoints only")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     return parser
 
@@ -231,9 +237,30 @@ def measure_memory(report: Report, folder: Path, models: Sequence[int]) -> None:
     report.goal("MB between the models", abs(peaks[-1] - peaks[0]), 30, [])
 
 
+def measure_checkpoints(report: Report, folder: Path, parameters: int, device: str) -> None:
+    """Checkpoints of other programs against snapshots of the same bytes: matrices, and some small tensors."""
+    run, other = folder / "run", folder / "checkpoints"
+    shapes = {**large_tensors(parameters), **{f"norms.{index}": (1024,) for index in range(parameters // 200_000)}}
+    write_snapshots(run, shapes)
+    own = planned(run, [0.15])
+    print(f"\n20 checkpoints of {parameters:,} parameters in {len(shapes)} tensors; one target, dropped")
+    for layout in CHECKPOINTS:
+        write_checkpoints(other, layout, shapes)
+        os.sync()  # what is still being written would be a neighbour
+        plan = planned(other, [0.15])
+        runs = {
+            name: lambda p=p: exhaust(synthesize(p, Options(device)))
+            for name, p in (("snapshots", own), (layout, plan))
+        }
+        ours, theirs = report.times(runs, own.read_bytes)
+        report.goal(f"{layout}, in times of snapshots", theirs.median / ours.median, 1.5, [theirs, ours])
+        shutil.rmtree(other)
+    shutil.rmtree(run)
+
+
 def planned(run: Path, targets: Sequence[float]) -> Plan:
     """A plan for targets of a directory."""
-    return plan_synthesis(disk_sources(run), targets)
+    return plan_synthesis(disk_sources(run), targets, dtype="float32")
 
 
 def nowhere(plan: Plan, device: str, workers: int | None = None) -> Iterable[object]:

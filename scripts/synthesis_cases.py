@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import subprocess
 import sys
@@ -12,7 +13,9 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
 import xxhash
+from safetensors.torch import save_file
 
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots import format as fmt
@@ -94,6 +97,42 @@ def _headers(folder: Path, shapes: Shapes, snapshots: int) -> Iterator[tuple[Pat
             tensors={name: fmt.TrackedTensor("average", "F32") for name in shapes},
         )
         yield folder / f"{int(t):09d}-{sigma_rel}.safetensors", fmt.snapshot_metadata(info)
+
+
+# --- other programs' checkpoints -------------------------------------------------------------------
+
+
+def _save_shards(place: Path, weights: Mapping[str, torch.Tensor], ending: str) -> None:
+    """Two files and their index, as transformers writes them."""
+    place.mkdir()
+    files = {name: f"model-0000{1 + 2 * index // len(weights)}-of-00002.{ending}" for index, name in enumerate(weights)}
+    for file in set(files.values()):
+        held = {name: value for name, value in weights.items() if files[name] == file}
+        save_file(held, place / file) if ending == "safetensors" else torch.save(held, place / file)
+    (place / f"model.{ending}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": files}))
+
+
+def _save_distributed(place: Path, weights: Mapping[str, torch.Tensor]) -> None:
+    with without_noise():
+        dcp.save({"model": dict(weights)}, checkpoint_id=place)
+
+
+CHECKPOINTS: dict[str, Callable[[Path, Mapping[str, torch.Tensor]], object]] = {
+    "safetensors files": lambda place, weights: save_file(dict(weights), place.with_suffix(".safetensors")),
+    "folders of safetensors shards": lambda place, weights: _save_shards(place, weights, "safetensors"),
+    "folders of .bin shards": lambda place, weights: _save_shards(place, weights, "bin"),
+    ".pt files": lambda place, weights: torch.save({"model": dict(weights)}, place.with_suffix(".pt")),
+    "folders of torch.distributed.checkpoint": _save_distributed,
+}
+
+
+def write_checkpoints(folder: Path, layout: str, shapes: Shapes, count: int = 20) -> None:
+    """As many checkpoints of random numbers in float16."""
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(shape, generator=generator).half() for name, shape in shapes.items()}
+    for index in range(1, count + 1):
+        CHECKPOINTS[layout](folder / f"checkpoint-{1000 * index}", weights)
 
 
 # --- plain loops -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """What other libraries' averages hold, by runs of the installed packages."""
 
+import math
 from pathlib import Path
 
 import numpy as np
@@ -116,11 +117,25 @@ def test_very_many_updates_are_joined() -> None:
     assert mean[0] == pytest.approx(mean[1], rel=1e-6)
 
 
-def test_torchtitan() -> None:
-    steps = np.arange(1.0, 5001)
-    decays = 2 ** (-20 / steps)
-    after = 1 - np.append(np.cumprod(decays[:0:-1])[::-1], 1)  # mass after each step
-    assert np.abs(torchtitan_profile(5000).tail(steps + 0.5) - after).max() < 2e-3
+@pytest.mark.parametrize(("update_every", "start_step"), [(1, 0), (10, 0), (1, 300), (7, 100)])
+def test_torchtitan(update_every: int, start_step: int) -> None:
+    """Its rule step by step in float64: it begins as a copy of the weights before the training, here zeros."""
+    path = walk()
+    average = torch.zeros_like(path[0])
+    for step, weights in enumerate(path, 1):
+        elapsed = step - start_step
+        if elapsed >= 0 and elapsed % update_every == 0:
+            decay = 2.0 ** (-20 / max(elapsed // update_every, 1))
+            average = decay * average + (1 - decay) * weights
+        if step in (start_step or update_every, start_step + 3 * update_every, 1000):
+            profile = torchtitan_profile(step, update_every, start_step)
+            made = averaged(profile, path)
+            assert (made - average).norm() <= 2e-6 * average.norm() + 1e-12
+    steps = np.arange(400.0, 1000)
+    power = 1 - (steps / 1000) ** (20 * math.log(2))
+    assert start_step or np.abs(profile.tail(steps) - power).max() < 0.015 * update_every
+    with pytest.raises(InvalidValueError, match="that of the first update"):
+        torchtitan_profile((start_step or update_every) - 1, update_every, start_step)
 
 
 def test_wrong_settings_are_named() -> None:

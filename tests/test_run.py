@@ -109,7 +109,7 @@ def test_writing_several_returns_what_the_command_prints(run: Run, ema: Ema, tmp
 
 def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema, tmp_path: Path) -> None:
     table, schedule = tmp_path / "e.csv", Schedule((0.05, 0.28), 1000, 100, 5)
-    report = error_report([run.directory], [schedule], (0.05, 0.28), like=run.directory, draw=Window(50), table=table)
+    report = error_report([run], [schedule], (0.05, 0.28), like=run, draw=Window(50), table=table)
     words = "--sigma-rels 0.05,0.28 --steps 1000 --checkpoint-every 100 --max-checkpoints 5 --sigma-range 0.05:0.28"
     arguments = (*words.split(), "--like", run.directory, "--window", "50", "--csv", tmp_path / "other.csv", "--json")
     assert ema("error-plot", run.directory, *arguments).json == report.to_dict()
@@ -129,7 +129,7 @@ def test_curves_and_plans_are_what_the_commands_print(run: Run, ema: Ema, tmp_pa
         "--json",
     ]
     printed = ema("plan", *fixed, "--like", run.directory).json
-    assert printed == json.loads(json.dumps(plan_training(task, run.directory).to_dict()))
+    assert printed == json.loads(json.dumps(plan_training(task, run).to_dict()))
 
 
 def test_damage_is_found_and_the_rest_is_described(run: Run) -> None:

@@ -51,7 +51,7 @@ def goals(printed: str) -> list[str]:
 
 def test_bench_synthesis(capsys: pytest.CaptureFixture[str]) -> None:
     bench_synthesis.main(["--quick"])
-    assert len(goals(capsys.readouterr().out)) == 9
+    assert len(goals(capsys.readouterr().out)) == 9 + 5
 
 
 def test_bench_update(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

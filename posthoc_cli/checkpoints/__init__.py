@@ -8,3 +8,6 @@ makes a run of `checkpoint`s. `imported` and `comparing` are what `ema import` a
 
 KINDS = ("snapshots", "checkpoints", "dcp", "torchtitan", "ema-pytorch", "posthoc-ema", "edm2")
 """What may be opened; `checkpoints` are files or folders of weights, also of LoRA series."""
+
+NUMBERED = ("ema-pytorch", "posthoc-ema")
+"""Those whose files name an average by its number: its width and update_every must be given."""

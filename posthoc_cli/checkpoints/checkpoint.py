@@ -255,19 +255,25 @@ def describe_checkpoints(place: Path, checkpoints: Sequence[Checkpoint]) -> dict
     return {
         "kind": "checkpoints",
         "path": str(place),
+        "run": newest.info.run_id,
         "t_unit": newest.info.t_unit,
         "t": newest.info.t,
         "step": newest.info.step,
         **describe_tensors(newest),
         "bytes": sum(one.header.file_bytes for one in checkpoints),
-        "checkpoints": [
-            {
-                "file": one.name,
-                "t": one.info.t,
-                "holds": one.holds,
-                "bytes": one.header.file_bytes,
-                "identity": one.header.metadata["ema.checksum"],
-            }
-            for one in checkpoints
-        ],
+        "checkpoints": list_checkpoints(checkpoints),
     }
+
+
+def list_checkpoints(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
+    """The file, time, content and identity of each, for JSON."""
+    return [
+        {
+            "file": one.name,
+            "t": one.info.t,
+            "holds": one.holds,
+            "bytes": one.header.file_bytes,
+            "identity": one.header.metadata["ema.checksum"],
+        }
+        for one in checkpoints
+    ]

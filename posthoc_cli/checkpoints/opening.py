@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,12 @@ from posthoc_cli.checkpoints.imported import is_imported, read_imported
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
 from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
-from posthoc_cli.profiles.other_libraries import ema_pytorch_profile, posthoc_ema_profile, torchtitan_profile
+from posthoc_cli.profiles.other_libraries import (
+    TORCHTITAN_GAMMA,
+    ema_pytorch_profile,
+    posthoc_ema_profile,
+    torchtitan_profile,
+)
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import is_snapshot_name
 from posthoc_cli.snapshots.headers import parse_json
@@ -48,7 +53,7 @@ class Origin:
         prefix: what names of the model's tensors begin with; it is left out of the names.
         include, exclude: globs on the names that remain.
         sigma_rels: widths of the averages of `ema-pytorch` or `posthoc-ema`, in the order of their numbers.
-        update_every, update_after_step: settings of these libraries.
+        update_every, update_after_step: settings of these libraries; torchtitan's `update_every_n_steps`, `start_step`.
     """
 
     kind: str | None = None
@@ -73,6 +78,17 @@ class Origin:
         if groups != 1:
             reason = r"must have one group, for the step, such as 'step(\d+)'"
             raise InvalidValueError("step_from", reason, value=self.step_from or "")
+
+    def options(self) -> list[tuple[str, str]]:
+        """What was given, as options of a command and their values."""
+        found = []
+        for name, value in vars(self).items():
+            option = "--from" if name == "kind" else f"--{name.replace('_', '-')}"
+            if name == "sigma_rels":
+                value = ",".join(f"{width:.12g}" for width in value)
+            several = (value,) if isinstance(value, str | int) else value or ()
+            found += [(option, str(one)) for one in several if one != ""]
+        return found
 
     @property
     def selection(self) -> fmt.Selection:
@@ -157,10 +173,10 @@ def _points(path: Path, origin: Origin) -> list[Checkpoint]:
     """A checkpoint, and the average in it if torchtitan stored one."""
     contents = read_contents(path)
     if is_imported(contents.values):
-        one, selection = read_imported(path), origin.selection
-        fmt.check_globs(selection, one.info.tensors)
-        chosen = {name: tensor for name, tensor in one.info.tensors.items() if selection.names(name)}
-        return [replace(one, info=replace(one.info, tensors=chosen))]
+        one = read_imported(path)
+        chosen = _chosen(one.info.tensors, origin)
+        tensors = {name: tensor for name, tensor in one.info.tensors.items() if name in chosen}
+        return [replace(one, info=replace(one.info, tensors=tensors))]
     step = _step(path, contents, origin)
     averaged = {
         match[1]: find
@@ -171,16 +187,27 @@ def _points(path: Path, origin: Origin) -> list[Checkpoint]:
     made = [make_checkpoint(path, found, Point(float(step)), step)]
     if averaged and not origin.prefix:
         both = {name: averaged.get(name, find) for name, find in found.items()}
-        made.append(make_checkpoint(path, both, torchtitan_profile(step), step))
+        profile = torchtitan_profile(step, origin.update_every or 1, origin.update_after_step or 0)
+        width = PowerFunction(TORCHTITAN_GAMMA, step).sigma_rel
+        made.append(make_checkpoint(path, both, profile, step, sigma_rel=width))
     return made
 
 
 def _selected(
     found: dict[str, Callable[[], list[Piece]]], origin: Origin, but: Sequence[str] = ()
 ) -> dict[str, Callable[[], list[Piece]]]:
+    chosen = _chosen(found, origin)
+    return {name: find for name, find in found.items() if name in chosen and name not in but}
+
+
+def _chosen(names: Collection[str], origin: Origin) -> set[str]:
+    """Those names that `include` and `exclude` leave."""
     selection = origin.selection
-    fmt.check_globs(selection, found)
-    return {name: find for name, find in found.items() if selection.names(name) and name not in but}
+    fmt.check_globs(selection, names)
+    chosen = set(filter(selection.names, names))
+    if not chosen:
+        raise InvalidValueError("include and exclude", "leave no tensor of the model")
+    return chosen
 
 
 def _step(path: Path, contents: Contents, origin: Origin) -> int:

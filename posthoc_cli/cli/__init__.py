@@ -98,6 +98,7 @@ _OPTIONS = {
     "make the other shards, then finish the model": "make the others by `ema synthesize --shard`, then run --finish",
     "make an average of them": "make an average by `ema synthesize`",
     "an export makes": "ema export makes",
+    "an import writes": "`ema import` writes",
     "the error curve shows": "ema error-plot shows",
 }
 """What hints of the library are called here."""
@@ -114,13 +115,22 @@ def _translated(error: PostHocError, context: Any) -> PostHocError:
         # A subject is an argument, or several: "t", "t and step", "beta 0.3".
         subject = r"(^|, | and )(\w+)(?=[, ]|$)"
         changed.subject = re.sub(subject, lambda m: f"{m[1]}{names.get(m[2], m[2])}", error.subject)
-    is_ours = Path(error.subject).suffix in ("", ".safetensors")
+    is_ours = context.params.get("kind") in (None, "snapshots") and Path(error.subject).suffix in ("", ".safetensors")
     if isinstance(error, FileFormatError | MismatchError) and is_ours and not isinstance(error, VanishedError):
         for directory in (context.params.get("directory"), *(context.params.get("directories") or ())):
-            if directory is not None and error.subject.startswith(f"{files.expanded(Path(directory))}{os.sep}"):
+            path = None if directory is None else files.expanded(Path(directory))
+            if path is not None and error.subject.startswith(f"{path}{os.sep}") and _is_run(path):
                 hint = f"`ema verify {directory}` checks every file, and with --repair sets aside what is broken"
                 return changed.with_hint(hint)
     return changed
+
+
+def _is_run(directory: Path) -> bool:
+    """Whether a tracker has written to a directory; files of others are never set aside."""
+    from posthoc_cli.snapshots.directory import inspect_directory
+    from posthoc_cli.snapshots.lock import LOCK_NAME
+
+    return (directory / LOCK_NAME).exists() or bool(inspect_directory(directory).snapshots)
 
 
 app = typer.Typer(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from typer import Argument, Option
 
+from posthoc_cli.checkpoints import NUMBERED
 from posthoc_cli.cli import output, values
 from posthoc_cli.errors import InvalidValueError
 
@@ -27,11 +28,12 @@ def error_plot(
     directories: list[Path] = Argument(
         [], metavar="[DIR]...", help="Directories that trackers wrote, or of checkpoints; or globs of those."
     ),
+    checkpoints: str | None = values.CHECKPOINTS,
     out: Path | None = values.PICTURE,
     sigma_rels: list[str] = Option(
         [],
         help="A schedule not yet run: tracked widths, such as 0.05,0.28. Give it again for another schedule. With "
-        "--from: the widths of that library's averages.",
+        "--from ema-pytorch or posthoc-ema: the widths of these averages.",
     ),
     steps: list[str] = Option([], metavar="COUNT", help="Of the schedule: length of training, such as 100K."),
     checkpoint_every: list[str] = Option([], metavar="COUNT", help="Of the schedule: steps between snapshots."),
@@ -85,20 +87,22 @@ def error_plot(
     ends = values.parse_sigma_range(sigma_range)
     if not sigma_rels and (steps or checkpoint_every or max_checkpoints or like):
         raise InvalidValueError("--sigma-rels", "is missing; --steps and the like describe a schedule")
-    if origin.kind is not None and sigma_rels:
+    if origin.kind in NUMBERED and sigma_rels:
         widths = values.parse_sigma_rels(",".join(sigma_rels), "--sigma-rels")
         origin, sigma_rels = replace(origin, sigma_rels=tuple(widths)), []
     schedules = _schedules(sigma_rels, steps, checkpoint_every, max_checkpoints)
-    if not directories and not schedules:
+    if checkpoints is not None and len(directories) > 1:
+        raise InvalidValueError("--checkpoints", "are of one training; name one DIR at most", value=checkpoints)
+    places: list[Path | None] = [*directories] or [None] * (checkpoints is not None)
+    if not places and not schedules:
         what = "name a directory of snapshots, or a schedule"
         raise InvalidValueError(what, "--sigma-rels, --steps, --checkpoint-every")
     profile_error = verbose or method == "paper"
-    runs = [values.existing_run(path) for path in directories]
-    like = None if like is None else values.existing(like, directory=True)
+    runs = [values.open_run(place, checkpoints, origin) for place in places]
+    earlier = None if like is None else values.open_run(like, None, origin)
     report = error_report(
-        runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=like,
+        runs, schedules, ends, t=t, method=method, dtype=values.STORED_DTYPES.get(dtype, dtype), like=earlier,
         draw=targets, picture=out, profile_error=profile_error, table=csv_out, overwrite=overwrite,
-        origin=origin,
     )  # fmt: skip
     if as_json:
         output.print_json(report.to_dict())

@@ -20,11 +20,13 @@ _LONGEST_TEXT = 200
 
 @values.with_origin
 def info(
-    path: Path = Argument(
-        ...,
+    path: Path | None = Argument(
+        None,
         metavar="DIR|FILE",
         help="Snapshots, outputs, checkpoints, a model in shards or its index, or one file.",
+        show_default=False,
     ),
+    checkpoints: str | None = values.CHECKPOINTS,
     verbose: bool = Option(False, "--verbose", "-v", help="All coefficients of an output, and its profile error."),
     as_json: bool = values.JSON,
     *,
@@ -35,9 +37,7 @@ def info(
     Reads headers only. Exit code 1 if something is wrong with a directory: mixed runs, damaged headers. ema verify
     checks every byte.
     """
-    from posthoc_cli.run import Run
-
-    report = Run(values.existing_run(path, directory=False), origin=origin).info()
+    report = values.open_run(path, checkpoints, origin, directory=False).info()
     output.print_json(report) if as_json else _print(report, verbose)
     if report.get("problems"):
         raise typer.Exit(1)

@@ -11,16 +11,19 @@ from typer import Option
 
 from posthoc_cli import files
 from posthoc_cli.cli import output, values
-from posthoc_cli.errors import DirectoryError, VanishedError
+from posthoc_cli.errors import DirectoryError, InvalidValueError, VanishedError
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.run import Run
 
 EPILOG = "Example:  ema report run/ema --sweep sweep --out report.html"
 
 
+@values.with_origin
 def report(
-    directory: Path = values.DIRECTORY,
+    directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
+    checkpoints: str | None = values.CHECKPOINTS,
     sweep: Path | None = Option(None, metavar="DIR", help="The folder of a sweep of this run, as ema sweep wrote it."),
     out: Path = Option("report.html", "--out", "-o", help="The page."),
     watch: bool = Option(
@@ -29,6 +32,8 @@ def report(
         help="Make the page again when snapshots or trials appear, until Ctrl-C. It reloads by itself meanwhile.",
     ),
     overwrite: bool = values.FORCE,
+    *,
+    origin: Origin,
 ) -> None:
     """Make a page about a run and its best length.
 
@@ -36,12 +41,13 @@ def report(
     length is, how the network moved, all trials, and the commands to repeat it.
     """
     from posthoc_cli.report import render
-    from posthoc_cli.run import Run
 
     page = values.new_file(out, "--out", (".html",), overwrite)
     assert page is not None
-    run = Run(values.existing(directory, directory=True))
+    run = values.open_run(directory, checkpoints, origin)
     folder = None if sweep is None else values.existing(sweep)
+    if watch and not run.directory.is_dir():
+        raise InvalidValueError("--watch", "needs a directory, and not a file or a pattern", value=run.directory)
     if watch:
         _watch(run, folder, page)
     files.write_whole(page, render(run, folder, page).encode(), overwrite)

@@ -15,14 +15,17 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles import SHAPES
 
 if TYPE_CHECKING:
+    from posthoc_cli.checkpoints.opening import Origin
     from posthoc_cli.sweep import Axis, SweepReport
     from posthoc_cli.sweep.records import Record
 
 EPILOG = "Example:  ema sweep run/ema --run 'python eval.py {weights}' --metric loss --minimize --out sweep"
 
 
+@values.with_origin
 def sweep(
-    directory: Path = values.DIRECTORY,
+    directory: Path | None = values.DIRECTORY_OR_CHECKPOINTS,
+    checkpoints: str | None = values.CHECKPOINTS,
     run: str = Option(
         ...,
         "--run",
@@ -100,6 +103,8 @@ def sweep(
     ),
     method: str | None = values.METHOD,
     quiet: bool = values.QUIET,
+    *,
+    origin: Origin,
 ) -> None:
     """Find the best length by your own metric.
 
@@ -120,7 +125,8 @@ def sweep(
         raise InvalidValueError("--json and --csv", "give one of them")
     names = tuple(name.strip() for name in (devices or "").split(",") if name.strip())
     report = Sweep(
-        Run(values.existing_run(directory)), run, Metric(metric, json_path, csv_column), files.expanded(out),
+        values.open_run(directory, checkpoints, origin), run, Metric(metric, json_path, csv_column),
+        files.expanded(out),
         axis=_length(sigma_rel, beta, window, decay, over), minimize=minimize, repeats=repeats, budget=budget,
         jobs=(len(names) or 1) if jobs is None else jobs, devices=names, timeout=timeout,
         disk=values.optional(files.parse_bytes, disk, "--disk"), raw=None if raw is None else files.expanded(raw),

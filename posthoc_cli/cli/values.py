@@ -85,7 +85,9 @@ DTYPE = Option(
 )
 MAX_SHARD_SIZE = Option("5GB", help="Of a sharded output.")
 LIKE = Option(
-    None, metavar="DIR", help="Snapshots of an earlier run that the network will move like. [default: evenly]"
+    None,
+    metavar="DIR",
+    help="Snapshots or checkpoints of an earlier run that the network will move like. [default: evenly]",
 )
 SIGMA_RANGE = Option("0.05:0.28", help="The averages that you will want: LOW:HIGH.")
 DIRECTORY = Argument(..., metavar="DIR", help="The directory that the tracker wrote.")
@@ -156,10 +158,10 @@ def with_origin(command: Callable[..., None]) -> Callable[..., None]:
         tracked = () if widths is None else parse_sigma_rels(widths, "--sigma-rels")
         command(**given, origin=Origin(**known, sigma_rels=tuple(tracked)))
 
-    last = own.pop("as_json")
     kind = inspect.Parameter.KEYWORD_ONLY
     new = [inspect.Parameter(name, kind, default=default, annotation=hint) for name, (hint, default) in added.items()]
-    both = [parameter.replace(kind=kind) for parameter in (*own.values(), *new, last)]
+    *first, last = own.values()
+    both = [parameter.replace(kind=kind) for parameter in (*first, *new, last)]
     run.__signature__ = inspect.Signature(both)  # type: ignore[attr-defined]
     run.__annotations__ = types | {name: hint for name, (hint, _) in added.items()}
     return run
@@ -307,15 +309,15 @@ def existing_run(place: Path, directory: bool = True) -> Path:
     return files.expanded(place) if is_glob(place) else existing(place, directory)
 
 
-def open_run(directory: Path | None, checkpoints: str | None, origin: Origin) -> Run:
-    """The run of DIR and --checkpoints, of which one is there."""
+def open_run(place: Path | None, checkpoints: str | None, origin: Origin, directory: bool = True) -> Run:
+    """The run of DIR and --checkpoints, of which one is there; DIR may be a file if not `directory`."""
     from posthoc_cli.run import Run
 
-    if directory is not None:
-        return Run(existing_run(directory), also=checkpoints, origin=origin)
+    if place is not None:
+        return Run(existing_run(place, directory), also=checkpoints, origin=origin)
     if checkpoints is None:
         raise InvalidValueError("DIR", "is missing; name a directory, or checkpoints by --checkpoints")
-    return Run(existing_run(Path(checkpoints)), origin=origin)
+    return Run(existing_run(Path(checkpoints), directory), origin=origin)
 
 
 def new_file(path: Path | None, option: str, endings: Sequence[str], overwrite: bool) -> Path | None:

@@ -33,7 +33,8 @@ def verify(
     """Check every byte of snapshots, outputs and states.
 
     Reads everything: checksums, headers against content, nan and infinity, profiles against times, whether all is of
-    one run. Exit code 1 if anything is wrong. Gaps in the schedule are only noted, since deleting is allowed.
+    one run. Exit code 1 if anything is wrong. Gaps in the schedule are only noted, since deleting is allowed. Of
+    safetensors files of other programs, which have no checksums, the structure is checked.
 
     --repair moves broken files of a snapshot directory to DIR/quarantine, deletes nothing, and
     shows how the predicted error changes. --clean deletes leftovers that have been unchanged for a minute; for

@@ -8,6 +8,10 @@ c = 1, 1 + m, 1 + 2 m, ... with m = `update_every`, and keep the share
 of the average, whatever m is. So the weights of update k have the mass (1 - beta_k) prod_(j > k) beta_j, and those of
 the first one the rest. With m = 1 that is the power function of `gamma`, shifted by a step; with larger m it is close
 to the power function of the exponent (gamma + 1) / m - 1, a longer average.
+
+torchtitan's `EMAOptimizersContainer` (main branch, 2026) updates at the steps `start_step` + k m with
+m = `update_every_n_steps`, and keeps 2**(-20 / max(k, 1)) of the average, unless its `half_life_fraction`, 0.05, is
+changed. Since k counts updates, that is nearly the power function of the exponent 20 ln 2 - 1 for any m.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ import numpy as np
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles.discrete import Discrete
-from posthoc_cli.profiles.tracked import PowerFunction
+from posthoc_cli.profiles.tracked import FloatArray
 
 MOST_TIMES = 16_384
 """Times that a profile holds; of more updates neighbours are joined, which moves mass by less than 1e-4 of training."""
@@ -40,16 +44,7 @@ def ema_pytorch_profile(gamma: float, step: int, update_every: int, started: int
         if value < least:
             raise InvalidValueError(name, f"must be at least {least}", value=value)
     calls = np.arange(1.0, step + 1, update_every)
-    kept = np.append(np.cumsum(((gamma + 1) * np.log1p(-1 / (calls + 1)))[:0:-1])[::-1], 0.0)
-    after = -np.expm1(kept)  # mass after each update
-    masses = -np.diff(after, prepend=1.0)
-    size = -(-calls.size // MOST_TIMES)
-    groups = np.arange(0, calls.size, size)
-    joined = np.add.reduceat(masses, groups)
-    # Each group at its mean time. Far before the end of a short average masses are 0 in float64.
-    later = np.add.reduceat(masses * (np.arange(calls.size) % size), groups)
-    times = calls[groups] + update_every * np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
-    return Discrete(times + started, joined, step + started)
+    return _product(calls + started, (gamma + 1) * np.log1p(-1 / (calls + 1)), update_every, step + started)
 
 
 def posthoc_ema_profile(
@@ -66,6 +61,32 @@ def posthoc_ema_profile(
     return ema_pytorch_profile(gamma, step - before, update_every, before + started)
 
 
-def torchtitan_profile(t: float) -> PowerFunction:
-    """The average of a decay 2**(-20 / t) at each step: nearly the power function of the exponent 20 ln 2 - 1."""
-    return PowerFunction(20 * math.log(2) - 1, float(t))
+TORCHTITAN_GAMMA = 20 * math.log(2) - 1
+
+
+def torchtitan_profile(step: int, update_every: int = 1, start_step: int = 0) -> Discrete:
+    """What torchtitan's EMA is at a step of the training; the defaults are its own.
+
+    Raises:
+        InvalidValueError: it was not updated yet.
+    """
+    first = start_step or update_every
+    if step < first:
+        raise InvalidValueError("step", f"must be at least {first}, that of the first update", value=step)
+    calls = np.arange(float(first), step + 1, update_every)
+    counts = np.maximum((calls - start_step) // update_every, 1)
+    return _product(calls, -(TORCHTITAN_GAMMA + 1) / counts, update_every, step)
+
+
+def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Discrete:
+    """The average of updates at these times, each of which keeps exp(logs) of the average before; of the first none."""
+    kept = np.append(np.cumsum(logs[:0:-1])[::-1], 0.0)
+    after = -np.expm1(kept)  # mass after each update
+    masses = -np.diff(after, prepend=1.0)
+    size = -(-times.size // MOST_TIMES)
+    groups = np.arange(0, times.size, size)
+    joined = np.add.reduceat(masses, groups)
+    # Each group at its mean time. Far before the end of a short average masses are 0 in float64.
+    later = np.add.reduceat(masses * (np.arange(times.size) % size), groups)
+    means = times[groups] + interval * np.divide(later, joined, out=np.zeros(groups.size), where=joined > 1e-300)
+    return Discrete(means, joined, t)

@@ -12,6 +12,7 @@ import platform
 import re
 import shlex
 import urllib.parse
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -49,7 +50,7 @@ def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html"),
     """The page, as HTML.
 
     Arguments:
-        run: the snapshots.
+        run: snapshots or checkpoints.
         sweep: the folder of a sweep of it.
         out: where the page will be, for links to logs.
         reload: seconds after which a browser shows it anew.
@@ -70,7 +71,7 @@ def render(run: Run, sweep: Path | None = None, out: Path = Path("report.html"),
 
 
 def _page(run: Run, found: dict[str, Any] | None, sweep: Path | None, out: Path, reload: int | None) -> str:
-    snapshots, info = run.snapshots, run.info()
+    snapshots, info = [one for one in run.sources if isinstance(one, Snapshot)], run.info()
     if found is not None and found["settings"]["run"] != info["run"]:
         runs = (shown(str(one)[:8]) for one in (found["settings"]["run"], info["run"]))
         raise MismatchError((sweep or run.directory) / RESULT, f"is of another run: {' and '.join(runs)}")
@@ -106,18 +107,24 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
-    schedule = info["schedule"]
-    most = schedule["max_checkpoints"]
-    return [
+    facts = [
         ("run", str(info["run"])),
         ("training time", f"{info['t']:,.12g} {info['t_unit']}, {info['step']:,} steps"),
-        ("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in info["profiles"])),
-        (
-            "schedule",
-            f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
-            + ("" if most is None else f", at most {most:,} of each average"),
-        ),
-        ("snapshots", f"{info['snapshots']:,}, {_size(info['bytes'])}"),
+    ]
+    if schedule := info.get("schedule"):
+        every = f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
+        most = schedule["max_checkpoints"]
+        facts += [
+            ("averages", ", ".join(f"sigma_rel {profile['sigma_rel']:g}" for profile in info["profiles"])),
+            ("schedule", every + ("" if most is None else f", at most {most:,} of each average")),
+            ("snapshots", f"{info['snapshots']:,}, {_size(info['bytes'])}"),
+        ]
+    if checkpoints := info.get("checkpoints"):
+        held = Counter(one["holds"] for one in checkpoints)
+        listed = ", ".join(f"{count:,} x {what}" for what, count in held.items())
+        facts.append(("checkpoints", f"{listed}, {_size(sum(one['bytes'] for one in checkpoints))}"))
+    return [
+        *facts,
         ("model", f"{info['parameters']:,} parameters in {info['tensors']:,} tensors"),
         ("stored as", ", ".join(f"{dtype} ({count:,})" for dtype, count in info["dtypes"].items())),
         ("not tracked", ", ".join(info["left_out"][:20]) or "nothing"),
@@ -226,15 +233,17 @@ def _distance(snapshots: Sequence[Snapshot], unit: str) -> tuple[list[_Picture],
 
 
 def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
+    source = [str(run.directory), *([] if run.also is None else ["--checkpoints", str(run.also)])]
+    source += [word for option, value in run.origin.options() for word in (option, value)]
     if found is None:
-        return [shlex.join(["ema", "synthesize", str(run.directory), "--sigma-rel", "0.1", *_OUT])]
+        return [shlex.join(["ema", "synthesize", *source, "--sigma-rel", "0.1", *_OUT])]
     best, kind = found["best"], found["length"]
     # "decay linear over" is two options.
     option = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
     lengths = [word for glob, width in found["lengths"].items() for word in ("--group", f"{glob}={width:.12g}")]
     lengths = lengths or [*option, f"{best[kind]:.12g}"]
     time = ["--t", f"{best['t']:.12g}"] if "t" in best else []
-    commands = [["ema", "synthesize", str(run.directory), *lengths, *time, *_OUT]]
+    commands = [["ema", "synthesize", *source, *lengths, *time, *_OUT]]
     if found["guide"] is not None:
         width = f"{best['guide']:.12g}"
         commands.append(["ema", "synthesize", found["guide"], "--sigma-rel", width, "--out", "guide.safetensors"])

@@ -193,14 +193,19 @@ def read_snapshot(path: Path) -> Snapshot:
 def find_snapshots(directory: Path) -> list[Snapshot]:
     """As `read_directory`, but an absent or empty directory has no snapshots."""
     try:
-        found = inspect_directory(directory)
+        return list(_sound(directory).snapshots)
     except DirectoryError as error:
         if isinstance(error.__cause__, FileNotFoundError):
             return []
         raise
+
+
+def _sound(directory: Path) -> Inspection:
+    """As `inspect_directory`, but raises the first problem."""
+    found = inspect_directory(directory)
     if found.problems:
         raise found.problems[0]
-    return list(found.snapshots)
+    return found
 
 
 def read_directory(directory: Path) -> list[Snapshot]:
@@ -211,15 +216,16 @@ def read_directory(directory: Path) -> list[Snapshot]:
         FileFormatError: a file in it is damaged.
         MismatchError: two files do not belong together; both are named.
     """
-    if snapshots := find_snapshots(directory):
-        return snapshots
-    if incomplete := inspect_directory(directory).incomplete:
-        folder, there = next(iter(incomplete.items()))
+    found = _sound(directory)
+    if found.snapshots:
+        return list(found.snapshots)
+    if found.incomplete:
+        folder, there = next(iter(found.incomplete.items()))
         hint = "all processes of a training write to one directory, on a file system that they share"
         raise DirectoryError(directory, f"no complete snapshots here; {folder.name}/ has {there}", hint)
     if is_parts_folder(directory):
         raise DirectoryError(directory, "holds the parts of one snapshot", WANTED)
-    others = [path.name for path in list_directory(directory).entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
+    others = [path.name for path in found.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]
     what = f"; {others[0]} is not a snapshot of this package" if others else ""
     raise DirectoryError(directory, f"no snapshots here{what}", WANTED)
 

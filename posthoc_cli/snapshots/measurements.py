@@ -319,7 +319,7 @@ class EarlierRun:
     rounding: dict[str, float]
 
 
-def scaled_run(snapshots: Sequence[Snapshot], steps: float) -> EarlierRun:
+def scaled_run(snapshots: Sequence[FileSource], steps: float) -> EarlierRun:
     """The snapshots of one run, scaled to a run of `steps`. Reads a sample if headers lack measurements."""
     snapshots = of_newest_segment(snapshots)
     snapshots, _ = chosen_up_to(snapshots, max(snapshot.info.t for snapshot in snapshots))
@@ -330,7 +330,7 @@ def scaled_run(snapshots: Sequence[Snapshot], steps: float) -> EarlierRun:
     motion = stretched(prior, steps, float(times.max()), norm) if known else None
     found = defaultdict(list)
     for snapshot, rounding, squared in zip(snapshots, prior.rounding, prior.norm, strict=True):
-        stored = {snapshot.header.tensors[name].dtype for name in _averaged(snapshot)}
+        stored = {snapshot.stored[name].dtype for name in _averaged(snapshot)}
         if prior.source != ASSUMED and len(stored) == 1 and rounding > 0 and squared > 0:
             found[DTYPES[stored.pop()].torch_name].append(float(rounding / squared))
     return EarlierRun(motion, {name: sqrt(float(np.mean(values))) for name, values in found.items()})

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
-from itertools import chain, groupby, islice, pairwise
+from itertools import accumulate, chain, groupby, islice, pairwise
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
 
@@ -35,6 +35,9 @@ from posthoc_cli.snapshots.headers import DecodeCache
 
 THREADS = 8
 """Blocks that are read at a time: some devices need several requests in flight."""
+
+_NEAR = 4096
+"""Bytes between two small tensors that are read rather than passed over by another request."""
 
 _SKIPPED = 256 * 1024
 """Bytes that are read at a time for their checksum alone."""
@@ -151,13 +154,26 @@ class TensorFile:
         """The bytes `begin` to `end` of a tensor, at ends of its blocks, read in order and verified."""
         return RangeReader(self, name, begin, end)
 
-    def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:
-        """Fill `view` with tensors of at most one block each, verified, which follow each other in the file.
-
-        `parts` are the bytes of each in `view`.
-        """
-        self.fill(names[0], view, 0)
+    def read_small(self, names: Sequence[str], parts: Sequence[memoryview], view: memoryview | None = None) -> None:
+        """Fill `parts` with tensors of at most one block each, verified; of `view` they are consecutive parts."""
+        places = [self.header.tensors[name] for name in names]
+        if view is not None and all(other.begin == _end(one) for one, other in pairwise(places)):
+            self.fill(names[0], view, 0)
+        else:
+            self._gather(names, places, parts)
         self.verify(names, parts)
+
+    def _gather(self, names: Sequence[str], places: Sequence[fmt.TensorEntry], parts: Sequence[memoryview]) -> None:
+        """The same, unverified, of tensors anywhere in the file: those that are near each other are read together."""
+        order = sorted(range(len(names)), key=lambda index: places[index].begin)
+        far = [i for i, (a, b) in enumerate(pairwise(order), 1) if places[b].begin - _end(places[a]) > _NEAR]
+        for first, last in pairwise([0, *far, len(order)]):
+            begin, end = places[order[first]].begin, _end(places[order[last - 1]])
+            room = np.empty(end - begin, np.uint8).data
+            self.fill(names[order[first]], room, 0)
+            for index in order[first:last]:
+                at = places[index].begin - begin
+                parts[index][:] = room[at : at + places[index].nbytes]
 
     def fill(self, name: str, view: memoryview, begin: int) -> None:
         """Fill `view`, unverified, from byte `begin` of a tensor on, across the tensors that follow."""
@@ -252,7 +268,9 @@ class PartedFile:
         self._chunks: dict[str, list[tuple[TensorFile, Box]]] = {name: [] for name in self._boxes}
         with ExitStack() as stack:
             for part in snapshot.parts or (whole,):
-                held = {n: box for n, box in part.boxes.items() if n in self._boxes and box.meet(self._boxes[n]).size}
+                held = {n: box for n, box in part.boxes.items() if n in self._boxes and box.size}
+                if self._is_cut:
+                    held = {name: box for name, box in held.items() if box.meet(self._boxes[name]).size}
                 if self._is_cut and not held:
                     continue
                 file = stack.enter_context(part.open())
@@ -271,14 +289,20 @@ class PartedFile:
 
     def read_range(self, name: str, begin: int, end: int) -> BoxReader | RangeReader:
         """The bytes `begin` to `end` of a complete tensor, read in order; each block of a part is verified."""
-        if len(self._chunks[name]) == 1:
-            file, box = self._chunks[name][0]
-            if box == self._boxes[name] and file.header.tensors[name].dtype == self.header.tensors[name].dtype:
-                return file.read_range(name, begin, end)
+        if (whole := self._file_with(name)) is not None:
+            return whole.read_range(name, begin, end)
         return BoxReader(self._boxes[name], begin, end, self.header.tensors[name].dtype, self._chunks[name], name)
 
-    def read_small(self, names: Sequence[str], view: memoryview, parts: Sequence[memoryview]) -> None:  # noqa: ARG002
-        """Fill `parts` with a tensor of at most one block each, verified."""
+    def _file_with(self, name: str) -> TensorFile | None:
+        """The file that holds all of a tensor, as it is read here; None if there is none."""
+        if len(self._chunks[name]) != 1:
+            return None
+        file, box = self._chunks[name][0]
+        alike = box == self._boxes[name] and file.header.tensors[name].dtype == self.header.tensors[name].dtype
+        return file if alike else None
+
+    def read_small(self, names: Sequence[str], parts: Sequence[memoryview], _: memoryview | None = None) -> None:
+        """Fill `parts` with tensors of at most one block each, verified."""
         if self._is_cut:
             for name, part in zip(names, parts, strict=True):
                 self.read_range(name, 0, len(part)).read_into(part)
@@ -286,18 +310,18 @@ class PartedFile:
         targets = dict(zip(names, parts, strict=True))
         for file, boxes in self._files:
             stored = file.header.tensors
-            own = sorted((n for n in names if n in boxes and boxes[n].size), key=lambda n: stored[n].begin)
-            breaks = (i for i, (a, b) in enumerate(pairwise(own), 1) if stored[b].begin > _end(stored[a]))
-            for first, last in pairwise([0, *breaks, len(own)]):
-                run = own[first:last]
-                if not run:
-                    continue
-                begin = stored[run[0]].begin
-                room = memoryview(bytearray(_end(stored[run[-1]]) - begin))
-                cut = [room[stored[name].begin - begin : _end(stored[name]) - begin] for name in run]
-                file.read_small(run, room, cut)
-                for name, data in zip(run, cut, strict=True):
-                    self._place(targets[name], name, boxes[name], stored[name].dtype, data)
+            own = [name for name in names if name in boxes]
+            if not own:
+                continue
+            # A tensor that is whole in the file goes to its place, a chunk first to room of its own.
+            kinds = {n: (stored[n].dtype, stored[n].shape) for n in own}
+            chunks = [n for n in own if kinds[n] != (self.header.tensors[n].dtype, self.header.tensors[n].shape)]
+            edges = [0, *accumulate(stored[name].nbytes for name in chunks)]
+            room = np.empty(edges[-1], np.uint8).data
+            rooms = {name: room[begin:end] for name, (begin, end) in zip(chunks, pairwise(edges), strict=True)}
+            file.read_small(own, [rooms.get(name, targets[name]) for name in own], room if chunks == own else None)
+            for name, data in rooms.items():
+                self._place(targets[name], name, boxes[name], stored[name].dtype, data)
 
     def _place(self, target: memoryview, name: str, box: Box, dtype: str, data: memoryview) -> None:
         """Copy the elements of a chunk to their places in a complete tensor."""
@@ -314,6 +338,8 @@ class PartedFile:
 
     def read_unverified(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """The bytes `begin` to `end` of a complete tensor, without checksums, for estimates only."""
+        if (whole := self._file_with(name)) is not None:
+            return whole.read_unverified(name, begin, end)
         entry = self.header.tensors[name]
         item = DTYPES[entry.dtype].nbytes
         data = np.empty(end - begin, dtype=np.uint8)

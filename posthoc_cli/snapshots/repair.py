@@ -133,8 +133,9 @@ def is_snapshot_directory(found: Verification) -> bool:
 def plan_repair(found: Verification) -> Repair:
     """Plan what `repair` sets aside, without reading tensors; a DirectoryError if it is no directory of snapshots."""
     if not is_snapshot_directory(found):
-        hint = "an output can be made again; a snapshot is set aside in its own directory"
-        raise DirectoryError(found.path, "is no directory of snapshots: nothing is set aside", hint)
+        hint = "an output or an import can be made again; a snapshot is set aside in its own directory"
+        reason = "holds no snapshots of a tracker, and only these are set aside"
+        raise DirectoryError(found.path, reason, hint if any(report.kind for report in found.files) else "")
     units = dict.fromkeys(report.unit for report in found.files if report.state in MOVED)
     # A model whose shards are in the directory itself is moved file by file.
     gone = [r.path if r.unit == found.path else r.unit for r in found.files if r.unit in units]

@@ -11,7 +11,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -751,7 +751,7 @@ def sweep(
     """Find the best sigma_rel by a metric, in memory.
 
     Arguments:
-        run: snapshots, or a tracker, also one that is training.
+        run: snapshots or checkpoints, or a tracker, also one that is training.
         metric: takes `model` with the averaged weights in it, in eval mode, or without a model the weights by name;
             gives the metric, or it and its standard error. Its random numbers are its own affair.
         model: gets the weights of each average in place; afterwards it is as it was.
@@ -767,29 +767,30 @@ def sweep(
         PostHocError: too few trials have succeeded: the metric was not finite.
     """
     from posthoc_cli.tracker import PostHocEMA
+    from posthoc_cli.tracker.model_weights import swapped_in
 
-    if isinstance(run, PostHocEMA):
-        tracker = run
-    else:
-        tracker = PostHocEMA.from_path(run.directory if isinstance(run, Run) else run)
+    tracker = run if isinstance(run, PostHocEMA) else None
+    stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
     if values is not None:
         axis = Axis.of_values("sigma_rel", values)
         if axis.is_given:
             raise InvalidValueError("values", "name two lengths or more", value=f"{axis.low:g}")
     else:
-        ends = good_range(tracker.run) if low is None or high is None else (low, high)
+        ends = good_range(stored) if low is None or high is None else (low, high)
         axis = Axis("sigma_rel", ends[0] if low is None else low, ends[1] if high is None else high)
     _check_counts(repeats, budget, [axis])
 
     def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
         for value, seed in wanted:
             started = time.perf_counter()
-            if model is None:
-                weights = tracker.state_dict(sigma_rel=value)
-                yield record(value, seed, metric(weights), weights.predicted_error, started)
-            else:
-                with tracker.model(model, sigma_rel=value) as averaged:
-                    yield record(value, seed, metric(averaged), None, started)
+            if model is not None and tracker is not None:
+                with tracker.model(model, sigma_rel=value):
+                    yield record(value, seed, metric(model), None, started)
+                continue
+            weights = stored.average(value) if tracker is None else tracker.state_dict(sigma_rel=value)
+            with nullcontext() if model is None else swapped_in(model, weights):
+                found = metric(weights if model is None else model)
+            yield record(value, seed, found, weights.predicted_error, started)
 
     def record(value: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
         measured, error = found if isinstance(found, tuple) else (found, None)
@@ -800,7 +801,7 @@ def sweep(
         return Record(axis.target(value).title, value, seed, valid, error, predicted, seconds, wrong, "")
 
     trials, found, why = explore(axis, measure, (), minimize, budget, repeats, again=repeats > 1)
-    newest = tracker.run.snapshots[-1].info
+    newest = stored.sources[-1].info
     settings = {"run": newest.run_id, "t": newest.t, "command": None}
     best = axis.value(found.best)
     return SweepReport(

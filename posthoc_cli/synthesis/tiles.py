@@ -196,7 +196,7 @@ class _FileRange:
 
 
 class _FileBatch:
-    """Small tensors of a file: neighbours of one dtype are read and converted together, each is verified alone."""
+    """Small tensors of a file: those of one dtype are read and converted together, each is verified alone."""
 
     def __init__(self, file: OpenSnapshot, tile: Tile) -> None:
         self._file, self._tile = file, tile
@@ -204,15 +204,11 @@ class _FileBatch:
 
     def read_into(self, slot: torch.Tensor, begin: int, scratch: Scratch) -> None:  # noqa: ARG002
         entries, bounds = self._entries, self._tile.bounds
-        apart = [
-            index
-            for index, (one, other) in enumerate(pairwise(entries), 1)
-            if other.begin != one.begin + one.nbytes or other.dtype != one.dtype
-        ]
+        apart = [index for index, (one, other) in enumerate(pairwise(entries), 1) if other.dtype != one.dtype]
         for first, end in pairwise([0, *apart, len(entries)]):
             names, dtype, room = self._tile.names[first:end], entries[first].dtype, scratch.next()
             edges = [ITEM_BYTES[dtype] * (bound - bounds[first]) for bound in bounds[first : end + 1]]
-            self._file.read_small(names, room.view[: edges[-1]], room.parts(edges))
+            self._file.read_small(names, room.parts(edges), room.view[: edges[-1]])
             room.send(slot[bounds[first] : bounds[end]], dtype)
 
 

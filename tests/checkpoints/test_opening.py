@@ -14,7 +14,7 @@ from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run, errors
-from posthoc_cli.profiles import Point, PowerFunction
+from posthoc_cli.profiles import Discrete, Point
 
 Write = Callable[[str], Path]
 
@@ -114,6 +114,8 @@ def test_tensors_can_be_chosen(tmp_path: Path) -> None:
     assert set(Run(tmp_path, prefix="state_dict.loss.").tensors) == {"w"}
     with pytest.raises(errors.InvalidValueError, match=r"include 'x\.\*': matches no tensor"):
         _ = Run(tmp_path, include="x.*").tensors
+    with pytest.raises(errors.InvalidValueError, match="include and exclude: leave no tensor"):
+        _ = Run(tmp_path, exclude="*").tensors
     with pytest.raises(
         errors.FileFormatError, match=r"no tensor's name begins with 'x\.'; it has 'state_dict.model.a'"
     ):
@@ -209,10 +211,11 @@ def test_torchtitan_averages_are_read_beside_the_weights(tmp_path: Path) -> None
         optimizer = {f"state.{name}.exp_avg": value for name, value in weights.items()}
         distributed(tmp_path / f"step-{step}", content | {"ema_optimizer": averages, "optimizer": optimizer})
     run = Run(tmp_path)
-    assert [type(source.profile) for source in run.sources] == [Point, PowerFunction] * 2
-    assert run.profiles == pytest.approx([0.0635], abs=1e-3)
+    assert [type(source.profile) for source in run.sources] == [Point, Discrete] * 2
+    assert [source.info.sigma_rel for source in run.sources[1::2]] == pytest.approx([0.0635] * 2, abs=1e-3)
+    assert Run(tmp_path, update_every=5, update_after_step=10).sources[-1].profile.times.tolist() == [10, 15, 20]
     assert set(run.tensors) == {"a", "b"}
-    average = next(source for source in run.sources if isinstance(source.profile, PowerFunction))
+    average = next(source for source in run.sources if isinstance(source.profile, Discrete))
     with average.open() as file:
         assert file.read("a").view("f4").tolist() == [5.0] * 3  # type: ignore[union-attr]
 

@@ -192,7 +192,7 @@ def test_chunks_in_several_dtypes_read_as_the_widest(tmp_path: Path) -> None:
         assert file.read("w").tobytes() == values["w"].numpy().tobytes()
         assert file.read_unverified("w", 32, 64).tobytes() == values["w"][2:4].numpy().tobytes()
         room = memoryview(bytearray(80))
-        file.read_small(["w"], room, [room])
+        file.read_small(["w"], [room])
         assert room.tobytes() == values["w"].numpy().tobytes()
 
 

@@ -1,0 +1,124 @@
+"""Every command that takes a run opens checkpoints, with the same options."""
+
+from __future__ import annotations
+
+import html
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checking import assert_same_tensors
+from ema_command import Ema
+from safetensors.torch import load_file
+
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.sweep import sweep
+
+STEPS, ELEMENTS = 400, 3000
+ORIGIN: dict[str, Any] = {"step_from": r"at(\d+)", "prefix": "net.", "exclude": "skip.*"}
+OPTIONS = [word for name, value in ORIGIN.items() for word in (f"--{name.replace('_', '-')}", value)]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An even random walk that covers a quarter of the norm: checkpoints whose options must be given, and snapshots."""
+    folder = tmp_path_factory.mktemp("walk")
+    (folder / "ck").mkdir()
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.full((ELEMENTS,), 4.0))
+    with PostHocEMA.from_model(model, folder / "ema", checkpoint_every=100) as tracker:
+        for step in range(1, STEPS + 1):
+            with torch.no_grad():
+                model.w += STEPS**-0.5 * torch.randn(ELEMENTS, generator=generator)
+            tracker.update_(model)
+            if step % 10 == 0:
+                held = {"net.w": model.w.detach(), "net.skip.b": torch.ones(2), "head.w": torch.ones(2)}
+                torch.save({"state_dict": held}, folder / "ck" / f"v2-at{step}.pt")
+    return folder
+
+
+def test_a_plan_moves_like_the_checkpoints(ema: Ema, run: Path) -> None:
+    """They move as is assumed without a run: so the errors are the same."""
+    fixed = "--steps 5000 --params 1M --max-size 1GB --sigma-rels 0.05,0.28 --dtype float32 --checkpoint-every 500"
+    (even,) = ema("plan", *fixed.split(), "--json").json["proposals"]
+    report = ema("plan", *fixed.split(), "--like", run / "ck", *OPTIONS, "--json").json
+    assert report["proposals"][0]["predicted_error"] == pytest.approx(even["predicted_error"], rel=0.1)
+    assert report["like"] == str(run / "ck")
+    assert "--like: is missing" in ema("plan", *fixed.split(), "--prefix", "net.").error
+
+
+def test_a_sweep_and_its_page_name_what_to_repeat(
+    ema: Ema, run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = [run / "ck", *OPTIONS]
+    lengths = ("--sigma-rel", "0.1,0.15,0.2", "--minimize", "--out", "swept", "--quiet")
+    assert ema("sweep", *source, "--run", "sh -c 'echo {sigma_rel}' {weights}", *lengths).code == 0
+    wanted = Run(run / "ck", **ORIGIN).average(0.1)
+    assert wanted.keys() == {"w"}
+    assert_same_tensors(load_file("swept/best.safetensors"), wanted)
+    assert ema("report", *source, "--sweep", "swept", "--out", "page.html").code == 0
+    text = html.unescape(Path("page.html").read_text())
+    assert "40 x weights" in text
+    again, make = re.findall("^(?:<pre>)?ema (.*)", text, re.MULTILINE)
+    assert ema(*shlex.split(make)).code == 0
+    assert_same_tensors(load_file("model.safetensors"), wanted)
+    assert ema(*shlex.split(again), "--sigma-rel", "0.1,0.15,0.2").code == 0
+
+
+def test_a_sweep_in_python_takes_a_run(run: Path) -> None:
+    model = torch.nn.Module()
+    model.w = torch.nn.Parameter(torch.zeros(ELEMENTS))
+    source = Run(run / "ck", **ORIGIN)
+
+    def norm(averaged: Any) -> float:
+        assert averaged is model
+        return float(averaged.w.detach().norm())
+
+    swept = sweep(source, norm, model=model, values=[0.1, 0.2])
+    assert [trial.value for trial in swept.trials] == [float(source.average(x)["w"].norm()) for x in (0.1, 0.2)]
+    assert all(trial.predicted_error for trial in swept.trials)
+    assert not model.w.any()
+    plain = sweep(source, lambda weights: float(weights["w"].norm()), values=[0.1, 0.2])
+    assert [trial.value for trial in plain.trials] == [trial.value for trial in swept.trials]
+
+
+def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, tmp_path: Path) -> None:
+    also = ["--checkpoints", f"{run / 'ck'}/*.pt", *OPTIONS]
+    curve = ("--sigma-range", "0.01:0.1", "--json")
+    sources = [run / "ema"], also, [run / "ema", *also]
+    curves = [ema("error-plot", *source, *curve).json["curves"][0] for source in sources]
+    errors = [one["predicted_error"][0] for one in curves]
+    assert errors[2] < errors[1] < errors[0]
+    alone, beside, both = (ema("info", *source, "--json").json for source in sources)
+    assert both["checkpoints"] == beside["checkpoints"]
+    assert len(both["checkpoints"]) == 40
+    assert {name: value for name, value in both.items() if name != "checkpoints"} == alone
+    assert "2 more" not in ema("info", run / "ema", *also).out
+    assert ema("report", run / "ema", *also, "--out", tmp_path / "page.html").code == 0
+    assert "40 x weights" in (tmp_path / "page.html").read_text()
+    assert "one DIR at most" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "archives", "transformers", "distributed"])
+def test_care_is_for_own_files(layout: str, write: Callable[[str], Path], ema: Ema) -> None:
+    folder = write(layout)
+    before = sorted(path.name for path in folder.rglob("*"))
+    no_checksums = f"{folder}: holds checkpoints of other programs, which have no checksums; `ema import` writes copies"
+    if layout in ("archives", "distributed"):
+        assert no_checksums in ema("verify", folder).error
+        assert no_checksums in ema("verify", folder, "--repair", "--yes").error
+    else:
+        assert "0 intact" in ema("verify", folder).out
+        assert "no snapshots of a tracker, and only these" in ema("verify", folder, "--repair", "--yes").error
+    assert "no snapshots here" in ema("prune", folder, "--keep", "2", "--yes").error
+    if layout == "safetensors":
+        with (folder / "step20.safetensors").open("r+b") as file:
+            file.truncate(1000)
+        assert "--repair" not in ema("synthesize", folder, "--sigma-rel", "0.2", "--out", folder / "o.pt").error
+    assert sorted(path.name for path in folder.rglob("*")) == before

@@ -1,0 +1,110 @@
+"""Checkpoints that the frameworks themselves have written, opened as runs."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from posthoc_cli import Run
+from posthoc_cli.profiles import Point
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
+
+States = dict[int, dict[str, torch.Tensor]]
+
+
+def check(run: Run, states: States) -> None:
+    """The checkpoints are the weights at these steps, and an average is the planned combination of them."""
+    assert [source.profile for source in run.sources] == [Point(float(step)) for step in sorted(states)]
+    plan, made = run.plan(0.2), run.average(0.2, dtype="float64")
+    coefficients = plan.reconstruction.coefficients[:, 0].tolist()
+    last = states[max(states)]
+    assert made.keys() == last.keys()
+    for name, value in made.items():
+        terms = [c * states[one.info.step][name].double() for one, c in zip(plan.sources, coefficients, strict=True)]
+        is_copy = not last[name].is_floating_point() or name.endswith(("running_mean", "running_var"))
+        wanted = last[name].double() if is_copy else sum(terms)
+        torch.testing.assert_close(value.double(), wanted, rtol=1e-12, atol=1e-12)
+
+
+def moved(model: torch.nn.Module, step: int) -> dict[str, torch.Tensor]:
+    """Its state after its weights have moved."""
+    generator = torch.manual_seed(step)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn(parameter.shape, generator=generator)
+    return copy.deepcopy({name: value.detach() for name, value in model.state_dict().items()})
+
+
+@pytest.mark.parametrize("kind", [None, "WeightAveraging", "EMAWeightAveraging"])
+def test_lightning(kind: str | None, tmp_path: Path) -> None:
+    """With and without its own average, which its file has in place of the weights."""
+    pytest.importorskip("lightning.pytorch")
+    from integrations.digits import Regression, loader, trainer
+    from lightning.pytorch import Callback, callbacks
+
+    states: States = {}
+
+    class Saved(Callback):
+        def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: Any) -> None:
+            states[trainer.global_step] = copy.deepcopy(pl_module.state_dict())
+
+    averaging = [] if kind is None else [getattr(callbacks, kind)()]
+    trainer(tmp_path, Saved(), *averaging).fit(Regression(), loader(), loader())
+    files = sorted((tmp_path / "out").iterdir())
+    held = torch.load(files[0], weights_only=True)
+    assert ("current_model_state" in held) == (kind is not None)
+    assert len(files) == len(states) == 4
+    check(Run(tmp_path / "out"), states)
+
+
+@pytest.mark.parametrize("shard", ["5GB", "2KB"])
+def test_a_part_of_diffusers(shard: str, tmp_path: Path) -> None:
+    pytest.importorskip("diffusers")
+    from integrations.unet import network
+
+    model, states = network(), {}
+    for step in (10, 20, 40):
+        states[step] = moved(model, step)
+        model.save_pretrained(tmp_path / f"checkpoint-{step}" / "unet", max_shard_size=shard)
+    assert len(list(tmp_path.rglob("*.safetensors"))) == 3 or shard == "2KB"
+    check(Run(tmp_path / "checkpoint-*" / "unet"), states)
+
+
+@pytest.mark.parametrize("safe", [True, False])
+def test_the_state_of_accelerate(safe: bool, tmp_path: Path) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    accelerator = accelerate.Accelerator(cpu=True)
+    model, states = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3)), {}
+    model, _ = accelerator.prepare(model, torch.optim.Adam(model.parameters()))
+    for step in (100, 200, 300):
+        states[step] = moved(model, step)
+        accelerator.save_state(str(tmp_path / f"step_{step}"), safe_serialization=safe)
+    check(Run(tmp_path), states)
+
+
+def test_the_trainer_of_transformers(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    from integrations.llama import Recorder, network, trainer
+
+    recorder = Recorder()
+    model = network()
+    trainer(tmp_path, recorder, model=model).train()
+    weights = {step: recorder.weights[step - 1] for step in (4, 8, 10)}
+    check(Run(tmp_path / "out"), weights)
+
+
+def test_an_adapter_of_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from integrations.llama import network
+
+    model, states = peft.get_peft_model(network(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"])), {}
+    for step in (2, 4, 8):
+        moved(model, step)
+        states[step] = copy.deepcopy(peft.get_peft_model_state_dict(model))
+        model.save_pretrained(tmp_path / f"checkpoint-{step}")
+    check(Run(tmp_path), states)
