@@ -5,7 +5,9 @@ Only the public tracker is used here.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -13,7 +15,7 @@ import torch
 
 from posthoc_cli.tracker import PostHocEMA
 
-STATE_NAME = "posthoc_ema.safetensors"  # the tracker's own state in a framework's checkpoint
+STATE_NAME = "posthoc_ema.safetensors"  # the tracker's own state in a framework's checkpoint: a file or a folder
 
 
 _made: WeakValueDictionary[Path, PostHocEMA] = WeakValueDictionary()  # by directory, the last one
@@ -27,7 +29,7 @@ def is_sharded(model: torch.nn.Module) -> bool:
 def make_tracker(
     model: torch.nn.Module, checkpoint_dir: str | Path, is_first: bool, options: dict[str, Any]
 ) -> PostHocEMA:
-    """A tracker of a model; of replicas in several processes the first one keeps the averages.
+    """A tracker of a model; of replicas in several processes the first one keeps the averages, unless they share them.
 
     An earlier one of this process in the directory is closed: where an exception ends a training, not all frameworks
     tell.
@@ -35,9 +37,7 @@ def make_tracker(
     directory = Path(checkpoint_dir).absolute()
     if (earlier := _made.get(directory)) is not None:
         earlier.close()
-    writer = None if is_sharded(model) else is_first
-    if writer is None:
-        torch.distributed.barrier()  # every part of an earlier tracker's last snapshot is there
+    writer = None if is_sharded(model) or options.get("shard_averages") else is_first
     _made[directory] = made = PostHocEMA.from_model(model, directory, **{"writer": writer} | options)
     return made
 
@@ -47,6 +47,14 @@ def has_average(ema: PostHocEMA) -> bool:
     schedule = ema.settings.schedule
     first = (schedule.update_after_step // schedule.update_every + 1) * schedule.update_every
     return ema.step >= first
+
+
+def local_of(function: str, name: str) -> Any:
+    """A local variable of the framework's function that has called, for what it hands to no hook; None elsewhere."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)
 
 
 def figures(ema: PostHocEMA, sigma_rel: float | None) -> dict[str, float]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import STATE_NAME, figures, is_sharded, make_tracker
+from posthoc_cli.integrations import STATE_NAME, figures, make_tracker
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -19,7 +18,7 @@ log = logging.getLogger(__name__)
 def prepare(
     accelerator: Accelerator, model: torch.nn.Module, checkpoint_dir: str | Path, optimizer: Any = None, **options: Any
 ) -> PostHocEMA:
-    """A tracker whose exact state is in every checkpoint of the accelerator, as a safetensors file and not as a pickle.
+    """A tracker whose exact state is in every checkpoint of the accelerator, in safetensors files and not as a pickle.
 
     Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2, afterwards.
 
@@ -39,14 +38,9 @@ def prepare(
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker, None), step=tracker.step))
 
     def save(models: object, weights: object, folder: str) -> None:
-        if is_sharded(model):
-            ema.snapshot()
-        else:
-            ema.save_state(Path(folder) / STATE_NAME)
+        ema.save_state(Path(folder) / STATE_NAME)
 
     def load(models: object, folder: str) -> None:
-        if is_sharded(model):
-            raise InvalidValueError("load_state", "cannot load averages of a sharded model", "resume=N of prepare can")
         if (Path(folder) / STATE_NAME).exists():
             ema.load_state(Path(folder) / STATE_NAME)
         elif accelerator.is_main_process:
