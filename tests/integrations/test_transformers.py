@@ -173,6 +173,8 @@ def test_replicas_in_two_processes_evaluate_one_average(tmp_path: Path) -> None:
     model = network()
     model.load_state_dict({name: value.float() for name, value in exact(weights[0][:8], 0.2).items()}, strict=False)
     assert found[8] == pytest.approx(loss(model, tmp_path), rel=1e-5)
+    folder = LlamaForCausalLM.from_pretrained(tmp_path / "out/checkpoint-8/ema")
+    assert distance(dict(folder.named_parameters()), exact(weights[0][:8], 0.2)) < 1e-6
     assert Run(tmp_path / "ema").step == 10
 
 
