@@ -170,9 +170,6 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
     tally, chance = Tally(), random.Random(seed)
     whole = in_one_process(folder / "whole", None)
     average, times = Run(folder / "whole").average(0.15, method="paper"), max(1, round(40 * share))
-    started = time.monotonic()
-    run_group(TRAIN, 2, folder / "unkilled", "fsdp", None, 5)
-    seconds = time.monotonic() - started
     while tally.tried < times:
         place, most, every = folder / "killed", chance.choice((None, 3)), chance.choice((3, 5))
         for attempt in range(1_000):
@@ -181,12 +178,15 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
             saved = saved_step(place / "state")
             if saved is None:  # training begins again
                 shutil.rmtree(place, ignore_errors=True)
-            for note in place.glob("saved-*"):
+            for note in (*place.glob("saved-*"), *place.glob("durable-*")):
                 note.unlink()
             processes = start_group(TRAIN, ranks, place, kind, most, every)
             is_killed = tally.tried < times
             if is_killed:
-                time.sleep(chance.uniform(0.2, 1.0) * seconds)
+                at = str(chance.randrange(min(saved or 0, STEPS - 4) // 4 * 4, STEPS, 4))
+                while processes[0].poll() is None and not is_noted(place / "durable-0", at):
+                    time.sleep(0.002)
+                time.sleep(chance.uniform(0.0, 0.3))
                 processes[chance.randrange(ranks)].kill()
                 tally.tried += 1
             codes = end(processes, 10 if is_killed else PATIENCE)
@@ -206,6 +206,11 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
             tally.lost += [f"{where}: {line}" for line in differing({"": made}, {"": average})]
         shutil.rmtree(place)
     return tally
+
+
+def is_noted(note: Path, step: str) -> bool:
+    """Whether a process has come to a step."""
+    return note.exists() and note.read_text() == step
 
 
 def saved_step(state: Path) -> int | None:
