@@ -6,6 +6,7 @@ Only the public tracker is used here.
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -15,7 +16,8 @@ import torch
 
 from posthoc_cli.tracker import PostHocEMA
 
-STATE_NAME = "posthoc_ema.safetensors"  # the tracker's own state in a framework's checkpoint: a file or a folder
+STATE_NAME = "posthoc_ema.safetensors"  # the tracker's own state in a framework's checkpoint,
+PARTS_NAME = "posthoc_ema"  # a folder where processes share the averages
 
 
 _made: WeakValueDictionary[Path, PostHocEMA] = WeakValueDictionary()  # by directory, the last one
@@ -24,6 +26,21 @@ _made: WeakValueDictionary[Path, PostHocEMA] = WeakValueDictionary()  # by direc
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether processes hold chunks of the model."""
     return any(hasattr(parameter, "placements") for parameter in model.parameters())
+
+
+def shares_averages(model: torch.nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether each process keeps a part of the averages."""
+    return is_sharded(model) or bool(options.get("shard_averages"))
+
+
+def new_state(folder: str | Path, model: torch.nn.Module, options: Mapping[str, Any]) -> Path:
+    """The path for the tracker's state in a checkpoint."""
+    return Path(folder) / (PARTS_NAME if shares_averages(model, options) else STATE_NAME)
+
+
+def find_state(folder: str | Path) -> Path | None:
+    """The path of the tracker's state in a checkpoint, which may be of another arrangement of processes."""
+    return next((path for name in (STATE_NAME, PARTS_NAME) if (path := Path(folder) / name).exists()), None)
 
 
 def make_tracker(
@@ -37,7 +54,7 @@ def make_tracker(
     directory = Path(checkpoint_dir).absolute()
     if (earlier := _made.get(directory)) is not None:
         earlier.close()
-    writer = None if is_sharded(model) or options.get("shard_averages") else is_first
+    writer = None if shares_averages(model, options) else is_first
     _made[directory] = made = PostHocEMA.from_model(model, directory, **{"writer": writer} | options)
     return made
 

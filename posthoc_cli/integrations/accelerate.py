@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from posthoc_cli.integrations import STATE_NAME, figures, make_tracker
+from posthoc_cli.integrations import figures, find_state, make_tracker, new_state
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -38,11 +38,11 @@ def prepare(
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker, None), step=tracker.step))
 
     def save(models: object, weights: object, folder: str) -> None:
-        ema.save_state(Path(folder) / STATE_NAME)
+        ema.save_state(new_state(folder, model, options))
 
     def load(models: object, folder: str) -> None:
-        if (Path(folder) / STATE_NAME).exists():
-            ema.load_state(Path(folder) / STATE_NAME)
+        if (stored := find_state(folder)) is not None:
+            ema.load_state(stored)
         elif accelerator.is_main_process:
             log.warning("%s was saved without this tracker: its averages begin here", folder)
 

@@ -11,7 +11,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import STATE_NAME, figures, has_average, is_sharded, local_of, make_tracker
+from posthoc_cli.integrations import (
+    figures,
+    find_state,
+    has_average,
+    local_of,
+    make_tracker,
+    new_state,
+    shares_averages,
+)
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -72,14 +80,14 @@ class PostHocWeightAveraging(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker, and continue from the checkpoint that was loaded."""
-        shares = is_sharded(pl_module) or self.options.get("shard_averages")
-        if shares and not getattr(trainer.strategy, "_save_distributed_checkpoint", False):
+        saves_folders = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+        if shares_averages(pl_module, self.options) and not saves_folders:
             reason = "saves a checkpoint to one file, and processes that share averages save theirs to a folder"
             raise InvalidValueError("strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)")
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options)
         if self._state is not None:
             ema.load_state_dict(self._state)
-        elif self._resumed and (stored := Path(trainer.ckpt_path) / STATE_NAME).exists():
+        elif self._resumed and (stored := find_state(trainer.ckpt_path)) is not None:
             ema.load_state(stored)
         elif self._resumed:
             log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
@@ -143,14 +151,14 @@ class PostHocWeightAveraging(Callback):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Put the average in the place of the raw weights, and the tracker's state beside both.
 
-        A checkpoint that is a folder keeps the raw weights: with torch.distributed.checkpoint there is no place for both.
+        A checkpoint that is a folder keeps the raw weights: Lightning saves one set of tensors there.
         """
         ema = self.ema
         if ema is None:
             return
-        if is_sharded(pl_module):
+        if shares_averages(pl_module, self.options):
             folder = trainer.strategy.broadcast(local_of("save_checkpoint", "filepath"))
-            ema.save_state(Path(folder) / STATE_NAME)
+            ema.save_state(new_state(folder, pl_module, self.options))
             return
         checkpoint["averaging_state"] = ema.state_dict()
         if self.validate is not None and has_average(ema):

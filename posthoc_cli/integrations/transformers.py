@@ -12,7 +12,7 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import STATE_NAME, figures, has_average, local_of, make_tracker
+from posthoc_cli.integrations import figures, find_state, has_average, local_of, make_tracker, new_state
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
             if stored is None:
                 log.warning("%s was saved without this callback: its averages begin here", folder)
             else:
-                ema.load_state(Path(folder) / STATE_NAME)
+                ema.load_state(find_state(folder) or new_state(folder, model, self.options))
         if stored is None:  # the trainer expects it when it saves
             state.stateful_callbacks[name] = self.state()
         ema.on_snapshot(lambda tracker: trainer.log(figures(tracker, self.evaluate)))
@@ -153,7 +153,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
     def _save(self, trainer: Trainer, folder: Path) -> None:
         ema, sigma_rel = self.ema, self.evaluate
         assert ema is not None
-        ema.save_state(folder / STATE_NAME)
+        ema.save_state(new_state(folder, trainer.model, self.options))
         if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)) and has_average(ema):
             with ema.model(trainer.model, sigma_rel):
                 trainer.save_model(str(folder / FOLDER), _internal_call=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -157,6 +158,15 @@ def read_state(path: Path) -> StoredState:
     entries, boxes = join_chunks(path, [(file, header, part.chunks) for file, header, part in found])
     parts = tuple(Part(file, header, own) for (file, header, _), own in zip(found, boxes, strict=True))
     return StoredState(path, replace(first_header, tensors=entries), info, parts)
+
+
+_PART_NAME = re.compile(r"\d+-part-\d{5,}-of-\d{5,}\.safetensors")
+
+
+def is_state_folder(path: Path) -> bool:
+    """Whether a path is a folder of parts of a state, and of nothing else, by their names."""
+    names = [file.name for file in list_directory(path).files] if path.is_dir() else []
+    return bool(names) and all(map(_PART_NAME.fullmatch, names))
 
 
 def _parts_in(folder: Path) -> list[tuple[Path, fmt.FileHeader, StatePart]]:

@@ -203,7 +203,7 @@ def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) ->
     weights, *_ = torch.load(tmp_path / "whole/made-0.pt")
     killed = run_group(SHARDED, 2, tmp_path, "killed")
     assert -signal.SIGKILL in {result.code for result in killed}
-    assert len(list((tmp_path / "out/checkpoint-4/posthoc_ema.safetensors").iterdir())) == 2
+    assert len(list((tmp_path / "out/checkpoint-4/posthoc_ema").iterdir())) == 2
     check_group(SHARDED, 2, tmp_path, "resumed")
     told = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["log_history"]
     found = {entry["step"]: entry["eval_ema_loss"] for entry in told if "eval_ema_loss" in entry}

@@ -197,7 +197,8 @@ def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
             there = read(place / "run")
             tally.lost += [f"{where}: {line}" for line in [*differing(there, whole), *wrong_averages(there)]]
             if not is_killed and any(codes):
-                tally.missed.append(f"{where}: going on ended with {[one.communicate()[1][-300:] for one in processes]}")
+                said = [one.communicate()[1][-300:] for one in processes]
+                tally.missed.append(f"{where}: going on ended with {said}")
             if not is_killed or not any(codes):
                 break
         tally.lost += [f"{where}: {line}" for line in missing(there, first=4 if most is None else STEPS)]

@@ -11,6 +11,8 @@ from groups import Net, check_group, move, truth
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.states import read_state
 from posthoc_cli.tracker.state import open_state
@@ -175,6 +177,13 @@ ema.close()
         assert "/notes: is there already, and is no folder of a tracker's state" in lines[4]
         assert "/run: is there already, and is no folder of a tracker's state" in lines[5]
         assert len(lines) == 6
+    told, found = describe(tmp_path / "state"), verify(list_contents(tmp_path / "state"))
+    assert (told["kind"], told["parts"], told["t"], told["tensors"]) == ("state", 2, 5, 22)
+    assert found.is_fine
+    assert [report.what for report in found.files] == ["part 1/2 of state at t = 5", "part 2/2 of state at t = 5"]
+    assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "state").iterdir())
+    (report,) = verify(list_contents(tmp_path / "incomplete")).files
+    assert report.detail == "is no complete state: it has 1 of 2 parts"
 
 
 def test_a_process_that_cannot_write_its_part_leaves_the_state_that_was_there(tmp_path: Path) -> None:

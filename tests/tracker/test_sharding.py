@@ -213,9 +213,9 @@ with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, resume="auto") as 
 
 def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_never_mixed(tmp_path: Path) -> None:
     check_group(LATE, 2, tmp_path, 0)
-    for path in (tmp_path / "run").glob("*8-*"):
-        (tmp_path / "late" / path.name).mkdir(parents=True)
-        (path / "part-00002-of-00002.safetensors").rename(tmp_path / "late" / path.name / "part-00002-of-00002.safetensors")
+    for part in (tmp_path / "run").glob("*8-*/*2-of*"):
+        (late := tmp_path / "late" / part.parent.name).mkdir(parents=True)
+        part.rename(late / part.name)
     _, notes = check_group(LATE, 2, tmp_path, 50)
     assert notes.splitlines() == [
         f"0000000000000008-{sigma_rel}/: has 1 of 2 parts, 1 of 2 parts, of different sessions of the training"
