@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import save_fsdp_model
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -157,6 +158,9 @@ class PostHocCallback(TrainerCallback, ExportableState):
         if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)) and has_average(ema):
             with ema.model(trainer.model, sigma_rel):
                 trainer.save_model(str(folder / FOLDER), _internal_call=True)
+                if trainer.is_fsdp_enabled:  # as the trainer does itself, to load the best model
+                    plugin = trainer.accelerator.state.fsdp_plugin
+                    save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder / FOLDER))
 
 
 def _callback_of(trainer: Trainer) -> PostHocCallback:

@@ -188,12 +188,14 @@ from integrations.truth import recorded
 from posthoc_cli.integrations.transformers import PostHocCallback
 recorder = Recorder(killed_at=7 if "killed" in arguments else 0)
 options = {"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 2, "cpu_ram_efficient_loading": False}}
-one = trainer(folder, recorder, eval_strategy="steps", **options)
+options |= {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
+one = trainer(folder, recorder, max_steps=8, **options)
 callback = PostHocCallback(folder / "ema", evaluate=0.2, **EVERY).install(one)
 one.train(resume_from_checkpoint="resumed" in arguments)
+best = recorded(one.model)
 with callback.ema.model(one.model, 0.2) as averaged:
     found = recorded(averaged)
-torch.save([recorder.weights, found, callback.ema.step], folder / f"made-{rank}.pt")
+torch.save([recorder.weights, found, callback.ema.step, best, one.state.best_metric], folder / f"made-{rank}.pt")
 """
 
 
@@ -205,14 +207,15 @@ def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) ->
     assert -signal.SIGKILL in {result.code for result in killed}
     assert len(list((tmp_path / "out/checkpoint-4/posthoc_ema").iterdir())) == 2
     check_group(SHARDED, 2, tmp_path, "resumed")
-    told = json.loads((tmp_path / "out/checkpoint-8/trainer_state.json").read_text())["log_history"]
-    found = {entry["step"]: entry["eval_ema_loss"] for entry in told if "eval_ema_loss" in entry}
-    model = network()
-    model.load_state_dict({name: value.float() for name, value in exact(weights[:8], 0.2).items()}, strict=False)
-    assert found[8] == pytest.approx(loss(model, tmp_path), rel=1e-5)
+    model, averages, losses = network(), [exact(weights[:step], 0.2) for step in (4, 8)], []
+    for average in averages:
+        model.load_state_dict({name: value.float() for name, value in average.items()}, strict=False)
+        losses.append(loss(model, tmp_path))
     for rank in (0, 1):
-        resumed, average, step = torch.load(tmp_path / f"made-{rank}.pt")
-        assert step == len(weights) == 10
+        resumed, average, step, best, metric = torch.load(tmp_path / f"made-{rank}.pt")
+        assert metric == pytest.approx(min(losses), rel=1e-5)
+        assert distance(best, averages[losses.index(min(losses))]) < 1e-6
+        assert step == len(weights) == 8
         assert distance(resumed[-1], weights[-1]) == 0
         assert distance(average, exact(weights, 0.2)) < 1e-6
 
