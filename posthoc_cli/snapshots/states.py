@@ -201,7 +201,7 @@ def begin_save(folder: Path) -> int:
     if set(listing.entries) - {*listing.files, *listing.leftovers}:
         raise OutputExistsError(folder, reason, hint)
     try:
-        return max(time.time_ns(), *(1 + part.save for *_, part in _parts_in(folder)))
+        return max([time.time_ns(), *(1 + part.save for *_, part in _parts_in(folder))])
     except FileFormatError as error:
         raise OutputExistsError(folder, reason, hint) from error
 

@@ -140,6 +140,8 @@ def refused(work):
 def test_a_folder_that_is_no_complete_state_is_refused_in_all_processes(tmp_path: Path) -> None:
     code = """
 import shutil
+if rank == 0:
+    (folder / "state").mkdir()
 ema.save_state(folder / "state")
 train(6, 6, ema)
 dist.barrier()
