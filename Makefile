@@ -3,7 +3,7 @@
 # make bench    the measurements that the guides quote
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
-# make integrations  the training frameworks, and the tests that need them, the heavier ones too
+# make integrations  the tests that need training frameworks, in an environment of their own
 # make dist     the package's two files in dist/, checked
 # make wheel    dist, then the wheel tried in an environment of its own; PYTHON and TORCH choose others
 # make compat   the wheel with the oldest Python and torch, and with the newest
@@ -16,6 +16,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+FRAMEWORKS := $(VENV)-integrations
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
@@ -65,10 +66,14 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_sharded.py
 	$(BIN)/python scripts/bench_sweep.py
 
-integrations: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" \
-		--editable ".[transformers,lightning,accelerate,diffusers]" trl datasets deepspeed
-	EMA_HEAVY=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest tests/integrations
+$(FRAMEWORKS)/.ready: pyproject.toml Makefile
+	$(PYTHON) -m venv $(FRAMEWORKS)
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check "$(TORCH)"
+	$(FRAMEWORKS)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[integrations]" "$(TORCH)"
+	@touch $@
+
+integrations: $(FRAMEWORKS)/.ready
+	EMA_HEAVY=1 OMP_NUM_THREADS=1 $(FRAMEWORKS)/bin/python -m pytest -n $(JOBS) --dist loadgroup tests/integrations
 
 torture: $(READY)
 	$(BIN)/python scripts/torture.py
@@ -94,4 +99,4 @@ audit: $(READY)
 	$(BIN)/pip-audit --skip-editable
 
 clean:
-	rm -rf $(VENV) $(VENV)-wheel ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-wheel $(FRAMEWORKS) ema-demo build dist .coverage* .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,7 +5,10 @@ Only the public tracker is used here.
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import FrameType
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -13,7 +16,8 @@ import torch
 
 from posthoc_cli.tracker import PostHocEMA
 
-STATE_NAME = "posthoc_ema.safetensors"  # the tracker's own state in a framework's checkpoint
+STATE_NAME = "posthoc_ema.safetensors"  # the tracker's own state in a framework's checkpoint,
+PARTS_NAME = "posthoc_ema"  # a folder where processes share the averages
 
 
 _made: WeakValueDictionary[Path, PostHocEMA] = WeakValueDictionary()  # by directory, the last one
@@ -24,10 +28,25 @@ def is_sharded(model: torch.nn.Module) -> bool:
     return any(hasattr(parameter, "placements") for parameter in model.parameters())
 
 
+def shares_averages(model: torch.nn.Module, options: Mapping[str, Any]) -> bool:
+    """Whether each process keeps a part of the averages."""
+    return is_sharded(model) or bool(options.get("shard_averages"))
+
+
+def new_state(folder: str | Path, model: torch.nn.Module, options: Mapping[str, Any]) -> Path:
+    """The path for the tracker's state in a checkpoint."""
+    return Path(folder) / (PARTS_NAME if shares_averages(model, options) else STATE_NAME)
+
+
+def find_state(folder: str | Path) -> Path | None:
+    """The path of the tracker's state in a checkpoint, which may be of another arrangement of processes."""
+    return next((path for name in (STATE_NAME, PARTS_NAME) if (path := Path(folder) / name).exists()), None)
+
+
 def make_tracker(
     model: torch.nn.Module, checkpoint_dir: str | Path, is_first: bool, options: dict[str, Any]
 ) -> PostHocEMA:
-    """A tracker of a model; of replicas in several processes the first one keeps the averages.
+    """A tracker of a model; of replicas in several processes the first one keeps the averages, unless they share them.
 
     An earlier one of this process in the directory is closed: where an exception ends a training, not all frameworks
     tell.
@@ -35,9 +54,7 @@ def make_tracker(
     directory = Path(checkpoint_dir).absolute()
     if (earlier := _made.get(directory)) is not None:
         earlier.close()
-    writer = None if is_sharded(model) else is_first
-    if writer is None:
-        torch.distributed.barrier()  # every part of an earlier tracker's last snapshot is there
+    writer = None if shares_averages(model, options) else is_first
     _made[directory] = made = PostHocEMA.from_model(model, directory, **{"writer": writer} | options)
     return made
 
@@ -47,6 +64,14 @@ def has_average(ema: PostHocEMA) -> bool:
     schedule = ema.settings.schedule
     first = (schedule.update_after_step // schedule.update_every + 1) * schedule.update_every
     return ema.step >= first
+
+
+def local_of(function: str, name: str) -> Any:
+    """A local variable of the framework's function that has called, for what it hands to no hook; None elsewhere."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != function:
+        frame = frame.f_back
+    return None if frame is None else frame.f_locals.get(name)
 
 
 def figures(ema: PostHocEMA, sigma_rel: float | None) -> dict[str, float]:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import STATE_NAME, figures, is_sharded, make_tracker
+from posthoc_cli.integrations import figures, find_state, make_tracker, new_state
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -19,7 +18,7 @@ log = logging.getLogger(__name__)
 def prepare(
     accelerator: Accelerator, model: torch.nn.Module, checkpoint_dir: str | Path, optimizer: Any = None, **options: Any
 ) -> PostHocEMA:
-    """A tracker whose exact state is in every checkpoint of the accelerator, as a safetensors file and not as a pickle.
+    """A tracker whose exact state is in every checkpoint of the accelerator, in safetensors files and not as a pickle.
 
     Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2, afterwards.
 
@@ -39,16 +38,11 @@ def prepare(
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker, None), step=tracker.step))
 
     def save(models: object, weights: object, folder: str) -> None:
-        if is_sharded(model):
-            ema.snapshot()
-        else:
-            ema.save_state(Path(folder) / STATE_NAME)
+        ema.save_state(new_state(folder, model, options))
 
     def load(models: object, folder: str) -> None:
-        if is_sharded(model):
-            raise InvalidValueError("load_state", "cannot load averages of a sharded model", "resume=N of prepare can")
-        if (Path(folder) / STATE_NAME).exists():
-            ema.load_state(Path(folder) / STATE_NAME)
+        if (stored := find_state(folder)) is not None:
+            ema.load_state(stored)
         elif accelerator.is_main_process:
             log.warning("%s was saved without this tracker: its averages begin here", folder)
 

@@ -11,7 +11,15 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
-from posthoc_cli.integrations import figures, has_average, is_sharded, make_tracker
+from posthoc_cli.integrations import (
+    figures,
+    find_state,
+    has_average,
+    local_of,
+    make_tracker,
+    new_state,
+    shares_averages,
+)
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -21,8 +29,8 @@ class PostHocWeightAveraging(Callback):
     """Tracks averages in `Trainer(callbacks=[PostHocWeightAveraging("run/ema", validate=0.15)])`.
 
     Each batch after which an optimizer has stepped counts once. With `validate`, validation within `fit` runs under
-    that average, and checkpoints hold it as `state_dict`, beside the raw weights as `current_model_state`. The exact
-    state of the tracker is in every checkpoint, as `averaging_state`.
+    that average, and checkpoints hold it as `state_dict`, beside the raw weights as `current_model_state`; those of
+    `ModelParallelStrategy` hold the raw weights. The tracker's exact state is in every checkpoint.
 
     Arguments:
         checkpoint_dir: the directory for the snapshots.
@@ -72,12 +80,15 @@ class PostHocWeightAveraging(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Make the tracker, and continue from the checkpoint that was loaded."""
-        if is_sharded(pl_module):
-            reason = "shards the model over processes, and its averages fit no checkpoint of Lightning"
-            raise InvalidValueError("strategy", reason, "call a tracker of your own, which can, in on_train_batch_end")
+        saves_folders = getattr(trainer.strategy, "_save_distributed_checkpoint", False)
+        if shares_averages(pl_module, self.options) and not saves_folders:
+            reason = "saves a checkpoint to one file, and processes that share averages save theirs to a folder"
+            raise InvalidValueError("strategy", reason, "use ModelParallelStrategy(save_distributed_checkpoint=True)")
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options)
         if self._state is not None:
             ema.load_state_dict(self._state)
+        elif self._resumed and (stored := find_state(trainer.ckpt_path)) is not None:
+            ema.load_state(stored)
         elif self._resumed:
             log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
         self._state, self._resumed = None, False
@@ -138,9 +149,16 @@ class PostHocWeightAveraging(Callback):
         self._steps = state_dict["steps"]
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Put the average in the place of the raw weights, and the tracker's state beside both."""
+        """Put the average in the place of the raw weights, and the tracker's state beside both.
+
+        A checkpoint that is a folder keeps the raw weights: Lightning saves one set of tensors there.
+        """
         ema = self.ema
-        if ema is None or not ema.keeps_averages:
+        if ema is None:
+            return
+        if shares_averages(pl_module, self.options):
+            folder = trainer.strategy.broadcast(local_of("save_checkpoint", "filepath"))
+            ema.save_state(new_state(folder, pl_module, self.options))
             return
         checkpoint["averaging_state"] = ema.state_dict()
         if self.validate is not None and has_average(ema):

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import logging
-import sys
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import save_fsdp_model
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import STATE_NAME, figures, has_average, is_sharded, make_tracker
+from posthoc_cli.integrations import figures, find_state, has_average, local_of, make_tracker, new_state
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -47,7 +47,6 @@ class PostHocCallback(TrainerCallback, ExportableState):
             options |= {name: getattr(schedule, name) for name in ("sigma_rels", "checkpoint_every", "max_checkpoints")}
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
-        self.saved_step = 0  # the tracker's, at the last checkpoint
         self._is_nested = False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
@@ -102,35 +101,30 @@ class PostHocCallback(TrainerCallback, ExportableState):
 
         `on_save` comes too late: after the checkpoint was pushed, and old ones deleted.
         """
-        trainer, folder = _local("_save_checkpoint", "self"), _local("_save_checkpoint", "output_dir")
+        trainer, folder = (local_of("_save_checkpoint", name) for name in ("self", "output_dir"))
         if folder is not None and self.ema is not None:
-            self.saved_step = self.ema.step
-            if self.ema.keeps_averages and not is_sharded(trainer.model):
-                self._save(trainer, Path(folder))
+            self._save(trainer, Path(folder))
         given = {"checkpoint_dir": self.checkpoint_dir, "evaluate": self.evaluate, "folders": self.folders}
         options = {name: _plain(value) for name, value in self.options.items()}
-        return {"args": given | options, "attributes": {"saved_step": self.saved_step}}
+        return {"args": given | options, "attributes": {}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
     ) -> None:
         """Make the tracker, and continue from a checkpoint. The folder is in no argument, but in the caller's frame."""
         loop = "_inner_training_loop"
-        trainer, folder = _local(loop, "self"), _local(loop, "resume_from_checkpoint")
+        trainer, folder = (local_of(loop, name) for name in ("self", "resume_from_checkpoint"))
         if self.evaluate is not None and trainer.evaluate.__name__ != "evaluate_both":
             hint = f"PostHocCallback(..., evaluate={self.evaluate:g}).install(trainer), in place of callbacks=[...]"
             raise NotReadyError("evaluate", "this callback was not installed", hint)
-        options = dict(self.options)
         name = type(self).__name__
         stored = state.stateful_callbacks.get(name)
-        if folder is not None and is_sharded(model) and isinstance(stored, dict):
-            options["resume"] = stored["attributes"]["saved_step"]
-        self.ema = ema = make_tracker(model, self.checkpoint_dir, state.is_world_process_zero, options)
-        if folder is not None and not is_sharded(model):
+        self.ema = ema = make_tracker(model, self.checkpoint_dir, state.is_world_process_zero, self.options)
+        if folder is not None:
             if stored is None:
                 log.warning("%s was saved without this callback: its averages begin here", folder)
             else:
-                ema.load_state(Path(folder) / STATE_NAME)
+                ema.load_state(find_state(folder) or new_state(folder, model, self.options))
         if stored is None:  # the trainer expects it when it saves
             state.stateful_callbacks[name] = self.state()
         ema.on_snapshot(lambda tracker: trainer.log(figures(tracker, self.evaluate)))
@@ -146,12 +140,11 @@ class PostHocCallback(TrainerCallback, ExportableState):
         self.ema.update_(model)
         control.should_log = logs_too  # `Trainer.log` has cleared it where figures were logged
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
-        """Write snapshots of a model that is sharded over processes, which continues from these: all make the call."""
-        if self.ema is not None and is_sharded(model) and has_average(self.ema):
-            self.ema.snapshot()
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Save together with the process that writes `trainer_state.json`: the others are not asked for their state."""
+        if self.ema is not None and not args.should_save:
+            trainer = local_of("_maybe_log_save_evaluate", "self")
+            self._save(trainer, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Write a last snapshot, and let others into the directory; averages can still be read."""
@@ -161,10 +154,13 @@ class PostHocCallback(TrainerCallback, ExportableState):
     def _save(self, trainer: Trainer, folder: Path) -> None:
         ema, sigma_rel = self.ema, self.evaluate
         assert ema is not None
-        ema.save_state(folder / STATE_NAME)
+        ema.save_state(new_state(folder, trainer.model, self.options))
         if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)) and has_average(ema):
             with ema.model(trainer.model, sigma_rel):
                 trainer.save_model(str(folder / FOLDER), _internal_call=True)
+                if trainer.is_fsdp_enabled:  # as the trainer does itself, to load the best model
+                    plugin = trainer.accelerator.state.fsdp_plugin
+                    save_fsdp_model(plugin, trainer.accelerator, trainer.model, str(folder / FOLDER))
 
 
 def _callback_of(trainer: Trainer) -> PostHocCallback:
@@ -176,14 +172,6 @@ def _chooses_average(args: TrainingArguments) -> bool:
     """Whether the best model is the best average."""
     metric = args.metric_for_best_model or ""
     return bool(args.load_best_model_at_end) and metric.removeprefix("eval_").startswith("ema_")
-
-
-def _local(function: str, name: str) -> Any:
-    """A local variable of the trainer's method that has called, for what it hands to no callback; None elsewhere."""
-    frame: FrameType | None = sys._getframe()
-    while frame is not None and frame.f_code.co_name != function:
-        frame = frame.f_back
-    return None if frame is None else frame.f_locals.get(name)
 
 
 def _plain(value: Any) -> Any:

@@ -48,7 +48,14 @@ from posthoc_cli.snapshots.headers import DecodeCache, decode_snapshot, file_kin
 from posthoc_cli.snapshots.measurements import Progress, compare_measurements, run_clock
 from posthoc_cli.snapshots.outputs import INDEX_NAME, INDEX_SUFFIX, check_alike, decode_index, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile, check_payload, in_order, read_header, worker_threads
-from posthoc_cli.snapshots.states import COPY, check_state_tensors, decode_state, tensors_with
+from posthoc_cli.snapshots.states import (
+    COPY,
+    check_state_tensors,
+    decode_state,
+    is_state_folder,
+    read_state,
+    tensors_with,
+)
 
 ACCEPTED = "name a snapshot directory, a folder of outputs, a .safetensors file, or the index of a sharded model"
 
@@ -170,7 +177,7 @@ class Verification:
 class Unit:
     """A file, or the files of a sharded model with the tensors that its index names; those need not exist.
 
-    Or the parts of a snapshot. `path` is what is moved if it is broken.
+    Or the parts of a snapshot or a state. `path` is what is moved if it is broken.
     """
 
     path: Path
@@ -203,7 +210,7 @@ class Contents:
 
 def list_contents(path: Path) -> Contents:
     """List what there is to verify in a directory or a file: a DirectoryError if nothing. Reads indexes only."""
-    if is_parts_folder(path):
+    if is_parts_folder(path) or is_state_folder(path):
         return Contents(path, True, (_parts(path),), tuple(list_directory(path).leftovers))
     if path.is_dir():
         return _list_directory(path)
@@ -431,7 +438,8 @@ def _described(report: FileReport, header: fmt.FileHeader) -> FileReport:
         state = decode_state(path, header)
         check_state_tensors(path, header, state)
         averages = header.tensors.keys() - set(tensors_with(COPY, header).values())
-        return replace(report, what=f"state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
+        part = f"part {_shortened(header.metadata['ema.part'])} of " if "ema.part" in header.metadata else ""
+        return replace(report, what=f"{part}state at t = {state.t:,.12g}", run_id=state.run_id, averages=averages)
     if kind == "checkpoint":
         return replace(report, what="checkpoint", run_id=header.metadata.get("ema.run_id"), averages=frozenset())
     info = decode_snapshot(path, header)
@@ -476,15 +484,15 @@ def _and_more(count: int, what: str) -> str:
     return f" (and {count:,} {what}{'s' * (count > 1)} more)" if count else ""
 
 
-# --- the parts of a snapshot
+# --- the parts of a snapshot or a state
 
 
 def _part_reports(unit: Unit, there: Sequence[FileReport]) -> list[FileReport]:
-    """The reports of the parts; the snapshot, or what is wrong between them, is in that of one."""
+    """The reports of the parts; a snapshot, or what is wrong between them, is in that of one."""
     place = next((index for index, report in enumerate(there) if not report.is_fine), 0)
     reports = list(there)
     try:
-        found = read_folder(unit.path)
+        found = read_state(unit.path) if is_state_folder(unit.path) else read_folder(unit.path)
     except PostHocError as error:
         if reports[place].is_fine:  # else the cause has a line of its own
             detail = str(error).replace(f"{unit.path}{os.sep}", "").removeprefix(f"{unit.path}: ")
@@ -492,8 +500,9 @@ def _part_reports(unit: Unit, there: Sequence[FileReport]) -> list[FileReport]:
         return reports
     if isinstance(found, Snapshot):
         reports[place] = replace(reports[place], snapshot=found)
-        return reports
-    return [FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {found}"), *reports]
+    if isinstance(found, str):
+        reports.insert(0, FileReport(unit.path, unit.path, "snapshot", "snapshot", MISSING, f"has {found}"))
+    return reports
 
 
 # --- an index against its shards

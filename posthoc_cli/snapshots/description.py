@@ -18,7 +18,7 @@ from posthoc_cli.snapshots.format import FileHeader, SnapshotInfo, by_segment
 from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output
 from posthoc_cli.snapshots.reader import Snapshot, read_header
-from posthoc_cli.snapshots.states import decode_state
+from posthoc_cli.snapshots.states import StoredState, decode_state, is_state_folder, read_state
 
 Description = dict[str, Any]
 
@@ -35,6 +35,10 @@ def describe(path: Path) -> Description:
         return describe_model(path)
     if is_parts_folder(path):
         return _describe_snapshot(read_snapshot(path))
+    if is_state_folder(path):
+        state = read_state(path)
+        nbytes = sum(part.header.file_bytes for part in state.parts)
+        return _describe_state(state) | {"parts": len(state.parts), "bytes": nbytes}
     found = inspect_directory(path)
     if found.snapshots or found.problems or found.incomplete:
         return {
@@ -64,15 +68,7 @@ def describe_model(path: Path) -> Description:
     if kinds == {"snapshot"} and not is_sharded:
         return _describe_snapshot(Snapshot(first, header, decode_snapshot(first, header)))
     if kinds == {"state"} and not is_sharded:
-        state = decode_state(first, header)
-        fields = "t t_unit step sigma_rels averages_t t_first max_interval"
-        return {
-            **_values("state", first, state, fields),
-            "sigma_rels": list(state.sigma_rels),
-            "schedule": vars(state.schedule),
-            "known_snapshots": len(state.snapshots),
-            **_sizes(headers.values()),
-        }
+        return _describe_state(StoredState(first, header, decode_state(first, header)))
     if kinds != {"output"}:
         return {"kind": "safetensors", "path": str(path), **_sizes(headers.values())}
     outputs = {file: decode_output(file, one) for file, one in headers.items()}
@@ -83,6 +79,17 @@ def describe_model(path: Path) -> Description:
         **_values("output", path, outputs[first], fields),
         "snapshots": [{"file": file, "coefficient": coefficient} for file, coefficient in outputs[first].snapshots],
         **_sizes(headers.values()),
+    }
+
+
+def _describe_state(state: StoredState) -> Description:
+    fields = "t t_unit step sigma_rels averages_t t_first max_interval"
+    return {
+        **_values("state", state.path, state.info, fields),
+        "sigma_rels": list(state.info.sigma_rels),
+        "schedule": vars(state.info.schedule),
+        "known_snapshots": len(state.info.snapshots),
+        **_sizes([state.header]),
     }
 
 

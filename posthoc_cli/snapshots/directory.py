@@ -286,7 +286,7 @@ def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
         MismatchError: two parts do not belong together; both are named.
     """
     caches = defaultdict(DecodeCache) if caches is None else caches
-    found: dict[int, list[Snapshot]] = {}
+    found: dict[tuple[int, int], list[Snapshot]] = {}
     for path in part_files(folder):
         try:
             header = read_header(path, caches[path.name])
@@ -299,17 +299,19 @@ def read_folder(folder: Path, caches: Caches | None = None) -> Snapshot | str:
             raise
         if info.part is None:
             raise FileFormatError(path, "is no part of a snapshot, in a folder of parts", "move it to the directory")
-        found.setdefault(info.part[1], []).append(Snapshot(path, header, info))
+        found.setdefault((info.part[1], info.session), []).append(Snapshot(path, header, info))
     for parts in found.values():
         _check_parts(parts)
-    complete = [parts for count, parts in found.items() if len(parts) == count and not _is_replaced(parts)]
+    complete = [parts for (count, _), parts in found.items() if len(parts) == count and not _is_replaced(parts)]
     if len(complete) > 1:
         first, other = complete[0][0], complete[1][0]
         raise MismatchError(f"{first.path} and {other.path}", "are parts of two complete snapshots", "remove one")
     if complete:
         return _merged(folder, complete[0], caches[""])
     if found:
-        return ", ".join(f"{len(parts)} of {count} parts" for count, parts in sorted(found.items()))
+        there = [f"{len(parts)} of {count} parts" for (count, _), parts in sorted(found.items())]
+        sessions = {session for _, session in found}
+        return ", ".join([*there, *(["of different sessions of the training"] if len(sessions) > 1 else [])])
     return "no parts" if folder.is_dir() and not folder.is_symlink() and not list_directory(folder).files else ""
 
 

@@ -46,6 +46,8 @@ Metadata of a snapshot. Numbers are decimal and round-trip to the same float64; 
     ema.chunks        JSON object: name -> {"shape": of the complete tensor, "offset": of the first element in it},
                       for each tensor of a part
     ema.mesh          JSON object: {"shape": [2, 4], "names": ["dp", "tp"] or null}: of the processes, for people
+    ema.session       of a part: when the training that wrote it had been started, in nanoseconds of a clock. May be
+                      missing; parts of different ones never make a snapshot
     ema.checksums     JSON object: name -> checksums of the tensor's blocks, 16 hexadecimal digits each, joined
     ema.checksum      checksum of the header, 16 hexadecimal digits
 
@@ -114,9 +116,9 @@ copies are named `copy/<name>`. There are no tensors before the first update. An
     ema.snapshots        JSON list: header checksums of the snapshots of the training so far
 
 A state of a model that several processes hold in chunks is a folder of files, one for each process that owns a chunk,
-each a state of its own tensors with ema.part and ema.chunks as in a part of a snapshot, and ema.save: how often a state
-has been saved to the folder. All other entries but the checksums are equal. The state is that of the last save of which
-all parts are there.
+each a state of its own tensors with ema.part and ema.chunks as in a part of a snapshot, and ema.save, a number that
+grows from each save to the folder to the next. All other entries but the checksums are equal. The state is that of the
+last save of which all parts are there.
 
 A *checkpoint* (what `ema import` makes of weights, or of an average, that another program stored) has ema.format
 "checkpoint", and ema.version, run_id, t, t_unit, step, tensors, aliases, checksums and checksum as a snapshot, and
@@ -314,6 +316,7 @@ class SnapshotInfo:
     part: tuple[int, int] | None = None
     chunks: dict[str, Chunk] = field(default_factory=dict)
     mesh: dict[str, Any] = field(default_factory=dict)
+    session: int = 0
 
     @property
     def clock_pairs(self) -> tuple[tuple[int, float], ...]:
@@ -350,7 +353,7 @@ class OutputInfo:
 
 OPTIONAL = (
     "selection", "segment", "clock", "updates", "inherited", "off_schedule", "measurements", "motion", "part", "chunks",
-    "mesh",
+    "mesh", "session",
 )  # fmt: skip
 """Metadata that a snapshot may lack."""
 

@@ -597,5 +597,6 @@ _ENTRIES = {
     "part": PART,
     "chunks": replace(OBJECT, optional=True),
     "mesh": Entry("an object of shape and names", _is_mesh, optional=True),
+    "session": replace(WHOLE, optional=True),
 }
 """What the metadata of a snapshot must be, in an order in which later values are checked against earlier ones."""

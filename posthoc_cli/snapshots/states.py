@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import re
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -158,6 +160,15 @@ def read_state(path: Path) -> StoredState:
     return StoredState(path, replace(first_header, tensors=entries), info, parts)
 
 
+_PART_NAME = re.compile(r"\d+-part-\d{5,}-of-\d{5,}\.safetensors")
+
+
+def is_state_folder(path: Path) -> bool:
+    """Whether a path is a folder of parts of a state, and of nothing else, by their names."""
+    names = [file.name for file in list_directory(path).files] if path.is_dir() else []
+    return bool(names) and all(map(_PART_NAME.fullmatch, names))
+
+
 def _parts_in(folder: Path) -> list[tuple[Path, fmt.FileHeader, StatePart]]:
     found = []
     for file in list_directory(folder).files:
@@ -174,13 +185,15 @@ def _parts_in(folder: Path) -> list[tuple[Path, fmt.FileHeader, StatePart]]:
 def begin_save(folder: Path) -> int:
     """Make a folder for the parts of a state where it is missing; returns the number of the next save to it.
 
+    It is the time, so that no part of an earlier training that comes late can be one of this save.
+
     Raises:
         OutputExistsError, WriteError: something else is there, or the system refused.
     """
     if not os.path.lexists(folder):
         with files.reported_as_write_error(folder):
             files.make_directory(folder)
-        return 1
+        return time.time_ns()
     reason, hint = "is there already, and is no folder of a tracker's state", "choose another name"
     if not folder.is_dir():
         raise OutputExistsError(folder, reason, hint)
@@ -188,7 +201,7 @@ def begin_save(folder: Path) -> int:
     if set(listing.entries) - {*listing.files, *listing.leftovers}:
         raise OutputExistsError(folder, reason, hint)
     try:
-        return 1 + max((part.save for *_, part in _parts_in(folder)), default=0)
+        return max([time.time_ns(), *(1 + part.save for *_, part in _parts_in(folder))])
     except FileFormatError as error:
         raise OutputExistsError(folder, reason, hint) from error
 
@@ -204,7 +217,7 @@ def remove_saves(folder: Path, chosen: Callable[[int], bool]) -> None:
 def part_path(folder: Path, part: StatePart) -> Path:
     """The path of a part of a state."""
     number, count = part.part
-    return folder / f"{part.save:06d}-part-{number:05d}-of-{count:05d}{fmt.SUFFIX}"
+    return folder / f"{part.save}-part-{number:05d}-of-{count:05d}{fmt.SUFFIX}"
 
 
 def check_state_tensors(path: Path, header: fmt.FileHeader, state: StateInfo) -> None:

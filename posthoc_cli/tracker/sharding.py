@@ -284,6 +284,7 @@ class Members:
             owns it: it averages and writes it.
         part: number of the files that it writes, from 1, and how many a snapshot has; None if it owns nothing.
         run_id: of the run.
+        session: of this training, from when they met; later ones have larger numbers.
         names: of all tensors of the model that are tracked, here or elsewhere.
         mesh: the processes' arrangement, as a snapshot's header has it.
         device: where the process group exchanges tensors.
@@ -295,6 +296,7 @@ class Members:
     holders: Mapping[str, tuple[int, ...]]
     part: tuple[int, int] | None
     run_id: str
+    session: int
     names: frozenset[str]
     mesh: dict[str, Any]
     device: torch.device
@@ -373,12 +375,12 @@ def meet(
                 store.set(f"answer/{other}", refusal)
             raise
         owners = {ranks[0] for ranks in sets}
-        parts = [other for other in range(world) if other in owners]
+        parts, session = [other for other in range(world) if other in owners], time.time_ns()
         for other in range(world):
             part = [parts.index(other) + 1, len(parts)] if other in parts else None
             own = sorted(set(numbers[other]))
             table = {"sets": [sets[number] for number in own], "held": [own.index(number) for number in numbers[other]]}
-            store.set(f"answer/{other}", json.dumps({**table, "part": part, "run_id": run_id}))
+            store.set(f"answer/{other}", json.dumps({**table, "part": part, "run_id": run_id, "session": session}))
     answer = json.loads(_wait(store, f"answer/{rank}", 0, "made no tracker of this model", 2.0))
     if "reason" in answer:
         raise RankError(answer["rank"], answer["reason"])
@@ -386,7 +388,8 @@ def meet(
     holders = {name: tuple(answer["sets"][number]) for name, number in zip(held, answer["held"], strict=True)}
     number = answer["part"] and tuple(answer["part"])
     names = frozenset(tensors if shares is None else shares)
-    return Members(rank, callers, holders, number, answer["run_id"], names, mesh, device, store, shares)
+    ids = answer["run_id"], answer["session"]
+    return Members(rank, callers, holders, number, *ids, names, mesh, device, store, shares)
 
 
 def mesh_of(model: torch.nn.Module) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import combinations, islice, takewhile
@@ -36,9 +36,10 @@ from posthoc_cli.snapshots.directory import (
     thin,
 )
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
+from posthoc_cli.snapshots.headers import decode_snapshot
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
-from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile
+from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, read_header
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
 from posthoc_cli.snapshots.writer import TensorFileWriter
 from posthoc_cli.synthesis.plan import Source
@@ -117,6 +118,7 @@ def live_sources(settings: Settings, reading: Tracking, off_schedule: bool = Fal
             selection=settings.selection, segment=tracked.segment, updates=standing.updates,
             inherited=standing.inherited[index], off_schedule=off_schedule, chunks=tracked.chunks,
             part=members.part if members else None, mesh=members.mesh if members else {},
+            session=members.session if members else 0,
         )  # fmt: skip
         sources.append(LiveSource(info, values.views, averages.copies))
     return sources
@@ -366,7 +368,8 @@ class Snapshotter:
             with files.reported_as_write_error(path.parent):
                 files.make_directory(path.parent)
         others = [snapshot for snapshot in self._stored if snapshot.path != path]
-        replaces = len(others) < len(self._stored)  # one off the schedule, of the same average
+        # One off the schedule, of the same average; or of a process that has outlived its training.
+        replaces = len(others) < len(self._stored) or _is_earlier(path, info)
         with TensorFileWriter(path, specs, snapshot_metadata(info), replaces) as writer:
             for names in _batches(specs):
                 tensor, dtype = tensors[names[0]], storage[names[0]]
@@ -392,6 +395,15 @@ class Snapshotter:
         newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
         same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
         return any(not (scheduled and s.info.off_schedule) for s in same)
+
+
+def _is_earlier(path: Path, own: SnapshotInfo) -> bool:
+    """Whether there is a part of an earlier training under a name."""
+    if own.part is None or not path.exists():
+        return False
+    with suppress(FileFormatError):
+        return decode_snapshot(path, read_header(path)).session < own.session
+    return False
 
 
 def _batches(specs: Sequence[TensorSpec]) -> Iterator[list[str]]:

@@ -13,6 +13,8 @@ import torch
 from integrations.truth import recorded
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, TensorDataset
 
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
@@ -74,12 +76,24 @@ def trainer(folder: Path, *callbacks: Callback, **arguments: Any) -> Trainer:
     return Trainer(callbacks=[*callbacks, saving], default_root_dir=folder, **(settings | arguments))
 
 
+class Sharded(Regression):
+    def configure_model(self) -> None:
+        if not hasattr(self.net, "reshard"):
+            fully_shard(self.net, mesh=self.device_mesh["data_parallel"])
+
+
 if __name__ == "__main__":
     warnings.simplefilter("ignore")
     place, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
-    group = {"strategy": "ddp", "devices": 2} if sys.argv[3:] else {}
-    one = trainer(place, PostHocWeightAveraging(place / "ema", validate=0.2, **EVERY), recorder, **group)
-    module = Regression()
-    one.fit(module, loader(), loader())
+    strategy, checkpoint = ([*sys.argv[3:], None, None])[:2]
+    group = {} if strategy is None else {"strategy": strategy, "devices": 2}
+    if strategy == "sharded":
+        group["strategy"] = ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    callback = PostHocWeightAveraging(place / "ema", validate=0.2, **EVERY)
+    one = trainer(place, callback, recorder, **group)
+    module = Sharded() if strategy == "sharded" else Regression()
+    one.fit(module, loader(), loader(), ckpt_path=checkpoint)
     print(float(sum(value.sum() for value in module.validated.values())))
-    torch.save(recorder.weights, place / f"weights-{one.global_rank}.pt")
+    with callback.ema.averaged(module, 0.2) as averaged:
+        found = recorded(averaged)
+    torch.save([recorder.weights, found, callback.ema.step], place / f"made-{one.global_rank}.pt")

@@ -55,6 +55,6 @@ def trainer(folder: Path, *callbacks: TrainerCallback, model: Any = None, **argu
 if __name__ == "__main__":
     place, recorder = Path(sys.argv[1]), Recorder(killed_at=int(sys.argv[2]))
     one = trainer(place, recorder, eval_strategy="steps")
-    PostHocCallback(place / "ema", evaluate=0.2, **EVERY).install(one)
+    PostHocCallback(place / "ema", evaluate=0.2, folders=True, **EVERY).install(one)
     one.train()
     torch.save(recorder.weights, place / f"weights-{one.args.process_index}.pt")

@@ -43,8 +43,9 @@ for number in range(12):
     if stepped:
         ema.update_(engine.module)
         weights.append(recorded(engine.module))
+average = {name: value for name, value in ema.state_dict(0.2).items()}  # in every process
 if rank == 0:
-    torch.save([weights, ema.step, {name: value for name, value in ema.state_dict(0.2).items()}], f"{folder}/made.pt")
+    torch.save([weights, ema.step, average], f"{folder}/made.pt")
 ema.close()
 """
 

@@ -198,8 +198,30 @@ def test_replicas_in_two_processes_validate_one_average(tmp_path: Path) -> None:
     out, _ = process.communicate(timeout=250)
     assert process.returncode == 0
     first, second = out.split()
-    weights = torch.load(tmp_path / "weights-0.pt")
+    weights, average, _ = torch.load(tmp_path / "made-0.pt")
     assert first == second
+    assert distance(average, exact(weights, 0.2)) < 1e-6
     module = Regression()
     module.load_state_dict(torch.load(tmp_path / "out/step=8.ckpt", weights_only=True)["state_dict"])
     assert distance(dict(module.named_parameters()), exact(weights[:8], 0.2)) < 1e-6
+
+
+@heavy
+def test_a_killed_training_of_a_sharded_model_resumes_exactly(tmp_path: Path) -> None:
+    assert start(tmp_path / "whole", 0, "sharded").wait(250) == 0
+    whole, average, _ = torch.load(tmp_path / "whole/made-0.pt")
+    assert distance(average, exact(whole, 0.2)) < 1e-6
+    assert start(tmp_path, 7, "sharded").wait(250) != 0
+    checkpoint = tmp_path / "out/step=4.ckpt"
+    assert len(list((checkpoint / "posthoc_ema").iterdir())) == 2
+    assert start(tmp_path, 0, "sharded", str(checkpoint)).wait(250) == 0
+    for rank in (0, 1):
+        resumed, average, step = torch.load(tmp_path / f"made-{rank}.pt")
+        weights = whole[:4] + resumed  # the data of an epoch begin anew here, too
+        assert step == len(weights) >= 9
+        assert distance(average, exact(weights, 0.2)) < 1e-6
+
+
+def test_averages_in_parts_need_checkpoints_that_are_folders(tmp_path: Path) -> None:
+    with pytest.raises(InvalidValueError, match="save_distributed_checkpoint=True"):
+        fit(tmp_path, PostHocWeightAveraging(tmp_path / "ema", shard_averages=True, **EVERY))

@@ -13,8 +13,9 @@ Recorded = Sequence[Mapping[str, torch.Tensor]]
 
 
 def recorded(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The trainable parameters as they are now, in float64."""
-    return {name: value.detach().double().clone() for name, value in model.named_parameters() if value.requires_grad}
+    """The trainable parameters as they are now, complete and in float64; in every process of a sharded model."""
+    found = {name: value.detach() for name, value in model.named_parameters() if value.requires_grad}
+    return {name: getattr(value, "full_tensor", value.clone)().double() for name, value in found.items()}
 
 
 def exact(history: Recorded, sigma_rel: float, every: int = 1) -> dict[str, torch.Tensor]:

@@ -22,6 +22,7 @@ from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.errors import PostHocError
 from posthoc_cli.profiles import gamma_from_sigma_rel
 from posthoc_cli.snapshots.directory import find_snapshots, inspect_directory
+from posthoc_cli.snapshots.states import read_state
 from posthoc_cli.snapshots.tensors import tensor_from_bytes
 from torture.tally import Experiment, Tally
 
@@ -35,18 +36,24 @@ PATIENCE = 180.0
 TRAIN = f"""
 import torch.distributed as dist
 from posthoc_cli import PostHocEMA
-kind, most, *_ = arguments
-model = groups.spread(groups.Net(), kind)
+kind, most, *saves = arguments
+model, state = groups.spread(groups.Net(), kind), folder / "state"
 (folder / f"durable-{{rank}}").write_text("0")
 with PostHocEMA.from_model(
-    model, folder / "run", {SETTINGS}, max_checkpoints=None if most == "None" else int(most), resume="auto"
+    model, folder / "run", {SETTINGS}, max_checkpoints=None if most == "None" else int(most),
+    resume=None if saves else "auto", shard_averages=kind == "replicas"
 ) as ema:
+    if saves and state.exists():
+        ema.load_state(state)
     for step in range(ema.step + 1, {STEPS} + 1):
         groups.move(model, step)
         ema.update_(model)
         if step % 4 == 0:
             ema.flush()
             (folder / f"durable-{{rank}}").write_text(str(step))
+        if saves and step % int(saves[0]) == 0:
+            ema.save_state(state)
+            (folder / f"saved-{{rank}}").write_text(str(step))
         dist.barrier()  # in place of the training's own collectives
 """
 
@@ -156,6 +163,63 @@ def killed_ranks(folder: Path, share: float, seed: int) -> Tally:
         tally.lost += [f"{where}: {line}" for line in missing(now, first=4 if most is None else STEPS)]
         shutil.rmtree(place)
     return tally
+
+
+def killed_after_saving(folder: Path, share: float, seed: int) -> Tally:
+    """The same 40 times with states that are saved now and then: from each, the run goes on as if nothing had been."""
+    tally, chance = Tally(), random.Random(seed)
+    whole = in_one_process(folder / "whole", None)
+    average, times = Run(folder / "whole").average(0.15, method="paper"), max(1, round(40 * share))
+    while tally.tried < times:
+        place, most, every = folder / "killed", chance.choice((None, 3)), chance.choice((3, 5))
+        for attempt in range(1_000):
+            kind, ranks = chance.choice((*SPREAD, ("replicas", 3), ("fsdp", 1)))
+            where = f"kill {tally.tried}, {kind} on {ranks}, max_checkpoints={most}, attempt {attempt}"
+            saved = saved_step(place / "state")
+            if saved is None:  # training begins again
+                shutil.rmtree(place, ignore_errors=True)
+            for note in (*place.glob("saved-*"), *place.glob("durable-*")):
+                note.unlink()
+            processes = start_group(TRAIN, ranks, place, kind, most, every)
+            is_killed = tally.tried < times
+            if is_killed:
+                at = str(chance.randrange(min(saved or 0, STEPS - 4) // 4 * 4, STEPS, 4))
+                while processes[0].poll() is None and not is_noted(place / "durable-0", at):
+                    time.sleep(0.002)
+                time.sleep(chance.uniform(0.0, 0.3))
+                processes[chance.randrange(ranks)].kill()
+                tally.tried += 1
+            codes = end(processes, 10 if is_killed else PATIENCE)
+            notes = [int(note.read_text() or 0) for note in place.glob("saved-*")]
+            least = max(saved or 0, min(notes) if len(notes) == ranks else 0)
+            if (now := saved_step(place / "state") or 0) < least:
+                tally.lost.append(f"{where}: the state of step {least} was durable, and is of step {now}")
+            there = read(place / "run")
+            tally.lost += [f"{where}: {line}" for line in [*differing(there, whole), *wrong_averages(there)]]
+            if not is_killed and any(codes):
+                said = [one.communicate()[1][-300:] for one in processes]
+                tally.missed.append(f"{where}: going on ended with {said}")
+            if not is_killed or not any(codes):
+                break
+        tally.lost += [f"{where}: {line}" for line in missing(there, first=4 if most is None else STEPS)]
+        if there.keys() == whole.keys():
+            made = Run(place / "run").average(0.15, method="paper")
+            tally.lost += [f"{where}: {line}" for line in differing({"": made}, {"": average})]
+        shutil.rmtree(place)
+    return tally
+
+
+def is_noted(note: Path, step: str) -> bool:
+    """Whether a process has come to a step."""
+    return note.exists() and note.read_text() == step
+
+
+def saved_step(state: Path) -> int | None:
+    """The step of a state of parts; None where none is complete."""
+    try:
+        return read_state(state).info.step
+    except PostHocError:
+        return None
 
 
 def end(processes: list[Forked], patience: float) -> list[int]:
@@ -325,6 +389,7 @@ def harmed_parts(folder: Path, share: float, seed: int) -> Tally:
 
 EXPERIMENTS = (
     Experiment("one process of a sharded training killed", killed_ranks, 0.01),
+    Experiment("one process of a sharded training killed, its state saved now and then", killed_after_saving, 0.025),
     Experiment("a full disk for one process of a sharded training", full_disks, 0.01),
     Experiment("two sharded trainings on one directory", two_jobs, 0.01),
     Experiment("parts of snapshots harmed and exchanged", harmed_parts, 0.05),

@@ -11,6 +11,8 @@ from groups import Net, check_group, move, truth
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import gamma_from_sigma_rel
+from posthoc_cli.snapshots.check import list_contents, verify
+from posthoc_cli.snapshots.description import describe
 from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.states import read_state
 from posthoc_cli.tracker.state import open_state
@@ -81,8 +83,8 @@ def test_a_run_goes_on_bit_for_bit_on_one_arrangement_of_processes_after_the_oth
         ("tp", 2, 10, 11), ("single", 1, 11, 12),
     ):  # fmt: skip
         check_group(STAGE, ranks, tmp_path, kind, before, after)
-    assert sorted(path.name for path in (tmp_path / "state-7").iterdir()) == [
-        f"000003-part-0000{number}-of-00003.safetensors" for number in (1, 2, 3)
+    assert sorted(path.name.partition("-")[2] for path in (tmp_path / "state-7").iterdir()) == [
+        f"part-0000{number}-of-00003.safetensors" for number in (1, 2, 3)
     ]
     single_run(tmp_path)
     expected, info = tensors_of(tmp_path / "whole"), read_state(tmp_path / "whole").info
@@ -138,19 +140,21 @@ def refused(work):
 def test_a_folder_that_is_no_complete_state_is_refused_in_all_processes(tmp_path: Path) -> None:
     code = """
 import shutil
+if rank == 0:
+    (folder / "state").mkdir()
 ema.save_state(folder / "state")
 train(6, 6, ema)
 dist.barrier()
 if rank == 0:
     shutil.copytree(folder / "state", folder / "damaged")
     shutil.copytree(folder / "state", folder / "twice")
-    part = folder / "damaged/000001-part-00002-of-00002.safetensors"
+    (part,) = (folder / "damaged").glob("*-part-00002-of-00002.safetensors")
     data = bytearray(part.read_bytes())
     data[-1] ^= 1
     part.write_bytes(data)
-    shutil.copy(folder / "twice/000001-part-00002-of-00002.safetensors", folder / "twice/a-copy.safetensors")
+    shutil.copy(folder / "twice" / part.name, folder / "twice/a-copy.safetensors")
     shutil.copytree(folder / "state", folder / "incomplete")
-    (folder / "incomplete/000001-part-00002-of-00002.safetensors").unlink()
+    (folder / "incomplete" / part.name).unlink()
     (folder / "notes").mkdir()
     (folder / "notes/notes.txt").touch()
 dist.barrier()
@@ -175,6 +179,13 @@ ema.close()
         assert "/notes: is there already, and is no folder of a tracker's state" in lines[4]
         assert "/run: is there already, and is no folder of a tracker's state" in lines[5]
         assert len(lines) == 6
+    told, found = describe(tmp_path / "state"), verify(list_contents(tmp_path / "state"))
+    assert (told["kind"], told["parts"], told["t"], told["tensors"]) == ("state", 2, 5, 22)
+    assert found.is_fine
+    assert [report.what for report in found.files] == ["part 1/2 of state at t = 5", "part 2/2 of state at t = 5"]
+    assert told["bytes"] == sum(path.stat().st_size for path in (tmp_path / "state").iterdir())
+    (report,) = verify(list_contents(tmp_path / "incomplete")).files
+    assert report.detail == "is no complete state: it has 1 of 2 parts"
 
 
 def test_a_process_that_cannot_write_its_part_leaves_the_state_that_was_there(tmp_path: Path) -> None:

@@ -189,6 +189,49 @@ def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: P
     assert all(result.code != 0 and "RankError: rank 0: " in result.err for result in others)
 
 
+LATE = f"""
+import shutil
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA
+from posthoc_cli.snapshots.directory import inspect_directory
+model = groups.spread(groups.Net(), "fsdp")
+late = [f"0000000000000008-{{sigma_rel}}/part-00002-of-00002.safetensors" for sigma_rel in (0.1, 0.2)]
+with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, resume="auto") as ema:
+    for step in range(ema.step + 1, 9):
+        groups.move(model, step if step <= 4 else step + int(arguments[0]))
+        if step == 8 and int(arguments[0]) and rank == 1:
+            dist.barrier()
+            for part in late:  # of the process that has outlived the first training
+                shutil.copy(folder / "late" / part, folder / "run" / part)
+            print(*inspect_directory(folder / "run").notes, sep="\\n")
+        ema.update_(model)
+        if step == 8 and int(arguments[0]) and rank == 0:
+            ema.flush()
+            dist.barrier()
+"""
+
+
+def test_a_late_part_of_a_process_that_has_outlived_its_training_is_named_and_never_mixed(tmp_path: Path) -> None:
+    check_group(LATE, 2, tmp_path, 0)
+    for part in (tmp_path / "run").glob("*8-*/*2-of*"):
+        (late := tmp_path / "late" / part.parent.name).mkdir(parents=True)
+        part.rename(late / part.name)
+    _, notes = check_group(LATE, 2, tmp_path, 50)
+    assert notes.splitlines() == [
+        f"0000000000000008-{sigma_rel}/: has 1 of 2 parts, 1 of 2 parts, of different sessions of the training"
+        for sigma_rel in (0.1, 0.2)
+    ]
+    net = Net()
+    with PostHocEMA.from_model(
+        net, tmp_path / "single", (0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None
+    ) as ema:
+        for step in range(1, 9):
+            move(net, step if step <= 4 else step + 50)
+            ema.update_(net)
+    made, right = (Run(tmp_path / name).average(0.2) for name in ("run", "single"))
+    assert all(torch.allclose(made[name], right[name], rtol=1e-6, atol=1e-6) for name in right)
+
+
 def test_a_model_that_is_sharded_later_is_refused_with_the_right_order(tmp_path: Path) -> None:
     code = """
 from posthoc_cli import PostHocEMA

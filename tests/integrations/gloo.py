@@ -1,0 +1,27 @@
+"""Processes of `groups` as accelerate and Lightning find them, and FSDP of accelerate without an accelerator."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+
+def announce(rank: int, world: int) -> None:
+    """Set the environment as a launcher does."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+
+
+def use_fsdp_on_the_cpu() -> None:
+    """Let accelerate shard models on the CPU: it can, but takes its FSDP plugin for accelerators only."""
+    real = AcceleratorState.__init__
+
+    def begin(self: Any, *arguments: Any, fsdp_plugin: Any = None, **others: Any) -> None:
+        real(self, *arguments, fsdp_plugin=fsdp_plugin, **others)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            PartialState._shared_state["distributed_type"] = self.distributed_type = DistributedType.FSDP
+
+    AcceleratorState.__init__ = begin
