@@ -19,6 +19,7 @@ from posthoc_cli.checkpoints.opening import (
     is_glob,
     open_checkpoints,
 )
+from posthoc_cli.checkpoints.tensor_files import PICKLED
 from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError
 from posthoc_cli.planning import (
     EVENLY,
@@ -191,7 +192,8 @@ class Run:
             beside = [one for one in self.sources if isinstance(one, Checkpoint)]
             return describe(self.directory) | {"checkpoints": list_checkpoints(beside)}
         found = None
-        if self.origin.kind in (None, "snapshots") and not is_glob(self.directory):
+        is_foreign = is_glob(self.directory) or (self.directory.suffix in PICKLED and self.directory.is_file())
+        if self.origin.kind in (None, "snapshots") and not is_foreign:
             try:
                 found = describe(self.directory)
             except DirectoryError:

@@ -24,7 +24,7 @@ from posthoc_cli.snapshots import measurements
 from posthoc_cli.snapshots.reader import Snapshot, TensorFile
 from posthoc_cli.synthesis import plan
 from posthoc_cli.synthesis.plan import Plan, disk_sources, plan_synthesis, with_consistent_plan
-from posthoc_cli.tracker import posthoc_ema
+from posthoc_cli.tracker import evaluation
 
 
 def trained(folder: Path) -> torch.nn.Module:
@@ -80,7 +80,7 @@ def planned(monkeypatch: pytest.MonkeyPatch) -> list[Plan]:
         plan = real(*arguments, **options)
         return plan if removed else removed.append(remove_one(plan)) or plan  # type: ignore[func-returns-value]
 
-    monkeypatch.setattr(posthoc_ema, "plan_synthesis", plan_and_remove)
+    monkeypatch.setattr(evaluation, "plan_synthesis", plan_and_remove)
     monkeypatch.setattr(job, "plan_synthesis", plan_and_remove)
     return removed
 
@@ -184,7 +184,7 @@ def test_a_reader_beside_a_training_that_writes_and_thins_whenever_it_has_planne
             writer.flush()
             return plan
 
-        monkeypatch.setattr(posthoc_ema, "plan_synthesis", plan_and_train)
+        monkeypatch.setattr(evaluation, "plan_synthesis", plan_and_train)
         for number in range(20):
             steps[:] = [number % 4, 1, number % 3]
             found = PostHocEMA.from_path(tmp_path).state_dict(sigma_rel=0.15)["weight"]

@@ -306,7 +306,7 @@ def existing_run(place: Path, directory: bool = True) -> Path:
     """A directory that may hold snapshots or checkpoints, or a glob on names of checkpoints."""
     from posthoc_cli.checkpoints.opening import is_glob
 
-    return files.expanded(place) if is_glob(place) else existing(place, directory)
+    return files.expanded(place) if is_glob(place) else existing(place, directory, pickles=not directory)
 
 
 def open_run(place: Path | None, checkpoints: str | None, origin: Origin, directory: bool = True) -> Run:

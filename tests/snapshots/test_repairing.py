@@ -234,7 +234,7 @@ def test_only_in_a_snapshot_directory(tmp_path: Path) -> None:
     export_file(snapshot, output)
     flip_bit(output)
     for path in (output.parent, output, snapshot):
-        with pytest.raises(DirectoryError, match="is no directory of snapshots"):
+        with pytest.raises(DirectoryError, match="only these are set aside"):
             planned(path)
 
 
