@@ -1,6 +1,7 @@
 # make demo     train a small network with the hook and choose the length of its average afterwards
 # make test     lint, type check and test
 # make bench    the measurements that the guides quote
+# make evidence  the trainings of the guide on what averaging gains, 90 minutes; a second call goes on
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
 # make integrations  the training frameworks, and the tests that need them, the heavier ones too
@@ -18,7 +19,7 @@ READY := $(VENV)/.ready
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit coverage bench torture integrations dist wheel audit clean
+.PHONY: help demo test lint types unit coverage bench evidence torture integrations dist wheel audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -63,6 +64,9 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_sharded.py
 	$(BIN)/python scripts/bench_sweep.py
+
+evidence: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence.py
 
 integrations: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$(TORCH)" \

@@ -1,7 +1,7 @@
-"""The trainings of `evidence`, recorded: everything that people average with runs beside the same training.
+"""The trainings of `evidence`, recorded and measured: all that people average with runs beside the same training.
 
-A training is a folder that is `READY` or is made anew, so that one that was killed is trained again. The decayed run of
-a language model goes on from the constant one's state where its rate begins to fall, with all that averages there.
+A training is a folder; one that was killed is made anew, one that is done is left alone. The decayed run of a language
+model goes on from the constant one's state where its rate begins to fall, with all that averages there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import shutil
 import time
 from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,33 @@ import torch
 from ema_pytorch import EMA
 from evidence_tasks import STABLE, Task
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from posthoc_cli import PostHocEMA
+from posthoc_cli import PostHocEMA, Run
+from posthoc_cli.sweep import sweep
+from posthoc_cli.targets import Decay
 
-READY = "trained.json"
+TRAINED, MEASURED = "trained.json", "measured.json"
+"""Written last, when a folder's records and its measurements are whole."""
+
 DECAYS = (0.999, 0.9999)
 CHECKPOINTS = 40
 """In a training, evenly; snapshots come with them."""
 
 LAST = 10
 """Checkpoints kept of the weights themselves."""
+
+MEANS = (3, 5, 10)
+"""Of so many last checkpoints, as scripts that merge models make them."""
+
+LENGTHS = (0.03, 0.05, 0.07, 0.10, 0.15, 0.20, 0.25)
+"""Measured at every training; a search may take any from 0.02 to 0.28."""
+
+BUDGET = 12
+"""Lengths that a search may measure."""
+
+TIMES = (0.125, 0.25, 0.5, 1.0)
+"""Fractions of training at which LENGTHS are measured where every snapshot is kept."""
 
 TRACKED = {"ema": (0.05, 0.28), "ema-short": (0.05, 0.10)}
 """Folders of snapshots and what they track: the default, and two lengths nearer to each other."""
@@ -115,7 +132,7 @@ class Recorder:
 def train(task: Task, training: Training, root: Path) -> None:
     """Train and record, unless that is done."""
     folder = training.folder(root)
-    if (folder / READY).exists():
+    if (folder / TRAINED).exists():
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
@@ -169,4 +186,55 @@ def train(task: Task, training: Training, root: Path) -> None:
         "cpu_seconds": time.process_time() - spent,
         "torch": torch.__version__,
     }
-    (folder / READY).write_text(json.dumps(record))
+    (folder / TRAINED).write_text(json.dumps(record))
+
+
+def mean(checkpoints: Sequence[Tensors]) -> Tensors:
+    """Of each tensor; of integers the last."""
+    return {
+        name: torch.stack([one[name] for one in checkpoints]).mean(dim=0) if last.is_floating_point() else last
+        for name, last in checkpoints[-1].items()
+    }
+
+
+def measure(task: Task, training: Training, root: Path) -> None:
+    """Measure every average of a training on the test part, unless that is done."""
+    folder, model, batches = training.folder(root), task.model(), task.batches()
+    if (folder / MEASURED).exists():
+        return
+
+    def measured(weights: Mapping[str, torch.Tensor], part: str = "test", renew: bool = True) -> dict[str, float]:
+        model.load_state_dict(weights)
+        if renew:
+            update_bn(batches, model)
+        return task.measure(model, part)
+
+    record = torch.load(folder / "weights.pt")
+    weights, checkpoints, run = record["weights"], record["checkpoints"], Run(folder / "ema")
+    rows = {name: measured(one, renew=name != "last") for name, one in weights.items()}
+    rows |= {f"mean-{count}": measured(mean(checkpoints[-count:])) for count in MEANS}
+    found = sweep(run, lambda averaged: measured(averaged, "validation")["loss"], low=0.02, high=0.28, budget=BUDGET)
+    best = found.value_of(found.found.best)
+    averaged = run.average(best)
+    rows["best"] = measured(averaged)
+    if batches:
+        rows["best-copied"] = measured(averaged, renew=False)
+    rows |= {str(length): measured(run.average(length)) for length in LENGTHS}
+    if "decayed" in task.schedules and training.schedule == "constant":
+        rows |= {shape: measured(run.average(Decay(shape, over=0.2))) for shape in ("1-sqrt", "linear")}
+    times = [round(fraction * task.steps / 10) * 10 for fraction in TIMES] if task.keep_all else []
+    measurements = {
+        **vars(training),
+        **json.loads((folder / TRAINED).read_text()),
+        "rows": rows,
+        "best": best,
+        "equal": [found.value_of(found.found.low), found.value_of(found.found.high)],
+        "searched": len(found.trials),
+        "over_time": {step: {length: measured(run.average(length, step=step)) for length in LENGTHS} for step in times},
+        "predicted_errors": {
+            name: {length: Run(folder / name).plan(length).predicted_error(0) for length in LENGTHS} for name in TRACKED
+        },
+        "short": measured(Run(folder / "ema-short").average(best)),
+    }
+    (folder / MEASURED).write_text(json.dumps(measurements))
+    print(f"{folder.name}: measured", flush=True)

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 from bench_batch_norm import network
 from torch import nn
-from torch.optim.swa_utils import update_bn
 from trained_networks import SIDE, digits
 
 from posthoc_cli.demo import training as demo
@@ -27,6 +26,10 @@ F = nn.functional
 
 class Task(ABC):
     """A network, what it learns from, and how good it is.
+
+    Arguments:
+        cache: a folder for what can be made once.
+        quick: whether to only try everything, in little time.
 
     Attributes:
         steps: of one training.
@@ -55,8 +58,9 @@ class Task(ABC):
     def measure(self, model: nn.Module, part: str) -> dict[str, float]:
         """Measures on a held-out part, "validation" or "test", each lower the better; `loss` is searched by."""
 
-    def renew(self, model: nn.Module) -> None:
-        """Measure the statistics of a model's BatchNorm anew, if it has any: after its weights were averaged."""
+    def batches(self) -> list[torch.Tensor]:
+        """Inputs to measure the statistics of averaged weights' BatchNorm on; none where there is no BatchNorm."""
+        return []
 
     def rate(self, schedule: str, step: int) -> float:
         """The learning rate of a step, 1, 2, ..., relative to the highest."""
@@ -70,6 +74,9 @@ class Task(ABC):
         return warm
 
 
+QUICK = 50
+"""Steps of a training that is only tried; at STABLE of them averages are updated."""
+
 STABLE = 0.8
 """The fraction of training at which the decayed run leaves the constant one."""
 
@@ -82,10 +89,12 @@ class Language(Task):
 
     steps, schedules = 1600, ("constant", "decayed", "cosine")
     vocabulary, width, depth, context, batch = 1024, 256, 4, 128, 8
-    held_out = {"validation": 256, "test": 768}  # contexts to measure on, evenly over the text
+    contexts = 512  # of the test part to measure on, evenly over it; half as many of the validation part
 
-    def __init__(self, cache: Path) -> None:
-        self.tokens = tokens(cache, self.vocabulary)
+    def __init__(self, cache: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps, self.width, self.depth, self.vocabulary, self.contexts = QUICK, 64, 1, 300, 8
+        self.tokens = tokens(cache, self.vocabulary, 4 if quick else None)
 
     def model(self) -> nn.Module:
         """3.4 M parameters."""
@@ -108,7 +117,8 @@ class Language(Task):
     def measure(self, model: nn.Module, part: str) -> dict[str, float]:
         """The same on contexts of modules that training never saw."""
         text = self.tokens[part]
-        starts = torch.linspace(0, len(text) - self.context - 1, self.held_out[part]).long()
+        count = self.contexts if part == "test" else self.contexts // 2
+        starts = torch.linspace(0, len(text) - self.context - 1, count).long()
         batches = (starts[:, None] + torch.arange(self.context + 1)).split(32)
         losses = [float(self._loss(model, text[places])) * len(places) for places in batches]
         return {"loss": sum(losses) / len(starts)}
@@ -135,13 +145,15 @@ def sources() -> dict[str, list[Path]]:
     return parts
 
 
-def tokens(cache: Path, vocabulary: int) -> dict[str, torch.Tensor]:
-    """All of the text by part; made once in the folder `cache`."""
+def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, torch.Tensor]:
+    """The text by part, of so many modules; made once in the folder `cache`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # comes with peft
 
     file = cache / f"tokens-{sys.version_info.major}.{sys.version_info.minor}-{vocabulary}.npz"
     if not file.exists():
-        texts = {part: [path.read_text("utf-8", "replace") for path in paths] for part, paths in sources().items()}
+        texts = {
+            part: [path.read_text("utf-8", "replace") for path in paths[:most]] for part, paths in sources().items()
+        }
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
@@ -225,7 +237,9 @@ class Diffusion(Task):
     keep_all = True
     width, depth, batch, count = 192, 4, 128, 2000
 
-    def __init__(self, _: Path) -> None:
+    def __init__(self, _: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps, self.width, self.depth, self.count = QUICK, 16, 1, 100
         split = demo.load_digits(seed=0)
         self.training, self.held_out = split.training, split.validation
         half = len(self.held_out.labels) // 2
@@ -266,7 +280,7 @@ class Diffusion(Task):
             model = nn.Sequential(nn.Unflatten(1, (1, SIDE, SIDE)), *network(0.1))
             optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
             with torch.enable_grad():
-                for _ in range(600):
+                for _ in range(min(600, self.steps)):
                     chosen = torch.randint(len(self.training.images), (64,))
                     images = self.training.images[chosen]
                     loss = F.cross_entropy(model(images + 0.2 * torch.randn_like(images)), self.training.labels[chosen])
@@ -313,7 +327,9 @@ class Classifier(Task):
     steps, schedules = 4000, ("constant", "cosine")
     batch, draws = 64, 20
 
-    def __init__(self, _: Path) -> None:
+    def __init__(self, _: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps, self.draws = QUICK, 1
         images, labels = digits()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         parts = {"validation": order[:360], "test": order[360:720], "training": order[720:]}
@@ -346,10 +362,10 @@ class Classifier(Task):
         calibration = float(gaps.abs().sum()) / len(labels)
         return {"loss": float(F.cross_entropy(logits, labels)), "error": 1 - float(right.mean()), "ece": calibration}
 
-    def renew(self, model: nn.Module) -> None:
-        """On 100 batches of training."""
+    def batches(self) -> list[torch.Tensor]:
+        """As in training."""
         random = torch.Generator().manual_seed(0)
-        update_bn((self._drawn("training", self.batch, random)[0] for _ in range(100)), model)
+        return [self._drawn("training", 512, random)[0] for _ in range(10)]
 
     def _drawn(self, part: str, count: int | None, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Images, each shifted by up to a pixel and noisy: so many, or each `draws` times."""
@@ -366,4 +382,8 @@ class Classifier(Task):
         return shifted + 0.8 * torch.randn(shifted.shape, generator=random), labels[chosen]
 
 
-TASKS: dict[str, Callable[[Path], Task]] = {"language": Language, "diffusion": Diffusion, "classifier": Classifier}
+TASKS: dict[str, Callable[[Path, bool], Task]] = {
+    "language": Language,
+    "diffusion": Diffusion,
+    "classifier": Classifier,
+}
