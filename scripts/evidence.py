@@ -22,6 +22,7 @@ import math
 import platform
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -260,7 +261,7 @@ def _markdown(lines: Iterable[Sequence[str]]) -> str:
 def draw(found: dict[str, Any], folder: Path) -> None:
     """Write the pictures."""
     for name, figure in (("gain-language.svg", _language), ("gain-time.svg", _time)):
-        (folder / name).write_bytes(plots.as_file(lambda figure=figure: figure(found["trainings"]), ".svg"))
+        (folder / name).write_bytes(plots.as_file(partial(figure, found["trainings"]), ".svg"))
 
 
 def _panels(count: int) -> tuple[Figure, list[Any]]:

@@ -230,8 +230,16 @@ class _Block(nn.Module):
 # --- a diffusion model -------------------------------------------------------------------------------
 
 
+def shifted(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Each by up to a pixel down or up and left or right, empty where nothing comes from: [images, 64]."""
+    padded = F.pad(images.reshape(-1, SIDE, SIDE), (1, 1, 1, 1), value=float(images.min()))
+    down, right = torch.randint(3, (2, len(images), 1, 1), generator=random)
+    rows, columns = down + torch.arange(SIDE)[:, None], right + torch.arange(SIDE)
+    return padded[torch.arange(len(images))[:, None, None], rows, columns].flatten(1)
+
+
 class Diffusion(Task):
-    """To remove noise from digits: the demo's denoiser, larger and longer."""
+    """To remove noise from shifted digits: the demo's denoiser, larger and longer."""
 
     steps, schedules = 12_000, ("inverse-sqrt",)
     keep_all = True
@@ -241,10 +249,11 @@ class Diffusion(Task):
         if quick:
             self.steps, self.width, self.depth, self.count = QUICK, 16, 1, 100
         split = demo.load_digits(seed=0)
-        self.training, self.held_out = split.training, split.validation
-        half = len(self.held_out.labels) // 2
+        self.training, random = split.training, torch.Generator().manual_seed(0)
+        self.real = shifted(split.validation.images.repeat(6, 1), random)
+        half = len(split.validation.labels) // 2
         self.validations = {
-            part: demo.Validation(demo.Digits(self.held_out.images[rows], self.held_out.labels[rows]), seed=0)
+            part: demo.Validation(demo.Digits(self.real[: 2 * half][rows], split.validation.labels[rows]), seed=0)
             for part, rows in {"validation": slice(half), "test": slice(half, None)}.items()
         }
 
@@ -260,7 +269,7 @@ class Diffusion(Task):
         """As in the demo."""
         chosen = torch.randint(len(self.training.images), (self.batch,), generator=random)
         sigma = demo.random_noise_levels(self.batch, random)
-        images = demo.Digits(self.training.images[chosen], self.training.labels[chosen])
+        images = demo.Digits(shifted(self.training.images[chosen], random), self.training.labels[chosen])
         return demo.losses(model, images, sigma, torch.randn(images.images.shape, generator=random)).mean()
 
     @torch.no_grad()
@@ -269,7 +278,7 @@ class Diffusion(Task):
         found = {"loss": float(self.validations[part](model).mean())}
         if part == "test":
             labels = torch.arange(self.count) % demo.CLASSES
-            found["frechet"] = frechet(self.features(self.held_out.images), self.features(sample(model, labels)))
+            found["frechet"] = frechet(self.features(self.real), self.features(sample(model, labels)))
         return found
 
     @cached_property
@@ -277,12 +286,13 @@ class Diffusion(Task):
         """All but the last layer of a classifier of the training images: [images, 64] -> [images, 32]."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
+            random = torch.Generator().manual_seed(0)
             model = nn.Sequential(nn.Unflatten(1, (1, SIDE, SIDE)), *network(0.1))
             optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
             with torch.enable_grad():
                 for _ in range(min(600, self.steps)):
                     chosen = torch.randint(len(self.training.images), (64,))
-                    images = self.training.images[chosen]
+                    images = shifted(self.training.images[chosen], random)
                     loss = F.cross_entropy(model(images + 0.2 * torch.randn_like(images)), self.training.labels[chosen])
                     optimizer.zero_grad()
                     torch.autograd.backward(loss)
@@ -325,15 +335,15 @@ class Classifier(Task):
     """To tell digits apart under noise and shifts: three convolutions with BatchNorm, SGD with momentum."""
 
     steps, schedules = 4000, ("constant", "cosine")
-    batch, draws = 64, 20
+    batch, draws, renewing = 64, 20, 10
 
     def __init__(self, _: Path, quick: bool = False) -> None:
         if quick:
-            self.steps, self.draws = QUICK, 1
+            self.steps, self.draws, self.renewing = QUICK, 1, 1
         images, labels = digits()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         parts = {"validation": order[:360], "test": order[360:720], "training": order[720:]}
-        self.parts = {part: (images[rows].reshape(-1, 1, SIDE, SIDE), labels[rows]) for part, rows in parts.items()}
+        self.parts = {part: (images[rows], labels[rows]) for part, rows in parts.items()}
 
     def model(self) -> nn.Module:
         """14,458 parameters."""
@@ -365,7 +375,7 @@ class Classifier(Task):
     def batches(self) -> list[torch.Tensor]:
         """As in training."""
         random = torch.Generator().manual_seed(0)
-        return [self._drawn("training", 512, random)[0] for _ in range(10)]
+        return [self._drawn("training", 512, random)[0] for _ in range(self.renewing)]
 
     def _drawn(self, part: str, count: int | None, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
         """Images, each shifted by up to a pixel and noisy: so many, or each `draws` times."""
@@ -375,11 +385,8 @@ class Classifier(Task):
             if count is None
             else torch.randint(len(labels), (count,), generator=random)
         )
-        padded = F.pad(images[chosen], (1, 1, 1, 1), value=float(images.min()))
-        down, right = torch.randint(3, (2, len(chosen), 1, 1), generator=random)
-        rows, columns = down + torch.arange(SIDE)[:, None], right + torch.arange(SIDE)
-        shifted = padded[torch.arange(len(chosen))[:, None, None], 0, rows, columns][:, None]
-        return shifted + 0.8 * torch.randn(shifted.shape, generator=random), labels[chosen]
+        moved = shifted(images[chosen], random)
+        return (moved + 0.8 * torch.randn(moved.shape, generator=random)).reshape(-1, 1, SIDE, SIDE), labels[chosen]
 
 
 TASKS: dict[str, Callable[[Path, bool], Task]] = {
