@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_runs import LENGTHS, MEANS, MEASURED, Training, measure, train
+from evidence_runs import LENGTHS, MEANS, MEASURED, TRACKED, Training, measure, train
 from evidence_tasks import TASKS, Language, sources
 from matplotlib.figure import Figure
 
@@ -167,13 +167,14 @@ def tables(found: dict[str, Any]) -> list[str]:
         _table(
             "classifier",
             {
-                "error %, constant rate": (constant, "error", 100, 2),
-                "calibration error %": (constant, "ece", 100, 2),
+                "error %, constant": (constant, "error", 100, 2),
+                "calibration error %, constant": (constant, "ece", 100, 2),
                 "error %, cosine": (cosine, "error", 100, 2),
-                "calibration error % ": (cosine, "ece", 100, 2),
+                "calibration error %, cosine": (cosine, "ece", 100, 2),
             },
         ),
         _over_time(diffusion),
+        _tracked(language["constant rate"]),
     ]
 
 
@@ -236,6 +237,16 @@ def _over_time(runs: list[Measured]) -> str:
         for title, metric in (("test loss", "loss"), ("Frechet distance", "frechet"))
     ]
     return _markdown([("steps trained", *steps), ["---"] * (1 + len(steps)), *rows])
+
+
+def _tracked(runs: list[Measured]) -> str:
+    """The predicted errors of LENGTHS for each pair of tracked ones."""
+    lengths = [f"{length:g}" for length in LENGTHS]
+    rows = [
+        (str(pair), *(f"{np.mean([one['predicted_errors'][name][length] for one in runs]):.1e}" for length in lengths))
+        for name, pair in TRACKED.items()
+    ]
+    return _markdown([("tracked", *lengths), ["---"] * (1 + len(lengths)), *rows])
 
 
 def _paired(

@@ -231,10 +231,13 @@ def measure(task: Task, training: Training, root: Path) -> None:
         "equal": [found.value_of(found.found.low), found.value_of(found.found.high)],
         "searched": len(found.trials),
         "over_time": {step: {length: measured(run.average(length, step=step)) for length in LENGTHS} for step in times},
-        "predicted_errors": {
-            name: {length: Run(folder / name).plan(length).predicted_error(0) for length in LENGTHS} for name in TRACKED
-        },
+        "predicted_errors": {name: _predicted_errors(Run(folder / name)) for name in TRACKED},
         "short": measured(Run(folder / "ema-short").average(best)),
     }
     (folder / MEASURED).write_text(json.dumps(measurements))
     print(f"{folder.name}: measured", flush=True)
+
+
+def _predicted_errors(run: Run) -> dict[float, float | None]:
+    plan = run.plan(LENGTHS)
+    return {length: plan.predicted_error(index) for index, length in enumerate(LENGTHS)}

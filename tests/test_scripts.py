@@ -64,6 +64,12 @@ def test_evidence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert printed.endswith(capsys.readouterr().out)
 
 
+def test_the_tables_of_the_guide_are_those_of_the_record() -> None:
+    page = (Path(evidence.__file__).parent.parent / "posthoc_cli/guides/gain.md").read_text()
+    for table in evidence.tables(json.loads(evidence.RECORD.read_text())):
+        assert table in page
+
+
 def test_bench_update(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     bench_update.main(["--quick", "--device", "cuda", "--folder", str(tmp_path)])
