@@ -48,6 +48,7 @@ ROWS = {
     "0.05": "ours, `sigma_rel` 0.05",
     "0.1": "ours, `sigma_rel` 0.10",
     "0.15": "ours, `sigma_rel` 0.15",
+    "0.25": "ours, `sigma_rel` 0.25",
     "best": "ours, best length by a sweep",
     "best-copied": "the same without `update_bn`",
     "1-sqrt": 'ours, `Decay("1-sqrt", 0.2)`',
@@ -275,12 +276,12 @@ def draw(found: dict[str, Any], folder: Path) -> None:
         (folder / name).write_bytes(plots.as_file(partial(figure, found["trainings"]), ".svg"))
 
 
-def _panels(count: int) -> tuple[Figure, list[Any]]:
+def _panels(count: int, same: bool) -> tuple[Figure, list[Any]]:
     figure = Figure(figsize=(8, 3.4), layout="constrained", facecolor="white")
-    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    panels = list(figure.subplots(1, count, sharey=same))
     for axes in panels:
         axes.set_xscale("log")
-        axes.set_xticks(LENGTHS, [f"{length:g}" for length in LENGTHS], fontsize=7)
+        axes.set_xticks(LENGTHS, [f"{length:g}" for length in LENGTHS], fontsize=6)
         axes.minorticks_off()
         axes.set_xlabel("sigma_rel")
         axes.grid(True, color="0.9", linewidth=0.6)
@@ -289,7 +290,7 @@ def _panels(count: int) -> tuple[Figure, list[Any]]:
 
 def _language(trainings: list[Measured]) -> Figure:
     """The loss against the length, with lines for what others do."""
-    figure, panels = _panels(3)
+    figure, panels = _panels(3, same=True)
     titles = {"constant": "constant rate", "decayed": "warm-up, stable, decay", "cosine": "cosine"}
     for axes, (schedule, title) in zip(panels, titles.items(), strict=True):
         runs = [one["rows"] for one in trainings if (one["task"], one["schedule"]) == ("language", schedule)]
@@ -304,13 +305,13 @@ def _language(trainings: list[Measured]) -> Figure:
             axes.axhline(loss(row), color=plots.COLOURS[index], linestyle=plots.STYLES[index], label=label)
         axes.set_title(title, fontsize=9)
     panels[0].set_ylabel("test loss, nats a token")
-    panels[0].legend(fontsize=7)
+    panels[1].legend(fontsize=7)
     return figure
 
 
 def _time(trainings: list[Measured]) -> Figure:
     """How much more than at the best length, against the length, for each time."""
-    figure, panels = _panels(2)
+    figure, panels = _panels(2, same=False)
     runs = [one["over_time"] for one in trainings if one["task"] == "diffusion"]
     for axes, (metric, title) in zip(panels, {"loss": "test loss", "frechet": "Frechet distance"}.items(), strict=True):
         for index, step in enumerate(runs[0]):
