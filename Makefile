@@ -1,7 +1,7 @@
 # make demo     train a small network with the hook and choose the length of its average afterwards
 # make test     lint, type check and test
 # make bench    the measurements that the guides quote
-# make evidence  the trainings of the guide on what averaging gains, 90 minutes; a second call goes on
+# make evidence  the trainings that the guide `gain` quotes, 40 minutes; a call that was stopped is continued
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
 # make integrations  the training frameworks, and the tests that need them, the heavier ones too
