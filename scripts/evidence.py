@@ -10,7 +10,7 @@
 Each is trained with three seeds. What is compared averages the same training, so that differences are taken seed by
 seed; the length of ours is searched by the loss on validation data, and all are measured on test data.
 
-Trainings and measurements are kept in the folder `--out`, some 5 GB; a call that was stopped goes on with what is not
+Trainings and measurements are kept in the folder `--out`, some 7 GB; a call that was stopped goes on with what is not
 there. About 40 minutes on two cores. `--record` keeps the result for the guide, `--tables` prints the kept one.
 """
 
@@ -71,10 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.tables:
         print("\n\n".join(tables(json.loads(RECORD.read_text()))))
         return
-    found = run(options.out, options.processes, options.quick)
+    folder = options.out / "quick" if options.quick else options.out
+    found = run(folder, options.processes, options.quick)
     content = json.dumps(_rounded(found))
-    (options.out / RECORD.name).write_text(content)
-    draw(found, options.out)
+    (folder / RECORD.name).write_text(content)
+    draw(found, folder)
     if options.record:
         RECORD.write_text(content)
         draw(found, PICTURES)

@@ -177,8 +177,6 @@ def train(task: Task, training: Training, root: Path) -> None:
     recorder.close()
     weights = {"last": copied(model), **recorder.averages()}
     torch.save({"weights": weights, "checkpoints": list(recorder.checkpoints)}, folder / "weights.pt")
-    if training.schedule == "decayed":
-        shutil.rmtree(branch)
     record = {
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": task.steps,
@@ -187,6 +185,8 @@ def train(task: Task, training: Training, root: Path) -> None:
         "torch": torch.__version__,
     }
     (folder / TRAINED).write_text(json.dumps(record))
+    if training.schedule == "decayed":
+        shutil.rmtree(branch)
 
 
 def mean(checkpoints: Sequence[Tensors]) -> Tensors:

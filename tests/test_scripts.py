@@ -59,7 +59,7 @@ def test_evidence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     evidence.main(["--quick", "--processes", "1", "--out", str(tmp_path)])
     printed = capsys.readouterr().out
     assert [printed.count(f"{row} |") for row in ("last weights", "decay 0.9999", "update_bn`")] == [3, 3, 1]
-    assert all((tmp_path / name).exists() for name in ("evidence.json", "gain-language.svg", "gain-time.svg"))
+    assert all((tmp_path / "quick" / name).exists() for name in ("evidence.json", "gain-language.svg", "gain-time.svg"))
     evidence.main(["--quick", "--processes", "1", "--out", str(tmp_path)])  # nothing is trained again
     assert printed.endswith(capsys.readouterr().out)
 
