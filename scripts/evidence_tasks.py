@@ -258,7 +258,7 @@ class Diffusion(Task):
         }
 
     def model(self) -> nn.Module:
-        """0.47 M parameters."""
+        """0.48 M parameters."""
         return demo.Denoiser(self.width, self.depth)
 
     def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
