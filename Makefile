@@ -1,6 +1,7 @@
 # make demo     train a small network with the hook and choose the length of its average afterwards
 # make test     lint, type check and test
 # make bench    the measurements that the guides quote
+# make evidence  the trainings that the guide `gain` quotes; a call that was stopped is continued
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
 # make integrations  the tests that need training frameworks, in an environment of their own
@@ -20,7 +21,7 @@ FRAMEWORKS := $(VENV)-integrations
 JOBS ?= auto
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types unit coverage bench torture integrations dist wheel compat audit clean
+.PHONY: help demo test lint types unit coverage bench evidence torture integrations dist wheel compat audit clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -65,6 +66,9 @@ bench: $(READY)
 	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_sharded.py
 	$(BIN)/python scripts/bench_sweep.py
+
+evidence: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python scripts/evidence.py
 
 $(FRAMEWORKS)/.ready: pyproject.toml Makefile
 	$(PYTHON) -m venv $(FRAMEWORKS)

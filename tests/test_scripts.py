@@ -20,6 +20,7 @@ import checkpoint_fidelity
 import compare_peers
 import corner_cases
 import corner_walks
+import evidence
 import fidelity_runs as runs
 import forked
 import numpy as np
@@ -52,6 +53,21 @@ def goals(printed: str) -> list[str]:
 def test_bench_synthesis(capsys: pytest.CaptureFixture[str]) -> None:
     bench_synthesis.main(["--quick"])
     assert len(goals(capsys.readouterr().out)) == 9 + 5
+
+
+def test_evidence(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    evidence.main(["--quick", "--processes", "1", "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert [printed.count(f"{row} |") for row in ("last weights", "decay 0.9999", "update_bn`")] == [3, 3, 1]
+    assert all((tmp_path / "quick" / name).exists() for name in ("evidence.json", "gain-language.svg", "gain-time.svg"))
+    evidence.main(["--quick", "--processes", "1", "--out", str(tmp_path)])  # nothing is trained again
+    assert printed.endswith(capsys.readouterr().out)
+
+
+def test_the_tables_of_the_guide_are_those_of_the_record() -> None:
+    page = (Path(evidence.__file__).parent.parent / "posthoc_cli/guides/gain.md").read_text()
+    for table in evidence.tables(json.loads(evidence.RECORD.read_text())):
+        assert table in page
 
 
 def test_bench_update(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

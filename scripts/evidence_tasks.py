@@ -1,0 +1,396 @@
+"""What `evidence` trains: networks, their data, losses and measures. Nothing is downloaded."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+import sysconfig
+import tempfile
+import zlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from bench_batch_norm import network
+from torch import nn
+from trained_networks import SIDE, digits
+
+from posthoc_cli.demo import training as demo
+
+F = nn.functional
+
+
+class Task(ABC):
+    """A network, what it learns from, and how good it is.
+
+    Arguments:
+        cache: a folder for what can be made once.
+        quick: whether to only try everything, in little time.
+
+    Attributes:
+        steps: of one training.
+        schedules: of the learning rate, each a training.
+        keep_all: whether averages at earlier times are wanted.
+    """
+
+    steps: int
+    schedules: tuple[str, ...]
+    keep_all = False
+    warm_up = 100
+
+    @abstractmethod
+    def model(self) -> nn.Module:
+        """The network, its weights drawn from torch's global random numbers."""
+
+    @abstractmethod
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """At the highest learning rate."""
+
+    @abstractmethod
+    def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
+        """On a batch that is drawn."""
+
+    @abstractmethod
+    def measure(self, model: nn.Module, part: str) -> dict[str, float]:
+        """Measures on a held-out part, "validation" or "test", each lower the better; `loss` is searched by."""
+
+    def batches(self) -> list[torch.Tensor]:
+        """Inputs to measure the statistics of averaged weights' BatchNorm on; none where there is no BatchNorm."""
+        return []
+
+    def rate(self, schedule: str, step: int) -> float:
+        """The learning rate of a step, 1, 2, ..., relative to the highest."""
+        fraction, warm = (step - 1) / self.steps, min(1.0, step / self.warm_up)
+        if schedule == "cosine":
+            return warm * (1 + math.cos(math.pi * fraction)) / 2
+        if schedule == "decayed":
+            return warm * (1 - math.sqrt(max(0.0, (fraction - STABLE) / (1 - STABLE))))
+        if schedule == "inverse-sqrt":
+            return warm / math.sqrt(max(fraction / 0.3, 1.0))
+        return warm
+
+
+QUICK = 50
+"""Steps of a training that is only tried; at STABLE of them averages are updated."""
+
+STABLE = 0.8
+"""The fraction of training at which the decayed run leaves the constant one."""
+
+
+# --- a language model --------------------------------------------------------------------------------
+
+
+class Language(Task):
+    """To tell the next token of the standard library's source text: byte pairs, contexts of 128."""
+
+    steps, schedules = 1600, ("constant", "decayed", "cosine")
+    vocabulary, width, depth, context, batch = 1024, 256, 4, 128, 8
+    contexts = 512  # of the test part to measure on, evenly over it; half as many of the validation part
+
+    def __init__(self, cache: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps, self.width, self.depth, self.vocabulary, self.contexts = QUICK, 64, 1, 300, 8
+        self.tokens = tokens(cache, self.vocabulary, 4 if quick else None)
+
+    def model(self) -> nn.Module:
+        """3.4 M parameters."""
+        return Decoder(self.vocabulary, self.width, self.depth)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """AdamW, whose weight decay leaves the norms alone."""
+        matrices = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        scales = [parameter for parameter in model.parameters() if parameter.ndim == 1]
+        groups = [{"params": matrices, "weight_decay": 0.1}, {"params": scales, "weight_decay": 0.0}]
+        return torch.optim.AdamW(groups, lr=1.5e-3, betas=(0.9, 0.95), fused=True)
+
+    def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
+        """Cross-entropy in nats a token."""
+        text = self.tokens["training"]
+        starts = torch.randint(len(text) - self.context - 1, (self.batch, 1), generator=random)
+        return self._loss(model, text[starts + torch.arange(self.context + 1)])
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, part: str) -> dict[str, float]:
+        """The same on contexts of modules that training never saw."""
+        text = self.tokens[part]
+        count = self.contexts if part == "test" else self.contexts // 2
+        starts = torch.linspace(0, len(text) - self.context - 1, count).long()
+        batches = (starts[:, None] + torch.arange(self.context + 1)).split(32)
+        losses = [float(self._loss(model, text[places])) * len(places) for places in batches]
+        return {"loss": sum(losses) / len(starts)}
+
+    def _loss(self, model: nn.Module, text: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(text[:, :-1])
+        return F.cross_entropy(logits.flatten(0, 1).float(), text[:, 1:].flatten())
+
+
+def sources() -> dict[str, list[Path]]:
+    """The standard library's modules by part, without tests, tables and what is there for another program.
+
+    The name of a module or package decides, so that no part of a package is trained on and another held out.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "site-packages", "idlelib", "lib2to3", "turtledemo", "encodings", "pydoc_data"}
+    parts: dict[str, list[Path]] = {"training": [], "validation": [], "test": []}
+    for path in sorted(root.rglob("*.py")):
+        names = path.relative_to(root).parts
+        if not left_out & set(names):
+            place = zlib.crc32(names[0].removesuffix(".py").encode()) % 20
+            parts[{0: "validation", 1: "test"}.get(place, "training")].append(path)
+    return parts
+
+
+def tokens(cache: Path, vocabulary: int, most: int | None = None) -> dict[str, torch.Tensor]:
+    """The text by part, of so many modules; made once in the folder `cache`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers  # comes with peft
+
+    file = cache / f"tokens-{sys.version_info.major}.{sys.version_info.minor}-{vocabulary}.npz"
+    if not file.exists():
+        texts = {
+            part: [path.read_text("utf-8", "replace") for path in paths[:most]] for part, paths in sources().items()
+        }
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(False), decoders.ByteLevel()
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
+        trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=alphabet, show_progress=False)
+        tokenizer.train_from_iterator(texts["training"], trainer)
+        arrays = {
+            part: np.concatenate([np.array(one.ids, np.int16) for one in tokenizer.encode_batch(text)])
+            for part, text in texts.items()
+        }
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=file.parent, suffix=".npz", delete=False) as temporary:
+            np.savez(temporary, **arrays)
+        Path(temporary.name).replace(file)
+    with np.load(file) as stored:
+        return {part: torch.tensor(stored[part], dtype=torch.int64) for part in stored.files}
+
+
+class Decoder(nn.Module):
+    """Rotary positions, RMSNorm, embeddings that are the last layer too. [batch, tokens] -> [batch, tokens, words]."""
+
+    def __init__(self, vocabulary: int, width: int, depth: int) -> None:
+        super().__init__()
+        self.token = nn.Embedding(vocabulary, width)
+        self.blocks = nn.ModuleList(_Block(width) for _ in range(depth))
+        self.norm = nn.RMSNorm(width)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                into_the_sum = name.endswith(("mixed.weight", "outward.weight"))
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * depth) if into_the_sum else 0.02)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """All places at once; none sees a later one."""
+        states, rotation = self.token(tokens), _rotation(tokens.shape[1])
+        for block in self.blocks:
+            states = block(states, rotation)
+        return F.linear(self.norm(states), self.token.weight)
+
+
+HEAD = 64
+"""Width of an attention head."""
+
+
+def _rotation(count: int) -> torch.Tensor:
+    """Of each pair of a head's channels at each place: [2, places, HEAD / 2], cosine and sine."""
+    angles = torch.arange(count)[:, None] * 10_000.0 ** -torch.linspace(0, 1, HEAD // 2)
+    return torch.stack([angles.cos(), angles.sin()])
+
+
+def _rotated(heads: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+    """The same with each pair of channels turned: [batch, heads, places, HEAD]."""
+    (first, second), (cosine, sine) = heads.chunk(2, dim=-1), rotation.to(heads.dtype)
+    return torch.cat([first * cosine - second * sine, first * sine + second * cosine], dim=-1)
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention_norm, self.mlp_norm = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.split = nn.Linear(width, 3 * width, bias=False)
+        self.mixed = nn.Linear(width, width, bias=False)
+        self.inward = nn.Linear(width, 4 * width, bias=False)
+        self.outward = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, states: torch.Tensor, rotation: torch.Tensor) -> torch.Tensor:
+        parts = self.split(self.attention_norm(states)).unflatten(2, (3, -1, HEAD))
+        query, key, value = parts.permute(2, 0, 3, 1, 4)
+        query, key = _rotated(query, rotation), _rotated(key, rotation)
+        seen = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        states = states + self.mixed(seen.transpose(1, 2).flatten(2))
+        changed: torch.Tensor = states + self.outward(F.silu(self.inward(self.mlp_norm(states))))
+        return changed
+
+
+# --- a diffusion model -------------------------------------------------------------------------------
+
+
+def shifted(images: torch.Tensor, random: torch.Generator) -> torch.Tensor:
+    """Each by up to a pixel down or up and left or right, empty where nothing comes from: [images, 64]."""
+    padded = F.pad(images.reshape(-1, SIDE, SIDE), (1, 1, 1, 1), value=float(images.min()))
+    down, right = torch.randint(3, (2, len(images), 1, 1), generator=random)
+    rows, columns = down + torch.arange(SIDE)[:, None], right + torch.arange(SIDE)
+    return padded[torch.arange(len(images))[:, None, None], rows, columns].flatten(1)
+
+
+class Diffusion(Task):
+    """To remove noise from shifted digits: the demo's denoiser, larger and longer."""
+
+    steps, schedules = 12_000, ("inverse-sqrt",)
+    keep_all = True
+    width, depth, batch, count = 192, 4, 128, 2000
+
+    def __init__(self, _: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps, self.width, self.depth, self.count = QUICK, 16, 1, 100
+        split = demo.load_digits(seed=0)
+        self.training, random = split.training, torch.Generator().manual_seed(0)
+        self.real = shifted(split.validation.images.repeat(6, 1), random)
+        half = len(split.validation.labels) // 2
+        self.validations = {
+            part: demo.Validation(demo.Digits(self.real[: 2 * half][rows], split.validation.labels[rows]), seed=0)
+            for part, rows in {"validation": slice(half), "test": slice(half, None)}.items()
+        }
+
+    def model(self) -> nn.Module:
+        """0.48 M parameters."""
+        return demo.Denoiser(self.width, self.depth)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """As in the demo."""
+        return torch.optim.Adam(model.parameters(), lr=4e-3, betas=(0.9, 0.99), fused=True)
+
+    def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
+        """As in the demo."""
+        chosen = torch.randint(len(self.training.images), (self.batch,), generator=random)
+        sigma = demo.random_noise_levels(self.batch, random)
+        images = demo.Digits(shifted(self.training.images[chosen], random), self.training.labels[chosen])
+        return demo.losses(model, images, sigma, torch.randn(images.images.shape, generator=random)).mean()
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, part: str) -> dict[str, float]:
+        """The loss on images that training never saw, and on "test" the Frechet distance of samples to all of them."""
+        found = {"loss": float(self.validations[part](model).mean())}
+        if part == "test":
+            labels = torch.arange(self.count) % demo.CLASSES
+            found["frechet"] = frechet(self.features(self.real), self.features(sample(model, labels)))
+        return found
+
+    @cached_property
+    def features(self) -> nn.Module:
+        """All but the last layer of a classifier of the training images: [images, 64] -> [images, 32]."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            random = torch.Generator().manual_seed(0)
+            model = nn.Sequential(nn.Unflatten(1, (1, SIDE, SIDE)), *network(0.1))
+            optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+            with torch.enable_grad():
+                for _ in range(min(600, self.steps)):
+                    chosen = torch.randint(len(self.training.images), (64,))
+                    images = shifted(self.training.images[chosen], random)
+                    loss = F.cross_entropy(model(images + 0.2 * torch.randn_like(images)), self.training.labels[chosen])
+                    optimizer.zero_grad()
+                    torch.autograd.backward(loss)
+                    optimizer.step()
+        return model[:-1].eval()
+
+
+SAMPLING_STEPS = 24
+
+
+@torch.no_grad()
+def sample(model: nn.Module, labels: torch.Tensor) -> torch.Tensor:
+    """An image of each label, by Heun's method over noise levels from 40 to 0.01 (algorithm 1 of arXiv 2206.00364)."""
+    levels = torch.linspace(40.0 ** (1 / 7), 0.01 ** (1 / 7), SAMPLING_STEPS).pow(7).tolist()
+    images = levels[0] * torch.randn(len(labels), demo.PIXELS, generator=torch.Generator().manual_seed(0))
+
+    def slope(images: torch.Tensor, level: float) -> torch.Tensor:
+        return (images - model(images, torch.full((len(labels), 1), level), labels)) / level
+
+    for level, following in itertools.pairwise(levels):
+        first = slope(images, level)
+        ahead = images + (following - level) * first
+        images = images + (following - level) * (first + slope(ahead, following)) / 2
+    return images
+
+
+def frechet(real: torch.Tensor, made: torch.Tensor) -> float:
+    """The Frechet distance of two normal distributions with the features' means and covariances."""
+    (mean, covariance), (other_mean, other) = (
+        (features.double().mean(dim=0), torch.cov(features.double().T)) for features in (real, made)
+    )
+    root = torch.linalg.eigvals(covariance @ other).real.clamp(min=0).sqrt().sum()
+    return float((mean - other_mean).square().sum() + covariance.trace() + other.trace() - 2 * root)
+
+
+# --- a classifier ------------------------------------------------------------------------------------
+
+
+class Classifier(Task):
+    """To tell digits apart under noise and shifts: three convolutions with BatchNorm, SGD with momentum."""
+
+    steps, schedules = 4000, ("constant", "cosine")
+    batch, draws, renewing = 64, 20, 10
+
+    def __init__(self, _: Path, quick: bool = False) -> None:
+        if quick:
+            self.steps, self.draws, self.renewing = QUICK, 1, 1
+        images, labels = digits()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+        parts = {"validation": order[:360], "test": order[360:720], "training": order[720:]}
+        self.parts = {part: (images[rows], labels[rows]) for part, rows in parts.items()}
+
+    def model(self) -> nn.Module:
+        """14,458 parameters."""
+        return network(0.1)
+
+    def optimizer(self, model: nn.Module) -> torch.optim.Optimizer:
+        """The usual one."""
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+
+    def loss(self, model: nn.Module, random: torch.Generator) -> torch.Tensor:
+        """Cross-entropy."""
+        images, labels = self._drawn("training", self.batch, random)
+        return F.cross_entropy(model(images), labels)
+
+    @torch.no_grad()
+    def measure(self, model: nn.Module, part: str) -> dict[str, float]:
+        """Cross-entropy, the share told wrong, and the expected calibration error over 15 equal bins."""
+        images, labels = self._drawn(part, None, torch.Generator().manual_seed(0))
+        model.eval()
+        logits = model(images).double()
+        model.train()
+        sure, guesses = logits.softmax(dim=1).max(dim=1)
+        right = (guesses == labels).double()
+        bins = (sure * 15).long().clamp(max=14)
+        gaps = torch.zeros(15, dtype=torch.float64).index_add(0, bins, right - sure)
+        calibration = float(gaps.abs().sum()) / len(labels)
+        return {"loss": float(F.cross_entropy(logits, labels)), "error": 1 - float(right.mean()), "ece": calibration}
+
+    def batches(self) -> list[torch.Tensor]:
+        """As in training."""
+        random = torch.Generator().manual_seed(0)
+        return [self._drawn("training", 512, random)[0] for _ in range(self.renewing)]
+
+    def _drawn(self, part: str, count: int | None, random: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images, each shifted by up to a pixel and noisy: so many, or each `draws` times."""
+        images, labels = self.parts[part]
+        chosen = (
+            torch.arange(len(labels)).repeat(self.draws)
+            if count is None
+            else torch.randint(len(labels), (count,), generator=random)
+        )
+        moved = shifted(images[chosen], random)
+        return (moved + 0.8 * torch.randn(moved.shape, generator=random)).reshape(-1, 1, SIDE, SIDE), labels[chosen]
+
+
+TASKS: dict[str, Callable[[Path, bool], Task]] = {
+    "language": Language,
+    "diffusion": Diffusion,
+    "classifier": Classifier,
+}
