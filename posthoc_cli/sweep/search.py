@@ -40,7 +40,7 @@ _OFFSETS = (0.0, 0.1, 1.0)
 """Standard deviation of what a seed adds to all its trials."""
 _TRENDS = (10.0, 1.0, 1.0)
 """Prior standard deviations of the quadratic's coefficients."""
-_FAR = 5.0
+_FAR = 12.0
 """Values so many times further from the upper quartile than this is from the second best are outliers, or say no more
 than that they are bad."""
 _DRAWS, _MIXED = 1024, 32
