@@ -21,19 +21,19 @@ EPILOG = "Example:  ema demo --out ema-demo"
 
 def demo(
     out: Path = Option("ema-demo", "--out", "-o", help="The folder for everything that the demo makes; new, or empty."),
-    steps: str = Option("10000", metavar="COUNT", help="Steps of training: a multiple of 100."),
+    steps: str = Option("8000", metavar="COUNT", help="Steps of training: a multiple of 100."),
     force: bool = Option(False, "--force", help="Replace an earlier demo in that folder; other files stay."),
     as_json: bool = values.JSON,
 ) -> None:
     """Train a small diffusion model and choose its average.
 
-    Takes about a minute on two cores. Trains with the hook, synthesizes averages of many lengths, measures the
+    Takes 45 s on two cores. Trains with the hook, synthesizes averages of many lengths, measures the
     validation loss of each, draws pictures, and compares with averages that were tracked directly. Prints every
     ema command that it runs. Needs scikit-learn (pip install 'posthoc-cli[demo]'); downloads nothing.
     """
     from posthoc_cli.demo import run
 
-    count = values.parse_count(steps, "--steps", "10000, 1e4 or 10K")
+    count = values.parse_count(steps, "--steps", "8000, 8e3 or 8K")
     say = output.print_note if as_json else print_line
     result = run(files.expanded(out), count, force, say, output.progress_bar(unit="steps"))
     output.print_json(result.to_dict()) if as_json else _print(result)
