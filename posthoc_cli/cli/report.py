@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from typer import Option
 
@@ -58,7 +58,7 @@ _TICK = 2
 """Seconds between looks at the directories, and between reloads of a page."""
 
 
-def _watch(run: Run, sweep: Path | None, page: Path) -> None:
+def _watch(run: Run, sweep: Path | None, page: Path) -> NoReturn:
     """Write the page whenever something has changed, until interrupted; then so that it reloads no longer."""
     from posthoc_cli.report import render
     from posthoc_cli.sweep.job import RESULT
