@@ -19,7 +19,6 @@ from posthoc_cli.checkpoints.opening import (
     is_glob,
     open_checkpoints,
 )
-from posthoc_cli.checkpoints.tensor_files import PICKLED
 from posthoc_cli.errors import DirectoryError, InvalidValueError, PostHocError
 from posthoc_cli.planning import (
     EVENLY,
@@ -41,7 +40,7 @@ from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.snapshots import pruning
 from posthoc_cli.snapshots.check import Verification, list_contents, verify, verify_measurements
 from posthoc_cli.snapshots.description import describe
-from posthoc_cli.snapshots.directory import read_directory
+from posthoc_cli.snapshots.directory import PICKLES, read_directory
 from posthoc_cli.snapshots.format import TensorSpec, of_newest_segment
 from posthoc_cli.snapshots.measurements import (
     EarlierRun,
@@ -192,7 +191,7 @@ class Run:
             beside = [one for one in self.sources if isinstance(one, Checkpoint)]
             return describe(self.directory) | {"checkpoints": list_checkpoints(beside)}
         found = None
-        is_foreign = is_glob(self.directory) or (self.directory.suffix in PICKLED and self.directory.is_file())
+        is_foreign = is_glob(self.directory) or (self.directory.suffix in PICKLES and self.directory.is_file())
         if self.origin.kind in (None, "snapshots") and not is_foreign:
             try:
                 found = describe(self.directory)

@@ -25,11 +25,11 @@ from posthoc_cli.dtypes import ITEM_BYTES
 from posthoc_cli.errors import FileFormatError, shown
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.chunks import Box, row_major
+from posthoc_cli.snapshots.directory import PICKLES
 from posthoc_cli.snapshots.headers import file_kind
 from posthoc_cli.snapshots.reader import Part, TensorFile, named_on_error, open_regular, read_header
 
-PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
-ENDINGS = (fmt.SUFFIX, *PICKLED)
+ENDINGS = (fmt.SUFFIX, *PICKLES)
 
 _SAMPLES, _SAMPLE = 16, 4096
 _MOST_VALUES = 1_000_000

@@ -14,6 +14,7 @@ from weakref import WeakValueDictionary
 
 import torch
 
+from posthoc_cli.errors import MismatchError
 from posthoc_cli.tracker import PostHocEMA
 
 STATE_NAME = "posthoc_ema.safetensors"  # the tracker's own state in a framework's checkpoint,
@@ -39,8 +40,17 @@ def new_state(folder: str | Path, model: torch.nn.Module, options: Mapping[str, 
 
 
 def find_state(folder: str | Path) -> Path | None:
-    """The path of the tracker's state in a checkpoint, which may be of another arrangement of processes."""
-    return next((path for name in (STATE_NAME, PARTS_NAME) if (path := Path(folder) / name).exists()), None)
+    """The path of the tracker's state in a checkpoint, which may be of another arrangement of processes.
+
+    Raises:
+        MismatchError: both a file and a folder are there, from two saves to one checkpoint.
+    """
+    found = [path for name in (STATE_NAME, PARTS_NAME) if (path := Path(folder) / name).exists()]
+    if len(found) > 1:
+        raise MismatchError(
+            f"{found[0]} and {found[1]}", "are the tracker's states of two saves", "remove the older one"
+        )
+    return found[0] if found else None
 
 
 def make_tracker(

@@ -24,6 +24,8 @@ from integrations.gloo import use_fsdp_on_the_cpu
 from integrations.truth import distance, exact, recorded
 
 from posthoc_cli import PostHocEMA
+from posthoc_cli.errors import MismatchError
+from posthoc_cli.integrations import PARTS_NAME, STATE_NAME, find_state
 from posthoc_cli.integrations.accelerate import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the library's own
@@ -195,3 +197,12 @@ def test_bf16_and_a_checkpoint_without_the_tracker(tmp_path: Path, caplog: pytes
     training.accelerator.load_state(str(tmp_path / "saved"))
     assert "its averages begin here" in caplog.text
     assert distance(live(training.ema, training.model), exact(training.weights, 0.2)) < 1e-6
+
+
+def test_states_of_two_arrangements_in_one_checkpoint_are_not_taken_for_each_other(tmp_path: Path) -> None:
+    """A checkpoint that was saved again under another arrangement of processes keeps the earlier state."""
+    (tmp_path / STATE_NAME).touch()
+    assert find_state(tmp_path) == tmp_path / STATE_NAME
+    (tmp_path / PARTS_NAME).mkdir()
+    with pytest.raises(MismatchError, match=f"{STATE_NAME} and .*{PARTS_NAME}.*two saves"):
+        find_state(tmp_path)
