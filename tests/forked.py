@@ -14,7 +14,6 @@ import json
 import os
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,6 +21,7 @@ import types
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from subprocess import Popen  # by name: tests replace subprocess.Popen by Forked
 from typing import IO
 
 from ema_command import Result, unmeasured_environment
@@ -149,7 +149,7 @@ def _server() -> socket.socket:
     environment = unmeasured_environment() | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}  # threads do not fork
     with its:
         number = its.fileno()
-        server = subprocess.Popen([sys.executable, __file__, str(number)], pass_fds=[number], env=environment)
+        server = Popen([sys.executable, __file__, str(number)], pass_fds=[number], env=environment)
     atexit.register(lambda: (ours.close(), server.wait()))
     return ours
 
