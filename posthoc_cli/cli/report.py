@@ -61,7 +61,7 @@ _TICK = 2
 def _watch(run: Run, sweep: Path | None, page: Path) -> NoReturn:
     """Write the page whenever something has changed, until interrupted; then so that it reloads no longer."""
     from posthoc_cli.report import render
-    from posthoc_cli.sweep.job import RESULT
+    from posthoc_cli.sweep.results import RESULT
 
     def write(reload: int | None) -> None:
         swept = None if sweep is None or not (sweep / RESULT).exists() else sweep

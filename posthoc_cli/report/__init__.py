@@ -31,7 +31,7 @@ from posthoc_cli.planning.curves import finite
 from posthoc_cli.reconstruction import Motion
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.reader import Snapshot, read_small_file
-from posthoc_cli.sweep.job import RESULT
+from posthoc_cli.sweep.results import RESULT
 
 _MOST_BYTES = 50_000_000
 _THEME = {"#ffffff": "var(--page)", "#000000": "currentColor", "#e6e6e6": "var(--grid)", "#595959": "var(--muted)"}

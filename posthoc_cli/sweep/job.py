@@ -1,25 +1,22 @@
-"""The best length of an average by a metric: rounds of candidates, each measured, until the answer is known."""
+"""A sweep by a user's command: one search after another, each candidate measured in a process of its own."""
 
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import re
 import shutil
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, LockedError, PostHocError
-from posthoc_cli.profiles import SHAPES
+from posthoc_cli.errors import InvalidValueError, LockedError
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.snapshots.lock import DirectoryLock
@@ -27,312 +24,26 @@ from posthoc_cli.sweep import search
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.processes import Evaluation, end_leftovers, run_all, split_command
 from posthoc_cli.sweep.records import Record, Records
-from posthoc_cli.targets import Beta, Decay, SigmaRel, Target, Window
+from posthoc_cli.sweep.results import Refinement, SweepReport
+from posthoc_cli.sweep.rounds import RAW, TIME, Axis, check_counts, explore, good_range
+from posthoc_cli.targets import SigmaRel, Target
 
 if TYPE_CHECKING:
     import torch
 
     from posthoc_cli.sweep.candidates import Candidates
-    from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
 
-GOOD_ERROR = 0.01
-"""Predicted error of the lengths that are searched unless others are named."""
-RAW = "raw"
-LENGTH, TIME, GUIDE, _GROUP = "length", "t", "guide", "group "
-"""What is searched: the length, the time, the length of a second network's average; that of a group's glob."""
+LENGTH, GUIDE, _GROUP = "length", "guide", "group "
+"""What is searched, beside the time: the length, the length of a second network's average; that of a group's glob."""
 _PLACEHOLDER = re.compile(r"\{(weights|sigma_rel|weights:guide|sigma_rel:guide|seed|dir)\}")
-_SCRATCH, _LOGS, _KEPT, RESULT = ".scratch", "logs", "weights", "sweep.json"
+_SCRATCH, _LOGS, _KEPT = ".scratch", "logs", "weights"
 _TURNS = 3
 """Searches of one thing at most, each with the others as they were found before."""
 
 Say = Callable[[Record], None]
 """Told of every trial as it ends."""
-
-
-@dataclass(frozen=True)
-class Axis:
-    """What is searched: a kind of target with one parameter.
-
-    Attributes:
-        kind: "sigma_rel", "beta" or "window"; "decay 1-sqrt over", "decay linear over" or "decay cosine over", whose
-            values are parts of training; or "t", the time of the average.
-        low, high: ends of the range.
-        values: measure exactly these; None for a search. One alone is given, and not searched.
-    """
-
-    kind: str
-    low: float
-    high: float
-    values: tuple[float, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.kind not in (TIME, *_KINDS):
-            raise InvalidValueError("axis", f"must be one of {', '.join(_KINDS)}, {TIME}", value=self.kind)
-        for end in (self.low, self.high, *(self.values or ())):
-            self.title(end)  # checks it
-        if not self.low < self.high and not self.is_given:
-            raise InvalidValueError(
-                self.kind, "the first must be below the second", value=f"{self.low:g}:{self.high:g}"
-            )
-
-    @classmethod
-    def of_values(cls, kind: str, values: Sequence[float]) -> Axis:
-        """A grid."""
-        return cls(kind, min(values), max(values), tuple(sorted(set(values))))
-
-    @property
-    def is_given(self) -> bool:
-        """Whether there is nothing to search."""
-        return self.values is not None and len(self.values) == 1
-
-    def target(self, value: float) -> Target:
-        """The target of a value, as a user writes it; of no time."""
-        return _KINDS[self.kind](value)
-
-    def title(self, value: float) -> str:
-        """For people: `sigma_rel 0.15`, `t 5000`."""
-        if self.kind != TIME:
-            return self.target(value).title
-        if not value > 0:
-            raise InvalidValueError(TIME, "must be above 0", value=f"{value:g}")
-        return f"{TIME} {value:.12g}"
-
-    def scaled(self, value: float) -> float:
-        """The parameter whose logarithm is searched: of a decay its horizon in steps, else the value itself."""
-        return 1 / (1 - value) if self.kind == "beta" else value
-
-    def value(self, x: float) -> float:
-        """The value of a parameter, with three digits."""
-        if self.kind == "beta":
-            value = round(1 - search.rounded(1 / x), 12)
-        else:
-            value = round(x) if self.kind == "window" else search.rounded(x)
-        return min(max(value, self.low), self.high)
-
-
-_KINDS: dict[str, Callable[[Any], Target]] = {
-    "sigma_rel": SigmaRel,
-    "beta": Beta,
-    "window": Window,
-    **{f"decay {shape} over": functools.partial(Decay, shape) for shape in SHAPES},
-}
-
-
-@dataclass(frozen=True)
-class Refinement:
-    """What a further search has found, of something beside the first, which was as found before.
-
-    Attributes:
-        name: "t"; "guide", the length of the second network's average; or "group GLOB", that of a group of tensors.
-        value: what it is given: the best, or of a time or a group the one before, where the gain is lost in the noise.
-        low, high: ends of the range that is equal to the best within the noise.
-        mean, standard_error: the metric at the best.
-        gains: whether the value before is not in that range.
-    """
-
-    name: str
-    value: float
-    low: float
-    high: float
-    mean: float
-    standard_error: float
-    gains: bool
-
-
-@dataclass(frozen=True)
-class SweepReport:
-    """What a sweep has found.
-
-    Attributes:
-        metric: its name.
-        minimize: whether lower is better.
-        axis: the values of what was searched first.
-        searched: what that was: the kind of a length, "t" or "guide".
-        trials: all measured ones, failed ones with their error.
-        found: the estimate; `value_of` gives its `best`, `low` and `high` as a user writes them.
-        stopped: why no more was measured.
-        best: the average whose metric is estimated to be best, which was written.
-        title: what it is, for people; with its time or a second network's average, where these were searched.
-        chosen: the value of all that was searched, and of the length: by "t", "guide", "sigma_rel" or another kind.
-        kind: of the length.
-        beside: what the titles of the trials of `found` end in: the values of all else.
-        outputs: files that stay.
-        settings: what makes the trials comparable.
-        refinements: what further searches have found.
-        lengths: sigma_rel by glob of what was written, where a group has one of its own; else empty.
-        guide: directory of the second network.
-        again: the command line that does it again.
-    """
-
-    metric: str
-    minimize: bool
-    axis: Axis
-    searched: str
-    trials: tuple[Record, ...]
-    found: search.Estimate
-    stopped: str
-    best: Target
-    title: str
-    chosen: dict[str, float]
-    kind: str = "sigma_rel"
-    beside: str = ""
-    outputs: tuple[Path, ...] = ()
-    settings: dict[str, Any] = field(default_factory=dict)
-    refinements: tuple[Refinement, ...] = ()
-    lengths: dict[str, float] = field(default_factory=dict)
-    guide: Path | None = None
-    again: str = ""
-
-    @property
-    def failed(self) -> list[Record]:
-        """Trials without a value."""
-        return [trial for trial in self.trials if trial.value is None]
-
-    @property
-    def raw(self) -> float | None:
-        """The metric of the raw weights, where they were measured."""
-        values = [trial.value for trial in self.trials if trial.target == RAW and trial.value is not None]
-        return sum(values) / len(values) if values else None
-
-    def value_of(self, x: float) -> float:
-        """A searched parameter as a user writes it."""
-        return self.axis.value(x)
-
-    def write(self, folder: str | Path) -> None:
-        """Write it to a folder, as a page takes it; a WriteError."""
-        folder = files.expanded(folder)
-        with files.reported_as_write_error(folder):
-            files.make_directory(folder)
-        files.write_whole(folder / RESULT, f"{json.dumps(self.to_dict(), indent=1)}\n".encode(), overwrite=True)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        found = self.found
-        curve = zip(found.xs.tolist(), found.curve.tolist(), found.errors.tolist(), strict=True)
-        return {
-            "metric": self.metric,
-            "minimize": self.minimize,
-            "axis": self.searched,
-            "length": self.kind,
-            "best": {"target": self.title, **self.chosen},
-            "mean": found.mean,
-            "standard_error": found.standard_error,
-            "equal_within_noise": [self.value_of(found.low), self.value_of(found.high)],
-            "expected_regret": found.regret,
-            "noise": found.noise,
-            "raw": self.raw,
-            "stopped": self.stopped,
-            "trials": [vars(trial) for trial in self.trials],
-            "curve": [{"x": self.value_of(x), "mean": mean, "standard_error": error} for x, mean, error in curve],
-            "beside": self.beside,
-            "refinements": [vars(one) for one in self.refinements],
-            "lengths": self.lengths,
-            "guide": None if self.guide is None else str(self.guide),
-            "again": self.again,
-            "outputs": list(map(str, self.outputs)),
-            "settings": self.settings,
-        }
-
-
-Measure = Callable[[Sequence[tuple[float, int]]], Iterator[Record]]
-"""Measures values, as a user writes them, each with a seed, and gives a record of each."""
-
-
-Told = Callable[[Sequence[Record], search.Estimate], None]
-"""Told of all trials of a search, and what they say, after each round."""
-
-
-def explore(
-    axis: Axis, measure: Measure, known: Iterable[Record], minimize: bool, budget: int, repeats: int, again: bool,
-    batch: int = search.NEXT, told: Told = lambda *_: None,
-) -> tuple[list[Record], search.Estimate, str]:  # fmt: skip
-    """Measure until the best is known within the noise, or the budget is spent.
-
-    Arguments:
-        known: trials that are there already.
-        budget: lengths to measure, each `repeats` times; one that is measured again counts again.
-        again: whether a length can be measured again with another seed.
-        batch: lengths of each round after the first.
-        told: called after each round.
-
-    Returns:
-        All trials, what they say, and why no more was measured.
-
-    Raises:
-        PostHocError: too few trials have succeeded.
-    """
-    low, high = axis.scaled(axis.low), axis.scaled(axis.high)
-    trials = list(known)
-
-    def seeds_of(value: float) -> set[int]:
-        return {trial.seed for trial in trials if trial.x == value}
-
-    def spent() -> int:
-        return sum(
-            -(-len(seeds_of(value)) // repeats) for value in {trial.x for trial in trials if trial.target != RAW}
-        )
-
-    first = axis.values or [*map(axis.value, search.first_batch(low, high))]
-    wanted = [(value, seed) for seed in range(repeats) for value in first if seed not in seeds_of(value)]
-    while True:
-        trials += measure(wanted)
-        found = _estimate(axis, trials, minimize)
-        told(trials, found)
-        left = budget - spent()
-        if len({trial.value for trial in trials if trial.value is not None}) == 1:
-            return trials, found, "every trial has the same metric: does the evaluation use the weights?"
-        if axis.values is not None:
-            return trials, found, "all named lengths are measured"
-        if found.settled:
-            return trials, found, "the best length is known within the noise"
-        if left <= 0:
-            return trials, found, "the budget is spent"
-        good = _good(axis, trials)
-        proposed = [axis.value(x) for x in search.next_batch(found, good, min(batch, left), again)]
-        failed = {trial.x for trial in trials if trial.value is None}
-        proposed = [v for v in dict.fromkeys(proposed) if v not in failed and (again or not seeds_of(v))]
-        if not proposed:
-            return trials, found, "nothing is left to measure between the measured lengths"
-        wanted = []
-        for value in proposed:
-            start = max(seeds_of(value), default=-1) + 1
-            wanted += [(value, seed) for seed in range(start, start + repeats)]
-
-
-def _good(axis: Axis, trials: Iterable[Record]) -> list[search.Trial]:
-    return [
-        search.Trial(axis.scaled(trial.x), trial.value, trial.standard_error, trial.seed)
-        for trial in trials
-        if trial.value is not None
-    ]
-
-
-def _estimate(axis: Axis, trials: Sequence[Record], minimize: bool) -> search.Estimate:
-    good = _good(axis, trials)
-    if len({trial.x for trial in good}) < min(3, len(axis.values or (0, 0, 0))):
-        failed = [trial for trial in trials if trial.value is None]
-        reason = f"{len(failed)} of {len(trials)} trials have failed, too many to choose; the last one"
-        raise PostHocError("the sweep", f"{reason}: {failed[-1].target}: {failed[-1].error}")
-    return search.estimate(good, axis.scaled(axis.low), axis.scaled(axis.high), minimize)
-
-
-def good_range(run: Run, t: float | None = None, method: str | None = None) -> tuple[float, float]:
-    """The widest range of sigma_rel whose predicted error is below GOOD_ERROR.
-
-    Raises:
-        InvalidValueError: there is none.
-    """
-    ranges = run.error_curve(t=t, method=method).ranges_below(GOOD_ERROR)
-    if not ranges:
-        reason = f"no length has a predicted error below {100 * GOOD_ERROR:g} %"
-        raise InvalidValueError("sigma_rel", reason, "name a range, such as 0.05:0.25")
-    low, high = max(ranges, key=lambda ends: ends[1] / ends[0])
-    return math.ceil(low * 1e4) / 1e4, math.floor(high * 1e4) / 1e4
-
-
-# --- by a command ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -414,7 +125,7 @@ class Sweep:
             axes[GUIDE] = self.guide_axis or Axis("sigma_rel", *good_range(self.guide, None, self.method))
         if all(axis.is_given for axis in axes.values()):
             raise InvalidValueError(axes[LENGTH].kind, "name two lengths or more", value=f"{axes[LENGTH].low:g}")
-        _check_counts(self.repeats, self.budget, axes.values())
+        check_counts(self.repeats, self.budget, axes.values())
         needed = main.nbytes + (0 if guide is None else guide.nbytes)
         if self.disk is not None and self.disk < needed:
             reason = f"one trial takes {needed:,} bytes of averages"
@@ -715,14 +426,6 @@ def _known(records: Records, axis: Axis) -> list[Record]:
     return [trial for trial in trials.values() if trial.value is not None and within(trial)]
 
 
-def _check_counts(repeats: int, budget: int, axes: Iterable[Axis]) -> None:
-    least = search.FIRST if any(axis.values is None for axis in axes) else 1  # a list is measured whole
-    if budget < least:
-        raise InvalidValueError("budget", f"must be at least {least}, the first batch", value=budget)
-    if repeats < 1:
-        raise InvalidValueError("repeats", "must be at least 1", value=repeats)
-
-
 def _remove(path: Path) -> None:
     """Remove a file or a folder with all that is in it, where there is one; a WriteError."""
     with files.reported_as_write_error(path, "removed"):
@@ -730,81 +433,3 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             files.unlink_if_there(path)
-
-
-# --- in Python ---------------------------------------------------------------------------------------
-
-
-def sweep(
-    run: Run | PostHocEMA | str | Path,
-    metric: Callable[[Any], float | tuple[float, float]],
-    *,
-    model: torch.nn.Module | None = None,
-    low: float | None = None,
-    high: float | None = None,
-    values: Sequence[float] | None = None,
-    minimize: bool = True,
-    repeats: int = 1,
-    budget: int = 20,
-    name: str = "metric",
-) -> SweepReport:
-    """Find the best sigma_rel by a metric, in memory.
-
-    Arguments:
-        run: snapshots or checkpoints, or a tracker, also one that is training.
-        metric: takes `model` with the averaged weights in it, in eval mode, or without a model the weights by name;
-            gives the metric, or it and its standard error. Its random numbers are its own affair.
-        model: gets the weights of each average in place; afterwards it is as it was.
-        low, high: ends of the range; by default where the predicted error is below 1 %.
-        values: measure exactly these instead.
-        minimize: whether lower is better.
-        repeats: calls for each length.
-        budget: lengths to measure at most.
-        name: of the metric, for the report.
-
-    Raises:
-        InvalidValueError: an argument cannot be used.
-        PostHocError: too few trials have succeeded: the metric was not finite.
-    """
-    from posthoc_cli.tracker import PostHocEMA
-    from posthoc_cli.tracker.model_weights import swapped_in
-
-    tracker = run if isinstance(run, PostHocEMA) else None
-    stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
-    if values is not None:
-        axis = Axis.of_values("sigma_rel", values)
-        if axis.is_given:
-            raise InvalidValueError("values", "name two lengths or more", value=f"{axis.low:g}")
-    else:
-        ends = good_range(stored) if low is None or high is None else (low, high)
-        axis = Axis("sigma_rel", ends[0] if low is None else low, ends[1] if high is None else high)
-    _check_counts(repeats, budget, [axis])
-
-    def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
-        for value, seed in wanted:
-            started = time.perf_counter()
-            if model is not None and tracker is not None:
-                with tracker.model(model, sigma_rel=value):
-                    yield record(value, seed, metric(model), None, started)
-                continue
-            weights = stored.average(value) if tracker is None else tracker.state_dict(sigma_rel=value)
-            with nullcontext() if model is None else swapped_in(model, weights):
-                found = metric(weights if model is None else model)
-            yield record(value, seed, found, weights.predicted_error, started)
-
-    def record(value: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
-        measured, error = found if isinstance(found, tuple) else (found, None)
-        measured = float(measured)
-        wrong = None if math.isfinite(measured) else f"its metric is {measured}"
-        seconds = time.perf_counter() - started
-        valid = None if wrong else measured
-        return Record(axis.target(value).title, value, seed, valid, error, predicted, seconds, wrong, "")
-
-    trials, found, why = explore(axis, measure, (), minimize, budget, repeats, again=repeats > 1)
-    newest = stored.sources[-1].info
-    settings = {"run": newest.run_id, "t": newest.t, "command": None}
-    best = axis.value(found.best)
-    return SweepReport(
-        name, minimize, axis, axis.kind, tuple(trials), found, why, SigmaRel(best), axis.title(best), {axis.kind: best},
-        settings=settings,
-    )  # fmt: skip

@@ -1,0 +1,97 @@
+"""A sweep in Python: by a function of the model, or of the weights by name."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.run import Run
+from posthoc_cli.sweep.records import Record
+from posthoc_cli.sweep.results import SweepReport
+from posthoc_cli.sweep.rounds import Axis, check_counts, explore, good_range
+from posthoc_cli.targets import SigmaRel
+
+if TYPE_CHECKING:
+    import torch
+
+    from posthoc_cli.tracker import PostHocEMA
+
+
+def sweep(
+    run: Run | PostHocEMA | str | Path,
+    metric: Callable[[Any], float | tuple[float, float]],
+    *,
+    model: torch.nn.Module | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    values: Sequence[float] | None = None,
+    minimize: bool = True,
+    repeats: int = 1,
+    budget: int = 20,
+    name: str = "metric",
+) -> SweepReport:
+    """Find the best sigma_rel by a metric, in memory.
+
+    Arguments:
+        run: snapshots or checkpoints, or a tracker, also one that is training.
+        metric: takes `model` with the averaged weights in it, in eval mode, or without a model the weights by name;
+            gives the metric, or it and its standard error. Its random numbers are its own affair.
+        model: gets the weights of each average in place; afterwards it is as it was.
+        low, high: ends of the range; by default where the predicted error is below 1 %.
+        values: measure exactly these instead.
+        minimize: whether lower is better.
+        repeats: calls for each length.
+        budget: lengths to measure at most.
+        name: of the metric, for the report.
+
+    Raises:
+        InvalidValueError: an argument cannot be used.
+        PostHocError: too few trials have succeeded: the metric was not finite.
+    """
+    from posthoc_cli.tracker import PostHocEMA
+    from posthoc_cli.tracker.model_weights import swapped_in
+
+    tracker = run if isinstance(run, PostHocEMA) else None
+    stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
+    if values is not None:
+        axis = Axis.of_values("sigma_rel", values)
+        if axis.is_given:
+            raise InvalidValueError("values", "name two lengths or more", value=f"{axis.low:g}")
+    else:
+        ends = good_range(stored) if low is None or high is None else (low, high)
+        axis = Axis("sigma_rel", ends[0] if low is None else low, ends[1] if high is None else high)
+    check_counts(repeats, budget, [axis])
+
+    def measure(wanted: Sequence[tuple[float, int]]) -> Iterator[Record]:
+        for value, seed in wanted:
+            started = time.perf_counter()
+            if model is not None and tracker is not None:
+                with tracker.model(model, sigma_rel=value):
+                    yield record(value, seed, metric(model), None, started)
+                continue
+            weights = stored.average(value) if tracker is None else tracker.state_dict(sigma_rel=value)
+            with nullcontext() if model is None else swapped_in(model, weights):
+                found = metric(weights if model is None else model)
+            yield record(value, seed, found, weights.predicted_error, started)
+
+    def record(value: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
+        measured, error = found if isinstance(found, tuple) else (found, None)
+        measured = float(measured)
+        wrong = None if math.isfinite(measured) else f"its metric is {measured}"
+        seconds = time.perf_counter() - started
+        valid = None if wrong else measured
+        return Record(axis.target(value).title, value, seed, valid, error, predicted, seconds, wrong, "")
+
+    trials, found, why = explore(axis, measure, (), minimize, budget, repeats, again=repeats > 1)
+    newest = stored.sources[-1].info
+    settings = {"run": newest.run_id, "t": newest.t, "command": None}
+    best = axis.value(found.best)
+    return SweepReport(
+        name, minimize, axis, axis.kind, tuple(trials), found, why, SigmaRel(best), axis.title(best), {axis.kind: best},
+        settings=settings,
+    )  # fmt: skip
