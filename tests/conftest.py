@@ -39,6 +39,16 @@ def _one_thread() -> None:
 
 
 @pytest.fixture(autouse=True)
+def _alone() -> Iterator[None]:
+    """Random numbers do not depend on the tests before, nor torch's modes of those after on this one."""
+    torch.manual_seed(0)
+    yield
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    torch.set_grad_enabled(True)
+    assert modes == (True, False)
+
+
+@pytest.fixture(autouse=True)
 def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Warnings are errors, and how long a loaded machine makes a training wait is luck."""
     monkeypatch.setattr(worker, "PATIENCE", 1e9)

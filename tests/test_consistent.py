@@ -65,7 +65,7 @@ def test_a_plan_whose_snapshot_vanishes_is_made_again(
     with caplog.at_level(logging.WARNING):
         assert with_consistent_plan(make, use) is plans[2]
     assert [len(plan.sources) for plan in plans] == [20, 19, 18]
-    assert [record.getMessage().count("planning again") for record in caplog.records] == [1, 1]
+    assert sum("planning again" in record.getMessage() for record in caplog.records) == 2
     monkeypatch.setattr(plan, "ATTEMPTS", 5)
     with pytest.raises(VanishedError, match="no such file"):
         with_consistent_plan(make, use)

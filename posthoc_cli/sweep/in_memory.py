@@ -72,7 +72,8 @@ def sweep(
             started = time.perf_counter()
             if model is not None and tracker is not None:
                 with tracker.model(model, sigma_rel=value):
-                    yield record(value, seed, metric(model), None, started)
+                    found = metric(model)
+                yield record(value, seed, found, None, started)
                 continue
             weights = stored.average(value) if tracker is None else tracker.state_dict(sigma_rel=value)
             with nullcontext() if model is None else swapped_in(model, weights):
