@@ -53,7 +53,6 @@ coverage: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --max-worker-restart 0 --cov --cov-report=term
 
 bench: $(READY)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable ".[bench]" "$(TORCH)"
 	$(BIN)/python scripts/compare_peers.py
 	$(BIN)/python scripts/bench_fidelity.py
 	$(BIN)/python scripts/bench_fidelity.py --corners
