@@ -301,9 +301,13 @@ class PostHocEMA:
         if is_swapped(model):
             reason = "the model holds averaged weights now"
             raise NotReadyError("update_", reason, "call it outside `with ema.model(...)`")
-        with self._calls.lock("update_"):
-            self._calls.caller = threading.get_ident()
-            self._advance(model, t)
+        grad_mode = torch.is_grad_enabled()
+        try:
+            with self._calls.lock("update_"):
+                self._calls.caller = threading.get_ident()
+                self._advance(model, t)
+        finally:  # a signal handler can raise just before torch.no_grad() restores it
+            torch.set_grad_enabled(grad_mode)
         self._raise_pending()
         self._run_callbacks()
 

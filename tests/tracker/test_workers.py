@@ -147,6 +147,22 @@ def test_no_signal_leaves_a_part_of_an_update(tmp_path: Path) -> None:
     assert (tally.tried, tally.failures) == (200, [])
 
 
+def test_a_signal_amid_an_update_leaves_gradients_enabled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also just before torch.no_grad() has restored them."""
+    real = torch.no_grad.__exit__
+
+    def interrupted(*_: object) -> None:
+        monkeypatch.setattr(torch.no_grad, "__exit__", real)
+        raise KeyboardInterrupt
+
+    model = Equal(10)
+    with PostHocEMA.from_model(model, tmp_path, update_every=1) as tracker:
+        monkeypatch.setattr(torch.no_grad, "__exit__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tracker.update_(model)
+        assert torch.is_grad_enabled()
+
+
 @pytest.mark.parametrize("device", ["cpu", "model"])
 @pytest.mark.parametrize("way", ["state", "load", "update", "close"])
 def test_calls_amid_an_update_are_after_or_before_it(
