@@ -341,13 +341,14 @@ class Snapshotter:
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
             return
         self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
-        # Of its own snapshots those that other processes are still writing are the newest.
         if self._leads and schedule.max_checkpoints is not None:
+            # Only times of which everything is there: another process may die before it has written its part.
             complete = self._complete()
-            all_parts = [complete.get((s.t, s.sigma_rel), s) for s in self._stored]
-            left = thin(all_parts, schedule.max_checkpoints, schedule.sigma_range)
+            unfinished = {snapshot.t for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) not in complete}
+            whole = [complete[s.t, s.sigma_rel] for s in self._stored if s.t not in unfinished]
+            left = thin(whole, schedule.max_checkpoints, schedule.sigma_range)
             kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
-            self._stored = [snapshot for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) in kept]
+            self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
 
     def _complete(self) -> dict[tuple[float, float], StoredSnapshot]:
         """The snapshots of which all parts are there, by time and sigma_rel."""

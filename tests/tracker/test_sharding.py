@@ -146,6 +146,43 @@ import posthoc_cli
     assert [out.strip() for out in outs] == ["0", "0"]
 
 
+def test_a_complete_snapshot_stays_until_another_process_has_written_the_next(tmp_path: Path) -> None:
+    code = f"""
+import time
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA, Run, files
+model = groups.spread(groups.Net(), "fsdp")
+def train(first, last):
+    for step in range(first, last + 1):
+        groups.move(model, step)
+        ema.update_(model)
+def held_up(descriptor):
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    own(descriptor)
+own = files.system.fsync
+with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, max_checkpoints=1) as ema:
+    train(1, 4)
+    ema.flush()
+    dist.barrier()
+    if rank == 1:
+        files.system.fsync = held_up
+    train(5, 8)
+    if rank == 0:
+        ema.flush()
+        print([snapshot.info.t for snapshot in Run(folder / "run").snapshots])
+        (folder / "go").touch()
+    ema.flush()
+    dist.barrier()
+    train(9, 12)
+"""
+    first, _ = check_group(code, 2, tmp_path)
+    assert first.strip() == "[4.0, 4.0]"
+    left = {snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots}
+    assert 12 in left
+    assert 4 not in left
+
+
 def test_a_value_that_is_not_finite_in_one_process_leaves_the_update_out_in_all(tmp_path: Path) -> None:
     code = f"""
 import torch
