@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -24,6 +25,7 @@ from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Distance, Measurements, roundings
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import (
+    ON_ONE_FILE_SYSTEM,
     StoredSnapshot,
     find_snapshots,
     inspect_directory,
@@ -37,7 +39,7 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
-from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
 from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, read_header
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
@@ -47,7 +49,7 @@ from posthoc_cli.tracker.averages import Accumulators, RunningAverages
 from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.sharding import Members
+from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
 
 log = logging.getLogger(__name__)
@@ -179,7 +181,8 @@ class Snapshotter:
 
     Raises:
         LockedError: another writer holds the directory.
-        DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written.
+        DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written; or it is
+            another one than rank 0's, on a disk of this process's own.
     """
 
     def __init__(self, directory: Path, settings: Settings, members: Members | None = None) -> None:
@@ -194,6 +197,8 @@ class Snapshotter:
                     raise DirectoryError(place, reason, "name another one, or move the file away")
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
+        if not self._leads:
+            _check_shared(directory)
         try:
             if members is not None and self._leads:
                 # Parts of a killed attempt and of this one could look like one snapshot.
@@ -396,6 +401,16 @@ class Snapshotter:
         newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
         same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
         return any(not (scheduled and s.info.off_schedule) for s in same)
+
+
+def _check_shared(directory: Path) -> None:
+    """Raise a DirectoryError unless this process sees the lock that rank 0 has made; a network may show it late."""
+    until = time.monotonic() + PATIENCE
+    while not (directory / LOCK_NAME).exists():
+        if time.monotonic() > until:
+            reason = "is not the directory of that name in which rank 0 writes"
+            raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
+        time.sleep(0.1)
 
 
 def _is_earlier(path: Path, own: SnapshotInfo) -> bool:

@@ -226,6 +226,35 @@ def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: P
     assert all(result.code != 0 and "RankError: rank 0: " in result.err for result in others)
 
 
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="no path that is another directory in each process")
+def test_processes_that_write_to_disks_of_their_own_are_refused(tmp_path: Path) -> None:
+    code = f"""
+import os
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA, PostHocError
+from posthoc_cli.tracker import snapshotter
+snapshotter.PATIENCE = 0.5
+(folder / str(rank)).mkdir()
+os.chdir(folder / str(rank))
+model = groups.spread(groups.Net(), "fsdp")
+ema = PostHocEMA.from_model(model, "/proc/self/cwd/run", {SETTINGS})
+for step in range(1, 5) if rank == 0 else (1,):
+    if step == 2:
+        dist.barrier()
+    groups.move(model, step)
+    try:
+        ema.update_(model)
+    except PostHocError as error:
+        print(step, error)
+if rank == 1:
+    dist.barrier()
+"""
+    first, second = check_group(code, 2, tmp_path)
+    assert second.startswith("1 /proc/self/cwd/run: is not the directory of that name in which rank 0 writes; all pro")
+    assert first.startswith("4 rank 1: /proc/self/cwd/run: is not the directory of that name")
+    assert not list(tmp_path.rglob("*4-*/part-*"))
+
+
 LATE = f"""
 import shutil
 import torch.distributed as dist
