@@ -173,6 +173,29 @@ ema.state_dict(0.15)
         assert "RankError: rank 1: is at step 9 of update_, and rank 0 at step 8" in result.err
 
 
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_processes_that_ask_for_different_averages_are_named(kind: str, tmp_path: Path) -> None:
+    code = """
+from posthoc_cli import PostHocError
+train(1, 8)
+for options in ({"sigma_rel": 0.15 + 0.05 * rank}, {"sigma_rel": 0.15, **({"t": 4} if rank else {})}):
+    try:
+        with ema.model(model, **options):
+            raise SystemExit("filled")
+    except PostHocError as error:
+        print(error)
+with ema.model(model, sigma_rel=0.15):
+    pass
+ema.close()
+"""
+    hint = "make the same call in every process"
+    for out in check_group(TRAINED + code, 2, tmp_path, kind):
+        assert out.splitlines() == [
+            f"rank 1: asks for model(sigma_rel 0.2), and rank 0 for model(sigma_rel 0.15); {hint}",
+            f"rank 1: asks for model(sigma_rel 0.15, t=4), and rank 0 for model(sigma_rel 0.15); {hint}",
+        ]
+
+
 def test_batch_norm_statistics_of_a_sharded_model_are_those_of_the_block(tmp_path: Path) -> None:
     code = """
 from torch import nn
@@ -228,7 +251,8 @@ from torch.distributed.fsdp import fully_shard
 model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 5), nn.Linear(5, 7, bias=False)).bfloat16()
 model[2].weight = model[0].weight
 fully_shard(model)
-other = PostHocEMA.from_model(model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32")
+other = PostHocEMA.from_model(
+    model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32", device="cpu")
 for step in range(1, 4):
     groups.move(model, step)
     other.update_(model)

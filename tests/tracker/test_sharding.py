@@ -134,6 +134,30 @@ print(*found)
             assert found < derived + 0.5, out
 
 
+def test_one_process_after_the_other_updates_writes_and_thins(tmp_path: Path) -> None:
+    """Collectives of any thread, which the next test would not see, would wait for ever."""
+    code = f"""
+import time
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA
+model = groups.spread(groups.Net(), "fsdp")
+with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, max_checkpoints=2) as ema:
+    groups.move(model, 1)
+    ema.update_(model)
+    dist.barrier()
+    while not all((folder / f"done-{{other}}").exists() for other in range(rank + 1, world)):
+        time.sleep(0.01)
+    for step in range(2, 25):
+        groups.move(model, step)
+        ema.update_(model)
+    ema.flush()
+    (folder / f"done-{{rank}}").touch()
+"""
+    check_group(code, 3, tmp_path)
+    assert sorted({snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots})[-1] == 24
+    assert len(Run(tmp_path / "run").snapshots) == 4
+
+
 def test_no_update_and_no_snapshot_makes_processes_wait_for_each_other(tmp_path: Path) -> None:
     counted = """
 from torch.distributed.tensor.debug import CommDebugMode
@@ -202,17 +226,56 @@ with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, on_nonfinite="skip
             assert decode_snapshot(path, read_header(path)).updates == 1
 
 
-@pytest.mark.parametrize("change", ["sigma_rels=(0.1,)", "checkpoint_dir"])
-def test_processes_with_other_options_are_named(tmp_path: Path, change: str) -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ('{"sigma_rels": (0.1,)}', "sigma_rels (0.1,), and rank 0 has (0.05, 0.28)"),
+        ('{"checkpoint_dir": folder / "other"}', "checkpoint_dir "),
+        ('{"include": "first*"}', "include ('first*',), and rank 0 has ()"),
+    ],
+)
+def test_processes_with_other_options_are_named(tmp_path: Path, change: str, told: str) -> None:
+    code = f"""
 from posthoc_cli import PostHocEMA
 model = groups.spread(groups.Net(), "fsdp")
-directory = folder / ("other" if rank and arguments[0] == "checkpoint_dir" else "run")
-PostHocEMA.from_model(model, directory, sigma_rels=(0.1,) if rank and arguments[0] != "checkpoint_dir" else (0.1, 0.2))
+PostHocEMA.from_model(model, **({{"checkpoint_dir": folder / "run"}} | ({change} if rank else {{}})))
 """
-    for result in run_group(code, 2, tmp_path, change):
+    for result in run_group(code, 2, tmp_path):
         assert result.code != 0
-        assert f"RankError: rank 1: has {change.partition('=')[0]}" in result.err
+        assert f"RankError: rank 1: has {told}" in result.err
+
+
+def test_placements_that_cannot_be_averaged_here_are_refused_by_name(tmp_path: Path) -> None:
+    code = """
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+from posthoc_cli import PostHocEMA, PostHocError
+mesh, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+partial, strided, uneven = (nn.Linear(4, rows, bias=False) for rows in (4, 8, 7))
+partial.weight = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Partial()]))
+strided.weight = nn.Parameter(DTensor.from_local(
+    torch.zeros(4, 4), mesh, [_StridedShard(0, split_factor=2)], shape=torch.Size((8, 4)), stride=(4, 1)))
+parallelize_module(uneven, grid["tp"], ColwiseParallel())
+fully_shard(uneven, mesh=grid["dp"])
+for model in (partial, strided, uneven):
+    try:
+        PostHocEMA.from_model(model, folder / "run")
+    except PostHocError as error:
+        print(error)
+"""
+    for out in check_group(code, 2, tmp_path):
+        partial, strided, uneven = out.splitlines()
+        assert partial.startswith("tensor 'weight': has the placement P")
+        assert strided.startswith("tensor 'weight': has 8 rows in dimension 0, which 2 processes share by _S")
+        assert "in several pieces" in strided
+        assert uneven.startswith(
+            "tensor 'weight': has 7 rows in dimension 0, which 1 x 2 processes share unevenly by _S"
+        )
 
 
 def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: Path) -> None:
@@ -223,6 +286,7 @@ def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: P
         first, *others = run_group(TRAIN, 4, tmp_path, "hsdp")  # of which two have nothing to write
     assert first.code != 0
     assert "LockedError" in first.err
+    assert "writer=" not in first.err  # which a sharded model refuses
     assert all(result.code != 0 and "RankError: rank 0: " in result.err for result in others)
 
 
@@ -306,10 +370,11 @@ model = groups.Net()
 ema = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=1)
 ema.update_(model)
 ema.flush()
+shared = PostHocEMA.from_model(model, folder / "shared", update_every=1, shard_averages=True)
 import torch.distributed as dist
 dist.barrier()
 groups.spread(model, "fsdp")
-for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load_into(model, 0.28)):
+for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load_into(model, 0.28), shared.update_):
     try:
         use(model)
     except ModelMismatchError as error:
@@ -317,8 +382,9 @@ for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load
 ema.close()
 """
     for out in check_group(code, 2, tmp_path):
-        updated, filled = out.splitlines()
+        updated, filled, shared = out.splitlines()
         assert "was not when this tracker was made; shard the model first; then make the tracker in every" in updated
+        assert shared == updated
         assert "is sharded over processes, and this tracker was made before that, or without the model" in filled
     assert [snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots] == [1, 1]
 
