@@ -72,7 +72,8 @@ def rows_of_replicas(rows: torch.Tensor, shape: tuple[int, ...], mesh: Any) -> t
     """A DTensor of the rows that this process keeps of a tensor, cut as by `share_out`."""
     from torch.distributed.tensor import DTensor, Shard
 
-    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=row_major(shape))
+    own = _with_own_storage(rows)
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=row_major(shape))
 
 
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,10 +89,18 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     spread: Any = like
     found = DTensor.from_local(
-        local.view(spread.to_local().shape), spread.device_mesh, spread.placements,
+        _with_own_storage(local).view(spread.to_local().shape), spread.device_mesh, spread.placements,
         run_check=False, shape=spread.shape, stride=row_major(spread.shape),
     )  # fmt: skip
     return found.cpu()  # it was moved to the mesh's device
+
+
+def _with_own_storage(local: torch.Tensor) -> torch.Tensor:
+    """The same memory as a whole storage: torch can neither stage nor deepcopy DTensors of a part of one."""
+    if local.device.type != "cpu" or not local.numel():  # on a device by torch.set_default_device: it is its own
+        return local
+    values = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy())
+    return values.view(local.dtype).view(local.shape)
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
