@@ -189,7 +189,8 @@ class Evaluation:
             return measured(self.live(), [] if snapshotter is None else snapshotter.stored())
 
         own = together(self._processes, measure_own)
-        return own, join_live(self._processes, own, self.pipeline.progress.step)
+        progress = self.pipeline.progress
+        return own, join_live(self._processes, own, (progress.step, progress.t))
 
     # --- plans and refusals
 

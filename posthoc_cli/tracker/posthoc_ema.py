@@ -55,7 +55,7 @@ from posthoc_cli.tracker.settings import (
 )
 from posthoc_cli.tracker.sharded_weights import (
     as_dtensors,
-    check_steps,
+    check_times,
     from_all,
     from_first,
     gathered,
@@ -363,10 +363,11 @@ class PostHocEMA:
         return found
 
     def flush(self) -> None:
-        """Return when all updates are in the averages and all due snapshots are durable.
+        """Return when all updates are in the averages and all due snapshots are durable, or this process's parts.
 
         Raises:
             WriteError, NonFiniteError: what went wrong since the last call; raised once.
+            RankError: another process that keeps a part of the averages has failed.
         """
         self._calls.check_process()
         self._pipeline.flush()
@@ -790,8 +791,8 @@ class PostHocEMA:
             return own, state.state_info(own, self.settings)
         group = self._chunk_holders("the tracker's own state")
         own = together(group, self._own_state)
-        steps, inherited = zip(*from_all(group, (self.step, own.averages.standing.inherited)), strict=True)
-        check_steps(steps)
+        times, inherited = zip(*from_all(group, ((self.step, self.t), own.averages.standing.inherited)), strict=True)
+        check_times(times)
         total = tuple(map(sum, zip(*inherited, strict=True)))
         # Each process knows the rounding of its own part, and part of them have no average.
         info = from_first(group, lambda: state.state_info(self._with_snapshots(own), self.settings))

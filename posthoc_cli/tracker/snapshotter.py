@@ -31,6 +31,7 @@ from posthoc_cli.snapshots.directory import (
     inspect_directory,
     newest_before,
     on_schedule,
+    part_files,
     read_snapshot,
     remove_snapshot,
     set_aside,
@@ -346,6 +347,8 @@ class Snapshotter:
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
             return
         self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
+        if self._leads:
+            self._warn_of_incomplete()
         if self._leads and schedule.max_checkpoints is not None:
             # Only times of which everything is there: another process may die before it has written its part.
             complete = self._complete()
@@ -354,6 +357,14 @@ class Snapshotter:
             left = thin(whole, schedule.max_checkpoints, schedule.sigma_range)
             kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
             self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
+
+    def _warn_of_incomplete(self) -> None:
+        """Warn of the third newest snapshots if they still lack parts: each process writes one time after the other."""
+        times = sorted({snapshot.t for snapshot in self._stored})
+        for path, part in [(s.path, s.info.part) for s in self._stored if s.t in times[-3:-2]]:
+            if part is not None and (there := len(part_files(path.parent))) < part[1]:
+                what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
+                log.warning(what, path.parent, there, part[1], ON_ONE_FILE_SYSTEM)
 
     def _complete(self) -> dict[tuple[float, float], StoredSnapshot]:
         """The snapshots of which all parts are there, by time and sigma_rel."""

@@ -173,6 +173,22 @@ ema.state_dict(0.15)
         assert "RankError: rank 1: is at step 9 of update_, and rank 0 at step 8" in result.err
 
 
+def test_processes_that_pass_another_time_are_named_and_what_stays_incomplete_is_told(tmp_path: Path) -> None:
+    code = """
+ema.close()
+options = {"update_every": 1, "checkpoint_every": 1, "t_unit": "images"}
+with PostHocEMA.from_model(model, folder / "images", **options) as ema:
+    for step in range(1, 5):
+        groups.move(model, step)
+        ema.update_(model, t=10 * step + rank)
+    ema.state_dict(0.15)
+"""
+    first, second = run_group(TRAINED + code, 2, tmp_path, "fsdp")
+    for result in (first, second):
+        assert "RankError: rank 1: is at t = 41 at step 4, and rank 0 at t = 40; pass the same t" in result.err
+    assert f"{tmp_path}/images/0000000000000020-0.05: has 1 of 2 parts only, though later ones" in first.err
+
+
 @pytest.mark.parametrize("kind", ["fsdp", "ddp"])
 def test_processes_that_ask_for_different_averages_are_named(kind: str, tmp_path: Path) -> None:
     code = """
