@@ -486,3 +486,49 @@ def test_a_run_goes_on_with_another_arrangement_of_processes(
         exact = truth(gamma_from_sigma_rel(width), [2, 4, 6, 8, 10, 12])
         for name, tensor in exact.items():
             assert torch.allclose(found[name].double(), tensor, rtol=2e-6, atol=2e-6), name
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_averages_with_nccl_are_those_of_the_whole_training(tmp_path: Path) -> None:
+    """As many processes as accelerators, at most two: all that exchanges tensors or flags."""
+    code = f"""
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from posthoc_cli import PostHocEMA
+backend, device = arguments
+dist.destroy_process_group()
+if device == "cuda":
+    torch.cuda.set_device(rank)
+dist.init_process_group(backend, init_method=f"file://{{folder}}/again", rank=rank, world_size=world)
+model = groups.spread(groups.Net().to(device), "hsdp" if world == 4 else "fsdp")
+ema = PostHocEMA.from_model(model, folder / "run", {SETTINGS}, on_nonfinite="skip")
+exact = torch.load(folder / "truth.pt")
+for step in range(1, 9):
+    groups.move(model, step)
+    ema.update_(model)
+ema.save_state(folder / "state")
+dcp.save({{"ema": ema}}, checkpoint_id=folder / "dcp")
+dcp.load({{"ema": ema}}, checkpoint_id=folder / "dcp")
+ema.load_state(folder / "state")
+with ema.averaged(model, tracked=0.2):
+    held = {{name: parameter.to_local().cpu() for name, parameter in model.named_parameters()}}
+    for name, right in exact.items():
+        own = groups.local(dict(model.named_parameters())[name], right)
+        assert torch.allclose(held[name].double(), own, rtol=1e-6, atol=1e-6), name
+with ema.model(model, sigma_rel=0.15):
+    assert model(torch.ones(2, 6, device=device)).isfinite()
+whole = ema.state_dict(0.15, full=True)
+assert len(whole) == (len(exact) + 2 if rank == 0 else 0)
+bare = groups.Net().to(device)
+with PostHocEMA.from_model(bare, folder / "shares", update_every=1, checkpoint_every=2, shard_averages=True) as shared:
+    for step in range(1, 4):
+        groups.move(bare, step)
+        shared.update_(bare)
+    with shared.model(bare, sigma_rel=0.15):
+        pass
+ema.close()
+"""
+    torch.save(dict(truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8])), tmp_path / "truth.pt")
+    check_group(code, min(torch.cuda.device_count(), 2), tmp_path, "nccl", "cuda")
