@@ -246,9 +246,12 @@ class Callers:
                 if (other := self._store.get(sign).decode()) != call:
                     reason = f"asks for {other}, and rank {self._rank} for {call}"
                     raise RankError(f"rank {sign.rpartition('/')[2]}", reason, "make the same call in every process")
-        except RankError as error:
-            if self._keeps:
-                self._store.set(f"{place}/answer", json.dumps([error.subject, error.reason, error.hint]))
+        except BaseException as error:
+            if self._keeps:  # the others wait for its answer
+                named, reason, hint = f"rank {self._rank}", f"left this call by {type(error).__name__}", self._hint
+                if isinstance(error, RankError):
+                    named, reason, hint = error.subject, error.reason, error.hint
+                self._store.set(f"{place}/answer", json.dumps([named, reason, hint]))
             raise
         if self._keeps:
             self._store.set(f"{place}/answer", json.dumps([self._rank, *sorted(made.keys() - {self._rank})]))

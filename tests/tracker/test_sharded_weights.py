@@ -158,9 +158,22 @@ try:
 except KeyError:
     pass
 assert equal(held(model), raw) and model.training
+import signal
+if rank == 0:  # while it waits for the other one
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+else:
+    import time
+    time.sleep(1)
+try:
+    ema.state_dict(0.15)
+except (KeyboardInterrupt, PostHocError) as error:
+    print(error)
+assert ema.state_dict(0.15)
 ema.close()
 """
-    check_group(TRAINED + code, 2, tmp_path, "fsdp")
+    _, told = check_group("from posthoc_cli import PostHocError\n" + TRAINED + code, 2, tmp_path, "fsdp")
+    assert told.startswith("rank 0: left this call by KeyboardInterrupt")
 
 
 def test_processes_that_ask_at_different_steps_are_named(tmp_path: Path) -> None:
