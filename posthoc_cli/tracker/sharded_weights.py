@@ -164,9 +164,7 @@ def join_live(group: Group, live: Sequence[LiveSource], now: tuple[int, float]) 
         RankError: a process is at another step or time than `now`; names it.
     """
     own = now, [(source.info, dict(source.stored)) for source in live]
-    every: list[tuple[tuple[int, float], list[tuple[SnapshotInfo, dict[str, TensorSpec]]]]] = [
-        own
-    ] * dist.get_world_size()
+    every = [own] * dist.get_world_size()
     dist.gather_object(own, every if group.leads else None)
 
     def join() -> list[LiveSource]:
