@@ -47,6 +47,8 @@ OTHERS = (None, "output", "state", "checkpoint")
 
 WANTED = "name the directory that a tracker writes its snapshots to"
 
+ON_ONE_FILE_SYSTEM = "all processes of a training write to one directory, on a file system that they share"
+
 
 @dataclass(frozen=True)
 class StoredSnapshot:
@@ -221,8 +223,8 @@ def read_directory(directory: Path) -> list[Snapshot]:
         return list(found.snapshots)
     if found.incomplete:
         folder, there = next(iter(found.incomplete.items()))
-        hint = "all processes of a training write to one directory, on a file system that they share"
-        raise DirectoryError(directory, f"no complete snapshots here; {folder.name}/ has {there}", hint)
+        reason = f"no complete snapshots here; {folder.name}/ has {there}"
+        raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
     if is_parts_folder(directory):
         raise DirectoryError(directory, "holds the parts of one snapshot", WANTED)
     others = [path.name for path in found.listing.entries if path.suffix in (fmt.SUFFIX, *PICKLES)]

@@ -51,6 +51,10 @@ class Query:
     dtype: torch.dtype | str | None = None
     method: str | None = None
 
+    def __str__(self) -> str:
+        given = {name: value for name, value in vars(self).items() if name != "wanted" and value is not None}
+        return ", ".join([as_target(self.wanted).title, *(f"{name}={value}" for name, value in given.items())])
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -185,7 +189,8 @@ class Evaluation:
             return measured(self.live(), [] if snapshotter is None else snapshotter.stored())
 
         own = together(self._processes, measure_own)
-        return own, join_live(self._processes, own, self.pipeline.progress.step)
+        progress = self.pipeline.progress
+        return own, join_live(self._processes, own, (progress.step, progress.t))
 
     # --- plans and refusals
 

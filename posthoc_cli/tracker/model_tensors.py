@@ -419,10 +419,9 @@ class ModelWatch:
     def _collect(self, model: torch.nn.Module, tracked: TrackedModel, frozen_too: bool) -> ModelTensors:
         known = frozenset(tracked.tensors.keys() | tracked.aliases.keys()) if frozen_too else frozenset[str]()
         found = collect_tensors(model, self._selection, known)
-        if self._members is not None:
-            return found.of(self._members)
-        check_complete(model)
-        return found
+        if self._members is None or self._members.shares is not None:
+            check_complete(model)
+        return found if self._members is None else found.of(self._members)
 
     def _take_fingerprint(self) -> tuple[object, ...]:
         """Differs if the tensors do. `_held` keeps ids from being used again."""

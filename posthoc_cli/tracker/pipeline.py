@@ -407,7 +407,7 @@ def _open_snapshotter(directory: Path, settings: Settings, members: Members | No
     except WriteError as error:  # a WriteError of `update_` would say that the call has done its work
         raise DirectoryError(error.subject, error.reason, error.hint) from error
     except LockedError as error:
-        if not is_in_group():
+        if members is not None or not is_in_group():
             raise
         hint = "in a group of processes one writes: from_model(..., writer=rank == 0), and the same for from_path"
         raise error.with_hint(hint) from error

@@ -55,7 +55,7 @@ from posthoc_cli.tracker.settings import (
 )
 from posthoc_cli.tracker.sharded_weights import (
     as_dtensors,
-    check_steps,
+    check_times,
     from_all,
     from_first,
     gathered,
@@ -367,10 +367,11 @@ class PostHocEMA:
         return found
 
     def flush(self) -> None:
-        """Return when all updates are in the averages and all due snapshots are durable.
+        """Return when all updates are in the averages and all due snapshots are durable, or this process's parts.
 
         Raises:
             WriteError, NonFiniteError: what went wrong since the last call; raised once.
+            RankError: another process that keeps a part of the averages has failed.
         """
         self._calls.check_process()
         self._pipeline.flush()
@@ -478,8 +479,8 @@ class PostHocEMA:
             InvalidValueError, NotReadyError, FileFormatError, MismatchError, RankError.
         """
         if sigma_rel is not None:
-            model = self._model_of_chunks()
-            made = self._evaluation(model, alone).weights(model, Query(sigma_rel, t, step, dtype, method))
+            model, query = self._model_of_chunks(), Query(sigma_rel, t, step, dtype, method)
+            made = self._evaluation(model, alone, f"state_dict({query}{', full' * full})").weights(model, query)
             if self._members is None or model is None:
                 return made
             return gathered(made, model, self._members) if full else as_dtensors(made, model)
@@ -525,7 +526,7 @@ class PostHocEMA:
                 state.write_state(path, *self._state())
             return
         own, info = self._state()
-        group = members.callers.gather(members.device)
+        group = members.callers.gather(members.device, f"save_state({str(path)!r})")
         save = from_first(group, lambda: states.begin_save(path))
 
         def write() -> None:
@@ -578,8 +579,9 @@ class PostHocEMA:
             InvalidValueError, ModelMismatchError: an argument, a tensor on the meta device, or of another shape.
             RankError: another process failed, is at another step, or does not make the call within 300 s.
         """
-        evaluation, own_dtypes = self._evaluation(model, alone), dtype is None
-        weights = evaluation.weights(model, Query(sigma_rel, t, step, dtype, method))
+        query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
+        evaluation = self._evaluation(model, alone, f"model({query})")
+        weights = evaluation.weights(model, query)
         evaluation.check(model, weights, own_dtypes)
         with swapped_in(model, weights, own_dtypes):
             yield model
@@ -593,7 +595,7 @@ class PostHocEMA:
             NotReadyError: there was no update yet, or none since `from_path`; or there is no `with`.
         """
         index = self.settings.tracked_index(tracked)
-        evaluation = self._evaluation(model, alone)
+        evaluation = self._evaluation(model, alone, f"averaged(tracked={self.settings.sigma_rels[index]:g})")
         weights = evaluation.live_weights(model, index)
         evaluation.check(model, weights)
         with swapped_in(model, weights):
@@ -618,8 +620,8 @@ class PostHocEMA:
         Raises:
             ModelMismatchError, NonFiniteError, others: as in `model` and `state_dict`; nothing has changed.
         """
-        evaluation, own_dtypes = self._evaluation(model, alone), dtype is None
-        query = Query(sigma_rel, t, step, dtype, method)
+        query, own_dtypes = Query(sigma_rel, t, step, dtype, method), dtype is None
+        evaluation = self._evaluation(model, alone, f"load_into({query})")
         if evaluation.group is None:
             with_consistent_plan(partial(evaluation.plan, query), lambda plan: fill_model(model, plan, device))
             return
@@ -649,7 +651,7 @@ class PostHocEMA:
         """
         from posthoc_cli import plots
 
-        evaluation = self._evaluation(None, alone=self._members is None)
+        evaluation = self._evaluation(None, self._members is None, "reconstruction_error()")
         curve = error_curve(evaluation.of_sources(self._candidate), sigma_range, method=method)
         return plots.error_figure([curve], profile_error=method == "paper")
 
@@ -791,10 +793,10 @@ class PostHocEMA:
         if members is None:
             own = self._with_snapshots(self._own_state())
             return own, state.state_info(own, self.settings)
-        group = self._chunk_holders()
+        group = self._chunk_holders("the tracker's own state")
         own = together(group, self._own_state)
-        steps, inherited = zip(*from_all(group, (self.step, own.averages.standing.inherited)), strict=True)
-        check_steps(steps)
+        times, inherited = zip(*from_all(group, ((self.step, self.t), own.averages.standing.inherited)), strict=True)
+        check_times(times)
         total = tuple(map(sum, zip(*inherited, strict=True)))
         # Each process knows the rounding of its own part, and part of them have no average.
         info = from_first(group, lambda: state.state_info(self._with_snapshots(own), self.settings))
@@ -821,7 +823,7 @@ class PostHocEMA:
 
     def _load(self, opened: AbstractContextManager[Mapping[str, Any]]) -> None:
         """Continue from a state; of several processes all do, or none."""
-        group = None if self._members is None else self._chunk_holders()
+        group = None if self._members is None else self._chunk_holders("load_state_dict(...)")
         with self._calls.lock("load_state_dict"):
             self._calls.caller = threading.get_ident()
             loaded = _together(group, lambda: self._unpacked(opened))
@@ -847,34 +849,34 @@ class PostHocEMA:
 
     # --- averages ---
 
-    def _evaluation(self, model: torch.nn.Module | None, alone: bool) -> Evaluation:
+    def _evaluation(self, model: torch.nn.Module | None, alone: bool, call: str) -> Evaluation:
         """What the averages are now, for one call, and who makes it."""
-        group = self._gathered(model, alone)
+        group = self._gathered(model, alone, call)
         return Evaluation(
             self.checkpoint_dir, self.settings, self._pipeline, self.flush, self.keeps_averages, self._from_step, group
         )
 
-    def _gathered(self, model: torch.nn.Module | None, alone: bool) -> Group | None:
+    def _gathered(self, model: torch.nn.Module | None, alone: bool, call: str) -> Group | None:
         """The processes that make an evaluation together, all of which call; None for this one alone."""
         members = self._members
         if members is not None:
             if alone:
                 raise InvalidValueError("alone", "each process keeps a part of the averages only", value=True)
-            return self._chunk_holders()
+            return self._chunk_holders(call)
         if alone or self._callers is None or self._pipeline.now.resumes or not torch.distributed.is_initialized():
             return None  # before tracking goes on, each process reads what is on disk
         own = model if self._model is None else self._model() or model
         tensor = None if own is None else next(own.parameters(), None)
-        group = self._callers.gather(torch.device("cpu") if tensor is None else tensor.device)
+        group = self._callers.gather(torch.device("cpu") if tensor is None else tensor.device, call)
         return group if len(group.ranks) > 1 else None
 
-    def _chunk_holders(self) -> Group:
+    def _chunk_holders(self, call: str) -> Group:
         """The processes that keep parts of the averages, all of which call."""
         assert self._members is not None
         if not torch.distributed.is_initialized():
             reason = "need all processes of the model, and their group was destroyed"
             raise NotReadyError("averages of which each process keeps a part", reason, _FROM_SNAPSHOTS)
-        return self._members.callers.gather(self._members.device)
+        return self._members.callers.gather(self._members.device, call)
 
     def _model_of_chunks(self) -> torch.nn.Module | None:
         """The model, if it is still there; of a sharded one it must be."""
@@ -924,8 +926,8 @@ def _joined(
             raise InvalidValueError(name, reason, hint, value=f"{value!r}")
     if tracking.resumes:
         tracking.tracked.check(TrackedModel.of_model(found))
-    options = {name: str(value) for name, value in (vars(settings) | vars(settings.schedule)).items()}
-    del options["schedule"]
+    values = vars(settings) | vars(settings.schedule) | vars(settings.selection)
+    options = {name: str(value) for name, value in values.items() if name not in ("schedule", "selection")}
     started = f"run {tracking.run_id[:8]} at step {tracking.progress.step}" if tracking.resumes else "nothing"
     options |= {"checkpoint_dir": str(directory), "to go on from": started}
     held = found if shares is None else found.share_of(torch.distributed.get_rank(), shares)

@@ -157,18 +157,18 @@ def _in_words(error: Exception) -> str:
     return str(error) if isinstance(error, PostHocError) else f"{type(error).__name__}: {error}"
 
 
-def join_live(group: Group, live: Sequence[LiveSource], step: int) -> list[LiveSource]:
+def join_live(group: Group, live: Sequence[LiveSource], now: tuple[int, float]) -> list[LiveSource]:
     """In rank 0 the live averages of complete tensors, measured, without values; in the others none.
 
     Raises:
-        RankError: a process is at another step; names it.
+        RankError: a process is at another step or time than `now`; names it.
     """
-    own = step, [(source.info, dict(source.stored)) for source in live]
-    every: list[tuple[int, list[tuple[SnapshotInfo, dict[str, TensorSpec]]]]] = [own] * dist.get_world_size()
+    own = now, [(source.info, dict(source.stored)) for source in live]
+    every = [own] * dist.get_world_size()
     dist.gather_object(own, every if group.leads else None)
 
     def join() -> list[LiveSource]:
-        check_steps([other for other, _ in every])
+        check_times([other for other, _ in every])
         return [_joined(profile) for profile in zip(*(parts for _, parts in every if parts), strict=True)]
 
     made: list[LiveSource] = []  # in the first one only
@@ -176,12 +176,16 @@ def join_live(group: Group, live: Sequence[LiveSource], step: int) -> list[LiveS
     return made
 
 
-def check_steps(steps: Sequence[int]) -> None:
-    """Raise a RankError for a process that is at another step than rank 0."""
-    for rank, step in enumerate(steps):
-        if step != steps[0]:
+def check_times(times: Sequence[tuple[int, float]]) -> None:
+    """Raise a RankError for a process that is at another step or t than rank 0."""
+    first, t_first = times[0]
+    for rank, (step, t) in enumerate(times):
+        if step != first:
             hint = "make this call in every process between the same two calls of update_"
-            raise RankError(f"rank {rank}", f"is at step {step} of update_, and rank 0 at step {steps[0]}", hint)
+            raise RankError(f"rank {rank}", f"is at step {step} of update_, and rank 0 at step {first}", hint)
+        if t != t_first:
+            reason = f"is at t = {t:,.12g} at step {step}, and rank 0 at t = {t_first:,.12g}"
+            raise RankError(f"rank {rank}", reason, "pass the same t to update_ in every process")
 
 
 def from_all(group: Group, value: Result) -> list[Result]:

@@ -72,7 +72,8 @@ def rows_of_replicas(rows: torch.Tensor, shape: tuple[int, ...], mesh: Any) -> t
     """A DTensor of the rows that this process keeps of a tensor, cut as by `share_out`."""
     from torch.distributed.tensor import DTensor, Shard
 
-    return DTensor.from_local(rows, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=row_major(shape))
+    own = _with_own_storage(rows)
+    return DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=row_major(shape))
 
 
 def held_part(tensor: torch.Tensor) -> torch.Tensor:
@@ -88,10 +89,18 @@ def as_dtensor(local: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
     spread: Any = like
     found = DTensor.from_local(
-        local.view(spread.to_local().shape), spread.device_mesh, spread.placements,
+        _with_own_storage(local).view(spread.to_local().shape), spread.device_mesh, spread.placements,
         run_check=False, shape=spread.shape, stride=row_major(spread.shape),
     )  # fmt: skip
     return found.cpu()  # it was moved to the mesh's device
+
+
+def _with_own_storage(local: torch.Tensor) -> torch.Tensor:
+    """The same memory as a whole storage: torch can neither stage nor deepcopy DTensors of a part of one."""
+    if local.device.type != "cpu" or not local.numel():  # on a device by torch.set_default_device: it is its own
+        return local
+    values = torch.from_numpy(local.reshape(-1).view(torch.uint8).numpy())
+    return values.view(local.dtype).view(local.shape)
 
 
 def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | None]:
@@ -108,28 +117,31 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | N
             reason = f"has the placement {placement}: no process holds its values"
             raise InvalidValueError("tensor", reason, "reduce it first", value=f"{name!r}")
         if type(placement).__name__ == "_StridedShard":
-            _check_even(name, found, axis)
+            _check_strided(name, found, axis)
     with torch.no_grad():
         local = found.to_local()
     (place,) = found.__create_chunk_list__()
     return local.detach().view(tuple(place.sizes)), Chunk(tuple(found.shape), tuple(place.offsets))
 
 
-def _check_even(name: str, tensor: Any, axis: int) -> None:
-    dimension = tensor.placements[axis].dim
-    sharing = [
-        tensor.device_mesh.size(other)
-        for other, placement in enumerate(tensor.placements)
-        if getattr(placement, "dim", None) == dimension
-    ]
-    if tensor.shape[dimension] % math.prod(sharing):
-        raise InvalidValueError(
-            "tensor",
-            f"has {tensor.shape[dimension]} rows in dimension {dimension}, which {' x '.join(map(str, sharing))} "
-            f"processes share unevenly by {tensor.placements[axis]}",
-            "make the dimension a multiple of the processes, or shard it over one mesh dimension",
-            value=f"{name!r}",
-        )
+def _check_strided(name: str, tensor: Any, axis: int) -> None:
+    """Raise an InvalidValueError unless the rows here are next to each other."""
+    strided, mesh = tensor.placements[axis], tensor.device_mesh
+    rows, sizes = tensor.shape[strided.dim], []
+    inner = 1
+    for other, placement in enumerate(tensor.placements):
+        if getattr(placement, "dim", None) == strided.dim:
+            sizes.append(mesh.size(other))
+            inner *= mesh.size(other) if other > axis else 1
+    what = f"has {rows} rows in dimension {strided.dim}, which {' x '.join(map(str, sizes))} processes share"
+    if strided.split_factor != inner:
+        reason, hint = f"{what} by {strided}, each in several pieces", "shard it by Shard"
+    elif rows % math.prod(sizes):
+        reason = f"{what} unevenly by {strided}"
+        hint = "make the dimension a multiple of the processes, or shard it over one mesh dimension"
+    else:
+        return
+    raise InvalidValueError("tensor", reason, hint, value=f"{name!r}")
 
 
 # --- replicas
@@ -210,14 +222,14 @@ class Callers:
     def of_replicas(cls, directory: Path, keeps: bool) -> Callers:
         """The trackers of one directory, the first, second and so on that each process makes."""
         name = hashlib.sha256(str(directory).encode()).hexdigest()[:16]
-        hint = "make this call in every process that has a tracker, or with alone=True in the one that keeps averages"
+        hint = f"make it in every process, with a tracker of {directory}; or in the first one only, with alone=True"
         return cls(_new_store(name), keeps, hint)
 
-    def gather(self, device: torch.device) -> Group:
-        """The processes that make this call; only this one where no other has a tracker, or none keeps averages.
+    def gather(self, device: torch.device, call: str) -> Group:
+        """The processes that make this `call`; only this one where no other has a tracker, or none keeps averages.
 
         Raises:
-            RankError: a process that has a tracker does not come; names it.
+            RankError: a process that has a tracker does not come, or makes another call; names it.
         """
         began = time.monotonic()
         while len(made := self._made()) < self._world and self._keeps and self._graceful:
@@ -226,17 +238,24 @@ class Callers:
         if len(made) == (1 if self._keeps else self._world) and any(made.values()) == self._keeps:
             return Group(self._rank, (self._rank,), None, device)
         self._calls += 1
-        call = f"call/{self._calls}"
-        self._store.set(f"{call}/{self._rank}", "")
+        place = f"call/{self._calls}"
+        self._store.set(f"{place}/{self._rank}", call)
         try:
-            self._wait_for_all(call)
-        except RankError as error:
-            if self._keeps:
-                self._store.set(f"{call}/answer", json.dumps([error.subject, error.reason, error.hint]))
+            self._wait_for_all(place)
+            for sign in self._signs(place) if self._keeps else []:
+                if (other := self._store.get(sign).decode()) != call:
+                    reason = f"asks for {other}, and rank {self._rank} for {call}"
+                    raise RankError(f"rank {sign.rpartition('/')[2]}", reason, "make the same call in every process")
+        except BaseException as error:
+            if self._keeps:  # the others wait for its answer
+                named, reason, hint = f"rank {self._rank}", f"left this call by {type(error).__name__}", self._hint
+                if isinstance(error, RankError):
+                    named, reason, hint = error.subject, error.reason, error.hint
+                self._store.set(f"{place}/answer", json.dumps([named, reason, hint]))
             raise
         if self._keeps:
-            self._store.set(f"{call}/answer", json.dumps([self._rank, *sorted(made.keys() - {self._rank})]))
-        answer = json.loads(self._store.get(f"{call}/answer"))
+            self._store.set(f"{place}/answer", json.dumps([self._rank, *sorted(made.keys() - {self._rank})]))
+        answer = json.loads(self._store.get(f"{place}/answer"))
         if isinstance(answer[0], str):
             raise RankError(*answer)
         if self._rank not in answer:
@@ -246,12 +265,12 @@ class Callers:
             self._handles[ranks] = dist.new_group(sorted(ranks), use_local_synchronization=True)
         return Group(self._rank, ranks, None if everyone else self._handles[ranks], device)
 
-    def _wait_for_all(self, call: str) -> None:
+    def _wait_for_all(self, place: str) -> None:
         """Return when all have come, in those that keep no averages when the one that does has answered."""
         began, pause, warned = time.monotonic(), 0.001, False
-        while not self._store.check(self._signs(call) if self._keeps else [f"{call}/answer"]):
+        while not self._store.check(self._signs(place) if self._keeps else [f"{place}/answer"]):
             if time.monotonic() - began > (LIMIT if warned else WARNING):
-                absent = [sign for sign in self._signs(call) if not self._store.check([sign])]
+                absent = [sign for sign in self._signs(place) if not self._store.check([sign])]
                 names = " and ".join(f"rank {sign.rpartition('/')[2]}" for sign in absent) or "the other processes"
                 if warned:
                     raise RankError(names, f"did not make this call within {LIMIT:.0f} s", self._hint)
@@ -260,10 +279,10 @@ class Callers:
             time.sleep(pause)
             pause = min(1.5 * pause, 0.1)
 
-    def _signs(self, call: str) -> list[str]:
+    def _signs(self, place: str) -> list[str]:
         """What each process leaves in the store when it makes a call. Any may be the one that keeps averages."""
         made = self._made()
-        return [f"{call}/{rank}" for rank in (made if any(made.values()) else range(self._world))]
+        return [f"{place}/{rank}" for rank in (made if any(made.values()) else range(self._world))]
 
     def _made(self) -> dict[int, bool]:
         """The ranks that have made a tracker, and whether each keeps averages."""
@@ -414,7 +433,7 @@ def _holders(store: Store, world: int, options: Mapping[str, str]) -> tuple[list
     holding: dict[str, list[int]] = defaultdict(list)
     held = []
     for rank in range(world):
-        what = "made no tracker of this model; call from_model or from_path in every process"
+        what = "made no tracker of this model; call from_model or from_path in every process, with the same arguments"
         here = json.loads(_wait(store, f"here/{rank}", rank, what))
         for option, value in options.items():
             if here["options"][option] != value:

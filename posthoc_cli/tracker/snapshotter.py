@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections import defaultdict
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
@@ -24,11 +25,13 @@ from posthoc_cli.profiles import PowerFunction
 from posthoc_cli.reconstruction import Distance, Measurements, roundings
 from posthoc_cli.snapshots.chunks import Box
 from posthoc_cli.snapshots.directory import (
+    ON_ONE_FILE_SYSTEM,
     StoredSnapshot,
     find_snapshots,
     inspect_directory,
     newest_before,
     on_schedule,
+    part_files,
     read_snapshot,
     remove_snapshot,
     set_aside,
@@ -37,7 +40,7 @@ from posthoc_cli.snapshots.directory import (
 )
 from posthoc_cli.snapshots.format import BLOCK_BYTES, ITEM_BYTES, SnapshotInfo, TensorSpec, snapshot_metadata
 from posthoc_cli.snapshots.headers import decode_snapshot
-from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.lock import LOCK_NAME, DirectoryLock
 from posthoc_cli.snapshots.measurements import motion_so_far
 from posthoc_cli.snapshots.reader import OpenSnapshot, Snapshot, TensorFile, read_header
 from posthoc_cli.snapshots.tensors import stored_name, tensor_bytes, tensor_from_bytes, torch_dtype
@@ -47,7 +50,7 @@ from posthoc_cli.tracker.averages import Accumulators, RunningAverages
 from posthoc_cli.tracker.buffers import on_host
 from posthoc_cli.tracker.model_tensors import EIGHT_BITS, nonfinite_name
 from posthoc_cli.tracker.settings import Settings
-from posthoc_cli.tracker.sharding import Members
+from posthoc_cli.tracker.sharding import PATIENCE, Members
 from posthoc_cli.tracker.state import STATE_NAME, Tracking, state_info, write_state
 
 log = logging.getLogger(__name__)
@@ -179,7 +182,8 @@ class Snapshotter:
 
     Raises:
         LockedError: another writer holds the directory.
-        DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written.
+        DirectoryError, FileFormatError, MismatchError, WriteError: it cannot be one, be read, or be written; or it is
+            another one than rank 0's, on a disk of this process's own.
     """
 
     def __init__(self, directory: Path, settings: Settings, members: Members | None = None) -> None:
@@ -194,6 +198,8 @@ class Snapshotter:
                     raise DirectoryError(place, reason, "name another one, or move the file away")
             files.make_directory(directory)
         self._lock = DirectoryLock(directory) if self._leads else None
+        if not self._leads:
+            _check_shared(directory)
         try:
             if members is not None and self._leads:
                 # Parts of a killed attempt and of this one could look like one snapshot.
@@ -341,13 +347,24 @@ class Snapshotter:
             self._stored = thin(self._stored, schedule.max_checkpoints, schedule.sigma_range)
             return
         self._stored = [snapshot for snapshot in self._stored if snapshot.path.exists()]
-        # Of its own snapshots those that other processes are still writing are the newest.
+        if self._leads:
+            self._warn_of_incomplete()
         if self._leads and schedule.max_checkpoints is not None:
+            # Only times of which everything is there: another process may die before it has written its part.
             complete = self._complete()
-            all_parts = [complete.get((s.t, s.sigma_rel), s) for s in self._stored]
-            left = thin(all_parts, schedule.max_checkpoints, schedule.sigma_range)
+            unfinished = {snapshot.t for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) not in complete}
+            whole = [complete[s.t, s.sigma_rel] for s in self._stored if s.t not in unfinished]
+            left = thin(whole, schedule.max_checkpoints, schedule.sigma_range)
             kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
-            self._stored = [snapshot for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) in kept]
+            self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
+
+    def _warn_of_incomplete(self) -> None:
+        """Warn of the third newest snapshots if they still lack parts: each process writes one time after the other."""
+        times = sorted({snapshot.t for snapshot in self._stored})
+        for path, part in [(s.path, s.info.part) for s in self._stored if s.t in times[-3:-2]]:
+            if part is not None and (there := len(part_files(path.parent))) < part[1]:
+                what = "%s: has %d of %d parts only, though later ones were written: %s; and pass the same t to update_"
+                log.warning(what, path.parent, there, part[1], ON_ONE_FILE_SYSTEM)
 
     def _complete(self) -> dict[tuple[float, float], StoredSnapshot]:
         """The snapshots of which all parts are there, by time and sigma_rel."""
@@ -395,6 +412,16 @@ class Snapshotter:
         newest = takewhile(lambda s: s.t >= t, reversed(self._stored))
         same = (s for s in newest if (s.t, s.sigma_rel) == (t, sigma_rel))
         return any(not (scheduled and s.info.off_schedule) for s in same)
+
+
+def _check_shared(directory: Path) -> None:
+    """Raise a DirectoryError unless this process sees the lock that rank 0 has made; a network may show it late."""
+    until = time.monotonic() + PATIENCE
+    while not (directory / LOCK_NAME).exists():
+        if time.monotonic() > until:
+            reason = "is not the directory of that name in which rank 0 writes"
+            raise DirectoryError(directory, reason, ON_ONE_FILE_SYSTEM)
+        time.sleep(0.1)
 
 
 def _is_earlier(path: Path, own: SnapshotInfo) -> bool:

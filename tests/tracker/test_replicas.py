@@ -168,14 +168,16 @@ if rank == 0:
     results = run_group((TRAINED + code).replace("SETTINGS", SETTINGS), 3, tmp_path)
     assert all(result.code == 0 for result in results), results
     lines = [result.out.splitlines() for result in results]
-    missing = "rank 2: did not make this call within 2 s; make this call in every process that has a tracker"
+    missing = (
+        f"rank 2: did not make this call within 2 s; make it in every process, with a tracker of {tmp_path / 'run'}; or"
+    )
     lacks = "tensor 'odd': is in the averaged weights, but the model has no such tensor"
     assert lines[0][0] == lines[2][0] == f"RankError rank 1: {lacks}"
     assert lines[1][0] == f"ModelMismatchError {lacks}"
     assert lines[0][1].startswith(missing)
     assert lines[1][1].startswith(missing)
     assert lines[1][2].startswith("this process keeps no averages")
-    assert "waiting for rank 2: make this call in every process that has a tracker" in results[0].err
+    assert "waiting for rank 2: make it in every process, with a tracker of " in results[0].err
 
 
 def test_averages_that_replicas_share_out_are_those_of_one_process_bit_for_bit(tmp_path: Path) -> None:

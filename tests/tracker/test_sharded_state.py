@@ -48,7 +48,9 @@ for _ in range(2):
     other.save_state(folder / f"state-{after}")
     train(ema.step + 1, after, ema, other)
 other.save_state(folder / f"state-{after}")
-dcp.save({"ema": ema}, checkpoint_id=folder / f"dcp-{after}")
+saved = (dcp.save if arguments[0] == "hsdp" else dcp.async_save)({"ema": ema}, checkpoint_id=folder / f"dcp-{after}")
+if arguments[0] != "hsdp":
+    saved.result()
 ema.close()
 ema.save_state(folder / f"closed-{after}")
 other.close()

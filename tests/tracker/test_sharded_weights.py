@@ -158,9 +158,22 @@ try:
 except KeyError:
     pass
 assert equal(held(model), raw) and model.training
+import signal
+if rank == 0:  # while it waits for the other one
+    signal.signal(signal.SIGALRM, signal.default_int_handler)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+else:
+    import time
+    time.sleep(1)
+try:
+    ema.state_dict(0.15)
+except (KeyboardInterrupt, PostHocError) as error:
+    print(error)
+assert ema.state_dict(0.15)
 ema.close()
 """
-    check_group(TRAINED + code, 2, tmp_path, "fsdp")
+    _, told = check_group("from posthoc_cli import PostHocError\n" + TRAINED + code, 2, tmp_path, "fsdp")
+    assert told.startswith("rank 0: left this call by KeyboardInterrupt")
 
 
 def test_processes_that_ask_at_different_steps_are_named(tmp_path: Path) -> None:
@@ -171,6 +184,45 @@ ema.state_dict(0.15)
     for result in run_group(TRAINED + code, 2, tmp_path, "fsdp"):
         assert result.code != 0
         assert "RankError: rank 1: is at step 9 of update_, and rank 0 at step 8" in result.err
+
+
+def test_processes_that_pass_another_time_are_named_and_what_stays_incomplete_is_told(tmp_path: Path) -> None:
+    code = """
+ema.close()
+options = {"update_every": 1, "checkpoint_every": 1, "t_unit": "images"}
+with PostHocEMA.from_model(model, folder / "images", **options) as ema:
+    for step in range(1, 5):
+        groups.move(model, step)
+        ema.update_(model, t=10 * step + rank)
+    ema.state_dict(0.15)
+"""
+    first, second = run_group(TRAINED + code, 2, tmp_path, "fsdp")
+    for result in (first, second):
+        assert "RankError: rank 1: is at t = 41 at step 4, and rank 0 at t = 40; pass the same t" in result.err
+    assert f"{tmp_path}/images/0000000000000020-0.05: has 1 of 2 parts only, though later ones" in first.err
+
+
+@pytest.mark.parametrize("kind", ["fsdp", "ddp"])
+def test_processes_that_ask_for_different_averages_are_named(kind: str, tmp_path: Path) -> None:
+    code = """
+from posthoc_cli import PostHocError
+train(1, 8)
+for options in ({"sigma_rel": 0.15 + 0.05 * rank}, {"sigma_rel": 0.15, **({"t": 4} if rank else {})}):
+    try:
+        with ema.model(model, **options):
+            raise SystemExit("filled")
+    except PostHocError as error:
+        print(error)
+with ema.model(model, sigma_rel=0.15):
+    pass
+ema.close()
+"""
+    hint = "make the same call in every process"
+    for out in check_group(TRAINED + code, 2, tmp_path, kind):
+        assert out.splitlines() == [
+            f"rank 1: asks for model(sigma_rel 0.2), and rank 0 for model(sigma_rel 0.15); {hint}",
+            f"rank 1: asks for model(sigma_rel 0.15, t=4), and rank 0 for model(sigma_rel 0.15); {hint}",
+        ]
 
 
 def test_batch_norm_statistics_of_a_sharded_model_are_those_of_the_block(tmp_path: Path) -> None:
@@ -228,7 +280,8 @@ from torch.distributed.fsdp import fully_shard
 model = nn.Sequential(nn.Linear(5, 7, bias=False), nn.Linear(7, 5), nn.Linear(5, 7, bias=False)).bfloat16()
 model[2].weight = model[0].weight
 fully_shard(model)
-other = PostHocEMA.from_model(model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32")
+other = PostHocEMA.from_model(
+    model, folder / "tied", update_every=1, checkpoint_every=2, checkpoint_dtype="float32", device="cpu")
 for step in range(1, 4):
     groups.move(model, step)
     other.update_(model)

@@ -134,6 +134,30 @@ print(*found)
             assert found < derived + 0.5, out
 
 
+def test_one_process_after_the_other_updates_writes_and_thins(tmp_path: Path) -> None:
+    """Collectives of any thread, which the next test would not see, would wait for ever."""
+    code = f"""
+import time
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA
+model = groups.spread(groups.Net(), "fsdp")
+with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, max_checkpoints=2) as ema:
+    groups.move(model, 1)
+    ema.update_(model)
+    dist.barrier()
+    while not all((folder / f"done-{{other}}").exists() for other in range(rank + 1, world)):
+        time.sleep(0.01)
+    for step in range(2, 25):
+        groups.move(model, step)
+        ema.update_(model)
+    ema.flush()
+    (folder / f"done-{{rank}}").touch()
+"""
+    check_group(code, 3, tmp_path)
+    assert sorted({snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots})[-1] == 24
+    assert len(Run(tmp_path / "run").snapshots) == 4
+
+
 def test_no_update_and_no_snapshot_makes_processes_wait_for_each_other(tmp_path: Path) -> None:
     counted = """
 from torch.distributed.tensor.debug import CommDebugMode
@@ -144,6 +168,43 @@ import posthoc_cli
     )
     outs = check_group(counted + inside + "print(mode.get_total_counts())", 2, tmp_path, "fsdp")
     assert [out.strip() for out in outs] == ["0", "0"]
+
+
+def test_a_complete_snapshot_stays_until_another_process_has_written_the_next(tmp_path: Path) -> None:
+    code = f"""
+import time
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA, Run, files
+model = groups.spread(groups.Net(), "fsdp")
+def train(first, last):
+    for step in range(first, last + 1):
+        groups.move(model, step)
+        ema.update_(model)
+def held_up(descriptor):
+    while not (folder / "go").exists():
+        time.sleep(0.01)
+    own(descriptor)
+own = files.system.fsync
+with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, max_checkpoints=1) as ema:
+    train(1, 4)
+    ema.flush()
+    dist.barrier()
+    if rank == 1:
+        files.system.fsync = held_up
+    train(5, 8)
+    if rank == 0:
+        ema.flush()
+        print([snapshot.info.t for snapshot in Run(folder / "run").snapshots])
+        (folder / "go").touch()
+    ema.flush()
+    dist.barrier()
+    train(9, 12)
+"""
+    first, _ = check_group(code, 2, tmp_path)
+    assert first.strip() == "[4.0, 4.0]"
+    left = {snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots}
+    assert 12 in left
+    assert 4 not in left
 
 
 def test_a_value_that_is_not_finite_in_one_process_leaves_the_update_out_in_all(tmp_path: Path) -> None:
@@ -165,17 +226,56 @@ with PostHocEMA.from_model(model, folder / "run", {SETTINGS}, on_nonfinite="skip
             assert decode_snapshot(path, read_header(path)).updates == 1
 
 
-@pytest.mark.parametrize("change", ["sigma_rels=(0.1,)", "checkpoint_dir"])
-def test_processes_with_other_options_are_named(tmp_path: Path, change: str) -> None:
-    code = """
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ('{"sigma_rels": (0.1,)}', "sigma_rels (0.1,), and rank 0 has (0.05, 0.28)"),
+        ('{"checkpoint_dir": folder / "other"}', "checkpoint_dir "),
+        ('{"include": "first*"}', "include ('first*',), and rank 0 has ()"),
+    ],
+)
+def test_processes_with_other_options_are_named(tmp_path: Path, change: str, told: str) -> None:
+    code = f"""
 from posthoc_cli import PostHocEMA
 model = groups.spread(groups.Net(), "fsdp")
-directory = folder / ("other" if rank and arguments[0] == "checkpoint_dir" else "run")
-PostHocEMA.from_model(model, directory, sigma_rels=(0.1,) if rank and arguments[0] != "checkpoint_dir" else (0.1, 0.2))
+PostHocEMA.from_model(model, **({{"checkpoint_dir": folder / "run"}} | ({change} if rank else {{}})))
 """
-    for result in run_group(code, 2, tmp_path, change):
+    for result in run_group(code, 2, tmp_path):
         assert result.code != 0
-        assert f"RankError: rank 1: has {change.partition('=')[0]}" in result.err
+        assert f"RankError: rank 1: has {told}" in result.err
+
+
+def test_placements_that_cannot_be_averaged_here_are_refused_by_name(tmp_path: Path) -> None:
+    code = """
+import torch
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+from torch.distributed.tensor.placement_types import _StridedShard
+from posthoc_cli import PostHocEMA, PostHocError
+mesh, grid = init_device_mesh("cpu", (2,)), init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp", "tp"))
+partial, strided, uneven = (nn.Linear(4, rows, bias=False) for rows in (4, 8, 7))
+partial.weight = nn.Parameter(DTensor.from_local(torch.zeros(4, 4), mesh, [Partial()]))
+strided.weight = nn.Parameter(DTensor.from_local(
+    torch.zeros(4, 4), mesh, [_StridedShard(0, split_factor=2)], shape=torch.Size((8, 4)), stride=(4, 1)))
+parallelize_module(uneven, grid["tp"], ColwiseParallel())
+fully_shard(uneven, mesh=grid["dp"])
+for model in (partial, strided, uneven):
+    try:
+        PostHocEMA.from_model(model, folder / "run")
+    except PostHocError as error:
+        print(error)
+"""
+    for out in check_group(code, 2, tmp_path):
+        partial, strided, uneven = out.splitlines()
+        assert partial.startswith("tensor 'weight': has the placement P")
+        assert strided.startswith("tensor 'weight': has 8 rows in dimension 0, which 2 processes share by _S")
+        assert "in several pieces" in strided
+        assert uneven.startswith(
+            "tensor 'weight': has 7 rows in dimension 0, which 1 x 2 processes share unevenly by _S"
+        )
 
 
 def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: Path) -> None:
@@ -186,7 +286,37 @@ def test_a_second_job_on_a_directory_is_refused_in_all_its_processes(tmp_path: P
         first, *others = run_group(TRAIN, 4, tmp_path, "hsdp")  # of which two have nothing to write
     assert first.code != 0
     assert "LockedError" in first.err
+    assert "writer=" not in first.err  # which a sharded model refuses
     assert all(result.code != 0 and "RankError: rank 0: " in result.err for result in others)
+
+
+@pytest.mark.skipif(not Path("/proc/self/cwd").exists(), reason="no path that is another directory in each process")
+def test_processes_that_write_to_disks_of_their_own_are_refused(tmp_path: Path) -> None:
+    code = f"""
+import os
+import torch.distributed as dist
+from posthoc_cli import PostHocEMA, PostHocError
+from posthoc_cli.tracker import snapshotter
+snapshotter.PATIENCE = 0.5
+(folder / str(rank)).mkdir()
+os.chdir(folder / str(rank))
+model = groups.spread(groups.Net(), "fsdp")
+ema = PostHocEMA.from_model(model, "/proc/self/cwd/run", {SETTINGS})
+for step in range(1, 5) if rank == 0 else (1,):
+    if step == 2:
+        dist.barrier()
+    groups.move(model, step)
+    try:
+        ema.update_(model)
+    except PostHocError as error:
+        print(step, error)
+if rank == 1:
+    dist.barrier()
+"""
+    first, second = check_group(code, 2, tmp_path)
+    assert second.startswith("1 /proc/self/cwd/run: is not the directory of that name in which rank 0 writes; all pro")
+    assert first.startswith("4 rank 1: /proc/self/cwd/run: is not the directory of that name")
+    assert not list(tmp_path.rglob("*4-*/part-*"))
 
 
 LATE = f"""
@@ -240,10 +370,11 @@ model = groups.Net()
 ema = PostHocEMA.from_model(model, folder / "run", update_every=1, checkpoint_every=1)
 ema.update_(model)
 ema.flush()
+shared = PostHocEMA.from_model(model, folder / "shared", update_every=1, shard_averages=True)
 import torch.distributed as dist
 dist.barrier()
 groups.spread(model, "fsdp")
-for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load_into(model, 0.28)):
+for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load_into(model, 0.28), shared.update_):
     try:
         use(model)
     except ModelMismatchError as error:
@@ -251,8 +382,9 @@ for use in (ema.update_, lambda model: PostHocEMA.from_path(folder / "run").load
 ema.close()
 """
     for out in check_group(code, 2, tmp_path):
-        updated, filled = out.splitlines()
+        updated, filled, shared = out.splitlines()
         assert "was not when this tracker was made; shard the model first; then make the tracker in every" in updated
+        assert shared == updated
         assert "is sharded over processes, and this tracker was made before that, or without the model" in filled
     assert [snapshot.info.t for snapshot in Run(tmp_path / "run").snapshots] == [1, 1]
 
@@ -354,3 +486,49 @@ def test_a_run_goes_on_with_another_arrangement_of_processes(
         exact = truth(gamma_from_sigma_rel(width), [2, 4, 6, 8, 10, 12])
         for name, tensor in exact.items():
             assert torch.allclose(found[name].double(), tensor, rtol=2e-6, atol=2e-6), name
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_averages_with_nccl_are_those_of_the_whole_training(tmp_path: Path) -> None:
+    """As many processes as accelerators, at most two: all that exchanges tensors or flags."""
+    code = f"""
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from posthoc_cli import PostHocEMA
+backend, device = arguments
+dist.destroy_process_group()
+if device == "cuda":
+    torch.cuda.set_device(rank)
+dist.init_process_group(backend, init_method=f"file://{{folder}}/again", rank=rank, world_size=world)
+model = groups.spread(groups.Net().to(device), "hsdp" if world == 4 else "fsdp")
+ema = PostHocEMA.from_model(model, folder / "run", {SETTINGS}, on_nonfinite="skip")
+exact = torch.load(folder / "truth.pt")
+for step in range(1, 9):
+    groups.move(model, step)
+    ema.update_(model)
+ema.save_state(folder / "state")
+dcp.save({{"ema": ema}}, checkpoint_id=folder / "dcp")
+dcp.load({{"ema": ema}}, checkpoint_id=folder / "dcp")
+ema.load_state(folder / "state")
+with ema.averaged(model, tracked=0.2):
+    held = {{name: parameter.to_local().cpu() for name, parameter in model.named_parameters()}}
+    for name, right in exact.items():
+        own = groups.local(dict(model.named_parameters())[name], right)
+        assert torch.allclose(held[name].double(), own, rtol=1e-6, atol=1e-6), name
+with ema.model(model, sigma_rel=0.15):
+    assert model(torch.ones(2, 6, device=device)).isfinite()
+whole = ema.state_dict(0.15, full=True)
+assert len(whole) == (len(exact) + 2 if rank == 0 else 0)
+bare = groups.Net().to(device)
+with PostHocEMA.from_model(bare, folder / "shares", update_every=1, checkpoint_every=2, shard_averages=True) as shared:
+    for step in range(1, 4):
+        groups.move(bare, step)
+        shared.update_(bare)
+    with shared.model(bare, sigma_rel=0.15):
+        pass
+ema.close()
+"""
+    torch.save(dict(truth(gamma_from_sigma_rel(0.2), [2, 4, 6, 8])), tmp_path / "truth.pt")
+    check_group(code, min(torch.cuda.device_count(), 2), tmp_path, "nccl", "cuda")
