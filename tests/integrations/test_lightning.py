@@ -18,6 +18,7 @@ from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, train
 from integrations.truth import distance, exact
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
@@ -184,6 +185,60 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
     assert "ema/predicted_error_0.15" in metrics.read_text()
     with pytest.raises(InvalidValueError, match=r"validate=0\.15"):
         PostHocWeightAveraging(tmp_path / "ema", copy_at_end=True)
+    with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
+        PostHocWeightAveraging(tmp_path / "ema", validate=0.4)
+
+
+class Adaptable(Regression):
+    """With a learning rate for a tuner to set, and a frozen part that checkpoints leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr, self.strict_loading = 0.05, False
+        self.backbone = torch.nn.Linear(4, 4).requires_grad_(False)
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        found = super().state_dict(*arguments, **options)
+        return {name: value for name, value in found.items() if not name.startswith("backbone")}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+def test_a_tuner_before_the_training_and_checkpoints_of_a_part(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback, recorder, module = (
+        PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY),
+        Recorder(),
+        Adaptable(),
+    )
+    one = trainer(tmp_path, callback, recorder)
+    Tuner(one).lr_find(module, loader(), loader(), num_training=8)
+    assert callback.ema is None
+    one.fit(module, loader(), loader())
+    assert "averages begin here" not in caplog.text
+    assert_exact(callback, module, recorder.weights)
+    again, second = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
+    module = fit(tmp_path, again, second, module=Adaptable(), ckpt_path=tmp_path / "out/step=8.ckpt")
+    assert_exact(again, module, recorder.weights[:8] + second.weights)
+
+
+def test_the_directory_says_where_to_go_on_and_weights_alone_are_raw(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = EVERY | {"resume": "auto", "checkpoint_dtype": None}
+    module, recorder = Regression(), Recorder()
+    for _ in range(2):
+        callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **options)
+        one = trainer(tmp_path, callback, recorder, max_epochs=1)
+        recorder._step = 0
+        one.checkpoint_callback.save_weights_only = True
+        one.fit(module, loader(), loader())
+    assert callback.ema is not None
+    assert (callback.ema.step, callback.ema.t) == (12, 12)
+    assert distance(live(callback, module, 0.2), exact(recorder.weights, 0.2)) < 1e-6
+    assert "saves raw weights" in caplog.text
 
 
 def test_buffers_are_averaged_where_asked(tmp_path: Path) -> None:

@@ -160,6 +160,20 @@ def test_evaluation_under_the_average_and_the_best_average_at_the_end(tmp_path: 
     assert distance(dict(one.model.named_parameters()), exact(recorder.weights[:best], 0.2)) < 1e-6
 
 
+def test_evaluations_before_the_first_update_see_the_weights_as_they_are(tmp_path: Path) -> None:
+    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY | {"update_every": 2}), Recorder()
+    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
+    one = trainer(tmp_path, recorder, max_steps=4, eval_steps=1, save_steps=1, learning_rate=10.0, **arguments)
+    callback.install(one).options["update_after_step"] = 2
+    one.train()
+    logged = {entry["step"]: entry["eval_ema_loss"] for entry in one.state.log_history if "eval_ema_loss" in entry}
+    assert min(logged, key=logged.get) == 1  # such steps only make it worse
+    model = network()
+    model.load_state_dict({name: value.float() for name, value in recorder.weights[0].items()}, strict=False)
+    assert logged[1] == pytest.approx(loss(model, tmp_path), rel=1e-5)
+    assert distance(dict(one.model.named_parameters()), recorder.weights[0]) == 0
+
+
 @heavy
 def test_replicas_in_two_processes_evaluate_one_average(tmp_path: Path) -> None:
     with socket.create_server(("localhost", 0)) as free:
@@ -264,6 +278,11 @@ def test_bf16_parameters_and_a_compiled_model(tmp_path: Path) -> None:
 def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
         PostHocCallback(tmp_path / "ema", folders=True)
+    with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
+        PostHocCallback(tmp_path / "ema", evaluate=0.4)
+    two = trainer(tmp_path, PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two"))
+    with pytest.raises(InvalidValueError, match="leave one out"):
+        two.train()
     one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.1, **EVERY))
     with pytest.raises(NotReadyError, match="install"):
         one.train()
@@ -316,3 +335,5 @@ def test_a_trainer_of_trl(tmp_path: Path) -> None:
     )
     one.train()
     assert_exact(callback, one.model, recorder.weights)
+    kinds = {"ema/t" in entry: "mean_token_accuracy" in entry for entry in one.state.log_history if "epoch" in entry}
+    assert kinds == {True: False, False: True}  # its own figures are not taken away by ours
