@@ -33,7 +33,7 @@ from transformers import (
 )
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import InvalidValueError, MismatchError, OutputExistsError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
@@ -201,6 +201,34 @@ def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
         Run(tmp_path / "run").write(0.2, tmp_path / "no", like=tmp_path / "dit")
 
 
+def test_folders_that_are_broken_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "like", max_shard_size="10KB")
+    track(model, tmp_path / "run")
+
+    def write(config: dict[str, Any], name: str = "like", **options: Any) -> None:
+        told = json.loads((tmp_path / "like/config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(told | config))
+        Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / name, **options)
+
+    model.save_pretrained(tmp_path / "other")
+    for kinds in (["logging"], ["pipeline"], ["AutoTokenizer"], [3], "LlamaForCausalLM"):
+        with pytest.raises(MismatchError, match=r"other: its config\.json names no model of transformers"):
+            write({"architectures": kinds}, "other", through_library=True)
+    with pytest.raises(MismatchError, match="other: transformers cannot load it as LlamaForCausalLM"):
+        write({"hidden_size": 24}, "other", through_library=True)
+    with pytest.raises(MismatchError, match=r"other: .* quantization_config"):
+        write({"quantization_config": {"quant_method": "fp8"}}, "other")
+    (tmp_path / "like/tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(WriteError, match=r"tokenizer\.json: cannot be copied: no such file"):
+        write({})
+    next((tmp_path / "like").glob("*.safetensors")).unlink()
+    with pytest.raises(FileFormatError, match=r"of-0000\d\.safetensors: cannot be opened"):
+        write({})
+    assert "planning again" not in caplog.text
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     model = MODELS["llama"]()
     model.save_pretrained(tmp_path / "like")
@@ -214,7 +242,7 @@ def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="GPT2LMHeadModel has no tensor"):
         run.write(0.2, tmp_path / "new", like=tmp_path / "gpt2")
     (tmp_path / "gpt2/config.json").write_text(json.dumps({}))
-    with pytest.raises(MismatchError, match=r"config\.json names no class"):
+    with pytest.raises(MismatchError, match=r"config\.json names no model"):
         run.write(0.2, tmp_path / "new", like=tmp_path / "gpt2")
     with pytest.raises(OutputExistsError, match="new folder"):
         run.write(0.2, tmp_path / "small", like=tmp_path / "like")
@@ -225,6 +253,12 @@ def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         run.write(0.2, tmp_path / "new", like=tmp_path / "nowhere")
     with pytest.raises(InvalidValueError, match="is missing"):
         run.write(0.2, tmp_path / "new", component="unet")
+    for wrong in ("../small", "..", str(tmp_path / "small")):
+        with pytest.raises(InvalidValueError, match=r"component.*must be the name of a folder"):
+            run.write(0.2, tmp_path / "new", like=tmp_path / "like", component=wrong)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidValueError, match=r"has no weights: model\.safetensors or"):
+        run.write(0.2, tmp_path / "new", like=tmp_path / "empty")
     big = MODELS["llama"]()
     with torch.no_grad():
         big.model.norm.weight.fill_(1e6)
