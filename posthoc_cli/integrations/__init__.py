@@ -95,6 +95,12 @@ def averaged(
     return ema.model(model, sigma_rel, alone=alone) if has_average(ema) else nullcontext(model)
 
 
+def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that ends now has changed nothing: a GradScaler calls fused optimizers also on infinities."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
 def local_of(function: str, name: str) -> Any:
     """A local variable of the framework's function that has called, for what it hands to no hook; None elsewhere."""
     frame: FrameType | None = sys._getframe()

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
@@ -20,6 +21,7 @@ from posthoc_cli.integrations import (
     make_tracker,
     new_state,
     shares_averages,
+    was_left_out,
 )
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
@@ -103,8 +105,7 @@ class PostHocWeightAveraging(Callback):
         ):
             log.warning("ModelCheckpoint(save_weights_only=True) saves raw weights: Lightning asks no callback then")
         for optimizer in trainer.optimizers:
-            handle = optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
-            self._handles.callback(handle.remove)
+            self._handles.callback(optimizer.register_step_post_hook(self._after_step).remove)
 
         def log_figures(tracker: PostHocEMA) -> None:
             for logger in trainer.loggers:
@@ -184,6 +185,9 @@ class PostHocWeightAveraging(Callback):
         self._state, self._resumed = checkpoint.get("averaging_state"), True
         if "current_model_state" in checkpoint:
             pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._stepped |= not was_left_out(optimizer)
 
     def _finish(self) -> None:
         self._swapped.close()

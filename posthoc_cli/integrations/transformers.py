@@ -13,7 +13,15 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import averaged, figures, find_state, local_of, make_tracker, new_state
+from posthoc_cli.integrations import (
+    averaged,
+    figures,
+    find_state,
+    local_of,
+    make_tracker,
+    new_state,
+    was_left_out,
+)
 from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
@@ -50,7 +58,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
             options |= {name: getattr(schedule, name) for name in ("sigma_rels", "checkpoint_every", "max_checkpoints")}
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
-        self._is_nested = False
+        self._is_nested, self._is_left_out = False, False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
         """Add the callback to a trainer, and evaluation under the average to its `evaluate`.
@@ -113,8 +121,9 @@ class PostHocCallback(TrainerCallback, ExportableState):
         return {"args": given | options, "attributes": {}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        optimizer: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
         """Make the tracker, and continue from a checkpoint. The folder is in no argument, but in the caller's frame."""
         loop = "_inner_training_loop"
         trainer, folder = (local_of(loop, name) for name in ("self", "resume_from_checkpoint"))
@@ -134,6 +143,9 @@ class PostHocCallback(TrainerCallback, ExportableState):
                 ema.load_state(find_state(folder) or new_state(folder, model, self.options))
         if stored is None:  # the trainer expects it when it saves
             state.stateful_callbacks[name] = self.state()
+        stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+        if isinstance(stepping, torch.optim.Optimizer):
+            stepping.register_step_post_hook(lambda one, *_: setattr(self, "_is_left_out", was_left_out(one)))
         # Not a subclass's `log`, such as TRL's, which logs and forgets its own figures, too.
         ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self.evaluate)))
 
@@ -142,7 +154,7 @@ class PostHocCallback(TrainerCallback, ExportableState):
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Count the step, unless a GradScaler has skipped it."""
-        if self.ema is None or getattr(optimizer, "step_was_skipped", False):
+        if self.ema is None or self._is_left_out or getattr(optimizer, "step_was_skipped", False):
             return
         logs_too = control.should_log
         self.ema.update_(model)

@@ -128,6 +128,35 @@ def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path:
     assert_exact(callback, module, recorder.weights)
 
 
+class Scaled(Regression):
+    """With a GradScaler and a fused optimizer, which is called even if a gradient is infinite, as once an epoch."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.scaler.scale(self.loss(batch)).backward()
+        if index == 1:
+            self.net[0].bias.grad.fill_(torch.inf)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.05, fused=True)
+
+
+def test_a_step_that_a_fused_optimizer_leaves_out_does_not_count(tmp_path: Path) -> None:
+    callback = PostHocWeightAveraging(tmp_path / "ema", **EVERY)
+    fit(tmp_path, callback, module=Scaled())
+    assert callback.ema is not None
+    assert callback.ema.step == 15  # of 18 batches
+
+
 def test_accumulation_and_a_stride_and_a_late_start(tmp_path: Path) -> None:
     options = EVERY | {"update_every_n_steps": 2}
     callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **options), Recorder()

@@ -137,6 +137,31 @@ def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.Monk
     assert_exact(callback, one.model, recorder.weights)
 
 
+def test_steps_that_a_fused_optimizer_leaves_out_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate takes them for steps: a GradScaler calls such an optimizer, the default, all the same."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    scaler, real = torch.amp.GradScaler("cpu"), AcceleratedOptimizer.__init__
+    monkeypatch.setattr(
+        AcceleratedOptimizer, "__init__", lambda self, one, *_, **__: real(self, one, False, scaler=scaler)
+    )
+
+    class Infinite(Recorder):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step in (1, 2):
+                next(model.parameters()).grad.fill_(torch.inf)
+
+    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Infinite()
+    one = trainer(
+        tmp_path, callback, recorder, save_strategy="no", max_steps=6, max_grad_norm=0, optim="adamw_torch_fused"
+    )
+    one.accelerator.scaler = scaler
+    one.train()
+    assert distance(recorder.weights[2], recorder.weights[0]) == 0
+    del recorder.weights[1:3]
+    assert_exact(callback, one.model, recorder.weights)
+
+
 def test_evaluation_under_the_average_and_the_best_average_at_the_end(tmp_path: Path) -> None:
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, folders=True, **EVERY), Recorder()
     arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
