@@ -44,7 +44,8 @@ class PostHocEMAModel:
         self.sigma_rel = check_sigma_rel(sigma_rel)
         group = torch.distributed
         is_first = not (group.is_available() and group.is_initialized()) or group.get_rank() == 0
-        self._model: torch.nn.Module | None = getattr(model, "module", model)
+        is_wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel)
+        self._model: torch.nn.Module | None = model.module if is_wrapped else model
         self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, is_first, options)
         self._is_shared = shares_averages(model, options)
         self._file: Path | None = None
