@@ -44,8 +44,8 @@ class PostHocEMAModel:
         self.sigma_rel = check_sigma_rel(sigma_rel)
         group = torch.distributed
         is_first = not (group.is_available() and group.is_initialized()) or group.get_rank() == 0
-        is_wrapped = isinstance(model, torch.nn.parallel.DistributedDataParallel)
-        self._model: torch.nn.Module | None = model.module if is_wrapped else model
+        wrapper = torch.nn.parallel.DistributedDataParallel
+        self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
         self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, is_first, options)
         self._is_shared = shares_averages(model, options)
         self._file: Path | None = None
