@@ -210,20 +210,23 @@ class ModelFolder:
             reason = f"{where}its config.json names no model of transformers"
             raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
         try:
-            model: torch.nn.Module = kind.from_pretrained(  # type: ignore[attr-defined]
-                self.place, dtype="auto", local_files_only=True
+            model, loaded = kind.from_pretrained(  # type: ignore[attr-defined]
+                self.place, dtype="auto", local_files_only=True, output_loading_info=True
             )
         except Exception as error:
             first, _, _ = str(error).partition("\n")
             raise MismatchError(
                 self.place, f"{where}transformers cannot load it as {kind.__name__}: {first}"
             ) from error
+        known = {alias for aliases in plan.names.values() for alias in aliases}
+        if made_up := sorted(set(loaded["missing_keys"]) - known):
+            reason = f"{where}it has no tensor {made_up[0]!r}, and neither has the run ({len(made_up)} in all)"
+            raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         lost = [name for name in absent if not any(alias in own for alias in plan.names[name])]
         if lost:
             reason = f"{type(model).__name__} has no tensor {lost[0]!r}, which the run has ({len(lost)} in all)"
             raise MismatchError(self.place, reason, f"it has tensors such as {min(own)!r}")
-        known = {alias for aliases in plan.names.values() for alias in aliases}
         largest = max(file.stat().st_size for file in {file for file, _ in self.entries.values()})
         for index, folder in enumerate(folders):
             for name, (value,) in synthesize(plan.only([index]), options):
@@ -233,7 +236,7 @@ class ModelFolder:
                     shapes = f"has the shape {list(own[name].shape)}, the average {list(value.shape)}"
                     raise MismatchError(self.place, f"tensor {name!r} {shapes}")
                 own[name].data.copy_(_converted(name, value, own[name].dtype))
-            model.save_pretrained(folder / self.component, max_shard_size=largest)  # type: ignore[operator]
+            model.save_pretrained(folder / self.component, max_shard_size=largest)
         return tuple(name for name in model.state_dict() if name not in known)
 
     def _copy_others(self, folder: Path) -> None:

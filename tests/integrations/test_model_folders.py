@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: make 
 
 from ema_command import Ema
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -206,10 +207,10 @@ def test_folders_that_are_broken_are_named(tmp_path: Path, caplog: pytest.LogCap
     model.save_pretrained(tmp_path / "like", max_shard_size="10KB")
     track(model, tmp_path / "run")
 
-    def write(config: dict[str, Any], name: str = "like", **options: Any) -> None:
+    def write(config: dict[str, Any], name: str = "like", run: str = "run", **options: Any) -> None:
         told = json.loads((tmp_path / "like/config.json").read_text())
         (tmp_path / name / "config.json").write_text(json.dumps(told | config))
-        Run(tmp_path / "run").write(0.2, tmp_path / "new", like=tmp_path / name, **options)
+        Run(tmp_path / run).write(0.2, tmp_path / "new", like=tmp_path / name, **options)
 
     model.save_pretrained(tmp_path / "other")
     for kinds in (["logging"], ["pipeline"], ["AutoTokenizer"], [3], "LlamaForCausalLM"):
@@ -217,6 +218,12 @@ def test_folders_that_are_broken_are_named(tmp_path: Path, caplog: pytest.LogCap
             write({"architectures": kinds}, "other", through_library=True)
     with pytest.raises(MismatchError, match="other: transformers cannot load it as LlamaForCausalLM"):
         write({"hidden_size": 24}, "other", through_library=True)
+    weights = load_file(tmp_path / "other/model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
+    track(model, tmp_path / "part", exclude="lm_head.*")
+    with pytest.raises(MismatchError, match=r"other: it has no tensor 'lm_head\.weight', and neither has the run"):
+        write({}, "other", "part", through_library=True)
     with pytest.raises(MismatchError, match=r"other: .* quantization_config"):
         write({"quantization_config": {"quant_method": "fp8"}}, "other")
     (tmp_path / "like/tokenizer.json").symlink_to("nowhere")
