@@ -21,7 +21,14 @@ import torch
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import DTYPES, EPS, WORDS
-from posthoc_cli.errors import InvalidValueError, MismatchError, NonFiniteError, OutputExistsError
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    NonFiniteError,
+    OutputExistsError,
+    VanishedError,
+)
 from posthoc_cli.export.outputs import check_space
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
@@ -52,17 +59,19 @@ class ModelFolder:
         """
         if not path.is_dir():
             raise InvalidValueError("like", "is not a folder", value=path)
-        if component is not None or _weights_at(path) is not None:
+        if component and (component == ".." or Path(component).name != component):
+            raise InvalidValueError("component", "must be the name of a folder in the model folder", value=component)
+        parts = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
+        if component is not None or _weights_at(path) is not None or not parts:
             found = cls(path, component or "")
             if _weights_at(found.place) is None:
                 names = " or ".join(f"{stem}{SUFFIX}" for stem in _STEMS)
                 raise InvalidValueError("like", f"has no weights: {names}, or their index", value=found.place)
             return found
-        parts = [entry.name for entry in sorted(path.iterdir()) if entry.is_dir() and _weights_at(entry) is not None]
         known = set(tensors)
         fitting = [part for part in parts if known & cls(path, part).entries.keys()]
         if len(fitting) != 1:
-            reason = f"has weights in: {', '.join(parts) or 'no part of it'}; with names of the run's in {len(fitting)}"
+            reason = f"has weights in: {', '.join(parts)}; with names of the run's in {len(fitting)}"
             raise InvalidValueError("like", reason, "name the part: component", value=path)
         return cls(path, fitting[0])
 
@@ -76,7 +85,10 @@ class ModelFolder:
         """File and header entry of each tensor in the folder."""
         weights = _weights_at(self.place)
         assert weights is not None, "find has looked"
-        headers = {file: read_header(file) for file in model_files(weights)}
+        try:
+            headers = {file: read_header(file) for file in model_files(weights)}
+        except VanishedError as error:  # else it would pass for a snapshot that was thinned away meanwhile
+            raise FileFormatError(error.subject, error.reason) from error
         return {name: (file, one) for file, header in headers.items() for name, one in header.tensors.items()}
 
     @property
@@ -104,13 +116,17 @@ class ModelFolder:
 
         Raises:
             OutputExistsError: there is something under an output's name; folders are not replaced.
-            MismatchError: a tensor of the run has another shape in the folder, or is neither there nor in the library.
+            MismatchError: a tensor of the run has another shape in the folder, or is neither there nor in the library;
+                or the folder's weights are quantized, or its library cannot load it.
             NonFiniteError: a dtype of the folder cannot hold a value.
             WriteError: the system refused.
         """
         for out in outs:
             if out.exists() and (not out.is_dir() or any(out.iterdir())):
                 raise OutputExistsError(out, "is there already", "name a new folder: a model folder is not replaced")
+        if "quantization_config" in self.config:
+            reason = "its config.json has a quantization_config: such weights cannot hold an average"
+            raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
         check_space(dict.fromkeys(outs, sum(entry.nbytes for _, entry in self.entries.values())))
         absent = [name for name in plan.names if not self._has(plan, name) and plan.tensors[name].role == "average"]
         temporary = [files.temporary_path(out.parent) for out in outs]
@@ -190,16 +206,27 @@ class ModelFolder:
             hint = "install transformers, which may know these names: pip install 'posthoc-cli[transformers]'"
             raise MismatchError(self.place, f"{where}its library is needed", hint) from error
         kind = getattr(transformers, str(kinds[0]), None) if isinstance(kinds, list) and kinds else None
-        if kind is None:
-            reason = f"{where}its config.json names no class of transformers"
+        if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+            reason = f"{where}its config.json names no model of transformers"
             raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
-        model: torch.nn.Module = kind.from_pretrained(self.place, dtype="auto", local_files_only=True)
+        try:
+            model, loaded = kind.from_pretrained(  # type: ignore[attr-defined]
+                self.place, dtype="auto", local_files_only=True, output_loading_info=True
+            )
+        except Exception as error:
+            first, _, _ = str(error).partition("\n")
+            raise MismatchError(
+                self.place, f"{where}transformers cannot load it as {kind.__name__}: {first}"
+            ) from error
+        known = {alias for aliases in plan.names.values() for alias in aliases}
+        if made_up := sorted(set(loaded["missing_keys"]) - known):
+            reason = f"{where}it has no tensor {made_up[0]!r}, and neither has the run ({len(made_up)} in all)"
+            raise MismatchError(self.place, reason, "take a folder that the trained model itself was saved to")
         own = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
         lost = [name for name in absent if not any(alias in own for alias in plan.names[name])]
         if lost:
             reason = f"{type(model).__name__} has no tensor {lost[0]!r}, which the run has ({len(lost)} in all)"
             raise MismatchError(self.place, reason, f"it has tensors such as {min(own)!r}")
-        known = {alias for aliases in plan.names.values() for alias in aliases}
         largest = max(file.stat().st_size for file in {file for file, _ in self.entries.values()})
         for index, folder in enumerate(folders):
             for name, (value,) in synthesize(plan.only([index]), options):
@@ -209,7 +236,7 @@ class ModelFolder:
                     shapes = f"has the shape {list(own[name].shape)}, the average {list(value.shape)}"
                     raise MismatchError(self.place, f"tensor {name!r} {shapes}")
                 own[name].data.copy_(_converted(name, value, own[name].dtype))
-            model.save_pretrained(folder / self.component, max_shard_size=largest)  # type: ignore[operator]
+            model.save_pretrained(folder / self.component, max_shard_size=largest)
         return tuple(name for name in model.state_dict() if name not in known)
 
     def _copy_others(self, folder: Path) -> None:
@@ -224,7 +251,8 @@ class ModelFolder:
                 if replaced or (target.exists() and name.endswith(INDEX_SUFFIX)):
                     continue
                 target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(source, target)
+                with files.reported_as_write_error(source, "copied"):
+                    shutil.copyfile(source, target)
 
 
 def _weights_at(place: Path) -> Path | None:

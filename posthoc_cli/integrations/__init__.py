@@ -5,8 +5,10 @@ Only the public tracker is used here.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -17,8 +19,10 @@ import torch
 from posthoc_cli.errors import MismatchError
 from posthoc_cli.tracker import PostHocEMA
 
-STATE_NAME = "posthoc_ema.safetensors"  # the tracker's own state in a framework's checkpoint,
-PARTS_NAME = "posthoc_ema"  # a folder where processes share the averages
+log = logging.getLogger(__name__)
+
+PARTS_NAME = "posthoc_ema"  # the tracker's own state in a framework's checkpoint: a folder where processes share it,
+STATE_NAME = f"{PARTS_NAME}.safetensors"  # else a file
 
 
 _made: WeakValueDictionary[Path, PostHocEMA] = WeakValueDictionary()  # by directory, the last one
@@ -26,7 +30,8 @@ _made: WeakValueDictionary[Path, PostHocEMA] = WeakValueDictionary()  # by direc
 
 def is_sharded(model: torch.nn.Module) -> bool:
     """Whether processes hold chunks of the model."""
-    return any(hasattr(parameter, "placements") for parameter in model.parameters())
+    # What is no model is refused when the tracker is made.
+    return isinstance(model, torch.nn.Module) and any(hasattr(one, "placements") for one in model.parameters())
 
 
 def shares_averages(model: torch.nn.Module, options: Mapping[str, Any]) -> bool:
@@ -34,23 +39,29 @@ def shares_averages(model: torch.nn.Module, options: Mapping[str, Any]) -> bool:
     return is_sharded(model) or bool(options.get("shard_averages"))
 
 
-def new_state(folder: str | Path, model: torch.nn.Module, options: Mapping[str, Any]) -> Path:
-    """The path for the tracker's state in a checkpoint."""
-    return Path(folder) / (PARTS_NAME if shares_averages(model, options) else STATE_NAME)
+def new_state(folder: str | Path, model: torch.nn.Module, options: Mapping[str, Any], number: int = 0) -> Path:
+    """The path for the state of a tracker in a checkpoint, the first, second, ... of its training."""
+    return Path(folder) / _state_names(number)[shares_averages(model, options)]
 
 
-def find_state(folder: str | Path) -> Path | None:
-    """The path of the tracker's state in a checkpoint, which may be of another arrangement of processes.
+def find_state(folder: str | Path, number: int = 0) -> Path | None:
+    """The path of that state in a checkpoint, which may be of another arrangement of processes.
 
     Raises:
         MismatchError: both a file and a folder are there, from two saves to one checkpoint.
     """
-    found = [path for name in (STATE_NAME, PARTS_NAME) if (path := Path(folder) / name).exists()]
+    found = [path for name in _state_names(number) if (path := Path(folder) / name).exists()]
     if len(found) > 1:
         raise MismatchError(
             f"{found[0]} and {found[1]}", "are the tracker's states of two saves", "remove the older one"
         )
     return found[0] if found else None
+
+
+def _state_names(number: int) -> tuple[str, str]:
+    """As accelerate numbers models: the first one has none."""
+    mark = f"_{number}" if number else ""
+    return STATE_NAME.replace(".", f"{mark}."), f"{PARTS_NAME}{mark}"
 
 
 def make_tracker(
@@ -62,7 +73,8 @@ def make_tracker(
     tell.
     """
     directory = Path(checkpoint_dir).absolute()
-    if (earlier := _made.get(directory)) is not None:
+    if (earlier := _made.get(directory)) is not None and not earlier.closed:
+        log.warning("%s: an earlier tracker of this directory is closed; each model needs its own", directory)
         earlier.close()
     writer = None if shares_averages(model, options) else is_first
     _made[directory] = made = PostHocEMA.from_model(model, directory, **{"writer": writer} | options)
@@ -74,6 +86,19 @@ def has_average(ema: PostHocEMA) -> bool:
     schedule = ema.settings.schedule
     first = (schedule.update_after_step // schedule.update_every + 1) * schedule.update_every
     return ema.step >= first
+
+
+def averaged(
+    ema: PostHocEMA, model: torch.nn.Module, sigma_rel: float, alone: bool = False
+) -> AbstractContextManager[torch.nn.Module]:
+    """The model with averaged weights, as `PostHocEMA.model` gives it; before the first update with its own."""
+    return ema.model(model, sigma_rel, alone=alone) if has_average(ema) else nullcontext(model)
+
+
+def was_left_out(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether the step that ends now has changed nothing: a GradScaler calls fused optimizers also on infinities."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
 
 
 def local_of(function: str, name: str) -> Any:

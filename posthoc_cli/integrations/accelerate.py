@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary, ref
 
 import torch
 from accelerate import Accelerator
@@ -14,13 +15,16 @@ from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
 
+_prepared: WeakKeyDictionary[Accelerator, list[ref[PostHocEMA]]] = WeakKeyDictionary()
+
 
 def prepare(
     accelerator: Accelerator, model: torch.nn.Module, checkpoint_dir: str | Path, optimizer: Any = None, **options: Any
 ) -> PostHocEMA:
     """A tracker whose exact state is in every checkpoint of the accelerator, in safetensors files and not as a pickle.
 
-    Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2, afterwards.
+    Call it in every process, before or after `accelerator.prepare`; for a model under FSDP2, afterwards. Of several
+    models each has its own directory, and the calls have the same order whenever the script runs.
 
     Arguments:
         model: wrapped or bare.
@@ -37,11 +41,19 @@ def prepare(
         ema.attach(optimizer)
     ema.on_snapshot(lambda tracker: accelerator.log(figures(tracker, None), step=tracker.step))
 
+    number = _number(accelerator, ema)
+
+    def replaced() -> bool:
+        return _prepared[accelerator][number]() is not ema
+
     def save(models: object, weights: object, folder: str) -> None:
-        ema.save_state(new_state(folder, model, options))
+        if not replaced():
+            ema.save_state(new_state(folder, model, options, number))
 
     def load(models: object, folder: str) -> None:
-        if (stored := find_state(folder)) is not None:
+        if replaced():
+            return
+        if (stored := find_state(folder, number)) is not None:
             ema.load_state(stored)
         elif accelerator.is_main_process:
             log.warning("%s was saved without this tracker: its averages begin here", folder)
@@ -49,3 +61,12 @@ def prepare(
     accelerator.register_save_state_pre_hook(save)
     accelerator.register_load_state_pre_hook(load)
     return ema
+
+
+def _number(accelerator: Accelerator, ema: PostHocEMA) -> int:
+    """The place of a tracker in checkpoints: that of one which was closed, as when a cell runs again, or a new one."""
+    places = _prepared.setdefault(accelerator, [])
+    trackers = [place() for place in places]
+    number = next((i for i, one in enumerate(trackers) if one is None or one.closed), len(places))
+    places[number : number + 1] = [ref(ema)]
+    return number

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import STATE_NAME, has_average, make_tracker
+from posthoc_cli.integrations import STATE_NAME, averaged, make_tracker, shares_averages
+from posthoc_cli.profiles import check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
 _FILE = "state_file"  # the key of a state that is a file still
@@ -20,6 +21,8 @@ class PostHocEMAModel:
     """Averages of a model under the names of `EMAModel`, whose line in a script becomes
 
         ema_model = PostHocEMAModel(unet, "run/ema", sigma_rel=0.15)
+
+    As in these scripts, the main process alone saves and copies averages; those that share averages do so together.
 
     Arguments:
         model: the one that is trained, before or after `accelerator.prepare`; its adapter only, if it has one.
@@ -38,13 +41,21 @@ class PostHocEMAModel:
     ) -> None:  # fmt: skip
         if not isinstance(model, torch.nn.Module):
             raise InvalidValueError("model", "must be the model itself, not its parameters: snapshots have its names")
-        self.sigma_rel = sigma_rel
+        self.sigma_rel = check_sigma_rel(sigma_rel)
         group = torch.distributed
         is_first = not (group.is_available() and group.is_initialized()) or group.get_rank() == 0
-        self._model: torch.nn.Module | None = getattr(model, "module", model)
+        wrapper = torch.nn.parallel.DistributedDataParallel
+        self._model: torch.nn.Module | None = model.module if isinstance(model, wrapper) else model
         self.ema: PostHocEMA | None = make_tracker(model, checkpoint_dir, is_first, options)
+        self._is_shared = shares_averages(model, options)
         self._file: Path | None = None
         self._stored: list[torch.Tensor] | None = None
+
+    @property
+    def cur_decay_value(self) -> float | None:
+        """What a step leaves of the average at the last one, for scripts that log it; None before the first step."""
+        ema, _ = self._tracking()
+        return (1 - 1 / ema.step) ** (gamma_from_sigma_rel(self.sigma_rel) + 1) if ema.step else None
 
     def step(self, parameters: object = None) -> None:
         """Count an optimizer step. The model is known; what is given is not looked at."""
@@ -69,11 +80,15 @@ class PostHocEMAModel:
         """Copy the average into the parameters of a model of this kind: all of them, or the trainable ones.
 
         Before the first update these are the weights as they are.
+
+        Raises:
+            InvalidValueError: parameters of another model.
+            NotReadyError: another process keeps the averages.
         """
         _, model = self._tracking()
         given = list(parameters)
-        with self._averaged() as averaged:
-            own = list(averaged.parameters())
+        with self._averaged() as filled:
+            own = list(filled.parameters())
             trained = [one for one in own if one.requires_grad]
             chosen = own if len(given) == len(own) else trained
             if [one.shape for one in chosen] != [one.shape for one in given]:
@@ -84,10 +99,15 @@ class PostHocEMAModel:
             parameter.copy_(value)
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Save the averaged model for its own `from_pretrained`, with the tracker's exact state beside it."""
+        """Save the averaged model for its own `from_pretrained`, with the tracker's exact state beside it.
+
+        A process that keeps no averages does nothing.
+        """
         ema, _ = self._tracking()
-        with self._averaged() as averaged:
-            averaged.save_pretrained(path)
+        if not ema.keeps_averages:
+            return
+        with self._averaged() as filled:
+            filled.save_pretrained(path)
         ema.save_state(Path(path) / STATE_NAME)
 
     @classmethod
@@ -123,9 +143,12 @@ class PostHocEMAModel:
         if self.ema is not None:
             self.ema.close()
 
-    def _averaged(self) -> Any:
+    def _averaged(self) -> AbstractContextManager[Any]:
         ema, model = self._tracking()
-        return ema.model(model, self.sigma_rel) if has_average(ema) else nullcontext(model)
+        if not ema.keeps_averages:
+            hint = f"copy them there; or in all processes: with ema_model.ema.model(unet, {self.sigma_rel:g})"
+            raise NotReadyError("copy_to", "the main process keeps the averages, not this one", hint)
+        return averaged(ema, model, self.sigma_rel, alone=not self._is_shared)
 
     def _tracking(self) -> tuple[PostHocEMA, torch.nn.Module]:
         if self.ema is None or self._model is None:

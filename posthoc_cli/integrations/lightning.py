@@ -7,11 +7,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations import (
+    averaged,
     figures,
     find_state,
     has_average,
@@ -19,7 +21,9 @@ from posthoc_cli.integrations import (
     make_tracker,
     new_state,
     shares_averages,
+    was_left_out,
 )
+from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -54,6 +58,8 @@ class PostHocWeightAveraging(Callback):
     ) -> None:  # fmt: skip
         if copy_at_end and validate is None:
             raise InvalidValueError("copy_at_end", "needs the length of the average", "say validate=0.15")
+        if validate is not None:
+            validate = check_sigma_rel(validate)
         self.checkpoint_dir, self.validate, self.copy_at_end = Path(checkpoint_dir), validate, copy_at_end
         self.update_starting_at_step, self.update_starting_at_epoch = update_starting_at_step, update_starting_at_epoch
         buffers = "average" if use_buffers else "copy"
@@ -87,14 +93,19 @@ class PostHocWeightAveraging(Callback):
         self.ema = ema = make_tracker(pl_module, self.checkpoint_dir, trainer.is_global_zero, self.options)
         if self._state is not None:
             ema.load_state_dict(self._state)
-        elif self._resumed and (stored := find_state(trainer.ckpt_path)) is not None:
-            ema.load_state(stored)
-        elif self._resumed:
-            log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
+        elif self._resumed and trainer.ckpt_path is not None:  # a tuner loads one of its own, before there are averages
+            if (stored := find_state(trainer.ckpt_path)) is not None:
+                ema.load_state(stored)
+            else:
+                log.warning("%s was made without this callback: its averages begin here", trainer.ckpt_path)
         self._state, self._resumed = None, False
+        self._steps = max(self._steps, int(ema.t))  # with `resume`, the run's own time goes on
+        if self.validate is not None and any(
+            getattr(one, "save_weights_only", 0) for one in trainer.checkpoint_callbacks
+        ):
+            log.warning("ModelCheckpoint(save_weights_only=True) saves raw weights: Lightning asks no callback then")
         for optimizer in trainer.optimizers:
-            handle = optimizer.register_step_post_hook(lambda *_: setattr(self, "_stepped", True))
-            self._handles.callback(handle.remove)
+            self._handles.callback(optimizer.register_step_post_hook(self._after_step).remove)
 
         def log_figures(tracker: PostHocEMA) -> None:
             for logger in trainer.loggers:
@@ -120,8 +131,8 @@ class PostHocWeightAveraging(Callback):
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module averaged weights, within `fit` and except for sanity checking."""
         fitting = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking
-        if fitting and self.ema is not None and self.validate is not None and has_average(self.ema):
-            self._swapped.enter_context(self.ema.model(pl_module, self.validate))
+        if fitting and self.ema is not None and self.validate is not None:
+            self._swapped.enter_context(averaged(self.ema, pl_module, self.validate))
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Give the module its own weights back."""
@@ -173,7 +184,10 @@ class PostHocWeightAveraging(Callback):
             return
         self._state, self._resumed = checkpoint.get("averaging_state"), True
         if "current_model_state" in checkpoint:
-            pl_module.load_state_dict(checkpoint["current_model_state"])
+            pl_module.load_state_dict(checkpoint["current_model_state"], strict=pl_module.strict_loading)
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._stepped |= not was_left_out(optimizer)
 
     def _finish(self) -> None:
         self._swapped.close()

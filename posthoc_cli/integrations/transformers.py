@@ -13,7 +13,16 @@ from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from posthoc_cli.errors import InvalidValueError, NotReadyError
-from posthoc_cli.integrations import figures, find_state, has_average, local_of, make_tracker, new_state
+from posthoc_cli.integrations import (
+    averaged,
+    figures,
+    find_state,
+    local_of,
+    make_tracker,
+    new_state,
+    was_left_out,
+)
+from posthoc_cli.profiles import check_sigma_rel
 from posthoc_cli.tracker import PostHocEMA
 
 log = logging.getLogger(__name__)
@@ -42,18 +51,21 @@ class PostHocCallback(TrainerCallback, ExportableState):
     ) -> None:
         if folders and evaluate is None:
             raise InvalidValueError("folders", "needs the length of the average to save", "say evaluate=0.15")
+        if evaluate is not None:
+            evaluate = check_sigma_rel(evaluate)
         schedule = options.pop("schedule", None)
         if schedule is not None:  # a checkpoint lists arguments as JSON
             options |= {name: getattr(schedule, name) for name in ("sigma_rels", "checkpoint_every", "max_checkpoints")}
         self.checkpoint_dir, self.evaluate, self.folders, self.options = str(checkpoint_dir), evaluate, folders, options
         self.ema: PostHocEMA | None = None
-        self._is_nested = False
+        self._is_nested, self._is_left_out = False, False
 
     def install(self, trainer: Trainer) -> PostHocCallback:
         """Add the callback to a trainer, and evaluation under the average to its `evaluate`.
 
         Each evaluation runs a second time with averaged weights, whose metrics have the prefix `eval_ema`. With one of
         them as `metric_for_best_model`, checkpoints hold the averaged model, and `load_best_model_at_end` loads it.
+        Before the first update the weights are evaluated and saved as they are.
 
         Raises:
             InvalidValueError: the callback was made without `evaluate`.
@@ -74,8 +86,8 @@ class PostHocCallback(TrainerCallback, ExportableState):
             try:
                 metrics = dict(evaluate(eval_dataset, ignore_keys, metric_key_prefix, **others))
                 ema, sigma_rel = callback.ema, callback.evaluate
-                if ema is not None and sigma_rel is not None and has_average(ema):
-                    with ema.model(trainer.model, sigma_rel):
+                if ema is not None and sigma_rel is not None:
+                    with averaged(ema, trainer.model, sigma_rel):
                         metrics |= evaluate(eval_dataset, ignore_keys, f"{metric_key_prefix}_ema", **others)
                 return metrics
             finally:
@@ -109,11 +121,15 @@ class PostHocCallback(TrainerCallback, ExportableState):
         return {"args": given | options, "attributes": {}}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **_: Any
-    ) -> None:
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
+        optimizer: Any = None, **_: Any,
+    ) -> None:  # fmt: skip
         """Make the tracker, and continue from a checkpoint. The folder is in no argument, but in the caller's frame."""
         loop = "_inner_training_loop"
         trainer, folder = (local_of(loop, name) for name in ("self", "resume_from_checkpoint"))
+        if _callback_of(trainer) is not self:
+            reason = "hold two of PostHocCallback, and a checkpoint has room for the state of one"
+            raise InvalidValueError("callbacks", reason, "leave one out; its snapshots give averages of all lengths")
         if self.evaluate is not None and trainer.evaluate.__name__ != "evaluate_both":
             hint = f"PostHocCallback(..., evaluate={self.evaluate:g}).install(trainer), in place of callbacks=[...]"
             raise NotReadyError("evaluate", "this callback was not installed", hint)
@@ -127,14 +143,18 @@ class PostHocCallback(TrainerCallback, ExportableState):
                 ema.load_state(find_state(folder) or new_state(folder, model, self.options))
         if stored is None:  # the trainer expects it when it saves
             state.stateful_callbacks[name] = self.state()
-        ema.on_snapshot(lambda tracker: trainer.log(figures(tracker, self.evaluate)))
+        stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+        if isinstance(stepping, torch.optim.Optimizer):
+            stepping.register_step_post_hook(lambda one, *_: setattr(self, "_is_left_out", was_left_out(one)))
+        # Not a subclass's `log`, such as TRL's, which logs and forgets its own figures, too.
+        ema.on_snapshot(lambda tracker: Trainer.log(trainer, figures(tracker, self.evaluate)))
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None,
         optimizer: Any = None, **_: Any,
     ) -> None:  # fmt: skip
         """Count the step, unless a GradScaler has skipped it."""
-        if self.ema is None or getattr(optimizer, "step_was_skipped", False):
+        if self.ema is None or self._is_left_out or getattr(optimizer, "step_was_skipped", False):
             return
         logs_too = control.should_log
         self.ema.update_(model)
@@ -155,8 +175,8 @@ class PostHocCallback(TrainerCallback, ExportableState):
         ema, sigma_rel = self.ema, self.evaluate
         assert ema is not None
         ema.save_state(new_state(folder, trainer.model, self.options))
-        if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)) and has_average(ema):
-            with ema.model(trainer.model, sigma_rel):
+        if sigma_rel is not None and (self.folders or _chooses_average(trainer.args)):
+            with averaged(ema, trainer.model, sigma_rel):
                 trainer.save_model(str(folder / FOLDER), _internal_call=True)
                 if trainer.is_fsdp_enabled:  # as the trainer does itself, to load the best model
                     plugin = trainer.accelerator.state.fsdp_plugin

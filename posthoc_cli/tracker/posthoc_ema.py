@@ -270,6 +270,11 @@ class PostHocEMA:
         return self._pipeline.progress.t
 
     @property
+    def closed(self) -> bool:
+        """Whether `close` was called: no more updates are taken, averages can still be read."""
+        return self._calls.closed
+
+    @property
     def keeps_averages(self) -> bool:
         """Whether this process keeps the averages and writes them, or only counts for another one of its group."""
         return self._is_writer(None if self._model is None else self._model())

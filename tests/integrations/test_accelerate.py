@@ -24,7 +24,7 @@ from integrations.gloo import use_fsdp_on_the_cpu
 from integrations.truth import distance, exact, recorded
 
 from posthoc_cli import PostHocEMA
-from posthoc_cli.errors import MismatchError
+from posthoc_cli.errors import InvalidValueError, MismatchError
 from posthoc_cli.integrations import PARTS_NAME, STATE_NAME, find_state
 from posthoc_cli.integrations.accelerate import prepare
 
@@ -118,6 +118,53 @@ def test_a_killed_training_resumes_exactly_from_files_without_pickles(tmp_path: 
     assert resumed.ema.step == 5
     assert distance(resumed.weights[-1], whole.weights[-1]) == 0
     assert distance(live(resumed.ema, resumed.model), exact(whole.weights, 0.2)) < 1e-6
+
+
+def generator_and_critic(folder: Path) -> tuple[Accelerator, list[Any]]:
+    """An accelerator and, of each model, itself, its optimizer and its tracker."""
+    _ = [kind._reset_state() for kind in (AcceleratorState, GradientState, PartialState)]
+    accelerator, made = Accelerator(cpu=True), []
+    for name in ("generator", "critic"):
+        bare = torch.nn.Linear(4, 4)
+        model, optimizer = accelerator.prepare(bare, torch.optim.SGD(bare.parameters(), lr=0.1))
+        made.append((model, optimizer, prepare(accelerator, model, folder / name, optimizer, **EVERY)))
+    return accelerator, made
+
+
+def test_each_of_several_models_resumes_from_its_own_state(tmp_path: Path) -> None:
+    weights: list[list[Any]] = [[], []]
+    for steps in (range(5), range(5, 8)):
+        accelerator, made = generator_and_critic(tmp_path)
+        if steps.start:
+            accelerator.load_state(str(tmp_path / "saved"))
+        for number in steps:
+            for (model, optimizer, _), history in zip(made, weights, strict=True):
+                accelerator.backward(model(X[4 * number : 4 * number + 4]).square().mean())
+                optimizer.step()
+                optimizer.zero_grad()
+                history.append(recorded(model))
+        accelerator.save_state(str(tmp_path / "saved"))
+        for (model, _, ema), history in zip(made, weights, strict=True):
+            assert ema.step == len(history)
+            assert distance(live(ema, model), exact(history, 0.2)) < 1e-6
+            ema.close()
+
+
+def test_a_tracker_that_replaces_another_has_its_place_in_checkpoints(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where a notebook's cell runs again."""
+    training = Training(tmp_path)
+    new = prepare(training.accelerator, training.model, tmp_path / "new", training.optimizer, **EVERY)
+    assert training.ema.closed
+    training.run()
+    assert [path.name for path in (tmp_path / "saved").glob("posthoc*")] == [STATE_NAME]
+    training.accelerator.load_state(str(tmp_path / "saved"))
+    assert new.step == 2
+    with pytest.raises(InvalidValueError, match=r"must be a torch\.nn\.Module"):
+        prepare(training.accelerator, [training.model], tmp_path / "list")
+    prepare(training.accelerator, torch.nn.Linear(4, 4), tmp_path / "new")
+    assert "an earlier tracker of this directory is closed" in caplog.text
 
 
 class Logger(GeneralTracker):

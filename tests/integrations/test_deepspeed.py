@@ -1,8 +1,9 @@
-"""DeepSpeed ZeRO-1 and ZeRO-2 on the CPU, with the real library: `update_` after each step is all."""
+"""DeepSpeed ZeRO-1 and ZeRO-2 on the CPU, with the real library: `update_` after each step, and a state to resume."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -23,10 +24,10 @@ pytestmark = [
 HERE = Path(__file__).resolve().parent
 
 PROGRAM = """
-import sys, torch, deepspeed
+import os, signal, sys, torch, deepspeed
 from integrations.truth import recorded
 from posthoc_cli import PostHocEMA
-folder, stage = sys.argv[1], int(sys.argv[2])
+folder, stage, resumes, killed_at = sys.argv[1], *map(int, sys.argv[2:])
 deepspeed.init_distributed("gloo")
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(4, 5), torch.nn.Linear(5, 1))
@@ -34,15 +35,26 @@ config = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "zero_optimiz
 optimizer = torch.optim.Adam(model.parameters(), lr=0.05)
 engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
 ema = PostHocEMA.from_model(engine.module, f"{folder}/ema", (0.1, 0.2), update_every=1, checkpoint_every=4)
-weights, rank = [], torch.distributed.get_rank()
-for number in range(12):
+weights, rank, first = [], torch.distributed.get_rank(), 0
+if resumes:
+    engine.load_checkpoint(f"{folder}/saved", tag="4")
+    ema.load_state(f"{folder}/saved/4/posthoc_ema.safetensors")
+    weights, first = torch.load(f"{folder}/weights.pt"), 8
+for number in range(first, 12):
     x = torch.randn(2, 4, generator=torch.manual_seed(2 * number + rank))
     engine.backward(engine(x).square().mean())
-    stepped = engine.is_gradient_accumulation_boundary()
     engine.step()
-    if stepped:
+    if engine.was_step_applied():
         ema.update_(engine.module)
         weights.append(recorded(engine.module))
+    if number == 7 and not resumes:
+        engine.save_checkpoint(f"{folder}/saved", tag="4")
+        ema.save_state(f"{folder}/saved/4/posthoc_ema.safetensors")
+        if rank == 0:
+            torch.save(weights, f"{folder}/weights.pt")
+        torch.distributed.barrier()
+    if number == killed_at:
+        os.kill(os.getpid(), signal.SIGKILL)
 average = {name: value for name, value in ema.state_dict(0.2).items()}  # in every process
 if rank == 0:
     torch.save([weights, ema.step, average], f"{folder}/made.pt")
@@ -50,18 +62,24 @@ ema.close()
 """
 
 
-@pytest.mark.parametrize("stage", [1, 2])
-def test_updates_are_exact(tmp_path: Path, stage: int) -> None:
+def train(folder: Path, stage: int, resumes: int = 0, killed_at: int = -1) -> list[int]:
+    """The exit codes of two processes."""
     with socket.create_server(("localhost", 0)) as free:
         port = free.getsockname()[1]
     group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "DS_ACCELERATOR": "cpu"}
     paths = os.pathsep.join([str(HERE.parent.parent), str(HERE.parent)])
-    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(tmp_path), str(stage)]
+    command = [sys.executable, "-W", "ignore", "-c", PROGRAM, *map(str, (folder, stage, resumes, killed_at))]
     processes = [
         subprocess.Popen(command, env=os.environ | group | {"PYTHONPATH": paths, "RANK": rank, "LOCAL_RANK": rank})
         for rank in "01"
     ]
-    assert [process.wait(250) for process in processes] == [0, 0]
+    return [process.wait(250) for process in processes]
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_updates_are_exact_and_a_killed_training_resumes(tmp_path: Path, stage: int) -> None:
+    assert train(tmp_path, stage, killed_at=9) == [-signal.SIGKILL, -signal.SIGKILL]
+    assert train(tmp_path, stage, resumes=1) == [0, 0]
     weights, step, average = torch.load(tmp_path / "made.pt")
     assert step == len(weights) == 6
     assert distance(average, exact(weights, 0.2)) < 1e-6

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from groups import check_group
 
 pytest.importorskip("diffusers", reason="diffusers is not installed: make integrations installs it")
 
@@ -49,8 +51,49 @@ def test_a_killed_script_resumes_exactly_through_its_save_hooks(tmp_path: Path) 
     other = network()  # as a pipeline's
     resumed.ema_model.copy_to(other.parameters())
     assert distance(dict(other.named_parameters()), exact(whole.weights, 0.2)) < 1e-6
+    decay = resumed.ema_model.cur_decay_value  # of the update from 9 to 10: (9 / 10) ** (gamma + 1)
+    assert decay is not None
+    x = math.log(decay) / math.log(0.9)
+    assert x / ((x + 1) ** 2 * (x + 2)) == pytest.approx(0.2**2, rel=1e-9)
     resumed.ema_model.close()
     assert Run(tmp_path / "ema").step == 10
+
+
+GROUP = """
+import integrations.gloo, torch, warnings
+warnings.simplefilter("ignore")
+integrations.gloo.announce(rank, world)
+from integrations.unet import Training, network, recorded
+training = Training(folder)
+assert training.ema_model.cur_decay_value is None
+if "resumed" in arguments:
+    training.accelerator.load_state(str(folder / "saved"))
+training.run(first=4 if "resumed" in arguments else 0)
+training.accelerator.wait_for_everyone()
+if rank == 0:
+    other = network()
+    training.ema_model.copy_to(other.parameters())
+    torch.save([training.weights, recorded(other)], folder / "made.pt")
+else:
+    training.ema_model.save_pretrained(folder / "none")
+    try:
+        training.ema_model.copy_to(training.bare.parameters())
+    except RuntimeError as error:
+        (folder / "said").write_text(str(error))
+"""
+
+
+@pytest.mark.skipif("EMA_HEAVY" not in os.environ, reason="make integrations runs it")
+def test_the_main_process_alone_saves_and_copies_averages(tmp_path: Path) -> None:
+    check_group(GROUP, 2, tmp_path)
+    whole, average = torch.load(tmp_path / "made.pt")
+    assert distance(average, exact(whole, 0.2)) < 1e-6
+    check_group(GROUP, 2, tmp_path, "resumed")
+    weights, average = torch.load(tmp_path / "made.pt")
+    assert distance(weights[-1], whole[-1]) == 0
+    assert distance(average, exact(whole, 0.2)) < 1e-6
+    assert "the main process keeps the averages" in (tmp_path / "said").read_text()
+    assert not (tmp_path / "none").exists()
 
 
 def test_an_adapter(tmp_path: Path) -> None:
@@ -87,6 +130,8 @@ def test_an_adapter(tmp_path: Path) -> None:
 
 def test_what_cannot_be_is_said(tmp_path: Path) -> None:
     model = network()
+    with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
+        PostHocEMAModel(model, tmp_path, sigma_rel=0.4)
     with pytest.raises(InvalidValueError, match="not its parameters"):
         PostHocEMAModel(model.parameters(), tmp_path)
     ema_model = PostHocEMAModel(model, tmp_path, **EVERY)

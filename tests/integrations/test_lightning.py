@@ -18,6 +18,7 @@ from integrations.digits import EVERY, Recorder, Regression, X, Y, loader, train
 from integrations.truth import distance, exact
 from lightning.pytorch import LightningModule
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 
 from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.integrations.lightning import PostHocWeightAveraging
@@ -127,6 +128,35 @@ def test_a_step_counts_once_with_two_optimizers_and_not_without_a_step(tmp_path:
     assert_exact(callback, module, recorder.weights)
 
 
+class Scaled(Regression):
+    """With a GradScaler and a fused optimizer, which is called even if a gradient is infinite, as once an epoch."""
+
+    automatic_optimization = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaler = torch.amp.GradScaler("cpu")
+
+    def training_step(self, batch: Any, index: int) -> None:
+        optimizer = self.optimizers(use_pl_optimizer=False)
+        optimizer.zero_grad()
+        self.scaler.scale(self.loss(batch)).backward()
+        if index == 1:
+            self.net[0].bias.grad.fill_(torch.inf)
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=0.05, fused=True)
+
+
+def test_a_step_that_a_fused_optimizer_leaves_out_does_not_count(tmp_path: Path) -> None:
+    callback = PostHocWeightAveraging(tmp_path / "ema", **EVERY)
+    fit(tmp_path, callback, module=Scaled())
+    assert callback.ema is not None
+    assert callback.ema.step == 15  # of 18 batches
+
+
 def test_accumulation_and_a_stride_and_a_late_start(tmp_path: Path) -> None:
     options = EVERY | {"update_every_n_steps": 2}
     callback, recorder = PostHocWeightAveraging(tmp_path / "ema", **options), Recorder()
@@ -184,6 +214,60 @@ def test_a_checkpoint_without_the_callback_is_accepted_and_figures_are_logged(
     assert "ema/predicted_error_0.15" in metrics.read_text()
     with pytest.raises(InvalidValueError, match=r"validate=0\.15"):
         PostHocWeightAveraging(tmp_path / "ema", copy_at_end=True)
+    with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
+        PostHocWeightAveraging(tmp_path / "ema", validate=0.4)
+
+
+class Adaptable(Regression):
+    """With a learning rate for a tuner to set, and a frozen part that checkpoints leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr, self.strict_loading = 0.05, False
+        self.backbone = torch.nn.Linear(4, 4).requires_grad_(False)
+
+    def state_dict(self, *arguments: Any, **options: Any) -> dict[str, Any]:
+        found = super().state_dict(*arguments, **options)
+        return {name: value for name, value in found.items() if not name.startswith("backbone")}
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.parameters(), lr=self.lr)
+
+
+def test_a_tuner_before_the_training_and_checkpoints_of_a_part(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback, recorder, module = (
+        PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY),
+        Recorder(),
+        Adaptable(),
+    )
+    one = trainer(tmp_path, callback, recorder)
+    Tuner(one).lr_find(module, loader(), loader(), num_training=8)
+    assert callback.ema is None
+    one.fit(module, loader(), loader())
+    assert "averages begin here" not in caplog.text
+    assert_exact(callback, module, recorder.weights)
+    again, second = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **EVERY), Recorder()
+    module = fit(tmp_path, again, second, module=Adaptable(), ckpt_path=tmp_path / "out/step=8.ckpt")
+    assert_exact(again, module, recorder.weights[:8] + second.weights)
+
+
+def test_the_directory_says_where_to_go_on_and_weights_alone_are_raw(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = EVERY | {"resume": "auto", "checkpoint_dtype": None}
+    module, recorder = Regression(), Recorder()
+    for _ in range(2):
+        callback = PostHocWeightAveraging(tmp_path / "ema", validate=0.2, **options)
+        one = trainer(tmp_path, callback, recorder, max_epochs=1)
+        recorder._step = 0
+        one.checkpoint_callback.save_weights_only = True
+        one.fit(module, loader(), loader())
+    assert callback.ema is not None
+    assert (callback.ema.step, callback.ema.t) == (12, 12)
+    assert distance(live(callback, module, 0.2), exact(recorder.weights, 0.2)) < 1e-6
+    assert "saves raw weights" in caplog.text
 
 
 def test_buffers_are_averaged_where_asked(tmp_path: Path) -> None:

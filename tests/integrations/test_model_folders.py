@@ -14,6 +14,7 @@ pytest.importorskip("transformers", reason="transformers is not installed: make 
 
 from ema_command import Ema
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForMaskedLM,
@@ -33,7 +34,7 @@ from transformers import (
 )
 
 from posthoc_cli import PostHocEMA, Run
-from posthoc_cli.errors import InvalidValueError, MismatchError, OutputExistsError
+from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
@@ -201,6 +202,40 @@ def test_the_component_of_a_pipeline(tmp_path: Path) -> None:
         Run(tmp_path / "run").write(0.2, tmp_path / "no", like=tmp_path / "dit")
 
 
+def test_folders_that_are_broken_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    model = MODELS["llama"]()
+    model.save_pretrained(tmp_path / "like", max_shard_size="10KB")
+    track(model, tmp_path / "run")
+
+    def write(config: dict[str, Any], name: str = "like", run: str = "run", **options: Any) -> None:
+        told = json.loads((tmp_path / "like/config.json").read_text())
+        (tmp_path / name / "config.json").write_text(json.dumps(told | config))
+        Run(tmp_path / run).write(0.2, tmp_path / "new", like=tmp_path / name, **options)
+
+    model.save_pretrained(tmp_path / "other")
+    for kinds in (["logging"], ["pipeline"], ["AutoTokenizer"], [3], "LlamaForCausalLM"):
+        with pytest.raises(MismatchError, match=r"other: its config\.json names no model of transformers"):
+            write({"architectures": kinds}, "other", through_library=True)
+    with pytest.raises(MismatchError, match="other: transformers cannot load it as LlamaForCausalLM"):
+        write({"hidden_size": 24}, "other", through_library=True)
+    weights = load_file(tmp_path / "other/model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "other/model.safetensors", {"format": "pt"})
+    track(model, tmp_path / "part", exclude="lm_head.*")
+    with pytest.raises(MismatchError, match=r"other: it has no tensor 'lm_head\.weight', and neither has the run"):
+        write({}, "other", "part", through_library=True)
+    with pytest.raises(MismatchError, match=r"other: .* quantization_config"):
+        write({"quantization_config": {"quant_method": "fp8"}}, "other")
+    (tmp_path / "like/tokenizer.json").symlink_to("nowhere")
+    with pytest.raises(WriteError, match=r"tokenizer\.json: cannot be copied: no such file"):
+        write({})
+    next((tmp_path / "like").glob("*.safetensors")).unlink()
+    with pytest.raises(FileFormatError, match=r"of-0000\d\.safetensors: cannot be opened"):
+        write({})
+    assert "planning again" not in caplog.text
+    assert not (tmp_path / "new").exists()
+
+
 def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     model = MODELS["llama"]()
     model.save_pretrained(tmp_path / "like")
@@ -214,7 +249,7 @@ def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(MismatchError, match="GPT2LMHeadModel has no tensor"):
         run.write(0.2, tmp_path / "new", like=tmp_path / "gpt2")
     (tmp_path / "gpt2/config.json").write_text(json.dumps({}))
-    with pytest.raises(MismatchError, match=r"config\.json names no class"):
+    with pytest.raises(MismatchError, match=r"config\.json names no model"):
         run.write(0.2, tmp_path / "new", like=tmp_path / "gpt2")
     with pytest.raises(OutputExistsError, match="new folder"):
         run.write(0.2, tmp_path / "small", like=tmp_path / "like")
@@ -225,6 +260,12 @@ def test_what_does_not_fit_is_said_and_leaves_nothing(tmp_path: Path) -> None:
         run.write(0.2, tmp_path / "new", like=tmp_path / "nowhere")
     with pytest.raises(InvalidValueError, match="is missing"):
         run.write(0.2, tmp_path / "new", component="unet")
+    for wrong in ("../small", "..", str(tmp_path / "small")):
+        with pytest.raises(InvalidValueError, match=r"component.*must be the name of a folder"):
+            run.write(0.2, tmp_path / "new", like=tmp_path / "like", component=wrong)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InvalidValueError, match=r"has no weights: model\.safetensors or"):
+        run.write(0.2, tmp_path / "new", like=tmp_path / "empty")
     big = MODELS["llama"]()
     with torch.no_grad():
         big.model.norm.weight.fill_(1e6)

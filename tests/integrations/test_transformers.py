@@ -137,6 +137,31 @@ def test_accumulation_and_skipped_steps(tmp_path: Path, monkeypatch: pytest.Monk
     assert_exact(callback, one.model, recorder.weights)
 
 
+def test_steps_that_a_fused_optimizer_leaves_out_do_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """accelerate takes them for steps: a GradScaler calls such an optimizer, the default, all the same."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    scaler, real = torch.amp.GradScaler("cpu"), AcceleratedOptimizer.__init__
+    monkeypatch.setattr(
+        AcceleratedOptimizer, "__init__", lambda self, one, *_, **__: real(self, one, False, scaler=scaler)
+    )
+
+    class Infinite(Recorder):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **_: Any) -> None:
+            if state.global_step in (1, 2):
+                next(model.parameters()).grad.fill_(torch.inf)
+
+    callback, recorder = PostHocCallback(tmp_path / "ema", **EVERY), Infinite()
+    one = trainer(
+        tmp_path, callback, recorder, save_strategy="no", max_steps=6, max_grad_norm=0, optim="adamw_torch_fused"
+    )
+    one.accelerator.scaler = scaler
+    one.train()
+    assert distance(recorder.weights[2], recorder.weights[0]) == 0
+    del recorder.weights[1:3]
+    assert_exact(callback, one.model, recorder.weights)
+
+
 def test_evaluation_under_the_average_and_the_best_average_at_the_end(tmp_path: Path) -> None:
     callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, folders=True, **EVERY), Recorder()
     arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
@@ -158,6 +183,20 @@ def test_evaluation_under_the_average_and_the_best_average_at_the_end(tmp_path: 
     assert one.state.best_metric == pytest.approx(losses[best], rel=1e-5)
     assert one.state.best_model_checkpoint.endswith(f"checkpoint-{best}")
     assert distance(dict(one.model.named_parameters()), exact(recorder.weights[:best], 0.2)) < 1e-6
+
+
+def test_evaluations_before_the_first_update_see_the_weights_as_they_are(tmp_path: Path) -> None:
+    callback, recorder = PostHocCallback(tmp_path / "ema", evaluate=0.2, **EVERY | {"update_every": 2}), Recorder()
+    arguments = {"metric_for_best_model": "eval_ema_loss", "load_best_model_at_end": True, "eval_strategy": "steps"}
+    one = trainer(tmp_path, recorder, max_steps=4, eval_steps=1, save_steps=1, learning_rate=10.0, **arguments)
+    callback.install(one).options["update_after_step"] = 2
+    one.train()
+    logged = {entry["step"]: entry["eval_ema_loss"] for entry in one.state.log_history if "eval_ema_loss" in entry}
+    assert min(logged, key=logged.get) == 1  # such steps only make it worse
+    model = network()
+    model.load_state_dict({name: value.float() for name, value in recorder.weights[0].items()}, strict=False)
+    assert logged[1] == pytest.approx(loss(model, tmp_path), rel=1e-5)
+    assert distance(dict(one.model.named_parameters()), recorder.weights[0]) == 0
 
 
 @heavy
@@ -264,6 +303,11 @@ def test_bf16_parameters_and_a_compiled_model(tmp_path: Path) -> None:
 def test_what_cannot_be_is_said_at_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(InvalidValueError, match=r"evaluate=0\.15"):
         PostHocCallback(tmp_path / "ema", folders=True)
+    with pytest.raises(InvalidValueError, match=r"0\.4: must lie in"):
+        PostHocCallback(tmp_path / "ema", evaluate=0.4)
+    two = trainer(tmp_path, PostHocCallback(tmp_path / "one"), PostHocCallback(tmp_path / "two"))
+    with pytest.raises(InvalidValueError, match="leave one out"):
+        two.train()
     one = trainer(tmp_path, PostHocCallback(tmp_path / "ema", evaluate=0.1, **EVERY))
     with pytest.raises(NotReadyError, match="install"):
         one.train()
@@ -316,3 +360,5 @@ def test_a_trainer_of_trl(tmp_path: Path) -> None:
     )
     one.train()
     assert_exact(callback, one.model, recorder.weights)
+    kinds = {"ema/t" in entry: "mean_token_accuracy" in entry for entry in one.state.log_history if "epoch" in entry}
+    assert kinds == {True: False, False: True}  # its own figures are not taken away by ours

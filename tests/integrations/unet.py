@@ -73,7 +73,7 @@ class Training:
             if self.accelerator.sync_gradients:
                 self.ema_model.step(self.model.parameters())
                 self.weights.append(recorded(self.bare))
-            if number == 3:
+            if number == 3 and self.accelerator.is_main_process:
                 self.accelerator.save_state(str(self.folder / "saved"))
             if number == killed_at > 0:
                 os.kill(os.getpid(), signal.SIGKILL)

@@ -326,8 +326,10 @@ def test_a_closed_tracker_reads_but_does_not_write(tmp_path: Path) -> None:
     tracker = PostHocEMA.from_model(model, tmp_path, **SETTINGS)
     train(model, tracker, 1, 10)
     state = tracker.state_dict()
+    assert not tracker.closed
     tracker.close()
     tracker.close()
+    assert tracker.closed
     assert set(tracker.state_dict(sigma_rel=0.15)) == set(model.state_dict())
     with pytest.raises(NotReadyError, match="was closed"):
         tracker.update_(model)
