@@ -80,9 +80,9 @@ class Contents:
             if value is None and (keys := tuple(name.split("."))) in self.tensors:
                 value = _scalar(self.tensors[keys]())
             if isinstance(value, str):
-                value = float(value) if value.isdigit() else None
+                value = int(value) if value.isdecimal() and len(value) < 20 else None
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-                return float(value)
+                return value
         return None
 
     def groups(self) -> dict[str, int]:

@@ -18,7 +18,7 @@ from posthoc_cli.checkpoints.checkpoint import Checkpoint, checked_run, make_che
 from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
 from posthoc_cli.checkpoints.imported import is_imported, read_imported
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
     TORCHTITAN_GAMMA,
@@ -33,11 +33,12 @@ from posthoc_cli.snapshots.measurements import FileSource, check_update_every
 from posthoc_cli.snapshots.reader import read_small_file
 
 _STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
-_INDEXED = re.compile(r"(\d+)[._](\d+)\.(?:pt|safetensors)")
-_EDM2 = re.compile(r"network-snapshot-(\d+)-(\d*\.\d+)\.pkl")
+_INDEXED = re.compile(r"(\d{1,20})[._](\d{1,20})\.(?:pt|safetensors)")
+_EDM2 = re.compile(r"network-snapshot-(\d{1,20})-(\d*\.\d+)\.pkl")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _TRAINER_STATE = "trainer_state.json"
 _MOST_STATE = 1_000_000_000
+_MOST_STEPS = 10**15
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
 _COUNTERS = ("initted", "step")
 """What `ema-pytorch` and `pytorch-posthoc-ema` store beside the weights."""
@@ -224,8 +225,13 @@ def _step(path: Path, contents: Contents, origin: Origin) -> int:
     if step is None:
         example = r"give step_from, a pattern such as 'step(\d+)'"
         raise InvalidValueError(path, "neither its content nor its name tells its step", example)
-    if step != int(step) or not 0 < step < fmt.LATEST:
-        raise InvalidValueError(path, f"its step is {step:,.12g}; must be above 0", "leave it out, or give step_from")
+    return _checked_step(path, step, "leave it out, or give step_from")
+
+
+def _checked_step(path: Path, step: float, hint: str = "leave it out") -> int:
+    if not 0 < step <= _MOST_STEPS or step != int(step):
+        reason = f"its step is {shown(step)}; must be a whole number from 1 to {_MOST_STEPS:.0e}"
+        raise InvalidValueError(path, reason, hint)
     return int(step)
 
 
@@ -267,7 +273,7 @@ def _karras(path: Path, origin: Origin) -> list[Checkpoint]:
     match = _INDEXED.fullmatch(path.name)
     if match is None:
         raise FileFormatError(path, "is not named as averages are: <number>.<step>.pt, or <number>_<step>.safetensors")
-    index, step = int(match[1]), int(match[2])
+    index, step = int(match[1]), _checked_step(path, int(match[2]))
     contents = read_contents(path)
     inner = "ema_model." if any(keys[0].startswith("ema_model.") for keys in contents.tensors) else ""
     missing = [name for name, value in (("sigma_rels", origin.sigma_rels), ("update_every", origin.update_every))
@@ -324,6 +330,7 @@ def _edm2(path: Path, origin: Origin) -> list[Checkpoint]:
     images = 1000 * int(match[1])
     if images == 0:
         return []  # before the training
+    _checked_step(path, images)
     profile = PowerFunction.from_sigma_rel(float(match[2]), images)
     found = _selected(read_contents(path).model_tensors(origin.prefix, "ema"), origin)
     return [make_checkpoint(path, found, profile, images, "images", float(match[2]))]

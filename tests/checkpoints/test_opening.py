@@ -95,8 +95,33 @@ def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(errors.MismatchError, match=r"a-9.safetensors and .*x-9.safetensors: are both of step 9"):
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
     save_file({"w": torch.ones(3)}, tmp_path / "x-0.safetensors")
-    with pytest.raises(errors.InvalidValueError, match="its step is 0; must be above 0"):
+    with pytest.raises(errors.InvalidValueError, match="its step is 0; must be a whole number from 1"):
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
+
+
+@pytest.mark.parametrize("step", [0.5, 10**400, float("inf"), torch.tensor(float("inf")), 10**16, "9" * 400, "²"])
+def test_a_step_that_is_none_is_one_line(step: object, tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(3)}, "step": step}, tmp_path / "run7.pt")
+    if isinstance(step, str):  # the name tells it
+        assert Run(tmp_path).step == 7
+        return
+    with pytest.raises(errors.InvalidValueError, match=r"run7.pt: its step is .*; must be a whole number from 1 to"):
+        _ = Run(tmp_path).sources
+
+
+def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2), "initted": torch.tensor(True)}, tmp_path / "0.999999999999.pt")
+    run = Run(tmp_path, sigma_rels=(0.05,), update_every=1)
+    with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
+        _ = run.sources
+    distributed(tmp_path / "step-999999999999", {"a": torch.ones(3), "ema_optimizer": {"state.a.ema_params": torch.ones(3)}})
+    with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
+        _ = Run(tmp_path / "step-999999999999").sources
+    (tmp_path / "checkpoint-1").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "checkpoint-1" / "model.safetensors")
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(f'{{"global_step": {10**400}}}')
+    with pytest.raises(errors.InvalidValueError, match="its step is an int of many digits"):
+        _ = Run(tmp_path / "checkpoint-1*").sources
 
 
 def test_tensors_can_be_chosen(tmp_path: Path) -> None:
