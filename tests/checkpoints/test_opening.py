@@ -99,7 +99,9 @@ def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
 
 
-@pytest.mark.parametrize("step", [0.5, 10**400, float("inf"), torch.tensor(float("inf")), 10**16, "9" * 400, "²"])
+@pytest.mark.parametrize(
+    "step", [0.5, 10**400, float("inf"), torch.tensor(float("inf")), 10**16, "9" * 400, "²"], ids=range(7)
+)
 def test_a_step_that_is_none_is_one_line(step: object, tmp_path: Path) -> None:
     torch.save({"model": {"w": torch.ones(3)}, "step": step}, tmp_path / "run7.pt")
     if isinstance(step, str):  # the name tells it
@@ -114,7 +116,8 @@ def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
     run = Run(tmp_path, sigma_rels=(0.05,), update_every=1)
     with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
         _ = run.sources
-    distributed(tmp_path / "step-999999999999", {"a": torch.ones(3), "ema_optimizer": {"state.a.ema_params": torch.ones(3)}})
+    content = {"a": torch.ones(3), "ema_optimizer": {"state.a.ema_params": torch.ones(3)}}
+    distributed(tmp_path / "step-999999999999", content)
     with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
         _ = Run(tmp_path / "step-999999999999").sources
     (tmp_path / "checkpoint-1").mkdir()
