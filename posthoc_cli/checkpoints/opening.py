@@ -146,7 +146,9 @@ def _places(place: str | Path) -> list[Path]:
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
     loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _SHARD.search(entry.name)]
-    return folders or [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
+    loose = [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
+    # Beside files a folder without a number, such as "averages", is no checkpoint; beside folders a file is none.
+    return folders if not loose or any(re.search(r"\d", folder.name) for folder in folders) else loose
 
 
 def _holds_model(folder: Path) -> bool:
@@ -171,8 +173,10 @@ def _kind_of(paths: Sequence[Path]) -> str:
 
 
 def _points(path: Path, origin: Origin) -> list[Checkpoint]:
-    """A checkpoint, and the average in it if torchtitan stored one."""
+    """A checkpoint, and the average in it if torchtitan stored one; nothing of an output of this package."""
     contents = read_contents(path)
+    if contents.values.get("ema.format") == "output":
+        return []
     if is_imported(contents.values):
         one = read_imported(path)
         chosen = _chosen(one.info.tensors, origin)

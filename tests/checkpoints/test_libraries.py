@@ -114,6 +114,7 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
             net = edm2_layout.network()
             edm2_layout.save(tmp_path / f"network-snapshot-{kimg:07d}-{width:.3f}.pkl", net)
             states[1000 * kimg, width] = net.state_dict()
+        torch.save({"net": net.state_dict()}, tmp_path / f"training-state-{kimg:07d}.pt")  # as its training does
     run = Run(tmp_path)
     assert [(source.info.t, round(source.info.sigma_rel, 3)) for source in run.sources] == [
         (t, width) for t in (1_024_000, 2_048_000) for width in (0.05, 0.1)

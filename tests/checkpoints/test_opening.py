@@ -127,6 +127,19 @@ def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
         _ = Run(tmp_path / "checkpoint-1*").sources
 
 
+def test_own_outputs_beside_checkpoints_are_none(tmp_path: Path) -> None:
+    """So that the same command works again."""
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.safetensors")
+    for _ in range(2):
+        Run(tmp_path).write(0.2, tmp_path / "average-3.safetensors", overwrite=True)
+        Run(tmp_path).write([0.1, 0.2], tmp_path / "averages", overwrite=True)
+        assert [source.name for source in Run(tmp_path).sources] == ["step1.safetensors", "step2.safetensors"]
+    assert Run(tmp_path / "*.safetensors").step == 2
+    with pytest.raises(errors.DirectoryError, match="holds no checkpoints"):
+        _ = Run(tmp_path / "average-*").sources
+
+
 def test_tensors_can_be_chosen(tmp_path: Path) -> None:
     for step in (1, 2):
         tied = torch.full((4,), float(step))
@@ -156,6 +169,37 @@ def test_tensors_can_be_chosen(tmp_path: Path) -> None:
     torch.save({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, tmp_path / "step3.ckpt")
     with pytest.raises(errors.FileFormatError, match="it has tensors under 'actor', 'critic'"):
         _ = Run(tmp_path).tensors
+
+
+class Whole(torch.nn.Module):
+    """A module whose parts have names that checkpoints use for something else."""
+
+    def __init__(self, fill: int) -> None:
+        super().__init__()
+        self.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        self.head = torch.nn.ModuleDict({"x": torch.nn.Linear(2, 1)})
+        self.scale = torch.nn.Parameter(torch.full((1,), float(fill)))
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> None:
+    """A module itself, alone or in a dict; the state of a trainer, as Composer and torch's own tutorial store it."""
+    folders = [tmp_path / name for name in ("module", "dict", "trainer", "distributed")]
+    for folder in folders:
+        folder.mkdir()
+    for step in (1, 2):
+        whole, adam = Whole(step), {"Adam": {"state": {"w": {"exp_avg": torch.ones(3)}}}}
+        state = {"model": {"w": torch.full((3,), float(step))}, "optimizers": adam}
+        torch.save(whole, folders[0] / f"step{step}.pt")
+        torch.save({"epoch": 9, "model": whole, "optimizer": adam}, folders[1] / f"step{step}.pt")
+        torch.save({"state": state, "rng": [{"cuda": torch.ones(5)}]}, folders[2] / f"step{step}.pt")
+        distributed(folders[3] / f"step-{step}", {"app": state})
+    for folder in folders[:2]:
+        assert Run(folder).tensors.keys() == whole.state_dict().keys()
+        assert Run(folder).average(0.2, t=1)["scale"] == 1
+    for folder in folders[2:]:
+        assert Run(folder).average(0.2, t=1)["w"].tolist() == [1, 1, 1]
+        assert set(Run(folder).tensors) == {"w"}
 
 
 def test_two_models_never_mix(tmp_path: Path) -> None:
