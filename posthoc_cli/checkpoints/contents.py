@@ -39,8 +39,10 @@ Keys = tuple[str, ...]
 
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
-NOT_WEIGHTS = ("optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args",
-               "training-state")  # fmt: skip
+NOT_WEIGHTS = (
+    "optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args",
+    "training-state",
+)  # fmt: skip
 """What the names of files and groups begin with that hold something else than the model."""
 MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
 """Keys of a checkpoint under which the model is: the first one that is there. Lightning keeps its raw weights under the
