@@ -403,7 +403,10 @@ class Mean(Chosen):
 
 @dataclass(frozen=True)
 class Coefficients(Chosen):
-    """Exactly the coefficients in a file of lines name,coefficient, with names of files (or folders) and sum 1."""
+    """Exactly the coefficients in a file of lines name,coefficient, with sum 1.
+
+    Names are those of files or folders, as `ema info` shows them; the header line is optional.
+    """
 
     path: Path
 
@@ -419,7 +422,7 @@ class Coefficients(Chosen):
         coefficients = np.zeros(len(names))
         seen: set[str] = set()
         for number, line in enumerate(read_text(self.path, "coefficients").splitlines(), 1):
-            if not line.strip() or line.startswith("#"):
+            if not line.strip() or line.startswith("#") or (not seen and line.strip() == "name,coefficient"):
                 continue
             name, _, text = (part.strip() for part in line.rpartition(","))
             try:

@@ -294,6 +294,6 @@ def test_coefficients_that_cannot_be_used_are_named(tmp_path: Path, content: str
 
 
 def test_coefficients_are_taken_by_name(tmp_path: Path) -> None:
-    target = Coefficients(written(tmp_path, "b, 1.5\n\na,-0.5\n"))
+    target = Coefficients(written(tmp_path, "# mine\nname,coefficient\nb, 1.5\n\na,-0.5\n"))
     assert target.choose(["a", "b", "x,y"], [Point(1), Point(2), Point(3)]).tolist() == [-0.5, 1.5, 0]
     assert (target.label, target.title) == ("coefficients-curve", "coefficients in curve.csv")

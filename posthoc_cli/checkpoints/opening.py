@@ -91,6 +91,12 @@ class Origin:
             found += [(option, str(one)) for one in several if one != ""]
         return found
 
+    def refuse(self, names: Sequence[str], reason: str) -> None:
+        """An InvalidValueError if one of these attributes was given."""
+        for name in names:
+            if (value := getattr(self, name)) not in (None, "", ()):
+                raise InvalidValueError(name, reason, value=value if isinstance(value, str | int) else "")
+
     @property
     def selection(self) -> fmt.Selection:
         """The choice of tensors by their names."""
@@ -113,6 +119,10 @@ def open_checkpoints(place: str | Path, origin: Origin = UNSPECIFIED) -> list[Ch
     made = [one for path in paths for one in _READERS.get(kind, _points)(path, origin)]
     if not made:
         raise DirectoryError(place, f"holds no {kind}" if origin.kind else "holds no checkpoints")
+    if not any(one.library for one in made):
+        tracked = any(isinstance(one.profile, Discrete) for one in made)
+        names = ("sigma_rels",) if tracked else ("sigma_rels", "update_every", "update_after_step")
+        origin.refuse(names, "is for averages of other libraries, and here are none; name their kind, if there are")
     return checked_run(made)
 
 
