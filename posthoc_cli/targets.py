@@ -323,7 +323,8 @@ class Decay(_Named):
     def _tables(self) -> tuple[str | Tabulated, Tabulated | None]:
         shape = self.shape if isinstance(self.shape, str) else _read_points(self.shape, "decay", "x,multiplier")
         if isinstance(shape, Tabulated) and (shape.times[0], shape.times[-1]) != (0, 1):
-            reason = f"x is from {shape.times[0]:,.12g} to {shape.times[-1]:,.12g}; must be the part of the decay, 0 to 1"
+            found = f"{shape.times[0]:,.12g} to {shape.times[-1]:,.12g}"
+            reason = f"x is from {found}; must be the part of the decay, 0 to 1"
             raise InvalidValueError("decay", reason, value=self.shape)
         return shape, None if self.lr is None else _read_points(Path(self.lr), "lr", "time,rate")
 

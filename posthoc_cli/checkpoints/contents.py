@@ -210,13 +210,15 @@ def _refuse(path: Path, keys: Keys, node: Node) -> list[Piece]:
 def _of_shards(index: Path) -> Contents:
     """A model in shards, by its index."""
     tensors: dict[Keys, Callable[[], list[Piece]]] = {}
+    values: dict[str, Any] = {}
     for name, listed in decode_index(index, ENDINGS).shards.items():
         shard = _of_file(index.parent / name)
         missing = [tensor for tensor in listed if (tensor,) not in shard.tensors]
         if missing:
             raise FileFormatError(shard.path, f"tensor {shown(missing[0])} is not in it, as the index says")
         tensors |= {(tensor,): shard.tensors[tensor,] for tensor in listed}
-    return Contents(index.parent, tensors)
+        values |= {key: value for key, value in shard.values.items() if key == "ema.format"}
+    return Contents(index.parent, tensors, values)
 
 
 # --- torch.distributed.checkpoint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,11 +13,28 @@ import torch
 from ema_command import Ema
 from factories import flip_bit
 
-from posthoc_cli import Run, errors
+from posthoc_cli import Run, errors, files
+from posthoc_cli.checkpoints.imported import import_checkpoints
+from posthoc_cli.checkpoints.opening import open_checkpoints
 from posthoc_cli.profiles import Discrete, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.writer import TensorFileWriter
 
 STEPS = 400
+
+
+class Killed(BaseException):
+    """What ends a process here."""
+
+
+def raise_of(error: type[BaseException]) -> Callable[..., None]:
+    def stop(*_: object) -> None:
+        raise error
+
+    return stop
+
+
 WIDTHS = (0.05, 0.28)
 
 
@@ -137,6 +155,36 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
 def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidValueError, match="kind 'mmengine': must be one of snapshots, checkpoints, dcp"):
         Run(tmp_path, kind="mmengine")
+
+
+def test_an_import_that_is_killed_leaves_nothing_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the files would be taken for a run of fewer checkpoints."""
+    for step in (1, 2):
+        torch.save({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.pt")
+    for error in (KeyboardInterrupt, None):
+        with monkeypatch.context() as patched, pytest.raises(error or Killed):
+            patched.setattr(files.system, "rename", raise_of(error or Killed))
+            if error is None:
+                patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # no time for that
+            import_checkpoints(open_checkpoints(tmp_path / "step*.pt"), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+    import_checkpoints(open_checkpoints(tmp_path / "step*.pt"), tmp_path / "new")
+    assert [source.info.step for source in Run(tmp_path / "new").sources] == [1, 2]
+
+
+def test_the_metadata_of_an_import_are_checked(tmp_path: Path) -> None:
+    """As if somebody had written them with right checksums."""
+    values = {"run_id": "0" * 32, "t": 1.0, "t_unit": "steps", "step": 1, "sigma_rel": 0.0, "gamma": 0.0}
+    specs = [fmt.TensorSpec("w", "F32", (0,))]
+    for index, aliases in enumerate(({"x": "y"}, {"x": ["w"]}, {"x": 5}, {"w": "w"}, {"x": "w", "y": "x"})):
+        path = tmp_path / f"{index}.safetensors"
+        made = values | {"tensors": {"w": fmt.TrackedTensor("average", "F32")}, "aliases": aliases}
+        with TensorFileWriter(path, specs, fmt.encode_metadata("checkpoint", made)) as writer:
+            writer.commit()
+        with pytest.raises(errors.FileFormatError, match=r"must be a further name of a stored tensor"):
+            _ = Run(path).tensors
 
 
 def test_an_import_says_the_same(tmp_path: Path, ema: Ema) -> None:

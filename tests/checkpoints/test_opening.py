@@ -138,6 +138,14 @@ def test_own_outputs_beside_checkpoints_are_none(tmp_path: Path) -> None:
     assert Run(tmp_path / "*.safetensors").step == 2
     with pytest.raises(errors.DirectoryError, match="holds no checkpoints"):
         _ = Run(tmp_path / "average-*").sources
+    for step in (10, 20):
+        (tmp_path / "folders" / f"checkpoint-{step}").mkdir(parents=True)
+        save_file(
+            {"w": torch.full((3,), float(step))}, tmp_path / "folders" / f"checkpoint-{step}" / "model.safetensors"
+        )
+    for _ in range(2):
+        Run(tmp_path / "folders").write(0.2, tmp_path / "folders" / "average-3", overwrite=True, layout="sharded")
+    assert len(Run(tmp_path / "folders").sources) == 2
 
 
 def test_tensors_can_be_chosen(tmp_path: Path) -> None:
