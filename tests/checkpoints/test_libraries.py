@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import edm2_layout
 import numpy as np
@@ -54,7 +55,8 @@ def train(update: Callable[[torch.nn.Module], None]) -> dict[str, torch.Tensor]:
 
 def distance(made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], sigma_rel: float) -> float:
     """The relative distance of an average from the true one over all steps."""
-    masses = PowerFunction.from_sigma_rel(sigma_rel, STEPS).discrete_weights(np.arange(1.0, STEPS + 1))
+    steps = len(next(iter(history.values())))
+    masses = PowerFunction.from_sigma_rel(sigma_rel, steps).discrete_weights(np.arange(1.0, steps + 1))
     square = norm = 0.0
     for name, values in history.items():
         true = torch.einsum("t,t...->...", torch.from_numpy(masses), values)
@@ -95,6 +97,29 @@ def test_ema_pytorch(update_every: int, tmp_path: Path) -> None:
         _ = Run(tmp_path / "x", sigma_rels=WIDTHS).sources
     with pytest.raises(errors.InvalidValueError, match="of number 1, counted from 0"):
         _ = Run(tmp_path / "x", sigma_rels=(0.05,), update_every=1).sources
+
+
+def test_files_of_two_sessions_are_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`pytorch-posthoc-ema` counts from 0 again where it is continued, and replaces its first files."""
+    library = pytest.importorskip("posthoc_ema")
+    settings = {"sigma_rels": WIDTHS, "update_every": 5, "checkpoint_every": 20, "checkpoint_dtype": torch.float32}
+    trackers: list[Any] = []
+
+    def update(model: torch.nn.Module) -> None:
+        if not trackers:
+            trackers.append(library.PostHocEMA.from_model(model, str(tmp_path / "x"), **settings))
+        elif trackers[0].step == 260:
+            trackers.insert(0, library.PostHocEMA.from_path(str(tmp_path / "x"), model, **settings))
+        trackers[0].update_(model)
+
+    history = train(update)
+    options: dict[str, Any] = {"kind": "posthoc-ema", "sigma_rels": WIDTHS, "update_every": 5}
+    Run(tmp_path / "x", **options).average(0.1)
+    assert "fit no update_every; check the widths, update_after_step, and that one session" in caplog.text
+    caplog.clear()
+    second = Run(tmp_path / "x" / "*.1[0-4]0.pt", **options).average(0.1)  # by a glob, on a clock of its own
+    assert "fit no update_every" not in caplog.text
+    assert distance(second, {name: values[-140:] for name, values in history.items()}, 0.1) < 0.03
 
 
 def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
