@@ -40,6 +40,9 @@ from posthoc_cli.profiles import (
     try_profile,
 )
 
+_MOST_MISSED = 0.05
+"""Part of a decay, at each of its ends, that a file of rates may lack, since rates are often logged now and then."""
+
 SHORTEST_BETA = 0.5
 """The decay whose average has a mean age, beta / (1 - beta), of one step."""
 
@@ -318,8 +321,12 @@ class Decay(_Named):
 
     @cached_property
     def _tables(self) -> tuple[str | Tabulated, Tabulated | None]:
-        shape = self.shape if isinstance(self.shape, str) else _read_points(self.shape, "decay", "multiplier")
-        return shape, None if self.lr is None else _read_points(Path(self.lr), "lr", "rate")
+        shape = self.shape if isinstance(self.shape, str) else _read_points(self.shape, "decay", "x,multiplier")
+        if isinstance(shape, Tabulated) and (shape.times[0], shape.times[-1]) != (0, 1):
+            found = f"{shape.times[0]:,.12g} to {shape.times[-1]:,.12g}"
+            reason = f"x is from {found}; must be the part of the decay, 0 to 1"
+            raise InvalidValueError("decay", reason, value=self.shape)
+        return shape, None if self.lr is None else _read_points(Path(self.lr), "lr", "time,rate")
 
     def profile(self, t: float, clock: Clock, t_first: float) -> EmulatedDecay:  # noqa: ARG002
         """The decay up to `t`, or over the given times."""
@@ -327,15 +334,22 @@ class Decay(_Named):
         if end > t:
             value = f"{start:.12g}:{end:.12g}"
             raise InvalidValueError("over", f"ends after t = {t:,.12g}; must end at t or before", value=value)
-        return EmulatedDecay(start, end, *self._tables)
+        shape, rate = self._tables
+        slack = _MOST_MISSED * (end - start)
+        if rate is not None and not rate.times[0] - slack <= start < end <= rate.times[-1] + slack:
+            reason = f"holds rates from t = {rate.times[0]:,.12g} to {rate.times[-1]:,.12g}"
+            reason += f"; must cover the decay, {start:,.12g} to {end:,.12g}"
+            raise InvalidValueError("lr", reason, value=self.lr)
+        return EmulatedDecay(start, end, shape, rate)
 
 
-def _read_points(path: Path, subject: str, column: str) -> Tabulated:
-    """A table as of a profile, whose second column is called otherwise in messages."""
+def _read_points(path: Path, subject: str, columns: str) -> Tabulated:
+    """A table as of a profile, whose columns are called otherwise in messages."""
     try:
         return read_table(path).profile
     except InvalidValueError as error:
-        raise InvalidValueError(subject, error.reason.replace("density", column), value=path) from error
+        reason = error.reason.replace("time,density", columns).replace("density", columns.partition(",")[2])
+        raise InvalidValueError(subject, reason, value=path) from error
 
 
 class Chosen(_Named, ABC):
@@ -390,7 +404,10 @@ class Mean(Chosen):
 
 @dataclass(frozen=True)
 class Coefficients(Chosen):
-    """Exactly the coefficients in a file of lines name,coefficient, with names of files (or folders) and sum 1."""
+    """Exactly the coefficients in a file of lines name,coefficient, with sum 1.
+
+    Names are those of files or folders, as `ema info` shows them; the header line is optional.
+    """
 
     path: Path
 
@@ -406,7 +423,7 @@ class Coefficients(Chosen):
         coefficients = np.zeros(len(names))
         seen: set[str] = set()
         for number, line in enumerate(read_text(self.path, "coefficients").splitlines(), 1):
-            if not line.strip() or line.startswith("#"):
+            if not line.strip() or line.startswith("#") or (not seen and line.strip() == "name,coefficient"):
                 continue
             name, _, text = (part.strip() for part in line.rpartition(","))
             try:

@@ -246,6 +246,14 @@ def test_a_decay_reads_its_tables(tmp_path: Path) -> None:
     rates.write_text("0,1,2\n")
     with refused("lr", "must be two, time,rate"):
         Decay("linear", 1.0, rates).profile(100.0, STEPS, 1.0)
+    shape.write_text("80,1\n100,0\n")  # steps, where a part of the decay was due: it would be no decay at all
+    with refused("decay", "x is from 80 to 100; must be the part of the decay, 0 to 1"):
+        Decay(shape).profile(100.0, STEPS, 1.0)
+    rates.write_text("0,1\n90,1\n")
+    with refused("lr", "holds rates from t = 0 to 90; must cover the decay, 80 to 100"):
+        Decay("linear", 0.2, rates).profile(100.0, STEPS, 1.0)
+    rates.write_text("0,1\n99,1\n")  # the rate of the last step that was logged holds to the end
+    assert Decay("linear", 0.2, rates).profile(100.0, STEPS, 1.0).tail(90) == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("shape", ["linear", "1-sqrt", "cosine"])
@@ -286,6 +294,6 @@ def test_coefficients_that_cannot_be_used_are_named(tmp_path: Path, content: str
 
 
 def test_coefficients_are_taken_by_name(tmp_path: Path) -> None:
-    target = Coefficients(written(tmp_path, "b, 1.5\n\na,-0.5\n"))
+    target = Coefficients(written(tmp_path, "# mine\nname,coefficient\nb, 1.5\n\na,-0.5\n"))
     assert target.choose(["a", "b", "x,y"], [Point(1), Point(2), Point(3)]).tolist() == [-0.5, 1.5, 0]
     assert (target.label, target.title) == ("coefficients-curve", "coefficients in curve.csv")

@@ -20,6 +20,8 @@ from posthoc_cli.dtypes import DTYPES, ITEM_BYTES
 from posthoc_cli.snapshots.chunks import row_major
 
 ZIP = b"PK\x03\x04"
+_MOST_REPEATED = 64 * 1024 * 1024
+"""Bytes of a tensor whose elements are stored once for several places, as `expand` makes it."""
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -83,6 +85,8 @@ class View:
             reach = 1 + sum((size - 1) * step for size, step in zip(self.shape, self.strides, strict=True))
         if self.storage.begin < 0 or (self.offset + reach) * item > self.storage.nbytes:
             raise PickleError("a tensor reaches beyond its storage")
+        if math.prod(self.shape) * item > max(self.storage.nbytes, _MOST_REPEATED):
+            raise PickleError(f"a tensor of shape {list(self.shape)} that repeats {self.storage.nbytes:,} bytes")
         begin = self.storage.begin + self.offset * item
         return FoundTensor(self.dtype, self.shape, self.strides, begin, begin + reach * item)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -38,6 +40,7 @@ class Checkpoint:
         header: all its tensors, as if they were in one file.
         parts: its files.
         library: "ema-pytorch" or "posthoc-ema", if its profile rests on what the user says of these.
+        label: its name, where that of its file or folder is not enough.
     """
 
     path: Path
@@ -46,11 +49,12 @@ class Checkpoint:
     header: fmt.FileHeader
     parts: tuple[Part, ...]
     library: str = ""
+    label: str = ""
 
     @property
     def name(self) -> str:
-        """The name of the file or folder."""
-        return self.path.name
+        """The name of the file or folder; of several of one name with folders above it; of two in one with a word."""
+        return self.label or self.path.name
 
     @property
     def stored(self) -> Mapping[str, fmt.TensorEntry]:
@@ -174,6 +178,7 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
         if other is not one:
             reason = f"are both of step {one.info.t:,.12g}"
             raise MismatchError(f"{other.path} and {one.path}", reason, "name those of one run, by a glob")
+    ordered = _named(ordered)
     first = ordered[0]
     for one in ordered[1:]:
         _check_alike(first, one)
@@ -186,6 +191,20 @@ def checked_run(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
     names = [(name, entry.shape) for name, entry in sorted(first.stored.items())]
     run_id = xxhash.xxh3_128_hexdigest(repr((names, first.header.metadata)).encode())
     return [replace(one, info=replace(one.info, run_id=run_id)) for one in ordered]
+
+
+def _named(checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:
+    """The same, each with a name of its own: coefficients and reports refer to it."""
+    paths = {one.path for one in checkpoints}
+    above = Path(os.path.commonpath([path.parent for path in paths]))
+    is_short = len({path.name for path in paths}) == len(paths)
+    counts = Counter(one.path for one in checkpoints)
+    made = []
+    for one in checkpoints:
+        name = one.path.name if is_short else one.path.relative_to(above).as_posix()
+        of_two = counts[one.path] > 1 and not isinstance(one.profile, Point)
+        made.append(replace(one, label=f"{name} (average)" if of_two else name))
+    return made
 
 
 def beside_snapshots(snapshots: Sequence[Snapshot], checkpoints: Sequence[Checkpoint]) -> list[Checkpoint]:

@@ -187,4 +187,8 @@ def _values(file: OpenSnapshot, name: str, piece: _Piece) -> npt.NDArray[np.floa
     dtype = file.header.tensors[name].dtype
     item = ITEM_BYTES[dtype]
     data = file.read_unverified(name, piece.begin * item, piece.end * item)
-    return decode_values(data, dtype) if dtype in EPS else data.view(DTYPES[dtype].torch_name).astype(np.float64)
+    if dtype in EPS:
+        return decode_values(data, dtype)
+    values = data.view(DTYPES[dtype].torch_name)
+    # A complex number is two: the distances are the same.
+    return (values.view(values.real.dtype) if np.iscomplexobj(values) else values).astype(np.float64)

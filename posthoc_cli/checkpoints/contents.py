@@ -39,7 +39,10 @@ Keys = tuple[str, ...]
 
 DCP_METADATA = ".metadata"
 INDEX_ENDING = ".index.json"
-NOT_WEIGHTS = ("optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args")
+NOT_WEIGHTS = (
+    "optimizer", "optim", "scheduler", "lr_scheduler", "rng", "random_state", "scaler", "training_args",
+    "training-state",
+)  # fmt: skip
 """What the names of files and groups begin with that hold something else than the model."""
 MODEL_GROUPS = ("current_model_state", "state_dict", "model_state_dict", "model", "module")
 """Keys of a checkpoint under which the model is: the first one that is there. Lightning keeps its raw weights under the
@@ -80,23 +83,21 @@ class Contents:
             if value is None and (keys := tuple(name.split("."))) in self.tensors:
                 value = _scalar(self.tensors[keys]())
             if isinstance(value, str):
-                value = float(value) if value.isdigit() else None
+                value = int(value) if value.isdecimal() and len(value) < 20 else None
             if isinstance(value, int | float) and not isinstance(value, bool) and value > 0:
-                return float(value)
+                return value
         return None
 
-    def groups(self) -> dict[str, int]:
-        """Keys of the first level that lead to several tensors, with their number."""
-        found: dict[str, int] = {}
-        for keys in self.tensors:
-            if len(keys) > 1:
-                found[keys[0]] = found.get(keys[0], 0) + 1
-        return found
+    def groups(self, outer: Keys = ()) -> list[str]:
+        """The keys, behind those of `outer`, under which there are tensors by further keys."""
+        level = len(outer)
+        return list(dict.fromkeys(k[level] for k in self.tensors if k[:level] == outer and len(k) > level + 1))
 
     def model_tensors(self, prefix: str = "", group: str = "") -> dict[str, Callable[[], list[Piece]]]:
         """The tensors of the model by name; with a prefix those whose names begin with it, without it.
 
-        They are those of the `group`, if there is one of this name, else of one that is named as models are.
+        They are those of the `group`, if there is one of this name, else of one that is named as models are, also
+        within the only group that there is.
 
         Raises:
             FileFormatError: the model cannot be told from the rest.
@@ -104,12 +105,16 @@ class Contents:
         groups = self.groups()
         others = [name for name in groups if not name.startswith(_OTHER_GROUPS)]
         names = (*([group] if group else []), *MODEL_GROUPS)
-        group = next((name for name in names if name in groups), others[0] if len(others) == 1 else "")
-        chosen = [keys for keys in self.tensors if len(keys) > 1 and keys[0] == group]
-        if group not in names:
-            others = [f"{name}." for name in _OTHER_GROUPS]
-            chosen = [k for k in self.tensors if len(k) == 1 and not k[0].startswith(tuple(others))] or chosen
-        named = {".".join(keys[1:] if len(keys) > 1 else keys): self.tensors[keys] for keys in chosen}
+        known: list[Keys] = [(name,) for name in names if name in groups]
+        if not known and len(others) == 1:
+            known = [(others[0], name) for name in MODEL_GROUPS if name in self.groups((others[0],))]
+        place: Keys = known[0] if known else tuple(others) if len(others) == 1 else ()
+        chosen = [keys for keys in self.tensors if place and len(keys) > len(place) and keys[: len(place)] == place]
+        named = {".".join(keys[len(place) :]): self.tensors[keys] for keys in chosen}
+        if not known:
+            beside = tuple(f"{name}." for name in _OTHER_GROUPS)
+            single = [keys for keys in self.tensors if len(keys) == 1 and not keys[0].startswith(beside)]
+            named = {keys[0]: self.tensors[keys] for keys in single} or named
         if prefix and not any(name.startswith(prefix) for name in named):
             named = {".".join(keys): find for keys, find in self.tensors.items()}
         found = {name.removeprefix(prefix): find for name, find in named.items() if name.startswith(prefix)}
@@ -120,7 +125,7 @@ class Contents:
         if prefix:
             there = names_in([".".join(keys) for keys in self.tensors])
             raise FileFormatError(self.path, f"no tensor's name begins with {shown(prefix)}; it has {there}")
-        reason = f"the model cannot be told from the rest: it has tensors under {names_in(list(groups))}"
+        reason = f"the model cannot be told from the rest: it has tensors under {names_in(groups)}"
         raise FileFormatError(self.path, reason, "name one by prefix, such as 'model.'")
 
 
@@ -205,13 +210,15 @@ def _refuse(path: Path, keys: Keys, node: Node) -> list[Piece]:
 def _of_shards(index: Path) -> Contents:
     """A model in shards, by its index."""
     tensors: dict[Keys, Callable[[], list[Piece]]] = {}
+    values: dict[str, Any] = {}
     for name, listed in decode_index(index, ENDINGS).shards.items():
         shard = _of_file(index.parent / name)
         missing = [tensor for tensor in listed if (tensor,) not in shard.tensors]
         if missing:
             raise FileFormatError(shard.path, f"tensor {shown(missing[0])} is not in it, as the index says")
         tensors |= {(tensor,): shard.tensors[tensor,] for tensor in listed}
-    return Contents(index.parent, tensors)
+        values |= {key: value for key, value in shard.values.items() if key == "ema.format"}
+    return Contents(index.parent, tensors, values)
 
 
 # --- torch.distributed.checkpoint

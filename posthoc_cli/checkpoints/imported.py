@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import closing
@@ -62,15 +63,16 @@ def import_checkpoints(checkpoints: Sequence[Checkpoint], out: Path, progress: P
     named = [snapshot_path(out, one.info.t, one.info.sigma_rel) for one in checkpoints]
     paths = [path.with_name(path.name.replace("-0.0.safe", "-weights.safe")) for path in named]
     total = sum(entry.nbytes for one in checkpoints for entry in one.stored.values())
-    written: list[Path] = []
-    with files.new_directory(out), progress("importing", total) as advance:
+    made = files.temporary_path(out.parent)
+    with files.reported_as_write_error(out), progress("importing", total) as advance:
+        files.make_directory(made)
         try:
             for one, path in zip(checkpoints, paths, strict=True):
-                _write(one, path, advance)
-                written.append(path)
+                _write(one, made / path.name, advance)
+            files.system.rename(made, out)
+            files.system.fsync_directory(out.parent)
         except BaseException:
-            for path in written:
-                files.unlink_if_there(path)
+            shutil.rmtree(made, ignore_errors=True)
             raise
     return Import(tuple(checkpoints), tuple(paths))
 
@@ -110,10 +112,11 @@ def read_imported(path: Path) -> Checkpoint:
     t, profile = values["t"], None
     try:
         tensors = headers.decode_tensors(values.pop("tensors"), header.tensors)
+        headers.check_aliases(values["aliases"], tensors)
         if masses is not None:
             profile = Discrete(masses.get("times", ()), masses.get("masses", ()), t)
     except (ValueError, TypeError) as error:
-        raise FileFormatError(path, f"ema.masses or ema.tensors: {error}") from error
+        raise FileFormatError(path, f"ema.masses, ema.tensors or ema.aliases: {error}") from error
     made: StoredProfile = profile or (PowerFunction(values["gamma"], t) if values["sigma_rel"] else Point(t))
     info = fmt.SnapshotInfo(
         **values, sigma_rels=(), t_first=getattr(made, "t_first", min(1.0, t)),

@@ -18,7 +18,7 @@ from posthoc_cli.checkpoints.checkpoint import Checkpoint, checked_run, make_che
 from posthoc_cli.checkpoints.contents import NOT_WEIGHTS, Contents, Piece, model_in, read_contents
 from posthoc_cli.checkpoints.imported import is_imported, read_imported
 from posthoc_cli.checkpoints.tensor_files import ENDINGS, names_in
-from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError
+from posthoc_cli.errors import DirectoryError, FileFormatError, InvalidValueError, shown
 from posthoc_cli.profiles import Discrete, Point, PowerFunction, check_sigma_rel, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import (
     TORCHTITAN_GAMMA,
@@ -33,11 +33,12 @@ from posthoc_cli.snapshots.measurements import FileSource, check_update_every
 from posthoc_cli.snapshots.reader import read_small_file
 
 _STEP = re.compile(r"(?:step|iter(?:ation)?|checkpoint|ckpt)s?[=_.\-]*(\d+)", re.IGNORECASE)
-_INDEXED = re.compile(r"(\d+)[._](\d+)\.(?:pt|safetensors)")
-_EDM2 = re.compile(r"network-snapshot-(\d+)-(\d*\.\d+)\.pkl")
+_INDEXED = re.compile(r"(\d{1,20})[._](\d{1,20})\.(?:pt|safetensors)")
+_EDM2 = re.compile(r"network-snapshot-(\d{1,20})-(\d*\.\d+)\.pkl")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 _TRAINER_STATE = "trainer_state.json"
 _MOST_STATE = 1_000_000_000
+_MOST_STEPS = 10**15
 _TITAN_EMA = re.compile(r"(?:ema_optimizer\.)?state\.(.+)\.ema_params")
 _COUNTERS = ("initted", "step")
 """What `ema-pytorch` and `pytorch-posthoc-ema` store beside the weights."""
@@ -90,6 +91,12 @@ class Origin:
             found += [(option, str(one)) for one in several if one != ""]
         return found
 
+    def refuse(self, names: Sequence[str], reason: str) -> None:
+        """An InvalidValueError if one of these attributes was given."""
+        for name in names:
+            if (value := getattr(self, name)) not in (None, "", ()):
+                raise InvalidValueError(name, reason, value=value if isinstance(value, str | int) else "")
+
     @property
     def selection(self) -> fmt.Selection:
         """The choice of tensors by their names."""
@@ -112,6 +119,10 @@ def open_checkpoints(place: str | Path, origin: Origin = UNSPECIFIED) -> list[Ch
     made = [one for path in paths for one in _READERS.get(kind, _points)(path, origin)]
     if not made:
         raise DirectoryError(place, f"holds no {kind}" if origin.kind else "holds no checkpoints")
+    if not any(one.library for one in made):
+        tracked = any(isinstance(one.profile, Discrete) for one in made)
+        names = ("sigma_rels",) if tracked else ("sigma_rels", "update_every", "update_after_step")
+        origin.refuse(names, "is for averages of other libraries, and here are none; name their kind, if there are")
     return checked_run(made)
 
 
@@ -145,7 +156,9 @@ def _places(place: str | Path) -> list[Path]:
     entries = sorted(entry for entry in files.system.list(path) if not entry.name.startswith("."))
     folders = [entry for entry in entries if entry.is_dir() and not is_snapshot_name(entry) and _holds_model(entry)]
     loose = [entry for entry in entries if entry.name.endswith(ENDINGS) and not _SHARD.search(entry.name)]
-    return folders or [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
+    loose = [entry for entry in loose if not entry.name.startswith(NOT_WEIGHTS)]
+    # Beside files a folder without a number, such as "averages", is no checkpoint; beside folders a file is none.
+    return folders if not loose or any(re.search(r"\d", folder.name) for folder in folders) else loose
 
 
 def _holds_model(folder: Path) -> bool:
@@ -170,8 +183,10 @@ def _kind_of(paths: Sequence[Path]) -> str:
 
 
 def _points(path: Path, origin: Origin) -> list[Checkpoint]:
-    """A checkpoint, and the average in it if torchtitan stored one."""
+    """A checkpoint, and the average in it if torchtitan stored one; nothing of an output of this package."""
     contents = read_contents(path)
+    if contents.values.get("ema.format") == "output":
+        return []
     if is_imported(contents.values):
         one = read_imported(path)
         chosen = _chosen(one.info.tensors, origin)
@@ -224,8 +239,13 @@ def _step(path: Path, contents: Contents, origin: Origin) -> int:
     if step is None:
         example = r"give step_from, a pattern such as 'step(\d+)'"
         raise InvalidValueError(path, "neither its content nor its name tells its step", example)
-    if step != int(step) or not 0 < step < fmt.LATEST:
-        raise InvalidValueError(path, f"its step is {step:,.12g}; must be above 0", "leave it out, or give step_from")
+    return _checked_step(path, step, "leave it out, or give step_from")
+
+
+def _checked_step(path: Path, step: float, hint: str = "leave it out") -> int:
+    if not 0 < step <= _MOST_STEPS or step != int(step):
+        reason = f"its step is {shown(step)}; must be a whole number from 1 to {_MOST_STEPS:.0e}"
+        raise InvalidValueError(path, reason, hint)
     return int(step)
 
 
@@ -267,7 +287,7 @@ def _karras(path: Path, origin: Origin) -> list[Checkpoint]:
     match = _INDEXED.fullmatch(path.name)
     if match is None:
         raise FileFormatError(path, "is not named as averages are: <number>.<step>.pt, or <number>_<step>.safetensors")
-    index, step = int(match[1]), int(match[2])
+    index, step = int(match[1]), _checked_step(path, int(match[2]))
     contents = read_contents(path)
     inner = "ema_model." if any(keys[0].startswith("ema_model.") for keys in contents.tensors) else ""
     missing = [name for name, value in (("sigma_rels", origin.sigma_rels), ("update_every", origin.update_every))
@@ -324,6 +344,7 @@ def _edm2(path: Path, origin: Origin) -> list[Checkpoint]:
     images = 1000 * int(match[1])
     if images == 0:
         return []  # before the training
+    _checked_step(path, images)
     profile = PowerFunction.from_sigma_rel(float(match[2]), images)
     found = _selected(read_contents(path).model_tensors(origin.prefix, "ema"), origin)
     return [make_checkpoint(path, found, profile, images, "images", float(match[2]))]

@@ -142,20 +142,26 @@ def _located(value: Any) -> Any:
 def leaves(value: Any) -> dict[tuple[str, ...], Any]:
     """The tensors, numbers and texts within dicts, by the keys that lead to each.
 
-    A tensor of a kind that is not read (sparse, quantized, spread over processes) stays a node.
+    A tensor of a kind that is not read (sparse, quantized, spread over processes) stays a node. The names of modules
+    within a pickled module are one key, joined by dots, as in a state dict.
     """
     found: dict[tuple[str, ...], Any] = {}
-    left: list[tuple[tuple[str, ...], Any]] = [((), value)]
+    left: list[tuple[tuple[str, ...], Any, int, bool]] = [((), value, 0, False)]
     for _ in range(_MOST_VALUES):
         if not left:
             return found
-        path, one = left.pop()
+        path, one, depth, within = left.pop()
+        is_module = False
         if isinstance(one, Node) and one.name.startswith("torch._utils._rebuild"):
             found[path] = one
         elif isinstance(one, Node):
-            one = _module_tensors(one) or one.items
-        if isinstance(one, dict) and len(path) < _DEEPEST:
-            left += [((*path, str(key)), one[key]) for key in reversed(one) if isinstance(key, str | int)]
+            held = _module_tensors(one)
+            is_module, one = held is not None, held or one.items
+        if isinstance(one, dict) and depth < _DEEPEST:
+            for key in reversed(one):
+                if isinstance(key, str | int):
+                    inner = (*path[:-1], f"{path[-1]}.{key}") if is_module and within else (*path, str(key))
+                    left.append((inner, one[key], depth + 1, is_module))
         elif isinstance(one, FoundTensor | int | float | str):
             found[path] = one
     raise PickleError("holds too many values")
@@ -171,7 +177,9 @@ def _module_tensors(node: Node) -> dict[Any, Any] | None:
         for state in (found, found.get("state")) if isinstance(found, dict) else ():
             if isinstance(state, dict) and {"_parameters", "_buffers", "_modules"} <= state.keys():
                 own = [state[key] for key in ("_parameters", "_buffers", "_modules")]
-                return {key: value for part in own if isinstance(part, dict) for key, value in part.items()}
+                held = {key: value for part in own if isinstance(part, dict) for key, value in part.items()}
+                unsaved = state.get("_non_persistent_buffers_set")
+                return {key: held[key] for key in held if not (isinstance(unsaved, list) and key in unsaved)}
     return None
 
 

@@ -24,6 +24,9 @@ from posthoc_cli.errors import InvalidValueError
 from posthoc_cli.profiles.discrete import Discrete
 from posthoc_cli.profiles.tracked import FloatArray
 
+MOST_UPDATES = 20_000_000
+"""Of one average; far more than a training makes, and few enough for its memory."""
+
 MOST_TIMES = 16_384
 """Times that a profile holds; of more updates neighbours are joined, which moves mass by less than 1e-4 of training."""
 
@@ -43,7 +46,7 @@ def ema_pytorch_profile(gamma: float, step: int, update_every: int, started: int
     for name, value, least in (("step", step, 1), ("update_every", update_every, 1), ("started", started, 0)):
         if value < least:
             raise InvalidValueError(name, f"must be at least {least}", value=value)
-    calls = np.arange(1.0, step + 1, update_every)
+    calls = _calls(1, step, update_every)
     return _product(calls + started, (gamma + 1) * np.log1p(-1 / (calls + 1)), update_every, step + started)
 
 
@@ -73,9 +76,17 @@ def torchtitan_profile(step: int, update_every: int = 1, start_step: int = 0) ->
     first = start_step or update_every
     if step < first:
         raise InvalidValueError("step", f"must be at least {first}, that of the first update", value=step)
-    calls = np.arange(float(first), step + 1, update_every)
+    calls = _calls(first, step, update_every)
     counts = np.maximum((calls - start_step) // update_every, 1)
     return _product(calls, -(TORCHTITAN_GAMMA + 1) / counts, update_every, step)
+
+
+def _calls(first: int, last: int, interval: int) -> FloatArray:
+    """first, first + interval, ... up to `last`."""
+    if (last - first) // interval >= MOST_UPDATES:
+        reason = f"makes more than {MOST_UPDATES:,} updates, one every {interval:,} steps"
+        raise InvalidValueError("step", reason, value=f"{last:,}")
+    return np.arange(float(first), last + 1, interval)
 
 
 def _product(times: FloatArray, logs: FloatArray, interval: int, t: int) -> Discrete:

@@ -339,9 +339,7 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
     raw, aliases = values["tensors"], values["aliases"]
     try:
         tensors = cache.once("tensors", (raw, header.tensors), lambda: decode_tensors(raw, header.tensors))
-        for alias, name in aliases.items():
-            if not isinstance(name, str) or name not in tensors or alias in tensors or alias == "__metadata__":
-                raise ValueError(f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
+        check_aliases(aliases, tensors)
         chunks: dict[str, Chunk] = {}
         if "part" in values:
             places = values.get("chunks", {})
@@ -352,6 +350,13 @@ def decode_snapshot(path: Path, header: fmt.FileHeader, cache: DecodeCache | Non
     except ValueError as error:
         raise FileFormatError(path, str(error)) from error
     return fmt.SnapshotInfo(**(values | {"tensors": tensors, "chunks": chunks}))
+
+
+def check_aliases(aliases: Values, tensors: Mapping[str, object]) -> None:
+    """A ValueError if one is not a further name of a tensor."""
+    for alias, name in aliases.items():
+        if not isinstance(name, str) or name not in tensors or alias in tensors or alias == "__metadata__":
+            raise ValueError(f"ema.aliases: {shown(alias)} must be a further name of a stored tensor")
 
 
 def decode_tensors(raw: Values, stored: Mapping[str, fmt.TensorEntry]) -> dict[str, fmt.TrackedTensor]:

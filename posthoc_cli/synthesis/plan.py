@@ -66,6 +66,7 @@ def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str 
         also: where checkpoints of the same training are, to be combined with the snapshots.
 
     Raises:
+        InvalidValueError: `origin` says something about checkpoints, and there are none.
         DirectoryError, FileFormatError, MismatchError: as `read_directory`, and of checkpoints `open_checkpoints`.
     """
     path = Path(directory)
@@ -79,6 +80,9 @@ def disk_sources(directory: str | Path, origin: Origin = UNSPECIFIED, also: str 
         if also is not None:
             raise InvalidValueError("checkpoints", "are added to the snapshots of a tracker", error.reason) from error
         return [*open_checkpoints(directory, origin)]
+    if also is None:
+        names = [name for name in vars(origin) if name != "kind"]
+        origin.refuse(names, "is for checkpoints, and these are snapshots of a tracker")
     others = [] if also is None else beside_snapshots(snapshots, open_checkpoints(also, origin))
     return sorted([*snapshots, *others], key=lambda one: (one.info.t, one.info.sigma_rel)) if others else [*snapshots]
 

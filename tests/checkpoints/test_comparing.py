@@ -50,6 +50,16 @@ def test_a_snapshot_and_an_output(tmp_path: Path) -> None:
     assert (same.total.relative, same.total.largest) == (0, 0)
 
 
+def test_numbers_that_are_not_real_or_not_floating(tmp_path: Path) -> None:
+    one = {"c": torch.tensor([1 + 2j, 3]), "i": torch.tensor([3, 4]), "b": torch.tensor([True, False])}
+    other = {"c": torch.tensor([1 + 6j, 3]), "i": torch.tensor([3, 9]), "b": torch.tensor([True, True])}
+    save_file(one, tmp_path / "a.safetensors")
+    save_file(other, tmp_path / "b.safetensors")
+    found = compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert [(each.name, each.elements) for each in found.tensors] == [("b", 2), ("c", 2), ("i", 2)]
+    assert [each.relative for each in found.tensors] == pytest.approx([1, 4 / 14**0.5, 1])
+
+
 def test_what_differs_is_named(tmp_path: Path, ema: Ema) -> None:
     a, b = tmp_path / "a.safetensors", tmp_path / "b.pt"
     names = ("layers.0.w", "layers.1.w", "layers.1.b", "head.w")

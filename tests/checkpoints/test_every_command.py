@@ -105,6 +105,20 @@ def test_checkpoints_go_beside_snapshots_or_in_their_place(ema: Ema, run: Path, 
     assert "one DIR at most" in ema("error-plot", run / "ema", run / "ema", *also, "--json").error
 
 
+def test_an_option_that_would_do_nothing_is_refused(ema: Ema, run: Path, tmp_path: Path) -> None:
+    make = ("--sigma-rel", "0.2", "--out", tmp_path / "o.pt")
+    for option in ("--prefix", "--include", "--exclude", "--step-from", "--sigma-rels", "--update-every"):
+        value = {"--step-from": r"(\d)", "--sigma-rels": "0.1", "--update-every": "5"}.get(option, "w")
+        refused = ema("synthesize", run / "ema", option, value, *make)
+        assert (refused.code, option in refused.error) == (2, True)
+        assert refused.error.endswith("is for checkpoints, and these are snapshots of a tracker")
+    for option, value in (("--sigma-rels", "0.05,0.28"), ("--update-every", "10"), ("--update-after-step", "10")):
+        refused = ema("synthesize", run / "ck", *OPTIONS, option, value, *make)
+        assert (refused.code, option in refused.error) == (2, True)
+        assert "is for averages of other libraries, and here are none" in refused.error
+    assert not (tmp_path / "o.pt").exists()
+
+
 @pytest.mark.parametrize("layout", ["safetensors", "archives", "transformers", "distributed"])
 def test_care_is_for_own_files(layout: str, write: Callable[[str], Path], ema: Ema) -> None:
     folder = write(layout)

@@ -195,6 +195,15 @@ def test_archives_of_another_kind(tmp_path: Path) -> None:
     assert "not of torch.save" in read(tmp_path)
 
 
+def test_a_tensor_that_repeats_few_bytes_stays_small(tmp_path: Path) -> None:
+    for step in (1, 2):
+        torch.save({"w": torch.full((1,), float(step)).expand(3, 4)}, tmp_path / f"step{step}.pt")
+    assert Run(tmp_path).average(0.2)["w"].shape == (3, 4)
+    torch.save({"w": torch.ones(1).expand(2**38)}, tmp_path / "step2.pt")
+    reason = "a tensor of shape [274877906944] that repeats 4 bytes"
+    assert f"step2.pt: cannot be read as tensors: {reason}" in read(tmp_path)
+
+
 def test_ten_thousand_files(tmp_path: Path) -> None:
     save_file({"w": torch.ones(3)}, tmp_path / "step1.safetensors")
     data = (tmp_path / "step1.safetensors").read_bytes()

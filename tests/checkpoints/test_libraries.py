@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import edm2_layout
 import numpy as np
@@ -12,11 +14,28 @@ import torch
 from ema_command import Ema
 from factories import flip_bit
 
-from posthoc_cli import Run, errors
+from posthoc_cli import Run, errors, files
+from posthoc_cli.checkpoints.imported import import_checkpoints
+from posthoc_cli.checkpoints.opening import open_checkpoints
 from posthoc_cli.profiles import Discrete, PowerFunction, gamma_from_sigma_rel
 from posthoc_cli.profiles.other_libraries import ema_pytorch_profile
+from posthoc_cli.snapshots import format as fmt
+from posthoc_cli.snapshots.writer import TensorFileWriter
 
 STEPS = 400
+
+
+class Killed(BaseException):
+    """What ends a process here."""
+
+
+def raise_of(error: type[BaseException]) -> Callable[..., None]:
+    def stop(*_: object) -> None:
+        raise error
+
+    return stop
+
+
 WIDTHS = (0.05, 0.28)
 
 
@@ -36,7 +55,8 @@ def train(update: Callable[[torch.nn.Module], None]) -> dict[str, torch.Tensor]:
 
 def distance(made: dict[str, torch.Tensor], history: dict[str, torch.Tensor], sigma_rel: float) -> float:
     """The relative distance of an average from the true one over all steps."""
-    masses = PowerFunction.from_sigma_rel(sigma_rel, STEPS).discrete_weights(np.arange(1.0, STEPS + 1))
+    steps = len(next(iter(history.values())))
+    masses = PowerFunction.from_sigma_rel(sigma_rel, steps).discrete_weights(np.arange(1.0, steps + 1))
     square = norm = 0.0
     for name, values in history.items():
         true = torch.einsum("t,t...->...", torch.from_numpy(masses), values)
@@ -79,6 +99,29 @@ def test_ema_pytorch(update_every: int, tmp_path: Path) -> None:
         _ = Run(tmp_path / "x", sigma_rels=(0.05,), update_every=1).sources
 
 
+def test_files_of_two_sessions_are_doubted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`pytorch-posthoc-ema` counts from 0 again where it is continued, and replaces its first files."""
+    library = pytest.importorskip("posthoc_ema")
+    settings = {"sigma_rels": WIDTHS, "update_every": 5, "checkpoint_every": 20, "checkpoint_dtype": torch.float32}
+    trackers: list[Any] = []
+
+    def update(model: torch.nn.Module) -> None:
+        if not trackers:
+            trackers.append(library.PostHocEMA.from_model(model, str(tmp_path / "x"), **settings))
+        elif trackers[0].step == 260:
+            trackers.insert(0, library.PostHocEMA.from_path(str(tmp_path / "x"), model, **settings))
+        trackers[0].update_(model)
+
+    history = train(update)
+    options: dict[str, Any] = {"kind": "posthoc-ema", "sigma_rels": WIDTHS, "update_every": 5}
+    Run(tmp_path / "x", **options).average(0.1)
+    assert "fit no update_every; check the widths, update_after_step, and that one session" in caplog.text
+    caplog.clear()
+    second = Run(tmp_path / "x" / "*.1[0-4]0.pt", **options).average(0.1)  # by a glob, on a clock of its own
+    assert "fit no update_every" not in caplog.text
+    assert distance(second, {name: values[-140:] for name, values in history.items()}, 0.1) < 0.03
+
+
 def test_pytorch_posthoc_ema(tmp_path: Path) -> None:
     library = pytest.importorskip("posthoc_ema")
     made = []
@@ -114,6 +157,7 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
             net = edm2_layout.network()
             edm2_layout.save(tmp_path / f"network-snapshot-{kimg:07d}-{width:.3f}.pkl", net)
             states[1000 * kimg, width] = net.state_dict()
+        torch.save({"net": net.state_dict()}, tmp_path / f"training-state-{kimg:07d}.pt")  # as its training does
     run = Run(tmp_path)
     assert [(source.info.t, round(source.info.sigma_rel, 3)) for source in run.sources] == [
         (t, width) for t in (1_024_000, 2_048_000) for width in (0.05, 0.1)
@@ -136,6 +180,36 @@ def test_pickles_of_edm2(tmp_path: Path) -> None:
 def test_a_kind_that_is_not_known_is_named(tmp_path: Path) -> None:
     with pytest.raises(errors.InvalidValueError, match="kind 'mmengine': must be one of snapshots, checkpoints, dcp"):
         Run(tmp_path, kind="mmengine")
+
+
+def test_an_import_that_is_killed_leaves_nothing_under_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Half of the files would be taken for a run of fewer checkpoints."""
+    for step in (1, 2):
+        torch.save({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.pt")
+    for error in (KeyboardInterrupt, None):
+        with monkeypatch.context() as patched, pytest.raises(error or Killed):
+            patched.setattr(files.system, "rename", raise_of(error or Killed))
+            if error is None:
+                patched.setattr(shutil, "rmtree", lambda *_, **__: None)  # no time for that
+            import_checkpoints(open_checkpoints(tmp_path / "step*.pt"), tmp_path / "new")
+        assert not (tmp_path / "new").exists()
+    import_checkpoints(open_checkpoints(tmp_path / "step*.pt"), tmp_path / "new")
+    assert [source.info.step for source in Run(tmp_path / "new").sources] == [1, 2]
+
+
+def test_the_metadata_of_an_import_are_checked(tmp_path: Path) -> None:
+    """As if somebody had written them with right checksums."""
+    values = {"run_id": "0" * 32, "t": 1.0, "t_unit": "steps", "step": 1, "sigma_rel": 0.0, "gamma": 0.0}
+    specs = [fmt.TensorSpec("w", "F32", (0,))]
+    for index, aliases in enumerate(({"x": "y"}, {"x": ["w"]}, {"x": 5}, {"w": "w"}, {"x": "w", "y": "x"})):
+        path = tmp_path / f"{index}.safetensors"
+        made = values | {"tensors": {"w": fmt.TrackedTensor("average", "F32")}, "aliases": aliases}
+        with TensorFileWriter(path, specs, fmt.encode_metadata("checkpoint", made)) as writer:
+            writer.commit()
+        with pytest.raises(errors.FileFormatError, match=r"must be a further name of a stored tensor"):
+            _ = Run(path).tensors
 
 
 def test_an_import_says_the_same(tmp_path: Path, ema: Ema) -> None:

@@ -13,7 +13,7 @@ from checkpoint_layouts import LAYOUTS, STEPS, Weights, distributed
 from ema_command import Ema
 from safetensors.torch import load_file, save_file
 
-from posthoc_cli import Run, errors
+from posthoc_cli import Coefficients, Run, errors
 from posthoc_cli.profiles import Discrete, Point
 
 Write = Callable[[str], Path]
@@ -95,8 +95,57 @@ def test_steps_come_from_what_is_there(tmp_path: Path) -> None:
     with pytest.raises(errors.MismatchError, match=r"a-9.safetensors and .*x-9.safetensors: are both of step 9"):
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
     save_file({"w": torch.ones(3)}, tmp_path / "x-0.safetensors")
-    with pytest.raises(errors.InvalidValueError, match="its step is 0; must be above 0"):
+    with pytest.raises(errors.InvalidValueError, match="its step is 0; must be a whole number from 1"):
         steps(step_from=r"\b(?:a|of|x)-(\d+)")
+
+
+@pytest.mark.parametrize(
+    "step", [0.5, 10**400, float("inf"), torch.tensor(float("inf")), 10**16, "9" * 400, "²"], ids=range(7)
+)
+def test_a_step_that_is_none_is_one_line(step: object, tmp_path: Path) -> None:
+    torch.save({"model": {"w": torch.ones(3)}, "step": step}, tmp_path / "run7.pt")
+    if isinstance(step, str):  # the name tells it
+        assert Run(tmp_path).step == 7
+        return
+    with pytest.raises(errors.InvalidValueError, match=r"run7.pt: its step is .*; must be a whole number from 1 to"):
+        _ = Run(tmp_path).sources
+
+
+def test_a_step_in_a_name_costs_no_memory(tmp_path: Path) -> None:
+    torch.save({"w": torch.ones(2), "initted": torch.tensor(True)}, tmp_path / "0.999999999999.pt")
+    run = Run(tmp_path, sigma_rels=(0.05,), update_every=1)
+    with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
+        _ = run.sources
+    content = {"a": torch.ones(3), "ema_optimizer": {"state.a.ema_params": torch.ones(3)}}
+    distributed(tmp_path / "step-999999999999", content)
+    with pytest.raises(errors.InvalidValueError, match="makes more than 20,000,000 updates"):
+        _ = Run(tmp_path / "step-999999999999").sources
+    (tmp_path / "checkpoint-1").mkdir()
+    save_file({"w": torch.ones(2)}, tmp_path / "checkpoint-1" / "model.safetensors")
+    (tmp_path / "checkpoint-1" / "trainer_state.json").write_text(f'{{"global_step": {10**400}}}')
+    with pytest.raises(errors.InvalidValueError, match="its step is an int of many digits"):
+        _ = Run(tmp_path / "checkpoint-1*").sources
+
+
+def test_own_outputs_beside_checkpoints_are_none(tmp_path: Path) -> None:
+    """So that the same command works again."""
+    for step in (1, 2):
+        save_file({"w": torch.full((3,), float(step))}, tmp_path / f"step{step}.safetensors")
+    for _ in range(2):
+        Run(tmp_path).write(0.2, tmp_path / "average-3.safetensors", overwrite=True)
+        Run(tmp_path).write([0.1, 0.2], tmp_path / "averages", overwrite=True)
+        assert [source.name for source in Run(tmp_path).sources] == ["step1.safetensors", "step2.safetensors"]
+    assert Run(tmp_path / "*.safetensors").step == 2
+    with pytest.raises(errors.DirectoryError, match="holds no checkpoints"):
+        _ = Run(tmp_path / "average-*").sources
+    for step in (10, 20):
+        (tmp_path / "folders" / f"checkpoint-{step}").mkdir(parents=True)
+        save_file(
+            {"w": torch.full((3,), float(step))}, tmp_path / "folders" / f"checkpoint-{step}" / "model.safetensors"
+        )
+    for _ in range(2):
+        Run(tmp_path / "folders").write(0.2, tmp_path / "folders" / "average-3", overwrite=True, layout="sharded")
+    assert len(Run(tmp_path / "folders").sources) == 2
 
 
 def test_tensors_can_be_chosen(tmp_path: Path) -> None:
@@ -128,6 +177,37 @@ def test_tensors_can_be_chosen(tmp_path: Path) -> None:
     torch.save({"actor": {"w": torch.ones(2)}, "critic": {"w": torch.ones(2)}}, tmp_path / "step3.ckpt")
     with pytest.raises(errors.FileFormatError, match="it has tensors under 'actor', 'critic'"):
         _ = Run(tmp_path).tensors
+
+
+class Whole(torch.nn.Module):
+    """A module whose parts have names that checkpoints use for something else."""
+
+    def __init__(self, fill: int) -> None:
+        super().__init__()
+        self.model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        self.head = torch.nn.ModuleDict({"x": torch.nn.Linear(2, 1)})
+        self.scale = torch.nn.Parameter(torch.full((1,), float(fill)))
+        self.register_buffer("table", torch.ones(3), persistent=False)
+
+
+def test_the_model_is_found_in_what_training_libraries_store(tmp_path: Path) -> None:
+    """A module itself, alone or in a dict; the state of a trainer, as Composer and torch's own tutorial store it."""
+    folders = [tmp_path / name for name in ("module", "dict", "trainer", "distributed")]
+    for folder in folders:
+        folder.mkdir()
+    for step in (1, 2):
+        whole, adam = Whole(step), {"Adam": {"state": {"w": {"exp_avg": torch.ones(3)}}}}
+        state = {"model": {"w": torch.full((3,), float(step))}, "optimizers": adam}
+        torch.save(whole, folders[0] / f"step{step}.pt")
+        torch.save({"epoch": 9, "model": whole, "optimizer": adam}, folders[1] / f"step{step}.pt")
+        torch.save({"state": state, "rng": [{"cuda": torch.ones(5)}]}, folders[2] / f"step{step}.pt")
+        distributed(folders[3] / f"step-{step}", {"app": state})
+    for folder in folders[:2]:
+        assert Run(folder).tensors.keys() == whole.state_dict().keys()
+        assert Run(folder).average(0.2, t=1)["scale"] == 1
+    for folder in folders[2:]:
+        assert Run(folder).average(0.2, t=1)["w"].tolist() == [1, 1, 1]
+        assert set(Run(folder).tensors) == {"w"}
 
 
 def test_two_models_never_mix(tmp_path: Path) -> None:
@@ -218,6 +298,22 @@ def test_torchtitan_averages_are_read_beside_the_weights(tmp_path: Path) -> None
     average = next(source for source in run.sources if isinstance(source.profile, Discrete))
     with average.open() as file:
         assert file.read("a").view("f4").tolist() == [5.0] * 3  # type: ignore[union-attr]
+
+
+def test_each_checkpoint_has_a_name_of_its_own(tmp_path: Path) -> None:
+    """By which a file of coefficients refers to it."""
+    for step in (10, 20):
+        (tmp_path / f"step{step}").mkdir()
+        save_file({"a": torch.full((3,), float(step))}, tmp_path / f"step{step}" / "model.safetensors")
+        averages = {"state.a.ema_params": torch.zeros(3)}
+        distributed(tmp_path / f"t-{step}", {"a": torch.full((3,), float(step)), "ema_optimizer": averages})
+    wanted = tmp_path / "c.csv"
+    wanted.write_text("step10/model.safetensors,0.75\nstep20/model.safetensors,0.25\n")
+    assert Run(tmp_path / "step*" / "model.safetensors").average(Coefficients(wanted))["a"].tolist() == [12.5] * 3
+    wanted.write_text("t-10,0.75\nt-20,0.25\n")
+    run = Run(tmp_path / "t-*")
+    assert [source.name for source in run.sources] == ["t-10", "t-10 (average)", "t-20", "t-20 (average)"]
+    assert run.average(Coefficients(wanted))["a"].tolist() == [12.5] * 3
 
 
 def test_a_trainer_of_transformers_is_read(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ MESSAGES = Path(__file__).parent.parent / "messages.txt"
 PROFILES = {
     "ramp": b"0,0\n2000,1\n", "beta-0.99": b"0,1\n2000,1\n", "negative": b"time,density\n0,1\n5,-1\n",
     "backwards": b"0,1\n5,1\n3,1\n", "late": b"0,1\n9000,1\n", "early": b"-3,1\n9,1\n", "massless": b"0,0\n9,0\n",
-    "falling": b"time,rate\n0,1\n1000,0\n", "other": b"nothing.safetensors,1\n",
+    "falling": b"time,rate\n0,1\n1000,0\n2000,0\n", "other": b"nothing.safetensors,1\n",
     "twice": 2 * b"0000000000000100-0.05.safetensors,0.5\n", "half": b"0000000000000100-0.05.safetensors,0.5\n",
     "binary": bytes(range(256)), "points": b"", "columns": b"0,1\n1,2,3\n",
 }  # fmt: skip
