@@ -20,7 +20,7 @@ from factories import write_run
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
-from posthoc_cli.errors import LockedError, PostHocError
+from posthoc_cli.errors import LockedError, OutputExistsError, PostHocError
 from posthoc_cli.report import render
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
@@ -82,6 +82,14 @@ def test_metrics_from_files_and_raw_weights_to_compare_with(run: Run, tmp_path: 
     assert report.trials[0].target == "raw"
 
 
+def test_another_file_of_raw_weights_is_measured_anew_and_more_repeats_are_added(run: Run, tmp_path: Path) -> None:
+    command = shell(f'case "$1" in {tmp_path}/raw*) cat "$1";; *) echo $2;; esac')
+    for name, repeats, values in (("raw-1", 1, [1.0]), ("raw-2", 1, [2.0]), ("raw-2", 3, [2.0] * 3)):
+        (tmp_path / name).write_text(name[-1])
+        report = swept(run, tmp_path / "out", command, axis=GRID, raw=tmp_path / name, repeats=repeats)
+        assert [trial.value for trial in report.trials if trial.target == "raw"] == values
+
+
 def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_path: Path) -> None:
     calls, out = tmp_path / "calls", tmp_path / "out"
     command = shell(f"echo $2 >> {calls}; echo $2")
@@ -94,6 +102,14 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
     assert len(more.trials) == 4
     swept(run, out, command, axis=GRID, method="paper")
     assert len(calls.read_text().split()) == 7
+
+
+def test_a_command_may_work_in_another_directory(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("raw").touch()
+    command = shell("cd /; test -e $1 && test -d $4 && echo $2")
+    report = swept(run, Path("out"), command, axis=GRID, raw=Path("raw"))
+    assert [trial.value for trial in report.trials] == [0, *LENGTHS]
 
 
 def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None:
@@ -230,6 +246,16 @@ def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None
         swept(run, tmp_path, axis=GRID)
 
 
+@pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a", "best/a"])
+def test_a_folder_of_others_is_refused_before_anything_in_it_is_replaced(run: Run, tmp_path: Path, name: str) -> None:
+    for path in (tmp_path / name, tmp_path / "model.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    with refused(str(tmp_path), "is not empty, and no sweep made it", kind=OutputExistsError):
+        swept(run, tmp_path, axis=GRID)
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"precious"}
+
+
 def test_what_a_killed_sweep_has_left_is_ended_and_removed(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / ".scratch" / "trial-x").mkdir(parents=True)
@@ -275,8 +301,21 @@ def test_bad_ranges_are_refused(run: Run, tmp_path: Path) -> None:
             Axis("sigma_rel", low, high)
     with refused("sigma_rel", "two lengths"):
         swept(run, tmp_path / "out", axis=Axis.of_values("sigma_rel", [0.1]))
-    with refused("values", "two lengths"):
-        sweep(run, lambda _: 1.0, values=[0.1])
+    for values in ([0.1], [0.1, 0.1], []):
+        with refused("values", "two lengths"):
+            sweep(run, lambda _: 1.0, values=values)
+
+
+@pytest.mark.parametrize(
+    ("axis", "count"),
+    [(Axis("sigma_rel", 0.1, 0.1001), 6), (Axis("window", 18, 20), 3), (Axis("beta", 0.9, 0.9001), 6),
+     (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2)],
+)  # fmt: skip
+def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path, axis: Axis, count: int) -> None:
+    command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
+    report = swept(run, tmp_path / "out", command, axis=axis)
+    assert not report.failed
+    assert len(report.trials) == len({trial.x for trial in report.trials}) == count
 
 
 @pytest.mark.parametrize(
@@ -436,7 +475,7 @@ def test_another_metric_uses_kept_weights_again(
 # --- in Python
 
 
-def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run: Run) -> None:
+def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run: Run, tmp_path: Path) -> None:
     def size(weights: Any) -> float:
         assert weights.predicted_error is not None
         return float(weights["a"].norm())
@@ -447,12 +486,14 @@ def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run:
     for name, weights in run.average(0.1).items():
         model.register_parameter(name, torch.nn.Parameter(torch.zeros_like(weights)))
 
-    def far(averaged: Any) -> tuple[float, float]:
+    def far(averaged: Any) -> tuple[Any, Any]:
         assert averaged is model
         assert not averaged.training
-        return float(averaged.a.detach().norm()), 0.1
+        return averaged.a.detach().norm(), torch.tensor(0.1)
 
     same = sweep(run.directory, far, model=model, values=LENGTHS, minimize=False)
+    same.write(tmp_path)
+    assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["standard_error"] == pytest.approx(0.1)
     assert [trial.value for trial in same.trials] == [trial.value for trial in report.trials]
     assert not model.a.any()
     assert model.training
