@@ -75,7 +75,10 @@ class Axis:
         return 1 / (1 - value) if self.kind == "beta" else value
 
     def value(self, x: float) -> float:
-        """The value of a parameter, with three digits, or as many as a narrow range needs."""
+        """The value of a parameter: one that was named, or with three digits, or as many as a narrow range needs."""
+        for named in self.values or ():
+            if math.isclose(self.scaled(named), x):
+                return named
         width = math.log(self.scaled(self.high) / self.scaled(self.low))
         digits = max(3, 2 - math.floor(math.log10(width or 1)))
         if self.kind == "beta":
@@ -170,7 +173,8 @@ def _estimate(axis: Axis, trials: Sequence[Record], minimize: bool, least: int) 
         failed = [trial for trial in trials if trial.value is None]
         reason = f"{len(failed)} of {len(trials)} trials have failed, too many to choose; the last one"
         raise PostHocError("the sweep", f"{reason}: {failed[-1].target}: {failed[-1].error}")
-    return search.estimate(good, axis.scaled(axis.low), axis.scaled(axis.high), minimize)
+    among = None if axis.values is None else [*map(axis.scaled, axis.values)]
+    return search.estimate(good, axis.scaled(axis.low), axis.scaled(axis.high), minimize, among)
 
 
 def good_range(run: Run, t: float | None = None, method: str | None = None) -> tuple[float, float]:

@@ -100,8 +100,10 @@ class Estimate:
         return self.regret <= max(self.noise / 4, 0.005 * float(np.ptp(self.curve)))
 
 
-def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = True) -> Estimate:
-    """What three trials or more say about the best parameter in [low, high]."""
+def estimate(
+    trials: Sequence[Trial], low: float, high: float, minimize: bool = True, among: Sequence[float] | None = None
+) -> Estimate:
+    """What three trials or more say about the best parameter in [low, high], or `among` some that are there."""
     sign = 1.0 if minimize else -1.0
     values = _without_outliers(sign * np.array([trial.value for trial in trials]))
     largest = float(np.abs(values).max()) or 1.0  # whose square may be too large for a number, or too small
@@ -115,17 +117,20 @@ def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = 
     draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), grid)
     centre, scale = largest * centre, largest * scale
     curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
-    best = int(curve.argmin())
+    xs = low * (high / low) ** grid
+    choices = xs if among is None else np.array(among)
+    points = np.abs(np.log(xs / choices[:, None])).argmin(axis=1)
+    place = int(curve[points].argmin())
+    best, chosen = int(points[place]), float(choices[place])
     tail = (1 - CONFIDENCE) / 2
     ends = np.quantile(grid[draws.argmin(axis=1)], [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
     widths = low * (high / low) ** np.clip(ends, 0, 1)
-    xs = low * (high / low) ** grid
     return Estimate(
-        best=float(xs[best]),
+        best=chosen,
         mean=sign * float(curve[best]),
         standard_error=float(spread[best]),
-        low=min(float(widths[0]), float(xs[best])),
-        high=max(float(widths[1]), float(xs[best])),
+        low=min(float(widths[0]), chosen),
+        high=max(float(widths[1]), chosen),
         regret=scale * float((draws[:, best] - draws.min(axis=1)).mean()),
         noise=scale * noise,
         xs=xs,

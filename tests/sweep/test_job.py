@@ -318,6 +318,16 @@ def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path
     assert len(report.trials) == len({trial.x for trial in report.trials}) == count
 
 
+@pytest.mark.parametrize(("kind", "named"), [("sigma_rel", (0.05123, 0.09, 0.25)), ("beta", (0.61234, 0.8, 0.9))])
+def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, named: tuple[float, ...]) -> None:
+    report = swept(run, tmp_path / "out", "sh -c 'echo $1' sh {sigma_rel} {weights}", axis=Axis.of_values(kind, named))
+    assert report.chosen[kind] == named[0]
+    both = {name: report.to_dict()[name] for name in ("best", "equal_within_noise")}
+    assert both["best"][kind] == named[0]
+    assert both["equal_within_noise"][0] <= named[0]
+    assert sweep(run, lambda w: abs(w.predicted_error), values=[0.05, 0.1, 0.28]).best.sigma_rel in (0.05, 0.1, 0.28)
+
+
 @pytest.mark.parametrize(
     ("axis", "formula", "best"),
     [
