@@ -107,9 +107,10 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
+    times = f"{info['t']:,.12g} {info['t_unit']}", f"{info['step']:,} steps"
     facts = [
         ("run", str(info["run"])),
-        ("training time", f"{info['t']:,.12g} {info['t_unit']}, {info['step']:,} steps"),
+        ("training time", ", ".join(dict.fromkeys(times))),
     ]
     if schedule := info.get("schedule"):
         every = f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
@@ -171,7 +172,7 @@ def _sweep_picture(found: dict[str, Any]) -> list[_Picture]:
     xs = np.array([shown(point["x"]) for point in found["curve"]])
     means, errors = (np.array([point[key] for point in found["curve"]], float) for key in ("mean", "standard_error"))
     points = [
-        (shown(trial["x"]), trial["value"], math.nan if trial["standard_error"] is None else trial["standard_error"])
+        (shown(trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
         for trial in found["trials"]
         # Of no group, and not raw; and with all else as in the last search.
         if trial["value"] is not None
