@@ -74,6 +74,10 @@ class Axis:
         """The parameter whose logarithm is searched: of a decay its horizon in steps, else the value itself."""
         return 1 / (1 - value) if self.kind == "beta" else value
 
+    def unscaled(self, x: float) -> float:
+        """The value of a parameter, exactly."""
+        return 1 - 1 / x if self.kind == "beta" else x
+
     def value(self, x: float) -> float:
         """The value of a parameter: one that was named, or with three digits, or as many as a narrow range needs."""
         for named in self.values or ():
