@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -206,6 +207,31 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
     page = render(run, tmp_path / "decays", tmp_path / "page.html")
     assert "Best: decay linear over" in page
     assert re.search(r"ema synthesize \S+ --decay linear --over 0\.\d+ --out", page)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "--out model.safetensors"),
+        ({"step": 12, "method": "paper"}, "--t 12 --method paper --out model.safetensors"),
+        ({"dtype": "bfloat16", "layout": "pt"}, "--dtype bfloat16 --format pt --out model.pt"),
+        ({"layout": "safetensors"}, "--format safetensors --out model.safetensors"),
+    ],
+)
+def test_the_command_of_a_page_makes_the_same_average(
+    ema: Ema, swept: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, words: str
+) -> None:
+    run, _ = swept
+    axis = Axis.of_values("sigma_rel", [0.1, 0.2, 0.25])
+    Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "out", axis, **options).run_all()
+    page = Page(render(run, tmp_path / "out", tmp_path / "page.html"))
+    (command,) = re.findall(r"ema (synthesize .*)", page.text)
+    assert command.endswith(words)
+    monkeypatch.chdir(tmp_path)
+    assert ema(*shlex.split(command)).code == 0
+    name = words.split()[-1]
+    made, best = ((tmp_path / path).read_bytes() for path in (name, f"out/best{Path(name).suffix}"))
+    assert made == best
 
 
 HARMS: dict[str, Any] = {

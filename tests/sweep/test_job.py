@@ -422,7 +422,7 @@ def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path:
     assert (out / "trials.jsonl").read_text().count("\n") == evaluations
     page = render(steady, out, tmp_path / "page.html")
     assert f"The second network: sigma_rel {guide.value:g}." in page
-    assert f"ema synthesize {steady.directory} --sigma-rel {guide.value:g} --out guide.safetensors" in page
+    assert f"ema synthesize {steady.directory} --sigma-rel {guide.value:g} --t 20 --out guide.safetensors" in page
 
 
 def test_the_time_is_searched_when_the_length_is_found(steady: Run, tmp_path: Path) -> None:
