@@ -192,9 +192,11 @@ def _print_trial(out: Path, trial: Record) -> None:
 
 
 def _print(report: SweepReport) -> None:
+    from posthoc_cli.sweep.rounds import RAW
+
     found = report.found
     low, high = (f"{report.value_of(x):.12g}" for x in (found.low, found.high))
-    measured = len({trial.x for trial in report.trials if trial.value is not None})
+    measured = len({one.target for one in report.trials if one.value is not None and one.target != RAW})
     output.print_line()
     rows = [
         ("best", f"{report.title}: {report.metric} {found.mean:.6g} ± {found.standard_error:.2g}"),
@@ -209,6 +211,6 @@ def _print(report: SweepReport) -> None:
         rows.append(("raw weights", f"{report.raw:.6g}"))
     trials = output.counted(len(report.trials), "trial")
     failed = f", {len(report.failed)} of which failed" if report.failed else ""
-    rows.append(("measured", f"{output.counted(measured, 'length')} in {trials}{failed}; {report.stopped}"))
+    rows.append(("measured", f"{output.counted(measured, 'average')} in {trials}{failed}; {report.stopped}"))
     rows.append(("wrote", ", ".join(map(str, report.outputs))))
     output.print_pairs(rows)

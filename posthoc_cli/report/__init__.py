@@ -268,7 +268,7 @@ def _how(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
         "--format": layout,
         "--like": like,
         "--component": settings.get("component"),
-        "--out": name if like else name + {"pt": ".pt", "sharded": "", "dcp": ""}.get(layout, ".safetensors"),
+        "--out": name if like or layout in ("sharded", "dcp") else f"{name}.{layout or 'safetensors'}",
     }
     return [word for option, value in given.items() if value is not None for word in (option, value)]
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
+from ema_command import Ema
 from factories import write_run
 from safetensors.torch import load_file, save_file
 
@@ -147,6 +148,16 @@ def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, sc
     assert failed.error == message
     assert failed in told
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
+
+
+def test_the_command_counts_averages_and_names_the_log_of_a_failed_trial(ema: Ema, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "raw").touch()
+    command = "sh -c 'echo $1; [ $1 != 0.2 ]' sh {sigma_rel} {weights}"
+    options = ["--sigma-rel", "0.05,0.1,0.15,0.2", "--minimize", "--raw", tmp_path / "raw", "--out", tmp_path / "out"]
+    done = ema("sweep", run.directory, "--run", command, *options)
+    assert " 3 averages in 5 trials, 1 of which failed" in done.out
+    (line,) = done.err.splitlines()
+    assert Path(line.rpartition("see ")[2]).exists()
 
 
 def test_a_metric_that_is_always_the_same_ends_the_search(run: Run, tmp_path: Path) -> None:
