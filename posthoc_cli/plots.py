@@ -145,7 +145,7 @@ def sweep_figure(
 
     Arguments:
         widths, means, errors: the estimated curve and its standard error, shape [points].
-        points: length, value and standard error of each measurement; nan where none is known.
+        points: length, value and noise of each measurement.
         best: the best length; `flat` the ends of the range that is equal to it within the noise.
         raw: the metric of the raw weights.
         words: names of the length and of the metric.
@@ -159,8 +159,8 @@ def sweep_figure(
     axes.plot(widths, means, color=COLOURS[0], linewidth=1.6, label="estimate, band: two standard errors")
     lengths, values, noise = np.array(points, float).reshape(-1, 3).T
     axes.errorbar(
-        lengths, values, np.nan_to_num(noise), color=COLOURS[4], marker="o", markersize=4, linestyle="none", capsize=3,
-        label="measured",
+        lengths, values, noise, color=COLOURS[4], marker="o", markersize=4, linestyle="none", capsize=3,
+        label="measured, bars: noise",
     )  # fmt: skip
     axes.axvline(best, color=COLOURS[2], linewidth=1.6, label=f"best: {best:g}")
     if raw is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import sys
 from pathlib import Path
@@ -76,7 +77,7 @@ def sweep(
     guide_sigma_rel: str | None = Option(
         None, help="Its length: a range to search, a list, or a number. [default: what is exact within 1 %]"
     ),
-    out: Path = Option("sweep", "--out", "-o", help="Folder for trials, logs and the best average."),
+    out: Path = Option("sweep", "--out", "-o", help="Folder for trials, logs and the best average: new, or a sweep's."),
     repeats: int = Option(1, metavar="COUNT", help="Trials of each length, with the seeds 0, 1, ..."),
     budget: int = Option(20, metavar="COUNT", help="Lengths to measure at most, in each search."),
     jobs: int | None = Option(None, metavar="COUNT", help="Trials at a time. [default: one a device]"),
@@ -121,12 +122,14 @@ def sweep(
     output.log_to_stderr(False)
     if minimize is None:
         raise InvalidValueError("--minimize", "say whether lower or higher is better", "add --minimize or --maximize")
-    if json_path is not None and csv_column is not None:
-        raise InvalidValueError("--json and --csv", "give one of them")
+    places = {"--metric": metric, "--json": json_path, "--csv": csv_column}
+    given = [option for option, place in places.items() if place is not None]
+    if len(given) > 1:
+        raise InvalidValueError(" and ".join(given), "give one of them")
+    out = files.expanded(out)
     names = tuple(name.strip() for name in (devices or "").split(",") if name.strip())
     report = Sweep(
-        values.open_run(directory, checkpoints, origin), run, Metric(metric, json_path, csv_column),
-        files.expanded(out),
+        values.open_run(directory, checkpoints, origin), run, Metric(metric, json_path, csv_column), out,
         axis=_length(sigma_rel, beta, window, decay, over), minimize=minimize, repeats=repeats, budget=budget,
         jobs=(len(names) or 1) if jobs is None else jobs, devices=names, timeout=timeout,
         disk=values.optional(files.parse_bytes, disk, "--disk"), raw=None if raw is None else files.expanded(raw),
@@ -137,7 +140,7 @@ def sweep(
         step=values.optional(values.parse_count, step, "--step"), method=method, dtype=dtype, layout=layout,
         like=None if like is None else files.expanded(like), component=component, keep=keep_weights,
         again=shlex.join(["ema", *sys.argv[1:]]), progress=output.progress_bar(quiet),
-        say=(lambda _: None) if quiet else _print_trial,
+        say=(lambda _: None) if quiet else functools.partial(_print_trial, out),
     ).run_all()  # fmt: skip
     if not quiet:
         _print(report)
@@ -154,7 +157,7 @@ def _length(
         "--sigma-rel": ("sigma_rel", sigma_rel), "--beta": ("beta", beta), "--window": ("window", window),
         "--decay": (f"decay {decay} over", None if decay is None else over or "5%:50%"),
     }  # fmt: skip
-    given = [(option, kind, text) for option, (kind, text) in kinds.items() if text]
+    given = [(option, kind, text) for option, (kind, text) in kinds.items() if text is not None]
     if not given:
         return None
     if len(given) > 1:
@@ -174,24 +177,26 @@ def _axis(option: str, kind: str, text: str) -> Axis:
     try:
         low, high = map(float, ends)
     except ValueError:
-        example = "20000:50000" if kind == "t" else "0.02:0.28"
-        raise values.bad(option, text, f"a range is LOW:HIGH, such as {example}") from None
+        example = {"--t": "20000:50000", "--window": "1000:50000", "--beta": "0.99:0.9999", "--over": "5%:50%"}
+        raise values.bad(option, text, f"a range is LOW:HIGH, such as {example.get(option, '0.02:0.28')}") from None
     return Axis(kind, low, high)
 
 
-def _print_trial(trial: Record) -> None:
+def _print_trial(out: Path, trial: Record) -> None:
     what = f"{trial.target}, seed {trial.seed}"
     if trial.value is None:
-        output.print_note(f"ema: warning: {what}: {trial.error}; see {trial.log}.err")
+        output.print_note(f"ema: warning: {what}: {trial.error}; see {out / trial.log}.err")
     else:
         error = "" if trial.standard_error is None else f" ± {trial.standard_error:.2g}"
         output.print_line(f"{what}: {trial.value:.6g}{error} ({trial.seconds:.1f} s)")
 
 
 def _print(report: SweepReport) -> None:
+    from posthoc_cli.sweep.rounds import RAW
+
     found = report.found
     low, high = (f"{report.value_of(x):.12g}" for x in (found.low, found.high))
-    measured = len({trial.x for trial in report.trials if trial.value is not None})
+    measured = len({one.target for one in report.trials if one.value is not None and one.target != RAW})
     output.print_line()
     rows = [
         ("best", f"{report.title}: {report.metric} {found.mean:.6g} ± {found.standard_error:.2g}"),
@@ -206,6 +211,6 @@ def _print(report: SweepReport) -> None:
         rows.append(("raw weights", f"{report.raw:.6g}"))
     trials = output.counted(len(report.trials), "trial")
     failed = f", {len(report.failed)} of which failed" if report.failed else ""
-    rows.append(("measured", f"{output.counted(measured, 'length')} in {trials}{failed}; {report.stopped}"))
+    rows.append(("measured", f"{output.counted(measured, 'average')} in {trials}{failed}; {report.stopped}"))
     rows.append(("wrote", ", ".join(map(str, report.outputs))))
     output.print_pairs(rows)

@@ -124,8 +124,11 @@ def synthesize(
     targets += [] if mean is None else [values.parse_mean(mean)]
     targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
     if group:
-        if targets or shard or finish or skip_existing or dry_run or as_json or out is None:
-            others = "--shard, --finish, --skip-existing, --dry-run, --json"
+        moved = device != "auto" or accumulate is not None or max_shard_size != "5GB"
+        folders = like is not None or component is not None or through_library
+        if targets or shard or finish or moved or folders or skip_existing or dry_run or as_json or out is None:
+            others = "--shard, --finish, --skip-existing, --dry-run, --json, --like, --device, --accumulate, "
+            others += "--max-shard-size"
             raise InvalidValueError("--group", f"needs --out, and goes with no other target, nor with {others}")
         groups, path = values.parse_groups(group), files.expanded(out)
         (error,) = values.open_run(directory, checkpoints, origin).write_groups(

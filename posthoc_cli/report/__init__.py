@@ -25,6 +25,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from posthoc_cli import plots
+from posthoc_cli.dtypes import DTYPES
 from posthoc_cli.errors import FileFormatError, MismatchError, PostHocError, shown
 from posthoc_cli.planning import ErrorCurve, error_curve
 from posthoc_cli.planning.curves import finite
@@ -107,9 +108,10 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _facts(info: dict[str, Any]) -> list[tuple[str, str]]:
+    times = f"{info['t']:,.12g} {info['t_unit']}", f"{info['step']:,} steps"
     facts = [
         ("run", str(info["run"])),
-        ("training time", f"{info['t']:,.12g} {info['t_unit']}, {info['step']:,} steps"),
+        ("training time", ", ".join(dict.fromkeys(times))),
     ]
     if schedule := info.get("schedule"):
         every = f"an update every {schedule['update_every']:,} steps, snapshots every {schedule['checkpoint_every']:,}"
@@ -171,7 +173,7 @@ def _sweep_picture(found: dict[str, Any]) -> list[_Picture]:
     xs = np.array([shown(point["x"]) for point in found["curve"]])
     means, errors = (np.array([point[key] for point in found["curve"]], float) for key in ("mean", "standard_error"))
     points = [
-        (shown(trial["x"]), trial["value"], math.nan if trial["standard_error"] is None else trial["standard_error"])
+        (shown(trial["x"]), trial["value"], trial["standard_error"] or found["noise"])
         for trial in found["trials"]
         # Of no group, and not raw; and with all else as in the last search.
         if trial["value"] is not None
@@ -242,15 +244,33 @@ def _commands(run: Run, found: dict[str, Any] | None) -> list[str]:
     option = ["--decay", kind.split()[1], "--over"] if kind.startswith("decay ") else [f"--{kind.replace('_', '-')}"]
     lengths = [word for glob, width in found["lengths"].items() for word in ("--group", f"{glob}={width:.12g}")]
     lengths = lengths or [*option, f"{best[kind]:.12g}"]
-    time = ["--t", f"{best['t']:.12g}"] if "t" in best else []
-    commands = [["ema", "synthesize", *source, *lengths, *time, *_OUT]]
+    settings = found["settings"]
+    t = best.get("t", settings["t"])
+    how = _how(settings, None if t == run.t else t, "model")
+    commands = [["ema", "synthesize", *source, *lengths, *how]]
     if found["guide"] is not None:
-        width = f"{best['guide']:.12g}"
-        commands.append(["ema", "synthesize", found["guide"], "--sigma-rel", width, "--out", "guide.safetensors"])
+        width, other = f"{best['guide']:.12g}", settings["guide"]
+        how = _how(other, other["t"], "guide")
+        commands.append(["ema", "synthesize", found["guide"], "--sigma-rel", width, *how])
     return [*([found["again"]] if found["again"] else ()), *map(shlex.join, commands)]
 
 
 _OUT = ("--out", "model.safetensors")
+
+
+def _how(settings: dict[str, Any], t: float | None, name: str) -> list[str]:
+    """The options of a synthesis as in a sweep, beside the run and the lengths."""
+    like, layout, dtype = (settings.get(key) for key in ("like", "layout", "dtype"))
+    given = {
+        "--t": None if t is None else f"{t:.12g}",
+        "--method": None if settings.get("method") == "minvar" else settings.get("method"),
+        "--dtype": None if like or dtype is None else DTYPES[dtype].torch_name,
+        "--format": layout,
+        "--like": like,
+        "--component": settings.get("component"),
+        "--out": name if like or layout in ("sharded", "dcp") else f"{name}.{layout or 'safetensors'}",
+    }
+    return [word for option, value in given.items() if value is not None for word in (option, value)]
 
 
 def _link(sweep: Path, out: Path) -> str:

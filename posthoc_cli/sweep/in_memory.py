@@ -59,9 +59,9 @@ def sweep(
     tracker = run if isinstance(run, PostHocEMA) else None
     stored = run if isinstance(run, Run) else run.run if isinstance(run, PostHocEMA) else Run(run)
     if values is not None:
+        if len(set(values)) < 2:
+            raise InvalidValueError("values", "name two lengths or more", value=list(values))
         axis = Axis.of_values("sigma_rel", values)
-        if axis.is_given:
-            raise InvalidValueError("values", "name two lengths or more", value=f"{axis.low:g}")
     else:
         ends = good_range(stored) if low is None or high is None else (low, high)
         axis = Axis("sigma_rel", ends[0] if low is None else low, ends[1] if high is None else high)
@@ -83,6 +83,7 @@ def sweep(
     def record(value: float, seed: int, found: Any, predicted: float | None, started: float) -> Record:
         measured, error = found if isinstance(found, tuple) else (found, None)
         measured = float(measured)
+        error = float(error) if error is not None and 0 < error < math.inf else None
         wrong = None if math.isfinite(measured) else f"its metric is {measured}"
         seconds = time.perf_counter() - started
         valid = None if wrong else measured
@@ -90,7 +91,7 @@ def sweep(
 
     trials, found, why = explore(axis, measure, (), minimize, budget, repeats, again=repeats > 1)
     newest = stored.sources[-1].info
-    settings = {"run": newest.run_id, "t": newest.t, "command": None}
+    settings = {"run": newest.run_id, "t": newest.t if tracker is None else tracker.t, "command": None}
     best = axis.value(found.best)
     return SweepReport(
         name, minimize, axis, axis.kind, tuple(trials), found, why, SigmaRel(best), axis.title(best), {axis.kind: best},

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from posthoc_cli import files
-from posthoc_cli.errors import InvalidValueError, LockedError
+from posthoc_cli.errors import InvalidValueError, LockedError, OutputExistsError
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
-from posthoc_cli.snapshots.lock import DirectoryLock
+from posthoc_cli.snapshots.lock import HOLDER_NAME, LOCK_NAME, DirectoryLock
 from posthoc_cli.sweep import search
 from posthoc_cli.sweep.metrics import Metric
 from posthoc_cli.sweep.processes import Evaluation, end_leftovers, run_all, split_command
-from posthoc_cli.sweep.records import Record, Records
-from posthoc_cli.sweep.results import Refinement, SweepReport
+from posthoc_cli.sweep.records import NAME, Record, Records
+from posthoc_cli.sweep.results import RESULT, Refinement, SweepReport
 from posthoc_cli.sweep.rounds import RAW, TIME, Axis, check_counts, explore, good_range
 from posthoc_cli.targets import SigmaRel, Target
 
@@ -117,7 +117,8 @@ class Sweep:
         main = self._candidates(self.run, any_target, None if times is None else times.high, self.step)
         t = main.plan.t
         times = times or Axis.of_values(TIME, [t])
-        self.run.plan(any_target, t=times.low)  # checks it
+        if self.times is not None:
+            self.run.plan(any_target, t=times.low)  # checks it
         axes = {LENGTH: self.axis or Axis("sigma_rel", *good_range(self.run, t, self.method)), TIME: times}
         guide = None
         if self.guide is not None:
@@ -186,6 +187,10 @@ class Sweep:
         """The folder of the sweep, locked; what a killed one has left is ended and removed."""
         if not self.out.parent.is_dir():
             raise InvalidValueError("out", "its parent folder does not exist", value=self.out)
+        there = {path.name for path in files.system.list(self.out)} if self.out.is_dir() else set()
+        if there - {LOCK_NAME, HOLDER_NAME, _LOGS, _SCRATCH, _KEPT} and not there & {NAME, RESULT}:
+            # Something in it may be named as what a sweep replaces or removes.
+            raise OutputExistsError(self.out, "is not empty, and no sweep made it", "name another folder")
         with files.reported_as_write_error(self.out):
             for folder in (self.out, self.out / _LOGS, *([self.out / _KEPT] if self.keep else [])):
                 files.make_directory(folder)
@@ -232,11 +237,12 @@ class _Searches:
     def run_all(self) -> SweepReport:
         """Search all, measure the raw weights, and write the best."""
         asked, first, point, found = self._asked, self._plain[0], self._point, self._found
-        records = self._records(first)
-        self._raw = [trial for trial in _known(records, self._axes[first]) if trial.target == RAW]
-        if asked.raw is not None and not self._raw:
-            wanted = [(RAW, 0.0, seed, {"weights": asked.raw, "sigma_rel": 0.0}, None) for seed in range(asked.repeats)]
-            self._raw = list(self._evaluate(wanted, records))
+        if asked.raw is not None:
+            records = Records(asked.out, self._question(first) | {"raw": str(asked.raw.resolve())})
+            known = {trial.seed: trial for trial in records.read() if trial.value is not None}
+            seeds = [seed for seed in range(asked.repeats) if seed not in known]
+            wanted = [(RAW, 0.0, seed, {"weights": asked.raw, "sigma_rel": 0.0}, None) for seed in seeds]
+            self._raw = [*known.values(), *self._evaluate(wanted, records)]
         start, stale, turns = dict(point), list(self._plain), Counter[str]()
         while stale:
             name = stale.pop(0)
@@ -304,7 +310,7 @@ class _Searches:
     def _search(self, name: str) -> str:
         """Add to the trials and estimates; returns why no more was measured."""
         asked, axis, records = self._asked, self._axes[name], self._records(name)
-        known = [trial for trial in _known(records, axis) if trial.target != RAW]
+        known = _known(records, axis)
         again = asked.repeats > 1 or "{seed}" in asked.command
         measure = functools.partial(self._measure, name, records)
         if name == self._plain[0]:
@@ -400,7 +406,9 @@ class _Searches:
             folder = asked.out / _SCRATCH / f"trial-{name}"
             files.make_directory(folder)
             filled = {"weights:guide": "", "sigma_rel:guide": ""} | words | {"seed": seed, "dir": folder}
-            command = [_PLACEHOLDER.sub(lambda found: str(filled[found[1]]), word) for word in self._words]  # noqa: B023
+            # Paths are whole, since the command may work in another directory.
+            texts = {name: str(one.absolute() if isinstance(one, Path) else one) for name, one in filled.items()}
+            command = [_PLACEHOLDER.sub(lambda found: texts[found[1]], word) for word in self._words]  # noqa: B023
             evaluations.append(Evaluation(command, folder, asked.out / _LOGS / name))
         for index, outcome in run_all(evaluations, asked.metric, asked.jobs, asked.devices, asked.timeout):
             target, value, seed, _, error = wanted[index]
@@ -418,9 +426,9 @@ def _known(records: Records, axis: Axis) -> list[Record]:
     """What was measured before and belongs to the search; of a trial that was made twice the last one."""
 
     def within(trial: Record) -> bool:
-        if trial.target != RAW and f" {axis.kind} " not in f" {trial.target}":
+        if f" {axis.kind} " not in f" {trial.target}":
             return False
-        return trial.target == RAW or (trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high)
+        return trial.x in axis.values if axis.values else axis.low <= trial.x <= axis.high
 
     trials = {(trial.target, trial.seed): trial for trial in records.read()}
     return [trial for trial in trials.values() if trial.value is not None and within(trial)]

@@ -88,10 +88,10 @@ def _from_files(
     reason = f"there is no {suffix} file in its folder"
     for path in _newest(folder, suffix):
         try:
-            return read(path.read_text())
+            return read(path.read_text(encoding="utf-8-sig"))  # whatever the terminal's is, and as Excel writes it
         except KeyError as error:
             reason = f"{path.name} has no {wanted}{_there(dict.fromkeys(error.args[0]))}"
-        except (ValueError, RecursionError, OSError) as error:
+        except (ValueError, RecursionError, OSError, csv.Error) as error:
             reason = f"{path.name} cannot be read: {error}"
     raise NoMetricError(reason)
 
@@ -111,10 +111,14 @@ def _member(value: Any, path: str) -> tuple[float, float | None]:
         raise KeyError([])
     if path in value:
         return _pair(value, path)
+    missing = KeyError(list(value))
     for name in value:
         if path.startswith(f"{name}."):
-            return _member(value[name], path[len(name) + 1 :])
-    raise KeyError(list(value))
+            try:
+                return _member(value[name], path[len(name) + 1 :])
+            except KeyError as error:
+                missing = error
+    raise missing
 
 
 def _column(text: str, column: str) -> tuple[float, float | None]:

@@ -121,7 +121,7 @@ class SweepReport:
             "raw": self.raw,
             "stopped": self.stopped,
             "trials": [vars(trial) for trial in self.trials],
-            "curve": [{"x": self.value_of(x), "mean": mean, "standard_error": error} for x, mean, error in curve],
+            "curve": [{"x": self.axis.unscaled(x), "mean": mean, "standard_error": error} for x, mean, error in curve],
             "beside": self.beside,
             "refinements": [vars(one) for one in self.refinements],
             "lengths": self.lengths,

@@ -74,12 +74,21 @@ class Axis:
         """The parameter whose logarithm is searched: of a decay its horizon in steps, else the value itself."""
         return 1 / (1 - value) if self.kind == "beta" else value
 
+    def unscaled(self, x: float) -> float:
+        """The value of a parameter, exactly."""
+        return 1 - 1 / x if self.kind == "beta" else x
+
     def value(self, x: float) -> float:
-        """The value of a parameter, with three digits."""
+        """The value of a parameter: one that was named, or with three digits, or as many as a narrow range needs."""
+        for named in self.values or ():
+            if math.isclose(self.scaled(named), x):
+                return named
+        width = math.log(self.scaled(self.high) / self.scaled(self.low))
+        digits = max(3, 2 - math.floor(math.log10(width or 1)))
         if self.kind == "beta":
-            value = round(1 - search.rounded(1 / x), 12)
+            value = round(1 - search.rounded(1 / x, digits), 12)
         else:
-            value = round(x) if self.kind == "window" else search.rounded(x)
+            value = round(x) if self.kind == "window" else search.rounded(x, digits)
         return min(max(value, self.low), self.high)
 
 
@@ -125,15 +134,13 @@ def explore(
         return {trial.seed for trial in trials if trial.x == value}
 
     def spent() -> int:
-        return sum(
-            -(-len(seeds_of(value)) // repeats) for value in {trial.x for trial in trials if trial.target != RAW}
-        )
+        return sum(-(-len(seeds_of(value)) // repeats) for value in {trial.x for trial in trials})
 
-    first = axis.values or [*map(axis.value, search.first_batch(low, high))]
+    first = axis.values or list(dict.fromkeys(map(axis.value, search.first_batch(low, high))))
     wanted = [(value, seed) for seed in range(repeats) for value in first if seed not in seeds_of(value)]
     while True:
         trials += measure(wanted)
-        found = _estimate(axis, trials, minimize)
+        found = _estimate(axis, trials, minimize, min(3, len(first)))
         told(trials, found)
         left = budget - spent()
         if len({trial.value for trial in trials if trial.value is not None}) == 1:
@@ -164,13 +171,14 @@ def _good(axis: Axis, trials: Iterable[Record]) -> list[search.Trial]:
     ]
 
 
-def _estimate(axis: Axis, trials: Sequence[Record], minimize: bool) -> search.Estimate:
+def _estimate(axis: Axis, trials: Sequence[Record], minimize: bool, least: int) -> search.Estimate:
     good = _good(axis, trials)
-    if len({trial.x for trial in good}) < min(3, len(axis.values or (0, 0, 0))):
+    if len({trial.x for trial in good}) < least:
         failed = [trial for trial in trials if trial.value is None]
         reason = f"{len(failed)} of {len(trials)} trials have failed, too many to choose; the last one"
         raise PostHocError("the sweep", f"{reason}: {failed[-1].target}: {failed[-1].error}")
-    return search.estimate(good, axis.scaled(axis.low), axis.scaled(axis.high), minimize)
+    among = None if axis.values is None else [*map(axis.scaled, axis.values)]
+    return search.estimate(good, axis.scaled(axis.low), axis.scaled(axis.high), minimize, among)
 
 
 def good_range(run: Run, t: float | None = None, method: str | None = None) -> tuple[float, float]:

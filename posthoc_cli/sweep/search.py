@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
+from scipy.linalg import cho_solve, cholesky, solve_triangular
 
 from posthoc_cli.profiles import FloatArray
 
@@ -44,7 +45,8 @@ _FAR = 12.0
 """Values so many times further from the upper quartile than this is from the second best are outliers, or say no more
 than that they are bad."""
 _DRAWS, _MIXED = 1024, 32
-_LEAST_NOISE = 1e-3
+_STATED = 1e-3, 1e6
+"""Bounds of stated standard errors, relative to the spread of the values."""
 _SAME = 0.02
 """Proposals nearer to a measured length than this share of the range repeat it."""
 
@@ -77,7 +79,7 @@ class Estimate:
         regret: how much worse than the true best the metric at `best` is expected to be; not negative.
         noise: standard deviation of one measurement, seeds' offsets aside.
         xs, curve, errors: the metric over the range, with its standard error; shape [POINTS].
-        draws: what the curve may be, lower is better; shape [draws, POINTS].
+        draws: what the curve may be, in a scale of their own, lower is better; shape [draws, POINTS].
     """
 
     best: float
@@ -98,31 +100,38 @@ class Estimate:
         return self.regret <= max(self.noise / 4, 0.005 * float(np.ptp(self.curve)))
 
 
-def estimate(trials: Sequence[Trial], low: float, high: float, minimize: bool = True) -> Estimate:
-    """What three trials or more say about the best parameter in [low, high]."""
+def estimate(
+    trials: Sequence[Trial], low: float, high: float, minimize: bool = True, among: Sequence[float] | None = None
+) -> Estimate:
+    """What three trials or more say about the best parameter in [low, high], or `among` some that are there."""
     sign = 1.0 if minimize else -1.0
     values = _without_outliers(sign * np.array([trial.value for trial in trials]))
+    largest = float(np.abs(values).max()) or 1.0  # whose square may be too large for a number, or too small
+    values /= largest
     centre = float(values.mean())
     scale = float(values.std()) if np.ptp(values) > 0 else 1e-9 * (abs(centre) or 1.0)
     places = _place(np.array([trial.x for trial in trials]), low, high)
-    errors = np.array([math.nan if t.standard_error is None else t.standard_error / scale for t in trials])
+    errors = np.array([math.nan if t.standard_error is None else t.standard_error / largest / scale for t in trials])
     _, seeds = np.unique([trial.seed for trial in trials], return_inverse=True)
     grid = np.linspace(0, 1, POINTS)
     draws, noise = _draw(places, (values - centre) / scale, errors, seeds.astype(np.intp), grid)
-    draws = centre + scale * draws
-    curve, spread = draws.mean(axis=0), draws.std(axis=0)
-    best = int(curve.argmin())
+    centre, scale = largest * centre, largest * scale
+    curve, spread = centre + scale * draws.mean(axis=0), scale * draws.std(axis=0)
+    xs = low * (high / low) ** grid
+    choices = xs if among is None else np.array(among)
+    points = np.abs(np.log(xs / choices[:, None])).argmin(axis=1)
+    place = int(curve[points].argmin())
+    best, chosen = int(points[place]), float(choices[place])
     tail = (1 - CONFIDENCE) / 2
     ends = np.quantile(grid[draws.argmin(axis=1)], [tail, 1 - tail]) + np.array([-0.5, 0.5]) / (POINTS - 1)
     widths = low * (high / low) ** np.clip(ends, 0, 1)
-    xs = low * (high / low) ** grid
     return Estimate(
-        best=float(xs[best]),
+        best=chosen,
         mean=sign * float(curve[best]),
         standard_error=float(spread[best]),
-        low=min(float(widths[0]), float(xs[best])),
-        high=max(float(widths[1]), float(xs[best])),
-        regret=float((draws[:, best] - draws.min(axis=1)).mean()),
+        low=min(float(widths[0]), chosen),
+        high=max(float(widths[1]), chosen),
+        regret=scale * float((draws[:, best] - draws.min(axis=1)).mean()),
         noise=scale * noise,
         xs=xs,
         curve=sign * curve,
@@ -159,9 +168,9 @@ def next_batch(found: Estimate, trials: Sequence[Trial], count: int = NEXT, repe
     return list(dict.fromkeys(wanted))
 
 
-def rounded(x: float) -> float:
-    """A parameter with three digits, for names and tables."""
-    return float(f"{x:.3g}")
+def rounded(x: float, digits: int) -> float:
+    """A parameter with so many digits, for names and tables."""
+    return float(f"{x:.{digits}g}")
 
 
 def _without_outliers(values: FloatArray) -> FloatArray:
@@ -184,7 +193,7 @@ def _draw(
     offsets = _OFFSETS if 1 < len(set(seeds.tolist())) < len(seeds) else _OFFSETS[:1]
     noises = (1.0,) if given else _NOISES
     options = list(itertools.product(_LENGTHS, _SIZES, noises, offsets))
-    own = np.maximum(np.where(given, errors, 1.0), _LEAST_NOISE if given else 0.0)
+    own = np.clip(errors, *_STATED) if given else np.ones_like(errors)
 
     both = np.concatenate([places, grid])
     trends = np.vander(2 * both - 1, 3, increasing=True) * _TRENDS
@@ -195,15 +204,16 @@ def _draw(
         """Of the metric at all places, with the measured ones."""
         return np.asarray(size**2 * kernels[length][:, :count] + trends @ trends[:count].T)
 
-    within = np.stack([
-        covariance(length, size)[:count]
-        + np.diag((noise * own) ** 2)
-        + offset**2 * same_seed
-        for length, size, noise, offset in options
-    ])  # fmt: skip
-    factors = np.linalg.cholesky(within)
-    whitened = np.linalg.solve(factors, np.broadcast_to(values[:, None], (len(options), count, 1)))[..., 0]
-    logs = -0.5 * (whitened**2).sum(axis=1) - np.log(np.diagonal(factors, axis1=1, axis2=2)).sum(axis=1)
+    def factor(length: float, size: float, noise: float, offset: float) -> FloatArray:
+        """Of the covariance of the measured values."""
+        within = covariance(length, size)[:count] + np.diag((noise * own) ** 2) + offset**2 * same_seed
+        return np.asarray(cholesky(within, lower=True, check_finite=False))
+
+    logs = np.empty(len(options))
+    for place, option in enumerate(options):  # one at a time: with hundreds of trials all together would take gigabytes
+        root = factor(*option)
+        whitened = solve_triangular(root, values, lower=True, check_finite=False)
+        logs[place] = -0.5 * (whitened**2).sum() - np.log(np.diagonal(root)).sum()
     weights = np.exp(logs - logs.max())
     weights /= weights.sum()
     random = np.random.default_rng(0)
@@ -223,7 +233,7 @@ def _draw(
         chance = noise * own[:, None] * random.standard_normal((count, shape))
         chance += offset * random.standard_normal((count, shape))[seeds]
         missing = values[:, None] - curves[:count] - chance
-        moved = covariance(length, size)[count:] @ np.linalg.solve(within[index], missing)
+        moved = covariance(length, size)[count:] @ cho_solve((factor(*options[index]), True), missing)
         draws.append((curves[count:] + moved).T)
     levels = np.array([noise for _, _, noise, _ in options])
     return np.concatenate(draws), float(np.sqrt((own**2).mean()) * (weights * levels).sum())

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -15,6 +16,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checking import refused
@@ -207,6 +209,31 @@ def test_other_targets_have_a_page_too(swept: tuple[Run, Path], tmp_path: Path) 
     assert re.search(r"ema synthesize \S+ --decay linear --over 0\.\d+ --out", page)
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "--out model.safetensors"),
+        ({"step": 12, "method": "paper"}, "--t 12 --method paper --out model.safetensors"),
+        ({"dtype": "bfloat16", "layout": "pt"}, "--dtype bfloat16 --format pt --out model.pt"),
+        ({"layout": "safetensors"}, "--format safetensors --out model.safetensors"),
+    ],
+)
+def test_the_command_of_a_page_makes_the_same_average(
+    ema: Ema, swept: tuple[Run, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: Any, words: str
+) -> None:
+    run, _ = swept
+    axis = Axis.of_values("sigma_rel", [0.1, 0.2, 0.25])
+    Sweep(run, "sh -c 'echo {sigma_rel}' {weights}", Metric(), tmp_path / "out", axis, **options).run_all()
+    page = Page(render(run, tmp_path / "out", tmp_path / "page.html"))
+    (command,) = re.findall(r"ema (synthesize .*)", page.text)
+    assert command.endswith(words)
+    monkeypatch.chdir(tmp_path)
+    assert ema(*shlex.split(command)).code == 0
+    name = words.split()[-1]
+    made, best = ((tmp_path / path).read_bytes() for path in (name, f"out/best{Path(name).suffix}"))
+    assert made == best
+
+
 HARMS: dict[str, Any] = {
     "settings": None, "curve": [], "trials": [{}], "mean": "x", "equal_within_noise": [0.1], "best": {}, "axis": 1,
 }  # fmt: skip
@@ -232,18 +259,38 @@ def test_a_sweep_of_another_run_is_refused(swept: tuple[Run, Path], tmp_path: Pa
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Debian's chromium")
-def test_a_browser_shows_it_without_a_complaint(text: str, tmp_path: Path) -> None:
+def test_a_browser_shows_it_without_a_complaint_and_values_where_one_points(text: str, tmp_path: Path) -> None:
     page = tmp_path / "report.html"
-    page.write_text(text)
-    options = [
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--enable-logging=stderr",
-        f"--user-data-dir={tmp_path}/p",
+
+    def shown(text: str) -> str:
+        page.write_text(text)
+        options = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+        command = ["chromium", *options, f"--user-data-dir={tmp_path}/p", "--dump-dom", page.as_uri()]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+        assert "CONSOLE" not in done.stderr
+        return done.stdout
+
+    assert shown(text).count('class="mark"') == 6  # which the script adds
+    # A reader who points at the middle of each curve, first on one axis and then on the other.
+    pointing = """<script>for (const click of [false, true]) for (const figure of document.querySelectorAll("figure")) {
+        if (click) figure.querySelector("button").click();
+        const svg = figure.querySelector("div:not([hidden]) svg"), box = svg.getBoundingClientRect();
+        svg.dispatchEvent(new PointerEvent("pointermove", {clientX: box.left + box.width / 2, clientY: box.top + 9}));
+        document.body.append("reads " + figure.querySelector("output").textContent + ";");
+    }</script></body>"""
+    free = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)  # which forbids that script
+    read = [
+        tuple(map(float, pair)) for pair in re.findall(r"reads (\S+): (\S+);", shown(free.replace("</body>", pointing)))
     ]
-    done = subprocess.run(
-        ["chromium", *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
-    )
-    assert "CONSOLE" not in done.stderr
-    assert done.stdout.count('class="mark"') == 6  # which the script adds
+    curves = [
+        json.loads(attributes["data-curve"]) for attributes in Page(text).all("div") if "data-curve" in attributes
+    ]
+    assert len(read) == len(curves)
+    for (x, y), curve in zip(read, curves[::2] + curves[1::2], strict=True):
+        place, ends = (0.5 - curve["box"][0]) / (curve["box"][2] - curve["box"][0]), np.array(curve["x"])
+        logarithmic = curve["log"][0]
+        low, high = np.log(ends) if logarithmic else ends
+        there = low + place * (high - low)
+        nearest = np.abs((np.log(curve["xs"]) if logarithmic else np.array(curve["xs"])) - there).argmin()
+        assert x == pytest.approx(curve["xs"][nearest], rel=0.005)
+        assert y == pytest.approx(curve["ys"][nearest], rel=0.0005)

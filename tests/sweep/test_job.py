@@ -16,11 +16,12 @@ import numpy as np
 import pytest
 import torch
 from checking import assert_same_tensors, refused
+from ema_command import Ema
 from factories import write_run
 from safetensors.torch import load_file, save_file
 
 from posthoc_cli import Run
-from posthoc_cli.errors import LockedError, PostHocError
+from posthoc_cli.errors import LockedError, OutputExistsError, PostHocError
 from posthoc_cli.report import render
 from posthoc_cli.snapshots.lock import DirectoryLock
 from posthoc_cli.sweep import Axis, Sweep, SweepReport, sweep
@@ -82,6 +83,14 @@ def test_metrics_from_files_and_raw_weights_to_compare_with(run: Run, tmp_path: 
     assert report.trials[0].target == "raw"
 
 
+def test_another_file_of_raw_weights_is_measured_anew_and_more_repeats_are_added(run: Run, tmp_path: Path) -> None:
+    command = shell(f'case "$1" in {tmp_path}/raw*) cat "$1";; *) echo $2;; esac')
+    for name, repeats, values in (("raw-1", 1, [1.0]), ("raw-2", 1, [2.0]), ("raw-2", 3, [2.0] * 3)):
+        (tmp_path / name).write_text(name[-1])
+        report = swept(run, tmp_path / "out", command, axis=GRID, raw=tmp_path / name, repeats=repeats)
+        assert [trial.value for trial in report.trials if trial.target == "raw"] == values
+
+
 def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_path: Path) -> None:
     calls, out = tmp_path / "calls", tmp_path / "out"
     command = shell(f"echo $2 >> {calls}; echo $2")
@@ -94,6 +103,14 @@ def test_the_same_call_goes_on_and_another_question_begins_anew(run: Run, tmp_pa
     assert len(more.trials) == 4
     swept(run, out, command, axis=GRID, method="paper")
     assert len(calls.read_text().split()) == 7
+
+
+def test_a_command_may_work_in_another_directory(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("raw").touch()
+    command = shell("cd /; test -e $1 && test -d $4 && echo $2")
+    report = swept(run, Path("out"), command, axis=GRID, raw=Path("raw"))
+    assert [trial.value for trial in report.trials] == [0, *LENGTHS]
 
 
 def test_a_line_that_a_crash_has_cut_off_costs_one_trial(tmp_path: Path) -> None:
@@ -131,6 +148,16 @@ def test_a_trial_that_fails_is_told_and_is_no_value(run: Run, tmp_path: Path, sc
     assert failed.error == message
     assert failed in told
     assert (tmp_path / "out" / f"{failed.log}.err").exists()
+
+
+def test_the_command_counts_averages_and_names_the_log_of_a_failed_trial(ema: Ema, run: Run, tmp_path: Path) -> None:
+    (tmp_path / "raw").touch()
+    command = "sh -c 'echo $1; [ $1 != 0.2 ]' sh {sigma_rel} {weights}"
+    options = ["--sigma-rel", "0.05,0.1,0.15,0.2", "--minimize", "--raw", tmp_path / "raw", "--out", tmp_path / "out"]
+    done = ema("sweep", run.directory, "--run", command, *options)
+    assert " 3 averages in 5 trials, 1 of which failed" in done.out
+    (line,) = done.err.splitlines()
+    assert Path(line.rpartition("see ")[2]).exists()
 
 
 def test_a_metric_that_is_always_the_same_ends_the_search(run: Run, tmp_path: Path) -> None:
@@ -230,6 +257,16 @@ def test_a_second_sweep_in_a_folder_is_refused(run: Run, tmp_path: Path) -> None
         swept(run, tmp_path, axis=GRID)
 
 
+@pytest.mark.parametrize("name", ["best.safetensors", ".scratch/a", "best/a"])
+def test_a_folder_of_others_is_refused_before_anything_in_it_is_replaced(run: Run, tmp_path: Path, name: str) -> None:
+    for path in (tmp_path / name, tmp_path / "model.safetensors"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    with refused(str(tmp_path), "is not empty, and no sweep made it", kind=OutputExistsError):
+        swept(run, tmp_path, axis=GRID)
+    assert {path.read_text() for path in tmp_path.rglob("*") if path.is_file()} == {"precious"}
+
+
 def test_what_a_killed_sweep_has_left_is_ended_and_removed(run: Run, tmp_path: Path) -> None:
     out = tmp_path / "out"
     (out / ".scratch" / "trial-x").mkdir(parents=True)
@@ -275,8 +312,31 @@ def test_bad_ranges_are_refused(run: Run, tmp_path: Path) -> None:
             Axis("sigma_rel", low, high)
     with refused("sigma_rel", "two lengths"):
         swept(run, tmp_path / "out", axis=Axis.of_values("sigma_rel", [0.1]))
-    with refused("values", "two lengths"):
-        sweep(run, lambda _: 1.0, values=[0.1])
+    for values in ([0.1], [0.1, 0.1], []):
+        with refused("values", "two lengths"):
+            sweep(run, lambda _: 1.0, values=values)
+
+
+@pytest.mark.parametrize(
+    ("axis", "count"),
+    [(Axis("sigma_rel", 0.1, 0.1001), 6), (Axis("window", 18, 20), 3), (Axis("beta", 0.9, 0.9001), 6),
+     (Axis("sigma_rel", 0.1, math.nextafter(0.1, 1)), 2)],
+)  # fmt: skip
+def test_each_length_of_a_narrow_range_is_measured_once(run: Run, tmp_path: Path, axis: Axis, count: int) -> None:
+    command = "sh -c 'touch $1/file && echo $2' sh {dir} {sigma_rel} {weights}"
+    report = swept(run, tmp_path / "out", command, axis=axis)
+    assert not report.failed
+    assert len(report.trials) == len({trial.x for trial in report.trials}) == count
+
+
+@pytest.mark.parametrize(("kind", "named"), [("sigma_rel", (0.05123, 0.09, 0.25)), ("beta", (0.61234, 0.8, 0.9))])
+def test_the_best_of_a_list_is_one_of_it(run: Run, tmp_path: Path, kind: str, named: tuple[float, ...]) -> None:
+    report = swept(run, tmp_path / "out", "sh -c 'echo $1' sh {sigma_rel} {weights}", axis=Axis.of_values(kind, named))
+    assert report.chosen[kind] == named[0]
+    both = {name: report.to_dict()[name] for name in ("best", "equal_within_noise")}
+    assert both["best"][kind] == named[0]
+    assert both["equal_within_noise"][0] <= named[0]
+    assert sweep(run, lambda w: abs(w.predicted_error), values=[0.05, 0.1, 0.28]).best.sigma_rel in (0.05, 0.1, 0.28)
 
 
 @pytest.mark.parametrize(
@@ -373,7 +433,7 @@ def test_the_lengths_of_two_networks_are_searched_in_turn(steady: Run, tmp_path:
     assert (out / "trials.jsonl").read_text().count("\n") == evaluations
     page = render(steady, out, tmp_path / "page.html")
     assert f"The second network: sigma_rel {guide.value:g}." in page
-    assert f"ema synthesize {steady.directory} --sigma-rel {guide.value:g} --out guide.safetensors" in page
+    assert f"ema synthesize {steady.directory} --sigma-rel {guide.value:g} --t 20 --out guide.safetensors" in page
 
 
 def test_the_time_is_searched_when_the_length_is_found(steady: Run, tmp_path: Path) -> None:
@@ -436,7 +496,7 @@ def test_another_metric_uses_kept_weights_again(
 # --- in Python
 
 
-def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run: Run) -> None:
+def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run: Run, tmp_path: Path) -> None:
     def size(weights: Any) -> float:
         assert weights.predicted_error is not None
         return float(weights["a"].norm())
@@ -447,12 +507,14 @@ def test_in_python_the_metric_gets_the_weights_or_a_model_that_is_as_before(run:
     for name, weights in run.average(0.1).items():
         model.register_parameter(name, torch.nn.Parameter(torch.zeros_like(weights)))
 
-    def far(averaged: Any) -> tuple[float, float]:
+    def far(averaged: Any) -> tuple[Any, Any]:
         assert averaged is model
         assert not averaged.training
-        return float(averaged.a.detach().norm()), 0.1
+        return averaged.a.detach().norm(), torch.tensor(0.1)
 
     same = sweep(run.directory, far, model=model, values=LENGTHS, minimize=False)
+    same.write(tmp_path)
+    assert json.loads((tmp_path / "sweep.json").read_text())["trials"][0]["standard_error"] == pytest.approx(0.1)
     assert [trial.value for trial in same.trials] == [trial.value for trial in report.trials]
     assert not model.a.any()
     assert model.training

@@ -58,7 +58,7 @@ def test_the_newest_json_file_counts_and_lm_evals_standard_error_is_found(tmp_pa
     """As lm-eval writes it: names with dots and commas, in a folder of the model's name."""
     path = tmp_path / "my__model" / "results_2026.json"
     path.parent.mkdir()
-    scores = {"alias": "x", "acc_norm,none": 0.61, "acc_norm_stderr,none": 0.02, "a.b": {"c": 3}}
+    scores = {"alias": "x", "acc_norm,none": 0.61, "acc_norm_stderr,none": 0.02, "a": {"x": 1}, "a.b": {"c": 3}}
     path.write_text(json.dumps({"results": {"hellaswag": scores}}))
     (tmp_path / "old.json").write_text(json.dumps({"results": {"hellaswag": {"acc_norm,none": 0.1}}}))
     os.utime(tmp_path / "old.json", (1, 1))
@@ -75,8 +75,11 @@ def test_the_last_row_of_a_csv_file_counts(tmp_path: Path) -> None:
         Metric(csv="fid").read(tmp_path, tmp_path)
     (tmp_path / "m.csv").write_text("step,fid,fid_se\n1,5.5,1\n2,4.5,0.5\n")
     assert Metric(csv="fid").read(tmp_path, tmp_path) == (4.5, 0.5)
+    (tmp_path / "m.csv").write_text("step,fid,fid_se\n1,5.5,1\n2,4.5,0.5\n", encoding="utf-8-sig")  # as Excel does
+    assert Metric(csv="step").read(tmp_path, tmp_path) == (2, None)
     with pytest.raises(NoMetricError, match="has no column 'is'; there are 'step', 'fid', 'fid_se'"):
         Metric(csv="is").read(tmp_path, tmp_path)
-    (tmp_path / "m.csv").write_bytes(bytes(range(256)))
-    with pytest.raises(NoMetricError, match=r"m.csv cannot be read"):
-        Metric(csv="fid").read(tmp_path, tmp_path)
+    for content in (bytes(range(256)), b"fid,text\n1," + 200_000 * b"x"):
+        (tmp_path / "m.csv").write_bytes(content)
+        with pytest.raises(NoMetricError, match=r"m.csv cannot be read"):
+            Metric(csv="fid").read(tmp_path, tmp_path)

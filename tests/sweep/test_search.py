@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -98,6 +99,24 @@ def test_one_far_value_does_not_hide_the_best() -> None:
         assert abs(found.mean) < 10
     well = [Trial(x, -1000.0 if x in (0.097, 0.16) else value) for x, value in zip(xs, values, strict=True)]
     assert 0.08 < estimate(well, 0.02, 0.28).best < 0.2
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-9, 1e9, 1e300])
+def test_the_unit_of_a_metric_changes_nothing(scale: float) -> None:
+    usual = estimate(trials(0.1), LOW, HIGH)
+    found = estimate([Trial(trial.x, scale * trial.value) for trial in trials(0.1)], LOW, HIGH)
+    for name in ("best", "low", "high"):
+        assert getattr(found, name) == pytest.approx(getattr(usual, name))
+    for name in ("mean", "standard_error", "noise", "regret"):
+        assert getattr(found, name) / scale == pytest.approx(getattr(usual, name))
+
+
+def test_hundreds_of_trials_take_no_more_memory_than_a_few_matrices() -> None:
+    tracemalloc.start()
+    estimate([Trial(x, bowl(x), seed=seed) for x in first_batch(LOW, HIGH) for seed in range(50)], LOW, HIGH)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50e6  # a matrix is 0.7 MB, and 420 combinations of hyperparameters are tried
 
 
 @pytest.mark.parametrize("value", [0.0, 5.0, 0.1, -1e6])
