@@ -4,7 +4,7 @@
 # make evidence  the trainings that the guide `gain` quotes; a call that was stopped is continued
 # make torture  every experiment on the guarantees of snapshots and outputs, whole
 # make coverage the tests with branch coverage, which takes half as long again
-# make integrations  the tests that need training frameworks, in an environment of their own
+# make integrations  the heavy tests with training frameworks, in an environment of their own
 # make dist     the package's two files in dist/, checked
 # make wheel    dist, then the wheel tried in an environment of its own; PYTHON and TORCH choose others
 # make compat   the wheel with the oldest Python and torch, and with the newest
