@@ -61,7 +61,7 @@ from posthoc_cli.tracker.sharded_weights import (
     gathered,
     together,
 )
-from posthoc_cli.tracker.sharding import Callers, Group, meet, mesh_of, share_out
+from posthoc_cli.tracker.sharding import Callers, Group, check_torch, meet, mesh_of, share_out
 from posthoc_cli.tracker.snapshotter import (
     run_snapshots,
     squared_norms,
@@ -917,6 +917,7 @@ def _joined(
     """The same for what this process keeps, when the processes have met, if each keeps a part; else itself."""
     tensors, mesh, shares = found.averaged | found.copied, mesh_of(model), None
     if shard_averages and not found.chunks and is_in_group():
+        check_torch()
         world = torch.distributed.get_world_size()
         shares, mesh = share_out(tensors, found.buffers, world), {"shape": [world], "names": None}
     elif not found.chunks:

@@ -51,6 +51,17 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return hasattr(tensor, "to_local") and hasattr(tensor, "placements")
 
 
+def check_torch() -> None:
+    """Raise an InvalidValueError where this torch's DTensor lacks what is needed."""
+    from torch.distributed import tensor
+
+    if not hasattr(tensor, "DTensor"):
+        hint = "install 2.5 or newer"
+        raise InvalidValueError(
+            "torch", "is too old for sharded models and shard_averages", hint, value=torch.__version__
+        )
+
+
 def reshard(model: torch.nn.Module) -> None:
     """Give a model of `fully_shard` its sharded parameters: after a forward pass without backward some are complete."""
     for module in filter(is_fully_sharded, model.modules()):
@@ -111,6 +122,7 @@ def local_part(name: str, tensor: torch.Tensor) -> tuple[torch.Tensor, Chunk | N
     """
     if not is_sharded(tensor):
         return tensor.detach(), None
+    check_torch()
     found: Any = tensor
     for axis, placement in enumerate(found.placements):
         if placement.is_partial():

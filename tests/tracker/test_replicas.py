@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from checking import refused
 from groups import Net, check_group, move, run_group, truth
 
 from posthoc_cli import PostHocEMA, Run
 from posthoc_cli.profiles import gamma_from_sigma_rel
-from posthoc_cli.tracker.sharding import share_out
+from posthoc_cli.tracker.sharding import check_torch, share_out
 
 SETTINGS = "sigma_rels=(0.1, 0.2), update_every=2, checkpoint_every=4, checkpoint_dtype=None"
 
@@ -256,3 +257,9 @@ def test_shares_are_rows_as_torch_cuts_them_and_small_tensors_where_least_is() -
         (1, slice(2, 4)),
         (2, slice(4, 5)),
     ]
+
+
+def test_a_torch_without_public_dtensors_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("torch.distributed.tensor.DTensor")
+    with refused("torch", "too old for sharded models"):
+        check_torch()
