@@ -10,6 +10,16 @@ averages, one of them stored with a rounding error of variance r_j, is
 linear in v and w. With both constant on segments of training (falling in the first one), every measured distance is a
 linear equation for their values.
 
+An average lags behind: when training slows down, the distances of its last snapshots are mostly earlier motion. Three
+successive snapshots a, b, c of one average tell more. A share k = (t_b / t_c)^(gamma + 1) of c is b, and the rest is
+the mean m_c = (c - k b) / (1 - k) of the weights since. m_c - m_b depends on the motion in these two intervals alone,
+and the squared length of any f_a a + f_b b + f_c c with f_a + f_b + f_c = 0 follows from the measured distances:
+
+    -f_c f_a |c - a|^2 - f_c f_b |c - b|^2 - f_b f_a |b - a|^2.
+
+Their integrals and roundings combine with the same factors. Of a run with one profile, this equation takes the place of
+that for |c - a|^2 where it is well above its errors. The distances between several profiles tell as much.
+
 Motion is modelled per step, not per unit of time, since a clock may run on while nothing is trained. Over the usual
 hundreds of updates between snapshots, integrals over time are as good as sums over updates. Intervals of a few updates
 are summed, since an average ignores how the network moved between updates.
@@ -17,8 +27,10 @@ are summed, since an average ignores how the network moved between updates.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -212,6 +224,13 @@ _LEAST_SHARE = 1e-5
 _NO_NOISE = 1e-3
 """Noise with a smaller share than this in every distance is set to 0."""
 
+_PRECISION = 2.0**-24
+"""Relative error of a measured distance, whose differences are taken in float32."""
+
+_ABOVE_ERRORS = 10.0
+"""|m_c - m_b|^2, relative to its errors, from which it counts. It is a small difference of large distances, in each of
+which a rounding also meets the motion: their product is 0 in the mean, but 2 sqrt(D / (n r)) roundings in size."""
+
 _WIDEST = 40.0
 _SEARCH = {"maxiter": 500, "maxfun": 1000, "maxcor": 20, "ftol": 1e-11, "gtol": 1e-6}
 
@@ -233,7 +252,9 @@ def fit_motion(
     Arguments:
         start: time of the first update.
         times: snapshot times after `start`, which bound the segments.
-        distances: at least one, none of them with `same_profile`. Noise is fitted with enough of them.
+        distances: at least one, none of them with `same_profile`. Noise, by which successive intervals differ more than
+            on a walk, is fitted with enough of them. Of one profile alone it could also stand in for motion that the
+            walk lacks on a path smoother than a walk; it is fitted if the walk alone makes intervals differ too little.
         steps: of the run; None if unknown.
         known: an earlier estimate, from snapshots that may have been deleted. It is kept where distances add nothing.
     """
@@ -245,10 +266,16 @@ def fit_motion(
     section = np.clip(np.searchsorted(course.edges, cells.edges[:-1], side="right") - 1, 0, course.edges.size - 2)
     first = np.flatnonzero(np.diff(section, prepend=-1))  # the first cell of each section
     influence = np.add.reduceat(walks, first, axis=1) @ course.walk
-    if len(distances) >= _DISTANCES_FOR_NOISE * segments or (known is not None and known.noise.any()):
-        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) @ course.noise))
     found = np.zeros(2 * segments)
-    found[: influence.shape[1]] = _solve(influence, rounding, course.anchors[: influence.shape[1]], segments)
+    rows, may_have_noise = _successive(distances)[0][0], len(distances) >= _DISTANCES_FOR_NOISE * segments
+    has_noise = (known is not None and bool(known.noise.any())) or (may_have_noise and rows.size == 0)
+    if not has_noise:
+        found[:segments] = _solve(influence, rounding, course.anchors[:segments], segments)
+        differ = influence[rows] @ found[:segments] + rounding[rows]
+        has_noise = may_have_noise and bool(np.prod(differ) <= 1)
+    if has_noise:
+        influence = np.hstack((influence, np.add.reduceat(noises, first, axis=1) @ course.noise))
+        found = _solve(influence, rounding, course.anchors, segments)
     motion = Motion(course.edges, course.walk @ found[:segments], course.noise @ found[segments:])
     walk, width = motion.walk, np.diff(motion.edges)
     alone = (walk > _STANDS_OUT * _beside(walk)) & (width > _NARROW * _beside(width))
@@ -422,12 +449,44 @@ def _with_moment(
 def _relative(
     edges: FloatArray, distances: Sequence[PairDistance], steps: Steps | None
 ) -> tuple[Cells, FloatArray, FloatArray, FloatArray]:
-    """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding."""
+    """The cells between `edges`; then, relative to each distance, `influences` on it, and its rounding.
+
+    Of `_successive` snapshots |m_c - m_b|^2 is in the place of |c - a|^2.
+    """
     profiles = {profile for distance in distances for profile in (distance.later, distance.earlier)}
     cells = cells_between(with_points(edges, profiles, steps), steps)
-    squared = np.array([distance.squared for distance in distances])
-    walk, noise = (influence / squared[:, None] for influence in influences(cells, distances))
-    return cells, walk, noise, np.minimum(np.array([distance.rounding for distance in distances]) / squared, 1.0)
+    walk, noise = influences(cells, distances)
+    squared, rounding = np.array([(distance.squared, distance.rounding) for distance in distances]).T
+    rows, factors = _successive(distances)
+    for values in (walk, noise, squared, rounding):
+        values[rows[0]] = np.einsum("km,km...->m...", factors, values[rows])
+    walk, noise = (np.maximum(influence, 0.0) / squared[:, None] for influence in (walk, noise))
+    return cells, walk, noise, np.minimum(rounding / squared, 1.0)
+
+
+def _successive(distances: Sequence[PairDistance]) -> tuple[npt.NDArray[np.intp], FloatArray]:
+    """The rows of |c - a|^2, |c - b|^2 and |b - a|^2 for successive snapshots, and their factors in |m_c - m_b|^2.
+
+    Shape [3, M] each. See the module's documentation.
+    """
+    known: dict[tuple[float, float], dict[float, int]] = defaultdict(dict)
+    for row, distance in enumerate(distances):
+        c, a = distance.later, distance.earlier
+        # A gamma computed elsewhere may differ in its last bits.
+        if isinstance(c, PowerFunction) and isinstance(a, PowerFunction) and round(c.gamma - a.gamma, 9) == 0:
+            known[c.t, round(c.gamma, 9)][a.t] = row
+    rows, factors = [], []
+    one_profile = len({gamma for _, gamma in known}) == 1
+    for (t_c, gamma), earlier in known.items() if one_profile else ():
+        for t_a, t_b in pairwise(sorted(earlier)):
+            if t_a in known.get((t_b, gamma), {}):
+                rows.append((earlier[t_a], earlier[t_b], known[t_b, gamma][t_a]))
+                f_c, f_a = 1 / (1 - (t_b / t_c) ** (gamma + 1)), 1 / ((t_b / t_a) ** (gamma + 1) - 1)
+                factors.append((-f_c * f_a, f_c * (f_c + f_a), f_a * (f_c + f_a)))
+    index, factor = np.array(rows, dtype=np.intp).reshape(-1, 3).T, np.array(factors).reshape(-1, 3).T
+    squared, errors = np.array([(d.squared, d.rounding + _PRECISION * d.squared) for d in distances]).T
+    told = np.sum(factor * squared[index], axis=0) > _ABOVE_ERRORS * np.sum(np.abs(factor) * errors[index], axis=0)
+    return index[:, told], factor[:, told]
 
 
 def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:

@@ -96,6 +96,14 @@ def test_noise_is_told_from_a_walk() -> None:
         assert walk[3:].max() * 50**2 < 0.1
 
 
+def test_the_end_of_training_is_found_where_an_average_still_moves_by_what_was_before() -> None:
+    """Of one profile, of which the last snapshots differ mostly by earlier motion."""
+    walk = np.where(EDGES[1:] > 800, 1e-3, 1.0)
+    found = fit_motion(START, TIMES, neighbours(TIMES, (0.1,), Motion(EDGES, walk, np.zeros(20))))
+    ratio = found.on(EDGES)[0][-3:] / walk[-3:]
+    assert np.all((ratio > 1 / 3) & (ratio < 3)), ratio
+
+
 @given(st.lists(st.floats(-5, 0), min_size=3, max_size=3), st.floats(1e-6, 1e6))
 @settings(max_examples=20, deadline=None)
 def test_the_walk_scales_with_the_squares_and_is_never_negative_or_nought(logs: list[float], scale: float) -> None:
