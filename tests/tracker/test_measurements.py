@@ -49,7 +49,7 @@ class Watched:
         self.tracker.flush()
 
     def look(self) -> None:
-        for source in self.tracker._evaluation(None, alone=True).live():
+        for source in self.tracker._evaluation(None, True, "").live():
             self.exact[source.info.t, source.info.sigma_rel] = dict(source.averages)
 
     def check(self, info: SnapshotInfo, stored: Tensors, snapshots: list[Snapshot]) -> None:
@@ -278,11 +278,11 @@ def test_live_averages_are_measured_as_snapshots_are_and_without_rounding(tmp_pa
     with PostHocEMA.from_model(model, tmp_path, (0.05, 0.1, 0.28), **SETTINGS) as tracker:
         watched = Watched(tracker)
         watched.train(model, 1, 7)
-        live = [source.info for source in tracker._evaluation(None, alone=True).sources() if source.info.t == 7]
+        live = [source.info for source in tracker._evaluation(None, True, "").sources() if source.info.t == 7]
         assert [info.sigma_rel for info in live] == [0.05, 0.1, 0.28]
         for info in live:
             watched.check(info, watched.exact[7, info.sigma_rel], read_directory(tmp_path))
-        assert [source.info.measurements for source in tracker._evaluation(None, alone=True).live()] == [
+        assert [source.info.measurements for source in tracker._evaluation(None, True, "").live()] == [
             None
         ] * 3  # only when asked for
 
