@@ -39,14 +39,12 @@ from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
 
 TEXT = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 32}
-LLAMA = LlamaConfig(**TEXT, num_key_value_heads=2)
+LLAMA = {**TEXT, "num_key_value_heads": 2}
 EXPERTS = {"num_key_value_heads": 2, "num_experts_per_tok": 1}
-VISION = CLIPVisionConfig(
-    hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8, patch_size=4
-)
+VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "patch_size": 4}
 MODELS: dict[str, Callable[[], torch.nn.Module]] = {
-    "llama": lambda: LlamaForCausalLM(LLAMA),
-    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**TEXT, num_key_value_heads=2, tie_word_embeddings=True)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA)),
+    "llama-tied": lambda: LlamaForCausalLM(LlamaConfig(**LLAMA, tie_word_embeddings=True)),
     "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=32, n_positions=16)),
     "bert": lambda: BertForMaskedLM(BertConfig(**TEXT, max_position_embeddings=16)),
     "t5": lambda: T5ForConditionalGeneration(
@@ -57,7 +55,12 @@ MODELS: dict[str, Callable[[], torch.nn.Module]] = {
         Qwen2MoeConfig(**TEXT, **EXPERTS, num_experts=2, moe_intermediate_size=16, shared_expert_intermediate_size=16)
     ),
     "llava": lambda: LlavaForConditionalGeneration(
-        LlavaConfig(vision_config=VISION, text_config=LLAMA, image_token_index=31, vision_feature_layer=-1)
+        LlavaConfig(
+            vision_config=CLIPVisionConfig(**VISION, image_size=8),
+            text_config=LlamaConfig(**LLAMA),
+            image_token_index=31,
+            vision_feature_layer=-1,
+        )
     ),
 }
 
