@@ -40,7 +40,7 @@ def _one_thread() -> None:
 
 @pytest.fixture(autouse=True)
 def _alone() -> Iterator[None]:
-    """Random numbers do not depend on the tests before, nor torch's modes of those after on this one."""
+    """Seed torch for each test; fail a test that leaves gradients disabled or inference mode on."""
     torch.manual_seed(0)
     yield
     modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()

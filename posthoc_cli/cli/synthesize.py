@@ -124,7 +124,7 @@ def synthesize(
     targets += [] if mean is None else [values.parse_mean(mean)]
     targets += [] if coefficients is None else [Coefficients(files.expanded(coefficients))]
     if group:
-        moved = device != "auto" or accumulate is not None or max_shard_size != "5GB"
+        moved = device != "auto" or accumulate is not None or max_shard_size != values.MAX_SHARD_SIZE.default
         folders = like is not None or component is not None or through_library
         if targets or shard or finish or moved or folders or skip_existing or dry_run or as_json or out is None:
             others = "--shard, --finish, --skip-existing, --dry-run, --json, --like, --device, --accumulate, "

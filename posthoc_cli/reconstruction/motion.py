@@ -485,8 +485,8 @@ def _successive(distances: Sequence[PairDistance]) -> tuple[npt.NDArray[np.intp]
                 factors.append((-f_c * f_a, f_c * (f_c + f_a), f_a * (f_c + f_a)))
     index, factor = np.array(rows, dtype=np.intp).reshape(-1, 3).T, np.array(factors).reshape(-1, 3).T
     squared, errors = np.array([(d.squared, d.rounding + _PRECISION * d.squared) for d in distances]).T
-    told = np.sum(factor * squared[index], axis=0) > _ABOVE_ERRORS * np.sum(np.abs(factor) * errors[index], axis=0)
-    return index[:, told], factor[:, told]
+    counts = np.sum(factor * squared[index], axis=0) > _ABOVE_ERRORS * np.sum(np.abs(factor) * errors[index], axis=0)
+    return index[:, counts], factor[:, counts]
 
 
 def expected_distances(motion: Motion, distances: Sequence[PairDistance], steps: Steps | None) -> FloatArray:

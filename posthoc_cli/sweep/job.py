@@ -406,7 +406,7 @@ class _Searches:
             folder = asked.out / _SCRATCH / f"trial-{name}"
             files.make_directory(folder)
             filled = {"weights:guide": "", "sigma_rel:guide": ""} | words | {"seed": seed, "dir": folder}
-            # Paths are whole, since the command may work in another directory.
+            # Absolute paths, since the command may change the directory.
             texts = {name: str(one.absolute() if isinstance(one, Path) else one) for name, one in filled.items()}
             command = [_PLACEHOLDER.sub(lambda found: texts[found[1]], word) for word in self._words]  # noqa: B023
             evaluations.append(Evaluation(command, folder, asked.out / _LOGS / name))

@@ -353,8 +353,8 @@ class Snapshotter:
             # Only times of which everything is there: another process may die before it has written its part.
             complete = self._complete()
             unfinished = {snapshot.t for snapshot in self._stored if (snapshot.t, snapshot.sigma_rel) not in complete}
-            whole = [complete[s.t, s.sigma_rel] for s in self._stored if s.t not in unfinished]
-            left = thin(whole, schedule.max_checkpoints, schedule.sigma_range)
+            finished = [complete[s.t, s.sigma_rel] for s in self._stored if s.t not in unfinished]
+            left = thin(finished, schedule.max_checkpoints, schedule.sigma_range)
             kept = {(snapshot.t, snapshot.sigma_rel) for snapshot in left}
             self._stored = [s for s in self._stored if s.t in unfinished or (s.t, s.sigma_rel) in kept]
 
