@@ -19,6 +19,8 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 FRAMEWORKS := $(VENV)-integrations
 JOBS ?= auto
+# Modules are compiled once: tests and benchmarks start commands many times.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types unit coverage bench evidence torture integrations dist wheel compat audit clean
