@@ -11,7 +11,7 @@ import math
 import numbers
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -350,6 +350,42 @@ def _read_points(path: Path, subject: str, columns: str) -> Tabulated:
     except InvalidValueError as error:
         reason = error.reason.replace("time,density", columns).replace("density", columns.partition(",")[2])
         raise InvalidValueError(subject, reason, value=path) from error
+
+
+@dataclass(frozen=True)
+class Groups(_Named):
+    """Averages whose tensors have different lengths: sigma_rel by glob on their names; the first that matches counts.
+
+    `Groups({"unet.up.*": 0.12, "*": 0.08})`
+    """
+
+    widths: Mapping[str, float]
+    sigma_rel = None
+
+    def __post_init__(self) -> None:
+        if not self.widths:
+            raise InvalidValueError("group", "is missing: a glob and its sigma_rel")
+        object.__setattr__(self, "widths", {glob: SigmaRel(width).sigma_rel for glob, width in self.widths.items()})
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.widths.items()))
+
+    def _names(self) -> tuple[str, str]:
+        widths = self.widths.items()
+        title = ", ".join(f"{width!r} ({glob})" for glob, width in widths)
+        return f"groups-{'-'.join(repr(width) for _, width in widths)}", f"sigma_rel {title}"
+
+    def profile(self, t: float, clock: Clock, t_first: float) -> Profile:  # noqa: ARG002
+        """None: each group has its own."""
+        raise InvalidValueError(self.title, "has a profile for each group; name one sigma_rel")
+
+
+def separate(targets: Sequence[Target]) -> list[Target]:
+    """The targets, those of `Groups` one after another."""
+    each: list[Target] = []
+    for target in targets:
+        each += map(SigmaRel, target.widths.values()) if isinstance(target, Groups) else [target]
+    return each
 
 
 class Chosen(_Named, ABC):

@@ -25,7 +25,7 @@ from synthesis_cases import peak_memory, write_sparse_snapshots
 from posthoc_cli import Between, PostHocEMA, PowerFunction
 from posthoc_cli.cli.output import ProgressLines
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
-from posthoc_cli.export.outputs import write_synthesis
+from posthoc_cli.export.outputs import OutputOptions, write_synthesis
 from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import read_header
@@ -149,7 +149,7 @@ def test_copies_come_from_the_newest_snapshot_also_where_no_target_needs_it(tmp_
 
 def test_a_file_and_a_target_alone_have_the_bytes_of_targets_in_company(mixed: Path, tmp_path: Path) -> None:
     plan, outputs = plan_of(mixed), [tmp_path / f"{target}.safetensors" for target in TARGETS]
-    write_synthesis(plan, outputs, Options(workers=3))
+    write_synthesis(plan, outputs, OutputOptions(workers=3))
     together, found = bits(plan), [load_file(path) for path in outputs]
     for name, values in together.items():
         assert [as_bytes(tensors[name]) for tensors in found] == values, name
@@ -332,7 +332,9 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_synthesis(plan_of(mixed), [tmp_path / f"{t}.safetensors" for t in TARGETS], Options(progress=interrupt))
+        write_synthesis(
+            plan_of(mixed), [tmp_path / f"{t}.safetensors" for t in TARGETS], OutputOptions(progress=interrupt)
+        )
     assert list(tmp_path.iterdir()) == threads() == []
     stream = synthesize(plan_of(mixed))
     next(stream)

@@ -25,6 +25,7 @@ from posthoc_cli.export.outputs import (
     DEFAULT_SHARD_SIZE,
     OTHER_FOLDER,
     PICKLES,
+    OutputOptions,
     layout_of,
     make_sink,
     output_exists,
@@ -37,7 +38,6 @@ from posthoc_cli.snapshots.headers import decode_snapshot, file_kind
 from posthoc_cli.snapshots.outputs import check_alike, check_indexed, decode_output, index_of, model_files, models_at
 from posthoc_cli.snapshots.reader import OpenSnapshot, PartedFile, TensorFile, read_header
 from posthoc_cli.snapshots.tensors import tensor_from_bytes, torch_dtype
-from posthoc_cli.synthesis.engine import Options
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ def export_file(
     started = time.perf_counter()
     sources = models_at(source)
     outs = [out] if len(sources) == 1 else _outputs_in(out, sources, layout, overwrite)
-    options = Options(overwrite=overwrite, max_shard_size=files.parse_bytes(max_shard_size, "max_shard_size"))
+    options = OutputOptions(overwrite=overwrite, max_shard_size=max_shard_size)
+    options.shard_bytes  # noqa: B018  checks it
     made, wanted = {}, parse_dtype(dtype)
     total = sum(read_header(path).file_bytes for model in sources for path in model_files(model))
     with progress("exporting", total) as advance:

@@ -29,7 +29,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     VanishedError,
 )
-from posthoc_cli.export.outputs import check_space
+from posthoc_cli.export.outputs import OutputOptions, check_space
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.reader import TensorFile, read_header
@@ -106,9 +106,7 @@ class ModelFolder:
             return {}
         return found if isinstance(found, dict) else {}
 
-    def write(
-        self, plan: Plan, outs: Sequence[Path], options: Options = Options(), through_library: bool = False
-    ) -> tuple[str, ...]:
+    def write(self, plan: Plan, outs: Sequence[Path], options: OutputOptions) -> tuple[str, ...]:
         """Write a folder for each target of a plan; each appears complete or not at all.
 
         Returns:
@@ -134,7 +132,7 @@ class ModelFolder:
             with files.reported_as_write_error(outs[0]):
                 for folder in temporary:
                     (folder / self.component).mkdir(parents=True)
-                if absent or through_library:
+                if absent or options.through_library:
                     taken = self._write_through_library(plan, temporary, options, absent)
                 else:
                     taken = self._write_files(plan, temporary, options)

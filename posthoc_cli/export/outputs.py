@@ -11,6 +11,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing, suppress
+from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
@@ -52,8 +53,48 @@ ANOTHER_NAME = "choose another name, or overwrite=True to replace it"
 _SIGMA_REL, _TARGET = "{sigma_rel}", "{target}"
 
 
+@dataclass(frozen=True)
+class OutputOptions(Options):
+    """How averages are made and written to files.
+
+    Attributes:
+        device: where the sums are made: "auto", "cpu", "cuda", ...
+        layout: one of `LAYOUTS`; None for the one that the output's name says.
+        max_shard_size: of the sharded layout, such as "5GB".
+        overwrite: replace outputs that are there.
+        skip_existing: leave outputs of the same plan as they are.
+        dry_run: plan only.
+        shard: "K/N": make part K of N, a shard in a folder.
+        finish: verify the parts that are there, and write the index.
+        distributed: this is one of the processes of a torchrun job, all of which are asked the same.
+        like: a model folder of transformers, diffusers or PEFT; outputs are new folders like it, with averaged weights:
+            the same names, files and dtypes, and copies of all other files. What the run does not have is the folder's.
+        component: the part of a pipeline's folder with the weights, such as "unet"; by default the one that fits.
+        through_library: have transformers load and save the model, as is done by itself where names on disk differ from
+            those in memory.
+    """
+
+    device: torch.device | str = "auto"
+    layout: str | None = None
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE
+    overwrite: bool = False
+    skip_existing: bool = False
+    dry_run: bool = False
+    shard: str | None = None
+    finish: bool = False
+    distributed: bool = False
+    like: str | Path | None = None
+    component: str | None = None
+    through_library: bool = False
+
+    @property
+    def shard_bytes(self) -> int:
+        """`max_shard_size` as a number."""
+        return files.parse_bytes(str(self.max_shard_size), "max_shard_size")
+
+
 def write_synthesis(
-    plan: Plan, paths: Sequence[Path], options: Options = Options(), folder: Path | None = None
+    plan: Plan, paths: Sequence[Path], options: OutputOptions = OutputOptions(), folder: Path | None = None
 ) -> None:
     """Synthesize every target of a plan into its path; none appears before all are complete.
 
@@ -76,7 +117,9 @@ def write_synthesis(
             sink.commit()
 
 
-def fill_sinks(stack: ExitStack, plan: Plan, outputs: Mapping[Path, Mapping[str, str]], options: Options) -> list[Sink]:
+def fill_sinks(
+    stack: ExitStack, plan: Plan, outputs: Mapping[Path, Mapping[str, str]], options: OutputOptions
+) -> list[Sink]:
     """Synthesize targets into sinks for outputs, given with their metadata; `stack` discards what is not committed."""
     sinks: list[Sink] = []
     for path, metadata in outputs.items():
@@ -239,7 +282,7 @@ OTHER_FOLDER = "choose another folder, or overwrite=True to replace it"
 
 
 def make_sink(
-    layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
+    layout: str, path: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
 ) -> Sink:
     """A sink for the tensors of one output; call its `discard` at the end in any case."""
     if not path.parent.is_dir():
@@ -351,7 +394,7 @@ class _ShardedSink(_FileSink):
     """
 
     def __init__(
-        self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: Options
+        self, folder: Path, specs: Sequence[TensorSpec], metadata: Mapping[str, str], options: OutputOptions
     ) -> None:
         check_free_folder(folder, options.overwrite)
         for path in _model_files(folder):
@@ -363,7 +406,7 @@ class _ShardedSink(_FileSink):
             by_name,
             get_storage_size=lambda spec: spec.nbytes,
             filename_pattern="model{suffix}.safetensors",
-            max_shard_size=options.max_shard_size,
+            max_shard_size=options.shard_bytes,
         )
         with files.reported_as_write_error(folder):
             self._made = files.make_directory(folder)
