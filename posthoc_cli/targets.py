@@ -2,7 +2,7 @@
 
 A target is independent of the run; its profile follows from the time of the average, the run's clock and the time of
 the first update. The constructor checks what does not depend on the run, `profile` the rest. The targets that name
-coefficients have no profile of their own: their `choose` gives the coefficients of the stored averages.
+coefficients have no profile of their own: their `coefficients_of` gives the coefficients of the stored averages.
 """
 
 from __future__ import annotations
@@ -388,13 +388,13 @@ def separate(targets: Sequence[Target]) -> list[Target]:
     return each
 
 
-class Chosen(_Named, ABC):
+class FixedCoefficients(_Named, ABC):
     """A target that names the coefficients themselves."""
 
     sigma_rel = None
 
     @abstractmethod
-    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
+    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
         """The coefficients, with sum 1, of stored averages, by their files' names and profiles: in their order.
 
         Raises:
@@ -407,7 +407,7 @@ class Chosen(_Named, ABC):
 
 
 @dataclass(frozen=True)
-class Mean(Chosen):
+class Mean(FixedCoefficients):
     """The plain mean of the last checkpoints at or before the time of the average, whatever their distances.
 
     Of averages, if a run has no checkpoints and one tracked profile.
@@ -424,7 +424,7 @@ class Mean(Chosen):
     def _names(self) -> tuple[str, str]:
         return f"mean-last-{self.last}", f"mean of the last {self.last}"
 
-    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
+    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:
         """1 / last for each of the last ones."""
         kinds = [isinstance(profile, Point) for profile in stored]
         if not any(kinds) and len({profile.t for profile in stored}) < len(names):
@@ -439,7 +439,7 @@ class Mean(Chosen):
 
 
 @dataclass(frozen=True)
-class Coefficients(Chosen):
+class Coefficients(FixedCoefficients):
     """Exactly the coefficients in a file of lines name,coefficient, with sum 1.
 
     Names are those of files or folders, as `ema info` shows them; the header line is optional.
@@ -453,7 +453,7 @@ class Coefficients(Chosen):
     def _names(self) -> tuple[str, str]:
         return f"coefficients-{self.path.stem}", f"coefficients in {self.path.name}"
 
-    def choose(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:  # noqa: ARG002
+    def coefficients_of(self, names: Sequence[str], stored: Sequence[StoredProfile]) -> FloatArray:  # noqa: ARG002
         """Those in the file; 0 for the others."""
         place = {name: index for index, name in enumerate(names)}
         coefficients = np.zeros(len(names))

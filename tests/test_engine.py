@@ -344,15 +344,15 @@ def test_ctrl_c_leaves_no_file_and_no_thread(mixed: Path, tmp_path: Path) -> Non
 
 def test_an_error_in_one_thread_stops_the_others_within_a_chunk(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     begun, after = itertools.count(), []
-    average: Callable[..., None] = engine.Maker._average
+    result = Sums.result
 
-    def fail(self: engine.Maker, tile: object, *rest: object) -> None:
+    def fail(sums: Sums) -> torch.Tensor:
         if next(begun) == 0:
             raise NonFiniteError("w", "the first error")
-        average(self, tile, *rest)
-        after.append(tile)
+        after.append(sums)
+        return result(sums)
 
-    monkeypatch.setattr(engine.Maker, "_average", fail)
+    monkeypatch.setattr(Sums, "result", fail)
     with pytest.raises(NonFiniteError, match="the first error"):
         bits(plan_of(mixed), workers=4)
     assert threads() == []
@@ -415,7 +415,7 @@ def test_no_thread_leaves_work_under_way_when_an_error_stops_it(mixed: Path, mon
         streams.log.append(("fail", threading.get_ident()))
         raise NonFiniteError("w", "an error")
 
-    monkeypatch.setattr(engine.Maker, "_average", fail)
+    monkeypatch.setattr(Sums, "result", fail)
     with pytest.raises(NonFiniteError, match="an error"):
         list(synthesize_into(plan_of(mixed), streams.open, Options(workers=3)))
     failed = [(index, what) for index, (kind, what) in enumerate(streams.log) if kind == "fail"]

@@ -21,7 +21,15 @@ from huggingface_hub import split_state_dict_into_shards_factory
 
 from posthoc_cli import files
 from posthoc_cli.dtypes import ITEM_BYTES
-from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, OutputExistsError, WriteError, shown
+from posthoc_cli.errors import (
+    FileFormatError,
+    InvalidValueError,
+    MismatchError,
+    NonFiniteError,
+    OutputExistsError,
+    WriteError,
+    shown,
+)
 from posthoc_cli.snapshots import format as fmt
 from posthoc_cli.snapshots.directory import PART_NAME
 from posthoc_cli.snapshots.format import OutputInfo, TensorSpec, output_metadata
@@ -273,7 +281,31 @@ def _used(info: OutputInfo) -> list[str]:
     return [name for name, coefficient in info.snapshots if coefficient]
 
 
-# --- sinks: each output appears complete or not at all
+# --- tensors that go into outputs --------------------------------------------------------------------
+
+
+def finite(tensor: torch.Tensor) -> torch.Tensor:
+    """Which values are finite; torch has no `isfinite` for every 8-bit dtype."""
+    return (tensor.float() if tensor.element_size() == 1 else tensor).isfinite()
+
+
+def converted(where: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor on the host in a dtype; a NonFiniteError if that cannot hold one of its finite values."""
+    tensor = tensor.cpu()
+    result = tensor.to(dtype)
+    if result.dtype != tensor.dtype and bool((finite(tensor) & ~finite(result)).any()):
+        raise NonFiniteError(where, f"{dtype} cannot hold its largest value")
+    return result
+
+
+def check_shape(path: Path, name: str, found: Sequence[int], average: Sequence[int]) -> None:
+    """Check that a tensor has the shape of its average; a MismatchError names its file."""
+    if tuple(found) != tuple(average):
+        reason = f"tensor {name!r} has the shape {list(found)}, the average {list(average)}"
+        raise MismatchError(path, reason)
+
+
+# --- sinks: each output appears complete or not at all -----------------------------------------------
 
 MODEL_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """Names of the files of a model in a folder."""
@@ -363,14 +395,14 @@ class _FileTile(TileWriter):
 
     def write(self, begin: int, values: torch.Tensor) -> None:  # noqa: ARG002
         view = tensor_bytes(values)
-        for part in self._ranges:
-            part.write(view)
+        for one in self._ranges:
+            one.write(view)
         if not self._ranges:
             self._write_batch(view)
 
     def close(self) -> None:
-        for part in self._ranges:
-            part.close()
+        for one in self._ranges:
+            one.close()
 
     def _write_batch(self, view: memoryview) -> None:
         """Write small tensors: neighbours in one file together, then each under its further names."""

@@ -134,7 +134,7 @@ class PartedSynthesis:
 
     def plan_of(self, part: Part) -> Plan:
         """The plan of one part, for all targets."""
-        return replace(self.plan, part=frozenset(self.division[part.number - 1]))
+        return replace(self.plan, subset=frozenset(self.division[part.number - 1]))
 
     def files_of(self, part: Part) -> list[PartFile]:
         """The file of one part for each target, as it must be."""

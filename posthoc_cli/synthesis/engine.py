@@ -280,11 +280,11 @@ def synthesize_into(
     own, stop, threads = threading.local(), threading.Event(), torch.get_num_threads()
     waiting: deque[Future[Tile]] = deque()
 
-    def work(part: Plan, tile: Tile, writers: Sequence[TileWriter], ready: Any) -> Tile:
+    def work(one: Plan, tile: Tile, writers: Sequence[TileWriter], ready: Any) -> Tile:
         with torch.inference_mode(False), torch.no_grad():
             try:
-                if not hasattr(own, "maker") or own.maker.plan is not part:
-                    own.maker = Maker(part, opened, device, size)
+                if not hasattr(own, "maker") or own.maker.plan is not one:
+                    own.maker = Maker(one, opened, device, size)
                 own.maker.make(tile, writers, stop, ready)
             except BaseException:
                 stop.set()
@@ -292,8 +292,8 @@ def synthesize_into(
         return tile
 
     def made() -> Iterator[Tile]:
-        for part, tile in tiles:
-            waiting.append(pool.submit(work, part, tile, open_tiles(tile), caller_event(device)))
+        for one, tile in tiles:
+            waiting.append(pool.submit(work, one, tile, open_tiles(tile), caller_event(device)))
             if len(waiting) == 2 * workers:
                 yield waiting.popleft().result()
         while waiting:

@@ -27,7 +27,7 @@ from posthoc_cli.snapshots.directory import read_directory
 from posthoc_cli.snapshots.format import OutputInfo, SnapshotInfo, TensorEntry, TensorSpec, TrackedTensor, of_segment_at
 from posthoc_cli.snapshots.measurements import FileSource, by_time, chosen_up_to, run_clock, snapshot_prior
 from posthoc_cli.snapshots.reader import OpenSnapshot
-from posthoc_cli.targets import Chosen, Groups, Target, as_target, separate
+from posthoc_cli.targets import FixedCoefficients, Groups, Target, as_target, separate
 
 if TYPE_CHECKING:
     import torch
@@ -129,7 +129,7 @@ class Plan:
         last: time of the newest source, used or not.
         coarse: tensors that some source stores in fewer bytes than float32. The others are summed in float64: large
             coefficients of both signs would cost a float32 sum too many digits.
-        part: the stored tensors to make; None for all.
+        subset: the stored tensors to make; None for all.
     """
 
     sources: tuple[Source, ...]
@@ -146,7 +146,7 @@ class Plan:
     there: int = 0
     last: float = 0.0
     coarse: frozenset[str] = frozenset()
-    part: frozenset[str] | None = None
+    subset: frozenset[str] | None = None
 
     @property
     def choice(self) -> str | None:
@@ -165,7 +165,7 @@ class Plan:
     def tensors(self) -> dict[str, TrackedTensor]:
         """The stored tensors to make."""
         found = self.newest.info.tensors
-        return {name: found[name] for name in found if self.part is None or name in self.part}
+        return {name: found[name] for name in found if self.subset is None or name in self.subset}
 
     @cached_property
     def names(self) -> dict[str, list[str]]:
@@ -205,16 +205,16 @@ class Plan:
         """Plans with one column a target, each for some of the tensors, which together make all."""
         if not self.has_groups:
             return [self]
-        parts: dict[tuple[int, ...], list[str]] = {}
+        subsets: dict[tuple[int, ...], list[str]] = {}
         for name in self.tensors:
-            parts.setdefault(self.columns_of(name), []).append(name)
+            subsets.setdefault(self.columns_of(name), []).append(name)
         each = separate(self.targets)
         return [
             replace(
-                self, targets=tuple(each[column] for column in columns), part=frozenset(names),
+                self, targets=tuple(each[column] for column in columns), subset=frozenset(names),
                 reconstruction=self.reconstruction.of(targets=columns),
             )
-            for columns, names in parts.items()
+            for columns, names in subsets.items()
         ]  # fmt: skip
 
     @property
@@ -381,7 +381,11 @@ def _solved_with(
     usable, later = chosen_up_to(alike, time)
     there = [source for source in alike if source.info.t <= time]
     names, profiles = [source.name for source in there], [source.profile for source in there]
-    named = {i: target.choose(names, profiles) for i, target in enumerate(wanted) if isinstance(target, Chosen)}
+    named = {
+        i: target.coefficients_of(names, profiles)
+        for i, target in enumerate(wanted)
+        if isinstance(target, FixedCoefficients)
+    }
     places = {id(source): place for place, source in enumerate(there)}
     needed = {id(there[place]) for column in named.values() for place in np.flatnonzero(column)}
     usable += [source for source in there if id(source) in needed - set(map(id, usable))]

@@ -306,7 +306,7 @@ def _own_chunks(
     if shared.plan is None or target is None:
         made = {name: tensor for name, tensor in at_hand[shared.sources[0][0]].tensors.items() if name in boxes}
     else:
-        plan = replace(shared.plan, sources=tuple(sources), targets=(target,), part=frozenset(boxes))
+        plan = replace(shared.plan, sources=tuple(sources), targets=(target,), subset=frozenset(boxes))
         made = {name: value for name, (value,) in synthesize(plan) if name in boxes}
     return made
 
