@@ -269,7 +269,7 @@ class Run:
             targets, t, step, method, max_error, dtype, accumulate: as in `plan_synthesis`.
             out: a file, a folder, or a name with `{sigma_rel}` or `{target}` in it; None for a dry run without.
             progress: opens a progress bar.
-            options: the fields of `export.outputs.OutputOptions`: device, layout, overwrite, dry_run, like, ...
+            options: the fields of `export.layouts.OutputOptions`: device, layout, overwrite, dry_run, like, ...
 
         Returns:
             What was made; None in every process of a torchrun job but the first.
@@ -278,7 +278,7 @@ class Run:
             InvalidValueError, InexactError, OutputExistsError, WriteError, NonFiniteError, NotReadyError, RankError.
         """
         from posthoc_cli.export.job import Synthesis
-        from posthoc_cli.export.outputs import OutputOptions
+        from posthoc_cli.export.layouts import OutputOptions
 
         planning = {"t": t, "step": step, "method": method, "max_error": max_error, "accumulate": accumulate}
         wanted, asked = as_targets(targets), OutputOptions(**options)

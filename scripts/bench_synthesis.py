@@ -42,7 +42,7 @@ from synthesis_cases import (
     write_sparse_snapshots,
 )
 
-from posthoc_cli.export.outputs import OutputOptions, write_synthesis
+from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.run import Run
 from posthoc_cli.sweep.candidates import Candidates
 from posthoc_cli.synthesis.engine import Options, TileWriter, parse_device, synthesize, synthesize_into

@@ -25,7 +25,7 @@ from synthesis_cases import peak_memory, write_sparse_snapshots
 from posthoc_cli import Between, PostHocEMA, PowerFunction
 from posthoc_cli.cli.output import ProgressLines
 from posthoc_cli.errors import FileFormatError, NonFiniteError, WriteError
-from posthoc_cli.export.outputs import OutputOptions, write_synthesis
+from posthoc_cli.export.layouts import OutputOptions, write_synthesis
 from posthoc_cli.reconstruction import Reconstruction
 from posthoc_cli.snapshots.format import TrackedTensor
 from posthoc_cli.snapshots.reader import read_header

@@ -21,7 +21,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     shown,
 )
-from posthoc_cli.export.outputs import (
+from posthoc_cli.export.layouts import (
     DEFAULT_SHARD_SIZE,
     OTHER_FOLDER,
     PICKLES,

@@ -18,8 +18,8 @@ import torch
 from posthoc_cli import files
 from posthoc_cli.dtypes import parse_dtype
 from posthoc_cli.errors import InvalidValueError
+from posthoc_cli.export.layouts import OutputOptions, existing_outputs, output_paths, write_synthesis
 from posthoc_cli.export.model_folder import ModelFolder
-from posthoc_cli.export.outputs import OutputOptions, existing_outputs, output_paths, write_synthesis
 from posthoc_cli.export.parts import Finished, MadePart, Part, PartedSynthesis, finish, parts_for, parts_to_finish
 from posthoc_cli.export.ranks import join_ranks, local_rank
 from posthoc_cli.progress import ProgressBar, no_bar

@@ -26,7 +26,7 @@ from posthoc_cli.errors import (
     OutputExistsError,
     VanishedError,
 )
-from posthoc_cli.export.outputs import OutputOptions, check_shape, check_space, converted
+from posthoc_cli.export.layouts import OutputOptions, check_shape, check_space, converted
 from posthoc_cli.snapshots.format import SUFFIX, TensorEntry, TensorSpec, output_metadata
 from posthoc_cli.snapshots.outputs import INDEX_SUFFIX, model_files
 from posthoc_cli.snapshots.reader import TensorFile, read_header

@@ -32,7 +32,7 @@ import posthoc_cli
 from posthoc_cli import files
 from posthoc_cli.checkpoints.checkpoint import Checkpoint
 from posthoc_cli.errors import FileFormatError, InvalidValueError, MismatchError, NotReadyError, OutputExistsError
-from posthoc_cli.export.outputs import (
+from posthoc_cli.export.layouts import (
     MODEL_FILE,
     OTHER_FOLDER,
     OutputOptions,

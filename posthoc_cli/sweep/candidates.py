@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from posthoc_cli.export.outputs import layout_of, output_exists, output_paths, suffix_of
+from posthoc_cli.export.layouts import layout_of, output_exists, output_paths, suffix_of
 from posthoc_cli.progress import ProgressBar, no_bar
 from posthoc_cli.run import Run
 from posthoc_cli.synthesis.plan import Plan
